@@ -1,0 +1,105 @@
+"""Files that are whole or absent: atomic writes, and SHA-256 manifests that say what a directory held.
+
+A write goes to a temporary file in the same directory, is flushed to the disk, then renamed over its target, so
+a crash or a full disk leaves the old file or the new one and never half of either.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+MANIFEST = "SHA256SUMS"
+"""Manifest's file name; its lines are what `sha256sum --check` reads."""
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of one file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Make a file's bytes, or a directory's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replace `path` by `content`; on any failure the old file stays and no temporary file is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    flush_to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def directory_written_atomically(path: Path) -> Iterator[Path]:
+    """Yield an empty directory to fill; on success it becomes `path`, on an exception `path` is as it was.
+
+    A directory that stood at `path` before is replaced whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    old = fresh.with_name(fresh.name + ".old")
+    try:
+        fresh.chmod(0o755)
+        yield fresh
+        for file in sorted(fresh.rglob("*")):
+            flush_to_disk(file)
+        flush_to_disk(fresh)
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    flush_to_disk(path.parent)
+
+
+def write_manifest(directory: Path) -> dict[str, str]:
+    """Hash every file below `directory` (the manifest apart) into its `SHA256SUMS`; returns {name: hex}."""
+    entries = {
+        file.relative_to(directory).as_posix(): sha256(file)
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    write_atomically(directory / MANIFEST, "".join(f"{digest}  {name}\n" for name, digest in entries.items()))
+    return entries
+
+
+def read_manifest(directory: Path) -> dict[str, str]:
+    """{name: hex} of a manifest, empty where the directory has none."""
+    path = directory / MANIFEST
+    if not path.exists():
+        return {}
+    pairs = (line.split("  ", 1) for line in path.read_text().splitlines() if line.strip())
+    return {name: digest for digest, name in pairs}
+
+
+def damaged_files(directory: Path) -> list[str]:
+    """Names in the manifest whose file is gone or has other bytes; empty when all is well."""
+    return [
+        name
+        for name, digest in read_manifest(directory).items()
+        if not (directory / name).is_file() or sha256(directory / name) != digest
+    ]
