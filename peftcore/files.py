@@ -76,13 +76,15 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
     flush_to_disk(path.parent)
 
 
-def write_manifest(directory: Path) -> dict[str, str]:
-    """Hash every file below `directory` (the manifest apart) into its `SHA256SUMS`; returns {name: hex}."""
-    entries = {
-        file.relative_to(directory).as_posix(): sha256(file)
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
-    }
+def write_manifest(directory: Path, names: list[str] | None = None) -> dict[str, str]:
+    """Hash files of `directory` into its `SHA256SUMS`; returns {name: hex}.
+
+    names: paths relative to `directory`; None means every file below it but the manifest itself.
+    """
+    if names is None:
+        files = (file for file in directory.rglob("*") if file.is_file() and file.name != MANIFEST)
+        names = [file.relative_to(directory).as_posix() for file in files]
+    entries = {name: sha256(directory / name) for name in sorted(names)}
     write_atomically(directory / MANIFEST, "".join(f"{digest}  {name}\n" for name, digest in entries.items()))
     return entries
 

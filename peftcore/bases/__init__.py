@@ -1,0 +1,44 @@
+"""Base layers: one small class per kind of layer and storage, found from the layer itself."""
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peftcore.bases.base import BaseWeight
+from peftcore.bases.plain import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
+from peftcore.bases.quantized import EightBitWeight, FourBitWeight
+from peftcore.errors import TargetError
+
+__all__ = ["BaseWeight", "base_weight", "is_adaptable"]
+
+_QUANTIZED = {"Params4bit": FourBitWeight, "Int8Params": EightBitWeight}
+_PLAIN = {
+    Conv1D: Conv1DWeight,
+    nn.Linear: LinearWeight,
+    nn.Conv1d: ConvWeight,
+    nn.Conv2d: ConvWeight,
+    nn.Conv3d: ConvWeight,
+    nn.Embedding: EmbeddingWeight,
+}
+
+
+def _class_for(layer: nn.Module) -> type[BaseWeight] | None:
+    weight = getattr(layer, "weight", None)
+    if type(weight).__name__ in _QUANTIZED:
+        return _QUANTIZED[type(weight).__name__]
+    return next((view for kind, view in _PLAIN.items() if isinstance(layer, kind)), None)
+
+
+def is_adaptable(layer: nn.Module) -> bool:
+    """Whether `base_weight` knows this kind of layer."""
+    return _class_for(layer) is not None
+
+
+def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:
+    """The view on `layer`; TargetError names the kinds that fit when this one does not."""
+    view = _class_for(layer)
+    if view is None:
+        raise TargetError(
+            f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; "
+            "Linear, Conv1D, Conv1d/2d/3d, Embedding and bitsandbytes' 4- and 8-bit linears can"
+        )
+    return view(layer)

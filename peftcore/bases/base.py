@@ -1,0 +1,94 @@
+"""How an adapter reads and writes a base layer, whatever its kind and storage.
+
+Weights are seen in one canonical orientation, whatever the layer keeps: (o, i) for linear-like layers, (o, i/groups,
+*kernel) for convolutions, (d, v) for embeddings, which are linear maps of one-hot rows.
+
+Shapes: o out_features, i in_features, d embedding dimension, v vocabulary, r rank.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class BaseWeight(ABC):
+    """A view on one base layer; holds no weight of its own."""
+
+    kind: ClassVar[str]
+    """"linear", "conv" or "embedding": what the layer does with its input."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer: Any = layer
+
+    # -- geometry ------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def in_features(self) -> int:
+        """i: size of the input's feature axis (vocabulary size for an embedding)."""
+
+    @property
+    @abstractmethod
+    def out_features(self) -> int:
+        """o: size of the output's feature axis."""
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Spatial kernel size of a convolution; () for every other layer."""
+        return ()
+
+    # -- storage -------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the dense weight that `read` gives."""
+        return self.layer.weight.dtype
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias if hasattr(self.layer, "bias") else None
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """The dense weight in canonical orientation; may share memory with the layer."""
+
+    @abstractmethod
+    def write(self, weight: Tensor) -> None:
+        """Give the layer a new weight (canonical, any float type); the old parameter object is left intact."""
+
+    def write_bias(self, bias: Tensor) -> None:
+        """Give the layer a new bias (o,); the old parameter object is left intact."""
+        self.layer.bias = nn.Parameter(bias.to(self.layer.bias), requires_grad=False)
+
+    def state(self) -> dict[str, Any]:
+        """References to what `write` replaces: restoring them is exact to the bit and copies nothing."""
+        return {
+            name: self.layer._parameters[name]
+            for name in ("weight", "bias")
+            if name in self.layer._parameters
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `state` returned."""
+        for name, parameter in state.items():
+            self.layer._parameters[name] = parameter
+
+    # -- mathematics ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's own map with another weight (canonical) and no bias, in x's floating type."""
+
+    @abstractmethod
+    def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
+        """A map (o, r) over the feature axis of what `apply` gave."""
+
+    @abstractmethod
+    def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+        """y + pointwise(h, weight), in one pass over y where the layer allows it."""

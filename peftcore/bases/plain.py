@@ -1,0 +1,134 @@
+"""Base layers whose weight is an ordinary tensor: Linear, Conv1D, Conv1d/2d/3d and Embedding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.bases.base import BaseWeight
+
+
+class LinearWeight(BaseWeight):
+    """`nn.Linear`: y = x Wᵀ + b, weight (o, i)."""
+
+    kind = "linear"
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.out_features
+
+    def read(self) -> Tensor:
+        return self.layer.weight.detach()
+
+    def write(self, weight: Tensor) -> None:
+        self.layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight.to(x.dtype))
+
+    def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(h, weight.to(h.dtype))
+
+    def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+        if y.dtype != h.dtype or torch.is_autocast_enabled(y.device.type):
+            return y + self.pointwise(h, weight).to(y.dtype)
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), weight.to(h.dtype).T)
+        return flat.view(y.shape)
+
+
+class Conv1DWeight(LinearWeight):
+    """transformers' `Conv1D` (GPT-2): a linear layer that keeps its weight as (i, o)."""
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.weight.shape[1]
+
+    def read(self) -> Tensor:
+        return self.layer.weight.detach().T
+
+    def write(self, weight: Tensor) -> None:
+        super().write(weight.T)
+
+
+class ConvWeight(BaseWeight):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: weight (o, i/groups, *kernel)."""
+
+    kind = "conv"
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.in_channels
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.out_channels
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return tuple(self.layer.kernel_size)
+
+    def read(self) -> Tensor:
+        return self.layer.weight.detach()
+
+    def write(self, weight: Tensor) -> None:
+        self.layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)
+
+    def _convolve(self, x: Tensor, weight: Tensor, **geometry: Any) -> Tensor:
+        function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.kernel)]
+        return function(x, weight.to(x.dtype), **geometry)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        layer, padding = self.layer, self.layer.padding
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            padding = 0
+        groups = self.in_features // weight.shape[1]
+        return self._convolve(
+            x, weight, stride=layer.stride, padding=padding, dilation=layer.dilation, groups=groups
+        )
+
+    def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
+        return self._convolve(h, weight, groups=h.shape[-1 - len(self.kernel)] // weight.shape[1])
+
+    def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+        return y + self.pointwise(h, weight).to(y.dtype)
+
+
+class EmbeddingWeight(BaseWeight):
+    """`nn.Embedding`, also the scaled ones: y = scale · Wᵀ[x]; canonical weight (d, v), the layer keeps (v, d)."""
+
+    kind = "embedding"
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.num_embeddings
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.embedding_dim
+
+    def read(self) -> Tensor:
+        return self.layer.weight.detach().T
+
+    def write(self, weight: Tensor) -> None:
+        self.layer.weight = nn.Parameter(weight.T.to(self.dtype).contiguous(), requires_grad=False)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        rows = F.embedding(x, weight.T, padding_idx=self.layer.padding_idx)
+        scale = getattr(self.layer, "embed_scale", None)
+        return rows if scale is None else rows * scale
+
+    def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(h, weight.to(h.dtype))
+
+    def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+        return y + self.pointwise(h, weight).to(y.dtype)

@@ -1,0 +1,81 @@
+"""Base layers that bitsandbytes keeps in 4 or 8 bits; linear maps like any other once their weight is read."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.bases.plain import LinearWeight
+
+
+class FourBitWeight(LinearWeight):
+    """`bitsandbytes.nn.Linear4bit` (NF4, FP4), with or without double quantisation. QLoRA: arXiv:2305.14314."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.weight.quant_state.dtype
+
+    def read(self) -> Tensor:
+        import bitsandbytes.functional as bnb
+
+        data, state = _unpacked(self.layer.weight)
+        return bnb.dequantize_4bit(data, state)
+
+    def write(self, weight: Tensor) -> None:
+        from bitsandbytes.nn import Params4bit
+
+        old = self.layer.weight
+        fresh = Params4bit(
+            weight.to(self.dtype).contiguous(),
+            requires_grad=False,
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_type=old.quant_type,
+            quant_storage=old.quant_storage,
+        )
+        self.restore({"weight": fresh.to(old.device)})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.layer.quant_state = state["weight"].quant_state
+
+
+def _unpacked(weight: Any) -> tuple[Tensor, Any]:
+    """Undo, in a copy, the repacking that an eval forward on the CPU leaves behind; dequantising needs rows."""
+    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        return weight.data, weight.quant_state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    return _convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(weight.quant_state))
+
+
+class EightBitWeight(LinearWeight):
+    """`bitsandbytes.nn.Linear8bitLt`: rows scaled to int8. LLM.int8(): arXiv:2208.07339."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def _codes(self) -> tuple[Tensor, Tensor]:
+        weight, state = self.layer.weight, self.layer.state
+        return weight.data, weight.SCB if weight.SCB is not None else state.SCB
+
+    def read(self) -> Tensor:
+        codes, scale = self._codes()
+        return codes.float() * (scale.view(-1, 1) / 127)
+
+    def write(self, weight: Tensor) -> None:
+        from bitsandbytes.nn import Int8Params
+
+        fresh = Int8Params(weight.to(torch.float16).contiguous(), requires_grad=False, has_fp16_weights=False)
+        self.layer.state = copy.copy(self.layer.state)
+        self.layer.state.CB = self.layer.state.SCB = None
+        self.layer._parameters["weight"] = fresh.to(self.device)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "state": self.layer.state}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore({name: value for name, value in state.items() if name != "state"})
+        self.layer.state = state["state"]

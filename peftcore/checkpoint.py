@@ -1,0 +1,223 @@
+"""PEFT's adapter directory, both ways: `adapter_config.json`, `adapter_model.safetensors`, a model card, a manifest.
+
+A key on disk is `base_model.model.` + the module's path + the parameter, without the adapter's name.
+"""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peftcore.config import CONFIG_NAME, PeftConfig
+from peftcore.errors import CheckpointError, TargetError
+from peftcore.files import MANIFEST, damaged_files, flush_to_disk, write_manifest
+from peftcore.inject import AdapterSet, Injection, adapter_set, bias_path, commit_injection, prepare_injection
+from peftcore.registry import method_of
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_TRAINER_STATE = "trainer_state.json"
+
+_CARD = """\
+---
+library_name: peft
+base_model: {base}
+tags: [{method}]
+---
+
+# {method} adapter
+
+Trained on `{base}`. Load it onto that model with `PeftModel.from_pretrained(model, directory)`.
+"""
+
+
+# -- what is in a checkpoint -----------------------------------------------------------------------------------------
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Everything saved for one adapter: {PEFT's key: tensor}."""
+    adapters = adapter_set(model)
+    tensors = _keyed(adapters.adapters(name), adapters.copies(name))
+    for path in adapters.own_biases.get(name, {}):
+        tensors[PREFIX + bias_path(adapters, path)] = model.get_parameter(bias_path(adapters, path)).detach()
+    return tensors
+
+
+def _keyed(adapters: Mapping[str, nn.Module], copies: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    keyed = {
+        f"{PREFIX}{path}.{suffix}": tensor
+        for path, adapter in adapters.items()
+        for suffix, tensor in adapter.checkpoint_tensors().items()  # type: ignore[operator]
+    }
+    for path, module in copies.items():
+        keyed |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in module.state_dict().items()}
+    return keyed
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
+    """Write one adapter's directory; files that were there stay until every new one is whole on the disk."""
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a file; give a directory to save the adapter in")
+    adapters = adapter_set(model)
+    adapters.require(name)
+    config = adapters.configs[name]
+    config = method_of(config).adapter.config_to_save(config, adapters.adapters(name))
+    base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    config = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base)
+    # a tensor may be a view or shared with another: cloned, so that safetensors gets plain memory of its own
+    tensors = {k: t.detach().cpu().clone().contiguous() for k, t in adapter_tensors(model, name).items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as made:
+        fresh = Path(made)
+        save_file(tensors, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(fresh)
+        written = [WEIGHTS_NAME, CONFIG_NAME]
+        if not (directory / "README.md").exists():
+            (fresh / "README.md").write_text(
+                _CARD.format(base=base or "unknown", method=config.peft_type.lower())
+            )
+            written.append("README.md")
+        write_manifest(fresh, [WEIGHTS_NAME, CONFIG_NAME])
+        for file in (*written, MANIFEST):
+            flush_to_disk(fresh / file)
+        for file in (*written, MANIFEST):
+            os.chmod(fresh / file, 0o644)
+            (fresh / file).replace(directory / file)
+    flush_to_disk(directory)
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter directory, on the CPU.
+
+    Raises CheckpointError for a missing, truncated or altered file, and before reading anything for pickles.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"no adapter directory {directory}; give the one that save_pretrained wrote")
+    # a Trainer's checkpoint holds its optimiser as pickles; they are never opened here
+    foreign = [
+        f.name
+        for f in directory.iterdir()
+        if f.suffix in PICKLES and not (directory / _TRAINER_STATE).exists()
+    ]
+    foreign += ["adapter_model.bin"] if (directory / "adapter_model.bin").exists() else []
+    if foreign:
+        raise CheckpointError(
+            f"{directory} holds {', '.join(sorted(set(foreign)))}: a pickle can run code when it is read; "
+            "convert it to safetensors where you trust it, and remove it here"
+        )
+    path = directory / WEIGHTS_NAME
+    if not path.is_file():
+        raise CheckpointError(f"no {WEIGHTS_NAME} in {directory}; the adapter was not saved whole")
+    if damaged := damaged_files(directory):
+        raise CheckpointError(
+            f"{directory}: {', '.join(damaged)} is not what {MANIFEST} says; take another copy"
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}); take another copy") from error
+
+
+def load_adapter(
+    model: nn.Module, directory: Path, name: str, trainable: bool, config: PeftConfig | None
+) -> AdapterSet:
+    """Make an adapter from its directory and put it into the model; on any error the model is as it was.
+
+    Raises CheckpointError for damage, missing or unexpected keys, or shapes of another base.
+    """
+    config = config or PeftConfig.from_pretrained(directory)
+    tensors = read_tensors(directory)
+    config = dataclasses.replace(config, inference_mode=not trainable)
+    try:
+        injection = prepare_injection(model, config, name)
+    except TargetError as error:
+        raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
+    biases = _take_tensors(injection.adapters, injection.copies, injection.biases, tensors, directory)
+    adapters = commit_injection(model, injection, trainable)
+    _write_biases(model, adapters, injection, biases)
+    return adapters
+
+
+def load_adapter_weights(model: nn.Module, directory: Path, name: str) -> None:
+    """Read a directory's tensors into an adapter that is there already, made with the same configuration."""
+    adapters = adapter_set(model)
+    own = list(adapters.own_biases.get(name, {}))
+    biases = _take_tensors(
+        adapters.adapters(name), adapters.copies(name), own, read_tensors(directory), directory
+    )
+    for path, value in biases.items():
+        with torch.no_grad():
+            model.get_parameter(bias_path(adapters, path)).copy_(value)
+
+
+def _write_biases(
+    model: nn.Module, adapters: AdapterSet, injection: Injection, biases: dict[str, Tensor]
+) -> None:
+    for path, value in biases.items():
+        with torch.no_grad():
+            model.get_parameter(bias_path(adapters, path)).copy_(value)
+
+
+def _take_tensors(
+    adapters: Mapping[str, nn.Module],
+    copies: Mapping[str, nn.Module],
+    biases: list[str],
+    tensors: dict[str, Tensor],
+    directory: Path,
+) -> dict[str, Tensor]:
+    """Check all keys and shapes, then copy; returns the values of the biases among them, by path."""
+    expected = _keyed(adapters, copies)
+    bias_of = {key: path for path in biases for key in _bias_keys(path)}
+    missing = sorted(expected.keys() - tensors.keys())
+    unexpected = sorted(k for k in tensors.keys() - expected.keys() if k not in bias_of and not _is_base(k))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{directory / WEIGHTS_NAME} does not fit: {_listed('missing', missing)}{_listed('unexpected', unexpected)}"
+            "it was made for another base model or another configuration"
+        )
+    wrong = [
+        f"{k} is {list(tensors[k].shape)}, here {list(t.shape)}"
+        for k, t in expected.items()
+        if tensors[k].shape != t.shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{directory} was made for another base model: {wrong[0]} ({len(wrong)} tensors in all)"
+        )
+    for path, adapter in adapters.items():
+        suffixes = adapter.checkpoint_tensors()  # type: ignore[operator]
+        adapter.load_checkpoint_tensors({s: tensors[f"{PREFIX}{path}.{s}"] for s in suffixes})  # type: ignore[operator]
+    for path, module in copies.items():
+        module.load_state_dict({k: tensors[f"{PREFIX}{path}.{k}"] for k in module.state_dict()})
+    return {bias_of[key]: tensor for key, tensor in tensors.items() if key in bias_of}
+
+
+def _bias_keys(path: str) -> tuple[str, str]:
+    """A trained bias stands on disk beside its layer, or inside the layer's host."""
+    layer = path.removesuffix(".bias")
+    return f"{PREFIX}{path}", f"{PREFIX}{layer}.base_layer.bias"
+
+
+def _is_base(key: str) -> bool:
+    """PEFT also saves the base weight of a targeted embedding; that is the base's, not the adapter's."""
+    return key.endswith(".base_layer.weight")
+
+
+def _listed(what: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{what} {', '.join(keys[:3])}{more}; "

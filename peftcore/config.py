@@ -1,0 +1,191 @@
+"""Configurations: declarative, checked when made, and the same JSON as PEFT's `adapter_config.json`.
+
+A person's misspelt key is an error with a suggestion. A key that a newer version wrote to disk is kept and warned
+of. A key whose value asks for mathematics that is not here is refused, since ignoring it would give other numbers.
+"""
+
+import dataclasses
+import difflib
+import json
+import warnings
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from peftcore.errors import CheckpointError, ConfigError
+from peftcore.files import write_atomically
+
+CONFIG_NAME = "adapter_config.json"
+
+
+class TaskType(StrEnum):
+    """What the adapted model is for, under PEFT's names."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """`; did you mean X?`, or the words that fit when none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+@dataclass
+class PeftConfig:
+    """What every adapter's configuration has. Field names are those of PEFT's `adapter_config.json`."""
+
+    peft_type: ClassVar[str] = ""
+    """Set when a method registers, such as "LORA"."""
+
+    ignored_on_disk: ClassVar[dict[str, Any]] = {}
+    """Keys that PEFT writes for this method and that change nothing at these values: {key: neutral value}."""
+
+    task_type: TaskType | str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    """True freezes the adapter when it is added."""
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Keys read from disk that this version does not know; written back as they were."""
+
+    def __new__(cls, *_args: Any, **given: Any) -> Self:
+        known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        for key in given:
+            if key not in known:
+                raise ConfigError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            self.task_type = self.one_of("task_type", self.task_type, TaskType)
+
+    # -- checks shared by the methods' configurations ---------------------------------------------------------
+
+    def one_of(self, name: str, value: Any, choices: Any) -> Any:
+        """`value` if it is among `choices`, else a ConfigError that names them."""
+        if value not in list(choices):
+            fits = ", ".join(repr(str(c)) for c in choices)
+            raise ConfigError(f"{type(self).__name__}: {name} must be one of {fits}; got {value!r}")
+        return TaskType(value) if choices is TaskType else value
+
+    def positive(self, *names: str) -> None:
+        """Each named field is an integer of at least 1."""
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(
+                    f"{type(self).__name__}: {name} must be a positive integer; got {value!r}; try 8"
+                )
+
+    def probability(self, *names: str) -> None:
+        """Each named field is in [0, 1)."""
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ConfigError(
+                    f"{type(self).__name__}: {name} must be at least 0 and below 1; got {value!r}"
+                )
+
+    # -- JSON ------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, `peft_type` included; sets become sorted lists."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
+        return {**self.extra, **plain, "peft_type": self.peft_type}
+
+    def to_json(self) -> str:
+        """What stands in `adapter_config.json`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], from_disk: bool = False) -> "PeftConfig":
+        """Build the configuration class that `peft_type` names (or `cls` itself).
+
+        from_disk: keep and warn of unknown keys; otherwise they are a ConfigError.
+        Raises ConfigError for an unknown method, a misspelt key or a value that does not fit.
+        """
+        from peftcore.registry import method_named
+
+        values = dict(values)
+        named = values.pop("peft_type", None) or cls.peft_type
+        if not named:
+            raise ConfigError("configuration without peft_type; give one, such as 'LORA'")
+        target = method_named(named).config
+        if not from_disk:
+            return target(**values)
+        known = {f.name for f in dataclasses.fields(target)}
+        extra = {k: v for k, v in values.items() if k not in known}
+        target._refuse_other_mathematics(extra)
+        config = target(**{k: v for k, v in values.items() if k in known})
+        config.extra = extra
+        return config
+
+    @classmethod
+    def _refuse_other_mathematics(cls, extra: dict[str, Any]) -> None:
+        for key, value in extra.items():
+            if value == cls.ignored_on_disk.get(key, value) or not value:
+                if key not in cls.ignored_on_disk and value:
+                    warnings.warn(
+                        f"{CONFIG_NAME}: {key!r} is unknown to this version; kept, not used", stacklevel=4
+                    )
+                continue
+            raise ConfigError(
+                f"{CONFIG_NAME}: {key}={value!r} is not supported by {cls.peft_type} here, and leaving it out "
+                "would give other numbers; merge that adapter with the library that made it"
+            )
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "PeftConfig":
+        """Read `adapter_config.json` from an adapter directory; CheckpointError if it is absent or not JSON."""
+        path = Path(directory) / CONFIG_NAME
+        if not path.is_file():
+            raise CheckpointError(
+                f"no {CONFIG_NAME} in {directory}; give the directory that save_pretrained wrote"
+            )
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged") from error
+        return cls.from_dict(values, from_disk=True)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `adapter_config.json` atomically."""
+        write_atomically(Path(directory) / CONFIG_NAME, self.to_json())
+
+
+@dataclass
+class TunerConfig(PeftConfig):
+    """A method that adapts layers: which layers, and what else is trained and saved with them."""
+
+    target_modules: list[str] | set[str] | str | None = None
+    """Path suffixes, a regular expression over the whole path, or "all-linear"; None: the architecture's default."""
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    """Modules trained whole, one copy per adapter, and saved with it."""
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    """Name of the block list that layers_to_transform counts in, such as "layers"; None: found in the path."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                setattr(self, name, set(value))
+        if self.target_modules is not None and not self.target_modules:
+            raise ConfigError(
+                f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither"
+            )

@@ -1,0 +1,228 @@
+"""What each layer of a block does, read from shapes and from the layer's place in its block.
+
+Attention: the layers inside a module that calls itself attention, or siblings that read the same input, three or
+more, and one that writes back to the block's width. Which of them is fused follows from shapes (out = q + 2 kv);
+which is query, key or value only from the word in the layer's own name, because their shapes are equal.
+MLP: a pair (width → m, m → width) is up and down; two equal siblings before the same down are gate and up; one of
+size 2m is both at once. Mixer: layers beside a depthwise causal convolution (Mamba, gated delta nets).
+
+Shapes: m inner size of an MLP.
+"""
+
+import re
+from typing import Literal
+
+from torch import nn
+
+from peftcore.module_tree import ModuleTree, Site, ancestors, width_of
+
+Role = Literal[
+    "query",
+    "key",
+    "value",
+    "output",
+    "fused_qkv",
+    "fused_kv",
+    "gate",
+    "up",
+    "down",
+    "fused_gate_up",
+    "mixer",
+    "router",
+    "head",
+    "embedding",
+    "convolution",
+    "unknown",
+]
+Roles = dict[str, Role]
+"""{path of a site: its role}"""
+
+_WORDS: dict[str, Role] = {
+    **dict.fromkeys(("q", "wq", "toq", "qproj", "query", "queries", "receptance"), "query"),
+    **dict.fromkeys(("k", "wk", "tok", "kproj", "key", "keys"), "key"),
+    **dict.fromkeys(("v", "wv", "tov", "vproj", "value", "values"), "value"),
+    **dict.fromkeys(("qkv", "wqkv", "toqkv"), "fused_qkv"),
+    **dict.fromkeys(("kv", "wkv", "tokv"), "fused_kv"),
+    **dict.fromkeys(("o", "wo", "oproj", "out", "output"), "output"),
+}
+_NOT_CONTENT = {"pos", "position", "rel", "relative", "r", "gate", "norm", "conv"}
+"""Words of layers that serve attention without projecting its content."""
+
+
+def word_role(path: str) -> Role | None:
+    """Role that the words of a path say, the last part that says one: `self.query` → query, `wqkv` → fused_qkv."""
+    for part in reversed(path.split(".")):
+        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
+        said = {_WORDS[word] for word in words if word in _WORDS}
+        if _NOT_CONTENT & set(words):
+            return None
+        if {"query", "key", "value"} <= said:
+            return "fused_qkv"
+        if {"key", "value"} <= said:
+            return "fused_kv"
+        if len(said) == 1:
+            return said.pop()
+    return None
+
+
+def block_roles(tree: ModuleTree, root: str) -> Roles:
+    """Roles of the linear sites in the block at `root`."""
+    sites = tree.linears(root)
+    if not sites:
+        return {}
+    width = width_of(sites)
+    roles = attention_roles(tree, root, width)
+    rest = [site for site in sites if site.path not in roles]
+    for site in rest:
+        if _beside_depthwise_convolution(tree, site):
+            roles[site.path] = "mixer"
+        elif _chooses_experts(tree, site):
+            roles[site.path] = "router"
+    for group in _mlp_groups(tree, root, [site for site in rest if site.path not in roles]):
+        roles |= _mlp_roles(group)
+    return roles
+
+
+# -- attention ---------------------------------------------------------------------------------------------------
+
+
+def attention_roles(tree: ModuleTree, root: str, width: int) -> Roles:
+    """Roles inside every attention module at or below `root`."""
+    roles: Roles = {}
+    for unit in _attention_units(tree, root, width):
+        sites = [site for site in tree.linears(unit) if site.path not in roles]
+        roles |= _unit_roles(unit, sites, width)
+    return roles
+
+
+def _attention_units(tree: ModuleTree, root: str, width: int) -> list[str]:
+    """Outermost modules below `root` named attention, else `root` or its parts with an attention's shapes."""
+    units: dict[str, None] = {}
+    for site in tree.linears(root):
+        named = (path for path in ancestors(site.path, root) if _is_named_attention(tree, path))
+        if (unit := next(named, None)) is not None:
+            units[unit] = None
+        elif _has_attention_shapes([s for s in tree.linears(site.parent) if s.parent == site.parent], width):
+            units[site.parent] = None
+    return list(units)
+
+
+def _is_named_attention(tree: ModuleTree, path: str) -> bool:
+    name = f"{path.rpartition('.')[2]} {type(tree.modules[path]).__name__}".lower()
+    return ("attention" in name or "attn" in name) and not isinstance(tree.modules[path], nn.ModuleList)
+
+
+def _has_attention_shapes(siblings: list[Site], width: int) -> bool:
+    said = {word_role(site.path.rpartition(".")[2]) for site in siblings}
+    if {"query", "key", "value"} <= said:
+        return True
+    readers = [site for site in siblings if site.in_features == width]
+    return len(readers) >= 3 and any(
+        site.out_features == width and site.in_features == reader.out_features
+        for site in siblings
+        for reader in readers
+        if site not in readers[:3] and reader is not site
+    )
+
+
+def _unit_roles(unit: str, sites: list[Site], width: int) -> Roles:
+    """Words first, then shapes for the layers whose names say nothing (c_attn, c_proj, dense, in_proj)."""
+    roles: Roles = {}
+    silent: list[Site] = []
+    for site in sites:
+        role = word_role(site.path.removeprefix(unit).lstrip("."))
+        if role is None:
+            silent.append(site)
+        else:
+            roles[site.path] = role
+    heads = next((site.in_features for site in sites if roles.get(site.path) == "output"), None)
+    if heads is None:
+        back = [site for site in silent if site.out_features == width]
+        if back:
+            roles[back[-1].path], heads = "output", back[-1].in_features
+            silent.remove(back[-1])
+    content = set(roles.values()) & {"key", "value", "fused_qkv", "fused_kv"}
+    if heads is not None and not content:
+        for site in silent:
+            if role := _fused_role(site, heads, "query" in roles.values()):
+                roles[site.path] = role
+        unnamed = [site for site in silent if site.path not in roles]
+        if len(unnamed) == 3 and len({site.in_features for site in unnamed}) == 1:
+            order: tuple[Role, ...] = ("query", "key", "value")
+            roles |= {site.path: role for site, role in zip(unnamed, order, strict=True)}
+    return roles
+
+
+def _fused_role(site: Site, heads: int, has_query: bool) -> Role | None:
+    """`heads`: total size of the query heads, which the output projection reads."""
+    if has_query:
+        return "fused_kv" if site.out_features % 2 == 0 else None
+    keys_and_values = site.out_features - heads
+    if keys_and_values > 0 and keys_and_values % 2 == 0 and heads % (keys_and_values // 2) == 0:
+        return "fused_qkv"
+    return None
+
+
+# -- mixers and experts ------------------------------------------------------------------------------------------
+
+
+def _beside_depthwise_convolution(tree: ModuleTree, site: Site) -> bool:
+    return any(
+        isinstance(child, nn.Conv1d) and child.groups == child.in_channels > 1
+        for child in tree.parent_of(site).children()
+    )
+
+
+def _chooses_experts(tree: ModuleTree, site: Site) -> bool:
+    """A layer with one output per expert (or one gate for the shared expert), next to the experts."""
+    counts = [expert_count(child) for child in tree.parent_of(site).children()]
+    return any(counts) and (site.out_features == 1 or site.out_features in counts)
+
+
+def expert_count(module: nn.Module) -> int:
+    """Experts that a module holds, as a list of MLPs or as raw parameters (experts, ·, ·); 0 for any other."""
+    if isinstance(module, nn.ModuleList):
+        same = len({type(child) for child in module}) == 1
+        return len(module) if same and any(True for _ in module[0].children()) else 0
+    stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
+    return stacks[0].shape[0] if len(stacks) > 1 and len({p.shape[0] for p in stacks}) == 1 else 0
+
+
+# -- MLP ---------------------------------------------------------------------------------------------------------
+
+
+def _mlp_groups(tree: ModuleTree, root: str, sites: list[Site]) -> list[list[Site]]:
+    """Siblings together; layers alone in their parent (BERT's intermediate.dense, output.dense) form one group."""
+    by_parent: dict[str, list[Site]] = {}
+    for site in sites:
+        by_parent.setdefault(site.parent, []).append(site)
+    alone = [group[0] for group in by_parent.values() if len(group) == 1]
+    return [*(group for group in by_parent.values() if len(group) > 1), alone]
+
+
+def _mlp_roles(group: list[Site]) -> Roles:
+    """Roles of one group; nothing where its shapes are no MLP's."""
+    roles: Roles = {}
+    for position, down in reversed(list(enumerate(group))):
+        inner, width = down.in_features, down.out_features
+        # square layers differ by their order alone: up comes before down
+        others = group[:position] if inner == width else [site for site in group if site is not down]
+        others = [site for site in others if site.path not in roles and site.in_features == width]
+        equal = [site for site in others if site.out_features == inner]
+        double = [site for site in others if site.out_features == 2 * inner]
+        if down.path in roles:
+            continue
+        if len(equal) >= 2:
+            gate, up = _gate_first(equal[-2:])
+            roles |= {gate.path: "gate", up.path: "up", down.path: "down"}
+        elif double:
+            roles |= {double[-1].path: "fused_gate_up", down.path: "down"}
+        # a bottleneck (adapter, LAuReL, per-layer gate) has an MLP's shapes turned inside out
+        elif equal and inner >= width:
+            roles |= {equal[-1].path: "up", down.path: "down"}
+    return roles
+
+
+def _gate_first(pair: list[Site]) -> list[Site]:
+    """Gate, then up: by the word, else in order of declaration, which every known gated MLP keeps."""
+    return sorted(pair, key=lambda site: "gate" not in site.path.rpartition(".")[2])

@@ -1,0 +1,300 @@
+"""AdaLoRA: W = W₀ + s·P Λ Q, with the rank budget moved to where triplets matter. arXiv:2303.10512.
+
+Each of the r triplets (column of P, λ, row of Q) is scored S = s(λ) + mean s(P·j) + mean s(Q j·), where
+s(w) = Ī·Ū, Ī ← β₁Ī + (1−β₁)|w·∇w| and Ū ← β₂Ū + (1−β₂)|I − Ī|. Every deltaT steps the best b(t) triplets of the
+whole model keep their λ and the others' λ is set to zero; they still get gradients and may come back. The budget is
+b₀ for t ≤ tinit, b_T in the last tfinal steps, and b_T + (b₀ − b_T)(1 − (t − tinit)/(T − tinit − tfinal))³ between.
+
+Shapes: i in_features, o out_features, r rank; Q = lora_A (r, i), Λ = lora_E (r, 1), P = lora_B (o, r).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.adapter import Adapter
+from peftcore.bases import BaseWeight
+from peftcore.config import TunerConfig
+from peftcore.errors import ConfigError, TrainingError
+from peftcore.registry import register
+
+_NAMES = ("lora_A", "lora_B", "lora_E")
+
+
+@dataclass
+class AdaLoraConfig(TunerConfig):
+    """AdaLoRA's options under PEFT's names; steps count optimiser steps."""
+
+    ignored_on_disk: ClassVar[dict[str, Any]] = {
+        "alora_invocation_tokens": None,
+        "alpha_pattern": {},
+        "arrow_config": None,
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "kasa_config": None,
+        "layer_replication": None,
+        "loftq_config": {},
+        "lora_bias": False,
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "monteclora_config": None,
+        "qalora_group_size": 16,
+        "r": 8,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_dora": False,
+        "use_qalora": False,
+        "use_rslora": False,
+        "velora_config": None,
+    }
+
+    target_r: int = 8
+    """Average rank per layer at the end."""
+    init_r: int = 12
+    """Rank of every layer at the start."""
+    tinit: int = 0
+    """Steps before the budget begins to fall."""
+    tfinal: int = 0
+    """Last steps, with the final budget."""
+    deltaT: int = 1
+    """Steps between two allocations."""
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    """Optimiser steps of the whole training; needed to train, not to load."""
+    rank_pattern: dict[str, list[bool]] | None = None
+    """{path.lora_E: which of the init_r triplets are kept}; written when saved, the tensors are then that small."""
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    init_lora_weights: bool | str = True
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("target_r", "init_r", "deltaT")
+        self.probability("lora_dropout", "beta1", "beta2")
+        self.one_of("bias", self.bias, ("none", "all", "lora_only"))
+        if self.target_r > self.init_r:
+            raise ConfigError(
+                f"AdaLoraConfig: target_r must not exceed init_r={self.init_r}; got {self.target_r}"
+            )
+        if self.orth_reg_weight < 0:
+            raise ConfigError(
+                f"AdaLoraConfig: orth_reg_weight must not be negative; got {self.orth_reg_weight}"
+            )
+        if self.total_step is not None and self.tinit + self.tfinal >= self.total_step:
+            raise ConfigError(
+                f"AdaLoraConfig: tinit + tfinal must be below total_step={self.total_step} so that the budget can "
+                f"fall; got {self.tinit} + {self.tfinal}"
+            )
+
+    @property
+    def final_step(self) -> int:
+        """The step from which the budget is final."""
+        if self.total_step is None:
+            raise TrainingError("ADALORA: training needs total_step, the number of optimiser steps; set it")
+        return self.total_step - self.tfinal
+
+    def budget(self, step: int, layers: int) -> int:
+        """Triplets kept in the whole model at `step` (from 1), for a number of adapted layers."""
+        start, end = self.init_r * layers, self.target_r * layers
+        if step <= self.tinit:
+            return start
+        if step >= self.final_step:
+            return end
+        left = 1 - (step - self.tinit) / (self.final_step - self.tinit)
+        return end + int((start - end) * left**3)
+
+    def mask_at(self, path: str) -> list[bool] | None:
+        """The saved mask of the layer at `path`, if this configuration was saved with one."""
+        return None if self.rank_pattern is None else self.rank_pattern.get(f"{path}.lora_E")
+
+
+@register("ADALORA", AdaLoraConfig)
+class AdaLora(Adapter):
+    """AdaLoRA at one layer."""
+
+    def __init__(self, config: AdaLoraConfig, base: BaseWeight, path: str):
+        super().__init__(config, base, path)
+        mask = config.mask_at(path)
+        kept = (
+            torch.ones(config.init_r, dtype=torch.bool)
+            if mask is None
+            else torch.tensor(mask).flatten().bool()
+        )
+        r = int(kept.sum())
+        alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
+        self.scaling = alpha / (
+            config.init_r + 1e-5
+        )  # PEFT's denominator, so that its adapters read the same
+        self.dropout = config.lora_dropout
+        self.random = config.init_lora_weights is False
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, r))
+        self.lora_E = nn.Parameter(torch.empty(r, 1))
+        self.kept = kept.cpu()
+        """Which of the init_r triplets the budget keeps; the parameters may still hold all of them."""
+        self.importance: dict[str, tuple[Tensor, Tensor]] = {}
+        """{parameter: (Ī, Ū)}, float32, from the first gradient on."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.lora_A, std=0.02)
+        nn.init.normal_(self.lora_B, std=0.02)
+        if self.random:
+            nn.init.normal_(self.lora_E)
+        else:
+            nn.init.zeros_(self.lora_E)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        h = self.base.apply(x, self.lora_A * (self.lora_E * self.scaling))
+        return self.base.add_pointwise(y, h.to(y.dtype), self.lora_B)
+
+    def delta_weight(self) -> Tensor:
+        return self.scaling * self.lora_B @ (self.lora_A * self.lora_E)
+
+    # -- disk: PEFT stores the kept triplets only, and the mask in the configuration -----------------------------
+
+    def _kept_rows(self) -> Tensor:
+        """Indices, among the triplets held now, of those the budget keeps."""
+        if len(self.lora_E) == int(self.kept.sum()):
+            return torch.arange(len(self.lora_E))
+        return self.kept.nonzero().flatten()
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        rows = self._kept_rows().to(self.lora_E.device)
+        return {name: getattr(self, name).detach().index_select(_triplet_axis(name), rows) for name in _NAMES}
+
+    @torch.no_grad()
+    def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        rows = self._kept_rows().to(self.lora_E.device)
+        self.lora_E.zero_()  # a triplet that was not saved is one whose λ is zero
+        for name in _NAMES:
+            parameter = getattr(self, name)
+            parameter.index_copy_(_triplet_axis(name), rows, tensors[name].to(parameter))
+
+    @classmethod
+    def config_to_save(cls, config: AdaLoraConfig, adapters: Mapping[str, Adapter]) -> AdaLoraConfig:
+        masks = {f"{path}.lora_E": cast(AdaLora, adapter).kept.tolist() for path, adapter in adapters.items()}
+        return replace(config, rank_pattern=masks if any(not all(mask) for mask in masks.values()) else None)
+
+    # -- training --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def regularizer(cls, config: AdaLoraConfig, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        """orth_reg_weight · mean over matrices of ‖PᵀP − I‖² and ‖QQᵀ − I‖² (Frobenius, squared as in the paper)."""
+        if not config.orth_reg_weight:
+            return None
+        terms = []
+        for adapter in cast(Mapping[str, AdaLora], adapters).values():
+            for gram in (adapter.lora_B.T @ adapter.lora_B, adapter.lora_A @ adapter.lora_A.T):
+                identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+                terms.append((gram - identity).square().sum())
+        return config.orth_reg_weight * torch.stack(terms).mean()
+
+    @classmethod
+    @torch.no_grad()
+    def on_step(
+        cls,
+        config: AdaLoraConfig,
+        adapters: Mapping[str, Adapter],
+        step: int,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        layers = list(cast(Mapping[str, AdaLora], adapters).values())
+        pruned = any(len(adapter.lora_E) != len(adapter.kept) for adapter in layers)
+        if pruned or step > config.final_step:
+            for adapter in layers:
+                adapter._silence_dropped()
+            return
+        for adapter in layers:
+            adapter._update_importance(config)
+        if step >= config.final_step or (step > config.tinit and step % config.deltaT == 0):
+            _keep_best(layers, config.budget(step, len(layers)))
+        if step >= config.final_step and optimizer is not None:
+            for adapter in layers:
+                adapter._prune(optimizer)
+
+    def _update_importance(self, config: AdaLoraConfig) -> None:
+        for name in _NAMES:
+            parameter = getattr(self, name)
+            if parameter.grad is None:
+                continue
+            now = (parameter * parameter.grad).float().abs()
+            mean, spread = self.importance.get(name) or (torch.zeros_like(now), torch.zeros_like(now))
+            mean = config.beta1 * mean + (1 - config.beta1) * now
+            spread = config.beta2 * spread + (1 - config.beta2) * (now - mean).abs()
+            self.importance[name] = (mean, spread)
+
+    def scores(self) -> Tensor:
+        """S (r,) of each triplet, float32; zeros before the first gradient."""
+        if not self.importance:
+            return torch.zeros(len(self.lora_E), device=self.lora_E.device)
+        score = {name: mean * spread for name, (mean, spread) in self.importance.items()}
+        return score["lora_E"].flatten() + score["lora_B"].mean(0) + score["lora_A"].mean(1)
+
+    def _silence_dropped(self) -> None:
+        if len(self.lora_E) == len(self.kept):
+            self.lora_E[~self.kept.to(self.lora_E.device)] = 0
+
+    def _prune(self, optimizer: torch.optim.Optimizer) -> None:
+        """Shrink the parameters, their gradients and the optimiser's moments to the triplets that are kept."""
+        rows = self._kept_rows().to(self.lora_E.device)
+        for name in _NAMES:
+            parameter = getattr(self, name)
+            moments = optimizer.state.get(parameter, {}).values()
+            if any(isinstance(m, Tensor) and m.dim() and m.shape != parameter.shape for m in moments):
+                return  # moments in a packed form (8-bit optimisers) stay with the masked tensors
+        for name in _NAMES:
+            parameter, axis = getattr(self, name), _triplet_axis(name)
+            moments = optimizer.state.get(parameter, {})
+            for key, moment in moments.items():
+                if isinstance(moment, Tensor) and moment.dim():
+                    moments[key] = moment.index_select(axis, rows)
+            parameter.grad = None
+            parameter.data = parameter.data.index_select(axis, rows)
+        self.importance = {}
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Whole tensors (masked triplets too), the mask, and Ī, Ū by parameter."""
+        state = {name: getattr(self, name).detach().clone() for name in _NAMES} | {"kept": self.kept}
+        for name, (mean, spread) in self.importance.items():
+            state |= {f"{name}.mean": mean, f"{name}.spread": spread}
+        return state
+
+    @torch.no_grad()
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        self.kept = state["kept"].cpu()
+        for name in _NAMES:
+            parameter = getattr(self, name)
+            parameter.data = state[name].to(parameter, copy=True)
+            if f"{name}.mean" in state:
+                device = parameter.device
+                self.importance[name] = (state[f"{name}.mean"].to(device), state[f"{name}.spread"].to(device))
+
+
+def _triplet_axis(name: str) -> int:
+    """The axis of a parameter along which its triplets lie."""
+    return 1 if name == "lora_B" else 0
+
+
+def _keep_best(layers: list[AdaLora], budget: int) -> None:
+    """Keep exactly the `budget` best triplets of all layers (ties: the earlier layer, then the lower index)."""
+    scores = torch.cat([adapter.scores().cpu() for adapter in layers])
+    order = torch.argsort(scores, descending=True, stable=True)
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[order[:budget]] = True
+    for adapter, mask in zip(layers, kept.split([len(a.kept) for a in layers]), strict=True):
+        adapter.kept = mask
+        adapter._silence_dropped()

@@ -1,0 +1,291 @@
+"""`PeftModel`: the model itself with adapters in it, not a wrapper around it.
+
+`get_peft_model` gives the model object a subclass `(PeftModel, its class)` of the same name, so its signature, paths,
+`generate`, `config` and the code that looks at its class all stay as they were.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import activation, checkpoint, inject, merge
+from peftcore.config import PeftConfig, TunerConfig
+from peftcore.inject import adapter_set
+from peftcore.registry import method_of
+
+__all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
+
+
+class _ActiveAdapters(list[str]):
+    """A list, as in PEFT, that can also be called, as transformers does with its own method of this name."""
+
+    def __call__(self) -> list[str]:
+        return list(self)
+
+
+class PeftModel:
+    """What a model with adapters can do. Made by `get_peft_model` or `PeftModel.from_pretrained`, never directly."""
+
+    # -- making ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Put a saved adapter onto a model: `from_pretrained(model, directory, adapter_name="default",
+        is_trainable=False, config=None)`.
+
+        Called on an adapted model's own class with a path instead, it loads that class's base model as ever.
+        Raises CheckpointError for a damaged directory or one made for another base; the model is then as it was.
+        """
+        if isinstance(model, nn.Module):
+            return _load_onto(model, *args, **kwargs)
+        return super().from_pretrained(model, *args, **kwargs)  # type: ignore[misc]
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
+        """Add an untrained adapter; it trains unless `inference_mode`, and acts once `set_adapter` names it."""
+        inject.inject_adapter_in_model(peft_config, self._module, adapter_name)
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+    ) -> None:
+        """Add an adapter from its directory; see `from_pretrained`. No other adapter is changed."""
+        checkpoint.load_adapter(self._module, Path(model_id), adapter_name, is_trainable, config)
+
+    def load_adapter_weights(self, directory: str | Path, adapter_name: str = "default") -> None:
+        """Read a saved adapter's tensors into one that is there already and has the same configuration."""
+        checkpoint.load_adapter_weights(self._module, Path(directory), adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; layers that carry no other become plain again."""
+        inject.delete_adapter(self._module, adapter_name)
+
+    # -- which act -----------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, TunerConfig]:
+        """Configurations by adapter name."""
+        return adapter_set(self._module).configs
+
+    @property
+    def active_adapters(self) -> Any:
+        """Names of the adapters that act, in order (a list; calling it gives the list too)."""
+        return _ActiveAdapters(adapter_set(self._module).selection.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the first active adapter, or '' when none is."""
+        return next(iter(adapter_set(self._module).selection.active), "")
+
+    def set_adapter(self, adapter_name: str | list[str]) -> None:
+        """Make adapters the active ones, in order, in constant time; see `set_requires_grad` for which train."""
+        activation.set_adapter(self._module, adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Let adapters train, or freeze them."""
+        activation.set_requires_grad(self._module, adapter_names, requires_grad)
+
+    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which the model is its base, merged or not."""
+        return activation.adapters_disabled(self._module)
+
+    # -- merging -------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base weights; undone bit for bit by `unmerge_adapter`. See `peftcore.merge`."""
+        merge.merge_adapter(self._module, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's own weights back, bit for bit."""
+        merge.unmerge_adapter(self._module)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> Any:
+        """Fold adapters in for good; gives the plain model, with its own class again."""
+        return _as_plain(merge.merge_and_unload(self._module, safe_merge, adapter_names))
+
+    def unload(self) -> Any:
+        """Take the adapters out; gives the base model, with its own class and its own weights."""
+        return _as_plain(merge.unload(self._module))
+
+    def get_base_model(self) -> Any:
+        """The model itself: adapters live inside it. (`unload` gives it without them.)"""
+        return self
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, save_directory: str | Path, selected_adapters: list[str] | None = None, **_ignored: Any
+    ) -> None:
+        """Write each adapter in PEFT's format: "default" into the directory itself, others into `<name>/`.
+
+        Other keyword arguments of PEFT and transformers (state_dict, safe_serialization, ...) change nothing:
+        the format is always safetensors, and the tensors are the model's own.
+        """
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        adapter_set(self._module).require(*names)
+        for name in names:
+            root = Path(save_directory)
+            checkpoint.save_adapter(self._module, name, root if name == "default" else root / name)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def adapter_regularizer(self) -> Tensor | None:
+        """Sum of the active adapters' regularisers, to add to the loss once per optimiser step; None for none."""
+        adapters = adapter_set(self._module)
+        terms = [
+            term
+            for name in adapters.selection.active
+            if (
+                term := method_of(c := adapters.configs[name]).adapter.regularizer(c, adapters.adapters(name))
+            )
+            is not None
+        ]
+        return torch.stack(terms).sum() if terms else None
+
+    def on_optimizer_step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """To be called after each optimiser step and before zero_grad; step counts from 1.
+
+        optimizer: given, a method may shrink parameters together with their moments (AdaLoRA's final budget).
+        """
+        adapters = adapter_set(self._module)
+        for name in adapters.selection.active:
+            config = adapters.configs[name]
+            method_of(config).adapter.on_step(config, adapters.adapters(name), step, optimizer)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Training state that is not in the saved adapter, for checkpoints: {"name/path/key": tensor}."""
+        adapters = adapter_set(self._module)
+        return {
+            f"{name}/{path}/{key}": tensor
+            for name in adapters.configs
+            for path, adapter in adapters.adapters(name).items()
+            for key, tensor in adapter.training_state().items()
+        }
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `adapter_state` gave."""
+        parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for whole, tensor in state.items():
+            name, path, key = whole.split("/")
+            parts.setdefault((name, path), {})[key] = tensor
+        for (name, path), values in parts.items():
+            adapter_set(self._module).adapters(name)[path].load_training_state(values)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameter counts; of the adapters, trainable ones count while they are active."""
+        adapters = adapter_set(self._module)
+        idle = [n for n in adapters.configs if n not in adapters.selection.active]
+        unused = {id(p) for name in idle for p in adapters.parameters(self._module, name)}
+        counts = [(p.requires_grad and id(p) not in unused, _count(p)) for p in self._module.parameters()]
+        return sum(count for trains, count in counts if trains), sum(count for _, count in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts of `get_nb_trainable_parameters` in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # -- being a model ---------------------------------------------------------------------------------------------
+
+    @property
+    def _module(self) -> nn.Module:
+        assert isinstance(self, nn.Module)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made at run time, so a pickle names the class below it and makes ours again
+        return _remade, (_plain_class(type(self)),), self.__dict__
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Elements of a parameter; a 4-bit one packs two into each byte."""
+    if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8:
+        return 2 * parameter.numel()
+    return parameter.numel()
+
+
+@cache
+def _adapted_class(plain: type) -> type:
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (PeftModel, plain), {**names, "_hf_peft_config_loaded": True})
+
+
+def _plain_class(adapted: type) -> type:
+    return adapted.__mro__[adapted.__mro__.index(PeftModel) + 1]
+
+
+def _remade(plain: type) -> Any:
+    adapted = _adapted_class(plain)
+    return adapted.__new__(adapted)
+
+
+def _as_peft_model(model: nn.Module) -> Any:
+    if not isinstance(model, PeftModel):
+        model.__class__ = _adapted_class(type(model))
+    return model
+
+
+def _as_plain(model: nn.Module) -> Any:
+    if isinstance(model, PeftModel):
+        model.__class__ = _plain_class(type(model))
+    return model
+
+
+def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> Any:
+    """Add an adapter to a model, in place, and give the model back as a `PeftModel`.
+
+    The base is frozen and the adapter trains (unless `inference_mode`). On an error the model is as it was.
+    Raises ConfigError, TargetError or AdapterNameError.
+    """
+    inject.inject_adapter_in_model(peft_config, model, adapter_name)
+    return _as_peft_model(model)
+
+
+def _load_onto(
+    model: nn.Module,
+    model_id: str | Path,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: PeftConfig | None = None,
+) -> Any:
+    checkpoint.load_adapter(model, Path(model_id), adapter_name, is_trainable, config)
+    return _as_peft_model(model).train(is_trainable)
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Make a 4- or 8-bit model ready to train adapters on: frozen, 16-bit remainders in float32, checkpointing on.
+
+    Checkpointing is non-reentrant, and the embeddings' output requires grad so that it reaches the adapters.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter) is nn.Parameter:
+            parameter.data = parameter.data.float()
+    if use_gradient_checkpointing:
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if kwargs["use_reentrant"]:
+            warnings.warn(
+                "reentrant checkpointing gives no gradients through a frozen base; use_reentrant=False",
+                stacklevel=2,
+            )
+        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
+            model, "gradient_checkpointing_enable"
+        )
+        enable(kwargs)
+        model.enable_input_require_grads()  # type: ignore[operator]
+    return model

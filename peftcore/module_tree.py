@@ -1,0 +1,176 @@
+"""The module tree of a model as adapters see it: sites, repeated blocks, expert weights, shared parameters.
+
+Every path is the one the model had before any adapter: a host's `base_layer` is looked through, so a model reads the
+same with adapters and without.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from peftcore.bases import base_weight, is_adaptable
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer that an adapter can sit on."""
+
+    path: str
+    layer: nn.Module
+    kind: str
+    """"linear", "conv" or "embedding"."""
+    in_features: int
+    out_features: int
+
+    @property
+    def parent(self) -> str:
+        return self.path.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """Repeated blocks of one place in the model."""
+
+    pattern: str
+    """Path of one block, `*` for an index: "model.layers.*"."""
+    count: int
+    class_name: str
+    """Class of the most frequent block."""
+
+
+def look_through(module: nn.Module) -> nn.Module:
+    """The layer under any number of adapter hosts."""
+    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        module = base
+    return module
+
+
+def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the whole tree in order of declaration; a module registered twice comes twice."""
+    module = look_through(module)
+    yield path, module
+    for name, child in module.named_children():
+        yield from walk(child, f"{path}.{name}" if path else name)
+
+
+def is_below(path: str, root: str) -> bool:
+    """Whether `path` lies strictly inside `root`."""
+    return path != root and (not root or path.startswith(root + "."))
+
+
+def ancestors(path: str, root: str = "") -> list[str]:
+    """Paths strictly between `root` and `path`, outermost first."""
+    skip = root.count(".") + 1 if root else 0
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(skip + 1, len(parts))]
+
+
+def pattern_of(path: str) -> str:
+    """`path` with every index but a last one as `*`: layers that differ only in their block are one pattern."""
+    return re.sub(r"(?<![^.])\d+(?=\.)", "*", path)
+
+
+class ModuleTree:
+    """A model's modules by path (the first path of a shared module), its sites and its blocks."""
+
+    def __init__(self, model: nn.Module):
+        self.modules: dict[str, nn.Module] = {}
+        self.paths: dict[int, str] = {}
+        self.sites: dict[str, Site] = {}
+        for path, module in walk(model):
+            if id(module) not in self.paths:
+                self.paths[id(module)] = path
+                self.modules[path] = module
+                if path and is_adaptable(module) and not self._bypassed(path):
+                    base = base_weight(module, path)
+                    self.sites[path] = Site(path, module, base.kind, base.in_features, base.out_features)
+        self.blocks: dict[str, str] = self._find_blocks()
+        """{path of one block: pattern of its list}"""
+
+    def _bypassed(self, path: str) -> bool:
+        # nn.MultiheadAttention multiplies by out_proj.weight itself and never calls out_proj
+        return isinstance(self.modules[path.rpartition(".")[0]], nn.MultiheadAttention)
+
+    def linears(self, root: str = "") -> list[Site]:
+        """Linear sites strictly inside `root`, in order of declaration."""
+        return [site for site in self.sites.values() if site.kind == "linear" and is_below(site.path, root)]
+
+    def parent_of(self, site: Site) -> nn.Module:
+        return self.modules[site.parent]
+
+    def block_of(self, path: str) -> str | None:
+        return next((root for root in ancestors(path) if root in self.blocks), None)
+
+    def block_lists(self) -> list[BlockList]:
+        """Every list of repeated blocks, the one with most weights first."""
+        classes: dict[str, Counter[str]] = {}
+        weights: Counter[str] = Counter()
+        for path, pattern in self.blocks.items():
+            block = self.modules[path]
+            classes.setdefault(pattern, Counter())[type(block).__name__] += 1
+            weights[pattern] += sum(parameter.numel() for parameter in block.parameters())
+        return [
+            BlockList(pattern, classes[pattern].total(), classes[pattern].most_common(1)[0][0])
+            for pattern, _ in weights.most_common()
+        ]
+
+    def _find_blocks(self) -> dict[str, str]:
+        holders = {root for site in self.linears() for root in ancestors(site.path)}
+        found: dict[str, str] = {}
+        for path in self.modules:
+            if not any(root in found for root in ancestors(path + ".*")):
+                for block in self._innermost(path, holders):
+                    found[block] = re.sub(r"(?<![^.])\d+(?![^.])", "*", block)
+        return found
+
+    def _innermost(self, path: str, holders: set[str]) -> list[str]:
+        """Blocks of the list at `path`; of its stages' own lists where the members are stages (Swin, SegFormer)."""
+        members = self._members(path, holders)
+        inner = [
+            block
+            for member in members
+            for nested in self.modules
+            if is_below(nested, member)
+            and len({type(self.modules[m]) for m in self._members(nested, holders)}) == 1
+            for block in self._members(nested, holders)
+        ]
+        if not inner:
+            return members
+        own = _patterns(s for m in members for s in self.linears(m))
+        nested_own = _patterns(s for b in inner for s in self.linears(b))
+        # a block keeps more layers beside its list (of experts) than in it; a stage is little but its list
+        return inner if len(own - nested_own) < len(nested_own) else members
+
+    def _members(self, path: str, holders: set[str]) -> list[str]:
+        """Paths of the blocks in the list at `path`; empty where it is no list of blocks."""
+        module = self.modules.get(path)
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            return []
+        members = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
+        members = [member for member in members if member in self.modules and member in holders]
+        if isinstance(module, nn.ModuleList):
+            return members
+        same = len({type(self.modules[member]) for member in members}) == 1
+        return members if same and len(members) == len(module) > 1 else []
+
+
+def _patterns(sites: Iterable[Site]) -> set[str]:
+    return {pattern_of(site.path) for site in sites}
+
+
+def width_of(sites: Iterable[Site]) -> int:
+    """Size of the residual stream through some layers: the feature size that most of them read or write."""
+    sizes = Counter(size for site in sites for size in (site.in_features, site.out_features))
+    return sizes.most_common(1)[0][0]
+
+
+def shared_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of names that are one and the same parameter (tied weights), names as before any adapter."""
+    names: dict[int, list[str]] = {}
+    for path, module in walk(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            names.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)

@@ -1,0 +1,150 @@
+"""Which layers a configuration means: path suffixes, a regular expression, or "all-linear".
+
+Names match by whole path segments: "head" is `head` and `decoder.head`, never `overhead`.
+"""
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from peftcore.bases import base_weight, is_adaptable
+from peftcore.config import TaskType, TunerConfig, suggestion
+from peftcore.detect import detect
+from peftcore.errors import TargetError
+from peftcore.host import AdaptedLayer, SavedModule, modules_outside_hosts
+
+ALL_LINEAR = "all-linear"
+
+TASK_HEADS = {
+    TaskType.SEQ_CLS: ["classifier", "score"],
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
+"""Heads that start untrained, so PEFT trains and saves them with the adapter."""
+
+
+def named(path: str, names: Iterable[str] | str | None) -> bool:
+    """Whether `path` matches: a string is a regular expression over the whole path, a list holds path suffixes."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def find_targets(model: nn.Module, config: TunerConfig) -> dict[str, nn.Module]:
+    """{path: layer} to adapt; a layer that is a host already is given as it is.
+
+    Raises TargetError when nothing matches, or when a match cannot be adapted.
+    """
+    modules = dict(modules_outside_hosts(model))
+    wanted = _wanted_paths(model, modules, config)
+    saved = [path for path in modules if named(path, config.modules_to_save)]
+    targets = {
+        path: modules[path]
+        for path in wanted
+        if not named(path, config.exclude_modules)
+        and not any(path == s or path.startswith(f"{s}.") for s in saved)
+        and _in_chosen_block(path, config)
+    }
+    if not targets:
+        raise TargetError(_nothing_matched(modules, wanted, config))
+    for path, layer in targets.items():
+        _check_adaptable(model, path, layer)
+    return targets
+
+
+def _wanted_paths(model: nn.Module, modules: dict[str, nn.Module], config: TunerConfig) -> list[str]:
+    if config.target_modules == ALL_LINEAR:
+        heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        return [
+            path
+            for path, module in modules.items()
+            if _is_linear(module) and module is not output and not named(path, heads)
+        ]
+    if config.target_modules is None:
+        architecture = detect(model)
+        if not architecture.default_targets:
+            raise TargetError(
+                f"no default target modules are known for {architecture.family}; give target_modules, "
+                f"such as {ALL_LINEAR!r} or names among {_linear_names(modules)}"
+            )
+        return [path for path in modules if named(path, architecture.default_targets)]
+    return [path for path in modules if named(path, config.target_modules)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    layer = module.base_layer if isinstance(module, AdaptedLayer) else module
+    return is_adaptable(layer) and base_weight(layer).kind == "linear"
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
+    return sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if _is_linear(module)})
+
+
+def _in_chosen_block(path: str, config: TunerConfig) -> bool:
+    chosen = config.layers_to_transform
+    if chosen is None:
+        return True
+    patterns = config.layers_pattern or r"[^.]+"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    numbers = [chosen] if isinstance(chosen, int) else chosen
+    found = (re.match(rf".*?\b(?:{pattern})\.(\d+)\.", path) for pattern in patterns)
+    first = next((match for match in found if match), None)
+    return first is not None and int(first.group(1)) in numbers
+
+
+def _check_adaptable(model: nn.Module, path: str, layer: nn.Module) -> None:
+    if isinstance(layer, SavedModule):
+        raise TargetError(f"{path} is already trained whole as one of modules_to_save; exclude it")
+    if not isinstance(layer, AdaptedLayer):
+        base_weight(layer, path)
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TargetError(
+            f"{path} belongs to nn.MultiheadAttention, whose forward reads the weight and never calls the layer, "
+            "so an adapter there would do nothing; exclude it"
+        )
+
+
+def _nothing_matched(modules: dict[str, nn.Module], wanted: list[str], config: TunerConfig) -> str:
+    given = (
+        config.target_modules
+        if isinstance(config.target_modules, str)
+        else sorted(config.target_modules or [])
+    )
+    if wanted:
+        return (
+            f"target_modules {given!r} matched {len(wanted)} layers, but exclude_modules, modules_to_save or "
+            "layers_to_transform left none of them; loosen one"
+        )
+    names = _linear_names(modules)
+    word = given if isinstance(given, str) else (given[0] if given else "")
+    return f"target_modules {given!r} match no layer of this model{suggestion(word, names)}"
+
+
+def find_saved_modules(model: nn.Module, config: TunerConfig) -> dict[str, nn.Module]:
+    """{path: module} of `modules_to_save` and of the heads that the task type adds; TargetError if none is there."""
+    modules = dict(modules_outside_hosts(model))
+    found = {path: module for path, module in modules.items() if named(path, config.modules_to_save)}
+    if config.modules_to_save and not found:
+        raise TargetError(
+            f"modules_to_save {config.modules_to_save!r} match no module"
+            f"{suggestion(config.modules_to_save[0], [p.rsplit('.', 1)[-1] for p in modules])}"
+        )
+    adapted = [path for path, module in found.items() if isinstance(module, AdaptedLayer)]
+    if adapted:
+        raise TargetError(
+            f"modules_to_save {adapted} already carry an adapter; target them or save them, not both"
+        )
+    return found
+
+
+def with_task_heads(model: nn.Module, config: TunerConfig) -> list[str] | None:
+    """`modules_to_save` with the heads that the task type trains, where the model has one; the config is not changed."""
+    heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
+    if not any(named(path, heads) for path, _ in modules_outside_hosts(model)):
+        return config.modules_to_save
+    return [*(config.modules_to_save or []), *(h for h in heads if h not in (config.modules_to_save or []))]
