@@ -4,7 +4,6 @@ A key on disk is `base_model.model.` + the module's path + the parameter, withou
 """
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,15 +82,13 @@ def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
         config.save_pretrained(fresh)
         written = [WEIGHTS_NAME, CONFIG_NAME]
         if not (directory / "README.md").exists():
-            (fresh / "README.md").write_text(
-                _CARD.format(base=base or "unknown", method=config.peft_type.lower())
-            )
+            (fresh / "README.md").write_text(_CARD.format(base=base or "unknown", method=config.peft_type.lower()))
             written.append("README.md")
         write_manifest(fresh, [WEIGHTS_NAME, CONFIG_NAME])
         for file in (*written, MANIFEST):
             flush_to_disk(fresh / file)
         for file in (*written, MANIFEST):
-            os.chmod(fresh / file, 0o644)
+            (fresh / file).chmod(0o644)
             (fresh / file).replace(directory / file)
     flush_to_disk(directory)
 
@@ -107,11 +104,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     if not directory.is_dir():
         raise CheckpointError(f"no adapter directory {directory}; give the one that save_pretrained wrote")
     # a Trainer's checkpoint holds its optimiser as pickles; they are never opened here
-    foreign = [
-        f.name
-        for f in directory.iterdir()
-        if f.suffix in PICKLES and not (directory / _TRAINER_STATE).exists()
-    ]
+    foreign = [f.name for f in directory.iterdir() if f.suffix in PICKLES and not (directory / _TRAINER_STATE).exists()]
     foreign += ["adapter_model.bin"] if (directory / "adapter_model.bin").exists() else []
     if foreign:
         raise CheckpointError(
@@ -122,9 +115,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"no {WEIGHTS_NAME} in {directory}; the adapter was not saved whole")
     if damaged := damaged_files(directory):
-        raise CheckpointError(
-            f"{directory}: {', '.join(damaged)} is not what {MANIFEST} says; take another copy"
-        )
+        raise CheckpointError(f"{directory}: {', '.join(damaged)} is not what {MANIFEST} says; take another copy")
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -155,17 +146,13 @@ def load_adapter_weights(model: nn.Module, directory: Path, name: str) -> None:
     """Read a directory's tensors into an adapter that is there already, made with the same configuration."""
     adapters = adapter_set(model)
     own = list(adapters.own_biases.get(name, {}))
-    biases = _take_tensors(
-        adapters.adapters(name), adapters.copies(name), own, read_tensors(directory), directory
-    )
+    biases = _take_tensors(adapters.adapters(name), adapters.copies(name), own, read_tensors(directory), directory)
     for path, value in biases.items():
         with torch.no_grad():
             model.get_parameter(bias_path(adapters, path)).copy_(value)
 
 
-def _write_biases(
-    model: nn.Module, adapters: AdapterSet, injection: Injection, biases: dict[str, Tensor]
-) -> None:
+def _write_biases(model: nn.Module, adapters: AdapterSet, injection: Injection, biases: dict[str, Tensor]) -> None:
     for path, value in biases.items():
         with torch.no_grad():
             model.get_parameter(bias_path(adapters, path)).copy_(value)
@@ -194,9 +181,7 @@ def _take_tensors(
         if tensors[k].shape != t.shape
     ]
     if wrong:
-        raise CheckpointError(
-            f"{directory} was made for another base model: {wrong[0]} ({len(wrong)} tensors in all)"
-        )
+        raise CheckpointError(f"{directory} was made for another base model: {wrong[0]} ({len(wrong)} tensors in all)")
     for path, adapter in adapters.items():
         suffixes = adapter.checkpoint_tensors()  # type: ignore[operator]
         adapter.load_checkpoint_tensors({s: tensors[f"{PREFIX}{path}.{s}"] for s in suffixes})  # type: ignore[operator]

@@ -57,11 +57,11 @@ class PeftConfig:
     """Keys read from disk that this version does not know; written back as they were."""
 
     def __new__(cls, *_args: Any, **given: Any) -> Self:
-        known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        known = [f.name for f in dataclasses.fields(cls)]
         for key in given:
             if key not in known:
                 raise ConfigError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
-        return super().__new__(cls)
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
@@ -81,18 +81,14 @@ class PeftConfig:
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(
-                    f"{type(self).__name__}: {name} must be a positive integer; got {value!r}; try 8"
-                )
+                raise ConfigError(f"{type(self).__name__}: {name} must be a positive integer; got {value!r}; try 8")
 
     def probability(self, *names: str) -> None:
         """Each named field is in [0, 1)."""
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
-                raise ConfigError(
-                    f"{type(self).__name__}: {name} must be at least 0 and below 1; got {value!r}"
-                )
+                raise ConfigError(f"{type(self).__name__}: {name} must be at least 0 and below 1; got {value!r}")
 
     # -- JSON ------------------------------------------------------------------------------------------------
 
@@ -134,9 +130,7 @@ class PeftConfig:
         for key, value in extra.items():
             if value == cls.ignored_on_disk.get(key, value) or not value:
                 if key not in cls.ignored_on_disk and value:
-                    warnings.warn(
-                        f"{CONFIG_NAME}: {key!r} is unknown to this version; kept, not used", stacklevel=4
-                    )
+                    warnings.warn(f"{CONFIG_NAME}: {key!r} is unknown to this version; kept, not used", stacklevel=4)
                 continue
             raise ConfigError(
                 f"{CONFIG_NAME}: {key}={value!r} is not supported by {cls.peft_type} here, and leaving it out "
@@ -148,9 +142,7 @@ class PeftConfig:
         """Read `adapter_config.json` from an adapter directory; CheckpointError if it is absent or not JSON."""
         path = Path(directory) / CONFIG_NAME
         if not path.is_file():
-            raise CheckpointError(
-                f"no {CONFIG_NAME} in {directory}; give the directory that save_pretrained wrote"
-            )
+            raise CheckpointError(f"no {CONFIG_NAME} in {directory}; give the directory that save_pretrained wrote")
         try:
             values = json.loads(path.read_text())
         except ValueError as error:
@@ -182,10 +174,6 @@ class TunerConfig(PeftConfig):
             if not isinstance(value, str | None):
                 setattr(self, name, set(value))
         if self.target_modules is not None and not self.target_modules:
-            raise ConfigError(
-                f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'"
-            )
+            raise ConfigError(f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError(
-                f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither"
-            )
+            raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")

@@ -4,28 +4,28 @@ Works on any `nn.Module`, on the meta device, on quantised models and on models 
 `module_tree` reads the tree, `detect_roles` says what a block's layers do; here the whole is put together.
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcore.detect_roles import Role, Roles, attention_roles, block_roles, expert_count
+from peftcore.architecture import Architecture, ExpertInfo, LinearInfo
+from peftcore.detect_experts import find_experts
+from peftcore.detect_kind import head_paths, model_kind, vocab_size
+from peftcore.detect_roles import Role, Roles, attention_roles, block_roles
 from peftcore.errors import TargetError
 from peftcore.module_tree import (
     BlockList,
     ModuleTree,
     Site,
-    ancestors,
-    is_below,
+    expert_count,
     pattern_of,
     shared_parameters,
+    unique_parameters,
     width_of,
 )
+
+__all__ = ["Architecture", "ExpertInfo", "LinearInfo", "detect"]
 
 CURATED_TARGETS: dict[str, tuple[Role, ...]] = {
     "phi": ("query", "value", "up", "down"),
@@ -35,89 +35,6 @@ CURATED_TARGETS: dict[str, tuple[Role, ...]] = {
 """Roles of the default LoRA targets where practice differs from query and value (families of HF PEFT's mapping)."""
 
 _MLP: tuple[Role, ...] = ("gate", "up", "down", "fused_gate_up")
-
-
-@dataclass(frozen=True)
-class LinearInfo:
-    """Layers that one name in `target_modules` reaches."""
-
-    role: Role
-    in_features: int
-    """Of the most frequent shape; vocabulary size for an embedding, channels for a convolution."""
-    out_features: int
-    count: int
-    shapes: tuple[tuple[int, int, int], ...]
-    """(in_features, out_features, count) of every shape, the most frequent first."""
-    patterns: tuple[str, ...]
-    """Full paths, `*` for an index."""
-    quantizable: bool
-    """Whether 4-bit storage can hold all of them."""
-
-
-@dataclass(frozen=True)
-class ExpertInfo:
-    """Raw expert weights, (experts, out, in) or transposed (experts, in, out): parameters, not layers."""
-
-    role: Role
-    experts: int
-    in_features: int
-    out_features: int
-    transposed: bool
-    count: int
-    """Parameters with this name; one per block that has experts."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What `detect` found. Sizes are counts; memory is in bytes."""
-
-    family: str
-    """`config.model_type`, or the class name of a model without one."""
-    class_name: str
-    kind: str
-    """"causal decoder", "encoder", "encoder-decoder", "vision encoder" or "other"."""
-    num_blocks: int
-    """Blocks of the largest list; 0 for a model without repeated blocks."""
-    block_pattern: str | None
-    """Path of one such block, `*` for its index."""
-    blocks: tuple[BlockList, ...]
-    hidden_size: int | None
-    vocab_size: int | None
-    target_modules: dict[str, LinearInfo]
-    """{name for `target_modules`: what it reaches}; a name with `*` works through `target_regex` only."""
-    experts: dict[str, ExpertInfo]
-    tied_weights: tuple[tuple[str, ...], ...]
-    """Groups of names that are one parameter."""
-    default_targets: tuple[str, ...]
-    """For LoRA: query and value, or the fused projection."""
-    all_linear: tuple[str, ...]
-    """Every linear-like layer except the head."""
-    feed_forward: tuple[str, ...]
-    """The MLPs' layers."""
-    quantizable: tuple[str, ...]
-    """Names that 4-bit storage can hold: neither head nor tied, whole blocks of 64 weights per input row."""
-    parameters: int
-    """Weights of the base model, tied ones once."""
-    dtypes: dict[str, int]
-    """{dtype of the storage: weights kept in it}"""
-    memory_bfloat16: int
-    memory_nf4: int
-    """All quantisable layers in NF4 with double quantisation (4.127 bits a weight), the rest in bfloat16."""
-    unreached: dict[str, int]
-    """{class: weights} of matrices that no adapter reaches, experts aside (routers, nn.MultiheadAttention)."""
-
-    def targets(self, *roles: Role) -> tuple[str, ...]:
-        """Names of the layers with these roles."""
-        return tuple(name for name, info in self.target_modules.items() if info.role in roles)
-
-    def target_regex(self, names: Iterable[str]) -> str:
-        """One regular expression for `target_modules` that matches exactly these names' layers."""
-        patterns = [pattern for name in names for pattern in self.target_modules[name].patterns]
-        return "|".join(re.escape(pattern).replace(r"\*", r"\d+") for pattern in patterns)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and scalars, for JSON."""
-        return asdict(self)
 
 
 def detect(model: nn.Module) -> Architecture:
@@ -135,22 +52,22 @@ def detect(model: nn.Module) -> Architecture:
     linear = tuple(name for name, sites in names.items() if sites[0].kind == "linear")
     family = str(getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__)
     blocks = tuple(tree.block_lists())
-    sizes = _parameter_sizes(tree)
+    sizes = _parameter_sizes(model, tree)
     quantizable = tuple(name for name in linear if modules[name].quantizable)
     in_four_bits = sum(s.in_features * s.out_features for name in quantizable for s in names[name])
     return Architecture(
         family=family,
         class_name=type(model).__name__,
-        kind=_kind(model, tree, roles, blocks),
+        kind=model_kind(model, tree, roles, blocks),
         num_blocks=blocks[0].count if blocks else 0,
         block_pattern=blocks[0].pattern if blocks else None,
         blocks=blocks,
         hidden_size=_hidden_size(tree, blocks),
-        vocab_size=_vocab_size(model, tree, roles),
+        vocab_size=vocab_size(model, tree, roles),
         target_modules=modules,
-        experts=_experts(tree),
+        experts=find_experts(tree),
         tied_weights=tied,
-        default_targets=_default_targets(family, modules, linear),
+        default_targets=_default_targets(family, modules, _hidden_size(tree, blocks)),
         all_linear=tuple(name for name in linear if modules[name].role != "head"),
         feed_forward=tuple(name for name in linear if modules[name].role in _MLP),
         quantizable=quantizable,
@@ -158,7 +75,7 @@ def detect(model: nn.Module) -> Architecture:
         dtypes=dict(sizes),
         memory_bfloat16=2 * sum(sizes.values()),
         memory_nf4=2 * (sum(sizes.values()) - in_four_bits) + round(in_four_bits * 4.127 / 8),
-        unreached=_unreached(tree),
+        unreached=_unreached(model, tree),
     )
 
 
@@ -173,40 +90,13 @@ def _all_roles(model: nn.Module, tree: ModuleTree) -> Roles:
     if outside:
         found = attention_roles(tree, "", width_of(outside))
         roles |= {site.path: found[site.path] for site in outside if site.path in found}
-    roles |= dict.fromkeys(_heads(model, tree), "head")
+    roles |= dict.fromkeys(head_paths(model, tree), "head")
     other: dict[str, Role] = {"linear": "unknown", "conv": "convolution", "embedding": "embedding"}
     return {site.path: roles.get(site.path, other[site.kind]) for site in tree.sites.values()}
 
 
-def _heads(model: nn.Module, tree: ModuleTree) -> list[str]:
-    """Layers that give the model's answer: the output embeddings, else a task's layers outside the base model."""
-    outside = [site for site in tree.linears() if tree.block_of(site.path) is None]
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if head is not None:
-        paths = [site.path for site in outside if head in (site.layer, _at(model, site.path))]
-        if paths:
-            return paths
-    prefix = getattr(model, "base_model_prefix", "")
-    if prefix and prefix in tree.modules:
-        return [site.path for site in outside if not is_below(site.path, prefix)]
-    if prefix or not tree.blocks:
-        return []
-    last_block = list(tree.modules).index(list(tree.blocks)[-1])
-    after = [site for site in outside if list(tree.modules).index(site.path) > last_block]
-    return [site.path for site in after if "." not in site.path][-1:]
-
-
-def _at(model: nn.Module, path: str) -> nn.Module | None:
-    """The module that holds `path`'s place, an adapter's host included."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
-
-
 def _require_something_adaptable(model: nn.Module, tree: ModuleTree, roles: Roles) -> None:
-    if any(role not in ("head", "embedding") for role in roles.values()) or _experts(tree):
+    if any(role not in ("head", "embedding") for role in roles.values()) or find_experts(tree):
         return
     counts = Counter(type(module).__name__ for path, module in tree.modules.items() if path)
     found = ", ".join(f"{count} {name}" for name, count in counts.most_common(8)) or "no submodules"
@@ -244,7 +134,7 @@ def _target_names(tree: ModuleTree, roles: Roles) -> dict[str, list[Site]]:
 def _ends(pattern: str) -> list[str]:
     """Every end of a path, shortest first: `a.b.c` → `c`, `b.c`, `a.b.c`."""
     parts = pattern.split(".")
-    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+    return [".".join(parts[start:]) for start in reversed(range(len(parts))) if parts[start] != "*"]
 
 
 def _linear_info(sites: list[Site], roles: Roles, fixed: set[str]) -> LinearInfo:
@@ -271,90 +161,44 @@ def _is_plain_linear(site: Site) -> bool:
     )
 
 
-def _default_targets(family: str, modules: dict[str, LinearInfo], linear: tuple[str, ...]) -> tuple[str, ...]:
-    wanted = CURATED_TARGETS.get(family, ("query", "value", "fused_qkv"))
-    found = tuple(name for name, info in modules.items() if info.role in wanted)
-    if found and not any(modules[name].role in ("value", "fused_qkv") for name in found):
-        found += tuple(name for name, info in modules.items() if info.role == "fused_kv")
-    inside = tuple(name for name in linear if modules[name].role not in ("head", "router"))
-    return found or inside or tuple(name for name, info in modules.items() if info.role == "convolution")
+def _default_targets(family: str, modules: dict[str, LinearInfo], width: int | None) -> tuple[str, ...]:
+    """Query and value; in a model without attention what reads the block's width in a mixer, else all inside."""
+
+    def having(*roles: Role) -> tuple[str, ...]:
+        return tuple(name for name, info in modules.items() if info.role in roles)
+
+    attention = having(*CURATED_TARGETS.get(family, ("query", "value", "fused_qkv")))
+    if attention:
+        return attention if having("value", "fused_qkv") else attention + having("fused_kv")
+    # fused kernels read the weights of a mixer's later layers without calling them
+    mixers = tuple(name for name in having("mixer") if modules[name].in_features == width)
+    return mixers or having("gate", "up", "down", "fused_gate_up", "unknown") or having("convolution")
 
 
 # -- figures -----------------------------------------------------------------------------------------------------
 
 
 def _hidden_size(tree: ModuleTree, blocks: tuple[BlockList, ...]) -> int | None:
-    if not blocks:
-        return None
-    sites = [
-        s for path, pattern in tree.blocks.items() if pattern == blocks[0].pattern for s in tree.linears(path)
-    ]
-    return width_of(sites)
+    """Width of most of the main list's blocks (stages of a pyramid differ)."""
+    main = [path for path, pattern in tree.blocks.items() if blocks and pattern == blocks[0].pattern]
+    widths = Counter(tree.width(path) for path in main)
+    return widths.most_common(1)[0][0] if widths else None
 
 
-def _vocab_size(model: nn.Module, tree: ModuleTree, roles: Roles) -> int | None:
-    """Rows of the token embedding: the one the model names, else the largest outside the blocks."""
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        size = getattr(getter(), "num_embeddings", None) if callable(getter) else None
-    except (AttributeError, NotImplementedError):  # models without tokens have no such layer and say so thus
-        size = None
-    if size is not None or callable(getter):
-        return size
-    tables = [
-        s.in_features for s in tree.sites.values() if s.kind == "embedding" and not tree.block_of(s.path)
-    ]
-    return max(tables, default=None)
+def _parameter_sizes(model: nn.Module, tree: ModuleTree) -> Counter[str]:
+    """{dtype: weights}, tied ones once; a packed 4-bit matrix counts as what it stands for."""
+    sizes: Counter[str] = Counter()
+    for path, name, parameter in unique_parameters(model):
+        site = tree.sites.get(path)
+        dense = site.in_features * site.out_features if site and site.kind == "linear" and name == "weight" else None
+        sizes[str(parameter.dtype).removeprefix("torch.")] += dense or parameter.numel()
+    return sizes
 
 
-def _kind(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[BlockList, ...]) -> str:
-    config = getattr(model, "config", None)
-    places = [set(block.pattern.split(".")) for block in blocks]
-    both = any("encoder" in place for place in places) and any("decoder" in place for place in places)
-    if getattr(config, "is_encoder_decoder", both):
-        return "encoder-decoder"
-    generates = getattr(model, "can_generate", None)
-    causal = any(getattr(module, "is_causal", False) is True for module in tree.modules.values())
-    if causal or (callable(generates) and generates()) or _has_causal_head_only(config):
-        return "causal decoder"
-    if getattr(model, "main_input_name", None) == "pixel_values" or _embeds_patches(tree):
-        return "vision encoder"
-    attends = any(role in ("query", "fused_qkv") for role in roles.values()) or any(
-        isinstance(module, nn.MultiheadAttention) for module in tree.modules.values()
-    )
-    return "encoder" if attends and blocks else "other"
-
-
-def _has_causal_head_only(config: Any) -> bool:
-    """Headless models of a family that transformers knows with a causal head and with no masked one (Mamba)."""
-    from transformers.models.auto import modeling_auto as auto
-
-    family = getattr(config, "model_type", None)
-    return (
-        family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        and family not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    )
-
-
-def _embeds_patches(tree: ModuleTree) -> bool:
-    convolutions = [
-        site.layer
-        for site in tree.sites.values()
-        if isinstance(site.layer, nn.Conv2d) and tree.block_of(site.path) is None
-    ]
-    return bool(tree.blocks) and any(layer.kernel_size == layer.stride for layer in convolutions)
-
-
-def _experts(tree: ModuleTree) -> dict[str, ExpertInfo]:
-    """Raw expert weights by parameter name, those of one name and shape together."""
-    found: dict[str, list[ExpertInfo]] = {}
-    for path, module in tree.modules.items():
-        if expert_count(module) and not isinstance(module, nn.ModuleList):
-            block = tree.block_of(path)
-            stacks = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
-            width = _expert_width(tree, block or "", [tuple(p.shape) for p in stacks.values()])
-            for name, parameter in stacks.items():
-                info = _expert_info(module, parameter, width, [tuple(p.shape) for p in stacks.values()])
-                if info is not None:
-                    found.setdefault(f"{path.rpartition('.')[2]}.{name}", []).append(info)
-    return {name: _counted(infos) for name, infos in found.items()}
+def _unreached(model: nn.Module, tree: ModuleTree) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for path, _, parameter in unique_parameters(model):
+        module = tree.modules.get(path)
+        if module is not None and path not in tree.sites and parameter.ndim >= 2 and not expert_count(module):
+            sizes[type(module).__name__] += parameter.numel()
+    return dict(sizes)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore.module_tree import ModuleTree, Site, ancestors, width_of
+from peftcore.module_tree import ModuleTree, Site, ancestors, expert_count
 
 Role = Literal[
     "query",
@@ -53,7 +53,7 @@ def word_role(path: str) -> Role | None:
     """Role that the words of a path say, the last part that says one: `self.query` → query, `wqkv` → fused_qkv."""
     for part in reversed(path.split(".")):
         words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
-        said = {_WORDS[word] for word in words if word in _WORDS}
+        said: set[Role] = {_WORDS[word] for word in words if word in _WORDS}
         if _NOT_CONTENT & set(words):
             return None
         if {"query", "key", "value"} <= said:
@@ -70,8 +70,7 @@ def block_roles(tree: ModuleTree, root: str) -> Roles:
     sites = tree.linears(root)
     if not sites:
         return {}
-    width = width_of(sites)
-    roles = attention_roles(tree, root, width)
+    roles = attention_roles(tree, root, tree.width(root))
     rest = [site for site in sites if site.path not in roles]
     for site in rest:
         if _beside_depthwise_convolution(tree, site):
@@ -177,15 +176,6 @@ def _chooses_experts(tree: ModuleTree, site: Site) -> bool:
     """A layer with one output per expert (or one gate for the shared expert), next to the experts."""
     counts = [expert_count(child) for child in tree.parent_of(site).children()]
     return any(counts) and (site.out_features == 1 or site.out_features in counts)
-
-
-def expert_count(module: nn.Module) -> int:
-    """Experts that a module holds, as a list of MLPs or as raw parameters (experts, ·, ·); 0 for any other."""
-    if isinstance(module, nn.ModuleList):
-        same = len({type(child) for child in module}) == 1
-        return len(module) if same and any(True for _ in module[0].children()) else 0
-    stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
-    return stacks[0].shape[0] if len(stacks) > 1 and len({p.shape[0] for p in stacks}) == 1 else 0
 
 
 # -- MLP ---------------------------------------------------------------------------------------------------------

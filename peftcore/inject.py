@@ -88,9 +88,7 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str) -> Inject
     """
     method = method_of(config)
     if not isinstance(config, TunerConfig):
-        raise ConfigError(
-            f"{type(config).__name__} does not adapt layers; use one of the tuner configurations"
-        )
+        raise ConfigError(f"{type(config).__name__} does not adapt layers; use one of the tuner configurations")
     _check_name(model, name)
     _check_not_compiled(model)
     config = dataclasses.replace(config, modules_to_save=with_task_heads(model, config))
@@ -106,9 +104,7 @@ def _make(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str)
     base = base_weight(layer.base_layer if isinstance(layer, AdaptedLayer) else layer, path)
     if base.kind not in kind.layer_kinds:
         fits = ", ".join(sorted(kind.layer_kinds))
-        raise TargetError(
-            f"{config.peft_type} does not adapt {base.kind} layers such as {path}; it adapts {fits}"
-        )
+        raise TargetError(f"{config.peft_type} does not adapt {base.kind} layers such as {path}; it adapts {fits}")
     with torch.device(base.device):
         adapter = kind(config, base, path)
         adapter.to(torch.promote_types(base.dtype, torch.float32))
@@ -125,9 +121,7 @@ def _check_name(model: nn.Module, name: str) -> None:
     if not name or not isinstance(name, str) or "." in name or "/" in name:
         raise AdapterNameError(f"an adapter's name is a word without '.' or '/'; got {name!r}")
     if _ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
-        raise AdapterNameError(
-            f"there is already an adapter named {name!r}; delete it first or take another name"
-        )
+        raise AdapterNameError(f"there is already an adapter named {name!r}; delete it first or take another name")
 
 
 def _check_not_compiled(model: nn.Module) -> None:
@@ -152,9 +146,7 @@ def _own_biases(model: nn.Module, config: TunerConfig, targets: list[str]) -> li
         return []
     inside = {path: _unhosted(module) for path, module in modules_outside_hosts(model)}
     paths = targets if mode == "lora_only" else inside
-    return [
-        f"{path}.bias" for path in paths if isinstance(inside[path]._parameters.get("bias"), nn.Parameter)
-    ]
+    return [f"{path}.bias" for path in paths if isinstance(inside[path]._parameters.get("bias"), nn.Parameter)]
 
 
 def _unhosted(module: nn.Module) -> nn.Module:
@@ -196,9 +188,7 @@ def _places(model: nn.Module) -> dict[int, list[str]]:
     return places
 
 
-def _host_at(
-    model: nn.Module, path: str, kind: type[Any], adapters: AdapterSet, places: dict[int, list[str]]
-) -> Any:
+def _host_at(model: nn.Module, path: str, kind: type[Any], adapters: AdapterSet, places: dict[int, list[str]]) -> Any:
     """The host at `path`, made if need be and put at every path where the same module stands."""
     present = model.get_submodule(path)
     if isinstance(present, kind):
@@ -207,9 +197,7 @@ def _host_at(
     for place in places[id(present)]:
         replace_module(model, place, host)
     if isinstance(parent := model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = (
-            0  # its fused eval path reads the weights and would pass the adapter by
-        )
+        parent.activation_relu_or_gelu = 0  # its fused eval path reads the weights and would pass the adapter by
     return host
 
 
@@ -224,9 +212,7 @@ def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: 
 
     The base is frozen. On an error the model is as it was.
     """
-    commit_injection(
-        model, prepare_injection(model, config, adapter_name), trainable=not config.inference_mode
-    )
+    commit_injection(model, prepare_injection(model, config, adapter_name), trainable=not config.inference_mode)
     return model
 
 

@@ -104,9 +104,7 @@ def original_weights(model: nn.Module) -> Iterator[None]:
             host.base.restore(state)
 
 
-def merge_and_unload(
-    model: nn.Module, safe_merge: bool = False, adapter_names: list[str] | None = None
-) -> nn.Module:
+def merge_and_unload(model: nn.Module, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
     """Fold adapters in for good and take the hosts out: the plain model remains, and no copy of the old weights.
 
     Modules that the active adapter trained whole take the originals' place. Raises MergeError as `merge_adapter`.
@@ -133,12 +131,8 @@ def _note_untied_embeddings(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return
-    pair = (
-        getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")
-    )
+    pair = (getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings"))
     source, head = (getattr(module, "weight", None) for module in pair)
     if source is not None and head is not None and source is not head:
         config.tie_word_embeddings = False
-        logger.info(
-            "embeddings and output head are two weights after the merge: tie_word_embeddings is now False"
-        )
+        logger.info("embeddings and output head are two weights after the merge: tie_word_embeddings is now False")

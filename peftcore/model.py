@@ -145,9 +145,7 @@ class PeftModel:
         terms = [
             term
             for name in adapters.selection.active
-            if (
-                term := method_of(c := adapters.configs[name]).adapter.regularizer(c, adapters.adapters(name))
-            )
+            if (term := method_of(c := adapters.configs[name]).adapter.regularizer(c, adapters.adapters(name)))
             is not None
         ]
         return torch.stack(terms).sum() if terms else None
@@ -226,8 +224,7 @@ def _plain_class(adapted: type) -> type:
 
 
 def _remade(plain: type) -> Any:
-    adapted = _adapted_class(plain)
-    return adapted.__new__(adapted)
+    return object.__new__(_adapted_class(plain))
 
 
 def _as_peft_model(model: nn.Module) -> Any:
@@ -283,9 +280,7 @@ def prepare_model_for_kbit_training(
                 "reentrant checkpointing gives no gradients through a frozen base; use_reentrant=False",
                 stacklevel=2,
             )
-        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
-            model, "gradient_checkpointing_enable"
-        )
-        enable(kwargs)
-        model.enable_input_require_grads()  # type: ignore[operator]
+        transformer: Any = model
+        transformer.activation_checkpointing_enable(kwargs)
+        transformer.enable_input_require_grads()
     return model

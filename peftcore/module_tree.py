@@ -104,6 +104,16 @@ class ModuleTree:
     def block_of(self, path: str) -> str | None:
         return next((root for root in ancestors(path) if root in self.blocks), None)
 
+    def width(self, root: str) -> int:
+        """Size of the residual stream through the block at `root`; 0 for a block without linear sites."""
+        norms = [
+            module.weight.shape[0]
+            for path, module in self.modules.items()
+            if is_below(path, root) and path not in self.sites and "norm" in type(module).__name__.lower()
+            if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.ndim == 1
+        ]
+        return width_of(self.linears(root), norms)
+
     def block_lists(self) -> list[BlockList]:
         """Every list of repeated blocks, the one with most weights first."""
         classes: dict[str, Counter[str]] = {}
@@ -133,8 +143,7 @@ class ModuleTree:
             block
             for member in members
             for nested in self.modules
-            if is_below(nested, member)
-            and len({type(self.modules[m]) for m in self._members(nested, holders)}) == 1
+            if is_below(nested, member) and len({type(self.modules[m]) for m in self._members(nested, holders)}) == 1
             for block in self._members(nested, holders)
         ]
         if not inner:
@@ -161,16 +170,46 @@ def _patterns(sites: Iterable[Site]) -> set[str]:
     return {pattern_of(site.path) for site in sites}
 
 
-def width_of(sites: Iterable[Site]) -> int:
-    """Size of the residual stream through some layers: the feature size that most of them read or write."""
+def width_of(sites: Iterable[Site], norms: Iterable[int] = ()) -> int:
+    """Size of the residual stream through some layers; 0 for no layers.
+
+    It is what most of them read or write, and what the norms around them have; a norm counts twice, because in a
+    Mamba block more layers have the inner size than the outer.
+    """
     sizes = Counter(size for site in sites for size in (site.in_features, site.out_features))
-    return sizes.most_common(1)[0][0]
+    if sizes:
+        sizes.update({size: 2 * count for size, count in Counter(norms).items() if size in sizes})
+    return sizes.most_common(1)[0][0] if sizes else 0
+
+
+def expert_count(module: nn.Module) -> int:
+    """Experts that a module holds, as a list of MLPs or as raw parameters (experts, ·, ·); 0 for any other."""
+    if isinstance(module, nn.ModuleList):
+        same = len({type(child) for child in module}) == 1
+        return len(module) if same and any(True for _ in module[0].children()) else 0
+    stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
+    return stacks[0].shape[0] if len(stacks) > 1 and len({p.shape[0] for p in stacks}) == 1 else 0
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(path of the module, name in it, parameter), a shared one once for each of its names."""
+    for path, module in walk(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            yield path, name, parameter
+
+
+def unique_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(path of the module, name in it, parameter) of the base model, a shared one under its first name."""
+    seen: set[int] = set()
+    for path, name, parameter in _named_parameters(model):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield path, name, parameter
 
 
 def shared_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     """Groups of names that are one and the same parameter (tied weights), names as before any adapter."""
     names: dict[int, list[str]] = {}
-    for path, module in walk(model):
-        for name, parameter in module.named_parameters(recurse=False):
-            names.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    for path, name, parameter in _named_parameters(model):
+        names.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
     return tuple(tuple(group) for group in names.values() if len(group) > 1)

@@ -110,11 +110,7 @@ def _check_adaptable(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def _nothing_matched(modules: dict[str, nn.Module], wanted: list[str], config: TunerConfig) -> str:
-    given = (
-        config.target_modules
-        if isinstance(config.target_modules, str)
-        else sorted(config.target_modules or [])
-    )
+    given = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
     if wanted:
         return (
             f"target_modules {given!r} matched {len(wanted)} layers, but exclude_modules, modules_to_save or "
@@ -136,14 +132,12 @@ def find_saved_modules(model: nn.Module, config: TunerConfig) -> dict[str, nn.Mo
         )
     adapted = [path for path, module in found.items() if isinstance(module, AdaptedLayer)]
     if adapted:
-        raise TargetError(
-            f"modules_to_save {adapted} already carry an adapter; target them or save them, not both"
-        )
+        raise TargetError(f"modules_to_save {adapted} already carry an adapter; target them or save them, not both")
     return found
 
 
 def with_task_heads(model: nn.Module, config: TunerConfig) -> list[str] | None:
-    """`modules_to_save` with the heads that the task type trains, where the model has one; the config is not changed."""
+    """`modules_to_save` with the heads that the task type trains, where the model has one (the config stays)."""
     heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
     if not any(named(path, heads) for path, _ in modules_outside_hosts(model)):
         return config.modules_to_save

@@ -68,11 +68,7 @@ class BaseWeight(ABC):
 
     def state(self) -> dict[str, Any]:
         """References to what `write` replaces: restoring them is exact to the bit and copies nothing."""
-        return {
-            name: self.layer._parameters[name]
-            for name in ("weight", "bias")
-            if name in self.layer._parameters
-        }
+        return {name: self.layer._parameters[name] for name in ("weight", "bias") if name in self.layer._parameters}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put back what `state` returned."""

@@ -92,9 +92,7 @@ class ConvWeight(BaseWeight):
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
             padding = 0
         groups = self.in_features // weight.shape[1]
-        return self._convolve(
-            x, weight, stride=layer.stride, padding=padding, dilation=layer.dilation, groups=groups
-        )
+        return self._convolve(x, weight, stride=layer.stride, padding=padding, dilation=layer.dilation, groups=groups)
 
     def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
         return self._convolve(h, weight, groups=h.shape[-1 - len(self.kernel)] // weight.shape[1])

@@ -1,6 +1,7 @@
 """Base layers that bitsandbytes keeps in 4 or 8 bits; linear maps like any other once their weight is read."""
 
 import copy
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ class FourBitWeight(LinearWeight):
         return bnb.dequantize_4bit(data, state)
 
     def write(self, weight: Tensor) -> None:
-        from bitsandbytes.nn import Params4bit
+        make: Any = import_module("bitsandbytes.nn").Params4bit  # its stubs hide the constructor
 
         old = self.layer.weight
-        fresh = Params4bit(
+        fresh = make(
             weight.to(self.dtype).contiguous(),
             requires_grad=False,
             blocksize=old.blocksize,
@@ -66,9 +67,8 @@ class EightBitWeight(LinearWeight):
         return codes.float() * (scale.view(-1, 1) / 127)
 
     def write(self, weight: Tensor) -> None:
-        from bitsandbytes.nn import Int8Params
-
-        fresh = Int8Params(weight.to(torch.float16).contiguous(), requires_grad=False, has_fp16_weights=False)
+        make: Any = import_module("bitsandbytes.nn").Int8Params
+        fresh = make(weight.to(torch.float16).contiguous(), requires_grad=False, has_fp16_weights=False)
         self.layer.state = copy.copy(self.layer.state)
         self.layer.state.CB = self.layer.state.SCB = None
         self.layer._parameters["weight"] = fresh.to(self.device)

@@ -84,13 +84,9 @@ class AdaLoraConfig(TunerConfig):
         self.probability("lora_dropout", "beta1", "beta2")
         self.one_of("bias", self.bias, ("none", "all", "lora_only"))
         if self.target_r > self.init_r:
-            raise ConfigError(
-                f"AdaLoraConfig: target_r must not exceed init_r={self.init_r}; got {self.target_r}"
-            )
+            raise ConfigError(f"AdaLoraConfig: target_r must not exceed init_r={self.init_r}; got {self.target_r}")
         if self.orth_reg_weight < 0:
-            raise ConfigError(
-                f"AdaLoraConfig: orth_reg_weight must not be negative; got {self.orth_reg_weight}"
-            )
+            raise ConfigError(f"AdaLoraConfig: orth_reg_weight must not be negative; got {self.orth_reg_weight}")
         if self.total_step is not None and self.tinit + self.tfinal >= self.total_step:
             raise ConfigError(
                 f"AdaLoraConfig: tinit + tfinal must be below total_step={self.total_step} so that the budget can "
@@ -126,16 +122,10 @@ class AdaLora(Adapter):
     def __init__(self, config: AdaLoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         mask = config.mask_at(path)
-        kept = (
-            torch.ones(config.init_r, dtype=torch.bool)
-            if mask is None
-            else torch.tensor(mask).flatten().bool()
-        )
+        kept = torch.ones(config.init_r, dtype=torch.bool) if mask is None else torch.tensor(mask).flatten().bool()
         r = int(kept.sum())
         alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
-        self.scaling = alpha / (
-            config.init_r + 1e-5
-        )  # PEFT's denominator, so that its adapters read the same
+        self.scaling = alpha / (config.init_r + 1e-5)  # PEFT's denominator, so that its adapters read the same
         self.dropout = config.lora_dropout
         self.random = config.init_lora_weights is False
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features))

@@ -75,9 +75,7 @@ class LoraConfig(TunerConfig):
 
     def at(self, path: str) -> tuple[int, float]:
         """(rank, alpha) of the layer at `path`, patterns applied."""
-        return _first_match(self.rank_pattern, path, self.r), _first_match(
-            self.alpha_pattern, path, self.lora_alpha
-        )
+        return _first_match(self.rank_pattern, path, self.r), _first_match(self.alpha_pattern, path, self.lora_alpha)
 
 
 def _first_match(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
@@ -96,9 +94,7 @@ class Lora(Adapter):
         r, alpha = config.at(path)
         groups = base.layer.groups if base.kind == "conv" else 1
         if r % groups:
-            raise ConfigError(
-                f"LORA: r at {path} must be a multiple of its {groups} groups, got {r}; try {groups}"
-            )
+            raise ConfigError(f"LORA: r at {path} must be a multiple of its {groups} groups, got {r}; try {groups}")
         self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self.dropout = 0.0 if base.kind == "embedding" else config.lora_dropout
         self.init = config.init_lora_weights

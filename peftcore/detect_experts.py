@@ -1,0 +1,56 @@
+"""Expert weights that are raw parameters, one stack for all experts of a block (Mixtral, Qwen-MoE, GPT-OSS).
+
+Shapes: e experts, d width of the block, m inner size of one expert. A stack is (e, out, in), or (e, in, out) where
+the module says `is_transposed`; out is 2m for gate and up in one.
+"""
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from peftcore.architecture import ExpertInfo
+from peftcore.detect_roles import Role
+from peftcore.module_tree import ModuleTree, expert_count
+
+
+def find_experts(tree: ModuleTree) -> dict[str, ExpertInfo]:
+    """{name of the parameter, `experts.down_proj`: what it holds}, alike in every block."""
+    found: dict[str, list[ExpertInfo]] = {}
+    for path, module in tree.modules.items():
+        block = tree.block_of(path)
+        if block is None or isinstance(module, nn.ModuleList) or not expert_count(module):
+            continue
+        for name, info in _stacks(module, tree.width(block)).items():
+            found.setdefault(f"{path.rpartition('.')[2]}.{name}", []).append(info)
+    return {name: replace(infos[0], count=len(infos)) for name, infos in found.items()}
+
+
+def _stacks(module: nn.Module, width: int) -> dict[str, ExpertInfo]:
+    stacks = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    inner = {name: _inner_size(p, width) for name, p in stacks.items()}
+    if None in inner.values():
+        return {}
+    smallest = min(size for size in inner.values() if size is not None)
+    single = [name for name, size in inner.items() if size == smallest]
+    roles: dict[str, Role] = dict.fromkeys(stacks, "fused_gate_up")
+    equal: tuple[Role, ...] = ("gate", "up", "down")
+    roles |= dict(zip(single, equal[-len(single) :], strict=False))
+    return {name: _info(module, stacks[name], role, width) for name, role in roles.items()}
+
+
+def _inner_size(stack: Tensor, width: int) -> int | None:
+    """m or 2m; None where the stack has no side of the block's width."""
+    sides = list(stack.shape[1:])
+    if width not in sides:
+        return None
+    sides.remove(width)
+    return sides[0]
+
+
+def _info(module: nn.Module, stack: Tensor, role: Role, width: int) -> ExpertInfo:
+    experts, rows, columns = stack.shape
+    transposed = getattr(module, "is_transposed", None)
+    if transposed is None:
+        transposed = (columns if role == "down" else rows) == width and rows != columns
+    sizes = (rows, columns) if transposed else (columns, rows)
+    return ExpertInfo(role, experts, sizes[0], sizes[1], bool(transposed), count=1)

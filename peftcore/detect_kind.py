@@ -1,0 +1,83 @@
+"""Facts of a whole model: its kind, its vocabulary and the layers that give its answer."""
+
+from typing import Any
+
+from torch import nn
+
+from peftcore.detect_roles import Roles
+from peftcore.module_tree import BlockList, ModuleTree, is_below
+
+
+def model_kind(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[BlockList, ...]) -> str:
+    config = getattr(model, "config", None)
+    places = [set(block.pattern.split(".")) for block in blocks]
+    both = any("encoder" in place for place in places) and any("decoder" in place for place in places)
+    if getattr(config, "is_encoder_decoder", both):
+        return "encoder-decoder"
+    generates = getattr(model, "can_generate", None)
+    causal = any(getattr(module, "is_causal", False) is True for module in tree.modules.values())
+    if causal or (callable(generates) and generates()) or _has_causal_head_only(config):
+        return "causal decoder"
+    if getattr(model, "main_input_name", None) == "pixel_values" or _embeds_patches(tree):
+        return "vision encoder"
+    attends = any(role in ("query", "fused_qkv") for role in roles.values()) or any(
+        isinstance(module, nn.MultiheadAttention) for module in tree.modules.values()
+    )
+    return "encoder" if attends and blocks else "other"
+
+
+def _has_causal_head_only(config: Any) -> bool:
+    """Headless models of a family that transformers knows with a causal head and with no masked one (Mamba)."""
+    from transformers.models.auto import modeling_auto as auto
+
+    family = getattr(config, "model_type", None)
+    return family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _embeds_patches(tree: ModuleTree) -> bool:
+    convolutions = [
+        site.layer
+        for site in tree.sites.values()
+        if isinstance(site.layer, nn.Conv2d) and tree.block_of(site.path) is None
+    ]
+    return bool(tree.blocks) and any(layer.kernel_size == layer.stride for layer in convolutions)
+
+
+def head_paths(model: nn.Module, tree: ModuleTree) -> list[str]:
+    """Layers that give the model's answer: the output embeddings, else a task's layers outside the base model."""
+    outside = [site for site in tree.linears() if tree.block_of(site.path) is None]
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if head is not None:
+        paths = [site.path for site in outside if head in (site.layer, _at(model, site.path))]
+        if paths:
+            return paths
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and prefix in tree.modules:
+        return [site.path for site in outside if not is_below(site.path, prefix)]
+    if prefix or not tree.blocks:
+        return []
+    last_block = list(tree.modules).index(list(tree.blocks)[-1])
+    after = [site for site in outside if list(tree.modules).index(site.path) > last_block]
+    return [site.path for site in after if "." not in site.path][-1:]
+
+
+def _at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module that holds `path`'s place, an adapter's host included."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def vocab_size(model: nn.Module, tree: ModuleTree, roles: Roles) -> int | None:
+    """Rows of the token embedding: the one the model names, else the largest outside the blocks."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        size = getattr(getter(), "num_embeddings", None) if callable(getter) else None
+    except (AttributeError, NotImplementedError):  # models without tokens have no such layer and say so thus
+        size = None
+    if size is not None or callable(getter):
+        return size
+    tables = [s.in_features for s in tree.sites.values() if s.kind == "embedding" and not tree.block_of(s.path)]
+    return max(tables, default=None)

@@ -1,0 +1,286 @@
+"""One contract for every registered method: the same questions over each kind of base layer and each storage.
+
+Asked at layer level in float64 where the storage allows (a whole model hides errors behind its norms).
+"""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftcore import (
+    AdaLoraConfig,
+    CheckpointError,
+    LoraConfig,
+    MergeError,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from peftcore.inject import adapter_set
+from peftcore.registry import methods
+
+# how each method is configured so that it changes the base from the start; a new method adds its line
+EXAMPLES: dict[str, Callable[..., PeftConfig]] = {
+    "LORA": lambda **o: LoraConfig(r=4, lora_alpha=12, **{"init_lora_weights": False, **o}),
+    "ADALORA": lambda **o: AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, lora_alpha=12, **{"init_lora_weights": False, **o}
+    ),
+}
+# how each method starts by default: the identity
+START: dict[str, dict[str, Any]] = {"LORA": {"init_lora_weights": True}, "ADALORA": {"init_lora_weights": True}}
+
+LAYERS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "Linear": ("linear", lambda: nn.Linear(12, 8), lambda: torch.randn(3, 5, 12)),
+    "Linear without bias": ("linear", lambda: nn.Linear(12, 8, bias=False), lambda: torch.randn(3, 12)),
+    "Conv1D": ("linear", lambda: Conv1D(8, 12), lambda: torch.randn(3, 5, 12)),
+    "Conv1d": ("conv", lambda: nn.Conv1d(12, 8, 3, padding=2, dilation=2), lambda: torch.randn(2, 12, 9)),
+    "Conv2d": ("conv", lambda: nn.Conv2d(6, 8, 3, 2, 1, padding_mode="reflect"), lambda: torch.randn(2, 6, 9, 9)),
+    "Conv2d 1x1": ("conv", lambda: nn.Conv2d(6, 8, 1), lambda: torch.randn(2, 6, 4, 4)),
+    "Conv3d": ("conv", lambda: nn.Conv3d(4, 8, (1, 2, 3)), lambda: torch.randn(2, 4, 5, 5, 5)),
+    "Embedding": ("embedding", lambda: nn.Embedding(20, 8, padding_idx=0), lambda: torch.randint(0, 20, (3, 5))),
+}
+CASES = [
+    pytest.param(method, layer, id=f"{method}-{layer}")
+    for method, entry in methods().items()
+    for layer, (kind, _, _) in LAYERS.items()
+    if kind in entry.adapter.layer_kinds
+]
+METHODS = list(methods())
+
+
+class Net(nn.Module):
+    """A layer to adapt between two that are not, so that paths and gradients have somewhere to go."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.target = layer
+        self.untouched = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.untouched(self.target(x))
+
+
+def make(method: str, layer: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Tensor, Tensor]:
+    """(adapted net, input, the base's output)."""
+    torch.manual_seed(0)
+    _, build, inputs = LAYERS[layer]
+    net, x = Net(build()).to(dtype), inputs()
+    x = x.to(dtype) if x.is_floating_point() else x
+    base = net(x).detach()
+    return get_peft_model(net, EXAMPLES[method](target_modules=["target"], **options)), x, base
+
+
+def test_every_registered_method_has_an_example() -> None:
+    assert set(EXAMPLES) == set(METHODS)
+
+
+@pytest.mark.parametrize("method, layer", CASES)
+def test_starts_where_it_says(method: str, layer: str) -> None:
+    net, x, base = make(method, layer, **START[method])
+    assert torch.equal(net(x), base)
+
+
+@pytest.mark.parametrize("method, layer", CASES)
+def test_forward_equals_merged_weight(method: str, layer: str) -> None:
+    net, x, base = make(method, layer)
+    adapted = net(x)
+    assert (adapted - base).abs().max() > 1e-3
+    net.merge_adapter()
+    torch.testing.assert_close(net(x), adapted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method, layer", CASES)
+def test_unmerge_restores_every_bit(method: str, layer: str, dtype: torch.dtype) -> None:
+    net, _, _ = make(method, layer, dtype)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    for _ in range(10):
+        net.merge_adapter()
+        net.unmerge_adapter()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("method, layer", CASES)
+def test_disabled_is_the_base_merged_or_not(method: str, layer: str) -> None:
+    net, x, base = make(method, layer)
+    with net.disable_adapter():
+        assert torch.equal(net(x), base)
+    net.merge_adapter()
+    merged = net(x)
+    with net.disable_adapter():
+        assert torch.equal(net(x), base)
+    assert torch.equal(net(x), merged)
+
+
+@pytest.mark.parametrize("method, layer", CASES)
+def test_save_and_load(method: str, layer: str, tmp_path: Any) -> None:
+    net, x, base = make(method, layer)
+    net.save_pretrained(tmp_path)
+    plain = copy.deepcopy(net).unload()
+    assert torch.equal(plain(x), base)
+    loaded = PeftModel.from_pretrained(plain, tmp_path)
+    assert torch.equal(loaded(x), net(x))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("method, layer", CASES)
+def test_gradients_reach_the_adapter_only(method: str, layer: str) -> None:
+    net, x, _ = make(method, layer)
+    net(x).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert (parameter.grad is not None) == ("adapters" in name), name
+
+
+@pytest.mark.parametrize("method, layer", CASES)
+def test_delete_and_unload_give_the_plain_model_back(method: str, layer: str) -> None:
+    net, x, base = make(method, layer)
+    net.delete_adapter("default")
+    assert torch.equal(net(x), base) and net.active_adapters == []
+    again, x, base = make(method, layer)
+    plain = again.unload()
+    assert type(plain) is Net and not isinstance(plain, PeftModel)
+    assert torch.equal(plain(x), base)
+
+
+@pytest.mark.parametrize("method, layer", CASES)
+def test_merge_and_unload_keeps_the_function(method: str, layer: str) -> None:
+    net, x, _ = make(method, layer)
+    adapted = net(x)
+    plain = net.merge_and_unload(safe_merge=True)
+    assert type(plain) is Net and not any("adapters" in k for k in plain.state_dict())
+    torch.testing.assert_close(plain(x), adapted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method, layer", CASES)
+def test_two_adapters_act_together_and_one_merges_alone(method: str, layer: str) -> None:
+    net, x, base = make(method, layer)
+    net.add_adapter("other", EXAMPLES[method](target_modules=["target"]))
+    first = net(x)
+    net.set_adapter("other")
+    other = net(x)
+    assert not torch.equal(first, other)
+    net.set_adapter(["default", "other"])
+    both = net(x)
+    net.merge_adapter(["default"])  # the other one goes on acting
+    torch.testing.assert_close(net(x), both, rtol=1e-10, atol=1e-10)
+    net.merge_adapter()
+    torch.testing.assert_close(net(x), both, rtol=1e-10, atol=1e-10)
+    net.unmerge_adapter()
+    with net.disable_adapter():
+        assert torch.equal(net(x), base)
+    with pytest.raises(MergeError, match="unmerge"):
+        net.merge_adapter()
+        net.delete_adapter("other")
+
+
+@pytest.mark.parametrize("method, layer", CASES)
+def test_deepcopy_and_pickle(method: str, layer: str) -> None:
+    net, x, _ = make(method, layer)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert isinstance(twin, PeftModel) and torch.equal(twin(x), net(x))
+        twin.set_adapter([])
+        assert not torch.equal(twin(x), net(x))  # the copy has its own switch
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dtype_policy(method: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        net, x, _ = make(method, "Linear", dtype)
+        assert all(p.dtype == torch.float32 for p in net.parameters() if p.requires_grad)
+        assert net(x).dtype == dtype
+    net, x, _ = make(method, "Linear", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", METHODS)
+def test_safe_merge_changes_nothing_when_a_layer_is_not_finite(method: str, broken: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    net = get_peft_model(net, EXAMPLES[method](target_modules=["0", "1"]))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    last = list(adapter_set(net).adapters("default").values())[-1]
+    with torch.no_grad():
+        next(last.parameters()).fill_(broken)
+    with pytest.raises(MergeError, match="NaN or Inf"):
+        net.merge_adapter(safe_merge=True)
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items() if "base_layer" in k)
+
+
+# -- quantised bases: no method has code for them --------------------------------------------------------------------
+
+
+def quantised(kind: str) -> nn.Module:
+    layer = nn.Linear(64, 32)
+    if kind == "int8":
+        made: Any = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    else:
+        storage, _, double = kind.partition("+")
+        made = bnb.nn.Linear4bit(
+            64, 32, quant_type=storage, compress_statistics=bool(double), compute_dtype=torch.float32
+        )
+    made.load_state_dict(layer.state_dict())
+    return made.to("cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("storage", ["nf4", "nf4+double", "fp4", "int8"])
+def test_quantised_base(method: str, storage: str, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    net, x = Net(quantised(storage)), torch.randn(6, 64)
+    base = net(x).detach()
+    net = get_peft_model(net, EXAMPLES[method](target_modules=["target"]))
+    adapted = net(x)
+    delta = adapter_set(net).adapters("default")["target"].delta_weight()
+    torch.testing.assert_close(adapted, base + x @ delta.T, rtol=1e-4, atol=1e-4)
+    adapted.sum().backward()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+
+    net.eval()  # bitsandbytes repacks 4-bit weights for the CPU in eval mode: reading must survive it
+    with torch.no_grad():
+        base = net.target.base_layer(x)
+        dense = net.target.base.read().clone()
+        net.merge_adapter()
+        wanted = dense + delta.detach()
+        # the widest gap between two 4-bit codes is a third of the block's largest weight; rounding loses half of it
+        assert (net.target.base.read() - wanted).abs().max() < 0.2 * wanted.abs().max()
+        net.unmerge_adapter()
+        assert torch.equal(net.target.base.read(), dense)
+        with net.disable_adapter():
+            assert torch.equal(net(x), base)
+    net.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(net.unload(), tmp_path)
+    torch.testing.assert_close(loaded(x), adapted, rtol=1e-2, atol=2e-2)
+
+
+# -- what may not pass ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_failed_injection_or_load_leaves_the_model_untouched(method: str, tmp_path: Any) -> None:
+    donor = get_peft_model(nn.Sequential(nn.Linear(6, 6)), EXAMPLES[method](target_modules=["0"]))
+    donor.save_pretrained(tmp_path)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+    modules = dict(net.named_modules())
+    with pytest.raises(CheckpointError, match="another base"):
+        PeftModel.from_pretrained(net, tmp_path)
+    with pytest.raises(ValueError, match="ReLU"):
+        inject_adapter_in_model(EXAMPLES[method](target_modules=["0", "1"]), net)
+    assert dict(net.named_modules()) == modules and type(net) is nn.Sequential
+    assert all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_config_round_trips_through_json(method: str, tmp_path: Any) -> None:
+    config = EXAMPLES[method](target_modules=["b", "a"])
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == config
