@@ -30,7 +30,7 @@ __all__ = ["Architecture", "ExpertInfo", "LinearInfo", "detect"]
 CURATED_TARGETS: dict[str, tuple[Role, ...]] = {
     "phi": ("query", "value", "up", "down"),
     "nemotron_h": ("query", "key", "value", "output"),
-    "rwkv": ("query", "key", "value", "output"),
+    "rwkv": ("query", "key", "value", "output", "up", "down", "unknown"),
 }
 """Roles of the default LoRA targets where practice differs from query and value (families of HF PEFT's mapping)."""
 
@@ -62,12 +62,12 @@ def detect(model: nn.Module) -> Architecture:
         num_blocks=blocks[0].count if blocks else 0,
         block_pattern=blocks[0].pattern if blocks else None,
         blocks=blocks,
-        hidden_size=_hidden_size(tree, blocks),
+        hidden_size=blocks[0].hidden_size if blocks else None,
         vocab_size=vocab_size(model, tree, roles),
         target_modules=modules,
         experts=find_experts(tree),
         tied_weights=tied,
-        default_targets=_default_targets(family, modules, _hidden_size(tree, blocks)),
+        default_targets=_default_targets(family, modules, blocks),
         all_linear=tuple(name for name in linear if modules[name].role != "head"),
         feed_forward=tuple(name for name in linear if modules[name].role in _MLP),
         quantizable=quantizable,
@@ -161,28 +161,22 @@ def _is_plain_linear(site: Site) -> bool:
     )
 
 
-def _default_targets(family: str, modules: dict[str, LinearInfo], width: int | None) -> tuple[str, ...]:
+def _default_targets(family: str, modules: dict[str, LinearInfo], blocks: tuple[BlockList, ...]) -> tuple[str, ...]:
     """Query and value; in a model without attention what reads the block's width in a mixer, else all inside."""
 
     def having(*roles: Role) -> tuple[str, ...]:
         return tuple(name for name, info in modules.items() if info.role in roles)
 
     attention = having(*CURATED_TARGETS.get(family, ("query", "value", "fused_qkv")))
-    if attention:
-        return attention if having("value", "fused_qkv") else attention + having("fused_kv")
+    if not any(modules[name].role in ("value", "fused_qkv") for name in attention):
+        attention += having("fused_kv")
     # fused kernels read the weights of a mixer's later layers without calling them
-    mixers = tuple(name for name in having("mixer") if modules[name].in_features == width)
-    return mixers or having("gate", "up", "down", "fused_gate_up", "unknown") or having("convolution")
+    widths = {block.hidden_size for block in blocks}
+    mixers = tuple(name for name in having("mixer") if modules[name].in_features in widths)
+    return attention or mixers or having("gate", "up", "down", "fused_gate_up", "unknown") or having("convolution")
 
 
 # -- figures -----------------------------------------------------------------------------------------------------
-
-
-def _hidden_size(tree: ModuleTree, blocks: tuple[BlockList, ...]) -> int | None:
-    """Width of most of the main list's blocks (stages of a pyramid differ)."""
-    main = [path for path, pattern in tree.blocks.items() if blocks and pattern == blocks[0].pattern]
-    widths = Counter(tree.width(path) for path in main)
-    return widths.most_common(1)[0][0] if widths else None
 
 
 def _parameter_sizes(model: nn.Module, tree: ModuleTree) -> Counter[str]:

@@ -70,7 +70,8 @@ def block_roles(tree: ModuleTree, root: str) -> Roles:
     sites = tree.linears(root)
     if not sites:
         return {}
-    roles = attention_roles(tree, root, tree.width(root))
+    width = tree.width(root)
+    roles = attention_roles(tree, root, width)
     rest = [site for site in sites if site.path not in roles]
     for site in rest:
         if _beside_depthwise_convolution(tree, site):
@@ -78,7 +79,7 @@ def block_roles(tree: ModuleTree, root: str) -> Roles:
         elif _chooses_experts(tree, site):
             roles[site.path] = "router"
     for group in _mlp_groups(tree, root, [site for site in rest if site.path not in roles]):
-        roles |= _mlp_roles(group)
+        roles |= _mlp_roles(group, width)
     return roles
 
 
@@ -107,21 +108,21 @@ def _attention_units(tree: ModuleTree, root: str, width: int) -> list[str]:
 
 
 def _is_named_attention(tree: ModuleTree, path: str) -> bool:
-    name = f"{path.rpartition('.')[2]} {type(tree.modules[path]).__name__}".lower()
-    return ("attention" in name or "attn" in name) and not isinstance(tree.modules[path], nn.ModuleList)
+    if isinstance(tree.modules[path], nn.ModuleList):
+        return False
+    part = next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
+    name = f"{part} {type(tree.modules[path]).__name__}".lower()
+    return "attention" in name or "attn" in name
 
 
 def _has_attention_shapes(siblings: list[Site], width: int) -> bool:
-    said = {word_role(site.path.rpartition(".")[2]) for site in siblings}
-    if {"query", "key", "value"} <= said:
-        return True
+    """Query, key and value by word, of one input; else three readers of the block's width and a way back to it."""
+    said = {word_role(site.path.rpartition(".")[2]): site.in_features for site in siblings}
+    if {"query", "key", "value"} <= set(said):
+        return len({said["query"], said["key"], said["value"]}) == 1
     readers = [site for site in siblings if site.in_features == width]
-    return len(readers) >= 3 and any(
-        site.out_features == width and site.in_features == reader.out_features
-        for site in siblings
-        for reader in readers
-        if site not in readers[:3] and reader is not site
-    )
+    backs = [site for site in siblings if site.out_features == width and site not in readers[:3]]
+    return len(readers) >= 3 and any(b.in_features == r.out_features for b in backs for r in readers if r is not b)
 
 
 def _unit_roles(unit: str, sites: list[Site], width: int) -> Roles:
@@ -174,7 +175,8 @@ def _beside_depthwise_convolution(tree: ModuleTree, site: Site) -> bool:
 
 def _chooses_experts(tree: ModuleTree, site: Site) -> bool:
     """A layer with one output per expert (or one gate for the shared expert), next to the experts."""
-    counts = [expert_count(child) for child in tree.parent_of(site).children()]
+    around = [tree.parent_of(site), tree.modules[site.parent.rpartition(".")[0]]]
+    counts = [expert_count(child) for module in around for child in module.children()]
     return any(counts) and (site.out_features == 1 or site.out_features in counts)
 
 
@@ -190,7 +192,7 @@ def _mlp_groups(tree: ModuleTree, root: str, sites: list[Site]) -> list[list[Sit
     return [*(group for group in by_parent.values() if len(group) > 1), alone]
 
 
-def _mlp_roles(group: list[Site]) -> Roles:
+def _mlp_roles(group: list[Site], block_width: int) -> Roles:
     """Roles of one group; nothing where its shapes are no MLP's."""
     roles: Roles = {}
     for position, down in reversed(list(enumerate(group))):
@@ -205,10 +207,10 @@ def _mlp_roles(group: list[Site]) -> Roles:
         if len(equal) >= 2:
             gate, up = _gate_first(equal[-2:])
             roles |= {gate.path: "gate", up.path: "up", down.path: "down"}
-        elif double:
+        elif double and width == block_width:
             roles |= {double[-1].path: "fused_gate_up", down.path: "down"}
         # a bottleneck (adapter, LAuReL, per-layer gate) has an MLP's shapes turned inside out
-        elif equal and inner >= width:
+        elif equal and inner >= width == block_width:
             roles |= {equal[-1].path: "up", down.path: "down"}
     return roles
 

@@ -4,6 +4,7 @@ Every path is the one the model had before any adapter: a host's `base_layer` is
 same with adapters and without.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,8 @@ class BlockList:
     count: int
     class_name: str
     """Class of the most frequent block."""
+    hidden_size: int
+    """Width of the residual stream in most of the blocks (the stages of a pyramid differ)."""
 
 
 def look_through(module: nn.Module) -> nn.Module:
@@ -78,15 +81,17 @@ class ModuleTree:
 
     def __init__(self, model: nn.Module):
         self.modules: dict[str, nn.Module] = {}
-        self.paths: dict[int, str] = {}
         self.sites: dict[str, Site] = {}
+        seen: set[int] = set()
         for path, module in walk(model):
-            if id(module) not in self.paths:
-                self.paths[id(module)] = path
+            if id(module) not in seen:
+                seen.add(id(module))
                 self.modules[path] = module
                 if path and is_adaptable(module) and not self._bypassed(path):
                     base = base_weight(module, path)
                     self.sites[path] = Site(path, module, base.kind, base.in_features, base.out_features)
+        self._order = list(self.modules)
+        self._position = {path: position for position, path in enumerate(self._order)}
         self.blocks: dict[str, str] = self._find_blocks()
         """{path of one block: pattern of its list}"""
 
@@ -94,9 +99,15 @@ class ModuleTree:
         # nn.MultiheadAttention multiplies by out_proj.weight itself and never calls out_proj
         return isinstance(self.modules[path.rpartition(".")[0]], nn.MultiheadAttention)
 
+    def below(self, root: str) -> Iterator[str]:
+        """Paths strictly inside `root`, in order of declaration."""
+        later = itertools.islice(self._order, self._position[root] + 1, None)
+        return itertools.takewhile(lambda path: is_below(path, root), later)
+
     def linears(self, root: str = "") -> list[Site]:
         """Linear sites strictly inside `root`, in order of declaration."""
-        return [site for site in self.sites.values() if site.kind == "linear" and is_below(site.path, root)]
+        sites = (self.sites[path] for path in self.below(root) if path in self.sites)
+        return [site for site in sites if site.kind == "linear"]
 
     def parent_of(self, site: Site) -> nn.Module:
         return self.modules[site.parent]
@@ -106,26 +117,28 @@ class ModuleTree:
 
     def width(self, root: str) -> int:
         """Size of the residual stream through the block at `root`; 0 for a block without linear sites."""
-        norms = [
-            module.weight.shape[0]
-            for path, module in self.modules.items()
-            if is_below(path, root) and path not in self.sites and "norm" in type(module).__name__.lower()
-            if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.ndim == 1
-        ]
+        norms = []
+        for path in self.below(root):
+            weight = getattr(self.modules[path], "weight", None)
+            if isinstance(weight, nn.Parameter) and weight.ndim == 1 and _is_norm(self.modules[path]):
+                norms.append(weight.shape[0])
         return width_of(self.linears(root), norms)
 
     def block_lists(self) -> list[BlockList]:
         """Every list of repeated blocks, the one with most weights first."""
-        classes: dict[str, Counter[str]] = {}
-        weights: Counter[str] = Counter()
+        members: dict[str, list[str]] = {}
         for path, pattern in self.blocks.items():
-            block = self.modules[path]
-            classes.setdefault(pattern, Counter())[type(block).__name__] += 1
-            weights[pattern] += sum(parameter.numel() for parameter in block.parameters())
-        return [
-            BlockList(pattern, classes[pattern].total(), classes[pattern].most_common(1)[0][0])
-            for pattern, _ in weights.most_common()
-        ]
+            members.setdefault(pattern, []).append(path)
+        weights = {pattern: sum(map(self._weights, paths)) for pattern, paths in members.items()}
+        return [self._block_list(pattern, members[pattern]) for pattern in sorted(weights, key=lambda p: -weights[p])]
+
+    def _weights(self, path: str) -> int:
+        return sum(parameter.numel() for parameter in self.modules[path].parameters())
+
+    def _block_list(self, pattern: str, paths: list[str]) -> BlockList:
+        classes = Counter(type(self.modules[path]).__name__ for path in paths)
+        widths = Counter(self.width(path) for path in paths)
+        return BlockList(pattern, len(paths), classes.most_common(1)[0][0], widths.most_common(1)[0][0])
 
     def _find_blocks(self) -> dict[str, str]:
         holders = {root for site in self.linears() for root in ancestors(site.path)}
@@ -184,11 +197,16 @@ def width_of(sites: Iterable[Site], norms: Iterable[int] = ()) -> int:
 
 def expert_count(module: nn.Module) -> int:
     """Experts that a module holds, as a list of MLPs or as raw parameters (experts, ·, ·); 0 for any other."""
-    if isinstance(module, nn.ModuleList):
-        same = len({type(child) for child in module}) == 1
-        return len(module) if same and any(True for _ in module[0].children()) else 0
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        experts = list(module.children())
+        same = len({type(expert) for expert in experts}) == 1
+        return len(experts) if same and any(True for _ in experts[0].children()) else 0
     stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
     return stacks[0].shape[0] if len(stacks) > 1 and len({p.shape[0] for p in stacks}) == 1 else 0
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -239,7 +239,7 @@ class AdaLora(Adapter):
             self.lora_E[~self.kept.to(self.lora_E.device)] = 0
 
     def _prune(self, optimizer: torch.optim.Optimizer) -> None:
-        """Shrink the parameters, their gradients and the optimiser's moments to the triplets that are kept."""
+        """Shrink the parameters and the optimiser's moments to the triplets that are kept."""
         rows = self._kept_rows().to(self.lora_E.device)
         for name in _NAMES:
             parameter = getattr(self, name)
@@ -247,13 +247,16 @@ class AdaLora(Adapter):
             if any(isinstance(m, Tensor) and m.dim() and m.shape != parameter.shape for m in moments):
                 return  # moments in a packed form (8-bit optimisers) stay with the masked tensors
         for name in _NAMES:
-            parameter, axis = getattr(self, name), _triplet_axis(name)
-            moments = optimizer.state.get(parameter, {})
-            for key, moment in moments.items():
-                if isinstance(moment, Tensor) and moment.dim():
-                    moments[key] = moment.index_select(axis, rows)
-            parameter.grad = None
-            parameter.data = parameter.data.index_select(axis, rows)
+            old, axis = getattr(self, name), _triplet_axis(name)
+            new = nn.Parameter(old.detach().index_select(axis, rows))
+            setattr(self, name, new)
+            for group in optimizer.param_groups:
+                group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+            if old in optimizer.state:
+                optimizer.state[new] = {
+                    key: moment.index_select(axis, rows) if isinstance(moment, Tensor) and moment.dim() else moment
+                    for key, moment in optimizer.state.pop(old).items()
+                }
         self.importance = {}
 
     def training_state(self) -> dict[str, Tensor]:

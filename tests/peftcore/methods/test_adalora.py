@@ -1,0 +1,164 @@
+"""What the AdaLoRA paper says: scores, budget, allocation, regulariser; and that it learns with plain calls."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peftcore import AdaLoraConfig, ConfigError, PeftModel, TargetError, TrainingError, get_peft_model
+from peftcore.inject import adapter_set
+
+
+def config(**options: Any) -> AdaLoraConfig:
+    defaults: dict[str, Any] = {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": 20, "deltaT": 1}
+    return AdaLoraConfig(target_modules=["0", "1"], lora_alpha=8, **{**defaults, **options})
+
+
+def net(**options: Any) -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 7)).double(), config(**options))
+
+
+def layers(model: Any) -> list[Any]:
+    return list(adapter_set(model).adapters("default").values())
+
+
+def train(model: Any, steps: int, first: int = 1, prune: bool = False) -> torch.optim.Optimizer:
+    torch.manual_seed(1)
+    x, y = torch.randn(64, 10, dtype=torch.float64), torch.randn(64, 7, dtype=torch.float64)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(first, first + steps):
+        loss = (model(x) - y).square().mean() + model.adapter_regularizer()
+        loss.backward()
+        optimizer.step()
+        model.on_optimizer_step(step, optimizer if prune else None)
+        optimizer.zero_grad()
+    return optimizer
+
+
+def test_budget_schedule() -> None:
+    c, n = config(tinit=4, tfinal=6, total_step=30), 5
+    assert [c.budget(t, n) for t in (1, 4)] == [30, 30]
+    assert [c.budget(t, n) for t in (24, 27, 30, 99)] == [10] * 4
+    for t in range(5, 24):
+        assert c.budget(t, n) == 10 + int(20 * (1 - (t - 4) / (30 - 4 - 6)) ** 3)
+    budgets = [c.budget(t, n) for t in range(1, 31)]
+    assert budgets == sorted(budgets, reverse=True)
+
+
+def test_scores_follow_the_paper() -> None:
+    """Ī and Ū by hand over three steps, with the gradients that the allocator saw."""
+    model = net(target_r=6)  # no pruning, only scores
+    adapter = layers(model)[0]
+    torch.manual_seed(3)
+    mean = {n: torch.zeros_like(getattr(adapter, n)).float() for n in ("lora_A", "lora_B", "lora_E")}
+    spread = copy.deepcopy(mean)
+    for step in (1, 2, 3):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn_like(parameter)
+        for n in mean:
+            p = getattr(adapter, n)
+            now = (p.detach() * p.grad).float().abs()
+            mean[n] = 0.85 * mean[n] + 0.15 * now
+            spread[n] = 0.85 * spread[n] + 0.15 * (now - mean[n]).abs()
+        model.on_optimizer_step(step)
+    s = {n: mean[n] * spread[n] for n in mean}
+    expected = s["lora_E"][:, 0] + s["lora_B"].mean(0) + s["lora_A"].mean(1)
+    torch.testing.assert_close(adapter.scores(), expected)
+
+
+def test_the_budget_is_kept_exactly_and_masked_triplets_may_come_back() -> None:
+    model = net()
+    seen: list[list[bool]] = []
+    torch.manual_seed(5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(1, 21):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        model.on_optimizer_step(step)
+        kept = torch.cat([a.kept for a in layers(model)])
+        if step > 2:
+            assert int(kept.sum()) == config().budget(step, 2)
+            zero = torch.cat([a.lora_E.flatten() == 0 for a in layers(model)])
+            assert torch.equal(zero, ~kept)
+        seen.append(kept.tolist())
+    steps = zip(seen, seen[1:], strict=False)
+    came_back = any(now and not before for a, b in steps for before, now in zip(a, b, strict=True))
+    assert came_back, "a masked triplet still gets gradients and may return"
+    assert seen[-1] == seen[16], "after the final step the mask stays"
+
+
+def test_ties_do_not_prune_too_much() -> None:
+    model = net(tinit=0, tfinal=0, total_step=5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)  # every score equal
+    for step in (1, 2, 3, 4, 5):
+        model.on_optimizer_step(step)
+    kept = [int(a.kept.sum()) for a in layers(model)]
+    assert sum(kept) == 4 and kept == [4, 0], "the earlier layer wins a tie; a layer may end with rank 0"
+    assert torch.isfinite(model(torch.randn(2, 10, dtype=torch.float64))).all()
+
+
+def test_regularizer_is_squared_and_averaged_over_matrices() -> None:
+    model = net()
+    terms = []
+    for a in layers(model):
+        eye = torch.eye(6, dtype=torch.float64)
+        terms += [(a.lora_B.T @ a.lora_B - eye).norm() ** 2, (a.lora_A @ a.lora_A.T - eye).norm() ** 2]
+    torch.testing.assert_close(model.adapter_regularizer(), 0.5 * torch.stack(terms).mean())
+    assert net(orth_reg_weight=0.0).adapter_regularizer() is None
+
+
+def test_saved_adapter_is_small_and_computes_the_same(tmp_path: Any) -> None:
+    model = net()
+    train(model, 20)
+    x = torch.randn(5, 10, dtype=torch.float64)
+    model.save_pretrained(tmp_path)
+    plain = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 7)).double()
+    plain.load_state_dict(copy.deepcopy(model).unload().state_dict())
+    loaded = PeftModel.from_pretrained(plain, tmp_path)
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-12, atol=1e-12)
+    assert sum(len(a.lora_E) for a in layers(loaded)) == 4
+    assert model.peft_config["default"].rank_pattern is None, "saving changes no configuration in memory"
+
+
+def test_pruning_shrinks_tensors_and_moments_and_changes_nothing_computed() -> None:
+    masked, pruned = net(), net()
+    train(masked, 17)  # the step at which the budget is final
+    optimizer = train(pruned, 17, prune=True)
+    x = torch.randn(5, 10, dtype=torch.float64)
+    torch.testing.assert_close(pruned(x), masked(x), rtol=1e-6, atol=1e-6)
+    assert sum(len(a.lora_E) for a in layers(pruned)) == 4
+    for a in layers(pruned):
+        assert optimizer.state[a.lora_A]["exp_avg"].shape == a.lora_A.shape
+    train(pruned, 3, first=18, prune=True)  # goes on training
+
+
+@pytest.mark.parametrize("stop", [1, 7, 18])
+def test_training_state_resumes_the_allocator(stop: int, tmp_path: Any) -> None:
+    whole = net()
+    train(whole, stop)
+    state = {k: v.clone() for k, v in whole.adapter_state().items()}
+    whole.save_pretrained(tmp_path)
+    resumed = net()
+    resumed.load_adapter_state(state)
+    for model in (whole, resumed):
+        train(model, 3, first=stop + 1)  # fresh optimisers for both: the allocator alone is compared
+    for a, b in zip(layers(whole), layers(resumed), strict=True):
+        assert torch.equal(a.kept, b.kept) and torch.equal(a.lora_A, b.lora_A) and torch.equal(a.lora_E, b.lora_E)
+
+
+def test_impossible_options() -> None:
+    with pytest.raises(ConfigError, match="must not exceed init_r=4; got 8"):
+        AdaLoraConfig(init_r=4, target_r=8)
+    with pytest.raises(ConfigError, match="below total_step=10"):
+        AdaLoraConfig(tinit=5, tfinal=5, total_step=10)
+    with pytest.raises(TrainingError, match="total_step"):
+        net(total_step=None).on_optimizer_step(1)
+    with pytest.raises(TargetError, match="ADALORA does not adapt conv layers"):
+        get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 1)), AdaLoraConfig(target_modules=["0"]))

@@ -1,0 +1,119 @@
+"""What the LoRA and rsLoRA papers say, and what LoRA must refuse."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from peftcore import ConfigError, LoraConfig, MergeError, get_peft_model
+from peftcore.inject import adapter_set
+
+
+def lora_at(net: nn.Module, path: str = "0"):
+    return adapter_set(net).adapters("default")[path]
+
+
+def test_the_papers_formula() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5)).double()
+    weight, bias = net[0].weight.clone(), net[0].bias.clone()
+    net = get_peft_model(net, LoraConfig(r=3, lora_alpha=12, target_modules=["0"], init_lora_weights=False))
+    adapter, x = lora_at(net), torch.randn(4, 6, dtype=torch.float64)
+    expected = x @ (weight + 12 / 3 * adapter.lora_B @ adapter.lora_A).T + bias
+    torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rslora, scaling", [(False, 16 / 4), (True, 16 / math.sqrt(4))])
+def test_scaling(rslora: bool, scaling: float) -> None:
+    config = LoraConfig(r=4, lora_alpha=16, use_rslora=rslora, target_modules=["0"])
+    assert lora_at(get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)).scaling == scaling
+
+
+def test_patterns_match_by_segment_and_the_first_wins() -> None:
+    config = LoraConfig(r=8, lora_alpha=8, rank_pattern={"q": 2, "block.q": 3}, alpha_pattern={r"h\.\d+\.k": 5.0})
+    assert config.at("block.q") == (2, 8)
+    assert config.at("block.seq") == (8, 8)
+    assert config.at("h.11.k") == (8, 5.0)
+
+
+def test_dropout_acts_while_training_only_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 4, bias=False)).double()
+    net = get_peft_model(net, LoraConfig(r=4, lora_dropout=0.4, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(1, 64, dtype=torch.float64)
+    net.eval()
+    assert torch.equal(net(x), net(x))
+    expected = net(x)
+    net.train()
+    draws = net(x.expand(20000, -1))
+    assert draws.std(0).min() > 0
+    torch.testing.assert_close(draws.mean(0, keepdim=True), expected, rtol=0, atol=4 * draws.std().item() / 20000**0.5)
+
+
+def test_gradients_match_autograd_of_the_dense_form() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5)).double()
+    net = get_peft_model(net, LoraConfig(r=3, lora_alpha=7, target_modules=["0"], init_lora_weights=False))
+    adapter = lora_at(net)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *_: net(x), (x, adapter.lora_A, adapter.lora_B))
+
+
+def test_start_values() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4000, 8))
+    adapter = lora_at(get_peft_model(net, LoraConfig(r=4, init_lora_weights="gaussian", target_modules=["0"])))
+    assert adapter.lora_B.abs().max() == 0 and abs(adapter.lora_A.std().item() * 4 - 1) < 0.05
+    adapter = lora_at(get_peft_model(nn.Sequential(nn.Embedding(50, 8)), LoraConfig(r=4, target_modules=["0"])))
+    assert adapter.lora_A.abs().max() == 0 and adapter.lora_B.std() > 0.5
+
+
+def test_scaled_embeddings_scale_the_adapter_too() -> None:
+    class Scaled(nn.Embedding):
+        embed_scale = 3.0
+
+        def forward(self, input):
+            return super().forward(input) * self.embed_scale
+
+    net = nn.Sequential(Scaled(20, 8)).double()
+    net = get_peft_model(net, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    x = torch.randint(0, 20, (3, 5))
+    adapted = net(x)
+    net.merge_adapter()
+    torch.testing.assert_close(net(x), adapted)
+
+
+def test_grouped_convolution_trains_but_does_not_merge() -> None:
+    net = get_peft_model(nn.Sequential(nn.Conv2d(6, 8, 3, groups=2)), LoraConfig(r=4, target_modules=["0"]))
+    with pytest.raises(MergeError, match="groups"):
+        net.merge_adapter()
+    with pytest.raises(ConfigError, match="multiple of its 2 groups, got 3"):
+        get_peft_model(nn.Sequential(nn.Conv2d(6, 8, 3, groups=2)), LoraConfig(r=3, target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"r": 0}, "r must be a positive integer; got 0"),
+        ({"lora_dropout": 1.0}, "below 1; got 1.0"),
+        ({"bias": "some"}, "one of 'none', 'all', 'lora_only'; got 'some'"),
+        ({"init_lora_weights": "pissa"}, "got 'pissa'"),
+        ({"lora_aplha": 3}, "did you mean 'lora_alpha'"),
+        ({"task_type": "CHAT"}, "CAUSAL_LM"),
+        ({"target_modules": []}, "empty"),
+        ({"layers_pattern": "h"}, "needs layers_to_transform"),
+    ],
+)
+def test_impossible_options(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoraConfig(**options)
+
+
+def test_mathematics_that_is_not_here_is_refused_not_ignored() -> None:
+    with pytest.raises(ConfigError, match="use_dora=True is not supported"):
+        LoraConfig.from_dict({"peft_type": "LORA", "use_dora": True}, from_disk=True)
+    assert LoraConfig.from_dict({"peft_type": "LORA", "use_dora": False, "eva_config": None}, from_disk=True)
+    with pytest.warns(UserWarning, match="from_the_future"):
+        config = LoraConfig.from_dict({"peft_type": "LORA", "from_the_future": 3}, from_disk=True)
+    assert config.to_dict()["from_the_future"] == 3

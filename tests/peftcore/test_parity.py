@@ -1,0 +1,186 @@
+"""Adapter directories are PEFT's, both ways: HF `peft` is the oracle, same logits within 1e-5 in float32."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from peftcore import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what the oracle warns of on import is its own affair
+    import peft
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about its own deprecated calls
+
+DECODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+ENCODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**DECODER)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**DECODER)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**ENCODER, vocab_size=64)),
+    "vit": lambda: ViTForImageClassification(ViTConfig(**ENCODER, image_size=16, patch_size=8)),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0)
+    ),
+}
+
+
+def build(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    return FAMILIES[family]().eval()
+
+
+def logits(family: str, model: Any) -> torch.Tensor:
+    torch.manual_seed(1)
+    tokens = torch.randint(1, 60, (2, 7))
+    with torch.no_grad():
+        if family == "vit":
+            return model(pixel_values=torch.randn(2, 3, 16, 16)).logits
+        if family == "t5":
+            return model(input_ids=tokens, decoder_input_ids=tokens).logits
+        return model(input_ids=tokens).logits
+
+
+def randomise(model: nn.Module) -> None:
+    """Weights that are far from the start, so that a wrong key or scale cannot hide."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+
+
+def both_ways(family: str, theirs: Any, ours: Any, tmp_path: Path) -> None:
+    """Save with one, load with the other, compare logits; `theirs` and `ours` are configurations of the same thing."""
+    hf = peft.get_peft_model(build(family), theirs).eval()
+    randomise(hf)
+    base = logits(family, build(family))
+    hf.save_pretrained(tmp_path / "hf")
+    here = PeftModel.from_pretrained(build(family), tmp_path / "hf")
+    expected = logits(family, hf)
+    assert (expected - base).abs().max() > 1e-3
+    torch.testing.assert_close(logits(family, here), expected, rtol=1e-5, atol=1e-5)
+
+    model = get_peft_model(build(family), ours).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path / "ours")
+    there = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(family, there), logits(family, model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_default_targets(family: str, tmp_path: Path) -> None:
+    unknown_to_peft = {"vit": ["q_proj", "v_proj"]}.get(family)
+    both_ways(family, peft.LoraConfig(r=4, target_modules=unknown_to_peft), LoraConfig(r=4), tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_all_linear(family: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "use_rslora": True}
+    theirs = peft.get_peft_model(build(family), peft.LoraConfig(**options))
+    ours = get_peft_model(build(family), LoraConfig(**options))
+    count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert ours.get_nb_trainable_parameters()[0] == count
+    both_ways(family, peft.LoraConfig(**options), LoraConfig(**options), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_adalora(family: str, tmp_path: Path) -> None:
+    targets = {"gpt2": ["c_attn"], "llama": ["q_proj", "down_proj"], "t5": ["q", "wo"]}[family]
+    options: dict[str, Any] = {
+        "init_r": 6,
+        "target_r": 3,
+        "total_step": 10,
+        "lora_alpha": 16,
+        "target_modules": targets,
+    }
+    both_ways(family, peft.AdaLoraConfig(**options), AdaLoraConfig(**options), tmp_path)
+
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "rank and alpha patterns": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 6},
+        "alpha_pattern": {"1.self_attn.v_proj": 32},
+    },
+    "embedding and head": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "layers_to_transform": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "layers_pattern": {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    "exclude": {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*"},
+    "regular expression": {"target_modules": r".*self_attn\.(q|k)_proj"},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "model.norm"]},
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_lora_options(case: str, tmp_path: Path) -> None:
+    options = {"r": 4, "lora_alpha": 16, **PATTERNS[case]}
+    both_ways("llama", peft.LoraConfig(**copy.deepcopy(options)), LoraConfig(**options), tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["all", "lora_only"])
+def test_bias_modes(mode: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"r": 4, "bias": mode, "target_modules": ["query", "dense"]}
+    both_ways("bert", peft.LoraConfig(**options), LoraConfig(**options), tmp_path)
+
+
+def test_task_type_trains_and_saves_the_head(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"r": 4, "target_modules": ["query"]}
+    ours = LoraConfig(task_type=TaskType.SEQ_CLS, **options)
+    both_ways("bert", peft.LoraConfig(task_type="SEQ_CLS", **options), ours, tmp_path)
+    assert ours.modules_to_save is None, "the user's configuration is never changed"
+
+
+@pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "Conv3d", "Conv2d grouped", "Embedding"])
+def test_lora_on_convolutions_and_embeddings(kind: str, tmp_path: Path) -> None:
+    layers: dict[str, tuple[nn.Module, torch.Tensor]] = {
+        "Conv1d": (nn.Conv1d(6, 8, 3, padding=1, stride=2), torch.randn(2, 6, 9)),
+        "Conv2d": (nn.Conv2d(6, 8, (3, 5), padding=2), torch.randn(2, 6, 9, 9)),
+        "Conv3d": (nn.Conv3d(4, 8, 2), torch.randn(2, 4, 5, 5, 5)),
+        "Conv2d grouped": (nn.Conv2d(6, 8, 3, groups=2), torch.randn(2, 6, 9, 9)),
+        "Embedding": (nn.Embedding(20, 8), torch.randint(0, 20, (3, 5))),
+    }
+    layer, x = layers[kind]
+    net = nn.Sequential(layer)
+    hf = peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(r=4, target_modules=["0"], lora_alpha=12)).eval()
+    randomise(hf)
+    hf.save_pretrained(tmp_path, save_embedding_layers=False)
+    here = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path)
+    torch.testing.assert_close(here(x), hf(x), rtol=1e-5, atol=1e-5)
+    assert (hf(x) - net(x)).abs().max() > 1e-2
