@@ -16,7 +16,7 @@ from peftcore.config import PeftConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
 from peftcore.host import AdaptedLayer, SavedModule, Selection, modules_outside_hosts
 from peftcore.registry import method_of
-from peftcore.targets import find_saved_modules, find_targets, with_task_heads
+from peftcore.targets import completed, find_saved_modules, find_targets
 
 _ATTRIBUTE = "_adapter_set"
 
@@ -91,7 +91,7 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str) -> Inject
         raise ConfigError(f"{type(config).__name__} does not adapt layers; use one of the tuner configurations")
     _check_name(model, name)
     _check_not_compiled(model)
-    config = dataclasses.replace(config, modules_to_save=with_task_heads(model, config))
+    config = completed(model, config)
     _check_single_bias(model, config)
     targets = find_targets(model, config)
     saved = find_saved_modules(model, config)

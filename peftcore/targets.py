@@ -3,6 +3,7 @@
 Names match by whole path segments: "head" is `head` and `decoder.head`, never `overhead`.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable
 
@@ -136,9 +137,25 @@ def find_saved_modules(model: nn.Module, config: TunerConfig) -> dict[str, nn.Mo
     return found
 
 
-def with_task_heads(model: nn.Module, config: TunerConfig) -> list[str] | None:
-    """`modules_to_save` with the heads that the task type trains, where the model has one (the config stays)."""
+def completed(model: nn.Module, config: TunerConfig) -> TunerConfig:
+    """A copy with what the model decides written out: default targets, "all-linear" as names, heads to train.
+
+    Readers of the saved file (PEFT, vLLM) then need no architecture table. The given configuration stays as it is.
+    """
+    modules = dict(modules_outside_hosts(model))
+    changes: dict[str, object] = {}
+    if config.target_modules is None or config.target_modules == ALL_LINEAR:
+        if wanted := _wanted_paths(model, modules, config):
+            changes["target_modules"] = _shortest_names(wanted, list(modules))
     heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
-    if not any(named(path, heads) for path, _ in modules_outside_hosts(model)):
-        return config.modules_to_save
-    return [*(config.modules_to_save or []), *(h for h in heads if h not in (config.modules_to_save or []))]
+    if any(named(path, heads) for path in modules):
+        given = config.modules_to_save or []
+        changes["modules_to_save"] = [*given, *(head for head in heads if head not in given)]
+    return dataclasses.replace(config, **changes)
+
+
+def _shortest_names(wanted: list[str], paths: list[str]) -> set[str]:
+    """Last segments of the wanted paths, or whole paths where a segment also names something unwanted."""
+    chosen, unwanted = set(wanted), {path.rsplit(".", 1)[-1] for path in paths if path not in set(wanted)}
+    last = {path: path.rsplit(".", 1)[-1] for path in chosen}
+    return {name if name not in unwanted else path for path, name in last.items()}

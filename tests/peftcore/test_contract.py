@@ -262,7 +262,7 @@ def test_quantised_base(method: str, storage: str, tmp_path: Any) -> None:
     torch.testing.assert_close(loaded(x), adapted, rtol=1e-2, atol=2e-2)
 
 
-# -- what may not pass ---------------------------------------------------------------------------------------------------
+# -- what may not pass -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)

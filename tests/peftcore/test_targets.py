@@ -93,3 +93,11 @@ def test_tied_head_merges_without_changing_the_embedding() -> None:
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(x).logits, adapted)
     assert merged.config.tie_word_embeddings is False
+
+
+def test_the_saved_configuration_names_its_targets() -> None:
+    """Readers such as vLLM know no architecture table."""
+    config = LoraConfig(target_modules="all-linear", exclude_modules=["overhead"])
+    model = get_peft_model(Heads(), config)
+    assert model.peft_config["default"].target_modules == {"head", "overhead"}
+    assert config.target_modules == "all-linear"

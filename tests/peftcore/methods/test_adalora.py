@@ -1,6 +1,7 @@
 """What the AdaLoRA paper says: scores, budget, allocation, regulariser; and that it learns with plain calls."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -86,7 +87,7 @@ def test_the_budget_is_kept_exactly_and_masked_triplets_may_come_back() -> None:
             zero = torch.cat([a.lora_E.flatten() == 0 for a in layers(model)])
             assert torch.equal(zero, ~kept)
         seen.append(kept.tolist())
-    steps = zip(seen, seen[1:], strict=False)
+    steps = itertools.pairwise(seen)
     came_back = any(now and not before for a, b in steps for before, now in zip(a, b, strict=True))
     assert came_back, "a masked triplet still gets gradients and may return"
     assert seen[-1] == seen[16], "after the final step the mask stays"
