@@ -144,9 +144,9 @@ def completed(model: nn.Module, config: TunerConfig) -> TunerConfig:
     """
     modules = dict(modules_outside_hosts(model))
     changes: dict[str, object] = {}
-    if config.target_modules is None or config.target_modules == ALL_LINEAR:
-        if wanted := _wanted_paths(model, modules, config):
-            changes["target_modules"] = _shortest_names(wanted, list(modules))
+    decided_here = config.target_modules is None or config.target_modules == ALL_LINEAR
+    if decided_here and (wanted := _wanted_paths(model, modules, config)):
+        changes["target_modules"] = _shortest_names(wanted, list(modules))
     heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
     if any(named(path, heads) for path in modules):
         given = config.modules_to_save or []

@@ -100,6 +100,7 @@ def test_only_one_adapter_may_train_biases_and_unload_gives_them_back() -> None:
     assert torch.equal(model.unload()[1].bias, before)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile's own import of itself
 def test_attaching_after_compile_is_refused() -> None:
     compiled = torch.compile(nn.Sequential(nn.Linear(6, 6)))
     with pytest.raises(ConfigError, match=r"before torch\.compile"):
