@@ -6,6 +6,7 @@ group `peftcore.methods` that names its module.
 
 import importlib
 import importlib.metadata
+import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,3 +68,15 @@ def method_named(name: str) -> Method:
 def method_of(config: PeftConfig) -> Method:
     """The method that a configuration object belongs to."""
     return method_named(config.peft_type)
+
+
+def method_table() -> str:
+    """A Markdown table of the registered methods; the README's is this one."""
+    lines = ["| method | configuration | adapts | lines | what |", "|---|---|---|---|---|"]
+    for method in methods().values():
+        module = importlib.import_module(method.adapter.__module__)
+        source = inspect.getsource(module).splitlines()
+        what = (module.__doc__ or "").strip().splitlines()[0]
+        kinds = ", ".join(sorted(method.adapter.layer_kinds))
+        lines.append(f"| {method.name} | `{method.config.__name__}` | {kinds} | {len(source)} | {what} |")
+    return "\n".join(lines) + "\n"
