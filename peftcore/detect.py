@@ -18,11 +18,10 @@ from peftcore.module_tree import (
     BlockList,
     ModuleTree,
     Site,
-    expert_count,
+    expert_stacks,
     pattern_of,
     shared_parameters,
     unique_parameters,
-    width_of,
 )
 
 __all__ = ["Architecture", "ExpertInfo", "LinearInfo", "detect"]
@@ -63,7 +62,7 @@ def detect(model: nn.Module) -> Architecture:
         block_pattern=blocks[0].pattern if blocks else None,
         blocks=blocks,
         hidden_size=blocks[0].hidden_size if blocks else None,
-        vocab_size=vocab_size(model, tree, roles),
+        vocab_size=vocab_size(model, tree),
         target_modules=modules,
         experts=find_experts(tree),
         tied_weights=tied,
@@ -86,10 +85,8 @@ def _all_roles(model: nn.Module, tree: ModuleTree) -> Roles:
     roles: Roles = {}
     for root in tree.blocks:
         roles |= block_roles(tree, root)
-    outside = [site for site in tree.linears() if site.path not in roles and tree.block_of(site.path) is None]
-    if outside:
-        found = attention_roles(tree, "", width_of(outside))
-        roles |= {site.path: found[site.path] for site in outside if site.path in found}
+    outside = attention_roles(tree, "")
+    roles |= {path: role for path, role in outside.items() if tree.block_of(path) is None}
     roles |= dict.fromkeys(head_paths(model, tree), "head")
     other: dict[str, Role] = {"linear": "unknown", "conv": "convolution", "embedding": "embedding"}
     return {site.path: roles.get(site.path, other[site.kind]) for site in tree.sites.values()}
@@ -193,6 +190,6 @@ def _unreached(model: nn.Module, tree: ModuleTree) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     for path, _, parameter in unique_parameters(model):
         module = tree.modules.get(path)
-        if module is not None and path not in tree.sites and parameter.ndim >= 2 and not expert_count(module):
+        if module is not None and path not in tree.sites and parameter.ndim >= 2 and not expert_stacks(module):
             sizes[type(module).__name__] += parameter.numel()
     return dict(sizes)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftcore.architecture import ExpertInfo
 from peftcore.detect_roles import Role
-from peftcore.module_tree import ModuleTree, expert_count
+from peftcore.module_tree import ModuleTree, expert_stacks
 
 
 def find_experts(tree: ModuleTree) -> dict[str, ExpertInfo]:
@@ -18,15 +18,15 @@ def find_experts(tree: ModuleTree) -> dict[str, ExpertInfo]:
     found: dict[str, list[ExpertInfo]] = {}
     for path, module in tree.modules.items():
         block = tree.block_of(path)
-        if block is None or isinstance(module, nn.ModuleList) or not expert_count(module):
+        stacks = expert_stacks(module)
+        if block is None or not stacks:
             continue
-        for name, info in _stacks(module, tree.width(block)).items():
+        for name, info in _expert_infos(module, stacks, tree.width(block)).items():
             found.setdefault(f"{path.rpartition('.')[2]}.{name}", []).append(info)
     return {name: replace(infos[0], count=len(infos)) for name, infos in found.items()}
 
 
-def _stacks(module: nn.Module, width: int) -> dict[str, ExpertInfo]:
-    stacks = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+def _expert_infos(module: nn.Module, stacks: dict[str, nn.Parameter], width: int) -> dict[str, ExpertInfo]:
     inner = {name: _inner_size(p, width) for name, p in stacks.items()}
     if None in inner.values():
         return {}

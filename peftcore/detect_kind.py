@@ -9,6 +9,7 @@ from peftcore.module_tree import BlockList, ModuleTree, is_below
 
 
 def model_kind(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[BlockList, ...]) -> str:
+    """ "causal decoder", "encoder", "encoder-decoder", "vision encoder" or "other"."""
     config = getattr(model, "config", None)
     places = [set(block.pattern.split(".")) for block in blocks]
     both = any("encoder" in place for place in places) and any("decoder" in place for place in places)
@@ -44,22 +45,28 @@ def _embeds_patches(tree: ModuleTree) -> bool:
 
 
 def head_paths(model: nn.Module, tree: ModuleTree) -> list[str]:
-    """Layers that give the model's answer: the output embeddings, else a task's layers outside the base model."""
+    """Layers that give the model's answer: the output embeddings, else a task's layers outside the base model.
+
+    In a module that is no transformers model: a layer with one output per token, else the last one that follows the
+    blocks at the top. Without repeated blocks nothing tells a head from any other layer.
+    """
     outside = [site for site in tree.linears() if tree.block_of(site.path) is None]
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    if head is not None:
-        paths = [site.path for site in outside if head in (site.layer, _at(model, site.path))]
-        if paths:
-            return paths
+    found = [site.path for site in outside if head is not None and head in (site.layer, _at(model, site.path))]
+    if found:
+        return found
     prefix = getattr(model, "base_model_prefix", "")
-    if prefix and prefix in tree.modules:
+    if prefix in tree.modules and prefix:
         return [site.path for site in outside if not is_below(site.path, prefix)]
     if prefix or not tree.blocks:
         return []
-    last_block = list(tree.modules).index(list(tree.blocks)[-1])
-    after = [site for site in outside if list(tree.modules).index(site.path) > last_block]
-    return [site.path for site in after if "." not in site.path][-1:]
+    vocabulary = vocab_size(model, tree)
+    per_token = [site.path for site in outside if site.out_features == vocabulary]
+    order = list(tree.modules)
+    last_block = max(order.index(block) for block in tree.blocks)
+    after = [site.path for site in outside if "." not in site.path and order.index(site.path) > last_block]
+    return per_token or after[-1:]
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:
@@ -70,7 +77,7 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def vocab_size(model: nn.Module, tree: ModuleTree, roles: Roles) -> int | None:
+def vocab_size(model: nn.Module, tree: ModuleTree) -> int | None:
     """Rows of the token embedding: the one the model names, else the largest outside the blocks."""
     getter = getattr(model, "get_input_embeddings", None)
     try:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore.module_tree import ModuleTree, Site, ancestors, expert_count
+from peftcore.module_tree import ModuleTree, Site, ancestors, expert_count, width_of
 
 Role = Literal[
     "query",
@@ -45,23 +45,31 @@ _WORDS: dict[str, Role] = {
     **dict.fromkeys(("kv", "wkv", "tokv"), "fused_kv"),
     **dict.fromkeys(("o", "wo", "oproj", "out", "output"), "output"),
 }
-_NOT_CONTENT = {"pos", "position", "rel", "relative", "r", "gate", "norm", "conv"}
+_NOT_CONTENT = {"pos", "position", "rel", "relative", "r", "gate", "norm", "conv", "sconv"}
 """Words of layers that serve attention without projecting its content."""
+_GENERIC = {"dense", "linear", "layer", "proj"}
+"""Words that say only that it is a layer, so that the module around it gives the name (`query.linear`)."""
+
+
+def _words(part: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)}
 
 
 def word_role(path: str) -> Role | None:
-    """Role that the words of a path say, the last part that says one: `self.query` → query, `wqkv` → fused_qkv."""
+    """Role that the last telling part of a path says: `self.query` → query, `output.dense` → output."""
     for part in reversed(path.split(".")):
-        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
-        said: set[Role] = {_WORDS[word] for word in words if word in _WORDS}
-        if _NOT_CONTENT & set(words):
+        words = _words(part)
+        if _NOT_CONTENT & words:
             return None
+        said: set[Role] = {_WORDS[word] for word in words if word in _WORDS}
         if {"query", "key", "value"} <= said:
             return "fused_qkv"
         if {"key", "value"} <= said:
             return "fused_kv"
         if len(said) == 1:
             return said.pop()
+        if words - _GENERIC:
+            return None
     return None
 
 
@@ -72,30 +80,34 @@ def block_roles(tree: ModuleTree, root: str) -> Roles:
         return {}
     width = tree.width(root)
     roles = attention_roles(tree, root, width)
-    rest = [site for site in sites if site.path not in roles]
-    for site in rest:
-        if _beside_depthwise_convolution(tree, site):
-            roles[site.path] = "mixer"
-        elif _chooses_experts(tree, site):
-            roles[site.path] = "router"
-    for group in _mlp_groups(tree, root, [site for site in rest if site.path not in roles]):
+    mixers = [site for site in sites if _beside_depthwise_convolution(tree, site)]
+    for site in mixers:
+        roles.setdefault(site.path, "mixer")
+    for group in _mlp_groups([site for site in sites if site.path not in roles]):
         roles |= _mlp_roles(group, width)
+    # last, because an MLP's inner size may happen to be the number of experts
+    routers = [site for site in sites if site.path not in roles and _chooses_experts(tree, site)]
+    roles |= dict.fromkeys((site.path for site in routers), "router")
     return roles
 
 
 # -- attention ---------------------------------------------------------------------------------------------------
 
 
-def attention_roles(tree: ModuleTree, root: str, width: int) -> Roles:
-    """Roles inside every attention module at or below `root`."""
+def attention_roles(tree: ModuleTree, root: str, width: int | None = None) -> Roles:
+    """Roles inside every attention module at or below `root`, a block of that width.
+
+    Without a width, outside blocks, an attention must say so itself: there shapes alone would take a projector's MLP
+    for one.
+    """
     roles: Roles = {}
     for unit in _attention_units(tree, root, width):
         sites = [site for site in tree.linears(unit) if site.path not in roles]
-        roles |= _unit_roles(unit, sites, width)
+        roles |= _unit_roles(unit, sites, width or width_of(sites))
     return roles
 
 
-def _attention_units(tree: ModuleTree, root: str, width: int) -> list[str]:
+def _attention_units(tree: ModuleTree, root: str, width: int | None) -> list[str]:
     """Outermost modules below `root` named attention, else `root` or its parts with an attention's shapes."""
     units: dict[str, None] = {}
     for site in tree.linears(root):
@@ -112,10 +124,11 @@ def _is_named_attention(tree: ModuleTree, path: str) -> bool:
         return False
     part = next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
     name = f"{part} {type(tree.modules[path]).__name__}".lower()
-    return "attention" in name or "attn" in name
+    # a whole "AttentionDecoderLayer" has its attention inside
+    return ("attention" in name or "attn" in name) and not re.search("norm|encoderlayer|decoderlayer", name)
 
 
-def _has_attention_shapes(siblings: list[Site], width: int) -> bool:
+def _has_attention_shapes(siblings: list[Site], width: int | None) -> bool:
     """Query, key and value by word, of one input; else three readers of the block's width and a way back to it."""
     said = {word_role(site.path.rpartition(".")[2]): site.in_features for site in siblings}
     if {"query", "key", "value"} <= set(said):
@@ -127,14 +140,12 @@ def _has_attention_shapes(siblings: list[Site], width: int) -> bool:
 
 def _unit_roles(unit: str, sites: list[Site], width: int) -> Roles:
     """Words first, then shapes for the layers whose names say nothing (c_attn, c_proj, dense, in_proj)."""
-    roles: Roles = {}
-    silent: list[Site] = []
-    for site in sites:
-        role = word_role(site.path.removeprefix(unit).lstrip("."))
-        if role is None:
-            silent.append(site)
-        else:
-            roles[site.path] = role
+    roles = _known({site.path: word_role(site.path.removeprefix(unit).lstrip(".")) for site in sites})
+    silent = [s for s in sites if s.path not in roles and not _NOT_CONTENT & _words(s.path.rpartition(".")[2])]
+    mlp = [pair for pair in _mlp_groups(silent) if len(pair) == 2 and max(s.out_features for s in pair) > width]
+    for pair in mlp:
+        roles |= _mlp_roles([site for site in pair if site.path not in roles], width, gated=False)
+    silent = [site for site in silent if site.path not in roles]
     heads = next((site.in_features for site in sites if roles.get(site.path) == "output"), None)
     if heads is None:
         back = [site for site in silent if site.out_features == width]
@@ -142,15 +153,21 @@ def _unit_roles(unit: str, sites: list[Site], width: int) -> Roles:
             roles[back[-1].path], heads = "output", back[-1].in_features
             silent.remove(back[-1])
     content = set(roles.values()) & {"key", "value", "fused_qkv", "fused_kv"}
-    if heads is not None and not content:
-        for site in silent:
-            if role := _fused_role(site, heads, "query" in roles.values()):
-                roles[site.path] = role
-        unnamed = [site for site in silent if site.path not in roles]
-        if len(unnamed) == 3 and len({site.in_features for site in unnamed}) == 1:
-            order: tuple[Role, ...] = ("query", "key", "value")
-            roles |= {site.path: role for site, role in zip(unnamed, order, strict=True)}
+    return roles if heads is None or content else roles | _unnamed_roles(silent, heads, "query" in roles.values())
+
+
+def _unnamed_roles(silent: list[Site], heads: int, has_query: bool) -> Roles:
+    """Roles by shape; three layers alike that no word tells apart are query, key and value as declared."""
+    roles = _known({site.path: _fused_role(site, heads, has_query) for site in silent})
+    unnamed = [site for site in silent if site.path not in roles]
+    if len(unnamed) == 3 and len({site.in_features for site in unnamed}) == 1:
+        order: tuple[Role, ...] = ("query", "key", "value")
+        roles |= {site.path: role for site, role in zip(unnamed, order, strict=True)}
     return roles
+
+
+def _known(roles: dict[str, Role | None]) -> Roles:
+    return {path: role for path, role in roles.items() if role is not None}
 
 
 def _fused_role(site: Site, heads: int, has_query: bool) -> Role | None:
@@ -183,7 +200,7 @@ def _chooses_experts(tree: ModuleTree, site: Site) -> bool:
 # -- MLP ---------------------------------------------------------------------------------------------------------
 
 
-def _mlp_groups(tree: ModuleTree, root: str, sites: list[Site]) -> list[list[Site]]:
+def _mlp_groups(sites: list[Site]) -> list[list[Site]]:
     """Siblings together; layers alone in their parent (BERT's intermediate.dense, output.dense) form one group."""
     by_parent: dict[str, list[Site]] = {}
     for site in sites:
@@ -192,7 +209,7 @@ def _mlp_groups(tree: ModuleTree, root: str, sites: list[Site]) -> list[list[Sit
     return [*(group for group in by_parent.values() if len(group) > 1), alone]
 
 
-def _mlp_roles(group: list[Site], block_width: int) -> Roles:
+def _mlp_roles(group: list[Site], block_width: int, gated: bool = True) -> Roles:
     """Roles of one group; nothing where its shapes are no MLP's."""
     roles: Roles = {}
     for position, down in reversed(list(enumerate(group))):
@@ -204,10 +221,10 @@ def _mlp_roles(group: list[Site], block_width: int) -> Roles:
         double = [site for site in others if site.out_features == 2 * inner]
         if down.path in roles:
             continue
-        if len(equal) >= 2:
+        if gated and len(equal) >= 2:
             gate, up = _gate_first(equal[-2:])
             roles |= {gate.path: "gate", up.path: "up", down.path: "down"}
-        elif double and width == block_width:
+        elif gated and double and width == block_width:
             roles |= {double[-1].path: "fused_gate_up", down.path: "down"}
         # a bottleneck (adapter, LAuReL, per-layer gate) has an MLP's shapes turned inside out
         elif equal and inner >= width == block_width:

@@ -89,7 +89,7 @@ class ModuleTree:
                 self.modules[path] = module
                 if path and is_adaptable(module) and not self._bypassed(path):
                     base = base_weight(module, path)
-                    self.sites[path] = Site(path, module, base.kind, base.in_features, base.out_features)
+                    self.sites[path] = Site(path, module, base.kind, int(base.in_features), int(base.out_features))
         self._order = list(self.modules)
         self._position = {path: position for position, path in enumerate(self._order)}
         self.blocks: dict[str, str] = self._find_blocks()
@@ -159,7 +159,7 @@ class ModuleTree:
             if is_below(nested, member) and len({type(self.modules[m]) for m in self._members(nested, holders)}) == 1
             for block in self._members(nested, holders)
         ]
-        if not inner:
+        if len({pattern_of(f"{block.rpartition('.')[0]}.*") for block in inner}) != 1:
             return members
         own = _patterns(s for m in members for s in self.linears(m))
         nested_own = _patterns(s for b in inner for s in self.linears(b))
@@ -195,14 +195,21 @@ def width_of(sites: Iterable[Site], norms: Iterable[int] = ()) -> int:
     return sizes.most_common(1)[0][0] if sizes else 0
 
 
+def expert_stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Raw expert weights of a module: two or more parameters (experts, ·, ·); {} for a module without."""
+    if any(isinstance(child, nn.Conv1d) for child in module.children()):
+        return {}  # a mixer with heads in the place of experts
+    stacks = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1}
+    return stacks if len(stacks) > 1 and len({p.shape[0] for p in stacks.values()}) == 1 else {}
+
+
 def expert_count(module: nn.Module) -> int:
-    """Experts that a module holds, as a list of MLPs or as raw parameters (experts, ·, ·); 0 for any other."""
+    """Experts that a module holds, as raw stacks or as a list of MLPs; 0 for any other module."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         experts = list(module.children())
         same = len({type(expert) for expert in experts}) == 1
         return len(experts) if same and any(True for _ in experts[0].children()) else 0
-    stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
-    return stacks[0].shape[0] if len(stacks) > 1 and len({p.shape[0] for p in stacks}) == 1 else 0
+    return next((stack.shape[0] for stack in expert_stacks(module).values()), 0)
 
 
 def _is_norm(module: nn.Module) -> bool:

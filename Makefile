@@ -1,0 +1,39 @@
+# `make run` and `make test` work on a fresh clone with Python 3.11 or newer, git and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+export PATH := $(BIN):$(PATH)
+
+.PHONY: run test slow lint format install clean
+.DEFAULT_GOAL := run
+
+run: install            ## bring the pipeline up to date, promote, write reports/review.html
+	@peftcore run
+
+test: install           ## quick tests
+	@pytest
+
+slow: install           ## whole-pipeline tests
+	@pytest -m slow
+
+lint: install           ## format, lint, types, floors
+	ruff format --check
+	ruff check
+	pyright
+	lint-imports
+
+format: install
+	ruff format
+	ruff check --fix
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older or absent; use make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean:                  ## forget outputs and checkpoints; DVC's cache, the registry and .venv stay
+	rm -rf artifacts checkpoints reports wandb .prefect build .pytest_cache .ruff_cache .import_linter_cache

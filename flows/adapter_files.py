@@ -1,0 +1,49 @@
+"""What an adapter folder may hold, and whether its weights are numbers; without torch, and without unpickling."""
+
+from pathlib import Path
+
+import numpy
+from safetensors import SafetensorError, deserialize
+
+from peftcore.files import MANIFEST
+
+ALLOWED = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST})
+
+_FLOATS = {"F64": numpy.float64, "F32": numpy.float32, "F16": numpy.float16}
+_EXPONENT = {"BF16": (numpy.uint16, 0x7F80), "F8_E5M2": (numpy.uint8, 0x7C)}
+"""Types that numpy lacks: (their bits as, the exponent's bits); infinity and NaN have all of those set."""
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Entries that do not belong into an adapter folder: other files, any sub-folder, any link; sorted."""
+    if not folder.is_dir():
+        return [f"{folder} (no folder)"]
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name not in ALLOWED or entry.is_symlink() or not entry.is_file()
+    )
+
+
+def non_finite_tensors(folder: Path) -> tuple[list[str], int]:
+    """Names of tensors that hold NaN or infinity, or cannot be read, and how many tensors there are."""
+    bad, count = [], 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            tensors = deserialize(path.read_bytes())
+        except SafetensorError as error:
+            return [f"{path.name} (not readable: {error})"], count
+        count += len(tensors)
+        bad += [name for name, tensor in tensors if not _is_finite(tensor["dtype"], tensor["data"])]
+    return bad, count
+
+
+def _is_finite(dtype: str, data: bytes | bytearray) -> bool:
+    if dtype in _FLOATS:
+        return bool(numpy.isfinite(numpy.frombuffer(data, _FLOATS[dtype])).all())
+    if dtype in _EXPONENT:
+        unsigned, exponent = _EXPONENT[dtype]
+        return not bool((numpy.frombuffer(data, unsigned) & exponent == exponent).any())
+    if dtype == "F8_E4M3":  # has no infinity; NaN is all ones but the sign
+        return not bool((numpy.frombuffer(data, numpy.uint8) & 0x7F == 0x7F).any())
+    return dtype.startswith(("I", "U", "BOOL"))

@@ -1,0 +1,97 @@
+"""The base model in the forms that the stages need: as trained on, dequantised once, and as it was fetched.
+
+An adapter trained on a quantised base has seen its dequantised weights, so it is judged and merged on those. They
+are dequantised once and kept, because a quantised forward in evaluation mode is several times slower on a CPU.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from flows.errors import BaseModelError
+from flows.params import Quantization
+from peftcore.files import MANIFEST, damaged_files
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def device() -> torch.device:
+    """Where models run: the first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_base(folder: Path) -> str:
+    """Check the base's files against its manifest; returns what identifies it, the manifest's SHA-256 (hex).
+
+    Raises BaseModelError if the folder is absent or a file is damaged.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        raise BaseModelError(f"there is no base model in {folder}; run the fetch stage first")
+    damaged = damaged_files(folder)
+    if damaged:
+        raise BaseModelError(f"{folder}: {', '.join(damaged)} is damaged or gone; run the fetch stage again")
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_original(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The base as it was fetched, not quantised, in `dtype`."""
+    return _load(folder, dtype, None)
+
+
+def load_for_training(folder: Path, quantization: Quantization) -> PreTrainedModel:
+    """The base in the storage that `quantization` asks for."""
+    dtype = compute_dtype(quantization)
+    return _load(folder, dtype, _storage(quantization, dtype))
+
+
+def load_dequantized(folder: Path, quantization: Quantization) -> PreTrainedModel:
+    """The weights that training on `quantization` saw, as plain layers in its compute dtype."""
+    model = load_for_training(folder, quantization)
+    if quantization.storage == "none":
+        return model
+    return model.dequantize(compute_dtype(quantization)).eval()
+
+
+def compute_dtype(quantization: Quantization) -> torch.dtype:
+    """The dtype of activations; BaseModelError for float16 without a GPU, which has no kernels for it."""
+    if quantization.compute_dtype == "float16" and device().type == "cpu":
+        raise BaseModelError(
+            "quantization.compute_dtype: float16 needs a GPU; without one use bfloat16 or float32"
+        )
+    return DTYPES[quantization.compute_dtype]
+
+
+def _storage(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization.storage == "none":
+        return None
+    if quantization.storage == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.storage,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _load(folder: Path, dtype: torch.dtype, storage: BitsAndBytesConfig | None) -> PreTrainedModel:
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=storage, device_map={"": device()}, local_files_only=True
+    )
+    return model.eval()

@@ -1,0 +1,237 @@
+"""The command line `peftcore`. Heavy libraries are imported by the command that needs them, once the environment
+that they read is quiet; an error is one message and exit status 1.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flows.errors import PipelineError, RegistryError, StageError
+from flows.gate import Check
+from flows.params import Params, load_params
+from flows.paths import Paths
+from flows.project import changed_stages, find_root, set_prefect_environment, stage_order
+from flows.stage import fail, is_disk_full, set_quiet_environment
+from peftcore.errors import PeftError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="From data to a promoted adapter: a pipeline of DVC stages, a registry of git tags, a gate between them.",
+)
+registry_app = typer.Typer(no_args_is_help=True, help="The registered versions, and which of them has which stage.")
+app.add_typer(registry_app, name="registry")
+
+SIX_HOURS = 6 * 3600.0
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+PushTo = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to",
+        metavar="REMOTE",
+        help="Also push the tags to this git remote, which then decides between several clones: if somebody else "
+        "promoted first, nothing is promoted here.",
+    ),
+]
+
+
+@app.callback()
+def _prepare() -> None:
+    set_quiet_environment()
+
+
+@app.command()
+def run(
+    stage_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Stop a stage that takes longer.")
+    ] = SIX_HOURS,
+    push_to: PushTo = None,
+) -> None:
+    """Run the whole pipeline: only stages whose parameters, code or inputs changed; then the gate and the page.
+
+    The stages are those of `dvc.yaml`, their parameters those of `params.yaml`. Prefect drives them with a server
+    of its own that ends with the run; `dvc repro` runs the same stages without it. Interrupt it when you like:
+    training goes on from its last checkpoint. Exits with 1 if a stage fails or the gate refuses.
+    """
+    with _errors(), _project() as (_, paths):
+        set_prefect_environment(paths.root)
+        from flows.pipeline import pipeline
+
+        pipeline(paths.root, stage_timeout, push_to)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="A stage of dvc.yaml, such as `train`.")],
+    force: Annotated[bool, typer.Option("--force", help="Run it even if nothing changed.")] = False,
+    stage_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Stop it if it takes longer.")
+    ] = SIX_HOURS,
+) -> None:
+    """Run one stage on what the stages before it have left, if its parameters, code or inputs changed."""
+    from flows.stage_process import run_stage
+
+    with _errors(), _project() as (_, paths):
+        stages = stage_order(paths.root)
+        if name not in stages:
+            raise StageError(f"there is no stage {name!r} in dvc.yaml; there is: {', '.join(stages)}")
+        run_stage(paths.root, name, stage_timeout, force)
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Which stages are up to date, what changed for the others, and which version has which stage."""
+    with _errors(), _project() as (params, paths):
+        changed = changed_stages(paths.root)
+        stages = {name: changed.get(name, []) for name in stage_order(paths.root)}
+        holders = _holders(params, paths)
+        if as_json:
+            print(json.dumps({"stages": stages, "registry": holders}, indent=2))
+            return
+        table = Table("stage", "state")
+        for name, changes in stages.items():
+            state = f"[yellow]{escape('; '.join(changes))}[/]" if changes else "[green]up to date[/]"
+            table.add_row(name, state)
+        console = Console(highlight=False)
+        console.print(table)
+        console.print(_registry_line(params.project.name, holders))
+
+
+@registry_app.command("list")
+def registry_list(as_json: AsJson = False) -> None:
+    """All registered versions, the newest first, with their test loss and stages."""
+    from flows.git import Git
+    from flows.registry import Registry
+
+    with _errors(), _project() as (params, paths):
+        registry = Registry(Git(paths.root), params.project.name)
+        holders = registry.stages().values()
+        rows = []
+        for version in reversed(registry.versions()):
+            stages = [holder.stage for holder in holders if holder.version == version.number]
+            created = datetime.fromtimestamp(version.created, UTC).isoformat(timespec="seconds")
+            title = version.message.split("\n", 1)[0].partition(": ")[2]
+            rows.append({"version": version.number, "created": created, "stages": stages, "summary": title})
+        if as_json:
+            print(json.dumps(rows, indent=2))
+            return
+        table = Table("version", "created", "stage", "summary", title=registry.name, title_justify="left")
+        for row in rows:
+            table.add_row(row["version"], row["created"], ", ".join(row["stages"]), escape(row["summary"]))
+        Console(highlight=False).print(table if rows else f"no version of {registry.name} yet; use `peftcore run`")
+
+
+@registry_app.command("show")
+def registry_show(
+    version: Annotated[str | None, typer.Argument(help="Its number, as v0.1.0; the newest if left out.")] = None,
+) -> None:
+    """The lineage record of one version, as JSON: code, data, parameters, metrics, hashes of every file."""
+    from flows.git import Git
+    from flows.registry import Registry
+
+    with _errors(), _project() as (params, paths):
+        registry = Registry(Git(paths.root), params.project.name)
+        versions = registry.versions()
+        if version is None and not versions:
+            raise RegistryError(f"no version of {registry.name} yet; use `peftcore run`")
+        chosen = versions[-1] if version is None else registry.version(version)
+        print(json.dumps(registry.record(chosen), indent=2))
+
+
+@app.command()
+def promote(
+    version: Annotated[
+        str | None, typer.Option(metavar="vX.Y.Z", help="Which version; that of the last run if left out.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Judge only; change nothing.")] = False,
+    as_json: AsJson = False,
+    push_to: PushTo = None,
+) -> None:
+    """Judge a version by the gate and, if it passes, give it the stage `gate.stage` of `params.yaml`.
+
+    The gate's checks, in order: only allowed files; their registered SHA-256; finite weights; the thresholds of
+    `params.yaml`; better than the version that has the stage now (a paired bootstrap on the same test rows); a
+    faithful merge. The first that fails is the reason. Exits with 1 if it refuses, or if somebody else promoted
+    meanwhile.
+    """
+    with _errors(), _project() as (params, paths):
+        from flows.promote import promote as promote_version
+
+        promotion = promote_version(params, paths, version, dry_run, push_to)
+        if as_json:
+            print(json.dumps(promotion.as_dict(), indent=2))
+        else:
+            _print_checks(promotion.report.checks if promotion.report else ())
+            if promotion.accepted:
+                print(promotion.sentence)
+        if not promotion.accepted:
+            fail(promotion.sentence)
+
+
+@app.command()
+def review() -> None:
+    """Write the page of the last run again, `reports/review.html`: one file that needs no network."""
+    with _errors(), _project() as (params, paths):
+        from flows.review import write_review
+
+        print(write_review(params, paths))
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn what is refused into one message and an exit status; a bug keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted; run it again to go on", status=130)
+    except (PipelineError, PeftError) as error:
+        fail(str(error))
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        fail(f"the disk is full ({error}); free some space and run it again, what was there before is intact")
+
+
+@contextmanager
+def _project() -> Iterator[tuple[Params, Paths]]:
+    """Parameters and paths of the pipeline that the current folder belongs to."""
+    root = find_root()
+    yield load_params(Paths(root).params), Paths(root)
+
+
+def _holders(params: Params, paths: Paths) -> dict[str, str | None]:
+    from flows.git import Git
+    from flows.registry import Registry
+
+    stages = Registry(Git(paths.root), params.project.name).stages()
+    return {stage: holder.version for stage, holder in stages.items()}
+
+
+def _registry_line(name: str, holders: dict[str, str | None]) -> str:
+    if not holders:
+        return f"{name}: nothing is promoted yet"
+    return f"{name}: " + ", ".join(
+        f"{stage} is {version or 'a commit without a version'}" for stage, version in holders.items()
+    )
+
+
+def _print_checks(checks: Iterable[Check]) -> None:
+    table = Table("check", "", "found")
+    for check in checks:
+        table.add_row(check.name, "[green]✓[/]" if check.passed else "[red]✗[/]", escape(check.detail))
+    if table.row_count:
+        Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

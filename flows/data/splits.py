@@ -1,0 +1,102 @@
+"""Train, validation and test: whole groups each, without duplicates, and sampled. Every choice is a hash of the seed.
+
+A hash, not a shuffle, so that a row which is added to the data moves no other row.
+"""
+
+import hashlib
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+
+from flows.data.chat import Tokens
+from flows.errors import DataError
+from flows.paths import SPLITS, Split
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tokenised example; `truncated` says whether its prompt was cut."""
+
+    tokens: Tokens
+    group: str
+    slice: str
+    truncated: bool = False
+
+    @property
+    def prompt_key(self) -> str:
+        """The prompt, but for white space."""
+        return " ".join(self.tokens.prompt.split())
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.prompt_key, " ".join(self.tokens.completion.split())
+
+
+def assign_groups(sizes: dict[str, int], shares: dict[Split, float], seed: int) -> dict[str, Split]:
+    """Each group's split. A split is filled up to its share of the rows with groups that fit, the rest trains.
+
+    sizes: rows by group. shares: of test and validation. A group larger than a share thus trains, and a split gets
+    many groups rather than one huge one. Raises DataError with fewer than three groups.
+    """
+    if len(sizes) < 3:
+        raise DataError(
+            f"the data has {len(sizes)} groups, and train, validation and test need one each; give more data, or "
+            "another data.group_column (null: each row is a group)"
+        )
+    assigned: dict[str, Split] = {}
+    for split in ("test", "validation"):
+        room = shares[split] * sum(sizes.values())
+        free = sorted((group for group in sizes if group not in assigned), key=lambda group: rank(seed, group))
+        chosen = []
+        for group in free:
+            if sizes[group] <= room:
+                chosen.append(group)
+                room -= sizes[group]
+        assigned |= dict.fromkeys(chosen or [min(free, key=lambda group: sizes[group])], split)
+    return {group: assigned.get(group, "train") for group in sizes}
+
+
+def without_duplicates(rows: list[Row], split_of: dict[str, Split]) -> tuple[dict[Split, list[Row]], Counter[str]]:
+    """The rows of each split, and how many were dropped by reason.
+
+    A prompt that stands in two splits stays in test rather than validation, and there rather than in train. Within a
+    split only a row with the same prompt and the same completion is a duplicate. White space does not count.
+    """
+    kept: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+    dropped: Counter[str] = Counter()
+    elsewhere: set[str] = set()
+    for split in ("test", "validation", "train"):
+        seen: set[tuple[str, str]] = set()
+        for row in (row for row in rows if split_of[row.group] == split):
+            if row.prompt_key in elsewhere:
+                dropped["duplicate of another split"] += 1
+            elif row.key in seen:
+                dropped["duplicate within its split"] += 1
+            else:
+                seen.add(row.key)
+                kept[split].append(row)
+        elsewhere |= {prompt for prompt, _ in seen}
+    return kept, dropped
+
+
+def sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
+    """At most `limit` rows (None: all), in an order that the seed decides."""
+    return sorted(rows, key=lambda row: rank(seed, row.tokens.id))[:limit]
+
+
+def leakage(splits: dict[Split, list[Row]]) -> dict[str, dict[str, int]]:
+    """How many groups and prompts each two splits share: {"train-test": {"groups": 0, "prompts": 0}, ...}."""
+    groups = {split: {row.group for row in rows} for split, rows in splits.items()}
+    prompts = {split: {row.prompt_key for row in rows} for split, rows in splits.items()}
+    return {
+        f"{one}-{other}": {
+            "groups": len(groups[one] & groups[other]),
+            "prompts": len(prompts[one] & prompts[other]),
+        }
+        for one, other in itertools.combinations(splits, 2)
+    }
+
+
+def rank(seed: int, name: str) -> str:
+    """Where a name comes in the seed's order."""
+    return hashlib.sha256(f"{seed}\0{name}".encode()).hexdigest()

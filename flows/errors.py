@@ -1,0 +1,37 @@
+"""The tree of pipeline errors. Each message says what was given, what fits and what to do next."""
+
+
+class PipelineError(Exception):
+    """Anything that the pipeline refuses; a stage turns it into one message and a non-zero exit."""
+
+
+class ParamsError(PipelineError, ValueError):
+    """A params.yaml with an unknown key, a wrong type or an impossible value; names each line."""
+
+
+class BaseModelError(PipelineError, ValueError):
+    """A base model that cannot be fetched or used."""
+
+
+class DataError(PipelineError, ValueError):
+    """Data that is missing, empty, malformed or cannot be trained on."""
+
+
+class StageError(PipelineError, RuntimeError):
+    """A stage that cannot run or failed: an input that is absent, a subprocess that ended badly."""
+
+
+class RepositoryError(PipelineError, RuntimeError):
+    """A git or DVC repository that is absent or not in a state to work with."""
+
+
+class RegistryError(PipelineError, RuntimeError):
+    """A version or stage in the registry that is unknown, taken or was changed by somebody else."""
+
+
+class GateError(PipelineError, RuntimeError):
+    """A candidate that the promotion gate refuses; the message is the reason."""
+
+
+class TrackingError(PipelineError, RuntimeError):
+    """A tracking run that cannot be read back."""

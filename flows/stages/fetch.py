@@ -1,0 +1,75 @@
+"""fetch: the base model, converted once to an ordinary bfloat16 transformers folder that ends its own turns."""
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flows.base_source import load, obtain
+from flows.data.chat import end_of_turn, render
+from flows.errors import BaseModelError
+from flows.params import Params
+from flows.paths import Paths
+from flows.stage import start
+from peftcore.files import directory_written_atomically, write_manifest
+
+logger = logging.getLogger("flows.fetch")
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Write `paths.base`. Raises BaseModelError; the folder that was there before then stays."""
+    source, begin = params.base.source, time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        model, tokenizer = load(source, obtain(source, paths.root, Path(scratch)))
+        if not tokenizer.chat_template:
+            raise BaseModelError(
+                f"base.source {source}: its tokenizer has no chat template, so chats cannot be written for it; take "
+                "an instruction-tuned model, or put a chat_template.jinja into its folder and give that by path:"
+            )
+        settle_special_tokens(model, tokenizer)
+        with directory_written_atomically(paths.base) as fresh:
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+            for file in fresh.iterdir():
+                file.chmod(0o644)  # safetensors writes for its owner alone
+            write_manifest(fresh)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    logger.info("%s: %.1f M parameters in %.0f s", source, count / 1e6, time.monotonic() - begin)
+
+
+def settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make generation stop at the chat template's end of turn, and padding differ from it.
+
+    Where padding is the end of a turn, everything that masks padding also hides where a turn ends.
+    """
+    end = end_of_turn(tokenizer)
+    assert model.generation_config is not None
+    known = model.generation_config.eos_token_id
+    others = known if isinstance(known, list) else [] if known is None else [known]
+    ends = [end, *(token for token in others if token != end)]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        _choose_padding(tokenizer, ends)
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = ends if len(ends) > 1 else end
+        config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config._from_model_config = False  # else generate() rebuilds it and forgets the list of ends
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and context < tokenizer.model_max_length:
+        tokenizer.model_max_length = context
+
+
+def _choose_padding(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
+    """A special token that no chat holds; the model's vocabulary does not grow."""
+    chat = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    used = {*ends, *tokenizer(render(tokenizer, chat), add_special_tokens=False)["input_ids"]}
+    preferred = [tokenizer.unk_token_id, *tokenizer.all_special_ids, *sorted(tokenizer.added_tokens_decoder)]
+    free = [token for token in preferred if token is not None and token not in used]
+    if not free:
+        logger.warning("the tokenizer has no special token left for padding; it pads with the end of a turn")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0] if free else ends[0])
+
+
+if __name__ == "__main__":
+    start(run)

@@ -1,0 +1,148 @@
+"""prepare: tokenised train, validation and test rows with completion-only labels, and a report on them."""
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value, disable_progress_bars
+
+from flows.base_model import check_base, load_tokenizer
+from flows.data.chat import ChatTokenizer
+from flows.data.examples import Example
+from flows.data.report import data_report
+from flows.data.sources import read_examples, refuse_faulty
+from flows.data.splits import Row, assign_groups, sample, without_duplicates
+from flows.errors import DataError
+from flows.params import Data, Params
+from flows.paths import SPLITS, Paths, Split
+from flows.progress import progress
+from flows.stage import start
+from peftcore.files import directory_written_atomically
+
+logger = logging.getLogger("flows.prepare")
+
+COLUMNS = Features(
+    {
+        "id": Value("string"),
+        "group": Value("string"),
+        "slice": Value("string"),
+        "prompt": Value("string"),
+        "completion": Value("string"),
+        "prompt_length": Value("int32"),
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+    }
+)
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Write `paths.data`. Raises DataError or BaseModelError; the folder that was there before then stays."""
+    data, seed = params.data, params.project.seed
+    check_base(paths.base)
+    disable_progress_bars()
+    tokenizer = load_tokenizer(paths.base)
+    if data.max_length > tokenizer.model_max_length:
+        raise DataError(
+            f"data.max_length: {data.max_length} is more than the base's context of "
+            f"{tokenizer.model_max_length} tokens; give at most that"
+        )
+    examples = read_examples(data, paths.root)
+    rows, dropped = tokenize(examples, ChatTokenizer(tokenizer), data)
+    if not rows:
+        raise DataError(f"no rows are left ({_reasons(dropped)}); give a larger data.max_length, or other data")
+    sizes = Counter(row.group for row in rows)
+    shares: dict[Split, float] = {"test": data.test_share, "validation": data.validation_share}
+    kept, duplicates = without_duplicates(rows, assign_groups(sizes, shares, seed))
+    limits: dict[Split, int | None] = {
+        "train": data.train_rows,
+        "validation": data.validation_rows,
+        "test": data.test_rows,
+    }
+    splits: dict[Split, list[Row]] = {split: sample(kept[split], limits[split], seed) for split in SPLITS}
+    available: dict[Split, int] = {split: len(kept[split]) for split in SPLITS}
+    _refuse_empty(splits, dropped + duplicates)
+    report = data_report(data.source, len(examples), available, splits, dropped + duplicates, tokenizer)
+    assert not any(count for pair in report["leakage"].values() for count in pair.values()), report["leakage"]
+    with directory_written_atomically(paths.data) as fresh:
+        for split in SPLITS:
+            write_rows(splits[split], fresh / paths.split(split).name)
+        (fresh / paths.data_report.name).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    _log(report)
+
+
+def tokenize(examples: list[Example], chats: ChatTokenizer, data: Data) -> tuple[list[Row], Counter[str]]:
+    """The examples that fit, and how many were dropped by reason.
+
+    Raises DataError that lists the rows which the template cannot take, or that are too long where that is an error.
+    """
+    rows, dropped, faults = [], Counter[str](), []
+    with progress(len(examples), "tokenise", unit="row") as bar:
+        for example in examples:
+            bar.update(1)
+            try:
+                row = _row(example, chats, data)
+            except DataError as error:
+                faults.append(f"{example.where}: {error}")
+                continue
+            if row is None:
+                dropped[f"longer than {data.max_length} tokens"] += 1
+            else:
+                rows.append(row)
+    refuse_faulty(faults, f"data.source {data.source}")
+    return rows, dropped
+
+
+def write_rows(rows: list[Row], path: Path) -> None:
+    """One split as Parquet, the same bytes for the same rows."""
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    for row in rows:
+        values = vars(row.tokens) | {"id": row.tokens.id, "group": row.group, "slice": row.slice}
+        for name, column in columns.items():
+            column.append(values[name])
+    Dataset.from_dict(columns, features=COLUMNS).to_parquet(path)
+
+
+def _row(example: Example, chats: ChatTokenizer, data: Data) -> Row | None:
+    """The example as a row; None where it is too long and has to be dropped."""
+    tokens = chats.tokenize(example.messages)
+    length = len(tokens.input_ids)
+    if length <= data.max_length:
+        return Row(tokens, example.group, example.slice)
+    if data.overlong == "error":
+        raise DataError(
+            f"{length} tokens, more than data.max_length {data.max_length}; raise that, or let "
+            "data.overlong drop or truncate"
+        )
+    shorter = chats.shorten(example.messages, data.max_length) if data.overlong == "truncate" else None
+    if shorter is None:
+        return None
+    return Row(chats.tokenize(shorter), example.group, example.slice, truncated=True)
+
+
+def _refuse_empty(splits: dict[Split, list[Row]], dropped: Counter[str]) -> None:
+    empty = [split for split, rows in splits.items() if not rows]
+    if empty:
+        raise DataError(
+            f"no rows are left for {' and '.join(empty)} ({_reasons(dropped)}); give more data, a larger "
+            "data.max_length, or another share"
+        )
+
+
+def _reasons(dropped: Counter[str]) -> str:
+    return "dropped: " + ("; ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none")
+
+
+def _log(report: dict[str, Any]) -> None:
+    for split, of in report["splits"].items():
+        logger.info(
+            "%s: %d of %d rows in %d groups, %d tokens, %.1f %% supervised",
+            *(split, of["rows"], of["available"], of["groups"], of["tokens"], 100 * of["supervised_share"]),
+        )
+    for reason, count in report["dropped"].items():
+        logger.info("dropped: %d %s", count, reason)
+
+
+if __name__ == "__main__":
+    start(run)

@@ -1,0 +1,83 @@
+"""Register the run as a version: push its files to the DVC remote, commit and tag its lineage.
+
+The tag comes last, so a failure before it leaves nothing registered; the same adapter again is the same version.
+"""
+
+import json
+import logging
+from typing import Any
+
+from flows.git import Git
+from flows.lineage import (
+    LOCK,
+    adapter_files,
+    check_artifact_name,
+    collect,
+    content_digest,
+    headline_metrics,
+    lock_text,
+    read_lock,
+)
+from flows.params import Params
+from flows.paths import Paths
+from flows.project import dvc
+from flows.registry import Registry
+from flows.stage import start
+from peftcore.files import write_atomically
+
+logger = logging.getLogger(__name__)
+NAME = "register"
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Write metrics.json and artifacts/version.json, and make the version's tag.
+
+    Raises RepositoryError without a git commit, a fresh dvc.lock or the DVC remote; RegistryConflict if another
+    registration took the number at the same moment.
+    """
+    git = Git(paths.root)
+    check_artifact_name(paths.root, params.project.name)
+    lock = read_lock(paths.root, without=NAME)
+    dvc(paths.root, "push", "--remote", params.register.remote, *lock["stages"])
+    metrics = as_text(headline_metrics(paths))
+    write_atomically(paths.metrics, metrics)
+
+    registry = Registry(git, params.project.name)
+    content = content_digest(adapter_files(paths.adapter))
+    known = registry.with_content(content)
+    if known is not None:
+        write_atomically(paths.version, as_text(registry.record(known)))
+        logger.info("this adapter is %s %s already", registry.name, known.number)
+        return
+
+    number = next_number(registry, params, paths, git, lock)
+    record = collect(params, paths, git, lock, number)
+    write_atomically(paths.version, as_text(record))
+    contents = {LOCK: lock_text(lock), paths.metrics.name: metrics}
+    version = registry.register(number, content, record, contents, summary(record))
+    logger.info("registered %s", version.tag)
+
+
+def as_text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def next_number(registry: Registry, params: Params, paths: Paths, git: Git, lock: dict[str, Any]) -> str:
+    """A patch of the latest version where both can be compared, else (other base or test rows) a minor step."""
+    versions = registry.versions()
+    if not versions or versions[-1].content is None:
+        return registry.next_number(minor=True)
+    before = registry.record(versions[-1])
+    now = collect(params, paths, git, lock, "")
+    comparable = all(before[part] == now[part] for part in ("evaluation_set", "base_model"))
+    return registry.next_number(minor=not comparable)
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One line on what a version achieves."""
+    base, adapter = record["metrics"]["base"], record["metrics"]["adapter"]
+    return f"test loss {base['loss']:.3f} -> {adapter['loss']:.3f}"
+
+
+if __name__ == "__main__":
+    start(run)

@@ -1,0 +1,238 @@
+"""Train the adapter on the base in its quantised storage, and keep the best by validation loss.
+
+Interrupted at any point, it goes on from the last whole checkpoint when it is run again with the same parameters,
+data and base, and ends as an uninterrupted run would have.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow.parquet as parquet
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, ProgressCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from flows.base_model import check_base, load_for_training, load_tokenizer
+from flows.errors import StageError
+from flows.params import Params
+from flows.paths import Paths
+from flows.stage import set_seed, start
+from flows.tracking import Tracker
+from flows.training_callbacks import (
+    EvaluateAt,
+    ShowProgress,
+    StopWithoutGain,
+    WriteLog,
+    evaluations_since_best,
+    evenly_spread,
+)
+from flows.training_log import TrainingLog, loss_table
+from peftcore import AdaLoraConfig, LoraConfig, PeftConfig, TaskType, get_peft_model
+from peftcore.files import directory_written_atomically, sha256, write_atomically
+from peftcore.train import AdapterTrainer, RightPaddingCollator, last_good_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where one run keeps its resumable state, and where it stands."""
+
+    folder: Path
+    checkpoint: Path | None
+    """The last whole checkpoint; None at the start."""
+    total_steps: int
+    """Optimiser steps of the whole run."""
+
+    @property
+    def log(self) -> TrainingLog:
+        return TrainingLog(self.folder / "log.jsonl")
+
+    @property
+    def state(self) -> TrainerState:
+        """The trainer's state at the checkpoint."""
+        if self.checkpoint is None:
+            return TrainerState()
+        return TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Train; writes the adapter and the run's records, then removes the run's checkpoints."""
+    base = check_base(paths.base)
+    rows = {name: _rows(paths.split(name)) for name in ("train", "validation")}
+    folder = paths.checkpoints / _key(params, paths, base)
+    this = Run(folder, last_good_checkpoint(folder), _optimizer_steps(params, len(rows["train"])))
+    records = this.log.keep_until(this.state.global_step)
+    if this.checkpoint is not None:
+        log.info("resuming from step %d of %d", this.state.global_step, this.total_steps)
+
+    set_seed(params.project.seed)
+    model = cast(PreTrainedModel, load_for_training(paths.base, params.quantization))
+    model = get_peft_model(model, _adapter_config(params, this.total_steps))
+    tracker = Tracker(params.tracking.project, params.tracking.mode, params.model_dump(), paths.root)
+    try:
+        for record in records:
+            tracker.log(record)
+        trainer = _trainer(params, paths, this, model, rows, tracker)
+        _train(trainer, this, params.train.patience)
+        model.save_pretrained(paths.adapter)
+        summary = _summary(params, model, trainer.state, this.log, tracker.run_id)
+        with directory_written_atomically(paths.training) as training:
+            write_atomically(training / paths.training_summary.name, json.dumps(summary, indent=2) + "\n")
+            write_atomically(training / paths.loss_curve.name, loss_table(this.log.records()))
+            shutil.copyfile(this.log.path, training / paths.training_log.name)
+        tracker.finish(summary, paths.adapter)
+    finally:
+        tracker.close()
+    shutil.rmtree(folder)
+
+
+def _train(trainer: AdapterTrainer, this: Run, patience: int) -> None:
+    if this.checkpoint is not None and evaluations_since_best(this.state.log_history) >= patience:
+        trainer.finish_from(this.checkpoint)  # it had stopped for good, and only the results were not written yet
+    else:
+        trainer.train(resume_from_checkpoint=None if this.checkpoint is None else str(this.checkpoint))
+
+
+def _trainer(
+    params: Params,
+    paths: Paths,
+    this: Run,
+    model: PreTrainedModel,
+    rows: dict[str, Dataset],
+    tracker: Tracker,
+) -> AdapterTrainer:
+    tokenizer = load_tokenizer(paths.base)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    before = this.log.records()
+    trainer = AdapterTrainer(
+        model=model,
+        args=_arguments(params, this),
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        data_collator=RightPaddingCollator(cast(int, pad)),
+        callbacks=[
+            EvaluateAt(evenly_spread(this.total_steps, params.train.evaluations)),
+            StopWithoutGain(params.train.patience),
+            WriteLog(this.log, tracker.log, seconds=before[-1]["seconds"] if before else 0.0),
+            ShowProgress(),
+        ],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(params: Params, this: Run) -> TrainingArguments:
+    train = params.train
+    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    return TrainingArguments(
+        output_dir=str(this.folder),
+        max_steps=this.total_steps,
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=2 * train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        train_sampling_strategy="group_by_length",
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=math.ceil(train.warmup_share * this.total_steps),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        activation_checkpointing=train.gradient_checkpointing,
+        fp16=params.quantization.compute_dtype == "float16",
+        # EvaluateAt spreads them; these say that there are some, and that the last step is one.
+        eval_strategy="steps",
+        eval_steps=this.total_steps,
+        save_strategy="steps",
+        save_steps=this.total_steps,
+        save_total_limit=train.save_checkpoints,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        logging_steps=max(1, this.total_steps // 200),
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=params.project.seed,
+    )
+
+
+def _adapter_config(params: Params, total_steps: int) -> PeftConfig:
+    method = params.method
+    common: dict[str, Any] = {
+        "task_type": TaskType.CAUSAL_LM,
+        "base_model_name_or_path": params.base.source,
+        "target_modules": method.target_modules,
+        "lora_alpha": method.lora_alpha,
+        "lora_dropout": method.lora_dropout,
+    }
+    if method.name == "lora":
+        return LoraConfig(r=method.r, use_rslora=method.use_rslora, **common)
+    adalora = method.adalora
+    return AdaLoraConfig(
+        init_r=adalora.init_r,
+        target_r=adalora.target_r,
+        tinit=int(adalora.warmup_share * total_steps),
+        tfinal=int(adalora.final_share * total_steps),
+        deltaT=adalora.interval,
+        orth_reg_weight=adalora.orth_reg_weight,
+        beta1=adalora.beta1,
+        beta2=adalora.beta2,
+        total_step=total_steps,
+        **common,
+    )
+
+
+def _rows(path: Path) -> Dataset:
+    if not path.exists():
+        raise StageError(f"there is no {path}; run the prepare stage first")
+    table = parquet.read_table(path, columns=["input_ids", "labels"])
+    if not table.num_rows:
+        raise StageError(f"{path} has no rows; give the prepare stage more data")
+    return Dataset(table)  # type: ignore[arg-type]  # wraps an Arrow table in memory
+
+
+def _optimizer_steps(params: Params, rows: int) -> int:
+    """Optimiser steps of the run, as Trainer counts them: an epoch's last, smaller accumulation is one too."""
+    if params.train.max_steps is not None:
+        return params.train.max_steps
+    batches = math.ceil(rows / params.train.batch_size)
+    return math.ceil(params.train.epochs * math.ceil(batches / params.train.gradient_accumulation))
+
+
+def _key(params: Params, paths: Paths, base: str) -> str:
+    """Names what a run is made of, so that only a checkpoint of the very same run is ever resumed."""
+    sections = params.model_dump(include={"project", "base", "method", "quantization", "train"})
+    data = [sha256(paths.split(name)) for name in ("train", "validation")]
+    return hashlib.sha256(json.dumps([sections, base, data], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _summary(
+    params: Params, model: Any, state: TrainerState, training_log: TrainingLog, run_id: str | None
+) -> dict[str, Any]:
+    trainable, _ = model.get_nb_trainable_parameters()
+    return {
+        "method": params.method.name,
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "best_validation_loss": state.best_metric,
+        "seconds": training_log.records()[-1]["seconds"],
+        "tokens": int(state.num_input_tokens_seen),
+        "trainable_parameters": trainable,
+        "wandb_run_id": run_id,
+    }
+
+
+if __name__ == "__main__":
+    start(run)

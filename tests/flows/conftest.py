@@ -1,0 +1,234 @@
+"""A tiny git and DVC repository whose one stage `make` copies made-up results, followed by the real `register`."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow
+import pytest
+from pyarrow import parquet
+from safetensors.numpy import save_file
+
+from flows.params import Params, load_params
+from flows.paths import Paths
+from flows.project import dvc
+from flows.stages import register
+from peftcore.files import write_manifest
+
+OUTS = ("adapter", "architecture.json", "data", "evaluation", "merge.json", "training")
+DVC_YAML = f"""\
+stages:
+  make:
+    cmd: python make.py
+    deps: [source, make.py]
+    outs: [{", ".join(f"artifacts/{name}" for name in OUTS)}]
+  register:
+    cmd: python -m flows.stages.register
+    params: [project.name, register]
+    deps: [artifacts/adapter, artifacts/evaluation, artifacts/merge.json, artifacts/training]
+    outs:
+      - artifacts/version.json: {{cache: false}}
+    metrics:
+      - metrics.json: {{cache: false}}
+artifacts:
+  docstrings: {{path: artifacts/adapter, type: model}}
+"""
+DVC_CONFIG = """\
+[core]
+    analytics = false
+    check_update = false
+    remote = local
+['remote "local"']
+    url = ../.dvc-remote
+    verify = true
+"""
+IGNORED = "/artifacts/\n/.dvc-remote/\n/reports/\n/.prefect/\n"
+
+
+@dataclass
+class Project:
+    """One repository and what a test does in it."""
+
+    root: Path
+
+    @property
+    def paths(self) -> Paths:
+        return Paths(self.root)
+
+    @property
+    def params(self) -> Params:
+        return load_params(self.paths.params)
+
+    def git(self, *arguments: str, root: Path | None = None) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=root or self.root, check=True, capture_output=True, text=True).stdout
+
+    def make(self, **results: Any) -> None:
+        """Run stage `make` on other made-up results (see `write_results`), those of before if none are given."""
+        if results:
+            write_results(self.root / "source", **results)
+        dvc(self.root, "repro", "--quiet", "make")
+
+    def register(self, **results: Any) -> dict[str, Any]:
+        """Run `make`, then `register` in this process; returns the version's record."""
+        self.make(**results)
+        register.run(self.params, self.paths)
+        return json.loads(self.paths.version.read_text())
+
+
+@pytest.fixture(autouse=True)
+def isolated_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No configuration of the machine, and no identity but the one that a test sets."""
+    for name in os.environ:
+        if name.startswith("GIT_") or name == "EMAIL":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+
+
+@pytest.fixture
+def project(template: Path, tmp_path: Path) -> Project:
+    """A repository of its own, after its stage `make`."""
+    root = tmp_path / "project"
+    shutil.copytree(template, root, symlinks=True)
+    return Project(root)
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository that each `project` is a copy of, made once."""
+    root = tmp_path_factory.mktemp("template")
+    (root / ".dvc").mkdir()
+    (root / ".dvc" / "config").write_text(DVC_CONFIG)
+    (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    (root / "dvc.yaml").write_text(DVC_YAML)
+    (root / "params.yaml").write_text("project: {name: docstrings}\nregister: {remote: local}\n")
+    (root / ".gitignore").write_text(IGNORED)
+    (root / "make.py").write_text("import shutil\nshutil.copytree('source', 'artifacts', dirs_exist_ok=True)\n")
+    write_results(root / "source")
+    project = Project(root)
+    project.git("-c", "init.defaultBranch=main", "init", "--quiet")
+    project.git("config", "user.name", "Ada")
+    project.git("config", "user.email", "ada@example.org")
+    project.git("add", "--all")
+    project.git("commit", "--quiet", "--message=Start")
+    project.make()
+    return root
+
+
+@pytest.fixture
+def results() -> Callable[..., None]:
+    """`write_results`, for tests without a repository."""
+    return write_results
+
+
+def write_results(folder: Path, loss: float = 2.7, weight: float = 1.0, **metrics: Any) -> None:
+    """What the stages before register leave: an adapter of weights `weight`, a test loss of `loss` nats a token.
+
+    metrics: other values for the keys of evaluation/metrics.json.
+    """
+    for name in ("adapter", "data", "evaluation", "training"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    _write_adapter(folder / "adapter", weight)
+    noise = numpy.random.default_rng(0).normal(0, 0.02, 40)
+    rows = {"id": [f"row{n}" for n in range(40)], "tokens": [10] * 40, "adapter_loss": loss + noise - noise.mean()}
+    parquet.write_table(pyarrow.table(rows), folder / "evaluation" / "rows.parquet")
+    side = {"perplexity": 10.0, "tokens_per_second": 100.0}
+    for name, value in {
+        "evaluation/metrics.json": {
+            "base": {"loss": 3.8, "rouge_l": 0.16, "ended": 0.3, **side},
+            "adapter": {"loss": loss, "rouge_l": 0.31, "ended": 1.0, **side},
+            "gain": {"loss": 3.8 - loss, "rouge_l": 0.15},
+            "rows": 40,
+            "generated_rows": 4,
+            "evaluation_set": "e" * 64,
+            "base_model": "b" * 64,
+            "slices": SLICES,
+            **metrics,
+        },
+        "evaluation/samples.json": [SAMPLE],
+        "training/summary.json": SUMMARY,
+        "merge.json": {"into": "dequantized", "kl": 0.002, "top1_agreement": 0.99, "tokens": 400},
+        "data/report.json": REPORT,
+        "architecture.json": ARCHITECTURE,
+    }.items():
+        (folder / name).write_text(json.dumps(value))
+    (folder / "training" / "loss.csv").write_text(LOSSES)
+
+
+def _write_adapter(folder: Path, weight: float) -> None:
+    tensors = {"layer.lora_A.weight": numpy.full((2, 4), weight, numpy.float32)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    write_manifest(folder)
+
+
+SLICES = {
+    "json": {"rows": 30, "base_loss": 3.9, "adapter_loss": 2.7},
+    "<ssl>": {"rows": 10, "base_loss": 2.5, "adapter_loss": 2.6},
+}
+SAMPLE = {
+    "id": "a",
+    "slice": "json",
+    "prompt": "def greet(): ...",
+    "reference": "Say <hello> & wave.",
+    "base": "<script>alert(1)</script>",
+    "adapter": "Say hello.",
+}
+SUMMARY = {
+    "steps": 4,
+    "best_step": 4,
+    "best_validation_loss": 2.7,
+    "seconds": 61.0,
+    "tokens": 1234,
+    "trainable_parameters": 8,
+    "wandb_run_id": None,
+    "method": "lora",
+}
+LOSSES = """\
+step,train_loss,validation_loss,learning_rate
+1,3.5,,0.0005
+2,3.1,3.0,0.0004
+3,2.9,,0.0002
+4,2.8,2.7,0.0
+"""
+_SPLIT = {
+    "rows": 40,
+    "available": 50,
+    "groups": 4,
+    "slices": 2,
+    "truncated": 0,
+    "tokens": 900,
+    "length": {"min": 5, "median": 20, "p90": 40, "p99": 50, "max": 60},
+    "supervised_tokens": 90,
+    "supervised_share": 0.1,
+    "supervised_length": {"min": 1, "median": 2, "p90": 4, "p99": 5, "max": 6},
+}
+REPORT = {
+    "source": "stdlib:docstrings",
+    "examples": 60,
+    "dropped": {"longer than 320 tokens": 3},
+    "splits": {"train": _SPLIT, "validation": _SPLIT, "test": _SPLIT},
+    "leakage": {"train-test": {"groups": 0, "prompts": 0}},
+    "rendered": [{"id": "a", "segments": [["user: greet()", False], ["Say hello.", True]]}],
+}
+ARCHITECTURE = {
+    "family": "llama",
+    "class_name": "LlamaForCausalLM",
+    "kind": "causal decoder",
+    "num_blocks": 2,
+    "hidden_size": 8,
+    "vocab_size": 100,
+    "parameters": 1000,
+    "memory_bfloat16": 2000,
+    "memory_nf4": 900,
+    "tied_weights": [],
+    "target_modules": {"q_proj": {"role": "query", "in_features": 8, "out_features": 8, "count": 2}},
+}

@@ -1,0 +1,144 @@
+"""Rows with messages, or with prompt and completion, from any file; faulty ones are told by their line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from flows.data import sources
+from flows.data.examples import Example
+from flows.data.sources import read_examples
+from flows.errors import DataError
+from flows.hub import DownloadError
+from flows.params import Data
+
+ROWS = [{"prompt": "One?", "completion": "1."}, {"prompt": "Two?", "completion": "NA"}]
+CHAT = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1."}]
+
+
+def read(tmp_path: Path, source: str = "rows.jsonl", **options: Any) -> list[Example]:
+    return read_examples(Data(source=source, **{"system_prompt": None, **options}), tmp_path)
+
+
+def write_lines(tmp_path: Path, *rows: Any, name: str = "rows.jsonl") -> None:
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def as_files(tmp_path: Path) -> Path:
+    """The same rows in each format."""
+    write_lines(tmp_path, *ROWS)
+    (tmp_path / "rows.csv").write_text("prompt,completion\nOne?,1.\nTwo?,NA\n")
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_each_format_gives_the_same_chats(as_files: Path, suffix: str) -> None:
+    examples = read(as_files, f"rows.{suffix}")
+    assert [example.messages for example in examples] == [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in ROWS
+    ]
+
+
+def test_a_folder_is_all_of_its_files(as_files: Path) -> None:
+    (as_files / "README.md").write_text("not data")
+    assert len(read(as_files, ".")) == 6
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    for answer in ("old", "new"):
+        Dataset.from_list([{"prompt": "a", "completion": answer}]).to_parquet(tmp_path / "rows.parquet")
+        assert read(tmp_path, "rows.parquet")[0].messages[-1]["content"] == answer
+
+
+def test_messages_are_taken_as_they_are(tmp_path: Path) -> None:
+    write_lines(tmp_path, {"messages": CHAT})
+    assert read(tmp_path)[0].messages == CHAT
+
+
+def test_messages_in_csv_are_json(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('messages\n"' + json.dumps(CHAT).replace('"', '""') + '"\n')
+    assert read(tmp_path, "rows.csv")[0].messages == CHAT
+
+
+def test_the_system_prompt_begins_a_chat_that_has_none(tmp_path: Path) -> None:
+    own = [{"role": "system", "content": "Mine."}, *CHAT]
+    write_lines(tmp_path, {"messages": CHAT}, {"messages": own}, ROWS[0])
+    firsts = [example.messages[0]["content"] for example in read(tmp_path, system_prompt="Be brief.")]
+    assert firsts == ["Be brief.", "Mine.", "Be brief."]
+
+
+def test_groups_and_slices_are_columns(tmp_path: Path) -> None:
+    write_lines(tmp_path, ROWS[0] | {"book": 3, "kind": "sum"}, ROWS[1] | {"book": 4, "kind": "sum"})
+    examples = read(tmp_path, group_column="book", slice_column="kind")
+    assert [(example.group, example.slice) for example in examples] == [("3", "sum"), ("4", "sum")]
+
+
+def test_without_a_group_column_each_row_is_its_own_group(tmp_path: Path) -> None:
+    write_lines(tmp_path, *ROWS)
+    assert [example.group for example in read(tmp_path)] == ["rows.jsonl:1", "rows.jsonl:2"]
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"prompt": "a"}, "neither messages nor prompt and completion, but prompt"),
+        ({"prompt": "a", "completion": ""}, "its completion is empty"),
+        ({"prompt": "a", "completion": None}, "its completion is empty"),
+        ({"prompt": "a", "completion": "  "}, "its completion is no text"),
+        ({"prompt": 1, "completion": "b"}, "its prompt is no text"),
+        ({"messages": "not json"}, "its messages are no JSON"),
+        ({"messages": {"role": "user"}}, "its messages are no list"),
+        ({"messages": []}, "it has no completion"),
+        ({"messages": CHAT[:1]}, "it has no completion: its last turn is not the assistant's"),
+        ({"messages": CHAT[1:]}, "no user turn before"),
+        ({"messages": [{"role": "human", "content": "a"}]}, "turn 1 has the role 'human'; give one of system, user"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}, r"turn 2 \(assistant\) has no text"),
+        ({"messages": [CHAT[0], {"role": "system", "content": "x"}, CHAT[1]]}, "system turn that is not the first"),
+    ],
+)
+def test_a_faulty_row_is_told_by_its_line(tmp_path: Path, row: dict[str, Any], fault: str) -> None:
+    write_lines(tmp_path, ROWS[0], row)
+    with pytest.raises(DataError, match=rf"(?s)1 rows cannot be used.*\n  rows\.jsonl:2: .*{fault}"):
+        read(tmp_path)
+
+
+def test_faulty_rows_are_counted_and_the_first_listed(tmp_path: Path) -> None:
+    write_lines(tmp_path, *[{"prompt": "a", "completion": ""}] * 25)
+    with pytest.raises(DataError) as refused:
+        read(tmp_path)
+    lines = str(refused.value).splitlines()
+    assert "25 rows" in lines[0]
+    assert len(lines) == 12
+    assert lines[-1] == "  ... and 15 more"
+
+
+def test_an_absent_column_is_told_with_those_there_are(tmp_path: Path) -> None:
+    write_lines(tmp_path, ROWS[0])
+    with pytest.raises(DataError, match=r"no book \(data\.group_column\); its columns are prompt, completion"):
+        read(tmp_path, group_column="book")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=f"{name}: it has no rows"):
+        read(tmp_path, name)
+
+
+def test_a_dataset_that_cannot_be_downloaded_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: str) -> Path:
+        raise DownloadError("no network")
+
+    monkeypatch.setattr(sources, "download", fail)
+    with pytest.raises(DataError, match="hub:a/b: the download failed: no network"):
+        read(tmp_path, "hub:a/b")
+
+
+def test_a_dataset_of_the_hub_is_read_from_its_snapshot(monkeypatch: pytest.MonkeyPatch, as_files: Path) -> None:
+    monkeypatch.setattr(sources, "download", lambda source, kind: as_files)
+    assert len(read(as_files, "hub:a/b")) == 6

@@ -1,0 +1,97 @@
+"""Splits of whole groups, free of duplicates, that stay when data is added."""
+
+import pytest
+
+from flows.data.chat import Tokens
+from flows.data.splits import Row, assign_groups, leakage, sample, without_duplicates
+from flows.errors import DataError
+from flows.paths import Split
+
+SHARES: dict[Split, float] = {"test": 0.1, "validation": 0.2}
+SIZES = {f"module{number}": 1 + number % 7 for number in range(100)}
+
+
+def row(prompt: str, completion: str = "answer", group: str = "g") -> Row:
+    return Row(Tokens([1, 2], [-100, 2], 1, prompt, completion), group, "slice")
+
+
+def rows_of(assigned: dict[str, Split], sizes: dict[str, int], split: Split) -> int:
+    return sum(sizes[group] for group in assigned if assigned[group] == split)
+
+
+def test_each_split_has_its_share_of_the_rows() -> None:
+    assigned, total = assign_groups(SIZES, SHARES, seed=1), sum(SIZES.values())
+    assert assigned.keys() == SIZES.keys()
+    assert abs(rows_of(assigned, SIZES, "test") - 0.1 * total) < 7
+    assert abs(rows_of(assigned, SIZES, "validation") - 0.2 * total) < 7
+
+
+def test_a_group_larger_than_the_share_trains() -> None:
+    assigned = assign_groups(SIZES | {"huge": 300}, SHARES, seed=1)
+    assert assigned["huge"] == "train"
+
+
+def test_three_groups_make_three_splits_whatever_their_sizes() -> None:
+    assert sorted(assign_groups({"a": 50, "b": 60, "c": 70}, SHARES, seed=1).values()) == [
+        "test",
+        "train",
+        "validation",
+    ]
+
+
+def test_fewer_groups_than_splits_are_refused() -> None:
+    with pytest.raises(DataError, match="the data has 2 groups"):
+        assign_groups({"a": 5, "b": 5}, SHARES, seed=1)
+
+
+def test_the_seed_decides() -> None:
+    assert assign_groups(SIZES, SHARES, seed=1) == assign_groups(dict(reversed(SIZES.items())), SHARES, seed=1)
+    assert assign_groups(SIZES, SHARES, seed=1) != assign_groups(SIZES, SHARES, seed=2)
+
+
+def test_a_prompt_of_two_splits_stays_in_test_then_validation() -> None:
+    split_of: dict[str, Split] = {"a": "train", "b": "validation", "c": "test"}
+    rows = [
+        row("p", group="a"),
+        row("p", group="b"),
+        row("p", "other", group="c"),
+        row("q", group="a"),
+        row("q ", group="b"),
+    ]
+    kept, dropped = without_duplicates(rows, split_of)
+    assert {split: [(row.group, row.tokens.prompt) for row in of] for split, of in kept.items()} == {
+        "train": [],
+        "validation": [("b", "q ")],
+        "test": [("c", "p")],
+    }
+    assert dropped == {"duplicate of another split": 3}
+
+
+def test_within_a_split_only_the_same_answer_is_a_duplicate() -> None:
+    rows = [row("p\n x"), row("p x"), row("p x", "other")]
+    kept, dropped = without_duplicates(rows, {"g": "train"})
+    assert [row.tokens.completion for row in kept["train"]] == ["answer", "other"]
+    assert dropped == {"duplicate within its split": 1}
+
+
+def test_leakage_is_counted() -> None:
+    splits: dict[Split, list[Row]] = {
+        "train": [row("a", group="1"), row("b", group="2")],
+        "validation": [row("c", group="2")],
+        "test": [row("a ", group="3")],
+    }
+    assert leakage(splits) == {
+        "train-validation": {"groups": 1, "prompts": 0},
+        "train-test": {"groups": 0, "prompts": 1},
+        "validation-test": {"groups": 0, "prompts": 0},
+    }
+
+
+def test_a_sample_stays_when_rows_are_added() -> None:
+    rows = [row(str(number)) for number in range(200)]
+    few = sample(rows[:100], 20, seed=3)
+    assert len(few) == 20
+    assert few == sample(list(reversed(rows[:100])), 20, seed=3)
+    more = sample(rows, None, seed=3)
+    assert [row for row in more if row in few] == few
+    assert few != sample(rows[:100], 20, seed=4)

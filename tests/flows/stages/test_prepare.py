@@ -1,0 +1,154 @@
+"""prepare: three Parquet files and a report, the same bytes each time, or a clear error and the old ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from flows.errors import BaseModelError, DataError
+from flows.params import Data, Params, Project
+from flows.paths import SPLITS, Paths, Split
+from flows.stages.prepare import run
+
+LIMITS: dict[str, Any] = {"train_rows": 30, "validation_rows": 4, "test_rows": 4}
+
+
+@pytest.fixture
+def paths(tmp_path: Path, tiny_base: Path) -> Paths:
+    rows = [
+        {"prompt": f"How much is {number} and 1?", "completion": f"{number + 1}.", "book": f"book{number // 4}"}
+        for number in range(80)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Paths(tmp_path)
+
+
+def params(seed: int = 42, **options: Any) -> Params:
+    given = {"source": "rows.jsonl", "group_column": "book", "system_prompt": "Be brief.", **LIMITS, **options}
+    return Params(project=Project(seed=seed), data=Data(**given))
+
+
+def split(paths: Paths, name: Split) -> list[dict[str, Any]]:
+    import pyarrow.parquet as parquet
+
+    return parquet.read_table(paths.split(name)).to_pylist()
+
+
+def add_rows(paths: Paths, rows: list[dict[str, str]]) -> None:
+    with (paths.root / "rows.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def contents(paths: Paths) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(paths.data.iterdir())}
+
+
+def test_rows_hold_what_training_and_evaluation_need(paths: Paths) -> None:
+    run(params(), paths)
+    assert [len(split(paths, name)) for name in SPLITS] == [30, 4, 4]
+    row = split(paths, "test")[0]
+    assert row["labels"][: row["prompt_length"]] == [-100] * row["prompt_length"]
+    assert row["labels"][row["prompt_length"] :] == row["input_ids"][row["prompt_length"] :]
+    assert row["prompt"].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHow much is ")
+    assert row["prompt"].endswith("<|im_start|>assistant\n")
+    assert row["completion"][:-1].isdigit()
+    assert (row["group"][:4], row["slice"], len(row["id"])) == ("book", "all", 16)
+
+
+def test_the_columns_have_their_types(paths: Paths) -> None:
+    import pyarrow.parquet as parquet
+
+    run(params(), paths)
+    types = {field.name: str(field.type) for field in parquet.read_schema(paths.split("train"))}
+    assert types["input_ids"] == types["labels"] == "list<element: int32>"
+    assert types["prompt_length"] == "int32"
+    assert types["id"] == types["group"] == types["slice"] == types["prompt"] == types["completion"] == "string"
+
+
+def test_two_runs_write_the_same_bytes_and_the_seed_others(paths: Paths) -> None:
+    run(params(), paths)
+    first = contents(paths)
+    run(params(), paths)
+    assert contents(paths) == first
+    run(params(seed=1), paths)
+    assert contents(paths)["train.parquet"] != first["train.parquet"]
+
+
+def test_splits_share_no_group_and_no_prompt(paths: Paths) -> None:
+    run(params(train_rows=None, validation_rows=None, test_rows=None), paths)
+    for column in ("group", "prompt"):
+        values = [{row[column] for row in split(paths, name)} for name in SPLITS]
+        assert len(set.union(*values)) == sum(map(len, values))
+    report = json.loads(paths.data_report.read_text())
+    assert sum(report["splits"][name]["rows"] for name in SPLITS) == 80
+    assert {count for pair in report["leakage"].values() for count in pair.values()} == {0}
+
+
+def test_any_python_has_docstrings_to_prepare(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json.decoder
+
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(Path(json.decoder.__file__).parent)})
+    run(params(source="stdlib:docstrings", group_column=None, max_length=1000, test_share=0.2), paths)
+    assert "```python\ndef " in split(paths, "train")[0]["prompt"]
+
+
+def test_overlong_rows_are_dropped_and_counted(paths: Paths) -> None:
+    add_rows(paths, [{"prompt": "x" * 300, "completion": "y", "book": "z"}])
+    run(params(max_length=150), paths)
+    assert json.loads(paths.data_report.read_text())["dropped"] == {"longer than 150 tokens": 1}
+
+
+def test_overlong_rows_are_truncated_and_counted(paths: Paths) -> None:
+    long = [{"prompt": f"{i} " + "x" * 300, "completion": "y", "book": f"z{i}"} for i in range(40)]
+    add_rows(paths, long)
+    run(params(max_length=150, overlong="truncate", train_rows=None), paths)
+    report = json.loads(paths.data_report.read_text())
+    assert report["splits"]["train"]["truncated"] > 0
+    assert report["splits"]["train"]["length"]["max"] == 150
+    assert report["dropped"] == {}
+
+
+def test_overlong_rows_can_be_an_error(paths: Paths) -> None:
+    with pytest.raises(DataError, match=r"(?s)80 rows cannot be used.*rows\.jsonl:1: \d+ tokens, more than"):
+        run(params(max_length=50, overlong="error"), paths)
+
+
+def test_a_limit_beyond_the_context_is_refused(paths: Paths) -> None:
+    with pytest.raises(DataError, match=r"data\.max_length: 1025 is more than the base's context of 1024 tokens"):
+        run(params(max_length=1025), paths)
+
+
+def test_nothing_left_says_what_was_dropped(paths: Paths) -> None:
+    with pytest.raises(DataError, match="80 longer than 8 tokens"):
+        run(params(max_length=8), paths)
+
+
+def test_a_failure_leaves_the_old_data(paths: Paths) -> None:
+    run(params(), paths)
+    before = contents(paths)
+    (paths.root / "rows.jsonl").write_text('{"prompt": "a", "completion": ""}\n')
+    with pytest.raises(DataError, match="its completion is empty"):
+        run(params(), paths)
+    assert contents(paths) == before
+    assert sorted(path.name for path in paths.artifacts.iterdir()) == ["base", "data"]
+
+
+def test_a_full_disk_leaves_the_old_data(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(params(), paths)
+    before = contents(paths)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Dataset, "to_parquet", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(params(), paths)
+    assert contents(paths) == before
+    assert sorted(path.name for path in paths.artifacts.iterdir()) == ["base", "data"]
+
+
+def test_without_a_base_the_stage_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="run the fetch stage first"):
+        run(params(), Paths(tmp_path))

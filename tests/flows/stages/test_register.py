@@ -1,0 +1,182 @@
+"""Registering a run: whole or not at all, without touching what the user has checked out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.errors import PipelineError, RegistryError, RepositoryError, StageError
+from flows.git import Git
+from flows.project import dvc, stage_environment
+from flows.registry import Registry, RegistryConflict
+from flows.stages import register
+
+
+def versions(project: Any) -> list[str]:
+    return [version.number for version in Registry(Git(project.root), "docstrings").versions()]
+
+
+def repro(project: Any, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dvc", "repro", *arguments]
+    return subprocess.run(command, cwd=project.root, env=stage_environment(), capture_output=True, text=True, check=False)
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+def test_the_version_holds_its_lineage(project: Any) -> None:
+    append(project.root / "make.py", "# not committed\n")
+    project.make()
+    record = project.register()
+    assert (record["name"], record["version"]) == ("docstrings", "v0.1.0")
+    assert record["git"] == {"commit": project.git("rev-parse", "HEAD").strip(), "uncommitted": ["make.py"]}
+    assert record["evaluation_set"] == "e" * 64
+    assert record["dvc"]["artifacts/adapter"].endswith(".dir")
+    assert record["params"]["project"]["name"] == "docstrings"
+    assert record["adapter"]["files"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert record["software"].keys() == {"python", "torch", "transformers", "bitsandbytes", "peftcore"}
+    metrics = json.loads(project.paths.metrics.read_text())
+    assert metrics == record["metrics"]
+    assert metrics["gain"]["loss"] == pytest.approx(1.1)
+    assert metrics["training"]["steps"] == 4
+
+
+def test_its_commit_holds_this_run_and_the_user_notices_nothing(project: Any) -> None:
+    project.register()
+    project.git("add", "dvc.lock", "metrics.json")
+    project.git("commit", "--quiet", "--message=The run before")
+    append(project.root / "params.yaml", "# mine\n")
+    project.make(loss=2.5, weight=2.0)
+    index = project.root / ".git" / "index"
+    before = (index.read_bytes(), project.git("rev-parse", "HEAD"), project.git("branch", "--list"))
+
+    register.run(project.params, project.paths)
+
+    assert (index.read_bytes(), project.git("rev-parse", "HEAD"), project.git("branch", "--list")) == before
+    assert project.git("show", "docstrings@v0.1.1:metrics.json") == project.paths.metrics.read_text()
+    assert project.git("show", "docstrings@v0.1.1:params.yaml").endswith("# mine\n")
+    assert project.git("show", "docstrings@v0.1.1:registry/version.json") == project.paths.version.read_text()
+    lock = project.git("show", "docstrings@v0.1.1:dvc.lock")
+    assert json.loads(project.paths.version.read_text())["dvc"]["artifacts/adapter"] in lock
+    assert "register:" not in lock, "that entry would be the run before's"
+
+
+def test_dvc_gets_the_adapter_of_each_version_and_a_clone_pulls_it(project: Any, tmp_path: Path) -> None:
+    project.register()
+    first = (project.paths.adapter / "adapter_model.safetensors").read_bytes()
+    project.register(weight=2.0)
+    second = (project.paths.adapter / "adapter_model.safetensors").read_bytes()
+    for number, expected in (("v0.1.0", first), ("v0.1.1", second)):
+        out = tmp_path / number
+        dvc(project.root, "artifacts", "get", ".", "docstrings", "--rev", number, "--out", str(out))
+        assert (out / "adapter_model.safetensors").read_bytes() == expected
+
+    clone = tmp_path / "clone"
+    project.git("clone", "--quiet", str(project.root), str(clone))
+    project.git("checkout", "--quiet", "docstrings@v0.1.0", root=clone)
+    dvc(clone, "remote", "add", "--local", "--force", "local", str(project.root / ".dvc-remote"))
+    dvc(clone, "pull")
+    assert (clone / "artifacts" / "adapter" / "adapter_model.safetensors").read_bytes() == first
+
+
+def test_the_same_adapter_is_the_same_version_even_if_evaluated_anew(project: Any) -> None:
+    first = project.register()
+    again = project.register(loss=2.6, weight=1.0)
+    assert again == first
+    assert versions(project) == ["v0.1.0"]
+    assert json.loads(project.paths.metrics.read_text())["adapter"]["loss"] == 2.6
+
+
+def test_another_test_set_is_a_minor_step(project: Any) -> None:
+    project.register()
+    project.register(weight=2.0)
+    project.register(weight=3.0, evaluation_set="f" * 64)
+    assert versions(project) == ["v0.1.0", "v0.1.1", "v0.2.0"]
+
+
+def test_as_a_stage_of_dvc_it_pushes_while_dvc_waits_and_reruns_only_when_needed(project: Any) -> None:
+    done = repro(project)
+    assert done.returncode == 0, done.stderr
+    assert versions(project) == ["v0.1.0"]
+    assert any((project.root / ".dvc-remote").rglob("*.dir"))
+    assert "didn't change, skipping" in repro(project, "--single-item", "register").stdout
+    assert dvc(project.root, "metrics", "show", "--json")
+
+
+def test_what_is_wrong_is_one_message_and_registers_nothing(project: Any) -> None:
+    (project.root / "params.yaml").write_text(project.paths.params.read_text().replace("docstrings", "summaries"))
+    done = repro(project)
+    assert done.returncode != 0
+    assert "error: project.name is 'summaries', but `artifacts:` in dvc.yaml has no 'summaries'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert project.git("tag", "--list") == ""
+    assert not project.paths.version.exists()
+
+
+def broken_remote(project: Any) -> None:
+    (project.root / "params.yaml").write_text("project: {name: docstrings}\nregister: {remote: nowhere}\n")
+
+
+def without_lock(project: Any) -> None:
+    (project.root / "dvc.lock").unlink()
+
+
+def stale_lock(project: Any) -> None:
+    append(project.paths.evaluation / "metrics.json", " ")
+
+
+def without_manifest(project: Any) -> None:
+    (project.root / "source" / "adapter" / "SHA256SUMS").unlink()
+    project.make()
+
+
+def without_metrics(project: Any) -> None:
+    (project.root / "source" / "evaluation" / "metrics.json").unlink()
+    project.make()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "message"),
+    [
+        (broken_remote, RepositoryError, "dvc push.*failed.*nowhere"),
+        (without_lock, RepositoryError, "dvc.lock is missing"),
+        (stale_lock, RepositoryError, "does not match the files of: make"),
+        (without_manifest, StageError, "it has no SHA256SUMS"),
+        (without_metrics, StageError, "metrics.json is missing"),
+    ],
+)
+def test_each_bad_state_is_named_and_leaves_no_tag(
+    project: Any, break_it: Any, error: type[PipelineError], message: str
+) -> None:
+    break_it(project)
+    with pytest.raises(error, match=message):
+        register.run(project.params, project.paths)
+    assert project.git("tag", "--list") == ""
+
+
+def test_a_number_taken_meanwhile_is_a_conflict(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.register()
+    project.make(weight=2.0)
+    monkeypatch.setattr(Registry, "next_number", lambda self, minor: "v0.1.0")
+    with pytest.raises(RegistryConflict, match="came first"):
+        register.run(project.params, project.paths)
+    assert versions(project) == ["v0.1.0"]
+
+
+def test_without_a_repository_it_says_what_to_do(project: Any, tmp_path: Path) -> None:
+    (project.root / ".git").rename(tmp_path / "elsewhere")
+    with pytest.raises(RepositoryError, match="versions are git tags"):
+        register.run(project.params, project.paths)
+
+
+def test_a_version_registered_by_gto_is_stepped_over(project: Any) -> None:
+    gto = str(Path(sys.executable).with_name("gto"))
+    subprocess.run([gto, "register", "docstrings", "--version", "v1.0.0"], cwd=project.root, check=True)
+    assert project.register()["version"] == "v1.1.0"
+    with pytest.raises(RegistryError, match="not registered by `peftcore run`"):
+        registry = Registry(Git(project.root), "docstrings")
+        registry.record(registry.version("v1.0.0"))

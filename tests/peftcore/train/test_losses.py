@@ -1,0 +1,147 @@
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from peftcore.train import losses
+from peftcore.train.losses import has_causal_loss, row_sums, supervised_positions, token_losses
+
+VOCABULARY = 50
+
+
+def llama() -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+
+
+def batch(supervised: float = 0.3, rows: int = 3, width: int = 12) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Right-padded rows of different lengths, of which some tokens are supervised."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCABULARY, (rows, width), generator=generator)
+    attention = torch.ones_like(ids)
+    for row in range(rows):
+        attention[row, width - 2 * row :] = 0
+    supervision = torch.rand(rows, width, generator=generator) < supervised
+    return {"input_ids": ids, "attention_mask": attention}, ids.where(supervision & attention.bool(), -100)
+
+
+def full_loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    logits = model(**inputs).logits[:, :-1]
+    return F.cross_entropy(logits.reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1), ignore_index=-100)
+
+
+def test_a_position_is_supervised_when_the_next_token_is_labelled() -> None:
+    labels = torch.tensor([[5, -100, 7, -100, -100], [-100, -100, -100, 3, 4]])
+    expected = [[False, True, False, False, False], [False, False, True, True, False]]
+    assert supervised_positions(labels).tolist() == expected
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("takes_mask", [True, False])
+def test_loss_and_gradient_are_those_of_the_full_loss(make, takes_mask, monkeypatch) -> None:
+    monkeypatch.setattr(losses, "_head_takes_a_mask", lambda model: takes_mask)
+    torch.manual_seed(0)
+    model = make().double().eval()
+    inputs, labels = batch()
+    expected = full_loss(model, inputs, labels)
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    values, mask = token_losses(model, inputs, labels)
+    values.mean().backward()
+    assert len(values) == int((labels[:, 1:] != -100).sum()) == int(mask.sum())
+    torch.testing.assert_close(values.mean(), expected, rtol=1e-12, atol=1e-12)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_loss_is_the_models_own_in_float32() -> None:
+    torch.manual_seed(0)
+    model = llama().eval()
+    inputs, labels = batch()
+    values, _ = token_losses(model, inputs, labels)
+    torch.testing.assert_close(values.mean(), model(**inputs, labels=labels).loss)
+
+
+def test_the_head_sees_only_supervised_rows() -> None:
+    model = llama().eval()
+    inputs, labels = batch()
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape))
+    values, _ = token_losses(model, inputs, labels)
+    assert seen == [(len(values), 32)]
+
+
+def test_a_model_without_logits_to_keep_gives_the_same_loss() -> None:
+    class Old(LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask):  # type: ignore[override]
+            return super().forward(input_ids, attention_mask)
+
+    torch.manual_seed(0)
+    model = llama().double().eval()
+    inputs, labels = batch()
+    expected, _ = token_losses(model, inputs, labels)
+    model.__class__ = Old
+    torch.testing.assert_close(token_losses(model, inputs, labels)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_half_precision_logits_are_widened() -> None:
+    model = llama().bfloat16().eval()
+    values, _ = token_losses(model, *batch())
+    assert values.dtype == torch.float32
+
+
+def test_a_batch_without_supervision_has_a_zero_loss_and_gradients_of_zero() -> None:
+    model = llama()
+    inputs, labels = batch(supervised=0.0)
+    values, mask = token_losses(model, inputs, labels)
+    values.sum().backward()
+    assert not len(values) and not mask.any()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_row_sums_add_up_each_row() -> None:
+    model = llama().double().eval()
+    inputs, labels = batch()
+    labels[1] = -100
+    values, mask = token_losses(model, inputs, labels)
+    sums, tokens = row_sums(values, mask)
+    assert tokens.tolist() == (labels[:, 1:] != -100).sum(1).tolist()
+    assert sums[1] == 0
+    for row in (0, 2):
+        alone = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        expected = full_loss(model, alone, labels[row : row + 1])
+        torch.testing.assert_close(sums[row] / tokens[row], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_only_next_token_losses_are_taken_for_causal() -> None:
+    bert = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    )
+    assert has_causal_loss(llama()) and has_causal_loss(gpt2())
+    assert not has_causal_loss(bert) and not has_causal_loss(torch.nn.Linear(2, 2))

@@ -1,0 +1,369 @@
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+from peftcore import AdaLoraConfig, LoraConfig, TrainingError, get_peft_model
+from peftcore.train import AdapterTrainer, RightPaddingCollator
+
+VOCABULARY = 50
+pytestmark = pytest.mark.filterwarnings(
+    # the deprecation is inside transformers' own scheduler set-up
+    "ignore:Detected call of `lr_scheduler.step:UserWarning"
+)
+
+
+def rows(count: int, seed: int = 0) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for _ in range(count):
+        length = int(torch.randint(6, 20, (), generator=generator))
+        ids = torch.randint(1, VOCABULARY, (length,), generator=generator)
+        start = int(torch.randint(1, length - 1, (), generator=generator))
+        made["input_ids"].append(ids.tolist())
+        made["labels"].append([-100] * start + ids[start:].tolist())
+    return Dataset.from_dict(made)
+
+
+def adapted(method: str = "lora", dropout: float = 0.0, total: int = 8) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    common: dict[str, Any] = {"target_modules": "all-linear", "lora_alpha": 8, "lora_dropout": dropout}
+    if method == "lora":
+        return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, **common))
+    return get_peft_model(
+        LlamaForCausalLM(config),
+        AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=2, deltaT=2, total_step=total, **common),
+    )
+
+
+def trainer(model: Any, folder: Path, data: Dataset | None = None, **options: Any) -> AdapterTrainer:
+    callbacks = options.pop("callbacks", None)
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "train_sampling_strategy": "group_by_length",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "log_level": "error",
+    }
+    made = AdapterTrainer(
+        model=model,
+        args=TrainingArguments(**(arguments | options)),
+        train_dataset=rows(16) if data is None else data,
+        eval_dataset=rows(9, seed=1),
+        data_collator=RightPaddingCollator(0),
+        callbacks=callbacks,
+    )
+    made.callback_handler.callbacks = [  # no printing
+        callback for callback in made.callback_handler.callbacks if type(callback).__name__ != "PrinterCallback"
+    ]
+    return made
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def losses_of(made: AdapterTrainer) -> list[float]:
+    return [record["loss"] for record in made.state.log_history if "loss" in record]
+
+
+# -- loss ------------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_small_batches_train_like_one_big_batch(tmp_path: Path) -> None:
+    # rows differ in supervised tokens, so a mean of the parts' means would be another number
+    whole, parts = adapted().double(), adapted().double()
+    big = trainer(whole, tmp_path / "a", rows(8), per_device_train_batch_size=8, max_steps=3)
+    small = trainer(
+        parts,
+        tmp_path / "b",
+        rows(8),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=3,
+    )
+    big.train()
+    small.train()
+    assert losses_of(big) == pytest.approx(losses_of(small), abs=1e-4)  # the log rounds to float32
+    for name, tensor in trained(whole).items():
+        torch.testing.assert_close(tensor, trained(parts)[name], rtol=1e-6, atol=1e-8)
+
+
+def test_the_first_loss_is_the_mean_over_the_batchs_supervised_tokens(tmp_path: Path) -> None:
+    model = adapted()
+    data = rows(4)
+    batch = RightPaddingCollator(0)(list(data))
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = F.cross_entropy(logits.reshape(-1, VOCABULARY), batch["labels"][:, 1:].reshape(-1))
+    made = trainer(model, tmp_path, data, max_steps=1)
+    made.train()
+    assert losses_of(made)[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_label_smoothing_falls_back_to_trainers_loss(tmp_path: Path) -> None:
+    plain = trainer(adapted(), tmp_path, max_steps=1)
+    smooth = trainer(adapted(), tmp_path, max_steps=1, label_smoothing_factor=0.2)
+    plain.train()
+    smooth.train()
+    assert losses_of(plain) != losses_of(smooth)
+
+
+def test_the_regulariser_counts_once_a_step_whatever_the_accumulation(tmp_path: Path) -> None:
+    whole, parts = adapted("adalora").double(), adapted("adalora").double()
+    big = trainer(whole, tmp_path / "a", rows(8), per_device_train_batch_size=8, max_steps=1)
+    small = trainer(
+        parts,
+        tmp_path / "b",
+        rows(8),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=1,
+    )
+    expected = whole.adapter_regularizer().item()
+    big.train()
+    small.train()
+    for made in (big, small):
+        assert made.state.log_history[0]["regularizer"] == pytest.approx(expected, rel=1e-6)
+    assert losses_of(big) == pytest.approx(losses_of(small), abs=1e-4)
+    for name, tensor in trained(whole).items():
+        torch.testing.assert_close(tensor, trained(parts)[name], rtol=1e-6, atol=1e-8)
+
+
+def test_the_regulariser_reaches_the_gradient(tmp_path: Path) -> None:
+    gradients = {}
+    for weight in (0.0, 0.5):
+        model = adapted("adalora")
+        model.peft_config["default"].orth_reg_weight = weight
+        made = trainer(model, tmp_path / str(weight), rows(4))
+        made.current_gradient_accumulation_steps = 1
+        made.accelerator.gradient_state._set_sync_gradients(True)
+        batch = RightPaddingCollator(0)(list(rows(4)))
+        made.training_step(model.train(), batch, (batch["labels"] != -100).sum())
+        gradients[weight] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model = adapted("adalora")
+    model.peft_config["default"].orth_reg_weight = 0.5
+    model.adapter_regularizer().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            difference = gradients[0.5][name] - gradients[0.0][name]
+            torch.testing.assert_close(difference, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_before_a_step(tmp_path: Path) -> None:
+    model = adapted()
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = float("nan")
+    before = trained(model)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 1 .*lower the learning rate"):
+        trainer(model, tmp_path).train()
+    assert_same(trained(model), before)
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_evaluation_is_the_mean_over_tokens_whatever_the_batches(tmp_path: Path, batch_size: int) -> None:
+    model = adapted().double()
+    data = rows(9, seed=1)
+    total = tokens = 0.0
+    model.eval()
+    for row in data:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        total += F.cross_entropy(logits, labels, reduction="sum").item()
+        tokens += int((labels != -100).sum())
+    made = trainer(model, tmp_path, per_device_eval_batch_size=batch_size)
+    metrics = made.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(total / tokens, rel=1e-12)
+    assert metrics["eval_tokens"] == tokens
+
+
+def test_evaluation_keeps_no_logits_and_leaves_training_where_it_was(tmp_path: Path) -> None:
+    without = trainer(adapted(dropout=0.2), tmp_path / "a")
+    without.train()
+    with_evaluation = trainer(adapted(dropout=0.2), tmp_path / "b", eval_strategy="steps", eval_steps=1)
+    with_evaluation.train()
+    assert losses_of(without) == losses_of(with_evaluation)
+    output = with_evaluation.evaluation_loop(
+        with_evaluation.get_eval_dataloader(), "Evaluation", prediction_loss_only=True
+    )
+    assert output.predictions is None and output.num_samples == 9
+
+
+def test_an_evaluation_set_without_supervision_is_an_error(tmp_path: Path) -> None:
+    made = trainer(adapted(), tmp_path)
+    made.eval_dataset = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[-100] * 3]})
+    with pytest.raises(TrainingError, match="no supervised token"):
+        made.evaluate()
+
+
+# -- steps -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_allocator_runs_once_a_step_with_gradients_there(tmp_path: Path, accumulation: int) -> None:
+    model = adapted("adalora")
+    seen: list[tuple[int, bool, bool]] = []
+    before = trained(model)
+
+    def record(step: int, optimizer: Any) -> None:
+        gradients = all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        moved = any(not torch.equal(tensor, before[name]) for name, tensor in trained(model).items())
+        seen.append((step, gradients, moved))
+
+    model.on_optimizer_step = record
+    trainer(model, tmp_path, gradient_accumulation_steps=accumulation, max_steps=4).train()
+    assert seen == [(step, True, True) for step in (1, 2, 3, 4)]
+
+
+def test_rank_falls_to_its_target(tmp_path: Path) -> None:
+    model = adapted("adalora")
+    trainer(model, tmp_path).train()
+    left = sum(p.numel() for name, p in model.named_parameters() if name.endswith("lora_E"))
+    layers = sum(1 for name, _ in model.named_parameters() if name.endswith("lora_E"))
+    assert left == 2 * layers
+
+
+def test_checkpointed_activations_give_the_same_training(tmp_path: Path) -> None:
+    plain, saving = adapted(), adapted()
+    trainer(plain, tmp_path / "a", max_steps=3).train()
+    trainer(saving, tmp_path / "b", max_steps=3, activation_checkpointing=True).train()
+    assert_same(trained(plain), trained(saving))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda model: model.unload(), "without adapters; call get_peft_model"),
+        (lambda model: model.set_requires_grad("default", False) or model, "nothing to train"),
+    ],
+)
+def test_a_model_that_cannot_train_is_refused(tmp_path: Path, break_it: Any, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        trainer(break_it(adapted()), tmp_path)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------
+
+
+class _Stop(Exception):
+    pass
+
+
+class _DieAt(TrainerCallback):
+    """Ends a run without any tidying, after the step's checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise _Stop
+
+
+SAVING: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": False,
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+@pytest.mark.parametrize("stop", [3, 6, 7])  # inside the first and the second epoch; AdaLoRA is pruned from 6 on
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, method: str, stop: int) -> None:
+    options = {**SAVING, "gradient_accumulation_steps": 1, "load_best_model_at_end": False}
+    data = rows(20)  # five steps an epoch
+    straight = trainer(adapted(method, dropout=0.2), tmp_path / "a", data, **options)
+    straight.train()
+    with pytest.raises(_Stop):
+        trainer(adapted(method, dropout=0.2), tmp_path / "b", data, callbacks=[_DieAt(stop)], **options).train()
+    torch.rand(11)  # another process has drawn other numbers
+    resumed = trainer(adapted(method, dropout=0.2), tmp_path / "b", data, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    assert losses_of(resumed) == losses_of(straight)
+    assert_same(trained(resumed.model), trained(straight.model))
+    whole, again = straight.model.adapter_state(), resumed.model.adapter_state()
+    assert_same(whole, again)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(_Stop):
+        trainer(adapted(), tmp_path, callbacks=[_DieAt(4)], **SAVING).train()
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
+    made = trainer(adapted(), tmp_path, **SAVING)
+    with caplog.at_level(logging.WARNING):
+        made.train(resume_from_checkpoint=True)
+    assert "optimizer.pt" in caplog.text
+    assert made.state.global_step == 8
+
+
+def test_resuming_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no whole checkpoint"):
+        trainer(adapted(), tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lora", 0.05), ("adalora", 0.2)])
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path, method: str, rate: float) -> None:
+    model = adapted(method)
+    # random labels: at these rates the model soon fits the training rows and gets worse on the others
+    made = trainer(model, tmp_path, **SAVING, save_total_limit=2, learning_rate=rate)
+    made.train()
+    losses = {r["step"]: r["eval_loss"] for r in made.state.log_history if "eval_loss" in r}
+    best = min(losses, key=lambda step: losses[step])
+    assert made.state.best_global_step == best < 8
+    assert made.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    if method == "lora":
+        saved = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
+        model.save_pretrained(tmp_path / "final")
+        assert_same(load_file(tmp_path / "final" / "adapter_model.safetensors"), saved)
+
+
+def test_old_checkpoints_go_once_a_new_one_counts(tmp_path: Path) -> None:
+    options = {**SAVING, "load_best_model_at_end": False, "save_total_limit": 2}
+    trainer(adapted(), tmp_path, **options).train()
+    left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    best = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["best_global_step"]
+    assert left == sorted({"checkpoint-8", f"checkpoint-{best}"} if best != 8 else {"checkpoint-7", "checkpoint-8"})
+
+
+def test_a_finished_run_can_be_taken_over_from_its_last_checkpoint(tmp_path: Path) -> None:
+    first = trainer(adapted(), tmp_path, **SAVING)
+    first.train()
+    again = trainer(adapted(), tmp_path, **SAVING)
+    again.finish_from(tmp_path / "checkpoint-8")
+    assert again.state.best_metric == first.state.best_metric
+    assert_same(trained(again.model), trained(first.model))
