@@ -74,7 +74,9 @@ def _example(data: Data, where: str, row: dict[str, Any]) -> Example:
 def _messages(row: dict[str, Any], system_prompt: str | None) -> list[Message]:
     if row.get("messages") is not None:
         return _checked(row["messages"])
-    if "prompt" not in row or "completion" not in row:
+    if "prompt" in row and "completion" not in row:
+        raise _FaultyRow("it has no completion")
+    if "prompt" not in row:
         raise _FaultyRow(f"it has neither messages nor prompt and completion, but {', '.join(row) or 'nothing'}")
     for column in ("prompt", "completion"):
         if not isinstance(row[column], str) or not row[column].strip():
