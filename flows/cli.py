@@ -18,9 +18,8 @@ from flows.errors import PipelineError, RegistryError, StageError
 from flows.gate import Check
 from flows.params import Params, load_params
 from flows.paths import Paths
-from flows.project import changed_stages, find_root, set_prefect_environment, stage_order
+from flows.project import find_root, set_prefect_environment, stage_order, stage_states
 from flows.stage import fail, is_disk_full, set_quiet_environment
-from peftcore.errors import PeftError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +32,8 @@ registry_app = typer.Typer(no_args_is_help=True, help="The registered versions, 
 app.add_typer(registry_app, name="registry")
 
 SIX_HOURS = 6 * 3600.0
+SHOWN = 4
+"""Changes of a stage that `status` names."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 PushTo = Annotated[
     str | None,
@@ -65,9 +66,9 @@ def run(
     """
     with _errors(), _project() as (_, paths):
         set_prefect_environment(paths.root)
-        from flows.pipeline import pipeline
+        from flows.pipeline import run_pipeline
 
-        pipeline(paths.root, stage_timeout, push_to)
+        run_pipeline(paths.root, stage_timeout, push_to)
 
 
 @app.command()
@@ -92,16 +93,16 @@ def stage(
 def status(as_json: AsJson = False) -> None:
     """Which stages are up to date, what changed for the others, and which version has which stage."""
     with _errors(), _project() as (params, paths):
-        changed = changed_stages(paths.root)
-        stages = {name: changed.get(name, []) for name in stage_order(paths.root)}
+        stages = stage_states(paths.root)
         holders = _holders(params, paths)
         if as_json:
             print(json.dumps({"stages": stages, "registry": holders}, indent=2))
             return
         table = Table("stage", "state")
         for name, changes in stages.items():
-            state = f"[yellow]{escape('; '.join(changes))}[/]" if changes else "[green]up to date[/]"
-            table.add_row(name, state)
+            more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+            words = ", ".join(changes[:SHOWN]) + more
+            table.add_row(name, f"[yellow]{escape(words)}[/]" if changes else "[green]up to date[/]")
         console = Console(highlight=False)
         console.print(table)
         console.print(_registry_line(params.project.name, holders))
@@ -194,7 +195,7 @@ def _errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         fail("interrupted; run it again to go on", status=130)
-    except (PipelineError, PeftError) as error:
+    except PipelineError as error:
         fail(str(error))
     except OSError as error:
         if not is_disk_full(error):

@@ -19,7 +19,7 @@ from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
 from flows.project import changed_stages, stage_order
-from peftcore.files import MANIFEST, damaged_files, read_manifest
+from peftcore.files import MANIFEST, damaged_files, read_manifest, sha256
 
 LOCK = "dvc.lock"
 SOFTWARE = ("torch", "transformers", "bitsandbytes", "peftcore")
@@ -105,6 +105,11 @@ def headline_metrics(paths: Paths) -> dict[str, Any]:
     }
 
 
+def evidence(paths: Paths) -> tuple[Path, ...]:
+    """The files, beside the adapter, that a version is judged by."""
+    return (paths.evaluation_metrics, paths.evaluation_rows, paths.merge_report)
+
+
 def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number: str) -> dict[str, Any]:
     """The lineage record of version `number`. Digests are hex SHA-256; DVC's own are MD5."""
     evaluation = read_json(paths.evaluation_metrics)
@@ -119,6 +124,7 @@ def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number
             "uncommitted": git.uncommitted(leaving_out=(LOCK, paths.metrics.name)),
         },
         "adapter": {"content": content_digest(files), "files": files},
+        "evidence": {path.relative_to(paths.root).as_posix(): sha256(path) for path in evidence(paths)},
         "evaluation_set": evaluation["evaluation_set"],
         "base_model": evaluation["base_model"],
         "dvc": {out["path"]: out["md5"] for out in outs if "md5" in out},

@@ -13,7 +13,7 @@ from typing import Any
 from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 
-from flows.errors import GateError
+from flows.errors import GateError, StageError
 from flows.params import load_params
 from flows.paths import Paths
 from flows.project import stage_order
@@ -23,6 +23,8 @@ from flows.stage_process import run_stage
 from flows.summary import print_summary
 
 HOUR = 3600.0
+_NO_SERVER = ("Failed to reach API", "ephemeral Prefect API server")
+"""How Prefect's RuntimeErrors begin when its server cannot be reached, or does not start."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,19 @@ class Outcome:
     promotion: Promotion
     page: Path
     seconds: dict[str, float]
+
+
+def run_pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None) -> Outcome:
+    """`pipeline` below, with Prefect's own troubles as one message: raises StageError if its server is not there."""
+    try:
+        return pipeline(root, stage_timeout, push_to)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _NO_SERVER):
+            raise
+        raise StageError(
+            f"Prefect: {error}. Unset PREFECT_API_URL to use a server of this run's own, or start yours; "
+            "`dvc repro` runs the same stages without Prefect, then `peftcore promote` and `peftcore review`"
+        ) from error
 
 
 @flow(name="pipeline", validate_parameters=False)

@@ -6,6 +6,7 @@ from typing import Any, TextIO
 from tqdm.auto import tqdm
 
 SECONDS_BETWEEN_LINES = 10
+LINE = "{desc}: {percentage:3.0f}%, {n_fmt} of {total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
 
 
 class _Lines:
@@ -13,10 +14,13 @@ class _Lines:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.last = ""
 
     def write(self, text: str) -> None:
-        if line := text.strip("\r\n "):
+        line = text.strip("\r\n ")
+        if line and line != self.last:  # a bar draws itself once more when it closes
             self.stream.write(line + "\n")
+            self.last = line
 
     def flush(self) -> None:
         self.stream.flush()
@@ -37,5 +41,5 @@ def progress(total: int, description: str, unit: str = "step", start: int = 0) -
         mininterval=0.2 if terminal else SECONDS_BETWEEN_LINES,
         ncols=None if terminal else 100,
         dynamic_ncols=terminal,
-        bar_format=None if terminal else "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
+        bar_format=None if terminal else LINE,
     )

@@ -15,6 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from flows.errors import RepositoryError
 
 DVC = (sys.executable, "-m", "dvc")
@@ -87,8 +89,9 @@ def stage_order(root: Path) -> list[str]:
             # DVC uses an old way of its trie library
             warnings.filterwarnings("ignore", "_NoneStep.value", DeprecationWarning)
             graph = repo.index.graph.reverse(copy=True)
+            stages = networkx.topological_sort(graph)
             # their names, because what DVC calls their addressing depends on the current folder
-            return [stage.name for stage in networkx.topological_sort(graph) if isinstance(stage, PipelineStage)]
+            return [str(stage.name) for stage in stages if isinstance(stage, PipelineStage)]
     except DvcException as error:
         raise RepositoryError(f"{root / 'dvc.yaml'}: {error}") from error
 
@@ -100,6 +103,14 @@ def changed_stages(root: Path, stages: Sequence[str] = ()) -> dict[str, list[str
     """
     status = json.loads(dvc(root, "status", "--json", *stages))
     return {stage: [word for entry in entries for word in _in_words(entry)] for stage, entries in status.items()}
+
+
+def stage_states(root: Path) -> dict[str, list[str]]:
+    """{stage: what changed since it ran, in words}, in the order of work; an empty list is up to date."""
+    lock = root / "dvc.lock"
+    ran = YAML(typ="safe").load(lock)["stages"] if lock.exists() else {}
+    changed = changed_stages(root)
+    return {stage: changed.get(stage, []) if stage in ran else ["has not run yet"] for stage in stage_order(root)}
 
 
 def _in_words(entry: Any, subject: str = "") -> list[str]:

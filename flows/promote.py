@@ -1,7 +1,7 @@
 """Promote a version: judge it by the gate against the champion, then give it the stage as a compare-and-swap."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from pyarrow import parquet
 from flows.errors import RegistryError, StageError
 from flows.gate import Candidate, Champion, GateReport, evaluate_gate
 from flows.git import Git
-from flows.lineage import read_json
+from flows.lineage import evidence, read_json
 from flows.params import Params
 from flows.paths import Paths
 from flows.project import files_at
 from flows.registry import Assignment, Registry, Version
-from peftcore.files import write_atomically
+from peftcore.files import sha256, write_atomically
 
 Outcome = Literal["promoted", "already", "refused", "would promote"]
 _REPORT = "Gate report: "
@@ -106,9 +106,9 @@ def _judge(
     holder: Assignment | None,
     from_run: bool,
 ) -> GateReport:
-    where = nullcontext(paths.root) if from_run else _files_of(paths, chosen)
-    with where as folder:
-        candidate = _candidate(registry, chosen, Paths(folder))
+    wanted = (paths.adapter, *evidence(paths))
+    with nullcontext(paths) if from_run else _files_of(paths, registry, chosen, wanted) as where:
+        candidate = _candidate(registry, chosen, where)
         champion = _champion(paths, registry, holder)
         return evaluate_gate(candidate, champion, params.gate, params.merge, params.project.seed)
 
@@ -135,12 +135,20 @@ def _decide(
 
 
 @contextmanager
-def _files_of(paths: Paths, version: Version) -> Iterator[Path]:
-    """What a version is judged by, as DVC kept it."""
-    wanted = (paths.adapter, paths.evaluation, paths.merge_report)
-    names = [path.relative_to(paths.root).as_posix() for path in wanted]
-    with files_at(paths.root, version.commit, names) as folder:
-        yield folder
+def _files_of(paths: Paths, registry: Registry, version: Version, wanted: Sequence[Path]) -> Iterator[Paths]:
+    """What a version is judged by, as DVC kept it and as it was registered.
+
+    DVC verifies what it pulls, but not what it gets from another commit.
+    """
+    digests = registry.record(version)["evidence"]
+    with files_at(paths.root, version.commit, [path.relative_to(paths.root).as_posix() for path in wanted]) as folder:
+        for name, digest in digests.items():
+            if (folder / name).is_file() and sha256(folder / name) != digest:
+                raise RegistryError(
+                    f"{name} of {version.tag} is not what was registered: DVC's cache or remote is damaged; remove "
+                    "the damaged file there and `dvc push` it again from a machine that has it"
+                )
+        yield Paths(folder)
 
 
 def _candidate(registry: Registry, version: Version, at: Paths) -> Candidate:
@@ -166,9 +174,8 @@ def _champion(paths: Paths, registry: Registry, holder: Assignment | None) -> Ch
         )
     version = registry.version(holder.version)
     record = registry.record(version)
-    name = paths.evaluation_rows.relative_to(paths.root).as_posix()
-    with files_at(paths.root, version.commit, [name]) as folder:
-        rows = _read_rows(folder / name)
+    with _files_of(paths, registry, version, [paths.evaluation_rows]) as where:
+        rows = _read_rows(where.evaluation_rows)
     return Champion(version.number, record["evaluation_set"], record["base_model"], rows)
 
 

@@ -1,10 +1,13 @@
 """One stage as a subprocess: streamed, stopped after a time, and never left behind by a parent that was killed."""
 
 import ctypes
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 from flows.errors import StageError
 from flows.project import DVC, stage_environment
@@ -22,6 +25,7 @@ def run_stage(root: Path, stage: str, timeout: float, force: bool = False) -> No
 
     timeout: seconds; force: run it even if nothing changed. Raises StageError if it fails or takes longer.
     """
+    forget_dead_locks(root)
     command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
     process = subprocess.Popen(command, cwd=root, env=stage_environment(), preexec_fn=_die_with_parent)
     try:
@@ -41,6 +45,30 @@ def run_stage(root: Path, stage: str, timeout: float, force: bool = False) -> No
             process.wait()
     if status:
         raise StageError(f"stage {stage} failed; its own message is above")
+
+
+def forget_dead_locks(root: Path) -> None:
+    """Drop DVC's note of files in use if none of the processes in it lives any more.
+
+    DVC does so by itself, but takes a killed process for alive until its parent has collected it, which in a container
+    may be never.
+    """
+    path = root / ".dvc" / "tmp" / "rwlock"
+    try:
+        locks = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return
+    writers = locks.get("write", {}).values()
+    holders = [*writers, *(reader for readers in locks.get("read", {}).values() for reader in readers)]
+    if holders and not any(_is_alive(int(holder["pid"])) for holder in holders):
+        path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:

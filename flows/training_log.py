@@ -68,9 +68,7 @@ def loss_table(records: list[Record]) -> str:
             if record[field] is not None:
                 row[column] = record[field]
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, ["step", "train_loss", "validation_loss", "learning_rate"], lineterminator="\n"
-    )
+    writer = csv.DictWriter(text, ["step", "train_loss", "validation_loss", "learning_rate"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(by_step[step] for step in sorted(by_step))
     return text.getvalue()

@@ -62,6 +62,7 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
         fresh.chmod(0o755)
         yield fresh
         for file in sorted(fresh.rglob("*")):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # some writers make files that only their owner can read
             flush_to_disk(file)
         flush_to_disk(fresh)
         if path.exists():

@@ -5,6 +5,7 @@ all at once, by file and line.
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from flows.params import Data
 SHOWN = 10
 """How many faulty rows an error lists; it counts them all."""
 ROLES = ("system", "user", "assistant")
+WATCHED = "data"
+"""Folder of the repository that the prepare stage depends on in dvc.yaml."""
+log = logging.getLogger(__name__)
 
 
 def read_examples(data: Data, root: Path) -> list[Example]:
@@ -37,6 +41,12 @@ def read_examples(data: Data, root: Path) -> list[Example]:
             ) from error
     else:
         place = root / Path(data.source).expanduser()
+        if not place.resolve().is_relative_to((root / WATCHED).resolve()):
+            log.warning(
+                "data.source %s is outside %s/, the folder that DVC watches: after changing it, run `dvc repro --force prepare`",
+                data.source,
+                WATCHED,
+            )
     examples, faults = [], []
     for where, row in files.read_rows(place, data.source):
         try:

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow.parquet as parquet
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, ProgressCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from flows.base_model import check_base, load_for_training, load_tokenizer
-from flows.errors import StageError
+from flows.base_model import check_base, load_for_training, load_tokenizer, padding_id
 from flows.params import Params
 from flows.paths import Paths
+from flows.rows import read_rows
 from flows.stage import set_seed, start
 from flows.tracking import Tracker
 from flows.training_callbacks import (
@@ -66,7 +65,8 @@ class Run:
 def run(params: Params, paths: Paths) -> None:
     """Train; writes the adapter and the run's records, then removes the run's checkpoints."""
     base = check_base(paths.base)
-    rows = {name: _rows(paths.split(name)) for name in ("train", "validation")}
+    columns = ["input_ids", "labels"]
+    rows = {name: Dataset.from_list(read_rows(paths.split(name), columns)) for name in ("train", "validation")}
     folder = paths.checkpoints / _key(params, paths, base)
     this = Run(folder, last_good_checkpoint(folder), _optimizer_steps(params, len(rows["train"])))
     records = this.log.keep_until(this.state.global_step)
@@ -74,7 +74,7 @@ def run(params: Params, paths: Paths) -> None:
         log.info("resuming from step %d of %d", this.state.global_step, this.total_steps)
 
     set_seed(params.project.seed)
-    model = cast(PreTrainedModel, load_for_training(paths.base, params.quantization))
+    model = cast(PreTrainedModel, load_for_training(paths.base, params.quantization, _longest(rows)))
     model = get_peft_model(model, _adapter_config(params, this.total_steps))
     tracker = Tracker(params.tracking.project, params.tracking.mode, params.model_dump(), paths.root)
     try:
@@ -109,15 +109,13 @@ def _trainer(
     rows: dict[str, Dataset],
     tracker: Tracker,
 ) -> AdapterTrainer:
-    tokenizer = load_tokenizer(paths.base)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     before = this.log.records()
     trainer = AdapterTrainer(
         model=model,
         args=_arguments(params, this),
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
-        data_collator=RightPaddingCollator(cast(int, pad)),
+        data_collator=RightPaddingCollator(padding_id(load_tokenizer(paths.base))),
         callbacks=[
             EvaluateAt(evenly_spread(this.total_steps, params.train.evaluations)),
             StopWithoutGain(params.train.patience),
@@ -194,13 +192,8 @@ def _adapter_config(params: Params, total_steps: int) -> PeftConfig:
     )
 
 
-def _rows(path: Path) -> Dataset:
-    if not path.exists():
-        raise StageError(f"there is no {path}; run the prepare stage first")
-    table = parquet.read_table(path, columns=["input_ids", "labels"])
-    if not table.num_rows:
-        raise StageError(f"{path} has no rows; give the prepare stage more data")
-    return Dataset(table)  # type: ignore[arg-type]  # wraps an Arrow table in memory
+def _longest(rows: dict[str, Dataset]) -> int:
+    return max(len(ids) for split in rows.values() for ids in split["input_ids"])
 
 
 def _optimizer_steps(params: Params, rows: int) -> int:
@@ -213,9 +206,10 @@ def _optimizer_steps(params: Params, rows: int) -> int:
 
 def _key(params: Params, paths: Paths, base: str) -> str:
     """Names what a run is made of, so that only a checkpoint of the very same run is ever resumed."""
-    sections = params.model_dump(include={"project", "base", "method", "quantization", "train"})
+    sections = params.model_dump(include={"base", "method", "quantization", "train"})
     data = [sha256(paths.split(name)) for name in ("train", "validation")]
-    return hashlib.sha256(json.dumps([sections, base, data], sort_keys=True).encode()).hexdigest()[:16]
+    made_of = json.dumps([params.project.seed, sections, base, data], sort_keys=True)
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
 def _summary(

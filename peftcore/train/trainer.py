@@ -13,7 +13,7 @@ what plain Trainer gets wrong for one:
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,8 +45,29 @@ class _StepCallback(TrainerCallback):
             adapted_model(self.trainer).on_optimizer_step(state.global_step + 1, self.trainer.optimizer)
 
 
-def adapted_model(trainer: Trainer) -> PeftModel:
-    """The trainer's model without what data parallelism wraps around it; TrainingError where it has no adapter."""
+def keep_quantized_weights_trainable(model: nn.Module) -> None:
+    """Forbid bitsandbytes to repack 4-bit weights for inference on the CPU, which an evaluation would do.
+
+    The packed form has no backward pass (layers below get no gradient through it, with a warning only) and rounds
+    the blocks' scales, and nothing packs them back. Raises TrainingError for a model that is packed already.
+    """
+    for path, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False  # pyright: ignore
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise TrainingError(
+                f"{path} has been packed for inference by a forward pass in eval mode and gives no gradients any "
+                "more; load the base model again and train before evaluating it"
+            )
+
+
+def adapted_model(trainer: Trainer) -> Any:
+    """The trainer's model, a PeftModel and nn.Module at once, without what data parallelism wraps around it.
+
+    Raises TrainingError where it has no adapter.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
         raise TrainingError(
@@ -66,6 +87,7 @@ class AdapterTrainerMixin(_Base):
                 "nothing to train: every parameter is frozen; load the adapter with is_trainable=True, or activate "
                 "it with set_adapter"
             )
+        keep_quantized_weights_trainable(model)
         if getattr(self.args, "activation_checkpointing", False):
             # A frozen embedding gives outputs without gradient, which a checkpointed block would take for constant.
             model.enable_input_require_grads()
@@ -99,7 +121,7 @@ class AdapterTrainerMixin(_Base):
             result = self._label_only_loss(model, inputs, num_items_in_batch)
         if not model.training or not self.accelerator.sync_gradients:
             return result
-        loss, *rest = result if return_outputs else (result,)
+        loss, *rest = cast(tuple[Any, ...], result if return_outputs else (result,))
         loss = self._with_regularizer(loss, num_items_in_batch)
         return (loss, *rest) if return_outputs else loss
 
@@ -162,7 +184,7 @@ class AdapterTrainerMixin(_Base):
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        model = self._wrap_model(self.model, training=False)
+        model = self._wrap_model(cast(nn.Module, self.model), training=False)
         if not self.accelerator._models and model is self.model:  # evaluated without having been trained
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
@@ -196,7 +218,7 @@ class AdapterTrainerMixin(_Base):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """`train_sampling_strategy="group_by_length"` gives batches of like length in random order."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         columns = getattr(dataset, "column_names", None) or ()

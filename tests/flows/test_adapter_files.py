@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from flows.adapter_files import foreign_files, non_finite_tensors
 
-TYPES = ["float64", "float32", "float16", "bfloat16", "float8_e5m2", "float8_e4m3fn"]
+WITH_INFINITY = ["float64", "float32", "float16", "bfloat16", "float8_e5m2"]
+BAD = [(dtype, value) for dtype in WITH_INFINITY for value in ("nan", "inf", "-inf")] + [("float8_e4m3fn", "nan")]
 
 
 def test_only_the_four_files_belong_there(tmp_path: Path) -> None:
@@ -33,17 +34,14 @@ def test_no_folder_is_foreign(tmp_path: Path) -> None:
     assert foreign_files(tmp_path / "none")
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_every_kind_of_number_that_is_none_is_found(tmp_path: Path, dtype: str, value: float) -> None:
+@pytest.mark.parametrize(("dtype", "value"), BAD)
+def test_every_kind_of_number_that_is_none_is_found(tmp_path: Path, dtype: str, value: str) -> None:
     bad = torch.ones(8)
-    bad[5] = value
+    bad[5] = float(value)
     good = torch.tensor([0.0, -0.0, 1.0, -448.0, 0.002])
     tensors = {"good": good.to(getattr(torch, dtype)), "bad": bad.to(getattr(torch, dtype))}
-    expected = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all())
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    assert non_finite_tensors(tmp_path) == (expected, 2)
-    assert expected == ["bad"]
+    assert non_finite_tensors(tmp_path) == (["bad"], 2)
 
 
 def test_masks_and_counts_are_numbers(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_the_bound_is_that_of_the_normal_approximation(losses: tuple) -> None:
 
 
 def test_pairing_takes_out_what_rows_have_in_common(losses: tuple) -> None:
-    tokens, ours, theirs = losses
+    tokens, _, theirs = losses
     _, upper = paired_bootstrap(tokens, theirs - 0.01, theirs, 0.99, 2000, 0)
     assert upper == pytest.approx(-0.01), "a constant gain is certain, however much the rows differ"
 
@@ -53,7 +53,9 @@ def table(ids: list[str], losses: list[float]) -> pyarrow.Table:
 
 
 def test_rows_are_paired_by_id_whatever_their_order() -> None:
-    tokens, ours, theirs = paired_losses(table(["a", "b", "c"], [1.0, 2.0, 3.0]), table(["c", "x", "a"], [30.0, 0.0, 10.0]))
+    tokens, ours, theirs = paired_losses(
+        table(["a", "b", "c"], [1.0, 2.0, 3.0]), table(["c", "x", "a"], [30.0, 0.0, 10.0])
+    )
     assert (tokens.tolist(), ours.tolist(), theirs.tolist()) == ([5, 5], [1, 3], [10, 30])
 
 

@@ -52,8 +52,8 @@ def champion_of(candidate: Candidate) -> Champion:
     return Champion(candidate.version, metrics["evaluation_set"], metrics["base_model"], candidate.rows)
 
 
-def judge(candidate: Candidate, champion: Champion | None = None, **gate: Any) -> GateReport:
-    return evaluate_gate(candidate, champion, Gate(**gate), Merge(), seed=1)
+def judge(candidate: Candidate, against: Champion | None = None, /, **gate: Any) -> GateReport:
+    return evaluate_gate(candidate, against, Gate(**gate), Merge(), seed=1)
 
 
 def reason(report: GateReport) -> str:
@@ -92,7 +92,9 @@ def test_a_flipped_bit_is_named(make: Callable[..., Candidate]) -> None:
 
 def test_new_weights_with_a_new_manifest_are_not_what_was_registered(make: Callable[..., Candidate]) -> None:
     candidate = make()
-    save_file({"layer.lora_A.weight": numpy.zeros((2, 4), numpy.float32)}, candidate.adapter / "adapter_model.safetensors")
+    save_file(
+        {"layer.lora_A.weight": numpy.zeros((2, 4), numpy.float32)}, candidate.adapter / "adapter_model.safetensors"
+    )
     write_manifest(candidate.adapter)
     assert reason(judge(candidate)).startswith("manifest: adapter_model.safetensors is not")
 

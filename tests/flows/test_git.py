@@ -37,7 +37,9 @@ def state(root: Path) -> dict[str, Any]:
         "branches": git("for-each-ref", "refs/heads"),
         "status": git("--no-optional-locks", "status", "--porcelain"),
         "stash": git("stash", "list"),
-        "files": {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file() and ".git" not in path.parts},
+        "files": {
+            str(path): path.read_bytes() for path in root.rglob("*") if path.is_file() and ".git" not in path.parts
+        },
     }
 
 
@@ -115,13 +117,13 @@ def test_identity_of_the_configuration_and_of_the_environment_wins(
 
 
 def test_no_repository_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(RepositoryError, match="not in a git repository.*git init"):
+    with pytest.raises(RepositoryError, match=r"not in a git repository.*git init"):
         Git(tmp_path)
 
 
 def test_no_commit_says_what_to_do(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
-    with pytest.raises(RepositoryError, match="no git commit yet.*git commit"):
+    with pytest.raises(RepositoryError, match=r"no git commit yet.*git commit"):
         Git(tmp_path)
 
 

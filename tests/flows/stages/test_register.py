@@ -21,7 +21,9 @@ def versions(project: Any) -> list[str]:
 
 def repro(project: Any, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dvc", "repro", *arguments]
-    return subprocess.run(command, cwd=project.root, env=stage_environment(), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=project.root, env=stage_environment(), capture_output=True, text=True, check=False
+    )
 
 
 def append(path: Path, text: str) -> None:

@@ -1,0 +1,24 @@
+"""Rows of a prepared split, as the later stages read them."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow.parquet as parquet
+
+from flows.errors import StageError
+
+Row = dict[str, Any]
+"""{"input_ids", "labels"}: token ids of one row, and in the test split what `flows.stages.prepare` writes beside."""
+
+
+def read_rows(path: Path, columns: list[str] | None = None, limit: int | None = None) -> list[Row]:
+    """The first `limit` rows of a split (None: all), with these columns (None: all).
+
+    Raises StageError if there are none.
+    """
+    if not path.exists():
+        raise StageError(f"there is no {path}; run the prepare stage first")
+    rows = cast(list[Row], parquet.read_table(path, columns=columns).slice(0, limit).to_pylist())
+    if not rows:
+        raise StageError(f"{path} has no rows; give the prepare stage more data or a larger share for this split")
+    return rows

@@ -1,0 +1,70 @@
+"""The flow: DVC's stages as tasks, the gate, the page and a summary, with a Prefect server of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "wandb")
+
+
+def run(project: Any, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.cli", "run", *arguments]
+    return subprocess.run(command, cwd=cwd or project.root, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_flow_imports_no_heavy_library(tmp_path: Path) -> None:
+    code = f"import sys, flows.pipeline, flows.cli; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_it_runs_the_stages_promotes_and_reviews_and_a_second_run_changes_nothing(project: Any) -> None:
+    first = run(project)
+    assert first.returncode == 0, first.stderr
+    assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
+    for fact in ("docstrings v0.1.0 is champion", "3.800", "2.700", "perplexity", "ROUGE-L", "make ", str(project.root)):
+        assert fact in " ".join(first.stdout.split()).replace("- ", "-"), fact
+    assert project.paths.review.exists()
+    assert (project.root / ".prefect" / "prefect.db").exists()
+    assert "Traceback" not in first.stderr
+
+    lock = (project.root / "dvc.lock").read_bytes()
+    second = run(project, cwd=project.root / "source")
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("didn't change, skipping") == 2
+    assert "is champion already" in second.stdout
+    assert (project.root / "dvc.lock").read_bytes() == lock
+    assert len(project.git("tag", "--list").split()) == 2
+
+
+def test_a_refusal_comes_with_its_page_and_exit_status_1(project: Any) -> None:
+    project.paths.params.write_text(project.paths.params.read_text() + "gate: {min_loss_gain: 2.0}\n")
+    done = run(project)
+    assert done.returncode == 1
+    assert "error: docstrings v0.1.0 is not promoted to champion: gain in loss: 1.100 nats" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "is not promoted" in project.paths.review.read_text()
+    assert json.loads(project.paths.promotion.read_text())["outcome"] == "refused"
+    assert project.git("tag", "--list").split() == ["docstrings@v0.1.0"]
+
+
+def test_a_stage_that_fails_stops_the_run_with_its_own_message(project: Any) -> None:
+    (project.root / "make.py").write_text("raise SystemExit('error: no data')")
+    done = run(project)
+    assert done.returncode == 1
+    assert "error: no data" in done.stderr
+    assert "error: stage make failed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not project.paths.review.exists()
+
+
+def test_a_prefect_server_that_is_down_is_one_message(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    done = run(project)
+    assert done.returncode == 1
+    assert "`dvc repro` runs the same stages without Prefect" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,123 @@
+"""A stage as a subprocess: whatever kills its parents, it is not left behind, and the next run is clean."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.errors import StageError
+from flows.project import dvc
+from flows.stage_process import forget_dead_locks, run_stage
+
+STAGE = """\
+import os, pathlib, time
+from flows.stage import die_with_parent
+die_with_parent()
+pathlib.Path("stage.pid").write_text(str(os.getpid()))
+while not pathlib.Path("go").exists():
+    time.sleep(0.05)
+pathlib.Path("out.txt").write_text("whole")
+"""
+DRIVER = "import sys; from pathlib import Path; from flows.stage_process import forget_dead_locks, run_stage; run_stage(Path.cwd(), 'wait', 60)"
+
+
+@pytest.fixture
+def root(project: Any) -> Path:
+    (project.root / "dvc.yaml").write_text("stages: {wait: {cmd: python wait.py, outs: [out.txt]}}\n")
+    (project.root / "wait.py").write_text(STAGE)
+    return project.root
+
+
+@pytest.fixture
+def driver(root: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that waits for the stage, in a process group of its own, as a terminal gives it."""
+    with subprocess.Popen([sys.executable, "-c", DRIVER], cwd=root, start_new_session=True) as process:
+        yield process
+        process.kill()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def stage_pid(root: Path) -> int:
+    path = root / "stage.pid"
+    assert eventually(lambda: path.exists() and path.read_text() != "")
+    return int(path.read_text())
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state == "Z"
+
+
+def test_a_stage_runs_once_and_again_only_by_force(root: Path) -> None:
+    (root / "go").touch()
+    run_stage(root, "wait", 60)
+    (root / "stage.pid").unlink()
+    run_stage(root, "wait", 60)
+    assert not (root / "stage.pid").exists()
+    run_stage(root, "wait", 60, force=True)
+    assert (root / "stage.pid").exists()
+
+
+def test_a_failing_stage_is_named(root: Path) -> None:
+    (root / "wait.py").write_text("raise SystemExit(3)")
+    with pytest.raises(StageError, match="stage wait failed"):
+        run_stage(root, "wait", 60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
+def test_a_stage_that_takes_too_long_is_stopped_with_all_below_it(root: Path) -> None:
+    with pytest.raises(StageError, match=r"wait took longer than 4 seconds.*--stage-timeout"):
+        run_stage(root, "wait", 4)
+    assert eventually(lambda: is_gone(stage_pid(root)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
+def test_kill_9_of_the_parent_leaves_no_orphan_and_a_rerun_is_clean(root: Path, driver: subprocess.Popen[bytes]) -> None:
+    pid = stage_pid(root)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert eventually(lambda: is_gone(pid))
+    (root / "go").touch()
+    run_stage(root, "wait", 60)
+    assert (root / "out.txt").read_text() == "whole"
+    assert dvc(root, "status", "--json").strip() == "{}"
+
+
+def test_ctrl_c_stops_the_stage_and_a_rerun_is_clean(root: Path, driver: subprocess.Popen[bytes]) -> None:
+    pid = stage_pid(root)
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to all of its foreground group
+    assert driver.wait(30) != 0
+    assert eventually(lambda: is_gone(pid))
+    (root / "go").touch()
+    run_stage(root, "wait", 60)
+    assert (root / "out.txt").read_text() == "whole"
+
+
+def test_files_in_use_by_the_living_stay_so_and_those_of_a_zombie_do_not(root: Path, request: pytest.FixtureRequest) -> None:
+    path = root / ".dvc" / "tmp" / "rwlock"
+    zombie = subprocess.Popen(["true"])
+    request.addfinalizer(zombie.wait)
+    assert eventually(lambda: is_gone(zombie.pid))  # dead, but not waited for yet
+    dead, alive = ({"pid": pid, "cmd": "dvc repro"} for pid in (zombie.pid, os.getpid()))
+    path.write_text(json.dumps({"write": {"a": dead}, "read": {"b": [alive]}}))
+    forget_dead_locks(root)
+    assert path.exists()
+    path.write_text(json.dumps({"write": {"a": dead}, "read": {"b": [dead]}}))
+    forget_dead_locks(root)
+    assert not path.exists()
