@@ -3,29 +3,30 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
+# commands of dvc.yaml say `python`
 export PATH := $(BIN):$(PATH)
 
 .PHONY: run test slow lint format install clean
 .DEFAULT_GOAL := run
 
 run: install            ## bring the pipeline up to date, promote, write reports/review.html
-	@peftcore run
+	@$(BIN)/peftcore run
 
 test: install           ## quick tests
-	@pytest
+	@$(BIN)/pytest
 
 slow: install           ## whole-pipeline tests
-	@pytest -m slow
+	@$(BIN)/pytest -m slow
 
 lint: install           ## format, lint, types, floors
-	ruff format --check
-	ruff check
-	pyright
-	lint-imports
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 format: install
-	ruff format
-	ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
 
 install: $(STAMP)
 

@@ -171,7 +171,7 @@ def _against(candidate: Candidate, champion: Champion | None, gate: Gate, seed: 
     mean, upper = paired_bootstrap(tokens, ours, theirs, rule.confidence, rule.resamples, seed)
     return upper <= rule.max_loss_regression, (
         f"loss {mean:+.4f} nats against {champion.version} on {len(tokens)} rows, {rule.confidence:.0%} upper "
-        f"bound {upper:+.4f}, at most {rule.max_loss_regression:+g}"
+        f"bound {upper:+.4f}, at most {rule.max_loss_regression:g}"
     )
 
 

@@ -100,7 +100,7 @@ class Method(Section):
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     r: Count = 16
     lora_alpha: Positive = 32
-    lora_dropout: Share = 0.05
+    lora_dropout: Share = 0.0
     use_rslora: bool = False
     adalora: AdaLora = AdaLora()
 

@@ -14,6 +14,8 @@ from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 
 from flows.errors import GateError, StageError
+from flows.git import Git
+from flows.lineage import check_artifact_name
 from flows.params import load_params
 from flows.paths import Paths
 from flows.project import stage_order
@@ -55,10 +57,14 @@ def pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = 
 
     root: the repository. stage_timeout: seconds that one stage may take. push_to: the git remote that decides who
     is promoted, for registries shared between clones.
-    Raises StageError if a stage fails, GateError (after page and summary) if the gate refuses.
+    Raises RepositoryError or RegistryError at once where nothing could be registered, StageError if a stage fails,
+    GateError (after page and summary) if the gate refuses.
     """
     paths = Paths(root)
     params = load_params(paths.params)
+    # registering comes last and needs both; nobody wants to hear of it after the training
+    Git(root)
+    check_artifact_name(root, params.project.name)
     seconds: dict[str, float] = {}
 
     def run(name: str, work: Callable[..., Any], *arguments: Any) -> Any:

@@ -20,8 +20,8 @@ from flows.git import Git, GitError, Tag
 RECORD = "registry/version.json"
 """Where a version's own commit keeps its lineage record."""
 FIRST = (0, 1, 0)
-CODE = ("flows", "peftcore")
-"""Tracked folders that a version's commit takes as they were when it ran."""
+RAN = ("data", "flows", "peftcore")
+"""Folders whose tracked files a version's commit takes as they were when it ran."""
 
 _TAG = re.compile(
     r"(?P<name>[^@#]+)"
@@ -149,7 +149,7 @@ class Registry:
         """
         title = f"{self.name} {number}: {summary}"
         commit = self.git.snapshot(
-            update=CODE,
+            update=RAN,
             add=["params.yaml", "dvc.yaml", ".dvc/config"],
             contents={**contents, RECORD: json.dumps(record, indent=2) + "\n"},
             message=f"Register {title}\n",
@@ -197,14 +197,14 @@ class Registry:
         )
 
     def _events(self) -> list[_Event]:
-        """All events of this name, oldest first."""
+        """All events of this name, oldest first: by their numbers, because a tag may be dated a little ahead."""
         events = []
         for tag in self.git.tags(f"{self.name}@*", f"{self.name}#*"):
             found = _TAG.fullmatch(tag.name)
             if found:
                 number = int(found["event"] or 0)
                 events.append(_Event(tag, found["version"], found["stage"], bool(found["cancelled"]), number))
-        return sorted(events, key=lambda event: (event.tag.created, event.number))
+        return sorted(events, key=lambda event: (event.number, event.tag.created))
 
 
 def _number(parts: tuple[int, int, int]) -> str:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 INK, SOFT, LINE = "#1f2933", "#66727f", "#e3e7eb"
 BASE, ADAPTER, VALIDATION = "#a3aeb9", "#0f766e", "#c2571a"
@@ -72,6 +73,7 @@ def loss_curves(table: Path, best_step: int | None) -> Markup:
     rates.set_ylabel("learning rate")
     rates.set_xlabel("optimiser step")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True))
     rates.margins(x=0.01)
     rates.set_ylim(bottom=0)
     for axes in (losses, rates):

@@ -26,7 +26,15 @@ def test_it_runs_the_stages_promotes_and_reviews_and_a_second_run_changes_nothin
     first = run(project)
     assert first.returncode == 0, first.stderr
     assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
-    for fact in ("docstrings v0.1.0 is champion", "3.800", "2.700", "perplexity", "ROUGE-L", "make ", str(project.root)):
+    for fact in (
+        "docstrings v0.1.0 is champion",
+        "3.800",
+        "2.700",
+        "perplexity",
+        "ROUGE-L",
+        "make ",
+        str(project.root),
+    ):
         assert fact in " ".join(first.stdout.split()).replace("- ", "-"), fact
     assert project.paths.review.exists()
     assert (project.root / ".prefect" / "prefect.db").exists()
@@ -60,6 +68,14 @@ def test_a_stage_that_fails_stops_the_run_with_its_own_message(project: Any) -> 
     assert "error: stage make failed" in done.stderr
     assert "Traceback" not in done.stderr
     assert not project.paths.review.exists()
+
+
+def test_what_could_not_be_registered_is_refused_before_anything_runs(project: Any) -> None:
+    project.paths.params.write_text(project.paths.params.read_text().replace("docstrings", "summaries"))
+    done = run(project)
+    assert done.returncode == 1
+    assert "error: project.name is 'summaries', but `artifacts:` in dvc.yaml has no 'summaries'" in done.stderr
+    assert done.stdout == ""
 
 
 def test_a_prefect_server_that_is_down_is_one_message(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:

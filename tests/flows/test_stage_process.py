@@ -25,7 +25,11 @@ while not pathlib.Path("go").exists():
     time.sleep(0.05)
 pathlib.Path("out.txt").write_text("whole")
 """
-DRIVER = "import sys; from pathlib import Path; from flows.stage_process import forget_dead_locks, run_stage; run_stage(Path.cwd(), 'wait', 60)"
+DRIVER = """\
+from pathlib import Path
+from flows.stage_process import run_stage
+run_stage(Path.cwd(), "wait", 60)
+"""
 
 
 @pytest.fixture
@@ -88,7 +92,9 @@ def test_a_stage_that_takes_too_long_is_stopped_with_all_below_it(root: Path) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
-def test_kill_9_of_the_parent_leaves_no_orphan_and_a_rerun_is_clean(root: Path, driver: subprocess.Popen[bytes]) -> None:
+def test_kill_9_of_the_parent_leaves_no_orphan_and_a_rerun_is_clean(
+    root: Path, driver: subprocess.Popen[bytes]
+) -> None:
     pid = stage_pid(root)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
@@ -109,7 +115,9 @@ def test_ctrl_c_stops_the_stage_and_a_rerun_is_clean(root: Path, driver: subproc
     assert (root / "out.txt").read_text() == "whole"
 
 
-def test_files_in_use_by_the_living_stay_so_and_those_of_a_zombie_do_not(root: Path, request: pytest.FixtureRequest) -> None:
+def test_files_in_use_by_the_living_stay_so_and_those_of_a_zombie_do_not(
+    root: Path, request: pytest.FixtureRequest
+) -> None:
     path = root / ".dvc" / "tmp" / "rwlock"
     zombie = subprocess.Popen(["true"])
     request.addfinalizer(zombie.wait)

