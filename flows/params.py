@@ -49,7 +49,7 @@ class Data(Section):
     system_prompt: str | None = "You write the one-line summary of Python functions."
     max_length: Annotated[int, Field(ge=8)] = 320
     overlong: Literal["drop", "truncate", "error"] = "drop"
-    train_rows: Count | None = 1600
+    train_rows: Count | None = 1200
     validation_rows: Count | None = 96
     test_rows: Count | None = 256
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1

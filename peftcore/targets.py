@@ -63,7 +63,7 @@ def _wanted_paths(model: nn.Module, modules: dict[str, nn.Module], config: Tuner
         return [
             path
             for path, module in modules.items()
-            if _is_linear(module) and module is not output and not named(path, heads)
+            if _is_linear(module) and module is not output and not named(path, heads) and not _bypassed(model, path)
         ]
     if config.target_modules is None:
         architecture = detect(model)
@@ -72,7 +72,7 @@ def _wanted_paths(model: nn.Module, modules: dict[str, nn.Module], config: Tuner
                 f"no default target modules are known for {architecture.family}; give target_modules, "
                 f"such as {ALL_LINEAR!r} or names among {_linear_names(modules)}"
             )
-        return [path for path in modules if named(path, architecture.default_targets)]
+        return [path for path in modules if named(path, architecture.target_regex(architecture.default_targets))]
     return [path for path in modules if named(path, config.target_modules)]
 
 
@@ -102,12 +102,16 @@ def _check_adaptable(model: nn.Module, path: str, layer: nn.Module) -> None:
         raise TargetError(f"{path} is already trained whole as one of modules_to_save; exclude it")
     if not isinstance(layer, AdaptedLayer):
         base_weight(layer, path)
-    parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+    if _bypassed(model, path):
         raise TargetError(
             f"{path} belongs to nn.MultiheadAttention, whose forward reads the weight and never calls the layer, "
             "so an adapter there would do nothing; exclude it"
         )
+
+
+def _bypassed(model: nn.Module, path: str) -> bool:
+    """Whether the model reads this layer's weight and never calls it."""
+    return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def _nothing_matched(modules: dict[str, nn.Module], wanted: list[str], config: TunerConfig) -> str:

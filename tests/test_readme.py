@@ -1,4 +1,4 @@
-"""The README tells the truth: its example runs, its method table is the registry's, its dependencies are the project's."""
+"""The README tells the truth: its example runs, its tables are the registry's and the project's."""
 
 import re
 import tomllib

@@ -43,7 +43,7 @@ def read_examples(data: Data, root: Path) -> list[Example]:
         place = root / Path(data.source).expanduser()
         if not place.resolve().is_relative_to((root / WATCHED).resolve()):
             log.warning(
-                "data.source %s is outside %s/, the folder that DVC watches: after changing it, run `dvc repro --force prepare`",
+                "data.source %s is outside %s/, which DVC watches: after changing it, run `dvc repro --force prepare`",
                 data.source,
                 WATCHED,
             )

@@ -59,6 +59,11 @@ def test_attention_that_reads_weights_directly_is_refused() -> None:
         get_peft_model(net, LoraConfig(target_modules=["out_proj"]))
 
 
+def test_all_linear_leaves_such_attention_out() -> None:
+    model = get_peft_model(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)), LoraConfig(target_modules="all-linear"))
+    assert model.peft_config["default"].target_modules == {"linear1", "linear2"}
+
+
 def test_transformer_encoder_layer_does_not_pass_its_adapter_by() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()

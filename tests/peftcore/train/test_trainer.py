@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from peftcore import AdaLoraConfig, LoraConfig, TrainingError, get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator
@@ -270,6 +270,42 @@ def test_checkpointed_activations_give_the_same_training(tmp_path: Path) -> None
 def test_a_model_that_cannot_train_is_refused(tmp_path: Path, break_it: Any, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         trainer(break_it(adapted()), tmp_path)
+
+
+# -- quantised bases -------------------------------------------------------------------------------------------
+
+
+def four_bit(tmp_path: Path) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
+    storage = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    return LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, quantization_config=storage)
+
+
+def test_evaluating_does_not_change_how_a_4_bit_base_trains(tmp_path: Path) -> None:
+    results = []
+    for name, evaluations in (("without", {}), ("with", {"eval_strategy": "steps", "eval_steps": 1})):
+        model = get_peft_model(four_bit(tmp_path), LoraConfig(r=4, target_modules="all-linear"))
+        trainer(model, tmp_path / name, max_steps=3, **evaluations).train()
+        results.append(trained(model))
+    assert_same(*results)
+
+
+def test_a_4_bit_base_that_is_packed_for_inference_is_refused(tmp_path: Path) -> None:
+    model = four_bit(tmp_path).eval()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight.quant_state.packing_format_for_cpu = True  # what an eval forward sets on a CPU with bf16 kernels
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(TrainingError, match=r"q_proj.* has been packed for inference.*load the base model again"):
+        trainer(model, tmp_path)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------

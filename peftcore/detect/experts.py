@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from peftcore.architecture import ExpertInfo
-from peftcore.detect_roles import Role
-from peftcore.module_tree import ModuleTree, expert_stacks
+from peftcore.detect.architecture import ExpertInfo
+from peftcore.detect.module_tree import ModuleTree, expert_stacks
+from peftcore.detect.roles import Role
 
 
 def find_experts(tree: ModuleTree) -> dict[str, ExpertInfo]:

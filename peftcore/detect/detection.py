@@ -1,7 +1,7 @@
 """Architecture detection: what a model is and where adapters go, read from its structure and not from a table of names.
 
 Works on any `nn.Module`, on the meta device, on quantised models and on models that already carry adapters.
-`module_tree` reads the tree, `detect_roles` says what a block's layers do; here the whole is put together.
+`module_tree` reads the tree, `roles` says what a block's layers do; here the whole is put together.
 """
 
 from collections import Counter
@@ -9,12 +9,10 @@ from collections import Counter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcore.architecture import Architecture, ExpertInfo, LinearInfo
-from peftcore.detect_experts import find_experts
-from peftcore.detect_kind import head_paths, model_kind, vocab_size
-from peftcore.detect_roles import Role, Roles, attention_roles, block_roles
-from peftcore.errors import TargetError
-from peftcore.module_tree import (
+from peftcore.detect.architecture import Architecture, LinearInfo
+from peftcore.detect.experts import find_experts
+from peftcore.detect.kind import head_paths, model_kind, vocab_size
+from peftcore.detect.module_tree import (
     BlockList,
     ModuleTree,
     Site,
@@ -23,8 +21,8 @@ from peftcore.module_tree import (
     shared_parameters,
     unique_parameters,
 )
-
-__all__ = ["Architecture", "ExpertInfo", "LinearInfo", "detect"]
+from peftcore.detect.roles import Role, Roles, attention_roles, block_roles
+from peftcore.errors import TargetError
 
 CURATED_TARGETS: dict[str, tuple[Role, ...]] = {
     "phi": ("query", "value", "up", "down"),

@@ -1,0 +1,50 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.training_log import FIELDS, TrainingLog, loss_table
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> TrainingLog:
+    log = TrainingLog(tmp_path / "run" / "log.jsonl")
+    for step in (1, 2, 3):
+        log.append(step=step, loss=3.0 - step / 10, learning_rate=0.1 * step, seconds=float(step))
+        if step != 1:
+            log.append(step=step, validation_loss=4.0 - step, seconds=step + 0.5)
+    return log
+
+
+def test_each_record_is_a_line_with_every_field(log: TrainingLog) -> None:
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert len(lines) == 5 and all(tuple(line) == FIELDS for line in lines)
+    assert lines[0] == dict.fromkeys(FIELDS) | {"step": 1, "loss": 2.9, "learning_rate": 0.1, "seconds": 1.0}
+
+
+def test_a_line_that_a_crash_cut_short_is_left_out(log: TrainingLog) -> None:
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [record["step"] for record in log.records()] == [1, 2, 2, 3, 3]
+    assert [record["step"] for record in log.keep_until(3)] == [1, 2, 2, 3, 3]
+    log.append(step=4)
+    assert log.records()[-1]["step"] == 4
+
+
+def test_going_on_from_a_step_drops_what_came_after_it(log: TrainingLog) -> None:
+    kept = log.keep_until(2)
+    assert kept == log.records() and [record["step"] for record in kept] == [1, 2, 2]
+    assert log.keep_until(0) == [] == log.records()
+
+
+def test_a_log_that_is_not_there_has_no_records(tmp_path: Path) -> None:
+    assert TrainingLog(tmp_path / "log.jsonl").records() == []
+
+
+def test_the_curves_have_a_line_for_each_step(log: TrainingLog) -> None:
+    assert loss_table(log.records()).splitlines() == [
+        "step,train_loss,validation_loss,learning_rate",
+        "1,2.9,,0.1",
+        "2,2.8,2.0,0.2",
+        "3,2.7,1.0,0.30000000000000004",
+    ]
