@@ -4,16 +4,18 @@ Each stage is a subprocess `dvc repro --single-item STAGE`, so DVC decides what 
 from `dvc repro`. Nothing here imports torch.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 
-from flows.errors import GateError, StageError
+from flows.errors import GateError
 from flows.git import Git
 from flows.lineage import check_artifact_name
 from flows.params import load_params
@@ -24,6 +26,9 @@ from flows.review import write_review
 from flows.stage_process import run_stage
 from flows.summary import print_summary
 
+logger = logging.getLogger(__name__)
+
+Work = Callable[..., Any]
 HOUR = 3600.0
 _NO_SERVER = ("Failed to reach API", "ephemeral Prefect API server")
 """How Prefect's RuntimeErrors begin when its server cannot be reached, or does not start."""
@@ -39,16 +44,14 @@ class Outcome:
 
 
 def run_pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None) -> Outcome:
-    """`pipeline` below, with Prefect's own troubles as one message: raises StageError if its server is not there."""
+    """`pipeline` below; where Prefect's server is not there, or goes away, the same work goes on without it."""
     try:
         return pipeline(root, stage_timeout, push_to)
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in _NO_SERVER):
+    except (RuntimeError, httpx.TransportError) as error:
+        if not _is_without_server(error):
             raise
-        raise StageError(
-            f"Prefect: {error}. Unset PREFECT_API_URL to use a server of this run's own, or start yours; "
-            "`dvc repro` runs the same stages without Prefect, then `peftcore promote` and `peftcore review`"
-        ) from error
+        logger.warning("Prefect's server is not there (%s); going on without it", error)
+    return _work(root, stage_timeout, push_to, in_task=lambda _, work: work)
 
 
 @flow(name="pipeline", validate_parameters=False)
@@ -60,6 +63,15 @@ def pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = 
     Raises RepositoryError or RegistryError at once where nothing could be registered, StageError if a stage fails,
     GateError (after page and summary) if the gate refuses.
     """
+    return _work(root, stage_timeout, push_to, in_task=_task)
+
+
+def _task(name: str, work: Work) -> Work:
+    """`work` as a Prefect task. DVC knows what has to run again, so Prefect caches nothing."""
+    return Task(work, name=name, task_run_name=name, cache_policy=NO_CACHE)
+
+
+def _work(root: Path, stage_timeout: float, push_to: str | None, in_task: Callable[[str, Work], Work]) -> Outcome:
     paths = Paths(root)
     params = load_params(paths.params)
     # registering comes last and needs both; nobody wants to hear of it after the training
@@ -67,9 +79,9 @@ def pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = 
     check_artifact_name(root, params.project.name)
     seconds: dict[str, float] = {}
 
-    def run(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    def run(name: str, work: Work, *arguments: Any) -> Any:
         started = time.monotonic()
-        result = Task(work, name=name, task_run_name=name, cache_policy=NO_CACHE)(*arguments)
+        result = in_task(name, work)(*arguments)
         seconds[name] = time.monotonic() - started
         return result
 
@@ -81,3 +93,8 @@ def pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = 
     if not promotion.accepted:
         raise GateError(promotion.sentence)
     return Outcome(promotion, page, seconds)
+
+
+def _is_without_server(error: Exception) -> bool:
+    """Whether Prefect cannot reach its server, or could not start one."""
+    return isinstance(error, httpx.TransportError) or any(sign in str(error) for sign in _NO_SERVER)

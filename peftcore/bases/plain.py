@@ -37,7 +37,8 @@ class LinearWeight(BaseWeight):
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         if y.dtype != h.dtype or torch.is_autocast_enabled(y.device.type):
             return y + self.pointwise(h, weight).to(y.dtype)
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), weight.to(h.dtype).T)
+        rows = y.numel() // y.shape[-1]  # not -1, which says nothing of a rank that was pruned to 0
+        flat = torch.addmm(y.reshape(rows, y.shape[-1]), h.reshape(rows, h.shape[-1]), weight.to(h.dtype).T)
         return flat.view(y.shape)
 
 

@@ -4,9 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import httpx
 import pytest
+
+from flows import pipeline
+from flows.errors import GateError
+from flows.stage_process import run_stage
 
 HEAVY = ("torch", "transformers", "datasets", "wandb")
 
@@ -78,9 +83,30 @@ def test_what_could_not_be_registered_is_refused_before_anything_runs(project: A
     assert done.stdout == ""
 
 
-def test_a_prefect_server_that_is_down_is_one_message(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_prefect_server_the_run_finishes(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     done = run(project)
-    assert done.returncode == 1
-    assert "`dvc repro` runs the same stages without Prefect" in done.stderr
+    assert done.returncode == 0
+    assert "going on without it" in done.stderr
     assert "Traceback" not in done.stderr
+    assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
+
+
+def test_a_prefect_server_that_goes_away_does_not_stop_the_run(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_way(root: Path, *_: object) -> NoReturn:
+        run_stage(root, "make", 60)
+        raise httpx.ConnectError("Connection refused")
+
+    monkeypatch.setattr(pipeline, "pipeline", half_way)
+    outcome = pipeline.run_pipeline(project.root)
+    assert outcome.promotion.outcome == "promoted"
+    assert list(outcome.seconds) == ["make", "register", "promote", "review"]
+
+
+def test_a_refusal_is_no_trouble_of_prefects(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise GateError("no")
+
+    monkeypatch.setattr(pipeline, "pipeline", refuse)
+    with pytest.raises(GateError):
+        pipeline.run_pipeline(project.root)
