@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcore.bases import base_weight, is_adaptable
 from peftcore.config import TaskType, TunerConfig, suggestion
-from peftcore.detect import detect
+from peftcore.detection import detect
 from peftcore.errors import TargetError
 from peftcore.host import AdaptedLayer, SavedModule, modules_outside_hosts
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from peftcore.detect.architecture import ExpertInfo
-from peftcore.detect.module_tree import ModuleTree, expert_stacks
-from peftcore.detect.roles import Role
+from peftcore.detection.architecture import ExpertInfo
+from peftcore.detection.module_tree import ModuleTree, expert_stacks
+from peftcore.detection.roles import Role
 
 
 def find_experts(tree: ModuleTree) -> dict[str, ExpertInfo]:

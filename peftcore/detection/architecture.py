@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftcore.detect.module_tree import BlockList
-from peftcore.detect.roles import Role
+from peftcore.detection.module_tree import BlockList
+from peftcore.detection.roles import Role
 
 
 @dataclass(frozen=True)

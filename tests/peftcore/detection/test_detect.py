@@ -9,7 +9,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers import AutoConfig
 
-from peftcore.detect import Architecture, detect
+from peftcore.detection import Architecture, detect
 from peftcore.errors import TargetError
 
 LLAMA = {

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.detect.module_tree import BlockList, ModuleTree, is_below
-from peftcore.detect.roles import Roles
+from peftcore.detection.module_tree import BlockList, ModuleTree, is_below
+from peftcore.detection.roles import Roles
 
 
 def model_kind(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[BlockList, ...]) -> str:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore.detect.module_tree import ModuleTree, Site, ancestors, expert_count, width_of
+from peftcore.detection.module_tree import ModuleTree, Site, ancestors, expert_count, width_of
 
 Role = Literal[
     "query",

@@ -9,10 +9,10 @@ from collections import Counter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcore.detect.architecture import Architecture, LinearInfo
-from peftcore.detect.experts import find_experts
-from peftcore.detect.kind import head_paths, model_kind, vocab_size
-from peftcore.detect.module_tree import (
+from peftcore.detection.architecture import Architecture, LinearInfo
+from peftcore.detection.experts import find_experts
+from peftcore.detection.kind import head_paths, model_kind, vocab_size
+from peftcore.detection.module_tree import (
     BlockList,
     ModuleTree,
     Site,
@@ -21,7 +21,7 @@ from peftcore.detect.module_tree import (
     shared_parameters,
     unique_parameters,
 )
-from peftcore.detect.roles import Role, Roles, attention_roles, block_roles
+from peftcore.detection.roles import Role, Roles, attention_roles, block_roles
 from peftcore.errors import TargetError
 
 CURATED_TARGETS: dict[str, tuple[Role, ...]] = {
