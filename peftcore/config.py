@@ -18,6 +18,30 @@ from peftcore.files import write_atomically
 
 CONFIG_NAME = "adapter_config.json"
 
+LORA_FAMILY_NEUTRAL: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "velora_config": None,
+}
+"""What PEFT writes for LoRA and the methods that extend it, at values that change nothing."""
+
 
 class TaskType(StrEnum):
     """What the adapted model is for, under PEFT's names."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.config import TunerConfig
+from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig
 from peftcore.errors import ConfigError, TrainingError
 from peftcore.registry import register
 
@@ -30,29 +30,10 @@ class AdaLoraConfig(TunerConfig):
     """AdaLoRA's options under PEFT's names; steps count optimiser steps."""
 
     ignored_on_disk: ClassVar[dict[str, Any]] = {
-        "alora_invocation_tokens": None,
+        **LORA_FAMILY_NEUTRAL,
         "alpha_pattern": {},
-        "arrow_config": None,
-        "corda_config": None,
-        "ensure_weight_tying": False,
-        "eva_config": None,
-        "kasa_config": None,
-        "layer_replication": None,
-        "loftq_config": {},
-        "lora_bias": False,
-        "lora_ga_config": None,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "monteclora_config": None,
-        "qalora_group_size": 16,
         "r": 8,
-        "target_parameters": None,
-        "trainable_token_indices": None,
-        "use_bdlora": None,
-        "use_dora": False,
-        "use_qalora": False,
         "use_rslora": False,
-        "velora_config": None,
     }
 
     target_r: int = 8

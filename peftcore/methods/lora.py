@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.config import TunerConfig
+from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig
 from peftcore.errors import ConfigError, MergeError
 from peftcore.registry import register
 
@@ -24,28 +24,7 @@ from peftcore.registry import register
 class LoraConfig(TunerConfig):
     """LoRA's options under PEFT's names."""
 
-    ignored_on_disk: ClassVar[dict[str, Any]] = {
-        "alora_invocation_tokens": None,
-        "arrow_config": None,
-        "corda_config": None,
-        "ensure_weight_tying": False,
-        "eva_config": None,
-        "kasa_config": None,
-        "layer_replication": None,
-        "loftq_config": {},
-        "lora_bias": False,
-        "lora_ga_config": None,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "monteclora_config": None,
-        "qalora_group_size": 16,
-        "target_parameters": None,
-        "trainable_token_indices": None,
-        "use_bdlora": None,
-        "use_dora": False,
-        "use_qalora": False,
-        "velora_config": None,
-    }
+    ignored_on_disk: ClassVar[dict[str, Any]] = LORA_FAMILY_NEUTRAL
 
     r: int = 8
     """Rank (count)."""
