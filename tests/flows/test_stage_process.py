@@ -39,10 +39,17 @@ def root(project: Any) -> Path:
     return project.root
 
 
+def _heed_interrupts() -> None:
+    # a test run that a shell put into the background ignores them, and its children would too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def driver(root: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that waits for the stage, in a process group of its own, as a terminal gives it."""
-    with subprocess.Popen([sys.executable, "-c", DRIVER], cwd=root, start_new_session=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER], cwd=root, start_new_session=True, preexec_fn=_heed_interrupts
+    ) as process:
         yield process
         process.kill()
 
