@@ -73,6 +73,7 @@ def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies; elsewhere nothing.
 
     Otherwise a killed `dvc repro` leaves the stage running, and its late output overwrites the next run's.
+    A shell between the two would live on as the parent, so dvc.yaml starts each stage with `exec`.
     The signal is SIGKILL because a stage inside a long C call would not answer another in time.
     """
     if sys.platform == "linux":

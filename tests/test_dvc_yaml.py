@@ -53,6 +53,11 @@ def test_the_order_is_that_of_the_work() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_takes_the_place_of_its_shell(stage: str) -> None:
+    assert STAGES[stage]["cmd"] == f"exec python -m flows.stages.{stage}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_all_code_that_it_imports(stage: str, imports: grimp.ImportGraph) -> None:
     module = f"flows.stages.{stage}"
     used = {module, *imports.find_upstream_modules(module)} - NOT_IN_RESULTS

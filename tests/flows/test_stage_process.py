@@ -32,9 +32,13 @@ run_stage(Path.cwd(), "wait", 60)
 """
 
 
-@pytest.fixture
-def root(project: Any) -> Path:
-    (project.root / "dvc.yaml").write_text("stages: {wait: {cmd: python wait.py, outs: [out.txt]}}\n")
+@pytest.fixture(params=["/bin/sh", "/bin/bash"])
+def root(project: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    if not Path(request.param).exists():
+        pytest.skip(f"{request.param} is not installed")
+    # DVC starts commands with it; bash gives its place to a lone command by itself, dash does not
+    monkeypatch.setenv("SHELL", request.param)
+    (project.root / "dvc.yaml").write_text("stages: {wait: {cmd: exec python wait.py, outs: [out.txt]}}\n")
     (project.root / "wait.py").write_text(STAGE)
     return project.root
 
