@@ -13,16 +13,48 @@ from torch import Tensor, nn
 from peftcore.bases import BaseWeight
 
 
+class Shared(nn.Module):
+    """What all layers of one adapter share: parameters that train, buffers that do not.
+
+    On disk each stands once, as `base_model.<name>`. It may also hold what one forward of the whole model tells its
+    layers (see `Adapter.before_forward`).
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Names that a directory may leave out, because they can be made again."""
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """What is saved: {name on disk: tensor}."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    @torch.no_grad()
+    def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy saved tensors in; names and shapes have been checked, only `optional` ones may be absent."""
+        own = self.state_dict()
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
 class Adapter(nn.Module):
     """One adapter at one layer. Shapes: o out_features, i in_features, y (..., o), x (..., i)."""
 
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
-    """Kinds of base layer that the method can adapt: "linear", "conv", "embedding"."""
+    """Kinds of base layer that the method can adapt: "linear", "conv", "embedding", "norm", "experts"."""
+    forward_arguments: ClassVar[frozenset[str]] = frozenset()
+    """Further arguments that an adapted model's call and `generate` take for this method, such as "task_ids"."""
+
+    shared: Any = None
+    """What `make_shared` gave, in every adapter of one name; set after `__init__`, before `reset_parameters`."""
 
     def __init__(self, config: Any, base: BaseWeight, path: str):
         """Make the parameters for `base`, the layer at module `path`; raise ConfigError for what cannot be."""
         super().__init__()
         self.base = base
+
+    @classmethod
+    def make_shared(cls, config: Any, bases: Mapping[str, BaseWeight]) -> Shared | None:
+        """What the layers at these paths share; made once for each adapter name."""
+        return None
 
     def reset_parameters(self) -> None:
         """Set the start state; the adapted layer then computes what its base does unless the paper says otherwise."""
@@ -38,7 +70,20 @@ class Adapter(nn.Module):
         """The output, for the adapter's own input x and the base's output y (bias included)."""
         return y + self.base.apply(x, self.delta_weight()).to(y.dtype)
 
+    @classmethod
+    def before_forward(
+        cls, config: Any, adapters: Mapping[str, "Adapter"], model: nn.Module, inputs: dict[str, Any]
+    ) -> None:
+        """Called before each forward of the whole model while an adapter of this name acts.
+
+        inputs: the call's arguments by name, with those that `forward_arguments` names; may be changed. Keep what the
+        layers need in `shared` until the next call: gradient checkpointing runs layers again in the backward pass.
+        """
+
     # -- merged ----------------------------------------------------------------------------------------------
+
+    def check_mergeable(self) -> None:
+        """Raise MergeError if no fixed weight equals this adapter, for example because it depends on the input."""
 
     def delta_weight(self) -> Tensor:
         """ΔW in canonical orientation, in the parameters' type; for methods where W' = W + ΔW."""
@@ -56,7 +101,7 @@ class Adapter(nn.Module):
 
     def checkpoint_keys(self) -> dict[str, str]:
         """{parameter name: its suffix on PEFT's disk}; the same word unless the method says otherwise."""
-        return {name: name for name, _ in self.named_parameters()}
+        return {name: name for name, _ in self.named_parameters() if not name.startswith("shared.")}
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What is saved: {suffix on disk: tensor}."""

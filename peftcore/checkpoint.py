@@ -13,14 +13,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from peftcore.adapter import Adapter
 from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.errors import CheckpointError, TargetError
 from peftcore.files import MANIFEST, damaged_files, flush_to_disk, write_manifest
-from peftcore.inject import AdapterSet, Injection, adapter_set, bias_path, commit_injection, prepare_injection
+from peftcore.inject import (
+    AdapterSet,
+    Injection,
+    adapter_set,
+    bias_path,
+    commit_injection,
+    prepare_injection,
+    shared_by,
+)
 from peftcore.registry import method_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _TRAINER_STATE = "trainer_state.json"
 
@@ -49,12 +59,14 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _keyed(adapters: Mapping[str, nn.Module], copies: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def _keyed(adapters: Mapping[str, Adapter], copies: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     keyed = {
         f"{PREFIX}{path}.{suffix}": tensor
         for path, adapter in adapters.items()
-        for suffix, tensor in adapter.checkpoint_tensors().items()  # type: ignore[operator]
+        for suffix, tensor in adapter.checkpoint_tensors().items()
     }
+    if (shared := shared_by(adapters)) is not None:
+        keyed |= {f"{SHARED_PREFIX}{name}": tensor for name, tensor in shared.checkpoint_tensors().items()}
     for path, module in copies.items():
         keyed |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in module.state_dict().items()}
     return keyed
@@ -159,7 +171,7 @@ def _write_biases(model: nn.Module, adapters: AdapterSet, injection: Injection, 
 
 
 def _take_tensors(
-    adapters: Mapping[str, nn.Module],
+    adapters: Mapping[str, Adapter],
     copies: Mapping[str, nn.Module],
     biases: list[str],
     tensors: dict[str, Tensor],
@@ -168,7 +180,9 @@ def _take_tensors(
     """Check all keys and shapes, then copy; returns the values of the biases among them, by path."""
     expected = _keyed(adapters, copies)
     bias_of = {key: path for path in biases for key in _bias_keys(path)}
-    missing = sorted(expected.keys() - tensors.keys())
+    shared = shared_by(adapters)
+    optional = set() if shared is None else {f"{SHARED_PREFIX}{name}" for name in shared.optional}
+    missing = sorted(expected.keys() - tensors.keys() - optional)
     unexpected = sorted(k for k in tensors.keys() - expected.keys() if k not in bias_of and not _is_base(k))
     if missing or unexpected:
         raise CheckpointError(
@@ -178,13 +192,15 @@ def _take_tensors(
     wrong = [
         f"{k} is {list(tensors[k].shape)}, here {list(t.shape)}"
         for k, t in expected.items()
-        if tensors[k].shape != t.shape
+        if k in tensors and tensors[k].shape != t.shape
     ]
     if wrong:
         raise CheckpointError(f"{directory} was made for another base model: {wrong[0]} ({len(wrong)} tensors in all)")
     for path, adapter in adapters.items():
-        suffixes = adapter.checkpoint_tensors()  # type: ignore[operator]
-        adapter.load_checkpoint_tensors({s: tensors[f"{PREFIX}{path}.{s}"] for s in suffixes})  # type: ignore[operator]
+        adapter.load_checkpoint_tensors({s: tensors[f"{PREFIX}{path}.{s}"] for s in adapter.checkpoint_tensors()})
+    if shared is not None:
+        names = {name: f"{SHARED_PREFIX}{name}" for name in shared.checkpoint_tensors()}
+        shared.load_checkpoint_tensors({name: tensors[key] for name, key in names.items() if key in tensors})
     for path, module in copies.items():
         module.load_state_dict({k: tensors[f"{PREFIX}{path}.{k}"] for k in module.state_dict()})
     return {bias_of[key]: tensor for key, tensor in tensors.items() if key in bias_of}

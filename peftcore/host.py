@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
+from peftcore.bases.base import UNMERGED
 
 
 class Selection:
@@ -78,12 +79,22 @@ class AdaptedLayer(_Host):
         super().__init__(base_layer, selection)
         self.adapters = NamedModules()
         self.merged: tuple[str, ...] = ()
-        self.unmerged_state: dict[str, Any] | None = None
-        """The base's own parameters while adapters are merged (one more copy of the weight in memory)."""
 
     @property
     def base(self) -> BaseWeight:
         return base_weight(self.base_layer)
+
+    @property
+    def unmerged_state(self) -> dict[str, Any] | None:
+        """The base's own parameters while adapters are merged (one more copy of the weight in memory)."""
+        return self.base_layer.__dict__.get(UNMERGED)
+
+    @unmerged_state.setter
+    def unmerged_state(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            self.base_layer.__dict__.pop(UNMERGED, None)
+        else:
+            self.base_layer.__dict__[UNMERGED] = state
 
     def acting(self) -> list[Adapter]:
         """Adapters of this layer that act and are not merged, in order."""

@@ -5,13 +5,14 @@
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapter import Adapter
-from peftcore.bases import base_weight
+from peftcore.adapter import Adapter, Shared
+from peftcore.bases import BaseWeight, base_weight
 from peftcore.config import PeftConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
 from peftcore.host import AdaptedLayer, SavedModule, Selection, modules_outside_hosts
@@ -46,7 +47,11 @@ class AdapterSet:
         """Everything that training this adapter trains."""
         modules = [*self.adapters(name).values(), *self.copies(name).values()]
         biases = [model.get_parameter(bias_path(self, path)) for path in self.own_biases.get(name, {})]
-        return [p for module in modules for p in module.parameters()] + biases
+        return list(dict.fromkeys(p for module in modules for p in module.parameters())) + biases
+
+    def shared(self, name: str) -> Shared | None:
+        """What the layers of one adapter share, if anything."""
+        return shared_by(self.adapters(name))
 
     def require(self, *names: str) -> None:
         """Raise AdapterNameError for a name that is not there."""
@@ -54,6 +59,11 @@ class AdapterSet:
             if name not in self.configs:
                 known = ", ".join(self.configs) or "none yet"
                 raise AdapterNameError(f"no adapter named {name!r}; loaded: {known}")
+
+
+def shared_by(adapters: Mapping[str, Adapter]) -> Shared | None:
+    """What the adapters of one name share, if anything."""
+    return next((adapter.shared for adapter in adapters.values() if adapter.shared is not None), None)
 
 
 def adapter_set(model: nn.Module) -> AdapterSet:
@@ -95,19 +105,35 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str) -> Inject
     _check_single_bias(model, config)
     targets = find_targets(model, config)
     saved = find_saved_modules(model, config)
-    adapters = {path: _make(method.adapter, config, layer, path) for path, layer in targets.items()}
+    bases = {path: _base_of(method.adapter, config, layer, path) for path, layer in targets.items()}
+    adapters = _make_adapters(method.adapter, config, bases)
     copies = {path: _copy_of(module) for path, module in saved.items()}
     return Injection(name, config, adapters, copies, _own_biases(model, config, list(targets)))
 
 
-def _make(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str) -> Adapter:
+def _base_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str) -> BaseWeight:
     base = base_weight(layer.base_layer if isinstance(layer, AdaptedLayer) else layer, path)
     if base.kind not in kind.layer_kinds:
         fits = ", ".join(sorted(kind.layer_kinds))
         raise TargetError(f"{config.peft_type} does not adapt {base.kind} layers such as {path}; it adapts {fits}")
+    return base
+
+
+def _make_adapters(kind: type[Adapter], config: TunerConfig, bases: dict[str, BaseWeight]) -> dict[str, Adapter]:
+    first = next(iter(bases.values()))
+    with torch.device(first.device):
+        shared = kind.make_shared(config, bases)
+        if shared is not None:
+            shared.to(torch.promote_types(first.dtype, torch.float32))
+    return {path: _make(kind, config, base, path, shared) for path, base in bases.items()}
+
+
+def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str, shared: Shared | None) -> Adapter:
     with torch.device(base.device):
         adapter = kind(config, base, path)
         adapter.to(torch.promote_types(base.dtype, torch.float32))
+        if shared is not None:
+            adapter.shared = shared
         adapter.reset_parameters()
     return adapter
 

@@ -48,9 +48,8 @@ def _check_mergeable(adapters: AdapterSet, names: list[str], check_values: bool)
             if name not in host.adapters:
                 continue
             try:
+                host.adapters[name].check_mergeable()
                 finite = not check_values or bool(_merged(host, [name])[0].isfinite().all())
-                if not check_values and host.base.kind == "conv":
-                    host.adapters[name].delta_weight()
             except MergeError as error:
                 raise MergeError(f"{path}: {error}") from error
             if not finite:

@@ -12,12 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+UNMERGED = "_unmerged_state"
+"""Attribute of a base layer that holds its own parameters while merged ones stand in their place."""
+
 
 class BaseWeight(ABC):
     """A view on one base layer; holds no weight of its own."""
 
     kind: ClassVar[str]
-    """"linear", "conv" or "embedding": what the layer does with its input."""
+    """"linear", "conv", "embedding", "norm" or "experts": what the layer does with its input."""
 
     def __init__(self, layer: nn.Module):
         self.layer: Any = layer
@@ -57,6 +60,18 @@ class BaseWeight(ABC):
     @abstractmethod
     def read(self) -> Tensor:
         """The dense weight in canonical orientation; may share memory with the layer."""
+
+    def read_unmerged(self) -> Tensor:
+        """The dense weight without what is merged into it."""
+        own = self.layer.__dict__.get(UNMERGED)
+        if own is None:
+            return self.read()
+        now = self.state()
+        self.restore(own)
+        try:
+            return self.read()
+        finally:
+            self.restore(now)
 
     @abstractmethod
     def write(self, weight: Tensor) -> None:

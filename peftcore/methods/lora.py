@@ -103,12 +103,14 @@ class Lora(Adapter):
         h = self.base.apply(x, self.lora_A)  # (..., r): scaling this costs less than scaling the output
         return self.base.add_pointwise(y, h.to(y.dtype) * self.scaling, self.lora_B)
 
-    def delta_weight(self) -> Tensor:
+    def check_mergeable(self) -> None:
         if self.lora_B.shape[1] != self.lora_A.shape[0]:
             raise MergeError(
                 "LORA on a convolution with groups has no merged weight: A mixes the groups that W keeps apart; "
                 "keep the adapter unmerged or exclude this layer"
             )
+
+    def delta_weight(self) -> Tensor:
         product = self.lora_B.flatten(1) @ self.lora_A.flatten(1)
         return self.scaling * product.view(self.lora_B.shape[0], *self.lora_A.shape[1:])
 

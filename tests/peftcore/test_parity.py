@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_example import examples, randomise
 from torch import nn
 from transformers import (
     BertConfig,
@@ -26,7 +27,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from peftcore import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from peftcore import LoraConfig, PeftModel, TaskType, get_peft_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the oracle warns of on import is its own affair
@@ -77,19 +78,10 @@ def logits(family: str, model: Any) -> torch.Tensor:
         return model(input_ids=tokens).logits
 
 
-def randomise(model: nn.Module) -> None:
-    """Weights that are far from the start, so that a wrong key or scale cannot hide."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-
-
-def both_ways(family: str, theirs: Any, ours: Any, tmp_path: Path) -> None:
+def both_ways(family: str, theirs: Any, ours: Any, tmp_path: Path, spread: float = 0.3) -> None:
     """Save with one, load with the other, compare logits; `theirs` and `ours` are configurations of the same thing."""
     hf = peft.get_peft_model(build(family), theirs).eval()
-    randomise(hf)
+    randomise(hf, spread)
     base = logits(family, build(family))
     hf.save_pretrained(tmp_path / "hf")
     here = PeftModel.from_pretrained(build(family), tmp_path / "hf")
@@ -98,7 +90,7 @@ def both_ways(family: str, theirs: Any, ours: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(family, here), expected, rtol=1e-5, atol=1e-5)
 
     model = get_peft_model(build(family), ours).eval()
-    randomise(model)
+    randomise(model, spread)
     model.save_pretrained(tmp_path / "ours")
     there = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours").eval()
     torch.testing.assert_close(logits(family, there), logits(family, model), rtol=1e-5, atol=1e-5)
@@ -120,17 +112,30 @@ def test_lora_all_linear(family: str, tmp_path: Path) -> None:
     both_ways(family, peft.LoraConfig(**options), LoraConfig(**options), tmp_path)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-def test_adalora(family: str, tmp_path: Path) -> None:
-    targets = {"gpt2": ["c_attn"], "llama": ["q_proj", "down_proj"], "t5": ["q", "wo"]}[family]
-    options: dict[str, Any] = {
-        "init_r": 6,
-        "target_r": 3,
-        "total_step": 10,
-        "lora_alpha": 16,
-        "target_modules": targets,
-    }
-    both_ways(family, peft.AdaLoraConfig(**options), AdaLoraConfig(**options), tmp_path)
+TARGETS: dict[str, list[str]] = {
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "llama": ["q_proj", "down_proj"],
+    "mistral": ["v_proj", "gate_proj"],
+    "qwen2": ["k_proj", "o_proj"],
+    "bert": ["query", "intermediate.dense"],
+    "vit": ["q_proj", "fc1"],
+    "t5": ["q", "wo"],
+}
+CASES = [
+    pytest.param(method, case, family, id=f"{method}-{case}-{family}")
+    for method, example in examples().items()
+    for case in example.parity
+    for family in example.families
+]
+
+
+@pytest.mark.parametrize("method, case, family", CASES)
+def test_method(method: str, case: str, family: str, tmp_path: Path) -> None:
+    example = examples()[method]
+    targets = example.targets.get(family, TARGETS[family])
+    options = {"target_modules": targets, **copy.deepcopy(dict(example.parity[case]))}
+    theirs, ours = getattr(peft, example.theirs)(**copy.deepcopy(options)), example.config(**options)
+    both_ways(family, theirs, ours, tmp_path, example.spread)
 
 
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -179,7 +184,7 @@ def test_lora_on_convolutions_and_embeddings(kind: str, tmp_path: Path) -> None:
     layer, x = layers[kind]
     net = nn.Sequential(layer)
     hf = peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(r=4, target_modules=["0"], lora_alpha=12)).eval()
-    randomise(hf)
+    randomise(hf, 0.3)
     hf.save_pretrained(tmp_path, save_embedding_layers=False)
     here = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path)
     torch.testing.assert_close(here(x), hf(x), rtol=1e-5, atol=1e-5)

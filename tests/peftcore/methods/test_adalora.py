@@ -6,10 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from method_example import Example
 from torch import nn
 
 from peftcore import AdaLoraConfig, ConfigError, PeftModel, TargetError, TrainingError, get_peft_model
 from peftcore.inject import adapter_set
+
+EXAMPLE = Example(
+    AdaLoraConfig,
+    options={"init_r": 4, "target_r": 2, "total_step": 10, "lora_alpha": 12},
+    theirs="AdaLoraConfig",
+    parity={"plain": {"init_r": 6, "target_r": 3, "total_step": 10, "lora_alpha": 16}},
+    families=("gpt2", "llama", "t5"),
+)
 
 
 def config(**options: Any) -> AdaLoraConfig:

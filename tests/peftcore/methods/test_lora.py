@@ -4,10 +4,19 @@ import math
 
 import pytest
 import torch
+from method_example import Example
 from torch import nn
 
 from peftcore import ConfigError, LoraConfig, MergeError, get_peft_model
 from peftcore.inject import adapter_set
+
+EXAMPLE = Example(
+    LoraConfig,
+    options={"r": 4, "lora_alpha": 12},
+    theirs="LoraConfig",
+    parity={"plain": {"r": 4}, "rslora": {"r": 4, "lora_alpha": 16, "use_rslora": True}},
+    families=("gpt2", "llama", "bert", "t5", "vit"),
+)
 
 
 def lora_at(net: nn.Module, path: str = "0"):
