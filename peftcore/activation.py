@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from peftcore.adapter_set import adapter_set
 from peftcore.errors import AdapterNameError
-from peftcore.inject import adapter_set
 from peftcore.merge import merged_names, original_weights
 
 

@@ -14,18 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
+from peftcore.adapter_set import AdapterSet, adapter_set, bias_path, shared_by
 from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.errors import CheckpointError, TargetError
 from peftcore.files import MANIFEST, damaged_files, flush_to_disk, write_manifest
-from peftcore.inject import (
-    AdapterSet,
-    Injection,
-    adapter_set,
-    bias_path,
-    commit_injection,
-    prepare_injection,
-    shared_by,
-)
+from peftcore.inject import Injection, commit_injection, prepare_injection
 from peftcore.registry import method_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -1,83 +1,21 @@
-"""Adding adapters to a model and taking them away: everything is made and checked first, then put in place.
-
-`AdapterSet` is what a model knows of its adapters: who is active, their configurations, and where they sit.
-"""
+"""Adding adapters to a model and taking them away: everything is made and checked first, then put in place."""
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from peftcore import forwarding
 from peftcore.adapter import Adapter, Shared
+from peftcore.adapter_set import ATTRIBUTE, AdapterSet, adapter_set, bias_path
 from peftcore.bases import BaseWeight, base_weight
 from peftcore.config import PeftConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
-from peftcore.host import AdaptedLayer, SavedModule, Selection, modules_outside_hosts
+from peftcore.host import AdaptedLayer, SavedModule, modules_outside_hosts
 from peftcore.registry import method_of
 from peftcore.targets import completed, find_saved_modules, find_targets
-
-_ATTRIBUTE = "_adapter_set"
-
-
-class AdapterSet:
-    """The adapters of one model."""
-
-    def __init__(self) -> None:
-        self.selection = Selection()
-        self.configs: dict[str, TunerConfig] = {}
-        self.layers: dict[str, AdaptedLayer] = {}
-        """Hosts by the path of the layer they stand for."""
-        self.saved: dict[str, SavedModule] = {}
-        self.own_biases: dict[str, dict[str, Tensor]] = {}
-        """{adapter with bias="all" or "lora_only": {path of a bias: its value before}}."""
-
-    def adapters(self, name: str) -> dict[str, Adapter]:
-        """{path: adapter} of one name."""
-        self.require(name)
-        return {path: host.adapters[name] for path, host in self.layers.items() if name in host.adapters}
-
-    def copies(self, name: str) -> dict[str, nn.Module]:
-        """{path: copy} of the modules that one adapter trains whole."""
-        return {path: host.copies[name] for path, host in self.saved.items() if name in host.copies}
-
-    def parameters(self, model: nn.Module, name: str) -> list[nn.Parameter]:
-        """Everything that training this adapter trains."""
-        modules = [*self.adapters(name).values(), *self.copies(name).values()]
-        biases = [model.get_parameter(bias_path(self, path)) for path in self.own_biases.get(name, {})]
-        return list(dict.fromkeys(p for module in modules for p in module.parameters())) + biases
-
-    def shared(self, name: str) -> Shared | None:
-        """What the layers of one adapter share, if anything."""
-        return shared_by(self.adapters(name))
-
-    def require(self, *names: str) -> None:
-        """Raise AdapterNameError for a name that is not there."""
-        for name in names:
-            if name not in self.configs:
-                known = ", ".join(self.configs) or "none yet"
-                raise AdapterNameError(f"no adapter named {name!r}; loaded: {known}")
-
-
-def shared_by(adapters: Mapping[str, Adapter]) -> Shared | None:
-    """What the adapters of one name share, if anything."""
-    return next((adapter.shared for adapter in adapters.values() if adapter.shared is not None), None)
-
-
-def adapter_set(model: nn.Module) -> AdapterSet:
-    """The model's adapters; AdapterNameError when it has none."""
-    found = model.__dict__.get(_ATTRIBUTE)
-    if found is None:
-        raise AdapterNameError(f"this {type(model).__name__} has no adapters; call get_peft_model first")
-    return found
-
-
-def bias_path(adapters: AdapterSet, path: str) -> str:
-    """Where the bias that was at `path` before injection is now."""
-    layer = path.rpartition(".")[0]
-    return f"{layer}.base_layer.bias" if layer in adapters.layers else path
 
 
 @dataclasses.dataclass
@@ -146,7 +84,7 @@ def _copy_of(module: nn.Module) -> nn.Module:
 def _check_name(model: nn.Module, name: str) -> None:
     if not name or not isinstance(name, str) or "." in name or "/" in name:
         raise AdapterNameError(f"an adapter's name is a word without '.' or '/'; got {name!r}")
-    if _ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
+    if ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
         raise AdapterNameError(f"there is already an adapter named {name!r}; delete it first or take another name")
 
 
@@ -158,7 +96,7 @@ def _check_not_compiled(model: nn.Module) -> None:
 
 
 def _check_single_bias(model: nn.Module, config: TunerConfig) -> None:
-    others = adapter_set(model).own_biases if _ATTRIBUTE in model.__dict__ else {}
+    others = adapter_set(model).own_biases if ATTRIBUTE in model.__dict__ else {}
     if getattr(config, "bias", "none") != "none" and others:
         raise ConfigError(
             f"bias={config.bias!r}: the model's biases already belong to adapter {next(iter(others))!r}; "  # type: ignore[attr-defined]
@@ -181,9 +119,10 @@ def _unhosted(module: nn.Module) -> nn.Module:
 
 def commit_injection(model: nn.Module, injection: Injection, trainable: bool) -> AdapterSet:
     """Put a prepared adapter into the model; the first one freezes the base and becomes active."""
-    if _ATTRIBUTE not in model.__dict__:
+    if ATTRIBUTE not in model.__dict__:
         model.requires_grad_(False)
-        model.__dict__[_ATTRIBUTE] = AdapterSet()
+        model.__dict__[ATTRIBUTE] = AdapterSet()
+        forwarding.install(model)
     adapters = adapter_set(model)
     places = _places(model)
     name = injection.name
@@ -293,4 +232,5 @@ def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
         else:
             _restore_biases(model, adapters, name)
     model.requires_grad_(False)
-    del model.__dict__[_ATTRIBUTE]
+    del model.__dict__[ATTRIBUTE]
+    forwarding.remove(model)

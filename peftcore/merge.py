@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from peftcore.adapter_set import AdapterSet, adapter_set
 from peftcore.errors import MergeError
 from peftcore.host import AdaptedLayer
-from peftcore.inject import AdapterSet, adapter_set, remove_hosts
+from peftcore.inject import remove_hosts
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import activation, checkpoint, inject, merge
+from peftcore import activation, checkpoint, forwarding, inject, merge
+from peftcore.adapter_set import adapter_set
 from peftcore.config import PeftConfig, TunerConfig
-from peftcore.inject import adapter_set
 from peftcore.registry import method_of
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
@@ -216,7 +216,13 @@ def _count(parameter: nn.Parameter) -> int:
 @cache
 def _adapted_class(plain: type) -> type:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (PeftModel, plain), {**names, "_hf_peft_config_loaded": True})
+    extra = {"generate": _generate} if hasattr(plain, "generate") else {}
+    return type(plain.__name__, (PeftModel, plain), {**names, **extra, "_hf_peft_config_loaded": True})
+
+
+def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    with forwarding.generation(self, kwargs) as own:
+        return _plain_class(type(self)).generate(self, *args, **own)
 
 
 def _plain_class(adapted: type) -> type:

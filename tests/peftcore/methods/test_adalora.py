@@ -10,7 +10,7 @@ from method_example import Example
 from torch import nn
 
 from peftcore import AdaLoraConfig, ConfigError, PeftModel, TargetError, TrainingError, get_peft_model
-from peftcore.inject import adapter_set
+from peftcore.adapter_set import adapter_set
 
 EXAMPLE = Example(
     AdaLoraConfig,
