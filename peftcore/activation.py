@@ -21,6 +21,9 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     adapters.require(*chosen)
     if len(set(chosen)) < len(chosen):
         raise AdapterNameError(f"set_adapter: each adapter at most once; got {list(chosen)}")
+    feeding = [name for name in chosen if (prompt := adapters.prompt(name)) is not None and prompt.exclusive]
+    if len(feeding) > 1:
+        raise AdapterNameError(f"set_adapter: {feeding} are prompts, and one at a time can stand before the text")
     adapters.selection.active = chosen
 
 

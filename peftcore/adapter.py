@@ -40,16 +40,31 @@ class Adapter(nn.Module):
 
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     """Kinds of base layer that the method can adapt: "linear", "conv", "embedding", "norm", "experts"."""
-    forward_arguments: ClassVar[frozenset[str]] = frozenset()
-    """Further arguments that an adapted model's call and `generate` take for this method, such as "task_ids"."""
-
-    shared: Any = None
+    follows_ties: ClassVar[bool] = False
+    """Whether layers that share a target's weight are adapted too; `link` then makes them alike."""
+    generate_arguments: ClassVar[Mapping[str, Any]] = {}
+    """Arguments that `generate` gets while adapters of this method act, whatever its caller says."""
+    new_base: Tensor | None = None
+    """A weight to put in the base's place when the adapter is injected; unloading puts the base's own back."""
+    disk_prefix: str = ""
+    """What stands on disk between the layer's path and the adapter's own keys."""
+    shared: Any
     """What `make_shared` gave, in every adapter of one name; set after `__init__`, before `reset_parameters`."""
 
     def __init__(self, config: Any, base: BaseWeight, path: str):
         """Make the parameters for `base`, the layer at module `path`; raise ConfigError for what cannot be."""
         super().__init__()
         self.base = base
+        self.shared = None  # in the instance: as an attribute of the class it would hide the module of that name
+
+    @classmethod
+    def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str] | None:
+        """Paths to adapt where `target_modules` is None, out of all base layers by path; None: those LoRA adapts."""
+        return None
+
+    @classmethod
+    def link(cls, config: Any, adapters: Mapping[str, "Adapter"]) -> None:
+        """Called once when the adapters of one name are made, by path: to share parameters between layers."""
 
     @classmethod
     def make_shared(cls, config: Any, bases: Mapping[str, BaseWeight]) -> Shared | None:
@@ -70,13 +85,27 @@ class Adapter(nn.Module):
         """The output, for the adapter's own input x and the base's output y (bias included)."""
         return y + self.base.apply(x, self.delta_weight()).to(y.dtype)
 
+    through_weight: bool = False
+    """Whether the layer computes with `forward_weight` in place of `before` and `after`: for what they cannot do
+    without knowing the weight below, such as turning the patches of a convolution."""
+
+    def forward_weight(self, weight: Tensor) -> Tensor:
+        """W' as the forward uses it, dropout included, for a canonical W in float32 or float64."""
+        return self.merged_weight(weight)
+
+    @classmethod
+    def forward_arguments(cls, config: Any) -> frozenset[str] | None:
+        """None: `before_forward` is not wanted. Else the further arguments, such as "task_ids", that the adapted
+        model's call and `generate` take for this method."""
+        return None
+
     @classmethod
     def before_forward(
         cls, config: Any, adapters: Mapping[str, "Adapter"], model: nn.Module, inputs: dict[str, Any]
     ) -> None:
         """Called before each forward of the whole model while an adapter of this name acts.
 
-        inputs: the call's arguments by name, with those that `forward_arguments` names; may be changed. Keep what the
+        inputs: the call's arguments by name, with those of `forward_arguments`; may be changed. Keep what the
         layers need in `shared` until the next call: gradient checkpointing runs layers again in the backward pass.
         """
 
@@ -107,9 +136,13 @@ class Adapter(nn.Module):
         """What is saved: {suffix on disk: tensor}."""
         return {key: self.get_parameter(name).detach() for name, key in self.checkpoint_keys().items()}
 
+    def fits(self, key: str, tensor: Tensor) -> bool:
+        """Whether a saved tensor can be loaded for one of `checkpoint_tensors`' keys."""
+        return tensor.shape == self.checkpoint_tensors()[key].shape
+
     @torch.no_grad()
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors in; names and shapes have been checked against `checkpoint_tensors`."""
+        """Copy saved tensors in; names and shapes have been checked against `checkpoint_tensors` and `fits`."""
         for name, key in self.checkpoint_keys().items():
             self.get_parameter(name).copy_(tensors[key])
 

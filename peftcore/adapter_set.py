@@ -6,12 +6,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.adapter import Adapter, Shared
-from peftcore.config import TunerConfig
+from peftcore.config import PeftConfig
 from peftcore.errors import AdapterNameError
-from peftcore.host import AdaptedLayer, SavedModule, Selection
+from peftcore.host import Prompts, SavedModule, Selection, Site
+from peftcore.prompts.learner import PromptLearner
+from peftcore.registry import method_of
+from peftcore.replication import Replication
 
 ATTRIBUTE = "_adapter_set"
 """Where a model keeps its `AdapterSet`."""
+PROMPTS = "peftcore_prompts"
+"""The submodule of a model that holds its prompt learners."""
 
 
 class AdapterSet:
@@ -19,27 +24,47 @@ class AdapterSet:
 
     def __init__(self) -> None:
         self.selection = Selection()
-        self.configs: dict[str, TunerConfig] = {}
-        self.layers: dict[str, AdaptedLayer] = {}
-        """Hosts by the path of the layer they stand for."""
+        self.configs: dict[str, PeftConfig] = {}
+        self.layers: dict[str, Site] = {}
+        """Sites by the path of their layer or raw parameter."""
         self.saved: dict[str, SavedModule] = {}
+        self.prompts = Prompts()
+        """Prompt learners by adapter name."""
         self.own_biases: dict[str, dict[str, Tensor]] = {}
         """{adapter with bias="all" or "lora_only": {path of a bias: its value before}}."""
+        self.replication: tuple[str, Replication] | None = None
+        """The adapter that made the model deeper, and how to undo it."""
         self.generating: dict[str, Any] = {}
         """What `generate` was given for the adapters, such as task_ids, while it runs."""
+        self.passing: dict[str, Any] = {}
+        """The same of the forward that runs now."""
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """{path: adapter} of one name."""
         self.require(name)
         return {path: host.adapters[name] for path, host in self.layers.items() if name in host.adapters}
 
+    def of_method(self, name: str) -> dict[str, Adapter]:
+        """Those of `adapters` that are of the configuration's own method, not its companions."""
+        kind = method_of(self.configs[name]).adapter
+        return {path: adapter for path, adapter in self.adapters(name).items() if isinstance(adapter, kind)}
+
     def copies(self, name: str) -> dict[str, nn.Module]:
         """{path: copy} of the modules that one adapter trains whole."""
         return {path: host.copies[name] for path, host in self.saved.items() if name in host.copies}
 
+    def prompt(self, name: str) -> PromptLearner | None:
+        """The prompt learner of one name, if that is what it is."""
+        return self.prompts[name] if name in self.prompts else None
+
+    def acting_prompts(self) -> list[PromptLearner]:
+        """Prompt learners that act, in order."""
+        return [self.prompts[name] for name in self.selection.acting if name in self.prompts]
+
     def parameters(self, model: nn.Module, name: str) -> list[nn.Parameter]:
         """Everything that training this adapter trains."""
-        modules = [*self.adapters(name).values(), *self.copies(name).values()]
+        prompts = [self.prompts[name]] if name in self.prompts else []
+        modules = [*self.adapters(name).values(), *self.copies(name).values(), *prompts]
         biases = [model.get_parameter(bias_path(self, path)) for path in self.own_biases.get(name, {})]
         return list(dict.fromkeys(p for module in modules for p in module.parameters())) + biases
 

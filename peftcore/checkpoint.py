@@ -9,23 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftcore.adapter import Adapter
+from peftcore.adapter import Adapter, Shared
 from peftcore.adapter_set import AdapterSet, adapter_set, bias_path, shared_by
 from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.errors import CheckpointError, TargetError
-from peftcore.files import MANIFEST, damaged_files, flush_to_disk, write_manifest
-from peftcore.inject import Injection, commit_injection, prepare_injection
+from peftcore.files import MANIFEST, flush_to_disk, write_manifest
+from peftcore.inject import Injection, commit_injection, deepened, prepare_injection
 from peftcore.registry import method_of
+from peftcore.tensors import PREFIX, WEIGHTS_NAME, read_tensors
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-_TRAINER_STATE = "trainer_state.json"
 
 _CARD = """\
 ---
@@ -54,7 +50,7 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 def _keyed(adapters: Mapping[str, Adapter], copies: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     keyed = {
-        f"{PREFIX}{path}.{suffix}": tensor
+        f"{_prefix(path, adapter)}{suffix}": tensor
         for path, adapter in adapters.items()
         for suffix, tensor in adapter.checkpoint_tensors().items()
     }
@@ -63,6 +59,13 @@ def _keyed(adapters: Mapping[str, Adapter], copies: Mapping[str, nn.Module]) -> 
     for path, module in copies.items():
         keyed |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in module.state_dict().items()}
     return keyed
+
+
+def _prefix(path: str, adapter: Adapter) -> str:
+    """What stands before an adapter's own keys; a raw parameter's adapter is kept under the module it belongs to."""
+    if adapter.base.kind == "experts":
+        path = path.rpartition(".")[0]
+    return f"{PREFIX}{path}.{adapter.disk_prefix}"
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -75,7 +78,7 @@ def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
     adapters = adapter_set(model)
     adapters.require(name)
     config = adapters.configs[name]
-    config = method_of(config).adapter.config_to_save(config, adapters.adapters(name))
+    config = method_of(config).adapter.config_to_save(config, adapters.of_method(name))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     config = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base)
     # a tensor may be a view or shared with another: cloned, so that safetensors gets plain memory of its own
@@ -101,32 +104,6 @@ def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter directory, on the CPU.
-
-    Raises CheckpointError for a missing, truncated or altered file, and before reading anything for pickles.
-    """
-    if not directory.is_dir():
-        raise CheckpointError(f"no adapter directory {directory}; give the one that save_pretrained wrote")
-    # a Trainer's checkpoint holds its optimiser as pickles; they are never opened here
-    foreign = [f.name for f in directory.iterdir() if f.suffix in PICKLES and not (directory / _TRAINER_STATE).exists()]
-    foreign += ["adapter_model.bin"] if (directory / "adapter_model.bin").exists() else []
-    if foreign:
-        raise CheckpointError(
-            f"{directory} holds {', '.join(sorted(set(foreign)))}: a pickle can run code when it is read; "
-            "convert it to safetensors where you trust it, and remove it here"
-        )
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        raise CheckpointError(f"no {WEIGHTS_NAME} in {directory}; the adapter was not saved whole")
-    if damaged := damaged_files(directory):
-        raise CheckpointError(f"{directory}: {', '.join(damaged)} is not what {MANIFEST} says; take another copy")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}); take another copy") from error
-
-
 def load_adapter(
     model: nn.Module, directory: Path, name: str, trainable: bool, config: PeftConfig | None
 ) -> AdapterSet:
@@ -137,12 +114,13 @@ def load_adapter(
     config = config or PeftConfig.from_pretrained(directory)
     tensors = read_tensors(directory)
     config = dataclasses.replace(config, inference_mode=not trainable)
-    try:
-        injection = prepare_injection(model, config, name)
-    except TargetError as error:
-        raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
-    biases = _take_tensors(injection.adapters, injection.copies, injection.biases, tensors, directory)
-    adapters = commit_injection(model, injection, trainable)
+    with deepened(model, config) as replication:
+        try:
+            injection = prepare_injection(model, config, name)
+        except TargetError as error:
+            raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
+        biases = _take_tensors(injection.adapters, injection.copies, injection.biases, tensors, directory)
+        adapters = commit_injection(model, injection, trainable, replication)
     _write_biases(model, adapters, injection, biases)
     return adapters
 
@@ -176,7 +154,8 @@ def _take_tensors(
     shared = shared_by(adapters)
     optional = set() if shared is None else {f"{SHARED_PREFIX}{name}" for name in shared.optional}
     missing = sorted(expected.keys() - tensors.keys() - optional)
-    unexpected = sorted(k for k in tensors.keys() - expected.keys() if k not in bias_of and not _is_base(k))
+    known = bias_of.keys() | _repeated(adapters, shared)
+    unexpected = sorted(k for k in tensors.keys() - expected.keys() if k not in known and not _is_base(k))
     if missing or unexpected:
         raise CheckpointError(
             f"{directory / WEIGHTS_NAME} does not fit: {_listed('missing', missing)}{_listed('unexpected', unexpected)}"
@@ -185,18 +164,31 @@ def _take_tensors(
     wrong = [
         f"{k} is {list(tensors[k].shape)}, here {list(t.shape)}"
         for k, t in expected.items()
-        if k in tensors and tensors[k].shape != t.shape
+        if k in tensors and tensors[k].shape != t.shape and not _fits(adapters, k, tensors[k])
     ]
     if wrong:
         raise CheckpointError(f"{directory} was made for another base model: {wrong[0]} ({len(wrong)} tensors in all)")
     for path, adapter in adapters.items():
-        adapter.load_checkpoint_tensors({s: tensors[f"{PREFIX}{path}.{s}"] for s in adapter.checkpoint_tensors()})
+        prefix = _prefix(path, adapter)
+        adapter.load_checkpoint_tensors({s: tensors[f"{prefix}{s}"] for s in adapter.checkpoint_tensors()})
     if shared is not None:
         names = {name: f"{SHARED_PREFIX}{name}" for name in shared.checkpoint_tensors()}
         shared.load_checkpoint_tensors({name: tensors[key] for name, key in names.items() if key in tensors})
     for path, module in copies.items():
         module.load_state_dict({k: tensors[f"{PREFIX}{path}.{k}"] for k in module.state_dict()})
     return {bias_of[key]: tensor for key, tensor in tensors.items() if key in bias_of}
+
+
+def _fits(adapters: Mapping[str, Adapter], key: str, tensor: Tensor) -> bool:
+    prefixes = ((_prefix(path, adapter), adapter) for path, adapter in adapters.items())
+    owners = ((key.removeprefix(p), a) for p, a in prefixes if key.startswith(p))
+    return any(suffix in a.checkpoint_tensors() and a.fits(suffix, tensor) for suffix, a in owners)
+
+
+def _repeated(adapters: Mapping[str, Adapter], shared: Shared | None) -> set[str]:
+    """Keys under which PEFT's RandLoRA writes what the layers share once more for each of them."""
+    names = [] if shared is None else list(shared.checkpoint_tensors())
+    return {f"{_prefix(path, adapter)}{name}" for path, adapter in adapters.items() for name in names}
 
 
 def _bias_keys(path: str) -> tuple[str, str]:

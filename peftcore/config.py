@@ -7,6 +7,7 @@ of. A key whose value asks for mathematics that is not here is refused, since ig
 import dataclasses
 import difflib
 import json
+import re
 import warnings
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -41,6 +42,12 @@ LORA_FAMILY_NEUTRAL: dict[str, Any] = {
     "velora_config": None,
 }
 """What PEFT writes for LoRA and the methods that extend it, at values that change nothing."""
+
+
+def first_match(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first key, a path suffix or regular expression, that matches `path`."""
+    matching = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path))
+    return next(matching, default)
 
 
 class TaskType(StrEnum):
@@ -179,6 +186,27 @@ class PeftConfig:
 
 
 @dataclass
+class PromptLearningConfig(PeftConfig):
+    """A method that adapts what the model reads. The sizes that are None are taken from the model."""
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    """Width of a virtual token."""
+    num_transformer_submodules: int | None = None
+    """2: one prompt for an encoder and one for a decoder."""
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+    """Modules trained whole, one copy per adapter, and saved with it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("num_virtual_tokens")
+        sizes = ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+        self.positive(*(name for name in sizes if getattr(self, name) is not None))
+
+
+@dataclass
 class TunerConfig(PeftConfig):
     """A method that adapts layers: which layers, and what else is trained and saved with them."""
 
@@ -197,7 +225,8 @@ class TunerConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, str | None):
                 setattr(self, name, set(value))
-        if self.target_modules is not None and not self.target_modules:
+        empty = self.target_modules is not None and not self.target_modules
+        if empty and not getattr(self, "target_parameters", None):
             raise ConfigError(f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")

@@ -6,19 +6,28 @@ A hook and not an overridden `forward`, because accelerate and others replace `f
 import contextlib
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftcore.adapter import Adapter
 from peftcore.adapter_set import ATTRIBUTE, AdapterSet
+from peftcore.errors import ConfigError
+from peftcore.prompts.learner import is_encoder_decoder
 from peftcore.registry import method_of
 
 
 def install(model: nn.Module) -> None:
     """Have acting adapters told of each forward of `model`."""
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+
+def install_prompts(model: Any, adapters: AdapterSet) -> None:
+    """Have prompt learners told of outputs too, and of the encoder, which `generate` calls without the model."""
+    model.register_forward_hook(_after_forward)
+    if is_encoder_decoder(model):
+        model.get_encoder().register_forward_pre_hook(partial(_before_encoder, adapters), with_kwargs=True)
 
 
 def remove(model: nn.Module) -> None:
@@ -29,25 +38,69 @@ def remove(model: nn.Module) -> None:
             model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
+def remove_prompts(model: Any) -> None:
+    """Undo `install_prompts`."""
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is _after_forward:
+            del model._forward_hooks[key]
+    if is_encoder_decoder(model):
+        encoder = model.get_encoder()
+        for key, hook in list(encoder._forward_pre_hooks.items()):
+            if isinstance(hook, partial) and hook.func is _before_encoder:
+                del encoder._forward_pre_hooks[key]
+                encoder._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
-    names = [] if adapters is None else [name for name in adapters.configs if _is_told(adapters, name)]
-    if adapters is None or not names:
+    arguments = {} if adapters is None else _arguments(adapters)
+    if adapters is None or not arguments:
         return None
     inputs = {**adapters.generating, **_by_name(model, args, kwargs)}
-    taken = {argument for name in names for argument in method_of(adapters.configs[name]).adapter.forward_arguments}
+    taken = frozenset().union(*arguments.values())
     for key in taken & inputs.keys():
         inputs[key] = _for_each_row(inputs[key], inputs)
-    for name in names:
-        if name in adapters.selection.acting:
-            config = adapters.configs[name]
-            method_of(config).adapter.before_forward(config, adapters.adapters(name), model, inputs)
+    adapters.passing = {key: inputs[key] for key in taken & inputs.keys()}
+    _tell(model, adapters, list(arguments), inputs)
+    for learner in adapters.acting_prompts():  # last, because others may look for words in the text
+        learner.before_forward(model, inputs)
     return (), {key: value for key, value in inputs.items() if key not in taken}
 
 
-def _is_told(adapters: AdapterSet, name: str) -> bool:
-    kind = method_of(adapters.configs[name]).adapter
-    return bool(kind.forward_arguments) or kind.before_forward.__func__ is not Adapter.before_forward.__func__
+def _tell(model: nn.Module, adapters: AdapterSet, names: list[str], inputs: dict[str, Any]) -> None:
+    for name in names:
+        if name in adapters.selection.acting and name not in adapters.prompts:
+            config = adapters.configs[name]
+            method_of(config).adapter.before_forward(config, adapters.of_method(name), model, inputs)
+
+
+def _before_encoder(
+    adapters: AdapterSet, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]] | None:
+    learners = adapters.acting_prompts()
+    if not learners:
+        return None
+    for_adapters = {**adapters.passing, **adapters.generating}
+    inputs = {**for_adapters, **_by_name(encoder, args, kwargs)}
+    for learner in learners:
+        learner.before_encoder(encoder, inputs)
+    return (), {key: value for key, value in inputs.items() if key not in for_adapters}
+
+
+def _after_forward(model: nn.Module, _args: Any, outputs: Any) -> Any:
+    adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
+    if adapters is None:
+        return None
+    adapters.passing = {}
+    for learner in adapters.acting_prompts():
+        outputs = learner.after_forward(outputs)
+    return outputs
+
+
+def _arguments(adapters: AdapterSet) -> dict[str, frozenset[str]]:
+    """{adapter that is told of forwards: the arguments it takes}."""
+    wanted = ((name, method_of(c).adapter.forward_arguments(c)) for name, c in adapters.configs.items())
+    return {name: arguments for name, arguments in wanted if arguments is not None}
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -67,10 +120,25 @@ def _for_each_row(value: Any, inputs: dict[str, Any]) -> Any:
 def generation(model: nn.Module, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Gives `given`, the arguments of `generate`, without those that belong to adapters; these hold while inside."""
     adapters: AdapterSet = model.__dict__[ATTRIBUTE]
-    taken = {a for config in adapters.configs.values() for a in method_of(config).adapter.forward_arguments}
+    arguments = _arguments(adapters)
+    taken = frozenset().union(*arguments.values())
+    _check_cache(adapters, given)
     before = adapters.generating
     adapters.generating = {key: value for key, value in given.items() if key in taken}
-    try:
-        yield {key: value for key, value in given.items() if key not in taken}
+    kinds = (method_of(adapters.configs[name]).adapter for name in adapters.selection.acting)
+    fixed = {key: value for kind in kinds for key, value in kind.generate_arguments.items()}
+    try:  # an encoder runs by itself, before the first forward of the model
+        _tell(model, adapters, [n for n, own in arguments.items() if own & given.keys()], dict(adapters.generating))
+        yield {**{key: value for key, value in given.items() if key not in taken}, **fixed}
     finally:
         adapters.generating = before
+
+
+def _check_cache(adapters: AdapterSet, given: dict[str, Any]) -> None:
+    cache = given.get("cache", given.get("past_key_values"))
+    feeding = any(learner.exclusive for learner in adapters.acting_prompts())
+    if feeding and cache is not None and cache.get_seq_length():
+        raise ConfigError(
+            "generate counts a cache's entries as tokens of the text, and a prompt is among them; "
+            "give it the whole text and no cache, or an empty one"
+        )

@@ -7,11 +7,15 @@ f_k(x) = after_k(x, f_{k-1}(before_k(x))), which is what merging them one after 
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
-from peftcore.bases.base import UNMERGED
+from peftcore.bases.experts import ParameterWeight
+
+_OWN_STATE = "_own_state"
+"""Attribute of a base layer whose weight an adapter's start has replaced: what was there before."""
 
 
 class Selection:
@@ -25,6 +29,10 @@ class Selection:
     def acting(self) -> tuple[str, ...]:
         """Names in the order in which they act; () while disabled."""
         return () if self.disabled else self.active
+
+    def acts(self, name: str) -> bool:
+        """Whether the adapter of this name acts."""
+        return name in self.acting
 
 
 class NamedModules(nn.Module):
@@ -47,6 +55,10 @@ class NamedModules(nn.Module):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+
+class Prompts(NamedModules):
+    """A model's prompt learners by adapter name; a submodule of the model that is no part of its base."""
 
 
 class _Host(nn.Module):
@@ -72,45 +84,137 @@ class _Host(nn.Module):
             return getattr(self._stands_for(), name)
 
 
-class AdaptedLayer(_Host):
-    """A base layer, its adapters by name, and what of them is merged into its weight."""
+class Site:
+    """Where adapters sit: those of one base weight by name, and what of them is merged into it."""
+
+    adapters: NamedModules
+    merged: tuple[str, ...]
+    selection: Selection
+    training: bool
+
+    @property
+    def base(self) -> BaseWeight:
+        """The view on the base weight."""
+        raise NotImplementedError
+
+    @property
+    def unmerged_state(self) -> dict[str, Any] | None:
+        """The base's own parameters while adapters are merged (one more copy of the weight in memory)."""
+        base = self.base
+        return base.layer.__dict__.get(base.unmerged_attribute)
+
+    @unmerged_state.setter
+    def unmerged_state(self, state: dict[str, Any] | None) -> None:
+        base = self.base
+        if state is None:
+            base.layer.__dict__.pop(base.unmerged_attribute, None)
+        else:
+            base.layer.__dict__[base.unmerged_attribute] = state
+
+    def replace_base(self, weight: Tensor) -> None:
+        """Give the base another weight; `restore_base` gives its own back, to the bit."""
+        base = self.base
+        base.layer.__dict__.setdefault(_OWN_STATE, base.state())
+        base.write(weight)
+
+    def restore_base(self) -> None:
+        """Undo `replace_base`."""
+        base = self.base
+        own = base.layer.__dict__.pop(_OWN_STATE, None)
+        if own is not None:
+            base.restore(own)
+
+    def acting(self) -> list[Adapter]:
+        """Adapters of this site that act and are not merged, in order."""
+        adapters = self.adapters._modules
+        return [adapters[n] for n in self.selection.acting if n in adapters and n not in self.merged]  # type: ignore[misc]
+
+
+class AdaptedLayer(_Host, Site):
+    """A base layer and its adapters."""
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__(base_layer, selection)
         self.adapters = NamedModules()
-        self.merged: tuple[str, ...] = ()
+        self.merged = ()
+
+    def is_empty(self) -> bool:
+        """Whether no adapter is left here."""
+        return not len(self.adapters)
 
     @property
     def base(self) -> BaseWeight:
         return base_weight(self.base_layer)
 
-    @property
-    def unmerged_state(self) -> dict[str, Any] | None:
-        """The base's own parameters while adapters are merged (one more copy of the weight in memory)."""
-        return self.base_layer.__dict__.get(UNMERGED)
-
-    @unmerged_state.setter
-    def unmerged_state(self, state: dict[str, Any] | None) -> None:
-        if state is None:
-            self.base_layer.__dict__.pop(UNMERGED, None)
-        else:
-            self.base_layer.__dict__[UNMERGED] = state
-
-    def acting(self) -> list[Adapter]:
-        """Adapters of this layer that act and are not merged, in order."""
-        adapters = self.adapters._modules
-        return [adapters[n] for n in self.selection.acting if n in adapters and n not in self.merged]  # type: ignore[misc]
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         acting = self.acting()
+        within = len(acting)
+        while within and not acting[within - 1].through_weight:
+            within -= 1
         inputs: list[Tensor] = []
-        for adapter in reversed(acting):
+        for adapter in reversed(acting[within:]):
             inputs.append(x)
             x = adapter.before(x)
-        y = self.base_layer(x, *args, **kwargs)
-        for adapter in acting:
+        y = self._through_weight(x, acting[:within]) if within else self.base_layer(x, *args, **kwargs)
+        for adapter in acting[within:]:
             y = adapter.after(inputs.pop(), y)
         return y
+
+    def _through_weight(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
+        base = self.base
+        weight, bias = base.read(), base.bias
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for adapter in adapters:
+            adapter.check_mergeable()
+            weight, bias = adapter.forward_weight(weight), adapter.merged_bias(bias)
+        y = base.apply(x, weight)
+        return y if bias is None else y + base.per_output(bias).to(y.dtype)
+
+
+class AdaptedParameters(_Host):
+    """A module some of whose raw parameters are adapted: they stand changed while its forward runs."""
+
+    def __init__(self, base_layer: nn.Module, selection: Selection):
+        super().__init__(base_layer, selection)
+        self.sites = NamedModules()
+
+    def is_empty(self) -> bool:
+        """Whether no adapter is left here."""
+        return not any(len(self.sites[name].adapters) for name in self.sites)
+
+    def site(self, name: str) -> "ParameterSite":
+        """The site of a parameter, made if need be."""
+        if name not in self.sites:
+            self.sites[name] = ParameterSite(self.base_layer, name, self.selection).train(self.training)
+        return self.sites[name]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        changed = {name: self.sites[name].changed() for name in self.sites if self.sites[name].acting()}
+        if not changed:
+            return self.base_layer(*args, **kwargs)
+        return torch.func.functional_call(self.base_layer, changed, args, kwargs)
+
+
+class ParameterSite(nn.Module, Site):
+    """One raw parameter of a module and its adapters."""
+
+    def __init__(self, module: nn.Module, name: str, selection: Selection):
+        super().__init__()
+        self._base = ParameterWeight(module, name)
+        self.selection = selection
+        self.adapters = NamedModules()
+        self.merged = ()
+
+    @property
+    def base(self) -> ParameterWeight:
+        return self._base
+
+    def changed(self) -> Tensor:
+        """The parameter with the acting adapters in it, as the module keeps it."""
+        weight = self.base.read()
+        for adapter in self.acting():
+            weight = adapter.merged_weight(weight)
+        return self.base.oriented(weight)
 
 
 class SavedModule(_Host):
@@ -138,7 +242,7 @@ def modules_outside_hosts(model: nn.Module, prefix: str = "") -> Iterator[tuple[
     A module that stands at several paths is given once for each.
     """
     for name, child in model._modules.items():
-        if child is None:
+        if child is None or isinstance(child, Prompts):
             continue
         path = f"{prefix}{name}"
         yield path, child

@@ -1,7 +1,10 @@
 """Adding adapters to a model and taking them away: everything is made and checked first, then put in place."""
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,13 +12,15 @@ from torch import nn
 
 from peftcore import forwarding
 from peftcore.adapter import Adapter, Shared
-from peftcore.adapter_set import ATTRIBUTE, AdapterSet, adapter_set, bias_path
-from peftcore.bases import BaseWeight, base_weight
-from peftcore.config import PeftConfig, TunerConfig
+from peftcore.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set, bias_path
+from peftcore.bases import BaseWeight, ParameterWeight, base_weight
+from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
-from peftcore.host import AdaptedLayer, SavedModule, modules_outside_hosts
-from peftcore.registry import method_of
-from peftcore.targets import completed, find_saved_modules, find_targets
+from peftcore.host import AdaptedLayer, AdaptedParameters, SavedModule, Site, modules_outside_hosts
+from peftcore.prompts.learner import PromptLearner
+from peftcore.registry import method_named, method_of
+from peftcore.replication import Replication, replicate
+from peftcore.targets import completed, find_parameters, find_saved_modules, find_targets, tied_paths, with_heads
 
 
 @dataclasses.dataclass
@@ -23,30 +28,91 @@ class Injection:
     """An adapter that is made and checked but not in the model yet."""
 
     name: str
-    config: TunerConfig
+    config: PeftConfig
     adapters: dict[str, Adapter]
     copies: dict[str, nn.Module]
     biases: list[str]
+    prompt: PromptLearner | None = None
 
 
-def prepare_injection(model: nn.Module, config: PeftConfig, name: str) -> Injection:
+def prepare_injection(model: nn.Module, config: PeftConfig, name: str, fresh: bool = True) -> Injection:
     """Make an adapter's modules without touching the model.
 
+    fresh: False spares a prompt its start, which may need a tokenizer; the caller reads it from disk.
     Raises AdapterNameError, ConfigError, TargetError for a name, an option or targets that cannot be.
     """
-    method = method_of(config)
+    if issubclass(kind := method_of(config).adapter, PromptLearner):
+        return _prepare_prompt(model, kind, config, name, fresh)
     if not isinstance(config, TunerConfig):
         raise ConfigError(f"{type(config).__name__} does not adapt layers; use one of the tuner configurations")
     _check_name(model, name)
     _check_not_compiled(model)
     config = completed(model, config)
     _check_single_bias(model, config)
-    targets = find_targets(model, config)
     saved = find_saved_modules(model, config)
-    bases = {path: _base_of(method.adapter, config, layer, path) for path, layer in targets.items()}
-    adapters = _make_adapters(method.adapter, config, bases)
-    copies = {path: _copy_of(module) for path, module in saved.items()}
-    return Injection(name, config, adapters, copies, _own_biases(model, config, list(targets)))
+    adapters = _adapters_for(model, config)
+    adapters |= _token_adapters(model, config, adapters)
+    targets = [path for path, adapter in adapters.items() if adapter.base.kind != "experts"]
+    copies = _copies_of(model, config, saved)
+    return Injection(name, config, adapters, copies, _own_biases(model, config, targets))
+
+
+def _prepare_prompt(
+    model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, fresh: bool
+) -> Injection:
+    _check_name(model, name)
+    _check_not_compiled(model)
+    config, copies = kind.completed(config, model), {}
+    if isinstance(config, PromptLearningConfig):
+        config = with_heads(model, config)
+        copies = {path: _copy_of(module) for path, module in find_saved_modules(model, config).items()}
+    weight = next(model.parameters())
+    with torch.device(weight.device):
+        prompt = kind(config, model)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    prompt.to(wide)
+    if fresh:
+        prompt.reset_parameters(model)
+    return Injection(name, config, {}, copies, [], prompt)
+
+
+def _adapters_for(model: nn.Module, config: TunerConfig) -> dict[str, Adapter]:
+    """{path: adapter} for the targets of a configuration, made and set to their start."""
+    kind = method_of(config).adapter
+    targets = find_targets(model, config)
+    if kind.follows_ties or getattr(config, "ensure_weight_tying", False):
+        targets |= {path: model.get_submodule(path) for path in tied_paths(model, targets)}
+    bases = {path: _base_of(kind, config, layer, path) for path, layer in targets.items()}
+    bases |= _parameter_bases(model, config)
+    adapters = _make_adapters(kind, config, bases)
+    kind.link(config, adapters)
+    owners = [path.rpartition(".")[0] for path, base in bases.items() if base.kind == "experts"]
+    for path, adapter in adapters.items():
+        if adapter.base.kind == "experts":  # PEFT wraps a module once for each of its parameters, the last outermost
+            owners.remove(path.rpartition(".")[0])
+            adapter.disk_prefix = "base_layer." * owners.count(path.rpartition(".")[0])
+    return adapters
+
+
+def _parameter_bases(model: nn.Module, config: TunerConfig) -> dict[str, BaseWeight]:
+    found = find_parameters(model, config)
+    return {path: ParameterWeight(module, name) for path, (module, name) in found.items()}
+
+
+def _token_adapters(model: nn.Module, config: TunerConfig, taken: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Adapters of single embedding rows, for methods whose configuration has `trainable_token_indices`."""
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return {}
+    made: dict[str, Adapter] = {}
+    for target, tokens in wanted.items() if isinstance(wanted, dict) else [(None, wanted)]:
+        options: dict[str, Any] = {"token_indices": list(tokens), "target_modules": target and [target]}
+        made |= _adapters_for(model, method_named("TRAINABLE_TOKENS").config(**options))
+    if both := sorted(made.keys() & taken.keys()):
+        raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
+    for adapter in made.values():
+        adapter.disk_prefix = "token_adapter."
+    return made
 
 
 def _base_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str) -> BaseWeight:
@@ -58,7 +124,9 @@ def _base_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: s
 
 
 def _make_adapters(kind: type[Adapter], config: TunerConfig, bases: dict[str, BaseWeight]) -> dict[str, Adapter]:
-    first = next(iter(bases.values()))
+    first = next(iter(bases.values()), None)
+    if first is None:
+        return {}
     with torch.device(first.device):
         shared = kind.make_shared(config, bases)
         if shared is not None:
@@ -74,6 +142,16 @@ def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str,
             adapter.shared = shared
         adapter.reset_parameters()
     return adapter
+
+
+def _copies_of(model: nn.Module, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Trainable copies; with `ensure_weight_tying`, of both sides of a tied pair, and these share their weight too."""
+    copies = {path: _copy_of(module) for path, module in saved.items()}
+    if getattr(config, "ensure_weight_tying", False):
+        for path, other in tied_paths(model, saved).items():
+            copies[path] = _copy_of(model.get_submodule(path))
+            copies[path].weight = copies[other].weight
+    return copies
 
 
 def _copy_of(module: nn.Module) -> nn.Module:
@@ -109,15 +187,17 @@ def _own_biases(model: nn.Module, config: TunerConfig, targets: list[str]) -> li
     if mode == "none":
         return []
     inside = {path: _unhosted(module) for path, module in modules_outside_hosts(model)}
-    paths = targets if mode == "lora_only" else inside
+    paths = targets if mode.endswith("_only") else inside
     return [f"{path}.bias" for path in paths if isinstance(inside[path]._parameters.get("bias"), nn.Parameter)]
 
 
 def _unhosted(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, AdaptedLayer | SavedModule) else module
+    return module.base_layer if isinstance(module, AdaptedLayer | AdaptedParameters | SavedModule) else module
 
 
-def commit_injection(model: nn.Module, injection: Injection, trainable: bool) -> AdapterSet:
+def commit_injection(
+    model: nn.Module, injection: Injection, trainable: bool, replication: Replication | None = None
+) -> AdapterSet:
     """Put a prepared adapter into the model; the first one freezes the base and becomes active."""
     if ATTRIBUTE not in model.__dict__:
         model.requires_grad_(False)
@@ -127,14 +207,21 @@ def commit_injection(model: nn.Module, injection: Injection, trainable: bool) ->
     places = _places(model)
     name = injection.name
     for path, adapter in injection.adapters.items():
-        host = _host_at(model, path, AdaptedLayer, adapters, places)
-        host.adapters[name] = adapter.requires_grad_(trainable).train(host.training)
-        adapters.layers[path] = host
+        site = _site_at(model, path, adapter, adapters, places)
+        site.adapters[name] = adapter.requires_grad_(trainable).train(site.training)
+        if adapter.new_base is not None:
+            site.replace_base(adapter.new_base)
+            adapter.new_base = None
+        adapters.layers[path] = site
     for path, module in injection.copies.items():
         host = _host_at(model, path, SavedModule, adapters, places)
         host.copies[name] = module.requires_grad_(trainable).train(host.training)
         adapters.saved[path] = host
     adapters.configs[name] = injection.config
+    if injection.prompt is not None:
+        _put_prompt(model, adapters, name, injection.prompt.requires_grad_(trainable).train(model.training))
+    if replication is not None:
+        adapters.replication = (name, replication)
     if injection.biases:
         biases = {path: model.get_parameter(bias_path(adapters, path)) for path in injection.biases}
         adapters.own_biases[name] = {path: bias.detach().clone() for path, bias in biases.items()}
@@ -145,12 +232,35 @@ def commit_injection(model: nn.Module, injection: Injection, trainable: bool) ->
     return adapters
 
 
+def _put_prompt(model: nn.Module, adapters: AdapterSet, name: str, prompt: PromptLearner) -> None:
+    if not len(adapters.prompts):
+        model.add_module(PROMPTS, adapters.prompts)
+        forwarding.install_prompts(model, adapters)
+    adapters.prompts[name] = prompt
+    prompt.attach(model, partial(adapters.selection.acts, name))
+
+
+def _take_prompt(model: nn.Module, adapters: AdapterSet, name: str) -> None:
+    adapters.prompts[name].detach(model)
+    del adapters.prompts[name]
+    if not len(adapters.prompts):
+        del model._modules[PROMPTS]
+        forwarding.remove_prompts(model)
+
+
 def _places(model: nn.Module) -> dict[int, list[str]]:
     """{id of a module: every path where it stands}; one walk for any number of replacements."""
     places: dict[int, list[str]] = {}
     for path, module in modules_outside_hosts(model):
         places.setdefault(id(module), []).append(path)
     return places
+
+
+def _site_at(model: nn.Module, path: str, adapter: Adapter, adapters: AdapterSet, places: dict[int, list[str]]) -> Site:
+    if isinstance(adapter.base, ParameterWeight):
+        owner, _, parameter = path.rpartition(".")
+        return _host_at(model, owner, AdaptedParameters, adapters, places).site(parameter)
+    return _host_at(model, path, AdaptedLayer, adapters, places)
 
 
 def _host_at(model: nn.Module, path: str, kind: type[Any], adapters: AdapterSet, places: dict[int, list[str]]) -> Any:
@@ -177,8 +287,27 @@ def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: 
 
     The base is frozen. On an error the model is as it was.
     """
-    commit_injection(model, prepare_injection(model, config, adapter_name), trainable=not config.inference_mode)
+    with deepened(model, config) as replication:
+        injection = prepare_injection(model, config, adapter_name)
+        commit_injection(model, injection, not config.inference_mode, replication)
     return model
+
+
+@contextlib.contextmanager
+def deepened(model: nn.Module, config: PeftConfig) -> Iterator[Replication | None]:
+    """The model with `layer_replication` done, if the configuration asks for it; an error inside undoes it."""
+    ranges = getattr(config, "layer_replication", None)
+    if not ranges:
+        yield None
+        return
+    if ATTRIBUTE in model.__dict__:
+        raise ConfigError("layer_replication changes the model's depth; add that adapter first, to a plain model")
+    replication = replicate(model, ranges)
+    try:
+        yield replication
+    except BaseException:
+        replication.undo()
+        raise
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -187,14 +316,21 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     adapters.require(name)
     if any(name in host.merged for host in adapters.layers.values()):
         raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
+    deepens = adapters.replication is not None and adapters.replication[0] == name
+    if deepens and len(adapters.configs) > 1:
+        raise ConfigError(f"adapter {name!r} made the model deeper (layer_replication); delete the others first")
     _restore_biases(model, adapters, name)
+    if name in adapters.prompts:
+        _take_prompt(model, adapters, name)
     places = _places(model)
-    for path, host in list(adapters.layers.items()):
-        if name in host.adapters:
-            del host.adapters[name]
-            if not len(host.adapters):
-                _put_back(model, places[id(host)], host.base_layer)
+    for path, site in list(adapters.layers.items()):
+        if name in site.adapters:
+            del site.adapters[name]
+            if not len(site.adapters):
+                site.restore_base()
                 del adapters.layers[path]
+    for host in _empty_hosts(model):
+        _put_back(model, places[id(host)], host.base_layer)
     for path, saved in list(adapters.saved.items()):
         if name in saved.copies:
             del saved.copies[name]
@@ -202,7 +338,15 @@ def delete_adapter(model: nn.Module, name: str) -> None:
                 _put_back(model, places[id(saved)], saved.base_layer)
                 del adapters.saved[path]
     del adapters.configs[name]
+    if deepens:
+        adapters.replication[1].undo()
+        adapters.replication = None
     adapters.selection.active = tuple(n for n in adapters.selection.active if n != name)
+
+
+def _empty_hosts(model: nn.Module) -> list[AdaptedLayer | AdaptedParameters]:
+    hosts = [module for _, module in modules_outside_hosts(model)]
+    return [host for host in hosts if isinstance(host, AdaptedLayer | AdaptedParameters) and host.is_empty()]
 
 
 def _restore_biases(model: nn.Module, adapters: AdapterSet, name: str) -> None:
@@ -220,8 +364,14 @@ def _put_back(model: nn.Module, places: list[str], module: nn.Module) -> None:
 def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
     """Take every host out; keep_trained leaves the active adapters' whole modules and biases in place."""
     adapters = adapter_set(model)
+    for name in list(adapters.prompts):
+        _take_prompt(model, adapters, name)
     places = _places(model)
-    for host in adapters.layers.values():
+    for site in adapters.layers.values():
+        if not keep_trained:
+            site.restore_base()
+        site.adapters._modules.clear()
+    for host in _empty_hosts(model):
         _put_back(model, places.get(id(host), []), host.base_layer)
     for host in adapters.saved.values():
         _put_back(model, places.get(id(host), []), host.current() if keep_trained else host.base_layer)
@@ -231,6 +381,8 @@ def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
             del adapters.own_biases[name]
         else:
             _restore_biases(model, adapters, name)
+    if adapters.replication is not None and not keep_trained:
+        adapters.replication[1].undo()
     model.requires_grad_(False)
     del model.__dict__[ATTRIBUTE]
     forwarding.remove(model)

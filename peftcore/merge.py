@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter_set import AdapterSet, adapter_set
 from peftcore.errors import MergeError
-from peftcore.host import AdaptedLayer
+from peftcore.host import Site
 from peftcore.inject import remove_hosts
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,10 @@ def merge_adapter(model: nn.Module, adapter_names: list[str] | None = None, safe
 
 
 def _check_mergeable(adapters: AdapterSet, names: list[str], check_values: bool) -> None:
+    if prompts := [name for name in names if name in adapters.prompts]:
+        raise MergeError(
+            f"{prompts} are prompts, which no weight can hold; nothing was merged: name the others in adapter_names"
+        )
     for path, host in adapters.layers.items():
         for name in names:
             if name not in host.adapters:
@@ -60,7 +64,7 @@ def _check_mergeable(adapters: AdapterSet, names: list[str], check_values: bool)
                 )
 
 
-def _merged(host: AdaptedLayer, names: list[str]) -> tuple[Tensor, Tensor | None]:
+def _merged(host: Site, names: list[str]) -> tuple[Tensor, Tensor | None]:
     base = host.base
     weight = base.read()
     wide = torch.promote_types(weight.dtype, torch.float32)  # half precision would round after every adapter
@@ -70,7 +74,7 @@ def _merged(host: AdaptedLayer, names: list[str]) -> tuple[Tensor, Tensor | None
     return weight, bias
 
 
-def _merge_into(host: AdaptedLayer, names: list[str]) -> None:
+def _merge_into(host: Site, names: list[str]) -> None:
     base = host.base
     weight, bias = _merged(host, names)
     if host.unmerged_state is None:

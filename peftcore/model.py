@@ -145,7 +145,7 @@ class PeftModel:
         terms = [
             term
             for name in adapters.selection.active
-            if (term := method_of(c := adapters.configs[name]).adapter.regularizer(c, adapters.adapters(name)))
+            if (term := method_of(c := adapters.configs[name]).adapter.regularizer(c, adapters.of_method(name)))
             is not None
         ]
         return torch.stack(terms).sum() if terms else None
@@ -158,7 +158,7 @@ class PeftModel:
         adapters = adapter_set(self._module)
         for name in adapters.selection.active:
             config = adapters.configs[name]
-            method_of(config).adapter.on_step(config, adapters.adapters(name), step, optimizer)
+            method_of(config).adapter.on_step(config, adapters.of_method(name), step, optimizer)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Training state that is not in the saved adapter, for checkpoints: {"name/path/key": tensor}."""

@@ -1,6 +1,6 @@
 """Which adapter methods exist: `"LORA" -> (LoraConfig, Lora)`.
 
-Every file of `peftcore.methods` registers itself; a third-party package does the same through an entry point of the
+Every file of `peftcore.methods` and `peftcore.prompts` registers itself; a third-party package does the same through an entry point of the
 group `peftcore.methods` that names its module.
 """
 
@@ -44,9 +44,10 @@ def register(name: str, config: type[PeftConfig]) -> Callable[[type[Any]], type[
 
 @cache
 def _discover() -> None:
-    package = importlib.import_module("peftcore.methods")
-    for module in pkgutil.iter_modules(package.__path__, "peftcore.methods."):
-        importlib.import_module(module.name)
+    for name in ("peftcore.methods", "peftcore.prompts"):
+        package = importlib.import_module(name)
+        for module in pkgutil.iter_modules(package.__path__, f"{name}."):
+            importlib.import_module(module.name)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         entry.load()
 

@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from torch import nn
 
 from peftcore.bases import base_weight, is_adaptable
-from peftcore.config import TaskType, TunerConfig, suggestion
+from peftcore.config import PromptLearningConfig, TaskType, TunerConfig, suggestion
 from peftcore.detection import detect
 from peftcore.errors import TargetError
-from peftcore.host import AdaptedLayer, SavedModule, modules_outside_hosts
+from peftcore.host import AdaptedLayer, AdaptedParameters, SavedModule, modules_outside_hosts
+from peftcore.registry import method_of
 
 ALL_LINEAR = "all-linear"
 
@@ -49,11 +50,44 @@ def find_targets(model: nn.Module, config: TunerConfig) -> dict[str, nn.Module]:
         and not any(path == s or path.startswith(f"{s}.") for s in saved)
         and _in_chosen_block(path, config)
     }
-    if not targets:
+    if not targets and not parameter_names(config):
         raise TargetError(_nothing_matched(modules, wanted, config))
     for path, layer in targets.items():
         _check_adaptable(model, path, layer)
     return targets
+
+
+def parameter_names(config: TunerConfig) -> list[str]:
+    """The raw parameters that a configuration names, if its method knows such."""
+    return getattr(config, "target_parameters", None) or []
+
+
+def find_parameters(model: nn.Module, config: TunerConfig) -> dict[str, tuple[nn.Module, str]]:
+    """{path of a raw parameter: (its module, its name)} for `target_parameters`; TargetError for a name of none."""
+    names = parameter_names(config)
+    if not names:
+        return {}
+    owners = {path: _unhosted(module) for path, module in modules_outside_hosts(model)}
+    every = {f"{p}.{name}": (m, name) for p, m in owners.items() for name, q in m._parameters.items() if q is not None}
+    found = {path: place for path, place in every.items() if named(path, names)}
+    for name in names:
+        if not any(named(path, [name]) for path in found):
+            raise TargetError(f"target_parameters: {name!r} is no parameter{suggestion(name, list(every))}")
+    if hosted := [path for path, (m, _) in found.items() if is_adaptable(m)]:
+        raise TargetError(f"target_parameters: {hosted[0]} belongs to a layer; name that layer in target_modules")
+    return found
+
+
+def tied_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """{path of a layer that is not among `paths`: the one among them whose weight it shares}."""
+    modules = {path: _unhosted(module) for path, module in modules_outside_hosts(model)}
+    weights = {id(w): path for path in paths if (w := modules[path]._parameters.get("weight")) is not None}
+    sharing = ((path, weights.get(id(module._parameters.get("weight")))) for path, module in modules.items())
+    return {path: other for path, other in sharing if other is not None and path not in weights.values()}
+
+
+def _unhosted(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, AdaptedLayer | AdaptedParameters | SavedModule) else module
 
 
 def _wanted_paths(model: nn.Module, modules: dict[str, nn.Module], config: TunerConfig) -> list[str]:
@@ -65,7 +99,12 @@ def _wanted_paths(model: nn.Module, modules: dict[str, nn.Module], config: Tuner
             for path, module in modules.items()
             if _is_linear(module) and module is not output and not named(path, heads) and not _bypassed(model, path)
         ]
+    if config.target_modules is None and parameter_names(config):
+        return []
     if config.target_modules is None:
+        layers = {path: m.base_layer if isinstance(m, AdaptedLayer) else m for path, m in modules.items()}
+        if (own := method_of(config).adapter.default_targets(config, model, layers)) is not None:
+            return own
         architecture = detect(model)
         if not architecture.default_targets:
             raise TargetError(
@@ -126,7 +165,7 @@ def _nothing_matched(modules: dict[str, nn.Module], wanted: list[str], config: T
     return f"target_modules {given!r} match no layer of this model{suggestion(word, names)}"
 
 
-def find_saved_modules(model: nn.Module, config: TunerConfig) -> dict[str, nn.Module]:
+def find_saved_modules(model: nn.Module, config: TunerConfig | PromptLearningConfig) -> dict[str, nn.Module]:
     """{path: module} of `modules_to_save` and of the heads that the task type adds; TargetError if none is there."""
     modules = dict(modules_outside_hosts(model))
     found = {path: module for path, module in modules.items() if named(path, config.modules_to_save)}
@@ -151,11 +190,16 @@ def completed(model: nn.Module, config: TunerConfig) -> TunerConfig:
     decided_here = config.target_modules is None or config.target_modules == ALL_LINEAR
     if decided_here and (wanted := _wanted_paths(model, modules, config)):
         changes["target_modules"] = _shortest_names(wanted, list(modules))
+    return dataclasses.replace(with_heads(model, config), **changes)
+
+
+def with_heads[C: (TunerConfig, PromptLearningConfig)](model: nn.Module, config: C) -> C:
+    """A copy whose `modules_to_save` names the heads that the task type trains."""
     heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
-    if any(named(path, heads) for path in modules):
-        given = config.modules_to_save or []
-        changes["modules_to_save"] = [*given, *(head for head in heads if head not in given)]
-    return dataclasses.replace(config, **changes)
+    if not any(named(path, heads) for path, _ in modules_outside_hosts(model)):
+        return config
+    given = config.modules_to_save or []
+    return dataclasses.replace(config, modules_to_save=[*given, *(head for head in heads if head not in given)])
 
 
 def _shortest_names(wanted: list[str], paths: list[str]) -> set[str]:

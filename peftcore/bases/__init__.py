@@ -4,11 +4,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
+from peftcore.bases.experts import ParameterWeight
+from peftcore.bases.norm import NormWeight, is_norm
 from peftcore.bases.plain import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
 from peftcore.bases.quantized import EightBitWeight, FourBitWeight
 from peftcore.errors import TargetError
 
-__all__ = ["BaseWeight", "base_weight", "is_adaptable"]
+__all__ = ["BaseWeight", "ParameterWeight", "base_weight", "is_adaptable"]
 
 _QUANTIZED = {"Params4bit": FourBitWeight, "Int8Params": EightBitWeight}
 _PLAIN = {
@@ -25,7 +27,8 @@ def _class_for(layer: nn.Module) -> type[BaseWeight] | None:
     weight = getattr(layer, "weight", None)
     if type(weight).__name__ in _QUANTIZED:
         return _QUANTIZED[type(weight).__name__]
-    return next((view for kind, view in _PLAIN.items() if isinstance(layer, kind)), None)
+    plain = next((view for kind, view in _PLAIN.items() if isinstance(layer, kind)), None)
+    return NormWeight if plain is None and is_norm(layer) else plain
 
 
 def is_adaptable(layer: nn.Module) -> bool:
@@ -39,6 +42,6 @@ def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:
     if view is None:
         raise TargetError(
             f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; "
-            "Linear, Conv1D, Conv1d/2d/3d, Embedding and bitsandbytes' 4- and 8-bit linears can"
+            "Linear, Conv1D, Conv1d/2d/3d, Embedding, norms and bitsandbytes' 4- and 8-bit linears can"
         )
     return view(layer)

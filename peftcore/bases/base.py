@@ -12,9 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-UNMERGED = "_unmerged_state"
-"""Attribute of a base layer that holds its own parameters while merged ones stand in their place."""
-
 
 class BaseWeight(ABC):
     """A view on one base layer; holds no weight of its own."""
@@ -42,7 +39,15 @@ class BaseWeight(ABC):
         """Spatial kernel size of a convolution; () for every other layer."""
         return ()
 
+    @property
+    def count(self) -> int:
+        """How many weights are stacked: the experts of a raw expert parameter, 1 for every other layer."""
+        return 1
+
     # -- storage -------------------------------------------------------------------------------------------------
+
+    quantized: ClassVar[bool] = False
+    """Whether the layer keeps its weight in 4 or 8 bits."""
 
     @property
     def device(self) -> torch.device:
@@ -57,13 +62,24 @@ class BaseWeight(ABC):
     def bias(self) -> Tensor | None:
         return self.layer.bias if hasattr(self.layer, "bias") else None
 
+    @property
+    def unmerged_bias(self) -> Tensor | None:
+        """The bias without what is merged into it."""
+        own = self.layer.__dict__.get(self.unmerged_attribute)
+        return self.bias if own is None else own.get("bias")
+
     @abstractmethod
     def read(self) -> Tensor:
         """The dense weight in canonical orientation; may share memory with the layer."""
 
+    @property
+    def unmerged_attribute(self) -> str:
+        """Attribute of the layer that holds its own parameters while merged ones stand in their place."""
+        return "_unmerged_state"
+
     def read_unmerged(self) -> Tensor:
         """The dense weight without what is merged into it."""
-        own = self.layer.__dict__.get(UNMERGED)
+        own = self.layer.__dict__.get(self.unmerged_attribute)
         if own is None:
             return self.read()
         now = self.state()
@@ -89,6 +105,10 @@ class BaseWeight(ABC):
         """Put back what `state` returned."""
         for name, parameter in state.items():
             self.layer._parameters[name] = parameter
+
+    def per_output(self, values: Tensor) -> Tensor:
+        """Values (o,) in the shape that broadcasts over the feature axis of this layer's output."""
+        return values.view(-1, *(1 for _ in self.kernel))
 
     # -- mathematics ---------------------------------------------------------------------------------------------
 

@@ -5,13 +5,16 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftcore.bases.plain import LinearWeight
+from peftcore.errors import TrainingError
 
 
 class FourBitWeight(LinearWeight):
     """`bitsandbytes.nn.Linear4bit` (NF4, FP4), with or without double quantisation. QLoRA: arXiv:2305.14314."""
+
+    quantized = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,6 +57,8 @@ def _unpacked(weight: Any) -> tuple[Tensor, Any]:
 class EightBitWeight(LinearWeight):
     """`bitsandbytes.nn.Linear8bitLt`: rows scaled to int8. LLM.int8(): arXiv:2208.07339."""
 
+    quantized = True
+
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
@@ -79,3 +84,21 @@ class EightBitWeight(LinearWeight):
     def restore(self, state: dict[str, Any]) -> None:
         super().restore({name: value for name, value in state.items() if name != "state"})
         self.layer.state = state["state"]
+
+
+def keep_quantized_weights_trainable(model: nn.Module) -> None:
+    """Forbid bitsandbytes to repack 4-bit weights for inference on the CPU, which an evaluation would do.
+
+    The packed form has no backward pass (layers below get no gradient through it, with a warning only) and rounds
+    the blocks' scales, and nothing packs them back. Raises TrainingError for a model that is packed already.
+    """
+    for path, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False  # pyright: ignore
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise TrainingError(
+                f"{path} has been packed for inference by a forward pass in eval mode and gives no gradients any "
+                "more; load the base model again and train before evaluating it"
+            )

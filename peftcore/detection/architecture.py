@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from peftcore.detection.defaults import NORMS, target_names
 from peftcore.detection.module_tree import BlockList
+from peftcore.detection.prefix import PrefixGeometry
 from peftcore.detection.roles import Role
 
 
@@ -40,6 +42,17 @@ class ExpertInfo:
 
 
 @dataclass(frozen=True)
+class NormInfo:
+    """Norms that one name in `target_modules` reaches."""
+
+    features: int
+    """Of the first of them."""
+    count: int
+    patterns: tuple[str, ...]
+    """Full paths, `*` for an index."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What `detect` found. Sizes are counts; memory is in bytes."""
 
@@ -54,18 +67,31 @@ class Architecture:
     """Path of one such block, `*` for its index."""
     blocks: tuple[BlockList, ...]
     hidden_size: int | None
+    """Width of the main stack: the one its tokens go through, else the largest."""
     vocab_size: int | None
     target_modules: dict[str, LinearInfo]
     """{name for `target_modules`: what it reaches}; a name with `*` works through `target_regex` only."""
     experts: dict[str, ExpertInfo]
     tied_weights: tuple[tuple[str, ...], ...]
     """Groups of names that are one parameter."""
+    norms: dict[str, NormInfo]
+    """{name for `target_modules`: what it reaches} of the norms on the stream from block to block."""
+    prefix: PrefixGeometry | None
+    """What a key/value prefix must fit; None for a model that takes no keys and values from its caller."""
+    packable: bool
+    """Whether several documents may share a row, given a mask that keeps them apart and positions that start anew.
+
+    False for recurrent and linear attention, convolutions over time and attention without such a mask, because they
+    carry one document into the next; also for encoder-decoders and models without tokens.
+    """
     default_targets: tuple[str, ...]
-    """For LoRA: query and value, or the fused projection."""
+    """`targets_for("LORA")`: query and value, or the fused projection."""
     all_linear: tuple[str, ...]
     """Every linear-like layer except the head."""
     feed_forward: tuple[str, ...]
     """The MLPs' layers."""
+    feedforward_modules: tuple[str, ...]
+    """Those of `targets_for("IA3")` that IA3 scales at their input: the MLPs' last layers."""
     quantizable: tuple[str, ...]
     """Names that 4-bit storage can hold: neither head nor tied, whole blocks of 64 weights per input row."""
     parameters: int
@@ -82,9 +108,22 @@ class Architecture:
         """Names of the layers with these roles."""
         return tuple(name for name, info in self.target_modules.items() if info.role in roles)
 
+    def targets_for(self, method: str) -> list[str]:
+        """Names that `method`, a `peft_type` such as "IA3", adapts where the user names none; LoRA's if it is unknown.
+
+        A name with `*` works through `target_regex` only. Empty where no layer inside the model can be adapted.
+        """
+        if method == NORMS:
+            return list(self.norms)
+        widths = {block.hidden_size for block in self.blocks}
+        readers = {name for name, info in self.target_modules.items() if info.in_features in widths}
+        roles = {name: info.role for name, info in self.target_modules.items()}
+        return target_names(method, self.family, roles, readers)
+
     def target_regex(self, names: Iterable[str]) -> str:
         """One regular expression for `target_modules` that matches exactly these names' layers."""
-        patterns = [pattern for name in names for pattern in self.target_modules[name].patterns]
+        known = self.norms | self.target_modules
+        patterns = [pattern for name in names for pattern in known[name].patterns]
         return "|".join(re.escape(pattern).replace(r"\*", r"\d+") for pattern in patterns)
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,34 +5,24 @@ Works on any `nn.Module`, on the meta device, on quantised models and on models 
 """
 
 from collections import Counter
+from dataclasses import replace
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcore.detection.architecture import Architecture, LinearInfo
+from peftcore.detection.architecture import Architecture, LinearInfo, NormInfo
+from peftcore.detection.attention import attention_roles
 from peftcore.detection.experts import find_experts
+from peftcore.detection.feed_forward import feed_forward_roles
 from peftcore.detection.kind import head_paths, model_kind, vocab_size
-from peftcore.detection.module_tree import (
-    BlockList,
-    ModuleTree,
-    Site,
-    expert_stacks,
-    pattern_of,
-    shared_parameters,
-    unique_parameters,
-)
-from peftcore.detection.roles import Role, Roles, attention_roles, block_roles
+from peftcore.detection.module_tree import ModuleTree, Site, pattern_of
+from peftcore.detection.names import shortest_names
+from peftcore.detection.norms import find_norms
+from peftcore.detection.parameters import expert_stacks, shared_parameters, unique_parameters
+from peftcore.detection.prefix import find_prefix
+from peftcore.detection.roles import FEED_FORWARD, Role, Roles, mixer_sites, router_sites
+from peftcore.detection.trunk import find_trunk, is_packable, token_embedding
 from peftcore.errors import TargetError
-
-CURATED_TARGETS: dict[str, tuple[Role, ...]] = {
-    "phi": ("query", "value", "up", "down"),
-    "nemotron_h": ("query", "key", "value", "output"),
-    "rwkv": ("query", "key", "value", "output", "up", "down", "unknown"),
-}
-"""Roles of the default LoRA targets where practice differs from query and value (families of HF PEFT's mapping)."""
-
-_MLP: tuple[Role, ...] = ("gate", "up", "down", "fused_gate_up")
-
 
 def detect(model: nn.Module) -> Architecture:
     """What `model` is and where adapters go in it; reads shapes only, so weights may be on the meta device.
@@ -43,36 +33,47 @@ def detect(model: nn.Module) -> Architecture:
     roles = _all_roles(model, tree)
     _require_something_adaptable(model, tree, roles)
     tied = shared_parameters(model)
-    names = _target_names(tree, roles)
+    names = {name: [tree.sites[path] for path in paths] for name, paths in shortest_names(tree, roles).items()}
     fixed = {name.rpartition(".")[0] for group in tied for name in group if name.endswith("weight")}
     modules = {name: _linear_info(sites, roles, fixed) for name, sites in names.items()}
     linear = tuple(name for name, sites in names.items() if sites[0].kind == "linear")
     family = str(getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__)
     blocks = tuple(tree.block_lists())
+    trunk = find_trunk(model, tree, roles, blocks)
+    embedding = token_embedding(model, tree)
+    token_dim = tree.sites[embedding].out_features if embedding else trunk.hidden_size if trunk else 0
     sizes = _parameter_sizes(model, tree)
     quantizable = tuple(name for name in linear if modules[name].quantizable)
     in_four_bits = sum(s.in_features * s.out_features for name in quantizable for s in names[name])
-    return Architecture(
+    found = Architecture(
         family=family,
         class_name=type(model).__name__,
         kind=model_kind(model, tree, roles, blocks),
         num_blocks=blocks[0].count if blocks else 0,
         block_pattern=blocks[0].pattern if blocks else None,
         blocks=blocks,
-        hidden_size=blocks[0].hidden_size if blocks else None,
+        hidden_size=trunk.hidden_size if trunk else None,
         vocab_size=vocab_size(model, tree),
         target_modules=modules,
         experts=find_experts(tree),
         tied_weights=tied,
-        default_targets=_default_targets(family, modules, blocks),
+        norms={name: _norm_info(paths, tree) for name, paths in find_norms(tree).items()},
+        prefix=find_prefix(model, tree, roles, trunk, token_dim) if trunk else None,
+        packable=is_packable(model, tree, roles, trunk, family),
+        default_targets=(),
+        feedforward_modules=(),
         all_linear=tuple(name for name in linear if modules[name].role != "head"),
-        feed_forward=tuple(name for name in linear if modules[name].role in _MLP),
+        feed_forward=tuple(name for name in linear if modules[name].role in FEED_FORWARD),
         quantizable=quantizable,
         parameters=sum(sizes.values()),
         dtypes=dict(sizes),
         memory_bfloat16=2 * sum(sizes.values()),
         memory_nf4=2 * (sum(sizes.values()) - in_four_bits) + round(in_four_bits * 4.127 / 8),
         unreached=_unreached(model, tree),
+    )
+    scaled = [name for name in found.targets_for("IA3") if modules[name].role == "down"]
+    return replace(
+        found, default_targets=tuple(found.targets_for("LORA")), feedforward_modules=tuple(scaled)
     )
 
 
@@ -82,12 +83,26 @@ def detect(model: nn.Module) -> Architecture:
 def _all_roles(model: nn.Module, tree: ModuleTree) -> Roles:
     roles: Roles = {}
     for root in tree.blocks:
-        roles |= block_roles(tree, root)
+        roles |= _block_roles(tree, root)
     outside = attention_roles(tree, "")
     roles |= {path: role for path, role in outside.items() if tree.block_of(path) is None}
     roles |= dict.fromkeys(head_paths(model, tree), "head")
     other: dict[str, Role] = {"linear": "unknown", "conv": "convolution", "embedding": "embedding"}
     return {site.path: roles.get(site.path, other[site.kind]) for site in tree.sites.values()}
+
+
+def _block_roles(tree: ModuleTree, root: str) -> Roles:
+    sites = tree.linears(root)
+    if not sites:
+        return {}
+    width = tree.width(root)
+    roles = attention_roles(tree, root, width)
+    for site in mixer_sites(tree, root):
+        roles.setdefault(site.path, "mixer")
+    roles |= feed_forward_roles(tree, root, [site for site in sites if site.path not in roles], width)
+    # last, because an MLP's inner size may happen to be the number of experts
+    routers = [site for site in router_sites(tree, root) if site.path not in roles]
+    return roles | dict.fromkeys((site.path for site in routers), "router")
 
 
 def _require_something_adaptable(model: nn.Module, tree: ModuleTree, roles: Roles) -> None:
@@ -103,33 +118,6 @@ def _require_something_adaptable(model: nn.Module, tree: ModuleTree, roles: Role
 
 
 # -- names -------------------------------------------------------------------------------------------------------
-
-
-def _target_names(tree: ModuleTree, roles: Roles) -> dict[str, list[Site]]:
-    """{name: sites}: for each layer the shortest end of its path that reaches layers of one role only."""
-    patterns: dict[str, list[Site]] = {}
-    for site in tree.sites.values():
-        patterns.setdefault(pattern_of(site.path), []).append(site)
-    role_of: dict[str, set[Role | None]] = {}
-    for path in tree.modules:
-        ends = role_of.setdefault(pattern_of(path), set())
-        ends.add(roles.get(path))
-    by_end: dict[str, set[Role | None]] = {}
-    for pattern, found in role_of.items():
-        for end in _ends(pattern):
-            by_end.setdefault(end, set()).update(found)
-    names: dict[str, list[Site]] = {}
-    for pattern, sites in patterns.items():
-        own = role_of[pattern]
-        name = next((end for end in _ends(pattern) if by_end[end] == own), pattern)
-        names.setdefault(name, []).extend(sites)
-    return names
-
-
-def _ends(pattern: str) -> list[str]:
-    """Every end of a path, shortest first: `a.b.c` → `c`, `b.c`, `a.b.c`."""
-    parts = pattern.split(".")
-    return [".".join(parts[start:]) for start in reversed(range(len(parts))) if parts[start] != "*"]
 
 
 def _linear_info(sites: list[Site], roles: Roles, fixed: set[str]) -> LinearInfo:
@@ -156,19 +144,8 @@ def _is_plain_linear(site: Site) -> bool:
     )
 
 
-def _default_targets(family: str, modules: dict[str, LinearInfo], blocks: tuple[BlockList, ...]) -> tuple[str, ...]:
-    """Query and value; in a model without attention what reads the block's width in a mixer, else all inside."""
-
-    def having(*roles: Role) -> tuple[str, ...]:
-        return tuple(name for name, info in modules.items() if info.role in roles)
-
-    attention = having(*CURATED_TARGETS.get(family, ("query", "value", "fused_qkv")))
-    if not any(modules[name].role in ("value", "fused_qkv") for name in attention):
-        attention += having("fused_kv")
-    # fused kernels read the weights of a mixer's later layers without calling them
-    widths = {block.hidden_size for block in blocks}
-    mixers = tuple(name for name in having("mixer") if modules[name].in_features in widths)
-    return attention or mixers or having("gate", "up", "down", "fused_gate_up", "unknown") or having("convolution")
+def _norm_info(paths: list[str], tree: ModuleTree) -> NormInfo:
+    return NormInfo(tree.norms[paths[0]], len(paths), tuple(dict.fromkeys(pattern_of(path) for path in paths)))
 
 
 # -- figures -----------------------------------------------------------------------------------------------------

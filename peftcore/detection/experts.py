@@ -1,4 +1,4 @@
-"""Expert weights that are raw parameters, one stack for all experts of a block (Mixtral, Qwen-MoE, GPT-OSS).
+"""Expert weights that are raw parameters, one stack for all experts of a block (Mixtral, Qwen-MoE, GPT-OSS, JetMoE).
 
 Shapes: e experts, d width of the block, m inner size of one expert. A stack is (e, out, in), or (e, in, out) where
 the module says `is_transposed`; out is 2m for gate and up in one.
@@ -9,7 +9,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from peftcore.detection.architecture import ExpertInfo
-from peftcore.detection.module_tree import ModuleTree, expert_stacks
+from peftcore.detection.module_tree import ModuleTree
+from peftcore.detection.parameters import expert_stacks
 from peftcore.detection.roles import Role
 
 
@@ -21,19 +22,22 @@ def find_experts(tree: ModuleTree) -> dict[str, ExpertInfo]:
         stacks = expert_stacks(module)
         if block is None or not stacks:
             continue
-        for name, info in _expert_infos(module, stacks, tree.width(block)).items():
+        attends = any("attention" in part.lower() or "attn" in part.lower() for part in path.split("."))
+        for name, info in _expert_infos(module, stacks, tree.width(block), attends).items():
             found.setdefault(f"{path.rpartition('.')[2]}.{name}", []).append(info)
     return {name: replace(infos[0], count=len(infos)) for name, infos in found.items()}
 
 
-def _expert_infos(module: nn.Module, stacks: dict[str, nn.Parameter], width: int) -> dict[str, ExpertInfo]:
+def _expert_infos(
+    module: nn.Module, stacks: dict[str, nn.Parameter], width: int, attends: bool
+) -> dict[str, ExpertInfo]:
     inner = {name: _inner_size(p, width) for name, p in stacks.items()}
     if None in inner.values():
         return {}
     smallest = min(size for size in inner.values() if size is not None)
     single = [name for name, size in inner.items() if size == smallest]
     roles: dict[str, Role] = dict.fromkeys(stacks, "fused_gate_up")
-    equal: tuple[Role, ...] = ("gate", "up", "down")
+    equal: tuple[Role, ...] = ("query", "output") if attends else ("gate", "up", "down")
     roles |= dict(zip(single, equal[-len(single) :], strict=False))
     return {name: _info(module, stacks[name], role, width) for name, role in roles.items()}
 
@@ -51,6 +55,6 @@ def _info(module: nn.Module, stack: Tensor, role: Role, width: int) -> ExpertInf
     experts, rows, columns = stack.shape
     transposed = getattr(module, "is_transposed", None)
     if transposed is None:
-        transposed = (columns if role == "down" else rows) == width and rows != columns
+        transposed = (columns if role in ("down", "output") else rows) == width and rows != columns
     sizes = (rows, columns) if transposed else (columns, rows)
     return ExpertInfo(role, experts, sizes[0], sizes[1], bool(transposed), count=1)

@@ -6,6 +6,7 @@ from torch import nn
 
 from peftcore.detection.module_tree import BlockList, ModuleTree, is_below
 from peftcore.detection.roles import Roles
+from peftcore.detection.trunk import token_embedding
 
 
 def model_kind(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[BlockList, ...]) -> str:
@@ -15,16 +16,21 @@ def model_kind(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[B
     both = any("encoder" in place for place in places) and any("decoder" in place for place in places)
     if getattr(config, "is_encoder_decoder", both):
         return "encoder-decoder"
+    tokens = token_embedding(model, tree) is not None
+    pixels = getattr(model, "main_input_name", None) == "pixel_values"
+    if pixels and not tokens:
+        return "vision encoder"
     generates = getattr(model, "can_generate", None)
     causal = any(getattr(module, "is_causal", False) is True for module in tree.modules.values())
-    if causal or (callable(generates) and generates()) or _has_causal_head_only(config):
+    if causal or (tokens and callable(generates) and generates()) or _has_causal_head_only(config):
         return "causal decoder"
-    if getattr(model, "main_input_name", None) == "pixel_values" or _embeds_patches(tree):
+    if not tokens and _embeds_patches(tree):
         return "vision encoder"
+    # attention that is no layer of ours (XLNet, I-BERT) says so in its class
     attends = any(role in ("query", "fused_qkv") for role in roles.values()) or any(
-        isinstance(module, nn.MultiheadAttention) for module in tree.modules.values()
+        "attention" in type(module).__name__.lower() for module in tree.modules.values()
     )
-    return "encoder" if attends and blocks else "other"
+    return "encoder" if attends else "other"
 
 
 def _has_causal_head_only(config: Any) -> bool:
@@ -32,7 +38,8 @@ def _has_causal_head_only(config: Any) -> bool:
     from transformers.models.auto import modeling_auto as auto
 
     family = getattr(config, "model_type", None)
-    return family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | auto.MODEL_FOR_CAUSAL_IMAGE_MODELING_MAPPING_NAMES
+    return family in causal and family not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def _embeds_patches(tree: ModuleTree) -> bool:
@@ -41,7 +48,7 @@ def _embeds_patches(tree: ModuleTree) -> bool:
         for site in tree.sites.values()
         if isinstance(site.layer, nn.Conv2d) and tree.block_of(site.path) is None
     ]
-    return bool(tree.blocks) and any(layer.kernel_size == layer.stride for layer in convolutions)
+    return bool(tree.blocks) and any(layer.kernel_size == layer.stride > (1, 1) for layer in convolutions)
 
 
 def head_paths(model: nn.Module, tree: ModuleTree) -> list[str]:
@@ -59,7 +66,10 @@ def head_paths(model: nn.Module, tree: ModuleTree) -> list[str]:
     prefix = getattr(model, "base_model_prefix", "")
     if prefix in tree.modules and prefix:
         return [site.path for site in outside if not is_below(site.path, prefix)]
-    if prefix or not tree.blocks:
+    if prefix:  # a task's class that keeps the parts of its base model at the top
+        labels = getattr(getattr(model, "config", None), "num_labels", None)
+        return [site.path for site in outside[-1:] if site.out_features == labels and "." not in site.path]
+    if not tree.blocks:
         return []
     vocabulary = vocab_size(model, tree)
     per_token = [site.path for site in outside if site.out_features == vocabulary]
@@ -79,12 +89,8 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
 
 def vocab_size(model: nn.Module, tree: ModuleTree) -> int | None:
     """Rows of the token embedding: the one the model names, else the largest outside the blocks."""
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        size = getattr(getter(), "num_embeddings", None) if callable(getter) else None
-    except (AttributeError, NotImplementedError):  # models without tokens have no such layer and say so thus
-        size = None
-    if size is not None or callable(getter):
-        return size
+    named = token_embedding(model, tree)
+    if named is not None or hasattr(model, "get_input_embeddings"):
+        return tree.sites[named].in_features if named else None
     tables = [s.in_features for s in tree.sites.values() if s.kind == "embedding" and not tree.block_of(s.path)]
     return max(tables, default=None)

@@ -1,4 +1,4 @@
-"""The module tree of a model as adapters see it: sites, repeated blocks, expert weights, shared parameters.
+"""The module tree of a model as adapters see it: sites, norms and repeated blocks.
 
 Every path is the one the model had before any adapter: a host's `base_layer` is looked through, so a model reads the
 same with adapters and without.
@@ -8,7 +8,8 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 from torch import nn
 
@@ -41,7 +42,9 @@ class BlockList:
     class_name: str
     """Class of the most frequent block."""
     hidden_size: int
-    """Width of the residual stream in most of the blocks (the stages of a pyramid differ)."""
+    """Width of the stream through most of the blocks (the stages of a pyramid differ)."""
+    paths: tuple[str, ...] = field(repr=False)
+    """The blocks, in order of declaration."""
 
 
 def look_through(module: nn.Module) -> nn.Module:
@@ -82,6 +85,8 @@ class ModuleTree:
     def __init__(self, model: nn.Module):
         self.modules: dict[str, nn.Module] = {}
         self.sites: dict[str, Site] = {}
+        self.norms: dict[str, int] = {}
+        """{path of a norm that can be adapted: its size}"""
         seen: set[int] = set()
         for path, module in walk(model):
             if id(module) not in seen:
@@ -89,11 +94,18 @@ class ModuleTree:
                 self.modules[path] = module
                 if path and is_adaptable(module) and not self._bypassed(path):
                     base = base_weight(module, path)
-                    self.sites[path] = Site(path, module, base.kind, int(base.in_features), int(base.out_features))
+                    if base.kind == "norm":
+                        self.norms[path] = int(base.in_features)
+                    else:
+                        self.sites[path] = Site(path, module, base.kind, int(base.in_features), int(base.out_features))
         self._order = list(self.modules)
         self._position = {path: position for position, path in enumerate(self._order)}
+        self._block_kinds = {"linear"}
         self.blocks: dict[str, str] = self._find_blocks()
         """{path of one block: pattern of its list}"""
+        if not self.blocks:  # SqueezeBERT's blocks have convolutions of kernel 1 in the place of linear layers
+            self._block_kinds = {"linear", "pointwise"}
+            self.blocks = self._find_blocks()
 
     def _bypassed(self, path: str) -> bool:
         # nn.MultiheadAttention multiplies by out_proj.weight itself and never calls out_proj
@@ -107,7 +119,7 @@ class ModuleTree:
     def linears(self, root: str = "") -> list[Site]:
         """Linear sites strictly inside `root`, in order of declaration."""
         sites = (self.sites[path] for path in self.below(root) if path in self.sites)
-        return [site for site in sites if site.kind == "linear"]
+        return [site for site in sites if _mixes_features_only(site) in self._block_kinds]
 
     def parent_of(self, site: Site) -> nn.Module:
         return self.modules[site.parent]
@@ -137,8 +149,39 @@ class ModuleTree:
 
     def _block_list(self, pattern: str, paths: list[str]) -> BlockList:
         classes = Counter(type(self.modules[path]).__name__ for path in paths)
-        widths = Counter(self.width(path) for path in paths)
-        return BlockList(pattern, len(paths), classes.most_common(1)[0][0], widths.most_common(1)[0][0])
+        widths = Counter(self.stream(path) for path in paths)
+        return BlockList(pattern, len(paths), classes.most_common(1)[0][0], widths.most_common(1)[0][0], tuple(paths))
+
+    def stream(self, root: str) -> int:
+        """`width`, but where several sizes go in and out of the block's layers, the one that also stands outside.
+
+        The layers inside a bottleneck (MobileBERT) or on several streams at once (hyper-connections) are not as wide
+        as what passes from block to block.
+        """
+        sites, width = self.linears(root), self.width(root)
+        both = {site.in_features for site in sites} & {site.out_features for site in sites}
+        outside = self._sizes_around(root.rpartition(".")[0])
+        votes = {size: count for size, count in outside.items() if size in both}
+        most = max(votes.values(), default=0)
+        return width if votes.get(width, 0) == most else next(size for size, count in votes.items() if count == most)
+
+    @cache  # noqa: B019 - a tree lives as long as one call of `detect`
+    def _sizes_around(self, path: str) -> Counter[int]:
+        """How often each size is that of an embedding or a norm outside the blocks, in the tower of a list of blocks.
+
+        The tower is the smallest part of the model around it with an input layer of its own.
+        """
+        for tower in [*reversed(ancestors(f"{path}.*")), ""]:
+            inside = [p for p in self._outside if is_below(p, tower)]
+            if any(p in self.sites and self.sites[p].kind != "linear" for p in inside):
+                return Counter(self._outside[p] for p in inside if p in self.norms or self.sites[p].kind == "embedding")
+        return Counter()
+
+    @cached_property
+    def _outside(self) -> dict[str, int]:
+        """{path: output size} of what lies in no block."""
+        sizes = {path: site.out_features for path, site in self.sites.items()} | self.norms
+        return {path: size for path, size in sizes.items() if self.block_of(path) is None}
 
     def _find_blocks(self) -> dict[str, str]:
         holders = {root for site in self.linears() for root in ancestors(site.path)}
@@ -152,13 +195,11 @@ class ModuleTree:
     def _innermost(self, path: str, holders: set[str]) -> list[str]:
         """Blocks of the list at `path`; of its stages' own lists where the members are stages (Swin, SegFormer)."""
         members = self._members(path, holders)
-        inner = [
-            block
-            for member in members
-            for nested in self.modules
-            if is_below(nested, member) and len({type(self.modules[m]) for m in self._members(nested, holders)}) == 1
-            for block in self._members(nested, holders)
-        ]
+        nested = [below for member in members for below in self.below(member)]
+        lists = [p for p in nested if len({type(self.modules[m]) for m in self._members(p, holders)}) == 1]
+        alike = {pattern_of(f"{p}.*") for p in lists}  # a stage may have one block where its siblings have several
+        lists = [p for p in nested if pattern_of(f"{p}.*") in alike]
+        inner = [block for p in lists for block in self._members(p, holders, least=1)]
         if len({pattern_of(f"{block.rpartition('.')[0]}.*") for block in inner}) != 1:
             return members
         own = _patterns(s for m in members for s in self.linears(m))
@@ -166,8 +207,11 @@ class ModuleTree:
         # a block keeps more layers beside its list (of experts) than in it; a stage is little but its list
         return inner if len(own - nested_own) < len(nested_own) else members
 
-    def _members(self, path: str, holders: set[str]) -> list[str]:
-        """Paths of the blocks in the list at `path`; empty where it is no list of blocks."""
+    def _members(self, path: str, holders: set[str], least: int = 2) -> list[str]:
+        """Paths of the blocks in the list at `path`; empty where it is no list of blocks.
+
+        least: how many a Sequential needs to be taken for a list.
+        """
         module = self.modules.get(path)
         if not isinstance(module, nn.ModuleList | nn.Sequential):
             return []
@@ -176,7 +220,12 @@ class ModuleTree:
         if isinstance(module, nn.ModuleList):
             return members
         same = len({type(self.modules[member]) for member in members}) == 1
-        return members if same and len(members) == len(module) > 1 else []
+        return members if same and len(members) == len(module) >= least else []
+
+
+def _mixes_features_only(site: Site) -> str:
+    """The site's kind, "pointwise" for a convolution of kernel 1."""
+    return "pointwise" if isinstance(site.layer, nn.Conv1d) and site.layer.kernel_size == (1,) else site.kind
 
 
 def _patterns(sites: Iterable[Site]) -> set[str]:
@@ -195,46 +244,5 @@ def width_of(sites: Iterable[Site], norms: Iterable[int] = ()) -> int:
     return sizes.most_common(1)[0][0] if sizes else 0
 
 
-def expert_stacks(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Raw expert weights of a module: two or more parameters (experts, ·, ·); {} for a module without."""
-    if any(isinstance(child, nn.Conv1d) for child in module.children()):
-        return {}  # a mixer with heads in the place of experts
-    stacks = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1}
-    return stacks if len(stacks) > 1 and len({p.shape[0] for p in stacks.values()}) == 1 else {}
-
-
-def expert_count(module: nn.Module) -> int:
-    """Experts that a module holds, as raw stacks or as a list of MLPs; 0 for any other module."""
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        experts = list(module.children())
-        same = len({type(expert) for expert in experts}) == 1
-        return len(experts) if same and any(True for _ in experts[0].children()) else 0
-    return next((stack.shape[0] for stack in expert_stacks(module).values()), 0)
-
-
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
-
-
-def _named_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(path of the module, name in it, parameter), a shared one once for each of its names."""
-    for path, module in walk(model):
-        for name, parameter in module.named_parameters(recurse=False):
-            yield path, name, parameter
-
-
-def unique_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(path of the module, name in it, parameter) of the base model, a shared one under its first name."""
-    seen: set[int] = set()
-    for path, name, parameter in _named_parameters(model):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield path, name, parameter
-
-
-def shared_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups of names that are one and the same parameter (tied weights), names as before any adapter."""
-    names: dict[int, list[str]] = {}
-    for path, name, parameter in _named_parameters(model):
-        names.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-    return tuple(tuple(group) for group in names.values() if len(group) > 1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import TrainingError
 from peftcore.model import PeftModel
 from peftcore.train.batches import LengthGroupedSampler
@@ -43,24 +44,6 @@ class _StepCallback(TrainerCallback):
         # With a gradient scaler a step is skipped when gradients overflow; they say nothing about importance then.
         if not self.trainer.accelerator.optimizer_step_was_skipped:
             adapted_model(self.trainer).on_optimizer_step(state.global_step + 1, self.trainer.optimizer)
-
-
-def keep_quantized_weights_trainable(model: nn.Module) -> None:
-    """Forbid bitsandbytes to repack 4-bit weights for inference on the CPU, which an evaluation would do.
-
-    The packed form has no backward pass (layers below get no gradient through it, with a warning only) and rounds
-    the blocks' scales, and nothing packs them back. Raises TrainingError for a model that is packed already.
-    """
-    for path, module in model.named_modules():
-        if not hasattr(module, "support_avx512bf16_for_cpu"):
-            continue
-        module.support_avx512bf16_for_cpu = False  # pyright: ignore
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            raise TrainingError(
-                f"{path} has been packed for inference by a forward pass in eval mode and gives no gradients any "
-                "more; load the base model again and train before evaluating it"
-            )
 
 
 def adapted_model(trainer: Trainer) -> Any:

@@ -35,8 +35,9 @@ LAYERS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "Conv2d 1x1": ("conv", lambda: nn.Conv2d(6, 8, 1), lambda: torch.randn(2, 6, 4, 4)),
     "Conv3d": ("conv", lambda: nn.Conv3d(4, 8, (1, 2, 3)), lambda: torch.randn(2, 4, 5, 5, 5)),
     "Embedding": ("embedding", lambda: nn.Embedding(20, 8, padding_idx=0), lambda: torch.randint(0, 20, (3, 5))),
+    "LayerNorm": ("norm", lambda: nn.LayerNorm(12), lambda: torch.randn(3, 5, 12)),
 }
-EXAMPLES = examples()
+EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
 CASES = [
     pytest.param(method, layer, id=f"{method}-{layer}")
     for method in EXAMPLES
@@ -64,6 +65,8 @@ def adapt(net: nn.Module, method: str, layer: str = "", **options: Any) -> Any:
     """The net with an adapter whose parameters are away from their start."""
     net = get_peft_model(net, EXAMPLES[method].make(layer, **{"target_modules": ["target"], **options}))
     randomise(net, EXAMPLES[method].spread)
+    for adapter in adapter_set(net).adapters("default").values():
+        adapter.eval()  # Poly draws its mixture anew in each training forward
     return net
 
 
@@ -85,7 +88,7 @@ def make(method: str, layer: str, dtype: torch.dtype = torch.float64) -> tuple[A
 
 
 def test_every_registered_method_has_an_example() -> None:
-    assert set(EXAMPLES) == set(methods())
+    assert set(examples()) == set(methods())
 
 
 @pytest.mark.parametrize("method, layer", CASES)
@@ -307,8 +310,9 @@ def test_a_failed_injection_or_load_leaves_the_model_untouched(method: str, tmp_
     donor.save_pretrained(tmp_path)
     net = nn.Sequential(nn.Linear(24, 24), nn.ReLU())
     modules = dict(net.named_modules())
-    with pytest.raises(CheckpointError, match="another base"):
-        PeftModel.from_pretrained(net, tmp_path)
+    if EXAMPLES[method].sized:
+        with pytest.raises(CheckpointError, match="another base"):
+            PeftModel.from_pretrained(net, tmp_path)
     with pytest.raises(ValueError, match="ReLU"):
         inject_adapter_in_model(EXAMPLES[method].make(target_modules=["0", "1"]), net)
     assert dict(net.named_modules()) == modules and type(net) is nn.Sequential

@@ -48,6 +48,7 @@ ENCODER: dict[str, Any] = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "initializer_range": 0.2,  # at the usual 0.02 methods that multiply the weight would hardly change the logits
 }
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32)),
@@ -67,33 +68,35 @@ def build(family: str) -> nn.Module:
     return FAMILIES[family]().eval()
 
 
-def logits(family: str, model: Any) -> torch.Tensor:
+def logits(family: str, model: Any, **inputs: Any) -> torch.Tensor:
     torch.manual_seed(1)
     tokens = torch.randint(1, 60, (2, 7))
     with torch.no_grad():
         if family == "vit":
-            return model(pixel_values=torch.randn(2, 3, 16, 16)).logits
+            return model(pixel_values=torch.randn(2, 3, 16, 16), **inputs).logits
         if family == "t5":
-            return model(input_ids=tokens, decoder_input_ids=tokens).logits
-        return model(input_ids=tokens).logits
+            return model(input_ids=tokens, decoder_input_ids=tokens, **inputs).logits
+        return model(input_ids=tokens, **inputs).logits
 
 
-def both_ways(family: str, theirs: Any, ours: Any, tmp_path: Path, spread: float = 0.3) -> None:
+def both_ways(family: str, theirs: Any, ours: Any, tmp_path: Path, spread: float = 0.3, **inputs: Any) -> None:
     """Save with one, load with the other, compare logits; `theirs` and `ours` are configurations of the same thing."""
     hf = peft.get_peft_model(build(family), theirs).eval()
     randomise(hf, spread)
     base = logits(family, build(family))
     hf.save_pretrained(tmp_path / "hf")
     here = PeftModel.from_pretrained(build(family), tmp_path / "hf")
-    expected = logits(family, hf)
+    expected = logits(family, hf, **inputs)
     assert (expected - base).abs().max() > 1e-3
-    torch.testing.assert_close(logits(family, here), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(family, here, **inputs), expected, rtol=1e-5, atol=1e-5)
 
     model = get_peft_model(build(family), ours).eval()
     randomise(model, spread)
     model.save_pretrained(tmp_path / "ours")
     there = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(family, there), logits(family, model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits(family, there, **inputs), logits(family, model, **inputs), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,7 +138,7 @@ def test_method(method: str, case: str, family: str, tmp_path: Path) -> None:
     targets = example.targets.get(family, TARGETS[family])
     options = {"target_modules": targets, **copy.deepcopy(dict(example.parity[case]))}
     theirs, ours = getattr(peft, example.theirs)(**copy.deepcopy(options)), example.config(**options)
-    both_ways(family, theirs, ours, tmp_path, example.spread)
+    both_ways(family, theirs, ours, tmp_path, example.spread, **example.inputs)
 
 
 PATTERNS: dict[str, dict[str, Any]] = {

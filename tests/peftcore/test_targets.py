@@ -34,7 +34,7 @@ def test_names_match_whole_segments() -> None:
     "options, message",
     [
         ({"target_modules": ["haed"]}, "match no layer.*did you mean 'head'"),
-        ({"target_modules": ["norm"]}, "block.norm is a LayerNorm, which cannot be adapted"),
+        ({"target_modules": ["norm"]}, "LORA does not adapt norm layers such as block.norm"),
         ({"target_modules": ["head"], "exclude_modules": ["head"]}, "left none"),
         ({"target_modules": ["head"], "layers_to_transform": [7]}, "left none"),
         ({"target_modules": ["head"], "modules_to_save": ["tail"]}, "modules_to_save"),

@@ -14,7 +14,16 @@ EXAMPLE = Example(
     LoraConfig,
     options={"r": 4, "lora_alpha": 12},
     theirs="LoraConfig",
-    parity={"plain": {"r": 4}, "rslora": {"r": 4, "lora_alpha": 16, "use_rslora": True}},
+    parity={
+        "plain": {"r": 4},
+        "rslora": {"r": 4, "lora_alpha": 16, "use_rslora": True},
+        "dora": {"r": 4, "lora_alpha": 6, "use_dora": True},
+        "lora_bias": {"r": 4, "lora_alpha": 6, "lora_bias": True},
+        "pissa": {"r": 4, "lora_alpha": 6, "init_lora_weights": "pissa"},
+        "olora": {"r": 4, "lora_alpha": 6, "init_lora_weights": "olora"},
+        "pissa and dora": {"r": 4, "lora_alpha": 6, "init_lora_weights": "pissa", "use_dora": True},
+        "orthogonal": {"r": 4, "init_lora_weights": "orthogonal"},
+    },
     families=("gpt2", "llama", "bert", "t5", "vit"),
 )
 
@@ -107,7 +116,13 @@ def test_grouped_convolution_trains_but_does_not_merge() -> None:
         ({"r": 0}, "r must be a positive integer; got 0"),
         ({"lora_dropout": 1.0}, "below 1; got 1.0"),
         ({"bias": "some"}, "one of 'none', 'all', 'lora_only'; got 'some'"),
-        ({"init_lora_weights": "pissa"}, "got 'pissa'"),
+        ({"init_lora_weights": "pisa"}, "pissa.*got 'pisa'"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "even ranks"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 3}}, "4 or 8; got 3"),
+        ({"use_dora": True, "lora_bias": True}, "exclude each other"),
+        ({"use_dora": True, "alora_invocation_tokens": [1]}, "exclude each other"),
+        ({"lora_dropout": 0.1, "target_parameters": ["w"]}, "lora_dropout=0"),
+        ({"alora_invocation_tokens": []}, "empty"),
         ({"lora_aplha": 3}, "did you mean 'lora_alpha'"),
         ({"task_type": "CHAT"}, "CAUSAL_LM"),
         ({"target_modules": []}, "empty"),
@@ -120,8 +135,8 @@ def test_impossible_options(options: dict, message: str) -> None:
 
 
 def test_mathematics_that_is_not_here_is_refused_not_ignored() -> None:
-    with pytest.raises(ConfigError, match="use_dora=True is not supported"):
-        LoraConfig.from_dict({"peft_type": "LORA", "use_dora": True}, from_disk=True)
+    with pytest.raises(ConfigError, match="use_qalora=True is not supported"):
+        LoraConfig.from_dict({"peft_type": "LORA", "use_qalora": True}, from_disk=True)
     assert LoraConfig.from_dict({"peft_type": "LORA", "use_dora": False, "eva_config": None}, from_disk=True)
     with pytest.warns(UserWarning, match="from_the_future"):
         config = LoraConfig.from_dict({"peft_type": "LORA", "from_the_future": 3}, from_disk=True)

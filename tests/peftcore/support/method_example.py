@@ -29,6 +29,10 @@ class Example:
     """Whether an adapted layer computes what its base does before training."""
     merges: bool = True
     """False for methods whose effect depends on the input; merging must then be refused."""
+    whole_model: bool = False
+    """True for methods that need a whole transformer: the contract's single layers pass them by."""
+    sized: bool = True
+    """False where no saved tensor depends on the layer's size, so that a directory fits any base."""
     spread: float = 0.3
     """Deviation of what is added to each parameter at random."""
     theirs: str = ""
@@ -39,6 +43,8 @@ class Example:
     """Model families of the parity test (those of test_parity.py)."""
     targets: Mapping[str, Any] = field(default_factory=dict)
     """{family: target_modules} where the test's own do not fit."""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the adapted model's call in the parity test, for two rows of tokens."""
 
     def make(self, layer: str = "", **options: Any) -> PeftConfig:
         """The method's configuration for one of the contract's layers."""

@@ -1,0 +1,81 @@
+"""A raw parameter of a module, such as the stacked experts of an MoE block: no layer of its own ever sees its input.
+
+So an adapter there is folded into the parameter for the length of the module's forward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.bases.base import BaseWeight
+from peftcore.errors import TargetError
+
+
+class ParameterWeight(BaseWeight):
+    """A parameter (e, o, i) or, where the module says `is_transposed`, (e, i, o); or a single (o, i)."""
+
+    kind = "experts"
+
+    def __init__(self, layer: nn.Module, name: str):
+        super().__init__(layer)
+        self.name = name
+        shape = self._parameter.shape
+        if len(shape) not in (2, 3):
+            raise TargetError(f"target_parameters: {name} has shape {tuple(shape)}; only (o, i) and (e, o, i) fit")
+        self.transposed = len(shape) == 3 and bool(getattr(layer, "is_transposed", False))
+
+    @property
+    def _parameter(self) -> Tensor:
+        return self.layer._parameters[self.name]
+
+    @property
+    def in_features(self) -> int:
+        return self._parameter.shape[-2 if self.transposed else -1]
+
+    @property
+    def out_features(self) -> int:
+        return self._parameter.shape[-1 if self.transposed else -2]
+
+    @property
+    def count(self) -> int:
+        return self._parameter.shape[0] if self._parameter.dim() == 3 else 1
+
+    @property
+    def device(self) -> torch.device:
+        return self._parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._parameter.dtype
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def unmerged_attribute(self) -> str:
+        return f"_unmerged_state_of_{self.name}"
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """Canonical to stored orientation, or back."""
+        return weight.transpose(-1, -2) if self.transposed else weight
+
+    def read(self) -> Tensor:
+        return self.oriented(self._parameter.detach())
+
+    def write(self, weight: Tensor) -> None:
+        stored = self.oriented(weight).to(self.dtype).contiguous()
+        self.layer._parameters[self.name] = nn.Parameter(stored, requires_grad=False)
+
+    def state(self) -> dict[str, Any]:
+        return {self.name: self._parameter}
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise TypeError(f"{self.name} is a raw parameter: its input is not seen")
+
+    def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
+        raise TypeError(f"{self.name} is a raw parameter: its output is not seen")
+
+    def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+        raise TypeError(f"{self.name} is a raw parameter: its output is not seen")

@@ -1,0 +1,53 @@
+"""Normalisation layers: LayerNorm, GroupNorm, and what looks like an RMSNorm, whoever wrote it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+
+from peftcore.bases.base import BaseWeight
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether `layer` scales each of its features by a weight (d,) of its own and keeps no running statistics."""
+    weight = layer._parameters.get("weight")
+    named = isinstance(layer, nn.LayerNorm | nn.GroupNorm) or type(layer).__name__.endswith("Norm")
+    inside = any(True for child in layer.children() for _ in child.parameters())
+    return named and weight is not None and weight.ndim == 1 and not inside and not isinstance(layer, _NormBase)
+
+
+class NormWeight(BaseWeight):
+    """A normalisation with weight (d,) and perhaps bias (d,).
+
+    The layer itself is called with the other weight, so what is its own stays so: Gemma's 1 + w, T5's float32.
+    """
+
+    kind = "norm"
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.weight.shape[0]
+
+    def read(self) -> Tensor:
+        return self.layer.weight.detach()
+
+    def write(self, weight: Tensor) -> None:
+        self.layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        own = self.layer._parameters.get("bias")
+        given = {"weight": weight.to(self.dtype)}
+        if own is not None:
+            given["bias"] = torch.zeros_like(own) if bias is None else bias.to(own)
+        return torch.func.functional_call(self.layer, given, (x,))
+
+    def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
+        axis = 1 if isinstance(self.layer, nn.GroupNorm) else -1
+        return F.linear(h.movedim(axis, -1), weight.to(h.dtype)).movedim(-1, axis)
+
+    def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+        return y + self.pointwise(h, weight).to(y.dtype)

@@ -1,0 +1,75 @@
+"""The main stack of a model with several: the blocks its tokens go through, and whether documents may share a row."""
+
+import re
+from typing import Any
+
+from torch import nn
+
+from peftcore.detection.module_tree import BlockList, ModuleTree, is_below, look_through
+from peftcore.detection.roles import ATTENTION, Roles, is_depthwise, mixer_sites
+
+_STATE = re.compile(r"linear_?attention|lightning|delta_?net|mamba|recurrent|retention|lstm|^conv$", re.IGNORECASE)
+"""Layer types and classes that carry a state from token to token."""
+
+SPARSE_OR_APPROXIMATE = frozenset(
+    "bigbird_pegasus big_bird fnet funnel led longformer longt5 mra nystromformer pegasus_x reformer yoso".split()
+)
+"""Families whose attention takes no mask of token pairs: windows, hashes, low ranks, Fourier transforms."""
+
+
+def find_trunk(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[BlockList, ...]) -> BlockList | None:
+    """The blocks nearest to the token embedding in the module tree, the decoder's before the encoder's.
+
+    Without tokens those with most weights; lists without attention or mixers (mergers, box heads) only if no other is.
+    """
+    mixing = {path for path, role in roles.items() if role in (*ATTENTION, "mixer")}
+    able = [b for b in blocks if any(is_below(path, root) for root in b.paths for path in mixing)] or list(blocks)
+    embedding = token_embedding(model, tree)
+    if embedding is None or not able:
+        return able[0] if able else None
+    decoders = [block for block in able if "decoder" in block.pattern.split(".")]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and decoders:
+        able = decoders
+    width = tree.sites[embedding].out_features
+    # of equals the first, which has most weights
+    return max(able, key=lambda block: (_shared_parts(block.pattern, embedding), block.hidden_size == width))
+
+
+def token_embedding(model: nn.Module, tree: ModuleTree) -> str | None:
+    """Path of the embedding that the model, or else a model in it, names as its input; None without tokens."""
+    at = {id(site.layer): site.path for site in tree.sites.values() if site.kind == "embedding"}
+    for module in (model, *model.children()):
+        getter = getattr(module, "get_input_embeddings", None)
+        try:
+            layer = getter() if callable(getter) else None
+        except (AttributeError, NotImplementedError):  # what those raise that have none of their own (CLIP)
+            continue
+        if isinstance(layer, nn.Module) and id(look_through(layer)) in at:
+            return at[id(look_through(layer))]
+    return None
+
+
+def _shared_parts(one: str, other: str) -> int:
+    pairs = list(zip(one.split("."), other.split("."), strict=False))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+
+def is_packable(model: nn.Module, tree: ModuleTree, roles: Roles, trunk: BlockList | None, family: str) -> bool:
+    """Whether nothing but maskable attention carries information from token to token."""
+    config = getattr(model, "config", None)
+    if trunk is None or token_embedding(model, tree) is None or getattr(config, "is_encoder_decoder", False):
+        return False
+    if getattr(model, "_is_stateful", False) or family in SPARSE_OR_APPROXIMATE or _state_by_type(config):
+        return False
+    inside = [tree.modules[path] for path in tree.modules if any(is_below(path, root) for root in trunk.paths)]
+    if any(isinstance(m, nn.RNNBase) or is_depthwise(m) or _STATE.search(type(m).__name__) for m in inside):
+        return False
+    mixes = any(mixer_sites(tree, root) for root in trunk.paths)
+    attends = any(roles[path] in ATTENTION for path in roles if any(is_below(path, root) for root in trunk.paths))
+    return attends and not mixes
+
+
+def _state_by_type(config: Any) -> bool:
+    text = getattr(config, "get_text_config", None)
+    kinds = getattr(text(decoder=True) if callable(text) else config, "layer_types", None) or []
+    return any(isinstance(kind, str) and _STATE.search(kind) for kind in kinds)

@@ -1,0 +1,112 @@
+"""One call for the starts that look at data: `initialize_from_data(model, batches)`."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from peftcore import activation, inject
+from peftcore.adapter_set import adapter_set
+from peftcore.bases.quantized import keep_quantized_weights_trainable
+from peftcore.errors import ConfigError
+from peftcore.init.corda import Corda
+from peftcore.init.eva import Eva
+from peftcore.init.lora_ga import LoraGa
+from peftcore.init.observer import Observer
+from peftcore.methods.lora import Lora, LoraConfig
+from peftcore.methods.lora.starts import put, taken_out
+
+_OBSERVERS: dict[str, type[Observer]] = {"eva": Eva, "corda": Corda, "lora_ga": LoraGa}
+
+
+def initialize_from_data(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    adapter_name: str = "default",
+    forward: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+    progress: bool = True,
+) -> None:
+    """Set the start of a LoRA adapter whose `init_lora_weights` is "eva", "corda" or "lora_ga", in place.
+
+    batches: keyword arguments of the model, as tensors on its device; a few hundred rows of the training data do.
+    "lora_ga" needs labels, so that the model gives a loss. forward: what to call instead of `model(**batch)`.
+    "eva" may give layers other ranks, and drop layers that get none.
+    Raises ConfigError for another start or when there is no batch; the adapter is then as it was.
+    """
+    adapters = adapter_set(model)
+    adapters.require(adapter_name)
+    config = adapters.configs[adapter_name]
+    start = getattr(config, "init_lora_weights", None)
+    if start not in _OBSERVERS:
+        raise ConfigError(
+            f"adapter {adapter_name!r} has init_lora_weights={start!r}; only {', '.join(_OBSERVERS)} look at data"
+        )
+    assert isinstance(config, LoraConfig)
+    layers = cast(dict[str, Lora], adapters.of_method(adapter_name))
+    if odd := [path for path, adapter in layers.items() if adapter.base.kind != "linear"]:
+        raise ConfigError(f"init_lora_weights={start!r} fits linear layers only; exclude {odd[0]}")
+    observer = _OBSERVERS[str(start)](config, layers)
+    seen = _observe(model, observer, batches, forward, progress)
+    if not seen:
+        raise ConfigError("initialize_from_data got no batch; give an iterable of the model's keyword arguments")
+    _apply(model, adapter_name, config, observer)
+
+
+def _observe(model: Any, observer: Observer, batches: Iterable[Any], forward: Any, progress: bool) -> int:
+    training, seen = model.training, 0
+    keep_quantized_weights_trainable(model)
+    handles = [
+        adapter.base.layer.register_forward_hook(observer.hook(path)) for path, adapter in observer.layers.items()
+    ]
+    try:
+        with activation.adapters_disabled(model), torch.set_grad_enabled(observer.needs_loss):
+            model.eval()
+            for batch in tqdm(batches, desc=observer.title, unit="batch", disable=not progress):
+                observer.begin(batch)
+                output = model(**batch) if forward is None else forward(model, batch)
+                if observer.needs_loss:
+                    loss = output if isinstance(output, Tensor) else output.loss
+                    if loss is None:
+                        raise ConfigError("lora_ga needs the loss: give batches with labels, or forward")
+                    loss.backward()
+                seen += 1
+                if observer.is_done():
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    return seen
+
+
+@torch.no_grad()
+def _apply(model: nn.Module, name: str, config: LoraConfig, observer: Observer) -> None:
+    ranks = observer.ranks()
+    if any(rank != observer.layers[path].r for path, rank in ranks.items()):
+        _change_ranks(model, name, config, ranks, keep_scaling=not observer.adjusts_scaling)
+    for path, adapter in cast(dict[str, Lora], adapter_set(model).of_method(name)).items():
+        a, b = observer.factors(path, adapter)
+        put(adapter, (a, b))
+        if observer.taken_out:
+            adapter.start_A, adapter.start_B = taken_out(adapter)
+
+
+def _change_ranks(model: nn.Module, name: str, config: LoraConfig, ranks: dict[str, int], keep_scaling: bool) -> None:
+    """The same adapter with other ranks; layers whose rank is 0 lose theirs."""
+    adapters = adapter_set(model)
+    active = adapters.selection.active
+    kept = {path: rank for path, rank in ranks.items() if rank}
+    alphas = {}
+    for path, rank in kept.items():
+        old_rank, alpha = config.at(path)
+        alphas[path] = alpha if not keep_scaling else alpha * rank / old_rank
+    changed = dataclasses.replace(
+        config, target_modules=sorted(kept), exclude_modules=None, rank_pattern=kept, alpha_pattern=alphas
+    )
+    trainable = any(p.requires_grad for p in adapters.parameters(model, name))
+    inject.delete_adapter(model, name)
+    inject.commit_injection(model, inject.prepare_injection(model, changed, name), trainable)
+    adapters.selection.active = active

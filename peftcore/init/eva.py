@@ -1,0 +1,113 @@
+"""EVA: A holds the main directions of a layer's input, and ranks go where these explain most. arXiv:2410.07170.
+
+Directions come from an incremental principal component analysis (Ross et al. 2008). B stays zero.
+Shapes: n rows of x, i in_features, c components kept.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.errors import ConfigError
+from peftcore.init.observer import Observer
+from peftcore.methods.lora import Lora, LoraConfig
+from peftcore.methods.lora.starts import Factors
+
+DEFAULTS: dict[str, Any] = {
+    "rho": 2.0,
+    "tau": 0.99,
+    "use_label_mask": True,
+    "label_mask_value": -100,
+    "whiten": False,
+    "adjust_scaling_factors": True,
+}
+"""`eva_config` under PEFT's names. A layer's rank is at most rho·r; tau is the cosine at which a direction is settled."""
+
+
+class PrincipalComponents:
+    """The main directions of all rows seen, without keeping the rows."""
+
+    def __init__(self, count: int):
+        self.count, self.rows = count, 0
+        self.mean = self.scatter = torch.zeros(())
+        self.components: Tensor | None = None  # (c, i), orthonormal
+        self.values = torch.zeros(0)  # (c,) singular values of the centred rows
+        self.settled = torch.zeros(count, dtype=torch.bool)
+
+    def add(self, x: Tensor, tau: float) -> None:
+        """x (n, i)."""
+        x = x.float()
+        n, mean = len(x), x.mean(0)
+        total = self.rows + n
+        centred = x - mean
+        shift = (self.rows * n / total) ** 0.5 * (self.mean - mean)
+        self.scatter = self.scatter + centred.square().sum() + shift.square().sum()
+        parts = [centred, shift.expand(1, -1)]
+        if self.components is not None:
+            parts.append(self.values[:, None] * self.components)
+        _, values, directions = torch.linalg.svd(torch.cat(parts), full_matrices=False)
+        self.values, directions = values[: self.count], directions[: self.count]
+        if self.components is not None and self.components.shape == directions.shape:
+            self.settled = (self.components * directions).sum(1).abs() >= tau
+        self.components = directions
+        self.mean = (self.rows * self.mean + n * mean) / total
+        self.rows = total
+
+    def explained(self) -> Tensor:
+        """(c,): the share of the variance along each direction."""
+        return self.values.square() / self.scatter.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+class Eva(Observer):
+    """`init_lora_weights="eva"`."""
+
+    title = "EVA"
+
+    def __init__(self, config: LoraConfig, layers: Mapping[str, Lora]):
+        super().__init__(config, layers)
+        self.options = {**DEFAULTS, **(config.eva_config or {})}
+        if unknown := set(self.options) - set(DEFAULTS):
+            raise ConfigError(f"eva_config: unknown {sorted(unknown)}; known: {', '.join(DEFAULTS)}")
+        if self.options["rho"] < 1 or not 0 <= self.options["tau"] <= 1:
+            raise ConfigError(f"eva_config: rho must be at least 1 and tau in [0, 1]; got {self.options}")
+        self.adjusts_scaling = not self.options["adjust_scaling_factors"]
+        rho = self.options["rho"]
+        self.found = {
+            path: PrincipalComponents(min(round(a.r * rho), a.base.in_features, a.base.out_features))
+            for path, a in layers.items()
+        }
+        self.mask: Tensor | None = None
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        mask = batch.get("attention_mask")
+        labels = batch.get("labels")
+        self.mask = None if mask is None else mask.bool()
+        if self.options["use_label_mask"] and labels is not None and "input_ids" in batch:
+            counted = labels != self.options["label_mask_value"]
+            self.mask = counted if self.mask is None else self.mask & counted
+
+    def see(self, path: str, x: Tensor, y: Tensor) -> None:
+        fits = self.mask is not None and self.mask.shape == x.shape[:-1]
+        rows = x[self.mask] if fits else x.reshape(-1, x.shape[-1])
+        if len(rows):
+            self.found[path].add(rows, self.options["tau"])
+
+    def is_done(self) -> bool:
+        ranks = self.ranks()
+        return all(bool(found.settled[: ranks[path]].all()) for path, found in self.found.items())
+
+    def ranks(self) -> dict[str, int]:
+        budget = sum(adapter.r for adapter in self.layers.values())
+        shares = [(float(s), path) for path, found in self.found.items() for s in found.explained()]
+        best = sorted(shares, key=lambda share: -share[0])[:budget]
+        return {path: sum(chosen == path for _, chosen in best) for path in self.layers}
+
+    def factors(self, path: str, adapter: Lora) -> Factors:
+        found = self.found[path]
+        assert found.components is not None
+        a = found.components[: adapter.r]
+        if self.options["whiten"]:
+            a = a / found.values[: adapter.r, None].clamp_min(torch.finfo(torch.float32).tiny)
+        return a, torch.zeros_like(adapter.lora_B)

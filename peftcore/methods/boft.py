@@ -1,0 +1,140 @@
+"""BOFT: y = s ⊙ (W Bᵀx) + b, B a product of m orthogonal butterfly factors. arXiv:2311.06243.
+
+Shapes: i in_features, k kernel, o out_features, n blocks of size c: n·c = i·k; boft_R (m, n, c, c), of which the skew
+part S gives a block (I − S)(I + S)⁻¹; boft_s (o, 1), or (1, o) for convolutions. Factor j joins features 2ʲ half
+blocks apart. Unlike PEFT, m > 1 needs no CUDA extension, and a convolution keeps its dilation and padding.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapter import Adapter
+from peftcore.bases import BaseWeight
+from peftcore.config import TunerConfig
+from peftcore.errors import ConfigError
+from peftcore.maths import cayley, drop_blocks, rotate_blocks, weight_shape
+from peftcore.registry import register
+
+
+@dataclass
+class BOFTConfig(TunerConfig):
+    """BOFT's options under PEFT's names."""
+
+    boft_block_size: int = 4
+    """Features that one block turns (count); give this or boft_block_num, and 0 for the other."""
+    boft_block_num: int = 0
+    """Blocks in a layer (count)."""
+    boft_n_butterfly_factor: int = 1
+    """Factors m (count); 1 is OFT, and each more doubles the features that reach each other."""
+    boft_dropout: float = 0.0
+    """Share of one random factor's blocks that are the identity in one forward while training."""
+    bias: str = "none"
+    """Which biases of the model train too: "none", "all" or "boft_only"."""
+    init_weights: bool = True
+    """True: B starts at the identity and s at one; False: random, for tests."""
+    fan_in_fan_out: bool = False
+    """Read from disk for PEFT's sake; the orientation is found per layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.boft_block_size) == bool(self.boft_block_num):
+            raise ConfigError(
+                "BOFTConfig: give either boft_block_size or boft_block_num and set the other to 0, since their product "
+                f"is the layer's size; got {self.boft_block_size} and {self.boft_block_num}"
+            )
+        self.positive("boft_block_size" if self.boft_block_size else "boft_block_num", "boft_n_butterfly_factor")
+        self.probability("boft_dropout")
+        self.one_of("bias", self.bias, ("none", "all", "boft_only"))
+
+    def blocks(self, features: int, path: str) -> tuple[int, int]:
+        """(number, size) of the blocks of a layer that turns this many features."""
+        asked, m = self.boft_block_size or self.boft_block_num, self.boft_n_butterfly_factor
+        number, size = features // asked, asked
+        if self.boft_block_num:
+            number, size = size, number
+        if features % asked:
+            fits = math.gcd(features, asked)
+            raise ConfigError(f"BOFT: {asked} must divide the {features} features of {path}; try {fits}")
+        if m > 1 and (size % 2 or number % 2 ** (m - 1)):
+            raise ConfigError(
+                f"BOFT: {m} butterfly factors need blocks of even size and a multiple of {2 ** (m - 1)} of them; "
+                f"{path} has {number} blocks of {size}; ask for fewer factors or other blocks"
+            )
+        return number, size
+
+
+@register("BOFT", BOFTConfig)
+class BOFT(Adapter):
+    """BOFT at one layer."""
+
+    layer_kinds = frozenset({"linear", "conv"})
+
+    def __init__(self, config: BOFTConfig, base: BaseWeight, path: str):
+        super().__init__(config, base, path)
+        self.through_weight = base.kind == "conv"
+        number, size = config.blocks(math.prod(weight_shape(base)[1:]), path)
+        self.dropout = config.boft_dropout
+        self.starts_at_base = config.init_weights
+        o = base.out_features
+        self.boft_R = nn.Parameter(torch.empty(config.boft_n_butterfly_factor, number, size, size))
+        self.boft_s = nn.Parameter(torch.empty((1, o) if base.kind == "conv" else (o, 1)))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.boft_R)
+        nn.init.ones_(self.boft_s)
+        if not self.starts_at_base:
+            nn.init.normal_(self.boft_R, std=0.1)
+            nn.init.normal_(self.boft_s, mean=1, std=0.1)
+
+    def factors(self) -> list[Tensor]:
+        """The blocks (n, c, c) of each factor."""
+        return list(cayley(0.5 * (self.boft_R - self.boft_R.mT)))
+
+    def _acting_factors(self) -> list[Tensor]:
+        factors = self.factors()
+        if self.training and self.dropout:
+            chosen = int(torch.randint(len(factors), (), device="cpu"))
+            factors[chosen] = drop_blocks(factors[chosen], self.dropout)
+        return factors
+
+    def before(self, x: Tensor) -> Tensor:
+        for j, blocks in reversed(list(enumerate(self._acting_factors()))):
+            x = _turned(x, blocks, j)
+        return x
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        scale = self.boft_s.flatten().to(y.dtype)
+        bias = self.base.unmerged_bias
+        return y * scale if bias is None else torch.addcmul(bias.to(y.dtype) * (1 - scale), y, scale)
+
+    def forward_weight(self, weight: Tensor) -> Tensor:
+        return self._merged(weight, self._acting_factors())
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return self._merged(weight, self.factors())
+
+    def _merged(self, weight: Tensor, factors: list[Tensor]) -> Tensor:
+        flat = weight.flatten(1)
+        for j, blocks in enumerate(factors):
+            flat = _turned(flat, blocks.mT, j)
+        return (flat * self.boft_s.view(-1, 1).to(weight)).view(weight.shape)
+
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The layer's own bias is not scaled; what adapters below made of it is, as in the forward."""
+        own = self.base.unmerged_bias
+        if bias is None or own is None or bias is own:
+            return bias
+        return own + (bias - own) * self.boft_s.flatten()
+
+
+def _turned(x: Tensor, blocks: Tensor, j: int) -> Tensor:
+    """x P diag(blocks) Pᵀ; P brings half blocks that lie 2ʲ apart side by side."""
+    if j == 0:
+        return rotate_blocks(x, blocks)
+    half = blocks.shape[-1] // 2
+    x = x.unflatten(-1, (-1, 2, 2**j, half)).transpose(-3, -2).flatten(-4)
+    return rotate_blocks(x, blocks).unflatten(-1, (-1, 2**j, 2, half)).transpose(-3, -2).flatten(-4)

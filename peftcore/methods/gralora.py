@@ -1,0 +1,106 @@
+"""GraLoRA: W in k × k blocks, each with a LoRA of rank r/k: ΔW_jn = s B_jn A_jn, s = α/(r + h). arXiv:2505.20355.
+
+Hybrid: a plain LoRA of rank h over the whole of W is added.
+Shapes: i in_features, o out_features, k blocks a side, n block of inputs, j block of outputs, c = r/k rank of a block;
+A (n, i/k, j·c), B (j, n·c, o/k); the plain one A (h, i), B (o, h).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.adapter import Adapter
+from peftcore.bases import BaseWeight
+from peftcore.config import TunerConfig
+from peftcore.errors import ConfigError
+from peftcore.registry import register
+
+
+@dataclass
+class GraloraConfig(TunerConfig):
+    """GraLoRA's options under PEFT's names."""
+
+    r: int = 32
+    """Rank (count): as many parameters as a LoRA of it, while ΔW reaches rank r·gralora_k."""
+    hybrid_r: int = 0
+    """Rank of the plain LoRA beside it (count); 0 for none."""
+    alpha: float = 64
+    gralora_dropout: float = 0.0
+    """Probability of dropping an element of the adapter's input while training."""
+    gralora_k: int = 2
+    """Blocks on each side of W (count); must divide r, in_features and out_features."""
+    bias: str = "none"
+    """Which biases of the model train too: "none", "all" or "gralora_only"."""
+    init_weights: bool = True
+    """True: the adapter starts at zero; False: random, for tests."""
+    fan_in_fan_out: bool = False
+    """Read from disk for PEFT's sake; the orientation is found per layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("r", "gralora_k")
+        self.probability("gralora_dropout")
+        self.one_of("bias", self.bias, ("none", "all", "gralora_only"))
+        if not isinstance(self.hybrid_r, int) or self.hybrid_r < 0:
+            raise ConfigError(f"GraloraConfig: hybrid_r must be 0 or a positive integer; got {self.hybrid_r!r}")
+        if self.r % self.gralora_k:
+            raise ConfigError(
+                f"GraloraConfig: r must be a multiple of gralora_k={self.gralora_k}, got {self.r}; "
+                f"try {-(-self.r // self.gralora_k) * self.gralora_k}"
+            )
+
+
+@register("GRALORA", GraloraConfig)
+class Gralora(Adapter):
+    """GraLoRA at one layer."""
+
+    def __init__(self, config: GraloraConfig, base: BaseWeight, path: str):
+        super().__init__(config, base, path)
+        i, o, r, h, k = base.in_features, base.out_features, config.r, config.hybrid_r, config.gralora_k
+        if i % k or o % k:
+            raise ConfigError(f"GRALORA: gralora_k must divide {i} and {o} at {path}, got {k}; try {math.gcd(i, o, k)}")
+        self.k, self.scaling = k, config.alpha / (r + h)
+        self.dropout, self.init = config.gralora_dropout, config.init_weights
+        self.gralora_A = nn.Parameter(torch.empty(k, i // k, r))
+        self.gralora_B = nn.Parameter(torch.empty(k, r, o // k))
+        self.general_A = nn.Parameter(torch.empty(h, i)) if h else None
+        self.general_B = nn.Parameter(torch.empty(o, h)) if h else None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for down, up in ((self.gralora_A, self.gralora_B), (self.general_A, self.general_B)):
+            if down is not None and up is not None:
+                inputs, rank = down.shape[1], up.shape[1]
+                nn.init.uniform_(down, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+                bound = 0.0 if self.init else 1 / math.sqrt(rank)
+                nn.init.uniform_(up, -bound, bound)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        a, b = self.gralora_A.to(x.dtype), self.gralora_B.to(x.dtype)
+        h = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (self.k, -1)), a)
+        h = h.unflatten(-1, (self.k, -1)).transpose(-3, -2).flatten(-2)  # each block of outputs takes its c of every n
+        blocks = torch.einsum("...jr,jro->...jo", h * self.scaling, b.to(h.dtype)).flatten(-2)
+        y = y + blocks.to(y.dtype)
+        if self.general_A is None or self.general_B is None:
+            return y
+        h = self.base.apply(x, self.general_A).to(y.dtype) * self.scaling
+        return self.base.add_pointwise(y, h, self.general_B)
+
+    def delta_weight(self) -> Tensor:
+        a = self.gralora_A.unflatten(2, (self.k, -1))  # (n, i/k, j, c)
+        b = self.gralora_B.unflatten(1, (self.k, -1))  # (j, n, c, o/k)
+        delta = torch.einsum("nijc,jnco->joni", a, b).reshape(self.base.out_features, self.base.in_features)
+        if self.general_A is not None and self.general_B is not None:
+            delta = delta + self.general_B @ self.general_A
+        return self.scaling * delta
+
+    def checkpoint_keys(self) -> dict[str, str]:
+        keys = {"gralora_A": "gralora_A", "gralora_B": "gralora_B"}
+        if self.general_A is None:
+            return keys
+        return {**keys, "general_A": "gralora_A_general.weight", "general_B": "gralora_B_general.weight"}

@@ -1,0 +1,91 @@
+"""HRA: y = W H₁H₂⋯H_r x + b, Hⱼ = I − 2uⱼuⱼᵀ Householder reflections, ‖uⱼ‖ = 1. arXiv:2405.17484.
+
+Shapes: i in_features, k kernel, r rank; hra_u (i·k, r), its columns uⱼ of any length. The product is computed as
+I − UTUᵀ with a triangular T (r, r), so the forward costs what LoRA's does. With `apply_GS` the uⱼ are made orthogonal:
+I − 2QQᵀ, Q from QR. That is never the identity, so there, unlike PEFT, the uⱼ start independent (pairs give NaN).
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapter import Adapter
+from peftcore.bases import BaseWeight
+from peftcore.config import TunerConfig
+from peftcore.errors import ConfigError
+from peftcore.maths import weight_shape
+from peftcore.registry import register
+
+
+@dataclass
+class HRAConfig(TunerConfig):
+    """HRA's options under PEFT's names."""
+
+    r: int = 8
+    """Reflections (count); even, or the adapter cannot start at the base's function."""
+    apply_GS: bool = False
+    """Orthogonalise the reflections' directions (Gram-Schmidt)."""
+    bias: str = "none"
+    """Which biases of the model train too: "none", "all" or "hra_only"."""
+    init_weights: bool = True
+    """True: equal pairs, which cancel; False: random, for tests."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("r")
+        self.one_of("bias", self.bias, ("none", "all", "hra_only"))
+
+
+@register("HRA", HRAConfig)
+class HRA(Adapter):
+    """HRA at one layer."""
+
+    layer_kinds = frozenset({"linear", "conv"})
+
+    def __init__(self, config: HRAConfig, base: BaseWeight, path: str):
+        super().__init__(config, base, path)
+        self.through_weight = base.kind == "conv"
+        self.orthogonal = config.apply_GS
+        self.starts_at_base = config.init_weights
+        features = math.prod(weight_shape(base)[1:])
+        if self.orthogonal and config.r > features:
+            raise ConfigError(
+                f"HRA: apply_GS needs r up to the {features} features of {path}, got {config.r}; try {features}"
+            )
+        self.hra_u = nn.Parameter(torch.empty(features, config.r))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
+        r = self.hra_u.shape[1]
+        if not self.starts_at_base or self.orthogonal:
+            return
+        if r % 2:
+            warnings.warn(f"HRA: an odd number of reflections never cancels, got r={r}; try {r + 1}", stacklevel=2)
+            return
+        self.hra_u[:, 1::2] = self.hra_u[:, ::2]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(L, U), both (i·k, r), with H₁⋯H_r = I − L Uᵀ; in the parameters' type also under autocast."""
+        with torch.autocast(self.hra_u.device.type, enabled=False):
+            if self.orthogonal:
+                q = torch.linalg.qr(self.hra_u).Q
+                return 2 * q, q
+            u = self.hra_u / self.hra_u.norm(dim=0)
+            inner = torch.triu(u.T @ u, 1) + torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2
+            return torch.linalg.solve_triangular(inner, u, upper=True, left=False), u
+
+    def before(self, x: Tensor) -> Tensor:
+        left, u = (factor.to(x.dtype) for factor in self.factors())
+        return x - (x @ u) @ left.T
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        left, u = (factor.to(weight) for factor in self.factors())
+        flat = weight.flatten(1)
+        return (flat - (flat @ left) @ u.T).view(weight.shape)

@@ -1,0 +1,114 @@
+"""IA3: y = l ⊙ (Wx + b), and y = W(l ⊙ x) + b at feed-forward layers. arXiv:2205.05638.
+
+Shapes: i in_features, o out_features; l is (o, 1), or (1, i) at a feed-forward layer; (1, o or i, *1) for convolutions.
+Unlike PEFT, `feedforward_modules` match whole path segments, and a vector with zeros unmerges exactly.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapter import Adapter
+from peftcore.bases import BaseWeight
+from peftcore.config import TunerConfig
+from peftcore.errors import ConfigError
+from peftcore.registry import register
+
+
+@dataclass
+class IA3Config(TunerConfig):
+    """IA3's options under PEFT's names."""
+
+    feedforward_modules: list[str] | set[str] | str | None = None
+    """Targets whose input is scaled, named as in target_modules; every other target's output is. None: those that the
+    model's architecture gives, or none."""
+    init_ia3_weights: bool = True
+    """True: l starts at one, so the adapter at nothing; False: random, for tests."""
+    fan_in_fan_out: bool = False
+    """Read from disk for PEFT's sake; the orientation is found per layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.feedforward_modules, str | None):
+            return
+        self.feedforward_modules = set(self.feedforward_modules)
+        if isinstance(self.target_modules, set):
+            for name in sorted(self.feedforward_modules):
+                if not any(_ends_with(name, target) or _ends_with(target, name) for target in self.target_modules):
+                    raise ConfigError(
+                        f"IA3Config: feedforward_modules {name!r} is not among target_modules "
+                        f"{sorted(self.target_modules)}; add it there too"
+                    )
+
+    def is_feedforward(self, path: str) -> bool:
+        """Whether the input, not the output, is scaled at the layer at `path`."""
+        if isinstance(self.feedforward_modules, str):
+            return re.fullmatch(self.feedforward_modules, path) is not None
+        return any(_ends_with(path, name) for name in self.feedforward_modules or ())
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+@register("IA3", IA3Config)
+class IA3(Adapter):
+    """IA3 at one layer."""
+
+    layer_kinds = frozenset({"linear", "conv", "embedding"})
+
+    def __init__(self, config: IA3Config, base: BaseWeight, path: str):
+        super().__init__(config, base, path)
+        self.scales_input = config.is_feedforward(path)
+        if self.scales_input and base.kind == "embedding":
+            raise ConfigError(f"IA3: the input of {path} is token ids; take it out of feedforward_modules")
+        self.starts_at_one = config.init_ia3_weights
+        features = base.in_features if self.scales_input else base.out_features
+        shape = (1, features) if self.scales_input or base.kind == "conv" else (features, 1)
+        self.ia3_l = nn.Parameter(torch.empty(*shape, *(1 for _ in base.kernel)))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.ia3_l) if self.starts_at_one else nn.init.normal_(self.ia3_l)
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return features * self.base.per_output(self.ia3_l.flatten()).to(features.dtype)
+
+    def before(self, x: Tensor) -> Tensor:
+        return self._scaled(x) if self.scales_input else x
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.scales_input else self._scaled(y)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        scale = self.ia3_l.flatten().to(weight)
+        if not self.scales_input:
+            return (weight.flatten(1) * scale[:, None]).view(weight.shape)
+        groups = len(scale) // weight.shape[1]  # of a convolution: each filter sees the inputs of its own group
+        per_filter = scale.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
+        return weight * per_filter.view(*per_filter.shape, *(1 for _ in self.base.kernel))
+
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        return bias if bias is None or self.scales_input else bias * self.ia3_l.flatten()
+
+    @classmethod
+    def config_to_save(cls, config: IA3Config, adapters: Mapping[str, Adapter]) -> IA3Config:
+        """Everything written out: PEFT has no `layers_to_transform` here and wants a subset of target_modules."""
+        feedforward = config.feedforward_modules or set()
+        if config.layers_to_transform is not None:
+            chosen = {path for path in adapters if config.is_feedforward(path)}
+            return dataclasses.replace(
+                config,
+                target_modules=set(adapters),
+                feedforward_modules=chosen,
+                layers_to_transform=None,
+                layers_pattern=None,
+            )
+        targets = config.target_modules
+        if isinstance(targets, set) and not isinstance(feedforward, str):
+            targets = targets | set(feedforward)
+        return dataclasses.replace(config, target_modules=targets, feedforward_modules=feedforward)

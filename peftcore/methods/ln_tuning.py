@@ -1,0 +1,87 @@
+"""LN tuning: each normalisation trains a weight and bias of its own, copied from the base's. arXiv:2312.11420.
+
+Of several active adapters at a layer the last one's weight holds. PEFT also copies layers that are no norms (LLaVA's
+projector, embeddings, head) under this name; here that is `modules_to_save`.
+Shapes: d features; weight (d), bias (d) where the base has one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapter import Adapter
+from peftcore.bases import BaseWeight
+from peftcore.bases.norm import NormWeight, is_norm
+from peftcore.config import TunerConfig
+from peftcore.registry import register
+
+_LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
+_GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
+_T5 = ["layer_norm", "final_layer_norm"]
+DEFAULT_TARGETS = {
+    "llama": _LLAMA,
+    "llava": _LLAMA,
+    "mistral": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+    "bloom": ["input_layernorm", "post_attention_layernorm", "ln_f"],
+    "falcon": ["input_layernorm", "post_attention_layernorm", "ln_f"],
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "gptj": ["ln_1", "ln_f"],
+    "phi": ["input_layernorm", "final_layernorm"],
+    "qwen2": ["post_attention_layernorm"],
+    "qwen3": ["post_attention_layernorm"],
+    "t5": _T5,
+    "mt5": _T5,
+    "bart": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
+    "blip-2": ["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"],
+}
+"""PEFT's choice of norms by `config.model_type`, for its directories and numbers; elsewhere every norm is adapted."""
+
+
+@dataclass
+class LNTuningConfig(TunerConfig):
+    """LN tuning has no options but its targets, which are norms."""
+
+
+@register("LN_TUNING", LNTuningConfig)
+class LNTuning(Adapter):
+    """LN tuning at one layer."""
+
+    layer_kinds = frozenset({"norm"})
+
+    def __init__(self, config: LNTuningConfig, base: BaseWeight, path: str):
+        super().__init__(config, base, path)
+        self.weight = nn.Parameter(torch.empty(base.out_features))
+        self.bias = None if base.bias is None else nn.Parameter(torch.empty(base.out_features))
+        self.through_weight = self.bias is None  # saves one norm; with a bias the layer's own fused sum is exact
+
+    @classmethod
+    def default_targets(
+        cls, config: LNTuningConfig, model: nn.Module, layers: Mapping[str, nn.Module]
+    ) -> list[str] | None:
+        names = DEFAULT_TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""))
+        norms = [path for path, layer in layers.items() if is_norm(layer)]
+        return norms if names is None else [path for path in norms if path.rpartition(".")[2] in names]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.copy_(self.base.read_unmerged())
+        if self.bias is not None and (bias := self.base.unmerged_bias) is not None:
+            self.bias.copy_(bias)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        assert isinstance(self.base, NormWeight)
+        return self.base.apply(x, self.weight, self.bias)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return self.weight.to(weight)
+
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        return bias if self.bias is None or bias is None else self.bias.to(bias)
+
+    def checkpoint_keys(self) -> dict[str, str]:
+        return {name: f"ln_tuning_layers.{name}" for name, _ in self.named_parameters()}

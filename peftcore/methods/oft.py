@@ -1,0 +1,170 @@
+"""OFT: y = W Rᵀx + b, R block-diagonal and orthogonal, each block the Cayley transform of a skew S. arXiv:2306.07280.
+
+Shapes: i in_features, k kernel, b block size, n blocks: n·b = i·k (a convolution's unrolled patch; an embedding's
+output); oft_R (n, b(b−1)/2) is S above its diagonal, (1, b(b−1)/2) with `block_share`. `use_cayley_neumann` replaces
+the inverse by its first powers (OFTv2, arXiv:2506.19847). Unlike PEFT, `module_dropout` acts, and a convolution
+turns its patches (PEFT adds up overlapping ones); `coft` projects after each step, not in the forward.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapter import Adapter
+from peftcore.bases import BaseWeight
+from peftcore.config import TunerConfig
+from peftcore.errors import ConfigError
+from peftcore.maths import cayley, drop_blocks, rotate_blocks, weight_shape
+from peftcore.registry import register
+
+
+@dataclass
+class OFTConfig(TunerConfig):
+    """OFT's options under PEFT's names."""
+
+    r: int = 0
+    """Blocks in a layer (count); give this or oft_block_size, and 0 for the other."""
+    oft_block_size: int = 32
+    """Features that one block turns (count); the nearest divisor is taken where it does not divide."""
+    module_dropout: float = 0.0
+    """Share of the blocks that are the identity in one forward while training."""
+    coft: bool = False
+    """Keep ‖S‖ of each block within eps/√n (constrained OFT)."""
+    eps: float = 6e-5
+    block_share: bool = False
+    """One block for all."""
+    use_cayley_neumann: bool = True
+    """A power series for the inverse: cheaper, and orthogonal only while S is small."""
+    num_cayley_neumann_terms: int = 5
+    """Powers of S in the series, the identity included (count)."""
+    bias: str = "none"
+    """Which biases of the model train too: "none", "all" or "oft_only"."""
+    init_weights: bool = True
+    """True: R starts at the identity; False: random, for tests."""
+    fan_in_fan_out: bool = False
+    """Read from disk for PEFT's sake; the orientation is found per layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.r) == bool(self.oft_block_size):
+            raise ConfigError(
+                "OFTConfig: give either r (blocks) or oft_block_size and set the other to 0, since r x oft_block_size "
+                f"is the layer's size; got r={self.r}, oft_block_size={self.oft_block_size}"
+            )
+        self.positive("r" if self.r else "oft_block_size")
+        self.probability("module_dropout")
+        self.one_of("bias", self.bias, ("none", "all", "oft_only"))
+        if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
+            raise ConfigError(
+                "OFTConfig: num_cayley_neumann_terms must be at least 2, since with fewer nothing turns; "
+                f"got {self.num_cayley_neumann_terms}; try 5"
+            )
+        if self.coft and not self.eps > 0:
+            raise ConfigError(f"OFTConfig: eps must be positive; got {self.eps}; try 6e-5")
+
+    def block_size(self, features: int, path: str) -> int:
+        """b for a layer that turns this many features."""
+        asked = self.oft_block_size or self.r
+        divisors = (d for d in range(1, features + 1) if features % d == 0)
+        nearest = min(divisors, key=lambda divisor: (abs(divisor - asked), divisor))
+        size = nearest if self.oft_block_size else features // nearest
+        if size == 1:
+            raise ConfigError(f"OFT: blocks of 1 turn nothing at {path}, which has {features} features; ask for larger")
+        if nearest != asked:
+            option = "oft_block_size" if self.oft_block_size else "r"
+            warnings.warn(f"OFT: {option}={asked} does not divide {features}; {nearest} is taken", stacklevel=2)
+        return size
+
+
+def neumann(skew: Tensor, terms: int) -> Tensor:
+    """I + 2S + 2S² + … + Sᵐ, near (I + S)(I − S)⁻¹; m = terms − 1, but never 2, and 2S stays 2S, as in PEFT."""
+    last = 1 if terms == 2 else max(terms - 1, 3)
+    power = skew
+    total = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device) + 2 * skew
+    for n in range(2, last + 1):
+        power = power @ skew
+        total = total + (power if n == last else 2 * power)
+    return total
+
+
+@register("OFT", OFTConfig)
+class OFT(Adapter):
+    """OFT at one layer."""
+
+    layer_kinds = frozenset({"linear", "conv", "embedding"})
+
+    def __init__(self, config: OFTConfig, base: BaseWeight, path: str):
+        super().__init__(config, base, path)
+        self.config = config
+        self.through_weight = base.kind == "conv"
+        features = base.out_features if base.kind == "embedding" else math.prod(weight_shape(base)[1:])
+        size = config.block_size(features, path)
+        blocks = 1 if config.block_share else features // size
+        self.oft_R = nn.Parameter(torch.empty(blocks, size * (size - 1) // 2))
+        self.register_buffer("upper", torch.triu_indices(size, size, 1), persistent=False)
+        self.size = size
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.oft_R) if self.config.init_weights else nn.init.normal_(self.oft_R, std=0.1)
+
+    def projected(self) -> Tensor:
+        """oft_R with each block's ‖S‖ = √2‖row‖ cut to eps/√n; equal to itself without `coft`."""
+        rows = self.oft_R.detach()
+        radius = self.config.eps / math.sqrt(2 * len(rows))
+        return rows * (radius / rows.norm(dim=1, keepdim=True)).clamp(max=1) if self.config.coft else rows
+
+    def blocks(self) -> Tensor:
+        """R's blocks (n or 1, b, b), in the parameters' type also under autocast."""
+        rows = self.oft_R
+        if self.config.coft:
+            rows = self.projected() + (rows - rows.detach())  # the gradient passes the projection by
+        with torch.autocast(rows.device.type, enabled=False):
+            skew = rows.new_zeros(len(rows), self.size, self.size)
+            skew[:, self.upper[0], self.upper[1]] = rows  # type: ignore[index]
+            skew = skew - skew.mT
+            if self.config.use_cayley_neumann:
+                return neumann(skew, self.config.num_cayley_neumann_terms)
+            return cayley(skew)
+
+    def _acting_blocks(self) -> Tensor:
+        drops = self.training and self.config.module_dropout
+        return drop_blocks(self.blocks(), self.config.module_dropout) if drops else self.blocks()
+
+    def before(self, x: Tensor) -> Tensor:
+        return x if self.base.kind == "embedding" else rotate_blocks(x, self._acting_blocks())
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return rotate_blocks(y, self._acting_blocks()) if self.base.kind == "embedding" else y
+
+    def forward_weight(self, weight: Tensor) -> Tensor:
+        return self._turned(weight, self._acting_blocks())
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return self._turned(weight, self.blocks())
+
+    def _turned(self, weight: Tensor, blocks: Tensor) -> Tensor:
+        if self.base.kind == "embedding":
+            return rotate_blocks(weight.T, blocks).T
+        return rotate_blocks(weight.flatten(1), blocks.mT).view(weight.shape)
+
+    def checkpoint_keys(self) -> dict[str, str]:
+        return {"oft_R": "oft_embedding_R.weight" if self.base.kind == "embedding" else "oft_R.weight"}
+
+    @classmethod
+    def config_to_save(cls, config: OFTConfig, adapters: Mapping[str, Adapter]) -> OFTConfig:
+        """With the PEFT version whose Neumann series this is; PEFT reads it."""
+        return dataclasses.replace(config, peft_version=config.peft_version or "0.18.0")
+
+    @classmethod
+    @torch.no_grad()
+    def on_step(cls, config: OFTConfig, adapters: Mapping[str, Any], step: int, optimizer: Any) -> None:
+        """Project onto COFT's ball."""
+        for adapter in adapters.values() if config.coft else ():
+            adapter.oft_R.copy_(adapter.projected())

@@ -1,0 +1,88 @@
+"""RoAd: y = R(Wx + b), R turns and stretches pairs of outputs: (αcosθ, −αsinθ; αsinθ, αcosθ). arXiv:2409.00119.
+
+In each group of g outputs, element j of the first half is paired with element j of the second.
+Shapes: o out_features; θ and α (o/2) for "road_1", one angle and scale a pair; (o) for "road_2", one an element;
+(2o) for "road_4", two an element, g for the cosines and then g for the sines of each group.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapter import Adapter
+from peftcore.bases import BaseWeight
+from peftcore.config import TunerConfig
+from peftcore.errors import ConfigError
+from peftcore.registry import register
+
+SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
+"""{variant: angles for each output}."""
+
+
+@dataclass
+class RoadConfig(TunerConfig):
+    """RoAd's options under PEFT's names."""
+
+    variant: str = "road_1"
+    """How much the four entries of a pair's matrix share: "road_1" all, "road_2" those of a row, "road_4" none."""
+    group_size: int = 64
+    """Outputs in a group (count, even); out_features must be a multiple of it."""
+    init_weights: bool = True
+    """True: R starts as the identity; False: random, for tests."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.one_of("variant", self.variant, SIZES)
+        self.positive("group_size")
+        if self.group_size % 2:
+            raise ConfigError(f"RoadConfig: group_size must be even, got {self.group_size}; try {self.group_size + 1}")
+
+
+@register("ROAD", RoadConfig)
+class Road(Adapter):
+    """RoAd at one layer."""
+
+    layer_kinds = frozenset({"linear", "conv", "embedding"})
+
+    def __init__(self, config: RoadConfig, base: BaseWeight, path: str):
+        super().__init__(config, base, path)
+        if base.out_features % config.group_size:
+            raise ConfigError(
+                f"ROAD: group_size must divide the {base.out_features} outputs of {path}, got {config.group_size}"
+            )
+        self.half = config.group_size // 2
+        self.variant, self.init = config.variant, config.init_weights
+        size = int(base.out_features * SIZES[config.variant])
+        self.road_theta = nn.Parameter(torch.empty(size))
+        self.road_alpha = nn.Parameter(torch.empty(size))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        deviation = 0.0 if self.init else 0.5
+        nn.init.normal_(self.road_theta, std=deviation)
+        nn.init.normal_(self.road_alpha, mean=1.0, std=deviation)
+
+    def _turned(self, values: Tensor, axis: int) -> Tensor:
+        """R applied along `axis`, which has size o."""
+        axis %= values.dim()
+        theta, alpha = self.road_theta, self.road_alpha
+        stay, cross = alpha * theta.cos(), alpha * theta.sin()
+        if self.variant == "road_1":
+            stay, cross = (v.view(-1, 1, self.half).expand(-1, 2, -1) for v in (stay, cross))
+        elif self.variant == "road_4":
+            stay, cross = stay.view(-1, 2, 2 * self.half)[:, 0], cross.view(-1, 2, 2 * self.half)[:, 1]
+        shape = (-1, *(1 for _ in range(values.dim() - 1 - axis)))
+        stay, cross = (v.reshape(shape).to(values.dtype) for v in (stay, cross))
+        first, second = values.unflatten(axis, (-1, 2, self.half)).unbind(axis + 1)
+        partner = torch.stack((-second, first), axis + 1).flatten(axis, axis + 2)
+        return values * stay + partner * cross
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._turned(y, -1 - len(self.base.kernel))
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return self._turned(weight, 0)
+
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else self._turned(bias, 0)

@@ -1,0 +1,106 @@
+"""Trainable tokens: chosen rows of an embedding are trained whole, the others stay. HF PEFT's method of this name.
+
+A head that shares the embedding's weight follows it: one parameter serves both.
+Shapes: t chosen tokens, d embedding dimension; rows (t, d). On a linear layer, such as a head, rows of its weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.adapter import Adapter
+from peftcore.bases import BaseWeight
+from peftcore.config import TunerConfig
+from peftcore.errors import ConfigError, TargetError
+from peftcore.registry import register
+
+
+@dataclass
+class TrainableTokensConfig(TunerConfig):
+    """Options of trainable tokens under PEFT's names; without target_modules, the model's input embedding."""
+
+    token_indices: list[int] = field(default_factory=list)
+    """Token ids whose rows train."""
+    init_weights: bool = True
+    """True: start with the base's own rows; False: at random."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ids = self.token_indices
+        if not ids or any(not isinstance(i, int) or i < 0 for i in ids) or len(set(ids)) < len(ids):
+            raise ConfigError(
+                f"TrainableTokensConfig: token_indices must be different token ids, at least one; got {ids!r}"
+            )
+
+
+@register("TRAINABLE_TOKENS", TrainableTokensConfig)
+class TrainableTokens(Adapter):
+    """Trained rows at one embedding or head."""
+
+    layer_kinds = frozenset({"embedding", "linear"})
+    follows_ties = True
+
+    def __init__(self, config: TrainableTokensConfig, base: BaseWeight, path: str):
+        super().__init__(config, base, path)
+        self.axis = 1 if base.kind == "embedding" else 0  # where the tokens lie in the canonical weight
+        count = base.in_features if base.kind == "embedding" else base.out_features
+        width = base.out_features if base.kind == "embedding" else base.in_features
+        if max(config.token_indices) >= count:
+            raise ConfigError(
+                f"TRAINABLE_TOKENS: token {max(config.token_indices)} is not among the {count} rows of {path}; "
+                "resize the embedding first, or leave it out"
+            )
+        self.follows = False
+        self.from_base = config.init_weights
+        tokens = torch.tensor(config.token_indices)
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("place", torch.full((count,), -1).index_copy(0, tokens, torch.arange(len(tokens))), False)
+        self.trainable_tokens_delta = nn.Parameter(torch.empty(len(tokens), width))
+
+    @classmethod
+    def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        embedding = getattr(embedding, "base_layer", embedding)
+        found = next((path for path, layer in layers.items() if layer is embedding), None)
+        if found is None:
+            raise TargetError(f"{type(model).__name__} does not say which its input embedding is; give target_modules")
+        return [found]
+
+    @classmethod
+    def link(cls, config: Any, adapters: Mapping[str, Adapter]) -> None:
+        first: dict[int, TrainableTokens] = {}
+        for adapter in cast(Mapping[str, TrainableTokens], adapters).values():
+            source = first.setdefault(id(adapter.base.layer.weight), adapter)
+            if source is not adapter:
+                adapter.follows, adapter.trainable_tokens_delta = True, source.trainable_tokens_delta
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.from_base:
+            rows = self.base.read_unmerged().index_select(self.axis, self.tokens)
+            self.trainable_tokens_delta.copy_(rows.T if self.axis else rows)
+        else:
+            nn.init.normal_(self.trainable_tokens_delta)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = self.trainable_tokens_delta.to(y.dtype)
+        if self.base.kind == "linear":
+            values = F.linear(x, rows)
+            if (bias := self.base.bias) is not None:
+                values = values + bias[self.tokens].to(y.dtype)
+            return y.index_copy(-1, self.tokens, values.to(y.dtype))
+        place = self.place[x]
+        scale = getattr(self.base.layer, "embed_scale", None)
+        chosen = F.embedding(place.clamp_min(0), rows if scale is None else rows * scale)
+        return torch.where(place[..., None] >= 0, chosen, y)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        rows = self.trainable_tokens_delta.to(weight)
+        return weight.index_copy(self.axis, self.tokens, rows.T if self.axis else rows)
+
+    def checkpoint_keys(self) -> dict[str, str]:
+        return {} if self.follows else super().checkpoint_keys()

@@ -1,0 +1,110 @@
+"""VeRA: y = Wx + b + Λ_b B Λ_d A x, where all layers share one random frozen A and B. arXiv:2310.11454.
+
+Shapes: i in_features, o out_features, r rank, I and O the largest i and o of the adapted layers; A (r, I) and
+B (O, r), of which a layer takes the first i columns and o rows; Λ_d = diag(vera_lambda_d) (r,), Λ_b (o,).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.adapter import Adapter, Shared
+from peftcore.bases import BaseWeight
+from peftcore.config import TunerConfig
+from peftcore.registry import register
+
+
+@dataclass
+class VeraConfig(TunerConfig):
+    """VeRA's options under PEFT's names."""
+
+    r: int = 256
+    """Rank (count); larger than LoRA's, since only r + o numbers train per layer."""
+    projection_prng_key: int = 0
+    """Seed of A and B."""
+    save_projection: bool = True
+    """False leaves A and B out of the directory; they are then drawn again from the seed."""
+    vera_dropout: float = 0.0
+    """Probability of dropping an element of the adapter's input while training."""
+    d_initial: float = 0.1
+    """Start value of every element of Λ_d."""
+    bias: str = "none"
+    """Which biases of the model train too: "none", "all" or "vera_only"."""
+    init_weights: bool = True
+    """True: the adapter starts at zero; False: Λ_b one and Λ_d normal, for tests."""
+    fan_in_fan_out: bool = False
+    """Read from disk for PEFT's sake; the orientation is found per layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("r")
+        self.probability("vera_dropout")
+        self.one_of("bias", self.bias, ("none", "all", "vera_only"))
+
+
+class Projections(Shared):
+    """A and B, drawn on the CPU from the key so that every machine has the same."""
+
+    vera_A: Tensor
+    vera_B: Tensor
+
+    def __init__(self, config: VeraConfig, largest_in: int, largest_out: int, device: torch.device):
+        super().__init__()
+        generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
+        for name, shape in (("vera_A", (config.r, largest_in)), ("vera_B", (largest_out, config.r))):
+            drawn = _kaiming_uniform(shape, generator).to(device)
+            self.register_buffer(name, drawn, persistent=config.save_projection)
+
+
+def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(shape[1]))
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+@register("VERA", VeraConfig)
+class Vera(Adapter):
+    """VeRA at one layer."""
+
+    shared: Projections
+
+    def __init__(self, config: VeraConfig, base: BaseWeight, path: str):
+        super().__init__(config, base, path)
+        self.config = config
+        self.vera_lambda_b = nn.Parameter(torch.empty(base.out_features))
+        self.vera_lambda_d = nn.Parameter(torch.empty(config.r))
+
+    @classmethod
+    def make_shared(cls, config: VeraConfig, bases: Mapping[str, BaseWeight]) -> Projections:
+        layers = list(bases.values())
+        largest_in, largest_out = max(b.in_features for b in layers), max(b.out_features for b in layers)
+        return Projections(config, largest_in, largest_out, layers[0].device)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.config.init_weights:
+            nn.init.zeros_(self.vera_lambda_b)
+            nn.init.constant_(self.vera_lambda_d, self.config.d_initial)
+        else:
+            nn.init.ones_(self.vera_lambda_b)
+            nn.init.normal_(self.vera_lambda_d)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, i) and Λ_b B Λ_d (o, r): both diagonals on the side that is no larger than a LoRA's B."""
+        device = self.vera_lambda_b.device
+        down = self.shared.vera_A[:, : self.base.in_features].to(device)
+        up = self.shared.vera_B[: self.base.out_features].to(device)
+        return down, self.vera_lambda_b[:, None] * up * self.vera_lambda_d
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.config.vera_dropout and self.training:
+            x = F.dropout(x, self.config.vera_dropout)
+        down, up = self._factors()
+        return self.base.add_pointwise(y, self.base.apply(x, down).to(y.dtype), up)
+
+    def delta_weight(self) -> Tensor:
+        down, up = self._factors()
+        return up @ down

@@ -1,0 +1,184 @@
+"""ADAPTION_PROMPT: gated attention to learned tokens in the top layers, y + g·W_o softmax(q K_Pᵀ/√w) V_P. arXiv:2303.16199.
+
+LLaMA-Adapter. The gate g starts at zero, and K_P = W_k P, V_P = W_v P with the layer's own frozen weights. PEFT leaves
+W_o out for gpt2. Shapes: P (1, n, d), h query heads of width w, k key/value heads, B rows, T tokens.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.config import PeftConfig
+from peftcore.errors import ConfigError, TargetError
+from peftcore.prompts.learner import PromptLearner
+from peftcore.registry import register
+
+_SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass
+class AdaptionPromptConfig(PeftConfig):
+    """Adaption prompt's options under PEFT's names."""
+
+    target_modules: str | None = None
+    """Name of the attention modules; None: every one whose form is known."""
+    adapter_len: int | None = None
+    """n, for each layer."""
+    adapter_layers: int | None = None
+    """How many layers, from the top."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("adapter_len", "adapter_layers")
+
+
+@register("ADAPTION_PROMPT", AdaptionPromptConfig)
+class AdaptionPrompt(PromptLearner):
+    exclusive = False
+
+    def __init__(self, config: AdaptionPromptConfig, model: nn.Module):
+        super().__init__(config, model)
+        assert config.adapter_len is not None and config.adapter_layers is not None
+        attentions = _attentions(model, config)[-config.adapter_layers :]
+        self.paths = [path for path, _ in attentions]
+        self.prompts = nn.ParameterList(
+            torch.empty(1, config.adapter_len, _width(module), device=next(module.parameters()).device)
+            for _, module in attentions
+        )
+        self.gates = nn.ParameterList(torch.empty(1, device=prompt.device) for prompt in self.prompts)
+
+    @classmethod
+    def completed(cls, config: AdaptionPromptConfig, model: nn.Module) -> Any:
+        found = _attentions(model, config)
+        names = {path.rpartition(".")[2] for path, _ in found}
+        if not found:
+            raise TargetError(
+                f"{type(model).__name__} has no attention that an adaption prompt knows"
+                f"{f' named {config.target_modules!r}' if config.target_modules else ''}; it needs "
+                "q_proj, k_proj, v_proj and o_proj with rotary positions (llama, mistral), or gpt2's c_attn"
+            )
+        if len(found) < (config.adapter_layers or 0):
+            raise ConfigError(
+                f"adapter_layers={config.adapter_layers}, but the model has {len(found)} such layers; take fewer"
+            )
+        return dataclasses.replace(config, target_modules=config.target_modules or names.pop())
+
+    @torch.no_grad()
+    def reset_parameters(self, model: nn.Module) -> None:
+        for prompt, gate in zip(self.prompts, self.gates, strict=True):
+            prompt.normal_()
+            gate.zero_()
+
+    # -- forward: a hook on each attention, so that its own code and cache stay as they are ---------------------
+
+    def attach(self, model: nn.Module, is_acting: Callable[[], bool]) -> None:
+        for number, path in enumerate(self.paths):
+            hook = partial(_attend, self, number, is_acting)
+            model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+
+    def detach(self, model: nn.Module) -> None:
+        for path in self.paths:
+            module = model.get_submodule(path)
+            for key, hook in list(module._forward_hooks.items()):
+                if isinstance(hook, partial) and hook.func is _attend and hook.args[0] is self:
+                    del module._forward_hooks[key]
+                    module._forward_hooks_with_kwargs.pop(key, None)
+
+    def attended(self, number: int, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """What to add to the output (B, T, d) of an attention that read `hidden` (B, T, d)."""
+        prompt, gate = self.prompts[number].to(hidden.dtype), self.gates[number]
+        queries, keys, values = _projected(attention, hidden, prompt, arguments)
+        scores = queries @ keys.transpose(2, 3).to(queries.dtype) / math.sqrt(attention.head_dim)
+        weights = gate.to(queries.dtype) * F.softmax(scores, dim=-1, dtype=torch.float32).to(queries.dtype)
+        mixed = (weights @ values.to(queries.dtype)).transpose(1, 2).flatten(2)
+        if not _is_separate(attention):
+            return mixed
+        bias = getattr(attention.o_proj, "bias", None)
+        return attention.o_proj(mixed) if bias is None else attention.o_proj(mixed) - bias
+
+    # -- disk ------------------------------------------------------------------------------------------------
+
+    def _by_key(self) -> dict[str, Tensor]:
+        keys = [f"base_model.model.{path}" for path in self.paths]
+        prompts = {f"{key}.adaption_prompt": prompt for key, prompt in zip(keys, self.prompts, strict=True)}
+        return prompts | {f"{key}.adaption_gate": gate for key, gate in zip(keys, self.gates, strict=True)}
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        return {key: tensor.detach() for key, tensor in self._by_key().items()}
+
+    @torch.no_grad()
+    def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, own in self._by_key().items():
+            own.copy_(tensors[key])
+
+
+def _attend(
+    learner: AdaptionPrompt,
+    number: int,
+    is_acting: Callable[[], bool],
+    attention: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> Any:
+    if not is_acting():
+        return None
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    first, *rest = output if isinstance(output, tuple) else (output,)
+    first = first + learner.attended(number, attention, hidden, kwargs).to(first.dtype)
+    return (first, *rest) if isinstance(output, tuple) else first
+
+
+def _attentions(model: nn.Module, config: AdaptionPromptConfig) -> list[tuple[str, nn.Module]]:
+    """(path, attention) of the layers that can have a prompt, from the bottom."""
+    name = config.target_modules
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if (_is_separate(module) or _is_fused(module)) and (name is None or path.rpartition(".")[2] == name)
+    ]
+
+
+def _is_separate(module: nn.Module) -> bool:
+    """Llama's form; with queries and keys normalised before they meet, the prompt's keys would not fit."""
+    rotary = hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb")
+    return rotary and all(hasattr(module, name) for name in (*_SEPARATE, "head_dim")) and not hasattr(module, "q_norm")
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """gpt2's form."""
+    return all(hasattr(module, name) for name in ("c_attn", "c_proj", "split_size", "head_dim")) and not getattr(
+        module, "is_cross_attention", False
+    )
+
+
+def _width(attention: Any) -> int:
+    return attention.config.hidden_size
+
+
+def _projected(
+    attention: Any, hidden: Tensor, prompt: Tensor, arguments: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, h, T, w) of the text, keys and values (1, h, n, w) of the prompt."""
+
+    def heads(states: Tensor) -> Tensor:
+        return states.view(*states.shape[:-1], -1, attention.head_dim).transpose(1, 2)
+
+    if _is_fused(attention):
+        queries = attention.c_attn(hidden).split(attention.split_size, dim=2)[0]
+        _, keys, values = attention.c_attn(prompt).split(attention.split_size, dim=2)
+        return heads(queries), heads(keys), heads(values)
+    queries = heads(attention.q_proj(hidden))
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    queries, _ = rotate(queries, queries, *arguments["position_embeddings"])
+    keys, values = heads(attention.k_proj(prompt)), heads(attention.v_proj(prompt))
+    groups = queries.shape[1] // keys.shape[1]
+    return queries, keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)

@@ -1,0 +1,158 @@
+"""CPT: example tokens as a prompt whose embeddings may move by ε, [E(c) + δ; E(x)], ‖δ_i‖ ≤ ε_i. arXiv:2410.17222.
+
+Token types, modulo 4: 1 and 3 are templates (ε of the format), 2 an example's input (ε of the input), 0 a label, which
+stays. The loss is over the labels of examples and text, those of earlier examples weighing less with "decay":
+(1/N) Σ w_t nll_t. Both ε are for a width of 2048 and scaled by √(d/2048). Shapes: c (n,), δ (n, d), B rows, T text.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.config import PromptLearningConfig, TaskType
+from peftcore.errors import ConfigError
+from peftcore.prompts.placement import mask_of, placement
+from peftcore.prompts.virtual_tokens import IGNORED, VirtualTokens
+from peftcore.prompts.vocabulary import embeddings_of
+from peftcore.registry import register
+
+_FIXED = 1e-10
+"""ε of a label token, PEFT's."""
+
+
+@dataclass
+class CPTConfig(PromptLearningConfig):
+    """CPT's options under PEFT's names."""
+
+    cpt_token_ids: list[int] | None = None
+    """The examples' tokens; None: token 0."""
+    cpt_mask: list[int] | None = None
+    """Read for PEFT's sake, which does not use it either."""
+    cpt_tokens_type_mask: list[int] | None = None
+    """The type of each token; None: templates."""
+    opt_weighted_loss_type: str = "none"
+    """"decay": each label's weight is opt_loss_decay_factor times that of the next label."""
+    opt_loss_decay_factor: float = 1.0
+    opt_projection_epsilon: float = 0.1
+    opt_projection_format_epsilon: float = 0.1
+    tokenizer_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        self.cpt_token_ids = [0] if self.cpt_token_ids is None else list(self.cpt_token_ids)
+        self.num_virtual_tokens, self.num_transformer_submodules = len(self.cpt_token_ids), 1
+        self.cpt_mask = self.cpt_mask or [1] * len(self.cpt_token_ids)
+        self.cpt_tokens_type_mask = self.cpt_tokens_type_mask or [1] * len(self.cpt_token_ids)
+        super().__post_init__()
+        self.one_of("opt_weighted_loss_type", self.opt_weighted_loss_type, ("none", "decay"))
+        if self.task_type not in (None, TaskType.CAUSAL_LM):
+            raise ConfigError(f"CPTConfig is for task_type='CAUSAL_LM'; got {self.task_type!r}")
+        lengths = [len(self.cpt_token_ids), len(self.cpt_mask), len(self.cpt_tokens_type_mask)]
+        if len(set(lengths)) > 1:
+            raise ConfigError(
+                f"CPTConfig: cpt_token_ids, cpt_mask and cpt_tokens_type_mask must be equally long; got {lengths}"
+            )
+
+
+@register("CPT", CPTConfig)
+class Cpt(VirtualTokens):
+    defines_loss = True
+
+    def __init__(self, config: CPTConfig, model: nn.Module):
+        super().__init__(config, model)
+        self.register_buffer("embedding", torch.empty(self.count, config.token_dim))
+        self.delta_embedding: nn.Parameter | None = nn.Parameter(torch.zeros(self.count, config.token_dim))
+        self._answers: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def reset_parameters(self, model: nn.Module) -> None:
+        self.embedding.copy_(embeddings_of(model, torch.tensor(self.config.cpt_token_ids)))
+
+    # -- the prompt ------------------------------------------------------------------------------------------
+
+    @property
+    def types(self) -> Tensor:
+        return torch.tensor(self.config.cpt_tokens_type_mask, device=self.embedding.device)
+
+    def radii(self) -> Tensor:
+        """ε of each token (n, 1)."""
+        scale = math.sqrt(self.embedding.shape[1] / 2048)
+        of_format, of_input = self.config.opt_projection_format_epsilon, self.config.opt_projection_epsilon
+        by_type = torch.tensor([_FIXED, of_format * scale, of_input * scale, of_format * scale])
+        return by_type.to(self.embedding)[self.types.clamp(min=0) % 4].unsqueeze(1)
+
+    def projected(self) -> Tensor:
+        """δ inside its balls (n, d)."""
+        assert self.delta_embedding is not None
+        delta, radii = self.delta_embedding.detach(), self.radii()
+        return delta * (radii / delta.norm(dim=1, keepdim=True).clamp(min=radii))
+
+    def encoded(self) -> Tensor:
+        if self.delta_embedding is None:
+            return self.embedding
+        if torch.is_grad_enabled() and self.delta_embedding.requires_grad:
+            with torch.no_grad():  # projected gradient descent: the step before may have left the ball
+                self.delta_embedding.copy_(self.projected())
+            free = (self.types % 4 != 0).unsqueeze(1)
+            return self.embedding + torch.where(free, self.delta_embedding, self.delta_embedding.detach())
+        return self.embedding + self.projected()
+
+    def has_encoder(self) -> bool:
+        return self.delta_embedding is not None
+
+    def drop_encoder(self, encoded: Tensor) -> None:
+        self.delta_embedding = None
+        self.embedding.copy_(encoded)
+
+    # -- the loss --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def forward_arguments(cls, config: Any) -> frozenset[str]:
+        return frozenset({"input_type_mask"})
+
+    def before_forward(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        labels, types = inputs.get("labels"), inputs.get("input_type_mask")
+        place = placement(mask_of(inputs, "attention_mask"), self.count)
+        super().before_forward(model, inputs)
+        self._answers = {}
+        if labels is None:
+            return
+        text = torch.full_like(labels, 4) if types is None else types.to(labels.device).long()
+        own = self.types.to(labels.device).expand(len(labels), -1)
+        before = own.max().clamp(min=0).add(3) // 4 * 4  # the text's numbers go on after the examples'
+        types = place.insert(own, torch.where(text > 0, text + before, text))
+        tokens = torch.tensor(self.config.cpt_token_ids, device=labels.device).expand(len(labels), -1)
+        answers = place.insert(tokens, labels).masked_fill((types <= 0) | (types % 4 != 0), IGNORED)
+        inputs["labels"] = answers
+        self._answers = {"labels": answers, "types": types, "items": inputs.get("num_items_in_batch"), "text": labels}
+
+    def after_forward(self, outputs: Any) -> Any:
+        answers, self._answers = self._answers, {}
+        if not answers:
+            return outputs
+        if isinstance(outputs, tuple):
+            return (self._loss(outputs[1], **answers), *outputs[1:])
+        outputs["loss"] = self._loss(outputs["logits"], **answers)
+        return outputs
+
+    def _loss(self, logits: Tensor, labels: Tensor, types: Tensor, items: Any, text: Tensor) -> Tensor:
+        """The weighted mean; of an accumulated batch of `items` text labels, this call's share of it."""
+        labels, types = labels[:, 1:].to(logits.device), types[:, 1:].to(logits.device)
+        losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        supervised = labels != IGNORED
+        loss = (losses * self.weights(types) * supervised).sum() / supervised.sum()
+        return loss if items is None else loss * (text[:, 1:] != IGNORED).sum() / items
+
+    def weights(self, types: Tensor) -> Tensor:
+        """The weight of each token (B, ·): the last label of a row 1, each one before times the decay factor."""
+        weights = torch.ones(types.shape, device=types.device)
+        if self.config.opt_weighted_loss_type == "decay":
+            for row, own in zip(weights, types, strict=True):
+                labels = own[(own > 0) & (own % 4 == 0)].unique()  # in ascending order: one number a label
+                for age, label in enumerate(labels.flip(0)):
+                    row[own == label] = self.config.opt_loss_decay_factor**age
+        return weights
+

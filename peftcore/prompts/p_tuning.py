@@ -1,0 +1,78 @@
+"""P_TUNING: virtual tokens that an MLP or a bidirectional LSTM computes from learned ones, [f(P); E(x)]. arXiv:2103.10385.
+
+MLP: f(P) = W₃ relu(W₂ relu(W₁ P)); LSTM: f(P) = W₂ relu(W₁ lstm(P)). Shapes: P (n, d), hidden size h.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.config import PromptLearningConfig
+from peftcore.prompts.virtual_tokens import VirtualTokens
+from peftcore.registry import register
+
+
+@dataclass
+class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning's options under PEFT's names."""
+
+    encoder_reparameterization_type: str = "MLP"
+    """"MLP" of three layers, or "LSTM"."""
+    encoder_hidden_size: int | None = None
+    """h; None: the embeddings' width."""
+    encoder_num_layers: int = 2
+    """Of the LSTM."""
+    encoder_dropout: float = 0.0
+    """Between the LSTM's layers, while training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.encoder_reparameterization_type
+        self.encoder_reparameterization_type = str(getattr(given, "value", given))
+        self.one_of("encoder_reparameterization_type", self.encoder_reparameterization_type, ("MLP", "LSTM"))
+        self.positive("encoder_num_layers", *(["encoder_hidden_size"] if self.encoder_hidden_size is not None else []))
+        self.probability("encoder_dropout")
+
+
+@register("P_TUNING", PromptEncoderConfig)
+class PTuning(VirtualTokens):
+    lstm_head: nn.LSTM | None = None
+    mlp_head: nn.Sequential | None = None
+
+    def __init__(self, config: PromptEncoderConfig, model: nn.Module):
+        super().__init__(config, model)
+        d, h = config.token_dim, config.encoder_hidden_size
+        assert d is not None and h is not None
+        self.embedding = nn.Parameter(torch.empty(self.total, d))
+        if config.encoder_reparameterization_type == "MLP":
+            self.mlp_head = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
+            return
+        layers = config.encoder_num_layers
+        dropout = config.encoder_dropout if layers > 1 else 0.0
+        self.lstm_head = nn.LSTM(d, h, layers, dropout=dropout, bidirectional=True, batch_first=True)
+        self.mlp_head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
+
+    @classmethod
+    def completed(cls, config: PromptEncoderConfig, model: nn.Module) -> Any:
+        config = super().completed(config, model)
+        return dataclasses.replace(config, encoder_hidden_size=config.encoder_hidden_size or config.token_dim)
+
+    @torch.no_grad()
+    def reset_parameters(self, model: nn.Module) -> None:
+        self.embedding.normal_()  # the encoder's layers have set themselves
+
+    def encoded(self) -> Tensor:
+        if self.mlp_head is None:
+            return self.embedding
+        hidden = self.embedding if self.lstm_head is None else self.lstm_head(self.embedding)[0]
+        return self.mlp_head(hidden)
+
+    def has_encoder(self) -> bool:
+        return self.mlp_head is not None
+
+    def drop_encoder(self, encoded: Tensor) -> None:
+        self.lstm_head = self.mlp_head = None
+        self.embedding = nn.Parameter(encoded.to(self.embedding), requires_grad=False)

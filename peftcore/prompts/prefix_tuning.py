@@ -1,0 +1,191 @@
+"""PREFIX_TUNING: n learned keys and values before those of each attention, softmax(q [K_P; K]ᵀ) [V_P; V]. arXiv:2101.00190.
+
+With projection, [K_P, V_P] of all layers = W₂ tanh(W₁ P). They are written into the cache before the first call of a
+text, and stay in the decoder of an encoder-decoder model. On disk: (n, 2·L·k·w), layer by layer, key before value.
+Shapes: L layers, k key/value heads of width w, B rows, P (n, k·w).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+
+from peftcore.config import PromptLearningConfig
+from peftcore.errors import ConfigError, TrainingError
+from peftcore.prompts.cache import (
+    cache_name,
+    cache_of,
+    decoder_config,
+    is_empty,
+    kv_shapes,
+    lacks_prompt,
+    layer_devices,
+    make_room,
+    new_cache,
+)
+from peftcore.prompts.learner import PromptLearner, is_causal, is_encoder_decoder, model_sizes, takes
+from peftcore.prompts.placement import check_not_packed, mask_of, text_positions, tokens_of
+from peftcore.registry import register
+
+_CHECKPOINTING = (
+    "prefix tuning needs a cache and gradient checkpointing does without one; turn checkpointing off "
+    "(model.gradient_checkpointing_disable()) or use PromptTuningConfig"
+)
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning's options under PEFT's names. token_dim is k·w and num_attention_heads k."""
+
+    prefix_projection: bool = False
+    """Compute the prefix by a two-layer MLP while training."""
+    encoder_hidden_size: int | None = None
+    """Of that MLP; None: token_dim."""
+    init_weights: str | None = None
+    """"zero": keys and values start at zero; None: at random."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.one_of("init_weights", self.init_weights, (None, "zero"))
+        if self.encoder_hidden_size is not None:
+            self.positive("encoder_hidden_size")
+
+
+@register("PREFIX_TUNING", PrefixTuningConfig)
+class PrefixTuning(PromptLearner):
+    transform: nn.Sequential | None = None
+
+    def __init__(self, config: PrefixTuningConfig, model: nn.Module):
+        super().__init__(config, model)
+        n, width, layers = config.num_virtual_tokens, config.token_dim, config.num_layers
+        hidden = config.encoder_hidden_size
+        assert n and width and layers and hidden and config.num_attention_heads
+        self.count, self.heads, self.width = n, config.num_attention_heads, width // config.num_attention_heads
+        self.shapes = kv_shapes(model)
+        self.is_causal = is_encoder_decoder(model) or is_causal(model)
+        self.counts_text = is_causal(model) and takes(model, "position_ids")
+        self._drops_cache = False
+        if config.prefix_projection:
+            self.embedding = nn.Parameter(torch.empty(n, width))
+            self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, layers * 2 * width))
+        else:
+            self.embedding = nn.Parameter(torch.empty(n, layers * 2 * width))
+
+    @classmethod
+    def completed(cls, config: PrefixTuningConfig, model: nn.Module) -> Any:
+        if not hasattr(model, "config") or cache_name(model) is None:
+            raise ConfigError(f"{type(model).__name__} takes no cache, which prefix tuning needs; use PromptTuningConfig")
+        if _checkpoints(model):
+            raise ConfigError(_CHECKPOINTING)
+        shapes = [shape for shape in kv_shapes(model) if shape is not None]
+        if not shapes:
+            raise ConfigError("no layer of this model keeps keys and values of its own; use PromptTuningConfig")
+        heads, width = max(shapes, key=lambda shape: shape[1])
+        if any(shape[0] > heads for shape in shapes):
+            raise ConfigError(f"the layers' keys and values are too different for one prefix: {sorted(set(shapes))}")
+        own = {"token_dim": heads * width, "num_attention_heads": heads, "num_layers": len(kv_shapes(model))}
+        hidden = config.encoder_hidden_size or heads * width
+        return dataclasses.replace(config, **{**model_sizes(config, model), **own, "encoder_hidden_size": hidden})
+
+    @torch.no_grad()
+    def reset_parameters(self, model: nn.Module) -> None:
+        self.embedding.normal_()
+        if self.config.init_weights == "zero":
+            for parameter in (self.embedding,) if self.transform is None else self.transform[-1].parameters():
+                parameter.zero_()
+
+    # -- forward ---------------------------------------------------------------------------------------------
+
+    def before_forward(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        if model.training and _checkpoints(model):
+            raise TrainingError(_CHECKPOINTING)
+        side = "decoder_" if is_encoder_decoder(model) else ""
+        mask, positions = mask_of(inputs, f"{side}attention_mask"), inputs.get(f"{side}position_ids")
+        cache = cache_of(model, inputs)
+        tokens = _tokens(inputs, side)
+        self._drops_cache = False
+        if is_empty(cache):
+            check_not_packed(inputs)
+            name = cache_name(model)
+            assert name is not None
+            inputs[name] = self._fill(model, new_cache(model) if cache is None else cache, tokens)
+            self._drops_cache = cache is None and not _wants_cache(model, inputs)
+            if positions is None and self.counts_text and mask is not None and bool((mask[:, 0] == 0).any()):
+                positions = text_positions(mask)
+            if mask is None and not self.is_causal:  # an encoder reads off its mask how many keys there are
+                mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        elif mask is not None and not lacks_prompt(mask, cache, tokens.shape[1]):
+            mask = None  # the caller counts the prefix
+        if mask is not None:
+            inputs[f"{side}attention_mask"] = F.pad(mask, (self.count, 0), value=1)
+        if positions is not None:
+            inputs[f"{side}position_ids"] = positions + self.count
+
+    def _fill(self, model: nn.Module, cache: Any, tokens: Tensor) -> Any:
+        """Write the prefix into an empty cache, for each row of the call."""
+        make_room(cache, self.count, self.count + tokens.shape[1])
+        own: Cache = getattr(cache, "self_attention_cache", cache)
+        devices = layer_devices(model, len(self.shapes), tokens.device)
+        dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else None
+        dtype = dtype or getattr(model, "dtype", self.embedding.dtype)
+        states = self.key_values().to(dtype)
+        for layer, (shape, device) in enumerate(zip(self.shapes, devices, strict=True)):
+            if shape is not None:
+                key, value = (states[row].expand(len(tokens), -1, -1, -1) for row in self.rows_of(layer))
+                heads, width = shape
+                own.update(key[:, :heads, :, :width].to(device), value[:, :heads, :, :width].to(device), layer)
+        return cache
+
+    def key_values(self) -> Tensor:
+        """(n, 2·L·k·w) on disk -> (2·L, k, n, w)."""
+        return self.encoded().view(self.count, -1, self.heads, self.width).permute(1, 2, 0, 3)
+
+    def rows_of(self, layer: int) -> tuple[int, int]:
+        """Which of the 2·L rows are a layer's key and value.
+
+        With two submodules PEFT lays the rows out twice, for the decoder's attention to itself and to the encoder, and
+        then leaves the second out: its layers take every other pair, and go round.
+        """
+        submodules = self.config.num_transformer_submodules
+        first = 2 * submodules * layer % (2 * len(self.shapes))
+        return first, first + 1
+
+    def after_forward(self, outputs: Any) -> Any:
+        if not self._drops_cache:
+            return outputs
+        if isinstance(outputs, tuple):
+            return tuple(part for part in outputs if not isinstance(part, Cache))
+        return type(outputs)(**{key: value for key, value in outputs.items() if not isinstance(value, Cache)})
+
+    # -- disk ------------------------------------------------------------------------------------------------
+
+    def encoded(self) -> Tensor:
+        return self.embedding if self.transform is None else self.transform(self.embedding)
+
+    def has_encoder(self) -> bool:
+        return self.transform is not None
+
+    def drop_encoder(self, encoded: Tensor) -> None:
+        self.transform = None
+        self.embedding = nn.Parameter(encoded.to(self.embedding), requires_grad=False)
+
+
+def _tokens(inputs: dict[str, Any], side: str) -> Tensor:
+    """What the attention with the prefix reads: an encoder-decoder model makes it from the labels if need be."""
+    given = [inputs.get(f"{side}input_ids"), inputs.get(f"{side}inputs_embeds")]
+    if side and all(tokens is None for tokens in given) and inputs.get("labels") is not None:
+        return inputs["labels"]
+    return tokens_of(inputs, side)
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+
+
+def _wants_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    given = inputs.get("use_cache")
+    return bool(getattr(decoder_config(model), "use_cache", False) if given is None else given)

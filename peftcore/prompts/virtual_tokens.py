@@ -1,0 +1,143 @@
+"""Virtual tokens: learned embeddings that stand before the text's, fed into the model's own forward.
+
+The first call of a text (an empty cache, or none) gets the prompt; a later call finds it in the cache, and only the
+mask and the positions are told of it. Encoder-decoder models have it before the encoder's text.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.config import TaskType
+from peftcore.errors import ConfigError
+from peftcore.prompts.cache import cache_of, is_empty, lacks_prompt, make_room
+from peftcore.prompts.learner import PromptLearner, is_causal, is_encoder_decoder, model_sizes, takes
+from peftcore.prompts.placement import Placement, check_not_packed, mask_of, placement, text_positions, tokens_of
+
+IGNORED = -100
+
+
+class VirtualTokens(PromptLearner):
+    """A prompt of n tokens. Shapes: B rows, T text tokens, d embedding width."""
+
+    prompts_decoder: ClassVar[bool] = False
+    """Whether the second half of the tokens stands before the decoder's text, if there are two halves."""
+
+    def __init__(self, config: Any, model: nn.Module):
+        super().__init__(config, model)
+        name, task = type(model).__name__, config.task_type
+        self.count: int = config.num_virtual_tokens
+        self.total: int = self.count * config.num_transformer_submodules
+        self.is_causal = is_causal(model)
+        self.classifies_rows = task == TaskType.SEQ_CLS or "SequenceClassification" in name
+        self.takes_positions = takes(model, "position_ids")
+
+    @classmethod
+    def completed(cls, config: Any, model: nn.Module) -> Any:
+        try:
+            width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        except (AttributeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"{type(model).__name__} has no token embeddings (get_input_embeddings), so {config.peft_type} has "
+                "nothing to stand beside"
+            ) from error
+        if config.token_dim not in (None, width):
+            raise ConfigError(f"token_dim={config.token_dim}, but the model's embeddings have width {width}; leave it out")
+        return dataclasses.replace(config, token_dim=width, **model_sizes(config, model))
+
+    def prompts(self, inputs: dict[str, Any], rows: int) -> Tensor:
+        """Every virtual token (B, total, d) for the rows of a call."""
+        return self.encoded().expand(rows, -1, -1)
+
+    # -- decoders and encoders -------------------------------------------------------------------------------
+
+    def before_forward(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        if is_encoder_decoder(model):
+            self._before_encoder_decoder(model, inputs)
+            return
+        cache, mask = cache_of(model, inputs), mask_of(inputs, "attention_mask")
+        if is_empty(cache):
+            check_not_packed(inputs)
+            self._read_first(model, inputs, mask, cache)
+            return
+        if mask is not None and lacks_prompt(mask, cache, tokens_of(inputs).shape[1]):
+            inputs["attention_mask"] = placement(mask, self.count).extend(mask, 1)
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + self.count
+
+    def _read_first(self, model: Any, inputs: dict[str, Any], mask: Tensor | None, cache: Any) -> None:
+        place = placement(mask, self.count, all_pads_first=self.classifies_rows and self.is_causal)
+        length = tokens_of(inputs).shape[1]
+        self._insert(inputs, model, place, slice(None, self.count))
+        if mask is not None:
+            inputs["attention_mask"] = place.extend(mask, 1)
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = place.extend_positions(inputs["position_ids"])
+        elif place.pads is not None and self.is_causal and self.takes_positions:
+            inputs["position_ids"] = text_positions(inputs["attention_mask"])
+        for key in ("token_type_ids", "mm_token_type_ids"):
+            if inputs.get(key) is not None:
+                inputs[key] = place.extend(inputs[key], 0)
+        self._shift_answers(inputs, length)
+        make_room(cache, self.count, self.count + length)
+
+    def _insert(self, inputs: dict[str, Any], reader: Any, place: Placement, part: slice, prefix: str = "") -> None:
+        """Put `part` of the virtual tokens into the embeddings that `reader` is given."""
+        embedded = inputs.get(f"{prefix}inputs_embeds")
+        if embedded is None:
+            embedded = reader.get_input_embeddings()(inputs[f"{prefix}input_ids"])
+        prompts = self.prompts(inputs, len(embedded))[:, part]
+        inputs.pop(f"{prefix}input_ids", None)
+        inputs[f"{prefix}inputs_embeds"] = place.insert(prompts, embedded)
+
+    def _shift_answers(self, inputs: dict[str, Any], length: int) -> None:
+        """Text token t is token n + t now; padding, the only one that may be elsewhere, is never an answer."""
+        labels = inputs.get("labels")
+        if labels is not None and labels.shape[1:] == (length,) and not labels.is_floating_point():
+            inputs["labels"] = labels if self.classifies_rows else F.pad(labels, (self.count, 0), value=IGNORED)
+        for key in ("start_positions", "end_positions"):
+            if inputs.get(key) is not None:
+                inputs[key] = inputs[key] + self.count
+        keep = inputs.get("logits_to_keep")
+        if isinstance(keep, Tensor):
+            inputs["logits_to_keep"] = F.pad(keep, (self.count, 0)) if keep.dim() == 2 else keep + self.count
+
+    # -- encoder-decoders ------------------------------------------------------------------------------------
+
+    def before_encoder(self, encoder: nn.Module, inputs: dict[str, Any]) -> None:
+        length = tokens_of(inputs).shape[1]
+        mask = mask_of(inputs, "attention_mask")
+        if mask is not None and mask.shape[1] == self.count + length:  # the whole model's forward has extended it
+            place = placement(mask, self.count)
+            place = Placement(self.count, None if place.pads is None else place.pads[:, :length])
+        else:
+            place = placement(mask, self.count)
+            if mask is not None:
+                inputs["attention_mask"] = place.extend(mask, 1)
+        self._insert(inputs, encoder, place, slice(None, self.count))
+
+    def _before_encoder_decoder(self, model: Any, inputs: dict[str, Any]) -> None:
+        mask, read = mask_of(inputs, "attention_mask"), inputs.get("encoder_outputs")
+        if mask is not None and (read is None or mask.shape[1] < read[0].shape[1]):
+            inputs["attention_mask"] = placement(mask, self.count).extend(mask, 1)
+        if not self.prompts_decoder or self.total == self.count:
+            return
+        cache, mask = cache_of(model, inputs), mask_of(inputs, "decoder_attention_mask")
+        if not is_empty(cache):
+            if mask is not None and lacks_prompt(mask, cache, tokens_of(inputs, "decoder_").shape[1]):
+                inputs["decoder_attention_mask"] = placement(mask, self.count).extend(mask, 1)
+            if inputs.get("decoder_position_ids") is not None:
+                inputs["decoder_position_ids"] = inputs["decoder_position_ids"] + self.count
+            return
+        given = [inputs.get(key) for key in ("decoder_input_ids", "decoder_inputs_embeds")]
+        if all(tokens is None for tokens in given) and inputs.get("labels") is not None:
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        length, place = tokens_of(inputs, "decoder_").shape[1], placement(mask, self.count)
+        self._insert(inputs, model.get_decoder(), place, slice(self.count, None), "decoder_")
+        if mask is not None:
+            inputs["decoder_attention_mask"] = place.extend(mask, 1)
+        if inputs.get("labels") is not None and not self.classifies_rows:
+            inputs["labels"] = F.pad(inputs["labels"], (self.count, 0), value=IGNORED)
+        make_room(cache, self.count, self.count + length)

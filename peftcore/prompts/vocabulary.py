@@ -1,0 +1,65 @@
+"""Prompts that start from the model's own vocabulary: at random, at sampled tokens, or at a text."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.config import PromptLearningConfig
+from peftcore.errors import ConfigError
+
+
+@dataclass
+class VocabularyPromptConfig(PromptLearningConfig):
+    """Options of prompts that can start from a text."""
+
+    starts: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+
+    prompt_tuning_init: str = "RANDOM"
+    """"RANDOM": normal numbers; "SAMPLE_VOCAB": tokens drawn from the vocabulary; "TEXT": prompt_tuning_init_text."""
+    prompt_tuning_init_text: str | None = None
+    """Repeated or cut to the number of virtual tokens."""
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+    """Further arguments of the tokenizer; code from its repository is never run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.prompt_tuning_init = str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init))
+        self.one_of("prompt_tuning_init", self.prompt_tuning_init, self.starts)
+        name, starts_at_text = type(self).__name__, self.prompt_tuning_init == "TEXT"
+        for needed in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+            if starts_at_text and not getattr(self, needed):
+                raise ConfigError(f"{name}: prompt_tuning_init='TEXT' needs {needed}; give it or use 'RANDOM'")
+        if self.tokenizer_kwargs and not starts_at_text:
+            raise ConfigError(f"{name}: tokenizer_kwargs are for prompt_tuning_init='TEXT' only; leave them out")
+
+
+def start_of(config: VocabularyPromptConfig, model: nn.Module, total: int) -> Tensor | None:
+    """Embeddings (total, d) that the configuration asks to start at; None for a random start."""
+    if config.prompt_tuning_init == "SAMPLE_VOCAB":
+        size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        return embeddings_of(model, torch.randint(size, (total,)))
+    if config.prompt_tuning_init == "TEXT":
+        return embeddings_of(model, _text_tokens(config, total))
+    return None
+
+
+def embeddings_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The model's embeddings (n, d) of tokens (n,), in float32 or wider."""
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    with torch.no_grad():
+        found = table(tokens.to(table.weight.device))
+    return found.to(torch.promote_types(found.dtype, torch.float32))
+
+
+def _text_tokens(config: VocabularyPromptConfig, total: int) -> Tensor:
+    from transformers import AutoTokenizer
+
+    options = {key: value for key, value in (config.tokenizer_kwargs or {}).items() if key != "trust_remote_code"}
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
+    tokens = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    if not tokens:
+        raise ConfigError(f"prompt_tuning_init_text {config.prompt_tuning_init_text!r} has no tokens; give more text")
+    return torch.tensor((tokens * -(-total // len(tokens)))[:total])

@@ -1,0 +1,102 @@
+"""Optimisers that treat LoRA's two factors differently. LoRA+: arXiv:2402.12354. LoRA-FA: arXiv:2308.03303.
+
+Both find the factors by the adapters in the model, not by parameters' names.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapter_set import adapter_set
+from peftcore.errors import ConfigError
+from peftcore.methods.lora import Lora
+
+
+def _lora_layers(model: nn.Module) -> list[Lora]:
+    adapters = adapter_set(model)
+    layers = [a for name in adapters.selection.active for a in adapters.adapters(name).values() if isinstance(a, Lora)]
+    if not layers:
+        raise ConfigError("the active adapters have no LoRA factors; this optimiser is for LoRA")
+    return layers
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer],
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_lr_embedding: float = 1e-6,
+    loraplus_weight_decay: float = 0.0,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """LoRA+: B learns `loraplus_lr_ratio` times as fast as A; a LoRA of an embedding has a rate of its own.
+
+    options: what `optimizer_cls` takes besides. Biases and other vectors learn at B's rate, without decay.
+    """
+    layers = _lora_layers(model)
+    embedding = {p for a in layers if a.base.kind == "embedding" for p in (a.lora_A, a.lora_B)}
+    fast = {a.lora_B for a in layers} - embedding
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay, high = loraplus_weight_decay, lr * loraplus_lr_ratio
+    groups = [
+        {
+            "params": [p for p in trained if p not in embedding and p not in fast and p.dim() != 1],
+            "lr": lr,
+            "weight_decay": decay,
+        },
+        {"params": [p for p in trained if p in embedding], "lr": loraplus_lr_embedding, "weight_decay": decay},
+        {"params": [p for p in trained if p in fast], "lr": high, "weight_decay": decay},
+        {
+            "params": [p for p in trained if p not in embedding and p not in fast and p.dim() == 1],
+            "lr": high,
+            "weight_decay": 0.0,
+        },
+    ]
+    make: Any = optimizer_cls
+    return make([group for group in groups if group["params"]], lr=lr, **options)
+
+
+class LoraFa(torch.optim.AdamW):
+    """AdamW for LoRA with A frozen; B's gradient becomes the one whose step is nearest to the full weight's.
+
+    g ← s⁻² g (A Aᵀ)⁻¹. Other trained parameters get plain AdamW.
+    """
+
+    def __init__(self, params: Any, layers: list[Lora], **options: Any):
+        super().__init__(params, **options)
+        self._layers = layers
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Project the gradients of B, then step as AdamW does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for layer in self._layers:
+            if layer.lora_B.grad is not None:
+                layer.lora_B.grad.copy_(_projected(layer, layer.lora_B.grad))
+        super().step()
+        return loss
+
+
+def _projected(layer: Lora, gradient: Tensor) -> Tensor:
+    a = layer.lora_A.flatten(1).float()
+    inverse = torch.linalg.pinv(a @ a.T + 1e-8 * torch.eye(len(a), device=a.device))
+    return (gradient.flatten(1).float() @ inverse).view_as(gradient) / layer.scaling**2
+
+
+def create_lorafa_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0, **options: Any) -> LoraFa:
+    """LoRA-FA: freezes every A of the active adapters and gives the optimiser of what is left.
+
+    Raises ConfigError for layers whose weight is not linear, or with DoRA.
+    """
+    layers = _lora_layers(model)
+    for layer in layers:
+        if layer.base.kind != "linear" or layer.magnitude is not None:
+            raise ConfigError("LoRA-FA is for plain LoRA on linear layers; target those only and leave use_dora out")
+        layer.lora_A.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return cast(Any, LoraFa)(trained, layers, lr=lr, weight_decay=weight_decay, **options)

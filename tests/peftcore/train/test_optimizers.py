@@ -1,0 +1,81 @@
+"""LoRA+ and LoRA-FA by their papers' formulas."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peftcore import ConfigError, LoraConfig, get_peft_model
+from peftcore.adapter_set import adapter_set
+from peftcore.train.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+
+
+def net(**options: Any) -> Any:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 8))
+    return get_peft_model(base, LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": ["0", "1"], **options}))
+
+
+def rates(optimizer: torch.optim.Optimizer) -> dict[int, tuple[float, float]]:
+    return {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+
+
+def test_loraplus_rates() -> None:
+    model = net(bias="lora_only")
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1, eps=1e-6
+    )
+    embedding, linear = adapter_set(model).adapters("default").values()
+    found = rates(optimizer)
+    assert found[id(linear.lora_A)] == (1e-3, 0.1)
+    assert found[id(linear.lora_B)] == (16e-3, 0.1)
+    assert found[id(embedding.lora_A)] == found[id(embedding.lora_B)] == (1e-6, 0.1)
+    assert found[id(model[1].base_layer.bias)] == (16e-3, 0.0)
+    assert len(found) == sum(p.requires_grad for p in model.parameters())
+    assert optimizer.param_groups[0]["eps"] == 1e-6
+
+
+def test_lorafa_freezes_a_and_projects_the_gradient_of_b() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(12, 8)), LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
+    )
+    layer = adapter_set(model).adapters("default")["0"]
+    optimizer = create_lorafa_optimizer(model, lr=1e-2)
+    assert not layer.lora_A.requires_grad
+    a, b = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+    x, y = torch.randn(32, 12), torch.randn(32, 8)
+    loss = (model(x) - y).square().mean()
+    loss.backward()
+    gradient = layer.lora_B.grad.clone()
+    optimizer.step()
+    projected = gradient @ torch.linalg.inv(a @ a.T) / 2**2
+    torch.testing.assert_close(layer.lora_B.grad, projected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(layer.lora_B.detach(), b - 1e-2 * projected.sign(), rtol=1e-3, atol=1e-4)  # Adam, step 1
+    assert torch.equal(layer.lora_A, a)
+
+
+def test_lorafa_learns() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 8)), LoraConfig(r=3, target_modules=["0"]))
+    optimizer = create_lorafa_optimizer(model, lr=1e-2)
+    x = torch.randn(64, 12)
+    y = x @ torch.randn(12, 8)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(ConfigError, match="on linear layers"):
+        create_lorafa_optimizer(net(), lr=1e-2)
+    with pytest.raises(ConfigError, match="no LoRA factors"):
+        model = net()
+        model.set_adapter([])
+        create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4)
