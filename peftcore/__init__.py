@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning under the names that HF PEFT's users know.
 
 Each name is imported when it is first used, so that `peftcore.files` and `peftcore.errors` cost no import of torch.
+Every registered method's configuration class is here too, those of third-party packages included.
 """
 
 from importlib import import_module
@@ -18,18 +19,17 @@ if TYPE_CHECKING:
         TargetError,
         TrainingError,
     )
+    from peftcore.init import initialize_from_data, replace_lora_weights_loftq
     from peftcore.inject import inject_adapter_in_model
     from peftcore.methods.adalora import AdaLoraConfig
     from peftcore.methods.lora import LoraConfig
     from peftcore.model import PeftModel, get_peft_model, prepare_model_for_kbit_training
 
 _HOMES = {
-    "AdaLoraConfig": "peftcore.methods.adalora",
     "AdapterNameError": "peftcore.errors",
     "Architecture": "peftcore.detection",
     "CheckpointError": "peftcore.errors",
     "ConfigError": "peftcore.errors",
-    "LoraConfig": "peftcore.methods.lora",
     "MergeError": "peftcore.errors",
     "PeftConfig": "peftcore.config",
     "PeftError": "peftcore.errors",
@@ -39,8 +39,10 @@ _HOMES = {
     "TrainingError": "peftcore.errors",
     "detect": "peftcore.detection",
     "get_peft_model": "peftcore.model",
+    "initialize_from_data": "peftcore.init",
     "inject_adapter_in_model": "peftcore.inject",
     "prepare_model_for_kbit_training": "peftcore.model",
+    "replace_lora_weights_loftq": "peftcore.init",
 }
 
 __all__ = [
@@ -59,18 +61,28 @@ __all__ = [
     "TrainingError",
     "detect",
     "get_peft_model",
+    "initialize_from_data",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
 ]
 
 
+def _configurations() -> dict[str, Any]:
+    methods = import_module("peftcore.registry").methods()
+    return {method.config.__name__: method.config for method in methods.values()}
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    elif name.endswith("Config") and name in (configurations := _configurations()):
+        value = configurations[name]
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*__all__, *_configurations()})

@@ -20,7 +20,7 @@ class Shared(nn.Module):
     layers (see `Adapter.before_forward`).
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset()
+    optional: frozenset[str] = frozenset()
     """Names that a directory may leave out, because they can be made again."""
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
@@ -135,6 +135,10 @@ class Adapter(nn.Module):
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What is saved: {suffix on disk: tensor}."""
         return {key: self.get_parameter(name).detach() for name, key in self.checkpoint_keys().items()}
+
+    def repeated_keys(self) -> set[str]:
+        """Suffixes that a directory may hold and that are not read, because they repeat what stands elsewhere in it."""
+        return set() if self.shared is None else set(self.shared.checkpoint_tensors())
 
     def fits(self, key: str, tensor: Tensor) -> bool:
         """Whether a saved tensor can be loaded for one of `checkpoint_tensors`' keys."""

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftcore.adapter import Adapter, Shared
@@ -18,10 +19,13 @@ from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.errors import CheckpointError, TargetError
 from peftcore.files import MANIFEST, flush_to_disk, write_manifest
 from peftcore.inject import Injection, commit_injection, deepened, prepare_injection
+from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_of
 from peftcore.tensors import PREFIX, WEIGHTS_NAME, read_tensors
 
 SHARED_PREFIX = "base_model."
+PROMPT_STATE = "prompt_encoder.safetensors"
+"""What a prompt is computed from; PEFT keeps the computed prompt alone, and reads past this file."""
 
 _CARD = """\
 ---
@@ -42,13 +46,15 @@ Trained on `{base}`. Load it onto that model with `PeftModel.from_pretrained(mod
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Everything saved for one adapter: {PEFT's key: tensor}."""
     adapters = adapter_set(model)
-    tensors = _keyed(adapters.adapters(name), adapters.copies(name))
+    tensors = _keyed(adapters.adapters(name), adapters.copies(name), adapters.prompt(name))
     for path in adapters.own_biases.get(name, {}):
         tensors[PREFIX + bias_path(adapters, path)] = model.get_parameter(bias_path(adapters, path)).detach()
     return tensors
 
 
-def _keyed(adapters: Mapping[str, Adapter], copies: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def _keyed(
+    adapters: Mapping[str, Adapter], copies: Mapping[str, nn.Module], prompt: PromptLearner | None
+) -> dict[str, Tensor]:
     keyed = {
         f"{_prefix(path, adapter)}{suffix}": tensor
         for path, adapter in adapters.items()
@@ -57,8 +63,13 @@ def _keyed(adapters: Mapping[str, Adapter], copies: Mapping[str, nn.Module]) -> 
     if (shared := shared_by(adapters)) is not None:
         keyed |= {f"{SHARED_PREFIX}{name}": tensor for name, tensor in shared.checkpoint_tensors().items()}
     for path, module in copies.items():
-        keyed |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in module.state_dict().items()}
-    return keyed
+        keyed |= {f"{_copies_prefix(prompt)}{path}.{key}": tensor for key, tensor in module.state_dict().items()}
+    return keyed if prompt is None else keyed | prompt.checkpoint_tensors()
+
+
+def _copies_prefix(prompt: PromptLearner | None) -> str:
+    """PEFT wraps a model once more for adapters of layers than for prompts."""
+    return PREFIX if prompt is None else SHARED_PREFIX
 
 
 def _prefix(path: str, adapter: Adapter) -> str:
@@ -83,18 +94,26 @@ def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
     config = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base)
     # a tensor may be a view or shared with another: cloned, so that safetensors gets plain memory of its own
     tensors = {k: t.detach().cpu().clone().contiguous() for k, t in adapter_tensors(model, name).items()}
+    prompt = adapters.prompt(name)
+    state = {} if prompt is None else {k: t.detach().cpu().clone() for k, t in prompt.training_state().items()}
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as made:
         fresh = Path(made)
         save_file(tensors, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(fresh)
         written = [WEIGHTS_NAME, CONFIG_NAME]
+        if state:
+            save_file(state, fresh / PROMPT_STATE, metadata={"format": "pt"})
+            written.append(PROMPT_STATE)
+        hashed = list(written)
         if not (directory / "README.md").exists():
             (fresh / "README.md").write_text(_CARD.format(base=base or "unknown", method=config.peft_type.lower()))
             written.append("README.md")
-        write_manifest(fresh, [WEIGHTS_NAME, CONFIG_NAME])
+        write_manifest(fresh, hashed)
         for file in (*written, MANIFEST):
             flush_to_disk(fresh / file)
+        if not state:
+            (directory / PROMPT_STATE).unlink(missing_ok=True)
         for file in (*written, MANIFEST):
             (fresh / file).chmod(0o644)
             (fresh / file).replace(directory / file)
@@ -116,10 +135,12 @@ def load_adapter(
     config = dataclasses.replace(config, inference_mode=not trainable)
     with deepened(model, config) as replication:
         try:
-            injection = prepare_injection(model, config, name)
+            injection = prepare_injection(model, config, name, fresh=False)
         except TargetError as error:
             raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
-        biases = _take_tensors(injection.adapters, injection.copies, injection.biases, tensors, directory)
+        biases = _take_tensors(
+            injection.adapters, injection.copies, injection.biases, tensors, directory, injection.prompt, trainable
+        )
         adapters = commit_injection(model, injection, trainable, replication)
     _write_biases(model, adapters, injection, biases)
     return adapters
@@ -129,7 +150,11 @@ def load_adapter_weights(model: nn.Module, directory: Path, name: str) -> None:
     """Read a directory's tensors into an adapter that is there already, made with the same configuration."""
     adapters = adapter_set(model)
     own = list(adapters.own_biases.get(name, {}))
-    biases = _take_tensors(adapters.adapters(name), adapters.copies(name), own, read_tensors(directory), directory)
+    prompt = adapters.prompt(name)
+    trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
+    biases = _take_tensors(
+        adapters.adapters(name), adapters.copies(name), own, read_tensors(directory), directory, prompt, trains
+    )
     for path, value in biases.items():
         with torch.no_grad():
             model.get_parameter(bias_path(adapters, path)).copy_(value)
@@ -147,14 +172,16 @@ def _take_tensors(
     biases: list[str],
     tensors: dict[str, Tensor],
     directory: Path,
+    prompt: PromptLearner | None,
+    trainable: bool,
 ) -> dict[str, Tensor]:
     """Check all keys and shapes, then copy; returns the values of the biases among them, by path."""
-    expected = _keyed(adapters, copies)
+    expected = _keyed(adapters, copies, prompt)
     bias_of = {key: path for path in biases for key in _bias_keys(path)}
     shared = shared_by(adapters)
     optional = set() if shared is None else {f"{SHARED_PREFIX}{name}" for name in shared.optional}
     missing = sorted(expected.keys() - tensors.keys() - optional)
-    known = bias_of.keys() | _repeated(adapters, shared)
+    known = bias_of.keys() | {f"{_prefix(p, a)}{key}" for p, a in adapters.items() for key in a.repeated_keys()}
     unexpected = sorted(k for k in tensors.keys() - expected.keys() if k not in known and not _is_base(k))
     if missing or unexpected:
         raise CheckpointError(
@@ -168,6 +195,8 @@ def _take_tensors(
     ]
     if wrong:
         raise CheckpointError(f"{directory} was made for another base model: {wrong[0]} ({len(wrong)} tensors in all)")
+    if prompt is not None:
+        prompt.read(tensors, _prompt_state(directory), trainable)
     for path, adapter in adapters.items():
         prefix = _prefix(path, adapter)
         adapter.load_checkpoint_tensors({s: tensors[f"{prefix}{s}"] for s in adapter.checkpoint_tensors()})
@@ -175,20 +204,23 @@ def _take_tensors(
         names = {name: f"{SHARED_PREFIX}{name}" for name in shared.checkpoint_tensors()}
         shared.load_checkpoint_tensors({name: tensors[key] for name, key in names.items() if key in tensors})
     for path, module in copies.items():
-        module.load_state_dict({k: tensors[f"{PREFIX}{path}.{k}"] for k in module.state_dict()})
+        module.load_state_dict({k: tensors[f"{_copies_prefix(prompt)}{path}.{k}"] for k in module.state_dict()})
     return {bias_of[key]: tensor for key, tensor in tensors.items() if key in bias_of}
+
+
+def _prompt_state(directory: Path) -> dict[str, Tensor]:
+    """What a prompt learner goes on training with, {} where the directory holds none (PEFT's does not)."""
+    path = directory / PROMPT_STATE
+    try:
+        return load_file(path) if path.exists() else {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}); take another copy") from error
 
 
 def _fits(adapters: Mapping[str, Adapter], key: str, tensor: Tensor) -> bool:
     prefixes = ((_prefix(path, adapter), adapter) for path, adapter in adapters.items())
     owners = ((key.removeprefix(p), a) for p, a in prefixes if key.startswith(p))
     return any(suffix in a.checkpoint_tensors() and a.fits(suffix, tensor) for suffix, a in owners)
-
-
-def _repeated(adapters: Mapping[str, Adapter], shared: Shared | None) -> set[str]:
-    """Keys under which PEFT's RandLoRA writes what the layers share once more for each of them."""
-    names = [] if shared is None else list(shared.checkpoint_tensors())
-    return {f"{_prefix(path, adapter)}{name}" for path, adapter in adapters.items() for name in names}
 
 
 def _bias_keys(path: str) -> tuple[str, str]:

@@ -58,7 +58,9 @@ class NamedModules(nn.Module):
 
 
 class Prompts(NamedModules):
-    """A model's prompt learners by adapter name; a submodule of the model that is no part of its base."""
+    """A model's prompt learners by adapter name: a submodule of the model, but no part of the base."""
+
+    is_no_part_of_the_base = True
 
 
 class _Host(nn.Module):

@@ -1,5 +1,7 @@
 """Pure functions that several methods share."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -12,15 +14,17 @@ def weight_shape(base: BaseWeight) -> tuple[int, ...]:
     return (base.out_features, base.in_features // groups, *base.kernel)
 
 
+@lru_cache(maxsize=64)
 def random_places(size: int, count: int, seed: int | None) -> Tensor:
     """`count` of the numbers below `size` without repeats (count,), on the CPU, as PEFT draws them from a seed.
 
     seed: None is the default seed of a fresh generator, so the same places every time.
+    Layers of one shape get one tensor, since permuting a whole weight takes seconds: do not write into it.
     """
     generator = torch.Generator(device="cpu")
     if seed is not None:
         generator.manual_seed(seed)
-    return torch.randperm(size, generator=generator, device="cpu")[:count]
+    return torch.randperm(size, generator=generator, device="cpu")[:count].clone()  # a view would keep them all
 
 
 def cayley(skew: Tensor) -> Tensor:

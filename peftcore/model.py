@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftcore import activation, checkpoint, forwarding, inject, merge
 from peftcore.adapter_set import adapter_set
-from peftcore.config import PeftConfig, TunerConfig
+from peftcore.config import PeftConfig
 from peftcore.registry import method_of
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
@@ -71,7 +71,7 @@ class PeftModel:
     # -- which act -----------------------------------------------------------------------------------------------
 
     @property
-    def peft_config(self) -> dict[str, TunerConfig]:
+    def peft_config(self) -> dict[str, PeftConfig]:
         """Configurations by adapter name."""
         return adapter_set(self._module).configs
 
@@ -216,13 +216,22 @@ def _count(parameter: nn.Parameter) -> int:
 @cache
 def _adapted_class(plain: type) -> type:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    extra = {"generate": _generate} if hasattr(plain, "generate") else {}
+    extra = {"generate": _generate, "create_masks_for_generate": _masks} if hasattr(plain, "generate") else {}
     return type(plain.__name__, (PeftModel, plain), {**names, **extra, "_hf_peft_config_loaded": True})
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     with forwarding.generation(self, kwargs) as own:
         return _plain_class(type(self)).generate(self, *args, **own)
+
+
+def _masks(self: Any, **given: Any) -> Any:
+    """What `generate` makes for a static cache. Where a prompt is to come in, the forward makes it afterwards."""
+    if adapter_set(self).acting_prompts():
+        return given["attention_mask"]
+    from transformers.masking_utils import create_masks_for_generate
+
+    return getattr(super(type(self), self), "create_masks_for_generate", create_masks_for_generate)(**given)
 
 
 def _plain_class(adapted: type) -> type:

@@ -6,6 +6,7 @@ Names match by whole path segments: "head" is `head` and `decoder.head`, never `
 import dataclasses
 import re
 from collections.abc import Iterable
+from typing import TypeVar
 
 from torch import nn
 
@@ -17,6 +18,8 @@ from peftcore.host import AdaptedLayer, AdaptedParameters, SavedModule, modules_
 from peftcore.registry import method_of
 
 ALL_LINEAR = "all-linear"
+
+C = TypeVar("C", TunerConfig, PromptLearningConfig)
 
 TASK_HEADS = {
     TaskType.SEQ_CLS: ["classifier", "score"],
@@ -193,7 +196,7 @@ def completed(model: nn.Module, config: TunerConfig) -> TunerConfig:
     return dataclasses.replace(with_heads(model, config), **changes)
 
 
-def with_heads[C: (TunerConfig, PromptLearningConfig)](model: nn.Module, config: C) -> C:
+def with_heads(model: nn.Module, config: C) -> C:
     """A copy whose `modules_to_save` names the heads that the task type trains."""
     heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
     if not any(named(path, heads) for path, _ in modules_outside_hosts(model)):

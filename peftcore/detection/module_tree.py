@@ -59,7 +59,8 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     module = look_through(module)
     yield path, module
     for name, child in module.named_children():
-        yield from walk(child, f"{path}.{name}" if path else name)
+        if not hasattr(child, "is_no_part_of_the_base"):
+            yield from walk(child, f"{path}.{name}" if path else name)
 
 
 def is_below(path: str, root: str) -> bool:

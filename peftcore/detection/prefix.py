@@ -9,6 +9,7 @@ from torch import nn
 
 from peftcore.detection.module_tree import BlockList, ModuleTree, Site, walk
 from peftcore.detection.roles import ATTENTION, Role, Roles
+from peftcore.detection.trunk import text_config
 
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head")
 """What the attention modules of transformers call the size of one head."""
@@ -87,9 +88,10 @@ class _Attention:
 
     def _head_dim(self, config: Any, query_width: int) -> int:
         own = (getattr(self.module, name, None) for name in _HEAD_SIZES)
-        size = next((size for size in own if isinstance(size, int)), None) or getattr(config, "head_dim", None)
-        heads = getattr(config, "num_attention_heads", None) or getattr(self.module, "num_heads", None)
-        return size or (query_width // heads if heads else query_width)
+        if size := next((size for size in own if isinstance(size, int)), None):
+            return size
+        heads = getattr(self.module, "num_heads", None) or getattr(config, "num_attention_heads", None)
+        return getattr(config, "head_dim", None) or (query_width // heads if heads else query_width)
 
     def _kv_widths(self, query_width: int) -> tuple[int, int]:
         if "key" in self.sites:
@@ -106,7 +108,7 @@ def find_prefix(
     """Geometry for the blocks of `trunk`; None where no layer keeps keys and values, or none can be handed in."""
     if not _takes_cache(tree, trunk.paths[0]):
         return None
-    config = _text_config(model)
+    config = text_config(model)
     kinds = getattr(config, "layer_types", None) or []
     kinds = list(kinds) if len(kinds) == trunk.count else [""] * trunk.count
     by_layer = {id(site.layer): site for site in tree.sites.values()}
@@ -137,13 +139,8 @@ def _takes_cache(tree: ModuleTree, block: str) -> bool:
     """Whether a module around the block takes keys and values from its caller."""
     parts = block.split(".")
     around = (tree.modules.get(".".join(parts[:end])) for end in range(len(parts)))
-    return any("past_key_values" in inspect.signature(m.forward).parameters for m in around if m is not None)
-
-
-def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", None)
-    return text(decoder=True) if callable(text) else config
+    names = {"cache", "past_key_values"}  # transformers renamed the argument in 5.24
+    return any(names & set(inspect.signature(m.forward).parameters) for m in around if m is not None)
 
 
 def _attention(block: nn.Module, by_layer: dict[int, Site], roles: Roles) -> _Attention | None:

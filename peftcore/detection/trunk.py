@@ -36,17 +36,31 @@ def find_trunk(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[B
 
 
 def token_embedding(model: nn.Module, tree: ModuleTree) -> str | None:
-    """Path of the embedding that the model, or else a model in it, names as its input; None without tokens."""
-    at = {id(site.layer): site.path for site in tree.sites.values() if site.kind == "embedding"}
+    """Path of the embedding that the model, or else a model in it, names as its input; None without tokens.
+
+    Two-tower models name none: there it is the table with as many rows as their text configuration says.
+    """
+    tables = {id(site.layer): site for site in tree.sites.values() if site.kind == "embedding"}
     for module in (model, *model.children()):
         getter = getattr(module, "get_input_embeddings", None)
         try:
-            layer = getter() if callable(getter) else None
+            named = getter() if callable(getter) else None
         except (AttributeError, NotImplementedError):  # what those raise that have none of their own (CLIP)
             continue
-        if isinstance(layer, nn.Module) and id(look_through(layer)) in at:
-            return at[id(look_through(layer))]
-    return None
+        inside = look_through(named).modules() if isinstance(named, nn.Module) else ()
+        table = next((tables[id(layer)] for layer in inside if id(layer) in tables), None)
+        # the input layer of a vision tower may keep its positions in a table
+        if table is not None and (table.layer is look_through(named) or "token" in table.path.rpartition(".")[2]):
+            return table.path
+    rows = getattr(text_config(model), "vocab_size", None)
+    return next((s.path for s in tables.values() if s.in_features == rows and not tree.block_of(s.path)), None)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the model's text decoder, where it has one of its own; None for a model without any."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    return text(decoder=True) if callable(text) else config
 
 
 def _shared_parts(one: str, other: str) -> int:
@@ -59,7 +73,7 @@ def is_packable(model: nn.Module, tree: ModuleTree, roles: Roles, trunk: BlockLi
     config = getattr(model, "config", None)
     if trunk is None or token_embedding(model, tree) is None or getattr(config, "is_encoder_decoder", False):
         return False
-    if getattr(model, "_is_stateful", False) or family in SPARSE_OR_APPROXIMATE or _state_by_type(config):
+    if getattr(model, "_is_stateful", False) or family in SPARSE_OR_APPROXIMATE or _state_by_type(text_config(model)):
         return False
     inside = [tree.modules[path] for path in tree.modules if any(is_below(path, root) for root in trunk.paths)]
     if any(isinstance(m, nn.RNNBase) or is_depthwise(m) or _STATE.search(type(m).__name__) for m in inside):
@@ -70,6 +84,5 @@ def is_packable(model: nn.Module, tree: ModuleTree, roles: Roles, trunk: BlockLi
 
 
 def _state_by_type(config: Any) -> bool:
-    text = getattr(config, "get_text_config", None)
-    kinds = getattr(text(decoder=True) if callable(text) else config, "layer_types", None) or []
+    kinds = getattr(config, "layer_types", None) or []
     return any(isinstance(kind, str) and _STATE.search(kind) for kind in kinds)

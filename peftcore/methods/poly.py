@@ -60,7 +60,7 @@ class Router(nn.Module):
         """w (n, q, s); (1, q, s) without tasks."""
         logits = self.module_logits[:1] if tasks is None else self.module_logits[tasks.to(self.module_logits.device)]
         logits = logits.view(len(logits), splits, -1)
-        z = RelaxedBernoulli(1.0, logits=logits).rsample() if self.training else logits.sigmoid()
+        z = RelaxedBernoulli(logits.new_ones(()), logits=logits).rsample() if self.training else logits.sigmoid()
         return z / (z.sum(-1, keepdim=True) + 1e-12)
 
 

@@ -51,7 +51,7 @@ class Road(Adapter):
             raise ConfigError(
                 f"ROAD: group_size must divide the {base.out_features} outputs of {path}, got {config.group_size}"
             )
-        self.half = config.group_size // 2
+        self.group = config.group_size
         self.variant, self.init = config.variant, config.init_weights
         size = int(base.out_features * SIZES[config.variant])
         self.road_theta = nn.Parameter(torch.empty(size))
@@ -69,12 +69,12 @@ class Road(Adapter):
         theta, alpha = self.road_theta, self.road_alpha
         stay, cross = alpha * theta.cos(), alpha * theta.sin()
         if self.variant == "road_1":
-            stay, cross = (v.view(-1, 1, self.half).expand(-1, 2, -1) for v in (stay, cross))
+            stay, cross = (v.view(-1, 1, self.group // 2).expand(-1, 2, -1) for v in (stay, cross))
         elif self.variant == "road_4":
-            stay, cross = stay.view(-1, 2, 2 * self.half)[:, 0], cross.view(-1, 2, 2 * self.half)[:, 1]
+            stay, cross = stay.view(-1, 2, self.group)[:, 0], cross.view(-1, 2, self.group)[:, 1]
         shape = (-1, *(1 for _ in range(values.dim() - 1 - axis)))
         stay, cross = (v.reshape(shape).to(values.dtype) for v in (stay, cross))
-        first, second = values.unflatten(axis, (-1, 2, self.half)).unbind(axis + 1)
+        first, second = values.unflatten(axis, (-1, 2, self.group // 2)).unbind(axis + 1)
         partner = torch.stack((-second, first), axis + 1).flatten(axis, axis + 2)
         return values * stay + partner * cross
 

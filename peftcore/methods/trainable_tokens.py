@@ -104,3 +104,6 @@ class TrainableTokens(Adapter):
 
     def checkpoint_keys(self) -> dict[str, str]:
         return {} if self.follows else super().checkpoint_keys()
+
+    def repeated_keys(self) -> set[str]:
+        return {"trainable_tokens_delta"} if self.follows else set()

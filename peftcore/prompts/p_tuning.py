@@ -39,14 +39,15 @@ class PromptEncoderConfig(PromptLearningConfig):
 
 @register("P_TUNING", PromptEncoderConfig)
 class PTuning(VirtualTokens):
-    lstm_head: nn.LSTM | None = None
-    mlp_head: nn.Sequential | None = None
+    lstm_head: nn.LSTM | None
+    mlp_head: nn.Sequential | None
 
     def __init__(self, config: PromptEncoderConfig, model: nn.Module):
         super().__init__(config, model)
         d, h = config.token_dim, config.encoder_hidden_size
         assert d is not None and h is not None
         self.embedding = nn.Parameter(torch.empty(self.total, d))
+        self.lstm_head = None
         if config.encoder_reparameterization_type == "MLP":
             self.mlp_head = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
             return

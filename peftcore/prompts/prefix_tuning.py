@@ -57,7 +57,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
 @register("PREFIX_TUNING", PrefixTuningConfig)
 class PrefixTuning(PromptLearner):
-    transform: nn.Sequential | None = None
+    transform: nn.Sequential | None
 
     def __init__(self, config: PrefixTuningConfig, model: nn.Module):
         super().__init__(config, model)
@@ -69,6 +69,7 @@ class PrefixTuning(PromptLearner):
         self.is_causal = is_encoder_decoder(model) or is_causal(model)
         self.counts_text = is_causal(model) and takes(model, "position_ids")
         self._drops_cache = False
+        self.transform = None
         if config.prefix_projection:
             self.embedding = nn.Parameter(torch.empty(n, width))
             self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, layers * 2 * width))

@@ -46,7 +46,8 @@ def supervised_logits(model: nn.Module, inputs: Mapping[str, object], mask: Tens
     """
     forward = getattr(model, "module", model).forward  # DDP's own forward hides the model's signature
     if "logits_to_keep" not in inspect.signature(forward).parameters:
-        return model(**inputs).logits[mask]
+        logits = model(**inputs).logits
+        return logits[F.pad(mask, (logits.shape[1] - mask.shape[1], 0))]  # virtual tokens stand before the text
     if _head_takes_a_mask(model):
         return model(**inputs, logits_to_keep=mask).logits
     positions = mask.any(0).nonzero().squeeze(1)  # sorted; some rows' logits there are not wanted

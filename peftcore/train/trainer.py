@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from peftcore.bases.quantized import keep_quantized_weights_trainable
+from peftcore.adapter_set import adapter_set
 from peftcore.errors import TrainingError
 from peftcore.model import PeftModel
 from peftcore.train.batches import LengthGroupedSampler
@@ -87,6 +88,7 @@ class AdapterTrainerMixin(_Base):
             and self.args.n_gpu <= 1
             and getattr(self.accelerator, "parallelism_config", None) is None
             and has_causal_loss(adapted_model(self))
+            and not any(prompt.defines_loss for prompt in adapter_set(adapted_model(self)).acting_prompts())
         )
 
     def compute_loss(

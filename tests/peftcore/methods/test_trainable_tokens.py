@@ -1,0 +1,84 @@
+"""Trainable tokens: chosen rows train, the others stay, and a tied head follows."""
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from method_example import Example, randomise
+from torch import nn
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from peftcore import ConfigError, PeftModel, TargetError, get_peft_model
+from peftcore.adapter_set import adapter_set
+from peftcore.methods.trainable_tokens import TrainableTokensConfig
+
+EXAMPLE = Example(
+    TrainableTokensConfig,
+    options={"token_indices": [1, 5, 7]},
+    theirs="TrainableTokensConfig",
+    parity={"plain": {"token_indices": [1, 5, 60]}, "one": {"token_indices": [30]}},
+    families=("gpt2", "llama", "mistral", "bert"),
+    targets={"gpt2": ["wte"], "llama": ["embed_tokens"], "mistral": ["embed_tokens"], "bert": ["word_embeddings"]},
+)
+pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about keys it does not know
+TOKENS = torch.tensor([[1, 5, 7, 30, 2, 9]])
+
+
+def llama(tied: bool) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied)
+    ).eval()
+
+
+def test_only_the_chosen_rows_change() -> None:
+    torch.manual_seed(0)
+    net = get_peft_model(nn.Sequential(nn.Embedding(9, 4)), EXAMPLE.make(target_modules=["0"]))
+    before = net[0].base_layer.weight.clone()
+    randomise(net, 1.0)
+    after = net(torch.arange(9))
+    changed = (after != before).any(1)
+    assert changed.nonzero().flatten().tolist() == [1, 5, 7]
+    rows = adapter_set(net).adapters("default")["0"].trainable_tokens_delta
+    assert torch.equal(after[[1, 5, 7]], rows)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_follows_and_another_does_not(tied: bool, tmp_path: Any) -> None:
+    model = get_peft_model(llama(tied), TrainableTokensConfig(token_indices=[1, 5, 39]))
+    layers = adapter_set(model).adapters("default")
+    assert set(layers) == ({"model.embed_tokens", "lm_head"} if tied else {"model.embed_tokens"})
+    assert sum(p.requires_grad for p in model.parameters()) == 1
+    randomise(model, 1.0)
+    logits, base = model(TOKENS).logits, llama(tied)(TOKENS).logits
+    assert not torch.allclose(logits[..., 39], base[..., 39])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(tied), tmp_path)
+    torch.testing.assert_close(loaded(TOKENS).logits, logits)
+    there = peft.PeftModel.from_pretrained(llama(tied), tmp_path).eval()
+    torch.testing.assert_close(there(TOKENS).logits, logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.merge_and_unload()(TOKENS).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scaled_embedding_scales_the_trained_rows_too() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    model = GemmaForCausalLM(GemmaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
+    base = model(TOKENS).logits
+    model = get_peft_model(model, TrainableTokensConfig(token_indices=[1, 5]))
+    torch.testing.assert_close(model(TOKENS).logits, base)
+
+
+@pytest.mark.parametrize("ids", [[], [1, 1], [-1], ["a"]])
+def test_impossible_tokens(ids: list[Any]) -> None:
+    with pytest.raises(ConfigError, match="different token ids"):
+        TrainableTokensConfig(token_indices=ids)
+
+
+def test_tokens_beyond_the_vocabulary_and_models_without_an_embedding() -> None:
+    with pytest.raises(ConfigError, match="not among the 40 rows"):
+        get_peft_model(llama(True), TrainableTokensConfig(token_indices=[40]))
+    with pytest.raises(TargetError, match="give target_modules"):
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), TrainableTokensConfig(token_indices=[0]))
