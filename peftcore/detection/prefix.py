@@ -9,14 +9,12 @@ from torch import nn
 
 from peftcore.detection.module_tree import BlockList, ModuleTree, Site, walk
 from peftcore.detection.roles import ATTENTION, Role, Roles
-from peftcore.detection.trunk import text_config
+from peftcore.detection.trunk import STATE, own_name, text_config
 
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head")
 """What the attention modules of transformers call the size of one head."""
 _OTHER_CACHE = re.compile(r"cross|encoder_?attn|encdec|enc_dec|encoder_decoder", re.IGNORECASE)
 """Attention to something else than the text: its keys are not the prefix's."""
-_NO_CACHE = re.compile(r"linear|lightning|delta|mamba|recurrent|retention|lstm", re.IGNORECASE)
-"""Classes and layer types that keep a state in the place of keys and values."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +68,22 @@ class _Attention:
 
     def measure(self, config: Any) -> tuple[LayerCache, int]:
         """The cache of this layer and the number of its query heads."""
-        query_width = self._query_width()
-        if hasattr(self.module, "qk_head_dim") and hasattr(self.module, "v_head_dim"):  # multi-head latent attention
-            key_dim = int(self.module.qk_head_dim)
+        rank, query_width = getattr(self.module, "kv_lora_rank", None), self._query_width()
+        if rank and hasattr(self.module, "v_head_dim"):  # latent attention keeps the latent and the rotated part
             heads = query_width // int(self.module.v_head_dim)
-            return LayerCache(heads, key_dim, int(self.module.v_head_dim)), heads
+            return LayerCache(1, int(rank), int(self.module.qk_rope_head_dim)), heads
         head_dim = self._head_dim(config, query_width)
-        key_width, value_width = self._kv_widths(query_width)
+        key_width, value_width = self._kv_widths(query_width, head_dim)
         kv_heads = max(key_width // head_dim, 1)
         return LayerCache(kv_heads, head_dim, value_width // kv_heads), query_width // head_dim
 
     def _query_width(self) -> int:
         if "output" in self.sites:
             return self.sites["output"].in_features
-        query = self.sites.get("query")
-        return query.out_features if query else self.sites["fused_qkv"].out_features // 3
+        if "query" in self.sites:
+            return self.sites["query"].out_features
+        fused = self.sites.get("fused_qkv")
+        return fused.out_features // 3 if fused else self.sites["fused_kv"].out_features // 2
 
     def _head_dim(self, config: Any, query_width: int) -> int:
         own = (getattr(self.module, name, None) for name in _HEAD_SIZES)
@@ -93,13 +92,13 @@ class _Attention:
         heads = getattr(self.module, "num_heads", None) or getattr(config, "num_attention_heads", None)
         return getattr(config, "head_dim", None) or (query_width // heads if heads else query_width)
 
-    def _kv_widths(self, query_width: int) -> tuple[int, int]:
+    def _kv_widths(self, query_width: int, head_dim: int) -> tuple[int, int]:
         if "key" in self.sites:
             key = self.sites["key"].out_features
             return key, self.sites["value"].out_features if "value" in self.sites else key
         fused = self.sites.get("fused_qkv")
         both = fused.out_features - query_width if fused else self.sites["fused_kv"].out_features
-        return both // 2, both // 2
+        return (both, both) if both == head_dim else (both // 2, both // 2)  # one head whose keys are its values
 
 
 def find_prefix(
@@ -113,7 +112,7 @@ def find_prefix(
     kinds = list(kinds) if len(kinds) == trunk.count else [""] * trunk.count
     by_layer = {id(site.layer): site for site in tree.sites.values()}
     found = [
-        None if _NO_CACHE.search(kind) else _attention(tree.modules[path], by_layer, roles)
+        None if STATE.search(kind) else _attention(tree.modules[path], by_layer, roles, own_name(config))
         for path, kind in zip(trunk.paths, kinds, strict=True)
     ]
     shared = tuple(i for i, attention in enumerate(found) if attention and _reads_another(attention))
@@ -143,7 +142,7 @@ def _takes_cache(tree: ModuleTree, block: str) -> bool:
     return any(names & set(inspect.signature(m.forward).parameters) for m in around if m is not None)
 
 
-def _attention(block: nn.Module, by_layer: dict[int, Site], roles: Roles) -> _Attention | None:
+def _attention(block: nn.Module, by_layer: dict[int, Site], roles: Roles, family: str) -> _Attention | None:
     """Self-attention of a block; looked for by identity, because Zamba's blocks share one and the same."""
     modules = dict(walk(block))
     sites: dict[Role, Site] = {}
@@ -154,11 +153,11 @@ def _attention(block: nn.Module, by_layer: dict[int, Site], roles: Roles) -> _At
             continue
         parts = path.split(".")
         around = [modules[".".join(parts[:end])] for end in range(len(parts))]
-        if any(_NO_CACHE.search(type(m).__name__) for m in around[1:]):
+        if any(STATE.search(type(m).__name__.removeprefix(family)) for m in around[1:]):
             continue
         sites.setdefault(roles[site.path], site)
         module = module or next((m for m in reversed(around) if any(hasattr(m, n) for n in _HEAD_SIZES)), around[-1])
-    return _Attention(sites, module) if module is not None and set(sites) & {"query", "fused_qkv"} else None
+    return _Attention(sites, module) if module is not None and set(sites) & {"query", "fused_qkv", "fused_kv"} else None
 
 
 def _reads_another(attention: _Attention) -> bool:

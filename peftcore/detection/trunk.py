@@ -8,8 +8,8 @@ from torch import nn
 from peftcore.detection.module_tree import BlockList, ModuleTree, is_below, look_through
 from peftcore.detection.roles import ATTENTION, Roles, is_depthwise, mixer_sites
 
-_STATE = re.compile(r"linear_?attention|lightning|delta_?net|mamba|recurrent|retention|lstm|^conv$", re.IGNORECASE)
-"""Layer types and classes that carry a state from token to token."""
+STATE = re.compile(r"linear_?att|lightning|delta_?(net|att)|mamba|recurrent|retention|lstm|^conv$", re.IGNORECASE)
+"""Layer types and classes that carry a state from token to token in the place of keys and values."""
 
 SPARSE_OR_APPROXIMATE = frozenset(
     "bigbird_pegasus big_bird fnet funnel led longformer longt5 mra nystromformer pegasus_x reformer yoso".split()
@@ -76,13 +76,22 @@ def is_packable(model: nn.Module, tree: ModuleTree, roles: Roles, trunk: BlockLi
     if getattr(model, "_is_stateful", False) or family in SPARSE_OR_APPROXIMATE or _state_by_type(text_config(model)):
         return False
     inside = [tree.modules[path] for path in tree.modules if any(is_below(path, root) for root in trunk.paths)]
-    if any(isinstance(m, nn.RNNBase) or is_depthwise(m) or _STATE.search(type(m).__name__) for m in inside):
+    if any(isinstance(m, nn.RNNBase) or is_depthwise(m) or _keeps_state(m, model) for m in inside):
         return False
     mixes = any(mixer_sites(tree, root) for root in trunk.paths)
     attends = any(roles[path] in ATTENTION for path in roles if any(is_below(path, root) for root in trunk.paths))
     return attends and not mixes
 
 
+def _keeps_state(module: nn.Module, model: nn.Module) -> bool:
+    return STATE.search(type(module).__name__.removeprefix(own_name(text_config(model)))) is not None
+
+
+def own_name(config: Any) -> str:
+    """What the classes of a family begin with: a family may be called after what few of its layers are."""
+    return type(config).__name__.removesuffix("Config").removesuffix("Text")
+
+
 def _state_by_type(config: Any) -> bool:
     kinds = getattr(config, "layer_types", None) or []
-    return any(isinstance(kind, str) and _STATE.search(kind) for kind in kinds)
+    return any(isinstance(kind, str) and STATE.search(kind) for kind in kinds)

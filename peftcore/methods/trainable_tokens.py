@@ -87,20 +87,23 @@ class TrainableTokens(Adapter):
             nn.init.normal_(self.trainable_tokens_delta)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.base.kind == "linear":  # as a change, since what other adapters made of the bias is not known here
+            return y.index_add(-1, self.tokens, F.linear(x, self._change().to(x.dtype)).to(y.dtype))
         rows = self.trainable_tokens_delta.to(y.dtype)
-        if self.base.kind == "linear":
-            values = F.linear(x, rows)
-            if (bias := self.base.bias) is not None:
-                values = values + bias[self.tokens].to(y.dtype)
-            return y.index_copy(-1, self.tokens, values.to(y.dtype))
         place = self.place[x]
         scale = getattr(self.base.layer, "embed_scale", None)
         chosen = F.embedding(place.clamp_min(0), rows if scale is None else rows * scale)
         return torch.where(place[..., None] >= 0, chosen, y)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        rows = self.trainable_tokens_delta.to(weight)
-        return weight.index_copy(self.axis, self.tokens, rows.T if self.axis else rows)
+        if self.base.kind == "linear":
+            return weight.index_add(0, self.tokens, self._change().to(weight))
+        return weight.index_copy(1, self.tokens, self.trainable_tokens_delta.to(weight).T)
+
+    def _change(self) -> Tensor:
+        """(t, d): the rows of a linear layer minus the base's own."""
+        own = self.base.read_unmerged().index_select(0, self.tokens)
+        return self.trainable_tokens_delta - own.to(self.trainable_tokens_delta)
 
     def checkpoint_keys(self) -> dict[str, str]:
         return {} if self.follows else super().checkpoint_keys()

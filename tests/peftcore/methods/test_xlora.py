@@ -144,7 +144,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(loras: dict[str, str]) 
     for checkpointing in (False, True):
         model = mixed(loras).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         model(tokens(), labels=tokens()).loss.backward()
         gradients.append(mixture(model).internal_xlora_classifier.layers[0].weight.grad)
@@ -178,8 +178,8 @@ def test_copies_after_a_forward_with_gradients(loras: dict[str, str]) -> None:
     model = mixed(loras)
     logits = model(tokens()).logits
     assert mixture(model).scalings is not None and mixture(model).scalings.requires_grad
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(tokens()).logits, logits)
+    assert torch.equal(copy.deepcopy(model)(tokens()).logits, logits)
+    assert pickle.loads(pickle.dumps(mixture(model))).scalings is None
 
 
 def test_the_log_gathers_weights(loras: dict[str, str]) -> None:
