@@ -15,6 +15,7 @@ EXAMPLE = Example(
     parity={
         "plain": {"r": 4, "delora_lambda": 2},
         "random": {"r": 4, "init_weights": False},
+        "biases": {"r": 4, "bias": "delora_only"},
         "patterns": {
             "r": 4,
             "rank_pattern": {"q_proj": 2, "query": 6},

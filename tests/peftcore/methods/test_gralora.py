@@ -17,6 +17,7 @@ EXAMPLE = Example(
         "plain": {"r": 8, "alpha": 8},
         "four blocks": {"r": 8, "alpha": 12, "gralora_k": 4},
         "hybrid": {"r": 4, "alpha": 8, "hybrid_r": 3},
+        "biases": {"r": 4, "alpha": 8, "bias": "gralora_only"},
     },
     families=("gpt2", "llama", "bert", "t5"),
 )

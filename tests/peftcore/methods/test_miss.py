@@ -22,6 +22,7 @@ EXAMPLE = Example(
         "bat": {"r": 4, "init_weights": "bat"},
         "mini": {"r": 5, "init_weights": "mini", "mini_r": 4},
         "random": {"r": 8, "init_weights": False},
+        "biases": {"r": 8, "bias": "MiSS_only"},
     },
     families=("llama", "bert", "t5"),
 )

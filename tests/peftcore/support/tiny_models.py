@@ -30,8 +30,8 @@ _KEYS = {
     "num_decoder_layers depth num_blocks",
     "heads": "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
     "num_encoder_attention_heads num_decoder_attention_heads num_experts num_local_experts n_routed_experts",
-    "head": "head_dim d_kv kv_channels attention_head_dim qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim "
-    "rotary_dim",
+    "head": "head_dim d_kv kv_channels attention_head_dim qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim",
+    "rotary": "rotary_dim",
     "rank": "kv_lora_rank q_lora_rank",
     "chosen": "num_experts_per_tok moe_topk top_k_experts moe_k",
     "vocabulary": "vocab_size",
@@ -44,7 +44,7 @@ _NAMES = {key: size for size, keys in _KEYS.items() for key in keys.split()}
 
 TEXT = {
     **{"hidden": 32, "inner": 80, "expert": 24, "layers": 2, "heads": 4, "head": 16, "vocabulary": 128},
-    **{"image": 32, "patch": 8, "little": 8, "bottleneck": 16, "rank": 24, "chosen": 2},
+    **{"image": 32, "patch": 8, "little": 8, "bottleneck": 16, "rank": 24, "chosen": 2, "rotary": 8},
 }
 TOWER = TEXT | {"hidden": 64, "inner": 160}
 """Towers inside a model of several, of another width than its text so that a mix-up shows."""
