@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from flows.params_file import read_params
+from peftcore.config import suggestion
+from peftcore.registry import tuner_names
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -96,20 +98,29 @@ class AdaLora(Section):
 
 
 class Method(Section):
-    name: Literal["lora", "adalora"] = "lora"
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    name: Text = "lora"
+    target_modules: Literal["all-linear"] | list[str] | None = "all-linear"
     r: Count = 16
     lora_alpha: Positive = 32
     lora_dropout: Share = 0.0
     use_rslora: bool = False
     adalora: AdaLora = AdaLora()
+    options: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_method(cls, value: str) -> str:
+        known = [name.lower() for name in tuner_names()]
+        if value not in known:
+            raise _impossible(suggestion(value, known).removeprefix("; "))
+        return value
 
     @field_validator("target_modules", mode="plain")
     @classmethod
-    def _names_modules(cls, value: Any) -> str | list[str]:
+    def _names_modules(cls, value: Any) -> str | list[str] | None:
         names = isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
-        if value != "all-linear" and not names:
-            raise _impossible("give all-linear or a list of module names, such as [q_proj, v_proj]")
+        if value not in ("all-linear", None) and not names:
+            raise _impossible("give all-linear, a list of module names such as [q_proj, v_proj], or null")
         return value
 
 

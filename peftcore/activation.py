@@ -8,6 +8,8 @@ from torch import nn
 from peftcore.adapter_set import adapter_set
 from peftcore.errors import AdapterNameError
 from peftcore.merge import merged_names, original_weights
+from peftcore.prompts.learner import PromptLearner
+from peftcore.registry import method_of
 
 
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
@@ -21,7 +23,8 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     adapters.require(*chosen)
     if len(set(chosen)) < len(chosen):
         raise AdapterNameError(f"set_adapter: each adapter at most once; got {list(chosen)}")
-    feeding = [name for name in chosen if (prompt := adapters.prompt(name)) is not None and prompt.exclusive]
+    kinds = {name: method_of(adapters.configs[name]).adapter for name in chosen}
+    feeding = [name for name, kind in kinds.items() if issubclass(kind, PromptLearner) and kind.exclusive]
     if len(feeding) > 1:
         raise AdapterNameError(f"set_adapter: {feeding} are prompts, and one at a time can stand before the text")
     adapters.selection.active = chosen

@@ -55,7 +55,7 @@ class AdapterSet:
 
     def prompt(self, name: str) -> PromptLearner | None:
         """The prompt learner of one name, if that is what it is."""
-        return self.prompts[name] if name in self.prompts else None
+        return self.prompts.get(name)
 
     def acting_prompts(self) -> list[PromptLearner]:
         """Prompt learners that act, in order."""

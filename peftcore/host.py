@@ -44,6 +44,10 @@ class NamedModules(nn.Module):
     def __getitem__(self, name: str) -> Any:
         return self._modules[name]
 
+    def get(self, name: str) -> Any:
+        """The module, or None."""
+        return self._modules.get(name)
+
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
 

@@ -43,6 +43,11 @@ def merge_adapter(model: nn.Module, adapter_names: list[str] | None = None, safe
             _merge_into(host, new)
 
 
+def check_mergeable(model: nn.Module, adapter_names: list[str]) -> None:
+    """Raise MergeError if an adapter cannot be merged, without computing any weight."""
+    _check_mergeable(adapter_set(model), adapter_names, check_values=False)
+
+
 def _check_mergeable(adapters: AdapterSet, names: list[str], check_values: bool) -> None:
     if prompts := [name for name in names if name in adapters.prompts]:
         raise MergeError(
@@ -54,6 +59,7 @@ def _check_mergeable(adapters: AdapterSet, names: list[str], check_values: bool)
                 continue
             try:
                 host.adapters[name].check_mergeable()
+                host.adapters[name].merged_bias(host.base.bias)
                 finite = not check_values or bool(_merged(host, [name])[0].isfinite().all())
             except MergeError as error:
                 raise MergeError(f"{path}: {error}") from error

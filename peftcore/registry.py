@@ -1,7 +1,7 @@
 """Which adapter methods exist: `"LORA" -> (LoraConfig, Lora)`.
 
-Every file of `peftcore.methods` and `peftcore.prompts` registers itself; a third-party package does the same through an entry point of the
-group `peftcore.methods` that names its module.
+Every file of `peftcore.methods` and `peftcore.prompts` registers itself; a third-party package does the same through
+an entry point of the group `peftcore.methods` that names its module and is called like its method.
 """
 
 import importlib
@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from peftcore.config import PeftConfig, suggestion
@@ -58,12 +59,19 @@ def methods() -> dict[str, Method]:
     return dict(sorted(_methods.items()))
 
 
+def tuner_names() -> list[str]:
+    """Names of the methods that adapt layers, found without importing any: each file is called like its method."""
+    files = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "methods")])}
+    others = {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    return sorted(name.upper() for name in files | others)
+
+
 def method_named(name: str) -> Method:
     """The method, or a ConfigError that lists those there are."""
-    known = methods()
-    if name not in known:
-        raise ConfigError(f"unknown adapter method {name!r}{suggestion(str(name), list(known))}")
-    return known[name]
+    _discover()
+    if name not in _methods:
+        raise ConfigError(f"unknown adapter method {name!r}{suggestion(str(name), list(_methods))}")
+    return _methods[name]
 
 
 def method_of(config: PeftConfig) -> Method:
@@ -71,13 +79,19 @@ def method_of(config: PeftConfig) -> Method:
     return method_named(config.peft_type)
 
 
+def line_count(method: Method) -> int:
+    """Lines of the method's own file, or of all files where it has a folder of its own."""
+    file = Path(inspect.getfile(method.adapter))
+    alone = file.parent.name in ("methods", "prompts")
+    return sum(len(source.read_text().splitlines()) for source in ([file] if alone else file.parent.glob("*.py")))
+
+
 def method_table() -> str:
     """A Markdown table of the registered methods; the README's is this one."""
     lines = ["| method | configuration | adapts | lines | what |", "|---|---|---|---|---|"]
     for method in methods().values():
         module = importlib.import_module(method.adapter.__module__)
-        source = inspect.getsource(module).splitlines()
         what = (module.__doc__ or "").strip().splitlines()[0]
         kinds = ", ".join(sorted(method.adapter.layer_kinds))
-        lines.append(f"| {method.name} | `{method.config.__name__}` | {kinds} | {len(source)} | {what} |")
+        lines.append(f"| {method.name} | `{method.config.__name__}` | {kinds} | {line_count(method)} | {what} |")
     return "\n".join(lines) + "\n"

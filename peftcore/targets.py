@@ -109,12 +109,13 @@ def _wanted_paths(model: nn.Module, modules: dict[str, nn.Module], config: Tuner
         if (own := method_of(config).adapter.default_targets(config, model, layers)) is not None:
             return own
         architecture = detect(model)
-        if not architecture.default_targets:
+        if not (names := architecture.targets_for(config.peft_type)):
             raise TargetError(
-                f"no default target modules are known for {architecture.family}; give target_modules, "
-                f"such as {ALL_LINEAR!r} or names among {_linear_names(modules)}"
+                f"no default target modules are known for {config.peft_type} in {architecture.family}; give "
+                f"target_modules, such as {ALL_LINEAR!r} or names among {_linear_names(modules)}"
             )
-        return [path for path in modules if named(path, architecture.target_regex(architecture.default_targets))]
+        regex = architecture.target_regex(names)  # where some blocks have a layer, others may have an identity
+        return [path for path, layer in layers.items() if named(path, regex) and is_adaptable(layer)]
     return [path for path in modules if named(path, config.target_modules)]
 
 
@@ -184,7 +185,8 @@ def find_saved_modules(model: nn.Module, config: TunerConfig | PromptLearningCon
 
 
 def completed(model: nn.Module, config: TunerConfig) -> TunerConfig:
-    """A copy with what the model decides written out: default targets, "all-linear" as names, heads to train.
+    """A copy with what the model decides written out: default targets, "all-linear" as names, heads to train, and
+    which of its targets IA3 scales at their input.
 
     Readers of the saved file (PEFT, vLLM) then need no architecture table. The given configuration stays as it is.
     """
@@ -193,7 +195,16 @@ def completed(model: nn.Module, config: TunerConfig) -> TunerConfig:
     decided_here = config.target_modules is None or config.target_modules == ALL_LINEAR
     if decided_here and (wanted := _wanted_paths(model, modules, config)):
         changes["target_modules"] = _shortest_names(wanted, list(modules))
+    if getattr(config, "feedforward_modules", "") is None:  # a field of IA3's
+        changes["feedforward_modules"] = _feedforward(model, modules, config)
     return dataclasses.replace(with_heads(model, config), **changes)
+
+
+def _feedforward(model: nn.Module, modules: dict[str, nn.Module], config: TunerConfig) -> set[str]:
+    """Those of the wanted layers that the architecture says an MLP ends with."""
+    wanted, architecture = _wanted_paths(model, modules, config), detect(model)
+    scaled = architecture.target_regex(architecture.feedforward_modules)
+    return _shortest_names([path for path in wanted if named(path, scaled)], list(modules))
 
 
 def with_heads(model: nn.Module, config: C) -> C:

@@ -24,8 +24,10 @@ NOT_IN_RESULTS = {
     "flows.stage",
     "flows.stages",
     "flows.tracking",
+    "peftcore.config",
     "peftcore.errors",
     "peftcore.files",
+    "peftcore.registry",
 }
 """Modules that start a stage, show what it does or say what is wrong: they cannot change what a stage writes."""
 

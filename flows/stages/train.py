@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerState, Traini
 from transformers.trainer_callback import PrinterCallback
 
 from flows.base_model import check_base, load_for_training, load_tokenizer, padding_id
-from flows.params import Params
+from flows.params import AdaLora, Params
 from flows.paths import Paths
 from flows.rows import read_rows
 from flows.stage import set_seed, start
@@ -33,11 +33,17 @@ from flows.training_callbacks import (
     evenly_spread,
 )
 from flows.training_log import TrainingLog, loss_table
-from peftcore import AdaLoraConfig, LoraConfig, PeftConfig, TaskType, get_peft_model
+from peftcore import PeftConfig, TaskType, get_peft_model, initialize_from_data
 from peftcore.files import directory_written_atomically, sha256, write_atomically
+from peftcore.init import DATA_STARTS
+from peftcore.merge import check_mergeable
+from peftcore.registry import method_named
 from peftcore.train import AdapterTrainer, RightPaddingCollator, last_good_checkpoint
 
 log = logging.getLogger(__name__)
+
+BATCHES_FOR_START = 32
+"""Batches that a start from data looks at."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,14 @@ def run(params: Params, paths: Paths) -> None:
     set_seed(params.project.seed)
     model = cast(PreTrainedModel, load_for_training(paths.base, params.quantization, _longest(rows)))
     model = get_peft_model(model, _adapter_config(params, this.total_steps))
+    check_mergeable(model, ["default"])  # the pipeline ends in a merged model: better said before training than after
+    collate = RightPaddingCollator(padding_id(load_tokenizer(paths.base)))
+    _start_from_data(model, rows["train"], collate, params.train.batch_size)
     tracker = Tracker(params.tracking.project, params.tracking.mode, params.model_dump(), paths.root)
     try:
         for record in records:
             tracker.log(record)
-        trainer = _trainer(params, paths, this, model, rows, tracker)
+        trainer = _trainer(params, this, model, rows, collate, tracker)
         _train(trainer, this, params.train.patience)
         model.save_pretrained(paths.adapter)
         summary = _summary(params, model, trainer.state, this.log, tracker.run_id)
@@ -103,10 +112,10 @@ def _train(trainer: AdapterTrainer, this: Run, patience: int) -> None:
 
 def _trainer(
     params: Params,
-    paths: Paths,
     this: Run,
     model: PreTrainedModel,
     rows: dict[str, Dataset],
+    collate: RightPaddingCollator,
     tracker: Tracker,
 ) -> AdapterTrainer:
     before = this.log.records()
@@ -115,7 +124,7 @@ def _trainer(
         args=_arguments(params, this),
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
-        data_collator=RightPaddingCollator(padding_id(load_tokenizer(paths.base))),
+        data_collator=collate,
         callbacks=[
             EvaluateAt(evenly_spread(this.total_steps, params.train.evaluations)),
             StopWithoutGain(params.train.patience),
@@ -168,27 +177,42 @@ def _arguments(params: Params, this: Run) -> TrainingArguments:
 
 def _adapter_config(params: Params, total_steps: int) -> PeftConfig:
     method = params.method
-    common: dict[str, Any] = {
+    options: dict[str, Any] = {
         "task_type": TaskType.CAUSAL_LM,
         "base_model_name_or_path": params.base.source,
         "target_modules": method.target_modules,
-        "lora_alpha": method.lora_alpha,
-        "lora_dropout": method.lora_dropout,
     }
+    if method.name in ("lora", "adalora"):
+        options |= {"lora_alpha": method.lora_alpha, "lora_dropout": method.lora_dropout}
     if method.name == "lora":
-        return LoraConfig(r=method.r, use_rslora=method.use_rslora, **common)
-    adalora = method.adalora
-    return AdaLoraConfig(
-        init_r=adalora.init_r,
-        target_r=adalora.target_r,
-        tinit=int(adalora.warmup_share * total_steps),
-        tfinal=int(adalora.final_share * total_steps),
-        deltaT=adalora.interval,
-        orth_reg_weight=adalora.orth_reg_weight,
-        beta1=adalora.beta1,
-        beta2=adalora.beta2,
-        total_step=total_steps,
-        **common,
+        options |= {"r": method.r, "use_rslora": method.use_rslora}
+    if method.name == "adalora":
+        options |= _adalora_options(method.adalora, total_steps)
+    return method_named(method.name.upper()).config(**{**options, **method.options})
+
+
+def _adalora_options(adalora: AdaLora, total_steps: int) -> dict[str, Any]:
+    return {
+        "init_r": adalora.init_r,
+        "target_r": adalora.target_r,
+        "tinit": int(adalora.warmup_share * total_steps),
+        "tfinal": int(adalora.final_share * total_steps),
+        "deltaT": adalora.interval,
+        "orth_reg_weight": adalora.orth_reg_weight,
+        "beta1": adalora.beta1,
+        "beta2": adalora.beta2,
+        "total_step": total_steps,
+    }
+
+
+def _start_from_data(model: Any, rows: Dataset, collate: RightPaddingCollator, batch_size: int) -> None:
+    """Give a LoRA that starts from data (EVA, CorDA, LoRA-GA) that start, from the first training rows."""
+    if getattr(model.peft_config["default"], "init_lora_weights", None) not in DATA_STARTS:
+        return
+    count = min(len(rows), BATCHES_FOR_START * batch_size)
+    firsts = range(0, count, batch_size)
+    initialize_from_data(
+        model, [collate([rows[i] for i in range(first, min(first + batch_size, count))]) for first in firsts]
     )
 
 

@@ -117,7 +117,7 @@ class Architecture:
             return list(self.norms)
         widths = {block.hidden_size for block in self.blocks}
         readers = {name for name, info in self.target_modules.items() if info.in_features in widths}
-        roles = {name: info.role for name, info in self.target_modules.items()}
+        roles: dict[str, Role] = {name: info.role for name, info in self.target_modules.items()}
         return target_names(method, self.family, roles, readers)
 
     def target_regex(self, names: Iterable[str]) -> str:

@@ -24,6 +24,7 @@ from peftcore.detection.roles import FEED_FORWARD, Role, Roles, mixer_sites, rou
 from peftcore.detection.trunk import find_trunk, is_packable, token_embedding
 from peftcore.errors import TargetError
 
+
 def detect(model: nn.Module) -> Architecture:
     """What `model` is and where adapters go in it; reads shapes only, so weights may be on the meta device.
 
@@ -72,9 +73,7 @@ def detect(model: nn.Module) -> Architecture:
         unreached=_unreached(model, tree),
     )
     scaled = [name for name in found.targets_for("IA3") if modules[name].role == "down"]
-    return replace(
-        found, default_targets=tuple(found.targets_for("LORA")), feedforward_modules=tuple(scaled)
-    )
+    return replace(found, default_targets=tuple(found.targets_for("LORA")), feedforward_modules=tuple(scaled))
 
 
 # -- roles of the whole model ------------------------------------------------------------------------------------
@@ -102,7 +101,8 @@ def _block_roles(tree: ModuleTree, root: str) -> Roles:
     roles |= feed_forward_roles(tree, root, [site for site in sites if site.path not in roles], width)
     # last, because an MLP's inner size may happen to be the number of experts
     routers = [site for site in router_sites(tree, root) if site.path not in roles]
-    return roles | dict.fromkeys((site.path for site in routers), "router")
+    roles |= dict.fromkeys((site.path for site in routers), "router")
+    return roles
 
 
 def _require_something_adaptable(model: nn.Module, tree: ModuleTree, roles: Roles) -> None:
@@ -162,9 +162,9 @@ def _parameter_sizes(model: nn.Module, tree: ModuleTree) -> Counter[str]:
 
 
 def _unreached(model: nn.Module, tree: ModuleTree) -> dict[str, int]:
+    stacks = {id(stack) for module in tree.modules.values() for stack in expert_stacks(module).values()}
     sizes: Counter[str] = Counter()
     for path, _, parameter in unique_parameters(model):
-        module = tree.modules.get(path)
-        if module is not None and path not in tree.sites and parameter.ndim >= 2 and not expert_stacks(module):
-            sizes[type(module).__name__] += parameter.numel()
+        if path in tree.modules and path not in tree.sites and parameter.ndim >= 2 and id(parameter) not in stacks:
+            sizes[type(tree.modules[path]).__name__] += parameter.numel()
     return dict(sizes)

@@ -54,7 +54,12 @@ def mlp_roles(group: list[Site], block_width: int, gated: bool = True) -> Roles:
 def _named_mlp(part: str, group: list[Site]) -> Roles:
     """Up and down of a two-layer MLP that says so itself and widens or narrows the stream (LightGlue, Perceiver)."""
     first, last = group[0], group[-1]
-    if len(group) != 2 or not _says(_MLP_WORDS, part) or first.parent != last.parent or first.out_features != last.in_features:
+    if (
+        len(group) != 2
+        or not _says(_MLP_WORDS, part)
+        or first.parent != last.parent
+        or first.out_features != last.in_features
+    ):
         return {}
     return {first.path: "up", last.path: "down"}
 

@@ -51,6 +51,10 @@ def _embeds_patches(tree: ModuleTree) -> bool:
     return bool(tree.blocks) and any(layer.kernel_size == layer.stride > (1, 1) for layer in convolutions)
 
 
+_INPUTS = {"pi0": ("in_proj", "state_proj", "mlp_in", "mlp_out")}
+"""{family: ends of names} of layers outside the base model that feed it: π0 turns states and actions into tokens."""
+
+
 def head_paths(model: nn.Module, tree: ModuleTree) -> list[str]:
     """Layers that give the model's answer: the output embeddings, else a task's layers outside the base model.
 
@@ -65,7 +69,8 @@ def head_paths(model: nn.Module, tree: ModuleTree) -> list[str]:
         return found
     prefix = getattr(model, "base_model_prefix", "")
     if prefix in tree.modules and prefix:
-        return [site.path for site in outside if not is_below(site.path, prefix)]
+        feeding = _INPUTS.get(str(getattr(getattr(model, "config", None), "model_type", "")), ())
+        return [s.path for s in outside if not is_below(s.path, prefix) and not s.path.endswith(tuple(feeding))]
     if prefix:  # a task's class that keeps the parts of its base model at the top
         labels = getattr(getattr(model, "config", None), "num_labels", None)
         return [site.path for site in outside[-1:] if site.out_features == labels and "." not in site.path]

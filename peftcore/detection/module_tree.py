@@ -175,7 +175,9 @@ class ModuleTree:
         for tower in [*reversed(ancestors(f"{path}.*")), ""]:
             inside = [p for p in self._outside if is_below(p, tower)]
             if any(p in self.sites and self.sites[p].kind != "linear" for p in inside):
-                return Counter(self._outside[p] for p in inside if p in self.norms or self.sites[p].kind == "embedding")
+                tables = [p for p in inside if p in self.sites and self.sites[p].kind == "embedding"]
+                # a norm may stand where several streams lie side by side, so a table counts for more
+                return Counter(self._outside[p] for p in [*tables, *tables, *(p for p in inside if p in self.norms)])
         return Counter()
 
     @cached_property

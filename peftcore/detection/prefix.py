@@ -33,7 +33,7 @@ class PrefixGeometry:
     """What a learned prefix must fit: the cache of the decoder (of the only stack, where there is one). Counts."""
 
     num_layers: int
-    """Slots of the cache: one for each block, also for those that keep no keys and values."""
+    """Slots of the cache: one for each run of a block, also for those that keep no keys and values."""
     num_attention_heads: int
     """Query heads of a layer."""
     num_kv_heads: int
@@ -64,7 +64,7 @@ class _Attention:
     """The layers of one block's self-attention by role, and the module that computes with them."""
 
     sites: dict[Role, Site]
-    module: nn.Module
+    module: Any
 
     def measure(self, config: Any) -> tuple[LayerCache, int]:
         """The cache of this layer and the number of its query heads."""
@@ -122,16 +122,24 @@ def find_prefix(
     kept = [both for both in measured if both]
     if not kept:
         return None
+    runs = _runs(config, trunk)
     widest, query_heads = max(kept, key=lambda both: both[0].kv_heads * both[0].head_dim)
     return PrefixGeometry(
-        num_layers=trunk.count,
+        num_layers=trunk.count * runs,
         num_attention_heads=query_heads,
         num_kv_heads=widest.kv_heads,
         head_dim=widest.head_dim,
         token_dim=token_dim,
-        layers=tuple(both[0] if both else None for both in measured),
+        layers=tuple(both[0] if both else None for both in measured) * runs,
         shared=shared,
     )
+
+
+def _runs(config: Any, trunk: BlockList) -> int:
+    """How often a token goes through the same blocks, each time with a cache of its own (HRM); else 1."""
+    slots = getattr(config, "num_hidden_layers", trunk.count)
+    looped = not getattr(config, "is_encoder_decoder", False) and slots % trunk.count == 0
+    return slots // trunk.count if looped and slots > trunk.count else 1
 
 
 def _takes_cache(tree: ModuleTree, block: str) -> bool:

@@ -12,7 +12,8 @@ STATE = re.compile(r"linear_?att|lightning|delta_?(net|att)|mamba|recurrent|rete
 """Layer types and classes that carry a state from token to token in the place of keys and values."""
 
 SPARSE_OR_APPROXIMATE = frozenset(
-    "bigbird_pegasus big_bird fnet funnel led longformer longt5 mra nystromformer pegasus_x reformer yoso".split()
+    {"bigbird_pegasus", "big_bird", "fnet", "funnel", "led", "longformer"}
+    | {"longt5", "mra", "nystromformer", "pegasus_x", "reformer", "yoso"}
 )
 """Families whose attention takes no mask of token pairs: windows, hashes, low ranks, Fourier transforms."""
 
@@ -22,8 +23,9 @@ def find_trunk(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[B
 
     Without tokens those with most weights; lists without attention or mixers (mergers, box heads) only if no other is.
     """
-    mixing = {path for path, role in roles.items() if role in (*ATTENTION, "mixer")}
+    mixing = [path for path, role in roles.items() if role in (*ATTENTION, "mixer")]
     able = [b for b in blocks if any(is_below(path, root) for root in b.paths for path in mixing)] or list(blocks)
+    able = [b for b in able if "cross" not in b.pattern] or able
     embedding = token_embedding(model, tree)
     if embedding is None or not able:
         return able[0] if able else None
@@ -47,10 +49,10 @@ def token_embedding(model: nn.Module, tree: ModuleTree) -> str | None:
             named = getter() if callable(getter) else None
         except (AttributeError, NotImplementedError):  # what those raise that have none of their own (CLIP)
             continue
-        inside = look_through(named).modules() if isinstance(named, nn.Module) else ()
-        table = next((tables[id(layer)] for layer in inside if id(layer) in tables), None)
+        layer = look_through(named) if isinstance(named, nn.Module) else nn.Identity()
+        table = next((tables[id(part)] for part in layer.modules() if id(part) in tables), None)
         # the input layer of a vision tower may keep its positions in a table
-        if table is not None and (table.layer is look_through(named) or "token" in table.path.rpartition(".")[2]):
+        if table is not None and (table.layer is layer or "token" in table.path.rpartition(".")[2]):
             return table.path
     rows = getattr(text_config(model), "vocab_size", None)
     return next((s.path for s in tables.values() if s.in_features == rows and not tree.block_of(s.path)), None)

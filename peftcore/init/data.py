@@ -21,6 +21,9 @@ from peftcore.methods.lora.starts import put, taken_out
 
 _OBSERVERS: dict[str, type[Observer]] = {"eva": Eva, "corda": Corda, "lora_ga": LoraGa}
 
+DATA_STARTS = tuple(_OBSERVERS)
+"""Values of `init_lora_weights` that look at data."""
+
 
 def initialize_from_data(
     model: Any,

@@ -1,4 +1,4 @@
-"""ADAPTION_PROMPT: gated attention to learned tokens in the top layers, y + g·W_o softmax(q K_Pᵀ/√w) V_P. arXiv:2303.16199.
+"""Adaption prompt: gated attention to learned tokens in top layers, y + g·W_o softmax(q K_Pᵀ/√w) V_P. arXiv:2303.16199.
 
 LLaMA-Adapter. The gate g starts at zero, and K_P = W_k P, V_P = W_v P with the layer's own frozen weights. PEFT leaves
 W_o out for gpt2. Shapes: P (1, n, d), h query heads of width w, k key/value heads, B rows, T tokens.

@@ -59,12 +59,10 @@ class CPTConfig(PromptLearningConfig):
 
 @register("CPT", CPTConfig)
 class Cpt(VirtualTokens):
-    defines_loss = True
-
     def __init__(self, config: CPTConfig, model: nn.Module):
         super().__init__(config, model)
-        self.register_buffer("embedding", torch.empty(self.count, config.token_dim))
-        self.delta_embedding: nn.Parameter | None = nn.Parameter(torch.zeros(self.count, config.token_dim))
+        self.register_buffer("embedding", torch.empty(self.count, self.width))
+        self.delta_embedding: nn.Parameter | None = nn.Parameter(torch.zeros(self.count, self.width))
         self._answers: dict[str, Any] = {}
 
     @torch.no_grad()
@@ -155,4 +153,3 @@ class Cpt(VirtualTokens):
                 for age, label in enumerate(labels.flip(0)):
                     row[own == label] = self.config.opt_loss_decay_factor**age
         return weights
-

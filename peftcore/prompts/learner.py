@@ -26,7 +26,7 @@ class PromptLearner(nn.Module):
     exclusive: ClassVar[bool] = True
     """Whether it feeds the model's input, which one adapter at a time can do."""
     defines_loss: ClassVar[bool] = False
-    """Whether the loss is its own and not the model's."""
+    """Whether the loss is more than that of predicting each word of the text from those before it."""
 
     generate_arguments: ClassVar[dict[str, Any]] = {}
     """Arguments that `generate` is given while this acts."""
@@ -85,9 +85,14 @@ class PromptLearner(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has an encoder and must define drop_encoder")
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """What is saved: {PEFT's whole key: tensor}."""
-        with torch.no_grad():
-            return {EMBEDDINGS: self.encoded().detach()}
+        """What is saved: {PEFT's whole key: tensor}; without dropout, also in the middle of training."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return {EMBEDDINGS: self.encoded().detach()}
+        finally:
+            self.train(training)
 
     @torch.no_grad()
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -150,7 +155,9 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def is_causal(model: nn.Module) -> bool:
     """Whether tokens attend to those before them only."""
-    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+    generates = getattr(model, "can_generate", None)
+    said = any(getattr(module, "is_causal", False) is True for module in model.modules())
+    return said or (callable(generates) and bool(generates()))
 
 
 def takes(model: nn.Module, argument: str) -> bool:

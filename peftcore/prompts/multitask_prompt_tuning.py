@@ -1,4 +1,4 @@
-"""MULTITASK_PROMPT_TUNING: one prompt times a rank-r matrix for each task, [P ∘ (u_t v_t); E(x)]. arXiv:2303.02861.
+"""Multitask prompt tuning: one prompt times a rank-r matrix for each task, [P ∘ (u_t v_t); E(x)]. arXiv:2303.02861.
 
 The call and `generate` take `task_ids`, the task t of each row. An encoder-decoder model has the second half of P
 before the decoder's text. Shapes: P (n, d), u (tasks, n, r), v (tasks, r, d), B rows.
@@ -54,7 +54,7 @@ class MultitaskPromptTuning(VirtualTokens):
 
     def __init__(self, config: MultitaskPromptTuningConfig, model: nn.Module):
         super().__init__(config, model)
-        tasks, rank, width = config.num_tasks, config.num_ranks, config.token_dim
+        tasks, rank, width = config.num_tasks, config.num_ranks, self.width
         self.embedding = nn.Parameter(torch.empty(self.total, width))
         self.prefix_task_cols = nn.Parameter(torch.empty(tasks, self.total, rank))
         self.prefix_task_rows = nn.Parameter(torch.empty(tasks, rank, width))
@@ -84,7 +84,9 @@ class MultitaskPromptTuning(VirtualTokens):
                 raise CheckpointError(f"the source prompt {path} has no {key}; give one of multitask prompt tuning")
             value = source[key]
             if key != EMBEDDINGS:
-                value = _one_task(value, None if start == "AVERAGE_SOURCE_TASKS" else self.config.prompt_tuning_init_task)
+                value = _one_task(
+                    value, None if start == "AVERAGE_SOURCE_TASKS" else self.config.prompt_tuning_init_task
+                )
             if value.shape != own.shape:
                 raise ConfigError(
                     f"the source prompt's {key} is {list(value.shape)}, here {list(own.shape)}; "

@@ -1,6 +1,7 @@
-"""P_TUNING: virtual tokens that an MLP or a bidirectional LSTM computes from learned ones, [f(P); E(x)]. arXiv:2103.10385.
+"""P-tuning: virtual tokens that an MLP or an LSTM computes from learned ones, [f(P); E(x)]. arXiv:2103.10385.
 
-MLP: f(P) = W₃ relu(W₂ relu(W₁ P)); LSTM: f(P) = W₂ relu(W₁ lstm(P)). Shapes: P (n, d), hidden size h.
+MLP: f(P) = W₃ relu(W₂ relu(W₁ P)); LSTM, in both directions: f(P) = W₂ relu(W₁ lstm(P)). Shapes: P (n, d), hidden
+size h.
 """
 
 import dataclasses
@@ -44,8 +45,8 @@ class PTuning(VirtualTokens):
 
     def __init__(self, config: PromptEncoderConfig, model: nn.Module):
         super().__init__(config, model)
-        d, h = config.token_dim, config.encoder_hidden_size
-        assert d is not None and h is not None
+        d, h = self.width, config.encoder_hidden_size
+        assert h is not None
         self.embedding = nn.Parameter(torch.empty(self.total, d))
         self.lstm_head = None
         if config.encoder_reparameterization_type == "MLP":

@@ -1,4 +1,4 @@
-"""PREFIX_TUNING: n learned keys and values before those of each attention, softmax(q [K_P; K]ᵀ) [V_P; V]. arXiv:2101.00190.
+"""Prefix tuning: n learned keys and values before each attention's, softmax(q [K_P; K]ᵀ) [V_P; V]. arXiv:2101.00190.
 
 With projection, [K_P, V_P] of all layers = W₂ tanh(W₁ P). They are written into the cache before the first call of a
 text, and stay in the decoder of an encoder-decoder model. On disk: (n, 2·L·k·w), layer by layer, key before value.
@@ -32,8 +32,8 @@ from peftcore.prompts.placement import check_not_packed, mask_of, text_positions
 from peftcore.registry import register
 
 _CHECKPOINTING = (
-    "prefix tuning needs a cache and gradient checkpointing does without one; turn checkpointing off "
-    "(model.gradient_checkpointing_disable()) or use PromptTuningConfig"
+    "prefix tuning needs a cache and activation checkpointing does without one; turn checkpointing off "
+    "(model.activation_checkpointing_disable()) or use PromptTuningConfig"
 )
 
 
@@ -79,7 +79,9 @@ class PrefixTuning(PromptLearner):
     @classmethod
     def completed(cls, config: PrefixTuningConfig, model: nn.Module) -> Any:
         if not hasattr(model, "config") or cache_name(model) is None:
-            raise ConfigError(f"{type(model).__name__} takes no cache, which prefix tuning needs; use PromptTuningConfig")
+            raise ConfigError(
+                f"{type(model).__name__} takes no cache, which prefix tuning needs; use PromptTuningConfig"
+            )
         if _checkpoints(model):
             raise ConfigError(_CHECKPOINTING)
         shapes = [shape for shape in kv_shapes(model) if shape is not None]

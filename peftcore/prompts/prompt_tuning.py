@@ -1,4 +1,4 @@
-"""PROMPT_TUNING: n learned embeddings before the text, [P; E(x)]. arXiv:2104.08691.
+"""Prompt tuning: n learned embeddings before the text, [P; E(x)]. arXiv:2104.08691.
 
 With two submodules (encoder and decoder) PEFT keeps 2n of them and reads the first n, before the encoder's text.
 Shapes: P (n, d).
@@ -23,7 +23,7 @@ class PromptTuningConfig(VocabularyPromptConfig):
 class PromptTuning(VirtualTokens):
     def __init__(self, config: PromptTuningConfig, model: nn.Module):
         super().__init__(config, model)
-        self.embedding = nn.Parameter(torch.empty(self.total, config.token_dim))
+        self.embedding = nn.Parameter(torch.empty(self.total, self.width))
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:

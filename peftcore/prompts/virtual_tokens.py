@@ -22,6 +22,7 @@ IGNORED = -100
 class VirtualTokens(PromptLearner):
     """A prompt of n tokens. Shapes: B rows, T text tokens, d embedding width."""
 
+    defines_loss = True  # the last virtual token predicts the text's first
     prompts_decoder: ClassVar[bool] = False
     """Whether the second half of the tokens stands before the decoder's text, if there are two halves."""
 
@@ -29,6 +30,7 @@ class VirtualTokens(PromptLearner):
         super().__init__(config, model)
         name, task = type(model).__name__, config.task_type
         self.count: int = config.num_virtual_tokens
+        self.width: int = config.token_dim
         self.total: int = self.count * config.num_transformer_submodules
         self.is_causal = is_causal(model)
         self.classifies_rows = task == TaskType.SEQ_CLS or "SequenceClassification" in name
@@ -44,7 +46,9 @@ class VirtualTokens(PromptLearner):
                 "nothing to stand beside"
             ) from error
         if config.token_dim not in (None, width):
-            raise ConfigError(f"token_dim={config.token_dim}, but the model's embeddings have width {width}; leave it out")
+            raise ConfigError(
+                f"token_dim={config.token_dim}, but the model's embeddings have width {width}; leave it out"
+            )
         return dataclasses.replace(config, token_dim=width, **model_sizes(config, model))
 
     def prompts(self, inputs: dict[str, Any], rows: int) -> Tensor:
@@ -69,6 +73,11 @@ class VirtualTokens(PromptLearner):
 
     def _read_first(self, model: Any, inputs: dict[str, Any], mask: Tensor | None, cache: Any) -> None:
         place = placement(mask, self.count, all_pads_first=self.classifies_rows and self.is_causal)
+        if cache is not None and place.pads is not None and bool(place.pads.all(1).any()):
+            raise ConfigError(
+                "a row's first call is padding only, so its prompt has no place next to the text; make "
+                "prefill_chunk_size larger than the padding"
+            )
         length = tokens_of(inputs).shape[1]
         self._insert(inputs, model, place, slice(None, self.count))
         if mask is not None:

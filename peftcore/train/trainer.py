@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.adapter_set import adapter_set
+from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import TrainingError
 from peftcore.model import PeftModel
 from peftcore.train.batches import LengthGroupedSampler

@@ -9,7 +9,8 @@ import pytest
 
 import peftcore
 from peftcore import ConfigError, LoraConfig
-from peftcore.registry import method_named, method_table, methods
+from peftcore.config import TunerConfig
+from peftcore.registry import method_named, method_table, methods, tuner_names
 
 GUIDE = Path(peftcore.__file__).parent / "methods" / "README.md"
 
@@ -82,6 +83,11 @@ def test_every_method_is_found_and_named_after_its_own_file() -> None:
         assert method.config.peft_type == name
         assert getattr(peftcore, method.config.__name__) is method.config
         assert f"| {name} |" in method_table()
+
+
+def test_names_without_importing_are_those_of_the_methods() -> None:
+    tuners = {name for name, method in methods().items() if issubclass(method.config, TunerConfig)}
+    assert set(tuner_names()) == tuners - {"ADAPTION_PROMPT"}
 
 
 def test_an_unknown_method_is_named_with_a_suggestion() -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.stages import train
 from flows.training_log import FIELDS, TrainingLog
-from peftcore import PeftConfig, TrainingError
+from peftcore import MergeError, PeftConfig, TrainingError
 
 ROOT = Path(__file__).parents[3]
 TIMES = ("seconds", "tokens_per_second")
@@ -179,6 +180,30 @@ def test_adalora_gets_its_schedule_from_the_runs_length(prepared: Paths, tiny_pa
     kept = [sum(mask) for mask in config.rank_pattern.values()]
     assert sum(kept) == 2 * len(kept)
     assert all(record["regularizer"] > 0 for record in log_of(prepared) if record["loss"] is not None)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "lora", "options": {"use_dora": True, "init_lora_weights": "pissa"}},
+        {"name": "lora", "r": 4, "options": {"init_lora_weights": "eva"}},
+        {"name": "ia3", "target_modules": ["k_proj", "down_proj"], "options": {"feedforward_modules": ["down_proj"]}},
+        {"name": "oft", "options": {"oft_block_size": 4}},
+        {"name": "ln_tuning", "target_modules": None},
+    ],
+    ids=str,
+)
+def test_any_method_trains_by_its_name(method: dict[str, Any], prepared: Paths, tiny_params) -> None:
+    train.run(tiny_params(method=method), prepared)
+    assert PeftConfig.from_pretrained(prepared.adapter).peft_type == method["name"].upper()
+    losses = [record["loss"] for record in log_of(prepared) if record["loss"] is not None]
+    assert losses and all(map(math.isfinite, losses))
+
+
+def test_a_method_that_cannot_merge_is_refused_before_training(prepared: Paths, tiny_params) -> None:
+    with pytest.raises(MergeError, match="POLY"):
+        train.run(tiny_params(method={"name": "poly"}), prepared)
+    assert not prepared.adapter.exists()
 
 
 def test_a_broken_tracker_does_not_fail_the_run(prepared: Paths, tiny_params, monkeypatch, caplog) -> None:

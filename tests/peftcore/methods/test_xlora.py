@@ -241,6 +241,15 @@ def test_trained_loras_are_saved_here_and_read_by_peft(loras: dict[str, str], tm
     torch.testing.assert_close(there(input_ids=tokens()).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_loras_that_peft_wrote(tmp_path: Path) -> None:
+    hf = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])).eval()
+    randomise(hf, 0.3)
+    hf.save_pretrained(tmp_path)  # with the embedding's own weight
+    model = mixed({"0": str(tmp_path)})  # a softmax over one LoRA gives it the weight 1
+    torch.testing.assert_close(model(tokens()).logits, hf(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_save_and_load_keeps_the_classes_in_order(loras: dict[str, str], tmp_path: Path) -> None:
     names = {"10": loras["1"], "9": loras["0"], "11": loras["2"]}
     assert [str(d) for d in config(names).directories()] == list(loras.values())

@@ -31,9 +31,9 @@ CAUSAL: dict[str, Any] = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
 
 @pytest.mark.filterwarnings("ignore")  # the oracle's own
 @pytest.mark.parametrize("projection", [False, True])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "llama-cls", "t5"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "t5"])
 def test_parity(family: str, projection: bool, tmp_path: Path) -> None:
-    """With transformers 5.24 PEFT gives encoders no prefix at all; those are compared below, with the formula."""
+    """With transformers 5.24 PEFT finds that no other model takes a cache; encoders are compared with the formula."""
     options: dict[str, Any] = {
         "num_virtual_tokens": 3,
         "task_type": FAMILIES[family][1],
@@ -95,8 +95,8 @@ def split_for_nine_keys(attention: Any) -> None:
     attention.forward = forward
 
 
-@pytest.mark.parametrize("family", ["bert-cls", "bert-tokens", "bert-qa"])
-def test_every_task_of_an_encoder_takes_it(family: str) -> None:
+@pytest.mark.parametrize("family", ["bert-cls", "bert-tokens", "bert-qa", "llama-cls"])
+def test_every_task_takes_it(family: str) -> None:
     config = PrefixTuningConfig(num_virtual_tokens=3, task_type=FAMILIES[family][1])
     out = call(family, model := attach(family, config), attention_mask=torch.ones(2, 6))
     with model.disable_adapter():
@@ -218,16 +218,16 @@ def test_a_call_without_cache_gives_none_back() -> None:
     assert model(batch(), cache=given, use_cache=False).logits.shape == (2, 6, 64)
 
 
-def test_gradient_checkpointing_is_refused_both_ways() -> None:
+def test_activation_checkpointing_is_refused_both_ways() -> None:
     model = build("llama")
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     with pytest.raises(ConfigError, match="turn checkpointing off"):
         get_peft_model(model, PrefixTuningConfig(**CAUSAL))
     assert "peftcore_prompts" not in model._modules
     assert all(p.requires_grad for p in model.parameters()), "nothing was changed"
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     model = get_peft_model(model, PrefixTuningConfig(**CAUSAL)).train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     with pytest.raises(TrainingError, match="turn checkpointing off"):
         model(batch())
     model.eval()(batch())
@@ -238,7 +238,7 @@ def test_under_autocast_the_prefix_has_the_activations_type() -> None:
     full = model(batch()).logits
     with torch.autocast("cpu", torch.bfloat16):
         out = model(batch())
-    assert out.cache.layers[0].keys.dtype == torch.bfloat16
+    assert out.cache.layers[0].values.dtype == torch.bfloat16
     assert (out.logits - full).abs().max() < 0.1 * full.abs().max()
 
 

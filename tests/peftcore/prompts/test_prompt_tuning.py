@@ -22,9 +22,7 @@ def test_parity(family: str, tmp_path: Path) -> None:
     mask[1, 4:] = 0  # right-padded, where both libraries put the prompt in front
     if family == "llama-cls":  # PEFT reads the padding's answer there
         mask[:] = 1
-    both_ways(
-        family, peft.PromptTuningConfig(**options), PromptTuningConfig(**options), tmp_path, attention_mask=mask
-    )
+    both_ways(family, peft.PromptTuningConfig(**options), PromptTuningConfig(**options), tmp_path, attention_mask=mask)
 
 
 def test_the_model_reads_the_prompt_then_the_text() -> None:

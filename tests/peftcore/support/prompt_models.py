@@ -64,7 +64,7 @@ T5 = T5Config(
     vocab_size=64,
     decoder_start_token_id=0,
     eos_token_id=None,
-    initializer_factor=3.0,
+    initializer_factor=1.0,
 )
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "gpt2": (lambda: GPT2LMHeadModel(GPT2), "CAUSAL_LM"),

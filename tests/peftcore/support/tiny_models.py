@@ -8,16 +8,13 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-MAPPINGS = (
-    auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
-    auto.MODEL_FOR_MASKED_LM_MAPPING,
-    auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-    auto.MODEL_FOR_CTC_MAPPING,
-    auto.MODEL_MAPPING,
-    auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+_ORDER = (
+    *("IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "CTC"),
+    *("", "IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "SEMANTIC_SEGMENTATION", "DEPTH_ESTIMATION"),
+    *("KEYPOINT_DETECTION", "KEYPOINT_MATCHING", "IMAGE_MATTING", "POSE_ESTIMATION", "UNIVERSAL_SEGMENTATION"),
+    *("TEXT_TO_WAVEFORM", "TEXT_TO_SPECTROGRAM", "RNNT", "TABLE_RECOGNITION", "TEXT_RECOGNITION", "RETRIEVAL"),
 )
+MAPPINGS = [getattr(auto, f"MODEL_FOR_{task}_MAPPING" if task else "MODEL_MAPPING") for task in _ORDER]
 """The first that knows a type gives its class."""
 
 _KEYS = {
@@ -33,7 +30,7 @@ _KEYS = {
     "head": "head_dim d_kv kv_channels attention_head_dim qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim",
     "rotary": "rotary_dim",
     "rank": "kv_lora_rank q_lora_rank",
-    "chosen": "num_experts_per_tok moe_topk top_k_experts moe_k",
+    "chosen": "num_experts_per_tok moe_topk top_k_experts moe_k num_experts_per_token",
     "vocabulary": "vocab_size",
     "image": "image_size",
     "patch": "patch_size",
@@ -46,7 +43,7 @@ TEXT = {
     **{"hidden": 32, "inner": 80, "expert": 24, "layers": 2, "heads": 4, "head": 16, "vocabulary": 128},
     **{"image": 32, "patch": 8, "little": 8, "bottleneck": 16, "rank": 24, "chosen": 2, "rotary": 8},
 }
-TOWER = TEXT | {"hidden": 64, "inner": 160}
+TOWER = TEXT | {"hidden": 64, "inner": 192}
 """Towers inside a model of several, of another width than its text so that a mix-up shows."""
 
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
@@ -60,16 +57,20 @@ _SHARED_KV = {
 }
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), _HEAD),
+    "bailing_hybrid": _HYBRID,
     "bamba": {"attn_layer_indices": [1], **_MAMBA},
     "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "gemma3n_text": _SHARED_KV | {"laurel_rank": 4, "activation_sparsity_pattern": None},
     "gemma4_text": _SHARED_KV,
+    "glm5_next_text": {"layer_types": ["linear_attention", "indexed_attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], **_MAMBA},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "num_experts": 4},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "minimax": _HYBRID,
     "nemotron": _HEAD | {"num_key_value_heads": 2},
     "olmo_hybrid": _HYBRID,
@@ -77,7 +78,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "reformer": {"is_decoder": True},
     "wav2vec2-bert": {"vocab_size": 128},
     "wav2vec2-conformer": {"vocab_size": 128},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2},

@@ -1,0 +1,8 @@
+"""X-LoRA: `config.py` the options, `adapter.py` one layer and the two passes, `mixture.py` what the layers share,
+`experts.py` the LoRAs."""
+
+from peftcore.methods.xlora.adapter import XLora
+from peftcore.methods.xlora.config import XLoraConfig
+from peftcore.methods.xlora.mixture import Mixture
+
+__all__ = ["Mixture", "XLora", "XLoraConfig"]

@@ -1,0 +1,68 @@
+"""The trained LoRAs that X-LoRA weights, read from their directories."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.bases import BaseWeight
+from peftcore.config import PeftConfig
+from peftcore.errors import CheckpointError, ConfigError, TargetError
+from peftcore.registry import method_named
+from peftcore.tensors import PREFIX, read_tensors
+
+NOT_PLAIN = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "modules_to_save",
+)
+"""Options of a LoRA whose effect is no ΔW x at the layer itself, so that it cannot be weighted."""
+
+
+def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any]:
+    """{path: trained LoRA} of one directory."""
+    config = PeftConfig.from_pretrained(directory)
+    special = [option for option in NOT_PLAIN if getattr(config, option, None)]
+    if config.peft_type != "LORA" or special or getattr(config, "bias", "none") != "none":
+        why = ", ".join(special) or (config.peft_type if config.peft_type != "LORA" else "trained biases")
+        raise ConfigError(f"XLORA mixes plain LoRAs; {directory} has {why}")
+    tensors = read_tensors(directory)
+    unused = {key for key in tensors if not key.endswith(".base_layer.weight")}  # PEFT adds a targeted embedding's
+    experts: dict[str, Any] = {}
+    for path in lora_paths(tensors, directory):
+        if path not in bases:
+            raise TargetError(f"XLORA: {directory} adapts {path}, which target_modules leave out; give none")
+        with torch.device(bases[path].device):
+            expert = method_named("LORA").adapter(config, bases[path], path)
+            expert.reset_parameters()
+        own = {suffix: tensors.get(f"{PREFIX}{path}.{suffix}") for suffix in expert.checkpoint_tensors()}
+        wrong = [suffix for suffix, tensor in own.items() if tensor is None or not expert.fits(suffix, tensor)]
+        if wrong or getattr(expert, "start", None) is not None:
+            raise CheckpointError(f"{directory} does not fit: {path}.{(wrong or ['init_lora_weights'])[0]}")
+        expert.load_checkpoint_tensors(own)
+        unused -= {f"{PREFIX}{path}.{suffix}" for suffix in own}
+        experts[path] = expert
+    if unused:
+        raise CheckpointError(f"{directory} does not fit: unexpected {min(unused)}")
+    return experts
+
+
+def lora_paths(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, None]:
+    """Paths of the layers that a LoRA's tensors adapt, each once."""
+    paths = dict.fromkeys(key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors if ".lora_" in key)
+    if not paths:
+        raise CheckpointError(f"{directory} holds no LoRA; give the directory of a trained one")
+    return paths
+
+
+def frozen(expert: nn.Module) -> nn.Module:
+    """The same with buffers for parameters, so that nothing that makes an adapter trainable reaches them."""
+    for name, parameter in list(expert.named_parameters()):
+        delattr(expert, name)
+        expert.register_buffer(name, parameter.detach())
+    return expert

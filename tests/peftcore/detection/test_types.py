@@ -1,0 +1,228 @@
+"""Every model type of transformers that can be built tiny, on the meta device: what `detect` says against the model."""
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+from tiny_models import MAPPINGS, tiny
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+from peftcore.bases import is_adaptable
+from peftcore.detection import Architecture, detect
+from peftcore.detection.roles import FEED_FORWARD
+
+NOT_BUILT = {
+    "needs timm": "conditional_detr dab-detr deformable_detr detr edgetam edgetam_vision_model fast_vlm gemma3n "
+    "gemma3n_vision omdet-turbo pe_audio_video pe_audio_video_encoder pe_video pe_video_encoder perception_lm "
+    "table-transformer timm_backbone timm_wrapper",
+    "needs natten": "dinat",
+    "needs torchaudio": "higgs_audio_v2_tokenizer",
+    "needs detectron2": "layoutlmv2",
+    "its own configuration class builds no model without further arguments": "autoformer chameleon cohere_compass "
+    "cohere_compass_text dbrx deepseek_ocr2 diffusion_gemma dots1 emu3 gemma4_assistant granite4_vision hunyuan_vl "
+    "informer moonshine_streaming musicgen musicgen_melody nemotron_h_omni nougat pp_ocrv5_server_det "
+    "pp_ocrv6_medium_det qwen3_omni_moe t5gemma2_encoder time_series_transformer upernet vitmatte",
+    "its class is not in its module": "voxtral_realtime_text",
+    "sizes of its towers hang together in a way of their own": "d_fine depth_pro fun_asr_nano inkling2_loop lw_detr",
+}
+"""{reason: types}. Beside them only those that no auto class knows: parts of other types, which are built with them."""
+
+NO_ATTENTION = {
+    "a convolutional network": "bit efficientnet encodec glm_image_vqmodel hgnet_v2 mobilenet_v1 mobilenet_v2 "
+    "pp_lcnet pp_ocrv5_mobile_det pp_ocrv5_mobile_rec pp_ocrv5_server_rec pp_ocrv6_small_det pp_ocrv6_small_rec "
+    "pp_ocrv6_tiny_rec regnet resnet slanet superpoint textnet univnet uvdoc wavtokenizer wavtokenizer_encoder",
+    "a convolutional network with MLPs": "convnext convnextv2 dac dinov3_convnext muse_spark_audio "
+    "vibevoice_acoustic_tokenizer vibevoice_acoustic_tokenizer_decoder vibevoice_acoustic_tokenizer_encoder",
+    "mixes by convolution, pooling, Fourier transform or an MLP": "fnet focalnet patchtsmixer poolformer "
+    "lfm3_vl lfm3_vl_vision",
+    "a state space model": "falcon_mamba mamba mamba2",
+    "attends with convolutions over the image": "mobilevitv2 sam3_lite_text_text_model",
+    "has queries and keys, no values": "swiftformer",
+    "has queries only and is handed the keys and values of another model": "gemma4_unified_assistant",
+    "keeps its projections in layers or parameters of its own, which no adapter reaches": "ibert xlnet",
+}
+NO_FEED_FORWARD = {
+    "a convolutional network": NO_ATTENTION["a convolutional network"],
+    "a state space model, whose block is the mixer": NO_ATTENTION["a state space model"],
+    "its MLPs are convolutions": "fastspeech2_conformer fastspeech2_conformer_with_hifigan mobilevitv2 poolformer "
+    "sam3_lite_text_text_model swiftformer vits",
+    "its MLP has a norm between narrowing and widening": "superglue",
+    "see NO_ATTENTION": "ibert",
+}
+NOT_PACKABLE = {
+    "keeps a state": "bailing_hybrid bamba deepseek_v4 falcon_h1 falcon_mamba glm5_next glm5_next_text "
+    "granitemoehybrid jamba kimi_linear lara_mini mamba mamba2 minicpm_ocr minicpmv4_6 minicpmv4_7 minimax "
+    "nemo_speechlm nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp "
+    "qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya",
+    "convolves over time": "convbert inkling2 inkling2_loop_text inkling2_text inkling_mm_model inkling_text lfm2 "
+    "lfm2_moe lfm3 lfm3_vl",
+    "attends to windows, hashes or a low rank": "big_bird funnel longformer mra nystromformer reformer yoso",
+    "mixes without attention": "fnet",
+    "has attention that is not seen": "ibert xlnet",
+}
+OTHER_WIDTHS = {
+    **dict.fromkeys(("nemotron3_5_asr", "nemotron_asr_streaming", "parakeet_rnnt", "parakeet_tdt"), 64),  # encoder's
+    **dict.fromkeys(("edgetam_video", "sam2", "sam2_hiera_det_model", "sam2_video", "sam2_vision_model"), 384),
+    **dict.fromkeys(("sam3_tracker_video", "sam3_video"), 256),  # the memory's, its largest list of blocks
+    "perceiver": 1280,  # d_latents: d_model is the input's
+    "vibevoice_acoustic_tokenizer": 2048,  # grows from stage to stage
+    "vibevoice_acoustic_tokenizer_decoder": 2048,
+    "vibevoice_acoustic_tokenizer_encoder": 2048,
+    "vjepa2": 384,  # the predictor's, which stays whole in the tiny model
+    "wavtokenizer": 768,
+    "wavtokenizer_encoder": 32,
+}
+"""Widths where the configuration gives another one or none."""
+
+TYPES = sorted(
+    name
+    for name in set(CONFIG_MAPPING_NAMES) - {name for names in NOT_BUILT.values() for name in names.split()}
+    if any(CONFIG_MAPPING[name] in mapping for mapping in MAPPINGS)
+)
+
+
+def listed(table: dict[str, str]) -> set[str]:
+    return {name for names in table.values() for name in names.split()}
+
+
+@cache
+def built(model_type: str) -> tuple[Any, Architecture]:
+    model = tiny(model_type)
+    return model, detect(model)
+
+
+def reached(model: nn.Module, regex: str) -> list[nn.Module]:
+    return [module for path, module in model.named_modules() if re.fullmatch(regex, path)]
+
+
+def test_nearly_every_type_is_built() -> None:
+    assert len(TYPES) > 580
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_attention_and_feed_forward_are_found(model_type: str) -> None:
+    _, found = built(model_type)
+    roles = {info.role for info in (*found.target_modules.values(), *found.experts.values())}
+    attends = bool(roles & {"query", "fused_qkv"}) and bool(roles & {"value", "fused_kv", "fused_qkv"})
+    assert attends == (model_type not in listed(NO_ATTENTION))
+    feeds = "down" in roles and bool(roles & {"up", "fused_gate_up"})
+    assert feeds == (model_type not in listed(NO_FEED_FORWARD))
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("method", ["LORA", "ADALORA", "IA3", "VERA", "OSF", "LN_TUNING"])
+def test_defaults_are_layers_that_can_be_adapted(model_type: str, method: str) -> None:
+    model, found = built(model_type)
+    names = found.targets_for(method)
+    assert names or (method == "LN_TUNING" and not any(is_norm(module) for module in model.modules()))
+    for name in names:
+        layers = [layer for layer in reached(model, found.target_regex([name])) if is_adaptable(layer)]
+        info = found.norms[name] if method == "LN_TUNING" else found.target_modules[name]
+        assert len(layers) >= info.count > 0  # a module in two places is counted once
+
+
+def is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm") and is_adaptable(module)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_ia3_scales_what_it_adapts(model_type: str) -> None:
+    _, found = built(model_type)
+    assert set(found.feedforward_modules) <= set(found.targets_for("IA3"))
+    assert {found.target_modules[name].role for name in found.feedforward_modules} <= {"down"}
+    assert set(found.feed_forward) == {n for n in found.all_linear if found.target_modules[n].role in FEED_FORWARD}
+
+
+def widths(config: PreTrainedConfig) -> Iterator[int]:
+    """Every width that a configuration or one in it names."""
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from widths(value)
+    for own in named_widths(config):  # a pyramid doubles it from stage to stage
+        yield from (own * 2**stage for stage in range(4))
+    for key in ("hidden_sizes", "embed_dims", "embed_dim"):
+        if isinstance(stages := getattr(config, key, None), list | tuple):
+            yield from stages
+
+
+def named_widths(config: PreTrainedConfig) -> list[int]:
+    names = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim")
+    named = (getattr(config, name, None) for name in names)
+    return [size for size in named if isinstance(size, int)]
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_hidden_size_is_the_configurations(model_type: str) -> None:
+    model, found = built(model_type)
+    text = named_widths(model.config.get_text_config(decoder=True))
+    if model_type in OTHER_WIDTHS:
+        assert found.hidden_size == OTHER_WIDTHS[model_type]
+    elif found.vocab_size and text:
+        assert found.hidden_size == (text[0] if found.blocks else None)
+    elif found.hidden_size is not None:
+        assert found.hidden_size in set(widths(model.config))
+    else:
+        assert model_type in listed(NO_ATTENTION)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_tied_weights_are_the_models(model_type: str) -> None:
+    model, found = built(model_type)
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    tied = [group for group in names.values() if len(group) > 1]
+    assert [set(group) for group in found.tied_weights] == tied
+    fixed = {name.rpartition(".")[0] for group in tied for name in group}
+    for name in found.quantizable:
+        assert not any(re.fullmatch(found.target_regex([name]), path) for path in fixed)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_only_models_whose_tokens_meet_in_attention_alone_are_packable(model_type: str) -> None:
+    _, found = built(model_type)
+    text = found.vocab_size is not None and found.kind in ("causal decoder", "encoder")
+    assert found.packable == (text and model_type not in listed(NOT_PACKABLE))
+
+
+def test_a_word_for_every_kind_of_model() -> None:
+    kinds = {
+        "llama gpt2 mamba rwkv imagegpt qwen3_vl llava blip-2": "causal decoder",
+        "t5 bart whisper vision-encoder-decoder florence2": "encoder-decoder",
+        "bert mobilebert ibert squeezebert xlm-roberta perceiver clip siglip pi0 embedding_gemma2 wav2vec2 "
+        "parakeet_ctc": "encoder",
+        "vit swin resnet convnext dinov2 sam pp_lcnet hgnet_v2": "vision encoder",
+        "encodec univnet": "other",
+    }
+    assert {name: built(name)[1].kind for names in kinds for name in names.split()} == {
+        name: kind for names, kind in kinds.items() for name in names.split()
+    }
+
+
+def test_the_tokens_that_sparse_attention_looks_up_take_no_adapter() -> None:
+    roles = {name: info.role for name, info in built("deepseek_v32")[1].target_modules.items()}
+    assert (roles["wq_b"], roles["wk"], roles["q_b_proj"]) == ("unknown", "unknown", "query")
+
+
+def test_experts_in_layers_of_their_own() -> None:
+    experts = {name: info.role for name, info in built("jetmoe")[1].experts.items()}
+    assert experts == {
+        "mlp.input_linear.weight": "fused_gate_up",
+        "mlp.output_linear.weight": "down",
+        "experts.input_linear.weight": "query",
+        "experts.output_linear.weight": "output",
+    }
+
+
+def test_raw_attention_is_named_as_unreached() -> None:
+    assert built("xlnet")[1].unreached["XLNetRelativeAttention"] > 0
+    assert built("ibert")[1].unreached["QuantLinear"] > 0
+
+
+def test_layers_that_feed_the_base_model_are_no_heads() -> None:
+    roles = {name: info.role for name, info in built("pi0")[1].target_modules.items()}
+    assert (roles["action_in_proj"], roles["action_out_proj"]) == ("unknown", "head")
