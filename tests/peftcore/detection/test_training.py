@@ -37,7 +37,7 @@ def inputs(model: Any, model_type: str) -> dict[str, Tensor]:
         sound = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions)
         return {"input_features": sound, "decoder_input_ids": tokens["input_ids"]}
     if model_type in SOUND:
-        return {"input_values": torch.randn(1, 800)}
+        return {"input_values": torch.randn(1, 6400)}
     return {**tokens, **({"decoder_input_ids": tokens["input_ids"]} if config.is_encoder_decoder else {})}
 
 
