@@ -4,7 +4,7 @@ One `Adapter` is the adapter of one name at one layer. A method defines `delta_w
 `before`/`after` where it can do better than rebuilding ΔW in every forward.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +61,11 @@ class Adapter(nn.Module):
     def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str] | None:
         """Paths to adapt where `target_modules` is None, out of all base layers by path; None: those LoRA adapts."""
         return None
+
+    @classmethod
+    def completed(cls, config: Any, model: nn.Module, targets: Sequence[str]) -> Any:
+        """A copy of the configuration with what the model decides, such as which of the targets end an MLP."""
+        return config
 
     @classmethod
     def link(cls, config: Any, adapters: Mapping[str, "Adapter"]) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftcore.adapter import Adapter, Shared
+from peftcore.adapter import Adapter
 from peftcore.adapter_set import AdapterSet, adapter_set, bias_path, shared_by
 from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.errors import CheckpointError, TargetError

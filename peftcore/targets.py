@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from peftcore.bases import base_weight, is_adaptable
+from peftcore.bases import base_weight, calls_its_layers, is_adaptable
 from peftcore.config import PromptLearningConfig, TaskType, TunerConfig, suggestion
 from peftcore.detection import detect
 from peftcore.errors import TargetError
@@ -100,7 +100,7 @@ def _wanted_paths(model: nn.Module, modules: dict[str, nn.Module], config: Tuner
         return [
             path
             for path, module in modules.items()
-            if _is_linear(module) and module is not output and not named(path, heads) and not _bypassed(model, path)
+            if _is_linear(module) and module is not output and not named(path, heads) and _is_called(model, path)
         ]
     if config.target_modules is None and parameter_names(config):
         return []
@@ -145,16 +145,16 @@ def _check_adaptable(model: nn.Module, path: str, layer: nn.Module) -> None:
         raise TargetError(f"{path} is already trained whole as one of modules_to_save; exclude it")
     if not isinstance(layer, AdaptedLayer):
         base_weight(layer, path)
-    if _bypassed(model, path):
+    if not _is_called(model, path):
+        owner = type(model.get_submodule(path.rpartition(".")[0])).__name__
         raise TargetError(
-            f"{path} belongs to nn.MultiheadAttention, whose forward reads the weight and never calls the layer, "
+            f"{path} belongs to {owner}, whose forward reads the weight and never calls the layer, "
             "so an adapter there would do nothing; exclude it"
         )
 
 
-def _bypassed(model: nn.Module, path: str) -> bool:
-    """Whether the model reads this layer's weight and never calls it."""
-    return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
+def _is_called(model: nn.Module, path: str) -> bool:
+    return calls_its_layers(model.get_submodule(path.rpartition(".")[0]))
 
 
 def _nothing_matched(modules: dict[str, nn.Module], wanted: list[str], config: TunerConfig) -> str:
@@ -186,25 +186,15 @@ def find_saved_modules(model: nn.Module, config: TunerConfig | PromptLearningCon
 
 def completed(model: nn.Module, config: TunerConfig) -> TunerConfig:
     """A copy with what the model decides written out: default targets, "all-linear" as names, heads to train, and
-    which of its targets IA3 scales at their input.
+    what the method itself adds.
 
     Readers of the saved file (PEFT, vLLM) then need no architecture table. The given configuration stays as it is.
     """
     modules = dict(modules_outside_hosts(model))
-    changes: dict[str, object] = {}
-    decided_here = config.target_modules is None or config.target_modules == ALL_LINEAR
-    if decided_here and (wanted := _wanted_paths(model, modules, config)):
-        changes["target_modules"] = _shortest_names(wanted, list(modules))
-    if getattr(config, "feedforward_modules", "") is None:  # a field of IA3's
-        changes["feedforward_modules"] = _feedforward(model, modules, config)
-    return dataclasses.replace(with_heads(model, config), **changes)
-
-
-def _feedforward(model: nn.Module, modules: dict[str, nn.Module], config: TunerConfig) -> set[str]:
-    """Those of the wanted layers that the architecture says an MLP ends with."""
-    wanted, architecture = _wanted_paths(model, modules, config), detect(model)
-    scaled = architecture.target_regex(architecture.feedforward_modules)
-    return _shortest_names([path for path in wanted if named(path, scaled)], list(modules))
+    wanted, config = _wanted_paths(model, modules, config), with_heads(model, config)
+    if wanted and (config.target_modules is None or config.target_modules == ALL_LINEAR):
+        config = dataclasses.replace(config, target_modules=_shortest_names(wanted, list(modules)))
+    return method_of(config).adapter.completed(config, model, wanted)
 
 
 def with_heads(model: nn.Module, config: C) -> C:

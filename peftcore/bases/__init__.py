@@ -10,7 +10,7 @@ from peftcore.bases.plain import Conv1DWeight, ConvWeight, EmbeddingWeight, Line
 from peftcore.bases.quantized import EightBitWeight, FourBitWeight
 from peftcore.errors import TargetError
 
-__all__ = ["BaseWeight", "ParameterWeight", "base_weight", "is_adaptable"]
+__all__ = ["BaseWeight", "ParameterWeight", "base_weight", "calls_its_layers", "is_adaptable"]
 
 _QUANTIZED = {"Params4bit": FourBitWeight, "Int8Params": EightBitWeight}
 _PLAIN = {
@@ -34,6 +34,15 @@ def _class_for(layer: nn.Module) -> type[BaseWeight] | None:
 def is_adaptable(layer: nn.Module) -> bool:
     """Whether `base_weight` knows this kind of layer."""
     return _class_for(layer) is not None
+
+
+_READS_WEIGHTS = {"MultiheadAttention", "WavLMAttention"}
+"""Classes whose forward hands the weights of their layers to one function and never calls the layers."""
+
+
+def calls_its_layers(parent: nn.Module) -> bool:
+    """Whether a module calls its child layers, so that an adapter on one of them acts."""
+    return not _READS_WEIGHTS & {kind.__name__ for kind in type(parent).__mro__}
 
 
 def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:

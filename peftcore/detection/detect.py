@@ -86,8 +86,14 @@ def _all_roles(model: nn.Module, tree: ModuleTree) -> Roles:
     outside = attention_roles(tree, "")
     roles |= {path: role for path, role in outside.items() if tree.block_of(path) is None}
     roles |= dict.fromkeys(head_paths(model, tree), "head")
+    return {site.path: roles.get(site.path, _kind_role(site)) for site in tree.sites.values()}
+
+
+def _kind_role(site: Site) -> Role:
+    if getattr(site.layer, "groups", 1) > 1:
+        return "grouped_convolution"
     other: dict[str, Role] = {"linear": "unknown", "conv": "convolution", "embedding": "embedding"}
-    return {site.path: roles.get(site.path, other[site.kind]) for site in tree.sites.values()}
+    return other[site.kind]
 
 
 def _block_roles(tree: ModuleTree, root: str) -> Roles:

@@ -13,7 +13,7 @@ from functools import cache, cached_property
 
 from torch import nn
 
-from peftcore.bases import base_weight, is_adaptable
+from peftcore.bases import base_weight, calls_its_layers, is_adaptable
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class ModuleTree:
             if id(module) not in seen:
                 seen.add(id(module))
                 self.modules[path] = module
-                if path and is_adaptable(module) and not self._bypassed(path):
+                if path and is_adaptable(module) and calls_its_layers(self.modules[path.rpartition(".")[0]]):
                     base = base_weight(module, path)
                     if base.kind == "norm":
                         self.norms[path] = int(base.in_features)
@@ -107,10 +107,6 @@ class ModuleTree:
         if not self.blocks:  # SqueezeBERT's blocks have convolutions of kernel 1 in the place of linear layers
             self._block_kinds = {"linear", "pointwise"}
             self.blocks = self._find_blocks()
-
-    def _bypassed(self, path: str) -> bool:
-        # nn.MultiheadAttention multiplies by out_proj.weight itself and never calls out_proj
-        return isinstance(self.modules[path.rpartition(".")[0]], nn.MultiheadAttention)
 
     def below(self, root: str) -> Iterator[str]:
         """Paths strictly inside `root`, in order of declaration."""

@@ -28,6 +28,7 @@ Role = Literal[
     "head",
     "embedding",
     "convolution",
+    "grouped_convolution",
     "unknown",
 ]
 Roles = dict[str, Role]

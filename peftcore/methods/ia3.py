@@ -6,7 +6,7 @@ Unlike PEFT, `feedforward_modules` match whole path segments, and a vector with 
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
-from peftcore.errors import ConfigError
+from peftcore.detection import detect
+from peftcore.errors import ConfigError, TargetError
 from peftcore.registry import register
 
 
@@ -94,6 +95,21 @@ class IA3(Adapter):
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias if bias is None or self.scales_input else bias * self.ia3_l.flatten()
+
+    @classmethod
+    def completed(cls, config: IA3Config, model: nn.Module, targets: Sequence[str]) -> IA3Config:
+        if config.feedforward_modules is not None:
+            return config
+        try:
+            found = detect(model)
+        except TargetError:  # embeddings and heads alone have no MLP
+            return dataclasses.replace(config, feedforward_modules=set())
+        chosen = {path for path in targets if re.fullmatch(found.target_regex(found.feedforward_modules), path)}
+        names = config.target_modules if isinstance(config.target_modules, set) else set()
+        reach = {name: {path for path in targets if _ends_with(path, name)} for name in names}
+        whole = {name for name, paths in reach.items() if paths and paths <= chosen}
+        rest = chosen.difference(*(reach[name] for name in whole))
+        return dataclasses.replace(config, feedforward_modules=whole | rest)
 
     @classmethod
     def config_to_save(cls, config: IA3Config, adapters: Mapping[str, Adapter]) -> IA3Config:

@@ -5,7 +5,6 @@ projector, embeddings, head) under this name; here that is `modules_to_save`.
 Shapes: d features; weight (d), bias (d) where the base has one.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,33 +12,9 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.bases.norm import NormWeight, is_norm
+from peftcore.bases.norm import NormWeight
 from peftcore.config import TunerConfig
 from peftcore.registry import register
-
-_LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
-_GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
-_T5 = ["layer_norm", "final_layer_norm"]
-DEFAULT_TARGETS = {
-    "llama": _LLAMA,
-    "llava": _LLAMA,
-    "mistral": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2,
-    "bloom": ["input_layernorm", "post_attention_layernorm", "ln_f"],
-    "falcon": ["input_layernorm", "post_attention_layernorm", "ln_f"],
-    "gpt2": ["ln_1", "ln_2", "ln_f"],
-    "gptj": ["ln_1", "ln_f"],
-    "phi": ["input_layernorm", "final_layernorm"],
-    "qwen2": ["post_attention_layernorm"],
-    "qwen3": ["post_attention_layernorm"],
-    "t5": _T5,
-    "mt5": _T5,
-    "bart": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
-    "blip-2": ["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"],
-}
-"""PEFT's choice of norms by `config.model_type`, for its directories and numbers; elsewhere every norm is adapted."""
 
 
 @dataclass
@@ -58,14 +33,6 @@ class LNTuning(Adapter):
         self.weight = nn.Parameter(torch.empty(base.out_features))
         self.bias = None if base.bias is None else nn.Parameter(torch.empty(base.out_features))
         self.through_weight = self.bias is None  # saves one norm; with a bias the layer's own fused sum is exact
-
-    @classmethod
-    def default_targets(
-        cls, config: LNTuningConfig, model: nn.Module, layers: Mapping[str, nn.Module]
-    ) -> list[str] | None:
-        names = DEFAULT_TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""))
-        norms = [path for path, layer in layers.items() if is_norm(layer)]
-        return norms if names is None else [path for path in norms if path.rpartition(".")[2] in names]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicCache, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticLayer
 
+from peftcore.detection import detect
 from peftcore.errors import ConfigError
 from peftcore.prompts.learner import is_encoder_decoder
 
@@ -68,25 +69,17 @@ def decoder_config(model: nn.Module) -> Any:
 
 
 def kv_shapes(model: nn.Module) -> list[tuple[int, int] | None]:
-    """(key/value heads, their width) of each layer; None for layers that keep no keys and values of their own.
+    """(key/value heads, their width) of each layer; None for one that keeps none of its own. [] for no such layer.
 
-    Layers without attention and layers that read another layer's cache are of the second kind.
+    Raises ConfigError where keys and values have other widths.
     """
-    config = decoder_config(model)
-    layers = DynamicCache(config=config).layers
-    return [
-        None if isinstance(layer, DummyLayer) or not isinstance(layer, CacheLayerMixin) else _kv_shape(own)
-        for layer, own in zip(layers, config.per_layer_config, strict=False)
-    ]
-
-
-def _kv_shape(config: Any) -> tuple[int, int]:
-    if getattr(config, "kv_lora_rank", None):
-        raise ConfigError("prefix tuning does not fit latent attention (kv_lora_rank); use PromptTuningConfig")
-    single = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
-    heads = getattr(config, "num_key_value_heads", None) or (1 if single else config.num_attention_heads)
-    width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    return heads, width or config.hidden_size // config.num_attention_heads
+    geometry = detect(model).prefix
+    layers = geometry.layers if geometry else ()
+    if any(layer and layer.head_dim != layer.value_dim for layer in layers):
+        raise ConfigError(
+            "prefix tuning does not fit latent attention, whose cache holds no heads; use PromptTuningConfig"
+        )
+    return [layer and (layer.kv_heads, layer.head_dim) for layer in layers]
 
 
 def new_cache(model: nn.Module) -> Any:

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from peftcore import LoraConfig, TargetError
 from peftcore.detection import Architecture, detect
 from peftcore.detection.defaults import PRACTICE
+from peftcore.methods.ln_tuning import LNTuningConfig
 from peftcore.targets import completed, find_targets
 
 _HEAD, _TAIL = "TRANSFORMERS_MODELS_TO_", "_TARGET_MODULES_MAPPING"
@@ -36,7 +37,7 @@ DIFFERENCES = {
     **{(f, "IA3"): f"{SUFFIX}: attention.output.dense" for f in ("bert", "roberta", "deberta", "deberta-v2")},
     ("mt5", "IA3"): "scaling the output of wi_1 or the input of wo is one and the same; wo is what T5 scales",
     ("llama4", "IA3"): "PEFT's names leave out the MLPs of the vision tower, but not its attention",
-    **{(family, "OSF"): WHOLE for family in "llama4 phi gpt2 bloom gpt_neox falcon gpt_bigcode".split()},
+    **{(family, "OSF"): WHOLE for family in ["llama4", "phi", "gpt2", "bloom", "gpt_neox", "falcon", "gpt_bigcode"]},
     **{(f, "LN_TUNING"): "PEFT names one norm of each block only" for f in ("qwen2", "qwen3")},
     ("llava", "LN_TUNING"): "PEFT also lists layers that are no norms, and leaves out those of the vision tower",
     (
@@ -130,7 +131,5 @@ def test_ia3_writes_down_what_it_scales_at_the_input() -> None:
 
 
 def test_a_model_without_targets_for_a_method_says_which_method() -> None:
-    from peftcore.methods.beft import BeftConfig  # type: ignore[import-not-found]
-
-    with pytest.raises(TargetError, match="BEFT"):
-        find_targets(nn.Sequential(nn.Linear(4, 4)), BeftConfig())
+    with pytest.raises(TargetError, match="LN_TUNING"):
+        find_targets(nn.Sequential(nn.Linear(4, 4)), LNTuningConfig())

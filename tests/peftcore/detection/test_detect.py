@@ -215,7 +215,7 @@ CASES = {
             "x_proj": "mixer",
             "dt_proj": "mixer",
             "out_proj": "mixer",
-            "conv1d": "convolution",
+            "conv1d": "grouped_convolution",
             "lm_head": "head",
         },
     ),
@@ -235,7 +235,9 @@ def test_roles_kind_and_sizes(family: str, architectures: dict[str, Architecture
     assert roles(found) == expected
     assert (found.num_blocks, found.hidden_size) == (2, 64)
     assert found.vocab_size == (None if family == "vit" else 320)
-    assert found.all_linear == tuple(n for n, role in roles(found).items() if role not in ("head", "convolution"))
+    assert found.all_linear == tuple(
+        n for n, role in roles(found).items() if "convolution" not in role and role != "head"
+    )
 
 
 @pytest.mark.parametrize("family", sorted(set(CASES) & set(PEFT_TARGETS)))

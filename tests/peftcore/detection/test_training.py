@@ -6,29 +6,24 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftcore import LoraConfig, get_peft_model
 
-TEXT = (
-    "albert bamba bart bert bloom codegen cpmant ctrl deberta deberta-v2 deepseek_v3 distilbert electra "
-    "embedding_gemma2 falcon falcon_h1 falcon_mamba fnet gemma2 gemma3_text gemma4_text gpt2 gpt_bigcode gpt_neo "
-    "gpt_neox gpt_oss gptj granitemoehybrid jamba jetmoe kimi_linear lfm2 llama mamba marian minimax mistral mixtral "
-    "mobilebert modernbert mpt mt5 nemotron_h olmo2 openai-gpt opt phi phi3 qwen2_moe qwen3 qwen3_5_text qwen3_next "
-    "recurrent_gemma roberta-prelayernorm rwkv squeezebert stablelm switch_transformers t5 xlm xlnet zamba"
-).split()
+TEXT = ["albert", "bamba", "bart", "bert", "bloom", "codegen", "cpmant", "ctrl", "deberta", "deberta-v2", "deepseek_v3", "distilbert", "electra", "embedding_gemma2", "falcon", "falcon_h1", "falcon_mamba", "fnet", "gemma2", "gemma3_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granitemoehybrid", "jamba", "jetmoe", "kimi_linear", "lfm2", "llama", "mamba", "marian", "minimax", "mistral", "mixtral", "mobilebert", "modernbert", "mpt", "mt5", "nemotron_h", "olmo2", "openai-gpt", "opt", "phi", "phi3", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "roberta-prelayernorm", "rwkv", "squeezebert", "stablelm", "switch_transformers", "t5", "xlm", "xlnet", "zamba"]
 IMAGES = (
-    "beit clip_vision_model convnext data2vec-vision deit dinov2 hgnet_v2 ijepa pvt_v2 resnet segformer vit".split()
+    ["beit", "clip_vision_model", "convnext", "data2vec-vision", "deit", "dinov2", "hgnet_v2", "ijepa", "pvt_v2", "resnet", "segformer", "vit"]
 )
-SOUND = "hubert sew unispeech wav2vec2 wavlm whisper".split()
-PAIRS = "clip siglip".split()
+SOUND = ["hubert", "sew", "unispeech", "wav2vec2", "wavlm", "whisper"]
+PAIRS = ["clip", "siglip"]
 
 
 def inputs(model: Any, model_type: str) -> dict[str, Tensor]:
     config = model.config
     tokens = {"input_ids": torch.arange(10, 18)[None]}
     vision = getattr(config, "vision_config", config)
-    pixels = {"pixel_values": torch.randn(2, 3, *2 * [getattr(vision, "image_size", 32)])}
+    size = getattr(vision, "image_size", 32)
+    pixels = {"pixel_values": torch.randn(2, 3, *([size, size] if isinstance(size, int) else [64, 64]))}
     if model_type in PAIRS:
         return {"input_ids": tokens["input_ids"].expand(2, -1), **pixels}
     if model_type in IMAGES:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from method_example import randomise
 from prompt_models import DECODER, ENCODER, FAMILIES, attach, batch, both_ways, build, call
+from tiny_models import tiny
 from torch import Tensor, nn
 from transformers import (
     BertModel,
@@ -174,14 +175,12 @@ def test_layers_without_keys_and_values_are_passed_by() -> None:
 
 
 def test_layers_that_share_keys_and_values_are_passed_by() -> None:
-    from transformers import Gemma3nTextConfig
+    assert kv_shapes(tiny("gemma3n_text")) == [(2, 16), (2, 16), None, None]
 
-    config = Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2, num_key_value_heads=2, head_dim=8)
-    holder = nn.Linear(1, 1)
-    holder.config = config
-    shapes = kv_shapes(holder)
-    assert shapes[:2] == [(2, 8)] * 2
-    assert shapes[2:] == [None] * 2
+
+def test_latent_attention_has_no_place_for_a_prefix() -> None:
+    with pytest.raises(ConfigError, match="latent attention"):
+        get_peft_model(tiny("deepseek_v3"), PrefixTuningConfig(**CAUSAL))
 
 
 def test_zero_start() -> None:

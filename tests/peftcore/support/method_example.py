@@ -43,6 +43,8 @@ class Example:
     """Model families of the parity test (those of test_parity.py)."""
     targets: Mapping[str, Any] = field(default_factory=dict)
     """{family: target_modules} where the test's own do not fit."""
+    only_ours: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """{(case, family): why HF peft cannot compute its own adapter}; ours must still be read there."""
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the adapted model's call in the parity test, for two rows of tokens."""
 

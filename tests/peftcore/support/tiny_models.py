@@ -77,6 +77,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_5": {"text_config": _HYBRID},
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,
+    "siglip": {"vision_config": {"hidden_size": 32}},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "wav2vec2-bert": {"vocab_size": 128},
     "wav2vec2-conformer": {"vocab_size": 128},
