@@ -9,7 +9,6 @@ from peftcore.adapter_set import adapter_set
 from peftcore.errors import AdapterNameError
 from peftcore.merge import merged_names, original_weights
 from peftcore.prompts.learner import PromptLearner
-from peftcore.registry import method_of
 
 
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
@@ -23,7 +22,7 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     adapters.require(*chosen)
     if len(set(chosen)) < len(chosen):
         raise AdapterNameError(f"set_adapter: each adapter at most once; got {list(chosen)}")
-    kinds = {name: method_of(adapters.configs[name]).adapter for name in chosen}
+    kinds = {name: adapters.kinds[name] for name in chosen}
     feeding = [name for name, kind in kinds.items() if issubclass(kind, PromptLearner) and kind.exclusive]
     if len(feeding) > 1:
         raise AdapterNameError(f"set_adapter: {feeding} are prompts, and one at a time can stand before the text")

@@ -10,7 +10,6 @@ from peftcore.config import PeftConfig
 from peftcore.errors import AdapterNameError
 from peftcore.host import Prompts, SavedModule, Selection, Site
 from peftcore.prompts.learner import PromptLearner
-from peftcore.registry import method_of
 from peftcore.replication import Replication
 
 ATTRIBUTE = "_adapter_set"
@@ -25,6 +24,10 @@ class AdapterSet:
     def __init__(self) -> None:
         self.selection = Selection()
         self.configs: dict[str, PeftConfig] = {}
+        self.kinds: dict[str, type[Any]] = {}
+        """Adapter or prompt classes by adapter name."""
+        self.listening: dict[str, frozenset[str]] = {}
+        """{adapter that is told of each forward: the arguments it takes of it}"""
         self.layers: dict[str, Site] = {}
         """Sites by the path of their layer or raw parameter."""
         self.saved: dict[str, SavedModule] = {}
@@ -46,7 +49,7 @@ class AdapterSet:
 
     def of_method(self, name: str) -> dict[str, Adapter]:
         """Those of `adapters` that are of the configuration's own method, not its companions."""
-        kind = method_of(self.configs[name]).adapter
+        kind = self.kinds[name]
         return {path: adapter for path, adapter in self.adapters(name).items() if isinstance(adapter, kind)}
 
     def copies(self, name: str) -> dict[str, nn.Module]:

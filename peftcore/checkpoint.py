@@ -20,7 +20,6 @@ from peftcore.errors import CheckpointError, TargetError
 from peftcore.files import MANIFEST, flush_to_disk, write_manifest
 from peftcore.inject import Injection, commit_injection, deepened, prepare_injection
 from peftcore.prompts.learner import PromptLearner
-from peftcore.registry import method_of
 from peftcore.tensors import PREFIX, WEIGHTS_NAME, read_tensors
 
 SHARED_PREFIX = "base_model."
@@ -89,7 +88,7 @@ def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
     adapters = adapter_set(model)
     adapters.require(name)
     config = adapters.configs[name]
-    config = method_of(config).adapter.config_to_save(config, adapters.of_method(name))
+    config = adapters.kinds[name].config_to_save(config, adapters.of_method(name))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     config = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base)
     # a tensor may be a view or shared with another: cloned, so that safetensors gets plain memory of its own

@@ -15,7 +15,6 @@ from torch import nn
 from peftcore.adapter_set import ATTRIBUTE, AdapterSet
 from peftcore.errors import ConfigError
 from peftcore.prompts.learner import is_encoder_decoder
-from peftcore.registry import method_of
 
 
 def install(model: nn.Module) -> None:
@@ -53,38 +52,39 @@ def remove_prompts(model: Any) -> None:
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
-    arguments = {} if adapters is None else _arguments(adapters)
-    if adapters is None or not arguments:
+    if adapters is None or not adapters.listening:
         return None
-    inputs = {**adapters.generating, **_by_name(model, args, kwargs)}
-    taken = frozenset().union(*arguments.values())
+    args, inputs = _by_name(model, args, kwargs)
+    inputs = {**adapters.generating, **inputs}
+    taken = frozenset().union(*adapters.listening.values())
     for key in taken & inputs.keys():
         inputs[key] = _for_each_row(inputs[key], inputs)
     adapters.passing = {key: inputs[key] for key in taken & inputs.keys()}
-    _tell(model, adapters, list(arguments), inputs)
+    _tell(model, adapters, list(adapters.listening), inputs)
     for learner in adapters.acting_prompts():  # last, because others may look for words in the text
         learner.before_forward(model, inputs)
-    return (), {key: value for key, value in inputs.items() if key not in taken}
+    return args, {key: value for key, value in inputs.items() if key not in taken}
 
 
 def _tell(model: nn.Module, adapters: AdapterSet, names: list[str], inputs: dict[str, Any]) -> None:
     for name in names:
         if name in adapters.selection.acting and name not in adapters.prompts:
             config = adapters.configs[name]
-            method_of(config).adapter.before_forward(config, adapters.of_method(name), model, inputs)
+            adapters.kinds[name].before_forward(config, adapters.of_method(name), model, inputs)
 
 
 def _before_encoder(
     adapters: AdapterSet, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[()], dict[str, Any]] | None:
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     learners = adapters.acting_prompts()
     if not learners:
         return None
     for_adapters = {**adapters.passing, **adapters.generating}
-    inputs = {**for_adapters, **_by_name(encoder, args, kwargs)}
+    args, inputs = _by_name(encoder, args, kwargs)
+    inputs = {**for_adapters, **inputs}
     for learner in learners:
         learner.before_encoder(encoder, inputs)
-    return (), {key: value for key, value in inputs.items() if key not in for_adapters}
+    return args, {key: value for key, value in inputs.items() if key not in for_adapters}
 
 
 def _after_forward(model: nn.Module, _args: Any, outputs: Any) -> Any:
@@ -97,15 +97,13 @@ def _after_forward(model: nn.Module, _args: Any, outputs: Any) -> Any:
     return outputs
 
 
-def _arguments(adapters: AdapterSet) -> dict[str, frozenset[str]]:
-    """{adapter that is told of forwards: the arguments it takes}."""
-    wanted = ((name, method_of(c).adapter.forward_arguments(c)) for name, c in adapters.configs.items())
-    return {name: arguments for name, arguments in wanted if arguments is not None}
-
-
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call by name; those of a forward that takes any number of them stay in order."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return args, dict(kwargs)
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
+    return (), {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _for_each_row(value: Any, inputs: dict[str, Any]) -> Any:
@@ -120,15 +118,15 @@ def _for_each_row(value: Any, inputs: dict[str, Any]) -> Any:
 def generation(model: nn.Module, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Gives `given`, the arguments of `generate`, without those that belong to adapters; these hold while inside."""
     adapters: AdapterSet = model.__dict__[ATTRIBUTE]
-    arguments = _arguments(adapters)
-    taken = frozenset().union(*arguments.values())
+    taken = frozenset().union(*adapters.listening.values())
     _check_cache(adapters, given)
     before = adapters.generating
     adapters.generating = {key: value for key, value in given.items() if key in taken}
-    kinds = (method_of(adapters.configs[name]).adapter for name in adapters.selection.acting)
+    kinds = (adapters.kinds[name] for name in adapters.selection.acting)
     fixed = {key: value for kind in kinds for key, value in kind.generate_arguments.items()}
     try:  # an encoder runs by itself, before the first forward of the model
-        _tell(model, adapters, [n for n, own in arguments.items() if own & given.keys()], dict(adapters.generating))
+        told = [name for name, own in adapters.listening.items() if own & given.keys()]
+        _tell(model, adapters, told, dict(adapters.generating))
         yield {**{key: value for key, value in given.items() if key not in taken}, **fixed}
     finally:
         adapters.generating = before

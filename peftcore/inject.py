@@ -5,7 +5,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -107,7 +107,7 @@ def _token_adapters(model: nn.Module, config: TunerConfig, taken: Mapping[str, A
     made: dict[str, Adapter] = {}
     for target, tokens in wanted.items() if isinstance(wanted, dict) else [(None, wanted)]:
         options: dict[str, Any] = {"token_indices": list(tokens), "target_modules": target and [target]}
-        made |= _adapters_for(model, method_named("TRAINABLE_TOKENS").config(**options))
+        made |= _adapters_for(model, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)))
     if both := sorted(made.keys() & taken.keys()):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
     for adapter in made.values():
@@ -218,6 +218,10 @@ def commit_injection(
         host.copies[name] = module.requires_grad_(trainable).train(host.training)
         adapters.saved[path] = host
     adapters.configs[name] = injection.config
+    adapters.kinds[name] = method_of(injection.config).adapter
+    taken = adapters.kinds[name].forward_arguments(injection.config)
+    if taken is not None:
+        adapters.listening[name] = taken
     if injection.prompt is not None:
         _put_prompt(model, adapters, name, injection.prompt.requires_grad_(trainable).train(model.training))
     if replication is not None:
@@ -338,7 +342,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
                 _put_back(model, places[id(saved)], saved.base_layer)
                 del adapters.saved[path]
     del adapters.configs[name]
-    if deepens:
+    del adapters.kinds[name]
+    adapters.listening.pop(name, None)
+    if deepens and adapters.replication is not None:
         adapters.replication[1].undo()
         adapters.replication = None
     adapters.selection.active = tuple(n for n in adapters.selection.active if n != name)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from peftcore import activation, checkpoint, forwarding, inject, merge
 from peftcore.adapter_set import adapter_set
 from peftcore.config import PeftConfig
-from peftcore.registry import method_of
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
 
@@ -145,8 +144,7 @@ class PeftModel:
         terms = [
             term
             for name in adapters.selection.active
-            if (term := method_of(c := adapters.configs[name]).adapter.regularizer(c, adapters.of_method(name)))
-            is not None
+            if (term := adapters.kinds[name].regularizer(adapters.configs[name], adapters.of_method(name))) is not None
         ]
         return torch.stack(terms).sum() if terms else None
 
@@ -157,8 +155,8 @@ class PeftModel:
         """
         adapters = adapter_set(self._module)
         for name in adapters.selection.active:
-            config = adapters.configs[name]
-            method_of(config).adapter.on_step(config, adapters.of_method(name), step, optimizer)
+            own = adapters.of_method(name)
+            adapters.kinds[name].on_step(adapters.configs[name], own, step, optimizer)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Training state that is not in the saved adapter, for checkpoints: {"name/path/key": tensor}."""

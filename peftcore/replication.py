@@ -1,4 +1,4 @@
-"""A deeper model from ranges of its own blocks, base weights shared and adapters not. Depth up-scaling: arXiv:2312.15166.
+"""A deeper model from ranges of its own blocks, base weights shared, adapters not. Depth up-scaling: arXiv:2312.15166.
 
 [(0, 4), (2, 5)] makes blocks 0 1 2 3 2 3 4.
 """

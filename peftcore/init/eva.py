@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "whiten": False,
     "adjust_scaling_factors": True,
 }
-"""`eva_config` under PEFT's names. A layer's rank is at most rho·r; tau is the cosine at which a direction is settled."""
+"""`eva_config` under PEFT's names. A layer's rank is at most rho·r; tau is the cosine of a settled direction."""
 
 
 class PrincipalComponents:

@@ -43,6 +43,10 @@ class TrainableTokens(Adapter):
 
     layer_kinds = frozenset({"embedding", "linear"})
     follows_ties = True
+    tokens: Tensor
+    """(t): the chosen ids."""
+    place: Tensor
+    """(rows of the layer): where each id's row is among the trained ones; -1 for the others."""
 
     def __init__(self, config: TrainableTokensConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)

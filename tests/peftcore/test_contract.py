@@ -119,6 +119,17 @@ def test_forward_equals_merged_weight(method: str, layer: str) -> None:
     torch.testing.assert_close(net(x), adapted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo's own
+@pytest.mark.parametrize("method", LINEAR)
+def test_compiles_into_one_graph(method: str) -> None:
+    torch._dynamo.reset()
+    net, x, _ = make(method, "Linear")
+    expected = net(x)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    compiled(x).sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("method, layer", MERGING)
 def test_unmerge_restores_every_bit(method: str, layer: str, dtype: torch.dtype) -> None:

@@ -42,6 +42,7 @@ NO_ATTENTION = {
     "a state space model": "falcon_mamba mamba mamba2",
     "attends with convolutions over the image": "mobilevitv2 sam3_lite_text_text_model",
     "has queries and keys, no values": "swiftformer",
+    "hands the weights of its projections to one function and calls none": "wavlm",
     "has queries only and is handed the keys and values of another model": "gemma4_unified_assistant",
     "keeps its projections in layers or parameters of its own, which no adapter reaches": "ibert xlnet",
 }

@@ -53,7 +53,7 @@ def test_eva_spends_the_ranks_where_they_explain_most() -> None:
     base = model(TOKENS).logits
     before = {path: a.r for path, a in adapter_set(model).adapters("default").items()}
     initialize_from_data(model, batches(), progress=False)
-    after = {path: a for path, a in adapter_set(model).adapters("default").items()}
+    after = dict(adapter_set(model).adapters("default"))
     assert sum(a.r for a in after.values()) == sum(before.values())
     assert {a.r for a in after.values()} != {4} and max(a.r for a in after.values()) <= 8
     torch.testing.assert_close(model(TOKENS).logits, base)  # B is zero

@@ -1,140 +1,119 @@
-"""A tiny real task: scikit-learn's handwritten digits as sequences of 16 tokens (4 × 4 patches, 17 shades), read by a tiny Llama.
+"""A tiny real task: scikit-learn's handwritten digits as 16 tokens (4 × 4 patches, 17 shades), read by a tiny Llama.
 
-The base learns upright digits whole; an adapter must then learn transposed ones, with everything else frozen.
+The class is the token after the pixels, so the model is a causal language model of 17 shades and 10 classes. The base
+learns upright digits whole; an adapter must then learn transposed ones, with everything else frozen.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM
 
 BATCH = 64
+SIDE = 4
 SHADES = 17
+CLASSES = 10
 HELD_OUT = 297
+WIDTH = 48
+IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Rows of token ids (n, 16) and classes (n,)."""
+    """Rows of tokens: shades (n, 16) and, after them, the class (n, 1), as one (n, 17)."""
 
-    pixels: Tensor
-    classes: Tensor
+    tokens: Tensor
 
-    def batches(self, steps: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    def batches(self, steps: int, seed: int = 1) -> list[Tensor]:
         """`steps` batches, each epoch in a new order."""
         generator = torch.Generator().manual_seed(seed)
-        made: list[tuple[Tensor, Tensor]] = []
+        made: list[Tensor] = []
         while len(made) < steps:
-            order = torch.randperm(len(self.classes), generator=generator)
-            made += [(self.pixels[rows], self.classes[rows]) for rows in order.split(BATCH) if len(rows) == BATCH]
+            order = torch.randperm(len(self.tokens), generator=generator)
+            made += [self.tokens[rows] for rows in order.split(BATCH) if len(rows) == BATCH]
         return made[:steps]
 
 
 @cache
-def digits(transposed: bool, held_out: bool = False) -> Digits:
-    """The digits; the last 297 are held out."""
+def digits(turn: str, held_out: bool = False) -> Digits:
+    """The digits "upright", "transposed" or "mirrored"; the last 297 are held out."""
     data: Any = load_digits()
-    images = torch.tensor(data.images).long()
-    images = images.view(-1, 4, 2, 4, 2).float().mean((2, 4)).round().long()  # 16 tokens instead of 64
-    images = images.transpose(1, 2) if transposed else images
+    images = torch.tensor(data.images).view(-1, SIDE, 2, SIDE, 2).mean((2, 4)).round().long()
+    images = {"upright": images, "transposed": images.transpose(1, 2), "mirrored": images.flip(2)}[turn]
     rows = slice(-HELD_OUT, None) if held_out else slice(None, -HELD_OUT)
-    return Digits(images.flatten(1)[rows].contiguous(), torch.tensor(data.target)[rows])
+    return Digits(torch.cat([images.flatten(1), SHADES + torch.tensor(data.target)[:, None]], 1)[rows])
 
 
-def model() -> Any:
-    """The tiny Llama, untrained."""
+# -- the base --------------------------------------------------------------------------------------------------------
+
+
+def untrained() -> Any:
+    """The tiny Llama."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=SHADES,
-        hidden_size=48,
-        intermediate_size=96,
+        vocab_size=SHADES + CLASSES,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
-        num_labels=10,
         pad_token_id=None,
         eos_token_id=None,
         bos_token_id=None,
     )
-    made = LlamaForSequenceClassification(config)
-    made.config.pad_token_id = 0
-    return made
+    return LlamaForCausalLM(config)
 
 
 @cache
 def base_weights(steps: int = 400) -> dict[str, Tensor]:
     """Weights of the model trained whole on upright digits."""
-    whole = model()
-    optimizer = torch.optim.AdamW(whole.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for pixels, classes in digits(False).batches(steps, seed=0):
-        optimizer.zero_grad()
-        loss_of(whole, pixels, classes).backward()
-        nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return whole.state_dict()
+    net = untrained()
+    train(net, digits("upright").batches(steps, seed=0), lr=3e-3)
+    return net.state_dict()
 
 
 def base() -> Any:
     """The trained base."""
-    made = model()
-    made.load_state_dict(base_weights())
-    return made
+    net = untrained()
+    net.load_state_dict(base_weights())
+    return net
 
 
-def loss_of(net: Any, pixels: Tensor, classes: Tensor) -> Tensor:
-    """Cross-entropy of the class read at the last pixel, in nats per digit."""
-    logits = net(input_ids=pixels, attention_mask=torch.ones_like(pixels)).logits
-    return nn.functional.cross_entropy(logits.float(), classes)
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def loss_of(net: Any, tokens: Tensor, **inputs: Any) -> Tensor:
+    """The model's own loss over the class alone, in nats per digit."""
+    labels = tokens.clone()
+    labels[:, :-1] = IGNORED
+    return net(input_ids=tokens, labels=labels, **inputs).loss
+
+
+def train(net: Any, batches: list[Tensor], lr: float) -> None:
+    """Train what is not frozen, without an adapter's own work."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches))
+    for tokens in batches:
+        step(net.train(), optimizer, loss_of(net, tokens))
+        schedule.step()
+
+
+def step(net: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
 
 
 @torch.no_grad()
-def held_out_loss(net: Any, transposed: bool = True) -> float:
-    """Loss on digits that were not trained on."""
-    net.eval()
-    rows = digits(transposed, held_out=True)
-    return loss_of(net, rows.pixels, rows.classes).item()
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What training showed: losses by step, seconds at each step."""
-
-    losses: list[float]
-    seconds: list[float]
-    before: float
-    after: float
-    """Held-out loss before and after."""
-    trainable: int
-
-
-def learn(net: Any, lr: float, steps: int, each: Callable[[int], None] | None = None) -> Curve:
-    """Train an adapted model on transposed digits."""
-    before = held_out_loss(net)
-    net.train()
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    losses, seconds, start = [], [], time.perf_counter()
-    for step, (pixels, classes) in enumerate(digits(True).batches(steps, seed=1), 1):
-        optimizer.zero_grad()
-        loss = loss_of(net, pixels, classes)
-        regularizer = net.adapter_regularizer()
-        (loss if regularizer is None else loss + regularizer).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        net.on_optimizer_step(step, None)
-        schedule.step()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - start)
-        if each is not None:
-            each(step)
-    trainable = sum(p.numel() for p in parameters)
-    return Curve(losses, seconds, before, held_out_loss(net), trainable)
+def held_out(net: Any, turn: str = "transposed", **inputs: Any) -> tuple[float, float]:
+    """Loss (nats per digit) and accuracy on digits that were not trained on."""
+    tokens = digits(turn, held_out=True).tokens
+    logits = net.eval()(input_ids=tokens[:, :-1], **inputs).logits[:, -1]
+    return nn.functional.cross_entropy(logits, tokens[:, -1]).item(), (logits.argmax(1) == tokens[:, -1]).float().mean().item()
