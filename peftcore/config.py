@@ -12,7 +12,8 @@ import warnings
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import UnionType
+from typing import Any, ClassVar, Self, Union, get_args, get_origin
 
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.files import write_atomically
@@ -61,6 +62,30 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of an annotated type; of a container only the outside is looked at, and JSON's lists fit."""
+    if get_origin(annotation) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(annotation))
+    kind = get_origin(annotation) or annotation
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (list, set, tuple):
+        return isinstance(value, list | set | frozenset | tuple)
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _words_for(annotation: Any) -> str:
+    """An annotated type as a person says it."""
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(_words_for, get_args(annotation))))
+    kind = get_origin(annotation) or annotation
+    words = {int: "an integer", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
+    containers = {dict: "a dictionary", list: "a list", set: "a list", tuple: "a list"}
+    return (words | containers).get(kind, getattr(kind, "__name__", str(kind)))
+
+
 def suggestion(word: str, known: list[str]) -> str:
     """`; did you mean X?`, or the words that fit when none is near."""
     near = difflib.get_close_matches(word, known, n=1)
@@ -95,10 +120,38 @@ class PeftConfig:
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.task_type is not None:
             self.task_type = self.one_of("task_type", self.task_type, TaskType)
 
     # -- checks shared by the methods' configurations ---------------------------------------------------------
+
+    def _check_types(self) -> None:
+        for field_ in dataclasses.fields(self):
+            value = getattr(self, field_.name)
+            if not _fits(value, field_.type):
+                raise ConfigError(
+                    f"{type(self).__name__}: {field_.name} must be {_words_for(field_.type)}; got {value!r}"
+                )
+            if field_.name.endswith("_pattern") and isinstance(value, dict):
+                self._check_pattern(field_.name, value, field_.type)
+
+    def _check_pattern(self, name: str, pattern: dict[str, Any], annotation: Any) -> None:
+        values = next(get_args(part)[1] for part in get_args(annotation) if get_origin(part) is dict)
+        for key, value in pattern.items():
+            self.regular_expression(name, key)
+            if not _fits(value, values) or (name == "rank_pattern" and values is int and value < 1):
+                kind = "a positive integer" if name == "rank_pattern" and values is int else _words_for(values)
+                raise ConfigError(f"{type(self).__name__}: {name}[{key!r}] must be {kind}; got {value!r}")
+
+    def regular_expression(self, name: str, text: str) -> None:
+        """`text`, from the named field, is a regular expression."""
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ConfigError(
+                f"{type(self).__name__}: {name} {text!r} is no regular expression ({error}); give one, or a list of names"
+            ) from error
 
     def one_of(self, name: str, value: Any, choices: Any) -> Any:
         """`value` if it is among `choices`, else a ConfigError that names them."""
@@ -144,8 +197,8 @@ class PeftConfig:
 
         values = dict(values)
         named = values.pop("peft_type", None) or cls.peft_type
-        if not named:
-            raise ConfigError("configuration without peft_type; give one, such as 'LORA'")
+        if not named or not isinstance(named, str):
+            raise ConfigError(f"configuration without peft_type, or with one that is no word: {named!r}; try 'LORA'")
         target = method_named(named).config
         if not from_disk:
             return target(**values)
@@ -178,6 +231,8 @@ class PeftConfig:
             values = json.loads(path.read_text())
         except ValueError as error:
             raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path} holds a {type(values).__name__}, not the fields of a configuration")
         return cls.from_dict(values, from_disk=True)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -223,10 +278,14 @@ class TunerConfig(PeftConfig):
         super().__post_init__()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if not isinstance(value, str | None):
+            if isinstance(value, str):
+                self.regular_expression(name, value)
+            elif value is not None:
                 setattr(self, name, set(value))
         empty = self.target_modules is not None and not self.target_modules
         if empty and not getattr(self, "target_parameters", None):
             raise ConfigError(f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'")
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
+            self.regular_expression("layers_pattern", pattern)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")

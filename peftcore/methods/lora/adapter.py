@@ -45,7 +45,7 @@ class Lora(Adapter):
         self.magnitude = nn.Parameter(torch.empty(base.out_features)) if config.use_dora else None
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
-        self.new_base: Tensor | None = None
+        self.source: Lora | None = None
         """The embedding's LoRA that this head's follows, transposed, where both share one base weight."""
         self._row_norms: Tensor | None = None
 
