@@ -67,13 +67,15 @@ def _fits(value: Any, annotation: Any) -> bool:
     if get_origin(annotation) in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(annotation))
     kind = get_origin(annotation) or annotation
+    if kind is Any or not isinstance(kind, type):  # such as the string that a postponed annotation is
+        return True
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind in (list, set, tuple):
         return isinstance(value, list | set | frozenset | tuple)
-    return not isinstance(kind, type) or isinstance(value, kind)
+    return isinstance(value, kind)
 
 
 def _words_for(annotation: Any) -> str:
@@ -137,7 +139,7 @@ class PeftConfig:
                 self._check_pattern(field_.name, value, field_.type)
 
     def _check_pattern(self, name: str, pattern: dict[str, Any], annotation: Any) -> None:
-        values = next(get_args(part)[1] for part in get_args(annotation) if get_origin(part) is dict)
+        values = next((get_args(part)[1] for part in get_args(annotation) if get_origin(part) is dict), Any)
         for key, value in pattern.items():
             self.regular_expression(name, key)
             if not _fits(value, values) or (name == "rank_pattern" and values is int and value < 1):
@@ -150,7 +152,7 @@ class PeftConfig:
             re.compile(text)
         except re.error as error:
             raise ConfigError(
-                f"{type(self).__name__}: {name} {text!r} is no regular expression ({error}); give one, or a list of names"
+                f"{type(self).__name__}: {name} {text!r} is no regular expression ({error}); give a list of names"
             ) from error
 
     def one_of(self, name: str, value: Any, choices: Any) -> Any:
@@ -281,6 +283,8 @@ class TunerConfig(PeftConfig):
             if isinstance(value, str):
                 self.regular_expression(name, value)
             elif value is not None:
+                if unnamed := [item for item in value if not isinstance(item, str)]:
+                    raise ConfigError(f"{type(self).__name__}: {name} must hold names of modules; got {unnamed[0]!r}")
                 setattr(self, name, set(value))
         empty = self.target_modules is not None and not self.target_modules
         if empty and not getattr(self, "target_parameters", None):

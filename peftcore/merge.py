@@ -26,7 +26,7 @@ def merged_names(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def merge_adapter(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+def merge_adapter(model: nn.Module, adapter_names: str | list[str] | None = None, safe_merge: bool = False) -> None:
     """Fold adapters into their base weights, in place; the other active ones go on acting.
 
     adapter_names: in order; None means the active ones.
@@ -34,12 +34,12 @@ def merge_adapter(model: nn.Module, adapter_names: list[str] | None = None, safe
     Raises MergeError if a layer cannot be merged or a merged weight is not finite; nothing is then changed.
     """
     adapters = adapter_set(model)
-    names = list(adapters.selection.active) if adapter_names is None else list(adapter_names)
+    chosen = adapters.selection.active if adapter_names is None else adapter_names
+    names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)
     _check_mergeable(adapters, names, check_values=safe_merge)
     for host in adapters.layers.values():
-        new = [name for name in names if name in host.adapters and name not in host.merged]
-        if new:
+        if new := _not_merged_yet(host, names):
             _merge_into(host, new)
 
 
@@ -54,20 +54,31 @@ def _check_mergeable(adapters: AdapterSet, names: list[str], check_values: bool)
             f"{prompts} are prompts, which no weight can hold; nothing was merged: name the others in adapter_names"
         )
     for path, host in adapters.layers.items():
-        for name in names:
-            if name not in host.adapters:
-                continue
+        new = _not_merged_yet(host, names)
+        for name in new:
             try:
                 host.adapters[name].check_mergeable()
                 host.adapters[name].merged_bias(host.base.bias)
-                finite = not check_values or bool(_merged(host, [name])[0].isfinite().all())
             except MergeError as error:
                 raise MergeError(f"{path}: {error}") from error
-            if not finite:
-                raise MergeError(
-                    f"merging {name!r} into {path} gives NaN or Inf, so nothing was merged; the adapter is broken: "
-                    "train it again at a lower learning rate or load an earlier checkpoint"
-                )
+        if check_values and new and not _stays_finite(host, new):
+            prefixes = (new[: count + 1] for count in range(len(new)))
+            name = next(prefix[-1] for prefix in prefixes if not _stays_finite(host, prefix))
+            raise MergeError(
+                f"merging {name!r} into {path} gives NaN or Inf in {host.base.dtype}, so nothing was merged; if the "
+                "adapter is broken, train it again at a lower learning rate or load an earlier checkpoint"
+            )
+
+
+def _not_merged_yet(host: Site, names: list[str]) -> list[str]:
+    return [name for name in names if name in host.adapters and name not in host.merged]
+
+
+def _stays_finite(host: Site, names: list[str]) -> bool:
+    """Whether what a merge would write is finite in the type that the base keeps: float16 ends at 65504."""
+    weight, bias = _merged(host, names)
+    finite = bool(weight.to(host.base.dtype).isfinite().all())
+    return finite and (bias is None or bool(bias.to(host.base.bias).isfinite().all()))
 
 
 def _merged(host: Site, names: list[str]) -> tuple[Tensor, Tensor | None]:

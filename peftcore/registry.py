@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peftcore.config import PeftConfig, suggestion
 from peftcore.errors import ConfigError
 
 ENTRY_POINTS = "peftcore.methods"
+
+Class = TypeVar("Class", bound=type[Any])
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Method:
 _methods: dict[str, Method] = {}
 
 
-def register(name: str, config: type[PeftConfig]) -> Callable[[type[Any]], type[Any]]:
+def register(name: str, config: type[PeftConfig]) -> Callable[[Class], Class]:
     """Class decorator: make an adapter class known as `name`, PEFT's `peft_type`."""
 
-    def remember(adapter: type[Any]) -> type[Any]:
+    def remember(adapter: Class) -> Class:
         config.peft_type = name
         _methods[name] = Method(name, config, adapter)
         return adapter
@@ -76,6 +78,11 @@ def method_named(name: str) -> Method:
 
 def method_of(config: PeftConfig) -> Method:
     """The method that a configuration object belongs to."""
+    if not isinstance(config, PeftConfig):
+        raise ConfigError(
+            f"an adapter is described by a configuration such as LoraConfig; got {type(config).__name__}; "
+            "PeftConfig.from_dict makes one of a dictionary"
+        )
     return method_named(config.peft_type)
 
 

@@ -104,6 +104,11 @@ class AdaLora(Adapter):
         super().__init__(config, base, path)
         mask = config.mask_at(path)
         kept = torch.ones(config.init_r, dtype=torch.bool) if mask is None else torch.tensor(mask).flatten().bool()
+        if len(kept) != config.init_r:
+            raise ConfigError(
+                f"ADALORA: rank_pattern at {path} must say of each of the {config.init_r} triplets whether it is kept; "
+                f"got {len(kept)}"
+            )
         r = int(kept.sum())
         alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
         self.scaling = alpha / (config.init_r + 1e-5)  # PEFT's denominator, so that its adapters read the same
@@ -185,7 +190,8 @@ class AdaLora(Adapter):
     ) -> None:
         layers = list(cast(Mapping[str, AdaLora], adapters).values())
         pruned = any(len(adapter.lora_E) != len(adapter.kept) for adapter in layers)
-        if pruned or step > config.final_step:
+        left, end = sum(int(adapter.kept.sum()) for adapter in layers), config.target_r * len(layers)
+        if pruned or (step > config.final_step and left <= end):
             for adapter in layers:
                 adapter._silence_dropped()
             return

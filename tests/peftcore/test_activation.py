@@ -1,5 +1,6 @@
 """Which adapters act and train; the cost of switching."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,26 @@ def test_adding_never_changes_another_adapter() -> None:
     now = {n.replace("1.base_layer", "1"): p.requires_grad for n, p in model.named_parameters() if ".b." not in n}
     assert now == before
     assert all(p.requires_grad for n, p in model.named_parameters() if ".b." in n)
+
+
+@pytest.mark.parametrize("name", ["o", "0", "base_layer", "weight", "lora_A", "default2"])
+def test_loading_or_freezing_one_by_any_name_never_changes_another(name: str, tmp_path: Path) -> None:
+    get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), lora("0", "1")).save_pretrained(tmp_path)
+    model = net()
+
+    def trained() -> dict[str, bool]:
+        of_others = ((n, p) for n, p in model.named_parameters() if f".adapters.{name}." not in n)
+        return {n.replace("1.base_layer", "1"): p.requires_grad for n, p in of_others}
+
+    before = trained()
+    for is_trainable in (False, True):
+        model.load_adapter(tmp_path, name, is_trainable=is_trainable)
+        own = [p.requires_grad for n, p in model.named_parameters() if f".adapters.{name}." in n]
+        assert trained() == before and own == [is_trainable] * 4
+        model.set_requires_grad(name, not is_trainable)
+        assert trained() == before
+        model.delete_adapter(name)
+    assert trained() == before
 
 
 @pytest.mark.parametrize("layers, adapters", [(2, 2), (60, 20)])
@@ -98,6 +119,20 @@ def test_only_one_adapter_may_train_biases_and_unload_gives_them_back() -> None:
     with torch.no_grad():
         model[1].bias.add_(1.0)
     assert torch.equal(model.unload()[1].bias, before)
+
+
+@pytest.mark.parametrize("mode", ["all", "lora_only"])
+def test_a_disabled_adapter_that_trains_biases_is_not_the_base(mode: str) -> None:
+    """The biases are the model's own, so only taking the adapter away gives the base back."""
+    base, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(2, 6)
+    expected = base(x)
+    model = get_peft_model(base, lora("0", bias=mode))
+    with torch.no_grad():
+        model[0].base_layer.bias.add_(1.0)
+    with model.disable_adapter():
+        assert not torch.allclose(model(x), expected)
+    model.delete_adapter("default")
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile's own import of itself

@@ -13,6 +13,7 @@ import pytest
 import torch
 from method_example import examples, randomise
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from peftcore import (
@@ -240,6 +241,30 @@ def test_dtype_policy(method: str) -> None:
     net, x, _ = make(method, "Linear", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert net(x).dtype == torch.bfloat16
+
+
+class Watch(TorchDispatchMode):
+    """Remembers the type and shape of every tensor that is computed inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[torch.dtype, torch.Size]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.seen.append((tensor.dtype, tensor.shape))
+        return out
+
+
+@pytest.mark.parametrize("method", [method for method in LINEAR if method != "C3A"])  # no FFT has bfloat16
+def test_weights_are_cast_to_the_activations_type_and_never_the_other_way(method: str) -> None:
+    net, _, _ = make(method, "Linear", torch.bfloat16)
+    x = torch.randn(50, 12, dtype=torch.bfloat16)  # no parameter is as large
+    with Watch() as watch:
+        net(x).sum().backward()
+    assert not [shape for dtype, shape in watch.seen if dtype == torch.float32 and shape.numel() >= 50 * 8]
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

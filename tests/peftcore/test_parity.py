@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from method_example import examples, randomise
+from parity_log import agree
 from torch import nn
 from transformers import (
     BertConfig,
@@ -92,7 +93,8 @@ def read_here(family: str, theirs: Any, tmp_path: Path, spread: float, **inputs:
     assert (expected - logits(family, build(family))).abs().max() > 1e-3
     hf.save_pretrained(tmp_path / "hf")
     here = PeftModel.from_pretrained(build(family), tmp_path / "hf")
-    torch.testing.assert_close(logits(family, here, **inputs), expected, rtol=1e-5, atol=1e-5)
+    method = here.peft_config["default"].peft_type
+    agree(logits(family, here, **inputs), expected, method, family, made_by="peft")
 
 
 def read_there(family: str, ours: Any, tmp_path: Path, spread: float, **inputs: Any) -> None:
@@ -100,7 +102,8 @@ def read_there(family: str, ours: Any, tmp_path: Path, spread: float, **inputs: 
     randomise(model, spread)
     model.save_pretrained(tmp_path / "ours")
     there = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(family, there, **inputs), logits(family, model, **inputs), rtol=1e-5, atol=1e-5)
+    result, expected = logits(family, model, **inputs), logits(family, there, **inputs)
+    agree(result, expected, ours.peft_type, family, made_by="peftcore")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -199,5 +202,5 @@ def test_lora_on_convolutions_and_embeddings(kind: str, tmp_path: Path) -> None:
     randomise(hf, 0.3)
     hf.save_pretrained(tmp_path, save_embedding_layers=False)
     here = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path)
-    torch.testing.assert_close(here(x), hf(x), rtol=1e-5, atol=1e-5)
+    agree(here(x), hf(x), "LORA", kind, made_by="peft")
     assert (hf(x) - net(x)).abs().max() > 1e-2

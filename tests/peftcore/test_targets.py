@@ -30,6 +30,14 @@ def test_names_match_whole_segments() -> None:
     assert targets(target_modules="all-linear", exclude_modules=["head"]) == ["overhead"]
 
 
+def test_modules_to_save_match_whole_segments() -> None:
+    model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["head"]))
+    trained = {n.split(".copies.")[0] for n, p in model.named_parameters() if p.requires_grad and ".copies." in n}
+    assert trained == {"head", "block.head"}
+    model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["block.head"]))
+    assert isinstance(model.head, nn.Linear) and type(model.head) is nn.Linear
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

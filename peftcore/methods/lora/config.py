@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig, first_match
+from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig, first_match, suggestion
 from peftcore.errors import ConfigError
 
 STARTS = ("gaussian", "orthogonal", "olora", "pissa", "loftq", "eva", "corda", "lora_ga")
@@ -72,12 +72,22 @@ class LoraConfig(TunerConfig):
                 f"LoraConfig: init_lora_weights must be True, False, 'pissa_niter_N' or one of {', '.join(STARTS)}; "
                 f"got {start!r}"
             )
-        bits = (self.loftq_config or {}).get("loftq_bits", 4)
-        if start == "loftq" and bits not in (4, 8):
-            raise ConfigError(f"LoraConfig: loftq_config['loftq_bits'] must be 4 or 8; got {bits!r}")
+        if start == "loftq":
+            self._check_loftq(self.loftq_config or {})
         ranks = [self.r, *(self.rank_pattern or {}).values()]
         if start == "orthogonal" and any(r % 2 for r in ranks):
             raise ConfigError(f"LoraConfig: init_lora_weights='orthogonal' needs even ranks; got {ranks}")
+
+    def _check_loftq(self, options: dict[str, Any]) -> None:
+        for key in options:
+            if key not in (known := ["loftq_bits", "loftq_iter"]):
+                raise ConfigError(f"LoraConfig: loftq_config has no {key!r}{suggestion(key, known)}")
+        if (bits := options.get("loftq_bits", 4)) not in (4, 8):
+            raise ConfigError(f"LoraConfig: loftq_config['loftq_bits'] must be 4 or 8; got {bits!r}")
+        if not isinstance(turns := options.get("loftq_iter", 1), int) or turns < 1:
+            raise ConfigError(
+                f"LoraConfig: loftq_config['loftq_iter'] must be a positive integer; got {turns!r}; try 1"
+            )
 
     def _check_exclusions(self) -> None:
         special = {

@@ -1,15 +1,17 @@
 """What the AdaLoRA paper says: scores, budget, allocation, regulariser; and that it learns with plain calls."""
 
 import copy
+import dataclasses
 import itertools
 from typing import Any
 
+import peft
 import pytest
 import torch
 from method_example import Example
 from torch import nn
 
-from peftcore import AdaLoraConfig, ConfigError, PeftModel, TargetError, TrainingError, get_peft_model
+from peftcore import AdaLoraConfig, ConfigError, PeftConfig, PeftModel, TargetError, TrainingError, get_peft_model
 from peftcore.adapter_set import adapter_set
 
 EXAMPLE = Example(
@@ -102,6 +104,31 @@ def test_the_budget_is_kept_exactly_and_masked_triplets_may_come_back() -> None:
     assert seen[-1] == seen[16], "after the final step the mask stays"
 
 
+def test_the_final_budget_is_reached_though_its_step_was_skipped() -> None:
+    """An overflow of fp16 or a resumed run may leave out the very step at which the budget becomes final."""
+    model = net()
+    train(model, 8)
+    assert sum(int(a.kept.sum()) for a in layers(model)) > 4
+    train(model, 1, first=19, prune=True)
+    assert [sum(int(a.kept.sum()) for a in layers(model)), sum(len(a.lora_E) for a in layers(model))] == [4, 4]
+    kept = [a.kept.clone() for a in layers(model)]
+    train(model, 1, first=20)
+    assert all(torch.equal(a.kept, mask) for a, mask in zip(layers(model), kept, strict=True))
+
+
+def test_a_step_looks_at_the_adapters_and_at_no_other_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    train(model, 3)
+
+    def scan(*_: Any, **__: Any) -> Any:
+        raise AssertionError("every parameter of the model is scanned")
+
+    for name in ("named_parameters", "parameters", "named_modules", "modules"):
+        monkeypatch.setattr(nn.Module, name, scan)
+    for step in range(4, 21):
+        model.on_optimizer_step(step)
+
+
 def test_ties_do_not_prune_too_much() -> None:
     model = net(tinit=0, tfinal=0, total_step=5)
     for parameter in model.parameters():
@@ -139,6 +166,58 @@ def test_saved_adapter_is_small_and_computes_the_same(tmp_path: Any) -> None:
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-12, atol=1e-12)
     assert sum(len(a.lora_E) for a in layers(loaded)) == 4
     assert model.peft_config["default"].rank_pattern is None, "saving changes no configuration in memory"
+
+
+def after_peft(steps: int = 20) -> Any:
+    """HF peft's model, its allocator called by hand."""
+    torch.manual_seed(0)
+    options = {f.name: getattr(config(), f.name) for f in dataclasses.fields(config()) if f.name in PASSED}
+    hf = peft.get_peft_model(nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 7)), peft.AdaLoraConfig(**options))
+    torch.manual_seed(1)
+    x, y = torch.randn(64, 10), torch.randn(64, 7)
+    optimizer = torch.optim.AdamW([p for p in hf.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(steps):
+        (hf.base_model.model(x) - y).square().mean().backward()
+        optimizer.step()
+        hf.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return hf.eval()
+
+
+PASSED = {"init_r", "target_r", "tinit", "tfinal", "total_step", "deltaT", "target_modules", "lora_alpha"}
+
+
+@pytest.mark.filterwarnings("ignore")  # the oracle's own
+def test_directories_of_a_pruned_adapter_are_pefts_both_ways(tmp_path: Any) -> None:
+    """`rank_pattern` holds a mask for each layer, and the tensors on disk are already that small."""
+    hf, x = after_peft(), torch.randn(5, 10)
+    hf.save_pretrained(tmp_path / "hf")
+    saved: Any = PeftConfig.from_pretrained(tmp_path / "hf")
+    assert sum(sum(mask) for mask in saved.rank_pattern.values()) == 4
+    plain = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 7))
+    state = {k.removeprefix("base_model.model."): v for k, v in hf.state_dict().items() if "base_layer" in k}
+    plain.load_state_dict({k.replace("base_layer.", ""): v for k, v in state.items()})
+    here = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "hf")
+    torch.testing.assert_close(here(x), hf(x), rtol=1e-5, atol=1e-5)
+    assert sorted(len(a.lora_E) for a in layers(here)) == sorted(map(sum, saved.rank_pattern.values()))
+
+    ours = get_peft_model(copy.deepcopy(plain), config())
+    train_in_float32(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    there = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
+    torch.testing.assert_close(there(x), ours(x), rtol=1e-5, atol=1e-5)
+    assert (ours(x) - plain(x)).abs().max() > 1e-3
+
+
+def train_in_float32(model: Any) -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(64, 10), torch.randn(64, 7)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(1, 21):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        model.on_optimizer_step(step)
+        optimizer.zero_grad()
 
 
 def test_pruning_shrinks_tensors_and_moments_and_changes_nothing_computed() -> None:

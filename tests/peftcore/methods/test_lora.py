@@ -1,6 +1,8 @@
 """What the LoRA and rsLoRA papers say, and what LoRA must refuse."""
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +103,34 @@ def test_scaled_embeddings_scale_the_adapter_too() -> None:
     adapted = net(x)
     net.merge_adapter()
     torch.testing.assert_close(net(x), adapted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_token_ids_are_never_cast(dtype: torch.dtype, autocast: bool) -> None:
+    """3001 is no number of bfloat16's, whose neighbours there are 2992 and 3008."""
+    net = nn.Sequential(nn.Embedding(3002, 4)).to(dtype)
+    net = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = net(torch.tensor([3001]))
+    merged = lora_at(net).merged_weight(net[0].base_layer.weight.float().T).T
+    torch.testing.assert_close(out[0].float(), merged[3001], rtol=1e-2, atol=1e-2)
+    assert (merged[3001] - merged[2992]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("padding", ["same", 2])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_a_convolution_keeps_its_padding_dilation_and_stride(mode: str, padding: Any) -> None:
+    torch.manual_seed(0)
+    stride = 1 if padding == "same" else 2
+    layer = nn.Conv2d(4, 6, 3, padding=padding, dilation=2, stride=stride, padding_mode=mode).double()
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    net = get_peft_model(nn.Sequential(layer), LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
+    adapted = net(x)
+    whole = copy.deepcopy(layer)
+    with torch.no_grad():
+        whole.weight.add_(lora_at(net).delta_weight())
+    torch.testing.assert_close(adapted, whole(x), rtol=1e-12, atol=1e-12)
 
 
 def test_grouped_convolution_trains_but_does_not_merge() -> None:

@@ -9,6 +9,7 @@ import torch
 from method_example import randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -102,6 +103,57 @@ def test_the_length_gets_no_gradient() -> None:
     torch.testing.assert_close(got, b.grad, rtol=1e-9, atol=1e-9)
 
 
+def test_dora_never_builds_the_product_of_its_factors() -> None:
+    """The lengths of the rows of W + sBA follow from small products; PEFT multiplies an identity matrix through."""
+    net = lora(nn.Sequential(nn.Linear(40, 30)), use_dora=True)
+    hf = peft.get_peft_model(
+        nn.Sequential(nn.Linear(40, 30)), peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    )
+    products: dict[str, set[tuple[int, ...]]] = {}
+    for name, model in (("ours", net), ("peft", hf)):
+        with Products() as seen:
+            model(torch.randn(3, 40))
+        products[name] = seen.shapes
+    assert {(30, 40), (40, 30)} & products["peft"] and not {(30, 40), (40, 30)} & products["ours"]
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the matrix products computed inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            self.shapes.add(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_dora_beside_a_merged_adapter_has_the_lengths_of_the_unmerged_weight(layer: str) -> None:
+    net, x = net_and_input(layer)
+    net = lora(net, use_dora=True)
+    net.set_requires_grad("default", False)
+    net.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    randomise(net.eval(), 0.3)
+    net.set_requires_grad("default", True)
+    randomise(net, 0.3)
+    a, weight = adapter(net), adapter(net).base.read().clone()
+    lengths = (weight + a.delta_weight()).flatten(1).norm(dim=1)
+    for active in (["b", "default"], ["default", "b"]):
+        net.set_adapter(active)
+        both = net(x)
+        for merged in (["b"], ["default"], active):
+            if merged == active[1:]:
+                continue  # the first would then act on top of the second
+            net.merge_adapter(merged)
+            torch.testing.assert_close(net(x), both, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(a._lengths(), lengths, rtol=1e-10, atol=1e-10)
+            net.unmerge_adapter()
+
+
 @pytest.mark.parametrize("kind", ["conv", "embedding"])
 def test_dora_parity_on_convolutions_and_embeddings(kind: str, tmp_path: Any) -> None:
     net, x = net_and_input(kind)
@@ -141,6 +193,21 @@ def test_a_start_taken_out_of_the_base_changes_no_output_and_no_base(start: str,
     again.load_adapter_weights(tmp_path)  # as a resumed training does: the same factors, not a wider adapter
     assert torch.equal(adapter(again).lora_A, adapter(net).lora_A) and torch.equal(again(x), net(x))
     assert torch.equal(net.unload()(x), base)
+
+
+def test_a_start_is_saved_with_the_same_scale_whatever_gives_it(tmp_path: Any) -> None:
+    """Twice the rank: α is doubled, and under the root of rsLoRA only √2-fold; patterns follow."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    patterns: dict[str, Any] = {"rank_pattern": {"1": 3}, "alpha_pattern": {"1": 5}}
+    for number, options in enumerate(({"use_rslora": True}, patterns, {"use_rslora": True, **patterns})):
+        net = lora(copy.deepcopy(plain), target_modules=["0", "1"], init_lora_weights="pissa", **options)
+        randomise(net, 0.3)
+        net.save_pretrained(tmp_path / str(number))
+        loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / str(number))
+        there = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / str(number))).eval()
+        for read in (loaded, there):
+            torch.testing.assert_close(read(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 def test_pissa_holds_the_principal_part() -> None:
@@ -304,6 +371,44 @@ def test_experts_what_does_not_fit() -> None:
             get_peft_model(mixtral(), LoraConfig(target_parameters=names))
 
 
+def stacked(transposed: bool) -> nn.Module:
+    """Experts kept as (e, i, o), with `is_transposed` as transformers marks it, or as (e, o, i)."""
+
+    class Experts(nn.Module):
+        is_transposed = transposed
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn((3, 6, 4) if transposed else (3, 4, 6), dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,eio->beo" if self.is_transposed else "bi,eoi->beo", x, self.up)
+
+    torch.manual_seed(0)
+    return nn.ModuleDict({"experts": Experts()})
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_of_either_orientation(transposed: bool, tmp_path: Any) -> None:
+    """On disk A is (e·r, i) and B (o, r·e), expert by expert in A and rank by rank in B."""
+    net = stacked(transposed)
+    x, up = torch.randn(2, 6, dtype=torch.float64), net["experts"].up.detach().clone()
+    net = get_peft_model(net, LoraConfig(r=2, lora_alpha=6, target_parameters=["experts.up"], init_lora_weights=False))
+    a = adapter(net, "experts.up")
+    assert a.lora_A.shape == (6, 6) and a.lora_B.shape == (4, 6)
+    delta = 3 * torch.einsum("ore,eri->eoi", a.lora_B.reshape(4, 2, 3), a.lora_A.reshape(3, 2, 6))
+    expected = up + (delta.transpose(1, 2) if transposed else delta)
+    adapted = net["experts"](x)
+    torch.testing.assert_close(adapted, torch.einsum("bi,eio->beo" if transposed else "bi,eoi->beo", x, expected))
+    net.save_pretrained(tmp_path)
+    net.merge_adapter()
+    torch.testing.assert_close(net["experts"].up, expected)
+    net.unmerge_adapter()
+    plain = net.unload()
+    assert torch.equal(plain["experts"].up, up)
+    torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path)["experts"](x), adapted)
+
+
 # -- aLoRA -------------------------------------------------------------------------------------------------------------
 
 
@@ -438,3 +543,16 @@ def test_a_tied_pair_trained_whole_stays_one_weight() -> None:
     copies = adapter_set(model).copies("default")
     assert copies["lm_head"].weight is copies["model.embed_tokens"].weight
     assert copies["lm_head"].weight is not model.lm_head.base_layer.weight
+
+
+def test_a_tied_pair_trained_whole_is_saved_as_two_tensors(tmp_path: Any) -> None:
+    """safetensors refuses memory that is shared, and views that are not whole: what is saved is cloned first."""
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(ensure_weight_tying=True, **options))
+    randomise(model, 0.3)
+    layer = adapter(model, "model.layers.0.self_attn.q_proj")
+    layer.lora_A.data = layer.lora_A.detach().T.contiguous().T
+    assert not layer.lora_A.is_contiguous()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
+    assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)

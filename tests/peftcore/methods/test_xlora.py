@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,19 @@ import pytest
 import torch
 from layer_parity import peft
 from method_example import Example, randomise
+from parity_log import agree
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from peftcore import CheckpointError, ConfigError, LoraConfig, MergeError, PeftModel, TargetError, get_peft_model
 from peftcore.adapter_set import adapter_set
@@ -24,17 +35,30 @@ TARGETS = [["q_proj", "down_proj"], ["q_proj", "embed_tokens"], ["v_proj"]]
 """What the three LoRAs adapt: some layers have one of them, some two."""
 
 
-def llama() -> Any:
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 64,
+    "initializer_range": 0.2,
+    "use_cache": False,
+}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+}
+
+
+def build(family: str) -> Any:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 64,
-        "initializer_range": 0.2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False)).eval()
+    return FAMILIES[family]().eval()
+
+
+def llama() -> Any:
+    return build("llama")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +78,8 @@ def config(loras: dict[str, str], **options: Any) -> XLoraConfig:
     return XLoraConfig(hidden_size=32, adapters=loras, task_type="CAUSAL_LM", **options)
 
 
-def mixed(loras: dict[str, str], **options: Any) -> Any:
-    model = get_peft_model(llama(), config(loras, **options)).eval()
+def mixed(loras: dict[str, str], family: str = "llama", **options: Any) -> Any:
+    model = get_peft_model(build(family), config(loras, **options)).eval()
     randomise(model, 0.5)
     return model
 
@@ -208,25 +232,27 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", CASES)
-def test_parity_both_ways(case: str, loras: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "family, case", [*(("llama", case) for case in CASES), ("mistral", "plain"), ("qwen2", "plain")]
+)
+def test_parity_both_ways(family: str, case: str, loras: dict[str, str], tmp_path: Path) -> None:
     options = CASES[case]
     theirs = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters=dict(loras), **options)
-    hf = peft.get_peft_model(llama(), theirs).eval()
+    hf = peft.get_peft_model(build(family), theirs).eval()
     randomise(hf, 0.5)
     hf.save_pretrained(tmp_path / "hf")
     # PEFT 0.21.2 leaves out the classifier's layers whose number is the name that it gives to a LoRA
     whole = {key: tensor for key, tensor in hf.state_dict().items() if "internal_xlora_classifier" in key}
     save_file(whole, tmp_path / "hf" / "adapter_model.safetensors")
     expected = hf(input_ids=tokens()).logits
-    here = PeftModel.from_pretrained(llama(), tmp_path / "hf")
-    assert (expected - llama()(tokens()).logits).abs().max() > 1e-2
-    torch.testing.assert_close(here(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
+    here = PeftModel.from_pretrained(build(family), tmp_path / "hf")
+    assert (expected - build(family)(tokens()).logits).abs().max() > 1e-2
+    agree(here(tokens()).logits, expected, "XLORA", family, made_by="peft")
 
-    model = mixed(loras, **options)
+    model = mixed(loras, family, **options)
     model.save_pretrained(tmp_path / "ours")
-    there = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
-    torch.testing.assert_close(there(input_ids=tokens()).logits, model(tokens()).logits, rtol=1e-5, atol=1e-5)
+    there = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours").eval()
+    agree(model(tokens()).logits, there(input_ids=tokens()).logits, "XLORA", family, made_by="peftcore")
 
 
 @pytest.mark.filterwarnings("ignore")

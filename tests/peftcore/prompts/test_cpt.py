@@ -27,7 +27,7 @@ EXAMPLES: dict[str, Any] = {
 
 
 @pytest.mark.filterwarnings("ignore")  # the oracle's own
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 def test_parity(family: str, tmp_path: Path) -> None:
     both_ways(family, peft.CPTConfig(**EXAMPLES), CPTConfig(**EXAMPLES), tmp_path)
 

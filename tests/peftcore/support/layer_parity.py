@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from method_example import randomise
+from parity_log import agree
 from torch import Tensor, nn
 
 from peftcore import PeftConfig, PeftModel, get_peft_model
@@ -38,6 +39,6 @@ def agrees_with_peft(
         if how.get("merged"):
             hf.merge_adapter()
             there.merge_adapter()
-        torch.testing.assert_close(here(x), hf(x), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(own(x), there(x), rtol=1e-5, atol=1e-5)
+        agree(here(x), hf(x), ours.peft_type, type(layer).__name__, made_by="peft")
+        agree(own(x), there(x), ours.peft_type, type(layer).__name__, made_by="peftcore")
         assert (hf(x) - net(x)).abs().max() > 1e-2
