@@ -12,7 +12,7 @@ def machine() -> str:
     """CPU model, threads, load, versions and date, in one line."""
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
-        f"{cpu_model()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores{load}, "
+        f"{cpu_model()}, {torch.get_num_threads()} of {os.cpu_count()} cores in use{load}, "
         f"torch {torch.__version__}, {datetime.date.today().isoformat()}"
     )
 

@@ -5,7 +5,7 @@ learns upright digits whole; an adapter must then learn transposed ones, with ev
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peftcore import PeftModel
+
 BATCH = 64
 SIDE = 4
 SHADES = 17
@@ -21,32 +23,46 @@ CLASSES = 10
 HELD_OUT = 297
 WIDTH = 48
 IGNORED = -100
+TURNS: dict[str, Callable[[Tensor], Tensor]] = {
+    "upright": lambda images: images,
+    "transposed": lambda images: images.transpose(1, 2),
+    "mirrored": lambda images: images.flip(2),
+    "flipped": lambda images: images.flip(1),
+}
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Rows of tokens: shades (n, 16) and, after them, the class (n, 1), as one (n, 17)."""
-
-    tokens: Tensor
-
-    def batches(self, steps: int, seed: int = 1) -> list[Tensor]:
-        """`steps` batches, each epoch in a new order."""
-        generator = torch.Generator().manual_seed(seed)
-        made: list[Tensor] = []
-        while len(made) < steps:
-            order = torch.randperm(len(self.tokens), generator=generator)
-            made += [self.tokens[rows] for rows in order.split(BATCH) if len(rows) == BATCH]
-        return made[:steps]
+Batch = dict[str, Tensor]
+"""`tokens` (n, 17), and whatever else the model's call takes."""
 
 
 @cache
-def digits(turn: str, held_out: bool = False) -> Digits:
-    """The digits "upright", "transposed" or "mirrored"; the last 297 are held out."""
+def digits(turn: str, held_out: bool = False) -> Tensor:
+    """Digits turned in one of four ways: shades (n, 16), then the class; the last 297 are held out."""
     data: Any = load_digits()
     images = torch.tensor(data.images).view(-1, SIDE, 2, SIDE, 2).mean((2, 4)).round().long()
-    images = {"upright": images, "transposed": images.transpose(1, 2), "mirrored": images.flip(2)}[turn]
+    images = TURNS[turn](images)
     rows = slice(-HELD_OUT, None) if held_out else slice(None, -HELD_OUT)
-    return Digits(torch.cat([images.flatten(1), SHADES + torch.tensor(data.target)[:, None]], 1)[rows])
+    return torch.cat([images.flatten(1), SHADES + torch.tensor(data.target)[:, None]], 1)[rows]
+
+
+def batches(turn: str, steps: int, seed: int = 1) -> list[Batch]:
+    """One batch for each step; each epoch is in a new order."""
+    generator, tokens = torch.Generator().manual_seed(seed), digits(turn)
+    made: list[Batch] = []
+    while len(made) < steps:
+        order = torch.randperm(len(tokens), generator=generator)
+        made += [{"tokens": tokens[rows]} for rows in order.split(BATCH) if len(rows) == BATCH]
+    return made[:steps]
+
+
+def two_tasks(steps: int) -> list[Batch]:
+    """Batches whose rows are upright (task 0) and transposed (task 1) by turns."""
+    task_ids = torch.arange(BATCH) % 2
+    pairs = zip(batches("upright", steps), batches("transposed", steps), strict=True)
+    return [
+        {"tokens": torch.where(task_ids[:, None] == 0, upright["tokens"], transposed["tokens"]), "task_ids": task_ids}
+        for upright, transposed in pairs
+    ]
 
 
 # -- the base --------------------------------------------------------------------------------------------------------
@@ -73,7 +89,7 @@ def untrained() -> Any:
 def base_weights(steps: int = 400) -> dict[str, Tensor]:
     """Weights of the model trained whole on upright digits."""
     net = untrained()
-    train(net, digits("upright").batches(steps, seed=0), lr=3e-3)
+    train(net, batches("upright", steps, seed=0), lr=3e-3)
     return net.state_dict()
 
 
@@ -87,33 +103,45 @@ def base() -> Any:
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-def loss_of(net: Any, tokens: Tensor, **inputs: Any) -> Tensor:
-    """The model's own loss over the class alone, in nats per digit."""
+def loss_of(net: Any, tokens: Tensor, **inputs: Tensor) -> Tensor:
+    """The model's own loss, over the class alone, in nats per digit."""
     labels = tokens.clone()
     labels[:, :-1] = IGNORED
     return net(input_ids=tokens, labels=labels, **inputs).loss
 
 
-def train(net: Any, batches: list[Tensor], lr: float) -> None:
-    """Train what is not frozen, without an adapter's own work."""
+def train(net: Any, batches: list[Batch], lr: float, each: Callable[[int, float], None] | None = None) -> None:
+    """Train what is not frozen, one step a batch.
+
+    each: called after a step with its number, from 1, and the seconds of training so far, its own left out.
+    """
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches))
-    for tokens in batches:
-        step(net.train(), optimizer, loss_of(net, tokens))
+    seconds, adapted = 0.0, isinstance(net, PeftModel)
+    for number, batch in enumerate(batches, 1):
+        net.train()
+        start = time.perf_counter()
+        regularizer = net.adapter_regularizer() if adapted else None
+        loss = loss_of(net, **batch)
+        (loss if regularizer is None else loss + regularizer).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if adapted:
+            net.on_optimizer_step(number, optimizer)
+        optimizer.zero_grad()
         schedule.step()
-
-
-def step(net: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], 1.0)
-    optimizer.step()
+        seconds += time.perf_counter() - start
+        if each is not None:
+            each(number, seconds)
 
 
 @torch.no_grad()
-def held_out(net: Any, turn: str = "transposed", **inputs: Any) -> tuple[float, float]:
-    """Loss (nats per digit) and accuracy on digits that were not trained on."""
-    tokens = digits(turn, held_out=True).tokens
-    logits = net.eval()(input_ids=tokens[:, :-1], **inputs).logits[:, -1]
-    return nn.functional.cross_entropy(logits, tokens[:, -1]).item(), (logits.argmax(1) == tokens[:, -1]).float().mean().item()
+def judge(net: Any, turn: str = "transposed", task: int | None = None) -> tuple[float, float]:
+    """Loss (nats per digit) and accuracy on the digits that are held out."""
+    tokens = digits(turn, held_out=True)
+    inputs = {} if task is None else {"task_ids": torch.full((len(tokens),), task)}
+    pixels, classes = tokens[:, :-1], tokens[:, -1]
+    logits = net.eval()(input_ids=pixels, **inputs).logits[:, -1]
+    right = logits.argmax(1) == classes
+    return nn.functional.cross_entropy(logits, classes).item(), right.float().mean().item()
