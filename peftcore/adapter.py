@@ -39,7 +39,7 @@ class Adapter(nn.Module):
     """One adapter at one layer. Shapes: o out_features, i in_features, y (..., o), x (..., i)."""
 
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
-    """Kinds of base layer that the method can adapt: "linear", "conv", "embedding", "norm", "experts"."""
+    """Kinds of base layer that the method can adapt: "linear", "conv", "embedding", "norm", "parameter"."""
     follows_ties: ClassVar[bool] = False
     """Whether layers that share a target's weight are adapted too; `link` then makes them alike."""
     generate_arguments: ClassVar[Mapping[str, Any]] = {}

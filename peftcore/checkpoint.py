@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.adapter_set import AdapterSet, adapter_set, bias_path, shared_by
+from peftcore.bases import ParameterWeight
 from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.errors import CheckpointError, TargetError
 from peftcore.files import MANIFEST, flush_to_disk, write_manifest
@@ -73,8 +74,9 @@ def _copies_prefix(prompt: PromptLearner | None) -> str:
 
 def _prefix(path: str, adapter: Adapter) -> str:
     """What stands before an adapter's own keys; a raw parameter's adapter is kept under the module it belongs to."""
-    if adapter.base.kind == "experts":
-        path = path.rpartition(".")[0]
+    if isinstance(base := adapter.base, ParameterWeight):
+        path = path.removesuffix(f".{base.name}")
+        path = f"{path}.base_layer.{base.inside}" if base.inside else path
     return f"{PREFIX}{path}.{adapter.disk_prefix}"
 
 

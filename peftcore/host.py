@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
-from peftcore.bases.experts import ParameterWeight
+from peftcore.bases.parameter import ParameterWeight
 
 _OWN_STATE = "_own_state"
 """Attribute of a base layer whose weight an adapter's start has replaced: what was there before."""
@@ -190,12 +190,14 @@ class AdaptedParameters(_Host):
 
     def site(self, name: str) -> "ParameterSite":
         """The site of a parameter, made if need be."""
-        if name not in self.sites:
-            self.sites[name] = ParameterSite(self.base_layer, name, self.selection).train(self.training)
-        return self.sites[name]
+        key = name.replace(".", "/")  # a module's own name has no dots
+        if key not in self.sites:
+            self.sites[key] = ParameterSite(self.base_layer, name, self.selection).train(self.training)
+        return self.sites[key]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        changed = {name: self.sites[name].changed() for name in self.sites if self.sites[name].acting()}
+        sites = (self.sites[key] for key in self.sites)
+        changed = {site.base.name: site.changed() for site in sites if site.acting()}
         if not changed:
             return self.base_layer(*args, **kwargs)
         return torch.func.functional_call(self.base_layer, changed, args, kwargs)

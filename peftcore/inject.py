@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from peftcore import forwarding
+from peftcore import forwarding, fused_paths
 from peftcore.adapter import Adapter, Shared
 from peftcore.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set, bias_path
-from peftcore.bases import BaseWeight, ParameterWeight, base_weight
+from peftcore.bases import BaseWeight, ParameterWeight, base_weight, raw_projections
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
 from peftcore.host import AdaptedLayer, AdaptedParameters, SavedModule, Site, modules_outside_hosts
@@ -52,7 +52,7 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str, fresh: bo
     saved = find_saved_modules(model, config)
     adapters = _adapters_for(model, config)
     adapters |= _token_adapters(model, config, adapters)
-    targets = [path for path, adapter in adapters.items() if adapter.base.kind != "experts"]
+    targets = [path for path, adapter in adapters.items() if adapter.base.kind != "parameter"]
     copies = _copies_of(model, config, saved)
     return Injection(name, config, adapters, copies, _own_biases(model, config, targets))
 
@@ -82,13 +82,16 @@ def _adapters_for(model: nn.Module, config: TunerConfig) -> dict[str, Adapter]:
     targets = find_targets(model, config)
     if kind.follows_ties or getattr(config, "ensure_weight_tying", False):
         targets |= {path: model.get_submodule(path) for path in tied_paths(model, targets)}
-    bases = {path: _base_of(kind, config, layer, path) for path, layer in targets.items()}
+    bases: dict[str, BaseWeight] = {}
+    for path, layer in targets.items():
+        for base in _bases_of(kind, config, layer, path):
+            bases[f"{path}.{base.name}" if isinstance(base, ParameterWeight) else path] = base
     bases |= _parameter_bases(model, config)
     adapters = _make_adapters(kind, config, bases)
     kind.link(config, adapters)
-    owners = [path.rpartition(".")[0] for path, base in bases.items() if base.kind == "experts"]
+    owners = [path.rpartition(".")[0] for path, base in bases.items() if base.kind == "parameter"]
     for path, adapter in adapters.items():
-        if adapter.base.kind == "experts":  # PEFT wraps a module once for each of its parameters, the last outermost
+        if adapter.base.kind == "parameter":  # PEFT wraps a module once for each of its parameters, the last outermost
             owners.remove(path.rpartition(".")[0])
             adapter.disk_prefix = "base_layer." * owners.count(path.rpartition(".")[0])
     return adapters
@@ -115,12 +118,16 @@ def _token_adapters(model: nn.Module, config: TunerConfig, taken: Mapping[str, A
     return made
 
 
-def _base_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str) -> BaseWeight:
-    base = base_weight(layer.base_layer if isinstance(layer, AdaptedLayer) else layer, path)
-    if base.kind not in kind.layer_kinds:
+def _bases_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str) -> list[BaseWeight]:
+    """The weights that one target is adapted at: one, or the two projections of an nn.MultiheadAttention."""
+    layer = _unhosted(layer)
+    bases: list[BaseWeight] = [ParameterWeight(layer, name) for name in raw_projections(layer)]
+    bases = bases or [base_weight(layer, path)]
+    if bases[0].kind not in kind.layer_kinds:
+        word = type(layer).__name__ if isinstance(layer, nn.MultiheadAttention) else bases[0].kind
         fits = ", ".join(sorted(kind.layer_kinds))
-        raise TargetError(f"{config.peft_type} does not adapt {base.kind} layers such as {path}; it adapts {fits}")
-    return base
+        raise TargetError(f"{config.peft_type} does not adapt {word} layers such as {path}; it adapts {fits}")
+    return bases
 
 
 def _make_adapters(kind: type[Adapter], config: TunerConfig, bases: dict[str, BaseWeight]) -> dict[str, Adapter]:
@@ -135,6 +142,8 @@ def _make_adapters(kind: type[Adapter], config: TunerConfig, bases: dict[str, Ba
 
 
 def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str, shared: Shared | None) -> Adapter:
+    if isinstance(base, ParameterWeight) and raw_projections(base.layer):
+        path = path.removesuffix(f".{base.name}")  # patterns name the module that is the target
     with torch.device(base.device):
         adapter = kind(config, base, path)
         adapter.to(torch.promote_types(base.dtype, torch.float32))
@@ -262,8 +271,8 @@ def _places(model: nn.Module) -> dict[int, list[str]]:
 
 def _site_at(model: nn.Module, path: str, adapter: Adapter, adapters: AdapterSet, places: dict[int, list[str]]) -> Site:
     if isinstance(adapter.base, ParameterWeight):
-        owner, _, parameter = path.rpartition(".")
-        return _host_at(model, owner, AdaptedParameters, adapters, places).site(parameter)
+        owner = path.removesuffix(f".{adapter.base.name}")
+        return _host_at(model, owner, AdaptedParameters, adapters, places).site(adapter.base.name)
     return _host_at(model, path, AdaptedLayer, adapters, places)
 
 
@@ -275,8 +284,7 @@ def _host_at(model: nn.Module, path: str, kind: type[Any], adapters: AdapterSet,
     host = kind(present, adapters.selection)
     for place in places[id(present)]:
         replace_module(model, place, host)
-    if isinstance(parent := model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0  # its fused eval path reads the weights and would pass the adapter by
+    fused_paths.switch_off(model, path)
     return host
 
 
@@ -341,6 +349,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             if not len(saved.copies):
                 _put_back(model, places[id(saved)], saved.base_layer)
                 del adapters.saved[path]
+    fused_paths.switch_on(model)
     del adapters.configs[name]
     del adapters.kinds[name]
     adapters.listening.pop(name, None)
@@ -382,6 +391,7 @@ def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
     for host in adapters.saved.values():
         _put_back(model, places.get(id(host), []), host.current() if keep_trained else host.base_layer)
     adapters.layers.clear()
+    fused_paths.switch_on(model)
     for name in list(adapters.own_biases):
         if keep_trained and name in adapters.selection.active:
             del adapters.own_biases[name]

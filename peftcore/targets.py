@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from peftcore.bases import base_weight, calls_its_layers, is_adaptable
+from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_projections
 from peftcore.config import PromptLearningConfig, TaskType, TunerConfig, suggestion
 from peftcore.detection import detect
 from peftcore.errors import TargetError
@@ -143,13 +143,13 @@ def _in_chosen_block(path: str, config: TunerConfig) -> bool:
 def _check_adaptable(model: nn.Module, path: str, layer: nn.Module) -> None:
     if isinstance(layer, SavedModule):
         raise TargetError(f"{path} is already trained whole as one of modules_to_save; exclude it")
-    if not isinstance(layer, AdaptedLayer):
+    if not isinstance(layer, AdaptedLayer) and not raw_projections(_unhosted(layer)):
         base_weight(layer, path)
     if not _is_called(model, path):
         owner = type(model.get_submodule(path.rpartition(".")[0])).__name__
         raise TargetError(
             f"{path} belongs to {owner}, whose forward reads the weight and never calls the layer, "
-            "so an adapter there would do nothing; exclude it"
+            "so an adapter there would do nothing; exclude it, or name an nn.MultiheadAttention itself"
         )
 
 

@@ -4,13 +4,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
-from peftcore.bases.experts import ParameterWeight
 from peftcore.bases.norm import NormWeight, is_norm
+from peftcore.bases.parameter import ParameterWeight
 from peftcore.bases.plain import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
 from peftcore.bases.quantized import EightBitWeight, FourBitWeight
 from peftcore.errors import TargetError
 
-__all__ = ["BaseWeight", "ParameterWeight", "base_weight", "calls_its_layers", "is_adaptable"]
+__all__ = ["BaseWeight", "ParameterWeight", "base_weight", "calls_its_layers", "is_adaptable", "raw_projections"]
 
 _QUANTIZED = {"Params4bit": FourBitWeight, "Int8Params": EightBitWeight}
 _PLAIN = {
@@ -43,6 +43,21 @@ _READS_WEIGHTS = {"MultiheadAttention", "WavLMAttention"}
 def calls_its_layers(parent: nn.Module) -> bool:
     """Whether a module calls its child layers, so that an adapter on one of them acts."""
     return not _READS_WEIGHTS & {kind.__name__ for kind in type(parent).__mro__}
+
+
+def raw_projections(layer: nn.Module) -> tuple[str, ...]:
+    """Parameters that stand for an nn.MultiheadAttention when it is a target; () for any other module.
+
+    Raises TargetError where query, key and value have sizes of their own.
+    """
+    if not isinstance(layer, nn.MultiheadAttention):
+        return ()
+    if layer.in_proj_weight is None:
+        raise TargetError(
+            "an nn.MultiheadAttention with other sizes for key or value keeps three matrices; name them in "
+            "target_parameters: q_proj_weight, k_proj_weight, v_proj_weight"
+        )
+    return "in_proj_weight", "out_proj.weight"
 
 
 def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:

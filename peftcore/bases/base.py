@@ -17,7 +17,7 @@ class BaseWeight(ABC):
     """A view on one base layer; holds no weight of its own."""
 
     kind: ClassVar[str]
-    """"linear", "conv", "embedding", "norm" or "experts": what the layer does with its input."""
+    """"linear", "conv", "embedding", "norm" or "parameter" (raw): what the layer does with its input."""
 
     def __init__(self, layer: nn.Module):
         self.layer: Any = layer

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
-from peftcore.bases import BaseWeight
+from peftcore.bases import BaseWeight, ParameterWeight
 from peftcore.errors import ConfigError, MergeError
 from peftcore.methods.lora import invocation, starts
 from peftcore.methods.lora.config import LoraConfig
@@ -29,12 +29,14 @@ from peftcore.registry import register
 class Lora(Adapter):
     """LoRA at one layer."""
 
-    layer_kinds = frozenset({"linear", "conv", "embedding", "experts"})
+    layer_kinds = frozenset({"linear", "conv", "embedding", "parameter"})
 
     def __init__(self, config: LoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         self.config, (self.r, alpha) = config, config.at(path)
         self.scaling = alpha / math.sqrt(self.r) if config.use_rslora else alpha / self.r
+        if isinstance(base, ParameterWeight) and base.inside == "out_proj":
+            self.scaling *= 2  # HF PEFT adds the change of nn.MultiheadAttention's output twice, so its files mean that
         self.dropout = 0.0 if base.kind == "embedding" else config.lora_dropout
         self.groups = base.layer.groups if base.kind == "conv" else 1
         self._check(path)
@@ -54,6 +56,10 @@ class Lora(Adapter):
             raise ConfigError(
                 f"LORA: r at {path} must be a multiple of its {self.groups} groups, got {self.r}; try {self.groups}"
             )
+        if self.base.kind == "parameter":
+            for option in ("use_dora", "lora_bias", "alora_invocation_tokens"):
+                if getattr(self.config, option):
+                    raise ConfigError(f"LORA: {option} does not fit {path}, a raw parameter; exclude it")
         if self.config.use_dora and self.groups > 1:
             raise ConfigError(f"LORA: use_dora does not fit {path}, a convolution with groups; exclude it")
         if self.config.lora_bias and self.base.kind == "embedding":
@@ -160,7 +166,7 @@ class Lora(Adapter):
         return self._product(*self.own_factors()) - (0 if self.start is None else self._product(*self.start))
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.base.kind == "experts":
+        if self.base.kind == "parameter":
             experts = self.base.count
             a, b = a.view(experts, self.r, -1), b.view(b.shape[0], self.r, experts)
             return self.scaling * torch.einsum("ore,eri->eoi", b, a).reshape(self.base.read().shape)

@@ -22,7 +22,7 @@ Factors = tuple[Tensor, Tensor]
 def begin(adapter: "Lora") -> tuple[Factors | None, Tensor | None]:
     """Set A and B; gives (A₀ and B₀ to take out of the base, a weight to put in the base's place)."""
     start = adapter.config.init_lora_weights
-    if isinstance(start, bool) or start in ("gaussian", "eva", "corda", "lora_ga") or adapter.base.kind == "experts":
+    if isinstance(start, bool) or start in ("gaussian", "eva", "corda", "lora_ga"):
         _at_random(adapter, start)
         return None, None
     if adapter.base.kind != "linear":

@@ -1,4 +1,5 @@
-"""A raw parameter of a module, such as the stacked experts of an MoE block: no layer of its own ever sees its input.
+"""A raw parameter of a module, such as the stacked experts of an MoE block or the projections of
+nn.MultiheadAttention: no layer of its own ever sees its input.
 
 So an adapter there is folded into the parameter for the length of the module's forward.
 """
@@ -13,21 +14,30 @@ from peftcore.errors import TargetError
 
 
 class ParameterWeight(BaseWeight):
-    """A parameter (e, o, i) or, where the module says `is_transposed`, (e, i, o); or a single (o, i)."""
+    """A parameter (e, o, i) or, where the module says `is_transposed`, (e, i, o); or a single (o, i).
 
-    kind = "experts"
+    name: its path from the module: "gate_up_proj", "out_proj.weight".
+    """
+
+    kind = "parameter"
 
     def __init__(self, layer: nn.Module, name: str):
         super().__init__(layer)
         self.name = name
+        self.inside, _, self.leaf = name.rpartition(".")
         shape = self._parameter.shape
         if len(shape) not in (2, 3):
             raise TargetError(f"target_parameters: {name} has shape {tuple(shape)}; only (o, i) and (e, o, i) fit")
         self.transposed = len(shape) == 3 and bool(getattr(layer, "is_transposed", False))
 
     @property
+    def _kept(self) -> dict[str, Any]:
+        """Where the parameter is registered, under `leaf`."""
+        return self.layer.get_submodule(self.inside)._parameters
+
+    @property
     def _parameter(self) -> Tensor:
-        return self.layer._parameters[self.name]
+        return self._kept[self.leaf]
 
     @property
     def in_features(self) -> int:
@@ -55,7 +65,7 @@ class ParameterWeight(BaseWeight):
 
     @property
     def unmerged_attribute(self) -> str:
-        return f"_unmerged_state_of_{self.name}"
+        return f"_unmerged_state_of_{self.name.replace('.', '_')}"
 
     def oriented(self, weight: Tensor) -> Tensor:
         """Canonical to stored orientation, or back."""
@@ -66,10 +76,13 @@ class ParameterWeight(BaseWeight):
 
     def write(self, weight: Tensor) -> None:
         stored = self.oriented(weight).to(self.dtype).contiguous()
-        self.layer._parameters[self.name] = nn.Parameter(stored, requires_grad=False)
+        self._kept[self.leaf] = nn.Parameter(stored, requires_grad=False)
 
     def state(self) -> dict[str, Any]:
-        return {self.name: self._parameter}
+        return {self.leaf: self._parameter}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._kept.update(state)
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         raise TypeError(f"{self.name} is a raw parameter: its input is not seen")
