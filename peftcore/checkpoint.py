@@ -19,7 +19,8 @@ from peftcore.bases import ParameterWeight
 from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.errors import CheckpointError, TargetError
 from peftcore.files import MANIFEST, flush_to_disk, write_manifest
-from peftcore.inject import Injection, commit_injection, deepened, prepare_injection
+from peftcore.inject import commit_injection, deepened
+from peftcore.preparation import Injection, prepare_injection
 from peftcore.prompts.learner import PromptLearner
 from peftcore.tensors import PREFIX, WEIGHTS_NAME, read_tensors
 

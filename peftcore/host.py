@@ -244,6 +244,11 @@ class SavedModule(_Host):
         return self.current()(*args, **kwargs)
 
 
+def unhosted(module: nn.Module) -> nn.Module:
+    """The module that a host stands for; any other module itself."""
+    return module.base_layer if isinstance(module, _Host) else module
+
+
 def modules_outside_hosts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of a model as it was before injection: each host is given, nothing inside it.
 

@@ -14,7 +14,7 @@ from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_proj
 from peftcore.config import PromptLearningConfig, TaskType, TunerConfig, suggestion
 from peftcore.detection import detect
 from peftcore.errors import TargetError
-from peftcore.host import AdaptedLayer, AdaptedParameters, SavedModule, modules_outside_hosts
+from peftcore.host import AdaptedLayer, SavedModule, modules_outside_hosts, unhosted
 from peftcore.registry import method_of
 
 ALL_LINEAR = "all-linear"
@@ -70,7 +70,7 @@ def find_parameters(model: nn.Module, config: TunerConfig) -> dict[str, tuple[nn
     names = parameter_names(config)
     if not names:
         return {}
-    owners = {path: _unhosted(module) for path, module in modules_outside_hosts(model)}
+    owners = {path: unhosted(module) for path, module in modules_outside_hosts(model)}
     every = {f"{p}.{name}": (m, name) for p, m in owners.items() for name, q in m._parameters.items() if q is not None}
     found = {path: place for path, place in every.items() if named(path, names)}
     for name in names:
@@ -83,14 +83,10 @@ def find_parameters(model: nn.Module, config: TunerConfig) -> dict[str, tuple[nn
 
 def tied_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     """{path of a layer that is not among `paths`: the one among them whose weight it shares}."""
-    modules = {path: _unhosted(module) for path, module in modules_outside_hosts(model)}
+    modules = {path: unhosted(module) for path, module in modules_outside_hosts(model)}
     weights = {id(w): path for path in paths if (w := modules[path]._parameters.get("weight")) is not None}
     sharing = ((path, weights.get(id(module._parameters.get("weight")))) for path, module in modules.items())
     return {path: other for path, other in sharing if other is not None and path not in weights.values()}
-
-
-def _unhosted(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, AdaptedLayer | AdaptedParameters | SavedModule) else module
 
 
 def _wanted_paths(model: nn.Module, modules: dict[str, nn.Module], config: TunerConfig) -> list[str]:
@@ -143,7 +139,7 @@ def _in_chosen_block(path: str, config: TunerConfig) -> bool:
 def _check_adaptable(model: nn.Module, path: str, layer: nn.Module) -> None:
     if isinstance(layer, SavedModule):
         raise TargetError(f"{path} is already trained whole as one of modules_to_save; exclude it")
-    if not isinstance(layer, AdaptedLayer) and not raw_projections(_unhosted(layer)):
+    if not isinstance(layer, AdaptedLayer) and not raw_projections(unhosted(layer)):
         base_weight(layer, path)
     if not _is_called(model, path):
         owner = type(model.get_submodule(path.rpartition(".")[0])).__name__

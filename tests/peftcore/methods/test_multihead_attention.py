@@ -46,7 +46,7 @@ def inputs() -> Tensor:
 
 def adapted(**options: Any) -> Any:
     model = get_peft_model(build(), LoraConfig(**OPTIONS, **options)).eval()
-    randomise(model, 0.5)
+    randomise(model, 0.2)
     return model
 
 
@@ -55,7 +55,7 @@ def adapted(**options: Any) -> Any:
 def test_parity(options: dict[str, Any], tmp_path: Path) -> None:
     x = inputs()
     hf = peft.get_peft_model(build(), peft.LoraConfig(**OPTIONS, **options)).train()  # without PyTorch's fast path
-    randomise(hf, 0.5)
+    randomise(hf, 0.2)
     hf.save_pretrained(tmp_path / "hf")
     here = PeftModel.from_pretrained(build(), tmp_path / "hf")
     assert (here(x) - build()(x)).abs().max() > 1e-2

@@ -1,0 +1,196 @@
+"""Making an adapter for a model and checking it, without touching the model."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from peftcore.adapter import Adapter, Shared
+from peftcore.adapter_set import ATTRIBUTE, adapter_set
+from peftcore.bases import BaseWeight, ParameterWeight, base_weight, raw_projections
+from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
+from peftcore.errors import AdapterNameError, ConfigError, TargetError
+from peftcore.host import SavedModule, modules_outside_hosts, unhosted
+from peftcore.prompts.learner import PromptLearner
+from peftcore.registry import method_named, method_of
+from peftcore.targets import completed, find_parameters, find_saved_modules, find_targets, tied_paths, with_heads
+
+
+@dataclasses.dataclass
+class Injection:
+    """An adapter that is made and checked but not in the model yet."""
+
+    name: str
+    config: PeftConfig
+    adapters: dict[str, Adapter]
+    copies: dict[str, nn.Module]
+    biases: list[str]
+    prompt: PromptLearner | None = None
+
+
+def prepare_injection(model: nn.Module, config: PeftConfig, name: str, fresh: bool = True) -> Injection:
+    """Make an adapter's modules without touching the model.
+
+    fresh: False spares a prompt its start, which may need a tokenizer; the caller reads it from disk.
+    Raises AdapterNameError, ConfigError, TargetError for a name, an option or targets that cannot be.
+    """
+    if issubclass(kind := method_of(config).adapter, PromptLearner):
+        return _prepare_prompt(model, kind, config, name, fresh)
+    if not isinstance(config, TunerConfig):
+        raise ConfigError(f"{type(config).__name__} does not adapt layers; use one of the tuner configurations")
+    _check_name(model, name)
+    _check_not_compiled(model)
+    config = completed(model, config)
+    _check_single_bias(model, config)
+    saved = find_saved_modules(model, config)
+    adapters = _adapters_for(model, config)
+    adapters |= _token_adapters(model, config, adapters)
+    targets = [path for path, adapter in adapters.items() if adapter.base.kind != "parameter"]
+    copies = _copies_of(model, config, saved)
+    return Injection(name, config, adapters, copies, _own_biases(model, config, targets))
+
+
+def _prepare_prompt(
+    model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, fresh: bool
+) -> Injection:
+    _check_name(model, name)
+    _check_not_compiled(model)
+    config, copies = kind.completed(config, model), {}
+    if isinstance(config, PromptLearningConfig):
+        config = with_heads(model, config)
+        copies = {path: _copy_of(module) for path, module in find_saved_modules(model, config).items()}
+    weight = next(model.parameters())
+    with torch.device(weight.device):
+        prompt = kind(config, model)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    prompt.to(wide)
+    if fresh:
+        prompt.reset_parameters(model)
+    return Injection(name, config, {}, copies, [], prompt)
+
+
+def _adapters_for(model: nn.Module, config: TunerConfig) -> dict[str, Adapter]:
+    """{path: adapter} for the targets of a configuration, made and set to their start."""
+    kind = method_of(config).adapter
+    targets = find_targets(model, config)
+    if kind.follows_ties or getattr(config, "ensure_weight_tying", False):
+        targets |= {path: model.get_submodule(path) for path in tied_paths(model, targets)}
+    bases: dict[str, BaseWeight] = {}
+    for path, layer in targets.items():
+        for base in _bases_of(kind, config, layer, path):
+            bases[f"{path}.{base.name}" if isinstance(base, ParameterWeight) else path] = base
+    bases |= _parameter_bases(model, config)
+    adapters = _make_adapters(kind, config, bases)
+    kind.link(config, adapters)
+    owners = [path.rpartition(".")[0] for path, base in bases.items() if base.kind == "parameter"]
+    for path, adapter in adapters.items():
+        if adapter.base.kind == "parameter":  # PEFT wraps a module once for each of its parameters, the last outermost
+            owners.remove(path.rpartition(".")[0])
+            adapter.disk_prefix = "base_layer." * owners.count(path.rpartition(".")[0])
+    return adapters
+
+
+def _parameter_bases(model: nn.Module, config: TunerConfig) -> dict[str, BaseWeight]:
+    found = find_parameters(model, config)
+    return {path: ParameterWeight(module, name) for path, (module, name) in found.items()}
+
+
+def _token_adapters(model: nn.Module, config: TunerConfig, taken: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Adapters of single embedding rows, for methods whose configuration has `trainable_token_indices`."""
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return {}
+    made: dict[str, Adapter] = {}
+    for target, tokens in wanted.items() if isinstance(wanted, dict) else [(None, wanted)]:
+        options: dict[str, Any] = {"token_indices": list(tokens), "target_modules": target and [target]}
+        made |= _adapters_for(model, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)))
+    if both := sorted(made.keys() & taken.keys()):
+        raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
+    for adapter in made.values():
+        adapter.disk_prefix = "token_adapter."
+    return made
+
+
+def _bases_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str) -> list[BaseWeight]:
+    """The weights that one target is adapted at: one, or the two projections of an nn.MultiheadAttention."""
+    layer = unhosted(layer)
+    bases: list[BaseWeight] = [ParameterWeight(layer, name) for name in raw_projections(layer)]
+    bases = bases or [base_weight(layer, path)]
+    if bases[0].kind not in kind.layer_kinds:
+        word = type(layer).__name__ if isinstance(layer, nn.MultiheadAttention) else bases[0].kind
+        fits = ", ".join(sorted(kind.layer_kinds))
+        raise TargetError(f"{config.peft_type} does not adapt {word} layers such as {path}; it adapts {fits}")
+    return bases
+
+
+def _make_adapters(kind: type[Adapter], config: TunerConfig, bases: dict[str, BaseWeight]) -> dict[str, Adapter]:
+    first = next(iter(bases.values()), None)
+    if first is None:
+        return {}
+    with torch.device(first.device):
+        shared = kind.make_shared(config, bases)
+        if shared is not None:
+            shared.to(torch.promote_types(first.dtype, torch.float32))
+    return {path: _make(kind, config, base, path, shared) for path, base in bases.items()}
+
+
+def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str, shared: Shared | None) -> Adapter:
+    if isinstance(base, ParameterWeight) and raw_projections(base.layer):
+        path = path.removesuffix(f".{base.name}")  # patterns name the module that is the target
+    with torch.device(base.device):
+        adapter = kind(config, base, path)
+        adapter.to(torch.promote_types(base.dtype, torch.float32))
+        if shared is not None:
+            adapter.shared = shared
+        adapter.reset_parameters()
+    return adapter
+
+
+def _copies_of(model: nn.Module, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Trainable copies; with `ensure_weight_tying`, of both sides of a tied pair, and these share their weight too."""
+    copies = {path: _copy_of(module) for path, module in saved.items()}
+    if getattr(config, "ensure_weight_tying", False):
+        for path, other in tied_paths(model, saved).items():
+            copies[path] = _copy_of(model.get_submodule(path))
+            copies[path].weight = copies[other].weight
+    return copies
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    original = module.base_layer if isinstance(module, SavedModule) else module
+    return copy.deepcopy(original).requires_grad_(True)
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not name or not isinstance(name, str) or "." in name or "/" in name:
+        raise AdapterNameError(f"an adapter's name is a word without '.' or '/'; got {name!r}")
+    if ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
+        raise AdapterNameError(f"there is already an adapter named {name!r}; delete it first or take another name")
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    classes = {c.__name__ for c in type(model).__mro__}
+    for wrapper, call in (("OptimizedModule", "torch.compile"), ("FSDPModule", "fully_shard")):
+        if wrapper in classes:
+            raise ConfigError(f"adapters must be attached before {call}; attach first, then call {call}")
+
+
+def _check_single_bias(model: nn.Module, config: TunerConfig) -> None:
+    others = adapter_set(model).own_biases if ATTRIBUTE in model.__dict__ else {}
+    if getattr(config, "bias", "none") != "none" and others:
+        raise ConfigError(
+            f"bias={config.bias!r}: the model's biases already belong to adapter {next(iter(others))!r}; "  # type: ignore[attr-defined]
+            "at most one adapter can train them; use bias='none'"
+        )
+
+
+def _own_biases(model: nn.Module, config: TunerConfig, targets: list[str]) -> list[str]:
+    mode = getattr(config, "bias", "none")
+    if mode == "none":
+        return []
+    inside = {path: unhosted(module) for path, module in modules_outside_hosts(model)}
+    paths = targets if mode.endswith("_only") else inside
+    return [f"{path}.bias" for path in paths if isinstance(inside[path]._parameters.get("bias"), nn.Parameter)]
