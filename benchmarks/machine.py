@@ -9,7 +9,7 @@ import torch
 
 
 def machine() -> str:
-    """CPU model, threads, load, versions and date, in one line."""
+    """CPU model, cores in use, load, versions and date, in one line."""
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
         f"{cpu_model()}, {torch.get_num_threads()} of {os.cpu_count()} cores in use{load}, "

@@ -22,7 +22,7 @@ def test_three_rows_and_the_machine(tmp_path: Path) -> None:
     assert list(rows) == ["floor", "ours", "PEFT"]
     assert rows["floor"][2] == rows["PEFT"][3] == "1.00"
     assert int(rows["floor"][4]) <= int(rows["ours"][4])
-    assert re.search(r"threads of \d+ cores.*torch \d", done.stdout)
+    assert re.search(r"\d+ of \d+ cores in use.*torch \d", done.stdout)
 
 
 def test_too_few_repeats_are_refused(tmp_path: Path) -> None:
