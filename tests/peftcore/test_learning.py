@@ -10,7 +10,11 @@ from digits_rows import ROWS, Row, learn
 from peftcore.registry import methods
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+SLOW = {"X-LoRA", "prompt tuning", "P-tuning", "multitask prompts", "CPT"}
+CASES = [pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.name in SLOW else []) for row in ROWS]
+
+
+@pytest.mark.parametrize("row", CASES)
 def test_learns(row: Row, tmp_path: Path) -> None:
     curve = learn(row, tmp_path)
     assert curve.losses[-1] < row.bound < curve.losses[0] - 1, curve.losses
