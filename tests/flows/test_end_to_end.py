@@ -30,7 +30,7 @@ class Clone:
     """A clone of what is committed, and the commands that a user types in it."""
 
     def __init__(self, root: Path) -> None:
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(root)], check=True)
+        subprocess.run(["git", "clone", "--quiet", "--no-tags", str(ROOT), str(root)], check=True)
         self.root = root
         # the environment's `peftcore` is installed from the original; the clone's own code has to come first
         self.environment = {**os.environ, "PYTHONPATH": str(root), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
