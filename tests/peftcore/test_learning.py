@@ -9,7 +9,6 @@ from digits_rows import ROWS, Row, learn
 
 from peftcore.registry import methods
 
-
 SLOW = {"X-LoRA", "prompt tuning", "P-tuning", "multitask prompts", "CPT"}
 CASES = [pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.name in SLOW else []) for row in ROWS]
 
