@@ -31,7 +31,3 @@ class RegistryError(PipelineError, RuntimeError):
 
 class GateError(PipelineError, RuntimeError):
     """A candidate that the promotion gate refuses; the message is the reason."""
-
-
-class TrackingError(PipelineError, RuntimeError):
-    """A tracking run that cannot be read back."""

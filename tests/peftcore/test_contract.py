@@ -8,10 +8,10 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from method_example import examples, randomise
+from quantised_layers import quantised
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -285,19 +285,6 @@ def test_safe_merge_changes_nothing_when_a_layer_is_not_finite(method: str, brok
 
 
 # -- quantised bases: no method has code for them --------------------------------------------------------------------
-
-
-def quantised(kind: str) -> nn.Module:
-    layer = nn.Linear(64, 32)
-    if kind == "int8":
-        made: Any = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
-    else:
-        storage, _, double = kind.partition("+")
-        made = bnb.nn.Linear4bit(
-            64, 32, quant_type=storage, compress_statistics=bool(double), compute_dtype=torch.float32
-        )
-    made.load_state_dict(layer.state_dict())
-    return made.to("cpu")
 
 
 @pytest.mark.parametrize("method", LINEAR)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from method_example import examples, randomise
+from quantised_layers import quantised
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -172,7 +172,7 @@ def test_merging_one_side_of_a_tied_pair(side: str) -> None:
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_lora_bias_is_merged_with_its_scale_into_quantised_layers(storage: str) -> None:
     """s is 3 here; test_merge.py asks the same of peftcore."""
-    hf = peft.get_peft_model(quantised(storage), peft.LoraConfig(**LORA, lora_bias=True)).eval()
+    hf = peft.get_peft_model(quantised_net(storage), peft.LoraConfig(**LORA, lora_bias=True)).eval()
     randomise(hf, 0.3)
     layer = layer_of(hf)
     bias, own = layer.base_layer.bias.clone(), layer.lora_B["default"].bias.detach()
@@ -181,15 +181,9 @@ def test_lora_bias_is_merged_with_its_scale_into_quantised_layers(storage: str) 
     assert (layer.base_layer.bias - (bias + 3 * own)).abs().max() > 0.1
 
 
-def quantised(storage: str) -> nn.Module:
+def quantised_net(storage: str) -> nn.Module:
     torch.manual_seed(0)
-    layer: Any = (
-        bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
-        if storage == "int8"
-        else bnb.nn.Linear4bit(64, 32, quant_type=storage, compute_dtype=torch.float32)
-    )
-    layer.load_state_dict(nn.Linear(64, 32).state_dict())
-    net: Any = nn.Sequential(layer.to("cpu"))
+    net: Any = nn.Sequential(quantised(storage))
     net.is_loaded_in_4bit, net.is_loaded_in_8bit = storage == "nf4", storage == "int8"
     return net
 
@@ -300,8 +294,8 @@ def test_adalora_merges_into_four_bits() -> None:
     """The contract test asks more of peftcore."""
     options = {**ADALORA, "target_modules": ["0"]}
     with pytest.raises(NotImplementedError):
-        peft.get_peft_model(quantised("nf4"), peft.AdaLoraConfig(**options)).eval().merge_adapter()
-    model = get_peft_model(quantised("nf4"), AdaLoraConfig(**options))
+        peft.get_peft_model(quantised_net("nf4"), peft.AdaLoraConfig(**options)).eval().merge_adapter()
+    model = get_peft_model(quantised_net("nf4"), AdaLoraConfig(**options))
     model.merge_adapter()
     assert model[0].merged == ("default",)
 

@@ -6,10 +6,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from method_example import examples, randomise
+from quantised_layers import quantised
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -97,13 +97,7 @@ def test_one_name_need_not_be_a_list() -> None:
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_lora_bias_merges_with_its_scale_into_a_quantised_layer(storage: str) -> None:
     torch.manual_seed(0)
-    layer: Any = (
-        bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
-        if storage == "int8"
-        else bnb.nn.Linear4bit(64, 32, quant_type=storage, compute_dtype=torch.float32)
-    )
-    layer.load_state_dict(nn.Linear(64, 32).state_dict())
-    net = adapt(nn.Sequential(layer.to("cpu")), r=2, lora_alpha=6, lora_bias=True)
+    net = adapt(nn.Sequential(quantised(storage)), r=2, lora_alpha=6, lora_bias=True)
     bias, own = net[0].bias.clone(), adapter_set(net).adapters("default")["0"].lora_bias.detach()
     net.merge_adapter()
     torch.testing.assert_close(net[0].bias, bias + 3 * own)
