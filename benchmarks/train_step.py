@@ -1,50 +1,61 @@
-"""One training step (forward and backward) of LoRA: the floor, ours, HF PEFT; in one process, interleaved.
+"""One training step (forward and backward) of an adapter: the floor, ours, HF PEFT; in one process, interleaved.
 
     python -m benchmarks.train_step --dtype bf16 --dropout 0.05 --repeats 9
+    python -m benchmarks.train_step --all            # four settings with their targets: results/train_step.md and .json
 
 SmolLM2-135M's weights from --base, or its shape with random weights; r = 16 on all linear layers; a batch of 4 x 256
-tokens, the first two thirds of each row masked. The floor is the frozen base: forward, and backward through
-activations only. The optimiser's step is left out: it is the same for both and the floor has none.
+tokens, the first two thirds of each row masked. What each row is stands in `benchmarks.steps`. The optimiser's step is
+left out: it is the same for all and the floor has none.
 """
 
 import argparse
+import json
 import logging
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
-import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-import peftcore
 from benchmarks.machine import machine
-from peftcore.train import token_losses
+from benchmarks.memory import peak_rss
+from benchmarks.steps import (
+    DTYPES,
+    FLOOR,
+    METHODS,
+    OURS,
+    PEFT,
+    ROWS,
+    Setting,
+    build,
+    build_alone,
+    check_equal,
+    make_batch,
+    measure,
+    random_base,
+    release,
+    saved_bytes,
+    step,
+)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
-"""Largest difference of our loss and PEFT's at equal weights (nats)."""
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+TARGETS: list[tuple[dict[str, Any], dict[str, float]]] = [
+    ({"dtype": "bf16", "dropout": 0.0}, {"/ PEFT": 0.62, "/ floor": 1.15}),
+    ({"dtype": "bf16", "dropout": 0.05}, {"/ PEFT": 0.45, "/ floor": 1.25, "saved / PEFT": 0.50}),
+    ({"dtype": "fp32", "dropout": 0.0}, {"/ PEFT": 0.75, "/ floor": 1.12}),
+    ({"dtype": "bf16", "dropout": 0.0, "storage": "nf4"}, {"/ PEFT": 0.65, "/ floor": 1.15}),
+]
+"""--all: settings, and what ours is to reach at most in each."""
 
-Loss = Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor]
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    name: str
-    model: nn.Module
-    inputs: Callable[[], dict[str, Tensor]]
-    saved: int = 0
-    """Bytes of activations that one forward keeps for the backward."""
-    seconds: list[float] | None = None
+Figures = dict[str, Any]
+"""A setting's measured rows as JSON holds them."""
 
 
 def main() -> None:
@@ -53,15 +64,14 @@ def main() -> None:
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.base or random_base(Path(scratch) / "base", options)
-        check_equal(folder, Path(scratch) / "check", options)
-        rows = build(folder, Path(scratch) / "adapter", options, options.dropout)
-        batch, loss = make_batch(rows[0].model, options), LOSSES[options.loss]
-        for row in rows:
-            row.saved = saved_bytes(row, loss, batch[1])
-            row.seconds = []
-        measure(rows, loss, batch[1], options.repeats)
-    print(report(rows, options))
+        setting = setting_of(options, options.base or random_base(Path(scratch) / "base", options.blocks))
+        if options.alone:
+            print(rss_alone(setting, options.alone))
+        elif options.all:
+            print(run_all(setting, Path(scratch), options))
+        else:
+            print(table(run(setting, Path(scratch), options)))
+            print(f"{machine()}, peft {peft.__version__}")
 
 
 def parse() -> argparse.Namespace:
@@ -71,188 +81,179 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--storage", choices=("none", "nf4"), default="none", help="how the base is kept")
-    parser.add_argument("--loss", choices=LOSSES, default="model", help="where the output head is computed")
+    parser.add_argument("--method", choices=METHODS, default="lora")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds, at least 7")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
     parser.add_argument("--blocks", type=int, default=30, help="of the random base")
+    parser.add_argument("--rss", action="store_true", help="each row's peak RSS too, from a process of its own")
+    parser.add_argument("--all", action="store_true", help="every setting that has a target; writes the results")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where --all writes")
+    parser.add_argument("--alone", choices=ROWS, help="three steps of one row; prints its peak RSS in bytes")
     options = parser.parse_args()
     if options.repeats < 7:
         parser.error(f"--repeats: a median of {options.repeats} says little; give at least 7")
     return options
 
 
-# -- models ------------------------------------------------------------------------------------------------------
-
-
-def random_base(folder: Path, options: argparse.Namespace) -> Path:
-    """A folder with SmolLM2-135M's shape and random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=options.blocks,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    model: Any = LlamaForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def load(folder: Path, options: argparse.Namespace) -> Any:
-    dtype = DTYPES[options.dtype]
-    quantization = None
-    if options.storage == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=quantization, device_map={"": "cpu"}, local_files_only=True
-    )
-    return model.requires_grad_(False).train()
-
-
-def build(folder: Path, scratch: Path, options: argparse.Namespace, dropout: float) -> list[Row]:
-    """Floor, ours and PEFT on equal bases; ours reads the adapter that PEFT wrote, so their weights are equal."""
-    torch.manual_seed(1)
-    config = peft.LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, lora_dropout=dropout, target_modules="all-linear"
-    )
-    theirs = peft.get_peft_model(load(folder, options), config)
-    for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:  # at zero, as it starts, B would hide A from the loss
-            nn.init.normal_(parameter, std=0.01)
-    theirs.save_pretrained(str(scratch))
-    ours = peftcore.PeftModel.from_pretrained(load(folder, options), scratch, is_trainable=True).train()
-    floor = load(folder, options)
-    ids, _ = make_batch(floor, options)
-    embeddings = floor.get_input_embeddings()(ids).detach()
-    return [
-        Row("floor", floor, lambda: {"inputs_embeds": embeddings.clone().requires_grad_()}),
-        Row("ours", ours, lambda: {"input_ids": ids}),
-        Row("PEFT", theirs, lambda: {"input_ids": ids}),
-    ]
-
-
-def make_batch(model: nn.Module, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, both (batch, length)."""
-    config: Any = model.config
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(config.vocab_size, (options.batch, options.length), generator=generator)
-    labels = ids.clone()
-    labels[:, : 2 * options.length // 3] = -100
-    return ids, labels
-
-
-# -- losses ------------------------------------------------------------------------------------------------------
-
-
-def model_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """The model's own loss: the output head at every position."""
-    return model(**inputs, labels=labels).loss
-
-
-def supervised_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """The same number by our trainer's way: the output head only where a label is."""
-    return token_losses(model, inputs, labels)[0].mean()
-
-
-LOSSES: dict[str, Loss] = {"model": model_loss, "supervised": supervised_loss}
+def setting_of(options: argparse.Namespace, folder: Path) -> Setting:
+    names = ("dtype", "dropout", "storage", "method", "device", "rank", "batch", "length")
+    return Setting(folder=folder, **{name: getattr(options, name) for name in names})
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------
 
 
-def check_equal(folder: Path, scratch: Path, options: argparse.Namespace) -> None:
-    """Stop unless ours and PEFT have the same loss and gradient at equal weights, without dropout."""
-    _, ours, theirs = build(folder, scratch, options, dropout=0.0)
-    labels, tolerance = make_batch(ours.model, options)[1], TOLERANCE[options.dtype]
-    (our_loss, our_norm), (their_loss, their_norm) = (
-        _loss_and_gradient(row, labels, options) for row in (ours, theirs)
+def run(setting: Setting, scratch: Path, options: argparse.Namespace) -> Figures:
+    """Check, then measure one setting."""
+    check_equal(setting, scratch / "check")
+    release(setting.device)
+    rows = build(setting, scratch / "adapter")
+    labels = make_batch(rows[0].model, setting)[1]
+    for row in rows:
+        row.saved = saved_bytes(row, labels)
+    measure(rows, labels, options.repeats)
+    seconds = {row.name: row.seconds for row in rows}
+    figures = {
+        "setting": {
+            **{name: value for name, value in vars(setting).items() if name not in ("folder", "blocks")},
+            "base": str(options.base) if options.base else f"random, {options.blocks} blocks",
+            "repeats": options.repeats,
+        },
+        "rows": [
+            {
+                "name": row.name,
+                "seconds": row.seconds,
+                "median_ms": 1e3 * statistics.median(row.seconds),
+                "min_ms": 1e3 * min(row.seconds),
+                "/ floor": _ratio(row.seconds, seconds[FLOOR]),
+                "/ PEFT": _ratio(row.seconds, seconds[PEFT]),
+                "saved_mib": row.saved / MIB,
+                **({"gpu_peak_mib": row.cuda_peak / MIB} if setting.device == "cuda" else {}),
+            }
+            for row in rows
+        ],
+    }
+    del rows
+    release(setting.device)
+    if options.rss:
+        for row in figures["rows"]:
+            row["rss_mib"] = rss_of(setting, row["name"]) / MIB
+    return figures
+
+
+def _ratio(seconds: list[float], others: list[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(mine / its for mine, its in zip(seconds, others, strict=True))
+
+
+def rss_alone(setting: Setting, name: str) -> int:
+    """Peak resident memory (bytes) of this process after three steps of one row."""
+    row = build_alone(setting, name)
+    labels = make_batch(row.model, setting)[1]
+    for _ in range(3):
+        step(row, labels)
+    return peak_rss()
+
+
+def rss_of(setting: Setting, name: str) -> int:
+    """`rss_alone` in a process of its own, so that no other row is in it."""
+    names = ("dtype", "dropout", "storage", "method", "device", "rank", "batch", "length")
+    given = [text for option in names for text in (f"--{option}", str(getattr(setting, option)))]
+    command = [sys.executable, "-m", "benchmarks.train_step", "--base", str(setting.folder), "--alone", name, *given]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def run_all(setting: Setting, scratch: Path, options: argparse.Namespace) -> str:
+    """Every setting of TARGETS; writes train_step.json and train_step.md, and returns the latter."""
+    measured: list[Figures] = []
+    for number, (changes, targets) in enumerate(TARGETS):
+        figures = run(replace(setting, **changes), scratch / str(number), options)
+        figures["targets"] = targets
+        print(table(figures), flush=True)
+        measured.append(figures)
+    results = {"settings": measured, "machine": f"{machine()}, peft {peft.__version__}"}
+    options.folder.mkdir(parents=True, exist_ok=True)
+    (options.folder / "train_step.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = markdown(results)
+    (options.folder / "train_step.md").write_text(text)
+    return text
+
+
+# -- tables ------------------------------------------------------------------------------------------------------
+
+
+def title(setting: dict[str, Any]) -> str:
+    storage = "" if setting["storage"] == "none" else f", {setting['storage']} base"
+    return f"{setting['dtype']}{storage}, dropout {setting['dropout']:g}"
+
+
+def details(setting: dict[str, Any]) -> str:
+    return (
+        f"base {setting['base']}, {setting['method']} r {setting['rank']} on all linear layers, batch "
+        f"{setting['batch']} x {setting['length']}, {setting['device']}, {setting['repeats']} rounds"
     )
-    if not abs(our_loss - their_loss) <= tolerance:
-        raise SystemExit(f"error: at equal weights our loss is {our_loss:.5f} and PEFT's {their_loss:.5f}")
-    # in bf16 the two gradients round apart by tens of per cent on a real base, in fp32 they are equal
-    if options.dtype == "fp32" and not abs(our_norm / their_norm - 1) <= tolerance:
-        raise SystemExit(f"error: at equal weights our gradient's norm is {our_norm:.5f}, PEFT's {their_norm:.5f}")
 
 
-def _loss_and_gradient(row: Row, labels: Tensor, options: argparse.Namespace) -> tuple[float, float]:
-    """Loss in nats and the norm of its gradient; an adapter without a gradient would be fast and wrong."""
-    value = LOSSES[options.loss](row.model, row.inputs(), labels)
-    value.backward()
-    trained = [parameter for parameter in row.model.parameters() if parameter.requires_grad]
-    gradients = [parameter.grad.float().norm() for parameter in trained if parameter.grad is not None]
-    if not trained or len(gradients) < len(trained):
-        raise SystemExit(f"error: {row.name}: {len(gradients)} of {len(trained)} adapter weights got a gradient")
-    return value.item(), torch.stack(gradients).norm().item()
-
-
-def saved_bytes(row: Row, loss: Loss, labels: Tensor) -> int:
-    """Bytes of every storage that a forward saves, each once, the model's own parameters and buffers apart."""
-    own = {t.untyped_storage().data_ptr() for t in (*row.model.parameters(), *row.model.buffers())}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = loss(row.model, row.inputs(), labels)
-    total = sum(sizes.values())  # while `value` keeps the graph, and with it every storage, alive
-    del value
-    return total
-
-
-def measure(rows: list[Row], loss: Loss, labels: Tensor, repeats: int) -> None:
-    """Time one step of each row a round, the order rotated, after two rounds of warm-up."""
-    for round_number in range(-2, repeats):
-        shift = round_number % len(rows)
-        for row in rows[shift:] + rows[:shift]:
-            seconds = step(row, loss, labels)
-            if round_number >= 0 and row.seconds is not None:
-                row.seconds.append(seconds)
-
-
-def step(row: Row, loss: Loss, labels: Tensor) -> float:
-    inputs = row.inputs()
-    start = time.perf_counter()
-    loss(row.model, inputs, labels).backward()
-    seconds = time.perf_counter() - start
-    row.model.zero_grad(set_to_none=True)
-    return seconds
-
-
-def report(rows: list[Row], options: argparse.Namespace) -> str:
-    """The table; a ratio is the median over the rounds of the ratio within a round."""
-    base = f"{options.base}" if options.base else f"random, {options.blocks} blocks"
+def table(figures: Figures) -> str:
+    """One setting, to be read in a terminal."""
+    rows = figures["rows"]
+    extra = [(name, head) for name, head in EXTRAS.items() if name in rows[0]]
     lines = [
-        f"train step: base {base}, {options.dtype}, storage {options.storage}, r {options.rank}, dropout "
-        f"{options.dropout}, batch {options.batch} x {options.length}, {options.loss} loss, {options.repeats} rounds",
-        f"{'':8}{'median ms':>10}{'min ms':>9}{'/ floor':>9}{'/ PEFT':>8}{'saved MiB':>11}",
+        f"train step: {title(figures['setting'])}; {details(figures['setting'])}",
+        f"{'':15}{'median ms':>10}{'min ms':>9}{'/ floor':>9}{'/ PEFT':>8}{'saved MiB':>11}"
+        + "".join(f"{head:>14}" for _, head in extra),
     ]
     for row in rows:
-        seconds = row.seconds or []
-        ratios = [statistics.median(_ratios(row, other)) for other in (rows[0], rows[-1])]
         lines.append(
-            f"{row.name:8}{1e3 * statistics.median(seconds):10.0f}{1e3 * min(seconds):9.0f}"
-            f"{ratios[0]:9.2f}{ratios[1]:8.2f}{row.saved / 2**20:11.0f}"
+            f"{row['name']:15}{row['median_ms']:10.0f}{row['min_ms']:9.0f}{row['/ floor']:9.2f}"
+            f"{row['/ PEFT']:8.2f}{row['saved_mib']:11.0f}" + "".join(f"{row[name]:14.0f}" for name, _ in extra)
         )
-    lines.append(f"{machine()}, peft {peft.__version__}")
     return "\n".join(lines)
 
 
-def _ratios(row: Row, other: Row) -> list[float]:
-    return [mine / its for mine, its in zip(row.seconds or [], other.seconds or [], strict=True)]
+EXTRAS = {"rss_mib": "peak RSS MiB", "gpu_peak_mib": "GPU step MiB"}
+"""Columns that only some runs have."""
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All settings in one table, and whether ours reached what it was to reach."""
+    first = results["settings"][0]
+    extra = [(name, head) for name, head in EXTRAS.items() if name in first["rows"][0]]
+    heads = ["setting", "", "median ms", "/ floor", "/ PEFT", "saved MiB", *(head for _, head in extra), "target"]
+    lines = [
+        f"One training step, forward and backward: {details(first['setting'])}.",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|---|---|" + "---:|" * (len(heads) - 3) + "---|",
+    ]
+    for figures in results["settings"]:
+        for number, row in enumerate(figures["rows"]):
+            cells = [
+                title(figures["setting"]) if number == 0 else "",
+                row["name"],
+                f"{row['median_ms']:.0f}",
+                f"{row['/ floor']:.2f}",
+                f"{row['/ PEFT']:.2f}",
+                f"{row['saved_mib']:.0f}",
+                *(f"{row[name]:.0f}" for name, _ in extra),
+                verdict(figures) if row["name"] == OURS else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Measured on {results['machine']}."]) + "\n"
+
+
+def verdict(figures: Figures) -> str:
+    """Each target of a setting, with what ours has and whether that is met."""
+    rows = {row["name"]: row for row in figures["rows"]}
+    reached = {name: rows[OURS][name] for name in ("/ floor", "/ PEFT")}
+    reached["saved / PEFT"] = rows[OURS]["saved_mib"] / rows[PEFT]["saved_mib"]
+    return "; ".join(
+        f"{name} ≤ {bound:.2f}: {'met' if reached[name] <= bound else 'missed'} ({reached[name]:.2f})"
+        for name, bound in figures["targets"].items()
+    )
 
 
 if __name__ == "__main__":

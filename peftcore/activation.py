@@ -7,7 +7,7 @@ from torch import nn
 
 from peftcore.adapter_set import adapter_set
 from peftcore.errors import AdapterNameError
-from peftcore.merge import merged_names, original_weights
+from peftcore.merge import original_weights
 from peftcore.prompts.learner import PromptLearner
 
 
@@ -46,7 +46,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     before = selection.disabled
     selection.disabled = True
     try:
-        with original_weights(model) if merged_names(model) else contextlib.nullcontext():
+        with original_weights(model):
             yield
     finally:
         selection.disabled = before

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.bases import BaseWeight
+from peftcore.low_rank import LowRank
 
 
 class Shared(nn.Module):
@@ -89,6 +90,11 @@ class Adapter(nn.Module):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The output, for the adapter's own input x and the base's output y (bias included)."""
         return y + self.base.apply(x, self.delta_weight()).to(y.dtype)
+
+    def low_rank(self) -> LowRank | None:
+        """The adapter as two factors, where they and nothing else act on the input in this forward and `before`
+        changes nothing; the host then takes the fast path of `peftcore.low_rank` wherever that is exact."""
+        return None
 
     through_weight: bool = False
     """Whether the layer computes with `forward_weight` in place of `before` and `after`: for what they cannot do

@@ -30,6 +30,8 @@ class AdapterSet:
         """{adapter that is told of each forward: the arguments it takes of it}"""
         self.layers: dict[str, Site] = {}
         """Sites by the path of their layer or raw parameter."""
+        self.merged: tuple[str, ...] = ()
+        """Adapters that are merged into a base weight now, in the order in which they were."""
         self.saved: dict[str, SavedModule] = {}
         self.prompts = Prompts()
         """Prompt learners by adapter name."""

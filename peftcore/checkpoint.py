@@ -5,7 +5,6 @@ A key on disk is `base_model.model.` + the module's path + the parameter, withou
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,18 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftcore.adapter import Adapter
-from peftcore.adapter_set import AdapterSet, adapter_set, bias_path, shared_by
-from peftcore.bases import ParameterWeight
+from peftcore.adapter_set import AdapterSet, adapter_set, bias_path
 from peftcore.config import CONFIG_NAME, PeftConfig
+from peftcore.content import Content, content_of
 from peftcore.errors import CheckpointError, TargetError
-from peftcore.files import MANIFEST, flush_to_disk, write_manifest
+from peftcore.files import MANIFEST, flush_to_disk, manifest_text, sha256
 from peftcore.inject import commit_injection, deepened
 from peftcore.preparation import Injection, prepare_injection
-from peftcore.prompts.learner import PromptLearner
 from peftcore.tensors import PREFIX, WEIGHTS_NAME, read_tensors
 
-SHARED_PREFIX = "base_model."
 PROMPT_STATE = "prompt_encoder.safetensors"
 """What a prompt is computed from; PEFT keeps the computed prompt alone, and reads past this file."""
 
@@ -47,38 +43,10 @@ Trained on `{base}`. Load it onto that model with `PeftModel.from_pretrained(mod
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Everything saved for one adapter: {PEFT's key: tensor}."""
     adapters = adapter_set(model)
-    tensors = _keyed(adapters.adapters(name), adapters.copies(name), adapters.prompt(name))
+    tensors = content_of(adapters, name).tensors()
     for path in adapters.own_biases.get(name, {}):
         tensors[PREFIX + bias_path(adapters, path)] = model.get_parameter(bias_path(adapters, path)).detach()
     return tensors
-
-
-def _keyed(
-    adapters: Mapping[str, Adapter], copies: Mapping[str, nn.Module], prompt: PromptLearner | None
-) -> dict[str, Tensor]:
-    keyed = {
-        f"{_prefix(path, adapter)}{suffix}": tensor
-        for path, adapter in adapters.items()
-        for suffix, tensor in adapter.checkpoint_tensors().items()
-    }
-    if (shared := shared_by(adapters)) is not None:
-        keyed |= {f"{SHARED_PREFIX}{name}": tensor for name, tensor in shared.checkpoint_tensors().items()}
-    for path, module in copies.items():
-        keyed |= {f"{_copies_prefix(prompt)}{path}.{key}": tensor for key, tensor in module.state_dict().items()}
-    return keyed if prompt is None else keyed | prompt.checkpoint_tensors()
-
-
-def _copies_prefix(prompt: PromptLearner | None) -> str:
-    """PEFT wraps a model once more for adapters of layers than for prompts."""
-    return PREFIX if prompt is None else SHARED_PREFIX
-
-
-def _prefix(path: str, adapter: Adapter) -> str:
-    """What stands before an adapter's own keys; a raw parameter's adapter is kept under the module it belongs to."""
-    if isinstance(base := adapter.base, ParameterWeight):
-        path = path.removesuffix(f".{base.name}")
-        path = f"{path}.base_layer.{base.inside}" if base.inside else path
-    return f"{PREFIX}{path}.{adapter.disk_prefix}"
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -102,7 +70,7 @@ def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as made:
         fresh = Path(made)
         save_file(tensors, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(fresh)
+        (fresh / CONFIG_NAME).write_text(config.to_json())
         written = [WEIGHTS_NAME, CONFIG_NAME]
         if state:
             save_file(state, fresh / PROMPT_STATE, metadata={"format": "pt"})
@@ -111,7 +79,7 @@ def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
         if not (directory / "README.md").exists():
             (fresh / "README.md").write_text(_CARD.format(base=base or "unknown", method=config.peft_type.lower()))
             written.append("README.md")
-        write_manifest(fresh, hashed)
+        (fresh / MANIFEST).write_text(manifest_text({file: sha256(fresh / file) for file in sorted(hashed)}))
         for file in (*written, MANIFEST):
             flush_to_disk(fresh / file)
         if not state:
@@ -140,9 +108,8 @@ def load_adapter(
             injection = prepare_injection(model, config, name, fresh=False)
         except TargetError as error:
             raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
-        biases = _take_tensors(
-            injection.adapters, injection.copies, injection.biases, tensors, directory, injection.prompt, trainable
-        )
+        content = Content(injection.adapters, injection.copies, injection.prompt)
+        biases = _take_tensors(content, injection.biases, tensors, directory, trainable)
         adapters = commit_injection(model, injection, trainable, replication)
     _write_biases(model, adapters, injection, biases)
     return adapters
@@ -154,9 +121,7 @@ def load_adapter_weights(model: nn.Module, directory: Path, name: str) -> None:
     own = list(adapters.own_biases.get(name, {}))
     prompt = adapters.prompt(name)
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
-    biases = _take_tensors(
-        adapters.adapters(name), adapters.copies(name), own, read_tensors(directory), directory, prompt, trains
-    )
+    biases = _take_tensors(content_of(adapters, name), own, read_tensors(directory), directory, trains)
     for path, value in biases.items():
         with torch.no_grad():
             model.get_parameter(bias_path(adapters, path)).copy_(value)
@@ -169,22 +134,15 @@ def _write_biases(model: nn.Module, adapters: AdapterSet, injection: Injection, 
 
 
 def _take_tensors(
-    adapters: Mapping[str, Adapter],
-    copies: Mapping[str, nn.Module],
-    biases: list[str],
-    tensors: dict[str, Tensor],
-    directory: Path,
-    prompt: PromptLearner | None,
-    trainable: bool,
+    content: Content, biases: list[str], tensors: dict[str, Tensor], directory: Path, trainable: bool
 ) -> dict[str, Tensor]:
     """Check all keys and shapes, then copy; returns the values of the biases among them, by path."""
-    expected = _keyed(adapters, copies, prompt)
+    expected = content.tensors()
     bias_of = {key: path for path in biases for key in _bias_keys(path)}
-    shared = shared_by(adapters)
-    optional = set() if shared is None else {f"{SHARED_PREFIX}{name}" for name in shared.optional}
-    missing = sorted(expected.keys() - tensors.keys() - optional)
-    known = bias_of.keys() | {f"{_prefix(p, a)}{key}" for p, a in adapters.items() for key in a.repeated_keys()}
-    unexpected = sorted(k for k in tensors.keys() - expected.keys() if k not in known and not _is_base(k))
+    missing = sorted(expected.keys() - tensors.keys() - content.optional())
+    others = tensors.keys() - expected.keys() - bias_of.keys()
+    others = others and others - content.repeated()
+    unexpected = sorted(key for key in others if not _is_base(key))
     if missing or unexpected:
         raise CheckpointError(
             f"{directory / WEIGHTS_NAME} does not fit: {_listed('missing', missing)}{_listed('unexpected', unexpected)}"
@@ -193,20 +151,13 @@ def _take_tensors(
     wrong = [
         f"{k} is {list(tensors[k].shape)}, here {list(t.shape)}"
         for k, t in expected.items()
-        if k in tensors and tensors[k].shape != t.shape and not _fits(adapters, k, tensors[k])
+        if k in tensors and tensors[k].shape != t.shape and not content.fits(k, tensors[k])
     ]
     if wrong:
         raise CheckpointError(f"{directory} was made for another base model: {wrong[0]} ({len(wrong)} tensors in all)")
-    if prompt is not None:
-        prompt.read(tensors, _prompt_state(directory), trainable)
-    for path, adapter in adapters.items():
-        prefix = _prefix(path, adapter)
-        adapter.load_checkpoint_tensors({s: tensors[f"{prefix}{s}"] for s in adapter.checkpoint_tensors()})
-    if shared is not None:
-        names = {name: f"{SHARED_PREFIX}{name}" for name in shared.checkpoint_tensors()}
-        shared.load_checkpoint_tensors({name: tensors[key] for name, key in names.items() if key in tensors})
-    for path, module in copies.items():
-        module.load_state_dict({k: tensors[f"{_copies_prefix(prompt)}{path}.{k}"] for k in module.state_dict()})
+    if content.prompt is not None:
+        content.prompt.read(tensors, _prompt_state(directory), trainable)
+    content.read(tensors)
     return {bias_of[key]: tensor for key, tensor in tensors.items() if key in bias_of}
 
 
@@ -217,12 +168,6 @@ def _prompt_state(directory: Path) -> dict[str, Tensor]:
         return load_file(path) if path.exists() else {}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); take another copy") from error
-
-
-def _fits(adapters: Mapping[str, Adapter], key: str, tensor: Tensor) -> bool:
-    prefixes = ((_prefix(path, adapter), adapter) for path, adapter in adapters.items())
-    owners = ((key.removeprefix(p), a) for p, a in prefixes if key.startswith(p))
-    return any(suffix in a.checkpoint_tensors() and a.fits(suffix, tensor) for suffix, a in owners)
 
 
 def _bias_keys(path: str) -> tuple[str, str]:

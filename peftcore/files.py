@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 MANIFEST = "SHA256SUMS"
@@ -86,8 +86,13 @@ def write_manifest(directory: Path, names: list[str] | None = None) -> dict[str,
         files = (file for file in directory.rglob("*") if file.is_file() and file.name != MANIFEST)
         names = [file.relative_to(directory).as_posix() for file in files]
     entries = {name: sha256(directory / name) for name in sorted(names)}
-    write_atomically(directory / MANIFEST, "".join(f"{digest}  {name}\n" for name, digest in entries.items()))
+    write_atomically(directory / MANIFEST, manifest_text(entries))
     return entries
+
+
+def manifest_text(entries: Mapping[str, str]) -> str:
+    """What a manifest of {name: hex} says."""
+    return "".join(f"{digest}  {name}\n" for name, digest in entries.items())
 
 
 def read_manifest(directory: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from peftcore.adapter_set import ATTRIBUTE, AdapterSet
 from peftcore.errors import ConfigError
+from peftcore.fast_path import forget
 from peftcore.prompts.learner import is_encoder_decoder
 
 
@@ -52,7 +53,11 @@ def remove_prompts(model: Any) -> None:
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
-    if adapters is None or not adapters.listening:
+    if adapters is None:
+        return None
+    if adapters.selection.waiting:
+        forget(adapters.selection.waiting)
+    if not adapters.listening:
         return None
     args, inputs = _by_name(model, args, kwargs)
     inputs = {**adapters.generating, **inputs}

@@ -5,7 +5,8 @@ That is off while something inside is hosted, and on again once nothing is.
 
 from torch import nn
 
-from peftcore.host import AdaptedLayer, AdaptedParameters, SavedModule
+from peftcore.host import unhosted
+from peftcore.places import Places
 
 _SWITCHES = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
@@ -15,24 +16,22 @@ _BEFORE = "_fused_before"
 """Attribute of an encoder whose switch is off: what it was."""
 
 
-def switch_off(model: nn.Module, path: str) -> None:
-    """Off in every encoder around `path`."""
-    parts = path.split(".")
-    for end in range(len(parts)):
-        around = model.get_submodule(".".join(parts[:end]))
-        for kind, (switch, off) in _SWITCHES.items():
-            if isinstance(around, kind) and _BEFORE not in around.__dict__:
-                around.__dict__[_BEFORE] = getattr(around, switch)
-                setattr(around, switch, off)
+def switch(places: Places) -> None:
+    """Off in every encoder with a host inside, on in every other."""
+    modules = {"": places.model, **places.modules}
+    found = {path: module for path, module in modules.items() if isinstance(module, tuple(_SWITCHES))}
+    if not found:
+        return
+    hosts = [path for path, module in places.modules.items() if unhosted(module) is not module]
+    for path, encoder in found.items():
+        prefix = f"{path}." if path else ""
+        _set(encoder, off=any(host.startswith(prefix) for host in hosts))
 
 
-def switch_on(model: nn.Module) -> None:
-    """On again in encoders without a host inside."""
-    for around in model.modules():
-        if _BEFORE in around.__dict__ and not any(_is_host(module) for module in around.modules()):
-            switch = next(switch for kind, (switch, _) in _SWITCHES.items() if isinstance(around, kind))
-            setattr(around, switch, around.__dict__.pop(_BEFORE))
-
-
-def _is_host(module: nn.Module) -> bool:
-    return isinstance(module, AdaptedLayer | AdaptedParameters | SavedModule)
+def _set(encoder: nn.Module, off: bool) -> None:
+    name, off_value = next(value for kind, value in _SWITCHES.items() if isinstance(encoder, kind))
+    if off and _BEFORE not in encoder.__dict__:
+        encoder.__dict__[_BEFORE] = getattr(encoder, name)
+        setattr(encoder, name, off_value)
+    elif not off and _BEFORE in encoder.__dict__:
+        setattr(encoder, name, encoder.__dict__.pop(_BEFORE))

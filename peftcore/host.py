@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
 from peftcore.bases.parameter import ParameterWeight
+from peftcore.fast_path import Waiting, fused
 
 _OWN_STATE = "_own_state"
 """Attribute of a base layer whose weight an adapter's start has replaced: what was there before."""
@@ -24,6 +25,11 @@ class Selection:
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.disabled = False
+        self.waiting: dict[Any, Waiting] = {}
+        """What hosts have computed for others that read the same input, until those are called."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "waiting": {}}
 
     @property
     def acting(self) -> tuple[str, ...]:
@@ -143,6 +149,8 @@ class AdaptedLayer(_Host, Site):
         super().__init__(base_layer, selection)
         self.adapters = NamedModules()
         self.merged = ()
+        self.sharing: list[AdaptedLayer] = []
+        """Hosts called later that may read the same input as this one."""
 
     def is_empty(self) -> bool:
         """Whether no adapter is left here."""
@@ -161,7 +169,10 @@ class AdaptedLayer(_Host, Site):
         for adapter in reversed(acting[within:]):
             inputs.append(x)
             x = adapter.before(x)
-        y = self._through_weight(x, acting[:within]) if within else self.base_layer(x, *args, **kwargs)
+        if not within and not args and not kwargs and acting and (y := fused(self, acting[0], x)) is not None:
+            within, _ = 1, inputs.pop()
+        else:
+            y = self._through_weight(x, acting[:within]) if within else self.base_layer(x, *args, **kwargs)
         for adapter in acting[within:]:
             y = adapter.after(inputs.pop(), y)
         return y

@@ -14,11 +14,13 @@ from peftcore.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set, bi
 from peftcore.bases import ParameterWeight
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError, MergeError
-from peftcore.host import AdaptedLayer, AdaptedParameters, SavedModule, Site, modules_outside_hosts
+from peftcore.host import AdaptedLayer, AdaptedParameters, SavedModule, Site, unhosted
+from peftcore.places import Places
 from peftcore.preparation import Injection, prepare_injection
 from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_of
 from peftcore.replication import Replication, replicate
+from peftcore.sharing import link_sharing
 
 
 def commit_injection(
@@ -26,23 +28,28 @@ def commit_injection(
 ) -> AdapterSet:
     """Put a prepared adapter into the model; the first one freezes the base and becomes active."""
     if ATTRIBUTE not in model.__dict__:
-        model.requires_grad_(False)
+        injection.places.freeze()
         model.__dict__[ATTRIBUTE] = AdapterSet()
         forwarding.install(model)
-    adapters = adapter_set(model)
-    places = _places(model)
+    adapters, places = adapter_set(model), injection.places
     name = injection.name
+    hosted = [p for p, a in injection.adapters.items() if a.base.kind == "linear" and p not in adapters.layers]
     for path, adapter in injection.adapters.items():
-        site = _site_at(model, path, adapter, adapters, places)
-        site.adapters[name] = adapter.requires_grad_(trainable).train(site.training)
+        site = _site_at(path, adapter, adapters, places)
+        if adapter.training != site.training:
+            adapter.train(site.training)
+        site.adapters[name] = adapter.requires_grad_(trainable)
         if adapter.new_base is not None:
             site.replace_base(adapter.new_base)
             adapter.new_base = None
         adapters.layers[path] = site
     for path, module in injection.copies.items():
-        host = _host_at(model, path, SavedModule, adapters, places)
+        host = _host_at(path, SavedModule, adapters, places)
         host.copies[name] = module.requires_grad_(trainable).train(host.training)
         adapters.saved[path] = host
+    fused_paths.switch(places)
+    for parent in {places.parent(path) for path in hosted}:
+        link_sharing(parent)
     adapters.configs[name] = injection.config
     adapters.kinds[name] = method_of(injection.config).adapter
     taken = adapters.kinds[name].forward_arguments(injection.config)
@@ -78,37 +85,21 @@ def _take_prompt(model: nn.Module, adapters: AdapterSet, name: str) -> None:
         forwarding.remove_prompts(model)
 
 
-def _places(model: nn.Module) -> dict[int, list[str]]:
-    """{id of a module: every path where it stands}; one walk for any number of replacements."""
-    places: dict[int, list[str]] = {}
-    for path, module in modules_outside_hosts(model):
-        places.setdefault(id(module), []).append(path)
-    return places
-
-
-def _site_at(model: nn.Module, path: str, adapter: Adapter, adapters: AdapterSet, places: dict[int, list[str]]) -> Site:
+def _site_at(path: str, adapter: Adapter, adapters: AdapterSet, places: Places) -> Site:
     if isinstance(adapter.base, ParameterWeight):
         owner = path.removesuffix(f".{adapter.base.name}")
-        return _host_at(model, owner, AdaptedParameters, adapters, places).site(adapter.base.name)
-    return _host_at(model, path, AdaptedLayer, adapters, places)
+        return _host_at(owner, AdaptedParameters, adapters, places).site(adapter.base.name)
+    return _host_at(path, AdaptedLayer, adapters, places)
 
 
-def _host_at(model: nn.Module, path: str, kind: type[Any], adapters: AdapterSet, places: dict[int, list[str]]) -> Any:
+def _host_at(path: str, kind: type[Any], adapters: AdapterSet, places: Places) -> Any:
     """The host at `path`, made if need be and put at every path where the same module stands."""
-    present = model.get_submodule(path)
+    present = places.modules[path]
     if isinstance(present, kind):
         return present
     host = kind(present, adapters.selection)
-    for place in places[id(present)]:
-        replace_module(model, place, host)
-    fused_paths.switch_off(model, path)
+    places.replace(present, host)
     return host
-
-
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where `path` leads."""
-    parent, _, name = path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = module
 
 
 def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
@@ -143,7 +134,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter; hosts that keep none become the plain layer again, trained biases go back."""
     adapters = adapter_set(model)
     adapters.require(name)
-    if any(name in host.merged for host in adapters.layers.values()):
+    if name in adapters.merged:
         raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
     deepens = adapters.replication is not None and adapters.replication[0] == name
     if deepens and len(adapters.configs) > 1:
@@ -151,22 +142,21 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     _restore_biases(model, adapters, name)
     if name in adapters.prompts:
         _take_prompt(model, adapters, name)
-    places = _places(model)
-    for path, site in list(adapters.layers.items()):
-        if name in site.adapters:
-            del site.adapters[name]
-            if not len(site.adapters):
-                site.restore_base()
-                del adapters.layers[path]
-    for host in _empty_hosts(model):
-        _put_back(model, places[id(host)], host.base_layer)
+    emptied = False
+    for path, site in [(path, site) for path, site in adapters.layers.items() if name in site.adapters]:
+        del site.adapters[name]
+        if not len(site.adapters):
+            site.restore_base()
+            del adapters.layers[path]
+            emptied = True
     for path, saved in list(adapters.saved.items()):
         if name in saved.copies:
             del saved.copies[name]
             if not len(saved.copies):
-                _put_back(model, places[id(saved)], saved.base_layer)
                 del adapters.saved[path]
-    fused_paths.switch_on(model)
+                emptied = True
+    if emptied:
+        _remove_empty_hosts(Places(model))
     del adapters.configs[name]
     del adapters.kinds[name]
     adapters.listening.pop(name, None)
@@ -176,9 +166,18 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     adapters.selection.active = tuple(n for n in adapters.selection.active if n != name)
 
 
-def _empty_hosts(model: nn.Module) -> list[AdaptedLayer | AdaptedParameters]:
-    hosts = [module for _, module in modules_outside_hosts(model)]
-    return [host for host in hosts if isinstance(host, AdaptedLayer | AdaptedParameters) and host.is_empty()]
+def _is_empty_host(module: nn.Module) -> bool:
+    if isinstance(module, SavedModule):
+        return not len(module.copies)
+    return isinstance(module, AdaptedLayer | AdaptedParameters) and module.is_empty()
+
+
+def _remove_empty_hosts(places: Places) -> None:
+    """Put back what hosts without an adapter stand for, also inside of what is put back."""
+    while empty := [m for m in places.modules.values() if _is_empty_host(m)]:
+        for host in empty:
+            places.replace(host, unhosted(host))
+    fused_paths.switch(places)
 
 
 def _restore_biases(model: nn.Module, adapters: AdapterSet, name: str) -> None:
@@ -188,27 +187,20 @@ def _restore_biases(model: nn.Module, adapters: AdapterSet, name: str) -> None:
             bias.requires_grad_(False).copy_(value)
 
 
-def _put_back(model: nn.Module, places: list[str], module: nn.Module) -> None:
-    for place in places:
-        replace_module(model, place, module)
-
-
 def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
     """Take every host out; keep_trained leaves the active adapters' whole modules and biases in place."""
     adapters = adapter_set(model)
     for name in list(adapters.prompts):
         _take_prompt(model, adapters, name)
-    places = _places(model)
+    places = Places(model)
+    for host in adapters.saved.values():
+        places.replace(host, host.current() if keep_trained else host.base_layer)
     for site in adapters.layers.values():
         if not keep_trained:
             site.restore_base()
         site.adapters._modules.clear()
-    for host in _empty_hosts(model):
-        _put_back(model, places.get(id(host), []), host.base_layer)
-    for host in adapters.saved.values():
-        _put_back(model, places.get(id(host), []), host.current() if keep_trained else host.base_layer)
     adapters.layers.clear()
-    fused_paths.switch_on(model)
+    _remove_empty_hosts(places)
     for name in list(adapters.own_biases):
         if keep_trained and name in adapters.selection.active:
             del adapters.own_biases[name]

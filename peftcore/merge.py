@@ -7,11 +7,14 @@ tensors; the price is one more copy of each merged weight in memory until then. 
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from peftcore.adapter import Adapter
 from peftcore.adapter_set import AdapterSet, adapter_set
+from peftcore.bases import BaseWeight
 from peftcore.errors import MergeError
 from peftcore.host import Site
 from peftcore.inject import remove_hosts
@@ -19,10 +22,13 @@ from peftcore.inject import remove_hosts
 logger = logging.getLogger(__name__)
 
 
-def merged_names(model: nn.Module) -> list[str]:
-    """Adapters that are merged now, in the order in which they were."""
-    hosts = adapter_set(model).layers.values()
-    return list(dict.fromkeys(name for host in hosts for name in host.merged))
+class _Folding(NamedTuple):
+    """Adapters that are to be folded into one base weight."""
+
+    path: str
+    host: Site
+    base: BaseWeight
+    adapters: dict[str, Adapter]
 
 
 @torch.no_grad()
@@ -37,92 +43,126 @@ def merge_adapter(model: nn.Module, adapter_names: str | list[str] | None = None
     chosen = adapters.selection.active if adapter_names is None else adapter_names
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)
-    _check_mergeable(adapters, names, check_values=safe_merge)
-    for host in adapters.layers.values():
-        if new := _not_merged_yet(host, names):
-            _merge_into(host, new)
+    foldings = _checked_foldings(adapters, names, check_values=safe_merge)
+    _fold(foldings)
+    folded = (name for folding in foldings for name in folding.adapters)
+    adapters.merged = tuple(dict.fromkeys((*adapters.merged, *folded)))
 
 
 def check_mergeable(model: nn.Module, adapter_names: list[str]) -> None:
     """Raise MergeError if an adapter cannot be merged, without computing any weight."""
-    _check_mergeable(adapter_set(model), adapter_names, check_values=False)
+    _checked_foldings(adapter_set(model), adapter_names, check_values=False)
 
 
-def _check_mergeable(adapters: AdapterSet, names: list[str], check_values: bool) -> None:
+def _checked_foldings(adapters: AdapterSet, names: list[str], check_values: bool) -> list[_Folding]:
     if prompts := [name for name in names if name in adapters.prompts]:
         raise MergeError(
             f"{prompts} are prompts, which no weight can hold; nothing was merged: name the others in adapter_names"
         )
+    foldings = []
     for path, host in adapters.layers.items():
-        new = _not_merged_yet(host, names)
-        for name in new:
-            try:
-                host.adapters[name].check_mergeable()
-                host.adapters[name].merged_bias(host.base.bias)
-            except MergeError as error:
-                raise MergeError(f"{path}: {error}") from error
-        if check_values and new and not _stays_finite(host, new):
-            prefixes = (new[: count + 1] for count in range(len(new)))
-            name = next(prefix[-1] for prefix in prefixes if not _stays_finite(host, prefix))
-            raise MergeError(
-                f"merging {name!r} into {path} gives NaN or Inf in {host.base.dtype}, so nothing was merged; if the "
-                "adapter is broken, train it again at a lower learning rate or load an earlier checkpoint"
-            )
+        at_site = host.adapters
+        new = {name: at_site[name] for name in names if name in at_site and name not in host.merged}
+        if new:
+            foldings.append(_Folding(path, host, host.base, new))
+    for folding in foldings:
+        _check(folding)
+        if check_values:
+            _check_values(folding)
+    return foldings
 
 
-def _not_merged_yet(host: Site, names: list[str]) -> list[str]:
-    return [name for name in names if name in host.adapters and name not in host.merged]
+def _check(folding: _Folding) -> None:
+    bias = folding.base.bias
+    for adapter in folding.adapters.values():
+        try:
+            adapter.check_mergeable()
+            adapter.merged_bias(bias)
+        except MergeError as error:
+            raise MergeError(f"{folding.path}: {error}") from error
 
 
-def _stays_finite(host: Site, names: list[str]) -> bool:
+def _check_values(folding: _Folding) -> None:
+    if _stays_finite(folding):
+        return
+    items = list(folding.adapters.items())
+    firsts = (items[: count + 1] for count in range(len(items)))
+    name = next(first[-1][0] for first in firsts if not _stays_finite(folding._replace(adapters=dict(first))))
+    raise MergeError(
+        f"merging {name!r} into {folding.path} gives NaN or Inf in {folding.base.dtype}, so nothing was merged; if the "
+        "adapter is broken, train it again at a lower learning rate or load an earlier checkpoint"
+    )
+
+
+def _stays_finite(folding: _Folding) -> bool:
     """Whether what a merge would write is finite in the type that the base keeps: float16 ends at 65504."""
-    weight, bias = _merged(host, names)
-    finite = bool(weight.to(host.base.dtype).isfinite().all())
-    return finite and (bias is None or bool(bias.to(host.base.bias).isfinite().all()))
+    weight, bias = _merged(folding)
+    finite = bool(weight.to(folding.base.dtype).isfinite().all())
+    return finite and (bias is None or bool(bias.to(folding.base.bias).isfinite().all()))
 
 
-def _merged(host: Site, names: list[str]) -> tuple[Tensor, Tensor | None]:
-    base = host.base
-    weight = base.read()
-    wide = torch.promote_types(weight.dtype, torch.float32)  # half precision would round after every adapter
-    weight, bias = weight.to(wide), base.bias
-    for name in names:
-        weight, bias = host.adapters[name].merged_weight(weight), host.adapters[name].merged_bias(bias)
+def _merged(folding: _Folding) -> tuple[Tensor, Tensor | None]:
+    weight, bias = folding.base.read(), folding.base.bias
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # half would round after every adapter
+    for adapter in folding.adapters.values():
+        weight, bias = adapter.merged_weight(weight), adapter.merged_bias(bias)
     return weight, bias
 
 
-def _merge_into(host: Site, names: list[str]) -> None:
-    base = host.base
-    weight, bias = _merged(host, names)
-    if host.unmerged_state is None:
-        host.unmerged_state = base.state()
+def _fold(foldings: list[_Folding]) -> None:
+    """Write every merged weight; on an error, such as too little memory, put back those that were written."""
+    before = []
+    try:
+        for folding in foldings:
+            before.append((folding.base.state(), folding.host.merged))
+            _fold_one(folding, before[-1][0])
+    except BaseException:
+        for (_, host, base, _), (state, merged) in zip(foldings, before, strict=False):
+            base.restore(state)
+            host.merged = merged
+            if not merged:
+                base.layer.__dict__.pop(base.unmerged_attribute, None)
+        raise
+
+
+def _fold_one(folding: _Folding, before: dict[str, Any]) -> None:
+    base = folding.base
+    old_bias = base.bias
+    weight, bias = _merged(folding)
+    base.layer.__dict__.setdefault(base.unmerged_attribute, before)
     base.write(weight)
-    if bias is not None and bias is not base.bias:
+    if bias is not None and bias is not old_bias:
         base.write_bias(bias)
-    host.merged += tuple(names)
+    folding.host.merged += tuple(folding.adapters)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Put the base's own weights back, bit for bit; the adapters act again."""
-    for host in adapter_set(model).layers.values():
-        if host.unmerged_state is not None:
-            host.base.restore(host.unmerged_state)
-            host.unmerged_state, host.merged = None, ()
+    adapters = adapter_set(model)
+    for host in _merged_hosts(adapters):
+        base = host.base
+        base.restore(base.layer.__dict__.pop(base.unmerged_attribute))
+        host.merged = ()
+    adapters.merged = ()
+
+
+def _merged_hosts(adapters: AdapterSet) -> list[Site]:
+    """None of them is looked at while no adapter is merged, so that disabling costs nothing then."""
+    return [host for host in adapters.layers.values() if host.merged] if adapters.merged else []
 
 
 @contextlib.contextmanager
 def original_weights(model: nn.Module) -> Iterator[None]:
     """The unmerged weights in place while inside, the merged ones again after."""
-    hosts = [host for host in adapter_set(model).layers.values() if host.unmerged_state is not None]
-    merged = [host.base.state() for host in hosts]
-    for host in hosts:
-        assert host.unmerged_state is not None
-        host.base.restore(host.unmerged_state)
+    bases = [host.base for host in _merged_hosts(adapter_set(model))]
+    merged = [base.state() for base in bases]
+    for base in bases:
+        base.restore(base.layer.__dict__[base.unmerged_attribute])
     try:
         yield
     finally:
-        for host, state in zip(hosts, merged, strict=True):
-            host.base.restore(state)
+        for base, state in zip(bases, merged, strict=True):
+            base.restore(state)
 
 
 def merge_and_unload(model: nn.Module, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:

@@ -1,7 +1,10 @@
 """Making an adapter for a model and checking it, without touching the model."""
 
+import contextlib
 import copy
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -13,7 +16,8 @@ from peftcore.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.bases import BaseWeight, ParameterWeight, base_weight, raw_projections
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, TargetError
-from peftcore.host import SavedModule, modules_outside_hosts, unhosted
+from peftcore.host import SavedModule, unhosted
+from peftcore.places import Places
 from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_named, method_of
 from peftcore.targets import completed, find_parameters, find_saved_modules, find_targets, tied_paths, with_heads
@@ -28,6 +32,8 @@ class Injection:
     adapters: dict[str, Adapter]
     copies: dict[str, nn.Module]
     biases: list[str]
+    places: Places
+    """Where the model's modules stood when this was made."""
     prompt: PromptLearner | None = None
 
 
@@ -43,14 +49,15 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str, fresh: bo
         raise ConfigError(f"{type(config).__name__} does not adapt layers; use one of the tuner configurations")
     _check_name(model, name)
     _check_not_compiled(model)
-    config = completed(model, config)
+    places = Places(model)
+    config = completed(model, config, places)
     _check_single_bias(model, config)
-    saved = find_saved_modules(model, config)
-    adapters = _adapters_for(model, config)
-    adapters |= _token_adapters(model, config, adapters)
+    saved = find_saved_modules(places, config)
+    adapters = _adapters_for(places, config)
+    adapters |= _token_adapters(places, config, adapters)
     targets = [path for path, adapter in adapters.items() if adapter.base.kind != "parameter"]
-    copies = _copies_of(model, config, saved)
-    return Injection(name, config, adapters, copies, _own_biases(model, config, targets))
+    copies = _copies_of(places, config, saved)
+    return Injection(name, config, adapters, copies, _own_biases(places, config, targets), places)
 
 
 def _prepare_prompt(
@@ -58,10 +65,10 @@ def _prepare_prompt(
 ) -> Injection:
     _check_name(model, name)
     _check_not_compiled(model)
-    config, copies = kind.completed(config, model), {}
+    config, copies, places = kind.completed(config, model), {}, Places(model)
     if isinstance(config, PromptLearningConfig):
-        config = with_heads(model, config)
-        copies = {path: _copy_of(module) for path, module in find_saved_modules(model, config).items()}
+        config = with_heads(places, config)
+        copies = {path: _copy_of(module) for path, module in find_saved_modules(places, config).items()}
     weight = next(model.parameters())
     with torch.device(weight.device):
         prompt = kind(config, model)
@@ -69,36 +76,42 @@ def _prepare_prompt(
     prompt.to(wide)
     if fresh:
         prompt.reset_parameters(model)
-    return Injection(name, config, {}, copies, [], prompt)
+    return Injection(name, config, {}, copies, [], places, prompt)
 
 
-def _adapters_for(model: nn.Module, config: TunerConfig) -> dict[str, Adapter]:
+def _adapters_for(places: Places, config: TunerConfig) -> dict[str, Adapter]:
     """{path: adapter} for the targets of a configuration, made and set to their start."""
     kind = method_of(config).adapter
-    targets = find_targets(model, config)
+    targets = find_targets(places.model, config, places)
     if kind.follows_ties or getattr(config, "ensure_weight_tying", False):
-        targets |= {path: model.get_submodule(path) for path in tied_paths(model, targets)}
+        targets |= {path: places.modules[path] for path in tied_paths(places, targets)}
     bases: dict[str, BaseWeight] = {}
     for path, layer in targets.items():
         for base in _bases_of(kind, config, layer, path):
             bases[f"{path}.{base.name}" if isinstance(base, ParameterWeight) else path] = base
-    bases |= _parameter_bases(model, config)
+    bases |= _parameter_bases(places, config)
     adapters = _make_adapters(kind, config, bases)
     kind.link(config, adapters)
-    owners = [path.rpartition(".")[0] for path, base in bases.items() if base.kind == "parameter"]
-    for path, adapter in adapters.items():
-        if adapter.base.kind == "parameter":  # PEFT wraps a module once for each of its parameters, the last outermost
-            owners.remove(path.rpartition(".")[0])
-            adapter.disk_prefix = "base_layer." * owners.count(path.rpartition(".")[0])
+    _set_parameter_prefixes(adapters)
     return adapters
 
 
-def _parameter_bases(model: nn.Module, config: TunerConfig) -> dict[str, BaseWeight]:
-    found = find_parameters(model, config)
+def _set_parameter_prefixes(adapters: Mapping[str, Adapter]) -> None:
+    """PEFT wraps a module once for each of its raw parameters, the last one outermost."""
+    inside: Counter[str] = Counter()
+    for path, adapter in reversed(list(adapters.items())):
+        if adapter.base.kind == "parameter":
+            owner = path.rpartition(".")[0]
+            adapter.disk_prefix = "base_layer." * inside[owner]
+            inside[owner] += 1
+
+
+def _parameter_bases(places: Places, config: TunerConfig) -> dict[str, BaseWeight]:
+    found = find_parameters(places, config)
     return {path: ParameterWeight(module, name) for path, (module, name) in found.items()}
 
 
-def _token_adapters(model: nn.Module, config: TunerConfig, taken: Mapping[str, Adapter]) -> dict[str, Adapter]:
+def _token_adapters(places: Places, config: TunerConfig, taken: Mapping[str, Adapter]) -> dict[str, Adapter]:
     """Adapters of single embedding rows, for methods whose configuration has `trainable_token_indices`."""
     wanted = getattr(config, "trainable_token_indices", None)
     if not wanted:
@@ -106,7 +119,7 @@ def _token_adapters(model: nn.Module, config: TunerConfig, taken: Mapping[str, A
     made: dict[str, Adapter] = {}
     for target, tokens in wanted.items() if isinstance(wanted, dict) else [(None, wanted)]:
         options: dict[str, Any] = {"token_indices": list(tokens), "target_modules": target and [target]}
-        made |= _adapters_for(model, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)))
+        made |= _adapters_for(places, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)))
     if both := sorted(made.keys() & taken.keys()):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
     for adapter in made.values():
@@ -130,31 +143,47 @@ def _make_adapters(kind: type[Adapter], config: TunerConfig, bases: dict[str, Ba
     first = next(iter(bases.values()), None)
     if first is None:
         return {}
-    with torch.device(first.device):
+    default = torch.get_default_device()
+    with _made_on(first.device, default):
         shared = kind.make_shared(config, bases)
         if shared is not None:
             shared.to(torch.promote_types(first.dtype, torch.float32))
-    return {path: _make(kind, config, base, path, shared) for path, base in bases.items()}
+    made = {}
+    for path, base in bases.items():
+        with _made_on(base.device, default):
+            made[path] = _make(kind, config, base, path, shared)
+    return made
 
 
 def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str, shared: Shared | None) -> Adapter:
     if isinstance(base, ParameterWeight) and raw_projections(base.layer):
         path = path.removesuffix(f".{base.name}")  # patterns name the module that is the target
-    with torch.device(base.device):
-        adapter = kind(config, base, path)
-        adapter.to(torch.promote_types(base.dtype, torch.float32))
-        if shared is not None:
-            adapter.shared = shared
-        adapter.reset_parameters()
+    adapter = kind(config, base, path)
+    _widen(adapter, torch.promote_types(base.dtype, torch.float32))
+    if shared is not None:
+        adapter.shared = shared
+    adapter.reset_parameters()
     return adapter
 
 
-def _copies_of(model: nn.Module, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _made_on(device: torch.device, default: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """New tensors on `device`; nothing is entered where they come there by default, for it slows every call inside."""
+    return contextlib.nullcontext() if device == default else torch.device(device)
+
+
+def _widen(adapter: Adapter, dtype: torch.dtype) -> None:
+    """`adapter.to(dtype)`, which costs more than to look whether it has anything to do."""
+    tensors = itertools.chain(adapter._parameters.values(), adapter._buffers.values())
+    if adapter._modules or any(t is not None and t.dtype != dtype for t in tensors):
+        adapter.to(dtype)
+
+
+def _copies_of(places: Places, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Trainable copies; with `ensure_weight_tying`, of both sides of a tied pair, and these share their weight too."""
     copies = {path: _copy_of(module) for path, module in saved.items()}
     if getattr(config, "ensure_weight_tying", False):
-        for path, other in tied_paths(model, saved).items():
-            copies[path] = _copy_of(model.get_submodule(path))
+        for path, other in tied_paths(places, saved).items():
+            copies[path] = _copy_of(places.modules[path])
             copies[path].weight = copies[other].weight
     return copies
 
@@ -187,10 +216,10 @@ def _check_single_bias(model: nn.Module, config: TunerConfig) -> None:
         )
 
 
-def _own_biases(model: nn.Module, config: TunerConfig, targets: list[str]) -> list[str]:
+def _own_biases(places: Places, config: TunerConfig, targets: list[str]) -> list[str]:
     mode = getattr(config, "bias", "none")
     if mode == "none":
         return []
-    inside = {path: unhosted(module) for path, module in modules_outside_hosts(model)}
+    inside = {path: unhosted(module) for path, module in places.modules.items()}
     paths = targets if mode.endswith("_only") else inside
     return [f"{path}.bias" for path in paths if isinstance(inside[path]._parameters.get("bias"), nn.Parameter)]

@@ -5,7 +5,7 @@ Names match by whole path segments: "head" is `head` and `decoder.head`, never `
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -14,7 +14,8 @@ from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_proj
 from peftcore.config import PromptLearningConfig, TaskType, TunerConfig, suggestion
 from peftcore.detection import detect
 from peftcore.errors import TargetError
-from peftcore.host import AdaptedLayer, SavedModule, modules_outside_hosts, unhosted
+from peftcore.host import AdaptedLayer, SavedModule, unhosted
+from peftcore.places import Places
 from peftcore.registry import method_of
 
 ALL_LINEAR = "all-linear"
@@ -29,35 +30,54 @@ TASK_HEADS = {
 """Heads that start untrained, so PEFT trains and saves them with the adapter."""
 
 
-def named(path: str, names: Iterable[str] | str | None) -> bool:
-    """Whether `path` matches: a string is a regular expression over the whole path, a list holds path suffixes."""
+def named(path: str, names: Collection[str] | None) -> bool:
+    """Whether `path` matches: a string is a regular expression over the whole path, others hold path suffixes.
+
+    In a set a name is found in constant time, which counts where every layer is named by its whole path.
+    """
     if not names:
         return False
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    dot = "."
+    while dot:
+        if path in names:
+            return True
+        _, dot, path = path.partition(".")
+    return False
 
 
-def find_targets(model: nn.Module, config: TunerConfig) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, config: TunerConfig, places: Places | None = None) -> dict[str, nn.Module]:
     """{path: layer} to adapt; a layer that is a host already is given as it is.
 
+    places: the model's, where the caller has them.
     Raises TargetError when nothing matches, or when a match cannot be adapted.
     """
-    modules = dict(modules_outside_hosts(model))
-    wanted = _wanted_paths(model, modules, config)
-    saved = [path for path in modules if named(path, config.modules_to_save)]
+    places = places or Places(model)
+    wanted = _wanted_paths(places, config)
+    saved = {path for path in places.modules if named(path, config.modules_to_save)}
     targets = {
-        path: modules[path]
+        path: places.modules[path]
         for path in wanted
         if not named(path, config.exclude_modules)
-        and not any(path == s or path.startswith(f"{s}.") for s in saved)
+        and not (saved and _within(path, saved))
         and _in_chosen_block(path, config)
     }
     if not targets and not parameter_names(config):
-        raise TargetError(_nothing_matched(modules, wanted, config))
+        raise TargetError(_nothing_matched(places.modules, wanted, config))
     for path, layer in targets.items():
-        _check_adaptable(model, path, layer)
+        _check_kind(path, layer)
+    _check_called(places, targets)
     return targets
+
+
+def _within(path: str, roots: Collection[str]) -> bool:
+    """Whether `path` is one of `roots` or below one."""
+    while path not in roots:
+        path, dot, _ = path.rpartition(".")
+        if not dot:
+            return False
+    return True
 
 
 def parameter_names(config: TunerConfig) -> list[str]:
@@ -65,12 +85,12 @@ def parameter_names(config: TunerConfig) -> list[str]:
     return getattr(config, "target_parameters", None) or []
 
 
-def find_parameters(model: nn.Module, config: TunerConfig) -> dict[str, tuple[nn.Module, str]]:
+def find_parameters(places: Places, config: TunerConfig) -> dict[str, tuple[nn.Module, str]]:
     """{path of a raw parameter: (its module, its name)} for `target_parameters`; TargetError for a name of none."""
     names = parameter_names(config)
     if not names:
         return {}
-    owners = {path: unhosted(module) for path, module in modules_outside_hosts(model)}
+    owners = {path: unhosted(module) for path, module in places.modules.items()}
     every = {f"{p}.{name}": (m, name) for p, m in owners.items() for name, q in m._parameters.items() if q is not None}
     found = {path: place for path, place in every.items() if named(path, names)}
     for name in names:
@@ -81,22 +101,27 @@ def find_parameters(model: nn.Module, config: TunerConfig) -> dict[str, tuple[nn
     return found
 
 
-def tied_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+def tied_paths(places: Places, paths: Iterable[str]) -> dict[str, str]:
     """{path of a layer that is not among `paths`: the one among them whose weight it shares}."""
-    modules = {path: unhosted(module) for path, module in modules_outside_hosts(model)}
+    modules = {path: unhosted(module) for path, module in places.modules.items()}
     weights = {id(w): path for path in paths if (w := modules[path]._parameters.get("weight")) is not None}
     sharing = ((path, weights.get(id(module._parameters.get("weight")))) for path, module in modules.items())
-    return {path: other for path, other in sharing if other is not None and path not in weights.values()}
+    known = set(weights.values())
+    return {path: other for path, other in sharing if other is not None and path not in known}
 
 
-def _wanted_paths(model: nn.Module, modules: dict[str, nn.Module], config: TunerConfig) -> list[str]:
+def _wanted_paths(places: Places, config: TunerConfig) -> list[str]:
+    model, modules = places.model, places.modules
     if config.target_modules == ALL_LINEAR:
         heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
         output = getattr(model, "get_output_embeddings", lambda: None)()
         return [
             path
             for path, module in modules.items()
-            if _is_linear(module) and module is not output and not named(path, heads) and _is_called(model, path)
+            if _is_linear(module)
+            and module is not output
+            and not named(path, heads)
+            and calls_its_layers(places.parent(path))
         ]
     if config.target_modules is None and parameter_names(config):
         return []
@@ -112,7 +137,9 @@ def _wanted_paths(model: nn.Module, modules: dict[str, nn.Module], config: Tuner
             )
         regex = architecture.target_regex(names)  # where some blocks have a layer, others may have an identity
         return [path for path, layer in layers.items() if named(path, regex) and is_adaptable(layer)]
-    return [path for path in modules if named(path, config.target_modules)]
+    names = config.target_modules
+    names = names if isinstance(names, str) else frozenset(names)
+    return [path for path in modules if named(path, names)]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -120,7 +147,7 @@ def _is_linear(module: nn.Module) -> bool:
     return is_adaptable(layer) and base_weight(layer).kind == "linear"
 
 
-def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
+def _linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
     return sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if _is_linear(module)})
 
 
@@ -136,24 +163,24 @@ def _in_chosen_block(path: str, config: TunerConfig) -> bool:
     return first is not None and int(first.group(1)) in numbers
 
 
-def _check_adaptable(model: nn.Module, path: str, layer: nn.Module) -> None:
+def _check_kind(path: str, layer: nn.Module) -> None:
     if isinstance(layer, SavedModule):
         raise TargetError(f"{path} is already trained whole as one of modules_to_save; exclude it")
     if not isinstance(layer, AdaptedLayer) and not raw_projections(unhosted(layer)):
         base_weight(layer, path)
-    if not _is_called(model, path):
-        owner = type(model.get_submodule(path.rpartition(".")[0])).__name__
-        raise TargetError(
-            f"{path} belongs to {owner}, whose forward reads the weight and never calls the layer, "
-            "so an adapter there would do nothing; exclude it, or name an nn.MultiheadAttention itself"
-        )
 
 
-def _is_called(model: nn.Module, path: str) -> bool:
-    return calls_its_layers(model.get_submodule(path.rpartition(".")[0]))
+def _check_called(places: Places, targets: Iterable[str]) -> None:
+    for path in {path.rpartition(".")[0]: path for path in targets}.values():  # one of each parent's
+        owner = places.parent(path)
+        if not calls_its_layers(owner):
+            raise TargetError(
+                f"{path} belongs to {type(owner).__name__}, whose forward reads the weight and never calls the layer, "
+                "so an adapter there would do nothing; exclude it, or name an nn.MultiheadAttention itself"
+            )
 
 
-def _nothing_matched(modules: dict[str, nn.Module], wanted: list[str], config: TunerConfig) -> str:
+def _nothing_matched(modules: Mapping[str, nn.Module], wanted: list[str], config: TunerConfig) -> str:
     given = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
     if wanted:
         return (
@@ -165,14 +192,13 @@ def _nothing_matched(modules: dict[str, nn.Module], wanted: list[str], config: T
     return f"target_modules {given!r} match no layer of this model{suggestion(word, names)}"
 
 
-def find_saved_modules(model: nn.Module, config: TunerConfig | PromptLearningConfig) -> dict[str, nn.Module]:
+def find_saved_modules(places: Places, config: TunerConfig | PromptLearningConfig) -> dict[str, nn.Module]:
     """{path: module} of `modules_to_save` and of the heads that the task type adds; TargetError if none is there."""
-    modules = dict(modules_outside_hosts(model))
-    found = {path: module for path, module in modules.items() if named(path, config.modules_to_save)}
+    found = {path: module for path, module in places.modules.items() if named(path, config.modules_to_save)}
     if config.modules_to_save and not found:
         raise TargetError(
             f"modules_to_save {config.modules_to_save!r} match no module"
-            f"{suggestion(config.modules_to_save[0], [p.rsplit('.', 1)[-1] for p in modules])}"
+            f"{suggestion(config.modules_to_save[0], [p.rsplit('.', 1)[-1] for p in places.modules])}"
         )
     adapted = [path for path, module in found.items() if isinstance(module, AdaptedLayer)]
     if adapted:
@@ -180,30 +206,31 @@ def find_saved_modules(model: nn.Module, config: TunerConfig | PromptLearningCon
     return found
 
 
-def completed(model: nn.Module, config: TunerConfig) -> TunerConfig:
+def completed(model: nn.Module, config: TunerConfig, places: Places | None = None) -> TunerConfig:
     """A copy with what the model decides written out: default targets, "all-linear" as names, heads to train, and
     what the method itself adds.
 
     Readers of the saved file (PEFT, vLLM) then need no architecture table. The given configuration stays as it is.
     """
-    modules = dict(modules_outside_hosts(model))
-    wanted, config = _wanted_paths(model, modules, config), with_heads(model, config)
+    places = places or Places(model)
+    wanted, config = _wanted_paths(places, config), with_heads(places, config)
     if wanted and (config.target_modules is None or config.target_modules == ALL_LINEAR):
-        config = dataclasses.replace(config, target_modules=_shortest_names(wanted, list(modules)))
+        config = dataclasses.replace(config, target_modules=_shortest_names(wanted, places.modules))
     return method_of(config).adapter.completed(config, model, wanted)
 
 
-def with_heads(model: nn.Module, config: C) -> C:
+def with_heads(places: Places, config: C) -> C:
     """A copy whose `modules_to_save` names the heads that the task type trains."""
     heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
-    if not any(named(path, heads) for path, _ in modules_outside_hosts(model)):
+    if not any(named(path, heads) for path in places.modules):
         return config
     given = config.modules_to_save or []
     return dataclasses.replace(config, modules_to_save=[*given, *(head for head in heads if head not in given)])
 
 
-def _shortest_names(wanted: list[str], paths: list[str]) -> set[str]:
+def _shortest_names(wanted: list[str], paths: Iterable[str]) -> set[str]:
     """Last segments of the wanted paths, or whole paths where a segment also names something unwanted."""
-    chosen, unwanted = set(wanted), {path.rsplit(".", 1)[-1] for path in paths if path not in set(wanted)}
+    chosen = set(wanted)
+    unwanted = {path.rsplit(".", 1)[-1] for path in paths if path not in chosen}
     last = {path: path.rsplit(".", 1)[-1] for path in chosen}
     return {name if name not in unwanted else path for path, name in last.items()}

@@ -120,6 +120,21 @@ class BaseWeight(ABC):
     def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
         """A map (o, r) over the feature axis of what `apply` gave."""
 
+    def computes_in(self, x: Tensor) -> torch.dtype | None:
+        """The type in which the layer's output for x is x Wᵀ + b, all frozen; None where it is more than that.
+
+        Then `product` gives that output for an x of this type, and `peftcore.low_rank` may take the layer's place.
+        """
+        return None
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b (n, o) in fresh memory and without gradient, for x (n, i) of the type that `computes_in` gave."""
+        raise NotImplementedError(f"{type(self).__name__} has no product")
+
+    def weight_to_keep(self) -> Tensor | None:
+        """What autograd keeps to form x's gradient: the layer's own weight, or None where `read` makes it again."""
+        return self.read()
+
     @abstractmethod
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         """y + pointwise(h, weight), in one pass over y where the layer allows it."""

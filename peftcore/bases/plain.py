@@ -1,18 +1,27 @@
 """Base layers whose weight is an ordinary tensor: Linear, Conv1D, Conv1d/2d/3d and Embedding."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
+
+
+def is_frozen_and_dense(layer: nn.Module) -> bool:
+    """Whether a layer's parameters need no gradient, are whole and are where they seem to be."""
+    parameters = (p for p in layer._parameters.values() if p is not None)
+    return all(type(p) in (nn.Parameter, Tensor) and not p.requires_grad and not p.is_meta for p in parameters)
 
 
 class LinearWeight(BaseWeight):
     """`nn.Linear`: y = x Wᵀ + b, weight (o, i)."""
 
     kind = "linear"
+    layer_class: ClassVar[type[nn.Module]] = nn.Linear
+    """The class whose forward is known; a subclass may have another."""
 
     @property
     def in_features(self) -> int:
@@ -34,6 +43,19 @@ class LinearWeight(BaseWeight):
     def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
         return F.linear(h, weight.to(h.dtype))
 
+    def computes_in(self, x: Tensor) -> torch.dtype | None:
+        layer, weight = self.layer, self.layer.weight
+        if type(layer) is not self.layer_class or not is_frozen_and_dense(layer):
+            return None
+        device = x.device.type
+        if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return x.dtype if x.dtype == weight.dtype else None
+
+    def product(self, x: Tensor) -> Tensor:
+        bias = self.layer.bias
+        return F.linear(x, self.read().to(x.dtype), None if bias is None else bias.detach().to(x.dtype))
+
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         if y.dtype != h.dtype or torch.is_autocast_enabled(y.device.type):
             return y + self.pointwise(h, weight).to(y.dtype)
@@ -44,6 +66,8 @@ class LinearWeight(BaseWeight):
 
 class Conv1DWeight(LinearWeight):
     """transformers' `Conv1D` (GPT-2): a linear layer that keeps its weight as (i, o)."""
+
+    layer_class = Conv1D
 
     @property
     def in_features(self) -> int:

@@ -20,6 +20,20 @@ class FourBitWeight(LinearWeight):
     def dtype(self) -> torch.dtype:
         return self.layer.weight.quant_state.dtype
 
+    def computes_in(self, x: Tensor) -> torch.dtype | None:
+        dtype = self.layer.compute_dtype
+        if x.dtype != dtype or (self.layer.bias is not None and self.layer.bias.requires_grad):
+            return None  # the layer casts x there and back, and adapters act on x as it is
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
+        return None if autocast else dtype
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def weight_to_keep(self) -> None:
+        return None
+
     def read(self) -> Tensor:
         import bitsandbytes.functional as bnb
 
@@ -62,6 +76,17 @@ class EightBitWeight(LinearWeight):
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
+
+    def computes_in(self, x: Tensor) -> torch.dtype | None:
+        """Its product rounds x to 8 bits; the gradient takes no notice of that."""
+        learns = self.layer.bias is not None and self.layer.bias.requires_grad
+        return None if learns or torch.is_autocast_enabled(x.device.type) else x.dtype
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def weight_to_keep(self) -> None:
+        return None
 
     def _codes(self) -> tuple[Tensor, Tensor]:
         weight, state = self.layer.weight, self.layer.state

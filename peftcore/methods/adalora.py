@@ -20,6 +20,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig
 from peftcore.errors import ConfigError, TrainingError
+from peftcore.low_rank import LowRank
 from peftcore.registry import register
 
 _NAMES = ("lora_A", "lora_B", "lora_E")
@@ -130,6 +131,9 @@ class AdaLora(Adapter):
             nn.init.normal_(self.lora_E)
         else:
             nn.init.zeros_(self.lora_E)
+
+    def low_rank(self) -> LowRank:
+        return LowRank(self.lora_A * self.lora_E, self.lora_B, self.scaling, self.dropout if self.training else 0.0)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if self.dropout and self.training:

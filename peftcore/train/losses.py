@@ -2,20 +2,21 @@
 
     loss = -(1/N) Σ_{(b,t): y_{b,t+1} ≠ -100} log softmax(h_{b,t} Wᵀ)[y_{b,t+1}]
 
-The rows of h whose next token nobody supervises never reach the output head: with completions of 15 tokens behind
-prompts of 200 and a vocabulary of 49,000, that is most of the head's time and nearly all of the loss's memory.
+The rows of h whose next token nobody supervises never reach the output head (with completions of 15 tokens behind
+prompts of 200 and a vocabulary of 49,000, that is most of the head's time), and where the head is a plain linear layer
+no logits are kept of the others either; `peftcore.train.supervised_head` says how.
 
 Shapes: B rows, T positions, V vocabulary, n supervised next tokens in the batch.
 """
 
 import inspect
-import sys
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+from peftcore.train.supervised_head import supervised_losses
 
 IGNORED = -100
 """Label of a position that nobody supervises; transformers' and PyTorch's convention."""
@@ -27,8 +28,21 @@ def has_causal_loss(model: nn.Module) -> bool:
     return (
         config is not None
         and not getattr(config, "is_encoder_decoder", False)
+        and not getattr(config, "output_router_logits", False)  # the experts' balance is part of the loss then
         and getattr(model, "loss_function", None) is ForCausalLMLoss
+        and _calls_loss_function(type(model))
     )
+
+
+def _calls_loss_function(model_class: type) -> bool:
+    # Decoders of encoder-decoder families inherit `loss_function` too, and take labels that are shifted already.
+    for parent in model_class.__mro__:
+        forward = inspect.unwrap(vars(parent)["forward"]) if "forward" in vars(parent) else None
+        if forward is not None and "loss_function" in forward.__code__.co_names:
+            return True
+        if forward is not None and "super" not in forward.__code__.co_names:
+            return False
+    return False
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
@@ -36,28 +50,6 @@ def supervised_positions(labels: Tensor) -> Tensor:
     mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[:, :-1] = labels[:, 1:] != IGNORED
     return mask
-
-
-def supervised_logits(model: nn.Module, inputs: Mapping[str, object], mask: Tensor) -> Tensor:
-    """Logits (n, V) at the true positions of `mask` (B, T), row by row, in the model's dtype.
-
-    inputs: the forward's keyword arguments, without labels. Models that take `logits_to_keep` compute their head
-    at those positions alone; others compute it everywhere, and the rest is dropped.
-    """
-    forward = getattr(model, "module", model).forward  # DDP's own forward hides the model's signature
-    if "logits_to_keep" not in inspect.signature(forward).parameters:
-        logits = model(**inputs).logits
-        return logits[F.pad(mask, (logits.shape[1] - mask.shape[1], 0))]  # virtual tokens stand before the text
-    if _head_takes_a_mask(model):
-        return model(**inputs, logits_to_keep=mask).logits
-    positions = mask.any(0).nonzero().squeeze(1)  # sorted; some rows' logits there are not wanted
-    return model(**inputs, logits_to_keep=positions).logits[mask[:, positions]]
-
-
-def _head_takes_a_mask(model: nn.Module) -> bool:
-    # Models built on this helper of transformers take a (B, T) mask, the few others only positions.
-    module = sys.modules.get(type(getattr(model, "module", model)).__module__)
-    return hasattr(module, "slice_logits_to_keep")
 
 
 def token_losses(model: nn.Module, inputs: Mapping[str, object], labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,10 +60,7 @@ def token_losses(model: nn.Module, inputs: Mapping[str, object], labels: Tensor)
     """
     mask = supervised_positions(labels)
     targets = labels[:, 1:][mask[:, :-1]]
-    logits = supervised_logits(model, inputs, mask)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return F.cross_entropy(logits, targets.to(logits.device), reduction="none"), mask
+    return supervised_losses(model, inputs, mask, targets), mask
 
 
 def row_sums(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

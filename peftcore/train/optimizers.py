@@ -1,6 +1,7 @@
-"""Optimisers that treat LoRA's two factors differently. LoRA+: arXiv:2402.12354. LoRA-FA: arXiv:2308.03303.
+"""Which optimiser trains the adapters, and two that treat LoRA's factors differently.
 
-Both find the factors by the adapters in the model, not by parameters' names.
+LoRA+: arXiv:2402.12354. LoRA-FA: arXiv:2308.03303. Both find the factors by the adapters in the model, not by
+parameters' names.
 """
 
 from collections.abc import Callable
@@ -8,10 +9,31 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from peftcore.adapter_set import adapter_set
-from peftcore.errors import ConfigError
+from peftcore.errors import ConfigError, TrainingError
 from peftcore.methods.lora import Lora
+from peftcore.train.adamw import FusedAdamW
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Raise TrainingError for an optimiser that this device has not."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if "paged" in name and args.device.type != "cuda":
+        raise TrainingError(
+            f"{name} moves its state between a CUDA device's memory and the host's, and training runs on "
+            f"{args.device.type}; choose {'adamw_bnb_8bit' if '8bit' in name else 'adamw_torch_fused'}"
+        )
+
+
+def in_one_call(optimizer_class: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """FusedAdamW and its options in the place of torch's fused AdamW; any other optimiser as it is given."""
+    if optimizer_class is not torch.optim.AdamW or set(options) - {"lr", "betas", "eps", "fused"}:
+        return optimizer_class, options
+    if not options.get("fused"):
+        return optimizer_class, options
+    return FusedAdamW, {name: value for name, value in options.items() if name != "fused"}
 
 
 def _lora_layers(model: nn.Module) -> list[Lora]:

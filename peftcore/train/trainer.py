@@ -6,33 +6,32 @@ what plain Trainer gets wrong for one:
 - the loss of `peftcore.train.losses`, over the supervised tokens of the whole accumulated batch; in evaluation,
   over those of the whole set, keeping no logits;
 - the adapters' regulariser, once per optimiser step, logged apart from the loss;
+- batches of rows of like length, and packed ones, for models that keep the documents of a row apart;
 - the adapters' work between steps (AdaLoRA's allocator), after the optimiser and before gradients are cleared;
 - checkpoints that are whole or do not count, and from which adapters, averages and masks come back exactly.
 """
 
-import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
-from peftcore.adapter_set import adapter_set
 from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import TrainingError
-from peftcore.model import PeftModel
-from peftcore.train.batches import LengthGroupedSampler
+from peftcore.train.batches import LengthGroupedSampler, RightPaddingCollator
 from peftcore.train.checkpoints import TRAINER_STATE, last_good_checkpoint, seal_checkpoint
-from peftcore.train.losses import has_causal_loss, row_sums, token_losses
+from peftcore.train.objective import ObjectiveMixin, adapted_model
+from peftcore.train.optimizers import check_optimizer, in_one_call
+from peftcore.train.packing import PackedCollator, Packs, check_packable, uses_flash_attention
 
 ADAPTER_STATE = "adapter_state.safetensors"
 """File of a checkpoint that holds what resuming needs beyond the adapters' saved weights."""
-
-_Base = Trainer if TYPE_CHECKING else object
 
 
 class _StepCallback(TrainerCallback):
@@ -47,20 +46,7 @@ class _StepCallback(TrainerCallback):
             adapted_model(self.trainer).on_optimizer_step(state.global_step + 1, self.trainer.optimizer)
 
 
-def adapted_model(trainer: Trainer) -> Any:
-    """The trainer's model, a PeftModel and nn.Module at once, without what data parallelism wraps around it.
-
-    Raises TrainingError where it has no adapter.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, PeftModel):
-        raise TrainingError(
-            f"the model to train is a {type(model).__name__} without adapters; call get_peft_model on it first"
-        )
-    return model
-
-
-class AdapterTrainerMixin(_Base):
+class AdapterTrainerMixin(ObjectiveMixin):
     """For any Trainer class: `class MyTrainer(AdapterTrainerMixin, Trainer)`. The model is a PeftModel."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -71,6 +57,8 @@ class AdapterTrainerMixin(_Base):
                 "nothing to train: every parameter is frozen; load the adapter with is_trainable=True, or activate "
                 "it with set_adapter"
             )
+        check_optimizer(self.args)
+        self._check_packing(model)
         keep_quantized_weights_trainable(model)
         if getattr(self.args, "activation_checkpointing", False):
             # A frozen embedding gives outputs without gradient, which a checkpointed block would take for constant.
@@ -78,139 +66,56 @@ class AdapterTrainerMixin(_Base):
         self._regularizers: list[Tensor] = []
         self.add_callback(_StepCallback(self))
 
-    # -- loss --------------------------------------------------------------------------------------------------
-
-    def _computes_label_only_loss(self) -> bool:
-        return (
-            self.label_smoother is None
-            and self.compute_loss_func is None
-            and self.model_accepts_loss_kwargs
-            and self.args.n_gpu <= 1
-            and getattr(self.accelerator, "parallelism_config", None) is None
-            and has_causal_loss(adapted_model(self))
-            and not any(prompt.defines_loss for prompt in adapter_set(adapted_model(self)).acting_prompts())
-        )
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Trainer's, with the label-only loss where the model's own loss is the same number."""
-        plain = "labels" in inputs and "shift_labels" not in inputs
-        if return_outputs or not plain or not self._computes_label_only_loss():
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        else:
-            result = self._label_only_loss(model, inputs, num_items_in_batch)
-        if not model.training or not self.accelerator.sync_gradients:
-            return result
-        loss, *rest = cast(tuple[Any, ...], result if return_outputs else (result,))
-        loss = self._with_regularizer(loss, num_items_in_batch)
-        return (loss, *rest) if return_outputs else loss
-
-    def _label_only_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
-        given = {name: value for name, value in inputs.items() if name != "labels"}
-        losses, _ = token_losses(model, given, inputs["labels"])
-        if num_items is None:
-            return losses.mean()
-        loss = losses.sum() / (num_items.to(losses.device) if isinstance(num_items, Tensor) else num_items)
-        if self.args.average_tokens_across_devices:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # processes average gradients
-        return loss
-
-    def _with_regularizer(self, loss: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """Add the regulariser's gradient; the value stays the task's loss, so that the two are logged apart."""
-        regularizer = adapted_model(self).adapter_regularizer()
-        if regularizer is None:
-            return loss
-        self._regularizers.append(regularizer.detach())
-        if not self._scaled_over_accumulation(num_items):  # Trainer divides the sum once more
-            regularizer = regularizer * self.current_gradient_accumulation_steps
-        return loss + (regularizer - regularizer.detach()).to(loss)
-
-    def _scaled_over_accumulation(self, num_items: Tensor | int | None) -> bool:
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
-        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's; TrainingError as soon as a loss is not finite, before it reaches the weights."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (learning rate "
-                f"{self._get_learning_rate():.2e}); lower the learning rate, clip gradients, or compute in float32"
-            )
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with the mean `regularizer` of the steps since the last record."""
-        if "loss" in logs and self._regularizers:
-            logs["regularizer"] = torch.stack(self._regularizers).mean().item()
-            self._regularizers.clear()
-        super().log(logs, start_time)
-
-    # -- evaluation --------------------------------------------------------------------------------------------
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Trainer's; where only the loss is asked for, it is the mean over the set's tokens, not over its batches."""
-        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        managed = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not loss_only or managed or not self._computes_label_only_loss():
-            return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        model = self._wrap_model(cast(nn.Module, self.model), training=False)
-        if not self.accelerator._models and model is self.model:  # evaluated without having been trained
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        model.eval()
-        self.callback_handler.eval_dataloader = dataloader
-        loss, tokens, rows = 0.0, 0, 0
-        with torch.random.fork_rng(devices=[]):  # a loader draws a number, which would change training's dropout
-            for inputs in dataloader:
-                sums, counts = self.accelerator.gather_for_metrics(self._row_losses(model, inputs))
-                loss += sums.double().sum().item()
-                tokens += int(counts.sum())
-                rows += len(counts)
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        if not tokens:
-            raise TrainingError("the evaluation set has no supervised token; check its labels")
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the evaluation loss is {loss}: the adapter's weights or activations have overflowed; lower the "
-                "learning rate, or compute in float32"
-            )
-        metrics = {f"{metric_key_prefix}_loss": loss / tokens, f"{metric_key_prefix}_tokens": tokens}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
-
-    @torch.no_grad()
-    def _row_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        inputs = dict(self._prepare_inputs(inputs))
-        labels = inputs.pop("labels")
-        with self.compute_loss_context_manager():
-            return row_sums(*token_losses(model, inputs, labels))
-
     # -- batches -----------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """`train_sampling_strategy="group_by_length"` gives batches of like length in random order."""
+        """Packs come in their own order; `train_sampling_strategy="group_by_length"` gives batches of like length."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if isinstance(dataset, Packs):
+            return dataset.sampler(seed)
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         columns = getattr(dataset, "column_names", None) or ()
         column = self.args.length_column_name
         lengths = list(dataset[column]) if column in columns else [len(row["input_ids"]) for row in dataset]
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGroupedSampler(lengths, self.args.train_batch_size, seed)
+
+    def _check_packing(self, model: nn.Module) -> None:
+        collator: Any = self.data_collator
+        if isinstance(self.train_dataset, Packs) and not isinstance(collator, PackedCollator):
+            raise TrainingError(
+                f"the training set comes in packs, which a {type(collator).__name__} cannot lay into rows; give "
+                "data_collator=PackedCollator()"
+            )
+        if isinstance(collator, PackedCollator):
+            check_packable(model)
+            self.data_collator = replace(collator, varlen=collator.varlen or uses_flash_attention(model))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Trainer's; an evaluation's rows are padded where training's are packed, because they are counted."""
+        collator: Any = self.data_collator
+        if isinstance(collator, PackedCollator):
+            self.data_collator = RightPaddingCollator(pad_token_id=0)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    # -- optimiser ---------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's; its fused AdamW takes one call for all parameters where they are plain tensors."""
+        trained = [p for p in adapted_model(self).parameters() if p.requires_grad]
+        managed = self.is_fsdp_enabled or self.is_deepspeed_enabled or any(type(p) is not nn.Parameter for p in trained)
+        given = self.optimizer_cls_and_kwargs
+        if given is None and not managed:
+            made = self.get_optimizer_cls_and_kwargs(self.args, adapted_model(self))
+            self.optimizer_cls_and_kwargs = in_one_call(*made)
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 

@@ -1,8 +1,11 @@
 """What merging writes, in which type, what it keeps, and what it does to tied weights."""
 
+import copy
 import gc
 import logging
+import pickle
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,67 @@ def test_lora_bias_merges_with_its_scale_into_a_quantised_layer(storage: str) ->
     torch.testing.assert_close(net[0].bias, bias + 3 * own)
     net.unmerge_adapter()
     assert torch.equal(net[0].bias, bias)
+
+
+# -- what is merged ------------------------------------------------------------------------------------------------
+
+
+def two_layers() -> tuple[nn.Module, Any, torch.Tensor]:
+    """A base, the same with two adapters of which "b" sits on the second layer only, and an input."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    net = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    net.add_adapter("b", LoraConfig(r=2, target_modules=["1"], init_lora_weights=False))
+    return base, net, torch.randn(3, 6)
+
+
+@pytest.mark.parametrize("twin", [lambda net: net, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_merged_model_and_its_copies_can_be_disabled_and_unmerged_on_their_own(twin: Callable[[Any], Any]) -> None:
+    base, net, x = two_layers()
+    net.merge_adapter(["default"])
+    net.merge_adapter(["b"])
+    expected, other = net(x), twin(net)
+    for _ in range(2):
+        with pytest.raises(RuntimeError), other.disable_adapter():
+            torch.testing.assert_close(other(x), base(x), rtol=0, atol=0)
+            raise RuntimeError
+        torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+    with pytest.raises(MergeError, match="'b' is merged into the base; call unmerge_adapter first"):
+        other.delete_adapter("b")
+    other.unmerge_adapter()
+    other.delete_adapter("b")
+    with other.disable_adapter():
+        torch.testing.assert_close(other(x), base(x), rtol=0, atol=0)
+    torch.testing.assert_close(other.unload()(x), base(x), rtol=0, atol=0)
+    if other is not net:
+        assert net[1].merged == ("default", "b")
+        torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_an_error_in_the_middle_of_a_merge_puts_back_what_was_written(
+    merged_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, net, x = two_layers()
+    if merged_before:
+        net.merge_adapter(["default"])
+    before, state = net(x), {name: id(parameter) for name, parameter in net.named_parameters()}
+    last = adapter_set(net).adapters("b")["1"]
+
+    def fails(_weight: torch.Tensor) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(last, "merged_weight", fails, raising=False)
+    with pytest.raises(MemoryError):
+        net.merge_adapter(["default", "b"])
+    assert {name: id(parameter) for name, parameter in net.named_parameters()} == state
+    assert [host.merged for host in net] == [("default",) if merged_before else ()] * 2
+    torch.testing.assert_close(net(x), before, rtol=0, atol=0)
+    with net.disable_adapter():
+        torch.testing.assert_close(net(x), base(x), rtol=0, atol=0)
+    monkeypatch.undo()
+    net.merge_adapter(["default", "b"])
+    torch.testing.assert_close(net.unload()(x), base(x), rtol=0, atol=0)
 
 
 # -- memory --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, ParameterWeight
 from peftcore.errors import ConfigError, MergeError
+from peftcore.low_rank import LowRank
 from peftcore.methods.lora import invocation, starts
 from peftcore.methods.lora.config import LoraConfig
 from peftcore.registry import register
@@ -96,6 +97,19 @@ class Lora(Adapter):
 
     # -- forward ---------------------------------------------------------------------------------------------
 
+    def low_rank(self) -> LowRank | None:
+        dropout = self.dropout if self.training else 0.0
+        if self.lora_bias is not None or self.config.alora_invocation_tokens is not None:
+            return None
+        if self.magnitude is not None and (dropout or self.base.bias is not None):
+            return None  # the base acts on the dropped input as well, or its bias stands outside of the scale
+        a, b = self.own_factors()
+        if self.start is not None:
+            if dropout:
+                return None
+            a, b = torch.cat([a, self.start[0]]), torch.cat([b, -self.start[1]], 1)
+        return LowRank(a, b, self.scaling, dropout, None if self.magnitude is None else self._ratio())
+
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
         a, b = self.own_factors()
@@ -139,14 +153,14 @@ class Lora(Adapter):
     def _lengths(self) -> Tensor:
         """n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is kept, since W does not change."""
         weight = self.base.read_unmerged() if self.new_base is None else self.new_base
-        weight = weight.flatten(1).to(self.lora_A)
+        weight = weight.flatten(1)
         if self._row_norms is None:
-            self._row_norms = weight.square().sum(1)
+            self._row_norms = weight.to(self.lora_A).square().sum(1)
         a, b = self.lora_A.flatten(1), self.lora_B.flatten(1) * self.scaling
         if self.start is not None:
             a = torch.cat([a, self.start[0].flatten(1)])
             b = torch.cat([b, self.start[1].flatten(1) * -self.scaling], 1)
-        cross = ((weight @ a.T) * b).sum(1)
+        cross = ((weight @ a.to(weight.dtype).T).to(b) * b).sum(1)  # casting W would cost more than the rest
         square = self._row_norms.to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
         return square.clamp_min(0).sqrt()
 
@@ -173,7 +187,11 @@ class Lora(Adapter):
         return self.scaling * (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        merged = super().merged_weight(weight)
+        if self.base.kind == "linear" and self.start is None:
+            a, b = self.own_factors()
+            merged = torch.addmm(weight, b.to(weight), a.to(weight), alpha=self.scaling)
+        else:
+            merged = super().merged_weight(weight)
         if self.magnitude is None:
             return merged
         return merged * self._ratio().to(merged).view(-1, *(1 for _ in merged.shape[1:]))

@@ -1,17 +1,22 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
 )
 
-from peftcore.train import losses
 from peftcore.train.losses import has_causal_loss, row_sums, supervised_positions, token_losses
 
 VOCABULARY = 50
@@ -56,8 +61,7 @@ def test_a_position_is_supervised_when_the_next_token_is_labelled() -> None:
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("takes_mask", [True, False])
-def test_loss_and_gradient_are_those_of_the_full_loss(make, takes_mask, monkeypatch) -> None:
+def test_loss_and_gradient_are_those_of_the_full_loss(make: Callable[[], PreTrainedModel]) -> None:
     monkeypatch.setattr(losses, "_head_takes_a_mask", lambda model: takes_mask)
     torch.manual_seed(0)
     model = make().double().eval()
@@ -80,28 +84,6 @@ def test_loss_is_the_models_own_in_float32() -> None:
     inputs, labels = batch()
     values, _ = token_losses(model, inputs, labels)
     torch.testing.assert_close(values.mean(), model(**inputs, labels=labels).loss)
-
-
-def test_the_head_sees_only_supervised_rows() -> None:
-    model = llama().eval()
-    inputs, labels = batch()
-    seen = []
-    model.lm_head.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape))
-    values, _ = token_losses(model, inputs, labels)
-    assert seen == [(len(values), 32)]
-
-
-def test_a_model_without_logits_to_keep_gives_the_same_loss() -> None:
-    class Old(LlamaForCausalLM):
-        def forward(self, input_ids, attention_mask):  # type: ignore[override]
-            return super().forward(input_ids, attention_mask)
-
-    torch.manual_seed(0)
-    model = llama().double().eval()
-    inputs, labels = batch()
-    expected, _ = token_losses(model, inputs, labels)
-    model.__class__ = Old
-    torch.testing.assert_close(token_losses(model, inputs, labels)[0], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_half_precision_logits_are_widened() -> None:
@@ -145,3 +127,34 @@ def test_only_next_token_losses_are_taken_for_causal() -> None:
     )
     assert has_causal_loss(llama()) and has_causal_loss(gpt2())
     assert not has_causal_loss(bert) and not has_causal_loss(torch.nn.Linear(2, 2))
+
+
+def test_a_decoder_that_takes_shifted_labels_has_another_loss() -> None:
+    # Bart's decoder inherits the same `loss_function` and does not call it
+    bart = BartForCausalLM(
+        BartConfig(vocab_size=VOCABULARY, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16)
+    )
+    inputs, labels = batch(supervised=1.0, rows=1)
+    values, _ = token_losses(bart.eval(), inputs, labels)
+    assert not torch.isclose(bart(**inputs, labels=labels).loss, values.mean(), rtol=1e-3)
+    assert not has_causal_loss(bart)
+
+
+def test_a_loss_that_also_balances_experts_is_another() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 2}
+    options = sizes | {"vocab_size": VOCABULARY, "num_attention_heads": 2, "num_key_value_heads": 2}
+    assert has_causal_loss(MixtralForCausalLM(MixtralConfig(**options)))
+    assert not has_causal_loss(MixtralForCausalLM(MixtralConfig(**options, output_router_logits=True)))
+
+
+def test_a_class_with_its_own_loss_is_not_taken_for_its_parents() -> None:
+    class Calls(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    class Replaces(LlamaForCausalLM):
+        def forward(self, input_ids, labels=None):  # type: ignore[override]
+            return self.model(input_ids).last_hidden_state.square().mean()
+
+    config = llama().config
+    assert has_causal_loss(Calls(config)) and not has_causal_loss(Replaces(config))

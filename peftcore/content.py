@@ -1,0 +1,86 @@
+"""What one adapter is made of, under PEFT's keys: `base_model.model.` + the module's path + the parameter."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from peftcore.adapter import Adapter
+from peftcore.adapter_set import AdapterSet, shared_by
+from peftcore.bases import ParameterWeight
+from peftcore.prompts.learner import PromptLearner
+from peftcore.tensors import PREFIX
+
+SHARED_PREFIX = "base_model."
+
+
+class _Entry(NamedTuple):
+    """The adapter of one layer."""
+
+    prefix: str
+    """What stands before its keys."""
+    adapter: Adapter
+    tensors: dict[str, Tensor]
+    """{key without the prefix: tensor}"""
+
+
+class Content:
+    """What one adapter is made of, asked for its tensors once."""
+
+    def __init__(self, adapters: Mapping[str, Adapter], copies: Mapping[str, nn.Module], prompt: PromptLearner | None):
+        self.entries = [_Entry(_prefix(path, a), a, a.checkpoint_tensors()) for path, a in adapters.items()]
+        self.shared = shared_by(adapters)
+        # PEFT wraps a model once more for adapters of layers than for prompts
+        before = PREFIX if prompt is None else SHARED_PREFIX
+        self.copies = {f"{before}{path}.": module for path, module in copies.items()}
+        self.prompt = prompt
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{PEFT's key: tensor}"""
+        keyed = {f"{prefix}{key}": tensor for prefix, _, own in self.entries for key, tensor in own.items()}
+        if self.shared is not None:
+            keyed |= {f"{SHARED_PREFIX}{name}": tensor for name, tensor in self.shared.checkpoint_tensors().items()}
+        for prefix, module in self.copies.items():
+            keyed |= {f"{prefix}{key}": tensor for key, tensor in module.state_dict().items()}
+        return keyed if self.prompt is None else keyed | self.prompt.checkpoint_tensors()
+
+    def optional(self) -> set[str]:
+        """Keys that a directory may lack."""
+        return set() if self.shared is None else {f"{SHARED_PREFIX}{name}" for name in self.shared.optional}
+
+    def repeated(self) -> set[str]:
+        """Keys that a directory may hold and that are not read."""
+        return {f"{prefix}{key}" for prefix, adapter, _ in self.entries for key in adapter.repeated_keys()}
+
+    def fits(self, key: str, tensor: Tensor) -> bool:
+        """Whether a tensor of another shape than now can be read all the same."""
+        owner = self._owners.get(key)
+        return owner is not None and owner[0].fits(owner[1], tensor)
+
+    @cached_property
+    def _owners(self) -> dict[str, tuple[Adapter, str]]:
+        return {f"{prefix}{key}": (adapter, key) for prefix, adapter, own in self.entries for key in own}
+
+    def read(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy checked tensors in, all but the prompt's."""
+        for prefix, adapter, own in self.entries:
+            adapter.load_checkpoint_tensors({key: tensors[f"{prefix}{key}"] for key in own})
+        if self.shared is not None:
+            names = {name: f"{SHARED_PREFIX}{name}" for name in self.shared.checkpoint_tensors()}
+            self.shared.load_checkpoint_tensors({n: tensors[key] for n, key in names.items() if key in tensors})
+        for prefix, module in self.copies.items():
+            module.load_state_dict({key: tensors[f"{prefix}{key}"] for key in module.state_dict()})
+
+
+def content_of(adapters: AdapterSet, name: str) -> Content:
+    """Of an adapter that is in the model."""
+    return Content(adapters.adapters(name), adapters.copies(name), adapters.prompt(name))
+
+
+def _prefix(path: str, adapter: Adapter) -> str:
+    """What stands before an adapter's own keys; a raw parameter's adapter is kept under the module it belongs to."""
+    if isinstance(base := adapter.base, ParameterWeight):
+        path = path.removesuffix(f".{base.name}")
+        path = f"{path}.base_layer.{base.inside}" if base.inside else path
+    return f"{PREFIX}{path}.{adapter.disk_prefix}"

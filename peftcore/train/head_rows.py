@@ -1,0 +1,139 @@
+"""Hooks on an output head that for one forward give it the supervised rows alone, or compute their losses instead.
+
+Shapes: B rows of text, T positions, P virtual tokens before them, d hidden width, V vocabulary, n supervised tokens.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.detection.head import LogitTransform
+from peftcore.errors import TrainingError
+from peftcore.host import AdaptedLayer, SavedModule
+from peftcore.train.linear_cross_entropy import linear_cross_entropy
+
+_PROBE_FACTORS = (1, 8, 64, 512)
+"""Rows are sent as they are and larger: a soft-cap does not show in the small logits of an untrained model."""
+
+
+@dataclass
+class HeadResult:
+    """Losses (n,) or logits (n, V) of the supervised tokens."""
+
+    losses: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def flat_indices(mask: Tensor, states: Tensor) -> Tensor:
+    """Where the true positions of `mask` (B, T) are in `states` (B, P + T, ...) flattened to (B (P + T), ...)."""
+    virtual = states.shape[1] - mask.shape[1]
+    if virtual < 0:
+        raise TrainingError(
+            f"the model gives logits of {states.shape[1]} positions for {mask.shape[1]} labels; call it without "
+            "logits_to_keep"
+        )
+    return F.pad(mask, (virtual, 0)).flatten().nonzero().squeeze(1).to(states.device)
+
+
+class HeadRows:
+    """Hooks on an output head for one forward: what they passed on, and what came of it."""
+
+    def __init__(
+        self,
+        head: nn.Module,
+        mask: Tensor,
+        targets: Tensor | None,
+        transform: LogitTransform | None,
+        probes: bool = False,
+    ) -> None:
+        self.head, self.mask, self.targets, self.transform = head, mask, targets, transform
+        self.linear = plain_linear(head) if targets is not None and transform is not None else None
+        self.sends_probes = probes
+        self.calls = self.probes = self.rows = 0
+        self.fits = False
+        self.losses: Tensor | None = None
+        self.product: Tensor | None = None
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """The model's output with the hooks in place, which are gone afterwards whatever happens."""
+        with self._hooks():
+            return model(**inputs)
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles: list[Any] = [self.head.register_forward_pre_hook(self._before)]
+        if self.sends_probes:
+            handles.append(self.head.register_forward_hook(self._after))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, head: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self.calls += 1
+        hidden = given[0] if given else None
+        if self.calls > 1 or not isinstance(hidden, Tensor) or hidden.dim() != 3 or len(hidden) != len(self.mask):
+            return None
+        rows = hidden.flatten(0, 1).index_select(0, flat_indices(self.mask, hidden))
+        passed = [rows]
+        linear = self.linear
+        if linear is not None and self.targets is not None and self.transform is not None and _takes(linear, rows):
+            targets, transform = self.targets.to(rows.device), self.transform
+            self.losses = linear_cross_entropy(
+                rows, linear.weight, targets, linear.bias, transform.softcap, transform.scale
+            )
+            passed = [rows[:0]]  # an empty row still ties losses and output, on whose gradient FSDP waits
+        if self.sends_probes:
+            ends = rows.detach()[[0, -1]]
+            passed += [ends * factor for factor in _PROBE_FACTORS]
+            self.probes = len(ends) * len(_PROBE_FACTORS)
+        self.rows, self.fits = len(passed[0]), True
+        return torch.cat(passed).unsqueeze(0), *given[1:]
+
+    def _after(self, head: nn.Module, given: tuple[Any, ...], product: Any) -> None:
+        if self.calls == 1 and isinstance(product, Tensor) and product.dim() == 3:
+            self.product = product[0, self.rows :].detach()
+
+    def found(self, output: Any) -> HeadResult | None:
+        """Losses or logits of the rows; None where the model did not take them as it should."""
+        logits = output.logits
+        if not self.fits or self.calls != 1 or logits.dim() != 3 or logits.shape[:2] != (1, self.rows + self.probes):
+            return None
+        logits = logits[0, : self.rows]
+        if self.losses is None:
+            return HeadResult(logits=logits)
+        return HeadResult(losses=self.losses + logits.sum().to(self.losses))
+
+
+def plain_linear(head: nn.Module) -> nn.Linear | None:
+    """The linear layer that alone makes the head's output now; None where anything else has a hand in it."""
+    inner: Any = head
+    while isinstance(inner, AdaptedLayer | SavedModule):
+        if _is_watched(inner) or (isinstance(inner, AdaptedLayer) and inner.acting()):
+            return None
+        inner = inner.current() if isinstance(inner, SavedModule) else inner.base_layer
+        if inner._forward_pre_hooks:
+            return None
+    if type(inner) is not nn.Linear or _is_watched(inner) or "forward" in vars(inner):
+        return None
+    return inner
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _takes(linear: nn.Linear, rows: Tensor) -> bool:
+    """Whether the layer's own forward would be a product of these rows with a weight that is all there."""
+    parameters = [parameter for parameter in (linear.weight, linear.bias) if parameter is not None]
+    cast = torch.is_autocast_enabled(rows.device.type)
+    return linear.weight.shape == (linear.out_features, linear.in_features) and all(
+        type(p) in (Tensor, nn.Parameter) and p.device == rows.device and (cast or p.dtype == rows.dtype)
+        for p in parameters  # a shard or a packed weight is of a class of its own
+    )

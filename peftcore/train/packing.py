@@ -1,0 +1,205 @@
+"""Several documents in one row: nothing is padded, and no document sees another.
+
+A packed row has no attention mask. Its positions start anew at each document, and from them transformers' attention
+interfaces make a block-diagonal causal mask (eager, SDPA, flex) or the bounds of variable-length kernels (flash). They
+do so only without a key/value cache, so a packed row also says `use_cache=False`.
+
+Shapes: T tokens of all documents of a row.
+"""
+
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+
+from peftcore.adapter_set import adapter_set
+from peftcore.detection import detect
+from peftcore.errors import TrainingError
+from peftcore.train.losses import IGNORED, has_causal_loss
+
+Row = Mapping[str, Sequence[int]]
+"""{"input_ids", "labels"}: token ids of one document."""
+
+
+@dataclass
+class PackedCollator:
+    """Rows, or packs of rows, -> one row: `input_ids`, `labels` and `position_ids` (1, T), and `use_cache`.
+
+    A document's first token gets no label, because the token before it is another document's last.
+    varlen: also give the documents' bounds, which flash attention would else read from the positions in every layer.
+    """
+
+    varlen: bool = False
+
+    def __call__(self, rows: Sequence[Row | Sequence[Row]]) -> dict[str, Any]:
+        documents = [one for row in rows for one in ([row] if isinstance(row, Mapping) else row)]
+        lengths = [len(document["input_ids"]) for document in documents]
+        labels = [torch.tensor(document["labels"]) for document in documents]
+        for label in labels:
+            label[:1] = IGNORED
+        made: dict[str, Any] = {
+            "input_ids": torch.cat([torch.tensor(document["input_ids"]) for document in documents])[None],
+            "labels": torch.cat(labels)[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "use_cache": False,
+        }
+        if self.varlen:
+            bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+            made |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            made |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        return made
+
+
+class PackSampler(Sampler[tuple[int, ...]]):
+    """Packs of row indices; each row once an epoch, at most `tokens` tokens a pack, as few packs as best fit gives.
+
+    lengths: tokens per row; seed: of the order. Which rows share a pack and when it comes is a function of
+    (seed, epoch) alone, and the number of packs the same in every epoch, so a resumed run finds its place.
+
+    Raises TrainingError for a row of more than `tokens` tokens.
+    """
+
+    def __init__(self, lengths: Sequence[int], tokens: int, seed: int = 0) -> None:
+        longest = max(lengths, default=0)
+        if longest > tokens:
+            raise TrainingError(
+                f"a row of {longest} tokens does not fit a pack of {tokens}; give packs at least {longest} tokens, or "
+                "shorten the rows"
+            )
+        self.seed = seed
+        self.epoch = 0
+        self._rows_of: dict[int, list[int]] = defaultdict(list)
+        for row, length in enumerate(lengths):
+            self._rows_of[length].append(row)
+        self._profiles = _best_fit([n for n in sorted(self._rows_of, reverse=True) for _ in self._rows_of[n]], tokens)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (from 0) whose packs are drawn next; the trainer calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._profiles)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        # Rows of one length change places, so packs are as full as in any epoch but hold other rows.
+        left = {n: [rows[i] for i in _shuffled(len(rows), generator)] for n, rows in self._rows_of.items()}
+        packs = [tuple(left[length].pop() for length in profile) for profile in self._profiles]
+        return iter([packs[i] for i in _shuffled(len(packs), generator)])
+
+
+def _shuffled(count: int, generator: torch.Generator) -> list[int]:
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def _best_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Bins of lengths, given from long to short: each goes where it leaves least room, else into a new bin."""
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, number of the bin), sorted
+    for length in lengths:
+        at = bisect_left(room, (length, -1))
+        if at == len(room):
+            bins.append([])
+            left, number = tokens, len(bins) - 1
+        else:
+            left, number = room.pop(at)
+        bins[number].append(length)
+        if left > length:
+            insort(room, (left - length, number))
+    return bins
+
+
+class Packs(Dataset[list[Row]]):
+    """A training set for AdapterTrainer, which takes it in packs of at most `tokens` tokens, through PackedCollator.
+
+    rows: what can be indexed for rows, such as a list or a datasets.Dataset. With `per_device_train_batch_size=1` each
+    forward pass is one pack; with more, their packs lie in one row.
+    """
+
+    def __init__(self, rows: Any, tokens: int) -> None:
+        self.rows = rows
+        self.lengths = [len(ids) for ids in _column(rows, "input_ids")]
+        self.tokens = tokens
+        self._count = len(PackSampler(self.lengths, tokens))
+
+    def __len__(self) -> int:
+        """Packs of an epoch."""
+        return self._count
+
+    def __getitem__(self, pack: tuple[int, ...]) -> list[Row]:
+        return [self.rows[row] for row in pack]
+
+    def sampler(self, seed: int) -> PackSampler:
+        """What indexes this set."""
+        return PackSampler(self.lengths, self.tokens, seed)
+
+
+def _column(rows: Any, name: str) -> Any:
+    return rows[name] if name in (getattr(rows, "column_names", None) or ()) else [row[name] for row in rows]
+
+
+# -- which models can ------------------------------------------------------------------------------------------------
+
+
+def uses_flash_attention(model: nn.Module) -> bool:
+    """Whether the model's attention takes the documents' bounds."""
+    return "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+
+
+def check_packable(model: nn.Module) -> None:
+    """Raise TrainingError unless this model computes of each document in a packed row what it computes of it alone.
+
+    Asks the architecture first, then the model itself: two short documents, together and one by one.
+    """
+    instead = "train on padded rows, such as RightPaddingCollator makes"
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    prompts = [type(prompt).__name__ for prompt in adapter_set(model).acting_prompts()]
+    if prompts:
+        raise TrainingError(
+            f"{' and '.join(prompts)} puts virtual tokens before a row, and a packed row has many beginnings; {instead}"
+        )
+    if not has_causal_loss(model):
+        raise TrainingError(
+            f"only causal language models can be trained on packed rows, and {family} is none; {instead}"
+        )
+    if not detect(model).packable:
+        raise TrainingError(
+            f"{family} carries a state from token to token, so one document of a packed row would leak into the next; "
+            f"{instead}"
+        )
+    difference, tolerance = _difference_when_packed(model)
+    if not difference <= tolerance:
+        raise TrainingError(
+            f"{family} does not keep the documents of a packed row apart: its logits differ by {difference:.1%} from "
+            f"those of the documents alone, where rounding explains {tolerance:.1%}; {instead}"
+        )
+
+
+@torch.no_grad()
+def _difference_when_packed(model: nn.Module) -> tuple[float, float]:
+    """RMS of the logits' change by packing and the most that rounding explains, both relative to the logits' RMS."""
+    embedding = cast(Any, model).get_input_embeddings()
+    words, device = embedding.num_embeddings, next(embedding.parameters()).device
+    tokens = [(torch.arange(1, 1 + length) * step) % words for length, step in ((9, 7), (14, 11))]
+    rows: list[Row] = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in tokens]
+    collate = PackedCollator(uses_flash_attention(model))
+
+    def logits(rows: list[Row]) -> Tensor:
+        inputs = {name: value for name, value in collate(rows).items() if name != "labels"}
+        on_device = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        return model(**on_device).logits
+
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        packed, alone = logits(rows), torch.cat([logits([row]) for row in rows], 1)
+    finally:
+        for module, was in training.items():
+            module.training = was
+    change = (packed - alone).float().square().mean().sqrt() / alone.float().square().mean().sqrt()
+    return change.item(), torch.finfo(alone.dtype).eps ** 0.5
