@@ -41,7 +41,7 @@ from benchmarks.steps import (
 RESULTS = Path(__file__).parent / "results"
 RANKS = [4, 8, 16, 32, 64, 128, 256]
 LENGTHS = [64, 128, 256, 512, 1024, 2048]
-ADAPTED_BLOCKS = [1, 2, 4, 8, 15, 30]
+ADAPTED_BLOCKS = [1, 5, 10, 20, 30]
 ROWS = [FLOOR, OURS, PEFT]
 
 Point = tuple[str, int, Setting]

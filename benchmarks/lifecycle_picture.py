@@ -21,6 +21,11 @@ PANELS = (
     (DISABLE, "disable_adapter: into the context and out of it"),
 )
 
+NOTE = (
+    "Lines: medians, bars from the fastest to the slowest round. Dots: each single load of ours; a high one met a full "
+    "collection of Python's garbage, PEFT's objects included."
+)
+
 
 def draw(measured: dict[str, Any], folder: Path) -> None:
     """Write lifecycle.png."""
@@ -35,7 +40,7 @@ def draw(measured: dict[str, Any], folder: Path) -> None:
         every = measured["ours_at_every_count"] if axes is left else []
         draw_panel(axes, [row for row in measured["rows"] if row["operation"] == operation], every)
         axes.set_title(title, loc="left", fontsize=10.5, weight="bold")
-    figure.text(0.02, 0.02, f"Measured on {measured['machine']}.", color=GREY, fontsize=8)
+    figure.text(0.02, 0.02, f"{NOTE}\nMeasured on {measured['machine']}.", color=GREY, fontsize=8)
     save_png(figure, folder / "lifecycle.png")
     plt.close(figure)
 

@@ -5,6 +5,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,38 @@ from benchmarks.machine import machine
 from peftcore.checkpoint import adapter_tensors
 
 RANK = 8
+MANY = 20
+"""Adapters loaded, at most, when everything but loading and disabling is measured; PEFT takes seconds for each."""
 LOAD = "load one more adapter"
 DISABLE = "disable_adapter, in and out"
 
-Times = dict[tuple[str, int], tuple[list[float], list[float]]]
-"""{(operation, adapters loaded): (ours, PEFT's) in ms, one of each a round}; 0 loaded where the number says nothing."""
+Call = Callable[[Any], Any]
+
+
+@dataclass
+class Models:
+    """What one round runs on."""
+
+    ours: Any
+    peft: Any
+    few: Any = None
+    """Ours with two adapters at most, timed in the same round: a load on the machine that comes and goes cancels."""
+
+
+class Times:
+    """ms of each round by operation and adapters loaded (0 where their number says nothing)."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, int], dict[str, list[float]]] = {}
+
+    def record(self, operation: str, count: int, models: Models, ours: Call, theirs: Call) -> None:
+        """One round of an operation; ours and few take turns to come first, which finds the processor's caches cold."""
+        row = self.rows.setdefault((operation, count), {"ours": [], "few": [], "peft": []})
+        sides = [("ours", models.ours), ("few", models.few)]
+        for name, model in sides if len(row["ours"]) % 2 else sides[::-1]:
+            if model is not None:
+                row[name].append(timed(ours, model))
+        row["peft"].append(timed(theirs, models.peft))
 
 
 # -- models ------------------------------------------------------------------------------------------------------
@@ -60,15 +88,16 @@ def smollm(folder: Path | None) -> Any:
     return model.to(torch.bfloat16).eval()
 
 
-def pair(base: nn.Module, scratch: Path, rank: int) -> tuple[Any, Any]:
-    """Ours and PEFT's with the same adapter, which lies in `scratch` then."""
+def adapted(base: nn.Module, scratch: Path, rank: int) -> Models:
+    """The models with one and the same adapter, which lies in `scratch` then."""
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     theirs: Any = peft.get_peft_model(copy.deepcopy(base), config)
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name:  # at zero, as it starts, a merge would change nothing
             nn.init.normal_(parameter, std=0.01)
     theirs.save_pretrained(str(scratch))
-    return peftcore.PeftModel.from_pretrained(copy.deepcopy(base), scratch), theirs.eval()
+    ours, few = (peftcore.PeftModel.from_pretrained(copy.deepcopy(base), scratch) for _ in range(2))
+    return Models(ours, theirs.eval(), few)
 
 
 def check_equal(ours: Any, theirs: Any) -> None:
@@ -89,17 +118,17 @@ def check_equal(ours: Any, theirs: Any) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Every figure of the table and of the picture."""
     torch.set_num_threads(1)
-    times: Times = {}
-    thin = thin_llama(options.blocks)
+    times, thin = Times(), thin_llama(options.blocks)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         measure_injection(times, thin, options.repeats)
-        every = measure_loaded(times, pair(thin, folder / "thin", RANK), folder, options)
-        real = pair(smollm(options.base), folder / "real", 2 * RANK)
-        check_equal(*real)
-        measure_merge(times, "SmolLM2-135M bf16: ", 0, *real, options.repeats)
-    rows = [{"operation": o, "loaded": n, "ours": ours, "peft": theirs} for (o, n), (ours, theirs) in times.items()]
+        every = measure_loaded(times, adapted(thin, folder / "thin", RANK), folder, options)
+        real = adapted(smollm(options.base), folder / "real", 2 * RANK)
+        check_equal(real.ours, real.peft)
+        measure_merge(times, "SmolLM2-135M bf16: ", 0, Models(real.ours, real.peft), options.repeats)
+    rows = [{"operation": name, "loaded": count, **row} for (name, count), row in times.rows.items()]
     return {
         "machine": f"{machine()}, peft {peft.__version__}",
         "layers": 7 * options.blocks,
@@ -109,48 +138,51 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_injection(times: Times, base: nn.Module, repeats: int) -> None:
-    options: dict[str, Any] = {"r": RANK, "target_modules": "all-linear"}
+    given: dict[str, Any] = {"r": RANK, "target_modules": "all-linear"}
     for round_number in tqdm(range(-1, repeats), desc="injection"):
-        ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
-        record(
-            times if round_number >= 0 else {},
+        (times if round_number >= 0 else Times()).record(
             "add the first adapter",
             0,
-            lambda model=ours: peftcore.get_peft_model(model, peftcore.LoraConfig(**options)),
-            lambda model=theirs: peft.get_peft_model(model, peft.LoraConfig(**options)),
+            Models(copy.deepcopy(base), copy.deepcopy(base)),
+            lambda model: peftcore.get_peft_model(model, peftcore.LoraConfig(**given)),
+            lambda model: peft.get_peft_model(model, peft.LoraConfig(**given)),
         )
 
 
-def measure_loaded(
-    times: Times, models: tuple[Any, Any], folder: Path, options: argparse.Namespace
-) -> list[tuple[int, float]]:
+def measure_loaded(times: Times, models: Models, folder: Path, options: argparse.Namespace) -> list[tuple[int, float]]:
     """Everything at each count of adapters; gives (count, ms) of each load of ours on the way there."""
-    ours, theirs = models
-    check_equal(ours, theirs)
-    every, loaded = [], 1
+    check_equal(models.ours, models.peft)
+    saved = str(folder / "thin")
+    every, loaded, many = [], 1, max(count for count in options.points if count <= MANY)
     for count in tqdm(options.points, desc="adapters loaded"):
         for number in range(loaded + 1, count):
-            every.append((number, timed(lambda n=number: ours.load_adapter(folder / "thin", f"a{n}"))))
-            copy_adapter(theirs, f"a{number}")
+            every.append((number, timed(lambda model, n=number: model.load_adapter(saved, f"a{n}"), models.ours)))
+            copy_adapter(models.peft, f"a{number}")
         loaded = count - 1
+        for round_number in range(options.repeats + 1):
+            times.record(LOAD, count, models, load_last(saved), load_last(saved))
+            if round_number < options.repeats:
+                times.record("delete one", count, models, delete_last, delete_last)
         for _ in range(options.repeats):
-            record(
-                times,
-                LOAD,
-                count,
-                lambda: ours.load_adapter(folder / "thin", "last"),
-                lambda: theirs.load_adapter(str(folder / "thin"), "last"),
-            )
-            record(
-                times, "delete one", count, lambda: ours.delete_adapter("last"), lambda: theirs.delete_adapter("last")
-            )
-        every.append((count, timed(lambda: ours.load_adapter(folder / "thin", "last"))))
-        copy_adapter(theirs, "last")
-        if count <= 20:
-            measure_use(times, count, ours, theirs, folder, options.repeats)
-        ours.delete_adapter("last")
-        theirs.delete_adapter("last")
+            times.record(DISABLE, count, models, disable, disable)
+        if count in (2, many):
+            measure_use(times, count, models, folder, options.repeats)
+        for model in (models.ours, models.peft, models.few):
+            delete_last(model)
     return every
+
+
+def load_last(saved: str) -> Call:
+    return lambda model: model.load_adapter(saved, "last")
+
+
+def delete_last(model: Any) -> None:
+    model.delete_adapter("last")
+
+
+def disable(model: Any) -> None:
+    with model.disable_adapter():
+        pass
 
 
 def copy_adapter(theirs: Any, name: str) -> None:
@@ -162,56 +194,51 @@ def copy_adapter(theirs: Any, name: str) -> None:
     theirs.peft_config[name] = copy.copy(config)
 
 
-def measure_use(times: Times, count: int, ours: Any, theirs: Any, folder: Path, repeats: int) -> None:
+def measure_use(times: Times, count: int, models: Models, folder: Path, repeats: int) -> None:
     """What is done with adapters that are there, "default" acting and "last" idle."""
+
+    def activate(name: str) -> Call:
+        return lambda model: model.set_adapter(name)
+
+    def save(model: Any) -> None:
+        model.save_pretrained(str(folder / "again"), selected_adapters=["default"])
+
     for _ in range(repeats):
-        for name in ("last", "default"):
-            record({} if name == "default" else times, "set_adapter", count, lambda n=name: ours.set_adapter(n),
-                   lambda n=name: theirs.set_adapter(n))  # fmt: skip
-        record(times, DISABLE, count, lambda: disable(ours), lambda: disable(theirs))
-        record(
-            times,
+        times.record("set_adapter", count, models, activate("last"), activate("last"))
+        Times().record("back", count, models, activate("default"), activate("default"))
+        times.record(
             "state dict of one",
             count,
-            lambda: adapter_tensors(ours, "default"),
-            lambda: peft.get_peft_model_state_dict(theirs, adapter_name="default"),
+            models,
+            lambda model: adapter_tensors(model, "default"),
+            lambda model: peft.get_peft_model_state_dict(model, adapter_name="default"),
         )
-        record(
-            times,
-            "save one",
-            count,
-            lambda: ours.save_pretrained(folder / "ours", selected_adapters=["default"]),
-            lambda: theirs.save_pretrained(str(folder / "peft"), selected_adapters=["default"]),
-        )
-    measure_merge(times, "", count, ours, theirs, repeats)
+        times.record("save one", count, models, save, save)
+    measure_merge(times, "", count, models, repeats)
 
 
-def measure_merge(times: Times, which: str, count: int, ours: Any, theirs: Any, repeats: int) -> None:
+def measure_merge(times: Times, which: str, count: int, models: Models, repeats: int) -> None:
+    def merge(model: Any) -> None:
+        model.merge_adapter()
+
+    def unmerge(model: Any) -> None:
+        model.unmerge_adapter()
+
+    names = [f"{which}merge_adapter", f"{which}unmerge_adapter"]
     for round_number in range(-1, repeats):
-        into = times if round_number >= 0 else {}
-        record(into, f"{which}merge_adapter", count, ours.merge_adapter, theirs.merge_adapter)
-        record(into, f"{which}unmerge_adapter", count, ours.unmerge_adapter, theirs.unmerge_adapter)
-    both = [times[f"{which}{name}", count] for name in ("merge_adapter", "unmerge_adapter")]
-    sums = [[a + b for a, b in zip(both[0][side], both[1][side], strict=True)] for side in (0, 1)]
-    times[f"{which}merge and unmerge", count] = (sums[0], sums[1])
+        into = times if round_number >= 0 else Times()
+        for name, call in zip(names, (merge, unmerge), strict=True):
+            into.record(name, count, models, call, call)
+    merged, unmerged = (times.rows[name, count] for name in names)
+    times.rows[f"{which}merge and unmerge", count] = {
+        side: [a + b for a, b in zip(merged[side], unmerged[side], strict=True)] for side in merged
+    }
 
 
-def disable(model: Any) -> None:
-    with model.disable_adapter():
-        pass
-
-
-def record(times: Times, operation: str, count: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> None:
-    """One round: ours, then PEFT's."""
-    mine, its = times.setdefault((operation, count), ([], []))
-    mine.append(timed(ours))
-    its.append(timed(theirs))
-
-
-def timed(call: Callable[[], Any]) -> float:
+def timed(call: Call, model: Any) -> float:
     """Wall time in ms; what the call gives is kept until it is over, so that freeing it is not counted."""
     start = time.perf_counter()
-    kept = call()
+    kept = call(model)
     end = time.perf_counter()
     del kept
     return 1e3 * (end - start)

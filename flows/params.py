@@ -134,6 +134,9 @@ class Train(Section):
     epochs: Positive = 1.0
     batch_size: Count = 8
     gradient_accumulation: Count = 2
+    batching: Literal["grouped", "padded", "padding_free", "packed"] = "grouped"
+    pack_tokens: Count = 512
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     learning_rate: Positive = 5e-4
     warmup_share: Share = 0.05
     weight_decay: NonNegative = 0.0

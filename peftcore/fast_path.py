@@ -57,19 +57,21 @@ class Layer(Protocol):
 
 def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
     """The base layer and the first of its adapters as one operation, or None where that would not be exact."""
-    base = layer.base
-    if base.kind != "linear" or not _only_computes(layer.base_layer):
+    if not _only_computes(layer.base_layer):
         return None
+    base = layer.base
     dtype = base.computes_in(x)
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:
         return None
     waiting: MutableMapping[Any, Waiting] = layer.selection.waiting
-    if (given := waiting.pop(layer, None)) is not None:
+    if waiting and (given := waiting.pop(layer, None)) is not None:
         if given.x is x and given.version == _version(x):
             return low_rank_linear_after(base, given.computed_x, given.h, given.low_rank)
         _stop_giving(given, layer)
     computed_x = x.to(dtype)
+    if not layer.sharing:
+        return low_rank_linear(base, computed_x, low_rank)[0]
     others = _others(layer, low_rank, dtype, x)
     y, products = low_rank_linear(base, computed_x, low_rank, list(others.values()))
     for (other, theirs), h in zip(others.items(), products, strict=True):

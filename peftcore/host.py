@@ -138,7 +138,7 @@ class Site:
 
     def acting(self) -> list[Adapter]:
         """Adapters of this site that act and are not merged, in order."""
-        adapters = self.adapters._modules
+        adapters = self._modules["adapters"]._modules  # type: ignore[attr-defined]
         return [adapters[n] for n in self.selection.acting if n in adapters and n not in self.merged]  # type: ignore[misc]
 
 
@@ -158,7 +158,10 @@ class AdaptedLayer(_Host, Site):
 
     @property
     def base(self) -> BaseWeight:
-        return base_weight(self.base_layer)
+        view = self.__dict__.get("_view")  # kept, because making one takes as long as a small layer
+        if view is None or not view.still_fits(self._modules["base_layer"]):
+            view = self.__dict__["_view"] = base_weight(self.base_layer)
+        return view
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         acting = self.acting()

@@ -143,9 +143,10 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if name in adapters.prompts:
         _take_prompt(model, adapters, name)
     emptied = False
-    for path, site in [(path, site) for path, site in adapters.layers.items() if name in site.adapters]:
-        del site.adapters[name]
-        if not len(site.adapters):
+    for path, site in list(adapters.layers.items()):
+        if name in site.adapters:
+            del site.adapters[name]
+        if not len(site.adapters):  # also the second path of a layer that stands at two
             site.restore_base()
             del adapters.layers[path]
             emptied = True

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from peftcore.bases import BaseWeight
 from peftcore.seeded_dropout import keep_mask, keep_scale, masked, new_seed
@@ -40,14 +41,13 @@ def low_rank_linear(
     """y (..., o) for x (..., i); and A d(x) (n, r) of each of those sharing x, for `low_rank_linear_after`."""
     stacked = torch.cat([own.a, *(each.a for each in sharing)]) if sharing else own.a
     call = _Call(base, own, new_seed() if own.dropout else None)
-    y, others = _run(x, None, stacked, own.b, own.gain, base.weight_to_keep(), call)
+    y, others = _run(x, None, stacked, own.b, own.gain, call)
     return y, list(others.split([len(each.a) for each in sharing], 1)) if sharing else []
 
 
 def low_rank_linear_after(base: BaseWeight, x: Tensor, h: Tensor, own: LowRank) -> Tensor:
     """y (..., o) where another layer has made h = A d(x) (n, r) already."""
-    y, _ = _run(x, h, None, own.b, own.gain, base.weight_to_keep(), _Call(base, own, None))
-    return y
+    return _run(x, h, None, own.b, own.gain, _Call(base, own, None))[0]
 
 
 class _Call(NamedTuple):
@@ -59,24 +59,35 @@ class _Call(NamedTuple):
 
     @property
     def scaling(self) -> float:
-        return self.own.scaling * keep_scale(self.own.dropout)  # so that no tensor has to be scaled
+        """s with dropout's scale in it, so that no tensor has to be scaled."""
+        return self.own.scaling * keep_scale(self.own.dropout) if self.own.dropout else self.own.scaling
 
     def keep(self, flat: Tensor) -> Tensor | None:
         """Dropout's mask for the input (n, i)."""
         return None if self.seed is None else keep_mask(flat.shape, self.own.dropout, self.seed, flat.device)
 
 
-def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _run(
+    x: Tensor, h: Tensor | None, a: Tensor | None, b: Tensor, gain: Tensor | None, call: _Call
+) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled():
-        return _LowRankLinear.apply(*arguments)  # type: ignore[return-value]
-    return _LowRankLinear.forward(_Untraced(), *arguments)
+        return _LowRankLinear.apply(x, h, a, b, gain, call.base.weight_to_keep(), call)  # type: ignore[return-value]
+    _, others, y = _forward(x, h, a, b, call)
+    y = y if gain is None else y * gain.to(y.dtype)
+    return y.view(*x.shape[:-1], y.shape[-1]), others
 
 
-class _Untraced:
-    """Stands for autograd's context where no gradient is wanted."""
-
-    def save_for_backward(self, *_: Tensor | None) -> None:
-        """Keep nothing."""
+def _forward(x: Tensor, h: Tensor | None, a: Tensor | None, b: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Own A d(x) (n, r), that of others, and the output (n, o) before its gain."""
+    flat, rank = x.reshape(-1, x.shape[-1]), b.shape[1]
+    if a is None:
+        assert h is not None
+        own, others = h, h.new_empty(len(h), 0)
+    else:
+        every = F.linear(_dropped(flat, call.keep(flat)), a.to(x.dtype))
+        own, others = every if len(a) == rank else every[:, :rank], every[:, rank:]
+    y = call.base.product(flat)
+    return own, others, y.addmm_(own, b.to(y.dtype).T, alpha=call.scaling)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -93,19 +104,10 @@ class _LowRankLinear(torch.autograd.Function):
         weight: Tensor | None,
         call: _Call,
     ) -> tuple[Tensor, Tensor]:
-        flat, rank = x.reshape(-1, x.shape[-1]), b.shape[1]
-        if a is not None:
-            every = _dropped(flat, call.keep(flat)) @ a.to(x.dtype).T
-            own, others = every[:, :rank], every[:, rank:]
-        else:
-            assert h is not None
-            own, others = h, h.new_empty(len(h), 0)
-        y = call.base.product(flat)
-        y.addmm_(own, b.to(y.dtype).T, alpha=call.scaling)
+        own, others, y = _forward(x, h, a, b, call)
         ctx.call = call
-        ctx.save_for_backward(x, h, a, b, gain, weight, own if h is None else None, y if gain is not None else None)
-        if gain is not None:
-            y = y * gain.to(y.dtype)
+        ctx.save_for_backward(x, h, a, b, gain, weight, own if h is None else None, None if gain is None else y)
+        y = y if gain is None else y * gain.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1]), others
 
     @staticmethod

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerState, Traini
 from transformers.trainer_callback import PrinterCallback
 
 from flows.base_model import check_base, load_for_training, load_tokenizer, padding_id
+from flows.errors import StageError
 from flows.params import AdaLora, Params
 from flows.paths import Paths
 from flows.rows import read_rows
@@ -33,17 +34,24 @@ from flows.training_callbacks import (
     evenly_spread,
 )
 from flows.training_log import TrainingLog, loss_table
-from peftcore import PeftConfig, TaskType, get_peft_model, initialize_from_data
+from peftcore import PeftConfig, TaskType, TrainingError, get_peft_model, initialize_from_data
 from peftcore.files import directory_written_atomically, sha256, write_atomically
 from peftcore.init import DATA_STARTS
 from peftcore.merge import check_mergeable
 from peftcore.registry import method_named
-from peftcore.train import AdapterTrainer, RightPaddingCollator, last_good_checkpoint
+from peftcore.train import AdapterTrainer, PackedCollator, Packs, RightPaddingCollator, last_good_checkpoint
 
 log = logging.getLogger(__name__)
 
 BATCHES_FOR_START = 32
 """Batches that a start from data looks at."""
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+"""{train.optimizer: what transformers calls it}"""
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,9 @@ def run(params: Params, paths: Paths) -> None:
     base = check_base(paths.base)
     columns = ["input_ids", "labels"]
     rows = {name: Dataset.from_list(read_rows(paths.split(name), columns)) for name in ("train", "validation")}
+    training_set = _training_set(params, rows["train"])
     folder = paths.checkpoints / _key(params, paths, base)
-    this = Run(folder, last_good_checkpoint(folder), _optimizer_steps(params, len(rows["train"])))
+    this = Run(folder, last_good_checkpoint(folder), _optimizer_steps(params, training_set))
     records = this.log.keep_until(this.state.global_step)
     if this.checkpoint is not None:
         log.info("resuming from step %d of %d", this.state.global_step, this.total_steps)
@@ -89,7 +98,7 @@ def run(params: Params, paths: Paths) -> None:
     try:
         for record in records:
             tracker.log(record)
-        trainer = _trainer(params, this, model, rows, collate, tracker)
+        trainer = _trainer(params, this, model, training_set, rows["validation"], collate, tracker)
         _train(trainer, this, params.train.patience)
         model.save_pretrained(paths.adapter)
         summary = _summary(params, model, trainer.state, this.log, tracker.run_id)
@@ -114,24 +123,31 @@ def _trainer(
     params: Params,
     this: Run,
     model: PreTrainedModel,
-    rows: dict[str, Dataset],
+    training_set: Dataset | Packs,
+    validation_set: Dataset,
     collate: RightPaddingCollator,
     tracker: Tracker,
 ) -> AdapterTrainer:
-    before = this.log.records()
-    trainer = AdapterTrainer(
-        model=model,
-        args=_arguments(params, this),
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
-        data_collator=collate,
-        callbacks=[
-            EvaluateAt(evenly_spread(this.total_steps, params.train.evaluations)),
-            StopWithoutGain(params.train.patience),
-            WriteLog(this.log, tracker.log, seconds=before[-1]["seconds"] if before else 0.0),
-            ShowProgress(),
-        ],
-    )
+    before, train = this.log.records(), params.train
+    try:
+        trainer = AdapterTrainer(
+            model=model,
+            args=_arguments(params, this),
+            train_dataset=training_set,
+            eval_dataset=validation_set,
+            data_collator=PackedCollator() if train.batching in ("padding_free", "packed") else collate,
+            callbacks=[
+                EvaluateAt(evenly_spread(this.total_steps, train.evaluations)),
+                StopWithoutGain(train.patience),
+                WriteLog(this.log, tracker.log, seconds=before[-1]["seconds"] if before else 0.0),
+                ShowProgress(),
+            ],
+        )
+    except TrainingError as error:
+        raise StageError(
+            f"train.batching is {train.batching} and train.optimizer is {train.optimizer}: {error}; grouped and adamw "
+            "train any model on any machine"
+        ) from error
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -140,13 +156,15 @@ def _trainer(
 def _arguments(params: Params, this: Run) -> TrainingArguments:
     train = params.train
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    padded = train.batching in ("grouped", "padded")
     return TrainingArguments(
         output_dir=str(this.folder),
         max_steps=this.total_steps,
-        per_device_train_batch_size=train.batch_size,
+        per_device_train_batch_size=1 if train.batching == "packed" else train.batch_size,
         per_device_eval_batch_size=2 * train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length" if train.batching == "grouped" else "random",
+        optim=OPTIMIZERS[train.optimizer],
         learning_rate=train.learning_rate,
         lr_scheduler_type=schedule,
         warmup_steps=math.ceil(train.warmup_share * this.total_steps),
@@ -166,7 +184,7 @@ def _arguments(params: Params, this: Run) -> TrainingArguments:
         prediction_loss_only=True,
         logging_steps=max(1, this.total_steps // 200),
         logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="non_padding" if padded else "all",
         report_to=[],
         disable_tqdm=True,
         log_level="error",
@@ -220,11 +238,21 @@ def _longest(rows: dict[str, Dataset]) -> int:
     return max(len(ids) for split in rows.values() for ids in split["input_ids"])
 
 
-def _optimizer_steps(params: Params, rows: int) -> int:
+def _training_set(params: Params, rows: Dataset) -> Dataset | Packs:
+    if params.train.batching != "packed":
+        return rows
+    try:
+        return Packs(rows, params.train.pack_tokens)
+    except TrainingError as error:
+        raise StageError(f"train.pack_tokens is {params.train.pack_tokens}: {error}") from error
+
+
+def _optimizer_steps(params: Params, training_set: Dataset | Packs) -> int:
     """Optimiser steps of the run, as Trainer counts them: an epoch's last, smaller accumulation is one too."""
     if params.train.max_steps is not None:
         return params.train.max_steps
-    batches = math.ceil(rows / params.train.batch_size)
+    at_once = 1 if isinstance(training_set, Packs) else params.train.batch_size
+    batches = math.ceil(len(training_set) / at_once)
     return math.ceil(params.train.epochs * math.ceil(batches / params.train.gradient_accumulation))
 
 

@@ -21,6 +21,11 @@ class BaseWeight(ABC):
 
     def __init__(self, layer: nn.Module):
         self.layer: Any = layer
+        self._storage = type(layer._parameters.get("weight"))
+
+    def still_fits(self, layer: nn.Module | None) -> bool:
+        """Whether this is the view on `layer`, and its weight is stored as it was."""
+        return layer is self.layer and type(self.layer._parameters.get("weight")) is self._storage
 
     # -- geometry ------------------------------------------------------------------------------------------------
 

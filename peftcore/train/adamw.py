@@ -35,6 +35,8 @@ class FusedAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group |= {"fused": True, "foreach": None}  # whatever wrote the state
         counts: dict[tuple[torch.device, float], Tensor] = {}
         for parameter, held in self.state.items():
             if "step" in held:  # each parameter's own, when it was loaded from a file or from torch.optim.AdamW

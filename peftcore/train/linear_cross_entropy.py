@@ -21,8 +21,11 @@ from peftcore.errors import TrainingError
 
 _CHUNK_ELEMENTS = 2**23
 """Logits (count) of one matrix product: enough rows that reading W does not dominate it."""
-_CACHE_ELEMENTS = 2**20
-"""Logits (count) a CPU thread takes through all passes of the softmax at once: few enough to stay in its caches."""
+_CACHE_ELEMENTS = 2**21
+"""Logits (count) a CPU thread takes through all passes of the softmax at once: few enough to stay in its caches, and
+enough that threads wait for each other rarely."""
+_SMALLEST = 1e-30
+"""A probability well above where float32 loses digits."""
 
 
 def linear_cross_entropy(
@@ -155,9 +158,8 @@ class _Work:
             if self.softcap is not None:
                 z.div_(self.softcap).tanh_().mul_(self.softcap)
             torch.softmax(z, 1, out=p)
-            # the largest probability is 1 / Σ exp(z - max), so one softmax gives the log-sum-exp as well
             target = targets[part].unsqueeze(1)
-            loss = z.amax(1, True) - p.amax(1, True).log() - z.gather(1, target)
+            loss = self._loss(z, p, target)
             losses[part] = loss.squeeze(1)
             if not keep:
                 continue
@@ -165,6 +167,15 @@ class _Work:
             if self.softcap is not None:
                 p.mul_(z.div_(self.softcap).square_().neg_().add_(1))  # f' = 1 - tanh²
             logits[part] = p
+
+    def _loss(self, logits: Tensor, probabilities: Tensor, target: Tensor) -> Tensor:
+        """-log p of the targets (n, 1), for any of them."""
+        likely = probabilities.gather(1, target)
+        if likely.device.type == "cpu" and bool((likely > _SMALLEST).all()):
+            return likely.log_().neg_().clamp_(min=0)
+        # The largest probability is 1 / Σ exp(z - max), so the softmax gives the log-sum-exp as well.
+        log_sum = logits.amax(1, True) - probabilities.amax(1, True).log()
+        return (log_sum - logits.gather(1, target)).clamp_(min=0)
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from peftcore.adapter_set import adapter_set
+from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.detection import detect
 from peftcore.errors import TrainingError
+from peftcore.model import PeftModel
 from peftcore.train.losses import IGNORED, has_causal_loss
 
 Row = Mapping[str, Sequence[int]]
@@ -158,15 +160,14 @@ def check_packable(model: nn.Module) -> None:
     """
     instead = "train on padded rows, such as RightPaddingCollator makes"
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    prompts = [type(prompt).__name__ for prompt in adapter_set(model).acting_prompts()]
+    acting = adapter_set(model).acting_prompts() if isinstance(model, PeftModel) else []
+    prompts = [type(prompt).__name__ for prompt in acting]
     if prompts:
         raise TrainingError(
             f"{' and '.join(prompts)} puts virtual tokens before a row, and a packed row has many beginnings; {instead}"
         )
     if not has_causal_loss(model):
-        raise TrainingError(
-            f"only causal language models can be trained on packed rows, and {family} is none; {instead}"
-        )
+        raise TrainingError(f"packed rows are for causal language models, and {family} is none; {instead}")
     if not detect(model).packable:
         raise TrainingError(
             f"{family} carries a state from token to token, so one document of a packed row would leak into the next; "
@@ -194,6 +195,7 @@ def _difference_when_packed(model: nn.Module) -> tuple[float, float]:
         on_device = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
         return model(**on_device).logits
 
+    keep_quantized_weights_trainable(model)  # eval mode would repack them for good
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -202,4 +204,5 @@ def _difference_when_packed(model: nn.Module) -> tuple[float, float]:
         for module, was in training.items():
             module.training = was
     change = (packed - alone).float().square().mean().sqrt() / alone.float().square().mean().sqrt()
-    return change.item(), torch.finfo(alone.dtype).eps ** 0.5
+    # Some families compute their attention in float32 whatever they are given.
+    return change.item(), max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5

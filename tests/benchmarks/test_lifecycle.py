@@ -1,22 +1,12 @@
 """The lifecycle benchmark measures both sides, writes its results and draws them; how fast anything is, is no test."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).parents[2]
 
-
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.lifecycle", *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def test_table_figures_and_picture(tmp_path: Path) -> None:
+def test_table_figures_and_picture(run_benchmark, tmp_path: Path) -> None:
     base = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=32,
@@ -29,7 +19,7 @@ def test_table_figures_and_picture(tmp_path: Path) -> None:
     )
     base.save_pretrained(tmp_path / "base")
     small = ("--base", "base", "--blocks", "1", "--points", "2,4", "--folder", "out")
-    done = run(*small, cwd=tmp_path)
+    done = run_benchmark("lifecycle", *small)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out/lifecycle.json").read_text())["rows"]
     assert {(row["operation"], row["loaded"]) for row in rows} >= {
@@ -39,15 +29,15 @@ def test_table_figures_and_picture(tmp_path: Path) -> None:
         ("disable_adapter, in and out", 4),
         ("SmolLM2-135M bf16: merge_adapter", 0),
     }
-    assert all(len(row["ours"]) == len(row["peft"]) == 7 for row in rows)
+    assert all(len(row["ours"]) == len(row["peft"]) >= 7 for row in rows)
     assert (tmp_path / "out/lifecycle.md").read_text() + "\n" == done.stdout
     (tmp_path / "out/lifecycle.png").unlink()
-    assert run("--draw", "--folder", "out", cwd=tmp_path).returncode == 0
+    assert run_benchmark("lifecycle", "--draw", "--folder", "out").returncode == 0
     assert (tmp_path / "out/lifecycle.png").stat().st_size > 1000
 
 
-def test_too_few_repeats_and_a_start_elsewhere_are_refused(tmp_path: Path) -> None:
+def test_too_few_repeats_and_a_start_elsewhere_are_refused(run_benchmark) -> None:
     for options, message in ((("--repeats", "3"), "at least 7"), (("--points", "5,10"), "the least of them 2")):
-        done = run(*options, cwd=tmp_path)
+        done = run_benchmark("lifecycle", *options)
         assert done.returncode == 2
         assert message in done.stderr

@@ -72,14 +72,15 @@ def test_absent_directory_and_absent_weights(tmp_path: Path, saved: Path) -> Non
     refused(saved, "not saved whole")
 
 
-def test_a_failed_save_leaves_the_old_adapter_whole(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["save_file", "manifest_text", "flush_to_disk"])
+def test_a_failed_save_leaves_the_old_adapter_whole(step: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
     before = {f.name: f.read_bytes() for f in saved.iterdir()}
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("peftcore.checkpoint.write_manifest", full)
+    monkeypatch.setattr(f"peftcore.checkpoint.{step}", full)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(saved)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before

@@ -98,17 +98,17 @@ class Lora(Adapter):
     # -- forward ---------------------------------------------------------------------------------------------
 
     def low_rank(self) -> LowRank | None:
-        dropout = self.dropout if self.training else 0.0
         if self.lora_bias is not None or self.config.alora_invocation_tokens is not None:
             return None
-        if self.magnitude is not None and (dropout or self.base.bias is not None):
-            return None  # the base acts on the dropped input as well, or its bias stands outside of the scale
+        dropout, start = self.dropout if self.training else 0.0, self.start
+        if dropout and (start is not None or self.magnitude is not None):
+            return None  # part of the change sees the whole input
         a, b = self.own_factors()
-        if self.start is not None:
-            if dropout:
-                return None
-            a, b = torch.cat([a, self.start[0]]), torch.cat([b, -self.start[1]], 1)
-        return LowRank(a, b, self.scaling, dropout, None if self.magnitude is None else self._ratio())
+        if start is not None:
+            a, b = torch.cat([a, start[0]]), torch.cat([b, -start[1]], 1)
+        if self.magnitude is None:
+            return LowRank(a, b, self.scaling, dropout)
+        return None if self.base.bias is not None else LowRank(a, b, self.scaling, gain=self._ratio())
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x

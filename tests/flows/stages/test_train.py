@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from flows.errors import BaseModelError, StageError
 from flows.params import Params
 from flows.paths import Paths
+from flows.rows import read_rows
 from flows.stages import train
 from flows.training_log import FIELDS, TrainingLog
 from peftcore import MergeError, PeftConfig, TrainingError
@@ -84,6 +85,49 @@ def test_writes_an_adapter_and_the_records_of_its_run(prepared: Paths, tiny_para
 def test_trains_on_every_storage(prepared: Paths, tiny_params, storage: str) -> None:
     train.run(tiny_params(quantization={"storage": storage}, train={"max_steps": 2}), prepared)
     assert json.loads(prepared.training_summary.read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("step", [None, 3])
+@pytest.mark.parametrize("batching", ["padded", "padding_free", "packed"])
+def test_trains_on_every_kind_of_batch_and_resumes(
+    prepared: Paths, tiny_params, die_at, batching: str, step: int | None
+) -> None:
+    params = tiny_params(train={"batching": batching, "pack_tokens": 256})
+    if step is not None:
+        die_at(step)
+        with pytest.raises(_Killed):
+            train.run(params, prepared)
+    train.run(params, prepared)
+    summary = json.loads(prepared.training_summary.read_text())
+    rows = read_rows(prepared.split("train"), ["input_ids"])
+    if batching != "packed":
+        assert summary["steps"] == 8
+    assert summary["tokens"] == sum(len(row["input_ids"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"batching": "packed", "pack_tokens": 8}, r"train\.pack_tokens is 8: a row of \d+ tokens does not fit"),
+        ({"optimizer": "paged_adamw"}, r"train\.optimizer is paged_adamw: .* training runs on cpu"),
+    ],
+)
+def test_batches_and_optimisers_that_cannot_be_name_their_setting(
+    prepared: Paths, tiny_params, settings: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(StageError, match=fault):
+        train.run(tiny_params(train=settings), prepared)
+
+
+def test_a_run_with_moments_in_eight_bits_goes_on_where_it_was(prepared: Paths, tiny_params, die_at) -> None:
+    params = tiny_params(train={"optimizer": "adamw_8bit"})
+    train.run(params, prepared)
+    whole = adapter_bytes(prepared)
+    die_at(5)
+    with pytest.raises(_Killed):
+        train.run(params, prepared)
+    train.run(params, prepared)
+    assert adapter_bytes(prepared) == whole
 
 
 def test_gradients_reach_the_first_layer_after_an_evaluation_on_a_4_bit_base(

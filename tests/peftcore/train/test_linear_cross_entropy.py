@@ -112,9 +112,16 @@ def test_tokens_that_are_nearly_sure_keep_their_gradient() -> None:
 
 def test_improbable_tokens_have_their_loss() -> None:
     # exp(-400) is no float32, so the loss cannot come from the probability
-    hidden = torch.tensor([[400.0]])
-    loss = linear_cross_entropy(hidden, torch.tensor([[1.0], [0.0]]), torch.tensor([1]))
-    assert loss.item() == pytest.approx(400.0, rel=1e-6)
+    hidden = torch.tensor([[400.0], [-1.0], [80.0]])
+    losses = linear_cross_entropy(hidden, torch.tensor([[1.0], [0.0]]), torch.tensor([1, 1, 1]))
+    expected = F.softplus(hidden.double().squeeze(1))
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_sure_token_has_no_negative_loss() -> None:
+    hidden = torch.linspace(10, 90, 50).unsqueeze(1)
+    losses = linear_cross_entropy(hidden, torch.linspace(1, -1, 40).unsqueeze(1), torch.zeros(50, dtype=torch.int64))
+    assert losses.min() >= 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,13 +1,17 @@
-"""LoRA+ and LoRA-FA by their papers' formulas."""
+"""Which optimiser trains; LoRA+ and LoRA-FA by their papers' formulas."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW as BitsAndBytesAdamW
 from torch import nn
+from transformers import TrainingArguments
 
-from peftcore import ConfigError, LoraConfig, get_peft_model
+from peftcore import ConfigError, LoraConfig, TrainingError, get_peft_model
 from peftcore.adapter_set import adapter_set
+from peftcore.train import AdapterTrainer, FusedAdamW
 from peftcore.train.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 
@@ -79,3 +83,36 @@ def test_what_does_not_fit() -> None:
         model = net()
         model.set_adapter([])
         create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4)
+
+
+# -- in the trainer --------------------------------------------------------------------------------------------------
+
+
+def trainer(model: Any, folder: Path, **options: Any) -> AdapterTrainer:
+    fixed: dict[str, Any] = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "weight_decay": 0.1}
+    return AdapterTrainer(model=model, args=TrainingArguments(**fixed, **options))
+
+
+def test_the_trainers_fused_adamw_takes_one_call_and_keeps_its_groups(tmp_path: Path) -> None:
+    model = net(bias="lora_only")
+    made = trainer(model, tmp_path, learning_rate=3e-3, adam_beta2=0.98, adam_epsilon=1e-7)
+    optimizer = made.create_optimizer()
+    assert isinstance(optimizer, FusedAdamW) and made.optimizer is optimizer
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.98), 1e-7)
+    found = rates(optimizer)
+    assert found[id(model[1].base_layer.bias)] == (3e-3, 0.0)
+    assert sorted(found.values()) == [(3e-3, 0.0)] + [(3e-3, 0.1)] * 4
+
+
+@pytest.mark.parametrize(("name", "bits"), [("adamw_bnb_8bit", 8), ("adamw_torch", 32)])
+def test_another_optimiser_is_the_one_that_was_asked_for(tmp_path: Path, name: str, bits: int) -> None:
+    optimizer = trainer(net(), tmp_path, optim=name).create_optimizer()
+    assert type(optimizer) is (BitsAndBytesAdamW if bits == 8 else torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"), [("paged_adamw_32bit", "adamw_torch_fused"), ("paged_adamw_8bit", "adamw_bnb_8bit")]
+)
+def test_paging_without_cuda_is_an_error_before_training(tmp_path: Path, name: str, instead: str) -> None:
+    with pytest.raises(TrainingError, match=f"training runs on cpu; choose {instead}"):
+        trainer(net(), tmp_path, optim=name)
