@@ -149,6 +149,7 @@ class AdaptedLayer(_Host, Site):
         super().__init__(base_layer, selection)
         self.adapters = NamedModules()
         self.merged = ()
+        self._view: BaseWeight | None = None
         self.sharing: list[AdaptedLayer] = []
         """Hosts called later that may read the same input as this one."""
 
@@ -158,9 +159,9 @@ class AdaptedLayer(_Host, Site):
 
     @property
     def base(self) -> BaseWeight:
-        view = self.__dict__.get("_view")  # kept, because making one takes as long as a small layer
+        view = self._view  # kept, because making one takes as long as a small layer
         if view is None or not view.still_fits(self._modules["base_layer"]):
-            view = self.__dict__["_view"] = base_weight(self.base_layer)
+            self._view = view = base_weight(self.base_layer)
         return view
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
