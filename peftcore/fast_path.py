@@ -3,8 +3,8 @@
 The general path (base layer, then `after`) is always right. The fast one is taken by itself wherever it gives the same
 numbers: the adapter is two factors, the base is frozen and does nothing but its product, and nobody listens to it.
 
-The first layer that sees an input computes A d(x) for the others that are expected to read it. They take it only if
-they are called with that very tensor, unchanged; a layer that was not called so is left out from then on.
+The first layer that sees an input computes for the others that are expected to read it. They take what is theirs only
+if they are called with that very tensor, unchanged; a layer that was not called so is left out from then on.
 """
 
 from collections.abc import MutableMapping
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.low_rank import LowRank, low_rank_linear, low_rank_linear_after
+from peftcore.low_rank import LowRank, low_rank_linears
 
 
 class Waiting(NamedTuple):
@@ -28,10 +28,8 @@ class Waiting(NamedTuple):
     """The input itself, as the first layer got it."""
     version: int
     """How often it had been changed in place by then."""
-    computed_x: Tensor
-    """It in the type that the layers compute in."""
-    h: Tensor
-    low_rank: LowRank
+    y: Tensor
+    """The other's output."""
 
 
 class _Selection(Protocol):
@@ -67,21 +65,18 @@ def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
     waiting: MutableMapping[Any, Waiting] = layer.selection.waiting
     if waiting and (given := waiting.pop(layer, None)) is not None:
         if given.x is x and given.version == _version(x):
-            return low_rank_linear_after(base, given.computed_x, given.h, given.low_rank)
+            return given.y
         _stop_giving(given, layer)
-    computed_x = x.to(dtype)
-    if not layer.sharing:
-        return low_rank_linear(base, computed_x, low_rank)[0]
-    others = _others(layer, low_rank, dtype, x)
-    y, products = low_rank_linear(base, computed_x, low_rank, list(others.values()))
-    for (other, theirs), h in zip(others.items(), products, strict=True):
-        waiting[other] = Waiting(layer, x, _version(x), computed_x, h, theirs)
+    others = _others(layer, low_rank, dtype, x) if layer.sharing else {}
+    y, *rest = low_rank_linears(x.to(dtype), [(base, low_rank), *others.values()])
+    for other, theirs in zip(others, rest, strict=True):
+        waiting[other] = Waiting(layer, x, _version(x), theirs)
     return y
 
 
-def _others(layer: Layer, own: LowRank, dtype: torch.dtype, x: Tensor) -> dict[Any, LowRank]:
+def _others(layer: Layer, own: LowRank, dtype: torch.dtype, x: Tensor) -> dict[Any, tuple[BaseWeight, LowRank]]:
     """Layers for which this one computes, since they are expected to be called with the same x."""
-    found: dict[Any, LowRank] = {}
+    found: dict[Any, tuple[BaseWeight, LowRank]] = {}
     for other in list(layer.sharing):
         if (left := layer.selection.waiting.pop(other, None)) is not None:
             _stop_giving(left, other)
@@ -90,7 +85,7 @@ def _others(layer: Layer, own: LowRank, dtype: torch.dtype, x: Tensor) -> dict[A
         if len(acting) == 1 and _only_computes(other.base_layer) and other.base.computes_in(x) == dtype:
             theirs = acting[0].low_rank()
             if theirs is not None and theirs.dropout == own.dropout:
-                found[other] = theirs
+                found[other] = other.base, theirs
     return found
 
 

@@ -1,13 +1,14 @@
-"""A linear layer and its low-rank adapter as one operation: y = W x + b + s·B(A d(x)), d dropout.
+"""Linear layers and their low-rank adapters as one operation: y = W x + b + s·B(A d(x)), d dropout.
 
 Whatever method gives the factors, this is its fast path: the adapter's product is added onto the base's output in
 place, the factors are cast to the type of the activations and never the reverse, dropout comes back from a seed, and
 what is kept for the backward is x and A d(x), nothing of the output's size. With a gain, y = g∘(W x + s·BA x), the
 output before the gain is kept too.
 
-Layers that read the same x share the first of these products: one GEMM for the stacked A, and one for its gradient.
+Layers that read the same x go through it together: one product with all A stacked, one mask, and one buffer in which
+x's gradient is summed up.
 
-Shapes: n tokens, i in_features, o out_features, r rank, R the ranks of all who share x together.
+Shapes: n tokens, i in_features, o out_features, r rank, R the ranks of all layers together.
 """
 
 from collections.abc import Sequence
@@ -35,135 +36,144 @@ class LowRank(NamedTuple):
     """g (o,); not with dropout, nor on a layer with bias."""
 
 
-def low_rank_linear(
-    base: BaseWeight, x: Tensor, own: LowRank, sharing: Sequence[LowRank] = ()
-) -> tuple[Tensor, list[Tensor]]:
-    """y (..., o) for x (..., i); and A d(x) (n, r) of each of those sharing x, for `low_rank_linear_after`."""
-    stacked = torch.cat([own.a, *(each.a for each in sharing)]) if sharing else own.a
-    call = _Call(base, own, new_seed() if own.dropout else None)
-    y, others = _run(x, None, stacked, own.b, own.gain, call)
-    return y, list(others.split([len(each.a) for each in sharing], 1)) if sharing else []
-
-
-def low_rank_linear_after(base: BaseWeight, x: Tensor, h: Tensor, own: LowRank) -> Tensor:
-    """y (..., o) where another layer has made h = A d(x) (n, r) already."""
-    return _run(x, h, None, own.b, own.gain, _Call(base, own, None))[0]
+def low_rank_linears(x: Tensor, layers: Sequence[tuple[BaseWeight, LowRank]]) -> Sequence[Tensor]:
+    """y (..., o) of each layer for their common x (..., i), of the type they compute in; all drop alike."""
+    dropout = layers[0][1].dropout
+    call = _Call(
+        [base for base, _ in layers],
+        [own.scaling * keep_scale(dropout) if dropout else own.scaling for _, own in layers],
+        dropout,
+        new_seed() if dropout else None,
+    )
+    if not torch.is_grad_enabled():
+        return _forward(x, call, [(own.a, own.b, own.gain) for _, own in layers]).outputs(x)
+    tensors = [t for base, own in layers for t in (own.a, own.b, own.gain, base.weight_to_keep())]
+    return _LowRankLinears.apply(x, call, *tensors)  # type: ignore[return-value]
 
 
 class _Call(NamedTuple):
     """What of one call is no tensor that has a gradient."""
 
-    base: BaseWeight
-    own: LowRank
+    bases: list[BaseWeight]
+    scalings: list[float]
+    """s of each layer, with dropout's scale in it, so that no large tensor has to be scaled."""
+    dropout: float
     seed: int | None
-
-    @property
-    def scaling(self) -> float:
-        """s with dropout's scale in it, so that no tensor has to be scaled."""
-        return self.own.scaling * keep_scale(self.own.dropout) if self.own.dropout else self.own.scaling
 
     def keep(self, flat: Tensor) -> Tensor | None:
         """Dropout's mask for the input (n, i)."""
-        return None if self.seed is None else keep_mask(flat.shape, self.own.dropout, self.seed, flat.device)
+        rows, features = flat.shape
+        return None if self.seed is None else keep_mask(rows, features, self.dropout, self.seed, flat.device)
 
 
-def _run(
-    x: Tensor, h: Tensor | None, a: Tensor | None, b: Tensor, gain: Tensor | None, call: _Call
-) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled():
-        return _LowRankLinear.apply(x, h, a, b, gain, call.base.weight_to_keep(), call)  # type: ignore[return-value]
-    _, others, y = _forward(x, h, a, b, call)
-    y = y if gain is None else y * gain.to(y.dtype)
-    return y.view(*x.shape[:-1], y.shape[-1]), others
+Factors = tuple[Tensor, Tensor, Tensor | None]
+"""A, B and gain of a layer."""
 
 
-def _forward(x: Tensor, h: Tensor | None, a: Tensor | None, b: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Own A d(x) (n, r), that of others, and the output (n, o) before its gain."""
-    flat, rank = x.reshape(-1, x.shape[-1]), b.shape[1]
-    if a is None:
-        assert h is not None
-        own, others = h, h.new_empty(len(h), 0)
-    else:
-        every = F.linear(_dropped(flat, call.keep(flat)), a.to(x.dtype))
-        own, others = every if len(a) == rank else every[:, :rank], every[:, rank:]
-    y = call.base.product(flat)
-    return own, others, y.addmm_(own, b.to(y.dtype).T, alpha=call.scaling)
+class _Forward(NamedTuple):
+    h: Tensor
+    """A d(x) (n, R) of all layers."""
+    a: Tensor
+    """The stacked A (R, i) in the activations' type."""
+    b: list[Tensor]
+    """s·B of each layer in that type."""
+    ys: list[Tensor]
+    """(n, o), before the gain."""
+    gains: list[Tensor | None]
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """y (..., o) of each layer."""
+        ys = (y if g is None else y * g.to(y.dtype) for y, g in zip(self.ys, self.gains, strict=True))
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
-class _LowRankLinear(torch.autograd.Function):
-    """(y, the h of others) from x and either the stacked A (R, i), own rows first, or this layer's h (n, r)."""
+def _forward(x: Tensor, call: _Call, factors: list[Factors]) -> _Forward:
+    flat = x.reshape(-1, x.shape[-1])
+    a = _stacked([a.to(x.dtype) for a, _, _ in factors], 0)
+    h = F.linear(_dropped(flat, call.keep(flat)), a)
+    scaled = [(b * s).to(x.dtype) for (_, b, _), s in zip(factors, call.scalings, strict=True)]
+    parts = zip(call.bases, _parts(h, scaled), scaled, strict=True)
+    ys = [base.product(flat).addmm_(own, b.T) for base, own, b in parts]
+    return _Forward(h, a, scaled, ys, [gain for _, _, gain in factors])
+
+
+def _stacked(tensors: list[Tensor], axis: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis)
+
+
+def _parts(h: Tensor, b: list[Tensor]) -> Sequence[Tensor]:
+    """Each layer's own columns of h (n, R)."""
+    return (h,) if len(b) == 1 else h.split([each.shape[1] for each in b], 1)
+
+
+class _LowRankLinears(torch.autograd.Function):
+    """The ys from x and, of each layer, A, B, gain or None, and its weight or None where it is read again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        h: Tensor | None,
-        a: Tensor | None,
-        b: Tensor,
-        gain: Tensor | None,
-        weight: Tensor | None,
-        call: _Call,
-    ) -> tuple[Tensor, Tensor]:
-        own, others, y = _forward(x, h, a, b, call)
-        ctx.call = call
-        ctx.save_for_backward(x, h, a, b, gain, weight, own if h is None else None, None if gain is None else y)
-        y = y if gain is None else y * gain.to(y.dtype)
-        return y.view(*x.shape[:-1], y.shape[-1]), others
+    def forward(ctx: Any, x: Tensor, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        made = _forward(x, call, _factors(tensors))
+        before_gain = [None if gain is None else y for y, gain in zip(made.ys, made.gains, strict=True)]
+        ctx.call, ctx.count = call, len(made.ys)
+        ctx.save_for_backward(x, made.h, made.a, *tensors, *made.b, *before_gain)
+        return made.outputs(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, h, a, b, gain, weight, own, before_gain = ctx.saved_tensors
-        call, needed = ctx.call, ctx.needs_input_grad
-        weight = (call.base.read() if weight is None else weight).to(x.dtype)
+        x, h, a, *others = ctx.saved_tensors
+        call, count, needed = ctx.call, ctx.count, ctx.needs_input_grad
+        tensors, b, before_gain = others[: 4 * count], others[4 * count : 5 * count], others[5 * count :]
+        weights = [
+            (base.read() if weight is None else weight).to(x.dtype)
+            for base, weight in zip(call.bases, tensors[3::4], strict=True)
+        ]
         if torch.is_grad_enabled():  # for a second derivative, through operations that have one
-            return *_plain_gradients((x, h, a, b, gain), weight, call, gradients, needed), None, None
-        g, g_others = gradients
-        g, flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        g_gain = g_a = g_x = None
-        if gain is not None:
-            g_gain = (g * before_gain).sum(0, dtype=gain.dtype)
-            g = g * gain.to(g.dtype)
-        g_h = (g @ b.to(g.dtype)).mul_(call.scaling)
-        g_b = (g.T @ (own if h is None else h)).mul_(call.scaling).to(b.dtype)
-        if needed[0]:
-            g_x = g @ weight
-        if a is None:
-            return _shaped(g_x, x), g_h, None, g_b, g_gain, None, None
-        if g_others.shape[1]:
-            g_h = torch.cat([g_h, g_others], 1)
-        keep = call.keep(flat)
-        if needed[2]:
-            g_a = (g_h.T @ _dropped(flat, keep)).to(a.dtype)
-        if g_x is not None and keep is None:
-            g_x.addmm_(g_h, a.to(g.dtype))
-        elif g_x is not None:
-            g_x.add_(_dropped(g_h @ a.to(g.dtype), keep))
-        return _shaped(g_x, x), None, g_a, g_b, g_gain, None, None
+            return _plain_gradients(x, call, tensors, weights, gradients, needed)
+        flat = x.reshape(-1, x.shape[-1])
+        found: list[Tensor | None] = [None] * len(tensors)
+        through_b: list[Tensor] = []
+        g_x = None
+        for k, own in enumerate(_parts(h, b)):
+            g = gradients[k].reshape(-1, gradients[k].shape[-1])
+            if (gain := tensors[4 * k + 2]) is not None:
+                found[4 * k + 2] = (g * before_gain[k]).sum(0, dtype=gain.dtype)
+                g = g * gain.to(g.dtype)
+            through_b.append(g @ b[k])
+            found[4 * k + 1] = (own.T @ g).mul_(call.scalings[k]).T.to(tensors[4 * k + 1].dtype)
+            if needed[0]:
+                g_x = g @ weights[k] if g_x is None else g_x.addmm_(g, weights[k])
+        g_h, keep = _stacked(through_b, 1), call.keep(flat)
+        g_a = (g_h.T @ _dropped(flat, keep)).split([each.shape[1] for each in b])
+        found[0::4] = [part.to(factor.dtype) for part, factor in zip(g_a, tensors[0::4], strict=True)]
+        if g_x is not None:
+            g_x = g_x.addmm_(g_h, a) if keep is None else g_x.add_(_dropped(g_h @ a, keep))
+            g_x = g_x.view(x.shape)
+        return g_x, None, *found
+
+
+def _factors(tensors: Sequence[Any]) -> list[Factors]:
+    return list(zip(tensors[0::4], tensors[1::4], tensors[2::4], strict=True))
 
 
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else masked(x, keep)
 
 
-def _shaped(gradient: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if gradient is None else gradient.view(x.shape)
-
-
 def _plain_gradients(
-    inputs: tuple[Tensor | None, ...],
-    weight: Tensor,
+    x: Tensor,
     call: _Call,
+    tensors: Sequence[Tensor | None],
+    weights: list[Tensor],
     gradients: tuple[Tensor, ...],
     needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of `inputs` by plain autograd, which can be differentiated again."""
-    x, h, a, b, gain = inputs
-    assert x is not None and b is not None
-    rank, flat = b.shape[1], x.reshape(-1, x.shape[-1])
-    every = h if h is not None else _dropped(flat, call.keep(flat)) @ a.to(x.dtype).T  # type: ignore[union-attr]
-    y = flat @ weight.T + call.scaling * every[:, :rank] @ b.to(x.dtype).T
-    y = y if gain is None else y * gain.to(y.dtype)
-    outputs = (y.view(*x.shape[:-1], y.shape[-1]), every[:, rank:])
-    wanted = [t for t, wants in zip(inputs, needed, strict=False) if wants]
-    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
-    return [next(found) if wants else None for wants in needed[: len(inputs)]]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all inputs by plain autograd, which can be differentiated again."""
+    flat = x.reshape(-1, x.shape[-1])
+    dropped, outputs = _dropped(flat, call.keep(flat)), []
+    for (a, b, gain), weight, scaling in zip(_factors(tensors), weights, call.scalings, strict=True):
+        y = flat @ weight.T + scaling * dropped @ a.to(x.dtype).T @ b.to(x.dtype).T
+        y = y if gain is None else y * gain.to(y.dtype)
+        outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+    inputs = [x, None, *tensors]
+    wanted = [tensor for tensor, wants in zip(inputs, needed, strict=True) if wants and tensor is not None]
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+    return tuple(next(found) if wants else None for wants in needed)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from peftcore import AdaLoraConfig, IA3Config, LoraConfig, fast_path, get_peft_model
-from peftcore.low_rank import low_rank_linear, low_rank_linear_after
+from peftcore.low_rank import low_rank_linears
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
@@ -60,29 +60,16 @@ def adalora() -> AdaLoraConfig:
     return AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules="all-linear", init_lora_weights=False)
 
 
-class Calls:
-    """How often each operation was taken."""
-
-    def __init__(self) -> None:
-        self.first: list[int] = []
-        """For each call, the number of layers that it computed for."""
-        self.after = 0
-
-
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    seen = Calls()
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each fused operation has computed."""
+    seen: list[int] = []
 
-    def first(base: Any, x: Tensor, own: Any, sharing: Any = ()) -> Any:
-        seen.first.append(len(sharing))
-        return low_rank_linear(base, x, own, sharing)
+    def counted(x: Tensor, layers: Any) -> Any:
+        seen.append(len(layers))
+        return low_rank_linears(x, layers)
 
-    def after(base: Any, x: Tensor, h: Tensor, own: Any) -> Any:
-        seen.after += 1
-        return low_rank_linear_after(base, x, h, own)
-
-    monkeypatch.setattr(fast_path, "low_rank_linear", first)
-    monkeypatch.setattr(fast_path, "low_rank_linear_after", after)
+    monkeypatch.setattr(fast_path, "low_rank_linears", counted)
     return seen
 
 
@@ -121,56 +108,56 @@ PLAIN_LORA = {
 
 
 @pytest.mark.parametrize("name", PLAIN_LORA)
-def test_equals_the_general_path(name: str, calls: Calls) -> None:
+def test_equals_the_general_path(name: str, calls: list[int]) -> None:
     model = get_peft_model(llama(), PLAIN_LORA[name])
     assert_as_in_general(model)
-    assert calls.first == [2, 0, 1, 0] * 2 and calls.after == 6  # q with k and v; o; gate with up; down
+    assert calls == [3, 1, 2, 1] * 2  # q with k and v; o; gate with up; down
 
 
 @pytest.mark.parametrize("make", [qwen, gpt2])
-def test_equals_the_general_path_with_biases(make: Any, calls: Calls) -> None:
+def test_equals_the_general_path_with_biases(make: Any, calls: list[int]) -> None:
     model = get_peft_model(make(), lora()).eval()
     assert_as_in_general(model)
-    assert calls.first
+    assert calls
 
 
-def test_dora_on_a_layer_with_bias_takes_the_general_path(calls: Calls) -> None:
+def test_dora_on_a_layer_with_bias_takes_the_general_path(calls: list[int]) -> None:
     model = get_peft_model(qwen(), lora(use_dora=True, target_modules=["q_proj"]))
     loss_and_gradients(model)
-    assert not calls.first
+    assert not calls
 
 
 @pytest.mark.parametrize("option", [{"lora_bias": True}, {"alora_invocation_tokens": [3]}])
-def test_what_is_more_than_two_factors_takes_the_general_path(option: dict[str, Any], calls: Calls) -> None:
+def test_what_is_more_than_two_factors_takes_the_general_path(option: dict[str, Any], calls: list[int]) -> None:
     model = get_peft_model(qwen() if "lora_bias" in option else llama(), lora(target_modules=["q_proj"], **option))
     loss_and_gradients(model)
-    assert not calls.first
+    assert not calls
 
 
-def test_one_after_another(calls: Calls) -> None:
+def test_one_after_another(calls: list[int]) -> None:
     model = get_peft_model(llama(), lora())
     model.add_adapter("second", lora(r=3))
     model.add_adapter("third", IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
     model.set_adapter(["default", "second", "third"])
     assert_as_in_general(model)
-    assert len(calls.first) == 14  # several adapters: each layer for itself
+    assert calls == [1] * 14  # several adapters: each layer for itself
 
 
-def test_the_base_below_an_input_scaling_adapter(calls: Calls) -> None:
+def test_the_base_below_an_input_scaling_adapter(calls: list[int]) -> None:
     model = get_peft_model(llama(), IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]))
     model.add_adapter("lora", lora(target_modules=["down_proj"]))
     model.set_adapter(["lora", "default"])  # IA3's `before` comes first, LoRA is next to the base
     assert_as_in_general(model)
-    assert calls.first == [0, 0]
+    assert calls == [1, 1]
 
 
-def test_merged_adapters_are_not_added_again(calls: Calls) -> None:
+def test_merged_adapters_are_not_added_again(calls: list[int]) -> None:
     model = get_peft_model(llama(), lora())
     expected = model(TOKENS).logits
     model.merge_adapter()
-    calls.first.clear()
+    calls.clear()
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-10, rtol=0)
-    assert not calls.first
+    assert not calls
 
 
 def test_a_merged_adapter_under_an_acting_one() -> None:
@@ -186,14 +173,14 @@ def test_a_merged_adapter_under_an_acting_one() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant: bool, calls: Calls) -> None:
+def test_gradient_checkpointing(reentrant: bool, calls: list[int]) -> None:
     model = get_peft_model(llama(), lora()).train()
     _, expected = loss_and_gradients(model)
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    calls.first.clear()
+    calls.clear()
     _, gradients = loss_and_gradients(model)
-    assert len(calls.first) > 8  # once more in the backward pass
+    assert len(calls) > 8  # once more in the backward pass
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-10, rtol=0)
     assert not model._adapter_set.selection.waiting
@@ -224,11 +211,11 @@ def test_dropout_has_the_mean_of_no_dropout() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype, calls: Calls) -> None:
+def test_autocast(dtype: torch.dtype, calls: list[int]) -> None:
     model = get_peft_model(llama(torch.float32), lora()).train()
     with torch.autocast("cpu", dtype):
         loss, gradients = loss_and_gradients(model)
-    assert calls.after == 6
+    assert calls[:4] == [3, 1, 2, 1]
     with general_path(), torch.autocast("cpu", dtype):
         expected_loss, expected = loss_and_gradients(model)
     _, exact = loss_and_gradients(model)
@@ -240,7 +227,7 @@ def test_autocast(dtype: torch.dtype, calls: Calls) -> None:
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
-def test_quantised_bases(storage: str, calls: Calls, tmp_path: Any) -> None:
+def test_quantised_bases(storage: str, calls: list[int], tmp_path: Any) -> None:
     llama(torch.float32).save_pretrained(tmp_path)
     settings = (
         BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
@@ -252,16 +239,16 @@ def test_quantised_bases(storage: str, calls: Calls, tmp_path: Any) -> None:
     )
     model = get_peft_model(base, lora()).train()
     assert_as_in_general(model, atol=1e-5)
-    assert calls.after == 6
+    assert calls[:4] == [3, 1, 2, 1]
 
 
-def test_torch_compile_sees_the_general_path(calls: Calls) -> None:
+def test_torch_compile_sees_the_general_path(calls: list[int]) -> None:
     model = get_peft_model(llama(torch.float32), lora())
     expected = model(TOKENS).logits
-    calls.first.clear()
+    calls.clear()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(TOKENS).logits, expected, atol=1e-5, rtol=0)
-    assert not calls.first
+    assert not calls
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script.")  # PyTorch's own jacfwd
@@ -274,33 +261,33 @@ def test_transforms_see_the_general_path() -> None:
     torch.testing.assert_close(jacobian, torch.func.jacrev(lambda row: model(row))(x[0]), atol=1e-12, rtol=0)
 
 
-def test_hooks_on_the_base_layer_are_called(calls: Calls) -> None:
+def test_hooks_on_the_base_layer_are_called(calls: list[int]) -> None:
     model = get_peft_model(llama(), lora(target_modules=["o_proj"]))
     seen: list[Tensor] = []
     layer = model.model.layers[0].self_attn.o_proj.base_layer
     with layer.register_forward_hook(lambda _m, _x, y: seen.append(y)):
         expected = model(TOKENS).logits
-    assert len(seen) == 1 and calls.first == [0]
+    assert len(seen) == 1 and calls == [1]  # the other layer
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-12, rtol=0)
 
 
-def test_a_base_that_trains_gets_its_gradient(calls: Calls) -> None:
+def test_a_base_that_trains_gets_its_gradient(calls: list[int]) -> None:
     model = get_peft_model(qwen(), lora(target_modules=["q_proj"], bias="lora_only"))
     _, gradients = loss_and_gradients(model)
-    assert gradients["model.layers.0.self_attn.q_proj.base_layer.bias"].any() and not calls.first
+    assert gradients["model.layers.0.self_attn.q_proj.base_layer.bias"].any() and not calls
 
 
 # -- what layers compute for one another ----------------------------------------------------------------------------
 
 
-def test_nothing_is_left_waiting(calls: Calls) -> None:
+def test_nothing_is_left_waiting(calls: list[int]) -> None:
     model = get_peft_model(llama(), lora())
     model(TOKENS)
     with torch.no_grad():
         model(TOKENS)
     with torch.inference_mode():
         model(TOKENS)
-    assert calls.after == 18 and not model._adapter_set.selection.waiting
+    assert calls == [3, 1, 2, 1] * 6 and not model._adapter_set.selection.waiting
 
 
 def test_a_forward_that_breaks_off_leaves_nothing_for_the_next() -> None:
@@ -319,7 +306,7 @@ def test_a_forward_that_breaks_off_leaves_nothing_for_the_next() -> None:
     assert not model._adapter_set.selection.waiting
 
 
-def test_cross_attention_learns_whose_input_it_shares(calls: Calls) -> None:
+def test_cross_attention_learns_whose_input_it_shares(calls: list[int]) -> None:
     torch.manual_seed(0)
     config = T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
     model = get_peft_model(T5ForConditionalGeneration(config).double(), lora()).eval()
@@ -351,12 +338,12 @@ def test_layers_that_read_changed_inputs_compute_for_themselves() -> None:
             torch.testing.assert_close(model(x), expected, atol=1e-12, rtol=0)
 
 
-def test_different_dropouts_are_not_shared(calls: Calls) -> None:
+def test_different_dropouts_are_not_shared(calls: list[int]) -> None:
     model = get_peft_model(llama(), lora(target_modules=["q_proj"], lora_dropout=0.2))
     model.add_adapter("other", lora(target_modules=["k_proj", "v_proj"]))
     model.set_adapter(["default", "other"])
     loss_and_gradients(model.train())
-    assert calls.first == [0, 1] * 2
+    assert calls == [1, 2] * 2
 
 
 def test_copies_and_pickles_share_among_themselves() -> None:

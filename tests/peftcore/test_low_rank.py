@@ -9,11 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from peftcore.bases import base_weight
-from peftcore.low_rank import LowRank, low_rank_linear, low_rank_linear_after
-from peftcore.seeded_dropout import keep_mask, keep_scale, threshold
+from peftcore.bases import BaseWeight, base_weight
+from peftcore.low_rank import LowRank, low_rank_linears
+from peftcore.seeded_dropout import keep_mask, keep_scale
 
 IN, OUT, RANK, ROWS = 12, 9, 3, 7
+
+
+def low_rank_linear(base: BaseWeight, x: Tensor, own: LowRank) -> Tensor:
+    (y,) = low_rank_linears(x, [(base, own)])
+    return y
 
 
 def layer_of(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -44,9 +49,9 @@ def test_equals_plain_autograd(kind: str, shape: tuple[int, ...]) -> None:
     layer, x = layer_of(kind), tensor(*shape)
     own = LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.7, 0.0, tensor(OUT) if kind == "gain" else None)
     inputs = [x, own.a, own.b] + ([] if own.gain is None else [own.gain])
-    y, none = low_rank_linear(base_weight(layer), x, own)
+    y = low_rank_linear(base_weight(layer), x, own)
     expected = plain(layer, x, own)
-    assert none == [] and y.shape == (*shape[:-1], OUT)
+    assert y.shape == (*shape[:-1], OUT)
     torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
     g = torch.randn_like(expected)
     for mine, theirs in zip(gradients(y, inputs, g), gradients(expected, inputs, g), strict=True):
@@ -60,7 +65,7 @@ def test_gradcheck_once_and_twice(gain: bool) -> None:
     inputs = (x, a, b, *([tensor(OUT)] if gain else []))
 
     def run(x: Tensor, a: Tensor, b: Tensor, gain: Tensor | None = None) -> Tensor:
-        return low_rank_linear(base, x, LowRank(a, b, 0.7, 0.0, gain))[0]
+        return low_rank_linear(base, x, LowRank(a, b, 0.7, 0.0, gain))
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
@@ -81,8 +86,7 @@ def test_sharing_layers_gradcheck_once_and_twice(gain: bool) -> None:
 
     def run(x: Tensor, a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, gain: Tensor | None = None) -> Tensor:
         other = LowRank(a2, b2, 1.3, 0.0, gain)
-        y, (h,) = low_rank_linear(first, x, LowRank(a, b, 0.7, 0.0, gain), [other])
-        return torch.stack([y, low_rank_linear_after(second, x, h, other)])
+        return torch.stack([*low_rank_linears(x, [(first, LowRank(a, b, 0.7, 0.0, gain)), (second, other)])])
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
@@ -93,11 +97,7 @@ def test_sharing_layers_equal_layers_apart() -> None:
     layers, x = [layer_of("plain"), layer_of("bias"), layer_of("Conv1D")], tensor(2, ROWS, IN)
     owns = [LowRank(tensor(r, IN), tensor(OUT, r), s) for r, s in ((3, 1.0), (1, 0.5), (4, 2.0))]
     inputs = [x, *(t for own in owns for t in own[:2])]
-    y, rest = low_rank_linear(base_weight(layers[0]), x, owns[0], owns[1:])
-    ys = [
-        y,
-        *(low_rank_linear_after(base_weight(m), x, h, o) for m, h, o in zip(layers[1:], rest, owns[1:], strict=True)),
-    ]
+    ys = list(low_rank_linears(x, [(base_weight(layer), own) for layer, own in zip(layers, owns, strict=True)]))
     expected = [plain(layer, x, own) for layer, own in zip(layers, owns, strict=True)]
     g = torch.randn(3, 2, ROWS, OUT, dtype=torch.float64)
     torch.testing.assert_close(torch.stack(ys), torch.stack(expected), atol=1e-12, rtol=0)
@@ -106,13 +106,13 @@ def test_sharing_layers_equal_layers_apart() -> None:
         torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
 
 
-def test_a_shared_product_that_nobody_asks_for_gives_no_gradient() -> None:
+def test_an_output_that_nobody_uses_gives_no_gradient() -> None:
     torch.manual_seed(0)
     layer, x = layer_of("plain"), tensor(ROWS, IN)
     own, other = (LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.0) for _ in range(2))
-    y, _ = low_rank_linear(base_weight(layer), x, own, [other])
+    y, _ = low_rank_linears(x, [(base_weight(layer), own), (base_weight(layer), other)])
     y.sum().backward()
-    assert other.a.grad is not None and not other.a.grad.any() and other.b.grad is None
+    assert not other.a.grad.any() and not other.b.grad.any()
     expected = torch.autograd.grad(plain(layer, x, own).sum(), x)[0]
     torch.testing.assert_close(x.grad, expected, atol=1e-10, rtol=0)
 
@@ -131,9 +131,9 @@ def seed_of_next_call() -> int:
 def test_dropout_equals_plain_autograd_with_the_same_mask(p: float) -> None:
     torch.manual_seed(0)
     layer, x, own = layer_of("bias"), tensor(2, ROWS, IN), LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.7, p)
-    keep = keep_mask(torch.Size((2 * ROWS, IN)), p, seed_of_next_call(), x.device).view(x.shape)
+    keep = keep_mask(2 * ROWS, IN, p, seed_of_next_call(), x.device).view(x.shape)
     assert 0 < keep.count_nonzero() < keep.numel()
-    y, _ = low_rank_linear(base_weight(layer), x, own)
+    y = low_rank_linear(base_weight(layer), x, own)
     expected, inputs = plain(layer, x, own, keep), [x, own.a, own.b]
     torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
     g = torch.randn_like(expected)
@@ -146,7 +146,7 @@ def test_dropout_has_a_second_derivative() -> None:
 
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         torch.manual_seed(0)  # the same mask each time
-        return low_rank_linear(base, x, LowRank(a, b, 0.7, 0.3))[0]
+        return low_rank_linear(base, x, LowRank(a, b, 0.7, 0.3))
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
@@ -155,7 +155,7 @@ def test_dropout_has_a_second_derivative() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dropout_of_everything_leaves_the_base(dtype: torch.dtype) -> None:
     layer, x = layer_of("bias", dtype), tensor(ROWS, IN, dtype=dtype)
-    y, _ = low_rank_linear(base_weight(layer), x, LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.0, 1.0))
+    y = low_rank_linear(base_weight(layer), x, LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.0, 1.0))
     assert torch.equal(y, layer(x))
     y.sum().backward()
     assert torch.equal(x.grad, torch.autograd.grad(layer(x).sum(), x)[0])
@@ -163,18 +163,18 @@ def test_dropout_of_everything_leaves_the_base(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.1, 0.5])
 def test_the_mask_drops_each_element_with_its_probability(p: float) -> None:
-    shape = torch.Size((1000, 1000))
-    keep = keep_mask(shape, p, seed=3, device=torch.device("cpu"))
+    def mask(seed: int) -> Tensor:
+        return keep_mask(1000, 1000, p, seed, torch.device("cpu"))
+
+    keep = mask(3)
     assert set(keep.unique().tolist()) == {-1, 0}
     dropped, spread = (keep == 0).double(), (p * (1 - p)) ** 0.5
     assert abs(dropped.mean() - p) < 4 * spread / 1000  # four standard deviations
     for axis in (0, 1):  # and by itself: rows and columns vary as independent draws do
-        assert abs(dropped.mean(axis).std() / (spread / 1000**0.5) - 1) < 0.1
+        assert abs(dropped.mean(axis).std() / (spread / 1000**0.5) - 1) < 0.25  # rows take one of two thresholds
     neighbours = ((dropped[:, 1:] - p) * (dropped[:, :-1] - p)).mean() / spread**2
     assert abs(neighbours) < 5e-3
-    assert abs(threshold(p) / 2**15 - p) <= 2**-16
-    assert torch.equal(keep, keep_mask(shape, p, seed=3, device=torch.device("cpu")))
-    assert not torch.equal(keep, keep_mask(shape, p, seed=4, device=torch.device("cpu")))
+    assert torch.equal(keep, mask(3)) and not torch.equal(keep, mask(4))
 
 
 # -- types and storages --------------------------------------------------------------------------------------------
@@ -187,8 +187,8 @@ def test_half_precision_is_within_its_rounding(dtype: torch.dtype, dropout: floa
     layer, x = layer_of("bias", dtype), tensor(64, IN, dtype=dtype)
     own = LowRank(tensor(RANK, IN, dtype=torch.float32), tensor(OUT, RANK, dtype=torch.float32), 0.5, dropout)
     seed = seed_of_next_call()
-    keep = keep_mask(x.shape, dropout, seed, x.device) if dropout else None
-    y, _ = low_rank_linear(base_weight(layer), x, own)
+    keep = keep_mask(*x.shape, dropout, seed, x.device) if dropout else None
+    y = low_rank_linear(base_weight(layer), x, own)
     wide_layer = copy.deepcopy(layer).double()
     wide = LowRank(own.a.detach().double().requires_grad_(), own.b.detach().double().requires_grad_(), 0.5, dropout)
     wide_x = x.detach().double().requires_grad_()
@@ -213,7 +213,7 @@ def test_quantised_bases_equal_the_layers_own_autograd(kind: str) -> None:
     assert dtype == torch.float32
     a, b = tensor(RANK, base.in_features, dtype=dtype), tensor(base.out_features, RANK, dtype=dtype)
     own = LowRank(a, b, 0.5)
-    y, _ = low_rank_linear(base, x, own)
+    y = low_rank_linear(base, x, own)
     expected, g = plain(layer, x, own), torch.randn(5, base.out_features)
     torch.testing.assert_close(y, expected, atol=2e-5, rtol=1e-5)
     for mine, theirs in zip(gradients(y, [x, a, b], g), gradients(expected, [x, a, b], g), strict=True):
@@ -232,20 +232,22 @@ def test_what_is_kept_is_the_input_and_the_ranks_product() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         low_rank_linear(base_weight(layer), x, own)
     owned = {t.data_ptr() for t in (x, own.a, own.b, layer.weight)}
-    assert [tuple(t.shape) for t in kept if t.data_ptr() not in owned] == [(128, 4)]
+    # A d(x), and the two factors in the type of the activations
+    others = [tuple(t.shape) for t in kept if t.data_ptr() not in owned]
+    assert sorted(others) == [(128, 4), (512, 4)]
 
 
 def test_without_gradient_nothing_is_traced() -> None:
     layer, x, own = layer_of("bias"), tensor(ROWS, IN), LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.0)
     with torch.no_grad():
-        y, _ = low_rank_linear(base_weight(layer), x, own)
+        y = low_rank_linear(base_weight(layer), x, own)
     assert not y.requires_grad
     torch.testing.assert_close(y, plain(layer, x, own), atol=1e-12, rtol=0)
 
 
 def test_an_input_that_needs_no_gradient_gets_none() -> None:
     layer, x, own = layer_of("bias"), tensor(ROWS, IN).detach(), LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.0)
-    low_rank_linear(base_weight(layer), x, own)[0].sum().backward()
+    low_rank_linear(base_weight(layer), x, own).sum().backward()
     assert x.grad is None
     expected = torch.autograd.grad(plain(layer, x, own).sum(), [own.a, own.b])
     torch.testing.assert_close([own.a.grad, own.b.grad], list(expected), atol=1e-10, rtol=0)
@@ -253,7 +255,7 @@ def test_an_input_that_needs_no_gradient_gets_none() -> None:
 
 def test_rank_zero_is_the_base() -> None:
     layer, x = layer_of("bias"), tensor(ROWS, IN)
-    y, _ = low_rank_linear(base_weight(layer), x, LowRank(tensor(0, IN), tensor(OUT, 0), 1.0))
+    y = low_rank_linear(base_weight(layer), x, LowRank(tensor(0, IN), tensor(OUT, 0), 1.0))
     assert torch.equal(y, layer(x))
     y.sum().backward()
     torch.testing.assert_close(x.grad, torch.autograd.grad(layer(x).sum(), x)[0], atol=1e-12, rtol=0)
