@@ -1,8 +1,8 @@
 """Linear layers and their low-rank adapters as one operation: y = W x + b + s·B(A d(x)), d dropout.
 
 Whatever method gives the factors, this is its fast path: the adapter's product is added onto the base's output in
-place, the factors are cast to the type of the activations and never the reverse, dropout comes back from a seed, and
-what is kept for the backward is x and A d(x), nothing of the output's size. With a gain, y = g∘(W x + s·BA x), the
+place, the factors are cast to the type of the activations and never the reverse, dropout's mask is kept as bits, and
+what else is kept for the backward is x and A d(x), nothing of the output's size. With a gain, y = g∘(W x + s·BA x), the
 output before the gain is kept too.
 
 Layers that read the same x go through it together: one product with all A stacked, one mask, and one buffer in which
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.bases import BaseWeight
-from peftcore.seeded_dropout import keep_mask, keep_scale, masked, new_seed
+from peftcore.seeded_dropout import Dropout, mask_, masked
 
 
 class LowRank(NamedTuple):
@@ -38,17 +38,16 @@ class LowRank(NamedTuple):
 
 def low_rank_linears(x: Tensor, layers: Sequence[tuple[BaseWeight, LowRank]]) -> Sequence[Tensor]:
     """y (..., o) of each layer for their common x (..., i), of the type they compute in; all drop alike."""
-    dropout = layers[0][1].dropout
-    call = _Call(
-        [base for base, _ in layers],
-        [own.scaling * keep_scale(dropout) if dropout else own.scaling for _, own in layers],
-        dropout,
-        new_seed() if dropout else None,
-    )
-    if not torch.is_grad_enabled():
-        return _forward(x, call, [(own.a, own.b, own.gain) for _, own in layers]).outputs(x)
-    tensors = [t for base, own in layers for t in (own.a, own.b, own.gain, base.weight_to_keep())]
-    return _LowRankLinears.apply(x, call, *tensors)  # type: ignore[return-value]
+    dropout = Dropout(layers[0][1].dropout) if layers[0][1].dropout else None
+    scale = 1.0 if dropout is None else dropout.scale
+    call = _Call([base for base, _ in layers], [own.scaling * scale for _, own in layers], dropout)
+    if torch.is_grad_enabled():
+        tensors = [t for base, own in layers for t in (own.a, own.b, own.gain, base.weight_to_keep())]
+        ys: Any = _LowRankLinears.apply(x, call, *tensors)
+    else:
+        ys = _forward(x, call, [(own.a, own.b, own.gain) for _, own in layers]).outputs()
+    # Shaped here, because models change projections in place, and autograd forbids it of views from a custom function.
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 class _Call(NamedTuple):
@@ -57,13 +56,7 @@ class _Call(NamedTuple):
     bases: list[BaseWeight]
     scalings: list[float]
     """s of each layer, with dropout's scale in it, so that no large tensor has to be scaled."""
-    dropout: float
-    seed: int | None
-
-    def keep(self, flat: Tensor) -> Tensor | None:
-        """Dropout's mask for the input (n, i)."""
-        rows, features = flat.shape
-        return None if self.seed is None else keep_mask(rows, features, self.dropout, self.seed, flat.device)
+    dropout: Dropout | None
 
 
 Factors = tuple[Tensor, Tensor, Tensor | None]
@@ -73,6 +66,8 @@ Factors = tuple[Tensor, Tensor, Tensor | None]
 class _Forward(NamedTuple):
     h: Tensor
     """A d(x) (n, R) of all layers."""
+    bits: Tensor | None
+    """What dropout's mask comes back from."""
     a: Tensor
     """The stacked A (R, i) in the activations' type."""
     b: list[Tensor]
@@ -81,20 +76,20 @@ class _Forward(NamedTuple):
     """(n, o), before the gain."""
     gains: list[Tensor | None]
 
-    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """y (..., o) of each layer."""
-        ys = (y if g is None else y * g.to(y.dtype) for y, g in zip(self.ys, self.gains, strict=True))
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    def outputs(self) -> tuple[Tensor, ...]:
+        """y (n, o) of each layer."""
+        return tuple(y if g is None else y * g.to(y.dtype) for y, g in zip(self.ys, self.gains, strict=True))
 
 
 def _forward(x: Tensor, call: _Call, factors: list[Factors]) -> _Forward:
     flat = x.reshape(-1, x.shape[-1])
     a = _stacked([a.to(x.dtype) for a, _, _ in factors], 0)
-    h = F.linear(_dropped(flat, call.keep(flat)), a)
+    keep, bits = (None, None) if call.dropout is None else call.dropout.draw(flat)
+    h = F.linear(flat if keep is None else masked(flat, keep), a)
     scaled = [(b * s).to(x.dtype) for (_, b, _), s in zip(factors, call.scalings, strict=True)]
     parts = zip(call.bases, _parts(h, scaled), scaled, strict=True)
     ys = [base.product(flat).addmm_(own, b.T) for base, own, b in parts]
-    return _Forward(h, a, scaled, ys, [gain for _, _, gain in factors])
+    return _Forward(h, bits, a, scaled, ys, [gain for _, _, gain in factors])
 
 
 def _stacked(tensors: list[Tensor], axis: int) -> Tensor:
@@ -114,26 +109,27 @@ class _LowRankLinears(torch.autograd.Function):
         made = _forward(x, call, _factors(tensors))
         before_gain = [None if gain is None else y for y, gain in zip(made.ys, made.gains, strict=True)]
         ctx.call, ctx.count = call, len(made.ys)
-        ctx.save_for_backward(x, made.h, made.a, *tensors, *made.b, *before_gain)
-        return made.outputs(x)
+        ctx.save_for_backward(x, made.h, made.bits, made.a, *tensors, *made.b, *before_gain)
+        return made.outputs()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, h, a, *others = ctx.saved_tensors
+        x, h, bits, a, *others = ctx.saved_tensors
         call, count, needed = ctx.call, ctx.count, ctx.needs_input_grad
         tensors, b, before_gain = others[: 4 * count], others[4 * count : 5 * count], others[5 * count :]
         weights = [
             (base.read() if weight is None else weight).to(x.dtype)
             for base, weight in zip(call.bases, tensors[3::4], strict=True)
         ]
-        if torch.is_grad_enabled():  # for a second derivative, through operations that have one
-            return _plain_gradients(x, call, tensors, weights, gradients, needed)
         flat = x.reshape(-1, x.shape[-1])
+        keep = None if call.dropout is None else call.dropout.again(flat, bits)
+        if torch.is_grad_enabled():  # for a second derivative, through operations that have one
+            return _plain_gradients(x, keep, call, tensors, weights, gradients, needed)
         found: list[Tensor | None] = [None] * len(tensors)
         through_b: list[Tensor] = []
         g_x = None
         for k, own in enumerate(_parts(h, b)):
-            g = gradients[k].reshape(-1, gradients[k].shape[-1])
+            g = gradients[k]
             if (gain := tensors[4 * k + 2]) is not None:
                 found[4 * k + 2] = (g * before_gain[k]).sum(0, dtype=gain.dtype)
                 g = g * gain.to(g.dtype)
@@ -141,12 +137,11 @@ class _LowRankLinears(torch.autograd.Function):
             found[4 * k + 1] = (own.T @ g).mul_(call.scalings[k]).T.to(tensors[4 * k + 1].dtype)
             if needed[0]:
                 g_x = g @ weights[k] if g_x is None else g_x.addmm_(g, weights[k])
-        g_h, keep = _stacked(through_b, 1), call.keep(flat)
-        g_a = (g_h.T @ _dropped(flat, keep)).split([each.shape[1] for each in b])
+        g_h = _stacked(through_b, 1)
+        g_a = (g_h.T @ (flat if keep is None else masked(flat, keep))).split([each.shape[1] for each in b])
         found[0::4] = [part.to(factor.dtype) for part, factor in zip(g_a, tensors[0::4], strict=True)]
         if g_x is not None:
-            g_x = g_x.addmm_(g_h, a) if keep is None else g_x.add_(_dropped(g_h @ a, keep))
-            g_x = g_x.view(x.shape)
+            g_x = (g_x.addmm_(g_h, a) if keep is None else g_x.add_(mask_(g_h @ a, keep))).view(x.shape)
         return g_x, None, *found
 
 
@@ -154,12 +149,9 @@ def _factors(tensors: Sequence[Any]) -> list[Factors]:
     return list(zip(tensors[0::4], tensors[1::4], tensors[2::4], strict=True))
 
 
-def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else masked(x, keep)
-
-
 def _plain_gradients(
     x: Tensor,
+    keep: Tensor | None,
     call: _Call,
     tensors: Sequence[Tensor | None],
     weights: list[Tensor],
@@ -168,11 +160,10 @@ def _plain_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of all inputs by plain autograd, which can be differentiated again."""
     flat = x.reshape(-1, x.shape[-1])
-    dropped, outputs = _dropped(flat, call.keep(flat)), []
+    dropped, outputs = flat if keep is None else masked(flat, keep), []
     for (a, b, gain), weight, scaling in zip(_factors(tensors), weights, call.scalings, strict=True):
         y = flat @ weight.T + scaling * dropped @ a.to(x.dtype).T @ b.to(x.dtype).T
-        y = y if gain is None else y * gain.to(y.dtype)
-        outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+        outputs.append(y if gain is None else y * gain.to(y.dtype))
     inputs = [x, None, *tensors]
     wanted = [tensor for tensor, wants in zip(inputs, needed, strict=True) if wants and tensor is not None]
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))

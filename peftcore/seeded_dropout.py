@@ -1,8 +1,9 @@
-"""Dropout that a seed brings back: the backward pass makes the mask again, so nothing of the input's size is kept.
+"""Dropout whose mask is made twice or kept as bits, never as numbers: nothing of the input's size stays in memory.
 
-An element is dropped where its random byte is below p·256. Where that is no whole number, each row takes the one
-below or above by a coin of its own, so that every element's chance is p. On a CPU the bytes come from numpy's SFC64,
-whose raw words cost a twentieth of PyTorch's Bernoulli numbers; elsewhere from PyTorch's generator of that device.
+An element is dropped where its random byte is below a threshold t. Where p·256 is no whole number, each call takes the
+one below or above by a coin, so that every element's chance is p, and scales by 1/(1 − t/256), so that its mean is the
+input. On a CPU the bytes come from numpy's SFC64, whose raw words cost a twentieth of PyTorch's Bernoulli numbers, and
+the mask is kept as one bit an element; elsewhere PyTorch's generator of that device makes it again from the seed.
 
 Shapes: n rows, i features.
 """
@@ -15,32 +16,44 @@ _COIN = 2**15
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def new_seed() -> int:
-    """A seed out of PyTorch's default generator, so that `manual_seed` and checkpointing's state reach it."""
-    return int(torch.empty((), dtype=torch.int64).random_().item())
+class Dropout:
+    """One drawing of a mask, for as many rows as the input has.
+
+    The seed is out of PyTorch's default generator, so that `manual_seed` and checkpointing's state reach it.
+    """
+
+    def __init__(self, p: float):
+        drawn = int(torch.empty((), dtype=torch.int64).random_().item())
+        coin, self.seed = drawn % _COIN, drawn // _COIN
+        least = int(p * 256)
+        self.threshold = least + (coin < round((p * 256 - least) * _COIN))
+        """Bytes below it drop their element; of 0 to 256."""
+
+    @property
+    def scale(self) -> float:
+        """What kept elements are multiplied with; 0 where everything is dropped."""
+        return 256 / (256 - self.threshold) if self.threshold < 256 else 0.0
+
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(the mask for x (n, i), what `again` makes it from): int16, all bits set where an element is kept."""
+        if x.device.type != "cpu":
+            return self.again(x, None), None
+        random = np.random.SFC64(self.seed).random_raw(-(-x.numel() // 8)).view(np.uint8)[: x.numel()]
+        kept = random >= self.threshold
+        return _spread(kept, x), torch.from_numpy(np.packbits(kept))
+
+    def again(self, x: Tensor, bits: Tensor | None) -> Tensor:
+        """The mask that `draw` made for this x."""
+        if bits is not None:
+            return _spread(np.unpackbits(bits.numpy(), count=x.numel()), x)
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        random = torch.randint(256, x.shape, dtype=torch.int16, device=x.device, generator=generator)
+        return (random < self.threshold).to(torch.int16).sub_(1)
 
 
-def keep_scale(p: float) -> float:
-    """1/(1 − p), what kept elements are multiplied with; 0 where everything is dropped."""
-    return 1 / (1 - p) if p < 1 else 0.0
-
-
-def keep_mask(rows: int, features: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """(n, i) int16: all bits set where an element is kept, none where it is dropped; equal for equal arguments."""
-    random = _random_bytes(2 * rows + rows * features, seed, device)
-    least = int(p * 256)
-    coins = random[: 2 * rows].view(torch.int16).bitwise_and(_COIN - 1)
-    highest_dropped = (coins < round((p * 256 - least) * _COIN)).to(torch.int16).add_(least - 1)
-    draws = random[2 * rows : 2 * rows + rows * features].view(rows, features).to(torch.int16)
-    return torch.sub(highest_dropped[:, None], draws).bitwise_right_shift_(15)  # the sign, on every bit
-
-
-def _random_bytes(count: int, seed: int, device: torch.device) -> Tensor:
-    words = -(-count // 8)
-    if device.type == "cpu":
-        return torch.from_numpy(np.random.SFC64(seed).random_raw(words).view(np.uint8))
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randint(256, (8 * words,), dtype=torch.uint8, device=device, generator=generator)
+def _spread(kept: np.ndarray, x: Tensor) -> Tensor:
+    """0 or 1 an element -> no bit or all bits set."""
+    return torch.from_numpy(kept.view(np.uint8)).to(torch.int16).neg_().view(x.shape)
 
 
 def masked(x: Tensor, keep: Tensor) -> Tensor:
@@ -49,3 +62,10 @@ def masked(x: Tensor, keep: Tensor) -> Tensor:
         return x.masked_fill(keep == 0, 0)
     bits = _SIGNED[x.element_size()]
     return (x.contiguous().view(bits) & keep.to(bits)).view(x.dtype)
+
+
+def mask_(x: Tensor, keep: Tensor) -> Tensor:
+    """`masked` in place, for contiguous memory of the caller's own; it is given back."""
+    bits = _SIGNED[x.element_size()]
+    x.view(bits).bitwise_and_(keep.to(bits))
+    return x

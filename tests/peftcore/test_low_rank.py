@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases import BaseWeight, base_weight
 from peftcore.low_rank import LowRank, low_rank_linears
-from peftcore.seeded_dropout import keep_mask, keep_scale
+from peftcore.seeded_dropout import Dropout
 
 IN, OUT, RANK, ROWS = 12, 9, 3, 7
 
@@ -30,9 +30,9 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype).requires_grad_()
 
 
-def plain(layer: nn.Module, x: Tensor, own: LowRank, keep: Tensor | None = None) -> Tensor:
-    """The formula as anyone would write it."""
-    dropped = x if keep is None else x * (keep != 0).to(x) * keep_scale(own.dropout)
+def plain(layer: nn.Module, x: Tensor, own: LowRank, dropping: Tensor | None = None) -> Tensor:
+    """The formula as anyone would write it; dropping: what dropout multiplies each element with."""
+    dropped = x if dropping is None else x * dropping.to(x)
     low_rank = own.scaling * F.linear(F.linear(dropped, own.a), own.b)
     y = layer(x) + low_rank
     return y if own.gain is None else y * own.gain
@@ -117,24 +117,44 @@ def test_an_output_that_nobody_uses_gives_no_gradient() -> None:
     torch.testing.assert_close(x.grad, expected, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("gain", [False, True])
+def test_outputs_may_be_changed_in_place(gain: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = layer_of("plain"), tensor(2, ROWS, IN)
+    owns = [LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.0, 0.0, tensor(OUT) if gain else None) for _ in range(2)]
+    first, second = low_rank_linears(x, [(base_weight(layer), own) for own in owns])
+    first *= 3
+    second[..., 0] += first[..., 1]
+    expected = [plain(layer, x, own) for own in owns]
+    expected[0] = expected[0] * 3
+    total = expected[0].square().sum() + expected[1].square().sum()
+    total = total + (2 * expected[1][..., 0] * expected[0][..., 1] + expected[0][..., 1].square()).sum()
+    inputs = [x, *(t for own in owns for t in (own.a, own.b, own.gain) if t is not None)]
+    mine = torch.autograd.grad(first.square().sum() + second.square().sum(), inputs)
+    for one, other in zip(mine, torch.autograd.grad(total, inputs), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+
+
 # -- dropout -------------------------------------------------------------------------------------------------------
 
 
-def seed_of_next_call() -> int:
+def next_factors(x: Tensor, p: float) -> Tensor:
+    """What the next dropout will multiply the elements of x with."""
     state = torch.get_rng_state()
-    seed = int(torch.empty((), dtype=torch.int64).random_().item())
+    dropout = Dropout(p)
+    keep, _ = dropout.draw(x.detach().flatten(0, -2))
     torch.set_rng_state(state)
-    return seed
+    return (keep != 0).double().view(x.shape) * dropout.scale
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_dropout_equals_plain_autograd_with_the_same_mask(p: float) -> None:
     torch.manual_seed(0)
     layer, x, own = layer_of("bias"), tensor(2, ROWS, IN), LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.7, p)
-    keep = keep_mask(2 * ROWS, IN, p, seed_of_next_call(), x.device).view(x.shape)
-    assert 0 < keep.count_nonzero() < keep.numel()
+    dropping = next_factors(x, p)
+    assert 0 < dropping.count_nonzero() < dropping.numel()
     y = low_rank_linear(base_weight(layer), x, own)
-    expected, inputs = plain(layer, x, own, keep), [x, own.a, own.b]
+    expected, inputs = plain(layer, x, own, dropping), [x, own.a, own.b]
     torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
     g = torch.randn_like(expected)
     for mine, theirs in zip(gradients(y, inputs, g), gradients(expected, inputs, g), strict=True):
@@ -163,18 +183,24 @@ def test_dropout_of_everything_leaves_the_base(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.1, 0.5])
 def test_the_mask_drops_each_element_with_its_probability(p: float) -> None:
-    def mask(seed: int) -> Tensor:
-        return keep_mask(1000, 1000, p, seed, torch.device("cpu"))
-
-    keep = mask(3)
-    assert set(keep.unique().tolist()) == {-1, 0}
-    dropped, spread = (keep == 0).double(), (p * (1 - p)) ** 0.5
-    assert abs(dropped.mean() - p) < 4 * spread / 1000  # four standard deviations
+    torch.manual_seed(0)
+    x = torch.zeros(1000, 1000)
+    dropout = Dropout(p)
+    keep, bits = dropout.draw(x)
+    assert set(keep.unique().tolist()) == {-1, 0} and torch.equal(keep, dropout.again(x, bits))
+    here = dropout.threshold / 256
+    assert abs(here - p) < 1 / 256 and dropout.scale == pytest.approx(1 / (1 - here))
+    dropped, spread = (keep == 0).double(), (here * (1 - here)) ** 0.5
+    assert abs(dropped.mean() - here) < 4 * spread / 1000  # four standard deviations
     for axis in (0, 1):  # and by itself: rows and columns vary as independent draws do
-        assert abs(dropped.mean(axis).std() / (spread / 1000**0.5) - 1) < 0.25  # rows take one of two thresholds
-    neighbours = ((dropped[:, 1:] - p) * (dropped[:, :-1] - p)).mean() / spread**2
+        assert abs(dropped.mean(axis).std() / (spread / 1000**0.5) - 1) < 0.1
+    neighbours = ((dropped[:, 1:] - here) * (dropped[:, :-1] - here)).mean() / spread**2
     assert abs(neighbours) < 5e-3
-    assert torch.equal(keep, mask(3)) and not torch.equal(keep, mask(4))
+    assert not torch.equal(keep, Dropout(p).draw(x)[0])
+    thresholds = torch.tensor([Dropout(p).threshold / 256 for _ in range(20_000)])
+    assert abs(thresholds.mean() - p) < 1e-4
+    torch.manual_seed(0)
+    assert torch.equal(keep, Dropout(p).draw(x)[0])
 
 
 # -- types and storages --------------------------------------------------------------------------------------------
@@ -186,13 +212,12 @@ def test_half_precision_is_within_its_rounding(dtype: torch.dtype, dropout: floa
     torch.manual_seed(0)
     layer, x = layer_of("bias", dtype), tensor(64, IN, dtype=dtype)
     own = LowRank(tensor(RANK, IN, dtype=torch.float32), tensor(OUT, RANK, dtype=torch.float32), 0.5, dropout)
-    seed = seed_of_next_call()
-    keep = keep_mask(*x.shape, dropout, seed, x.device) if dropout else None
+    dropping = next_factors(x, dropout) if dropout else None
     y = low_rank_linear(base_weight(layer), x, own)
     wide_layer = copy.deepcopy(layer).double()
     wide = LowRank(own.a.detach().double().requires_grad_(), own.b.detach().double().requires_grad_(), 0.5, dropout)
     wide_x = x.detach().double().requires_grad_()
-    expected = plain(wide_layer, wide_x, wide, keep)
+    expected = plain(wide_layer, wide_x, wide, dropping)
     g = torch.randn_like(y)
     mine = [y, *gradients(y, [x, own.a, own.b], g)]
     theirs = [expected, *gradients(expected, [wide_x, wide.a, wide.b], g.double())]
@@ -232,9 +257,9 @@ def test_what_is_kept_is_the_input_and_the_ranks_product() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         low_rank_linear(base_weight(layer), x, own)
     owned = {t.data_ptr() for t in (x, own.a, own.b, layer.weight)}
-    # A d(x), and the two factors in the type of the activations
-    others = [tuple(t.shape) for t in kept if t.data_ptr() not in owned]
-    assert sorted(others) == [(128, 4), (512, 4)]
+    # A d(x), s·B in the type of the activations, and a bit for each element of the input
+    others = {(tuple(t.shape), t.element_size()) for t in kept if t.data_ptr() not in owned}
+    assert others == {((128, 4), 4), ((512, 4), 4), ((128 * 64 // 8,), 1)}
 
 
 def test_without_gradient_nothing_is_traced() -> None:
