@@ -67,7 +67,10 @@ def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
         if given.x is x and given.version == _version(x):
             return given.y
         _stop_giving(given, layer)
-    others = _others(layer, low_rank, dtype, x) if layer.sharing else {}
+    shares = layer.sharing and "_is_replica" not in vars(
+        layer
+    )  # DataParallel's copies know their originals' neighbours
+    others = _others(layer, low_rank, dtype, x) if shares else {}
     y, *rest = low_rank_linears(x.to(dtype), [(base, low_rank), *others.values()])
     for other, theirs in zip(others, rest, strict=True):
         waiting[other] = Waiting(layer, x, _version(x), theirs)

@@ -346,6 +346,16 @@ def test_different_dropouts_are_not_shared(calls: list[int]) -> None:
     assert calls == [1, 2] * 2
 
 
+def test_replicas_of_data_parallel_compute_for_themselves(calls: list[int]) -> None:
+    model = get_peft_model(llama(), lora())
+    attention = model.model.layers[0].self_attn
+    replica = attention.q_proj._replicate_for_data_parallel()  # what nn.DataParallel calls for each module
+    replica.base_layer, replica.adapters = attention.q_proj.base_layer, attention.q_proj.adapters
+    x = torch.randn(2, 3, 32, dtype=torch.float64)
+    torch.testing.assert_close(replica(x), attention.q_proj(x), atol=1e-12, rtol=0)
+    assert calls == [1, 3]
+
+
 def test_copies_and_pickles_share_among_themselves() -> None:
     model = get_peft_model(llama(), lora())
     expected = model(TOKENS).logits
