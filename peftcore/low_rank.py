@@ -126,8 +126,8 @@ class _LowRankLinears(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a second derivative, through operations that have one
             return _plain_gradients(x, keep, call, tensors, weights, gradients, needed)
         found: list[Tensor | None] = [None] * len(tensors)
+        through_gain: list[Tensor] = []
         through_b: list[Tensor] = []
-        g_x = None
         for k, own in enumerate(_parts(h, b)):
             g = gradients[k]
             if (gain := tensors[4 * k + 2]) is not None:
@@ -135,14 +135,16 @@ class _LowRankLinears(torch.autograd.Function):
                 g = g * gain.to(g.dtype)
             through_b.append(g @ b[k])
             found[4 * k + 1] = (own.T @ g).mul_(call.scalings[k]).T.to(tensors[4 * k + 1].dtype)
-            if needed[0]:
-                g_x = g @ weights[k] if g_x is None else g_x.addmm_(g, weights[k])
+            through_gain.append(g)
         g_h = _stacked(through_b, 1)
         g_a = (g_h.T @ (flat if keep is None else masked(flat, keep))).split([each.shape[1] for each in b])
         found[0::4] = [part.to(factor.dtype) for part, factor in zip(g_a, tensors[0::4], strict=True)]
-        if g_x is not None:
-            g_x = (g_x.addmm_(g_h, a) if keep is None else g_x.add_(mask_(g_h @ a, keep))).view(x.shape)
-        return g_x, None, *found
+        if not needed[0]:
+            return None, None, *found
+        g_x = g_h @ a if keep is None else mask_(g_h @ a, keep)
+        for g, weight in zip(through_gain, weights, strict=True):
+            g_x.addmm_(g, weight)
+        return g_x.view(x.shape), None, *found
 
 
 def _factors(tensors: Sequence[Any]) -> list[Factors]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 _COIN = 2**15
-_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of an element's size: its bits times 0 or 1 are exact, and infinities and NaN are dropped too."""
 
 
 class Dropout:
@@ -35,37 +36,30 @@ class Dropout:
         return 256 / (256 - self.threshold) if self.threshold < 256 else 0.0
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(the mask for x (n, i), what `again` makes it from): int16, all bits set where an element is kept."""
+        """(the mask for x (n, i), what `again` makes it from): 1 where an element is kept, else 0."""
         if x.device.type != "cpu":
             return self.again(x, None), None
         random = np.random.SFC64(self.seed).random_raw(-(-x.numel() // 8)).view(np.uint8)[: x.numel()]
-        kept = random >= self.threshold
-        return _spread(kept, x), torch.from_numpy(np.packbits(kept))
+        kept = np.greater_equal(random, self.threshold, out=random.view(np.bool_))
+        return torch.from_numpy(random).view(x.shape), torch.from_numpy(np.packbits(kept))
 
     def again(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """The mask that `draw` made for this x."""
         if bits is not None:
-            return _spread(np.unpackbits(bits.numpy(), count=x.numel()), x)
+            return torch.from_numpy(np.unpackbits(bits.numpy(), count=x.numel())).view(x.shape)
         generator = torch.Generator(x.device).manual_seed(self.seed)
         random = torch.randint(256, x.shape, dtype=torch.int16, device=x.device, generator=generator)
-        return (random < self.threshold).to(torch.int16).sub_(1)
-
-
-def _spread(kept: np.ndarray, x: Tensor) -> Tensor:
-    """0 or 1 an element -> no bit or all bits set."""
-    return torch.from_numpy(kept.view(np.uint8)).to(torch.int16).neg_().view(x.shape)
+        return (random >= self.threshold).to(torch.uint8)
 
 
 def masked(x: Tensor, keep: Tensor) -> Tensor:
     """x (n, i) where `keep`, else 0, unscaled; differentiable in x."""
     if torch.is_grad_enabled() and x.requires_grad:
         return x.masked_fill(keep == 0, 0)
-    bits = _SIGNED[x.element_size()]
-    return (x.contiguous().view(bits) & keep.to(bits)).view(x.dtype)
+    return (x.contiguous().view(_BITS[x.element_size()]) * keep).view(x.dtype)
 
 
 def mask_(x: Tensor, keep: Tensor) -> Tensor:
     """`masked` in place, for contiguous memory of the caller's own; it is given back."""
-    bits = _SIGNED[x.element_size()]
-    x.view(bits).bitwise_and_(keep.to(bits))
+    x.view(_BITS[x.element_size()]).mul_(keep)
     return x
