@@ -67,10 +67,7 @@ def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
         if given.x is x and given.version == _version(x):
             return given.y
         _stop_giving(given, layer)
-    shares = layer.sharing and "_is_replica" not in vars(
-        layer
-    )  # DataParallel's copies know their originals' neighbours
-    others = _others(layer, low_rank, dtype, x) if shares else {}
+    others = _others(layer, low_rank, dtype, x)
     y, *rest = low_rank_linears(x.to(dtype), [(base, low_rank), *others.values()])
     for other, theirs in zip(others, rest, strict=True):
         waiting[other] = Waiting(layer, x, _version(x), theirs)
@@ -78,7 +75,12 @@ def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
 
 
 def _others(layer: Layer, own: LowRank, dtype: torch.dtype, x: Tensor) -> dict[Any, tuple[BaseWeight, LowRank]]:
-    """Layers for which this one computes, since they are expected to be called with the same x."""
+    """Layers for which this one computes, since they are expected to be called with the same x.
+
+    A replica that DataParallel made has none: it knows the neighbours of its original, not its own.
+    """
+    if "_is_replica" in vars(layer):
+        return {}
     found: dict[Any, tuple[BaseWeight, LowRank]] = {}
     for other in list(layer.sharing):
         if (left := layer.selection.waiting.pop(other, None)) is not None:
