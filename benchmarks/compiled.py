@@ -33,7 +33,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         folder = random_base(Path(scratch) / "base", options.blocks)
-        setting = Setting(folder, options.dtype, dropout=options.dropout)
+        setting = Setting(folder, options.dtype, dropout=options.dropout, batch=options.batch, length=options.length)
         report = run(setting, Path(scratch), options)
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "compiled.md").write_text(report)
@@ -45,6 +45,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--blocks", type=int, default=10, help="of the base")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="tokens a row")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds, at least 7")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results are written")
     options = parser.parse_args()

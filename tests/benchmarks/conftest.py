@@ -1,5 +1,6 @@
 """Benchmarks are programs, so they are tested as programs."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ def run_benchmark(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[s
         command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}", *arguments]
         environment = {
             "PYTHONPATH": str(ROOT),
-            "PATH": "",
+            "PATH": os.environ["PATH"],  # the C++ compiler
             "HOME": str(tmp_path),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",

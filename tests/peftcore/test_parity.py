@@ -119,7 +119,8 @@ def test_lora_all_linear(family: str, tmp_path: Path) -> None:
     ours = get_peft_model(build(family), LoraConfig(**options))
     count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert ours.get_nb_trainable_parameters()[0] == count
-    both_ways(family, peft.LoraConfig(**options), LoraConfig(**options), tmp_path)
+    # at s = 8 on every layer, larger weights amplify float32's rounding beyond the tolerance on some processors
+    both_ways(family, peft.LoraConfig(**options), LoraConfig(**options), tmp_path, spread=0.1)
 
 
 TARGETS: dict[str, list[str]] = {
