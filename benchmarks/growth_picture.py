@@ -46,7 +46,7 @@ def draw_panel(axes: Axes, panel: str, points: list[dict[str, Any]], settings: d
     axes.set_xlabel(XLABELS[panel])
     axes.grid(color="#e6e6e6", lw=0.7)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="lower right" if panel == "layers" else "upper left")
+    axes.legend(edgecolor="none", framealpha=1, loc="lower right" if panel == "layers" else "upper left")
 
 
 def draw_log(axes: Axes, places: list[int], times: dict[str, list[float]]) -> None:
