@@ -8,30 +8,38 @@ While it is being traced, ours takes the general path (base layer, then adapter)
 """
 
 import argparse
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.machine import machine
-from benchmarks.steps import DTYPES, FLOOR, OURS, PEFT, Row, Setting, build, make_batch, measure, random_base, step
+from benchmarks.steps import (
+    DTYPES,
+    FLOOR,
+    OURS,
+    PEFT,
+    Row,
+    Setting,
+    build,
+    make_batch,
+    measure,
+    quiet,
+    random_base,
+    step,
+)
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
     options = parse()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()
+    quiet()
     with tempfile.TemporaryDirectory() as scratch:
         folder = random_base(Path(scratch) / "base", options.blocks)
         setting = Setting(folder, options.dtype, dropout=options.dropout, batch=options.batch, length=options.length)

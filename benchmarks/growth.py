@@ -9,10 +9,8 @@ shape with random weights: --blocks blocks for rank and length, all 30 for the n
 
 import argparse
 import json
-import logging
 import statistics
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,6 @@ from typing import Any
 
 import peft
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.growth_picture import draw
 from benchmarks.machine import machine
@@ -34,6 +31,7 @@ from benchmarks.steps import (
     check_equal,
     make_batch,
     measure,
+    quiet,
     random_base,
     release,
 )
@@ -50,9 +48,7 @@ Point = tuple[str, int, Setting]
 
 def main() -> None:
     options = parse()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()
+    quiet()
     figures = options.folder / "growth.json"
     if options.draw:
         measured = json.loads(figures.read_text())

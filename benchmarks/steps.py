@@ -6,7 +6,9 @@ the frozen base: its forward with our loss, and the backward through activations
 """
 
 import gc
+import logging
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import peft
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 import peftcore
 from peftcore.train import token_losses
@@ -68,6 +71,13 @@ class Row:
     cuda_peak: int = 0
     """Most bytes that a step allocates on the GPU beyond what lay there before."""
     seconds: list[float] = field(default_factory=list)
+
+
+def quiet() -> None:
+    """Nothing but the benchmark's own output: no warnings and no bars of the libraries."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
 
 
 # -- models ------------------------------------------------------------------------------------------------------

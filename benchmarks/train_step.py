@@ -10,18 +10,15 @@ left out: it is the same for all and the floor has none.
 
 import argparse
 import json
-import logging
 import statistics
 import subprocess
 import sys
 import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.machine import machine
 from benchmarks.memory import peak_rss
@@ -38,6 +35,7 @@ from benchmarks.steps import (
     check_equal,
     make_batch,
     measure,
+    quiet,
     random_base,
     release,
     saved_bytes,
@@ -60,9 +58,7 @@ Figures = dict[str, Any]
 
 def main() -> None:
     options = parse()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()
+    quiet()
     with tempfile.TemporaryDirectory() as scratch:
         setting = setting_of(options, options.base or random_base(Path(scratch) / "base", options.blocks))
         if options.alone:
