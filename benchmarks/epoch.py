@@ -5,7 +5,7 @@
     python -m benchmarks.epoch --draw                                   # table and picture from the last figures
 
 Rows are those of the pipeline's prepare stage. LoRA, r = 16, alpha = 32 on all linear layers, from the same start
-weights; the base in bf16. Only `train()` is timed. Needs `pip install -e .[bench,dev]`.
+weights; the base in bf16. Only `train()` is timed.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--draw: there is no epoch.json in {options.folder}; run without it first")
     if not options.draw:
         if set(options.sides) != {OURS} and importlib.util.find_spec("trl") is None:
-            parser.error("TRL is not installed; pip install -e .[bench], or give --sides ours")
+            parser.error("TRL is not installed; pip install -e .[dev], or give --sides ours")
         for path in (options.base / "config.json", options.data / "train.parquet"):
             if not path.exists():
                 parser.error(f"there is no {path}; run the pipeline's fetch and prepare stages first")

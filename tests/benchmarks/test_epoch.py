@@ -15,7 +15,7 @@ from benchmarks.epoch import check, order_rows, summary, table
 from benchmarks.epoch_picture import running_mean
 from benchmarks.epoch_side import Result
 
-needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed; pip install -e .[bench]")
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed; pip install -e .[dev]")
 ROWS = 12
 
 

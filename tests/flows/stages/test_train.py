@@ -272,17 +272,6 @@ def test_without_data_or_base_the_stage_says_what_to_run(prepared: Paths, tiny_p
         train.run(tiny_params(), prepared)
 
 
-@pytest.mark.parametrize(
-    ("rows", "batch", "accumulation", "epochs", "steps"),
-    [(1600, 8, 2, 1.0, 100), (17, 4, 2, 1.0, 3), (17, 4, 2, 1.5, 5), (3, 8, 4, 2.0, 2)],
-)
-def test_steps_are_counted_as_the_trainer_does(
-    tiny_params, rows: int, batch: int, accumulation: int, epochs: float, steps: int
-) -> None:
-    given = {"batch_size": batch, "gradient_accumulation": accumulation, "epochs": epochs}
-    assert train._optimizer_steps(tiny_params(train=given), range(rows)) == steps  # type: ignore[arg-type]
-
-
 @pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_run(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
     params = tiny_params(train={"epochs": 8.0, "evaluations": 16})

@@ -1,0 +1,58 @@
+"""What params.yaml says of training, in the words of transformers' Trainer."""
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from flows.params import Params
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+"""{train.optimizer: what transformers calls it}"""
+
+
+def training_arguments(params: Params, folder: Path, total_steps: int) -> TrainingArguments:
+    """The arguments of a run of `total_steps` optimiser steps that keeps its checkpoints in `folder`."""
+    train = params.train
+    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    padded = train.batching in ("grouped", "padded")
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=total_steps,
+        per_device_train_batch_size=1 if train.batching == "packed" else train.batch_size,
+        per_device_eval_batch_size=2 * train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        train_sampling_strategy="group_by_length" if train.batching == "grouped" else "random",
+        optim=OPTIMIZERS[train.optimizer],
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=math.ceil(train.warmup_share * total_steps),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        activation_checkpointing=train.gradient_checkpointing,
+        fp16=params.quantization.compute_dtype == "float16",
+        # EvaluateAt spreads them; these say that there are some, and that the last step is one.
+        eval_strategy="steps",
+        eval_steps=total_steps,
+        save_strategy="steps",
+        save_steps=total_steps,
+        save_total_limit=train.save_checkpoints,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        logging_steps=max(1, total_steps // 200),
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding" if padded else "all",
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=params.project.seed,
+    )
