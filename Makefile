@@ -12,8 +12,10 @@ export PATH := $(BIN):$(PATH)
 run: install            ## bring the pipeline up to date, promote, write reports/review.html
 	@$(BIN)/peftcore run
 
-test: install           ## quick tests
-	@$(BIN)/pytest
+# one thread a test process: several on a core wait for one another at every operation
+test: export OMP_NUM_THREADS ?= 1
+test: install           ## quick tests, on all cores
+	@$(BIN)/pytest --numprocesses auto --dist worksteal
 
 slow: install           ## whole-pipeline tests
 	@$(BIN)/pytest -m slow
