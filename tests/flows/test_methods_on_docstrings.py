@@ -1,4 +1,4 @@
-"""Methods of every kind learn the pipeline's own task on the real base: SmolLM2 in bf16, 30 steps of 8 rows."""
+"""Methods of every kind learn the pipeline's own task on the real base: SmolLM2 in bf16, 16 steps of 8 rows."""
 
 import os
 import subprocess
@@ -9,29 +9,30 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import peftcore
 from flows.base_model import load_tokenizer, padding_id
-from flows.rows import Row, read_rows
+from flows.rows import read_rows
 from peftcore import get_peft_model
-from peftcore.train import RightPaddingCollator
+from peftcore.train import AdapterTrainer, RightPaddingCollator
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-STEPS, BATCH, LONGEST = 30, 8, 160
+STEPS, BATCH, LONGEST = 16, 8, 128
 ATTENTION = ["q_proj", "v_proj"]
 METHODS: dict[str, tuple[Callable[[], Any], float, float]] = {
-    "DoRA": (lambda: peftcore.LoraConfig(r=8, use_dora=True, target_modules=ATTENTION), 1e-3, 2.9),
+    "DoRA": (lambda: peftcore.LoraConfig(r=8, use_dora=True, target_modules=ATTENTION), 1e-3, 3.0),
     "IA3": (lambda: peftcore.IA3Config(task_type="CAUSAL_LM"), 1e-2, 2.8),
     "OFT": (lambda: peftcore.OFTConfig(oft_block_size=32, target_modules=ATTENTION), 1e-3, 2.7),
-    "LN tuning": (lambda: peftcore.LNTuningConfig(), 3e-3, 2.8),
-    "prompt tuning": (lambda: peftcore.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16), 3e-2, 3.2),
+    "LN tuning": (lambda: peftcore.LNTuningConfig(), 3e-3, 2.85),
+    "prompt tuning": (lambda: peftcore.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16), 3e-2, 3.37),
     "prefix tuning": (
         lambda: peftcore.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16, init_weights="zero"),
         1e-2,
-        3.2,
+        3.3,
     ),
 }
 """{method: (its configuration, learning rate, validation loss that it must get below)}; the base has about 3.5."""
@@ -49,39 +50,35 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return clone / "artifacts"
 
 
-def short_rows(artifacts: Path, split: str, count: int) -> list[Row]:
+def short_rows(artifacts: Path, split: str, count: int) -> Dataset:
     rows = read_rows(artifacts / "data" / f"{split}.parquet", ["input_ids", "labels"])
-    return [row for row in rows if len(row["input_ids"]) <= LONGEST][:count]
-
-
-@torch.no_grad()
-def loss_on(model: Any, rows: list[Row], collate: RightPaddingCollator) -> float:
-    """Nats a labelled token."""
-    model.eval()
-    total, labels = 0.0, 0
-    for start in range(0, len(rows), BATCH):
-        batch = collate(rows[start : start + BATCH])
-        count = int((batch["labels"] != -100).sum())
-        total, labels = total + float(model(**batch).loss) * count, labels + count
-    return total / labels
+    return Dataset.from_list([row for row in rows if len(row["input_ids"]) <= LONGEST][:count])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_learns(method: str, artifacts: Path) -> None:
+def test_it_learns(method: str, artifacts: Path, tmp_path: Path) -> None:
     make, rate, bound = METHODS[method]
-    train, validation = short_rows(artifacts, "train", STEPS * BATCH), short_rows(artifacts, "validation", 32)
-    collate = RightPaddingCollator(padding_id(load_tokenizer(artifacts / "base")))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(artifacts / "base", dtype=torch.bfloat16)
-    assert loss_on(model, validation, collate) > 3.4
-    model = get_peft_model(model, make()).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=STEPS)
-    for step in range(STEPS):
-        model(**collate(train[step * BATCH : (step + 1) * BATCH])).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    assert loss_on(model, validation, collate) < bound
+    base = AutoModelForCausalLM.from_pretrained(artifacts / "base", dtype=torch.bfloat16)
+    trainer = AdapterTrainer(
+        model=get_peft_model(base, make()),
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            learning_rate=rate,
+            warmup_steps=STEPS // 4,
+            lr_scheduler_type="cosine",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            prediction_loss_only=True,
+        ),
+        train_dataset=short_rows(artifacts, "train", STEPS * BATCH),
+        eval_dataset=short_rows(artifacts, "validation", 32),
+        data_collator=RightPaddingCollator(padding_id(load_tokenizer(artifacts / "base"))),
+    )
+    with trainer.model.disable_adapter():
+        assert trainer.evaluate()["eval_loss"] > 3.4
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < bound
