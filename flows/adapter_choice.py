@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from flows.objectives import rows_of
 from flows.params import AdaLora, Params
-from peftcore import PeftConfig, TaskType
+from peftcore import PeftConfig
 from peftcore.registry import method_named
 
 
@@ -11,14 +12,14 @@ def adapter_config(params: Params, total_steps: int) -> PeftConfig:
     """The method's configuration; total_steps: optimiser steps of the run, over which AdaLoRA spreads its budget."""
     method = params.method
     options: dict[str, Any] = {
-        "task_type": TaskType.CAUSAL_LM,
+        "task_type": rows_of(params).task,
         "base_model_name_or_path": params.base.source,
         "target_modules": method.target_modules,
     }
     if method.name in ("lora", "adalora"):
         options |= {"lora_alpha": method.lora_alpha, "lora_dropout": method.lora_dropout}
     if method.name == "lora":
-        options |= {"r": method.r, "use_rslora": method.use_rslora}
+        options |= {"r": method.auto.r if method.r == "auto" else method.r, "use_rslora": method.use_rslora}
     if method.name == "adalora":
         options |= _adalora_options(method.adalora, total_steps)
     return method_named(method.name.upper()).config(**{**options, **method.options})

@@ -1,17 +1,22 @@
 """The base model in the forms that the stages need: as trained on, dequantised once, and as it was fetched.
 
+`labels`, the names of classes, asks for the base under a classifier's head, which starts at random and is not
+quantised; None for its own head, which says the next token.
+
 An adapter trained on a quantised base has seen its dequantised weights, so it is judged and merged on those. They
 are dequantised once and kept, because a quantised forward in evaluation mode is several times slower on a CPU.
 """
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -37,8 +42,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def device() -> torch.device:
-    """Where models run: the first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where models run: this process's GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def check_base(folder: Path) -> str:
@@ -65,31 +70,38 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return cast(int, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
-def load_original(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The base as it was fetched, not quantised, in `dtype`."""
-    return _load(folder, dtype, None)
+def load_original(folder: Path, dtype: torch.dtype, labels: Sequence[str] | None = None) -> PreTrainedModel:
+    """A model as its folder holds it, in `dtype`: the base as it was fetched, or a merged one."""
+    return _load(folder, dtype, None, labels)
 
 
-def load_for_training(folder: Path, quantization: Quantization, longest: int) -> PreTrainedModel:
+def load_for_training(
+    folder: Path, quantization: Quantization, longest: int, labels: Sequence[str] | None = None
+) -> PreTrainedModel:
     """The base in the storage that `quantization` asks for; longest: tokens of the longest row to train on."""
-    model = _load_quantized(folder, quantization)
+    model = _load_quantized(folder, quantization, labels)
     if device().type == "cpu" and longest <= EAGER_UP_TO:
         model.set_attn_implementation("eager")
     return model
 
 
-def load_dequantized(folder: Path, quantization: Quantization) -> PreTrainedModel:
+def load_for_inference(
+    folder: Path, quantization: Quantization, labels: Sequence[str] | None = None
+) -> PreTrainedModel:
+    """The base in the storage that `quantization` asks for."""
+    return _load_quantized(folder, quantization, labels)
+
+
+def load_dequantized(folder: Path, quantization: Quantization, labels: Sequence[str] | None = None) -> PreTrainedModel:
     """The weights that training on `quantization` saw, as plain layers in its compute dtype."""
-    model = _load_quantized(folder, quantization)
+    model = _load_quantized(folder, quantization, labels)
     if quantization.storage == "none":
         return model
     return model.dequantize(compute_dtype(quantization)).eval()
 
 
 def compute_dtype(quantization: Quantization) -> torch.dtype:
-    """The dtype of activations; BaseModelError for float16 without a GPU, which has no kernels for it."""
-    if quantization.compute_dtype == "float16" and device().type == "cpu":
-        raise BaseModelError("quantization.compute_dtype: float16 needs a GPU; without one use bfloat16 or float32")
+    """The dtype of activations, and of all weights that are not quantised."""
     return DTYPES[quantization.compute_dtype]
 
 
@@ -106,15 +118,22 @@ def _storage(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConf
     )
 
 
-def _load_quantized(folder: Path, quantization: Quantization) -> PreTrainedModel:
+def _load_quantized(folder: Path, quantization: Quantization, labels: Sequence[str] | None) -> PreTrainedModel:
     dtype = compute_dtype(quantization)
-    return _load(folder, dtype, _storage(quantization, dtype))
+    return _load(folder, dtype, _storage(quantization, dtype), labels)
 
 
-def _load(folder: Path, dtype: torch.dtype, storage: BitsAndBytesConfig | None) -> PreTrainedModel:
+def _load(
+    folder: Path, dtype: torch.dtype, storage: BitsAndBytesConfig | None, labels: Sequence[str] | None
+) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=storage, device_map={"": device()}, local_files_only=True
-    )
-    return model.eval()
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device()}}
+    if storage is not None:  # given as None it would hide what a folder says of its own storage
+        options["quantization_config"] = storage
+    if labels is None:
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval()
+    # a decoder's head reads the last token that is no padding
+    options |= {"num_labels": len(labels), "pad_token_id": padding_id(load_tokenizer(folder))}
+    options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    return AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, **options).eval()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -108,6 +109,41 @@ def status(as_json: AsJson = False) -> None:
         console.print(_registry_line(params.project.name, holders))
 
 
+@app.command()
+def plan(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, metavar="FILE", help="A model's config.json; the model need not be here."
+        ),
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Train two shallow models of the real widths for a few steps.")
+    ] = True,
+    probe_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Stop a process of the probe that takes longer.")
+    ] = 600.0,
+    as_json: AsJson = False,
+) -> None:
+    """How much memory, time and disk training will take, and what would make it fit, before anything is trained.
+
+    Weights are counted and activations simulated without making any, from `params.yaml`, the base's configuration and
+    the prepared rows (full ones where none are prepared); the probe measures the rest and the time. Exits with 1 if
+    the run will not fit this machine.
+    """
+    with _errors(), _project() as (params, paths):
+        from flows.plan import plan as make_plan
+        from flows.plan_table import print_plan
+
+        planned = make_plan(params, paths, config, probe, probe_timeout)
+        if as_json:
+            print(json.dumps(planned.as_dict(), indent=2))
+        else:
+            print_plan(planned)
+        if not planned.fits:
+            fail(planned.refusal())
+
+
 @registry_app.command("list")
 def registry_list(as_json: AsJson = False) -> None:
     """All registered versions, the newest first, with their test loss and stages."""
@@ -177,6 +213,34 @@ def promote(
                 print(promotion.sentence)
         if not promotion.accepted:
             fail(promotion.sentence)
+
+
+@app.command()
+def doctor(
+    rows: Annotated[int, typer.Option(min=0, metavar="N", help="Training rows to show, with what is learned.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Look at the rows that the prepare stage left: what is learned, whether it ends, what leaks between splits.
+
+    Shows rows with their prompt dim and the learned part green (a rejected answer red), then each check with its figure
+    and, where something is wrong, what to do. The train stage refuses rows with an error. Exits with 1 if there is one.
+    """
+    with _errors(), _project() as (params, paths):
+        from flows.doctor.examination import examine, load_tokenizer
+        from flows.doctor.preview import findings_table, preview
+
+        findings = examine(paths, params)
+        if as_json:
+            print(json.dumps(findings.as_dict(), indent=2, ensure_ascii=False))
+        else:
+            console = Console(highlight=False)
+            for shown in preview(paths.split("train"), load_tokenizer(paths), params.data.kind, rows):
+                console.print(shown)
+            console.print(findings_table(findings))
+        errors = findings.of("error")
+        if errors:
+            named = ", ".join(finding.check for finding in errors)
+            fail(f"{len(errors)} of {len(findings.findings)} checks found an error: {named}")
 
 
 @app.command()

@@ -31,3 +31,7 @@ class RegistryError(PipelineError, RuntimeError):
 
 class GateError(PipelineError, RuntimeError):
     """A candidate that the promotion gate refuses; the message is the reason."""
+
+
+class PlanError(PipelineError, ValueError):
+    """A run that cannot be planned, or that will not fit this machine."""

@@ -1,10 +1,13 @@
 """The promotion gate: ordered checks on a candidate; the first that fails stops, with its reason.
 
-It reads the candidate's adapter folder and changes nothing. Losses are mean nats per supervised token.
+It reads the candidate's adapter folder and changes nothing. Losses are those of the test rows: mean nats per supervised
+token, or of what the objective says. A threshold on a figure that an objective does not have is passed over, and the
+check says so.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +44,8 @@ class Champion:
     evaluation_set: str
     base_model: str
     rows: "pyarrow.Table"
+    loss_function: str | None = None
+    """What its test loss is; None: it was registered before that was written down, when it was that of tokens."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class GateReport:
 
 
 Outcome = tuple[bool, str]
+TOKENS = "cross entropy of tokens"
+"""The test loss of a run that does not say what it is."""
 
 
 def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, merge: Merge, seed: int) -> GateReport:
@@ -92,11 +99,14 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         ("finite weights", lambda: _finite(candidate)),
         ("test loss", lambda: _test_loss(candidate, gate)),
         ("gain in loss", lambda: _at_least(candidate.metrics["gain"]["loss"], gate.min_loss_gain, "nats")),
-        ("gain in ROUGE-L", lambda: _at_least(candidate.metrics["gain"]["rouge_l"], gate.min_rouge_l_gain)),
-        ("answers that end", lambda: _at_least(candidate.metrics["adapter"]["ended"], gate.min_ended)),
+        ("gain in ROUGE-L", lambda: _figure(candidate, "gain", "rouge_l", gate.min_rouge_l_gain)),
+        ("answers that end", lambda: _figure(candidate, "adapter", "ended", gate.min_ended)),
         ("against the champion", lambda: _against(candidate, champion, gate, seed)),
         ("merge fidelity", lambda: _merge_fidelity(candidate, merge)),
     ]
+    if gate.min_accuracy is not None:
+        accuracy = ("accuracy", partial(_figure, candidate, "adapter", "accuracy", gate.min_accuracy))
+        checks.insert([name for name, _ in checks].index("against the champion"), accuracy)
     made: list[Check] = []
     for name, check in checks:
         passed, detail = check()
@@ -152,6 +162,22 @@ def _at_least(value: float | None, limit: float, unit: str = "") -> Outcome:
     return value >= limit, f"{value:.3f}{unit and ' ' + unit}, at least {limit:g}"
 
 
+FIGURES = {
+    "sft": {"rouge_l", "ended"},
+    "dpo": {"rouge_l", "ended", "accuracy"},
+    "orpo": {"rouge_l", "ended", "accuracy"},
+    "classification": {"accuracy"},
+}
+"""{objective: the figures beside the loss that its evaluation has}"""
+
+
+def _figure(candidate: Candidate, part: str, name: str, limit: float) -> Outcome:
+    objective = candidate.metrics.get("objective", "sft")
+    if name not in FIGURES[objective]:
+        return True, f"not checked: {objective} has no such figure (the limit of {limit:g} is for other objectives)"
+    return _at_least(candidate.metrics[part].get(name), limit)
+
+
 def _against(candidate: Candidate, champion: Champion | None, gate: Gate, seed: int) -> Outcome:
     from flows.bootstrap import paired_bootstrap, paired_losses
 
@@ -164,13 +190,19 @@ def _against(candidate: Candidate, champion: Champion | None, gate: Gate, seed: 
                 f"champion's parameters on this {what} first, or free the stage with "
                 f"`gto deprecate {candidate.name} {champion.version} {gate.stage}`"
             )
-    tokens, ours, theirs = paired_losses(candidate.rows, champion.rows)
-    if len(tokens) == 0:
+    losses = [loss or TOKENS for loss in (candidate.metrics.get("loss_function"), champion.loss_function)]
+    if losses[0] != losses[1]:
+        return False, (
+            f"its test loss is {losses[0]}, and that of {champion.version} is {losses[1]}, so the two cannot be "
+            f"compared; free the stage with `gto deprecate {candidate.name} {champion.version} {gate.stage}`"
+        )
+    weights, ours, theirs = paired_losses(candidate.rows, champion.rows)
+    if len(weights) == 0:
         return False, f"{champion.version} was measured on other test rows; evaluate both on the same rows"
     rule = gate.champion
-    mean, upper = paired_bootstrap(tokens, ours, theirs, rule.confidence, rule.resamples, seed)
+    mean, upper = paired_bootstrap(weights, ours, theirs, rule.confidence, rule.resamples, seed)
     return upper <= rule.max_loss_regression, (
-        f"loss {mean:+.4f} nats against {champion.version} on {len(tokens)} rows, {rule.confidence:.0%} upper "
+        f"loss {mean:+.4f} nats against {champion.version} on {len(weights)} rows, {rule.confidence:.0%} upper "
         f"bound {upper:+.4f}, at most {rule.max_loss_regression:g}"
     )
 

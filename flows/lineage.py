@@ -99,6 +99,7 @@ def headline_metrics(paths: Paths) -> dict[str, Any]:
     summary = read_json(paths.training_summary)
     training = ("steps", "best_step", "best_validation_loss", "seconds", "tokens", "trainable_parameters")
     return {
+        **{part: evaluation[part] for part in ("objective", "loss_function") if part in evaluation},
         **{part: evaluation[part] for part in ("base", "adapter", "gain")},
         "merge": {name: merge[name] for name in ("kl", "top1_agreement")},
         "training": {name: summary[name] for name in training},

@@ -16,12 +16,19 @@ from flows.params_file import read_params
 from peftcore.config import suggestion
 from peftcore.registry import tuner_names
 
+OnOutOfMemory = Literal["split", "stop"]
+OnBadLoss = Literal["stop", "rollback"]
+
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+KINDS = {"sft": "chat", "dpo": "preference", "orpo": "preference", "classification": "classification"}
+"""{train.objective: the data.kind that it needs}"""
 
 
 class Section(BaseModel):
@@ -48,6 +55,8 @@ class Base(Section):
 
 class Data(Section):
     source: str = "stdlib:docstrings"
+    kind: Literal["chat", "preference", "classification"] = "chat"
+    supervise: Literal["all", "last"] = "all"
     system_prompt: str | None = "You write the one-line summary of Python functions."
     max_length: Annotated[int, Field(ge=8)] = 320
     overlong: Literal["drop", "truncate", "error"] = "drop"
@@ -58,6 +67,9 @@ class Data(Section):
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     group_column: Text | None = None
     slice_column: Text | None = None
+    near_duplicates: Literal["drop", "keep"] = "drop"
+    similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
+    max_leakage: Share = 0.01
 
     @field_validator("source")
     @classmethod
@@ -73,6 +85,12 @@ class Data(Section):
     def _leaves_rows_to_train_on(self) -> Self:
         if self.validation_share + self.test_share >= 1:
             raise _impossible("validation_share + test_share must be below 1", "test_share", self.test_share)
+        return self
+
+    @model_validator(mode="after")
+    def _is_what_its_source_holds(self) -> Self:
+        if self.source == "stdlib:docstrings" and self.kind != "chat":
+            raise _impossible("stdlib:docstrings holds chats; give chat, or a source of your own", "kind", self.kind)
         return self
 
 
@@ -97,10 +115,19 @@ class AdaLora(Section):
         return self
 
 
+class AutoRank(Section):
+    r: Count = 16
+    tolerance: Positive | None = None
+    least: Annotated[int, Field(ge=0)] = 1
+    steps: Count = 8
+    held_out: Count = 4
+
+
 class Method(Section):
     name: Text = "lora"
     target_modules: Literal["all-linear"] | list[str] | None = "all-linear"
-    r: Count = 16
+    r: int | Literal["auto"] = 16
+    auto: AutoRank = AutoRank()
     lora_alpha: Positive = 32
     lora_dropout: Share = 0.0
     use_rslora: bool = False
@@ -115,6 +142,13 @@ class Method(Section):
             raise _impossible(suggestion(value, known).removeprefix("; "))
         return value
 
+    @field_validator("r", mode="plain")
+    @classmethod
+    def _is_a_rank(cls, value: Any) -> int | str:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise _impossible("give a whole number of at least 1, or auto")
+        return value
+
     @field_validator("target_modules", mode="plain")
     @classmethod
     def _names_modules(cls, value: Any) -> str | list[str] | None:
@@ -123,6 +157,12 @@ class Method(Section):
             raise _impossible("give all-linear, a list of module names such as [q_proj, v_proj], or null")
         return value
 
+    @model_validator(mode="after")
+    def _searches_ranks_of_lora(self) -> Self:
+        if self.r == "auto" and self.name != "lora":
+            raise _impossible(f"ranks are searched for lora; give {self.name} a number", "r", self.r)
+        return self
+
 
 class Quantization(Section):
     storage: Literal["nf4", "fp4", "int8", "none"] = "nf4"
@@ -130,10 +170,34 @@ class Quantization(Section):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 
+class Preference(Section):
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    length_normalized: bool = False
+    rpo_alpha: NonNegative = 0.0
+    precompute_reference: bool = True
+
+    @model_validator(mode="after")
+    def _smooths_what_can_be_smoothed(self) -> Self:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise _impossible("it is for the sigmoid loss; give 0", "label_smoothing", self.label_smoothing)
+        return self
+
+
+class Classification(Section):
+    class_weights: Literal["none", "balanced"] = "none"
+
+
 class Train(Section):
+    objective: Literal["sft", "dpo", "orpo", "classification"] = "sft"
+    preference: Preference = Preference()
+    classification: Classification = Classification()
     epochs: Positive = 1.0
     batch_size: Count = 8
     gradient_accumulation: Count = 2
+    processes: Count = 1
+    launcher: Literal["accelerate", "torchrun"] = "accelerate"
     batching: Literal["grouped", "padded", "padding_free", "packed"] = "grouped"
     pack_tokens: Count = 512
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
@@ -142,11 +206,21 @@ class Train(Section):
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["none", "selective", "blocks", "offload"] = "none"
     evaluations: Count = 5
     patience: Count = 3
     save_checkpoints: Count = 2
+    on_out_of_memory: OnOutOfMemory = "split"
+    on_bad_loss: OnBadLoss = "stop"
+    spike_deviations: Positive | None = 10.0
+    spike_window: Annotated[int, Field(ge=4)] = 50
+    max_rollbacks: Count = 3
     max_steps: Count | None = None
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _may_be_on_or_off(cls, value: Any) -> Any:
+        return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class Evaluate(Section):
@@ -166,7 +240,7 @@ class Evaluate(Section):
 
 
 class Merge(Section):
-    into: Literal["dequantized", "original"] = "dequantized"
+    into: Literal["best", "dequantized", "original", "requantized"] = "best"
     max_kl: NonNegative = 0.05
     min_top1_agreement: Annotated[float, Field(ge=0, le=1)] = 0.95
     rows: Count = 64
@@ -188,6 +262,7 @@ class Gate(Section):
     min_loss_gain: Finite = 0.5
     min_rouge_l_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
     min_ended: Annotated[float, Field(ge=0, le=1)] = 0.9
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     champion: Champion = Champion()
 
 
@@ -214,6 +289,20 @@ with warnings.catch_warnings():
         register: Register = Register()  # pyright: ignore[reportIncompatibleMethodOverride]
         gate: Gate = Gate()
         tracking: Tracking = Tracking()
+
+        @model_validator(mode="after")
+        def _trains_what_the_data_holds(self) -> Self:
+            objective, kind = self.train.objective, KINDS[self.train.objective]
+            if self.data.kind != kind:
+                raise _impossible(f"train.objective {objective} needs {kind}", "data.kind", self.data.kind)
+            return self
+
+        @model_validator(mode="after")
+        def _has_a_quantised_base_to_merge_into(self) -> Self:
+            if self.merge.into == "requantized" and self.quantization.storage == "none":
+                fits = "quantization.storage is none, so there are no 4 or 8 bits to round to; give merge.into: best"
+                raise _impossible(fits, "merge", self.merge.into)
+            return self
 
 
 def load_params(path: Path) -> Params:

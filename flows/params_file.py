@@ -79,7 +79,7 @@ def _repeated_keys(node: Node, place: Place, lines: dict[Place, int]) -> list[tu
 def _problem(error: ErrorDetails, model: type[BaseModel], lines: dict[Place, int]) -> tuple[int, str]:
     place, given, context = error["loc"], error["input"], error.get("ctx", {})
     if context.get("key"):
-        place, given = (*place, context["key"]), context["given"]
+        place, given = (*place, *context["key"].split(".")), context["given"]
     line = next(lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in lines)
     section = _section(model, place[:-1])
     if error["type"] == "extra_forbidden":

@@ -41,6 +41,11 @@ class Paths:
         return self.data / "report.json"
 
     @property
+    def labels(self) -> Path:
+        """The names of the classes in the order of their numbers; of classification alone."""
+        return self.data / "labels.json"
+
+    @property
     def architecture(self) -> Path:
         return self.artifacts / "architecture.json"
 

@@ -176,12 +176,14 @@ def _champion(paths: Paths, registry: Registry, holder: Assignment | None) -> Ch
     record = registry.record(version)
     with _files_of(paths, registry, version, [paths.evaluation_rows]) as where:
         rows = _read_rows(where.evaluation_rows)
-    return Champion(version.number, record["evaluation_set"], record["base_model"], rows)
+    loss = record["metrics"].get("loss_function")
+    return Champion(version.number, record["evaluation_set"], record["base_model"], rows, loss)
 
 
 def _read_rows(path: Path) -> pyarrow.Table:
     try:
-        return parquet.read_table(path, columns=["id", "tokens", "adapter_loss"])
+        columns = {"id", "tokens", "weight", "adapter_loss"} & set(parquet.read_schema(path).names)
+        return parquet.read_table(path, columns=sorted(columns | {"id", "tokens", "adapter_loss"}))
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         raise StageError(f"{path} cannot be read ({error}); run `peftcore run` again") from error
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 INK, SOFT, LINE = "#1f2933", "#66727f", "#e3e7eb"
 BASE, ADAPTER, VALIDATION = "#a3aeb9", "#0f766e", "#c2571a"
 SLICES_SHOWN = 24
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -30,15 +30,18 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup:
     """Base against adapter in one small panel a figure; each has its own scale, from zero."""
-    panels = (
-        ("loss", "Test loss", "nats a token, lower is better", "{:.2f}"),
+    every = (
+        ("loss", "Test loss", "nats, lower is better", "{:.2f}"),
         ("perplexity", "Perplexity", "lower is better", "{:.1f}"),
         ("rouge_l", "ROUGE-L", "0 to 1, higher is better", "{:.3f}"),
         ("ended", "Answers that end", "higher is better", "{:.0%}"),
+        ("accuracy", "Accuracy", "higher is better", "{:.1%}"),
+        ("macro_f1", "Macro-F1", "0 to 1, higher is better", "{:.3f}"),
     )
+    panels = [panel for panel in every if panel[0] in base or panel[0] in adapter]
     figure = Figure(figsize=(11, 2.5), layout=ConstrainedLayoutEngine(wspace=0.12))
     for axes, (key, title, note, form) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         heights = [_height(side.get(key)) for side in (base, adapter)]
@@ -50,10 +53,10 @@ def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup
         axes.text(0, 1.06, note, transform=axes.transAxes, color=SOFT, fontsize=8.5)
         axes.set_yticks([])
         _bare(axes, keep="bottom")
-    return _svg(figure, "Base against adapter: " + ", ".join(panel[1] for panel in panels))
+    return svg(figure, "Base against adapter: " + ", ".join(panel[1] for panel in panels))
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def loss_curves(table: Path, best_step: int | None) -> Markup:
     """Training and validation loss by optimiser step, the best checkpoint marked, the learning rate below."""
     train, validation, rate = (_series(table, name) for name in ("train_loss", "validation_loss", "learning_rate"))
@@ -80,10 +83,10 @@ def loss_curves(table: Path, best_step: int | None) -> Markup:
         axes.grid(axis="y", color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
         _bare(axes, keep="bottom")
-    return _svg(figure, "Training and validation loss by optimiser step")
+    return svg(figure, "Training and validation loss by optimiser step")
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
     """The test loss of base and adapter for each of the largest slices, joined by a line."""
     names = largest(slices)[::-1]
@@ -99,12 +102,12 @@ def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
         axes.scatter([slices[name][key] for name in names], rows, color=color, s=44, zorder=3, label=key.split("_")[0])
     axes.set_yticks(rows, [f"{name} ({slices[name]['rows']})" for name in names], fontsize=9.5)
     axes.set_ylim(-0.7, len(names) - 0.3)
-    axes.set_xlabel("test loss, nats a token")
+    axes.set_xlabel("test loss, nats")
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside upper left", ncols=2)
     _bare(axes, keep="bottom")
-    return _svg(figure, "Test loss by slice, base against adapter")
+    return svg(figure, "Test loss by slice, base against adapter")
 
 
 def largest(slices: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -143,15 +146,14 @@ def _bare(axes: Axes, keep: str) -> None:
     axes.tick_params(length=0)
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def svg(figure: Figure, label: str) -> Markup:
     """The figure as one <svg> element that scales with the page."""
     text = io.StringIO()
     # the label as salt keeps the ids of two charts on one page apart
     with matplotlib.rc_context({"svg.hashsalt": label}):
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    head, _, body = svg.partition(">")
+    drawn = text.getvalue()
+    head, _, body = drawn[drawn.index("<svg") :].partition(">")
     view = head[head.index("viewBox=") :].split('"')[1]
     opening = '<svg viewBox="{}" role="img" aria-label="{}" xmlns="http://www.w3.org/2000/svg" '
     links = 'xmlns:xlink="http://www.w3.org/1999/xlink">'

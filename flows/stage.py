@@ -36,7 +36,8 @@ def start(run: Callable[[Params, Paths], None]) -> NoReturn:
     """Run a stage in the current directory, which holds params.yaml, and exit the process.
 
     Exit status: 0 when done; 1 with one `error: ...` message on stderr for anything refused and for a full
-    disk; 130 on Ctrl-C. Any other exception is a bug and keeps its traceback.
+    disk; 130 on Ctrl-C; 143 on SIGTERM, upon which training first saves where it is. Any other exception is a bug and
+    keeps its traceback.
     """
     set_quiet_environment()
     from peftcore.errors import PeftError

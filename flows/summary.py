@@ -17,9 +17,13 @@ FIGURES = (
     ("perplexity", "perplexity", "{:.2f}"),
     ("ROUGE-L", "rouge_l", "{:.3f}"),
     ("answers that end", "ended", "{:.1%}"),
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("macro-F1", "macro_f1", "{:.3f}"),
+    ("margin (nats)", "margin", "{:.3f}"),
+    ("moved towards the chosen", "reward_accuracy", "{:.1%}"),
     ("tokens a second", "tokens_per_second", "{:.0f}"),
 )
-"""(label, key of metrics.json, format)."""
+"""(label, key of metrics.json, format); those that an objective does not have are left out."""
 
 
 def print_summary(paths: Paths, promotion: Promotion, page: Path, seconds: Mapping[str, float]) -> None:
@@ -47,6 +51,8 @@ def _figures(metrics: Mapping[str, Any], promotion: Promotion) -> Table:
     for column in ("base", "adapter"):
         table.add_column(column, justify="right")
     for label, key, form in FIGURES:
+        if not any(key in metrics[side] for side in ("base", "adapter")):
+            continue
         table.add_row(label, *(figure(metrics[side].get(key), form) for side in ("base", "adapter")))
     return table
 

@@ -40,6 +40,10 @@ class Tracker:
         values = {name: value for name, value in record.items() if value is not None and name != "step"}
         self._call(lambda run: run.log(values, step=record["step"]))
 
+    def picture(self, name: str, pixels: Any, step: int) -> None:
+        """Mirror a picture; pixels: (height, width, 3 or 4), uint8."""
+        self._call(lambda run: run.log({name: _image(pixels)}, step=step))
+
     def finish(self, summary: Mapping[str, Any], adapter: Path | None = None) -> None:
         """Close a run that succeeded; the adapter is recorded by reference to where it lies, not copied."""
         self._call(lambda run: run.summary.update(dict(summary)))
@@ -69,6 +73,12 @@ def _open(project: str, mode: Mode, config: Mapping[str, Any], directory: Path) 
 
     settings = wandb.Settings(silent=True, console="off", init_timeout=LOGIN_SECONDS, disable_git=True)
     return wandb.init(project=project, mode=mode, config=dict(config), dir=str(directory), settings=settings)
+
+
+def _image(pixels: Any) -> Any:
+    import wandb
+
+    return wandb.Image(pixels)
 
 
 def _reference(adapter: Path) -> Any:

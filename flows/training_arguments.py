@@ -7,6 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from flows.params import Params
+from peftcore.train import FaultPolicy
 
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -15,6 +16,18 @@ OPTIMIZERS = {
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
 """{train.optimizer: what transformers calls it}"""
+
+
+def fault_policy(params: Params) -> FaultPolicy:
+    """What training does with a batch that does not fit, and with a loss that cannot be right."""
+    train = params.train
+    return FaultPolicy(
+        on_out_of_memory=train.on_out_of_memory,
+        on_bad_loss=train.on_bad_loss,
+        spike_deviations=train.spike_deviations,
+        spike_window=train.spike_window,
+        max_rollbacks=train.max_rollbacks,
+    )
 
 
 def training_arguments(params: Params, folder: Path, total_steps: int) -> TrainingArguments:
@@ -35,8 +48,6 @@ def training_arguments(params: Params, folder: Path, total_steps: int) -> Traini
         warmup_steps=math.ceil(train.warmup_share * total_steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        activation_checkpointing=train.gradient_checkpointing,
-        fp16=params.quantization.compute_dtype == "float16",
         # EvaluateAt spreads them; these say that there are some, and that the last step is one.
         eval_strategy="steps",
         eval_steps=total_steps,
@@ -53,6 +64,7 @@ def training_arguments(params: Params, folder: Path, total_steps: int) -> Traini
         report_to=[],
         disable_tqdm=True,
         log_level="error",
+        use_cpu=not torch.cuda.is_available(),  # several processes are else taken for one
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=params.project.seed,
     )

@@ -1,18 +1,24 @@
 """Training's own log, which every other view of a run mirrors: one JSON object a line, on the disk once written.
 
-Each record has all FIELDS, null where it says nothing: a training record has `loss` (mean nats per supervised token,
-regulariser apart), an evaluation's has `validation_loss`. `seconds` runs on over a resumed run's parts.
+Each record has all FIELDS, null where it says nothing or what it would say is not finite: a training record has `loss`
+(mean nats per supervised token, regulariser apart), an evaluation's has `validation_loss`. `seconds` runs on over a
+resumed run's parts; `skipped_steps`, `micro_batch_splits` and `rollbacks` count since the record before.
+
+A second file beside it has the ranks of the adapter's layers: a line at the start, and one whenever they have changed.
 """
 
 import csv
 import io
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peftcore.files import write_atomically
 
+RANK_HISTORY = "rank_history.jsonl"
 FIELDS = (
     "step",
     "epoch",
@@ -21,9 +27,20 @@ FIELDS = (
     "learning_rate",
     "grad_norm",
     "regularizer",
+    "accuracy",
+    "reward_margin",
     "tokens_per_second",
+    "peak_memory",
+    "loss_scale",
+    "skipped_steps",
+    "micro_batch_splits",
+    "rollbacks",
     "seconds",
 )
+"""In this order. accuracy: share of pairs or of texts that are judged right; reward_margin: of pairs.
+
+peak_memory: bytes held at most so far, by the GPU's allocator or by the process without one.
+"""
 Record = dict[str, Any]
 
 
@@ -37,26 +54,56 @@ class TrainingLog:
         """Add a record and wait until it is on the disk; returns it with all FIELDS."""
         unknown = values.keys() - set(FIELDS)
         assert not unknown, f"not fields of the training log: {unknown}"
-        record: Record = {name: values.get(name) for name in FIELDS}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        record: Record = {name: _finite(values.get(name)) for name in FIELDS}
+        _append(self.path, record)
         return record
 
     def records(self) -> list[Record]:
         """All whole records; a last line that a crash cut short is left out."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        return _whole_lines(self.path)
 
     def keep_until(self, step: int) -> list[Record]:
         """Drop what was logged after `step`, because the run goes on from there; returns what is left."""
-        kept = [record for record in self.records() if record["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        return kept
+        _keep_until(self._ranks, step)
+        return _keep_until(self.path, step)
+
+    @property
+    def _ranks(self) -> Path:
+        return self.path.with_name(RANK_HISTORY)
+
+    def append_ranks(self, step: int, ranks: Mapping[str, int]) -> bool:
+        """Add the ranks by layer if they are others than the last; returns whether they are."""
+        history = self.rank_history()
+        if not ranks or (history and history[-1]["ranks"] == ranks):
+            return False
+        _append(self._ranks, {"step": step, "ranks": dict(ranks)})
+        return True
+
+    def rank_history(self) -> list[Record]:
+        """{"step", "ranks": {path: rank}} of each change; none for a method without ranks."""
+        return _whole_lines(self._ranks)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
+
+
+def _append(path: Path, record: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _whole_lines(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def _keep_until(path: Path, step: int) -> list[Record]:
+    kept = [record for record in _whole_lines(path) if record["step"] <= step]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
 
 
 def loss_table(records: list[Record]) -> str:

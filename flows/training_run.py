@@ -39,11 +39,14 @@ class Run:
 
 
 def optimizer_steps(params: Params, training_set: Sized) -> int:
-    """Optimiser steps of the run, as Trainer counts them: an epoch's last, smaller accumulation is one too."""
+    """Optimiser steps of the run, as Trainer counts them: an epoch's last, smaller accumulation is one too.
+
+    Processes take their forward passes side by side, so that a step takes fewer rounds of them.
+    """
     if params.train.max_steps is not None:
         return params.train.max_steps
     at_once = 1 if isinstance(training_set, Packs) else params.train.batch_size
-    batches = math.ceil(len(training_set) / at_once)
+    batches = math.ceil(math.ceil(len(training_set) / at_once) / params.train.processes)
     return math.ceil(params.train.epochs * math.ceil(batches / params.train.gradient_accumulation))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peftcore.config import PeftConfig, TaskType
+    from peftcore.conversion import convert_to_lora, save_as_lora
     from peftcore.detection import Architecture, detect
     from peftcore.errors import (
         AdapterNameError,
@@ -37,12 +38,14 @@ _HOMES = {
     "TargetError": "peftcore.errors",
     "TaskType": "peftcore.config",
     "TrainingError": "peftcore.errors",
+    "convert_to_lora": "peftcore.conversion",
     "detect": "peftcore.detection",
     "get_peft_model": "peftcore.model",
     "initialize_from_data": "peftcore.init",
     "inject_adapter_in_model": "peftcore.inject",
     "prepare_model_for_kbit_training": "peftcore.model",
     "replace_lora_weights_loftq": "peftcore.init",
+    "save_as_lora": "peftcore.conversion",
 }
 
 __all__ = [
@@ -59,12 +62,14 @@ __all__ = [
     "TargetError",
     "TaskType",
     "TrainingError",
+    "convert_to_lora",
     "detect",
     "get_peft_model",
     "initialize_from_data",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
     "replace_lora_weights_loftq",
+    "save_as_lora",
 ]
 
 

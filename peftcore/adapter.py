@@ -91,6 +91,11 @@ class Adapter(nn.Module):
         """The output, for the adapter's own input x and the base's output y (bias included)."""
         return y + self.base.apply(x, self.delta_weight()).to(y.dtype)
 
+    @property
+    def rank(self) -> int | None:
+        """Rank (count) that ΔW has at most now, where the method bounds it by one that differs between layers."""
+        return None
+
     def low_rank(self) -> LowRank | None:
         """The adapter as two factors, where they and nothing else act on the input in this forward and `before`
         changes nothing; the host then takes the fast path of `peftcore.low_rank` wherever that is exact."""

@@ -73,6 +73,15 @@ class AdapterSet:
         biases = [model.get_parameter(bias_path(self, path)) for path in self.own_biases.get(name, {})]
         return list(dict.fromkeys(p for module in modules for p in module.parameters())) + biases
 
+    def tensors(self) -> list[Tensor]:
+        """All that adapters brought or changed, trained or not: theirs, their copies', and bases they have moved."""
+        modules: list[nn.Module] = []
+        for name in self.configs:
+            modules += [*self.adapters(name).values(), *self.copies(name).values()]
+        modules += [self.prompts[name] for name in self.prompts]
+        modules += [site.base.layer for site in self.layers.values() if site.has_replaced_base]
+        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
     def shared(self, name: str) -> Shared | None:
         """What the layers of one adapter share, if anything."""
         return shared_by(self.adapters(name))
@@ -96,6 +105,13 @@ def adapter_set(model: nn.Module) -> AdapterSet:
     if found is None:
         raise AdapterNameError(f"this {type(model).__name__} has no adapters; call get_peft_model first")
     return found
+
+
+def untouched_names(model: nn.Module) -> list[str]:
+    """Names of the base's frozen parameters and buffers, which are what they were before injection."""
+    own = {id(tensor) for tensor in adapter_set(model).tensors()}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return [name for name, tensor in named if not tensor.requires_grad and id(tensor) not in own]
 
 
 def bias_path(adapters: AdapterSet, path: str) -> str:

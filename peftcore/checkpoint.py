@@ -6,6 +6,7 @@ A key on disk is `base_model.model.` + the module's path + the parameter, withou
 import dataclasses
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,11 +20,12 @@ from peftcore.errors import CheckpointError, TargetError
 from peftcore.files import MANIFEST, flush_to_disk, manifest_text, sha256
 from peftcore.inject import commit_injection, deepened
 from peftcore.preparation import Injection, prepare_injection
-from peftcore.tensors import PREFIX, WEIGHTS_NAME, read_tensors
+from peftcore.tensors import PREFIX, WEIGHTS_NAME, is_sharded, read_tensors, whole, writing_shards
 
 PROMPT_STATE = "prompt_encoder.safetensors"
 """What a prompt is computed from; PEFT keeps the computed prompt alone, and reads past this file."""
 
+MODEL_CARD = "README.md"
 _CARD = """\
 ---
 library_name: peft
@@ -53,7 +55,10 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
-    """Write one adapter's directory; files that were there stay until every new one is whole on the disk."""
+    """Write one adapter's directory; files that were there stay until every new one is whole on the disk.
+
+    Where the adapter is sharded (FSDP2) every process calls this, and the first one writes the whole of it.
+    """
     if directory.is_file():
         raise CheckpointError(f"{directory} is a file; give a directory to save the adapter in")
     adapters = adapter_set(model)
@@ -62,10 +67,13 @@ def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
     config = adapters.kinds[name].config_to_save(config, adapters.of_method(name))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     config = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base)
-    # a tensor may be a view or shared with another: cloned, so that safetensors gets plain memory of its own
-    tensors = {k: t.detach().cpu().clone().contiguous() for k, t in adapter_tensors(model, name).items()}
     prompt = adapters.prompt(name)
-    state = {} if prompt is None else {k: t.detach().cpu().clone() for k, t in prompt.training_state().items()}
+    held = adapter_tensors(model, name)
+    # a tensor may be a view or shared with another: cloned, so that safetensors gets plain memory of its own
+    tensors = {k: whole(t.detach()).cpu().clone().contiguous() for k, t in held.items()}
+    state = {} if prompt is None else {k: whole(t.detach()).cpu().clone() for k, t in prompt.training_state().items()}
+    if any(is_sharded(tensor) for tensor in held.values()) and torch.distributed.get_rank():
+        return
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as made:
         fresh = Path(made)
@@ -76,9 +84,9 @@ def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
             save_file(state, fresh / PROMPT_STATE, metadata={"format": "pt"})
             written.append(PROMPT_STATE)
         hashed = list(written)
-        if not (directory / "README.md").exists():
-            (fresh / "README.md").write_text(_CARD.format(base=base or "unknown", method=config.peft_type.lower()))
-            written.append("README.md")
+        if not (directory / MODEL_CARD).exists():
+            (fresh / MODEL_CARD).write_text(_CARD.format(base=base or "unknown", method=config.peft_type.lower()))
+            written.append(MODEL_CARD)
         (fresh / MANIFEST).write_text(manifest_text({file: sha256(fresh / file) for file in sorted(hashed)}))
         for file in (*written, MANIFEST):
             flush_to_disk(fresh / file)
@@ -88,6 +96,20 @@ def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
             (fresh / file).chmod(0o644)
             (fresh / file).replace(directory / file)
     flush_to_disk(directory)
+
+
+def update_model_card(model: nn.Module, directory: Path) -> None:
+    """Give a model card that somebody else has written the fields of an adapter's."""
+    from huggingface_hub import ModelCard
+
+    adapters = adapter_set(model)
+    config = next(iter(adapters.configs.values()))
+    card = ModelCard.load(directory / MODEL_CARD)
+    data: Any = card.data
+    data.library_name = "peft"
+    data.base_model = config.base_model_name_or_path or getattr(model, "name_or_path", None) or "unknown"
+    data.tags = sorted({*(data.tags or []), *(c.peft_type.lower() for c in adapters.configs.values())})
+    card.save(directory / MODEL_CARD)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -116,14 +138,17 @@ def load_adapter(
 
 
 def load_adapter_weights(model: nn.Module, directory: Path, name: str) -> None:
-    """Read a directory's tensors into an adapter that is there already, made with the same configuration."""
+    """Read a directory's tensors into an adapter that is there already, made with the same configuration.
+
+    Where the adapter is sharded every process calls this, and keeps its own part.
+    """
     adapters = adapter_set(model)
     own = list(adapters.own_biases.get(name, {}))
     prompt = adapters.prompt(name)
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
-    biases = _take_tensors(content_of(adapters, name), own, read_tensors(directory), directory, trains)
-    for path, value in biases.items():
-        with torch.no_grad():
+    with writing_shards(adapters.parameters(model, name)), torch.no_grad():
+        biases = _take_tensors(content_of(adapters, name), own, read_tensors(directory), directory, trains)
+        for path, value in biases.items():
             model.get_parameter(bias_path(adapters, path)).copy_(value)
 
 

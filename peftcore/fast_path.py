@@ -55,7 +55,7 @@ class Layer(Protocol):
 
 def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
     """The base layer and the first of its adapters as one operation, or None where that would not be exact."""
-    if not _only_computes(layer.base_layer):
+    if not only_computes(layer.base_layer):
         return None
     base = layer.base
     dtype = base.computes_in(x)
@@ -87,7 +87,7 @@ def _others(layer: Layer, own: LowRank, dtype: torch.dtype, x: Tensor) -> dict[A
             _stop_giving(left, other)
             continue
         acting = other.acting()
-        if len(acting) == 1 and _only_computes(other.base_layer) and other.base.computes_in(x) == dtype:
+        if len(acting) == 1 and only_computes(other.base_layer) and other.base.computes_in(x) == dtype:
             theirs = acting[0].low_rank()
             if theirs is not None and theirs.dropout == own.dropout:
                 found[other] = other.base, theirs
@@ -111,7 +111,7 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _only_computes(layer: nn.Module) -> bool:
+def only_computes(layer: nn.Module) -> bool:
     """Whether calling the layer does its own arithmetic alone, and no transform or trace of it is being made."""
     return not (
         layer._forward_hooks

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
 from peftcore.bases.parameter import ParameterWeight
-from peftcore.fast_path import Waiting, fused
+from peftcore.fast_path import Waiting, fused, only_computes
 
 _OWN_STATE = "_own_state"
 """Attribute of a base layer whose weight an adapter's start has replaced: what was there before."""
@@ -129,6 +129,11 @@ class Site:
         base.layer.__dict__.setdefault(_OWN_STATE, base.state())
         base.write(weight)
 
+    @property
+    def has_replaced_base(self) -> bool:
+        """Whether the base stands now with a weight that `replace_base` gave it."""
+        return _OWN_STATE in self.base.layer.__dict__
+
     def restore_base(self) -> None:
         """Undo `replace_base`."""
         base = self.base
@@ -176,10 +181,16 @@ class AdaptedLayer(_Host, Site):
         if not within and not args and not kwargs and acting and (y := fused(self, acting[0], x)) is not None:
             within, _ = 1, inputs.pop()
         else:
-            y = self._through_weight(x, acting[:within]) if within else self.base_layer(x, *args, **kwargs)
+            y = self._through_weight(x, acting[:within]) if within else self._base_output(x, *args, **kwargs)
         for adapter in acting[within:]:
             y = adapter.after(inputs.pop(), y)
         return y
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base
+        if base.quantized and not args and not kwargs and base.prefers_product(x) and only_computes(self.base_layer):
+            return base.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        return self.base_layer(x, *args, **kwargs)
 
     def _through_weight(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
         base = self.base

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import activation, checkpoint, forwarding, inject, merge
-from peftcore.adapter_set import adapter_set
+from peftcore.adapter_set import adapter_set, untouched_names
 from peftcore.config import PeftConfig
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
@@ -136,6 +136,10 @@ class PeftModel:
             root = Path(save_directory)
             checkpoint.save_adapter(self._module, name, root if name == "default" else root / name)
 
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Say in a directory's model card that it holds an adapter, and of which base; Trainer's push asks for it."""
+        checkpoint.update_model_card(self._module, Path(output_dir))
+
     # -- training ------------------------------------------------------------------------------------------------
 
     def adapter_regularizer(self) -> Tensor | None:
@@ -151,7 +155,9 @@ class PeftModel:
     def on_optimizer_step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """To be called after each optimiser step and before zero_grad; step counts from 1.
 
-        optimizer: given, a method may shrink parameters together with their moments (AdaLoRA's final budget).
+        optimizer: given, a method may shrink parameters together with their moments (AdaLoRA's final budget). Under
+        DistributedDataParallel, which averages the gradients of those it was made with, the model has to be wrapped
+        anew after that, as AdapterTrainer does; a loop of one's own gives None, and what is dropped is masked.
         """
         adapters = adapter_set(self._module)
         for name in adapters.selection.active:
@@ -177,6 +183,14 @@ class PeftModel:
         for (name, path), values in parts.items():
             adapter_set(self._module).adapters(name)[path].load_training_state(values)
 
+    def adapter_ranks(self, adapter_name: str | None = None) -> dict[str, int]:
+        """{path of a layer: its adapter's rank now}; of one adapter, the first active one if None. Layers of methods
+        without ranks are left out."""
+        adapters = adapter_set(self._module)
+        names = adapters.selection.active[:1] if adapter_name is None else (adapter_name,)
+        found = {path: adapter.rank for name in names for path, adapter in adapters.adapters(name).items()}
+        return {path: rank for path, rank in found.items() if rank is not None}
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameter counts; of the adapters, trainable ones count while they are active."""
         adapters = adapter_set(self._module)
@@ -198,6 +212,11 @@ class PeftModel:
     def _module(self) -> nn.Module:
         assert isinstance(self, nn.Module)
         return self
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel, which asks for this name, need not send: each process has the same base."""
+        return untouched_names(self._module)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so a pickle names the class below it and makes ours again

@@ -5,85 +5,75 @@ it, must be a prefix of the whole, and the character offsets of the tokens tell 
 found by searching for a marker. A turn's end-of-turn token is supervised, or the model would never learn to stop.
 """
 
-import hashlib
-from dataclasses import dataclass
+import itertools
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.examples import Message
+from flows.data.tokens import IGNORED, Tokens
 from flows.errors import DataError
 
-IGNORED = -100
-"""The label of a token that is not supervised."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One chat as the model reads it, up to the last supervised token, since nothing after it is learned.
-
-    input_ids, labels: equally long; a label is the token's id, or -100 where it is not supervised.
-    prompt_length: tokens before the last assistant turn's first. prompt: their text, up to and including the
-    template's prompt for that turn. completion: that turn's content, without its end.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    prompt_length: int
-    prompt: str
-    completion: str
-
-    @property
-    def id(self) -> str:
-        """What the row is known by, from its text alone."""
-        return hashlib.sha256(f"{self.prompt}\0{self.completion}".encode()).hexdigest()[:16]
+Tools = list[dict[str, Any]] | None
+"""Functions that a chat may call, as the template takes them."""
 
 
 class ChatTokenizer:
     """Renders, tokenises and labels chats by one tokenizer's template.
 
+    supervise: "all" of the assistant's turns, or the "last" alone; a turn with `train`: false is never.
     Raises DataError if the template ends an assistant turn with no special token, or the tokenizer has no offsets.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, supervise: Literal["all", "last"] = "all") -> None:
         if not tokenizer.is_fast:
             raise DataError(f"{type(tokenizer).__name__} tells no offsets; give a base with a tokenizer.json")
         self.tokenizer = tokenizer
+        self.supervise = supervise
         self.end = end_of_turn(tokenizer)
-        self.special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+        added = tokenizer.added_tokens_decoder
+        self.special = {str(token) for number, token in added.items() if token.special or number == self.end}
 
-    def tokenize(self, messages: list[Message]) -> Tokens:
-        """Raises DataError if the template rewrites earlier turns, or a content holds one of its special tokens."""
+    def tokenize(self, messages: list[Message], tools: Tools = None, since: int = 0) -> Tokens:
+        """The chat with labels on the turns that are learned; none before the turn `since` is.
+
+        Raises DataError if the template rewrites earlier turns or leaves one out, if a content holds one of its
+        special tokens, or if no turn is supervised.
+        """
         self._refuse_special_tokens(messages)
-        whole = render(self.tokenizer, messages)
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        labels, first, last, prompt = [IGNORED] * len(ids), 0, 0, ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt, end = self._turn(messages, index, whole)
-            inside = [i for i, (a, _) in enumerate(offsets) if len(prompt) <= a < end]
+        whole = render(self.tokenizer, messages, tools=tools)
+        self._refuse_unseen(messages, whole, tools)
+        turns = [self._turn(messages, index, whole, tools) for index in self._supervised(messages, since)]
+        if not turns:
+            raise DataError("no token of it is supervised, because it has no assistant turn that is to be trained")
+        ids, offsets = self._encode(whole, [start for start, _ in turns])
+        labels, first, last = [IGNORED] * len(ids), 0, 0
+        for start, stop in turns:
+            inside = [i for i, (a, _) in enumerate(offsets) if start <= a < stop]
             ends = [i for i in inside if ids[i] == self.end]
             if not ends:
-                raise DataError(f"the chat template does not end turn {index + 1} as it ends others")
+                raise DataError("the chat template does not end one of its assistant turns as it ends others")
             first, last = inside[0], ends[-1]
             labels[first : last + 1] = ids[first : last + 1]
-        if not last:
-            raise DataError("no token of it is supervised, because it has no assistant turn")
-        return Tokens(ids[: last + 1], labels[: last + 1], first, prompt, messages[-1]["content"])
+        start = turns[-1][0]
+        completion = whole[start : offsets[last][0]].strip()
+        return Tokens(ids[: last + 1], labels[: last + 1], first, whole[:start], completion)
 
-    def shorten(self, messages: list[Message], limit: int) -> list[Message] | None:
-        """The chat with its last user turn cut from the end until the whole fits into `limit` tokens.
+    def shorten(
+        self, messages: list[Message], limit: int, tools: Tools = None, before: int | None = None
+    ) -> list[Message] | None:
+        """The chat with its last user turn (of those before the turn `before`) cut from the end until the whole fits
+        into `limit` tokens.
 
         The completion and the template stay whole; None where they alone do not fit.
         """
-        index = max(i for i, message in enumerate(messages) if message["role"] == "user")
+        index = max(i for i, message in enumerate(messages[:before]) if message["role"] == "user")
         content = messages[index]["content"]
         offsets = self.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         kept = len(offsets)
         while True:
-            excess = len(self.tokenize(messages).input_ids) - limit
+            excess = len(self.tokenize(messages, tools).input_ids) - limit
             if excess <= 0:
                 return messages
             kept -= excess
@@ -92,13 +82,36 @@ class ChatTokenizer:
             shorter = {"role": "user", "content": content[: offsets[kept - 1][1]]}
             messages = [*messages[:index], shorter, *messages[index + 1 :]]
 
-    def _turn(self, messages: list[Message], index: int, whole: str) -> tuple[str, int]:
-        """The text before the turn's content, and where in `whole` the turn ends."""
-        prompt = render(self.tokenizer, messages[:index], generate=True)
-        until = render(self.tokenizer, messages[: index + 1])
+    def _supervised(self, messages: list[Message], since: int) -> list[int]:
+        turns = [i for i, message in enumerate(messages) if i >= since and message["role"] == "assistant"]
+        considered = turns if self.supervise == "all" else turns[-1:]
+        return [i for i in considered if messages[i].get("train", True)]
+
+    def _turn(self, messages: list[Message], index: int, whole: str, tools: Tools) -> tuple[int, int]:
+        """Where in `whole` the turn's content starts, and where the turn ends."""
+        prompt = render(self.tokenizer, messages[:index], generate=True, tools=tools)
+        until = render(self.tokenizer, messages[: index + 1], tools=tools)
         if not (whole.startswith(prompt) and whole.startswith(until) and len(prompt) < len(until)):
             raise DataError(not_a_prefix(self.tokenizer))
-        return prompt, len(until)
+        return len(prompt), len(until)
+
+    def _encode(self, text: str, starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and their character offsets.
+
+        Where the tokenizer would join the end of a prompt with the answer's start, the two are tokenised apart, as
+        they are when an answer is generated.
+        """
+        ids, offsets = self._encode_piece(text, 0)
+        inner = {character for a, b in offsets for character in range(a + 1, b)}
+        cuts = [0, *(start for start in starts if start in inner), len(text)]
+        if len(cuts) == 2:
+            return ids, offsets
+        pieces = [self._encode_piece(text[a:b], a) for a, b in itertools.pairwise(cuts)]
+        return [i for ids, _ in pieces for i in ids], [o for _, offsets in pieces for o in offsets]
+
+    def _encode_piece(self, text: str, at: int) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], [(a + at, b + at) for a, b in encoded["offset_mapping"]]
 
     def _refuse_special_tokens(self, messages: list[Message]) -> None:
         found = {token for token in self.special for message in messages if token in message["content"]}
@@ -107,14 +120,30 @@ class ChatTokenizer:
                 f"its text holds {', '.join(sorted(found))}, which the model would read as the template's; remove it"
             )
 
+    def _refuse_unseen(self, messages: list[Message], whole: str, tools: Tools) -> None:
+        """Templates that know nothing of tools leave them out in silence."""
+        if tools and whole == render(self.tokenizer, messages):
+            raise DataError("the chat template shows no tools; take a base whose template does, or remove them")
+        for index, message in enumerate(messages):
+            if message["role"] == "tool":
+                without, what = {**message, "content": ""}, "the result of a tool"
+            elif "tool_calls" in message:
+                without, what = {"role": "assistant", "content": message["content"]}, "the tool calls"
+            else:
+                continue
+            if whole == render(self.tokenizer, [*messages[:index], without, *messages[index + 1 :]], tools=tools):
+                raise DataError(f"the chat template leaves out {what} in turn {index + 1}; take a base that shows it")
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], generate: bool = False) -> str:
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], generate: bool = False, tools: Tools = None
+) -> str:
     """The chat as text; `generate` ends it with the template's prompt for an assistant turn.
 
     Raises DataError if the template refuses the chat (some know no system turn).
     """
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generate)  # pyright: ignore[reportArgumentType]
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(f"the chat template refuses a chat of {roles}: {error}") from error
@@ -127,12 +156,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
     Raises DataError where it uses none, because a model trained on such turns never stops.
     """
-    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    start = render(tokenizer, [question], generate=True) + answer["content"]
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "Xyz9"}
+    start = render(tokenizer, [question], generate=True)
     whole = render(tokenizer, [question, answer])
     if not whole.startswith(start):
         raise DataError(not_a_prefix(tokenizer))
-    for token in tokenizer(whole[len(start) :], add_special_tokens=False)["input_ids"]:
+    end = whole[len(start) :].rpartition(answer["content"])[2]
+    for token in tokenizer(end, add_special_tokens=False)["input_ids"]:
         if token in tokenizer.added_tokens_decoder:
             return token
     raise DataError(
@@ -147,5 +177,6 @@ def not_a_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
     return (
         "the chat template rewrites a turn when more follows, so what the assistant wrote cannot be told from the "
         f"rest: the text with the prompt to generate is no prefix of the whole chat. The template begins {head!r}; "
-        "give the tokenizer one that only appends"
+        "give the tokenizer one that only appends, or, where it rewrites earlier turns alone (some strip the reasoning "
+        "in <think>), learn the last answer alone with data.supervise: last"
     )

@@ -6,8 +6,9 @@ from typing import Any
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from flows.data.chat import IGNORED, Tokens
 from flows.data.splits import Row, leakage
+from flows.data.tokens import IGNORED, Sequence, TextTokens
+from flows.params import Data
 from flows.paths import Split
 
 RENDERED = 5
@@ -16,32 +17,36 @@ _QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
 def data_report(
-    source: str,
+    data: Data,
     examples: int,
     available: dict[Split, int],
     splits: dict[Split, list[Row]],
     dropped: Counter[str],
     tokenizer: PreTrainedTokenizerBase,
+    labels: list[str],
 ) -> dict[str, Any]:
     """The report as JSON holds it.
 
-    examples: read from the source. available: rows of each split before sampling. Lengths are in tokens.
+    examples: read from the source. available: rows of each split before sampling. labels: names of the classes, of
+    classification. Lengths are in tokens.
     """
     shown = splits["train"][:RENDERED]
     return {
-        "source": source,
+        "source": data.source,
+        "kind": data.kind,
         "examples": examples,
         "dropped": dict(sorted(dropped.items())),
         "splits": {split: _summary(rows, available[split]) for split, rows in splits.items()},
         "leakage": leakage(splits),
-        "rendered": [{"id": row.tokens.id, "segments": segments(row.tokens, tokenizer)} for row in shown],
+        **({"labels": labels} if labels else {}),
+        "rendered": [{"id": row.tokens.id, "segments": runs} for row in shown for runs in _rendered(row, tokenizer)],
     }
 
 
-def segments(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The row's text in runs of (text, whether it is supervised)."""
+def segments(sequence: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """The text of tokens and their labels in runs of (text, whether it is supervised)."""
     runs: list[tuple[list[int], bool]] = []
-    for token, label in zip(tokens.input_ids, tokens.labels, strict=True):
+    for token, label in zip(*sequence, strict=True):
         supervised = label != IGNORED
         if not runs or runs[-1][1] != supervised:
             runs.append(([], supervised))
@@ -49,9 +54,18 @@ def segments(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[s
     return [(str(tokenizer.decode(ids)), supervised) for ids, supervised in runs]
 
 
+def _rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, bool]]]:
+    """Each of the row's sequences in runs; a text's class stands at its end, as what is learned."""
+    shown = [segments(part, tokenizer) for part in row.tokens.parts]
+    if isinstance(row.tokens, TextTokens):
+        shown[0].append((f" → {row.tokens.label_name}", True))
+    return shown
+
+
 def _summary(rows: list[Row], available: int) -> dict[str, Any]:
-    lengths = [len(row.tokens.input_ids) for row in rows]
-    supervised = [sum(label != IGNORED for label in row.tokens.labels) for row in rows]
+    parts = [part for row in rows for part in row.tokens.parts]
+    lengths = [len(ids) for ids, _ in parts]
+    supervised = [sum(label != IGNORED for label in labels) for _, labels in parts]
     return {
         "rows": len(rows),
         "available": available,
@@ -61,7 +75,7 @@ def _summary(rows: list[Row], available: int) -> dict[str, Any]:
         "tokens": sum(lengths),
         "length": _quantiles(lengths),
         "supervised_tokens": sum(supervised),
-        "supervised_share": round(sum(supervised) / sum(lengths), 4),
+        "supervised_share": round(sum(supervised) / sum(lengths), 4) if any(supervised) else None,
         "supervised_length": _quantiles(supervised),
     }
 

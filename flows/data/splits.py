@@ -8,28 +8,30 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
-from flows.data.chat import Tokens
+from flows.data.near_duplicates import NearDuplicates
+from flows.data.tokens import AnyTokens
 from flows.errors import DataError
 from flows.paths import SPLITS, Split
 
 
 @dataclass(frozen=True)
 class Row:
-    """A tokenised example; `truncated` says whether its prompt was cut."""
+    """A tokenised example; weight: of its loss; `truncated` says whether its prompt was cut."""
 
-    tokens: Tokens
+    tokens: AnyTokens
     group: str
     slice: str
+    weight: float = 1.0
     truncated: bool = False
 
     @property
     def prompt_key(self) -> str:
         """The prompt, but for white space."""
-        return " ".join(self.tokens.prompt.split())
+        return " ".join(self.tokens.question.split())
 
     @property
     def key(self) -> tuple[str, str]:
-        return self.prompt_key, " ".join(self.tokens.completion.split())
+        return self.prompt_key, " ".join(self.tokens.answer.split())
 
 
 def assign_groups(sizes: dict[str, int], shares: dict[Split, float], seed: int) -> dict[str, Split]:
@@ -77,6 +79,28 @@ def without_duplicates(rows: list[Row], split_of: dict[str, Split]) -> tuple[dic
                 kept[split].append(row)
         elsewhere |= {prompt for prompt, _ in seen}
     return kept, dropped
+
+
+def without_near_duplicates(
+    splits: dict[Split, list[Row]], similarity: float
+) -> tuple[dict[Split, list[Row]], Counter[str]]:
+    """The rows that are no near-duplicate of one in another split, and how many were dropped.
+
+    Such a row stays in test rather than validation, and there rather than in train, so that what is measured on stays
+    as it is. similarity: from which two are near-duplicates, 0 to 1.
+    """
+    order: tuple[Split, ...] = ("test", "validation", "train")
+    rows = [(split, row) for split in order for row in splits[split]]
+    index = NearDuplicates([f"{row.tokens.question}\n{row.tokens.answer}" for _, row in rows], similarity)
+    kept: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+    elsewhere: set[int] = set()
+    for split in order:
+        numbers = [number for number, (of, _) in enumerate(rows) if of == split]
+        stay = [number for number in numbers if index.nearest(number, elsewhere) is None]
+        kept[split] = [rows[number][1] for number in stay]
+        elsewhere.update(stay)
+    count = len(rows) - sum(map(len, kept.values()))
+    return kept, Counter({"near-duplicate of another split": count} if count else {})
 
 
 def sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:

@@ -1,7 +1,9 @@
 """Fold the adapter into the base, and prove that the merged model still says what the adapter says.
 
-An adapter trained on a quantised base has learnt to work with its rounding, so there are two bases to fold it into:
-that base dequantised, or the one that was fetched. Both are measured; what is written is read back and measured too.
+An adapter trained on a quantised base has learnt to work with its rounding, so there are three bases to fold it into:
+the one that training saw, as 16-bit weights (dequantized), the 16-bit one that was fetched (original), and the 4- or
+8-bit one itself, whose sum is rounded again (requantized). All are measured against the unmerged model on held-out
+rows; what is written is read back and measured too. A base that is not quantised is all of these at once.
 """
 
 import json
@@ -14,23 +16,27 @@ from flows.base_model import (
     check_base,
     compute_dtype,
     load_dequantized,
+    load_for_inference,
     load_original,
     load_tokenizer,
     padding_id,
 )
 from flows.errors import StageError
-from flows.fidelity import Fidelity, fidelity
+from flows.fidelity import Fidelity, class_fidelity, fidelity
+from flows.objectives import class_names, merged_rows
 from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.progress import progress
-from flows.rows import read_rows
 from flows.stage import start
 from peftcore import PeftModel
+from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest
 
 log = logging.getLogger(__name__)
 
-CANDIDATES = ("dequantized", "original")
+SIXTEEN_BIT = ("dequantized", "original")
+"""What `merge.into: best` chooses from; a model in 4 or 8 bits is another kind of result, and asked for by name."""
+REQUANTIZED = "requantized"
 BATCH_SIZE = 16
 """Rows whose predictions are held in memory twice."""
 
@@ -38,51 +44,65 @@ BATCH_SIZE = 16
 def run(params: Params, paths: Paths) -> None:
     """Merge; writes the merged model and the report, or nothing if the merged model is not faithful enough."""
     check_base(paths.base)
-    rows = read_rows(paths.split("test"), ["input_ids", "labels"], params.merge.rows)
-    tokenizer = load_tokenizer(paths.base)
-    reference = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization), paths.adapter)
+    rows = merged_rows(params, paths.split("test"), params.merge.rows)
+    tokenizer, labels = load_tokenizer(paths.base), class_names(params, paths)
+    compare = fidelity if labels is None else class_fidelity
+    reference = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, labels), paths.adapter)
+    names = ("original",) if params.quantization.storage == "none" else (*SIXTEEN_BIT, REQUANTIZED)
 
-    with progress(3 * len(rows), "merge", "row") as bar:
+    with progress((len(names) + 1) * len(rows), "merge", "row") as bar:
 
         def measured(candidate: PreTrainedModel) -> Fidelity:
-            return fidelity(reference, candidate, rows, padding_id(tokenizer), BATCH_SIZE, bar)
+            keep_quantized_weights_trainable(candidate)  # a prompt's forward is several times faster so on a CPU
+            return compare(reference, candidate, rows, padding_id(tokenizer), BATCH_SIZE, bar)
 
-        figures = {name: measured(_merged(params, paths, name)) for name in CANDIDATES}
-        _require(figures[params.merge.into], params.merge, figures)
+        candidates = {name: measured(_merged(params, paths, name)) for name in names}
+        into = _chosen(params.merge, candidates)
         with directory_written_atomically(paths.merged) as folder:
-            merged = _merged(params, paths, params.merge.into)
-            merged.save_pretrained(folder)
+            _merged(params, paths, into).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            written = measured(load_original(folder, compute_dtype(params.quantization)))
-            _require(written, params.merge, figures)
+            written = measured(load_original(folder, compute_dtype(params.quantization), labels))
+            if not _is_faithful(written, params.merge):
+                raise _unfaithful(f"read back from disk, the model merged into {into}", params.merge, candidates)
             write_manifest(folder)
-    report = {"into": params.merge.into, **asdict(written)}
-    report["candidates"] = {name: asdict(one) for name, one in figures.items()}
+    report = {"into": into, **asdict(written)}
+    report["candidates"] = {name: asdict(found) for name, found in candidates.items()}
     write_atomically(paths.merge_report, json.dumps(report, indent=2) + "\n")
-    log.info("merged into the %s base: %s", params.merge.into, _said(written))
+    log.info("merged into the %s base: %s", into, written)
 
 
 def _merged(params: Params, paths: Paths, into: str) -> PreTrainedModel:
+    labels = class_names(params, paths)
     if into == "dequantized":
-        base = load_dequantized(paths.base, params.quantization)
+        base = load_dequantized(paths.base, params.quantization, labels)
+    elif into == REQUANTIZED:
+        base = load_for_inference(paths.base, params.quantization, labels)
     else:
-        base = load_original(paths.base, compute_dtype(params.quantization))
+        base = load_original(paths.base, compute_dtype(params.quantization), labels)
     return PeftModel.from_pretrained(base, paths.adapter).merge_and_unload(safe_merge=True)
 
 
-def _require(found: Fidelity, limits: Merge, figures: dict[str, Fidelity]) -> None:
-    if found.kl <= limits.max_kl and found.top1_agreement >= limits.min_top1_agreement:
-        return
-    others = "; ".join(f"into {name}: {_said(one)}" for name, one in figures.items())
-    raise StageError(
-        f"the merged model strays from the adapter ({_said(found)}; merge.max_kl is {limits.max_kl}, "
-        f"merge.min_top1_agreement is {limits.min_top1_agreement}), so nothing was written. Measured {others}. "
-        "Change merge.into to the better one, or the limits if you accept it"
+def _chosen(merge: Merge, candidates: dict[str, Fidelity]) -> str:
+    """The candidate to write; StageError if it is not faithful enough, or, for the best, none is."""
+    wanted = SIXTEEN_BIT if merge.into == "best" else (merge.into,)
+    eligible = wanted if len(candidates) > 1 else tuple(candidates)
+    faithful = [name for name in eligible if _is_faithful(candidates[name], merge)]
+    if not faithful:
+        raise _unfaithful(f"merged into {' or '.join(eligible)}, the model", merge, candidates)
+    return min(faithful, key=lambda name: candidates[name].kl)
+
+
+def _is_faithful(found: Fidelity, limits: Merge) -> bool:
+    return found.kl <= limits.max_kl and found.top1_agreement >= limits.min_top1_agreement
+
+
+def _unfaithful(what: str, limits: Merge, candidates: dict[str, Fidelity]) -> StageError:
+    measured = "; ".join(f"into {name}: {found}" for name, found in candidates.items())
+    return StageError(
+        f"{what} strays from the adapter beyond merge.max_kl {limits.max_kl:g} or merge.min_top1_agreement "
+        f"{limits.min_top1_agreement:g}, so nothing was written. Measured {measured}. Set merge.into to one that is "
+        "within the limits, or the limits to what you accept"
     )
-
-
-def _said(one: Fidelity) -> str:
-    return f"KL {one.kl:.4f}, top-1 agreement {one.top1_agreement:.3f} over {one.tokens} tokens"
 
 
 if __name__ == "__main__":

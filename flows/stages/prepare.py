@@ -1,4 +1,4 @@
-"""prepare: tokenised train, validation and test rows with completion-only labels, and a report on them."""
+"""prepare: tokenised train, validation and test rows with labels, and a report on them with the doctor's findings."""
 
 import json
 import logging
@@ -6,14 +6,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value, disable_progress_bars
+from datasets import Dataset, Features, disable_progress_bars
 
 from flows.base_model import check_base, load_tokenizer
-from flows.data.chat import ChatTokenizer
-from flows.data.examples import Example
+from flows.data.encoders import COLUMNS, Encoder, encoder_of, label_names
+from flows.data.examples import AnyExample
 from flows.data.report import data_report
 from flows.data.sources import read_examples, refuse_faulty
-from flows.data.splits import Row, assign_groups, sample, without_duplicates
+from flows.data.splits import Row, assign_groups, sample, without_duplicates, without_near_duplicates
+from flows.data.tokens import length
+from flows.doctor.examination import examine_folder
 from flows.errors import DataError
 from flows.params import Data, Params
 from flows.paths import SPLITS, Paths, Split
@@ -22,19 +24,6 @@ from flows.stage import start
 from peftcore.files import directory_written_atomically
 
 logger = logging.getLogger("flows.prepare")
-
-COLUMNS = Features(
-    {
-        "id": Value("string"),
-        "group": Value("string"),
-        "slice": Value("string"),
-        "prompt": Value("string"),
-        "completion": Value("string"),
-        "prompt_length": Value("int32"),
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-    }
-)
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -49,12 +38,12 @@ def run(params: Params, paths: Paths) -> None:
             f"{tokenizer.model_max_length} tokens; give at most that"
         )
     examples = read_examples(data, paths.root)
-    rows, dropped = tokenize(examples, ChatTokenizer(tokenizer), data)
+    labels = label_names(examples)
+    rows, dropped = tokenize(examples, encoder_of(data, tokenizer, labels), data)
     if not rows:
         raise DataError(f"no rows are left ({_reasons(dropped)}); give a larger data.max_length, or other data")
-    sizes = Counter(row.group for row in rows)
-    shares: dict[Split, float] = {"test": data.test_share, "validation": data.validation_share}
-    kept, duplicates = without_duplicates(rows, assign_groups(sizes, shares, seed))
+    kept, duplicates = _split(rows, data, seed)
+    dropped += duplicates
     limits: dict[Split, int | None] = {
         "train": data.train_rows,
         "validation": data.validation_rows,
@@ -62,17 +51,23 @@ def run(params: Params, paths: Paths) -> None:
     }
     splits: dict[Split, list[Row]] = {split: sample(kept[split], limits[split], seed) for split in SPLITS}
     available: dict[Split, int] = {split: len(kept[split]) for split in SPLITS}
-    _refuse_empty(splits, dropped + duplicates)
-    report = data_report(data.source, len(examples), available, splits, dropped + duplicates, tokenizer)
+    _refuse_empty(splits, dropped)
+    report = data_report(data, len(examples), available, splits, dropped, tokenizer, labels)
     assert not any(count for pair in report["leakage"].values() for count in pair.values()), report["leakage"]
     with directory_written_atomically(paths.data) as fresh:
         for split in SPLITS:
-            write_rows(splits[split], fresh / paths.split(split).name)
+            write_rows(splits[split], fresh / paths.split(split).name, COLUMNS[data.kind])
+        if labels:
+            (fresh / paths.labels.name).write_text(json.dumps(labels, ensure_ascii=False) + "\n")
+        findings = examine_folder(fresh, report, tokenizer, data)
+        report["doctor"] = findings.as_dict()
         (fresh / paths.data_report.name).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     _log(report)
+    for finding in findings.of("error", "warning"):
+        logger.warning("%s: %s", finding.severity, finding)
 
 
-def tokenize(examples: list[Example], chats: ChatTokenizer, data: Data) -> tuple[list[Row], Counter[str]]:
+def tokenize(examples: list[AnyExample], encoder: Encoder, data: Data) -> tuple[list[Row], Counter[str]]:
     """The examples that fit, and how many were dropped by reason.
 
     Raises DataError that lists the rows which the template cannot take, or that are too long where that is an error.
@@ -82,7 +77,7 @@ def tokenize(examples: list[Example], chats: ChatTokenizer, data: Data) -> tuple
         for example in examples:
             bar.update(1)
             try:
-                row = _row(example, chats, data)
+                row = _row(example, encoder, data)
             except DataError as error:
                 faults.append(f"{example.where}: {error}")
                 continue
@@ -94,31 +89,43 @@ def tokenize(examples: list[Example], chats: ChatTokenizer, data: Data) -> tuple
     return rows, dropped
 
 
-def write_rows(rows: list[Row], path: Path) -> None:
+def write_rows(rows: list[Row], path: Path, features: Features) -> None:
     """One split as Parquet, the same bytes for the same rows."""
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    columns: dict[str, list[Any]] = {name: [] for name in features}
     for row in rows:
-        values = vars(row.tokens) | {"id": row.tokens.id, "group": row.group, "slice": row.slice}
+        tokens = row.tokens
+        origin = {"id": tokens.id, "group": row.group, "slice": row.slice, "weight": row.weight}
+        values = tokens.columns() | origin
         for name, column in columns.items():
             column.append(values[name])
-    Dataset.from_dict(columns, features=COLUMNS).to_parquet(path)
+    Dataset.from_dict(columns, features=features).to_parquet(path)
 
 
-def _row(example: Example, chats: ChatTokenizer, data: Data) -> Row | None:
+def _split(rows: list[Row], data: Data, seed: int) -> tuple[dict[Split, list[Row]], Counter[str]]:
+    """The rows of each split without what two splits share, and how many were dropped by reason."""
+    shares: dict[Split, float] = {"test": data.test_share, "validation": data.validation_share}
+    sizes = Counter(row.group for row in rows)
+    kept, dropped = without_duplicates(rows, assign_groups(sizes, shares, seed))
+    if data.near_duplicates == "drop":
+        kept, near = without_near_duplicates(kept, data.similarity)
+        dropped += near
+    return kept, dropped
+
+
+def _row(example: AnyExample, encoder: Encoder, data: Data) -> Row | None:
     """The example as a row; None where it is too long and has to be dropped."""
-    tokens = chats.tokenize(example.messages)
-    length = len(tokens.input_ids)
-    if length <= data.max_length:
-        return Row(tokens, example.group, example.slice)
-    if data.overlong == "error":
-        raise DataError(
-            f"{length} tokens, more than data.max_length {data.max_length}; raise that, or let "
-            "data.overlong drop or truncate"
-        )
-    shorter = chats.shorten(example.messages, data.max_length) if data.overlong == "truncate" else None
-    if shorter is None:
-        return None
-    return Row(chats.tokenize(shorter), example.group, example.slice, truncated=True)
+    tokens, truncated = encoder.encode(example), False
+    if (tokens_of_it := length(tokens)) > data.max_length:
+        if data.overlong == "error":
+            raise DataError(
+                f"{tokens_of_it} tokens, more than data.max_length {data.max_length}; raise that, or let "
+                "data.overlong drop or truncate"
+            )
+        shorter = encoder.shorten(example, data.max_length) if data.overlong == "truncate" else None
+        if shorter is None:
+            return None
+        tokens, truncated = encoder.encode(shorter), True
+    return Row(tokens, example.group, example.slice, example.weight, truncated)
 
 
 def _refuse_empty(splits: dict[Split, list[Row]], dropped: Counter[str]) -> None:
@@ -138,7 +145,7 @@ def _log(report: dict[str, Any]) -> None:
     for split, of in report["splits"].items():
         logger.info(
             "%s: %d of %d rows in %d groups, %d tokens, %.1f %% supervised",
-            *(split, of["rows"], of["available"], of["groups"], of["tokens"], 100 * of["supervised_share"]),
+            *(split, of["rows"], of["available"], of["groups"], of["tokens"], 100 * (of["supervised_share"] or 0)),
         )
     for reason, count in report["dropped"].items():
         logger.info("dropped: %d %s", count, reason)

@@ -2,26 +2,46 @@
 
 Interrupted at any point, it goes on from the last whole checkpoint when it is run again with the same parameters,
 data and base, and ends as an uninterrupted run would have.
+
+In several processes the stage starts itself anew in each. All train, and compute the same where they do not share the
+work; the main one alone shows progress, logs, writes results and removes checkpoints.
 """
 
 import json
 import logging
 import shutil
+from pathlib import Path
 from typing import Any, cast
 
+from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedModel, ProgressCallback, TrainerState
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
 from flows.adapter_choice import adapter_config
+from flows.automatic_rank import FILE as RANKS
+from flows.automatic_rank import with_automatic_ranks
 from flows.base_model import check_base, load_for_training, load_tokenizer, padding_id
 from flows.errors import StageError
+from flows.launcher import is_launched, joined, launch
+from flows.loftq import attach_adapter
+from flows.objectives import (
+    check_batching,
+    class_names,
+    longest,
+    padded_collator,
+    start_batch,
+    trainer_of,
+    training_collator,
+    training_rows,
+    unweighted_chats,
+)
 from flows.params import Params
 from flows.paths import Paths
-from flows.rows import read_rows
+from flows.rank_chart import rank_heat_map, rank_picture
 from flows.stage import set_seed, start
 from flows.tracking import Tracker
-from flows.training_arguments import training_arguments
+from flows.training_arguments import fault_policy, training_arguments
 from flows.training_callbacks import (
     EvaluateAt,
     ShowProgress,
@@ -30,54 +50,97 @@ from flows.training_callbacks import (
     evaluations_since_best,
     evenly_spread,
 )
-from flows.training_log import TrainingLog, loss_table
+from flows.training_log import RANK_HISTORY, TrainingLog, loss_table
 from flows.training_run import Run, optimizer_steps, run_key
-from peftcore import TrainingError, get_peft_model, initialize_from_data
+from peftcore import LoraConfig, TrainingError, initialize_from_data
 from peftcore.files import directory_written_atomically, write_atomically
 from peftcore.init import DATA_STARTS
 from peftcore.merge import check_mergeable
-from peftcore.train import AdapterTrainer, PackedCollator, Packs, RightPaddingCollator, last_good_checkpoint
+from peftcore.train import (
+    AdapterTrainer,
+    Packs,
+    RightPaddingCollator,
+    last_good_checkpoint,
+    recompute_activations,
+)
 
 log = logging.getLogger(__name__)
 
+HEAT_MAP = "ranks.svg"
 BATCHES_FOR_START = 32
 """Batches that a start from data looks at."""
 
 
 def run(params: Params, paths: Paths) -> None:
+    """Train, in as many processes as the parameters say."""
+    if params.train.processes > 1 and not is_launched():
+        launch("flows.stages.train", params.train.processes, params.train.launcher)
+        return
+    with joined(params.train.processes) as processes:
+        _run(params, paths, processes)
+
+
+def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     """Train; writes the adapter and the run's records, then removes the run's checkpoints."""
+    main = processes.is_main_process
     base = check_base(paths.base)
-    columns = ["input_ids", "labels"]
-    rows = {name: Dataset.from_list(read_rows(paths.split(name), columns)) for name in ("train", "validation")}
+    rows, labels = training_rows(params, paths), class_names(params, paths)
     training_set = _training_set(params, rows["train"])
     folder = paths.checkpoints / run_key(params, paths, base)
     this = Run(folder, last_good_checkpoint(folder), optimizer_steps(params, training_set))
-    records = this.log.keep_until(this.state.global_step)
+    records = this.log.keep_until(this.state.global_step) if main else []
     if this.checkpoint is not None:
         log.info("resuming from step %d of %d", this.state.global_step, this.total_steps)
 
     set_seed(params.project.seed)
-    model = cast(PreTrainedModel, load_for_training(paths.base, params.quantization, _longest(rows)))
-    model = get_peft_model(model, adapter_config(params, this.total_steps))
+    longest_row = longest(params, rows)
+    model = cast(PreTrainedModel, load_for_training(paths.base, params.quantization, longest_row, labels))
+    pad = padding_id(load_tokenizer(paths.base))
+    config = adapter_config(params, this.total_steps)
+    if params.method.r == "auto":
+        chats, collate = unweighted_chats(params, rows["train"]), RightPaddingCollator(pad)
+        with processes.main_process_first():
+            config = with_automatic_ranks(params, cast(LoraConfig, config), model, chats, collate, folder)
+    model = attach_adapter(params, model, config, paths.base)
     check_mergeable(model, ["default"])  # the pipeline ends in a merged model: better said before training than after
-    collate = RightPaddingCollator(padding_id(load_tokenizer(paths.base)))
-    _start_from_data(model, rows["train"], collate, params.train.batch_size)
-    tracker = Tracker(params.tracking.project, params.tracking.mode, params.model_dump(), paths.root)
+    _start_from_data(params, model, rows["train"], pad)
+    recompute_activations(model, params.train.gradient_checkpointing)
+    mode = params.tracking.mode if main else "disabled"
+    tracker = Tracker(params.tracking.project, mode, params.model_dump(), paths.root)
     try:
         for record in records:
             tracker.log(record)
-        trainer = _trainer(params, this, model, training_set, rows["validation"], collate, tracker)
+        trainer_class, options = trainer_of(params, rows["train"], labels)
+        options |= {"train_dataset": training_set, "eval_dataset": rows["validation"]}
+        options["data_collator"] = training_collator(params, padded_collator(params, pad))
+        trainer = _trainer(params, this, model, trainer_class, options, tracker if main else None)
         _train(trainer, this, params.train.patience)
+        processes.wait_for_everyone()  # the others have read the best checkpoint before it is removed
+        if not main:
+            return
         model.save_pretrained(paths.adapter)
         summary = _summary(params, model, trainer.state, this.log, tracker.run_id)
         with directory_written_atomically(paths.training) as training:
             write_atomically(training / paths.training_summary.name, json.dumps(summary, indent=2) + "\n")
             write_atomically(training / paths.loss_curve.name, loss_table(this.log.records()))
             shutil.copyfile(this.log.path, training / paths.training_log.name)
+            if (folder / RANKS).exists():
+                shutil.copyfile(folder / RANKS, training / RANKS)
+            if (folder / RANK_HISTORY).exists():
+                shutil.copyfile(folder / RANK_HISTORY, training / RANK_HISTORY)
+            _draw_ranks(model.adapter_ranks(), trainer.state.global_step, training, tracker)
         tracker.finish(summary, paths.adapter)
     finally:
         tracker.close()
     shutil.rmtree(folder)
+
+
+def _draw_ranks(ranks: dict[str, int], step: int, folder: Path, tracker: Tracker) -> None:
+    """A heat map of the trained adapter's ranks, if they differ between layers."""
+    if len(set(ranks.values())) > 1:
+        title = "Ranks of the trained adapter"
+        write_atomically(folder / HEAT_MAP, str(rank_heat_map(ranks, title)))
+        tracker.picture("ranks", rank_picture(ranks, title), step)
 
 
 def _train(trainer: AdapterTrainer, this: Run, patience: int) -> None:
@@ -91,25 +154,27 @@ def _trainer(
     params: Params,
     this: Run,
     model: PreTrainedModel,
-    training_set: Dataset | Packs,
-    validation_set: Dataset,
-    collate: RightPaddingCollator,
-    tracker: Tracker,
+    trainer_class: type[AdapterTrainer],
+    options: dict[str, Any],
+    tracker: Tracker | None,
 ) -> AdapterTrainer:
-    before, train = this.log.records(), params.train
+    """tracker: of the main process, which alone logs and shows progress."""
+    train = params.train
+    callbacks: list[TrainerCallback] = [
+        EvaluateAt(evenly_spread(this.total_steps, train.evaluations)),
+        StopWithoutGain(train.patience),
+    ]
+    if tracker is not None:
+        before = this.log.records()
+        seconds = before[-1]["seconds"] if before else 0.0
+        callbacks += [WriteLog(this.log, tracker.log, seconds=seconds), ShowProgress()]
     try:
-        trainer = AdapterTrainer(
+        trainer = trainer_class(
             model=model,
             args=training_arguments(params, this.folder, this.total_steps),
-            train_dataset=training_set,
-            eval_dataset=validation_set,
-            data_collator=PackedCollator() if train.batching in ("padding_free", "packed") else collate,
-            callbacks=[
-                EvaluateAt(evenly_spread(this.total_steps, train.evaluations)),
-                StopWithoutGain(train.patience),
-                WriteLog(this.log, tracker.log, seconds=before[-1]["seconds"] if before else 0.0),
-                ShowProgress(),
-            ],
+            faults=fault_policy(params),
+            **options,
+            callbacks=callbacks,
         )
     except TrainingError as error:
         raise StageError(
@@ -121,22 +186,18 @@ def _trainer(
     return trainer
 
 
-def _start_from_data(model: Any, rows: Dataset, collate: RightPaddingCollator, batch_size: int) -> None:
+def _start_from_data(params: Params, model: Any, rows: Dataset, pad: int) -> None:
     """Give a LoRA that starts from data (EVA, CorDA, LoRA-GA) that start, from the first training rows."""
     if getattr(model.peft_config["default"], "init_lora_weights", None) not in DATA_STARTS:
         return
-    count = min(len(rows), BATCHES_FOR_START * batch_size)
-    firsts = range(0, count, batch_size)
-    initialize_from_data(
-        model, [collate([rows[i] for i in range(first, min(first + batch_size, count))]) for first in firsts]
-    )
-
-
-def _longest(rows: dict[str, Dataset]) -> int:
-    return max(len(ids) for split in rows.values() for ids in split["input_ids"])
+    size = params.train.batch_size
+    firsts = [rows[i] for i in range(min(len(rows), BATCHES_FOR_START * size))]
+    batches = [start_batch(params, firsts[first : first + size], pad) for first in range(0, len(firsts), size)]
+    initialize_from_data(model, batches)
 
 
 def _training_set(params: Params, rows: Dataset) -> Dataset | Packs:
+    check_batching(params)
     if params.train.batching != "packed":
         return rows
     try:

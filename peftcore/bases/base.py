@@ -136,6 +136,10 @@ class BaseWeight(ABC):
         """x Wᵀ + b (n, o) in fresh memory and without gradient, for x (n, i) of the type that `computes_in` gave."""
         raise NotImplementedError(f"{type(self).__name__} has no product")
 
+    def prefers_product(self, x: Tensor) -> bool:
+        """Whether `product`, for x (..., i) flattened, is a faster way to the layer's own output."""
+        return False
+
     def weight_to_keep(self) -> Tensor | None:
         """What autograd keeps to form x's gradient: the layer's own weight, or None where `read` makes it again."""
         return self.read()

@@ -1,8 +1,16 @@
-"""Base layers that bitsandbytes keeps in 4 or 8 bits; linear maps like any other once their weight is read."""
+"""Base layers that bitsandbytes keeps in 4 or 8 bits; linear maps like any other once their weight is read.
+
+On CPUs with bfloat16 instructions bitsandbytes has a second product for 4 bits, over codes in an order of its own: for
+a token or two several times faster than dequantising the weight, for a prompt ten times slower. Its layers change
+over to that order in place, for good, at their first forward in eval mode. Here the layer keeps its own order, so that
+saving, merging and training stay exact to the bit, and a copy in the other order exists only while it pays.
+"""
 
 import copy
+import weakref
+from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +18,28 @@ from torch import Tensor, nn
 from peftcore.bases.plain import LinearWeight
 from peftcore.errors import TrainingError
 
+FEW_TOKENS = 16
+"""Tokens of a forward up to which the packed product is the faster one, as `benchmarks.quantised_forward` measured it.
+
+Its time grows with the tokens, that of dequantising hardly does: in bf16 they met at 16 to 26 tokens for layers of
+192 x 576 to 1536 x 576.
+"""
+PACKED_OUTPUTS = 32
+"""Outputs whose codes the packed order keeps side by side."""
+
 
 class FourBitWeight(LinearWeight):
     """`bitsandbytes.nn.Linear4bit` (NF4, FP4), with or without double quantisation. QLoRA: arXiv:2305.14314."""
 
     quantized = True
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(layer)
+        self.layer.support_avx512bf16_for_cpu = False  # else it repacks itself for good, as said above
+        self._packed: _Packed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -29,7 +54,30 @@ class FourBitWeight(LinearWeight):
         return None if autocast else dtype
 
     def product(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        if not self._is_for_packed(x, len(x)):
+            self._packed = None
+            return self.layer(x)
+        weight = self.layer.weight
+        if self._packed is None or not self._packed.is_of(weight):
+            self._packed = _packed(weight)
+        codes, scales, *_ = self._packed
+        state = weight.quant_state
+        product: Any = torch.ops.bitsandbytes.gemv_4bit.default
+        y = product(x.contiguous(), codes, state.shape, scales, state.code, state.blocksize)
+        return y if self.layer.bias is None else y.add_(self.layer.bias)
+
+    def prefers_product(self, x: Tensor) -> bool:
+        rows = x.numel() // x.shape[-1]
+        wants_gradient = torch.is_grad_enabled() and x.requires_grad
+        return not wants_gradient and self._is_for_packed(x, rows) and self.computes_in(x) is not None
+
+    def _is_for_packed(self, x: Tensor, rows: int) -> bool:
+        """Only in bfloat16, which is what the packed product computes in; float32 keeps its precision."""
+        if self.layer.training or not 0 < rows <= FEW_TOKENS or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            return False
+        state = self.layer.weight.quant_state
+        whole = state.shape[0] % PACKED_OUTPUTS == 0 and state.shape[1] % state.blocksize == 0
+        return whole and not _is_packed(state) and _has_packed_product()
 
     def weight_to_keep(self) -> None:
         return None
@@ -59,9 +107,56 @@ class FourBitWeight(LinearWeight):
         self.layer.quant_state = state["weight"].quant_state
 
 
+class _Packed(NamedTuple):
+    """A 4-bit weight in the order of bitsandbytes' CPU kernel."""
+
+    codes: Tensor
+    """(o, i/2) bytes: of 32 outputs the first input pair, the second, ...; a byte's halves are 16 outputs apart."""
+    scales: Tensor
+    """(i/blocksize, o) in bfloat16."""
+    weight: "weakref.ref[Tensor]"
+    """What it was made of; a reference that would keep it alive could hold a merged weight for ever."""
+    version: tuple[int, int]
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it was made of this very weight as it is now."""
+        return self.weight() is weight and self.version == _version(weight)
+
+
+def _packed(weight: Any) -> _Packed:
+    import bitsandbytes.functional as bnb
+
+    state = weight.quant_state
+    outputs, inputs = state.shape
+    rows = weight.data.view(torch.uint8).view(-1, 2, PACKED_OUTPUTS // 2, inputs // 2)
+    even, odd = rows >> 4, rows & 15
+    halves = [half[:, 0] | half[:, 1] << 4 for half in (even, odd)]
+    codes = torch.stack(halves, -1).transpose(1, 2).reshape(outputs, inputs // 2)
+    scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    scales = scales.view(outputs, -1).T.to(torch.bfloat16).contiguous()
+    return _Packed(codes, scales, weakref.ref(weight), _version(weight))
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    """Where its codes lie, and how often they have been changed in place as far as autograd has seen it."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+@cache
+def _has_packed_product() -> bool:
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
+
+
+def _is_packed(state: Any) -> bool:
+    """Whether bitsandbytes has packed a layer in place."""
+    return getattr(state, "packing_format_for_cpu", False)
+
+
 def _unpacked(weight: Any) -> tuple[Tensor, Any]:
-    """Undo, in a copy, the repacking that an eval forward on the CPU leaves behind; dequantising needs rows."""
-    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+    """Undo, in a copy, the repacking that an eval forward before there were adapters leaves behind."""
+    if not _is_packed(weight.quant_state):
         return weight.data, weight.quant_state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
@@ -122,7 +217,7 @@ def keep_quantized_weights_trainable(model: nn.Module) -> None:
             continue
         module.support_avx512bf16_for_cpu = False  # pyright: ignore
         state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
+        if _is_packed(state):
             raise TrainingError(
                 f"{path} has been packed for inference by a forward pass in eval mode and gives no gradients any "
                 "more; load the base model again and train before evaluating it"

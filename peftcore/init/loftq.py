@@ -11,7 +11,7 @@ from torch import Tensor
 from peftcore.adapter_set import adapter_set
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.methods.lora import Lora
-from peftcore.methods.lora.starts import low_rank, put
+from peftcore.methods.lora.starts import Factors, low_rank, put
 
 
 @torch.no_grad()
@@ -22,6 +22,8 @@ def replace_lora_weights_loftq(
     callback: Callable[[Any, str], bool] | None = None,
 ) -> None:
     """Set A and B so that quantised weight + s·BA is as near to the original as rank r allows, in place.
+
+    DoRA's magnitudes become the lengths of that sum's rows. The base stays as it is.
 
     weights: the original model's directory of safetensors, or {parameter path: tensor}.
     callback: called as callback(model, path) after each layer; False puts that layer's factors back.
@@ -37,9 +39,14 @@ def replace_lora_weights_loftq(
             raise CheckpointError(f"no {path}.weight among the original weights; give those this model was made from")
         before = adapter.lora_A.clone(), adapter.lora_B.clone()
         residual = weight.float().to(adapter.base.device) - adapter.base.read_unmerged().float()
-        put(adapter, low_rank(residual, adapter.r, adapter.scaling))
+        _start_at(adapter, low_rank(residual, adapter.r, adapter.scaling))
         if callback is not None and not callback(model, path):
-            put(adapter, before)
+            _start_at(adapter, before)
+
+
+def _start_at(adapter: Lora, factors: Factors) -> None:
+    put(adapter, factors)
+    adapter.reset_magnitude()
 
 
 def _originals(directory: Path, adapters: Mapping[str, Lora]) -> dict[str, Tensor]:

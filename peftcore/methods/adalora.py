@@ -22,6 +22,7 @@ from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig
 from peftcore.errors import ConfigError, TrainingError
 from peftcore.low_rank import LowRank
 from peftcore.registry import register
+from peftcore.shrinking import can_shrink, shrunk
 
 _NAMES = ("lora_A", "lora_B", "lora_E")
 
@@ -111,8 +112,7 @@ class AdaLora(Adapter):
                 f"got {len(kept)}"
             )
         r = int(kept.sum())
-        alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
-        self.scaling = alpha / (config.init_r + 1e-5)  # PEFT's denominator, so that its adapters read the same
+        self.scaling = scaling_of(config)
         self.dropout = config.lora_dropout
         self.random = config.init_lora_weights is False
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features))
@@ -131,6 +131,10 @@ class AdaLora(Adapter):
             nn.init.normal_(self.lora_E)
         else:
             nn.init.zeros_(self.lora_E)
+
+    @property
+    def rank(self) -> int:
+        return int(self.kept.sum())
 
     def low_rank(self) -> LowRank:
         return LowRank(self.lora_A * self.lora_E, self.lora_B, self.scaling, self.dropout if self.training else 0.0)
@@ -230,24 +234,15 @@ class AdaLora(Adapter):
             self.lora_E[~self.kept.to(self.lora_E.device)] = 0
 
     def _prune(self, optimizer: torch.optim.Optimizer) -> None:
-        """Shrink the parameters and the optimiser's moments to the triplets that are kept."""
+        """Shrink the parameters and the optimiser's moments to the triplets that are kept.
+
+        A moment in a form that is not known stays with the masked tensors.
+        """
+        if not all(can_shrink(getattr(self, name), optimizer) for name in _NAMES):
+            return
         rows = self._kept_rows().to(self.lora_E.device)
         for name in _NAMES:
-            parameter = getattr(self, name)
-            moments = optimizer.state.get(parameter, {}).values()
-            if any(isinstance(m, Tensor) and m.dim() and m.shape != parameter.shape for m in moments):
-                return  # moments in a packed form (8-bit optimisers) stay with the masked tensors
-        for name in _NAMES:
-            old, axis = getattr(self, name), _triplet_axis(name)
-            new = nn.Parameter(old.detach().index_select(axis, rows))
-            setattr(self, name, new)
-            for group in optimizer.param_groups:
-                group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
-            if old in optimizer.state:
-                optimizer.state[new] = {
-                    key: moment.index_select(axis, rows) if isinstance(moment, Tensor) and moment.dim() else moment
-                    for key, moment in optimizer.state.pop(old).items()
-                }
+            setattr(self, name, shrunk(getattr(self, name), _triplet_axis(name), rows, optimizer))
         self.importance = {}
 
     def training_state(self) -> dict[str, Tensor]:
@@ -260,12 +255,19 @@ class AdaLora(Adapter):
     @torch.no_grad()
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         self.kept = state["kept"].cpu()
+        self.importance = {}
         for name in _NAMES:
             parameter = getattr(self, name)
             parameter.data = state[name].to(parameter, copy=True)
             if f"{name}.mean" in state:
                 device = parameter.device
                 self.importance[name] = (state[f"{name}.mean"].to(device), state[f"{name}.spread"].to(device))
+
+
+def scaling_of(config: AdaLoraConfig) -> float:
+    """s = α/init_r, with PEFT's denominator, so that its adapters read the same."""
+    alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
+    return alpha / (config.init_r + 1e-5)
 
 
 def _triplet_axis(name: str) -> int:

@@ -1,27 +1,55 @@
 """Training adapters: transformers' Trainer with what adapters need, and the pieces by themselves."""
 
 from peftcore.train.adamw import FusedAdamW
-from peftcore.train.batches import LengthGroupedSampler, RightPaddingCollator
+from peftcore.train.batches import (
+    ClassificationCollator,
+    LengthGroupedSampler,
+    PreferenceCollator,
+    RightPaddingCollator,
+)
 from peftcore.train.checkpoints import fault_of_checkpoint, last_good_checkpoint
+from peftcore.train.classification import ClassificationTrainer, ClassificationTrainerMixin, balanced_class_weights
+from peftcore.train.fault_policy import FaultPolicy
 from peftcore.train.linear_cross_entropy import linear_cross_entropy
 from peftcore.train.losses import row_sums, supervised_positions, token_losses
 from peftcore.train.packing import PackedCollator, Packs, PackSampler, check_packable
+from peftcore.train.preference import Dpo, Orpo, PairLogProbs
+from peftcore.train.preference_trainer import PreferenceTrainer, PreferenceTrainerMixin
+from peftcore.train.rank_search import RankSearch, find_ranks
+from peftcore.train.recomputation import recompute_activations
+from peftcore.train.reference import pair_log_probs, reference_acting
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
     "AdapterTrainer",
     "AdapterTrainerMixin",
+    "ClassificationCollator",
+    "ClassificationTrainer",
+    "ClassificationTrainerMixin",
+    "Dpo",
+    "FaultPolicy",
     "FusedAdamW",
     "LengthGroupedSampler",
+    "Orpo",
     "PackSampler",
     "PackedCollator",
     "Packs",
+    "PairLogProbs",
+    "PreferenceCollator",
+    "PreferenceTrainer",
+    "PreferenceTrainerMixin",
+    "RankSearch",
     "RightPaddingCollator",
+    "balanced_class_weights",
     "check_packable",
     "fault_of_checkpoint",
+    "find_ranks",
     "last_good_checkpoint",
     "linear_cross_entropy",
+    "pair_log_probs",
+    "recompute_activations",
+    "reference_acting",
     "row_sums",
     "supervised_logits",
     "supervised_positions",

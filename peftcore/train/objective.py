@@ -1,11 +1,11 @@
 """The loss that an adapter is trained and evaluated on, inside transformers' Trainer.
 
-Trainer's own wherever its loss is another; next-token cross entropy over labelled tokens alone otherwise, with the
-adapters' regulariser once per optimiser step and logged apart from it.
+Trainer's own wherever its loss is another; next-token cross entropy over labelled tokens alone otherwise, with rows'
+weights where they have some, and with the adapters' regulariser once per optimiser step and logged apart from it.
 """
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from peftcore.errors import TrainingError
 from peftcore.model import PeftModel
 from peftcore.train.losses import has_causal_loss, row_sums, token_losses
 from peftcore.train.supervised_head import is_compiled
-
-_Base = Trainer if TYPE_CHECKING else object
+from peftcore.train.weights import WEIGHT, RowWeightsMixin, token_weights
 
 
 def adapted_model(trainer: Trainer) -> Any:
@@ -34,7 +33,7 @@ def adapted_model(trainer: Trainer) -> Any:
     return model
 
 
-class ObjectiveMixin(_Base):
+class ObjectiveMixin(RowWeightsMixin):
     """What AdapterTrainerMixin computes: a step's loss, and an evaluation set's."""
 
     _regularizers: list[Tensor]
@@ -61,8 +60,15 @@ class ObjectiveMixin(_Base):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Trainer's, with the label-only loss where the model's own is the same number; compiled models keep theirs."""
-        plain = "labels" in inputs and "shift_labels" not in inputs
-        if return_outputs or not plain or is_compiled(model) or not self._computes_label_only_loss():
+        plain = "labels" in inputs and "shift_labels" not in inputs and not return_outputs
+        label_only = plain and self._computes_label_only_loss()
+        if WEIGHT in inputs and not label_only:
+            raise TrainingError(
+                f"rows have weights, which the loss of this {type(adapted_model(self)).__name__} cannot take in: they "
+                "are for next-token cross entropy without label smoothing or a loss function of one's own, evaluated "
+                f"with prediction_loss_only=True; remove the column {WEIGHT!r}, or those"
+            )
+        if not label_only or (is_compiled(model) and WEIGHT not in inputs):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             result = self._label_only_loss(model, inputs, num_items_in_batch)
@@ -73,11 +79,17 @@ class ObjectiveMixin(_Base):
         return (loss, *rest) if return_outputs else loss
 
     def _label_only_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
-        given = {name: value for name, value in inputs.items() if name != "labels"}
-        losses, _ = token_losses(model, given, inputs["labels"])
-        if num_items is None:
-            return losses.mean()
-        loss = losses.sum() / (num_items.to(losses.device) if isinstance(num_items, Tensor) else num_items)
+        given = {name: value for name, value in inputs.items() if name not in ("labels", WEIGHT)}
+        losses, mask = token_losses(model, given, inputs["labels"])
+        if WEIGHT in inputs:
+            weights = token_weights(inputs[WEIGHT], mask).to(losses)
+            total = (losses * weights).sum()
+            return total / weights.sum() if num_items is None else self._share(total, num_items)
+        return losses.mean() if num_items is None else self._share(losses.sum(), num_items)
+
+    def _share(self, total: Tensor, num_items: Tensor | int) -> Tensor:
+        """What a summed loss adds to the mean over the `num_items` of the whole accumulated batch."""
+        loss = total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
         if self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # processes average gradients
         return loss
@@ -96,16 +108,6 @@ class ObjectiveMixin(_Base):
         if self.loss_is_scaled_for_ga is not None:
             return self.loss_is_scaled_for_ga
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's; TrainingError as soon as a loss is not finite, before it reaches the weights."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (learning rate "
-                f"{self._get_learning_rate():.2e}); lower the learning rate, clip gradients, or compute in float32"
-            )
-        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the mean `regularizer` of the steps since the last record."""
@@ -126,7 +128,7 @@ class ObjectiveMixin(_Base):
     ) -> EvalLoopOutput:
         """Trainer's; where only the loss is asked for, it is the mean over the set's tokens, not over its batches."""
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        managed = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        managed = self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
         if not loss_only or managed or not self._computes_label_only_loss():
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -136,27 +138,43 @@ class ObjectiveMixin(_Base):
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        loss, tokens, rows = 0.0, 0, 0
+        batches: list[dict[str, Tensor]] = []
         with torch.random.fork_rng(devices=[]):  # a loader draws a number, which would change training's dropout
             for inputs in dataloader:
-                sums, counts = self.accelerator.gather_for_metrics(self._row_losses(model, inputs))
-                loss += sums.double().sum().item()
-                tokens += int(counts.sum())
-                rows += len(counts)
+                found = self.accelerator.gather_for_metrics(self._row_figures(model, inputs))
+                figures = cast(dict[str, Tensor], found)
+                batches.append({name: figure.cpu() for name, figure in figures.items()})
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        if not tokens:
-            raise TrainingError("the evaluation set has no supervised token; check its labels")
-        if not math.isfinite(loss):
+        of_set = self._evaluation_metrics(batches)
+        if not math.isfinite(of_set["loss"]):
             raise TrainingError(
-                f"the evaluation loss is {loss}: the adapter's weights or activations have overflowed; lower the "
-                "learning rate, or compute in float32"
+                f"the evaluation loss is {of_set['loss']}: the adapter's weights or activations have overflowed; lower "
+                "the learning rate, or compute in float32"
             )
-        metrics = {f"{metric_key_prefix}_loss": loss / tokens, f"{metric_key_prefix}_tokens": tokens}
+        metrics = {f"{metric_key_prefix}_{name}": figure for name, figure in of_set.items()}
+        rows = sum(len(batch["loss"]) for batch in batches)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def _row_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _row_figures(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Of each row (B,): its summed loss, its supervised tokens and, where rows have weights, what those weigh."""
         inputs = dict(self._prepare_inputs(inputs))
-        labels = inputs.pop("labels")
+        labels, weight = inputs.pop("labels"), inputs.pop(WEIGHT, None)
         with self.compute_loss_context_manager():
-            return row_sums(*token_losses(model, inputs, labels))
+            losses, mask = token_losses(model, inputs, labels)
+        if weight is None:
+            sums, counts = row_sums(losses, mask)
+            return {"loss": sums, "tokens": counts}
+        weights = token_weights(weight, mask).to(losses)
+        sums, counts = row_sums(losses * weights, mask)
+        return {"loss": sums, "tokens": counts, WEIGHT: row_sums(weights, mask)[0]}
+
+    def _evaluation_metrics(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Metrics of a whole set, from the figures of its rows, batch by batch; `loss` is among them."""
+        loss = sum(batch["loss"].double().sum().item() for batch in batches)
+        tokens = sum(int(batch["tokens"].sum()) for batch in batches)
+        if not tokens:
+            raise TrainingError("the evaluation set has no supervised token; check its labels")
+        weighted = any(WEIGHT in batch for batch in batches)
+        weight = sum(batch[WEIGHT].double().sum().item() for batch in batches) if weighted else tokens
+        return {"loss": loss / weight if weight else math.nan, "tokens": tokens}

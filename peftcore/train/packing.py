@@ -24,15 +24,16 @@ from peftcore.errors import TrainingError
 from peftcore.model import PeftModel
 from peftcore.train.losses import IGNORED, has_causal_loss
 
-Row = Mapping[str, Sequence[int]]
-"""{"input_ids", "labels"}: token ids of one document."""
+Row = Mapping[str, Any]
+"""{"input_ids", "labels"}: token ids of one document; "weight": what its tokens weigh, where documents have weights."""
 
 
 @dataclass
 class PackedCollator:
     """Rows, or packs of rows, -> one row: `input_ids`, `labels` and `position_ids` (1, T), and `use_cache`.
 
-    A document's first token gets no label, because the token before it is another document's last.
+    A document's first token gets no label, because the token before it is another document's last. Where documents
+    have a "weight", the row has each token's, (1, T).
     varlen: also give the documents' bounds, which flash attention would else read from the positions in every layer.
     """
 
@@ -50,6 +51,9 @@ class PackedCollator:
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             "use_cache": False,
         }
+        if "weight" in documents[0]:
+            weights = torch.tensor([document["weight"] for document in documents], dtype=torch.float32)
+            made["weight"] = weights.repeat_interleave(torch.tensor(lengths))[None]
         if self.varlen:
             bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
             made |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}

@@ -8,49 +8,52 @@ what plain Trainer gets wrong for one:
 - the adapters' regulariser, once per optimiser step, logged apart from the loss;
 - batches of rows of like length, and packed ones, for models that keep the documents of a row apart;
 - the adapters' work between steps (AdaLoRA's allocator), after the optimiser and before gradients are cleared;
-- checkpoints that are whole or do not count, and from which adapters, averages and masks come back exactly.
+- what a `FaultPolicy` says of batches that do not fit and losses that cannot be right, and loss scaling in float16;
+- checkpoints that are whole or do not count, from which a run goes on exactly, and one more when it is told to end.
 """
 
-import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import Trainer, TrainerCallback
 
 from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import TrainingError
 from peftcore.train.batches import LengthGroupedSampler, RightPaddingCollator
-from peftcore.train.checkpoints import TRAINER_STATE, last_good_checkpoint, seal_checkpoint
-from peftcore.train.objective import ObjectiveMixin, adapted_model
+from peftcore.train.fault_policy import FaultPolicy
+from peftcore.train.objective import adapted_model
 from peftcore.train.optimizers import check_optimizer, in_one_call
 from peftcore.train.packing import PackedCollator, Packs, check_packable, uses_flash_attention
-
-ADAPTER_STATE = "adapter_state.safetensors"
-"""File of a checkpoint that holds what resuming needs beyond the adapters' saved weights."""
+from peftcore.train.precision import scale_losses
+from peftcore.train.processes import FollowParameters, ProcessesMixin
 
 
 class _StepCallback(TrainerCallback):
-    """Tells the adapters that the optimiser has stepped."""
+    """Tells the adapters that the optimiser has stepped, and has the states remembered that are rolled back to."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: "AdapterTrainerMixin") -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.take_snapshot()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.take_snapshot()
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # With a gradient scaler a step is skipped when gradients overflow; they say nothing about importance then.
-        if not self.trainer.accelerator.optimizer_step_was_skipped:
+        # Gradients of a step that was skipped say nothing about importance.
+        if self.trainer.step_was_taken():
             adapted_model(self.trainer).on_optimizer_step(state.global_step + 1, self.trainer.optimizer)
 
 
-class AdapterTrainerMixin(ObjectiveMixin):
+class AdapterTrainerMixin(ProcessesMixin):
     """For any Trainer class: `class MyTrainer(AdapterTrainerMixin, Trainer)`. The model is a PeftModel."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, faults: FaultPolicy | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.start_watching(FaultPolicy() if faults is None else faults)
         model = adapted_model(self)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise TrainingError(
@@ -58,13 +61,16 @@ class AdapterTrainerMixin(ObjectiveMixin):
                 "it with set_adapter"
             )
         check_optimizer(self.args)
+        scale_losses(self.accelerator, model)
         self._check_packing(model)
         keep_quantized_weights_trainable(model)
         if getattr(self.args, "activation_checkpointing", False):
             # A frozen embedding gives outputs without gradient, which a checkpointed block would take for constant.
             model.enable_input_require_grads()
         self._regularizers: list[Tensor] = []
+        self.check_shardable(model)
         self.add_callback(_StepCallback(self))
+        self.add_callback(FollowParameters(self))
 
     # -- batches -----------------------------------------------------------------------------------------------
 
@@ -116,62 +122,6 @@ class AdapterTrainerMixin(ObjectiveMixin):
             return super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = given
-
-    # -- checkpoints -------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; `resume_from_checkpoint=True` is the last whole checkpoint of `output_dir`."""
-        if resume_from_checkpoint is True:
-            found = last_good_checkpoint(Path(str(self.args.output_dir)))
-            if found is None:
-                raise TrainingError(f"no whole checkpoint to resume from in {self.args.output_dir}")
-            resume_from_checkpoint = str(found)
-        self._regularizers.clear()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Older checkpoints go only once this one counts, so rotation waits until it is sealed.
-        run_directory = Path(self._get_output_dir(trial))
-        folder = run_directory / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)  # what a crashed run left
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if not self.args.should_save:
-            return
-        state = adapted_model(self).adapter_state()
-        if state:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-            save_file(tensors, folder / ADAPTER_STATE, metadata={"format": "pt"})
-        seal_checkpoint(folder)
-        rotate_checkpoints(
-            output_dir=str(run_directory),
-            save_total_limit=limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_adapters(Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        self._load_adapters(Path(str(self.state.best_model_checkpoint)))
-
-    def finish_from(self, checkpoint: Path) -> None:
-        """Take over a run that is finished and whose last checkpoint this is: its state, and its best adapter."""
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-        self._load_best_model()
-
-    def _load_adapters(self, checkpoint: Path) -> None:
-        model = adapted_model(self)
-        file = checkpoint / ADAPTER_STATE
-        state = load_file(file) if file.exists() else {}
-        model.load_adapter_state(state)  # first, because it may say how many triplets the saved weights hold
-        for name in model.peft_config:
-            model.load_adapter_weights(checkpoint if name == "default" else checkpoint / name, name)
-        model.load_adapter_state(state)  # again, because saving drops what a mask hides and training goes on with it
 
 
 class AdapterTrainer(AdapterTrainerMixin, Trainer):

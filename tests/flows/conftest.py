@@ -21,6 +21,7 @@ from flows.project import dvc
 from flows.stages import register
 from peftcore.files import write_manifest
 
+MERGED = {"kl": 0.002, "top1_agreement": 0.99, "loss": 2.81, "reference_loss": 2.8, "tokens": 400}
 OUTS = ("adapter", "architecture.json", "data", "evaluation", "merge.json", "training")
 DVC_YAML = f"""\
 stages:
@@ -155,7 +156,7 @@ def write_results(folder: Path, loss: float = 2.7, weight: float = 1.0, **metric
         },
         "evaluation/samples.json": [SAMPLE],
         "training/summary.json": SUMMARY,
-        "merge.json": {"into": "dequantized", "kl": 0.002, "top1_agreement": 0.99, "tokens": 400},
+        "merge.json": {"into": "dequantized", **MERGED, "candidates": {"dequantized": MERGED, "requantized": MERGED}},
         "data/report.json": REPORT,
         "architecture.json": ARCHITECTURE,
     }.items():
@@ -217,6 +218,19 @@ REPORT = {
     "dropped": {"longer than 320 tokens": 3},
     "splits": {"train": _SPLIT, "validation": _SPLIT, "test": _SPLIT},
     "leakage": {"train-test": {"groups": 0, "prompts": 0}},
+    "doctor": {
+        "examined": {"train": "1" * 64, "validation": "2" * 64, "test": "3" * 64},
+        "findings": [
+            {
+                "check": "characters",
+                "severity": "warning",
+                "figure": "2 of 120 rows hold control characters",
+                "value": 0.0167,
+                "fix": "write the source as UTF-8",
+                "examples": ["a"],
+            }
+        ],
+    },
     "rendered": [{"id": "a", "segments": [["user: greet()", False], ["Say hello.", True]]}],
 }
 ARCHITECTURE = {

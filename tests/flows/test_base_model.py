@@ -77,10 +77,11 @@ def test_short_rows_train_with_plain_attention_on_a_cpu(tiny_base: Path) -> None
     assert short.config._attn_implementation == "eager" and long.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is for GPUs")
-def test_float16_needs_a_gpu(tiny_base: Path) -> None:
-    with pytest.raises(BaseModelError, match="bfloat16 or float32"):
-        load_for_training(tiny_base, Quantization(compute_dtype="float16"), 100)
+@pytest.mark.parametrize("storage", ["none", "nf4", "int8"])
+def test_float16_computes_on_any_device(tiny_base: Path, storage: Any) -> None:
+    model = load_for_training(tiny_base, Quantization(storage=storage, compute_dtype="float16"), 100)
+    logits = model(torch.tensor([[1, 2, 3]], device=model.device)).logits
+    assert logits.dtype == torch.float16 and logits.isfinite().all()
 
 
 def test_padding_is_the_tokenizers_own_or_its_end(tiny_base: Path) -> None:

@@ -62,3 +62,11 @@ def test_rows_are_paired_by_id_whatever_their_order() -> None:
 def test_ids_that_repeat_are_refused() -> None:
     with pytest.raises(GateError, match="share an id"):
         paired_losses(table(["a", "a"], [1.0, 2.0]), table(["a"], [1.0]))
+
+
+def test_rows_weigh_what_the_table_says_and_those_of_no_weight_are_left_out() -> None:
+    columns = {"id": ["a", "b", "c"], "tokens": [5, 5, 5], "adapter_loss": [1.0, 2.0, 3.0]}
+    plain = pyarrow.table(columns)
+    weighted = pyarrow.table(columns | {"weight": [2.0, 0.0, 0.5]})
+    assert paired_losses(plain, weighted)[0].tolist() == [5.0, 5.0, 5.0]
+    assert [part.tolist() for part in paired_losses(weighted, plain)] == [[2.0, 0.5], [1.0, 3.0], [1.0, 3.0]]

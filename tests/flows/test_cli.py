@@ -23,7 +23,7 @@ def registered(project: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "stage", "status", "registry", "registry list", "registry show", "promote", "review"]
+    "command", ["run", "stage", "status", "registry", "registry list", "registry show", "promote", "review", "doctor"]
 )
 def test_each_command_has_help(command: str) -> None:
     result = peftcore(*command.split(), "--help")
@@ -33,7 +33,7 @@ def test_each_command_has_help(command: str) -> None:
 
 def test_outside_a_pipeline_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for command in ("run", "status", "promote", "review"):
+    for command in ("run", "status", "promote", "review", "doctor"):
         result = peftcore(command)
         assert result.exit_code == 1
         assert result.stderr.startswith(f"error: no pipeline in {tmp_path}")

@@ -181,3 +181,39 @@ def test_an_unfaithful_merge_is_refused(make: Callable[..., Candidate], merge: d
 def test_a_report_survives_json(make: Callable[..., Candidate]) -> None:
     report = judge(make(), min_loss_gain=9.0)
     assert GateReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
+
+
+# -- objectives ----------------------------------------------------------------------------------------------------
+
+
+def of_objective(objective: str, loss_function: str, **figures: float) -> dict[str, Any]:
+    sides = {"base": {"loss": 3.8} | figures, "adapter": {"loss": 2.7} | figures}
+    return sides | {"gain": {"loss": 1.1}, "objective": objective, "loss_function": loss_function}
+
+
+def test_a_threshold_on_what_an_objective_does_not_have_is_passed_over_and_said(make: Callable[..., Candidate]) -> None:
+    candidate = make(**of_objective("classification", "cross entropy of classes", accuracy=0.8))
+    report = judge(candidate, min_accuracy=0.75)
+    details = {check.name: check.detail for check in report.checks}
+    assert report.passed
+    for name in ("gain in ROUGE-L", "answers that end"):
+        assert details[name].startswith("not checked: classification has no such figure")
+    assert details["accuracy"] == "0.800, at least 0.75"
+    assert reason(judge(candidate, min_accuracy=0.85)) == "accuracy: 0.800, at least 0.85"
+    chats = judge(make("v0.3.0"), min_accuracy=0.85)
+    assert chats.passed
+    assert {c.name: c.detail for c in chats.checks}["accuracy"].startswith("not checked: sft has no such figure")
+
+
+def test_a_figure_that_an_objective_has_and_was_not_measured_is_refused(make: Callable[..., Candidate]) -> None:
+    pairs = make(**of_objective("dpo", "Dpo(beta=0.1)", accuracy=0.8, ended=1.0))
+    assert reason(judge(pairs)).startswith("gain in ROUGE-L: not measured")
+
+
+def test_losses_of_two_kinds_are_not_compared(make: Callable[..., Candidate]) -> None:
+    figures = {"accuracy": 0.8, "ended": 1.0, "rouge_l": 0.5}
+    candidate = make(**(of_objective("dpo", "Dpo(beta=0.1)", **figures) | {"gain": {"loss": 1.1, "rouge_l": 0.1}}))
+    champion = champion_of(candidate)
+    assert "the two cannot be compared" in reason(judge(candidate, replace(champion, loss_function="Dpo(beta=0.5)")))
+    assert "cross entropy of tokens" in reason(judge(candidate, champion))
+    assert judge(candidate, replace(champion, loss_function="Dpo(beta=0.1)")).passed

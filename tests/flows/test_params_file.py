@@ -24,7 +24,7 @@ def said(tmp_path: Path, text: str) -> str:
         ("data: {max_length: 2.5}", "1: data.max_length: 2.5 does not fit; give a whole number"),
         ("quantization: {double_quant: 1}", "1: quantization.double_quant: 1 does not fit; give true or false"),
         ("method:\n  name: lorra", "2: method.name: 'lorra' does not fit; did you mean 'lora'?"),
-        ("merge: {into: x}", "1: merge.into: 'x' does not fit; give one of dequantized, original"),
+        ("merge: {into: x}", "1: merge.into: 'x' does not fit; give one of best, dequantized, original, requantized"),
         (
             "method: {lora_dropout: 1}",
             "1: method.lora_dropout: 1 does not fit; give a number of at least 0 and below 1",

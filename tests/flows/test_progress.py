@@ -41,3 +41,32 @@ def test_a_terminal_gets_one_moving_line(monkeypatch: pytest.MonkeyPatch) -> Non
         bar.update(6)
     assert terminal.getvalue().count("\n") == 1 and "\r" in terminal.getvalue()
     assert "10/10" in terminal.getvalue()
+
+
+def test_a_bar_inside_another_moves_below_it_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress(2, "train") as outer:
+        outer.update(1)
+        with progress(3, "validation", "row") as inner:
+            inner.update(3)
+        outer.update(1)
+    with progress(1, "merge") as after:
+        after.update(1)
+    written = terminal.getvalue()
+    assert "\n\r  validation:" in written and "\x1b[A" in written  # one line down, and up again
+    last = written.split("\r")
+    assert any(line.startswith("train: 100%") and line.endswith("\n") for line in last)
+    assert last[-1].startswith("merge: 100%")  # on the line after it: nothing is left open
+
+
+def test_in_a_pipe_a_line_says_what_it_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    with progress(2, "train") as outer:
+        with progress(3, "validation", "row") as inner:
+            inner.update(3)
+        outer.update(2)
+    lines = [line.partition(":")[0] for line in pipe.getvalue().splitlines()]
+    assert lines == ["train", "train > validation", "train > validation", "train"]
+    assert "\x1b" not in pipe.getvalue()

@@ -70,6 +70,7 @@ def test_it_shows_the_run(project: Any) -> None:
         "LlamaForCausalLM (llama, causal decoder)",
         "60 examples from stdlib:docstrings",
         "3 longer than 320 tokens",
+        "2 of 120 rows hold control characters; write the source as UTF-8",
         "1 min 1 s",
         record["adapter"]["files"]["adapter_model.safetensors"],
         record["git"]["commit"],

@@ -43,6 +43,16 @@ def test_the_loss_of_many_rows_weighs_tokens() -> None:
     assert RowLosses([800.0], [1]).perplexity == math.inf
 
 
+def test_rows_with_weights_weigh_their_tokens_times_these() -> None:
+    found = row_losses(
+        model(), [row | {"weight": w} for row, w in zip(rows(), (2.0, 0.0, 1.0, 0.5, 1.0), strict=True)], 0, 2
+    )
+    products = [n * w for n, w in zip(found.tokens, (2.0, 0.0, 1.0, 0.5, 1.0), strict=True)]
+    assert found.weights == products
+    assert found.loss == pytest.approx(sum(m * w for m, w in zip(found.means, products, strict=True)) / sum(products))
+    assert math.isnan(found.of([1]).loss)
+
+
 def test_batches_are_of_like_length_and_hold_each_row_once() -> None:
     batches = by_length([3, 9, 1, 7, 5], 2)
     assert batches == [[1, 3], [4, 0], [2]]

@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 
@@ -45,6 +46,12 @@ def test_records_are_mirrored_without_their_nulls(opened, tmp_path: Path) -> Non
     tracker.finish({"steps": 3})
     assert tracker.run_id is None and opened.run.logged == [({"loss": 2.5}, 3)]
     assert opened.run.summary == {"steps": 3} and opened.run.finished == [0]
+
+
+def test_a_picture_is_mirrored(opened, tmp_path: Path) -> None:
+    Tracker("p", "offline", {}, tmp_path).picture("ranks", np.zeros((4, 6, 4), np.uint8), 3)
+    ((values, step),) = opened.run.logged
+    assert step == 3 and values["ranks"].image.size == (6, 4)
 
 
 def test_the_id_is_the_runs(opened, tmp_path: Path) -> None:

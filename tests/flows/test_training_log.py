@@ -48,3 +48,18 @@ def test_the_curves_have_a_line_for_each_step(log: TrainingLog) -> None:
         "2,2.8,2.0,0.2",
         "3,2.7,1.0,0.30000000000000004",
     ]
+
+
+def test_what_is_not_finite_is_null(log: TrainingLog) -> None:
+    record = log.append(step=4, loss=float("nan"), grad_norm=float("inf"), rollbacks=1)
+    assert (record["loss"], record["grad_norm"], record["rollbacks"]) == (None, None, 1)
+    assert log.records()[-1] == record
+
+
+def test_ranks_are_written_when_they_change(log: TrainingLog) -> None:
+    assert log.rank_history() == [] and not log.append_ranks(0, {})
+    written = [log.append_ranks(step, {"a": rank, "b": 4}) for step, rank in ((0, 4), (1, 4), (2, 3), (3, 2))]
+    assert written == [True, False, True, True]
+    log.keep_until(2)
+    assert log.rank_history() == [{"step": 0, "ranks": {"a": 4, "b": 4}}, {"step": 2, "ranks": {"a": 3, "b": 4}}]
+    assert log.append_ranks(3, {"a": 4, "b": 4})

@@ -87,6 +87,11 @@ class Lora(Adapter):
     def reset_parameters(self) -> None:
         taken_out, self.new_base = starts.begin(self)
         self.start_A, self.start_B = taken_out or (None, None)
+        self.reset_magnitude()
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """Start DoRA, where it is used, at the lengths of the rows as they are."""
         if self.magnitude is not None:
             self.magnitude.copy_(self._lengths())
 
@@ -96,6 +101,10 @@ class Lora(Adapter):
         return None if self.start_A is None else (self.start_A, self.start_B)  # type: ignore[return-value]
 
     # -- forward ---------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        return self.r
 
     def low_rank(self) -> LowRank | None:
         if self.lora_bias is not None or self.config.alora_invocation_tokens is not None:

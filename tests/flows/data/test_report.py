@@ -8,6 +8,7 @@ from flows.data.chat import ChatTokenizer
 from flows.data.examples import question_and_answer
 from flows.data.report import data_report, segments
 from flows.data.splits import Row
+from flows.params import Data
 from flows.paths import Split
 
 
@@ -20,7 +21,7 @@ def rows(tokenizer: PreTrainedTokenizerBase, *lengths: int) -> list[Row]:
 
 def test_segments_mark_the_answer_with_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
     [row] = rows(tokenizer, 2)
-    assert segments(row.tokens, tokenizer) == [
+    assert segments(row.tokens.parts[0], tokenizer) == [
         ("<|im_start|>user\nqq<|im_end|>\n<|im_start|>assistant\n", False),
         ("a<|im_end|>", True),
     ]
@@ -33,7 +34,7 @@ def test_counts_and_lengths(tokenizer: PreTrainedTokenizerBase) -> None:
         "test": rows(tokenizer, 8),
     }
     available: dict[Split, int] = {"train": 9, "validation": 1, "test": 1}
-    report = data_report("here", 20, available, splits, Counter({"longer": 2}), tokenizer)
+    report = data_report(Data(source="here"), 20, available, splits, Counter({"longer": 2}), tokenizer, [])
     train = report["splits"]["train"]
     lengths = [len(row.tokens.input_ids) for row in splits["train"]]
     assert (train["rows"], train["available"], train["groups"], train["tokens"]) == (6, 9, 6, sum(lengths))

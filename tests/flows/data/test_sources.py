@@ -87,7 +87,8 @@ def test_without_a_group_column_each_row_is_its_own_group(tmp_path: Path) -> Non
     ("row", "fault"),
     [
         ({"prompt": "a"}, "it has no completion"),
-        ({"question": "a"}, "neither messages nor prompt and completion, but question"),
+        ({"question": "a"}, "it has no answer"),
+        ({"title": "a"}, "neither messages nor prompt and completion, but title"),
         ({"prompt": "a", "completion": ""}, "its completion is empty"),
         ({"prompt": "a", "completion": None}, "its completion is empty"),
         ({"prompt": "a", "completion": "  "}, "its completion is no text"),

@@ -3,7 +3,7 @@
 import pytest
 
 from flows.data.chat import Tokens
-from flows.data.splits import Row, assign_groups, leakage, sample, without_duplicates
+from flows.data.splits import Row, assign_groups, leakage, sample, without_duplicates, without_near_duplicates
 from flows.errors import DataError
 from flows.paths import Split
 
@@ -72,6 +72,19 @@ def test_within_a_split_only_the_same_answer_is_a_duplicate() -> None:
     kept, dropped = without_duplicates(rows, {"g": "train"})
     assert [row.tokens.completion for row in kept["train"]] == ["answer", "other"]
     assert dropped == {"duplicate within its split": 1}
+
+
+def test_a_near_duplicate_stays_in_test_then_validation() -> None:
+    text = " ".join(f"word{n}" for n in range(60))
+    splits: dict[Split, list[Row]] = {
+        "train": [row(f"{text} a"), row("something else altogether, as it is")],
+        "validation": [row(f"{text} c"), row("a question of its own, with words")],
+        "test": [row(f"{text} d")],
+    }
+    kept, dropped = without_near_duplicates(splits, 0.8)
+    assert {split: len(rows) for split, rows in kept.items()} == {"train": 1, "validation": 1, "test": 1}
+    assert dropped == {"near-duplicate of another split": 2}
+    assert without_near_duplicates(splits, 1.0) == (splits, {})
 
 
 def test_leakage_is_counted() -> None:

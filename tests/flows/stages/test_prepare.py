@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from flows.errors import BaseModelError, DataError
-from flows.params import Data, Params, Project
+from flows.params import Data, Params, Project, Train
 from flows.paths import SPLITS, Paths, Split
 from flows.stages.prepare import run
 
@@ -27,7 +27,8 @@ def paths(tmp_path: Path, tiny_base: Path) -> Paths:
 
 def params(seed: int = 42, **options: Any) -> Params:
     given = {"source": "rows.jsonl", "group_column": "book", "system_prompt": "Be brief.", **LIMITS, **options}
-    return Params(project=Project(seed=seed), data=Data(**given))
+    objective = {"preference": "dpo", "classification": "classification"}.get(given.get("kind", "chat"), "sft")
+    return Params(project=Project(seed=seed), data=Data(**given), train=Train.model_validate({"objective": objective}))
 
 
 def split(paths: Paths, name: Split) -> list[dict[str, Any]]:
@@ -64,6 +65,7 @@ def test_the_columns_have_their_types(paths: Paths) -> None:
     types = {field.name: str(field.type) for field in parquet.read_schema(paths.split("train"))}
     assert types["input_ids"] == types["labels"] == "list<element: int32>"
     assert types["prompt_length"] == "int32"
+    assert types["weight"] == "float"
     assert types["id"] == types["group"] == types["slice"] == types["prompt"] == types["completion"] == "string"
 
 
@@ -147,6 +149,96 @@ def test_a_full_disk_leaves_the_old_data(paths: Paths, monkeypatch: pytest.Monke
         run(params(), paths)
     assert contents(paths) == before
     assert sorted(path.name for path in paths.artifacts.iterdir()) == ["base", "data"]
+
+
+PAIRS = [
+    {"prompt": f"Is {n} or {n * n + 1000} more?", "chosen": f"{n * n + 1000}.", "rejected": f"{n}.", "weight": n % 3}
+    for n in range(60)
+]
+TEXTS = [{"text": f"Is {n} or {n * n + 1000} more?", "label": ("odd", "even")[n % 2]} for n in range(60)]
+OWN: dict[str, Any] = {"group_column": None, "system_prompt": None}
+
+
+def write_source(paths: Paths, rows: list[dict[str, Any]]) -> None:
+    (paths.root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def types_of(paths: Paths) -> dict[str, str]:
+    import pyarrow.parquet as parquet
+
+    return {field.name: str(field.type) for field in parquet.read_schema(paths.split("test"))}
+
+
+def test_preferences_share_their_prompts_tokens(paths: Paths) -> None:
+    write_source(paths, PAIRS)
+    run(params(kind="preference", **OWN), paths)
+    for name in SPLITS:
+        for row in split(paths, name):
+            length = row["prompt_length"]
+            assert row["chosen_input_ids"][:length] == row["rejected_input_ids"][:length]
+            for side in ("chosen", "rejected"):
+                assert row[f"{side}_labels"] == [-100] * length + row[f"{side}_input_ids"][length:]
+            number = int(row["rejected"][:-1])
+            assert (row["chosen"], row["weight"]) == (f"{number * number + 1000}.", number % 3)
+            assert row["prompt"].endswith(
+                f"Is {number} or {number * number + 1000} more?<|im_end|>\n<|im_start|>assistant\n"
+            )
+    types = types_of(paths)
+    assert {types[f"{side}_{part}"] for side in ("chosen", "rejected") for part in ("input_ids", "labels")} == {
+        "list<element: int32>"
+    }
+    assert types["weight"] == "float"
+
+
+def test_long_preferences_lose_the_end_of_their_question(paths: Paths) -> None:
+    long = {"prompt": "begin " + "x" * 300, "chosen": "yes", "rejected": "no, never"}
+    write_source(paths, [*PAIRS, *({**long, "prompt": f"{n} {long['prompt']}"} for n in range(20))])
+    run(params(kind="preference", overlong="truncate", max_length=150, **{**OWN, "train_rows": None}), paths)
+    cut = [row for row in split(paths, "train") if row["rejected"] == "no, never"]
+    assert {len(row["rejected_input_ids"]) for row in cut} == {150}
+    assert {row["chosen"] for row in cut} == {"yes"}
+
+
+def test_labelled_texts_have_numbers_for_their_classes(paths: Paths) -> None:
+    write_source(paths, TEXTS)
+    run(params(kind="classification", **OWN), paths)
+    assert json.loads(paths.labels.read_text()) == ["even", "odd"]
+    assert json.loads(paths.data_report.read_text())["labels"] == ["even", "odd"]
+    for row in split(paths, "train"):
+        assert row["label"] == ["even", "odd"].index(row["label_name"])
+        assert (int(row["text"].split()[1]) % 2 == 1) == (row["label_name"] == "even")
+    assert types_of(paths)["label"] == "int32"
+
+
+def test_labels_that_are_numbers_keep_their_order(paths: Paths) -> None:
+    write_source(paths, [row | {"label": 9 + n % 2} for n, row in enumerate(TEXTS)])
+    run(params(kind="classification", **OWN), paths)
+    assert json.loads(paths.labels.read_text()) == ["9", "10"]
+
+
+def test_one_class_is_none(paths: Paths) -> None:
+    write_source(paths, [row | {"label": "odd"} for row in TEXTS])
+    with pytest.raises(DataError, match="all rows have the label 'odd'"):
+        run(params(kind="classification", **OWN), paths)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_near_duplicates_stay_in_test_and_are_dropped_elsewhere(paths: Paths, seed: int) -> None:
+    text = " ".join(f"word{n}" for n in range(60))
+    rows = [{"prompt": f"{row['prompt']} {n}", "completion": "a", "book": n} for n, row in enumerate(PAIRS)]
+    twins = [{"prompt": f"{n} {text}", "completion": "a", "book": n} for n in range(12)]
+    write_source(paths, [*rows, *twins])
+    run(params(seed=seed, near_duplicates="keep", max_length=1000, train_rows=None, test_rows=None), paths)
+    kept, before = json.loads(paths.data_report.read_text()), paths.split("test").read_bytes()
+    leaking = [
+        finding for finding in kept["doctor"]["findings"] if finding["check"] == "near-duplicates between splits"
+    ]
+    assert leaking[0]["severity"] == "error"
+    run(params(seed=seed, max_length=1000, train_rows=None, test_rows=None), paths)
+    report = json.loads(paths.data_report.read_text())
+    assert report["dropped"]["near-duplicate of another split"] > 0
+    assert paths.split("test").read_bytes() == before
+    assert not [finding for finding in report["doctor"]["findings"] if finding["severity"] == "error"]
 
 
 def test_without_a_base_the_stage_says_what_to_run(tmp_path: Path) -> None:

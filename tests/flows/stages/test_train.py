@@ -23,9 +23,10 @@ from flows.rows import read_rows
 from flows.stages import train
 from flows.training_log import FIELDS, TrainingLog
 from peftcore import MergeError, PeftConfig, TrainingError
+from peftcore.train import fault_of_checkpoint
 
 ROOT = Path(__file__).parents[3]
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "peak_memory")
 
 
 class _Killed(BaseException):
@@ -79,6 +80,13 @@ def test_writes_an_adapter_and_the_records_of_its_run(prepared: Paths, tiny_para
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 9)]
     assert [bool(row["validation_loss"]) for row in rows] == [False, True] * 4
     assert list(prepared.checkpoints.iterdir()) == []
+
+
+def test_float16_trains_with_its_losses_scaled(prepared: Paths, tiny_params) -> None:
+    train.run(tiny_params(quantization={"storage": "none", "compute_dtype": "float16"}), prepared)
+    records = [record for record in log_of(prepared) if record["loss"] is not None]
+    assert {record["loss_scale"] for record in records} == {65536.0}
+    assert all(record["skipped_steps"] == 0 and record["peak_memory"] > 0 for record in records)
 
 
 @pytest.mark.parametrize("storage", ["fp4", "int8", "none"])
@@ -158,6 +166,28 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(prepared: Paths, tiny
     assert prepared.loss_curve.read_text() == curve
 
 
+def test_a_run_told_to_end_saves_where_it_is_and_goes_on(
+    prepared: Paths, tiny_params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.run(tiny_params(), prepared)
+    whole, records = adapter_bytes(prepared), timeless(log_of(prepared))
+
+    def terminate(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:  # inside the fourth step, after which the run would be evaluated
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.ShowProgress, "on_step_begin", terminate)
+        with pytest.raises(SystemExit) as ended:
+            train.run(tiny_params(), prepared)
+    assert ended.value.code == 128 + signal.SIGTERM
+    (run,) = prepared.checkpoints.iterdir()
+    assert fault_of_checkpoint(run / "checkpoint-4") is None
+    train.run(tiny_params(), prepared)
+    assert adapter_bytes(prepared) == whole
+    assert timeless(log_of(prepared)) == records
+
+
 def test_a_half_written_checkpoint_is_passed_over(prepared: Paths, tiny_params, die_at, caplog) -> None:
     train.run(tiny_params(), prepared)
     whole = adapter_bytes(prepared)
@@ -221,8 +251,14 @@ def test_adalora_gets_its_schedule_from_the_runs_length(prepared: Paths, tiny_pa
     train.run(tiny_params(method={"name": "adalora", "adalora": adalora}), prepared)
     config: Any = PeftConfig.from_pretrained(prepared.adapter)
     assert (config.total_step, config.tinit, config.tfinal) == (8, 2, 2)
-    kept = [sum(mask) for mask in config.rank_pattern.values()]
-    assert sum(kept) == 2 * len(kept)
+    kept = {path.removesuffix(".lora_E"): sum(mask) for path, mask in config.rank_pattern.items()}
+    assert sum(kept.values()) == 2 * len(kept)
+    history = [json.loads(line) for line in (prepared.training / "rank_history.jsonl").read_text().splitlines()]
+    assert history[0] == {"step": 0, "ranks": dict.fromkeys(history[0]["ranks"], 4)}
+    means = [sum(record["ranks"].values()) / len(record["ranks"]) for record in history]
+    assert means == sorted(means, reverse=True) and means[-1] == 2
+    assert {path: rank for path, rank in history[-1]["ranks"].items() if rank != 4}.items() <= kept.items()
+    assert "<svg" in (prepared.training / "ranks.svg").read_text()
     assert all(record["regularizer"] > 0 for record in log_of(prepared) if record["loss"] is not None)
 
 

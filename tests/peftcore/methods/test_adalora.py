@@ -5,10 +5,12 @@ import dataclasses
 import itertools
 from typing import Any
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import torch
 from method_example import Example
+from quantised_layers import quantised
 from torch import nn
 
 from peftcore import AdaLoraConfig, ConfigError, PeftConfig, PeftModel, TargetError, TrainingError, get_peft_model
@@ -25,7 +27,7 @@ EXAMPLE = Example(
 
 def config(**options: Any) -> AdaLoraConfig:
     defaults: dict[str, Any] = {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": 20, "deltaT": 1}
-    return AdaLoraConfig(target_modules=["0", "1"], lora_alpha=8, **{**defaults, **options})
+    return AdaLoraConfig(**{"target_modules": ["0", "1"], "lora_alpha": 8, **defaults, **options})
 
 
 def net(**options: Any) -> Any:
@@ -255,3 +257,44 @@ def test_impossible_options() -> None:
         net(total_step=None).on_optimizer_step(1)
     with pytest.raises(TargetError, match="ADALORA does not adapt conv layers"):
         get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 1)), AdaLoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("storage", ["nf4", "nf4+double", "int8"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_merges_into_a_quantised_base_masked_and_pruned(storage: str, pruned: bool) -> None:
+    """Into what is stored afterwards goes dequant(W) + ΔW, rounded as that storage rounds; unmerging is exact."""
+    torch.manual_seed(0)
+    base = nn.Sequential(quantised(storage))
+    model = get_peft_model(base, config(target_modules=["0"], init_lora_weights=False))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(1, 18):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        model.on_optimizer_step(step, optimizer if pruned else None)
+    (adapter,) = layers(model)
+    assert len(adapter.lora_E) == (2 if pruned else 6) and int(adapter.kept.sum()) == 2
+    wanted = adapter.base.read().float() + adapter.delta_weight().detach()
+    before = {name: value.clone() for name, value in base.state_dict().items() if isinstance(value, torch.Tensor)}
+    model.merge_adapter()
+    error = (adapter.base.read() - wanted).abs().max() / wanted.abs().max()
+    assert error < (0.02 if storage == "int8" else 0.2) < (adapter.delta_weight().abs().max() / wanted.abs().max())
+    model.unmerge_adapter()
+    after = {name: value for name, value in base.state_dict().items() if name in before}
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_pruning_takes_moments_of_eight_bits_along() -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(2048, 8), nn.Linear(8, 2048))
+    model = get_peft_model(wide, config())
+    optimizer = bnb.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(1, 21):
+        model(torch.randn(4, 2048)).square().mean().backward()
+        optimizer.step()
+        model.on_optimizer_step(step, optimizer)
+        optimizer.zero_grad()
+    assert sum(len(a.lora_E) for a in layers(model)) == 4
+    for a in layers(model):
+        for name in ("lora_A", "lora_B", "lora_E"):
+            assert optimizer.state[getattr(a, name)]["state1"].shape == getattr(a, name).shape

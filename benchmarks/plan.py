@@ -1,0 +1,98 @@
+"""What `peftcore plan` predicts, beside what the train stage then takes: SmolLM2-135M on docstrings, several settings.
+
+    python -m benchmarks.plan [--rows N] [--settings NAME ...] [--out FOLDER]      in a pipeline whose data is prepared
+
+Both see the first N training rows, so that the batch which needs most memory is among those that are trained on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+from ruamel.yaml import YAML
+
+from benchmarks.machine import machine
+from flows.params import load_params
+from flows.paths import Paths, Split
+from flows.plan import plan
+
+MIB = 2**20
+SETTINGS: dict[str, dict[str, Any]] = {
+    "NF4, batch 8": {},
+    "NF4, batch 2": {"train": {"batch_size": 2, "gradient_accumulation": 8}},
+    "NF4, selective": {"train": {"gradient_checkpointing": "selective"}},
+    "NF4, blocks": {"train": {"gradient_checkpointing": "blocks"}},
+    "bf16, batch 8": {"quantization": {"storage": "none"}},
+    "NF4, packed": {"train": {"batching": "packed", "pack_tokens": 512, "gradient_accumulation": 4}},
+}
+"""{name: what differs from the defaults}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rows", type=int, default=192, help="training rows (count)")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    here, found = Paths(Path.cwd()), {}
+    for name in options.settings:
+        found[name] = compare(SETTINGS[name], here, options.rows)
+        print(f"{name}: {json.dumps(found[name])}", flush=True)
+    text = report(found, options.rows)
+    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "plan.md").write_text(text)
+
+
+def compare(setting: dict[str, dict[str, Any]], here: Paths, rows: int) -> dict[str, Any]:
+    """Plan one setting with and without the probe, then run it."""
+    with tempfile.TemporaryDirectory(prefix="peftcore-plan-benchmark-") as folder:
+        paths = Paths(Path(folder))
+        paths.data.mkdir(parents=True)
+        paths.base.symlink_to(here.base.resolve())
+        counts: dict[Split, int] = {"train": rows, "validation": max(8, rows // 4)}
+        for split, count in counts.items():
+            parquet.write_table(parquet.read_table(here.split(split)).slice(0, count), paths.split(split))
+        YAML().dump({"tracking": {"mode": "disabled"}, **setting}, paths.params)
+        params = load_params(paths.params)
+        planned, counted = plan(params, paths), plan(params, paths, probe=False)
+        result = paths.root / "result.json"
+        command = [sys.executable, "-m", "benchmarks.plan_side", str(result)]
+        environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+        subprocess.run(command, cwd=paths.root, env=environment, check=True, capture_output=True)
+        measured = json.loads(result.read_text())
+        return {"planned": planned.as_dict(), "counted": counted.peak, "measured": measured}
+
+
+def report(found: dict[str, dict[str, Any]], rows: int) -> str:
+    """The figures as Markdown."""
+    lines = [
+        "# Planned and measured",
+        "",
+        f"SmolLM2-135M, LoRA of rank 16 on all linear layers, the first {rows} docstring rows, one epoch. Peak: MiB of",
+        "resident memory of the train stage's process. Time: seconds of training, its evaluations and checkpoints.",
+        "",
+        f"{machine()}. `python -m benchmarks.plan --rows {rows}`",
+        "",
+        "| | peak, counted only | peak, with the probe | peak, measured | ratio | time, planned | measured | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, one in found.items():
+        planned, measured = one["planned"], one["measured"]
+        seconds = planned["seconds"] - planned["time"]["start"]
+        lines.append(
+            f"| {name} | {one['counted'] / MIB:,.0f} | {planned['peak'] / MIB:,.0f} | {measured['peak'] / MIB:,.0f} | "
+            f"{planned['peak'] / measured['peak']:.2f} | {seconds:,.0f} | {measured['training']:,.0f} | "
+            f"{seconds / measured['training']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

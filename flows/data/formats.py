@@ -1,0 +1,214 @@
+"""What a row may look like: chats as OpenAI, ShareGPT and Alpaca write them, pairs of answers, labelled texts.
+
+Each function takes a row's columns and raises FaultyRow, which says what is wrong and what fits. A column that is
+null counts as absent, because Parquet gives every row all columns.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from flows.data.examples import Message
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT = {
+    **{role: role for role in ROLES},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant"},
+    **{"observation": "tool", "function_response": "tool"},
+}
+"""{`from` of a ShareGPT turn: its role}"""
+ONE_TURN = {"prompt": "completion", "question": "answer", "instruction": "output"}
+"""{column of the question: column of the answer}; an `instruction` may have an `input`, as Alpaca's do."""
+_OTHER_KINDS = {"preference": ("chosen", "rejected"), "classification": ("text", "label")}
+
+
+class FaultyRow(Exception):
+    """A row that cannot be used."""
+
+
+def chat(row: dict[str, Any]) -> list[Message]:
+    """The chat: system at most first, a user turn before the first answer, an answer last."""
+    for column in ("messages", "conversations"):
+        if row.get(column) is not None:
+            return _whole(_listed(row[column], f"its {column} are"))
+    for question, answer in ONE_TURN.items():
+        if row.get(question) is not None and answer in row:
+            return _one_turn(row, question, answer)
+        if row.get(question) is not None:
+            raise FaultyRow(f"it has no {answer}")
+    for kind, columns in _OTHER_KINDS.items():
+        if all(column in row for column in columns):
+            raise FaultyRow(f"it has {' and '.join(columns)}; set data.kind to {kind}")
+    raise FaultyRow(f"it has neither messages nor prompt and completion, but {', '.join(row) or 'nothing'}")
+
+
+def preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
+    """The chat up to the answer, the chosen way to go on, and the rejected one.
+
+    `chosen` and `rejected` are texts, answers as lists of turns, or whole chats, which then begin alike.
+    """
+    for column in ("chosen", "rejected"):
+        if row.get(column) is None:
+            raise FaultyRow(f"it has no {column}; a row of data.kind preference has prompt, chosen and rejected")
+    asked = _turns_of(row, "prompt", "user") if row.get("prompt") is not None else []
+    chosen, rejected = (_turns_of(row, column, "assistant") for column in ("chosen", "rejected"))
+    if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
+        if not asked:
+            raise FaultyRow("it has no prompt, and chosen and rejected do not hold it")
+    else:
+        common = _common(chosen, rejected)
+        begins = [turn for turn in common if turn["role"] != "system"][: len(asked)]
+        if asked not in (begins, common[: len(asked)]):
+            raise FaultyRow("its chosen and rejected are whole chats that do not both begin with its prompt")
+        asked, chosen, rejected = common, chosen[len(common) :], rejected[len(common) :]
+    for answer in (chosen, rejected):
+        _check_order([*asked, *answer])
+        if answer[0]["role"] != "assistant":
+            raise FaultyRow("its chosen and rejected part before an assistant turn; they may differ in answers only")
+    return asked, chosen, rejected
+
+
+def labelled(row: dict[str, Any]) -> tuple[str, str]:
+    """The text and its class by name; numbers name classes too."""
+    for column in ("text", "label"):
+        if row.get(column) is None:
+            raise FaultyRow(f"it has no {column}; a row of data.kind classification has text and label")
+    label = row["label"]
+    if not isinstance(label, str | int) or not str(label).strip():
+        raise FaultyRow(f"its label is {label!r}; give a name or a whole number")
+    return _text(row, "text"), str(label).strip()
+
+
+def weight(row: dict[str, Any]) -> float:
+    """What the row's loss is multiplied by: 1 where there is no `weight`."""
+    given = row.get("weight")
+    if given is None:
+        return 1.0
+    try:
+        value = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise FaultyRow(f"its weight is {given!r}; give a number of at least 0")
+    return value
+
+
+def tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The functions that the chat may call."""
+    return None if row.get("tools") is None else _listed(row["tools"], "its tools are")
+
+
+def _one_turn(row: dict[str, Any], question: str, answer: str) -> list[Message]:
+    asked = _text(row, question)
+    if question == "instruction" and row.get("input"):
+        asked = f"{asked}\n\n{_text(row, 'input')}"
+    system = [] if not row.get("system") else [{"role": "system", "content": _text(row, "system")}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": _text(row, answer)}]
+    return [*system, *turns]
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    if not isinstance(row[column], str) or not row[column].strip():
+        raise FaultyRow(f"its {column} is {'empty' if not row[column] else 'no text'}")
+    _check_characters(row[column], f"its {column}")
+    return row[column]
+
+
+def _check_characters(text: str, subject: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may escape one half of a pair
+        raise FaultyRow(f"{subject} has half a character at {error.start} ({text[error.start]!r}); mend it") from error
+
+
+def _turns_of(row: dict[str, Any], column: str, role: str) -> list[Message]:
+    """Turns as a list of messages, or one turn of `role` as text; CSV writes a list as JSON."""
+    value = row[column]
+    if isinstance(value, str) and not value.lstrip().startswith("[{"):
+        return [{"role": role, "content": _text(row, column)}]
+    turns = list(_turns(_listed(value, f"its {column} is text, or")))
+    if not turns:
+        raise FaultyRow(f"its {column} is empty")
+    return turns
+
+
+def _common(one: list[Message], other: list[Message]) -> list[Message]:
+    """The turns with which both begin, but for the last of either, which is an answer even where they are equal."""
+    count = 0
+    while count < min(len(one), len(other)) - 1 and one[count] == other[count]:
+        count += 1
+    return one[:count]
+
+
+def _listed(value: Any, subject: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):  # CSV has no lists
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise FaultyRow(f"{subject} no JSON: {error}") from error
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise FaultyRow(f'{subject} no list of {{"role": ..., "content": ...}}')
+    return value
+
+
+def _whole(value: list[dict[str, Any]]) -> list[Message]:
+    messages = list(_turns(value))
+    _check_order(messages)
+    return messages
+
+
+def _check_order(messages: list[Message]) -> None:
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise FaultyRow("it has a system turn that is not the first")
+    if not roles or roles[-1] != "assistant":
+        raise FaultyRow("it has no completion: its last turn is not the assistant's")
+    if "user" not in roles[: roles.index("assistant")]:
+        raise FaultyRow("it has no user turn before the assistant's first")
+    for before, role in itertools.pairwise(roles):
+        if role == "tool" and before not in ("assistant", "tool"):
+            raise FaultyRow(f"it has a tool turn after one of {before}; a tool answers the assistant")
+
+
+def _turns(value: list[dict[str, Any]]) -> Iterator[Message]:
+    for number, message in enumerate(value, start=1):
+        said = message.get("role", message.get("from"))
+        role = SHAREGPT.get(str(said), said) if "from" in message else said
+        if role not in ROLES:
+            raise FaultyRow(f"turn {number} has the role {said!r}; give one of {', '.join(ROLES)}")
+        content = _content(message.get("content") if message.get("content") is not None else message.get("value"))
+        calls = message.get("tool_calls") if role == "assistant" else None
+        if content is None or not (content.strip() or role == "system" or calls):
+            raise FaultyRow(f"turn {number} ({role}) has no text as its content")
+        _check_characters(content, f"turn {number} ({role})")
+        turn: Message = {"role": role, "content": content}
+        if calls:
+            turn["tool_calls"] = calls
+        for key in ("name", "tool_call_id"):
+            if message.get(key) is not None:
+                turn[key] = message[key]
+        if not _is_trained(message, role, number):
+            turn["train"] = False
+        yield turn
+
+
+def _content(value: Any) -> str | None:
+    """Text, or OpenAI's list of parts where all are text; a turn that only calls tools has none."""
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        return "".join(str(part.get("text", "")) for part in value)
+    return value if isinstance(value, str) else None
+
+
+def _is_trained(message: dict[str, Any], role: str, number: int) -> bool:
+    flag = message.get("train")
+    if flag is None and message.get("weight") is not None:
+        flag = {0: False, 1: True}.get(message["weight"], message["weight"])
+    if not isinstance(flag, bool | None):
+        raise FaultyRow(f"turn {number} has the weight {flag!r}; a turn's is 0 or 1, and `train` true or false")
+    if flag and role != "assistant":
+        raise FaultyRow(f"turn {number} ({role}) is to be trained; only the assistant's turns can be")
+    return flag is not False

@@ -1,0 +1,1 @@
+"""Looks at prepared rows before they are trained on: masks, template, leakage and balance, with figures and fixes."""

@@ -1,0 +1,43 @@
+"""Chats: the loss of the known answers, and answers of the models' own."""
+
+import contextlib
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from flows.base_model import padding_id
+from flows.judging.answers import ANSWERS, Answered, Prompt, add_answers, answer, sampled, samples
+from flows.judging.judgement import COMMON, Judgement, common_columns, common_metrics
+from flows.params import Params
+from flows.progress import progress
+from flows.rows import Row
+from flows.scoring import RowLosses, row_losses
+
+
+def judge_chats(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> Judgement:
+    """Both sides on the same rows and weights, the adapter switched on and off; model: a PeftModel."""
+    evaluate = params.evaluate
+    prompts = [
+        Prompt(i, rows[i]["input_ids"][: rows[i]["prompt_length"]], rows[i]["completion"])
+        for i in sampled(len(rows), evaluate, params.project.seed)
+    ]
+    losses: dict[str, RowLosses] = {}
+    answered: dict[str, Answered] = {}
+    with progress(2 * (len(rows) + len(prompts)), "evaluate", "row") as bar:
+        for name, context in (("base", model.disable_adapter()), ("adapter", contextlib.nullcontext())):
+            with context:
+                losses[name] = row_losses(model, rows, padding_id(tokenizer), evaluate.batch_size, bar)
+                answered[name] = answer(model, tokenizer, prompts, evaluate, bar)
+    base, adapter = (
+        {"loss": losses[name].loss, "perplexity": losses[name].perplexity} | answered[name].metrics()
+        for name in ("base", "adapter")
+    )
+    metrics = common_metrics(rows, losses, base, adapter, ["rouge_l"]) | {"generated_rows": len(prompts)}
+    table = common_columns(rows, losses["base"], losses["adapter"])
+    add_answers(table, prompts, answered)
+    return Judgement(
+        metrics,
+        pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *ANSWERS])),
+        samples(rows, prompts, answered, evaluate.samples),
+    )

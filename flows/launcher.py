@@ -1,0 +1,173 @@
+"""Training in several processes of one machine: a stage starts itself anew in each, and waits for them.
+
+The stage that DVC started becomes the launcher's agent, so the processes are its children and die with it. What one of
+them refuses reaches its message through the agent, once; only the first process shows progress and writes results.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from flows.errors import PipelineError, StageError
+from flows.stage import is_disk_full
+from peftcore.errors import PeftError
+
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Where torch's agent looks for what a process has died of."""
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+"""What a collective says in a process when another has died."""
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return torch.distributed.is_torchelastic_launched()
+
+
+# -- starting ----------------------------------------------------------------------------------------------------------
+
+
+def launch(module: str, processes: int, launcher: str) -> None:
+    """Run `python -m module` in each of several processes, by accelerate or torchrun, and wait for all.
+
+    Each gets an equal share of the cores for its threads, and of GPUs one. Raises StageError that names the process
+    which failed; the others are then stopped.
+    """
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise StageError(
+            f"train.processes is {processes}, and this machine has {torch.cuda.device_count()} GPUs: give at most as "
+            "many processes, each trains on one"
+        )
+    # the agent's own account of a failure is a page long, and what it says is in our message
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    with _environment(processes):
+        try:
+            _LAUNCHERS[launcher](module, processes)
+        except ChildFailedError as error:
+            raise StageError(_account(error.failures, processes)) from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            sys.exit(128 + int(error.sigval))
+
+
+def _by_torchrun(module: str, processes: int) -> None:
+    from torch.distributed import run
+
+    count = f"--nproc-per-node={processes}"
+    run.run(run.get_args_parser().parse_args(["--standalone", "--local-addr=127.0.0.1", count, "--module", module]))
+
+
+def _by_accelerate(module: str, processes: int) -> None:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    given: dict[str, Any] = {"num_processes": processes, "num_machines": 1, "main_process_port": 0}
+    given |= {"mixed_precision": "no", "dynamo_backend": "no", "num_cpu_threads_per_process": _threads(processes)}
+    options = [f"--{name}={value}" for name, value in given.items()]
+    # by this name it starts processes on CPUs as well; its --cpu starts one alone
+    launch_command(launch_command_parser().parse_args(["--multi_gpu", *options, "--module", module]))
+
+
+_LAUNCHERS: dict[str, Callable[[str, int], None]] = {"accelerate": _by_accelerate, "torchrun": _by_torchrun}
+
+
+@contextmanager
+def _environment(processes: int) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ["OMP_NUM_THREADS"] = str(_threads(processes))
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine may not know its own name
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _threads(processes: int) -> int:
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return int(given) if given.isdecimal() else max(1, cores // processes)
+
+
+def _account(failures: dict[int, ProcessFailure], processes: int) -> str:
+    """Which process failed first, of what, and what to do."""
+    rank, failure = min(failures.items(), key=_order)
+    if failure.exitcode < 0:
+        return (
+            f"process {rank} of {processes} (pid {failure.pid}) was killed by {failure.signal_name()}, and the others "
+            "were stopped; if the machine was out of memory, lower train.processes or train.batch_size. Run it again: "
+            "it goes on from the last whole checkpoint"
+        )
+    said: Any = failure.message
+    if isinstance(said, dict):
+        return said["message"]
+    return (
+        f"process {rank} of {processes} (pid {failure.pid}) ended with status {failure.exitcode}; its own message is "
+        "above. Run it again: it goes on from the last whole checkpoint"
+    )
+
+
+def _order(one: tuple[int, ProcessFailure]) -> tuple[int, int, int]:
+    """What was killed comes before what said why it failed, and both before those that only lost another."""
+    rank, failure = one
+    said: Any = failure.message
+    killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM  # the agent stops the others by SIGTERM
+    lost = isinstance(said, dict) and said["extraInfo"]["lost"]
+    return (0 if killed else 2 if lost or failure.exitcode == 128 + signal.SIGTERM else 1), failure.timestamp, rank
+
+
+# -- in each process ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def joined(processes: int) -> Iterator[PartialState]:
+    """What a process knows of its group: its place in it, whether it is the main one; alone it is.
+
+    What goes wrong inside is left to the launcher to say, once. Raises StageError for a group of another size than
+    `processes`.
+    """
+    if not is_launched():
+        yield PartialState(cpu=not torch.cuda.is_available())
+        return
+    try:
+        state = PartialState(cpu=not torch.cuda.is_available())
+        if state.num_processes != processes:
+            raise StageError(f"started in {state.num_processes} processes, but train.processes is {processes}")
+        if not state.is_main_process:
+            for package in ("flows", "peftcore"):
+                logging.getLogger(package).setLevel(logging.ERROR)
+        yield state
+        state.wait_for_everyone()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except (PeftError, PipelineError) as error:
+        _leave(str(error))
+    except Exception as error:
+        if is_disk_full(error):
+            _leave(f"the disk is full ({error}); free some space and run it again, what was there before is intact")
+        if any(sign in str(error) for sign in _LOST):
+            _leave(f"a process lost another ({error}); run it again: it goes on from the last whole checkpoint", True)
+        raise
+    torch.distributed.destroy_process_group()
+
+
+def _leave(said: str, lost: bool = False) -> None:
+    """End this process with status 1, leaving to the launcher what to say."""
+    extra = {"py_callstack": "", "timestamp": str(int(time.time())), "lost": lost}
+    file = os.environ.get(_ERROR_FILE)
+    if file is not None:
+        Path(file).write_text(json.dumps({"message": {"message": said, "extraInfo": extra}}))
+    sys.exit(1)

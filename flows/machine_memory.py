@@ -1,0 +1,44 @@
+"""How much memory this machine gives a process, and the most that this process has held."""
+
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that a process may hold on `device`: the GPU's, or the RAM within the control group's limit."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [path.read_text().strip() for path in _CGROUP_LIMITS if path.exists()]
+    return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of it that nobody holds at this moment."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held on `device` since it started or since `forget_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if _STATUS.exists():  # on Linux getrusage's figure is inherited over fork and exec from a larger parent
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start to count the peak anew where the system can; elsewhere it stays that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5")

@@ -1,0 +1,245 @@
+"""`find_ranks`: a rank for each layer, from a short LoRA run whose gain is shared out among its singular directions.
+
+A LoRA of twice the rank trains for a few steps. Each singular direction of each layer's change is then credited with
+what it took off the loss of rows that it was not trained on (`peftcore.train.singular_credit`), and the budget goes to
+those that took off most per parameter (`peftcore.train.rank_allocation`).
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from peftcore import inject, merge
+from peftcore.adapter_set import ATTRIBUTE, adapter_set
+from peftcore.bases import base_weight
+from peftcore.bases.quantized import keep_quantized_weights_trainable
+from peftcore.errors import ConfigError, TrainingError
+from peftcore.methods.lora import Lora, LoraConfig
+from peftcore.targets import find_targets
+from peftcore.train.rank_allocation import allocate_ranks
+from peftcore.train.singular_credit import Batch, credited, mean_loss, scaled, summed_loss, to_singular_directions
+
+NAME = "rank_search"
+"""The adapter's name while the search runs."""
+WIDER = 2
+"""The search's rank, and so the largest rank a layer can get, over that of the configuration."""
+STEPS_DOWN = 2**0.5
+"""Ratio of one budget to the next of those that a tolerance is tried on."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One budget tried for a tolerance, and the loss of the search's adapter cut down to it."""
+
+    parameters: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class RankSearch:
+    """What a search found; losses are those of `held_out`, in nats."""
+
+    ranks: dict[str, int]
+    """{path: rank}; 0: no adapter there."""
+    scores: dict[str, list[float]]
+    """{path: nats that each singular direction took off the loss, the largest singular value first}."""
+    singular_values: dict[str, list[float]]
+    parameters: int
+    """Of a LoRA with these ranks."""
+    loss_before: float
+    """Without the search's adapter's change."""
+    loss_after: float
+    """With all of it."""
+    ladder: list[Rung]
+    """Budgets tried for a tolerance, the largest first."""
+    seconds: float
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "RankSearch":
+        """What `dataclasses.asdict` made of a search."""
+        return cls(**{**found, "ladder": [Rung(**rung) for rung in found["ladder"]]})
+
+    def config_for(self, config: LoraConfig) -> LoraConfig:
+        """The configuration with these ranks, and at every layer the scaling that it has for its one rank.
+
+        That scaling is α/r, or α/√r with rsLoRA. Layers of rank 0 are no targets.
+        """
+        kept = {path: rank for path, rank in self.ranks.items() if rank}
+        alpha = {
+            path: config.lora_alpha * (math.sqrt(rank / config.r) if config.use_rslora else rank / config.r)
+            for path, rank in kept.items()
+        }
+        return dataclasses.replace(
+            config, target_modules=sorted(kept), exclude_modules=None, rank_pattern=kept, alpha_pattern=alpha
+        )
+
+
+def find_ranks(
+    model: nn.Module,
+    config: LoraConfig,
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+    *,
+    budget: int | None = None,
+    tolerance: float | None = None,
+    least: int = 1,
+    learning_rate: float = 5e-4,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> RankSearch:
+    """Search a rank for each layer that `config` targets; the model, which has no adapter, is left as it was.
+
+    batches: training rows; one optimiser step each. held_out: other rows, never those of the final evaluation.
+    budget: parameters of all factors together; None: as many as `config` has with r at every layer.
+    tolerance: in place of a budget, the share of the loss by which the smallest budget may be worse than the whole
+    search, measured with the search's own adapter cut down, so that training at that budget does rather better.
+    least: rank that no layer goes below. learning_rate: per step, of AdamW, falling to zero over the batches.
+    The same arguments and seed give the same ranks; the caller's random numbers are not drawn from.
+    Raises ConfigError for options that leave no choice of rank, TrainingError where the loss is not finite.
+    """
+    _check(model, config, batches, held_out, budget, tolerance)
+    started, frozen = time.perf_counter(), [(p, p.requires_grad) for p in model.parameters()]
+    training = model.training
+    layers = {path: base_weight(layer, path) for path, layer in find_targets(model, config).items()}
+    if odd := [path for path, base in layers.items() if base.kind != "linear"]:
+        raise ConfigError(f"find_ranks fits linear layers only; exclude {odd[0]}")
+    costs = {path: base.in_features + base.out_features for path, base in layers.items()}
+    widest = {path: min(WIDER * config.r, b.in_features, b.out_features) for path, b in layers.items()}
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        inject.inject_adapter_in_model(_search_config(config, widest), model, NAME)
+        try:
+            adapters = cast(dict[str, Lora], adapter_set(model).of_method(NAME))
+            scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+            for adapter in adapters.values():
+                adapter.scaling = scaling
+            keep_quantized_weights_trainable(model)
+            bar = tqdm(total=len(batches) + 2 * len(held_out), desc="ranks", unit="batch", disable=not progress)
+            _train(model, batches, learning_rate, max_grad_norm, bar)
+            model.eval()
+            values = {path: to_singular_directions(adapter) for path, adapter in adapters.items()}
+            scores = credited(model, adapters, held_out, bar.update)
+            bar.close()
+            with scaled(adapters, 0.0):
+                before = mean_loss(model, held_out)
+            after = mean_loss(model, held_out)
+            if not math.isfinite(after):
+                raise TrainingError(f"the search's loss is {after}; lower learning_rate, which is {learning_rate}")
+            plain = {path: score.tolist() for path, score in scores.items()}
+            if tolerance is None:
+                ladder: list[Rung] = []
+                whole = config.r * sum(costs.values())
+                ranks = allocate_ranks(plain, costs, whole if budget is None else budget, least)
+            else:
+                ranks, ladder = _least_within(model, adapters, plain, costs, held_out, after * (1 + tolerance), least)
+        finally:
+            merge.unload(model)
+            model.train(training)
+            for parameter, requires_grad in frozen:
+                parameter.requires_grad_(requires_grad)
+    return RankSearch(
+        ranks=ranks,
+        scores=plain,
+        singular_values={path: value.tolist() for path, value in values.items()},
+        parameters=_parameters(ranks, costs),
+        loss_before=before,
+        loss_after=after,
+        ladder=ladder,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check(
+    model: nn.Module,
+    config: LoraConfig,
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+    budget: int | None,
+    tolerance: float | None,
+) -> None:
+    if ATTRIBUTE in model.__dict__:
+        raise ConfigError("find_ranks needs the model without adapters; call it before get_peft_model")
+    if config.rank_pattern or config.alpha_pattern:
+        raise ConfigError("find_ranks makes rank_pattern and alpha_pattern itself; leave them out of the configuration")
+    if config.layer_replication or config.target_parameters:
+        raise ConfigError("find_ranks does not fit layer_replication or target_parameters; leave them out")
+    if not batches or not held_out:
+        raise ConfigError(f"find_ranks needs batches and held-out batches; got {len(batches)} and {len(held_out)}")
+    if budget is not None and tolerance is not None:
+        raise ConfigError("find_ranks takes a budget or a tolerance; give one of them")
+    if tolerance is not None and not tolerance > 0:
+        raise ConfigError(f"find_ranks: tolerance must be above 0, a share of the loss; got {tolerance}; try 0.01")
+
+
+def _search_config(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
+    """Plain LoRA at the same layers: a start or a variant says how to train a rank, not which to have."""
+    return LoraConfig(
+        task_type=config.task_type,
+        target_modules=sorted(ranks),
+        modules_to_save=config.modules_to_save,
+        lora_dropout=config.lora_dropout,
+        rank_pattern=ranks,
+    )
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def _train(model: nn.Module, batches: Sequence[Batch], rate: float, max_norm: float, bar: Any) -> None:
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / len(batches))
+        total, count = summed_loss(model, batch)
+        (total / count).backward()
+        nn.utils.clip_grad_norm_(trained, max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+
+
+# -- a tolerance -----------------------------------------------------------------------------------------------------
+
+
+def _least_within(
+    model: nn.Module,
+    adapters: Mapping[str, Lora],
+    scores: Mapping[str, list[float]],
+    costs: Mapping[str, int],
+    held_out: Sequence[Batch],
+    allowed: float,
+    least: int,
+) -> tuple[dict[str, int], list[Rung]]:
+    """Ranks of the smallest budget at which the adapter, cut down to its best pieces, has a loss of at most `allowed`.
+
+    Budgets fall from the whole search's as long as that holds.
+    """
+    ranks = {path: len(pieces) for path, pieces in scores.items()}
+    floor = sum(min(least, len(pieces)) * costs[path] for path, pieces in scores.items())
+    factors = {path: a.lora_B.detach().clone() for path, a in adapters.items()}
+    budget, ladder = float(_parameters(ranks, costs)), []
+    while (budget := budget / STEPS_DOWN) >= floor:
+        fewer = allocate_ranks(scores, costs, int(budget), least)
+        with torch.no_grad():
+            for path, adapter in adapters.items():
+                best = torch.tensor(scores[path]).argsort(descending=True, stable=True)[fewer[path] :]
+                adapter.lora_B.copy_(factors[path]).index_fill_(1, best.to(adapter.lora_B.device), 0.0)
+        ladder.append(Rung(_parameters(fewer, costs), mean_loss(model, held_out)))
+        if ladder[-1].loss > allowed:
+            break
+        ranks = fewer
+    return ranks, ladder
+
+
+def _parameters(ranks: Mapping[str, int], costs: Mapping[str, int]) -> int:
+    return sum(rank * costs[path] for path, rank in ranks.items())

@@ -1,0 +1,94 @@
+"""What each singular direction of a LoRA's change takes off the loss.
+
+ΔW = Σ_k σ_k u_k v_kᵀ of each layer, G(t) the gradient of W + tΔW:
+
+    a_k = −∫₀¹ ⟨G(t), σ_k u_k v_kᵀ⟩ dt,    Σ a_k over the pieces of all layers = L(0) − L(1)
+
+(integrated gradients, arXiv:1703.01365, by two-point Gauss-Legendre). G is never formed: with B and A holding the
+pieces, the o-sum of B ⊙ ∂L/∂B is t⟨G(t), ΔW_k⟩.
+
+Shapes: i in_features, o out_features, r rank; A (r, i), B (o, r).
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import ConfigError
+from peftcore.methods.lora import Lora
+from peftcore.train.losses import has_causal_loss, token_losses
+
+Batch = Mapping[str, Any]
+"""Keyword arguments of a model, labels among them."""
+_NODES = ((0.5 - math.sqrt(1 / 12), 0.5), (0.5 + math.sqrt(1 / 12), 0.5))
+"""(t, weight) of the two-point Gauss-Legendre rule on [0, 1]."""
+
+
+def summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """The summed loss, and of how many supervised tokens, or rows where the model's loss is another, it is."""
+    if "labels" in batch and has_causal_loss(model):
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        losses, _ = token_losses(model, given, batch["labels"])
+        return losses.sum(), len(losses)
+    loss = model(**batch).loss
+    if loss is None:
+        raise ConfigError("find_ranks needs the model's loss: give batches with labels")
+    rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    return loss * rows, rows
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    sums = [summed_loss(model, batch) for batch in batches]
+    return sum(total.item() for total, _ in sums) / sum(count for _, count in sums)
+
+
+@torch.no_grad()
+def to_singular_directions(adapter: Lora) -> Tensor:
+    """Rewrite B and A as U√Σ and √ΣVᵀ of their product; gives the singular values (r,) of s·BA."""
+    q_out, b = torch.linalg.qr(adapter.lora_B.double())
+    q_in, a = torch.linalg.qr(adapter.lora_A.double().T)
+    u, values, vh = torch.linalg.svd(b @ a.T)
+    root = values.sqrt()
+    adapter.lora_B.copy_(q_out @ u * root)
+    adapter.lora_A.copy_((q_in @ vh.T * root).T)
+    return values * adapter.scaling
+
+
+@contextlib.contextmanager
+def scaled(adapters: Mapping[str, Lora], t: float) -> Iterator[None]:
+    """The adapters' change times t while inside."""
+    before = {path: adapter.scaling for path, adapter in adapters.items()}
+    for path, adapter in adapters.items():
+        adapter.scaling = t * before[path]
+    try:
+        yield
+    finally:
+        for path, adapter in adapters.items():
+            adapter.scaling = before[path]
+
+
+def credited(
+    model: nn.Module, adapters: Mapping[str, Lora], batches: Sequence[Batch], seen: Callable[[], object]
+) -> dict[str, Tensor]:
+    """{path: (r,)}: nats that each piece took off the mean loss."""
+    credits = {path: torch.zeros(a.r, dtype=torch.float64, device=a.lora_B.device) for path, a in adapters.items()}
+    for t, weight in _NODES:
+        count = 0
+        with scaled(adapters, t):
+            for batch in batches:
+                total, own = summed_loss(model, batch)
+                total.backward()
+                count += own
+                seen()
+        for path, adapter in adapters.items():
+            assert adapter.lora_B.grad is not None
+            along = (adapter.lora_B.detach() * adapter.lora_B.grad).sum(0, dtype=torch.float64)
+            credits[path] -= weight * along / (t * count)
+        for parameter in model.parameters():
+            parameter.grad = None
+    return credits

@@ -1,0 +1,70 @@
+"""Examples as rows: pairs that share a prompt, texts with a class, each cut to a limit where that is asked for."""
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from flows.data.encoders import LabelledEncoder, PreferenceEncoder, encoder_of, label_names
+from flows.data.examples import Labelled, Message, Preference
+from flows.data.tokens import IGNORED, length
+from flows.errors import DataError
+from flows.params import Data
+
+ORIGIN: dict[str, Any] = {"group": "g", "slice": "all", "where": "here"}
+
+
+def says(*contents: str) -> list[Message]:
+    return [{"role": ("assistant", "user")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+def pair(question: str, chosen: list[Message], rejected: list[Message]) -> Preference:
+    return Preference([{"role": "user", "content": question}], chosen, rejected, **ORIGIN)
+
+
+def test_all_answers_after_the_prompt_are_supervised_and_none_before(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = [{"role": "user", "content": "a"}, *says("b", "c")]
+    tokens = PreferenceEncoder(tokenizer).encode(Preference(prompt, says("d", "e", "f"), says("g"), **ORIGIN))
+    texts = [tokenizer.decode([label for label in labels if label != IGNORED]) for _, labels in tokens.parts]
+    assert texts == ["d<|im_end|>f<|im_end|>", "g<|im_end|>"]
+    assert tokens.prompt.endswith("user\nc<|im_end|>\n<|im_start|>assistant\n")
+    assert tokens.rejected == "g"
+    assert tokens.chosen.startswith("d<|im_end|>")
+
+
+def test_what_supervises_the_last_answer_alone_does_not_count_for_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
+    data = Data(source="a.jsonl", kind="preference", supervise="last")
+    tokens: Any = encoder_of(data, tokenizer, []).encode(pair("a", says("d", "e", "f"), says("g")))
+    assert tokens.prompt.endswith("user\na<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_longer_of_a_pair_decides_how_much_of_the_question_stays(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = PreferenceEncoder(tokenizer)
+    long = pair("x" * 200, says("yes"), says("no, " * 5))
+    shorter = encoder.shorten(long, 100)
+    assert shorter is not None
+    assert length(encoder.encode(shorter)) == 100
+    assert (shorter.chosen, shorter.rejected) == (long.chosen, long.rejected)
+    assert encoder.shorten(pair("x", says("y" * 200), says("no")), 100) is None
+
+
+def test_a_text_is_cut_from_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = LabelledEncoder(tokenizer, ["a", "b"])
+    shorter = encoder.shorten(Labelled("量" * 20, "b", **ORIGIN), 10)
+    assert shorter is not None
+    assert shorter.text == "量" * 3
+    assert encoder.encode(shorter).label == 1
+    assert encoder.shorten(Labelled("量", "b", **ORIGIN), 2) is None
+
+
+def test_a_text_that_holds_a_special_token_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match=r"holds <\|im_end\|>"):
+        LabelledEncoder(tokenizer, ["a", "b"]).encode(Labelled("x<|im_end|>", "a", **ORIGIN))
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [(["b", "a", "b"], ["a", "b"]), (["10", "9", "-1"], ["-1", "9", "10"]), (["1", "x"], ["1", "x"])],
+)
+def test_classes_are_numbered_by_value_or_by_name(labels: list[str], names: list[str]) -> None:
+    assert label_names([Labelled("t", label, **ORIGIN) for label in labels]) == names

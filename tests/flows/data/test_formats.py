@@ -1,0 +1,135 @@
+"""Rows as others write them, and what is said of those that cannot be used."""
+
+from typing import Any
+
+import pytest
+
+from flows.data import formats
+from flows.data.formats import FaultyRow
+
+USER, ANSWER = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "1."}
+CHAT = [USER, ANSWER]
+WORSE = {"role": "assistant", "content": "2."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CHAT},
+        {"messages": None, "conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1."}]},
+        {"prompt": "One?", "completion": "1."},
+        {"question": "One?", "answer": "1."},
+        {"instruction": "One?", "input": "", "output": "1."},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "One?"}]}, ANSWER | {"train": True}]},
+        {"messages": [USER | {"weight": 0}, ANSWER | {"weight": 1, "tool_calls": None}]},
+    ],
+)
+def test_the_same_chat(row: dict[str, Any]) -> None:
+    turns = formats.chat(row)
+    assert [{key: turn[key] for key in ("role", "content")} for turn in turns] == CHAT
+    assert turns[1].get("train", True)
+
+
+def test_alpacas_input_follows_its_instruction() -> None:
+    [turn, _] = formats.chat({"instruction": "Add.", "input": "1, 2", "output": "3"})
+    assert turn["content"] == "Add.\n\n1, 2"
+
+
+def test_a_row_may_have_its_own_system_prompt() -> None:
+    assert formats.chat({"system": "Be brief.", "prompt": "a", "completion": "b"})[0]["content"] == "Be brief."
+
+
+@pytest.mark.parametrize("flag", [{"train": False}, {"weight": 0}, {"weight": 0.0}])
+def test_turns_that_are_context_only(flag: dict[str, Any]) -> None:
+    turns = formats.chat({"messages": [USER, ANSWER | flag, USER, ANSWER]})
+    assert [turn.get("train", True) for turn in turns] == [True, False, True, True]
+
+
+def test_tools_and_their_calls() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    result = {"role": "tool", "content": "3", "tool_call_id": "1"}
+    row = {"messages": [USER, call, result, ANSWER], "tools": '[{"name": "add"}]'}
+    assert formats.chat(row) == [USER, call | {"content": ""}, result, ANSWER]
+    assert formats.tools(row) == [{"name": "add"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"messages": [USER, {"role": "assistant", "content": "x", "weight": 0.5}]}, "turn 2 has the weight 0.5"),
+        ({"messages": [USER | {"train": True}, ANSWER]}, r"turn 1 \(user\) is to be trained"),
+        ({"messages": [USER, {"role": "tool", "content": "3"}, ANSWER]}, "a tool answers the assistant"),
+        ({"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]}, "turn 2 .* has no text"),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, "no user turn"),
+        ({"conversations": [{"from": "alien", "value": "a"}]}, "turn 1 has the role 'alien'"),
+        ({"prompt": "a", "completion": "\ud83d"}, "half a character"),
+        ({"messages": [USER, {"role": "assistant", "content": "a\udc00"}]}, r"turn 2 \(assistant\) has half"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "set data.kind to preference"),
+        ({"text": "a", "label": 1}, "set data.kind to classification"),
+    ],
+)
+def test_a_chat_that_cannot_be_used(row: dict[str, Any], fault: str) -> None:
+    with pytest.raises(FaultyRow, match=fault):
+        formats.chat(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "One?", "chosen": "1.", "rejected": "2."},
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]},
+        {"prompt": "One?", "chosen": CHAT, "rejected": [USER, WORSE]},
+        {"chosen": CHAT, "rejected": [USER, WORSE]},
+    ],
+)
+def test_the_same_preference(row: dict[str, Any]) -> None:
+    assert formats.preference(row) == ([USER], [ANSWER], [WORSE])
+
+
+def test_equal_answers_are_left_to_the_doctor() -> None:
+    assert formats.preference({"chosen": CHAT, "rejected": CHAT}) == ([USER], [ANSWER], [ANSWER])
+
+
+def test_whole_chats_may_part_for_several_turns() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    chosen, rejected = [system, *CHAT, USER, ANSWER], [system, USER, WORSE, USER, WORSE]
+    prompt, one, other = formats.preference({"prompt": "One?", "chosen": chosen, "rejected": rejected})
+    assert (prompt, len(one), len(other)) == ([system, USER], 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "no rejected"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"prompt": "Two?", "chosen": CHAT, "rejected": [USER, WORSE]}, "do not both begin with its prompt"),
+        ({"prompt": "a", "chosen": "", "rejected": "b"}, "its chosen is empty"),
+        ({"chosen": CHAT, "rejected": [{"role": "user", "content": "Two?"}, WORSE]}, "differ in answers only"),
+        ({"prompt": "a", "chosen": [USER], "rejected": "b"}, "do not both begin"),
+    ],
+)
+def test_a_preference_that_cannot_be_used(row: dict[str, Any], fault: str) -> None:
+    with pytest.raises(FaultyRow, match=fault):
+        formats.preference(row)
+
+
+@pytest.mark.parametrize(("label", "name"), [("spam", "spam"), (1, "1"), (True, "True"), (" ham ", "ham")])
+def test_labels_are_names(label: Any, name: str) -> None:
+    assert formats.labelled({"text": "a", "label": label}) == ("a", name)
+
+
+@pytest.mark.parametrize("row", [{"text": "a"}, {"label": 1}, {"text": "a", "label": 0.5}, {"text": "", "label": 1}])
+def test_a_labelled_text_that_cannot_be_used(row: dict[str, Any]) -> None:
+    with pytest.raises(FaultyRow):
+        formats.labelled(row)
+
+
+@pytest.mark.parametrize(("given", "value"), [(None, 1.0), (0, 0.0), ("2.5", 2.5), (3, 3.0)])
+def test_weights(given: Any, value: float) -> None:
+    assert formats.weight({"weight": given}) == value
+
+
+@pytest.mark.parametrize("given", [-1, "heavy", float("nan"), float("inf"), True, [1]])
+def test_impossible_weights(given: Any) -> None:
+    with pytest.raises(FaultyRow, match="its weight is"):
+        formats.weight({"weight": given})

@@ -1,0 +1,55 @@
+"""`peftcore doctor`: rows, findings, and exit status 1 where there is an error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from flows.cli import app
+
+
+def doctor(*arguments: str) -> Result:
+    return CliRunner(env={"COLUMNS": "160"}).invoke(app, ["doctor", *arguments])
+
+
+@pytest.fixture
+def root(patient: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pipeline whose rows are well."""
+    well = patient()
+    well.tokenizer.save_pretrained(tmp_path / "artifacts" / "base")
+    (well.folder / "report.json").write_text(json.dumps(well.report))
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "params.yaml").write_text("data: {source: rows.jsonl, max_length: 200}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_rows_and_findings_of_data_that_is_well(root: Path) -> None:
+    result = doctor("--rows", "2")
+    assert result.exit_code == 0
+    assert result.stdout.count("learned · weight 1") == 2
+    assert "<|im_end|> supervised in 100.0% of rows" in result.stdout
+
+
+def test_json_is_all_findings(root: Path) -> None:
+    findings = json.loads(doctor("--json").stdout)["findings"]
+    assert {finding["severity"] for finding in findings} == {"ok"}
+
+
+def test_an_error_is_exit_status_1(root: Path) -> None:
+    (root / "params.yaml").write_text("data: {source: rows.jsonl, max_length: 40}\n")
+    result = doctor("--json")
+    assert result.exit_code == 1
+    assert result.stderr == "error: 1 of 14 checks found an error: lengths\n"
+    assert json.loads(result.stdout)["findings"]
+
+
+def test_before_prepare_it_says_what_to_run(root: Path) -> None:
+    (root / "artifacts" / "data" / "report.json").unlink()
+    result = doctor()
+    assert result.exit_code == 1
+    assert "run the prepare stage first" in result.stderr

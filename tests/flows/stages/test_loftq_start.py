@@ -1,0 +1,44 @@
+"""LoftQ through params.yaml: on a quantised base the adapter starts at what quantising lost."""
+
+import json
+
+import pytest
+import torch
+
+from flows.base_model import load_dequantized, load_original
+from flows.errors import StageError
+from flows.paths import Paths
+from flows.stages import train
+from peftcore import PeftModel
+from peftcore.adapter_set import adapter_set
+
+STANDING_STILL = {"max_steps": 1, "learning_rate": 1e-12, "evaluations": 1}
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_the_adapter_starts_at_what_quantising_lost(prepared: Paths, tiny_params, storage: str) -> None:
+    options = {"init_lora_weights": "loftq"}
+    params = tiny_params(
+        quantization={"storage": storage, "compute_dtype": "float32"},
+        method={"options": options, "r": 8},
+        train=STANDING_STILL,
+    )
+    train.run(params, prepared)
+    model = PeftModel.from_pretrained(load_dequantized(prepared.base, params.quantization), prepared.adapter)
+    original = load_original(prepared.base, torch.float32)
+    for path, adapter in adapter_set(model).adapters("default").items():
+        weight, base = original.get_submodule(path).weight, adapter.base.read().float()
+        residual = weight - base
+        left = torch.linalg.svdvals(residual)[8:].square().sum().sqrt()  # what the best approximation of rank 8 leaves
+        assert (weight - adapter.merged_weight(base)).norm() < 1.05 * left + 1e-3 * residual.norm() < residual.norm()
+    saved = json.loads((prepared.adapter / "adapter_config.json").read_text())
+    assert saved["init_lora_weights"] is True  # plain LoRA on a quantised base, for whoever loads it
+
+
+@pytest.mark.parametrize(("storage", "wrong"), [("nf4", {"loftq_iter": 5}), ("int8", {"loftq_bits": 4})])
+def test_what_the_storage_does_not_fit_is_refused(prepared: Paths, tiny_params, storage: str, wrong: dict) -> None:
+    options = {"init_lora_weights": "loftq", "loftq_config": wrong}
+    params = tiny_params(quantization={"storage": storage}, method={"options": options})
+    with pytest.raises(StageError, match=rf"loftq_config is {wrong}.*storage is {storage}.*to none"):
+        train.run(params, prepared)
+    assert not prepared.adapter.exists()

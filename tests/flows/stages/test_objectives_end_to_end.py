@@ -1,0 +1,158 @@
+"""Pairs of answers and labelled texts through the stages: prepared, trained, judged, merged, and judged by the gate."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from flows.base_model import load_dequantized, load_tokenizer
+from flows.errors import StageError
+from flows.params import Params
+from flows.paths import Paths
+from flows.stages import evaluate, merge, prepare, train
+from peftcore import PeftConfig, PeftModel
+
+PAIRS: dict[str, Any] = {"kind": "preference", "near_duplicates": "keep"}
+TEXTS: dict[str, Any] = {"kind": "classification", "near_duplicates": "keep"}
+
+
+def answers(number: int) -> dict[str, Any]:
+    book = f"book{number // 4}"
+    prompt = f"How much is {number} and 1?"
+    return {"prompt": prompt, "chosen": f"{number + 1}.", "rejected": "I do not know.", "book": book}
+
+
+def text(number: int) -> dict[str, Any]:
+    # one class in three is as frequent as the two others together
+    label = ("warm", "cold", "warm", "wet")[number % 4]
+    return {"text": f"{label} number {number}", "label": label, "book": f"book{number // 4}"}
+
+
+@pytest.fixture
+def made(tmp_path: Path, tiny_base: Path, tiny_params: Callable[..., Params]) -> Callable[..., tuple[Params, Paths]]:
+    """`made(objective, train={...})`: parameters of that objective, and its rows prepared."""
+
+    def make(objective: str, **sections: dict[str, Any]) -> tuple[Params, Paths]:
+        kind, row = (TEXTS, text) if objective == "classification" else (PAIRS, answers)
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(100)))
+        sections["train"] = {"objective": objective, **sections.get("train", {})}
+        params = tiny_params(data=kind, **sections)
+        prepare.run(params, Paths(tmp_path))
+        return params, Paths(tmp_path)
+
+    return make
+
+
+def metrics_of(paths: Paths) -> dict[str, Any]:
+    return json.loads(paths.evaluation_metrics.read_text())
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_pairs_are_trained_judged_and_merged(made: Callable[..., tuple[Params, Paths]], objective: str) -> None:
+    params, paths = made(objective, train={"preference": {"beta": 0.5}})
+    train.run(params, paths)
+    log = [json.loads(line) for line in paths.training_log.read_text().splitlines()]
+    assert all(record["accuracy"] is not None and record["reward_margin"] is not None for record in log)
+    assert log[-1]["reward_margin"] > log[0]["reward_margin"]
+    evaluate.run(params, paths)
+    metrics, rows = metrics_of(paths), parquet.read_table(paths.evaluation_rows).to_pylist()
+    base, adapter = metrics["base"], metrics["adapter"]
+    for name, side in (("base", base), ("adapter", adapter)):
+        assert side["loss"] == pytest.approx(sum(row[f"{name}_loss"] for row in rows) / len(rows))
+        assert side["accuracy"] == pytest.approx(sum(row[f"{name}_margin"] > 0 for row in rows) / len(rows))
+    assert adapter["loss"] < base["loss"] and adapter["margin"] > base["margin"]
+    assert metrics["gain"]["margin"] == adapter["margin"] - base["margin"]
+    if objective == "dpo":
+        assert base["loss"] == pytest.approx(math.log(2))  # the base is the reference
+        assert adapter["reward_accuracy"] > 0.9
+        assert adapter["reward_margin"] == pytest.approx(0.5 * metrics["gain"]["margin"], rel=1e-6)
+    assert metrics["loss_function"].startswith("Dpo(beta=0.5" if objective == "dpo" else "Orpo(beta=0.5")
+    assert {"rouge_l", "ended", "tokens_per_second"} < adapter.keys() and metrics["generated_rows"] == 6
+    assert json.loads(paths.samples.read_text())[0].keys() == {"id", "slice", "prompt", "reference", "base", "adapter"}
+    merge.run(params, paths)
+    assert json.loads(paths.merge_report.read_text())["tokens"] > 0
+
+
+def test_texts_are_classified_and_merging_keeps_the_head(made: Callable[..., tuple[Params, Paths]]) -> None:
+    params, paths = made("classification", train={"epochs": 4.0, "classification": {"class_weights": "balanced"}})
+    train.run(params, paths)
+    assert PeftConfig.from_pretrained(paths.adapter).task_type == "SEQ_CLS"
+    evaluate.run(params, paths)
+    metrics, rows = metrics_of(paths), parquet.read_table(paths.evaluation_rows).to_pylist()
+    names = json.loads(paths.labels.read_text())
+    assert sorted(names) == ["cold", "warm", "wet"]
+    train_labels = [row["label"] for row in parquet.read_table(paths.split("train")).to_pylist()]
+    counts = [train_labels.count(number) for number in range(3)]
+    prior = [(count + 1) / (len(train_labels) + 3) for count in counts]
+    expected = -sum(math.log(prior[names.index(row["label"])]) for row in rows) / len(rows)
+    assert metrics["base"]["loss"] == pytest.approx(expected)
+    assert {row["base_prediction"] for row in rows} == {"warm"}
+    right = [row["adapter_prediction"] == row["label"] for row in rows]
+    assert metrics["adapter"]["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert metrics["adapter"].keys() == {"loss", "accuracy", "macro_f1"} == metrics["base"].keys()
+    assert "generated_rows" not in metrics
+    assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
+    merge.run(params, paths)
+    merged = AutoModelForSequenceClassification.from_pretrained(paths.merged, dtype=torch.bfloat16).eval()
+    unmerged = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, names), paths.adapter)
+    assert merged.config.id2label == dict(enumerate(names))
+    ids = torch.tensor([load_tokenizer(paths.base)("wet number 3")["input_ids"]])
+    torch.testing.assert_close(merged(ids).logits, unmerged(ids).logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(("objective", "batching"), [("dpo", "packed"), ("classification", "padding_free")])
+def test_rows_that_count_one_by_one_are_not_packed(
+    made: Callable[..., tuple[Params, Paths]], objective: str, batching: str
+) -> None:
+    params, paths = made(objective, train={"batching": batching})
+    with pytest.raises(StageError, match=f"batching is {batching}, and {objective} counts its rows one by one"):
+        train.run(params, paths)
+
+
+@pytest.mark.parametrize("stage", [train, evaluate, merge])
+def test_rows_of_another_kind_are_refused_by_name(made: Callable[..., tuple[Params, Paths]], stage: Any) -> None:
+    params, paths = made("dpo")
+    other = params.model_copy(update={"train": params.train.model_copy(update={"objective": "classification"})})
+    paths.labels.write_text("[]")
+    (paths.adapter).mkdir()
+    with pytest.raises(
+        StageError, match=r"is for classification rows, and .*parquet holds preference rows; set data\.k"
+    ):
+        stage.run(other, paths)
+
+
+def test_an_automatic_rank_is_for_chats(made: Callable[..., tuple[Params, Paths]]) -> None:
+    params, paths = made("dpo", method={"r": "auto"})
+    with pytest.raises(StageError, match=r"method\.r is auto, whose search is for sft"):
+        train.run(params, paths)
+
+
+def test_a_start_from_data_sees_the_chosen_answers(made: Callable[..., tuple[Params, Paths]]) -> None:
+    params, paths = made("dpo", method={"options": {"init_lora_weights": "eva"}}, train={"max_steps": 2})
+    train.run(params, paths)
+    assert json.loads(paths.training_summary.read_text())["steps"] == 2
+
+
+def test_weights_of_one_are_no_weights_and_others_change_the_training(
+    prepared: Paths, tiny_params: Callable[..., Params]
+) -> None:
+    def adapter(weights: list[float] | None) -> bytes:
+        table = parquet.read_table(prepared.split("train"))
+        columns = [name for name in table.column_names if name != "weight"]
+        table = table.select(columns)
+        if weights is not None:
+            table = table.append_column("weight", [weights])
+        parquet.write_table(table, prepared.split("train"))
+        train.run(tiny_params(train={"max_steps": 2}), prepared)
+        return (prepared.adapter / "adapter_model.safetensors").read_bytes()
+
+    rows = parquet.read_metadata(prepared.split("train")).num_rows
+    without = adapter(None)
+    assert adapter([1.0] * rows) == without
+    assert adapter([1.0 + number % 3 for number in range(rows)]) != without

@@ -1,0 +1,142 @@
+"""train in two processes: it writes what one writes, and goes on where it was after one of them was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flows.params import Params
+from flows.paths import Paths
+from flows.stages import train
+from flows.training_log import TrainingLog
+
+ROOT = Path(__file__).parents[3]
+SECONDS = 300
+"""In which a run must end, however busy the machine."""
+EXACT = {"storage": "none", "compute_dtype": "float32"}
+"""Of the base, so that an order of sums does not show."""
+
+pytestmark = pytest.mark.slow
+
+
+def start(paths: Paths, params: Params) -> "subprocess.Popen[str]":
+    paths.params.write_text(params.model_dump_json())  # JSON is YAML
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "-m", "flows.stages.train"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=paths.root, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def processes_of(stage: "subprocess.Popen[str]") -> dict[int, psutil.Process]:
+    """The stage's training processes by rank."""
+    children = psutil.Process(stage.pid).children(recursive=True)
+    return {int(rank): child for child in children if (rank := child.environ().get("RANK")) is not None}
+
+
+def wait_for(comes: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not comes() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def log_of(paths: Paths) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in paths.training_log.read_text().splitlines()]
+
+
+def adapter(paths: Paths) -> dict[str, torch.Tensor]:
+    return load_file(paths.adapter / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_two_processes_write_what_one_writes(
+    prepared: Paths, tiny_params: Callable[..., Params], launcher: str
+) -> None:
+    shared: dict[str, Any] = {"method": {"r": 4, "lora_dropout": 0.0}, "quantization": EXACT}
+    train.run(tiny_params(train={"batch_size": 2, "gradient_accumulation": 2}, **shared), prepared)
+    alone, records, summary = adapter(prepared), log_of(prepared), json.loads(prepared.training_summary.read_text())
+    stage = start(prepared, tiny_params(train={"batch_size": 2, "processes": 2, "launcher": launcher}, **shared))
+    shown, said = stage.communicate(timeout=SECONDS)
+    assert stage.returncode == 0, said
+    assert set(shown.splitlines()) <= {"[INFO] Running in WANDB offline mode"}  # transformers says so on import
+    assert "rank" not in said and said.count("train: 100%") == 1
+    found = adapter(prepared)
+    assert found.keys() == alone.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    steps = [(record["step"], record["loss"] is None) for record in records]
+    assert [(record["step"], record["loss"] is None) for record in log_of(prepared)] == steps
+    for one, two in zip(records, log_of(prepared), strict=True):
+        for name in ("loss", "validation_loss", "learning_rate"):
+            assert two[name] == pytest.approx(one[name], abs=1e-4) if one[name] is not None else two[name] is None
+    written = json.loads(prepared.training_summary.read_text())
+    assert {name: written[name] for name in ("steps", "tokens", "best_step")} == {
+        name: summary[name] for name in ("steps", "tokens", "best_step")
+    }
+    assert list(prepared.checkpoints.iterdir()) == []
+
+
+@pytest.mark.parametrize(("launcher", "rank"), [("torchrun", 1), ("accelerate", 0)])
+def test_a_killed_process_ends_the_others_and_a_rerun_goes_on(
+    prepared: Paths, tiny_params: Callable[..., Params], launcher: str, rank: int
+) -> None:
+    params = tiny_params(
+        train={"batch_size": 2, "processes": 2, "launcher": launcher, "epochs": 8.0, "evaluations": 16},
+        quantization=EXACT,
+    )
+    straight = start(prepared, params)
+    _, said = straight.communicate(timeout=SECONDS)
+    assert straight.returncode == 0, said
+    whole, records = adapter(prepared), [(r["step"], r["loss"], r["validation_loss"]) for r in log_of(prepared)]
+    stage = start(prepared, params)
+    wait_for(lambda: list(prepared.checkpoints.glob("*/checkpoint-12/SHA256SUMS")))
+    running = processes_of(stage)
+    assert len(running) == 2
+    running[rank].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    _, said = stage.communicate(timeout=SECONDS)
+    assert time.monotonic() - began < 60
+    assert stage.returncode == 1
+    *_, message = said.strip().splitlines()
+    assert message.startswith(f"error: process {rank} of 2 (pid {running[rank].pid}) was killed by SIGKILL")
+    assert "Run it again: it goes on from the last whole checkpoint" in message
+    assert "Traceback" not in said
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in running.values())
+    (run,) = prepared.checkpoints.iterdir()
+    assert TrainingLog(run / "log.jsonl").records()
+    again = start(prepared, params)
+    _, said = again.communicate(timeout=SECONDS)
+    assert again.returncode == 0, said
+    assert "resuming from step" in said
+    assert [(r["step"], r["loss"], r["validation_loss"]) for r in log_of(prepared)] == records
+    for name, tensor in whole.items():
+        assert torch.equal(adapter(prepared)[name], tensor)
+
+
+def test_no_process_outlives_the_stage_that_was_killed(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
+    stage = start(prepared, tiny_params(train={"processes": 2, "epochs": 200.0}, quantization=EXACT))
+    wait_for(lambda: any(log.read_text() for log in prepared.checkpoints.glob("*/log.jsonl")))  # they train
+    running = processes_of(stage)
+    stage.send_signal(signal.SIGKILL)
+    stage.communicate(timeout=SECONDS)
+    _, alive = psutil.wait_procs(running.values(), timeout=30)
+    assert running and not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_what_a_process_refuses_is_said_once(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
+    (prepared.base / "model.safetensors").write_bytes(b"cut")
+    stage = start(prepared, tiny_params(train={"processes": 2}))
+    _, said = stage.communicate(timeout=SECONDS)
+    assert stage.returncode == 1
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "model.safetensors" in errors[0] and "Traceback" not in said

@@ -1,0 +1,198 @@
+"""4-bit layers: the faster of bitsandbytes' two CPU products by the number of tokens, and nothing else changes."""
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peftcore import IA3Config, LoraConfig, get_peft_model
+from peftcore.adapter_set import adapter_set
+from peftcore.bases import base_weight
+from peftcore.bases.quantized import FEW_TOKENS
+
+needs_packed_product = pytest.mark.skipif(
+    not bnb_functional.has_avx512bf16(), reason="this CPU has no bfloat16 instructions, so there is one product only"
+)
+EPS = torch.finfo(torch.bfloat16).eps
+KINDS = ["nf4", "nf4+double", "fp4", "fp4+double"]
+
+
+def four_bit(kind: str = "nf4", inputs: int = 128, outputs: int = 64, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A 4-bit layer with random weights that computes in `dtype`."""
+    storage, _, double = kind.partition("+")
+    torch.manual_seed(0)
+    made: Any = bnb.nn.Linear4bit(inputs, outputs, quant_type=storage, compute_dtype=dtype)
+    made.weight = bnb.nn.Params4bit(
+        torch.randn(outputs, inputs).to(dtype),
+        requires_grad=False,
+        quant_type=storage,
+        compress_statistics=bool(double),
+        module=made,
+    )
+    made.bias = nn.Parameter(torch.randn(outputs).to(dtype), requires_grad=False)
+    return made.to("cpu").eval()
+
+
+def exact(layer: Any, x: Tensor) -> Tensor:
+    """x Wᵀ + b in float64, W as its codes and scales say."""
+    state = copy.copy(layer.weight.quant_state)
+    state.dtype = torch.float32
+    weight = bnb_functional.dequantize_4bit(layer.weight.data, state).double()
+    return x.double() @ weight.T + layer.bias.double()
+
+
+def inputs(tokens: int, features: int = 128, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+
+
+@needs_packed_product
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_packed_order_is_bitsandbytes_own(kind: str) -> None:
+    layer = four_bit(kind)
+    base: Any = base_weight(layer)
+    base.product(inputs(1))
+    codes, state = bnb_functional._convert_weight_packed_for_cpu(
+        layer.weight.data.clone(), copy.copy(layer.weight.quant_state)
+    )
+    assert torch.equal(base._packed.codes, codes) and torch.equal(base._packed.scales, state.absmax)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, FEW_TOKENS, FEW_TOKENS + 1])
+def test_either_product_is_the_layer_within_the_rounding_of_bfloat16(kind: str, tokens: int) -> None:
+    layer = four_bit(kind)
+    base, x = base_weight(layer), inputs(tokens)
+    y, expected = base.product(x), exact(layer, x)
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - expected).norm() < 1.5 * EPS * expected.norm()
+
+
+def test_an_input_that_lies_across_memory_is_read_right() -> None:
+    layer = four_bit()
+    x = inputs(8).T.contiguous().T
+    y, expected = base_weight(layer).product(x), exact(layer, x)
+    assert not x.is_contiguous() and (y.double() - expected).norm() < 1.5 * EPS * expected.norm()
+
+
+@needs_packed_product
+def test_float32_keeps_its_precision_for_a_single_token() -> None:
+    layer = four_bit(dtype=torch.float32)
+    base, x = base_weight(layer), inputs(1, dtype=torch.float32)
+    assert (base.product(x).double() - exact(layer, x)).norm() < 1e-6 * exact(layer, x).norm()
+    assert bnb_functional.has_avx512bf16() and not base.prefers_product(x)
+
+
+@pytest.mark.parametrize(("features", "outputs"), [(128, 40), (96, 64)])
+def test_shapes_that_cannot_be_packed_are_computed_all_the_same(features: int, outputs: int) -> None:
+    layer = four_bit(inputs=features, outputs=outputs)
+    x = inputs(1, features)
+    y, expected = base_weight(layer).product(x), exact(layer, x)
+    assert (y.double() - expected).norm() < 1.5 * EPS * expected.norm()
+
+
+@needs_packed_product
+def test_the_copy_lives_while_tokens_come_one_by_one() -> None:
+    layer = four_bit()
+    base: Any = base_weight(layer)
+    base.product(inputs(1))
+    codes = weakref.ref(base._packed.codes)
+    base.product(inputs(2))
+    assert base._packed.codes is codes()  # made once
+    base.product(inputs(FEW_TOKENS + 1))
+    gc.collect()
+    assert base._packed is None and codes() is None
+    base.product(inputs(1))
+    layer.train()
+    base.product(inputs(1))
+    assert base._packed is None
+    assert pickle.loads(pickle.dumps(base))._packed is None
+
+
+@needs_packed_product
+def test_a_weight_that_was_changed_in_place_is_packed_again() -> None:
+    layer = four_bit()
+    base, x = base_weight(layer), inputs(1)
+    before = base.product(x)
+    with torch.no_grad():
+        layer.weight.copy_(four_bit("fp4").weight.flip(0))
+    after = base.product(x)
+    expected = exact(layer, x)
+    assert not torch.equal(after, before)
+    assert (after.double() - expected).norm() < 1.5 * EPS * expected.norm()
+
+
+# -- adapted models --------------------------------------------------------------------------------------------------
+
+
+def adapted(config: Any = None) -> tuple[Any, Any]:
+    """A model of one 4-bit layer with an adapter, and the layer."""
+    layer = four_bit("nf4+double")
+    config = config or LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    return get_peft_model(nn.Sequential(layer), config).eval(), layer
+
+
+@torch.no_grad()
+def test_decoding_leaves_the_layer_as_it_was() -> None:
+    net, layer = adapted()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    dense = net[0].base.read().clone()
+    net(inputs(1))
+    with net.disable_adapter():
+        net(inputs(1))
+    after = layer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(net[0].base.read(), dense)
+    weight = layer.weight
+    net.merge_adapter()
+    net.unmerge_adapter()
+    assert layer.weight is weight and torch.equal(net[0].base.read(), dense)
+
+
+@needs_packed_product
+@torch.no_grad()
+def test_a_merged_weight_acts_at_once_and_is_let_go_of() -> None:
+    net, layer = adapted()
+    x, unmerged = inputs(1), net(inputs(1))
+    net.merge_adapter()
+    merged, expected = net(x), exact(layer, x)
+    assert (merged.double() - expected).norm() < 1.5 * EPS * expected.norm()
+    weight = weakref.ref(layer.weight)
+    net.unmerge_adapter()
+    assert torch.equal(net(x), unmerged)
+    gc.collect()
+    assert weight() is None
+
+
+@needs_packed_product
+@pytest.mark.parametrize("config", [None, IA3Config(target_modules=["0"], feedforward_modules=[])])
+def test_every_method_decodes_through_the_packed_product(config: Any) -> None:
+    net, layer = adapted(config)
+    x = inputs(1)
+    with torch.no_grad():
+        y = net(x)
+    assert net[0].base._packed is not None
+    adapter = adapter_set(net).adapters("default")["0"]
+    expected = x.double() @ adapter.merged_weight(net[0].base.read().float()).double().T
+    expected = expected + adapter.merged_bias(layer.bias).double()
+    assert (y.double() - expected).norm() < 3 * EPS * expected.norm()
+
+
+def test_it_can_be_trained_after_it_has_been_evaluated() -> None:
+    net, _ = adapted(IA3Config(target_modules=["0"], feedforward_modules=[]))
+    for tokens in (1, 40):
+        net.eval()
+        with torch.no_grad():
+            net(inputs(tokens))
+        net.train()
+        x = inputs(tokens).requires_grad_()
+        net(x).sum().backward()
+        weight = net[0].base.read()
+        torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), rtol=0.05, atol=0.2)

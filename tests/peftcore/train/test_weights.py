@@ -1,0 +1,112 @@
+"""Weighted rows: the loss is Σ w ℓ / Σ w n over the whole accumulated batch, and plain where there are no weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_pairs import adapted, log_prob, pairs, trained
+from torch import Tensor
+from transformers import TrainingArguments
+
+from peftcore import TrainingError
+from peftcore.train import AdapterTrainer, PackedCollator, Packs, RightPaddingCollator
+
+WEIGHTS = [0.5, 2.0, 1.0, 0.0, 3.0, 0.25, 1.5, 1.0]
+
+
+def rows(weights: list[float] | None) -> list[dict[str, Any]]:
+    made = [{"input_ids": r["chosen_input_ids"], "labels": r["chosen_labels"]} for r in pairs(8)]
+    return made if weights is None else [r | {"weight": w} for r, w in zip(made, weights, strict=True)]
+
+
+def trainer(folder: Path, data: Any, model: Any = None, collate: Any = None, **options: Any) -> AdapterTrainer:
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "max_grad_norm": 1e9,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "prediction_loss_only": True,
+        "log_level": "error",
+    }
+    made = AdapterTrainer(
+        model=adapted().double() if model is None else model,
+        args=TrainingArguments(**(arguments | options)),
+        train_dataset=data,
+        eval_dataset=data if isinstance(data, Dataset) else None,
+        data_collator=collate or RightPaddingCollator(0),
+    )
+    made.callback_handler.callbacks = [  # no printing
+        callback for callback in made.callback_handler.callbacks if type(callback).__name__ != "PrinterCallback"
+    ]
+    return made
+
+
+def by_hand(model: Any, data: list[dict[str, Any]]) -> Tensor:
+    losses = torch.stack([-log_prob(model, row["input_ids"], row["labels"]) for row in data])
+    weights = torch.tensor([row.get("weight", 1.0) for row in data], dtype=torch.float64)
+    tokens = torch.tensor([sum(label != -100 for label in row["labels"]) for row in data])
+    return (weights * losses).sum() / (weights * tokens).sum()
+
+
+def step_by_hand(data: list[dict[str, Any]]) -> tuple[float, dict[str, Tensor]]:
+    model = adapted().double()
+    loss = by_hand(model, data)
+    loss.backward()
+    return loss.item(), {n: p.detach() - p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("batching", ["padded", "padding_free", "packed"])
+def test_a_step_is_that_of_the_formula_whatever_the_batches(tmp_path: Path, accumulation: int, batching: str) -> None:
+    data = rows(WEIGHTS)
+    expected, weights = step_by_hand(data)
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 8 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+    }
+    given: Any = Dataset.from_list(data)
+    if batching == "packed":
+        given = Packs(data, 24)
+        options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(given)}
+    made = trainer(tmp_path, given, collate=None if batching == "padded" else PackedCollator(), **options)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)  # logged in float32
+    for name, tensor in trained(made.model).items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-6, atol=1e-8)
+
+
+def test_weights_of_one_and_no_weights_are_the_same_training(tmp_path: Path) -> None:
+    one, none = (trainer(tmp_path, Dataset.from_list(rows(w)), max_steps=3) for w in ([1.0] * 8, None))
+    one.train()
+    none.train()
+    for name, tensor in trained(one.model).items():
+        torch.testing.assert_close(tensor, trained(none.model)[name], rtol=1e-9, atol=1e-12)
+    assert "weight" not in RightPaddingCollator(0)(rows(None)) and "weight" not in PackedCollator()(rows(None))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_evaluation_weighs_as_training_does(tmp_path: Path, batch_size: int) -> None:
+    data, model = rows(WEIGHTS), adapted().double().eval()
+    made = trainer(tmp_path, Dataset.from_list(data), model=model, per_device_eval_batch_size=batch_size)
+    metrics = made.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(by_hand(model, data).item(), rel=1e-6)
+    assert metrics["eval_tokens"] == sum(label != -100 for row in data for label in row["labels"])
+
+
+def test_a_loss_that_cannot_weigh_rows_says_so(tmp_path: Path) -> None:
+    made = trainer(tmp_path, Dataset.from_list(rows(WEIGHTS)), label_smoothing_factor=0.1)
+    with pytest.raises(TrainingError, match=r"rows have weights, which .* without label smoothing"):
+        made.train()
+    seen = trainer(tmp_path, Dataset.from_list(rows(WEIGHTS)), prediction_loss_only=False)
+    with pytest.raises(TrainingError, match="prediction_loss_only=True"):
+        seen.predict(seen.eval_dataset)
