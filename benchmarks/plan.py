@@ -1,8 +1,8 @@
 """What `peftcore plan` predicts, beside what the train stage then takes: SmolLM2-135M on docstrings, several settings.
 
-    python -m benchmarks.plan [--rows N] [--settings NAME ...] [--out FOLDER]      in a pipeline whose data is prepared
+    python -m benchmarks.plan [--rows N] [--settings NAME ...] [--out FOLDER]      in a pipeline whose base is fetched
 
-Both see the first N training rows, so that the batch which needs most memory is among those that are trained on.
+Both see N training rows, so that the batch which needs most memory is among those that are trained on.
 """
 
 import argparse
@@ -14,13 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as parquet
 from ruamel.yaml import YAML
 
 from benchmarks.machine import machine
 from flows.params import load_params
-from flows.paths import Paths, Split
+from flows.paths import Paths
 from flows.plan import plan
+from flows.stages import prepare
 
 MIB = 2**20
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -40,34 +40,33 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    here, found = Paths(Path.cwd()), {}
-    for name in options.settings:
-        found[name] = compare(SETTINGS[name], here, options.rows)
-        print(f"{name}: {json.dumps(found[name])}", flush=True)
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="peftcore-plan-benchmark-") as folder:
+        paths = Paths(Path(folder))
+        paths.artifacts.mkdir()
+        paths.base.symlink_to(Paths(Path.cwd()).base.resolve())
+        for name in options.settings:
+            found[name] = compare(SETTINGS[name], paths, options.rows)
+            print(f"{name}: {json.dumps(found[name])}", flush=True)
     text = report(found, options.rows)
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "plan.md").write_text(text)
 
 
-def compare(setting: dict[str, dict[str, Any]], here: Paths, rows: int) -> dict[str, Any]:
+def compare(setting: dict[str, dict[str, Any]], paths: Paths, rows: int) -> dict[str, Any]:
     """Plan one setting with and without the probe, then run it."""
-    with tempfile.TemporaryDirectory(prefix="peftcore-plan-benchmark-") as folder:
-        paths = Paths(Path(folder))
-        paths.data.mkdir(parents=True)
-        paths.base.symlink_to(here.base.resolve())
-        counts: dict[Split, int] = {"train": rows, "validation": max(8, rows // 4)}
-        for split, count in counts.items():
-            parquet.write_table(parquet.read_table(here.split(split)).slice(0, count), paths.split(split))
-        YAML().dump({"tracking": {"mode": "disabled"}, **setting}, paths.params)
-        params = load_params(paths.params)
-        planned, counted = plan(params, paths), plan(params, paths, probe=False)
-        result = paths.root / "result.json"
-        command = [sys.executable, "-m", "benchmarks.plan_side", str(result)]
-        environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
-        subprocess.run(command, cwd=paths.root, env=environment, check=True, capture_output=True)
-        measured = json.loads(result.read_text())
-        return {"planned": planned.as_dict(), "counted": counted.peak, "measured": measured}
+    data = {"train_rows": rows, "validation_rows": max(8, rows // 4), "test_rows": 8}
+    YAML().dump({"data": data, "tracking": {"mode": "disabled"}, **setting}, paths.params)
+    params = load_params(paths.params)
+    if not paths.data_report.exists():
+        prepare.run(params, paths)
+    planned, counted = plan(params, paths), plan(params, paths, probe=False)
+    result = paths.root / "result.json"
+    command = [sys.executable, "-m", "benchmarks.plan_side", str(result)]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    subprocess.run(command, cwd=paths.root, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return {"planned": planned.as_dict(), "counted": counted.peak, "measured": json.loads(result.read_text())}
 
 
 def report(found: dict[str, dict[str, Any]], rows: int) -> str:
@@ -75,7 +74,7 @@ def report(found: dict[str, dict[str, Any]], rows: int) -> str:
     lines = [
         "# Planned and measured",
         "",
-        f"SmolLM2-135M, LoRA of rank 16 on all linear layers, the first {rows} docstring rows, one epoch. Peak: MiB of",
+        f"SmolLM2-135M, LoRA of rank 16 on all linear layers, {rows} docstring rows, one epoch. Peak: MiB of",
         "resident memory of the train stage's process. Time: seconds of training, its evaluations and checkpoints.",
         "",
         f"{machine()}. `python -m benchmarks.plan --rows {rows}`",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
@@ -105,15 +105,15 @@ def _threads(processes: int) -> int:
 def _account(failures: dict[int, ProcessFailure], processes: int) -> str:
     """Which process failed first, of what, and what to do."""
     rank, failure = min(failures.items(), key=_order)
+    said: Any = failure.message
+    if isinstance(said, dict):
+        return said["message"]
     if failure.exitcode < 0:
         return (
             f"process {rank} of {processes} (pid {failure.pid}) was killed by {failure.signal_name()}, and the others "
             "were stopped; if the machine was out of memory, lower train.processes or train.batch_size. Run it again: "
             "it goes on from the last whole checkpoint"
         )
-    said: Any = failure.message
-    if isinstance(said, dict):
-        return said["message"]
     return (
         f"process {rank} of {processes} (pid {failure.pid}) ended with status {failure.exitcode}; its own message is "
         "above. Run it again: it goes on from the last whole checkpoint"
@@ -152,7 +152,7 @@ def joined(processes: int) -> Iterator[PartialState]:
         yield state
         state.wait_for_everyone()
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        _exit(128 + signal.SIGINT)
     except (PeftError, PipelineError) as error:
         _leave(str(error))
     except Exception as error:
@@ -164,10 +164,16 @@ def joined(processes: int) -> Iterator[PartialState]:
     torch.distributed.destroy_process_group()
 
 
-def _leave(said: str, lost: bool = False) -> None:
+def _leave(said: str, lost: bool = False) -> NoReturn:
     """End this process with status 1, leaving to the launcher what to say."""
     extra = {"py_callstack": "", "timestamp": str(int(time.time())), "lost": lost}
     file = os.environ.get(_ERROR_FILE)
     if file is not None:
         Path(file).write_text(json.dumps({"message": {"message": said, "extraInfo": extra}}))
-    sys.exit(1)
+    _exit(1)
+
+
+def _exit(status: int) -> NoReturn:
+    # The launcher now stops every process; what Python does on its way out is no place for an exception.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(status)

@@ -10,9 +10,12 @@ from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from flows.review_charts import ADAPTER, INK, LINE, SOFT, STYLE, svg
 
+HEAT_MAP = "ranks.svg"
+"""File beside training's records; there if ranks differ between layers."""
 _COLORS = LinearSegmentedColormap.from_list("rank", ["#f3f7f6", "#8cc5bd", ADAPTER, "#063b37"])
 _NUMBERS_UP_TO = 40
 """Blocks up to which each cell holds its number."""
@@ -37,7 +40,9 @@ def _figure(ranks: Mapping[str, int], title: str) -> Figure:
     figure = Figure(figsize=(max(4.5, 2.2 + 0.3 * len(blocks)), 1.5 + 0.33 * len(kinds)), layout="constrained")
     axes = figure.subplots()
     top = max(ranks.values(), default=1)
-    image = axes.imshow(cells, cmap=_COLORS, vmin=0, vmax=max(1, top), aspect="auto")
+    edges = [np.arange(-0.5, count) for count in (len(blocks), len(kinds))]
+    mesh = axes.pcolormesh(*edges, cells, cmap=_COLORS, vmin=0, vmax=max(1, top), edgecolors="white", linewidth=1)
+    axes.invert_yaxis()
     if len(blocks) <= _NUMBERS_UP_TO:
         for row, column in zip(*np.nonzero(~np.isnan(cells)), strict=True):
             dark = cells[row, column] > 0.55 * top
@@ -45,10 +50,7 @@ def _figure(ranks: Mapping[str, int], title: str) -> Figure:
             axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color="white" if dark else INK)
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xticks(range(len(blocks)), blocks, fontsize=8)
-    axes.set_xticks(np.arange(-0.5, len(blocks)), minor=True)
-    axes.set_yticks(np.arange(-0.5, len(kinds)), minor=True)
-    axes.grid(which="minor", color="white", linewidth=1)
-    axes.tick_params(which="both", length=0)
+    axes.tick_params(length=0)
     axes.set_xlabel("block")
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11, pad=22)
     mean = sum(ranks.values()) / max(1, len(ranks))
@@ -56,7 +58,8 @@ def _figure(ranks: Mapping[str, int], title: str) -> Figure:
     axes.text(0, 1.0, note + "\n", transform=axes.transAxes, color=SOFT, fontsize=8.5, va="bottom", linespacing=0.4)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=14, label="rank")
+    bar = figure.colorbar(mesh, ax=axes, pad=0.015, aspect=14, label="rank", ticks=MaxNLocator(5, integer=True))
+    bar.solids.set(rasterized=False, edgecolor="face")  # pyright: ignore[reportOptionalMemberAccess]
     bar.outline.set_edgecolor(LINE)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     return figure
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from flows.lineage import read_json
 from flows.params import Params
 from flows.paths import Paths
 from flows.promote import last_record, read_promotion
+from flows.rank_chart import HEAT_MAP
 from flows.review_charts import headline_bars, largest, loss_curves, slice_dumbbells
 from peftcore.files import write_atomically
 
@@ -47,7 +49,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
     record = last_record(paths)
     evaluation = read_json(paths.evaluation_metrics)
     training = read_json(paths.training_summary)
-    slices = evaluation["slices"]
+    slices, ranks = evaluation["slices"], paths.training / HEAT_MAP
     return {
         "record": record,
         "promotion": read_promotion(paths, record["version"]),
@@ -64,6 +66,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
             "headline": headline_bars(evaluation["base"], evaluation["adapter"]),
             "loss": loss_curves(paths.loss_curve, training["best_step"]),
             "slices": slice_dumbbells(slices),
+            "ranks": Markup(ranks.read_text()) if ranks.exists() else None,
         },
     }
 

@@ -22,6 +22,7 @@ from flows.adapter_choice import adapter_config
 from flows.automatic_rank import FILE as RANKS
 from flows.automatic_rank import with_automatic_ranks
 from flows.base_model import check_base, load_for_training, load_tokenizer, padding_id
+from flows.doctor.findings import require_sound
 from flows.errors import StageError
 from flows.launcher import is_launched, joined, launch
 from flows.loftq import attach_adapter
@@ -38,7 +39,7 @@ from flows.objectives import (
 )
 from flows.params import Params
 from flows.paths import Paths
-from flows.rank_chart import rank_heat_map, rank_picture
+from flows.rank_chart import HEAT_MAP, rank_heat_map, rank_picture
 from flows.stage import set_seed, start
 from flows.tracking import Tracker
 from flows.training_arguments import fault_policy, training_arguments
@@ -66,13 +67,14 @@ from peftcore.train import (
 
 log = logging.getLogger(__name__)
 
-HEAT_MAP = "ranks.svg"
 BATCHES_FOR_START = 32
 """Batches that a start from data looks at."""
 
 
 def run(params: Params, paths: Paths) -> None:
     """Train, in as many processes as the parameters say."""
+    if not is_launched():
+        require_sound(paths)
     if params.train.processes > 1 and not is_launched():
         launch("flows.stages.train", params.train.processes, params.train.launcher)
         return

@@ -33,6 +33,11 @@ def test_every_shipped_key_has_a_comment() -> None:
     assert [line for line in lines if line.startswith(" ") and not line.endswith(":") and "# " not in line] == []
 
 
+@pytest.mark.parametrize(("given", "mode"), [("true", "blocks"), ("false", "none"), ("selective", "selective")])
+def test_gradient_checkpointing_is_a_mode_or_on_or_off(tmp_path: Path, given: str, mode: str) -> None:
+    assert load(tmp_path, f"train: {{gradient_checkpointing: {given}}}").train.gradient_checkpointing == mode
+
+
 def test_a_key_left_out_has_its_default(tmp_path: Path) -> None:
     params = load(tmp_path, "train: {learning_rate: 1e-3}")
     assert params.train.learning_rate == 1e-3

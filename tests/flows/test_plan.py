@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +204,14 @@ def test_two_shallow_models_give_the_deep_one() -> None:
         timings = [(100, 1.0 + blocks), (200, 1.0 + 3.0 * blocks)]
         return Measured(500 + 20 * blocks, 3, 0.5 * blocks, timings, timings, 0.1 * blocks, 1)
 
-    for blocks in (4, 12, 30, 80):
+    for blocks in (5, 12, 30, 80):
         less, more = depths(blocks)
         assert 0 < less < more <= blocks
         whole = found(less).deeper(found(more), (blocks - less) / (more - less))
         assert whole.peak == pytest.approx(500 + 20 * blocks)
         assert whole.training[1] == (200, pytest.approx(1 + 3.0 * blocks))
         assert whole.importing == 3
-    assert depths(2) == (2,)
+    assert depths(4) == (4,)
 
 
 def test_batches_between_those_that_were_timed() -> None:
@@ -268,11 +269,15 @@ def test_without_the_probe_it_adds_up_and_says_so(paths: Paths) -> None:
     checkpointing = [change.peak for change in found.changes if "train.gradient_checkpointing" in change.params]
     assert checkpointing == sorted(checkpointing, reverse=True)
     assert found.disk["base"] == 0  # it is there
+    assert found.mapped == 2 * 2 * (4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 64)  # keys and values have half the heads
+    assert replace(found, limit=found.peak - found.mapped).fits  # the system drops a mapped file when it must
+    assert not replace(found, limit=found.peak - found.mapped - 1).fits
     assert found.disk["merged model"] == sum(2 * p.numel() for p in without_weights(paths.base).parameters())
 
 
 def test_with_the_probe_it_has_time_and_what_libraries_take(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     timings = [(64, 0.5), (128, 1.0)]
+    monkeypatch.setattr(planning, "changes", lambda *_: [])
     monkeypatch.setattr(planning, "run_probe", lambda *_: Measured(GIB, 2.0, 1.0, timings, timings, 0.25, 0.5))
     found = plan(params(), paths)
     assert found.peak == GIB == sum(found.memory.values())
@@ -319,6 +324,7 @@ def peftcore(*arguments: str) -> Any:
 
 
 def test_a_full_disk_is_foreseen(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "changes", lambda *_: [])
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1024}))
     found = plan(params(), paths, probe=False)
     assert not found.fits

@@ -8,6 +8,7 @@ import pytest
 
 from flows.errors import StageError
 from flows.promote import promote
+from flows.rank_chart import HEAT_MAP, rank_heat_map
 from flows.review import write_review
 
 VOID = {"meta", "br", "hr", "img", "link"}
@@ -115,3 +116,13 @@ def test_the_same_run_gives_the_same_page(project: Any) -> None:
     project.register()
     first = write_review(project.params, project.paths).read_bytes()
     assert write_review(project.params, project.paths).read_bytes() == first
+
+
+def test_ranks_that_differ_between_layers_are_shown(project: Any) -> None:
+    project.register()
+    assert "on average" not in page_of(project).text
+    chart = rank_heat_map({"layers.0.q_proj": 3, "layers.1.q_proj": 9}, "Ranks")
+    (project.paths.training / HEAT_MAP).write_text(str(chart))
+    page = page_of(project)
+    assert "2 layers, 12 ranks in all, 6.0 on average" in page.text
+    assert all(link.startswith("#") for link in page.links)

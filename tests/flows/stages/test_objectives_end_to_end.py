@@ -142,17 +142,16 @@ def test_a_start_from_data_sees_the_chosen_answers(made: Callable[..., tuple[Par
 def test_weights_of_one_are_no_weights_and_others_change_the_training(
     prepared: Paths, tiny_params: Callable[..., Params]
 ) -> None:
-    def adapter(weights: list[float] | None) -> bytes:
-        table = parquet.read_table(prepared.split("train"))
-        columns = [name for name in table.column_names if name != "weight"]
-        table = table.select(columns)
-        if weights is not None:
-            table = table.append_column("weight", [weights])
-        parquet.write_table(table, prepared.split("train"))
-        train.run(tiny_params(train={"max_steps": 2}), prepared)
+    source = prepared.root / "rows.jsonl"
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    params = tiny_params(train={"max_steps": 2})
+
+    def adapter(weights: Callable[[int], dict[str, float]]) -> bytes:
+        source.write_text("".join(json.dumps(row | weights(number)) + "\n" for number, row in enumerate(rows)))
+        prepare.run(params, prepared)
+        train.run(params, prepared)
         return (prepared.adapter / "adapter_model.safetensors").read_bytes()
 
-    rows = parquet.read_metadata(prepared.split("train")).num_rows
-    without = adapter(None)
-    assert adapter([1.0] * rows) == without
-    assert adapter([1.0 + number % 3 for number in range(rows)]) != without
+    without = adapter(lambda _: {})
+    assert adapter(lambda _: {"weight": 1.0}) == without
+    assert adapter(lambda number: {"weight": 1.0 + number % 3}) != without

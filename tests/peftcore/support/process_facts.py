@@ -22,6 +22,8 @@ from peftcore import LoraConfig
 
 COUNTS = (3, 17, 18)
 """Rows of a set, in batches of two: one more than a round, one more than whole batches, an odd number of batches."""
+ENDED = (("lora", 7), ("adalora", 3), ("adalora", 7))
+"""Methods, and the steps after which a run ends: in the second epoch, before AdaLoRA prunes and after."""
 SHARDED: dict[str, Any] = {"fsdp": True, "max_steps": 4, "gradient_accumulation_steps": 2}
 
 
@@ -172,19 +174,18 @@ class _EndAt(TrainerCallback):
 def resumed(folder: Path) -> dict[str, Any]:
     """{(method, step at which it was ended): (the uninterrupted run, the resumed one)}"""
     found = {}
-    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, **batching("grouped", 17)}
-    for method in ("lora", "adalora"):
-        for step in (3, 7):  # in the first and the second epoch
-            runs = []
-            for name, end in (("straight", None), ("ended", step), ("ended", None)):
-                model = adapted(method, dropout=0.2)
-                made = trainer(model, folder / f"{method} {step} {name}", **options, callbacks=[_EndAt(end)])
-                try:
-                    made.train(resume_from_checkpoint=name == "ended" and end is None)
-                    runs.append(outcome(made, model))
-                except _Stop:
-                    dist.barrier()
-            found[method, step] = runs
+    for method, step in ENDED:
+        options = {"save_strategy": "steps", "save_steps": step, **batching("grouped", 17)}
+        runs = []
+        for name, end in (("straight", None), ("ended", step), ("ended", None)):
+            model = adapted(method, dropout=0.2)
+            made = trainer(model, folder / f"{method} {step} {name}", **options, callbacks=[_EndAt(end)])
+            try:
+                made.train(resume_from_checkpoint=name == "ended" and end is None)
+                runs.append(outcome(made, model))
+            except _Stop:
+                dist.barrier()
+        found[method, step] = runs
     return found
 
 

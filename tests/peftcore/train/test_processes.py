@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from process_cases import EQUAL, batching, numbered_rows
-from process_facts import COUNTS, SHARDED, data_parallel, sharded
+from process_facts import COUNTS, ENDED, SHARDED, data_parallel, sharded
 from process_groups import PROCESSES, fresh_state, together
 from safetensors.torch import load_file
 from tiny_training import adapted, trainer
@@ -60,8 +60,7 @@ def test_two_processes_equal_one_that_accumulates_twice_as_much(
     assert bool(alone["kept"]) == (name == "adalora")
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora"])
-@pytest.mark.parametrize("step", [3, 7])
+@pytest.mark.parametrize(("method", "step"), ENDED)
 def test_a_resumed_run_equals_an_uninterrupted_one_in_every_process(
     method: str, step: int, found: list[dict[str, Any]]
 ) -> None:
