@@ -22,7 +22,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(11, 6.2))
     grid = figure.add_gridspec(
-        2, 3, width_ratios=(2.6, 1, 1), left=0.06, right=0.98, top=0.88, bottom=0.13, wspace=0.28, hspace=0.32
+        2, 3, width_ratios=(2.6, 1, 1), left=0.085, right=0.98, top=0.88, bottom=0.13, wspace=0.28, hspace=0.32
     )
     sides, settings = measured["sides"], measured["settings"]
     losses, apart = (figure.add_subplot(grid[row, 0]) for row in (0, 1))
@@ -32,9 +32,9 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     seconds = [statistics.median(side["seconds"]) for side in sides]
     draw_bars(figure.add_subplot(grid[:, 1]), sides, memory, "peak memory, GiB", "{:.2f}")
     draw_bars(figure.add_subplot(grid[:, 2]), sides, seconds, "seconds a step (median)", "{:.2f}")
-    figure.text(0.06, 0.955, "One training in each precision of the frozen base", fontsize=13, weight="bold")
+    figure.text(0.085, 0.955, "One training in each precision of the frozen base", fontsize=13, weight="bold")
     note = f"SmolLM2-135M, LoRA r 16 in float32, {settings['steps']} steps of {settings['batch']} docstring rows"
-    figure.text(0.06, 0.925, f"{note}, the same batches", color=GREY)
+    figure.text(0.085, 0.925, f"{note}, the same batches", color=GREY)
     figure.text(0.01, 0.012, textwrap.fill(f"Measured on {measured['machine']}.", 170), color=GREY, fontsize=7.5)
     save_png(figure, path)
     plt.close(figure)

@@ -117,7 +117,7 @@ def plan(
     if measured is None:
         notes.append("without the probe: libraries as in this process, no time, an allocator that wastes nothing")
     loading = libraries + counted.loading
-    step = round(measured.peak) if measured else libraries + counted.peak
+    step = round(max(measured.peak, measured.evaluation_peak)) if measured else libraries + counted.peak
     rest = step - counted.peak
     limit = memory_limit(device())
     return Plan(
@@ -170,14 +170,15 @@ def _measured(config: Any, params: Params, work: Workload, timeout: float) -> Me
             found.append(run_probe(task, Path(scratch), timeout))
     if len(shallow) == 1:
         return found[0]
-    return found[0].deeper(found[1], (number_of_blocks(config) - shallow[0]) / (shallow[1] - shallow[0]))
+    return found[0].deeper(found[1], (shallow[0], shallow[1]), number_of_blocks(config))
 
 
 def _time(measured: Measured, work: Workload, params: Params) -> dict[str, float]:
     evaluations = min(params.train.evaluations, work.optimizer_steps)
     passes = seconds_of(work.training, measured.training) / len(work.training)
     return {
-        "start": measured.importing + measured.loading,
+        "libraries": measured.importing,
+        "loading the base": measured.loading,
         "forward and backward": passes * work.forward_passes,
         "optimiser": measured.stepping * work.optimizer_steps,
         "evaluations": seconds_of(work.evaluation, measured.evaluation) * evaluations,

@@ -6,7 +6,8 @@ depths give the whole. What is left to arithmetic is the loss, whose shape depen
 """
 
 import weakref
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,31 +103,60 @@ def activations(config: Any, params: Params, batch: BatchSize, longest: int, tot
     return Activations(kept, peak - kept, _loss_bytes(config, params, batch))
 
 
+def evaluation_bytes(config: Any, params: Params, batch: BatchSize, longest: int) -> int:
+    """What the forward of an evaluation holds at its worst: of one block at a time, for nothing is kept.
+
+    As of `activations`. An evaluation is without the adapter here, whose own values are small beside the block's.
+    """
+    shallow = with_blocks(config, min(SELECTED, number_of_blocks(config)))
+    with FakeTensorMode(), torch.device(device()):
+        model = _base(shallow, params, longest).eval()
+        inputs = _inputs(model, params, batch)
+        live = _Live([*model.parameters(), *model.buffers(), *inputs.values()])
+        with _said(model), torch.no_grad(), live:
+            model.base_model(**inputs, use_cache=False)
+        return live.peak
+
+
 def _simulated(config: Any, params: Params, batch: BatchSize, longest: int, total_steps: int) -> tuple[int, int]:
     """(bytes kept after the forward, bytes at the worst of forward and backward)"""
     dtype, place = compute_dtype(params.quantization), device()
-    attention = "eager" if place.type == "cpu" and longest <= EAGER_UP_TO else None
-    rows, width = batch.shape
     with FakeTensorMode(), torch.device(place):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        model = get_peft_model(model, planned_adapter(params, total_steps)).train()
+        model: Any = get_peft_model(_base(config, params, longest), planned_adapter(params, total_steps)).train()
         recompute_activations(model, _mode(params, place))
-        stream = torch.empty(rows, width, model.get_input_embeddings().embedding_dim, dtype=dtype, requires_grad=True)
-        mask = torch.empty(rows, 1, width, width, dtype=dtype)
-        live = _Live([*model.parameters(), *model.buffers(), stream, mask])
-        cast: AbstractContextManager[Any] = torch.autocast(place.type, torch.float16, dtype is torch.float16)
-        try:
-            with live, cast:
-                hidden = model.base_model(inputs_embeds=stream, attention_mask=mask, use_cache=False)[0]
-                kept = live.now
-                hidden.backward(torch.empty_like(hidden))
-        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
-            raise PlanError(
-                f"{type(model).__name__} asks for the values of its tensors, so its activations can only be measured "
-                f"({str(error).splitlines()[0]}); plan it with the probe"
-            ) from error
+        inputs = _inputs(model, params, batch)
+        live = _Live([*model.parameters(), *model.buffers(), *inputs.values()])
+        with _said(model), live, torch.autocast(place.type, torch.float16, dtype is torch.float16):
+            hidden = model.base_model(**inputs, use_cache=False)[0]
+            kept = live.now
+            hidden.backward(torch.empty_like(hidden))
         gradients = sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad)
         return kept, max(kept, live.peak - gradients)
+
+
+def _base(config: Any, params: Params, longest: int) -> Any:
+    attention = "eager" if device().type == "cpu" and longest <= EAGER_UP_TO else None
+    dtype = compute_dtype(params.quantization)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def _inputs(model: Any, params: Params, batch: BatchSize) -> dict[str, Tensor]:
+    """Embedded tokens, and a mask of the pairs that attend, as the model would make it."""
+    (rows, width), dtype = batch.shape, compute_dtype(params.quantization)
+    stream = torch.empty(rows, width, model.get_input_embeddings().embedding_dim, dtype=dtype, requires_grad=True)
+    return {"inputs_embeds": stream, "attention_mask": torch.empty(rows, 1, width, width, dtype=dtype)}
+
+
+@contextmanager
+def _said(model: Any) -> Iterator[None]:
+    """Say it in a PlanError where the model asks for what fake tensors have not."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
+        raise PlanError(
+            f"{type(model).__name__} asks for the values of its tensors, so its activations cannot be simulated "
+            f"({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _mode(params: Params, place: torch.device) -> Mode:

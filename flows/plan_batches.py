@@ -70,7 +70,16 @@ class Workload:
     @property
     def largest(self) -> BatchSize:
         """The batch that needs most memory."""
-        return max(self.training, key=lambda batch: (batch.tokens, batch.shape[1], batch.supervised))
+        return max(self.training, key=_size)
+
+    @property
+    def largest_evaluation(self) -> BatchSize:
+        """Of an evaluation's batches the one that needs most."""
+        return max(self.evaluation, key=_size)
+
+
+def _size(batch: BatchSize) -> tuple[int, int, int]:
+    return batch.tokens, batch.shape[1], batch.supervised
 
 
 def workload(params: Params, paths: Paths) -> Workload:
@@ -130,8 +139,9 @@ def _training(params: Params, rows: list[RowSize]) -> tuple[list[BatchSize], int
     return [BatchSize(tuple(rows[i] for i in chunk), padded) for chunk in chunks], optimizer_steps(params, rows)
 
 
-def quantiles(batches: tuple[BatchSize, ...], shares: tuple[float, ...]) -> list[BatchSize]:
-    """The batches at these shares of the order by size, each once, the largest last."""
-    by_size = sorted(batches, key=lambda batch: (batch.tokens, batch.shape[1], batch.supervised))
-    chosen = [by_size[round(share * (len(by_size) - 1))] for share in shares]
-    return list({batch.shape: batch for batch in chosen}.values())
+def shapes(batches: tuple[BatchSize, ...], most: int) -> list[BatchSize]:
+    """One batch of each shape, in their order; of more than `most` shapes some from small to large, the largest too."""
+    distinct = sorted({batch.shape: batch for batch in sorted(batches, key=_size)}.values(), key=_size)
+    if len(distinct) > most:
+        distinct = [distinct[round(i * (len(distinct) - 1) / (most - 1))] for i in range(most)]
+    return sorted(distinct, key=batches.index)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from flows.params import Params
-from flows.plan_activations import Activations, activations
+from flows.plan_activations import Activations, activations, evaluation_bytes
 from flows.plan_batches import Workload
 from flows.plan_sizes import Sizes, base_on_meta, number_of_blocks, sizes, with_blocks
 
@@ -14,9 +14,11 @@ class Counted:
     def __init__(self, config: Any, params: Params, work: Workload, size: Sizes | None = None) -> None:
         self.sizes = sizes(config, params, work.optimizer_steps) if size is None else size
         self.step: Activations = activations(config, params, work.largest, work.longest, work.optimizer_steps)
+        self.evaluation = evaluation_bytes(config, params, work.largest_evaluation, work.longest)
 
     def memory(self) -> dict[str, int]:
         size, step = self.sizes, self.step
+        backward = max(step.loss, step.working + size.dequantized)
         return {
             "base weights, quantised": size.quantized,
             "base weights, plain": size.plain,
@@ -25,7 +27,8 @@ class Counted:
             "gradients": size.gradients,
             "optimiser": size.optimizer,
             "activations": step.kept,
-            "loss, or the backward's working memory": max(step.loss, step.working + size.dequantized),
+            "loss, or the backward's working memory": backward,
+            "what an evaluation takes beyond that": max(0, self.evaluation + size.dequantized - step.kept - backward),
         }
 
     @property

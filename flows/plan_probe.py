@@ -15,11 +15,13 @@ from typing import Any
 import numpy
 
 from flows.errors import PlanError
-from flows.plan_batches import BatchSize, RowSize, Workload, quantiles
+from flows.plan_batches import BatchSize, RowSize, Workload, shapes
 from flows.stage import set_seed
 
-SHARES = (0.1, 0.5, 0.9, 1.0)
-"""Of the batches in order of size: which ones are trained on."""
+SHAPES = 40
+"""Shapes of batches that are trained on, at most; the products of so many fill oneDNN's cache (1,024 kernels)."""
+EVALUATED = 4
+"""Shapes of batches that are evaluated, at most."""
 Timings = list[tuple[int, float]]
 """(positions of a batch, its shortest time in seconds), from small to large."""
 
@@ -53,6 +55,8 @@ class Measured:
 
     peak: float
     """At the worst of training's steps."""
+    evaluation_peak: float
+    """At the worst of an evaluation."""
     importing: float
     """From the start of the process until the libraries were there."""
     loading: float
@@ -71,23 +75,29 @@ class Measured:
         pairs = {name: [(int(n), float(s)) for n, s in found[name]] for name in ("training", "evaluation")}
         return cls(**{**found, **pairs})
 
-    def deeper(self, other: "Measured", times: float) -> "Measured":
-        """What lies `times` the way from this one to `other`."""
+    def deeper(self, other: "Measured", depths: tuple[int, int], blocks: int) -> "Measured":
+        """What this one and `other`, with these numbers of blocks, say of a model with `blocks`."""
+        less, more = depths
 
-        def beyond(one: float, two: float) -> float:
-            return max(two, one + times * (two - one))
+        def size(one: float, two: float) -> float:
+            return two + (blocks - more) * max(0.0, two - one) / (more - less)
 
-        def each(one: Timings, two: Timings) -> Timings:
-            return [(size, beyond(s, t)) for (size, s), (_, t) in zip(one, two, strict=True)]
+        def time(one: float, two: float) -> float:
+            # without any block it would still take some time, so a block takes no more than its share
+            return two + (blocks - more) * min(max(0.0, two - one) / (more - less), two / more)
+
+        def times(one: Timings, two: Timings) -> Timings:
+            return [(tokens, time(s, t)) for (tokens, s), (_, t) in zip(one, two, strict=True)]
 
         return Measured(
-            peak=beyond(self.peak, other.peak),
+            peak=size(self.peak, other.peak),
+            evaluation_peak=size(self.evaluation_peak, other.evaluation_peak),
             importing=max(self.importing, other.importing),
-            loading=beyond(self.loading, other.loading),
-            training=each(self.training, other.training),
-            evaluation=each(self.evaluation, other.evaluation),
-            stepping=beyond(self.stepping, other.stepping),
-            saving=beyond(self.saving, other.saving),
+            loading=time(self.loading, other.loading),
+            training=times(self.training, other.training),
+            evaluation=times(self.evaluation, other.evaluation),
+            stepping=time(self.stepping, other.stepping),
+            saving=time(self.saving, other.saving),
         )
 
 
@@ -103,11 +113,13 @@ def depths(blocks: int) -> tuple[int, ...]:
 
 
 def sequence(work: Workload) -> tuple[list[BatchSize], list[BatchSize]]:
-    """(training's batches: the largest for a warm-up, then each size twice; evaluation's)"""
-    chosen = quantiles(work.training, SHARES)
-    return [work.largest, *(batch for batch in chosen for _ in range(2)), work.largest], quantiles(
-        work.evaluation, (0.0, 1.0)
-    )
+    """(training's batches: the largest as a warm-up, one of each shape, the largest again; evaluation's batches).
+
+    Each shape counts: on a CPU, oneDNN keeps the kernels that it compiled for the products of many shapes, and an
+    allocator that is asked for many sizes wastes more.
+    """
+    largest = work.largest
+    return [largest, *shapes(work.training, SHAPES), largest], shapes(work.evaluation, EVALUATED)
 
 
 def seconds_of(batches: Sequence[BatchSize], timings: Timings) -> float:

@@ -103,9 +103,12 @@ def measure(task: Task, imported: float) -> Measured:
     peak = peak_memory(place)
     trainer.data_collator = WholeBatch(RightPaddingCollator(0))
     batches = [_items(batch) for batch in task.evaluation]
+    forget_peak(place)
     times = [min(_seconds(lambda one=batch: trainer.evaluate([one])) for _ in range(2)) for batch in batches]  # type: ignore
+    evaluation_peak = peak_memory(place)
     return Measured(
         peak=peak,
+        evaluation_peak=evaluation_peak,
         importing=imported,
         loading=loading,
         training=_fastest(task.training[1:], trainer.pass_seconds[1:]),
@@ -119,7 +122,7 @@ def _trainer(params: Params, model: Any, task: Task, folder: Path) -> TimedTrain
     from flows.training_arguments import training_arguments
 
     accumulation = min(2, params.train.gradient_accumulation)
-    arguments = training_arguments(params, folder, len(task.training) // accumulation)
+    arguments = training_arguments(params, folder, -(-len(task.training) // accumulation))
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = 1  # an item is a whole batch
     arguments.gradient_accumulation_steps = accumulation
     arguments.train_sampling_strategy = "sequential"

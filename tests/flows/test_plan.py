@@ -23,7 +23,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.plan import plan
 from flows.plan_activations import activations
-from flows.plan_batches import BatchSize, RowSize, workload
+from flows.plan_batches import BatchSize, RowSize, shapes, workload
 from flows.plan_probe import Measured, Task, depths, run_probe, seconds_of, sequence, write_shallow_base
 from flows.plan_process import measure
 from flows.plan_sizes import planned_adapter, sizes, with_blocks
@@ -166,6 +166,18 @@ def test_two_depths_tell_of_any_other() -> None:
     assert six - four == four - two > 0
 
 
+def test_an_evaluation_may_need_more_than_a_step(paths: Paths) -> None:
+    packed = params(
+        train={"batching": "packed", "pack_tokens": 32, "batch_size": 64, "gradient_checkpointing": "blocks"}
+    )
+    longest = [[5] * 300] * 64
+    parquet.write_table(pyarrow.table({"input_ids": longest, "labels": longest}), paths.split("validation"))
+    found = plan(packed, paths, probe=False)
+    scores = 64 * 2 * 304 * 304  # of plain attention: rows, heads, and the row's pairs of tokens
+    # in 16 bits and in 32 for the softmax, at one time at least
+    assert found.memory["what an evaluation takes beyond that"] > 0.9 * (2 + 4) * scores
+
+
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
@@ -196,19 +208,27 @@ def test_a_pack_that_is_too_short_is_refused(paths: Paths) -> None:
         workload(params(train={"batching": "packed", "pack_tokens": 20}), paths)
 
 
+def test_one_batch_of_each_shape_or_some_from_small_to_large() -> None:
+    rows = [RowSize(tokens, 1) for tokens in (9, 30, 12, 64, 3, 21)]
+    batches = tuple(BatchSize((row,), True) for row in rows)
+    assert [one.shape[1] for one in shapes(batches, 9)] == [32, 16, 64, 8, 24]  # 9 and 12 tokens are both 16 wide
+    assert [one.shape[1] for one in shapes(batches, 3)] == [64, 8, 24]
+
+
 # -- the probe ---------------------------------------------------------------------------------------------------------
 
 
 def test_two_shallow_models_give_the_deep_one() -> None:
     def found(blocks: int) -> Measured:
         timings = [(100, 1.0 + blocks), (200, 1.0 + 3.0 * blocks)]
-        return Measured(500 + 20 * blocks, 3, 0.5 * blocks, timings, timings, 0.1 * blocks, 1)
+        return Measured(500 + 20 * blocks, 400 + 30 * blocks, 3, 0.5 * blocks, timings, timings, 0.1 * blocks, 1)
 
     for blocks in (5, 12, 30, 80):
         less, more = depths(blocks)
         assert 0 < less < more <= blocks
-        whole = found(less).deeper(found(more), (blocks - less) / (more - less))
+        whole = found(less).deeper(found(more), (less, more), blocks)
         assert whole.peak == pytest.approx(500 + 20 * blocks)
+        assert whole.evaluation_peak == pytest.approx(400 + 30 * blocks)
         assert whole.training[1] == (200, pytest.approx(1 + 3.0 * blocks))
         assert whole.importing == 3
     assert depths(4) == (4,)
@@ -231,7 +251,7 @@ def test_a_process_of_the_probe_measures_the_train_stages_own_steps(
     training, evaluation = sequence(work)
     found = measure(Task(chosen.model_dump(), str(base), training, evaluation, work.longest, 3), imported=1.5)
     assert [size for size, _ in found.training] == sorted({one.tokens for one in training})
-    assert [size for size, _ in found.evaluation] == [one.tokens for one in evaluation]
+    assert [size for size, _ in found.evaluation] == sorted(one.tokens for one in evaluation)
     assert all(seconds > 0 for _, seconds in (*found.training, *found.evaluation))
     assert min(found.loading, found.stepping, found.saving) > 0
     assert found.peak > 100 * 2**20  # a process with PyTorch in it
@@ -278,10 +298,12 @@ def test_without_the_probe_it_adds_up_and_says_so(paths: Paths) -> None:
 def test_with_the_probe_it_has_time_and_what_libraries_take(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     timings = [(64, 0.5), (128, 1.0)]
     monkeypatch.setattr(planning, "changes", lambda *_: [])
-    monkeypatch.setattr(planning, "run_probe", lambda *_: Measured(GIB, 2.0, 1.0, timings, timings, 0.25, 0.5))
+    monkeypatch.setattr(
+        planning, "run_probe", lambda *_: Measured(GIB // 2, GIB, 2.0, 1.0, timings, timings, 0.25, 0.5)
+    )
     found = plan(params(), paths)
     assert found.peak == GIB == sum(found.memory.values())
-    assert found.time["start"] == 3.0
+    assert (found.time["libraries"], found.time["loading the base"]) == (2.0, 1.0)
     assert (found.time["optimiser"], found.time["checkpoints"]) == (3 * 0.25, 3 * 0.5)  # a run of three steps
     passes = [one.tokens / 128 for one in workload(params(), paths).training]
     assert found.time["forward and backward"] == pytest.approx(sum(passes))

@@ -13,6 +13,8 @@ from process_groups import PROCESSES, fresh_state, together
 from safetensors.torch import load_file
 from tiny_training import adapted, trainer
 
+from peftcore import LoraConfig, PeftConfig, TrainingError, VeraConfig, get_peft_model
+
 pytestmark = pytest.mark.filterwarnings(
     # the deprecation is inside transformers' own scheduler set-up
     "ignore:Detected call of `lr_scheduler.step:UserWarning"
@@ -113,6 +115,29 @@ def test_only_the_adapter_is_sent(found: list[dict[str, Any]]) -> None:
         assert sent["unknowing"]["broadcast"] >= sent["model"]
 
 
+ON_Q: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "frozen"),
+    [
+        (LoraConfig(**ON_Q), set()),
+        (VeraConfig(**ON_Q), {"vera_A", "vera_B"}),  # drawn, and shared by all layers
+        (LoraConfig(**ON_Q, init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), {"weight"}),  # of a moved base
+    ],
+    ids=["lora", "vera", "loftq"],
+)
+def test_of_what_is_frozen_only_what_the_adapter_brought_or_changed_is_sent(
+    config: PeftConfig, frozen: set[str]
+) -> None:
+    model = get_peft_model(adapted().unload(), config)
+    named = dict((*model.named_parameters(), *model.named_buffers()))
+    sent = named.keys() - set(model._ddp_params_and_buffers_to_ignore)
+    assert {name for name, tensor in named.items() if tensor.requires_grad} <= sent
+    assert {name.rpartition(".")[2] for name in sent if not named[name].requires_grad} == frozen
+    assert all("q_proj" in name for name in sent)
+
+
 def test_an_adapter_that_does_not_act_stays_and_holds_nobody_up(found: list[dict[str, Any]]) -> None:
     assert_close(found[0]["idle_adapters"], found[1]["idle_adapters"], 0)
     trained = {name: t for name, t in found[0]["idle_adapters"].items() if ".default." in name}
@@ -161,3 +186,10 @@ def test_a_sharded_run_resumes_from_a_checkpoint_without_the_base(found_sharded:
         files = process["checkpoint"]
         assert "adapter_model.safetensors" in files and not any(name.startswith("pytorch_model") for name in files)
         assert {f"rng_state_{rank}.pth" for rank in range(PROCESSES)} <= set(files)
+
+
+def test_a_method_that_needs_whole_parameters_is_not_sharded(tmp_path: Path) -> None:
+    made = trainer(adapted("adalora"), tmp_path)
+    made.is_fsdp_enabled = True
+    with pytest.raises(TrainingError, match=r"ADALORA changes whole parameters .* train it data parallel"):
+        made.check_shardable(made.model)
