@@ -104,12 +104,13 @@ class Measured:
 def depths(blocks: int) -> tuple[int, ...]:
     """How many blocks the two shallow models have; one of up to four is taken as it is.
 
-    A single block is no measure: the output head then needs more than it, and the peak is elsewhere.
+    Far apart, because what one of them is off by is carried on. A single block is no measure: the output head then
+    needs more than it, and the peak is elsewhere.
     """
     if blocks <= 4:
         return (blocks,)
-    more = min(8, max(4, blocks // 4))
-    return more // 2, more
+    more = min(12, max(4, 2 * blocks // 5))
+    return max(2, more // 4), more
 
 
 def sequence(work: Workload) -> tuple[list[BatchSize], list[BatchSize]]:
