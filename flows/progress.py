@@ -5,6 +5,8 @@ line every few seconds that says what it stands in.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
@@ -67,3 +69,14 @@ def progress(total: int, description: str, unit: str = "step", start: int = 0) -
     bar.name = description
     _open.append(bar)
     return bar
+
+
+@contextmanager
+def bars_closed() -> Iterator[None]:
+    """Context that closes the bars it leaves open: a training loop that fails does not tell its callbacks."""
+    before = len(_open)
+    try:
+        yield
+    finally:
+        while len(_open) > before:
+            _open[-1].close()

@@ -37,12 +37,12 @@ def print_summary(paths: Paths, promotion: Promotion, page: Path, seconds: Mappi
         "merged": f"KL {merge['kl']:.4f} nats, first choices agree on {merge['top1_agreement']:.1%}",
         "verdict": f"[{'green' if promotion.accepted else 'red'}]{escape(promotion.sentence)}[/]",
         "seconds": " · ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
-        "page": escape(str(page)),
     }
     notes = Table.grid(padding=(0, 2))
     for label, text in lines.items():
         notes.add_row(f"[dim]{label}[/]", text)
     console.print(notes)
+    console.print(f"[dim]{'page':<9}[/]{escape(str(page))}", soft_wrap=True)  # whole, so that it can be opened
 
 
 def _figures(metrics: Mapping[str, Any], promotion: Promotion) -> Table:

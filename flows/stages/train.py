@@ -39,6 +39,7 @@ from flows.objectives import (
 )
 from flows.params import Params
 from flows.paths import Paths
+from flows.progress import bars_closed
 from flows.rank_chart import HEAT_MAP, rank_heat_map, rank_picture
 from flows.stage import set_seed, start
 from flows.tracking import Tracker
@@ -116,7 +117,8 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
         options |= {"train_dataset": training_set, "eval_dataset": rows["validation"]}
         options["data_collator"] = training_collator(params, padded_collator(params, pad))
         trainer = _trainer(params, this, model, trainer_class, options, tracker if main else None)
-        _train(trainer, this, params.train.patience)
+        with bars_closed():
+            _train(trainer, this, params.train.patience)
         processes.wait_for_everyone()  # the others have read the best checkpoint before it is removed
         if not main:
             return

@@ -298,6 +298,7 @@ def test_without_the_probe_it_adds_up_and_says_so(paths: Paths) -> None:
 def test_with_the_probe_it_has_time_and_what_libraries_take(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     timings = [(64, 0.5), (128, 1.0)]
     monkeypatch.setattr(planning, "changes", lambda *_: [])
+    monkeypatch.setattr(planning, "peak_memory", lambda device: GIB // 4)
     monkeypatch.setattr(
         planning, "run_probe", lambda *_: Measured(GIB // 2, GIB, 2.0, 1.0, timings, timings, 0.25, 0.5)
     )

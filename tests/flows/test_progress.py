@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from flows import progress as module
-from flows.progress import progress
+from flows.progress import bars_closed, progress
 
 
 class _Terminal(io.StringIO):
@@ -70,3 +70,16 @@ def test_in_a_pipe_a_line_says_what_it_stands_in(monkeypatch: pytest.MonkeyPatch
     lines = [line.partition(":")[0] for line in pipe.getvalue().splitlines()]
     assert lines == ["train", "train > validation", "train > validation", "train"]
     assert "\x1b" not in pipe.getvalue()
+
+
+def test_what_an_error_leaves_open_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    with progress(2, "run"):
+        with pytest.raises(ValueError, match="broken"), bars_closed():
+            progress(3, "train")
+            progress(4, "validation")
+            raise ValueError("broken")
+        progress(5, "merge").close()
+    assert "run > merge: " in pipe.getvalue()
+    assert "validation > merge" not in pipe.getvalue()

@@ -299,10 +299,13 @@ def test_a_broken_tracker_does_not_fail_the_run(prepared: Paths, tiny_params, mo
     assert prepared.training_summary.exists()
 
 
-def test_without_data_or_base_the_stage_says_what_to_run(prepared: Paths, tiny_params) -> None:
+def test_without_data_the_stage_says_what_to_run(prepared: Paths, tiny_params) -> None:
     prepared.split("validation").unlink()
-    with pytest.raises(StageError, match="prepare"):
+    with pytest.raises(StageError, match="run the prepare stage"):
         train.run(tiny_params(), prepared)
+
+
+def test_a_damaged_base_is_named(prepared: Paths, tiny_params) -> None:
     (prepared.base / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(BaseModelError, match=r"model\.safetensors"):
         train.run(tiny_params(), prepared)
