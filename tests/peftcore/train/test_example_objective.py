@@ -85,7 +85,7 @@ def test_a_batch_of_another_collator_says_which_fits(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process of a data-parallel group came to."""
-    return together(all_outcomes, tmp_path_factory.mktemp("group"))
+    return together(all_outcomes, tmp_path_factory.mktemp("group"), backend="gloo")
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # in transformers' own set-up
