@@ -24,18 +24,21 @@ ROOT = Path(__file__).parents[2]
 STEPS, BATCH, LONGEST = 16, 8, 128
 ATTENTION = ["q_proj", "v_proj"]
 METHODS: dict[str, tuple[Callable[[], Any], float, float]] = {
-    "DoRA": (lambda: peftcore.LoraConfig(r=8, use_dora=True, target_modules=ATTENTION), 1e-3, 3.0),
-    "IA3": (lambda: peftcore.IA3Config(task_type="CAUSAL_LM"), 1e-2, 2.8),
-    "OFT": (lambda: peftcore.OFTConfig(oft_block_size=32, target_modules=ATTENTION), 1e-3, 2.7),
-    "LN tuning": (lambda: peftcore.LNTuningConfig(), 3e-3, 2.85),
-    "prompt tuning": (lambda: peftcore.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16), 3e-2, 3.37),
+    "DoRA": (lambda: peftcore.LoraConfig(r=8, use_dora=True, target_modules=ATTENTION), 1e-3, 0.6),
+    "IA3": (lambda: peftcore.IA3Config(task_type="CAUSAL_LM"), 1e-2, 0.8),
+    "OFT": (lambda: peftcore.OFTConfig(oft_block_size=32, target_modules=ATTENTION), 1e-3, 0.9),
+    "LN tuning": (lambda: peftcore.LNTuningConfig(), 3e-3, 0.8),
+    "prompt tuning": (lambda: peftcore.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16), 3e-2, 0.1),
     "prefix tuning": (
         lambda: peftcore.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16, init_weights="zero"),
         1e-2,
-        3.3,
+        0.35,
     ),
 }
-"""{method: (its configuration, learning rate, validation loss that it must get below)}; the base has about 3.5."""
+"""{method: (its configuration, learning rate, nats that it must take off the base's validation loss)}.
+
+The rows are those of the running Python's library, so the base's loss is not the same everywhere.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def short_rows(artifacts: Path, split: str, count: int) -> Dataset:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns(method: str, artifacts: Path, tmp_path: Path) -> None:
-    make, rate, bound = METHODS[method]
+    make, rate, gain = METHODS[method]
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(artifacts / "base", dtype=torch.bfloat16)
     trainer = AdapterTrainer(
@@ -79,6 +82,6 @@ def test_it_learns(method: str, artifacts: Path, tmp_path: Path) -> None:
         data_collator=RightPaddingCollator(padding_id(load_tokenizer(artifacts / "base"))),
     )
     with trainer.model.disable_adapter():
-        assert trainer.evaluate()["eval_loss"] > 3.4
+        before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < bound
+    assert before - trainer.evaluate()["eval_loss"] > gain

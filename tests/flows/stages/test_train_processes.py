@@ -68,7 +68,7 @@ def test_two_processes_write_what_one_writes(
     stage = start(prepared, tiny_params(train={"batch_size": 2, "processes": 2, "launcher": launcher}, **shared))
     shown, said = stage.communicate(timeout=SECONDS)
     assert stage.returncode == 0, said
-    assert set(shown.splitlines()) <= {"[INFO] Running in WANDB offline mode"}  # transformers says so on import
+    assert not shown.replace("[INFO] Running in WANDB offline mode", "").strip()  # transformers says so on import
     assert "rank" not in said and said.count("train: 100%") == 1
     found = adapter(prepared)
     assert found.keys() == alone.keys()
