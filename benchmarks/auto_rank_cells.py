@@ -23,11 +23,11 @@ from transformers import (
     set_seed,
 )
 
-from flows.base_model import load_for_training, padding_id
+from flows.base.model import load_for_training, padding_id
 from flows.data.docstrings import pairs
+from flows.judging.scoring import by_length, row_losses
 from flows.params import Quantization
 from flows.rows import read_rows
-from flows.scoring import by_length, row_losses
 from peftcore import AdaLoraConfig, LoraConfig, PeftConfig, TaskType, get_peft_model
 from peftcore.adapter_set import adapter_set
 from peftcore.train import AdapterTrainer, RightPaddingCollator

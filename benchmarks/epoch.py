@@ -29,7 +29,7 @@ import peftcore
 from benchmarks.epoch_picture import draw
 from benchmarks.epoch_side import OURS, TRL, TRL_NO_CHECKPOINTING, Result, Task
 from benchmarks.machine import machine
-from flows.base_model import EAGER_UP_TO
+from flows.base.model import EAGER_UP_TO
 from peftcore.train import LengthGroupedSampler
 
 RESULTS = Path(__file__).parent / "results"

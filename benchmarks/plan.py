@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from benchmarks.machine import machine
 from flows.params import load_params
 from flows.paths import Paths
-from flows.plan import plan
+from flows.planning.plan import plan
 from flows.stages import prepare
 
 MIB = 2**20

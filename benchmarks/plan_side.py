@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from flows.base_model import device
+from flows.base.model import device
 from flows.machine_memory import peak_memory
 from flows.params import load_params
 from flows.paths import Paths

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from benchmarks.memory import peak_rss
-from flows.base_model import load_for_training, load_tokenizer, padding_id
+from flows.base.model import load_for_training, load_tokenizer, padding_id
 from flows.params import Quantization
 from flows.rows import read_rows
 from peftcore import LoraConfig, get_peft_model

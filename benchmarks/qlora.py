@@ -230,7 +230,7 @@ def table(measured: dict[str, Any]) -> str:
         f"{settings['batch']} x {settings['accumulation']}, learning rate {settings['learning_rate']:g}, mean of the "
         "seeds ± their standard deviation.",
         "",
-        "| base | distance to the 16-bit weights | untrained | trained | loss, nats a token | training, s |",
+        "| base | distance to the 16-bit weights | untrained | trained | loss, nats a token | training, CPU s |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, arm in ARMS.items():

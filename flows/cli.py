@@ -16,10 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.errors import PipelineError, RegistryError, StageError
-from flows.gate import Check
 from flows.params import Params, load_params
 from flows.paths import Paths
 from flows.project import find_root, set_prefect_environment, stage_order, stage_states
+from flows.promotion.gate import Check
 from flows.stage import fail, is_disk_full, set_quiet_environment
 
 app = typer.Typer(
@@ -132,8 +132,8 @@ def plan(
     the run will not fit this machine.
     """
     with _errors(), _project() as (params, paths):
-        from flows.plan import plan as make_plan
-        from flows.plan_table import print_plan
+        from flows.planning.plan import plan as make_plan
+        from flows.planning.table import print_plan
 
         planned = make_plan(params, paths, config, probe, probe_timeout)
         if as_json:
@@ -148,7 +148,7 @@ def plan(
 def registry_list(as_json: AsJson = False) -> None:
     """All registered versions, the newest first, with their test loss and stages."""
     from flows.git import Git
-    from flows.registry import Registry
+    from flows.promotion.registry import Registry
 
     with _errors(), _project() as (params, paths):
         registry = Registry(Git(paths.root), params.project.name)
@@ -174,7 +174,7 @@ def registry_show(
 ) -> None:
     """The lineage record of one version, as JSON: code, data, parameters, metrics, hashes of every file."""
     from flows.git import Git
-    from flows.registry import Registry
+    from flows.promotion.registry import Registry
 
     with _errors(), _project() as (params, paths):
         registry = Registry(Git(paths.root), params.project.name)
@@ -202,7 +202,7 @@ def promote(
     meanwhile.
     """
     with _errors(), _project() as (params, paths):
-        from flows.promote import promote as promote_version
+        from flows.promotion.promote import promote as promote_version
 
         promotion = promote_version(params, paths, version, dry_run, push_to)
         if as_json:
@@ -247,7 +247,7 @@ def doctor(
 def review() -> None:
     """Write the page of the last run again, `reports/review.html`: one file that needs no network."""
     with _errors(), _project() as (params, paths):
-        from flows.review import write_review
+        from flows.review.page import write_review
 
         print(write_review(params, paths))
 
@@ -276,7 +276,7 @@ def _project() -> Iterator[tuple[Params, Paths]]:
 
 def _holders(params: Params, paths: Paths) -> dict[str, str | None]:
     from flows.git import Git
-    from flows.registry import Registry
+    from flows.promotion.registry import Registry
 
     stages = Registry(Git(paths.root), params.project.name).stages()
     return {stage: holder.version for stage, holder in stages.items()}

@@ -17,14 +17,14 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.errors import GateError
 from flows.git import Git
-from flows.lineage import check_artifact_name
 from flows.params import load_params
 from flows.paths import Paths
 from flows.project import stage_order
-from flows.promote import Promotion, promote
-from flows.review import write_review
+from flows.promotion.lineage import check_artifact_name
+from flows.promotion.promote import Promotion, promote
+from flows.review.page import write_review
+from flows.review.summary import print_summary
 from flows.stage_process import run_stage
-from flows.summary import print_summary
 
 logger = logging.getLogger(__name__)
 

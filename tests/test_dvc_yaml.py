@@ -16,7 +16,7 @@ STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
 NOT_IN_RESULTS = {
     "flows",
     "flows.errors",
-    "flows.hub",
+    "flows.base.hub",
     "flows.params",
     "flows.params_file",
     "flows.paths",

@@ -7,11 +7,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from flows.base.hub import DownloadError, download
 from flows.data import docstrings, files, formats
 from flows.data.examples import AnyExample, Example, Labelled, Preference, with_system_prompt
 from flows.data.formats import FaultyRow
 from flows.errors import DataError
-from flows.hub import DownloadError, download
 from flows.params import Data
 
 SHOWN = 10

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flows.generation import Answers, generate_answers
+from flows.judging.generation import Answers, generate_answers
+from flows.judging.scoring import rouge_l
 from flows.params import Evaluate
 from flows.rows import Row
-from flows.scoring import rouge_l
 
 ANSWERS = (
     ("reference", pa.string()),

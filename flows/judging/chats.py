@@ -6,13 +6,13 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from flows.base_model import padding_id
+from flows.base.model import padding_id
 from flows.judging.answers import ANSWERS, Answered, Prompt, add_answers, answer, sampled, samples
 from flows.judging.judgement import COMMON, Judgement, common_columns, common_metrics
+from flows.judging.scoring import RowLosses, row_losses
 from flows.params import Params
 from flows.progress import progress
 from flows.rows import Row
-from flows.scoring import RowLosses, row_losses
 
 
 def judge_chats(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> Judgement:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from flows.base_model import padding_id
+from flows.base.model import padding_id
 from flows.judging.judgement import COMMON, Judgement, common_columns, common_metrics
+from flows.judging.scoring import RowLosses, class_log_probs
 from flows.params import Params
 from flows.progress import progress
 from flows.rows import Row
-from flows.scoring import RowLosses, class_log_probs
 from peftcore.train.classification import macro_f1
 
 CLASSES = (

@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from flows.judging.scoring import RowLosses
 from flows.rows import Row
-from flows.scoring import RowLosses
 
 COMMON = (
     ("id", pa.string()),

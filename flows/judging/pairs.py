@@ -12,14 +12,14 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from flows.base_model import padding_id
+from flows.base.model import padding_id
 from flows.judging.answers import ANSWERS, Answered, Prompt, add_answers, answer, sampled, samples
 from flows.judging.judgement import COMMON, Judgement, common_columns, common_metrics
-from flows.objectives import preference_objective
+from flows.judging.scoring import RowLosses, pairs_log_probs
 from flows.params import Params
 from flows.progress import progress
 from flows.rows import Row
-from flows.scoring import RowLosses, pairs_log_probs
+from flows.training.objectives import preference_objective
 from peftcore.train import Dpo, PairLogProbs
 
 PAIRS = (

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from flows.base_model import check_base
+from flows.base.model import check_base
 from flows.errors import BaseModelError
 from flows.params import Params
 from flows.paths import Paths

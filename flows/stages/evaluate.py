@@ -9,16 +9,16 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 
-from flows.base_model import check_base, load_dequantized, load_tokenizer
+from flows.base.model import check_base, load_dequantized, load_tokenizer
 from flows.judging.chats import judge_chats
 from flows.judging.classes import judge_classes
 from flows.judging.judgement import Judgement
 from flows.judging.pairs import judge_pairs
-from flows.objectives import check_split, class_names, loss_function
 from flows.params import Params
 from flows.paths import Paths
 from flows.rows import Row, read_rows
 from flows.stage import start
+from flows.training.objectives import check_split, class_names, loss_function
 from peftcore import PeftModel
 from peftcore.files import directory_written_atomically, sha256, write_atomically
 

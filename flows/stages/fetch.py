@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flows.base_source import load, obtain
+from flows.base.source import load, obtain
 from flows.data.chat import end_of_turn, render
 from flows.errors import BaseModelError
 from flows.params import Params

@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from transformers import PreTrainedModel
 
-from flows.base_model import (
+from flows.base.model import (
     check_base,
     compute_dtype,
     load_dequantized,
@@ -22,12 +22,12 @@ from flows.base_model import (
     padding_id,
 )
 from flows.errors import StageError
-from flows.fidelity import Fidelity, class_fidelity, fidelity
-from flows.objectives import class_names, merged_rows
+from flows.judging.fidelity import Fidelity, class_fidelity, fidelity
 from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.progress import progress
 from flows.stage import start
+from flows.training.objectives import class_names, merged_rows
 from peftcore import PeftModel
 from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, Features, disable_progress_bars
 
-from flows.base_model import check_base, load_tokenizer
+from flows.base.model import check_base, load_tokenizer
 from flows.data.encoders import COLUMNS, Encoder, encoder_of, label_names
 from flows.data.examples import AnyExample
 from flows.data.report import data_report

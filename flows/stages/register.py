@@ -8,7 +8,10 @@ import logging
 from typing import Any
 
 from flows.git import Git
-from flows.lineage import (
+from flows.params import Params
+from flows.paths import Paths
+from flows.project import dvc
+from flows.promotion.lineage import (
     LOCK,
     adapter_files,
     check_artifact_name,
@@ -18,10 +21,7 @@ from flows.lineage import (
     lock_text,
     read_lock,
 )
-from flows.params import Params
-from flows.paths import Paths
-from flows.project import dvc
-from flows.registry import Registry
+from flows.promotion.registry import Registry
 from flows.stage import start
 from peftcore.files import write_atomically
 

@@ -18,15 +18,30 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
-from flows.adapter_choice import adapter_config
-from flows.automatic_rank import FILE as RANKS
-from flows.automatic_rank import with_automatic_ranks
-from flows.base_model import check_base, load_for_training, load_tokenizer, padding_id
+from flows.base.model import check_base, load_for_training, load_tokenizer, padding_id
 from flows.doctor.findings import require_sound
 from flows.errors import StageError
-from flows.launcher import is_launched, joined, launch
-from flows.loftq import attach_adapter
-from flows.objectives import (
+from flows.params import Params
+from flows.paths import Paths
+from flows.progress import bars_closed
+from flows.stage import set_seed, start
+from flows.tracking import Tracker
+from flows.training.adapter_choice import adapter_config
+from flows.training.arguments import fault_policy, training_arguments
+from flows.training.automatic_rank import FILE as RANKS
+from flows.training.automatic_rank import with_automatic_ranks
+from flows.training.callbacks import (
+    EvaluateAt,
+    ShowProgress,
+    StopWithoutGain,
+    WriteLog,
+    evaluations_since_best,
+    evenly_spread,
+)
+from flows.training.launcher import is_launched, joined, launch
+from flows.training.loftq import attach_adapter
+from flows.training.log import RANK_HISTORY, TrainingLog, loss_table
+from flows.training.objectives import (
     check_batching,
     class_names,
     longest,
@@ -37,23 +52,8 @@ from flows.objectives import (
     training_rows,
     unweighted_chats,
 )
-from flows.params import Params
-from flows.paths import Paths
-from flows.progress import bars_closed
-from flows.rank_chart import HEAT_MAP, rank_heat_map, rank_picture
-from flows.stage import set_seed, start
-from flows.tracking import Tracker
-from flows.training_arguments import fault_policy, training_arguments
-from flows.training_callbacks import (
-    EvaluateAt,
-    ShowProgress,
-    StopWithoutGain,
-    WriteLog,
-    evaluations_since_best,
-    evenly_spread,
-)
-from flows.training_log import RANK_HISTORY, TrainingLog, loss_table
-from flows.training_run import Run, optimizer_steps, run_key
+from flows.training.rank_chart import HEAT_MAP, rank_heat_map, rank_picture
+from flows.training.run import Run, optimizer_steps, run_key
 from peftcore import LoraConfig, TrainingError, initialize_from_data
 from peftcore.files import directory_written_atomically, write_atomically
 from peftcore.init import DATA_STARTS

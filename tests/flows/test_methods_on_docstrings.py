@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import peftcore
-from flows.base_model import load_tokenizer, padding_id
+from flows.base.model import load_tokenizer, padding_id
 from flows.rows import read_rows
 from peftcore import get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from flows.base.hub import DownloadError
 from flows.data import sources
 from flows.data.examples import Example
 from flows.data.sources import read_examples
 from flows.errors import DataError
-from flows.hub import DownloadError
 from flows.params import Data
 
 ROWS = [{"prompt": "One?", "completion": "1."}, {"prompt": "Two?", "completion": "NA"}]

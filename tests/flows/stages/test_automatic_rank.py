@@ -50,7 +50,7 @@ def test_an_interrupted_run_goes_on_with_the_ranks_that_it_has(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("flows.automatic_rank.find_ranks", never)
+    monkeypatch.setattr("flows.training.automatic_rank.find_ranks", never)
     train.run(params, prepared)
     assert (prepared.adapter / "adapter_model.safetensors").read_bytes() == whole
 

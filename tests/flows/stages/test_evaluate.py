@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from flows.errors import StageError
+from flows.judging.scoring import row_losses
 from flows.paths import Paths
-from flows.scoring import row_losses
 from flows.stages import evaluate
 from peftcore import CheckpointError
 from peftcore.files import sha256, write_manifest

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from flows.base_model import load_dequantized, load_original
+from flows.base.model import load_dequantized, load_original
 from flows.errors import StageError
 from flows.paths import Paths
 from flows.stages import train

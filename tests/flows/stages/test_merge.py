@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from flows.base_model import load_dequantized
+from flows.base.model import load_dequantized
 from flows.errors import StageError
-from flows.fidelity import Fidelity
+from flows.judging.fidelity import Fidelity
 from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.stages import merge

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from flows.base_model import load_dequantized, load_tokenizer
+from flows.base.model import load_dequantized, load_tokenizer
 from flows.errors import StageError
 from flows.params import Params
 from flows.paths import Paths

@@ -11,7 +11,7 @@ import pytest
 from flows.errors import PipelineError, RegistryError, RepositoryError, StageError
 from flows.git import Git
 from flows.project import dvc, stage_environment
-from flows.registry import Registry, RegistryConflict
+from flows.promotion.registry import Registry, RegistryConflict
 from flows.stages import register
 
 

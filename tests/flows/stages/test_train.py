@@ -21,7 +21,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.rows import read_rows
 from flows.stages import train
-from flows.training_log import FIELDS, TrainingLog
+from flows.training.log import FIELDS, TrainingLog
 from peftcore import MergeError, PeftConfig, TrainingError
 from peftcore.train import fault_of_checkpoint
 

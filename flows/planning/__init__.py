@@ -1,0 +1,1 @@
+"""`peftcore plan`: memory, time and disk of a run before it is started."""

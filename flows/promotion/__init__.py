@@ -1,0 +1,1 @@
+"""Registry, lineage and the gate between a version and production."""

@@ -1,0 +1,194 @@
+"""Promote a version: judge it by the gate against the champion, then give it the stage as a compare-and-swap."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow
+from pyarrow import parquet
+
+from flows.errors import RegistryError, StageError
+from flows.git import Git
+from flows.params import Params
+from flows.paths import Paths
+from flows.project import files_at
+from flows.promotion.gate import Candidate, Champion, GateReport, evaluate_gate
+from flows.promotion.lineage import evidence, read_json
+from flows.promotion.registry import Assignment, Registry, Version
+from peftcore.files import sha256, write_atomically
+
+Outcome = Literal["promoted", "already", "refused", "would promote"]
+_REPORT = "Gate report: "
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What came of it. report: None only where somebody gave the stage without the gate, by hand."""
+
+    name: str
+    version: str
+    stage: str
+    outcome: Outcome
+    tag: str | None
+    report: GateReport | None
+
+    @property
+    def accepted(self) -> bool:
+        return self.outcome != "refused"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in one line."""
+        model = f"{self.name} {self.version}"
+        if self.outcome == "already":
+            return f"{model} is {self.stage} already"
+        if self.outcome == "refused":
+            reason = self.report.reason if self.report else "no reason given"
+            return f"{model} is not promoted to {self.stage}: {reason}"
+        return f"{model} {'is' if self.outcome == 'promoted' else 'would become'} {self.stage}"
+
+    def as_dict(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in ("name", "version", "stage", "outcome", "tag")}
+        return {**fields, "report": self.report.as_dict() if self.report else None}
+
+
+def promote(
+    params: Params, paths: Paths, version: str | None = None, dry_run: bool = False, push_to: str | None = None
+) -> Promotion:
+    """Judge a version and, if it passes, give it the stage `gate.stage`.
+
+    version: its number; None is the one of the last run. dry_run: judge only. push_to: a git remote that must agree.
+    The result is kept in reports/promotion.json, for the page. Raises RegistryConflict if the stage changed hands
+    while the gate was at work.
+    """
+    registry = Registry(Git(paths.root), params.project.name)
+    # before anything is compared: whoever promotes after this makes our tag impossible
+    looked_at = registry.last_event()
+    record = registry.record(registry.version(version)) if version else last_record(paths)
+    chosen = registry.version(record["version"])
+    holder = registry.stages().get(params.gate.stage)
+    if holder is not None and holder.version == chosen.number:
+        promotion = Promotion(registry.name, chosen.number, params.gate.stage, "already", None, _report_of(holder))
+    else:
+        report = _judge(params, paths, registry, chosen, holder, from_run=version is None)
+        promotion = _decide(params, registry, chosen, report, looked_at, dry_run, push_to)
+    if not dry_run:
+        write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
+    return promotion
+
+
+def last_record(paths: Paths) -> dict[str, Any]:
+    """The record of the version that the last run registered. Raises StageError if there is none."""
+    if not paths.version.exists():
+        raise StageError(f"{paths.version} is missing: no version was registered yet; use `peftcore run`")
+    return read_json(paths.version)
+
+
+def read_promotion(paths: Paths, version: str) -> Promotion | None:
+    """What became of the last promotion, if it was of this version; None otherwise."""
+    if not paths.promotion.exists():
+        return None
+    value = read_json(paths.promotion)
+    if value["version"] != version:
+        return None
+    report = GateReport.from_dict(value["report"]) if value["report"] else None
+    return Promotion(**{**value, "report": report})
+
+
+def _judge(
+    params: Params,
+    paths: Paths,
+    registry: Registry,
+    chosen: Version,
+    holder: Assignment | None,
+    from_run: bool,
+) -> GateReport:
+    wanted = (paths.adapter, *evidence(paths))
+    with nullcontext(paths) if from_run else _files_of(paths, registry, chosen, wanted) as where:
+        candidate = _candidate(registry, chosen, where)
+        champion = _champion(paths, registry, holder)
+        return evaluate_gate(candidate, champion, params.gate, params.merge, params.project.seed)
+
+
+def _decide(
+    params: Params,
+    registry: Registry,
+    chosen: Version,
+    report: GateReport,
+    looked_at: int,
+    dry_run: bool,
+    push_to: str | None,
+) -> Promotion:
+    stage = params.gate.stage
+    if not report.passed:
+        return Promotion(registry.name, chosen.number, stage, "refused", None, report)
+    if dry_run:
+        return Promotion(registry.name, chosen.number, stage, "would promote", None, report)
+    lines = [f"{registry.name} {chosen.number} becomes {stage}", ""]
+    lines += [f"{check.name}: {check.detail}" for check in report.checks]
+    lines += ["", _REPORT + json.dumps(report.as_dict())]
+    tag = registry.assign(stage, chosen, looked_at, "\n".join(lines) + "\n", push_to)
+    return Promotion(registry.name, chosen.number, stage, "promoted", tag, report)
+
+
+@contextmanager
+def _files_of(paths: Paths, registry: Registry, version: Version, wanted: Sequence[Path]) -> Iterator[Paths]:
+    """What a version is judged by, as DVC kept it and as it was registered.
+
+    DVC verifies what it pulls, but not what it gets from another commit.
+    """
+    digests = registry.record(version)["evidence"]
+    with files_at(paths.root, version.commit, [path.relative_to(paths.root).as_posix() for path in wanted]) as folder:
+        for name, digest in digests.items():
+            if (folder / name).is_file() and sha256(folder / name) != digest:
+                raise RegistryError(
+                    f"{name} of {version.tag} is not what was registered: DVC's cache or remote is damaged; remove "
+                    "the damaged file there and `dvc push` it again from a machine that has it"
+                )
+        yield Paths(folder)
+
+
+def _candidate(registry: Registry, version: Version, at: Paths) -> Candidate:
+    return Candidate(
+        name=registry.name,
+        version=version.number,
+        adapter=at.adapter,
+        files=registry.record(version)["adapter"]["files"],
+        metrics=read_json(at.evaluation_metrics),
+        merge=read_json(at.merge_report),
+        rows=_read_rows(at.evaluation_rows),
+    )
+
+
+def _champion(paths: Paths, registry: Registry, holder: Assignment | None) -> Champion | None:
+    if holder is None:
+        return None
+    if holder.version is None:
+        tag = f"{registry.name}#{holder.stage}#{holder.event}"
+        raise RegistryError(
+            f"{tag} is at commit {holder.commit[:10]}, which has no version (any more), so there is nothing to compare "
+            f"with; `git tag --delete '{tag}'` takes the stage back to who held it before"
+        )
+    version = registry.version(holder.version)
+    record = registry.record(version)
+    with _files_of(paths, registry, version, [paths.evaluation_rows]) as where:
+        rows = _read_rows(where.evaluation_rows)
+    loss = record["metrics"].get("loss_function")
+    return Champion(version.number, record["evaluation_set"], record["base_model"], rows, loss)
+
+
+def _read_rows(path: Path) -> pyarrow.Table:
+    try:
+        columns = {"id", "tokens", "weight", "adapter_loss"} & set(parquet.read_schema(path).names)
+        return parquet.read_table(path, columns=sorted(columns | {"id", "tokens", "adapter_loss"}))
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        raise StageError(f"{path} cannot be read ({error}); run `peftcore run` again") from error
+
+
+def _report_of(holder: Assignment) -> GateReport | None:
+    """The report that was written into the stage's own tag."""
+    lines = [line for line in holder.message.splitlines() if line.startswith(_REPORT)]
+    return GateReport.from_dict(json.loads(lines[-1].removeprefix(_REPORT))) if lines else None

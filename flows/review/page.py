@@ -1,0 +1,95 @@
+"""The review page: one HTML file that says what a run came to, readable without a network.
+
+Everything that comes from data or models is escaped by the template.
+"""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from flows.params import Params
+from flows.paths import Paths
+from flows.promotion.lineage import read_json
+from flows.promotion.promote import last_record, read_promotion
+from flows.review.charts import headline_bars, largest, loss_curves, slice_dumbbells
+from flows.training.rank_chart import HEAT_MAP
+from peftcore.files import write_atomically
+
+
+def write_review(params: Params, paths: Paths) -> Path:
+    """Write `paths.review` from what the last run left, whole or not at all; returns where it is.
+
+    Raises StageError naming the file if a stage has not run yet.
+    """
+    environment = Environment(
+        loader=PackageLoader("flows.review"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count="{:,}".format,
+        percent=_percent,
+        fixed=_fixed,
+        signed="{:+.3f}".format,
+        bytes=_bytes,
+        span=_span,
+        moment=lambda text: datetime.fromisoformat(text).strftime("%d %B %Y, %H:%M UTC"),
+    )
+    page = environment.get_template("review.html").render(_content(params, paths))
+    write_atomically(paths.review, page)
+    return paths.review
+
+
+def _content(params: Params, paths: Paths) -> dict[str, Any]:
+    record = last_record(paths)
+    evaluation = read_json(paths.evaluation_metrics)
+    training = read_json(paths.training_summary)
+    slices, ranks = evaluation["slices"], paths.training / HEAT_MAP
+    return {
+        "record": record,
+        "promotion": read_promotion(paths, record["version"]),
+        "evaluation": evaluation,
+        "training": training,
+        "slices": sorted(slices.items(), key=lambda item: (-item[1]["rows"], item[0])),
+        "slices_in_chart": len(largest(slices)),
+        "samples": read_json(paths.samples),
+        "data": read_json(paths.data_report),
+        "merge": read_json(paths.merge_report),
+        "architecture": read_json(paths.architecture),
+        "params": params,
+        "charts": {
+            "headline": headline_bars(evaluation["base"], evaluation["adapter"]),
+            "loss": loss_curves(paths.loss_curve, training["best_step"]),
+            "slices": slice_dumbbells(slices),
+            "ranks": Markup(ranks.read_text()) if ranks.exists() else None,
+        },
+    }
+
+
+def _fixed(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}%}"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,62 @@
+"""The summary of a run in the terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flows.paths import Paths
+from flows.promotion.lineage import read_json
+from flows.promotion.promote import Promotion
+
+FIGURES = (
+    ("test loss (nats a token)", "loss", "{:.3f}"),
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("ROUGE-L", "rouge_l", "{:.3f}"),
+    ("answers that end", "ended", "{:.1%}"),
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("macro-F1", "macro_f1", "{:.3f}"),
+    ("margin (nats)", "margin", "{:.3f}"),
+    ("moved towards the chosen", "reward_accuracy", "{:.1%}"),
+    ("tokens a second", "tokens_per_second", "{:.0f}"),
+)
+"""(label, key of metrics.json, format); those that an objective does not have are left out."""
+
+
+def print_summary(paths: Paths, promotion: Promotion, page: Path, seconds: Mapping[str, float]) -> None:
+    """Base against adapter, the version and what became of it, the time of each task, where the page is."""
+    console = Console(highlight=False)
+    metrics = read_json(paths.metrics)
+    console.print()
+    console.print(_figures(metrics, promotion))
+    merge = metrics["merge"]
+    lines = {
+        "merged": f"KL {merge['kl']:.4f} nats, first choices agree on {merge['top1_agreement']:.1%}",
+        "verdict": f"[{'green' if promotion.accepted else 'red'}]{escape(promotion.sentence)}[/]",
+        "seconds": " · ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
+    }
+    notes = Table.grid(padding=(0, 2))
+    for label, text in lines.items():
+        notes.add_row(f"[dim]{label}[/]", text)
+    console.print(notes)
+    console.print(f"[dim]{'page':<9}[/]{escape(str(page))}", soft_wrap=True)  # whole, so that it can be opened
+
+
+def _figures(metrics: Mapping[str, Any], promotion: Promotion) -> Table:
+    table = Table(title=f"{promotion.name} {promotion.version}", title_justify="left")
+    table.add_column("on held-out rows")
+    for column in ("base", "adapter"):
+        table.add_column(column, justify="right")
+    for label, key, form in FIGURES:
+        if not any(key in metrics[side] for side in ("base", "adapter")):
+            continue
+        table.add_row(label, *(figure(metrics[side].get(key), form) for side in ("base", "adapter")))
+    return table
+
+
+def figure(value: float | None, form: str) -> str:
+    """A number as text, a dash where there is none."""
+    return "–" if value is None else form.format(value)

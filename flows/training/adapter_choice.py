@@ -1,0 +1,39 @@
+"""What params.yaml says of the adapter, as the configuration that `peftcore` takes."""
+
+from typing import Any
+
+from flows.params import AdaLora, Params
+from flows.training.objectives import rows_of
+from peftcore import PeftConfig
+from peftcore.registry import method_named
+
+
+def adapter_config(params: Params, total_steps: int) -> PeftConfig:
+    """The method's configuration; total_steps: optimiser steps of the run, over which AdaLoRA spreads its budget."""
+    method = params.method
+    options: dict[str, Any] = {
+        "task_type": rows_of(params).task,
+        "base_model_name_or_path": params.base.source,
+        "target_modules": method.target_modules,
+    }
+    if method.name in ("lora", "adalora"):
+        options |= {"lora_alpha": method.lora_alpha, "lora_dropout": method.lora_dropout}
+    if method.name == "lora":
+        options |= {"r": method.auto.r if method.r == "auto" else method.r, "use_rslora": method.use_rslora}
+    if method.name == "adalora":
+        options |= _adalora_options(method.adalora, total_steps)
+    return method_named(method.name.upper()).config(**{**options, **method.options})
+
+
+def _adalora_options(adalora: AdaLora, total_steps: int) -> dict[str, Any]:
+    return {
+        "init_r": adalora.init_r,
+        "target_r": adalora.target_r,
+        "tinit": int(adalora.warmup_share * total_steps),
+        "tfinal": int(adalora.final_share * total_steps),
+        "deltaT": adalora.interval,
+        "orth_reg_weight": adalora.orth_reg_weight,
+        "beta1": adalora.beta1,
+        "beta2": adalora.beta2,
+        "total_step": total_steps,
+    }

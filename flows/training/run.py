@@ -1,0 +1,58 @@
+"""One run of training: what it is made of, how long it is, and where its resumable state lies."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sized
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import TrainerState
+
+from flows.params import Params
+from flows.paths import Paths
+from flows.training.log import TrainingLog
+from peftcore.files import sha256
+from peftcore.train import Packs
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where one run keeps its resumable state, and where it stands."""
+
+    folder: Path
+    checkpoint: Path | None
+    """The last whole checkpoint; None at the start."""
+    total_steps: int
+    """Optimiser steps of the whole run."""
+
+    @property
+    def log(self) -> TrainingLog:
+        return TrainingLog(self.folder / "log.jsonl")
+
+    @property
+    def state(self) -> TrainerState:
+        """The trainer's state at the checkpoint."""
+        if self.checkpoint is None:
+            return TrainerState()
+        return TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
+
+
+def optimizer_steps(params: Params, training_set: Sized) -> int:
+    """Optimiser steps of the run, as Trainer counts them: an epoch's last, smaller accumulation is one too.
+
+    Processes take their forward passes side by side, so that a step takes fewer rounds of them.
+    """
+    if params.train.max_steps is not None:
+        return params.train.max_steps
+    at_once = 1 if isinstance(training_set, Packs) else params.train.batch_size
+    batches = math.ceil(math.ceil(len(training_set) / at_once) / params.train.processes)
+    return math.ceil(params.train.epochs * math.ceil(batches / params.train.gradient_accumulation))
+
+
+def run_key(params: Params, paths: Paths, base: str) -> str:
+    """Names what a run is made of, so that only a checkpoint of the very same run is ever resumed."""
+    sections = params.model_dump(include={"base", "method", "quantization", "train"})
+    data = [sha256(paths.split(name)) for name in ("train", "validation")]
+    made_of = json.dumps([params.project.seed, sections, base, data], sort_keys=True)
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]

@@ -1,0 +1,91 @@
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from flows.base.model import (
+    EAGER_UP_TO,
+    check_base,
+    load_dequantized,
+    load_for_training,
+    load_original,
+    load_tokenizer,
+    padding_id,
+)
+from flows.errors import BaseModelError
+from flows.params import Quantization
+from peftcore.files import sha256
+
+
+def query(model: Any) -> Any:
+    return model.model.layers[0].self_attn.q_proj
+
+
+def test_the_identity_is_that_of_the_manifest(tiny_base: Path) -> None:
+    assert check_base(tiny_base) == sha256(tiny_base / "SHA256SUMS")
+
+
+def test_a_damaged_or_absent_base_is_refused(tiny_base: Path) -> None:
+    (tiny_base / "config.json").write_text("{}")
+    with pytest.raises(BaseModelError, match=r"config\.json is damaged"):
+        check_base(tiny_base)
+    with pytest.raises(BaseModelError, match="run the fetch stage"):
+        check_base(tiny_base / "nothing")
+
+
+@pytest.mark.parametrize(("storage", "kind"), [("nf4", "nf4"), ("fp4", "fp4")])
+@pytest.mark.parametrize("double", [True, False])
+def test_four_bit_storage_is_what_was_asked_for(tiny_base: Path, storage: Any, kind: str, double: bool) -> None:
+    layer = query(load_for_training(tiny_base, Quantization(storage=storage, double_quant=double), 100))
+    assert isinstance(layer, bnb.nn.Linear4bit)
+    assert layer.weight.quant_state.quant_type == kind and layer.weight.quant_state.nested == double
+    assert layer.compute_dtype == torch.bfloat16
+
+
+def test_eight_bit_and_plain_storage(tiny_base: Path) -> None:
+    assert isinstance(query(load_for_training(tiny_base, Quantization(storage="int8"), 100)), bnb.nn.Linear8bitLt)
+    plain = load_for_training(tiny_base, Quantization(storage="none", compute_dtype="float32"), 100)
+    assert type(query(plain)) is torch.nn.Linear and query(plain).weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("storage", ["nf4", "fp4"])
+def test_dequantised_weights_are_those_that_training_multiplies_by(tiny_base: Path, storage: Any) -> None:
+    quantization = Quantization(storage=storage)
+    trained, plain = load_for_training(tiny_base, quantization, 100), load_dequantized(tiny_base, quantization)
+    layer = query(trained)
+    seen = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert type(query(plain)) is torch.nn.Linear and torch.equal(query(plain).weight, seen)
+    x = torch.randn(5, 32, dtype=torch.bfloat16)
+    torch.testing.assert_close(query(plain)(x), layer.train()(x))
+    assert not torch.equal(query(plain).weight, query(load_original(tiny_base, torch.bfloat16)).weight)
+
+
+def test_dequantised_int8_weights_are_near_the_original(tiny_base: Path) -> None:
+    plain = load_dequantized(tiny_base, Quantization(storage="int8"))
+    original = query(load_original(tiny_base, torch.bfloat16)).weight
+    assert type(query(plain)) is torch.nn.Linear
+    torch.testing.assert_close(
+        query(plain).weight.detach(), original.detach(), rtol=0.02, atol=float(original.detach().abs().max()) / 100
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU always takes the fused kernel")
+def test_short_rows_train_with_plain_attention_on_a_cpu(tiny_base: Path) -> None:
+    short, long = (load_for_training(tiny_base, Quantization(), n) for n in (EAGER_UP_TO, EAGER_UP_TO + 1))
+    assert short.config._attn_implementation == "eager" and long.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("storage", ["none", "nf4", "int8"])
+def test_float16_computes_on_any_device(tiny_base: Path, storage: Any) -> None:
+    model = load_for_training(tiny_base, Quantization(storage=storage, compute_dtype="float16"), 100)
+    logits = model(torch.tensor([[1, 2, 3]], device=model.device)).logits
+    assert logits.dtype == torch.float16 and logits.isfinite().all()
+
+
+def test_padding_is_the_tokenizers_own_or_its_end(tiny_base: Path) -> None:
+    tokenizer = load_tokenizer(tiny_base)
+    assert padding_id(tokenizer) == tokenizer.pad_token_id
+    tokenizer.pad_token = None
+    assert padding_id(tokenizer) == tokenizer.eos_token_id

@@ -1,0 +1,72 @@
+"""The paired bootstrap against what is known in closed form."""
+
+import numpy
+import pyarrow
+import pytest
+
+from flows.errors import GateError
+from flows.promotion.bootstrap import paired_bootstrap, paired_losses
+
+N = 400
+
+
+@pytest.fixture
+def losses() -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """Tokens, ours, theirs: ours is 0.05 better on average, with a spread of 0.4 from row to row."""
+    generator = numpy.random.default_rng(1)
+    theirs = generator.normal(2.7, 1.0, N)
+    difference = generator.normal(-0.05, 0.4, N)
+    return numpy.ones(N), theirs + difference, theirs
+
+
+def test_the_bound_is_that_of_the_normal_approximation(losses: tuple) -> None:
+    tokens, ours, theirs = losses
+    mean, upper = paired_bootstrap(tokens, ours, theirs, confidence=0.95, resamples=10_000, seed=0)
+    difference = ours - theirs
+    assert mean == pytest.approx(difference.mean())
+    assert upper == pytest.approx(difference.mean() + 1.645 * difference.std() / N**0.5, abs=0.003)
+
+
+def test_pairing_takes_out_what_rows_have_in_common(losses: tuple) -> None:
+    tokens, _, theirs = losses
+    _, upper = paired_bootstrap(tokens, theirs - 0.01, theirs, 0.99, 2000, 0)
+    assert upper == pytest.approx(-0.01), "a constant gain is certain, however much the rows differ"
+
+
+def test_equal_losses_have_no_difference(losses: tuple) -> None:
+    tokens, ours, _ = losses
+    assert paired_bootstrap(tokens, ours, ours, 0.95, 500, 0) == (0.0, 0.0)
+
+
+def test_rows_weigh_as_much_as_they_have_tokens() -> None:
+    mean, _ = paired_bootstrap(numpy.array([9.0, 1.0]), numpy.array([1.0, 2.0]), numpy.array([2.0, 0.0]), 0.9, 100, 0)
+    assert mean == pytest.approx((9 * -1 + 1 * 2) / 10)
+
+
+def test_the_seed_decides(losses: tuple) -> None:
+    first, again, other = (paired_bootstrap(*losses, 0.95, 700, seed) for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def table(ids: list[str], losses: list[float]) -> pyarrow.Table:
+    return pyarrow.table({"id": ids, "tokens": [5] * len(ids), "adapter_loss": losses})
+
+
+def test_rows_are_paired_by_id_whatever_their_order() -> None:
+    tokens, ours, theirs = paired_losses(
+        table(["a", "b", "c"], [1.0, 2.0, 3.0]), table(["c", "x", "a"], [30.0, 0.0, 10.0])
+    )
+    assert (tokens.tolist(), ours.tolist(), theirs.tolist()) == ([5, 5], [1, 3], [10, 30])
+
+
+def test_ids_that_repeat_are_refused() -> None:
+    with pytest.raises(GateError, match="share an id"):
+        paired_losses(table(["a", "a"], [1.0, 2.0]), table(["a"], [1.0]))
+
+
+def test_rows_weigh_what_the_table_says_and_those_of_no_weight_are_left_out() -> None:
+    columns = {"id": ["a", "b", "c"], "tokens": [5, 5, 5], "adapter_loss": [1.0, 2.0, 3.0]}
+    plain = pyarrow.table(columns)
+    weighted = pyarrow.table(columns | {"weight": [2.0, 0.0, 0.5]})
+    assert paired_losses(plain, weighted)[0].tolist() == [5.0, 5.0, 5.0]
+    assert [part.tolist() for part in paired_losses(weighted, plain)] == [[2.0, 0.5], [1.0, 3.0], [1.0, 3.0]]

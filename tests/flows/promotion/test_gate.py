@@ -1,0 +1,219 @@
+"""The gate: each check refuses what it is for, in its place in the order, and says what was found and allowed."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from pyarrow import parquet
+from safetensors.numpy import save_file
+
+from flows.params import Champion as ChampionParams
+from flows.params import Gate, Merge
+from flows.promotion.gate import Candidate, Champion, GateReport, evaluate_gate
+from peftcore.files import read_manifest, write_manifest
+
+ORDER = [
+    "allowed files",
+    "manifest",
+    "finite weights",
+    "test loss",
+    "gain in loss",
+    "gain in ROUGE-L",
+    "answers that end",
+    "against the champion",
+    "merge fidelity",
+]
+
+
+@pytest.fixture
+def make(tmp_path: Path, results: Callable[..., None]) -> Callable[..., Candidate]:
+    def make(version: str = "v0.2.0", **kwargs: Any) -> Candidate:
+        folder = tmp_path / version
+        results(folder, **kwargs)
+        return Candidate(
+            name="docstrings",
+            version=version,
+            adapter=folder / "adapter",
+            files=read_manifest(folder / "adapter"),
+            metrics=json.loads((folder / "evaluation" / "metrics.json").read_text()),
+            merge=json.loads((folder / "merge.json").read_text()),
+            rows=parquet.read_table(folder / "evaluation" / "rows.parquet"),
+        )
+
+    return make
+
+
+def champion_of(candidate: Candidate) -> Champion:
+    metrics = candidate.metrics
+    return Champion(candidate.version, metrics["evaluation_set"], metrics["base_model"], candidate.rows)
+
+
+def judge(candidate: Candidate, against: Champion | None = None, /, **gate: Any) -> GateReport:
+    return evaluate_gate(candidate, against, Gate(**gate), Merge(), seed=1)
+
+
+def reason(report: GateReport) -> str:
+    """The reason of a refusal, which is what the last check made says."""
+    assert not report.passed
+    last = report.checks[-1]
+    assert report.reason == f"{last.name}: {last.detail}"
+    assert [check.passed for check in report.checks] == [True] * (len(report.checks) - 1) + [False]
+    return report.reason
+
+
+def test_a_good_candidate_passes_every_check_in_order(make: Callable[..., Candidate]) -> None:
+    report = judge(make())
+    assert report.passed
+    assert report.reason is None
+    assert [check.name for check in report.checks] == ORDER
+
+
+def test_a_pickle_is_refused_before_anything_is_read(make: Callable[..., Candidate]) -> None:
+    candidate = make()
+    (candidate.adapter / "adapter_model.bin").write_bytes(b"\x80\x04K\x01.")
+    (candidate.adapter / "adapter_model.safetensors").write_bytes(b"not even that")
+    report = judge(candidate)
+    assert "adapter_model.bin may not be in an adapter folder" in reason(report)
+    assert len(report.checks) == 1
+
+
+def test_a_flipped_bit_is_named(make: Callable[..., Candidate]) -> None:
+    candidate = make()
+    path = candidate.adapter / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert "adapter_model.safetensors is not what was registered as v0.2.0" in reason(judge(candidate))
+
+
+def test_new_weights_with_a_new_manifest_are_not_what_was_registered(make: Callable[..., Candidate]) -> None:
+    candidate = make()
+    save_file(
+        {"layer.lora_A.weight": numpy.zeros((2, 4), numpy.float32)}, candidate.adapter / "adapter_model.safetensors"
+    )
+    write_manifest(candidate.adapter)
+    assert reason(judge(candidate)).startswith("manifest: adapter_model.safetensors is not")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(make: Callable[..., Candidate], value: float) -> None:
+    assert reason(judge(make(weight=value))) == "finite weights: NaN or infinity in layer.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_test_loss": 2.6}, "test loss: 2.700 nats, at most 2.6"),
+        ({"min_loss_gain": 1.2}, "gain in loss: 1.100 nats, at least 1.2"),
+        ({"min_rouge_l_gain": 0.2}, "gain in ROUGE-L: 0.150, at least 0.2"),
+    ],
+)
+def test_each_threshold_refuses(make: Callable[..., Candidate], limits: dict[str, float], expected: str) -> None:
+    assert reason(judge(make(), **limits)) == expected
+
+
+def test_a_threshold_that_is_met_exactly_passes(make: Callable[..., Candidate]) -> None:
+    assert judge(make(gain={"loss": 0.5, "rouge_l": 0.05})).passed
+
+
+@pytest.mark.parametrize(("ended", "found"), [(0.5, "0.500"), (None, "not measured"), (float("nan"), "nan")])
+def test_answers_that_do_not_end_or_were_not_measured(
+    make: Callable[..., Candidate], ended: float | None, found: str
+) -> None:
+    side = {"loss": 2.7, "rouge_l": 0.3, "ended": ended}
+    assert reason(judge(make(adapter=side))) == f"answers that end: {found}, at least 0.9"
+
+
+def test_a_loss_that_is_no_number_is_refused(make: Callable[..., Candidate]) -> None:
+    side = {"loss": float("nan"), "rouge_l": 0.3, "ended": 1.0}
+    assert reason(judge(make(adapter=side))).startswith("test loss: nan")
+
+
+def test_a_better_candidate_beats_the_champion(make: Callable[..., Candidate]) -> None:
+    report = judge(make(loss=2.6), champion_of(make("v0.1.0", loss=2.7)))
+    assert report.passed
+    assert report.champion == "v0.1.0"
+    assert "loss -0.1000 nats against v0.1.0 on 40 rows" in report.checks[-2].detail
+
+
+def test_a_worse_candidate_is_refused_unless_so_much_is_allowed(make: Callable[..., Candidate]) -> None:
+    candidate, champion = make(loss=2.71), champion_of(make("v0.1.0", loss=2.7))
+    assert "loss +0.0100 nats against v0.1.0" in reason(judge(candidate, champion))
+    assert judge(candidate, champion, champion=ChampionParams(max_loss_regression=0.02)).passed
+
+
+def test_a_gain_within_the_noise_is_no_gain(make: Callable[..., Candidate]) -> None:
+    candidate, champion = make(loss=2.7), champion_of(make("v0.1.0", loss=2.7))
+    noise = numpy.random.default_rng(5).normal(0, 0.3, 40)
+    losses = candidate.rows.column("adapter_loss").to_numpy() + noise - noise.mean() - 0.01
+    noisy = candidate.rows.set_column(candidate.rows.schema.get_field_index("adapter_loss"), "adapter_loss", [losses])
+    assert "loss -0.0100 nats" in reason(judge(replace(candidate, rows=noisy), champion))
+
+
+@pytest.mark.parametrize(("part", "word"), [("evaluation_set", "test set"), ("base_model", "base model")])
+def test_what_cannot_be_compared_is_refused_with_what_to_do(
+    make: Callable[..., Candidate], part: str, word: str
+) -> None:
+    champion = replace(champion_of(make("v0.1.0")), **{part: "0" * 64})
+    text = reason(judge(make(loss=2.0), champion))
+    assert f"v0.1.0 was measured on another {word}" in text
+    assert "gto deprecate docstrings v0.1.0 champion" in text
+
+
+def test_without_a_shared_row_there_is_no_comparison(make: Callable[..., Candidate]) -> None:
+    champion = champion_of(make("v0.1.0"))
+    ids = champion.rows.schema.get_field_index("id")
+    foreign = champion.rows.set_column(ids, "id", [[f"other{n}" for n in range(40)]])
+    assert "measured on other test rows" in reason(judge(make(loss=2.0), replace(champion, rows=foreign)))
+
+
+@pytest.mark.parametrize("merge", [{"kl": 0.06, "top1_agreement": 0.99}, {"kl": 0.0, "top1_agreement": 0.94}])
+def test_an_unfaithful_merge_is_refused(make: Callable[..., Candidate], merge: dict[str, float]) -> None:
+    report = judge(replace(make(), merge=merge))
+    assert reason(report).startswith("merge fidelity: KL")
+    assert len(report.checks) == len(ORDER)
+
+
+def test_a_report_survives_json(make: Callable[..., Candidate]) -> None:
+    report = judge(make(), min_loss_gain=9.0)
+    assert GateReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
+
+
+# -- objectives ----------------------------------------------------------------------------------------------------
+
+
+def of_objective(objective: str, loss_function: str, **figures: float) -> dict[str, Any]:
+    sides = {"base": {"loss": 3.8} | figures, "adapter": {"loss": 2.7} | figures}
+    return sides | {"gain": {"loss": 1.1}, "objective": objective, "loss_function": loss_function}
+
+
+def test_a_threshold_on_what_an_objective_does_not_have_is_passed_over_and_said(make: Callable[..., Candidate]) -> None:
+    candidate = make(**of_objective("classification", "cross entropy of classes", accuracy=0.8))
+    report = judge(candidate, min_accuracy=0.75)
+    details = {check.name: check.detail for check in report.checks}
+    assert report.passed
+    for name in ("gain in ROUGE-L", "answers that end"):
+        assert details[name].startswith("not checked: classification has no such figure")
+    assert details["accuracy"] == "0.800, at least 0.75"
+    assert reason(judge(candidate, min_accuracy=0.85)) == "accuracy: 0.800, at least 0.85"
+    chats = judge(make("v0.3.0"), min_accuracy=0.85)
+    assert chats.passed
+    assert {c.name: c.detail for c in chats.checks}["accuracy"].startswith("not checked: sft has no such figure")
+
+
+def test_a_figure_that_an_objective_has_and_was_not_measured_is_refused(make: Callable[..., Candidate]) -> None:
+    pairs = make(**of_objective("dpo", "Dpo(beta=0.1)", accuracy=0.8, ended=1.0))
+    assert reason(judge(pairs)).startswith("gain in ROUGE-L: not measured")
+
+
+def test_losses_of_two_kinds_are_not_compared(make: Callable[..., Candidate]) -> None:
+    figures = {"accuracy": 0.8, "ended": 1.0, "rouge_l": 0.5}
+    candidate = make(**(of_objective("dpo", "Dpo(beta=0.1)", **figures) | {"gain": {"loss": 1.1, "rouge_l": 0.1}}))
+    champion = champion_of(candidate)
+    assert "the two cannot be compared" in reason(judge(candidate, replace(champion, loss_function="Dpo(beta=0.5)")))
+    assert "cross entropy of tokens" in reason(judge(candidate, champion))
+    assert judge(candidate, replace(champion, loss_function="Dpo(beta=0.1)")).passed

@@ -1,0 +1,144 @@
+"""Promotion: the gate's verdict becomes a tag, once, and only for what was compared with the present champion."""
+
+import json
+from typing import Any
+
+import pytest
+
+from flows.errors import RegistryError, StageError
+from flows.git import Git
+from flows.promotion.promote import promote, read_promotion
+from flows.promotion.registry import Registry, RegistryConflict
+from peftcore.files import write_manifest
+
+
+def champion(project: Any) -> str | None:
+    holder = Registry(Git(project.root), "docstrings").stages().get("champion")
+    return holder.version if holder else None
+
+
+def test_the_first_good_version_becomes_champion_and_promoting_it_again_changes_nothing(project: Any) -> None:
+    project.register()
+    first = promote(project.params, project.paths)
+    assert (first.outcome, first.tag, champion(project)) == ("promoted", "docstrings#champion#1", "v0.1.0")
+    again = promote(project.params, project.paths)
+    assert (again.outcome, again.tag) == ("already", None)
+    assert again.report == first.report, "the stage's tag tells how it was judged"
+    assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
+    assert read_promotion(project.paths, "v0.1.0") == again
+    assert read_promotion(project.paths, "v0.1.1") is None
+
+
+def test_a_better_version_takes_over_and_a_worse_one_does_not(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.register(loss=2.6, weight=2.0)
+    assert promote(project.params, project.paths, dry_run=True).outcome == "would promote"
+    assert champion(project) == "v0.1.0"
+    assert promote(project.params, project.paths).outcome == "promoted"
+    project.register(loss=2.65, weight=3.0)
+    refused = promote(project.params, project.paths)
+    assert refused.outcome == "refused"
+    assert not refused.accepted
+    assert "loss +0.0500 nats against v0.1.1" in refused.sentence
+    assert champion(project) == "v0.1.1"
+    assert read_promotion(project.paths, "v0.1.2") == refused
+
+
+def test_an_older_version_is_judged_by_its_own_files(project: Any) -> None:
+    project.register(loss=2.5)
+    project.register(loss=3.7, weight=2.0)
+    assert promote(project.params, project.paths).outcome == "refused"
+    promotion = promote(project.params, project.paths, version="v0.1.0")
+    assert (promotion.outcome, promotion.version) == ("promoted", "v0.1.0")
+
+
+def test_the_champions_rows_come_from_the_remote_where_the_cache_is_gone(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.register(loss=2.6, weight=2.0)
+    cache = project.root / ".dvc" / "cache"
+    cache.rename(project.root / ".dvc" / "gone")
+    assert promote(project.params, project.paths).outcome == "promoted"
+
+
+def test_a_corrupt_object_of_the_remote_is_noticed(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.register(loss=2.6, weight=2.0)
+    (project.root / ".dvc" / "cache").rename(project.root / ".dvc" / "gone")
+    for path in (project.root / ".dvc-remote").rglob("*"):
+        if path.is_file() and not path.name.endswith(".dir"):
+            path.chmod(0o644)
+            path.write_bytes(b"corrupt")
+    with pytest.raises(RegistryError, match=r"rows\.parquet of docstrings@v0\.1\.0 is not what was registered"):
+        promote(project.params, project.paths)
+    assert champion(project) == "v0.1.0"
+
+
+def test_an_adapter_changed_after_it_was_registered_is_refused(project: Any) -> None:
+    project.register()
+    config = project.paths.adapter / "adapter_config.json"
+    config.unlink()  # a link into DVC's cache, perhaps
+    config.write_text("{}")
+    write_manifest(project.paths.adapter)
+    assert "adapter_config.json is not what was registered" in promote(project.params, project.paths).sentence
+    assert champion(project) is None
+
+
+def test_whoever_is_second_loses(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.register()
+    registry = Registry(Git(project.root), "docstrings")
+    monkeypatch.setattr(
+        "flows.promotion.promote.evaluate_gate",
+        lambda *arguments: registry.assign("champion", registry.version("v0.1.0"), 0, "first") and GOOD,
+    )
+    with pytest.raises(RegistryConflict):
+        promote(project.params, project.paths)
+    assert project.git("tag", "--list", "*champion*").split() == ["docstrings#champion#1"]
+
+
+class _Good:
+    passed = True
+    checks = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {}
+
+
+GOOD = _Good()
+
+
+def test_a_stage_given_by_hand_has_no_report(project: Any) -> None:
+    project.register()
+    project.git("tag", "--annotate", "--message=by hand", "docstrings#champion#1", "docstrings@v0.1.0^{}")
+    promotion = promote(project.params, project.paths)
+    assert (promotion.outcome, promotion.report) == ("already", None)
+
+
+def test_nothing_registered_says_what_to_do(project: Any) -> None:
+    with pytest.raises(StageError, match="no version was registered yet; use `peftcore run`"):
+        promote(project.params, project.paths)
+
+
+def test_a_version_without_its_tag_says_what_to_do(project: Any) -> None:
+    project.register()
+    project.git("tag", "--delete", "docstrings@v0.1.0")
+    with pytest.raises(RegistryError, match=r"no version v0\.1\.0; there is: none yet.*fetch --tags"):
+        promote(project.params, project.paths)
+
+
+def test_a_champion_whose_version_was_taken_back_cannot_be_compared_with(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.git("tag", "--delete", "docstrings@v0.1.0")
+    project.register(loss=2.6, weight=2.0)
+    with pytest.raises(RegistryError, match="git tag --delete 'docstrings#champion#1'"):
+        promote(project.params, project.paths)
+
+
+def test_the_result_is_plain_json(project: Any) -> None:
+    project.register()
+    promotion = promote(project.params, project.paths, dry_run=True)
+    assert json.loads(json.dumps(promotion.as_dict()))["report"]["passed"] is True
+    assert not project.paths.promotion.exists()

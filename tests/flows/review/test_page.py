@@ -1,0 +1,128 @@
+"""The page: one file that needs nothing else, shows what was found, and lets nothing in it become markup."""
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from flows.errors import StageError
+from flows.promotion.promote import promote
+from flows.review.page import write_review
+from flows.training.rank_chart import HEAT_MAP, rank_heat_map
+
+VOID = {"meta", "br", "hr", "img", "link"}
+
+
+class Page(HTMLParser):
+    """Collects tags and text, and sees that every tag is closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(project: Any) -> Page:
+    return Page(write_review(project.params, project.paths).read_text())
+
+
+def test_it_needs_nothing_from_elsewhere(project: Any) -> None:
+    project.register()
+    page = page_of(project)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert all(link.startswith("#") for link in page.links)
+    html = project.paths.review.read_text()
+    assert not re.search(r"@import|url\((?!#)", html)
+
+
+def test_it_shows_the_run(project: Any) -> None:
+    record = project.register()
+    promote(project.params, project.paths)
+    page = page_of(project)
+    words = " ".join(page.text.split())
+    for fact in (
+        "docstrings v0.1.0 is champion",
+        "The loss falls by 1.100 nats a token",
+        "Measured on 40 held-out rows",
+        "merge fidelity",
+        "best: 2.700 at step 4",
+        "LlamaForCausalLM (llama, causal decoder)",
+        "60 examples from stdlib:docstrings",
+        "3 longer than 320 tokens",
+        "2 of 120 rows hold control characters; write the source as UTF-8",
+        "1 min 1 s",
+        record["adapter"]["files"]["adapter_model.safetensors"],
+        record["git"]["commit"],
+    ):
+        assert fact in words, fact
+    assert page.tags.count("svg") == 3
+    assert "<mark>Say hello.</mark>" in project.paths.review.read_text()
+
+
+def test_what_models_and_data_say_stays_text(project: Any) -> None:
+    project.register()
+    page = page_of(project)
+    assert "<script>alert(1)</script>" in page.text
+    assert "Say <hello> & wave." in page.text
+    assert "<ssl> (10)" in page.text, "a slice's name in a chart"
+
+
+def test_a_refusal_is_the_headline(project: Any) -> None:
+    project.register(loss=3.7)
+    promote(project.params, project.paths)
+    text = " ".join(page_of(project).text.split())
+    assert "docstrings v0.1.0 is not promoted to champion: gain in loss: 0.100 nats, at least 0.5" in text
+
+
+def test_before_promotion_it_says_so(project: Any) -> None:
+    project.register()
+    assert "no promotion was decided yet" in page_of(project).text
+
+
+def test_a_stage_that_has_not_run_is_named_and_the_old_page_stays(project: Any) -> None:
+    project.register()
+    page = write_review(project.params, project.paths)
+    before = page.read_bytes()
+    project.paths.samples.unlink()
+    with pytest.raises(StageError, match=r"samples\.json is missing"):
+        write_review(project.params, project.paths)
+    assert page.read_bytes() == before
+    assert not list(page.parent.glob(".review*"))
+
+
+def test_the_same_run_gives_the_same_page(project: Any) -> None:
+    project.register()
+    first = write_review(project.params, project.paths).read_bytes()
+    assert write_review(project.params, project.paths).read_bytes() == first
+
+
+def test_ranks_that_differ_between_layers_are_shown(project: Any) -> None:
+    project.register()
+    assert "on average" not in page_of(project).text
+    chart = rank_heat_map({"layers.0.q_proj": 3, "layers.1.q_proj": 9}, "Ranks")
+    (project.paths.training / HEAT_MAP).write_text(str(chart))
+    page = page_of(project)
+    assert "2 layers, 12 ranks in all, 6.0 on average" in page.text
+    assert all(link.startswith("#") for link in page.links)

@@ -1,0 +1,93 @@
+"""What an objective learns from, and with what."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+
+from flows.errors import StageError
+from flows.params import Params
+from flows.paths import Paths
+from flows.training.objectives import class_names, loss_function, preference_objective, trainer_of, training_rows
+from peftcore.train import AdapterTrainer, ClassificationTrainer, Dpo, Orpo, PreferenceTrainer
+
+CHAT = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+
+
+KINDS = {"sft": "chat", "dpo": "preference", "orpo": "preference", "classification": "classification"}
+
+
+def params(objective: str, **train: Any) -> Params:
+    data = {"source": "rows.jsonl", "kind": KINDS[objective]}
+    return Params.model_validate({"data": data, "train": {"objective": objective, **train}})
+
+
+def written(folder: Path, rows: list[dict[str, Any]]) -> Paths:
+    paths = Paths(folder)
+    paths.data.mkdir(parents=True)
+    for split in ("train", "validation"):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), paths.split(split))
+    return paths
+
+
+def test_weights_are_kept_only_where_one_is_not_one(tmp_path: Path) -> None:
+    alike = training_rows(params("sft"), written(tmp_path / "a", [CHAT | {"weight": 1.0}] * 3))
+    assert alike["train"].column_names == ["input_ids", "labels"]
+    apart = training_rows(params("sft"), written(tmp_path / "b", [CHAT | {"weight": 0.5}, CHAT | {"weight": 1.0}]))
+    assert apart["train"]["weight"] == [0.5, 1.0] and "weight" in apart["validation"].column_names
+    none = training_rows(params("sft"), written(tmp_path / "c", [CHAT]))
+    assert none["train"].to_list() == [CHAT]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "classification"])
+def test_rows_of_another_kind_are_refused(tmp_path: Path, objective: str) -> None:
+    kind = KINDS[objective]  # as the parameters have it, and the rows that were prepared before have not
+    with pytest.raises(
+        StageError, match=rf"{objective}, which is for {kind} rows, .* holds chat rows; set data\.kind: {kind}"
+    ):
+        training_rows(params(objective), written(tmp_path, [CHAT]))
+
+
+def test_the_loss_of_pairs_is_what_the_parameters_say() -> None:
+    given = {"loss": "hinge", "beta": 0.3, "length_normalized": True, "rpo_alpha": 0.2}
+    expected = Dpo(beta=0.3, loss="hinge", length_normalized=True, rpo_alpha=0.2)
+    assert preference_objective(params("dpo", preference=given)) == expected
+    assert preference_objective(params("orpo", preference={"beta": 0.3})) == Orpo(0.3)
+
+
+def test_losses_that_cannot_be_compared_have_other_words() -> None:
+    said = [
+        loss_function(params("sft")),
+        loss_function(params("dpo")),
+        loss_function(params("dpo", preference={"beta": 0.3})),
+        loss_function(params("orpo")),
+        loss_function(params("classification")),
+    ]
+    assert len(set(said)) == 5
+    assert loss_function(params("sft", batch_size=3)) == said[0]
+
+
+def test_each_objective_has_its_trainer(tmp_path: Path) -> None:
+    rows = training_rows(
+        params("classification"), written(tmp_path, [{"input_ids": [1], "label": i % 3 // 2} for i in range(6)])
+    )
+    labels = rows["train"]
+    assert trainer_of(params("sft"), labels, None) == (AdapterTrainer, {})
+    kind, options = trainer_of(params("dpo", preference={"precompute_reference": False}), labels, None)
+    assert kind is PreferenceTrainer and options == {"objective": Dpo(), "precompute_reference": False}
+    kind, options = trainer_of(
+        params("classification", classification={"class_weights": "balanced"}), labels, ["a", "b"]
+    )
+    assert kind is ClassificationTrainer and options["class_weights"] == pytest.approx([0.75, 1.5])
+
+
+def test_classes_are_those_that_prepare_wrote(tmp_path: Path) -> None:
+    paths = written(tmp_path, [CHAT])
+    assert class_names(params("dpo"), paths) is None
+    with pytest.raises(StageError, match=r"no .*labels\.json; set data\.kind: classification"):
+        class_names(params("classification"), paths)
+    paths.labels.write_text(json.dumps(["a", "b"]))
+    assert class_names(params("classification"), paths) == ["a", "b"]
