@@ -85,8 +85,9 @@ def _work(root: Path, stage_timeout: float, push_to: str | None, in_task: Callab
         seconds[name] = time.monotonic() - started
         return result
 
-    for stage in stage_order(root):
-        run(stage, run_stage, root, stage, stage_timeout)
+    stages = stage_order(root)
+    for done, stage in enumerate(stages):
+        run(stage, run_stage, root, stage, stage_timeout, False, f"{done}/{len(stages)}")
     promotion = run("promote", promote, params, paths, None, False, push_to)
     page = run("review", write_review, params, paths)
     print_summary(paths, promotion, page, seconds)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from flows.errors import StageError
+from flows.progress import RUN
 from flows.project import DVC, stage_environment
 
 SECONDS_TO_STOP = 60.0
@@ -20,14 +21,15 @@ _PR_SET_PDEATHSIG = 1
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
-def run_stage(root: Path, stage: str, timeout: float, force: bool = False) -> None:
+def run_stage(root: Path, stage: str, timeout: float, force: bool = False, place: str | None = None) -> None:
     """Bring one stage up to date by DVC, its output streamed to this terminal.
 
-    timeout: seconds; force: run it even if nothing changed. Raises StageError if it fails or takes longer.
+    timeout: seconds; force: run it even if nothing changed; place: in a run, as `progress.RUN` has it. Raises StageError if it fails or takes longer.
     """
     forget_dead_locks(root)
     command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
-    process = subprocess.Popen(command, cwd=root, env=stage_environment(), preexec_fn=_die_with_parent)
+    environment = stage_environment() | ({RUN: place} if place else {})
+    process = subprocess.Popen(command, cwd=root, env=environment, preexec_fn=_die_with_parent)
     try:
         status = process.wait(timeout)
     except subprocess.TimeoutExpired:

@@ -27,8 +27,10 @@ def judge_chats(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, 
     with progress(2 * (len(rows) + len(prompts)), "evaluate", "row") as bar:
         for name, context in (("base", model.disable_adapter()), ("adapter", contextlib.nullcontext())):
             with context:
-                losses[name] = row_losses(model, rows, padding_id(tokenizer), evaluate.batch_size, bar)
-                answered[name] = answer(model, tokenizer, prompts, evaluate, bar)
+                with progress(len(rows), f"losses of the {name}", "row", part_of=bar) as part:
+                    losses[name] = row_losses(model, rows, padding_id(tokenizer), evaluate.batch_size, part)
+                with progress(len(prompts), f"answers of the {name}", "row", part_of=bar) as part:
+                    answered[name] = answer(model, tokenizer, prompts, evaluate, part)
     base, adapter = (
         {"loss": losses[name].loss, "perplexity": losses[name].perplexity} | answered[name].metrics()
         for name in ("base", "adapter")

@@ -62,6 +62,8 @@ def generate_answers(
             for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 answers[i] = _answer(tokenizer, ids, end)
             if bar is not None:
+                made = sum(answer.tokens for answer in answers if answer) / (time.perf_counter() - started)
+                bar.set_postfix({"tokens/s": f"{made:,.0f}"}, refresh=False)
                 bar.update(len(batch))
     finally:
         hook.remove()

@@ -42,8 +42,10 @@ def judge_pairs(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, 
     with progress(2 * (len(rows) + len(prompts)), "evaluate", "row") as bar:
         for name, context in (("base", model.disable_adapter()), ("adapter", contextlib.nullcontext())):
             with context:
-                log_probs[name] = pairs_log_probs(model, rows, padding_id(tokenizer), evaluate.batch_size, bar)
-                answered[name] = answer(model, tokenizer, prompts, evaluate, bar)
+                with progress(len(rows), f"pairs under the {name}", "row", part_of=bar) as part:
+                    log_probs[name] = pairs_log_probs(model, rows, padding_id(tokenizer), evaluate.batch_size, part)
+                with progress(len(prompts), f"answers of the {name}", "row", part_of=bar) as part:
+                    answered[name] = answer(model, tokenizer, prompts, evaluate, part)
     tokens = (log_probs["base"].chosen_tokens + log_probs["base"].rejected_tokens).int().tolist()
     weights = [row.get("weight", 1.0) for row in rows]
     losses, margins, sides = {}, {}, {}

@@ -24,7 +24,7 @@ SHAPES = 40
 EVALUATED = 4
 """Shapes of batches that are evaluated, at most."""
 Timings = list[tuple[int, float]]
-"""(positions of a batch, its shortest time in seconds), from small to large."""
+"""(positions of a batch, its time in seconds), from small to large."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy
 import psutil
 import torch
+from scipy.optimize import nnls
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -33,6 +35,8 @@ from peftcore.errors import PeftError
 from peftcore.train import AdapterTrainer, PackedCollator, RightPaddingCollator, recompute_activations
 
 Collate = Callable[..., dict[str, Any]]
+OUTLYING = 1.25
+"""Times the usual duration, from which a pass was held up by something else."""
 
 
 class TimedTrainer(AdapterTrainer):
@@ -111,8 +115,8 @@ def measure(task: Task, imported: float) -> Measured:
         evaluation_peak=evaluation_peak,
         importing=imported,
         loading=loading,
-        training=_fastest(task.training[1:], trainer.pass_seconds[1:]),
-        evaluation=_fastest(task.evaluation, times),
+        training=_smoothed(task.training[1:], trainer.pass_seconds[1:]),
+        evaluation=_smoothed(task.evaluation, times),
         stepping=sorted(steps.seconds)[len(steps.seconds) // 2],
         saving=_seconds(lambda: trainer._save_checkpoint(model, None)),
     )
@@ -159,12 +163,21 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _fastest(batches: Sequence[BatchSize], seconds: Sequence[float]) -> Timings:
-    """The shortest time of each size, because what else the machine does only ever adds to it."""
-    best: dict[int, float] = {}
-    for batch, taken in zip(batches, seconds, strict=True):
-        best[batch.tokens] = min(taken, best.get(batch.tokens, taken))
-    return sorted(best.items())
+def _smoothed(batches: Sequence[BatchSize], seconds: Sequence[float]) -> Timings:
+    """What a batch of each size takes by a fit to all: so much a pass, a position, and a pair of positions in a row.
+
+    A single time is a matter of chance, and two depths carry its chance on to all blocks. What else the machine does
+    only ever adds, so passes that took much longer than the fit says are left out of a second one.
+    """
+    sizes = numpy.array([(1.0, batch.tokens, batch.tokens * batch.shape[1]) for batch in batches])
+    taken = numpy.array(seconds)
+    usual = numpy.full(len(taken), True)
+    for _ in range(2):
+        scaled = sizes[usual] / taken[usual, None]  # relative errors count, whatever a batch's size
+        found, _residual = nnls(scaled / scaled.max(0), numpy.ones(len(scaled)))
+        fitted = sizes @ (found / scaled.max(0))
+        usual = taken < OUTLYING * fitted
+    return sorted({batch.tokens: float(time) for batch, time in zip(batches, fitted, strict=True)}.items())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from flows import progress as module
-from flows.progress import bars_closed, progress
+from flows.progress import RUN, bars_closed, progress
 
 
 class _Terminal(io.StringIO):
@@ -83,3 +83,32 @@ def test_what_an_error_leaves_open_is_closed(monkeypatch: pytest.MonkeyPatch) ->
         progress(5, "merge").close()
     assert "run > merge: " in pipe.getvalue()
     assert "validation > merge" not in pipe.getvalue()
+
+
+def test_a_part_counts_for_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress(5, "evaluate", "row") as whole:
+        for name, rows in (("losses", 3), ("answers", 2)):
+            with progress(rows, name, "row", part_of=whole) as part:
+                part.update(rows)
+        assert whole.n == 5
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_stage_stands_in_its_run(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    stream = _Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv(RUN, "3/7")
+    for name in ("train", "table"):
+        with progress(2, name) as bar:
+            bar.update(2)
+            progress(1, "validation").close()
+    assert module._open == []
+    written = stream.getvalue()
+    if terminal:
+        assert written.count("run: stage 3 of 7 done") == 2 and "\n\r  train:   0%" in written
+        assert [line.strip() for line in written.split("\r") if "100%" in line and line.endswith("\n")]  # it stays
+    else:
+        places = {line.partition(":")[0] for line in written.splitlines()}
+        inside = {f"run, stage 4 of 7 > {name}" for name in ("train", "table")}
+        assert places == inside | {f"{name} > validation" for name in inside}

@@ -1,6 +1,7 @@
 """A plan: bytes as arithmetic and real tensors have them, batches as the trainer draws them, and a verdict."""
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from flows.planning.activations import activations
 from flows.planning.batches import BatchSize, RowSize, shapes, workload
 from flows.planning.plan import plan
 from flows.planning.probe import Measured, Task, depths, run_probe, seconds_of, sequence, write_shallow_base
-from flows.planning.probe_process import measure
+from flows.planning.probe_process import _smoothed, measure
 from flows.planning.sizes import planned_adapter, sizes, with_blocks
 from flows.stages.detect import without_weights
 from peftcore import get_peft_model
@@ -255,6 +256,17 @@ def test_a_process_of_the_probe_measures_the_train_stages_own_steps(
     assert all(seconds > 0 for _, seconds in (*found.training, *found.evaluation))
     assert min(found.loading, found.stepping, found.saving) > 0
     assert found.peak > 100 * 2**20  # a process with PyTorch in it
+
+
+def test_times_are_smoothed_and_delays_left_out() -> None:
+    batches = [batch(4, width) for width in range(8, 328, 8)]
+    true = [0.05 + 2e-3 * one.tokens + 1e-6 * one.tokens * one.shape[1] for one in batches]
+    rng = random.Random(0)
+    noisy = [seconds * rng.uniform(0.97, 1.03) for seconds in true]
+    noisy[7] *= 3
+    noisy[20] *= 2
+    assert [seconds for _, seconds in _smoothed(batches, noisy)] == pytest.approx(true, rel=0.02)
+    assert _smoothed(batches[:1], [0.7]) == [(32, pytest.approx(0.7))]
 
 
 def test_a_task_survives_the_way_into_its_process(tmp_path: Path) -> None:
