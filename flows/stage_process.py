@@ -24,7 +24,8 @@ _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 def run_stage(root: Path, stage: str, timeout: float, force: bool = False, place: str | None = None) -> None:
     """Bring one stage up to date by DVC, its output streamed to this terminal.
 
-    timeout: seconds; force: run it even if nothing changed; place: in a run, as `progress.RUN` has it. Raises StageError if it fails or takes longer.
+    timeout: seconds; force: run it even if nothing changed; place: in a run, as `progress.RUN` has it.
+    Raises StageError if it fails or takes longer.
     """
     forget_dead_locks(root)
     command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]

@@ -62,7 +62,7 @@ def training_arguments(params: Params, folder: Path, total_steps: int) -> Traini
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding" if padded else "all",
         report_to=[],
-        disable_tqdm=True,
+        disable_tqdm=False,
         log_level="error",
         use_cpu=not torch.cuda.is_available(),  # several processes are else taken for one
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -43,7 +43,8 @@ class ObjectiveMixin(RowWeightsMixin):
 
     def _computes_label_only_loss(self) -> bool:
         return (
-            self.label_smoother is None
+            self._trainer_computes_next_token_loss()
+            and self.label_smoother is None
             and self.compute_loss_func is None
             and self.model_accepts_loss_kwargs
             and self.args.n_gpu <= 1
@@ -51,6 +52,15 @@ class ObjectiveMixin(RowWeightsMixin):
             and has_causal_loss(adapted_model(self))
             and not any(prompt.defines_loss for prompt in adapter_set(adapted_model(self)).acting_prompts())
         )
+
+    def _trainer_computes_next_token_loss(self) -> bool:
+        """Whether the trainer below this mixin has no objective of its own, such as DPO or a user's `compute_loss`."""
+        classes = type(self).__mro__
+        below = classes[classes.index(ObjectiveMixin) + 1 :]
+        owner = next(each for each in below if "compute_loss" in vars(each))
+        if owner.__name__ == "SFTTrainer":  # TRL's, whose default computes the same number in its own way
+            return getattr(self.args, "loss_type", "nll") == "nll"
+        return owner is Trainer
 
     def compute_loss(
         self,
@@ -69,7 +79,9 @@ class ObjectiveMixin(RowWeightsMixin):
                 f"with prediction_loss_only=True; remove the column {WEIGHT!r}, or those"
             )
         if not label_only or (is_compiled(model) and WEIGHT not in inputs):
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            result = super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         else:
             result = self._label_only_loss(model, inputs, num_items_in_batch)
         if not model.training or not self.accelerator.sync_gradients:

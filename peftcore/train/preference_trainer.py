@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import Trainer
 
 from peftcore.adapter_set import adapter_set
@@ -102,7 +103,8 @@ class PreferenceTrainerMixin(ExampleObjectiveMixin):
         order = torch.as_tensor(_lengths(rows)).argsort(descending=True, stable=True)
         model, found = adapted_model(self), []
         with self.accelerator.split_between_processes(list(order.split(self.args.eval_batch_size))) as batches:
-            for batch in batches:
+            hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+            for batch in tqdm(batches, desc="reference", unit="batch", disable=hidden):
                 inputs = self._prepare_inputs(collate([rows[i] for i in batch.tolist()]))
                 with self.compute_loss_context_manager():
                     log_probs = self._reference(model, inputs)

@@ -24,6 +24,10 @@ class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
     """The mixin over TRL's trainer."""
 
 
+class AdapterDPOTrainer(AdapterTrainerMixin, DPOTrainer):
+    """The mixin over TRL's trainer of pairs."""
+
+
 @cache
 def tokenizer() -> Any:
     words = {"<pad>": 0, "<eos>": 1, **{letter: number for number, letter in enumerate("abcdefgh", 2)}}
@@ -65,14 +69,15 @@ def sft(model: Any, folder: Path, made_by: type[Trainer] = SFTTrainer, peft_conf
     return quiet(made)
 
 
-def dpo(model: Any, folder: Path, reference: Any = None, **own: Any) -> Any:
+def dpo(model: Any, folder: Path, reference: Any = None, made_by: type[DPOTrainer] = DPOTrainer, **own: Any) -> Any:
     """A trainer on pairs of answers."""
     rows = [{"prompt": p, "chosen": a, "rejected": " c"} for p, a in zip(PROMPTS, ANSWERS, strict=True)]
-    made = DPOTrainer(
+    made = made_by(
         model=model,
         ref_model=reference,
         args=DPOConfig(**options(folder, **own)),
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:3]),
         processing_class=tokenizer(),
     )
     return quiet(made)

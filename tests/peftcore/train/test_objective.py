@@ -11,10 +11,10 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore.train import AdapterTrainer, RightPaddingCollator, head_rows, objective, token_losses
+from peftcore.train import AdapterTrainer, AdapterTrainerMixin, RightPaddingCollator, head_rows, objective, token_losses
 
 VOCABULARY = 50
 
@@ -86,6 +86,23 @@ def test_a_loss_is_over_the_tokens_of_the_whole_accumulated_batch(tmp_path: Any,
     assert found.item() == pytest.approx(own.item() * tokens / 100, rel=1e-6)
     assert made.compute_loss(model, dict(inputs)).item() == pytest.approx(own.item(), rel=1e-6)
     assert computed == [tokens] * 2
+
+
+def test_a_loss_of_the_users_own_is_left_to_him(tmp_path: Any, computed: list[int]) -> None:
+    class Own(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **named: Any) -> Any:
+            outputs = model(**inputs)
+            return (outputs.loss * 3, outputs) if return_outputs else outputs.loss * 3
+
+    class Both(AdapterTrainerMixin, Own):
+        pass
+
+    plain = trainer(adapted(), tmp_path)
+    made = Both(**{name: getattr(plain, name) for name in ("model", "args", "eval_dataset", "data_collator")})
+    inputs = batch()
+    assert made.compute_loss(made.model, dict(inputs)).item() == pytest.approx(3 * made.model(**inputs).loss.item())
+    assert made.evaluate()["eval_loss"] == pytest.approx(3 * plain.evaluate()["eval_loss"], rel=0.1)  # of batches
+    assert len(computed) == 1  # the plain trainer's evaluation alone
 
 
 def test_evaluation_computes_no_logits(tmp_path: Any, computed: list[int]) -> None:

@@ -13,7 +13,7 @@ from tiny_training import adapted, trained
 from transformers import LlamaForCausalLM, Trainer
 
 pytest.importorskip("trl")
-from trl_runs import AdapterSFTTrainer, SFTTrainer, dpo, losses, sft
+from trl_runs import AdapterDPOTrainer, AdapterSFTTrainer, DPOTrainer, SFTTrainer, dpo, losses, sft
 
 from peftcore import LoraConfig, PeftModel, get_peft_model
 
@@ -57,6 +57,20 @@ def test_with_the_mixin_sft_resumes_exactly(tmp_path: Path) -> None:
     assert losses(resumed) == losses(straight)
     for path, parameter in trained(resumed.model).items():
         assert torch.equal(parameter, trained(straight.model)[path])
+
+
+def test_the_mixin_leaves_an_objective_of_sfts_own_to_it(tmp_path: Path) -> None:
+    """DFT weighs a token's loss by its probability. arXiv:2508.05629"""
+    plain, mixed = (
+        sft(adapted(), tmp_path / made.__name__, made, loss_type="dft") for made in (SFTTrainer, AdapterSFTTrainer)
+    )
+    plain.train()
+    mixed.train()
+    assert losses(mixed) == pytest.approx(losses(plain), rel=1e-6)
+    assert mixed.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+    usual = sft(adapted(), tmp_path / "usual", AdapterSFTTrainer)
+    usual.train()
+    assert losses(usual)[0] > 2 * losses(plain)[0]
 
 
 @pytest.mark.parametrize(("made_by", "learns"), [(SFTTrainer, False), (AdapterSFTTrainer, True)])
@@ -119,3 +133,15 @@ def test_dpo_takes_the_base_as_reference_in_three_ways(tmp_path: Path) -> None:
 def test_dpo_cannot_make_a_reference_of_a_base_that_came_from_nowhere(tmp_path: Path) -> None:
     with pytest.raises((OSError, ValueError)):
         dpo(adapted(), tmp_path)
+
+
+def test_with_the_mixin_dpo_trains_and_evaluates_as_it_does_alone(tmp_path: Path) -> None:
+    found = []
+    for made_by in (DPOTrainer, AdapterDPOTrainer):
+        model = adapted()
+        made = dpo(model, tmp_path / made_by.__name__, copy.deepcopy(model).unload(), made_by)
+        made.train()
+        found.append((losses(made), made.evaluate()["eval_loss"]))
+    (plain, plain_eval), (mixed, mixed_eval) = found
+    assert mixed == pytest.approx(plain, rel=1e-6)
+    assert mixed_eval == pytest.approx(plain_eval, rel=1e-6)
