@@ -81,7 +81,7 @@ def draw_differences(axes: Axes, measured: dict[str, Any]) -> None:
     axes.axvline(0, color=GREY, lw=0.8)
     for row, one in enumerate(found):
         for interval, place, colour, name in (
-            (one["over_seeds"], ABOVE, COLOURS[1], f"over {one['seeds']} seeds"),
+            (one["over_seeds"], ABOVE, COLOURS[1], f"over {len(one['by_seed'])} seeds"),
             (one["over_rows"], BELOW, COLOURS[0], "over rows"),
         ):
             axes.plot(interval, [row + place] * 2, color=colour, lw=2.4, label=name if row == 0 else None)

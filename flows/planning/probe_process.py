@@ -170,13 +170,15 @@ def _smoothed(batches: Sequence[BatchSize], seconds: Sequence[float]) -> Timings
     only ever adds, so passes that took much longer than the fit says are left out of a second one.
     """
     sizes = numpy.array([(1.0, batch.tokens, batch.tokens * batch.shape[1]) for batch in batches])
+    sizes /= sizes.max(0)
     taken = numpy.array(seconds)
-    usual = numpy.full(len(taken), True)
-    for _ in range(2):
-        scaled = sizes[usual] / taken[usual, None]  # relative errors count, whatever a batch's size
-        found, _residual = nnls(scaled / scaled.max(0), numpy.ones(len(scaled)))
-        fitted = sizes @ (found / scaled.max(0))
-        usual = taken < OUTLYING * fitted
+
+    def fit(usual: numpy.ndarray) -> numpy.ndarray:
+        # relative errors count, whatever a batch's size
+        coefficients, _residual = nnls(sizes[usual] / taken[usual, None], numpy.ones(int(usual.sum())))
+        return sizes @ coefficients
+
+    fitted = fit(taken < OUTLYING * fit(taken > 0))
     return sorted({batch.tokens: float(time) for batch, time in zip(batches, fitted, strict=True)}.items())
 
 

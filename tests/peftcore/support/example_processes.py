@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from process_groups import fresh_state
-from tiny_pairs import adapted, pairs, trained, trainer
+from quiet_training import trained
+from tiny_pairs import adapted, pairs, trainer
 
 from peftcore.train import Dpo, Orpo
 

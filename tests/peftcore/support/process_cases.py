@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from tiny_training import adapted, rows, trained, trainer
+from quiet_training import trained
+from tiny_training import adapted, rows, trainer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 

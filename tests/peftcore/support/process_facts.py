@@ -12,8 +12,9 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from process_cases import EQUAL, batching, numbered_rows, outcome
 from process_groups import fresh_state, group
+from quiet_training import trained
 from safetensors.torch import load_file
-from tiny_training import adapted, trained, trainer
+from tiny_training import adapted, trainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback

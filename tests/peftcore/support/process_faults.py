@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny_training import adapted, trained, trainer
+from quiet_training import trained
+from tiny_training import adapted, trainer
 from torch import Tensor
 
 from peftcore.train import FaultPolicy

@@ -5,27 +5,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from quiet_training import VOCABULARY, quiet_arguments, tiny_llama, without_printing
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from peftcore import AdaLoraConfig, LoraConfig, get_peft_model
 from peftcore.train import PreferenceCollator, PreferenceTrainer
-
-VOCABULARY = 50
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config)
 
 
 def adapted(method: str = "lora", **options: Any) -> Any:
@@ -35,7 +20,7 @@ def adapted(method: str = "lora", **options: Any) -> Any:
     if method == "adalora":
         budget: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 2, "total_step": 6}
         config = AdaLoraConfig(**(common | budget | options))
-    return get_peft_model(llama(), config)
+    return get_peft_model(tiny_llama(), config)
 
 
 def pairs(count: int, weights: list[float] | None = None, seed: int = 0) -> list[dict[str, Any]]:
@@ -70,33 +55,12 @@ def trainer(model: Any, folder: Path, rows: list[dict[str, Any]], **options: Any
         for name in ("objective", "ref_adapter_name", "precompute_reference", "callbacks", "data_collator", "faults")
         if name in options
     }
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "prediction_loss_only": True,
-        "log_level": "error",
-    }
+    steps: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 2, "prediction_loss_only": True}
     made = PreferenceTrainer(
         model=model,
-        args=TrainingArguments(**(arguments | options)),
+        args=quiet_arguments(folder, **(steps | options)),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(pairs(5, seed=1)),
         **({"data_collator": PreferenceCollator(0)} | own),
     )
-    made.callback_handler.callbacks = [  # no printing
-        callback for callback in made.callback_handler.callbacks if type(callback).__name__ != "PrinterCallback"
-    ]
-    return made
-
-
-def trained(model: Any) -> dict[str, Tensor]:
-    """Copies of the parameters that train."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return without_printing(made)

@@ -5,31 +5,20 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from quiet_training import VOCABULARY, quiet_arguments, tiny_llama, without_printing
 
 from peftcore import AdaLoraConfig, LoraConfig, get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator
 
-VOCABULARY = 50
-
 
 def adapted(method: str = "lora", dropout: float = 0.0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """LoRA, or AdaLoRA over eight steps, on all linear layers of a base in `dtype`."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    base = LlamaForCausalLM(config).to(dtype)
+    base = tiny_llama().to(dtype)
     common: dict[str, Any] = {"target_modules": "all-linear", "lora_alpha": 8, "lora_dropout": dropout, **options}
     if method == "lora":
         return get_peft_model(base, LoraConfig(r=4, **common))
-    budget = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 2, "total_step": 8}
-    return get_peft_model(base, AdaLoraConfig(**budget, **common))
+    budget: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 2, "total_step": 8}
+    return get_peft_model(base, AdaLoraConfig(**(budget | common)))
 
 
 def rows(count: int, seed: int = 0) -> Dataset:
@@ -47,37 +36,17 @@ def rows(count: int, seed: int = 0) -> Dataset:
 
 def trainer(model: Any, folder: Path, data: Dataset | None = None, **options: Any) -> AdapterTrainer:
     """Eight steps of four rows, each logged; `options` are TrainingArguments', the others the trainer's."""
-    given = {name: options.pop(name) for name in ("callbacks", "faults", "data_collator") if name in options}
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "log_level": "error",
+    given = {
+        name: options.pop(name) for name in ("callbacks", "faults", "data_collator", "eval_dataset") if name in options
     }
+    steps: dict[str, Any] = {"max_steps": 8, "per_device_train_batch_size": 4, "logging_nan_inf_filter": False}
     made = AdapterTrainer(
         model=model,
-        args=TrainingArguments(**(arguments | options)),
+        args=quiet_arguments(folder, **(steps | options)),
         train_dataset=rows(32) if data is None else data,
-        eval_dataset=rows(9, seed=1),
-        **{"data_collator": RightPaddingCollator(0), **given},
+        **{"eval_dataset": rows(9, seed=1), "data_collator": RightPaddingCollator(0), **given},
     )
-    made.callback_handler.callbacks = [  # no printing
-        callback for callback in made.callback_handler.callbacks if type(callback).__name__ != "PrinterCallback"
-    ]
-    return made
-
-
-def trained(model: Any) -> dict[str, torch.Tensor]:
-    """Copies of the trained parameters by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return without_printing(made)
 
 
 def records(made: AdapterTrainer) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from quiet_training import quiet, without_printing
 from tiny_training import adapted
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer
@@ -37,22 +38,8 @@ def tokenizer() -> Any:
 
 
 def options(folder: Path, **own: Any) -> dict[str, Any]:
-    common: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "log_level": "error",
-    }
-    return common | own
+    trls = {"max_steps": 3, "per_device_train_batch_size": 2, "bf16": False, "gradient_checkpointing": False}
+    return quiet(folder, **(trls | own))
 
 
 def sft(model: Any, folder: Path, made_by: type[Trainer] = SFTTrainer, peft_config: Any = None, **own: Any) -> Any:
@@ -66,7 +53,7 @@ def sft(model: Any, folder: Path, made_by: type[Trainer] = SFTTrainer, peft_conf
         processing_class=tokenizer(),
         peft_config=peft_config,
     )
-    return quiet(made)
+    return without_printing(made)
 
 
 def dpo(model: Any, folder: Path, reference: Any = None, made_by: type[DPOTrainer] = DPOTrainer, **own: Any) -> Any:
@@ -80,18 +67,7 @@ def dpo(model: Any, folder: Path, reference: Any = None, made_by: type[DPOTraine
         eval_dataset=Dataset.from_list(rows[:3]),
         processing_class=tokenizer(),
     )
-    return quiet(made)
-
-
-def quiet(made: Any) -> Any:
-    made.callback_handler.callbacks = [
-        callback for callback in made.callback_handler.callbacks if type(callback).__name__ != "PrinterCallback"
-    ]
-    return made
-
-
-def losses(made: Any) -> list[float]:
-    return [record["loss"] for record in made.state.log_history if "loss" in record]
+    return without_printing(made)
 
 
 def train_both_ways(folder: Path) -> None:

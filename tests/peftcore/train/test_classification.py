@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from quiet_training import quiet_arguments, without_printing
 from tiny_pairs import adapted as causal
 from torch.nn import functional as F
 from transformers import (
@@ -14,7 +15,6 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
-    TrainingArguments,
 )
 
 from peftcore import LoraConfig, PeftModel, TaskType, TrainingError, get_peft_model
@@ -59,32 +59,17 @@ def rows(count: int, weights: list[float] | None = None, seed: int = 0) -> list[
 
 
 def trainer(model: Any, folder: Path, data: list[dict[str, Any]], **options: Any) -> ClassificationTrainer:
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "prediction_loss_only": True,
-        "log_level": "error",
-    }
+    steps: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 4, "prediction_loss_only": True}
     class_weights = options.pop("class_weights", None)
     made = ClassificationTrainer(
         model=model,
-        args=TrainingArguments(**(arguments | options)),
+        args=quiet_arguments(folder, **({"learning_rate": 5e-5} | steps | options)),
         train_dataset=Dataset.from_list(data),
         eval_dataset=Dataset.from_list(rows(10, seed=1)),
         data_collator=ClassificationCollator(0),
         class_weights=class_weights,
     )
-    made.callback_handler.callbacks = [  # no printing
-        callback for callback in made.callback_handler.callbacks if type(callback).__name__ != "PrinterCallback"
-    ]
-    return made
+    return without_printing(made)
 
 
 def logits_alone(model: Any, data: list[dict[str, Any]]) -> torch.Tensor:

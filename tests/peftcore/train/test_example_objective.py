@@ -8,7 +8,8 @@ import pytest
 import torch
 from example_processes import CASES, all_outcomes, outcome
 from process_groups import PROCESSES, fresh_state, together
-from tiny_pairs import adapted, pairs, trained, trainer
+from quiet_training import trained
+from tiny_pairs import adapted, pairs, trainer
 
 from peftcore import TrainingError
 from peftcore.train import Dpo, FaultPolicy, PreferenceCollator

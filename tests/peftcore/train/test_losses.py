@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from quiet_training import VOCABULARY, tiny_llama
 from torch.nn import functional as F
 from transformers import (
     BartConfig,
@@ -10,7 +11,6 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -18,20 +18,6 @@ from transformers import (
 )
 
 from peftcore.train.losses import has_causal_loss, row_sums, supervised_positions, token_losses
-
-VOCABULARY = 50
-
-
-def llama() -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config)
 
 
 def gpt2() -> PreTrainedModel:
@@ -60,7 +46,7 @@ def test_a_position_is_supervised_when_the_next_token_is_labelled() -> None:
     assert supervised_positions(labels).tolist() == expected
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("make", [tiny_llama, gpt2])
 def test_loss_and_gradient_are_those_of_the_full_loss(make: Callable[[], PreTrainedModel]) -> None:
     torch.manual_seed(0)
     model = make().double().eval()
@@ -79,20 +65,20 @@ def test_loss_and_gradient_are_those_of_the_full_loss(make: Callable[[], PreTrai
 
 def test_loss_is_the_models_own_in_float32() -> None:
     torch.manual_seed(0)
-    model = llama().eval()
+    model = tiny_llama().eval()
     inputs, labels = batch()
     values, _ = token_losses(model, inputs, labels)
     torch.testing.assert_close(values.mean(), model(**inputs, labels=labels).loss)
 
 
 def test_half_precision_logits_are_widened() -> None:
-    model = llama().bfloat16().eval()
+    model = tiny_llama().bfloat16().eval()
     values, _ = token_losses(model, *batch())
     assert values.dtype == torch.float32
 
 
 def test_a_batch_without_supervision_has_a_zero_loss_and_gradients_of_zero() -> None:
-    model = llama()
+    model = tiny_llama()
     inputs, labels = batch(supervised=0.0)
     values, mask = token_losses(model, inputs, labels)
     values.sum().backward()
@@ -101,7 +87,7 @@ def test_a_batch_without_supervision_has_a_zero_loss_and_gradients_of_zero() -> 
 
 
 def test_row_sums_add_up_each_row() -> None:
-    model = llama().double().eval()
+    model = tiny_llama().double().eval()
     inputs, labels = batch()
     labels[1] = -100
     values, mask = token_losses(model, inputs, labels)
@@ -124,7 +110,7 @@ def test_only_next_token_losses_are_taken_for_causal() -> None:
             intermediate_size=32,
         )
     )
-    assert has_causal_loss(llama()) and has_causal_loss(gpt2())
+    assert has_causal_loss(tiny_llama()) and has_causal_loss(gpt2())
     assert not has_causal_loss(bert) and not has_causal_loss(torch.nn.Linear(2, 2))
 
 
@@ -155,5 +141,5 @@ def test_a_class_with_its_own_loss_is_not_taken_for_its_parents() -> None:
         def forward(self, input_ids, labels=None):  # type: ignore[override]
             return self.model(input_ids).last_hidden_state.square().mean()
 
-    config = llama().config
+    config = tiny_llama().config
     assert has_causal_loss(Calls(config)) and not has_causal_loss(Replaces(config))

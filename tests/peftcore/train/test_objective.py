@@ -6,31 +6,21 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from quiet_training import VOCABULARY, quiet_arguments, tiny_llama
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer
 
 from peftcore import LoraConfig, get_peft_model
 from peftcore.train import AdapterTrainer, AdapterTrainerMixin, RightPaddingCollator, head_rows, objective, token_losses
 
-VOCABULARY = 50
-
 
 def adapted(**options: Any) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **options)
-    return get_peft_model(LlamaForCausalLM(config), lora)
+    return get_peft_model(tiny_llama(), lora)
 
 
 def rows(count: int) -> list[dict[str, list[int]]]:
@@ -47,17 +37,9 @@ def batch(count: int = 4) -> dict[str, Tensor]:
 
 
 def trainer(model: nn.Module, folder: Any, **options: Any) -> AdapterTrainer:
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "log_level": "error",
-        "dataloader_pin_memory": False,
-    }
     return AdapterTrainer(
         model=model,
-        args=TrainingArguments(**(arguments | options)),
+        args=quiet_arguments(folder, **options),
         train_dataset=Dataset.from_list(rows(8)),
         eval_dataset=Dataset.from_list(rows(8)),
         data_collator=RightPaddingCollator(0),

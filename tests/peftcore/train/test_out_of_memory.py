@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny_training import adapted, records, rows, trained, trainer
+from quiet_training import trained
+from tiny_training import adapted, records, rows, trainer
 from torch import Tensor, nn
 
 from peftcore import TrainingError
@@ -163,7 +164,8 @@ import json, logging, resource, sys, tempfile, warnings
 from pathlib import Path
 import torch
 from datasets import Dataset
-from tiny_training import adapted, records, trained, trainer
+from quiet_training import trained
+from tiny_training import adapted, records, trainer
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)

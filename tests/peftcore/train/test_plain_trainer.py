@@ -11,11 +11,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import HfApi, ModelCard
+from quiet_training import VOCABULARY, assert_same, losses, quiet_arguments, trained, without_printing
 from safetensors.torch import load_file
-from tiny_training import VOCABULARY, adapted, rows, trained
+from tiny_training import adapted, rows
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from peftcore import LoraConfig, PeftModel, get_peft_model
@@ -25,40 +26,14 @@ ADAPTER_FILES = {"README.md", "SHA256SUMS", "adapter_config.json", "adapter_mode
 
 
 def plain(model: Any, folder: Path, made_by: type[Trainer] = Trainer, **options: Any) -> Trainer:
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "log_level": "error",
-    }
     made = made_by(
         model=model,
-        args=TrainingArguments(**(arguments | options)),
+        args=quiet_arguments(folder, **({"max_steps": 4, "per_device_train_batch_size": 4} | options)),
         train_dataset=rows(16).add_column("note", ["not for the model"] * 16),
         eval_dataset=rows(9, seed=1),
         data_collator=RightPaddingCollator(0),
     )
-    made.callback_handler.callbacks = [
-        callback for callback in made.callback_handler.callbacks if type(callback).__name__ != "PrinterCallback"
-    ]
-    return made
-
-
-def losses(made: Trainer) -> list[float]:
-    return [record["loss"] for record in made.state.log_history if "loss" in record]
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+    return without_printing(made)
 
 
 # -- transformers ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import adapted, records, trained, trainer
+from quiet_training import trained
+from tiny_training import adapted, records, trainer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 

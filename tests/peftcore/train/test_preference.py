@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pairs import llama, log_prob, pairs
+from quiet_training import tiny_llama
+from tiny_pairs import log_prob, pairs
 from torch.nn import functional as F
 
 from peftcore import ConfigError, PeftModel
@@ -145,7 +146,7 @@ def trl_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder = tmp_path_factory.mktemp("trl")
         options = {"disable_tqdm": True, "report_to": [], "use_cpu": True, "bf16": False, "log_level": "error"}
         trainer = DPOTrainer(
-            model=llama(),
+            model=tiny_llama(),
             args=DPOConfig(output_dir=str(folder), gradient_checkpointing=False, disable_dropout=True, **options),
             train_dataset=Dataset.from_list([{"prompt": "a b", "chosen": " a", "rejected": " b"}]),
             processing_class=tokenizer,
@@ -158,7 +159,7 @@ def trl_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def ours(trainer: Any) -> Any:
     folder = Path(trainer.args.output_dir) / "adapter"
-    return PeftModel.from_pretrained(llama(), folder, is_trainable=True).double().eval()
+    return PeftModel.from_pretrained(tiny_llama(), folder, is_trainable=True).double().eval()
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # TRL's own call

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pairs import adapted, log_prob, pairs, trained, trainer
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from quiet_training import DieAt, Stop, trained
+from tiny_pairs import adapted, log_prob, pairs, trainer
+from transformers import BertConfig, BertForSequenceClassification
 
 from peftcore import LoraConfig, TrainingError, get_peft_model
 from peftcore.train import Dpo, Orpo, PackedCollator, PairLogProbs, PreferenceCollator, pair_log_probs
@@ -158,19 +159,6 @@ def test_the_reference_draws_no_random_numbers_and_drops_nothing(tmp_path: Path)
 # -- what AdapterTrainer promises ----------------------------------------------------------------------------------
 
 
-class _Stop(Exception):
-    pass
-
-
-class _DieAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise _Stop
-
-
 @pytest.mark.parametrize("method", ["lora", "adalora"])
 @pytest.mark.parametrize("once", [False, True])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, method: str, once: bool) -> None:
@@ -189,8 +177,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, method: str, 
 
     straight = make("a")
     straight.train()
-    with pytest.raises(_Stop):
-        make("b", callbacks=[_DieAt(4)]).train()
+    with pytest.raises(Stop):
+        make("b", callbacks=[DieAt(4)]).train()
     torch.rand(7)  # another process has drawn other numbers
     resumed = make("b")
     resumed.train(resume_from_checkpoint=True)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pairs import adapted, llama, log_prob, pairs
+from quiet_training import tiny_llama
+from tiny_pairs import adapted, log_prob, pairs
 
 from peftcore import AdapterNameError
 from peftcore.train import PreferenceCollator, pair_log_probs, reference_acting
@@ -24,7 +25,7 @@ def test_a_pairs_log_probabilities_are_those_of_its_answers_alone() -> None:
 
 
 def test_without_an_adapter_the_reference_is_the_base() -> None:
-    rows, base = pairs(3), llama().double().eval()
+    rows, base = pairs(3), tiny_llama().double().eval()
     model = adapted(lora_dropout=0.5).double().train()
     with reference_acting(model):
         found = pair_log_probs(model, PreferenceCollator(0)(rows))
@@ -64,7 +65,7 @@ def test_everything_is_as_before_afterwards(adapter: str | None) -> None:
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: p.requires_grad for name, p in model.named_parameters()} == grads
     ids = torch.tensor([[1, 2, 3]])
-    assert not torch.equal(model.eval()(ids).logits, llama().eval()(ids).logits)
+    assert not torch.equal(model.eval()(ids).logits, tiny_llama().eval()(ids).logits)
 
 
 def test_an_unknown_reference_is_an_error_that_names_the_known() -> None:

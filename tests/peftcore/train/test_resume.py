@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from killed_runs import CHECKPOINT, EVALUATION, STEP, Nursery, history_of, phase_of, wait_for_phase
-from tiny_training import adapted, rows, trained, trainer
+from quiet_training import trained
+from tiny_training import adapted, rows, trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 

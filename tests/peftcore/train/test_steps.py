@@ -10,7 +10,8 @@ import pytest
 import torch
 from process_faults import BAD_STEP, bad_loss_in_one, out_of_memory_in_one
 from process_groups import together
-from tiny_training import adapted, records, trained, trainer
+from quiet_training import trained
+from tiny_training import adapted, records, trainer
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 from transformers import TrainerCallback

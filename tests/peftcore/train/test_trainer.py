@@ -4,95 +4,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_training
 import torch
 from datasets import Dataset
+from quiet_training import VOCABULARY, DieAt, Stop, assert_same, losses, trained
 from safetensors.torch import load_file
+from tiny_training import adapted, rows
 from torch.nn import functional as F
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from peftcore import AdaLoraConfig, LoraConfig, TrainingError, get_peft_model
+from peftcore import LoraConfig, TrainingError, get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator
 
-VOCABULARY = 50
 pytestmark = pytest.mark.filterwarnings(
     # the deprecation is inside transformers' own scheduler set-up
     "ignore:Detected call of `lr_scheduler.step:UserWarning"
 )
 
 
-def rows(count: int, seed: int = 0) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    made: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for _ in range(count):
-        length = int(torch.randint(6, 20, (), generator=generator))
-        ids = torch.randint(1, VOCABULARY, (length,), generator=generator)
-        start = int(torch.randint(1, length - 1, (), generator=generator))
-        made["input_ids"].append(ids.tolist())
-        made["labels"].append([-100] * start + ids[start:].tolist())
-    return Dataset.from_dict(made)
-
-
-def adapted(method: str = "lora", dropout: float = 0.0, total: int = 8) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    common: dict[str, Any] = {"target_modules": "all-linear", "lora_alpha": 8, "lora_dropout": dropout}
-    if method == "lora":
-        return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, **common))
-    return get_peft_model(
-        LlamaForCausalLM(config),
-        AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=2, deltaT=2, total_step=total, **common),
-    )
-
-
 def trainer(model: Any, folder: Path, data: Dataset | None = None, **options: Any) -> AdapterTrainer:
-    callbacks = options.pop("callbacks", None)
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "train_sampling_strategy": "group_by_length",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "log_level": "error",
-    }
-    made = AdapterTrainer(
-        model=model,
-        args=TrainingArguments(**(arguments | options)),
-        train_dataset=rows(16) if data is None else data,
-        eval_dataset=rows(9, seed=1),
-        data_collator=RightPaddingCollator(0),
-        callbacks=callbacks,
-    )
-    made.callback_handler.callbacks = [  # no printing
-        callback for callback in made.callback_handler.callbacks if type(callback).__name__ != "PrinterCallback"
-    ]
-    return made
-
-
-def trained(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
-
-
-def losses_of(made: AdapterTrainer) -> list[float]:
-    return [record["loss"] for record in made.state.log_history if "loss" in record]
+    """Eight steps of four rows of like length."""
+    grouped = {"train_sampling_strategy": "group_by_length", "logging_nan_inf_filter": True}
+    return tiny_training.trainer(model, folder, rows(16) if data is None else data, **(grouped | options))
 
 
 # -- loss ------------------------------------------------------------------------------------------------------
@@ -112,7 +45,7 @@ def test_accumulated_small_batches_train_like_one_big_batch(tmp_path: Path) -> N
     )
     big.train()
     small.train()
-    assert losses_of(big) == pytest.approx(losses_of(small), abs=1e-4)  # the log rounds to float32
+    assert losses(big) == pytest.approx(losses(small), abs=1e-4)  # the log rounds to float32
     for name, tensor in trained(whole).items():
         torch.testing.assert_close(tensor, trained(parts)[name], rtol=1e-6, atol=1e-8)
 
@@ -125,7 +58,7 @@ def test_the_first_loss_is_the_mean_over_the_batchs_supervised_tokens(tmp_path: 
     expected = F.cross_entropy(logits.reshape(-1, VOCABULARY), batch["labels"][:, 1:].reshape(-1))
     made = trainer(model, tmp_path, data, max_steps=1)
     made.train()
-    assert losses_of(made)[0] == pytest.approx(expected.item(), abs=1e-5)
+    assert losses(made)[0] == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_label_smoothing_falls_back_to_trainers_loss(tmp_path: Path) -> None:
@@ -133,7 +66,7 @@ def test_label_smoothing_falls_back_to_trainers_loss(tmp_path: Path) -> None:
     smooth = trainer(adapted(), tmp_path, max_steps=1, label_smoothing_factor=0.2)
     plain.train()
     smooth.train()
-    assert losses_of(plain) != losses_of(smooth)
+    assert losses(plain) != losses(smooth)
 
 
 def test_the_regulariser_counts_once_a_step_whatever_the_accumulation(tmp_path: Path) -> None:
@@ -152,7 +85,7 @@ def test_the_regulariser_counts_once_a_step_whatever_the_accumulation(tmp_path: 
     small.train()
     for made in (big, small):
         assert made.state.log_history[0]["regularizer"] == pytest.approx(expected, rel=1e-6)
-    assert losses_of(big) == pytest.approx(losses_of(small), abs=1e-4)
+    assert losses(big) == pytest.approx(losses(small), abs=1e-4)
     for name, tensor in trained(whole).items():
         torch.testing.assert_close(tensor, trained(parts)[name], rtol=1e-6, atol=1e-8)
 
@@ -212,7 +145,7 @@ def test_evaluation_keeps_no_logits_and_leaves_training_where_it_was(tmp_path: P
     without.train()
     with_evaluation = trainer(adapted(dropout=0.2), tmp_path / "b", eval_strategy="steps", eval_steps=1)
     with_evaluation.train()
-    assert losses_of(without) == losses_of(with_evaluation)
+    assert losses(without) == losses(with_evaluation)
     output = with_evaluation.evaluation_loop(
         with_evaluation.get_eval_dataloader(), "Evaluation", prediction_loss_only=True
     )
@@ -311,21 +244,6 @@ def test_a_4_bit_base_that_is_packed_for_inference_is_refused(tmp_path: Path) ->
 # -- checkpoints -----------------------------------------------------------------------------------------------
 
 
-class _Stop(Exception):
-    pass
-
-
-class _DieAt(TrainerCallback):
-    """Ends a run without any tidying, after the step's checkpoint."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise _Stop
-
-
 SAVING: dict[str, Any] = {
     "eval_strategy": "steps",
     "eval_steps": 1,
@@ -344,21 +262,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, method: str, 
     data = rows(20)  # five steps an epoch
     straight = trainer(adapted(method, dropout=0.2), tmp_path / "a", data, **options)
     straight.train()
-    with pytest.raises(_Stop):
-        trainer(adapted(method, dropout=0.2), tmp_path / "b", data, callbacks=[_DieAt(stop)], **options).train()
+    with pytest.raises(Stop):
+        trainer(adapted(method, dropout=0.2), tmp_path / "b", data, callbacks=[DieAt(stop)], **options).train()
     torch.rand(11)  # another process has drawn other numbers
     resumed = trainer(adapted(method, dropout=0.2), tmp_path / "b", data, **options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 8
-    assert losses_of(resumed) == losses_of(straight)
+    assert losses(resumed) == losses(straight)
     assert_same(trained(resumed.model), trained(straight.model))
     whole, again = straight.model.adapter_state(), resumed.model.adapter_state()
     assert_same(whole, again)
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(_Stop):
-        trainer(adapted(), tmp_path, callbacks=[_DieAt(4)], **SAVING).train()
+    with pytest.raises(Stop):
+        trainer(adapted(), tmp_path, callbacks=[DieAt(4)], **SAVING).train()
     (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
     made = trainer(adapted(), tmp_path, **SAVING)
     with caplog.at_level(logging.WARNING):

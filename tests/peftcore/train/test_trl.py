@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from killed_runs import Nursery
+from quiet_training import losses, trained
 from safetensors.torch import load_file
-from tiny_training import adapted, trained
+from tiny_training import adapted
 from transformers import LlamaForCausalLM, Trainer
 
 pytest.importorskip("trl")
-from trl_runs import AdapterDPOTrainer, AdapterSFTTrainer, DPOTrainer, SFTTrainer, dpo, losses, sft
+from trl_runs import AdapterDPOTrainer, AdapterSFTTrainer, DPOTrainer, SFTTrainer, dpo, sft
 
 from peftcore import LoraConfig, PeftModel, get_peft_model
 

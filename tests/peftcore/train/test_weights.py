@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny_pairs import adapted, log_prob, pairs, trained
+from quiet_training import quiet_arguments, trained, without_printing
+from tiny_pairs import adapted, log_prob, pairs
 from torch import Tensor
-from transformers import TrainingArguments
 
 from peftcore import TrainingError
 from peftcore.train import AdapterTrainer, PackedCollator, Packs, RightPaddingCollator
@@ -22,33 +22,16 @@ def rows(weights: list[float] | None) -> list[dict[str, Any]]:
 
 
 def trainer(folder: Path, data: Any, model: Any = None, collate: Any = None, **options: Any) -> AdapterTrainer:
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "optim": "sgd",
-        "learning_rate": 1.0,
-        "max_grad_norm": 1e9,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "prediction_loss_only": True,
-        "log_level": "error",
-    }
+    step: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 8, "prediction_loss_only": True}
+    step |= {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9}
     made = AdapterTrainer(
         model=adapted().double() if model is None else model,
-        args=TrainingArguments(**(arguments | options)),
+        args=quiet_arguments(folder, **(step | options)),
         train_dataset=data,
         eval_dataset=data if isinstance(data, Dataset) else None,
         data_collator=collate or RightPaddingCollator(0),
     )
-    made.callback_handler.callbacks = [  # no printing
-        callback for callback in made.callback_handler.callbacks if type(callback).__name__ != "PrinterCallback"
-    ]
-    return made
+    return without_printing(made)
 
 
 def by_hand(model: Any, data: list[dict[str, Any]]) -> Tensor:
