@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.auto_rank_cells import ADALORA, AUTO, DOCSTRINGS, MODULES, RANK
+from benchmarks.cells import machines
 from benchmarks.learning_picture import COLOURS, GREY, save_png
 
 TASKS = {DOCSTRINGS: "docstrings", MODULES: "package of a function"}
@@ -41,8 +42,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     left.colorbar(image, ax=list(left.axes), shrink=0.5, label="rank", ticks=[0, 8, RANK, 24, 32], pad=0.01)
     if measured["comparisons"]:
         draw_differences(right, measured["comparisons"])
-    where = next(iter(measured["cells"].values()))["machine"]
-    left.supxlabel(f"Measured on {where}.", color=GREY, fontsize=7.5, ha="left", x=0.01)
+    left.supxlabel(f"Measured on {machines(measured['cells'])}.", color=GREY, fontsize=7.5, ha="left", x=0.01)
     save_png(figure, path)
     plt.close(figure)
 
@@ -81,7 +81,7 @@ def draw_differences(part: Any, comparisons: list[dict[str, Any]]) -> None:
         axes.plot(one["by_seed"], [row + 0.25] * len(one["by_seed"]), "o", color=colour, ms=3.5, alpha=0.6)
         axes.plot(one["difference"], row, "D", color=colour, ms=7)
         axes.annotate(
-            f"{one['difference']:+.3f}", (one["difference"], row), (0, -17), textcoords="offset points", ha="center"
+            f"{one['difference']:+.3f}", (one["difference"], row), (0, -32), textcoords="offset points", ha="center"
         )
     axes.set_yticks(
         range(len(comparisons)), [f"{ARMS[one['arm']]},\n{TASKS[one['task']]}" for one in comparisons[::-1]]
@@ -92,8 +92,8 @@ def draw_differences(part: Any, comparisons: list[dict[str, Any]]) -> None:
     axes.text(
         0,
         -0.13,
-        "diamond: mean; dots: seeds; thick: 95 % over seeds; thin: 95 % over held-out rows\n"
-        "find_ranks keeps as many parameters, AdaLoRA as many triplets",
+        "diamond: mean; dots: seeds; 95 % over seeds (thick)\nand over held-out rows (thin). "
+        "find_ranks keeps as many\nparameters, AdaLoRA as many triplets",
         transform=axes.transAxes,
         color=GREY,
         fontsize=8,

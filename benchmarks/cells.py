@@ -6,6 +6,7 @@ A cell is one arm trained from one seed, or something else that is measured by i
 import argparse
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,5 +139,6 @@ def scatter(values: Sequence[float], digits: int) -> str:
 
 
 def machines(cells: dict[str, Cell]) -> str:
-    """Where the cells were measured."""
-    return "; ".join(sorted({cell["machine"] for cell in cells.values()})) or machine()
+    """Where the cells were measured; the load was another for each, so it is left out."""
+    kinds = {re.sub(r", load [\d.]+", "", cell["machine"]) for cell in cells.values()}
+    return "; ".join(sorted(kinds)) or machine()

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from benchmarks.cells import machines
 from benchmarks.learning_picture import COLOURS, GREY, save_png
 
 ABOVE, BELOW = 0.12, -0.12
@@ -24,8 +25,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), width_ratios=(1.15, 1))
     draw_perplexities(left, measured)
     draw_differences(right, measured)
-    machines = sorted({cell["machine"] for cell in measured["cells"].values()})
-    note = textwrap.shorten(f"Measured on {'; '.join(machines)}", 210, placeholder=" ...")
+    note = textwrap.shorten(f"Measured on {machines(measured['cells'])}.", 210, placeholder=" ...")
     figure.text(0.01, 0.015, note, color=GREY, fontsize=7.5)
     figure.subplots_adjust(left=0.1, right=0.985, top=0.84, bottom=0.17, wspace=0.32)
     save_png(figure, path)

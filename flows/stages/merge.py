@@ -32,7 +32,7 @@ from peftcore import PeftModel
 from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flows.stages.merge")  # as a program this module is called __main__
 
 SIXTEEN_BIT = ("dequantized", "original")
 """What `merge.into: best` chooses from; a model in 4 or 8 bits is another kind of result, and asked for by name."""

@@ -66,7 +66,7 @@ from peftcore.train import (
     recompute_activations,
 )
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flows.stages.train")  # as a program this module is called __main__
 
 BATCHES_FOR_START = 32
 """Batches that a start from data looks at."""
