@@ -242,7 +242,7 @@ class Evaluate(Section):
 class Merge(Section):
     into: Literal["best", "dequantized", "original", "requantized"] = "best"
     max_kl: NonNegative = 0.05
-    min_top1_agreement: Annotated[float, Field(ge=0, le=1)] = 0.95
+    min_top1_agreement: Annotated[float, Field(ge=0, le=1)] = 0.85
     rows: Count = 64
 
 
