@@ -90,6 +90,7 @@ def find_ranks(
     budget: int | None = None,
     tolerance: float | None = None,
     least: int = 1,
+    multiple: int | None = None,
     learning_rate: float = 5e-4,
     max_grad_norm: float = 1.0,
     seed: int = 0,
@@ -101,11 +102,15 @@ def find_ranks(
     budget: parameters of all factors together; None: as many as `config` has with r at every layer.
     tolerance: in place of a budget, the share of the loss by which the smallest budget may be worse than the whole
     search, measured with the search's own adapter cut down, so that training at that budget does rather better.
-    least: rank that no layer goes below. learning_rate: per step, of AdamW, falling to zero over the batches.
+    least: rank that no layer goes below. multiple: of which every rank is one, or its layer's largest; None: a quarter
+    of the configuration's r, at most 8. With ranks of any number, a CPU's library compiles so many products that it
+    forgets them again, and training took 1.4 times as long. learning_rate: per step, of AdamW, falling to zero over the
+    batches.
     The same arguments and seed give the same ranks; the caller's random numbers are not drawn from.
     Raises ConfigError for options that leave no choice of rank, TrainingError where the loss is not finite.
     """
     _check(model, config, batches, held_out, budget, tolerance)
+    multiple = max(1, min(8, config.r // 4)) if multiple is None else multiple
     started, frozen = time.perf_counter(), [(p, p.requires_grad) for p in model.parameters()]
     training = model.training
     layers = {path: base_weight(layer, path) for path, layer in find_targets(model, config).items()}
@@ -138,9 +143,10 @@ def find_ranks(
             if tolerance is None:
                 ladder: list[Rung] = []
                 whole = config.r * sum(costs.values())
-                ranks = allocate_ranks(plain, costs, whole if budget is None else budget, least)
+                ranks = allocate_ranks(plain, costs, whole if budget is None else budget, least, multiple)
             else:
-                ranks, ladder = _least_within(model, adapters, plain, costs, held_out, after * (1 + tolerance), least)
+                most = after * (1 + tolerance)
+                ranks, ladder = _least_within(model, adapters, plain, costs, held_out, most, least, multiple)
         finally:
             merge.unload(model)
             model.train(training)
@@ -219,17 +225,19 @@ def _least_within(
     held_out: Sequence[Batch],
     allowed: float,
     least: int,
+    multiple: int,
 ) -> tuple[dict[str, int], list[Rung]]:
     """Ranks of the smallest budget at which the adapter, cut down to its best pieces, has a loss of at most `allowed`.
 
     Budgets fall from the whole search's as long as that holds.
     """
     ranks = {path: len(pieces) for path, pieces in scores.items()}
-    floor = sum(min(least, len(pieces)) * costs[path] for path, pieces in scores.items())
+    lowest = -(-least // multiple) * multiple
+    floor = sum(min(lowest, len(pieces)) * costs[path] for path, pieces in scores.items())
     factors = {path: a.lora_B.detach().clone() for path, a in adapters.items()}
     budget, ladder = float(_parameters(ranks, costs)), []
     while (budget := budget / STEPS_DOWN) >= floor:
-        fewer = allocate_ranks(scores, costs, int(budget), least)
+        fewer = allocate_ranks(scores, costs, int(budget), least, multiple)
         with torch.no_grad():
             for path, adapter in adapters.items():
                 best = torch.tensor(scores[path]).argsort(descending=True, stable=True)[fewer[path] :]
