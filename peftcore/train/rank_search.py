@@ -109,8 +109,8 @@ def find_ranks(
     The same arguments and seed give the same ranks; the caller's random numbers are not drawn from.
     Raises ConfigError for options that leave no choice of rank, TrainingError where the loss is not finite.
     """
-    _check(model, config, batches, held_out, budget, tolerance)
     multiple = max(1, min(8, config.r // 4)) if multiple is None else multiple
+    _check(model, config, batches, held_out, budget, tolerance, multiple)
     started, frozen = time.perf_counter(), [(p, p.requires_grad) for p in model.parameters()]
     training = model.training
     layers = {path: base_weight(layer, path) for path, layer in find_targets(model, config).items()}
@@ -171,6 +171,7 @@ def _check(
     held_out: Sequence[Batch],
     budget: int | None,
     tolerance: float | None,
+    multiple: int,
 ) -> None:
     if ATTRIBUTE in model.__dict__:
         raise ConfigError("find_ranks needs the model without adapters; call it before get_peft_model")
@@ -182,6 +183,8 @@ def _check(
         raise ConfigError(f"find_ranks needs batches and held-out batches; got {len(batches)} and {len(held_out)}")
     if budget is not None and tolerance is not None:
         raise ConfigError("find_ranks takes a budget or a tolerance; give one of them")
+    if multiple < 1:
+        raise ConfigError(f"find_ranks: multiple must be 1 or more, such as 4; got {multiple}")
     if tolerance is not None and not tolerance > 0:
         raise ConfigError(f"find_ranks: tolerance must be above 0, a share of the loss; got {tolerance}; try 0.01")
 
