@@ -23,12 +23,13 @@ RESAMPLES = 10_000
 Cell = dict[str, Any]
 
 
-def parser_of(benchmark: str, description: str | None) -> argparse.ArgumentParser:
-    """With the options that all such benchmarks have."""
+def parser_of(benchmark: str, description: str | None, prepared: bool = True) -> argparse.ArgumentParser:
+    """With the options that all such benchmarks have; prepared: whether it learns from the pipeline's own rows."""
     parser = argparse.ArgumentParser(prog=f"benchmarks.{benchmark}", description=str(description).partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="of each arm, at least 2")
     parser.add_argument("--base", type=Path, default=Path("artifacts/base"), help="model folder")
-    parser.add_argument("--data", type=Path, default=Path("artifacts/data"), help="folder of the prepared splits")
+    if prepared:
+        parser.add_argument("--data", type=Path, default=Path("artifacts/data"), help="folder of the prepared splits")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results are written")
     kept = Path(tempfile.gettempdir()) / f"peftcore-{benchmark}"
     parser.add_argument("--cells", type=Path, default=kept, help="where cells are kept")
@@ -45,7 +46,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace, names: S
         parser.error(f"--seeds: {options.seeds} says nothing of how results scatter; give at least 2")
     if options.only and options.only not in names:
         parser.error(f"--only: there is no cell {options.only!r}; there are {' '.join(names)}")
-    for path in (options.base / "config.json", options.data / "train.parquet", options.data / "test.parquet"):
+    splits = [options.data / f"{split}.parquet" for split in ("train", "test")] if "data" in options else []
+    for path in (options.base / "config.json", *splits):
         if not path.exists():
             parser.error(f"there is no {path}; run the pipeline's fetch and prepare stages first")
 
