@@ -16,11 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.errors import PipelineError, RegistryError, StageError
+from flows.exporting import Format
 from flows.params import Params, load_params
 from flows.paths import Paths
 from flows.project import find_root, set_prefect_environment, stage_order, stage_states
 from flows.promotion.gate import Check
 from flows.stage import fail, is_disk_full, set_quiet_environment
+from peftcore.errors import PeftError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,6 +46,15 @@ PushTo = Annotated[
         help="Also push the tags to this git remote, which then decides between several clones: if somebody else "
         "promoted first, nothing is promoted here.",
     ),
+]
+
+AdapterFolder = Annotated[
+    Path | None,
+    typer.Option(exists=True, file_okay=False, help="The adapter's directory; the pipeline's own if left out."),
+]
+BaseFolder = Annotated[
+    Path | None,
+    typer.Option(exists=True, file_okay=False, help="The base model's folder; the pipeline's own if left out."),
 ]
 
 
@@ -252,6 +263,66 @@ def review() -> None:
         print(write_review(params, paths))
 
 
+@app.command()
+def export(
+    form: Annotated[Format, typer.Argument(metavar="FORMAT", help="`gguf-lora`, `gguf-merged` or `vllm`.")],
+    out: Annotated[Path, typer.Argument(help="The file, or for vllm the folder, to write.")],
+    adapter: AdapterFolder = None,
+    base: BaseFolder = None,
+    gguf: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="For gguf-merged: the base as a GGUF file.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of matrices in a GGUF: float32, float16, or bfloat16.")] = "float16",
+    rank: Annotated[int | None, typer.Option(min=1, help="Convert it to LoRA of this rank first.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Convert it to LoRA first, within this relative error per layer.")
+    ] = None,
+) -> None:
+    """Write an adapter for llama.cpp (GGUF), or for vLLM and LoRAX; nothing is written of what they cannot take.
+
+    Without options it is the adapter and the base of the pipeline in this folder.
+    """
+    with _errors():
+        from flows.exporting import export as write
+
+        print(write(form, *_adapter_and_base(adapter, base), out, gguf, dtype, rank, tolerance))
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="The model folder to write; one that is there is replaced.")],
+    adapter: AdapterFolder = None,
+    base: BaseFolder = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; what the base has if left out.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="nf4 or fp4: merge into the base as training in 4 bits saw it.")
+    ] = None,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="As in training in 4 bits.")] = False,
+    shard_gb: Annotated[float, typer.Option(min=0.001, metavar="GB", help="Size of one file at most.")] = 5.0,
+) -> None:
+    """Merge an adapter into its base, shard by shard, with one weight in memory at a time.
+
+    Without options it is the adapter and the base of the pipeline in this folder. The pipeline's own merge stage
+    also measures how faithful the merged model is.
+    """
+    with _errors():
+        from peftcore.export import merge_streaming
+
+        folders = _adapter_and_base(adapter, base)
+        size = int(shard_gb * 1e9)
+        print(merge_streaming(folders[1], folders[0], out, size, dtype, storage, double_quant, progressbar=True))
+
+
+def _adapter_and_base(adapter: Path | None, base: Path | None) -> tuple[Path, Path]:
+    """As given, or those of the pipeline that the current folder belongs to."""
+    if adapter is not None and base is not None:
+        return adapter, base
+    paths = Paths(find_root())
+    return adapter or paths.adapter, base or paths.base
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """Turn what is refused into one message and an exit status; a bug keeps its traceback."""
@@ -259,7 +330,7 @@ def _errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         fail("interrupted; run it again to go on", status=130)
-    except PipelineError as error:
+    except (PipelineError, PeftError) as error:
         fail(str(error))
     except OSError as error:
         if not is_disk_full(error):

@@ -8,41 +8,72 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peftcore.combine import Recipe
+    from peftcore.composition import Average, Gate, Only, Parallel, Split, Stack, Weighted
     from peftcore.config import PeftConfig, TaskType
-    from peftcore.conversion import convert_to_lora, save_as_lora
+    from peftcore.conversion import convert_directory_to_lora, convert_to_lora, save_as_lora
     from peftcore.detection import Architecture, detect
     from peftcore.errors import (
         AdapterNameError,
+        AdapterStoreError,
         CheckpointError,
         ConfigError,
         MergeError,
         PeftError,
+        RoutingError,
         TargetError,
         TrainingError,
+    )
+    from peftcore.export import (
+        ExportError,
+        check_vllm,
+        export_gguf_lora,
+        export_gguf_merged,
+        export_vllm,
+        merge_streaming,
     )
     from peftcore.init import initialize_from_data, replace_lora_weights_loftq
     from peftcore.inject import inject_adapter_in_model
     from peftcore.methods.adalora import AdaLoraConfig
     from peftcore.methods.lora import LoraConfig
     from peftcore.model import PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from peftcore.routing import AdapterStore
 
 _HOMES = {
     "AdapterNameError": "peftcore.errors",
+    "AdapterStore": "peftcore.routing",
+    "AdapterStoreError": "peftcore.errors",
     "Architecture": "peftcore.detection",
+    "Average": "peftcore.composition",
     "CheckpointError": "peftcore.errors",
     "ConfigError": "peftcore.errors",
+    "ExportError": "peftcore.export",
+    "Gate": "peftcore.composition",
     "MergeError": "peftcore.errors",
+    "Only": "peftcore.composition",
+    "Parallel": "peftcore.composition",
     "PeftConfig": "peftcore.config",
     "PeftError": "peftcore.errors",
     "PeftModel": "peftcore.model",
+    "Recipe": "peftcore.combine",
+    "RoutingError": "peftcore.errors",
+    "Split": "peftcore.composition",
+    "Stack": "peftcore.composition",
     "TargetError": "peftcore.errors",
     "TaskType": "peftcore.config",
     "TrainingError": "peftcore.errors",
+    "Weighted": "peftcore.composition",
+    "check_vllm": "peftcore.export",
+    "convert_directory_to_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
     "detect": "peftcore.detection",
+    "export_gguf_lora": "peftcore.export",
+    "export_gguf_merged": "peftcore.export",
+    "export_vllm": "peftcore.export",
     "get_peft_model": "peftcore.model",
     "initialize_from_data": "peftcore.init",
     "inject_adapter_in_model": "peftcore.inject",
+    "merge_streaming": "peftcore.export",
     "prepare_model_for_kbit_training": "peftcore.model",
     "replace_lora_weights_loftq": "peftcore.init",
     "save_as_lora": "peftcore.conversion",
@@ -51,22 +82,40 @@ _HOMES = {
 __all__ = [
     "AdaLoraConfig",
     "AdapterNameError",
+    "AdapterStore",
+    "AdapterStoreError",
     "Architecture",
+    "Average",
     "CheckpointError",
     "ConfigError",
+    "ExportError",
+    "Gate",
     "LoraConfig",
     "MergeError",
+    "Only",
+    "Parallel",
     "PeftConfig",
     "PeftError",
     "PeftModel",
+    "Recipe",
+    "RoutingError",
+    "Split",
+    "Stack",
     "TargetError",
     "TaskType",
     "TrainingError",
+    "Weighted",
+    "check_vllm",
+    "convert_directory_to_lora",
     "convert_to_lora",
     "detect",
+    "export_gguf_lora",
+    "export_gguf_merged",
+    "export_vllm",
     "get_peft_model",
     "initialize_from_data",
     "inject_adapter_in_model",
+    "merge_streaming",
     "prepare_model_for_kbit_training",
     "replace_lora_weights_loftq",
     "save_as_lora",

@@ -1,14 +1,19 @@
 """Which adapters act, and which train. Switching is one assignment, whatever the numbers of layers and adapters."""
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from peftcore.adapter_set import adapter_set
-from peftcore.errors import AdapterNameError
+from peftcore.adapter_set import AdapterSet, adapter_set
+from peftcore.composition.algebra import Spec
+from peftcore.composition.route import Route
+from peftcore.errors import AdapterNameError, RoutingError
 from peftcore.merge import original_weights
 from peftcore.prompts.learner import PromptLearner
+
+_EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 
 
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
@@ -40,13 +45,44 @@ def set_requires_grad(model: nn.Module, names: str | list[str], requires_grad: b
 
 
 @contextlib.contextmanager
+def routed(model: nn.Module, given: Spec | Sequence[Spec]) -> Iterator[Route]:
+    """This thread's calls of the model go by a composition, or by a list of them, one for each row of the batch.
+
+    What `set_adapter` has made active is untouched, and other threads do not see it. Raises AdapterNameError for names
+    that are not loaded, RoutingError for what no batch can be computed by.
+    """
+    adapters, route = adapter_set(model), Route(given)
+    adapters.require(*route.names)
+    if adapters.merged:
+        raise RoutingError(
+            f"{list(adapters.merged)} are merged into the base, where every row would have them; unmerge_adapter first"
+        )
+    if route.uniform is None:
+        _check_rows_are_seen(adapters, route)
+    with adapters.selection.routed(route):
+        adapters.require(*route.names)  # from here on none of them can be deleted
+        yield route
+
+
+def _check_rows_are_seen(adapters: AdapterSet, route: Route) -> None:
+    """RoutingError for layers where tokens of all rows lie mixed: single experts, which get those that chose them."""
+    for path, site in list(adapters.layers.items()):
+        if _EXPERT.search(path) and any(name in site.adapters for name in route.names):
+            raise RoutingError(
+                f"{path} is one expert of many and sees tokens without their rows; route one adapter for the whole "
+                "batch, or train adapters that leave the experts out"
+            )
+
+
+@contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """The base model alone while inside, also when adapters are merged; afterwards everything is as before."""
     selection = adapter_set(model).selection
     before = selection.disabled
     selection.disabled = True
+    over = selection.routed(Route(None)) if selection.route is not None else contextlib.nullcontext()
     try:
-        with original_weights(model):
+        with original_weights(model), over:
             yield
     finally:
         selection.disabled = before

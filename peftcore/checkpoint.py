@@ -116,14 +116,20 @@ def update_model_card(model: nn.Module, directory: Path) -> None:
 
 
 def load_adapter(
-    model: nn.Module, directory: Path, name: str, trainable: bool, config: PeftConfig | None
+    model: nn.Module,
+    directory: Path,
+    name: str,
+    trainable: bool,
+    config: PeftConfig | None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> AdapterSet:
     """Make an adapter from its directory and put it into the model; on any error the model is as it was.
 
+    tensors: those of the directory, where they have been read already.
     Raises CheckpointError for damage, missing or unexpected keys, or shapes of another base.
     """
     config = config or PeftConfig.from_pretrained(directory)
-    tensors = read_tensors(directory)
+    tensors = read_tensors(directory) if tensors is None else tensors
     config = dataclasses.replace(config, inference_mode=not trainable)
     with deepened(model, config) as replication:
         try:
@@ -137,9 +143,12 @@ def load_adapter(
     return adapters
 
 
-def load_adapter_weights(model: nn.Module, directory: Path, name: str) -> None:
+def load_adapter_weights(
+    model: nn.Module, directory: Path, name: str, tensors: dict[str, Tensor] | None = None
+) -> None:
     """Read a directory's tensors into an adapter that is there already, made with the same configuration.
 
+    tensors: those of the directory, where they have been read already.
     Where the adapter is sharded every process calls this, and keeps its own part.
     """
     adapters = adapter_set(model)
@@ -147,7 +156,8 @@ def load_adapter_weights(model: nn.Module, directory: Path, name: str) -> None:
     prompt = adapters.prompt(name)
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
     with writing_shards(adapters.parameters(model, name)), torch.no_grad():
-        biases = _take_tensors(content_of(adapters, name), own, read_tensors(directory), directory, trains)
+        given = read_tensors(directory) if tensors is None else tensors
+        biases = _take_tensors(content_of(adapters, name), own, given, directory, trains)
         for path, value in biases.items():
             model.get_parameter(bias_path(adapters, path)).copy_(value)
 

@@ -27,3 +27,11 @@ class MergeError(PeftError, RuntimeError):
 
 class TrainingError(PeftError, RuntimeError):
     """Training that cannot go on: nothing to train, a loss that is not finite, a broken checkpoint."""
+
+
+class RoutingError(PeftError, ValueError):
+    """A batch whose rows cannot be computed by the adapters that were asked for."""
+
+
+class AdapterStoreError(PeftError, RuntimeError):
+    """An adapter that a store cannot give now: no room that is free, or one that can never fit."""

@@ -7,7 +7,8 @@ The first layer that sees an input computes for the others that are expected to 
 if they are called with that very tensor, unchanged; a layer that was not called so is left out from then on.
 """
 
-from collections.abc import MutableMapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,8 @@ from torch.autograd import forward_ad
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
+from peftcore.composition.route import Columns, Route
+from peftcore.composition.stacked import can_be_stacked, kept_stack, stacked_outputs
 from peftcore.low_rank import LowRank, low_rank_linears
 
 
@@ -32,14 +35,18 @@ class Waiting(NamedTuple):
     """The other's output."""
 
 
-class _Selection(Protocol):
-    waiting: MutableMapping[Any, Waiting]
+class Waitings(threading.local):
+    """What waits in each thread, by the layer that it waits for."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[Any, Waiting] = {}
 
 
 class Layer(Protocol):
     """What the fast path wants of an adapted layer."""
 
     base_layer: nn.Module
+    path: str
     selection: Any
     sharing: list[Any]
 
@@ -52,6 +59,10 @@ class Layer(Protocol):
         """Adapters that act and are not merged, in order."""
         ...
 
+    def at_work(self) -> Mapping[str, Adapter]:
+        """{name: adapter} of those that are not merged."""
+        ...
+
 
 def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
     """The base layer and the first of its adapters as one operation, or None where that would not be exact."""
@@ -62,36 +73,85 @@ def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:
         return None
-    waiting: MutableMapping[Any, Waiting] = layer.selection.waiting
+    if (given := _given(layer, x)) is not None:
+        return given
+    found: dict[Any, tuple[BaseWeight, LowRank]] = {}
+    for other in _others(layer, dtype, x):
+        acting = other.acting()
+        theirs = acting[0].low_rank() if len(acting) == 1 else None
+        if theirs is not None and theirs.dropout == low_rank.dropout:
+            found[other] = other.base, theirs
+    y, *rest = low_rank_linears(x.to(dtype), [(base, low_rank), *found.values()])
+    _give(layer, x, zip(found, rest, strict=True))
+    return y
+
+
+def stacked(layer: Layer, x: Tensor, route: Route | None = None) -> Tensor | None:
+    """The base layer and all adapters that act in two products, without gradients; None where that is not exact.
+
+    route: which rows are whose; None for adapters that all act in every row, one on top of another.
+    """
+    if torch.is_grad_enabled() or not only_computes(layer.base_layer):
+        return None
+    base = layer.base
+    dtype = base.computes_in(x)
+    if dtype is None:
+        return None
+    if (given := _given(layer, x)) is not None:
+        return given
+    own = _acting(layer, route)
+    together = {layer: own}
+    if route is None or not route.has_gates:  # a gate looks at one layer's own adapters
+        together |= {other: theirs for other in _others(layer, dtype, x) if (theirs := _acting(other, route))}
+    kept = layer.selection.stacks
+    found = kept_stack(kept, layer, [tuple(acting.values()) for acting in together.values()], dtype)
+    if found is None and len(together) > 1:
+        together = {layer: own} | {other: t for other, t in list(together.items())[1:] if can_be_stacked(t.values())}
+        found = kept_stack(kept, layer, [tuple(acting.values()) for acting in together.values()], dtype)
+    if found is None:
+        return None
+    mask = None
+    if route is not None:
+        names = tuple(name for acting in together.values() for name in acting)
+        mask = route.mask(x, layer.path, Columns(names, found.ranks, own), dtype)
+    y, *rest = stacked_outputs(x.to(dtype), [each.base for each in together], found, mask)
+    _give(layer, x, zip(list(together)[1:], rest, strict=True))
+    return y
+
+
+def _acting(layer: Layer, route: Route | None) -> dict[str, Adapter]:
+    at_work = layer.at_work()
+    names = layer.selection.acting if route is None else route.names
+    return {name: at_work[name] for name in names if name in at_work}
+
+
+def _given(layer: Layer, x: Tensor) -> Tensor | None:
+    """What another layer has computed for this one, if it was from this very x."""
+    waiting: MutableMapping[Any, Waiting] = layer.selection.waiting.by_layer
     if waiting and (given := waiting.pop(layer, None)) is not None:
         if given.x is x and given.version == _version(x):
             return given.y
         _stop_giving(given, layer)
-    others = _others(layer, low_rank, dtype, x)
-    y, *rest = low_rank_linears(x.to(dtype), [(base, low_rank), *others.values()])
-    for other, theirs in zip(others, rest, strict=True):
-        waiting[other] = Waiting(layer, x, _version(x), theirs)
-    return y
+    return None
 
 
-def _others(layer: Layer, own: LowRank, dtype: torch.dtype, x: Tensor) -> dict[Any, tuple[BaseWeight, LowRank]]:
-    """Layers for which this one computes, since they are expected to be called with the same x.
+def _give(layer: Layer, x: Tensor, outputs: Iterable[tuple[Any, Tensor]]) -> None:
+    for other, y in outputs:
+        layer.selection.waiting.by_layer[other] = Waiting(layer, x, _version(x), y)
+
+
+def _others(layer: Layer, dtype: torch.dtype, x: Tensor) -> Iterator[Any]:
+    """Layers for which this one can compute, since they are expected to be called with the same x.
 
     A replica that DataParallel made has none: it knows the neighbours of its original, not its own.
     """
     if "_is_replica" in vars(layer):
-        return {}
-    found: dict[Any, tuple[BaseWeight, LowRank]] = {}
+        return
     for other in list(layer.sharing):
-        if (left := layer.selection.waiting.pop(other, None)) is not None:
+        if (left := layer.selection.waiting.by_layer.pop(other, None)) is not None:
             _stop_giving(left, other)
-            continue
-        acting = other.acting()
-        if len(acting) == 1 and only_computes(other.base_layer) and other.base.computes_in(x) == dtype:
-            theirs = acting[0].low_rank()
-            if theirs is not None and theirs.dropout == own.dropout:
-                found[other] = other.base, theirs
-    return found
+        elif only_computes(other.base_layer) and other.base.computes_in(x) == dtype:
+            yield other
 
 
 def _stop_giving(left: Waiting, layer: Any) -> None:

@@ -10,12 +10,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.adapter_set import ATTRIBUTE, AdapterSet
-from peftcore.errors import ConfigError
+from peftcore.composition.route import Route
+from peftcore.errors import ConfigError, RoutingError
 from peftcore.fast_path import forget
-from peftcore.prompts.learner import is_encoder_decoder
+from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
+from peftcore.prompts.mixed import mixed
+
+_TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
 def install(model: nn.Module) -> None:
@@ -55,9 +59,13 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
     if adapters is None:
         return None
-    if adapters.selection.waiting:
-        forget(adapters.selection.waiting)
-    if not adapters.listening:
+    selection = adapters.selection
+    if selection.waiting.by_layer:
+        forget(selection.waiting.by_layer)
+    route = selection.route
+    if torch.is_grad_enabled():
+        selection.recomputed = route
+    if route is None and not adapters.listening:
         return None
     args, inputs = _by_name(model, args, kwargs)
     inputs = {**adapters.generating, **inputs}
@@ -65,23 +73,71 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     for key in taken & inputs.keys():
         inputs[key] = _for_each_row(inputs[key], inputs)
     adapters.passing = {key: inputs[key] for key in taken & inputs.keys()}
+    if route is not None:
+        _begin(route, args, inputs)
     _tell(model, adapters, list(adapters.listening), inputs)
-    for learner in adapters.acting_prompts():  # last, because others may look for words in the text
+    for learner in _prompts(adapters, is_encoder_decoder(model)):  # last, because others may look for words in the text
         learner.before_forward(model, inputs)
     return args, {key: value for key, value in inputs.items() if key not in taken}
 
 
+def _begin(route: Route, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    """Tell a route of the forward that begins."""
+    given = [inputs[key] for key in _TEXTS if inputs.get(key) is not None]
+    first = next((value for value in (*given, *args, *inputs.values()) if _has_rows(value)), None)
+    if first is None:
+        raise RoutingError("the model is called without a tensor, so its rows cannot be counted")
+    route.begin(len(first), _positions(first, inputs) if route.needs_positions else None)
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _positions(tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """(B, T): each token's place in its row's text, padding in front not counted; below 0 for that itself."""
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    past = 0 if cache is None else int(cache.get_seq_length())
+    places = past + torch.arange(tokens.shape[1], device=tokens.device)
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return places.expand(len(tokens), -1)
+    return places - (mask.cumsum(1) == 0).sum(1, keepdim=True)
+
+
 def _tell(model: nn.Module, adapters: AdapterSet, names: list[str], inputs: dict[str, Any]) -> None:
+    acting, route = adapters.selection.acting, adapters.selection.route
     for name in names:
-        if name in adapters.selection.acting and name not in adapters.prompts:
-            config = adapters.configs[name]
-            adapters.kinds[name].before_forward(config, adapters.of_method(name), model, inputs)
+        if name not in acting or name in adapters.prompts:
+            continue
+        kind, config, own = adapters.kinds[name], adapters.configs[name], adapters.of_method(name)
+        if route is None or route.uniform is not None:
+            kind.before_forward(config, own, model, inputs)
+            continue
+        if len({one for one in route.compositions if name in one.names()}) > 1:
+            raise RoutingError(
+                f"{name!r} looks at the rows of each call ({config.peft_type}), so it can be in one composition of a "
+                "batch; give its rows the same one, or split the batch"
+            )
+        rows = route.rows_of(name)
+        with adapters.selection.routed(Route(name)):  # a method may call the model itself
+            kind.before_forward(config, own, model, {key: _of_rows(v, rows, route) for key, v in inputs.items()})
+
+
+def _of_rows(value: Any, numbers: list[int], route: Route) -> Any:
+    """The rows of some of a route's compositions, of an argument that has as many rows as the batch."""
+    rows = route.rows or len(route.compositions)
+    if isinstance(value, Tensor) and value.dim() and len(value) == rows:
+        return value[route.expanded(numbers, rows).to(value.device)]
+    if isinstance(value, list) and len(value) == len(route.compositions):
+        return [value[number] for number in numbers]
+    return value
 
 
 def _before_encoder(
     adapters: AdapterSet, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    learners = adapters.acting_prompts()
+    learners = _prompts(adapters, True)
     if not learners:
         return None
     for_adapters = {**adapters.passing, **adapters.generating}
@@ -97,9 +153,30 @@ def _after_forward(model: nn.Module, _args: Any, outputs: Any) -> Any:
     if adapters is None:
         return None
     adapters.passing = {}
-    for learner in adapters.acting_prompts():
+    for learner in _prompts(adapters, is_encoder_decoder(model)):
         outputs = learner.after_forward(outputs)
     return outputs
+
+
+def _prompts(adapters: AdapterSet, has_encoder: bool) -> list[PromptLearner]:
+    """The prompts that act; where rows have different ones, what stands for them all."""
+    route = adapters.selection.route
+    if route is None or route.chain is not None:
+        return adapters.acting_prompts()
+    if route.prompts is None:
+        route.prompts = _mixed_prompts(adapters, route, has_encoder)
+    return route.prompts
+
+
+def _mixed_prompts(adapters: AdapterSet, route: Route, has_encoder: bool) -> list[PromptLearner]:
+    learners: list[list[PromptLearner]] = []
+    for one in route.compositions:
+        named = [adapters.prompts[name] for name in one.names() if name in adapters.prompts]
+        feeding = [learner for learner in named if learner.exclusive]
+        if feeding and (one.chain() is None or len(feeding) > 1):
+            raise RoutingError(f"{one!r} weighs or splits a prompt, which is read or not; give it a row of its own")
+        learners.append(feeding)
+    return mixed(learners, partial(_of_rows, route=route), has_encoder) if any(learners) else []
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -124,8 +201,11 @@ def generation(model: nn.Module, given: dict[str, Any]) -> Iterator[dict[str, An
     """Gives `given`, the arguments of `generate`, without those that belong to adapters; these hold while inside."""
     adapters: AdapterSet = model.__dict__[ATTRIBUTE]
     taken = frozenset().union(*adapters.listening.values())
-    _check_cache(adapters, given)
-    before = adapters.generating
+    _check_cache(model, adapters, given)
+    before, route = adapters.generating, adapters.selection.route
+    if route is not None:
+        route.rows = None  # an encoder runs before the model's own forward tells of them
+        route.repeats = True
     adapters.generating = {key: value for key, value in given.items() if key in taken}
     kinds = (adapters.kinds[name] for name in adapters.selection.acting)
     fixed = {key: value for kind in kinds for key, value in kind.generate_arguments.items()}
@@ -135,11 +215,13 @@ def generation(model: nn.Module, given: dict[str, Any]) -> Iterator[dict[str, An
         yield {**{key: value for key, value in given.items() if key not in taken}, **fixed}
     finally:
         adapters.generating = before
+        if route is not None:
+            route.repeats = False
 
 
-def _check_cache(adapters: AdapterSet, given: dict[str, Any]) -> None:
+def _check_cache(model: nn.Module, adapters: AdapterSet, given: dict[str, Any]) -> None:
     cache = given.get("cache", given.get("past_key_values"))
-    feeding = any(learner.exclusive for learner in adapters.acting_prompts())
+    feeding = any(learner.exclusive for learner in _prompts(adapters, is_encoder_decoder(model)))
     if feeding and cache is not None and cache.get_seq_length():
         raise ConfigError(
             "generate counts a cache's entries as tokens of the text, and a prompt is among them; "

@@ -4,7 +4,11 @@ With adapters 1..n acting in order, the layer computes f_n where f_0 is the base
 f_k(x) = after_k(x, f_{k-1}(before_k(x))), which is what merging them one after another into W gives.
 """
 
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,32 +17,83 @@ from torch import Tensor, nn
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
 from peftcore.bases.parameter import ParameterWeight
-from peftcore.fast_path import Waiting, fused, only_computes
+from peftcore.composition.algebra import Composition
+from peftcore.composition.evaluation import composed, composed_weight
+from peftcore.composition.route import Route
+from peftcore.errors import RoutingError
+from peftcore.fast_path import Waitings, fused, only_computes, stacked
 
+_ROUTES: ContextVar[Mapping[int, Route]] = ContextVar("peftcore_routes", default={})  # noqa: B039
+"""{id of a selection: the route that this context has opened}; a new mapping for each."""
 _OWN_STATE = "_own_state"
 """Attribute of a base layer whose weight an adapter's start has replaced: what was there before."""
 
 
 class Selection:
-    """Which adapters act; one object shared by every host of a model, so that switching is one assignment."""
+    """Which adapters act; one object shared by every host of a model, so that switching is one assignment.
+
+    `active` holds for the model. Over it stands the route of the thread that asks, where it has opened one.
+    """
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.disabled = False
-        self.waiting: dict[Any, Waiting] = {}
+        self.waiting: Waitings = Waitings()
         """What hosts have computed for others that read the same input, until those are called."""
+        self.recomputed: Route | None = None
+        """The route of the last forward, for layers that activation checkpointing computes again in the backward."""
+        self.stacks: dict[Any, Any] = {}
+        """What `peftcore.composition.stacked` keeps for each layer."""
+        self.in_use: Counter[str] = Counter()
+        """How many routes, of all threads, an adapter is in."""
+        self._open = 0
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "waiting": {}}
+        return {"active": self.active, "disabled": self.disabled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()
+        self.__dict__ |= state
+
+    @contextlib.contextmanager
+    def routed(self, route: Route) -> Iterator[Route]:
+        """This thread's calls of the model go by `route` while inside."""
+        with self._lock:
+            self._open += 1
+            self.in_use.update(route.names)
+        token = _ROUTES.set({**_ROUTES.get(), id(self): route})
+        try:
+            yield route
+        finally:
+            _ROUTES.reset(token)
+            with self._lock:
+                self._open -= 1
+                self.in_use.subtract(route.names)
+
+    @property
+    def route(self) -> Route | None:
+        """The route that holds now; None where `active` does."""
+        if not self._open and self.recomputed is None:
+            return None
+        if torch._C._current_graph_task_id() != -1:  # in a backward, which may run in a thread of its own
+            return self.recomputed
+        return _ROUTES.get().get(id(self)) if self._open else None
 
     @property
     def acting(self) -> tuple[str, ...]:
-        """Names in the order in which they act; () while disabled."""
+        """Names in the order in which they act, of a route every one that has a part in it; () while disabled."""
+        route = self.route
+        if route is not None:
+            return route.names if route.chain is None else route.chain
         return () if self.disabled else self.active
 
-    def acts(self, name: str) -> bool:
-        """Whether the adapter of this name acts."""
-        return name in self.acting
+    def share(self, name: str, rows: int) -> float | Tensor:
+        """How much of what an adapter adds is added: 1 where it acts, 0 where not, or (B,) for each row."""
+        route = self.route
+        if route is None or route.chain is not None:
+            return 1.0 if name in self.acting else 0.0
+        return route.shares(name, rows) if name in route.names else 0.0
 
 
 class NamedModules(nn.Module):
@@ -82,6 +137,8 @@ class _Host(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.selection = selection
+        self.path = ""
+        """Where it stands in the model: at the first place, if at several."""
         self.train(base_layer.training)
 
     def _stands_for(self) -> nn.Module:
@@ -141,10 +198,15 @@ class Site:
         if own is not None:
             base.restore(own)
 
+    def at_work(self) -> dict[str, Adapter]:
+        """{name: adapter} of those at this site that are not merged."""
+        adapters = self._modules["adapters"]._modules  # type: ignore[attr-defined]
+        return {name: a for name, a in adapters.items() if name not in self.merged} if self.merged else adapters
+
     def acting(self) -> list[Adapter]:
         """Adapters of this site that act and are not merged, in order."""
-        adapters = self._modules["adapters"]._modules  # type: ignore[attr-defined]
-        return [adapters[n] for n in self.selection.acting if n in adapters and n not in self.merged]  # type: ignore[misc]
+        adapters = self.at_work()
+        return [adapters[n] for n in self.selection.acting if n in adapters]
 
 
 class AdaptedLayer(_Host, Site):
@@ -170,29 +232,44 @@ class AdaptedLayer(_Host, Site):
         return view
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        acting = self.acting()
-        within = len(acting)
-        while within and not acting[within - 1].through_weight:
+        route = self.selection.route
+        if route is None or route.chain is not None:
+            return self.chain_output(self.acting(), x, *args, **kwargs)
+        at_work = self.at_work()
+        if not any(name in at_work for name in route.names):
+            return self.base_output(x, *args, **kwargs)
+        if not args and not kwargs and (y := stacked(self, x, route)) is not None:
+            return y
+        return composed(self, route, x, *args, **kwargs)
+
+    def chain_output(self, adapters: Sequence[Adapter], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base with adapters one on top of another gives."""
+        within = len(adapters)
+        while within and not adapters[within - 1].through_weight:
             within -= 1
+        plain = not within and not args and not kwargs and bool(adapters)
+        if plain and (y := stacked(self, x)) is not None:
+            return y
         inputs: list[Tensor] = []
-        for adapter in reversed(acting[within:]):
+        for adapter in reversed(adapters[within:]):
             inputs.append(x)
             x = adapter.before(x)
-        if not within and not args and not kwargs and acting and (y := fused(self, acting[0], x)) is not None:
+        if plain and (y := fused(self, adapters[0], x)) is not None:
             within, _ = 1, inputs.pop()
         else:
-            y = self._through_weight(x, acting[:within]) if within else self._base_output(x, *args, **kwargs)
-        for adapter in acting[within:]:
+            y = self._through_weight(x, adapters[:within]) if within else self.base_output(x, *args, **kwargs)
+        for adapter in adapters[within:]:
             y = adapter.after(inputs.pop(), y)
         return y
 
-    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer gives."""
         base = self.base
         if base.quantized and not args and not kwargs and base.prefers_product(x) and only_computes(self.base_layer):
             return base.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         return self.base_layer(x, *args, **kwargs)
 
-    def _through_weight(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
+    def _through_weight(self, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
         base = self.base
         weight, bias = base.read(), base.bias
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -219,6 +296,7 @@ class AdaptedParameters(_Host):
         key = name.replace(".", "/")  # a module's own name has no dots
         if key not in self.sites:
             self.sites[key] = ParameterSite(self.base_layer, name, self.selection).train(self.training)
+            self.sites[key].path = f"{self.path}.{name}"
         return self.sites[key]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -235,6 +313,7 @@ class ParameterSite(nn.Module, Site):
     def __init__(self, module: nn.Module, name: str, selection: Selection):
         super().__init__()
         self._base = ParameterWeight(module, name)
+        self.path = name
         self.selection = selection
         self.adapters = NamedModules()
         self.merged = ()
@@ -245,9 +324,17 @@ class ParameterSite(nn.Module, Site):
 
     def changed(self) -> Tensor:
         """The parameter with the acting adapters in it, as the module keeps it."""
-        weight = self.base.read()
-        for adapter in self.acting():
-            weight = adapter.merged_weight(weight)
+        weight, route = self.base.read(), self.selection.route
+        if route is None or route.chain is not None:
+            for adapter in self.acting():
+                weight = adapter.merged_weight(weight)
+        elif route.uniform is None:
+            raise RoutingError(
+                f"{self.path} is one weight for all rows of a batch, and they are to have different adapters there; "
+                "route one adapter for the whole batch, or leave it out of target_parameters"
+            )
+        else:
+            weight = composed_weight(route.uniform, weight, self.at_work(), self.path)
         return self.base.oriented(weight)
 
 
@@ -258,16 +345,38 @@ class SavedModule(_Host):
         super().__init__(base_layer, selection)
         self.copies = NamedModules()
 
-    def current(self) -> nn.Module:
-        """The module that acts now: the first active adapter's copy, or the original."""
-        names = [name for name in self.selection.acting if name in self.copies]
+    def current(self, one: Composition | None = None) -> nn.Module:
+        """The module that acts now, or in a composition: the first adapter's copy, or the original."""
+        chain = self.selection.acting if one is None else one.chain()
+        names = [name for name in (tuple(one.names()) if one and chain is None else chain or ()) if name in self.copies]
+        if one is not None and chain is None and len(set(names)) > 1:
+            raise RoutingError(
+                f"{self.path} was trained whole by {sorted(set(names))}, and whole modules cannot be mixed; compose "
+                "adapters of which one at most has modules_to_save"
+            )
         return self.copies[names[0]] if names else self.base_layer
 
     def _stands_for(self) -> nn.Module:
-        return self.current()
+        route = self.selection.route
+        return self.current() if route is None or route.uniform is None else self.current(route.uniform)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.current()(*args, **kwargs)
+        route = self.selection.route
+        if route is None or route.uniform is not None:
+            return self._stands_for()(*args, **kwargs)
+        copies = {self.current(one) for one in route.compositions}
+        return copies.pop()(*args, **kwargs) if len(copies) == 1 else self._by_rows(route, *args, **kwargs)
+
+    def _by_rows(self, route: Route, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+            raise RoutingError(f"{self.path} was trained whole and takes more than one tensor, so rows cannot be told")
+        groups = route.groups(args[0], self.path)
+        outputs = [self.current(one)(args[0].index_select(0, rows)) for one, rows in groups]
+        if not all(isinstance(y, Tensor) for y in outputs):
+            raise RoutingError(
+                f"{self.path} was trained whole and gives more than a tensor, so rows cannot be put back"
+            )
+        return torch.cat(outputs).index_select(0, torch.cat([rows for _, rows in groups]).argsort())
 
 
 def unhosted(module: nn.Module) -> nn.Module:

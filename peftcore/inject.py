@@ -13,7 +13,7 @@ from peftcore.adapter import Adapter
 from peftcore.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set, bias_path
 from peftcore.bases import ParameterWeight
 from peftcore.config import PeftConfig
-from peftcore.errors import ConfigError, MergeError
+from peftcore.errors import AdapterNameError, ConfigError, MergeError
 from peftcore.host import AdaptedLayer, AdaptedParameters, SavedModule, Site, unhosted
 from peftcore.places import Places
 from peftcore.preparation import Injection, prepare_injection
@@ -53,8 +53,8 @@ def commit_injection(
     adapters.configs[name] = injection.config
     adapters.kinds[name] = method_of(injection.config).adapter
     taken = adapters.kinds[name].forward_arguments(injection.config)
-    if taken is not None:
-        adapters.listening[name] = taken
+    if taken is not None:  # a new dictionary, because a forward in another thread may be going through the old one
+        adapters.listening = {**adapters.listening, name: taken}
     if injection.prompt is not None:
         _put_prompt(model, adapters, name, injection.prompt.requires_grad_(trainable).train(model.training))
     if replication is not None:
@@ -74,7 +74,7 @@ def _put_prompt(model: nn.Module, adapters: AdapterSet, name: str, prompt: Promp
         model.add_module(PROMPTS, adapters.prompts)
         forwarding.install_prompts(model, adapters)
     adapters.prompts[name] = prompt
-    prompt.attach(model, partial(adapters.selection.acts, name))
+    prompt.attach(model, partial(adapters.selection.share, name))
 
 
 def _take_prompt(model: nn.Module, adapters: AdapterSet, name: str) -> None:
@@ -98,6 +98,7 @@ def _host_at(path: str, kind: type[Any], adapters: AdapterSet, places: Places) -
     if isinstance(present, kind):
         return present
     host = kind(present, adapters.selection)
+    host.path = path
     places.replace(present, host)
     return host
 
@@ -136,6 +137,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     adapters.require(name)
     if name in adapters.merged:
         raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
+    if adapters.selection.in_use[name] > 0:
+        raise AdapterNameError(f"adapter {name!r} is in use by a route that is open; leave it, or wait for it, first")
     deepens = adapters.replication is not None and adapters.replication[0] == name
     if deepens and len(adapters.configs) > 1:
         raise ConfigError(f"adapter {name!r} made the model deeper (layer_replication); delete the others first")
@@ -160,11 +163,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         _remove_empty_hosts(Places(model))
     del adapters.configs[name]
     del adapters.kinds[name]
-    adapters.listening.pop(name, None)
+    adapters.listening = {other: taken for other, taken in adapters.listening.items() if other != name}
     if deepens and adapters.replication is not None:
         adapters.replication[1].undo()
         adapters.replication = None
     adapters.selection.active = tuple(n for n in adapters.selection.active if n != name)
+    adapters.selection.stacks.clear()
 
 
 def _is_empty_host(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import activation, checkpoint, forwarding, inject, merge
+from peftcore import activation, checkpoint, combine, forwarding, inject, merge
 from peftcore.adapter_set import adapter_set, untouched_names
+from peftcore.combine import MergeReport, Recipe
+from peftcore.composition.algebra import Spec
+from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
@@ -96,6 +99,22 @@ class PeftModel:
         """Context in which the model is its base, merged or not."""
         return activation.adapters_disabled(self._module)
 
+    def route(self, adapters: Spec | Sequence[Spec]) -> contextlib.AbstractContextManager[Route]:
+        """Context in which this thread's calls of the model go by a composition of adapters, or by one for each row.
+
+        adapters: a name, None for the base, {name: weight}, a composition of `peftcore.composition`; or a list of these
+        with one for each row of the batch (of `generate`, for each prompt). Other threads see nothing of it.
+        Raises AdapterNameError, RoutingError.
+        """
+        return activation.routed(self._module, adapters)
+
+    def __call__(self, *args: Any, adapter_names: Spec | Sequence[Spec] = None, **kwargs: Any) -> Any:
+        """The model's own call; adapter_names: what `route` takes, for this call alone."""
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with self.route(adapter_names):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
     # -- merging -------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -119,6 +138,34 @@ class PeftModel:
     def get_base_model(self) -> Any:
         """The model itself: adapters live inside it. (`unload` gives it without them.)"""
         return self
+
+    # -- combining -----------------------------------------------------------------------------------------------
+
+    def add_merged(
+        self, adapter_name: str, weights: Mapping[str, float], recipe: Recipe, rank: int | None = None
+    ) -> MergeReport:
+        """Add a LoRA that is a weighted combination of other adapters: `add_merged("m", {"a": 0.7, "b": 0.3},
+        Recipe.ties(density=0.3), rank=16)`. See `peftcore.combine.add_merged`."""
+        return combine.add_merged(self._module, adapter_name, weights, recipe, rank)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> MergeReport:
+        """The same by PEFT's names and with PEFT's meaning. See `peftcore.combine.add_weighted_adapter`."""
+        svd = (svd_rank, svd_clamp, svd_full_matrices, svd_driver)
+        return combine.add_weighted_adapter(
+            self._module, adapters, weights, adapter_name, combination_type, *svd, density, majority_sign_method
+        )
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -237,8 +284,9 @@ def _adapted_class(plain: type) -> type:
     return type(plain.__name__, (PeftModel, plain), {**names, **extra, "_hf_peft_config_loaded": True})
 
 
-def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    with forwarding.generation(self, kwargs) as own:
+def _generate(self: Any, *args: Any, adapter_names: Spec | Sequence[Spec] = None, **kwargs: Any) -> Any:
+    route = contextlib.nullcontext() if adapter_names is None else self.route(adapter_names)
+    with route, forwarding.generation(self, kwargs) as own:
         return _plain_class(type(self)).generate(self, *args, **own)
 
 

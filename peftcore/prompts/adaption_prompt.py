@@ -79,9 +79,9 @@ class AdaptionPrompt(PromptLearner):
 
     # -- forward: a hook on each attention, so that its own code and cache stay as they are ---------------------
 
-    def attach(self, model: nn.Module, is_acting: Callable[[], bool]) -> None:
+    def attach(self, model: nn.Module, share: Callable[[int], float | Tensor]) -> None:
         for number, path in enumerate(self.paths):
-            hook = partial(_attend, self, number, is_acting)
+            hook = partial(_attend, self, number, share)
             model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
 
     def detach(self, model: nn.Module) -> None:
@@ -92,9 +92,15 @@ class AdaptionPrompt(PromptLearner):
                     del module._forward_hooks[key]
                     module._forward_hooks_with_kwargs.pop(key, None)
 
-    def attended(self, number: int, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """What to add to the output (B, T, d) of an attention that read `hidden` (B, T, d)."""
+    def attended(
+        self, number: int, attention: Any, hidden: Tensor, arguments: Mapping[str, Any], by_row: bool = False
+    ) -> Tensor:
+        """What to add to the output (B, T, d) of an attention that read `hidden` (B, T, d).
+
+        by_row: project the prompt for each row, because rows have different adapters on the projections.
+        """
         prompt, gate = self.prompts[number].to(hidden.dtype), self.gates[number]
+        prompt = prompt.repeat(len(hidden), 1, 1) if by_row else prompt
         queries, keys, values = _projected(attention, hidden, prompt, arguments)
         scores = queries @ keys.transpose(2, 3).to(queries.dtype) / math.sqrt(attention.head_dim)
         weights = gate.to(queries.dtype) * F.softmax(scores, dim=-1, dtype=torch.float32).to(queries.dtype)
@@ -123,17 +129,19 @@ class AdaptionPrompt(PromptLearner):
 def _attend(
     learner: AdaptionPrompt,
     number: int,
-    is_acting: Callable[[], bool],
+    share: Callable[[int], float | Tensor],
     attention: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Any,
 ) -> Any:
-    if not is_acting():
-        return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    part = share(len(hidden))
+    if not isinstance(part, Tensor) and not part:
+        return None
     first, *rest = output if isinstance(output, tuple) else (output,)
-    first = first + learner.attended(number, attention, hidden, kwargs).to(first.dtype)
+    added = learner.attended(number, attention, hidden, kwargs, by_row=isinstance(part, Tensor)).to(first.dtype)
+    first = first + (part.to(first)[:, None, None] * added if isinstance(part, Tensor) else added)
     return (first, *rest) if isinstance(output, tuple) else first
 
 
@@ -167,7 +175,7 @@ def _width(attention: Any) -> int:
 def _projected(
     attention: Any, hidden: Tensor, prompt: Tensor, arguments: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, h, T, w) of the text, keys and values (1, h, n, w) of the prompt."""
+    """Queries (B, h, T, w) of the text, keys and values (1 or B, h, n, w) of the prompt."""
 
     def heads(states: Tensor) -> Tensor:
         return states.view(*states.shape[:-1], -1, attention.head_dim).transpose(1, 2)

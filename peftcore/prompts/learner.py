@@ -47,8 +47,9 @@ class PromptLearner(nn.Module):
         """Set the start state of a prompt that is not read from disk."""
         raise NotImplementedError(f"{type(self).__name__} must define reset_parameters")
 
-    def attach(self, model: nn.Module, is_acting: Any) -> None:
-        """Called when the prompt is put into the model; `is_acting()` tells whether it acts at that moment."""
+    def attach(self, model: nn.Module, share: Any) -> None:
+        """Called when the prompt is put into the model; `share(rows)` tells how much of it acts at that moment: a
+        number, or (rows,)."""
 
     def detach(self, model: nn.Module) -> None:
         """Undo `attach`."""

@@ -21,43 +21,60 @@ class Placement:
     count: int
     pads: Tensor | None
     """(B, T) bool: the padding that stays in front of the virtual tokens; None for none."""
+    missing: Tensor | None = None
+    """(B, 1): how many of the n a row has not; they stand in front of everything and are padding. None for none."""
+
+    @property
+    def fills(self) -> Tensor | None:
+        """(B, n) bool: virtual tokens that are padding."""
+        return None if self.missing is None else torch.arange(self.count, device=self.missing.device) < self.missing
 
     def insert(self, virtual: Tensor, text: Tensor) -> Tensor:
         """(…, B, n, *), (…, B, T, *) -> (…, B, N, *); the token axis is the last of positions, the second else."""
         axis = 1 if text.is_floating_point() and text.dim() == 3 else -1
         joined = torch.cat([virtual.to(text), text], dim=axis)
         if self.pads is None:
-            return joined
+            return joined  # what is missing is in front already
         kinds = torch.where(self.pads, 0, 2)  # padding, then the prompt (1), then the text
-        order = torch.cat([kinds.new_ones(len(kinds), self.count), kinds], dim=1).argsort(dim=1, stable=True)
+        own = kinds.new_ones(len(kinds), self.count) if self.fills is None else (~self.fills).to(kinds)
+        order = torch.cat([own, kinds], dim=1).argsort(dim=1, stable=True)
         return joined.take_along_dim(order.unsqueeze(-1) if axis == 1 else order, dim=axis)
 
     def extend(self, text: Tensor, value: int) -> Tensor:
         """(B, T) -> (B, N) with one value at the virtual tokens: a mask or token types."""
-        return self.insert(text.new_full((len(text), self.count), value), text)
+        virtual = text.new_full((len(text), self.count), value)
+        return self.insert(virtual if self.fills is None else virtual.masked_fill(self.fills, 0), text)
 
     def extend_positions(self, positions: Tensor) -> Tensor:
         """(…, B or 1, T) -> (…, B or 1, N): the prompt counts from where the text began, the text goes on after it."""
+        own = self.count if self.missing is None else self.count - self.missing
         if self.pads is None:
-            start, shifted = positions.amin(-1, keepdim=True), positions + self.count
+            start, shifted = positions.amin(-1, keepdim=True), positions + own
         else:
             positions = positions.expand(*positions.shape[:-2], *self.pads.shape)
             last = torch.iinfo(positions.dtype).max
             start = positions.masked_fill(self.pads, last).amin(-1, keepdim=True)
             start = torch.where(start == last, 0, start)  # a row of padding only
-            shifted = torch.where(self.pads, positions, positions + self.count)
-        return self.insert(start + torch.arange(self.count, device=positions.device), shifted)
+            shifted = torch.where(self.pads, positions, positions + own)
+        places = torch.arange(self.count, device=positions.device)
+        if self.missing is not None:
+            places = (places - self.missing).clamp(min=0)
+        virtual = start + places
+        return self.insert(virtual.expand(*shifted.shape[:-1], -1), shifted.expand(*virtual.shape[:-1], -1))
 
 
-def placement(mask: Tensor | None, count: int, all_pads_first: bool = False) -> Placement:
+def placement(
+    mask: Tensor | None, count: int, all_pads_first: bool = False, missing: Tensor | None = None
+) -> Placement:
     """The placement that an attention mask (B, T) asks for.
 
     all_pads_first: padding behind the text goes to the front too, so that the last token of every row is text.
+    missing: (B, 1), how many of the tokens a row has not.
     """
     if mask is None:
-        return Placement(count, None)
+        return Placement(count, None, missing)
     pads = mask == 0 if all_pads_first else mask.cumsum(1) == 0
-    return Placement(count, pads if bool(pads.any()) else None)
+    return Placement(count, pads if bool(pads.any()) else None, missing)
 
 
 def text_positions(mask: Tensor) -> Tensor:

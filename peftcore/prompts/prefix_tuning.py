@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from peftcore.config import PromptLearningConfig
@@ -28,7 +27,7 @@ from peftcore.prompts.cache import (
     new_cache,
 )
 from peftcore.prompts.learner import PromptLearner, is_causal, is_encoder_decoder, model_sizes, takes
-from peftcore.prompts.placement import check_not_packed, mask_of, text_positions, tokens_of
+from peftcore.prompts.placement import Placement, check_not_packed, mask_of, text_positions, tokens_of
 from peftcore.registry import register
 
 _CHECKPOINTING = (
@@ -109,7 +108,8 @@ class PrefixTuning(PromptLearner):
         side = "decoder_" if is_encoder_decoder(model) else ""
         mask, positions = mask_of(inputs, f"{side}attention_mask"), inputs.get(f"{side}position_ids")
         cache = cache_of(model, inputs)
-        tokens = _tokens(inputs, side)
+        tokens = tokens_read(inputs, side)
+        missing = self.missing(len(tokens))
         self._drops_cache = False
         if is_empty(cache):
             check_not_packed(inputs)
@@ -119,14 +119,16 @@ class PrefixTuning(PromptLearner):
             self._drops_cache = cache is None and not _wants_cache(model, inputs)
             if positions is None and self.counts_text and mask is not None and bool((mask[:, 0] == 0).any()):
                 positions = text_positions(mask)
+            elif positions is None and self.counts_text and missing is not None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
             if mask is None and not self.is_causal:  # an encoder reads off its mask how many keys there are
                 mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         elif mask is not None and not lacks_prompt(mask, cache, tokens.shape[1]):
             mask = None  # the caller counts the prefix
         if mask is not None:
-            inputs[f"{side}attention_mask"] = F.pad(mask, (self.count, 0), value=1)
+            inputs[f"{side}attention_mask"] = Placement(self.count, None, missing).extend(mask, 1)
         if positions is not None:
-            inputs[f"{side}position_ids"] = positions + self.count
+            inputs[f"{side}position_ids"] = positions + (self.count if missing is None else self.count - missing)
 
     def _fill(self, model: nn.Module, cache: Any, tokens: Tensor) -> Any:
         """Write the prefix into an empty cache, for each row of the call."""
@@ -135,10 +137,10 @@ class PrefixTuning(PromptLearner):
         devices = layer_devices(model, len(self.shapes), tokens.device)
         dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else None
         dtype = dtype or getattr(model, "dtype", self.embedding.dtype)
-        states = self.key_values().to(dtype)
+        states = self.states(len(tokens)).to(dtype)
         for layer, (shape, device) in enumerate(zip(self.shapes, devices, strict=True)):
             if shape is not None:
-                key, value = (states[row].expand(len(tokens), -1, -1, -1) for row in self.rows_of(layer))
+                key, value = states[2 * layer], states[2 * layer + 1]
                 heads, width = shape
                 own.update(key[:, :heads, :, :width].to(device), value[:, :heads, :, :width].to(device), layer)
         return cache
@@ -146,6 +148,15 @@ class PrefixTuning(PromptLearner):
     def key_values(self) -> Tensor:
         """(n, 2·L·k·w) on disk -> (2·L, k, n, w)."""
         return self.encoded().view(self.count, -1, self.heads, self.width).permute(1, 2, 0, 3)
+
+    def states(self, rows: int) -> Tensor:
+        """(2·L, B, k, n, w): keys and values, layer by layer, for the rows of a call."""
+        read = [row for layer in range(len(self.shapes)) for row in self.rows_of(layer)]
+        return self.key_values()[read].unsqueeze(1).expand(-1, rows, -1, -1, -1)
+
+    def missing(self, rows: int) -> Tensor | None:
+        """(B, 1): how many entries of the prefix each row of a call has not; None where all have all."""
+        return None
 
     def rows_of(self, layer: int) -> tuple[int, int]:
         """Which of the 2·L rows are a layer's key and value.
@@ -177,7 +188,7 @@ class PrefixTuning(PromptLearner):
         self.embedding = nn.Parameter(encoded.to(self.embedding), requires_grad=False)
 
 
-def _tokens(inputs: dict[str, Any], side: str) -> Tensor:
+def tokens_read(inputs: dict[str, Any], side: str) -> Tensor:
     """What the attention with the prefix reads: an encoder-decoder model makes it from the labels if need be."""
     given = [inputs.get(f"{side}input_ids"), inputs.get(f"{side}inputs_embeds")]
     if side and all(tokens is None for tokens in given) and inputs.get("labels") is not None:

@@ -5,8 +5,9 @@ mask and the positions are told of it. Encoder-decoder models have it before the
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +24,7 @@ class VirtualTokens(PromptLearner):
     """A prompt of n tokens. Shapes: B rows, T text tokens, d embedding width."""
 
     defines_loss = True  # the last virtual token predicts the text's first
-    prompts_decoder: ClassVar[bool] = False
+    prompts_decoder: bool = False
     """Whether the second half of the tokens stands before the decoder's text, if there are two halves."""
 
     def __init__(self, config: Any, model: nn.Module):
@@ -55,6 +56,18 @@ class VirtualTokens(PromptLearner):
         """Every virtual token (B, total, d) for the rows of a call."""
         return self.encoded().expand(rows, -1, -1)
 
+    def missing(self, rows: int) -> Tensor | None:
+        """(B, 1): how many of the virtual tokens each row of a call has not; None where all have all."""
+        return None
+
+    def _place(self, mask: Tensor | None, rows: int, all_pads_first: bool = False) -> Placement:
+        return placement(mask, self.count, all_pads_first, self.missing(rows))
+
+    def _own_count(self, rows: int) -> int | Tensor:
+        """n, or (B, 1)."""
+        missing = self.missing(rows)
+        return self.count if missing is None else self.count - missing
+
     # -- decoders and encoders -------------------------------------------------------------------------------
 
     def before_forward(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -67,12 +80,13 @@ class VirtualTokens(PromptLearner):
             self._read_first(model, inputs, mask, cache)
             return
         if mask is not None and lacks_prompt(mask, cache, tokens_of(inputs).shape[1]):
-            inputs["attention_mask"] = placement(mask, self.count).extend(mask, 1)
+            inputs["attention_mask"] = self._place(mask, len(mask)).extend(mask, 1)
         if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + self.count
+            inputs["position_ids"] = inputs["position_ids"] + self._own_count(len(tokens_of(inputs)))
 
     def _read_first(self, model: Any, inputs: dict[str, Any], mask: Tensor | None, cache: Any) -> None:
-        place = placement(mask, self.count, all_pads_first=self.classifies_rows and self.is_causal)
+        text = tokens_of(inputs)
+        place = self._place(mask, len(text), all_pads_first=self.classifies_rows and self.is_causal)
         if cache is not None and place.pads is not None and bool(place.pads.all(1).any()):
             raise ConfigError(
                 "a row's first call is padding only, so its prompt has no place next to the text; make "
@@ -84,7 +98,7 @@ class VirtualTokens(PromptLearner):
             inputs["attention_mask"] = place.extend(mask, 1)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = place.extend_positions(inputs["position_ids"])
-        elif place.pads is not None and self.is_causal and self.takes_positions:
+        elif self.takes_positions and (place.missing is not None or (place.pads is not None and self.is_causal)):
             inputs["position_ids"] = text_positions(inputs["attention_mask"])
         for key in ("token_type_ids", "mm_token_type_ids"):
             if inputs.get(key) is not None:
@@ -117,33 +131,39 @@ class VirtualTokens(PromptLearner):
 
     def before_encoder(self, encoder: nn.Module, inputs: dict[str, Any]) -> None:
         length = tokens_of(inputs).shape[1]
-        mask = mask_of(inputs, "attention_mask")
+        mask, missing = mask_of(inputs, "attention_mask"), self.missing(len(tokens_of(inputs)))
+        if mask is None and missing is not None:
+            mask = torch.ones(tokens_of(inputs).shape[:2], dtype=torch.long, device=tokens_of(inputs).device)
         if mask is not None and mask.shape[1] == self.count + length:  # the whole model's forward has extended it
-            place = placement(mask, self.count)
-            place = Placement(self.count, None if place.pads is None else place.pads[:, :length])
+            leading = (mask.cumsum(1) == 0).sum(1, keepdim=True) - (0 if missing is None else missing)
+            pads = torch.arange(length, device=mask.device) < leading
+            place = Placement(self.count, pads if bool(pads.any()) else None, missing)
         else:
-            place = placement(mask, self.count)
+            place = self._place(mask, len(tokens_of(inputs)))
             if mask is not None:
                 inputs["attention_mask"] = place.extend(mask, 1)
         self._insert(inputs, encoder, place, slice(None, self.count))
 
     def _before_encoder_decoder(self, model: Any, inputs: dict[str, Any]) -> None:
         mask, read = mask_of(inputs, "attention_mask"), inputs.get("encoder_outputs")
+        rows = len(tokens_of(inputs) if read is None else read[0])
         if mask is not None and (read is None or mask.shape[1] < read[0].shape[1]):
-            inputs["attention_mask"] = placement(mask, self.count).extend(mask, 1)
+            inputs["attention_mask"] = self._place(mask, rows).extend(mask, 1)
         if not self.prompts_decoder or self.total == self.count:
             return
         cache, mask = cache_of(model, inputs), mask_of(inputs, "decoder_attention_mask")
         if not is_empty(cache):
             if mask is not None and lacks_prompt(mask, cache, tokens_of(inputs, "decoder_").shape[1]):
-                inputs["decoder_attention_mask"] = placement(mask, self.count).extend(mask, 1)
+                inputs["decoder_attention_mask"] = self._place(mask, len(mask)).extend(mask, 1)
             if inputs.get("decoder_position_ids") is not None:
-                inputs["decoder_position_ids"] = inputs["decoder_position_ids"] + self.count
+                own = self._own_count(len(tokens_of(inputs, "decoder_")))
+                inputs["decoder_position_ids"] = inputs["decoder_position_ids"] + own
             return
         given = [inputs.get(key) for key in ("decoder_input_ids", "decoder_inputs_embeds")]
         if all(tokens is None for tokens in given) and inputs.get("labels") is not None:
             inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
-        length, place = tokens_of(inputs, "decoder_").shape[1], placement(mask, self.count)
+        text = tokens_of(inputs, "decoder_")
+        length, place = text.shape[1], self._place(mask, len(text))
         self._insert(inputs, model.get_decoder(), place, slice(self.count, None), "decoder_")
         if mask is not None:
             inputs["decoder_attention_mask"] = place.extend(mask, 1)

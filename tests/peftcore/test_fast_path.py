@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from peftcore import AdaLoraConfig, IA3Config, LoraConfig, fast_path, get_peft_model
+from peftcore.composition.stacked import stacked_outputs
 from peftcore.low_rank import low_rank_linears
 
 SIZES: dict[str, Any] = {
@@ -65,11 +66,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each fused operation has computed."""
     seen: list[int] = []
 
-    def counted(x: Tensor, layers: Any) -> Any:
-        seen.append(len(layers))
-        return low_rank_linears(x, layers)
+    def counted(operation: Any) -> Any:
+        def call(x: Tensor, layers: Any, *others: Any) -> Any:
+            seen.append(len(layers))
+            return operation(x, layers, *others)
 
-    monkeypatch.setattr(fast_path, "low_rank_linears", counted)
+        return call
+
+    for operation in (low_rank_linears, stacked_outputs):  # with gradients and without
+        monkeypatch.setattr(fast_path, operation.__name__, counted(operation))
     return seen
 
 
@@ -183,7 +188,7 @@ def test_gradient_checkpointing(reentrant: bool, calls: list[int]) -> None:
     assert len(calls) > 8  # once more in the backward pass
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-10, rtol=0)
-    assert not model._adapter_set.selection.waiting
+    assert not model._adapter_set.selection.waiting.by_layer
 
 
 def test_gradient_checkpointing_brings_the_same_mask_back() -> None:
@@ -287,7 +292,7 @@ def test_nothing_is_left_waiting(calls: list[int]) -> None:
         model(TOKENS)
     with torch.inference_mode():
         model(TOKENS)
-    assert calls == [3, 1, 2, 1] * 6 and not model._adapter_set.selection.waiting
+    assert calls == [3, 1, 2, 1] * 6 and not model._adapter_set.selection.waiting.by_layer
 
 
 def test_a_forward_that_breaks_off_leaves_nothing_for_the_next() -> None:
@@ -300,10 +305,10 @@ def test_a_forward_that_breaks_off_leaves_nothing_for_the_next() -> None:
 
     with key.register_forward_pre_hook(refuse), pytest.raises(RuntimeError):
         model(TOKENS)
-    assert model._adapter_set.selection.waiting
-    assert not pickle.loads(pickle.dumps(model))._adapter_set.selection.waiting
+    assert model._adapter_set.selection.waiting.by_layer
+    assert not pickle.loads(pickle.dumps(model))._adapter_set.selection.waiting.by_layer
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=0, rtol=0)
-    assert not model._adapter_set.selection.waiting
+    assert not model._adapter_set.selection.waiting.by_layer
 
 
 def test_cross_attention_learns_whose_input_it_shares(calls: list[int]) -> None:

@@ -1,0 +1,60 @@
+"""An adapter directory written for another runtime, from the command line."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from flows.errors import PipelineError
+
+
+class Format(StrEnum):
+    """What to write."""
+
+    GGUF_LORA = "gguf-lora"
+    GGUF_MERGED = "gguf-merged"
+    VLLM = "vllm"
+
+
+def export(
+    form: Format,
+    adapter: Path,
+    base: Path,
+    out: Path,
+    gguf: Path | None,
+    dtype: str,
+    rank: int | None,
+    tolerance: float | None,
+) -> str:
+    """Write the adapter for llama.cpp, or for vLLM and LoRAX; gives the sentence that says what is where.
+
+    rank, tolerance: convert it to LoRA first, see `peftcore.convert_to_lora`. Raises PeftError or PipelineError.
+    """
+    from peftcore.export import export_gguf_lora, export_gguf_merged, export_vllm
+
+    if form == Format.GGUF_MERGED and gguf is None:
+        raise PipelineError("gguf-merged writes another copy of the base's own GGUF; give that file with --gguf")
+    model, name, note = _adapted(adapter, base), "default", ""
+    if rank is not None or tolerance is not None:
+        note, name = _converted(model, rank, tolerance), "plain"
+    if form == Format.VLLM:
+        return f"{out}: for vLLM and LoRAX, --max-lora-rank {export_vllm(model, name, out)}{note}"
+    if form == Format.GGUF_LORA:
+        return f"{export_gguf_lora(model, name, out, dtype=dtype)}: for llama.cpp, --lora beside the base{note}"
+    assert gguf is not None
+    return f"{export_gguf_merged(gguf, model, out, name, dtype)}: a whole model for llama.cpp{note}"
+
+
+def _adapted(adapter: Path, base: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from peftcore import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype="auto")
+    return PeftModel.from_pretrained(model, adapter)
+
+
+def _converted(model: Any, rank: int | None, tolerance: float | None) -> str:
+    from peftcore.conversion import convert_to_lora
+
+    report = convert_to_lora(model, "default", "plain", rank, tolerance)
+    return f"; as LoRA of rank {max(report.ranks.values())} it misses {report.error:.2%} of the adapter's change"

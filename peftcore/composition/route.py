@@ -1,0 +1,186 @@
+"""Which rows of a batch are computed by which composition, and how that looks to one layer.
+
+A route is made for one call, or for one `with model.route(...)`, by one thread. What it tells of the forward that runs
+now (rows, positions) is set before each one. Layers may see a row several times, one after another: tokens that a model
+has flattened, the windows of an image, the beams of a prompt.
+
+Shapes: B rows of the forward, N compositions given (each for B/N rows in turn), n rows that a layer sees, K adapters.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftcore.composition.algebra import Composition, Gate, Spec, Split, composition
+from peftcore.errors import RoutingError
+
+
+class Columns(NamedTuple):
+    """Adapters whose A are stacked, of one layer or of several; an adapter's name stands once for each layer."""
+
+    names: tuple[str, ...]
+    ranks: tuple[int, ...]
+    adapters: Mapping[str, Any]
+    """{name: adapter} at the layer itself."""
+
+    def of(self, name: str) -> list[int]:
+        """Where a name stands."""
+        return [column for column, other in enumerate(self.names) if other == name]
+
+
+class Route:
+    """What `given` asks for: one composition for all rows, or a list with one for each."""
+
+    def __init__(self, given: Spec | Sequence[Spec]):
+        self.per_row = isinstance(given, list | tuple)
+        self.compositions = tuple(composition(one) for one in given) if self.per_row else (composition(given),)  # type: ignore[union-attr,arg-type]
+        if not self.compositions:
+            raise RoutingError("a route for no rows: give a name, or a list with one name for each row of the batch")
+        self.uniform: Composition | None = self.compositions[0] if len(set(self.compositions)) == 1 else None
+        """What every row gets, where that is the same."""
+        self.chain = None if self.uniform is None else self.uniform.chain()
+        """The adapters that act one on top of another in every row, where that is all; else None."""
+        self.names = tuple(sorted({name for one in self.compositions for name in one.names()}))
+        self.has_gates = any(_is_or_has(one, Gate) for one in self.compositions)
+        self.needs_positions = any(_is_or_has(one, Split) for one in self.compositions)
+        self.depends_on_tokens = self.has_gates or self.needs_positions
+        self.repeats = False
+        """Whether each row may stand several times, one after another, as `generate` does with beams."""
+        self.rows: int | None = None
+        """B, where the model's own forward runs."""
+        self.positions: Tensor | None = None
+        """(B, T): each token's place in its row's text, where a Split asks for it."""
+        self.prompts: list[Any] | None = None
+        """What stands for the rows' prompts, once it has been made."""
+        self._masks: dict[Any, Tensor] = {}
+        self._groups: dict[Any, list[tuple[Composition, Tensor]]] = {}
+
+    def check_rows(self, rows: int) -> None:
+        """RoutingError unless the compositions can be given out to a batch of so many rows."""
+        given = len(self.compositions)
+        if self.per_row and rows != given and not (self.repeats and rows and rows % given == 0):
+            raise RoutingError(
+                f"{given} adapter names for a batch of {rows} rows; give one for each row (None or "
+                "'__base__' for the base)"
+            )
+
+    def begin(self, rows: int, positions: Tensor | None) -> None:
+        """Told before each forward of the model."""
+        self.check_rows(rows)
+        self.rows, self.positions = rows, positions
+        if self.depends_on_tokens:
+            self._masks = {}
+
+    def rows_of(self, name: str) -> list[int]:
+        """Which of the N compositions an adapter is in."""
+        return [number for number, one in enumerate(self.compositions) if name in one.names()]
+
+    def expanded(self, numbers: Sequence[int], rows: int) -> Tensor:
+        """Rows of a batch of `rows` that belong to some of the N compositions."""
+        each = rows // len(self.compositions)
+        return torch.cat([torch.arange(number * each, (number + 1) * each) for number in numbers])
+
+    def shares(self, name: str, rows: int) -> Tensor:
+        """(B,): the weight of an adapter in each row, for what is added to the output as a whole."""
+        weights = torch.zeros(len(self.compositions))
+        for number, one in enumerate(self.compositions):
+            for term in one.terms():
+                if term.name == name and (term.gates or (term.start, term.stop) != (0, math.inf)):
+                    raise RoutingError(f"{name!r} acts on whole rows, and {one!r} tells tokens apart; do without it")
+                weights[number] += term.weight if term.name == name else 0
+        return weights.repeat_interleave(rows // len(self.compositions))
+
+    # -- how it looks to a layer ---------------------------------------------------------------------------------
+
+    def groups(self, x: Tensor, path: str) -> list[tuple[Composition, Tensor]]:
+        """[(composition, the rows of x (n, ...) that it computes)], each composition once."""
+        self._check_layer(x, path)
+        key = (len(x), x.device)
+        if key not in self._groups:
+            numbers: dict[Composition, list[int]] = {}
+            for number, one in enumerate(self.compositions):
+                numbers.setdefault(one, []).append(number)
+            own = {one: self.expanded(found, len(x)).to(x.device) for one, found in numbers.items()}
+            self._groups[key] = list(own.items())
+        return self._groups[key]
+
+    def _check_layer(self, x: Tensor, path: str) -> None:
+        rows = self.rows or len(self.compositions)
+        fits = len(x) % rows == 0 if x.dim() == 2 or self.rows is None else len(x) in (rows, 0)
+        if self.uniform is None and (not fits or len(x) % len(self.compositions)):
+            raise RoutingError(
+                f"{path} sees {len(x)} rows where the batch has {rows}, so it cannot be told whose they are; leave "
+                "this layer out of target_modules, or give all rows of a batch the same adapter"
+            )
+
+    def mask(self, x: Tensor, path: str, columns: "Columns", dtype: torch.dtype) -> Tensor:
+        """What (A x) (n·t, R) of all adapters together is multiplied with: (N, 1, R), or (1, n·t, R) by tokens."""
+        if self.uniform is None:
+            self._check_layer(x, path)
+        key = (columns.names, columns.ranks, dtype, x.device)
+        found = self._masks.get(key)
+        if found is None:
+            weights = self._by_tokens(x, path, columns, dtype) if self.depends_on_tokens else self._by_rows(columns)
+            found = weights.to(x.device, dtype)
+            found = found.repeat_interleave(torch.tensor(columns.ranks, device=x.device), -1)
+            if not self.has_gates:
+                self._masks[key] = found
+        return found
+
+    def _by_rows(self, columns: "Columns") -> Tensor:
+        """(N, 1, adapters)"""
+        compositions = self.compositions if self.uniform is None else (self.uniform,)
+        weights = torch.zeros(len(compositions), 1, len(columns.names))
+        for row, one in enumerate(compositions):
+            for term in one.terms():
+                for column in columns.of(term.name):
+                    weights[row, 0, column] += term.weight
+        return weights
+
+    def _by_tokens(self, x: Tensor, path: str, columns: "Columns", dtype: torch.dtype) -> Tensor:
+        """(1, n·t, adapters)"""
+        tokens = x.shape[:-1].numel()
+        weights = x.new_zeros(1, tokens, len(columns.names), dtype=dtype)
+        gates: dict[Gate, Tensor] = {}
+        for one, rows in self.groups(x, path):
+            own = torch.zeros(len(x), dtype=dtype, device=x.device)
+            own[rows] = 1
+            of_row = own[:, None].expand(len(x), tokens // len(x)).reshape(-1)
+            for term in one.terms():
+                weight = of_row * term.weight
+                if (term.start, term.stop) != (0, math.inf):
+                    weight = weight * self.inside(x.shape[:-1], path, term.start, term.stop).view(-1).to(weight)
+                for gate, number in term.gates:
+                    if gate not in gates:
+                        given = gate.weights(path, columns.adapters, x, x.shape[:-1])
+                        gates[gate] = given.reshape(tokens, -1).to(dtype)
+                    weight = weight * gates[gate][:, number]
+                for column in columns.of(term.name):
+                    weights[0, :, column] += weight
+        return weights
+
+    def inside(self, tokens: Sequence[int], path: str, start: float, stop: float, rows: Tensor | None = None) -> Tensor:
+        """(n, t) or (n·t,) bool: which tokens stand from `start` to before `stop`; rows: of the batch, None for all.
+
+        tokens: the shape of the layer's input without its features.
+        """
+        positions = self.positions
+        if positions is not None and rows is not None and len(tokens) > 1:
+            positions = positions.to(rows.device)[rows]
+        elif positions is not None and rows is not None:
+            positions = positions.to(rows.device).view(-1)[rows]
+        if positions is None or positions.numel() != math.prod(tokens):
+            raise RoutingError(
+                f"{path} sees tokens {tuple(tokens)}, and the batch's text is "
+                f"{None if self.positions is None else tuple(self.positions.shape)}, so positions cannot be told apart "
+                "there; leave this layer out of target_modules, or do without Split"
+            )
+        positions = positions.view(*tokens)
+        return (positions >= start) & (positions < stop)
+
+
+def _is_or_has(one: Composition, kind: type[Composition]) -> bool:
+    return isinstance(one, kind) or any(_is_or_has(child, kind) for child in one.children())

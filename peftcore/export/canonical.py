@@ -1,0 +1,174 @@
+"""The one form that every runtime reads the same: y = Wx + BAx with one rank for all layers.
+
+Ranks are made equal by rows of zeros in A and columns of zeros in B, α is the rank, and the true scale (α/r, α/√r, by
+pattern, or of AdaLoRA) is in B. So nothing is lost where a reader knows neither rsLoRA nor patterns.
+
+Shapes: i in_features, o out_features, r rank; on an embedding of v rows of size d: A (r, v), B (d, r).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapter_set import adapter_set
+from peftcore.config import PeftConfig
+from peftcore.conversion.adalora import adalora_factors
+from peftcore.conversion.factors import Factors
+from peftcore.conversion.low_rank_form import check_convertible, exact_factors
+from peftcore.errors import CheckpointError
+from peftcore.export.errors import ExportError
+from peftcore.methods.adalora import AdaLoraConfig
+from peftcore.methods.lora import LoraConfig
+from peftcore.tensors import PREFIX, read_tensors
+
+_EMBEDDING = ".lora_embedding_A"
+_BASE_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Starts of HF PEFT that take something out of the base, which the directory does not say."""
+
+
+@dataclass(frozen=True)
+class CanonicalLora:
+    """A LoRA with α = rank: each layer adds BA to its weight."""
+
+    layers: dict[str, tuple[Tensor, Tensor]]
+    """{path: (A (r, i), B (o, r))}, float32 on the CPU."""
+    rank: int
+    embeddings: frozenset[str]
+    """Paths whose layer is an embedding."""
+    task_type: str | None = None
+    base: str | None = None
+    """`base_model_name_or_path`."""
+    revision: str | None = None
+
+
+@torch.no_grad()
+def canonicalise(
+    source: nn.Module | str | Path, adapter_name: str = "default", rank: int | None = None
+) -> CanonicalLora:
+    """The canonical form of a LoRA, AdaLoRA or VeRA adapter of a model, or of a directory of LoRA or AdaLoRA.
+
+    rank: to pad to; None: the largest of a layer. Raises ExportError for what the form cannot hold (DoRA, aLoRA,
+    saved modules, trained biases, experts, convolutions, other methods), and says what to do instead.
+    """
+    if isinstance(source, nn.Module):
+        config = adapter_set(source).configs.get(adapter_name)
+        adapter_set(source).require(adapter_name)
+        layers, embeddings = _of_model(source, adapter_name)
+    else:
+        config = PeftConfig.from_pretrained(source)
+        layers, embeddings = _of_directory(config, Path(source))
+    assert config is not None
+    layers = {path: own for path, own in layers.items() if own.rank}
+    if not layers:
+        raise ExportError("every layer of this adapter has rank 0, so it changes nothing; there is nothing to export")
+    most = max(own.rank for own in layers.values())
+    if rank is not None and rank < most:
+        raise ExportError(
+            f"rank {rank} is below the adapter's {most}; give at least that, or convert_to_lora(rank=...)"
+        )
+    padded = {path: _padded(own, rank or most) for path, own in layers.items()}
+    task = None if config.task_type is None else str(config.task_type)
+    base = config.base_model_name_or_path or getattr(source, "name_or_path", None) or None
+    return CanonicalLora(padded, rank or most, frozenset(embeddings), task, base, config.revision)
+
+
+def _of_model(model: nn.Module, name: str) -> tuple[dict[str, Factors], set[str]]:
+    adapters = adapter_set(model)
+    config: Any = adapters.configs[name]
+    own = adapters.adapters(name)
+    check_plain(config)
+    check_convertible(model, name)
+    if adapters.copies(name) or adapters.own_biases.get(name):
+        raise ExportError(_SAVED_MODULES)
+    layers = {}
+    for path, adapter in own.items():
+        if adapter.base.kind not in ("linear", "embedding"):
+            raise ExportError(f"{path} is a {adapter.base.kind}, which LoRA runtimes do not adapt; merge the adapter")
+        factors = exact_factors(adapter)
+        if factors is None:
+            raise ExportError(_not_low_rank(type(adapter).__name__))
+        layers[path] = factors
+    return layers, {path for path, adapter in own.items() if adapter.base.kind == "embedding"}
+
+
+def check_plain(config: PeftConfig) -> None:
+    """Raise ExportError where a configuration asks for more than products of two factors."""
+    own: Any = config
+    if getattr(own, "use_dora", False):
+        raise ExportError(_not_low_rank("DoRA"))
+    if getattr(own, "alora_invocation_tokens", None) is not None:
+        raise ExportError("aLoRA acts at some positions only, which this format does not say; train a plain LoRA")
+    if getattr(own, "modules_to_save", None):
+        raise ExportError(_SAVED_MODULES)
+    if getattr(own, "bias", "none") != "none" or getattr(own, "lora_bias", False):
+        raise ExportError("the adapter trains biases, which LoRA runtimes do not read; merge it into the base instead")
+    for option in ("target_parameters", "layer_replication", "trainable_token_indices"):
+        if getattr(own, option, None):
+            raise ExportError(f"{option} is not read by LoRA runtimes; merge the adapter into the base instead")
+
+
+_SAVED_MODULES = (
+    "the adapter holds whole modules or biases (modules_to_save, a task's head), which LoRA runtimes do not read; "
+    "merge it into the base instead"
+)
+
+
+def _not_low_rank(method: str) -> str:
+    return (
+        f"{method} is no product of two factors; make it one by convert_to_lora(model, name, new_name, rank=...) and "
+        "export that, or merge it into the base"
+    )
+
+
+def _of_directory(config: PeftConfig, directory: Path) -> tuple[dict[str, Factors], set[str]]:
+    check_plain(config)
+    if isinstance(config, AdaLoraConfig):
+        tensors = read_tensors(directory)
+        return adalora_factors(config, tensors), set()
+    if not isinstance(config, LoraConfig):
+        raise ExportError(f"{directory} holds a {config.peft_type} adapter. {_not_low_rank(config.peft_type)}")
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.startswith(_BASE_STARTS):
+        raise ExportError(
+            f"{directory}: init_lora_weights={start!r} takes its start out of the base; load it onto the model and "
+            "export it from there"
+        )
+    return _lora_factors(config, read_tensors(directory), directory)
+
+
+def _lora_factors(
+    config: LoraConfig, tensors: Mapping[str, Tensor], directory: Path
+) -> tuple[dict[str, Factors], set[str]]:
+    layers, embeddings, read = {}, set(), set()
+    for key, a in tensors.items():
+        ending = next((end for end in (".lora_A.weight", _EMBEDDING) if key.endswith(end)), None)
+        if ending is None:
+            continue
+        path = key.removeprefix(PREFIX).removesuffix(ending)
+        other = key.removesuffix(ending) + ending.replace("A", "B")
+        if other not in tensors or a.dim() != 2:
+            what = "has no B" if other not in tensors else "is a convolution, which LoRA runtimes do not adapt"
+            raise ExportError(f"{directory}: {path} {what}; merge the adapter into the base instead")
+        read |= {key, other}
+        alpha = config.at(path)[1]
+        layers[path] = Factors(a, tensors[other], alpha / (math.sqrt(len(a)) if config.use_rslora else len(a)))
+        embeddings |= {path} if ending == _EMBEDDING else set()
+    if left := sorted(key for key in tensors if key not in read and not key.endswith(".base_layer.weight")):
+        raise ExportError(f"{directory} holds {left[0]}, which is no factor of a LoRA; {_SAVED_MODULES}")
+    if not layers:
+        raise CheckpointError(f"{directory} holds no LoRA tensors; give the directory that save_pretrained wrote")
+    return layers, embeddings
+
+
+def _padded(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - factors.rank
+    a, b = factors.a.detach().float().cpu(), factors.b.detach().float().cpu() * factors.scaling
+    return (
+        nn.functional.pad(a, (0, 0, 0, missing)).contiguous(),
+        nn.functional.pad(b, (0, missing)).contiguous(),
+    )

@@ -1,0 +1,93 @@
+"""What a merged model's files hold: {key: its header, and what makes its tensor when it is time to write it}."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapter import Adapter
+from peftcore.adapter_set import AdapterSet, bias_path
+from peftcore.errors import MergeError
+from peftcore.export.mapped_model import key_of
+from peftcore.export.safetensors_stream import Header
+
+
+class Output(NamedTuple):
+    """One tensor to write."""
+
+    header: Header
+    make: Callable[[], Tensor]
+
+
+def merged_tensors(
+    model: Any, adapters: AdapterSet, name: str, tensors: dict[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Output]:
+    """{key: what to write}: the base's own keys, and the head's where a merge parts it from the embeddings."""
+    changes = _changes(model, adapters, name, dtype)
+    outputs = {key: _unchanged(tensor, dtype) for key, tensor in tensors.items()}
+    for target, source in model.all_tied_weights_keys.items():
+        key = key_of(source, model, tensors)
+        if target not in tensors and key is not None and (target in changes or source in changes):
+            outputs[target] = outputs[key]
+    for path, make in changes.items():
+        key = path if path in outputs else key_of(path, model, tensors)
+        assert key is not None
+        outputs[key] = Output(outputs[key].header, lambda key=key, make=make: _finite(key, make()))
+    return outputs
+
+
+def _unchanged(tensor: Tensor, dtype: torch.dtype | None) -> Output:
+    kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return Output(Header(kept, tuple(tensor.shape)), lambda: tensor.to(kept))
+
+
+def _changes(
+    model: nn.Module, adapters: AdapterSet, name: str, dtype: torch.dtype | None
+) -> dict[str, Callable[[], Tensor]]:
+    """{path of a parameter: what makes it} of all that the adapter changes."""
+    changes: dict[str, Callable[[], Tensor]] = {}
+    for path, site in adapters.layers.items():
+        adapter, base = site.adapters[name], site.base
+        weight = path if base.kind == "parameter" else f"{path}.weight"
+        changes[weight] = lambda adapter=adapter: _merged(adapter, dtype)
+        if base.bias is not None and adapter.merged_bias(base.bias) is not base.bias:
+            changes[f"{path}.bias"] = lambda adapter=adapter: _merged_bias(adapter, dtype)
+    for path, copy in adapters.copies(name).items():
+        for key, tensor in copy.state_dict().items():
+            changes[f"{path}.{key}"] = lambda tensor=tensor: tensor.to(dtype or tensor.dtype)
+    for path in adapters.own_biases.get(name, {}):
+        bias = model.get_parameter(bias_path(adapters, path))
+        changes[path] = lambda bias=bias: bias.to(dtype or bias.dtype)
+    return changes
+
+
+def _merged(adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
+    """The merged weight as the layer stores it, in `dtype`; the layer is left as it was."""
+    base, before = adapter.base, adapter.base.state()
+    leaf = getattr(base, "leaf", "weight")
+    weight = base.read()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = adapter.merged_weight(weight)
+    stands_in = torch.zeros((), dtype=dtype or before[leaf].dtype).expand(before[leaf].shape)
+    base.restore({leaf: nn.Parameter(stands_in, requires_grad=False)})  # `write` keeps the type that it finds
+    try:
+        base.write(weight)
+        return base.state()[leaf]
+    finally:
+        base.restore(before)
+
+
+def _merged_bias(adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
+    bias = adapter.base.bias
+    merged = adapter.merged_bias(bias)
+    assert bias is not None and merged is not None
+    return merged.to(dtype or bias.dtype)
+
+
+def _finite(key: str, tensor: Tensor) -> Tensor:
+    if not tensor.isfinite().all():
+        raise MergeError(
+            f"{key}, merged, is NaN or infinite in {tensor.dtype}, so nothing was written; check the adapter"
+        )
+    return tensor

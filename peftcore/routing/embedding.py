@@ -1,0 +1,35 @@
+"""Text embeddings from an encoder of transformers, such as MiniLM: the mean of its last hidden states over the text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TextEmbedder:
+    """Texts -> vectors (n, d), in batches; the encoder is read from a folder (transformers' format)."""
+
+    def __init__(self, folder: str | Path, batch_size: int = 32, max_length: int = 256):
+        from transformers import AutoModel, AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        self._batch_size, self._max_length = batch_size, max_length
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        found = []
+        for first in range(0, len(texts), self._batch_size):
+            given = self._tokenizer(
+                list(texts[first : first + self._batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=self._max_length,
+                return_tensors="pt",
+            )
+            hidden = self._model(**given).last_hidden_state
+            mask = given["attention_mask"][..., None].to(hidden)
+            found.append((hidden * mask).sum(1) / mask.sum(1))
+        return torch.cat(found) if found else torch.empty(0, self._model.config.hidden_size)

@@ -1,0 +1,63 @@
+"""Mixtures weighed token by token.
+
+Arrow (arXiv:2405.11157): an adapter's prototype at a layer is the direction that its ΔW = B A stretches most, and a
+token's weights are a softmax over the top k of |⟨x, prototype⟩| / temperature.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftcore.adapter import Adapter
+from peftcore.composition.algebra import Gate
+from peftcore.errors import RoutingError
+
+
+def arrow_gate(names: Sequence[str], top_k: int | None = None, temperature: float = 1.0) -> Gate:
+    """Arrow over these adapters, of methods with two factors; top_k: of each token (count), None: all.
+
+    Prototypes are computed once for each adapter at each layer, when a token first comes there.
+    """
+    if temperature <= 0:
+        raise RoutingError(f"arrow_gate: temperature must be above 0, got {temperature}")
+    if top_k is not None and not 1 <= top_k <= len(names):
+        raise RoutingError(f"arrow_gate: top_k must be from 1 to {len(names)}, got {top_k}")
+    return Gate(tuple(names), _Arrow(top_k, temperature))
+
+
+class _Arrow:
+    def __init__(self, top_k: int | None, temperature: float):
+        self.top_k, self.temperature = top_k, temperature
+        self.prototypes: dict[Adapter, Tensor] = {}
+
+    def __call__(self, path: str, adapters: Mapping[str, Any], x: Tensor) -> Tensor:
+        """(..., k)"""
+        prototypes = torch.stack([self._prototype(path, adapter) for adapter in adapters.values()])
+        scores = (x.to(prototypes.dtype) @ prototypes.T).abs() / self.temperature
+        if self.top_k is not None and self.top_k < len(adapters):
+            kept, places = scores.topk(self.top_k, dim=-1)
+            scores = torch.full_like(scores, -torch.inf).scatter(-1, places, kept)
+        return F.softmax(scores, dim=-1).to(x.dtype)
+
+    @torch.no_grad()
+    def _prototype(self, path: str, adapter: Adapter) -> Tensor:
+        found = self.prototypes.get(adapter)
+        if found is None:
+            factors = adapter.low_rank()
+            if factors is None or adapter.base.kind != "linear":
+                raise RoutingError(f"Arrow needs adapters of two factors; {type(adapter).__name__} at {path} has none")
+            found = self.prototypes[adapter] = prototype(factors.a, factors.b)
+        return found
+
+
+def prototype(a: Tensor, b: Tensor) -> Tensor:
+    """(i,): the unit vector that B A stretches most, from A (r, i) and B (o, r), without B A itself.
+
+    B A = Q_b (R_b R_aᵀ) Q_aᵀ, so its first right singular vector is Q_a times that of the small core.
+    """
+    q_a, r_a = torch.linalg.qr(a.T)
+    r_b = torch.linalg.qr(b)[1]
+    return q_a @ torch.linalg.svd(r_b @ r_a.T)[2][0]

@@ -1,0 +1,137 @@
+"""The keys and values of rows whose texts have different lengths: all end at the same place, shorter ones are padded at
+the left. Rows join and leave between two forwards; a step can be taken back.
+
+Shapes: B rows, h heads, S tokens in the cache, T of the step, d of a head.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64
+"""Tokens by which a layer's memory grows at a time."""
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer with memory for tokens to come, so that a step copies its own keys and values alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Append (B, h, T, d); gives all keys and values (B, h, S + T, d)."""
+        length = self.get_seq_length()
+        end = length + key_states.shape[-2]
+        if self._memory is None or self._memory[0].shape[-2] < end:
+            self._grow(key_states, value_states, length, end + ROOM)
+        assert self._memory is not None
+        self._memory[0][:, :, length:end] = key_states
+        self._memory[1][:, :, length:end] = value_states
+        self._show(end)
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def filled(self, parts: Sequence[tuple[Tensor, Tensor]], length: int) -> "GrowingLayer":
+        """Take over rows of other layers, one below the other, each at the right end of `length` tokens."""
+        rows = sum(len(keys) for keys, _ in parts)
+        (keys, values), first = parts[0], 0
+        self._memory = (
+            keys.new_zeros(rows, keys.shape[1], length + ROOM, keys.shape[3]),
+            values.new_zeros(rows, values.shape[1], length + ROOM, values.shape[3]),
+        )
+        for part in parts:
+            for memory, tensor in zip(self._memory, part, strict=True):
+                memory[first : first + len(tensor), :, length - tensor.shape[2] : length] = tensor
+            first += len(part[0])
+        self._show(length)
+        return self
+
+    def shorten(self, length: int) -> None:
+        """Forget all but the first tokens."""
+        if self._memory is not None:
+            self._show(length)
+
+    def _grow(self, keys: Tensor, values: Tensor, length: int, room: int) -> None:
+        old = self._memory
+        self._memory = (
+            keys.new_zeros(*keys.shape[:2], room, keys.shape[3]),
+            values.new_zeros(*values.shape[:2], room, values.shape[3]),
+        )
+        for number in range(2 if old else 0):
+            assert old is not None
+            self._memory[number][:, :, :length] = old[number][:, :, :length]
+
+    def _show(self, length: int) -> None:
+        assert self._memory is not None
+        self.keys, self.values = (memory[:, :, :length] for memory in self._memory)
+        self.is_initialized = True
+
+
+class RowCache:
+    """mask: (B, S), 1 where a token is and 0 for padding."""
+
+    def __init__(self, mask: Tensor, layers: Sequence[GrowingLayer] = ()):
+        self.mask = mask
+        self.cache: Cache = DynamicCache()
+        self.cache.layer_class_to_replicate = GrowingLayer
+        self.cache.layers = list(layers)
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device | str = "cpu") -> "RowCache":
+        """For rows that have not been read yet."""
+        return cls(torch.zeros(rows, 0, dtype=torch.long, device=device))
+
+    @classmethod
+    def join(cls, parts: Sequence["RowCache"]) -> "RowCache":
+        """One below the other; parts without rows are left out."""
+        parts = [part for part in parts if len(part)]
+        if len(parts) == 1:
+            return parts[0]
+        length = max(part.length for part in parts)
+        mask = torch.cat([torch.nn.functional.pad(part.mask, (length - part.length, 0)) for part in parts])
+        return cls(mask, [_filled(layers, length) for layers in zip(*(part._tensors() for part in parts), strict=True)])
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    @property
+    def length(self) -> int:
+        """S"""
+        return self.mask.shape[1]
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """(B, T): the place in their texts of further tokens, whose mask (B, T) is given."""
+        before = self.mask.sum(1, keepdim=True)
+        return (before + mask.cumsum(1) - 1).clamp(min=0)
+
+    def extend(self, mask: Tensor) -> None:
+        """Told after a forward of further tokens."""
+        self.mask = torch.cat([self.mask, mask], 1)
+
+    def take_back(self) -> None:
+        """Forget what a forward has written that did not end well; `extend` has not been told of it."""
+        for layer in self.cache.layers:
+            assert isinstance(layer, GrowingLayer)
+            layer.shorten(self.length)
+
+    def select(self, rows: Sequence[int]) -> "RowCache":
+        """Some rows, without the padding that they have in common."""
+        chosen = torch.tensor(rows, dtype=torch.long, device=self.mask.device)
+        mask = self.mask.index_select(0, chosen)
+        start = self.length - int(mask.sum(1).max()) if len(rows) else 0
+        picked = [p and tuple(t.index_select(0, chosen)[:, :, start:] for t in p) for p in self._tensors()]
+        return RowCache(mask[:, start:], [_filled([pair], self.length - start) for pair in picked])
+
+    def _tensors(self) -> list[tuple[Tensor, Tensor] | None]:
+        """Keys and values of each layer; None for one that a model keeps nothing in."""
+        layers = self.cache.layers
+        return [None if layer.keys is None else (layer.keys, layer.values) for layer in layers]  # type: ignore[misc]
+
+
+def _filled(parts: Sequence[tuple[Tensor, ...] | None], length: int) -> GrowingLayer:
+    given = [(part[0], part[1]) for part in parts if part is not None]
+    return GrowingLayer().filled(given, length) if given else GrowingLayer()

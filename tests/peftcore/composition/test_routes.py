@@ -1,0 +1,552 @@
+"""Rows of one batch by different adapters: each is what it is alone, whatever the methods; nothing is left behind."""
+
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from method_example import examples, randomise
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peftcore import IA3Config, LoraConfig, OFTConfig, fast_path, get_peft_model
+from peftcore.composition import Average, Gate, Only, Parallel, Split, Stack, Weighted
+from peftcore.errors import AdapterNameError, RoutingError
+from peftcore.registry import methods
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+TOKENS = torch.arange(3, 45).view(6, 7)
+GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+LAYERED = {
+    method: example
+    for method, example in examples().items()
+    if "linear" in methods()[method].adapter.layer_kinds and not example.whole_model
+}
+
+
+def llama(dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype)
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4)).double()
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=60, decoder_start_token_id=0, **sizes)).double()
+
+
+def lora(**options: Any) -> LoraConfig:
+    fixed = {"target_modules": "all-linear", "init_lora_weights": False, "inference_mode": True}
+    return LoraConfig(**{"r": 4, "lora_alpha": 6, **fixed, **options})
+
+
+def adapted(base: Any, **configs: Any) -> Any:
+    """A model with these adapters, moved away from their start; in evaluation."""
+    model = base
+    for number, (name, config) in enumerate(configs.items()):
+        config.inference_mode = False
+        model = get_peft_model(model, config, name) if number == 0 else model
+        if number:
+            model.add_adapter(name, config)
+        for other in model.peft_config:
+            model.set_requires_grad(other, other == name)
+        randomise(model, 0.2, seed=number)
+    for name in configs:
+        model.set_requires_grad(name, False)
+    return model.double().eval()
+
+
+def mixture(base: Any) -> Any:
+    return adapted(
+        base,
+        a=lora(),
+        b=lora(r=2, lora_alpha=8, use_rslora=True, rank_pattern={"0.*": 3}),
+        c=OFTConfig(oft_block_size=4, target_modules=_two(base)),
+        d=IA3Config(target_modules=_two(base), feedforward_modules=_two(base)[1:]),
+    )
+
+
+def _two(base: Any) -> list[str]:
+    return ["c_attn", "c_fc"] if isinstance(base, GPT2LMHeadModel) else ["v_proj", "up_proj"]
+
+
+def assert_rows_as_alone(model: Any, names: list[Any], tokens: Tensor = TOKENS, **arguments: Any) -> None:
+    """Every row of a mixed batch is what its composition gives for that row alone; with gradients and without."""
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            mixed = model(tokens[: len(names)], adapter_names=names, **arguments).logits
+            for row, name in enumerate(names):
+                own = {key: value[row : row + 1] for key, value in arguments.items()}
+                with model.route(name):
+                    alone = model(tokens[row : row + 1], **own).logits
+                torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-10, rtol=0)
+
+
+# -- exactness ------------------------------------------------------------------------------------------------------
+
+COMPOSED: list[Any] = [
+    ["a", "b", None, "a", "__base__", "b"],
+    ["a", "b", "c", "d", None, "c"],
+    [{"a": 0.5, "b": -1.0}, Parallel("a", "b"), Average("a", "b"), Stack("a", "b"), None, 0.3 * Only("a")],
+    [{"c": 0.5, "a": 1.0}, Stack("c", "d"), Stack({"a": 0.5, "d": 0.5}, "c"), "a", Average("c", "d"), "b"],
+    [Split(a=2, b=3), Split(("c", 1), (None, 2), ("a", ...)), "a", None, Split(("a", 3), ({"b": 2.0}, ...)), "b"],
+]
+
+
+@pytest.mark.parametrize("base", [llama, gpt2])
+@pytest.mark.parametrize("names", COMPOSED)
+def test_a_row_is_what_it_is_alone(base: Any, names: list[Any]) -> None:
+    assert_rows_as_alone(mixture(base()), names)
+
+
+@pytest.mark.parametrize("method", LAYERED)
+def test_every_method_beside_lora_and_the_base(method: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 8)).double()
+    model = adapted(
+        net,
+        first=LAYERED[method].make(target_modules=["0"]),
+        second=lora(target_modules=["0", "2"]),
+        third=LAYERED[method].make(target_modules=["0"]),
+    )
+    x, names = torch.randn(5, 12, dtype=torch.float64), ["first", "second", None, "third", "first"]
+    given = {"task_ids": torch.zeros(5, dtype=torch.long)} if method == "POLY" else {}
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            mixed = model(x, adapter_names=names, **given)
+            for row, name in enumerate(names):
+                own = {key: value[row : row + 1] for key, value in given.items()}
+                alone = model(x[row : row + 1], adapter_names=name, **own) if name else _base(model, x[row : row + 1])
+                torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-10, rtol=0)
+
+
+def _base(model: Any, x: Tensor) -> Tensor:
+    with model.disable_adapter():
+        return model(x)
+
+
+def test_compositions_are_sums_of_what_the_adapters_change() -> None:
+    """On one layer, from each adapter's own output."""
+    torch.manual_seed(0)
+    model = adapted(
+        nn.Sequential(nn.Linear(12, 8)).double(),
+        a=lora(target_modules=["0"]),
+        b=lora(target_modules=["0"], use_dora=True),
+        c=OFTConfig(oft_block_size=4, target_modules=["0"]),
+    )
+    x = torch.randn(5, 12, dtype=torch.float64)
+    base, (a, b, c) = _base(model, x), [model(x, adapter_names=name) - _base(model, x) for name in "abc"]
+    for given, change in (
+        ({"a": 0.5, "b": 2.0, "c": -1.0}, 0.5 * a + 2 * b - c),
+        (Average("a", "b", "c"), (a + b + c) / 3),
+        (Parallel("a", "c"), a + c),
+        (0.5 * (Only("a") - Only("b")), 0.5 * a - 0.5 * b),
+    ):
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                torch.testing.assert_close(model(x, adapter_names=given), base + change, atol=1e-12, rtol=0)
+
+
+def test_a_stack_is_what_set_adapter_makes_of_the_names() -> None:
+    model = mixture(llama())
+    for names in (["a", "b"], ["c", "a", "d"]):
+        model.set_adapter(names)
+        expected = model(TOKENS).logits
+        model.set_adapter("a")
+        torch.testing.assert_close(model(TOKENS, adapter_names=Stack(*names)).logits, expected, atol=1e-12, rtol=0)
+        nested = Stack(Stack(names[0]), *[Weighted({name: 1.0}) for name in names[1:]])
+        torch.testing.assert_close(model(TOKENS, adapter_names=nested).logits, expected, atol=1e-10, rtol=0)
+
+
+def test_a_split_gives_each_token_its_adapter() -> None:
+    """At a layer: the tokens that a composition gets are those of that composition alone."""
+    model = mixture(llama())
+    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(2, 7, 32, dtype=torch.float64)
+    seen: list[Tensor] = []
+    layer.register_forward_hook(lambda module, args, output: seen.append(layer.forward(x)))
+    mask = torch.tensor([[1] * 7, [0, 0, *[1] * 5]])
+    with torch.no_grad():
+        for given in ("a", "c", "__base__", Split(("a", 2), ("c", 3))):
+            model(TOKENS[:2], adapter_names=given, attention_mask=mask)
+    a, c, base, split = seen
+    torch.testing.assert_close(split[0], torch.cat([a[0, :2], c[0, 2:5], base[0, 5:]]), atol=1e-12, rtol=0)
+    torch.testing.assert_close(split[1], torch.cat([base[1, :2], a[1, 2:4], c[1, 4:]]), atol=1e-12, rtol=0)
+
+
+def test_a_split_counts_on_while_decoding() -> None:
+    model = mixture(llama())
+    given = Split(("a", 9), ("b", ...))
+    whole = model.generate(TOKENS[:2], adapter_names=given, **GREEDY)
+    with torch.no_grad():
+        logits = model(whole[:, :-1], adapter_names=given).logits
+    assert torch.equal(logits[:, 6:].argmax(-1), whole[:, 7:])
+
+
+def test_a_gate_weighs_every_token_of_every_layer() -> None:
+    model = mixture(llama())
+
+    def gating(path: str, adapters: dict[str, Any], x: Tensor) -> Tensor:
+        first = x[..., :1].sigmoid()
+        return torch.cat([first, 1 - first], -1)[..., : len(adapters)]
+
+    for names in (("a", "b"), ("a", "c")):
+        gate = Gate(names, gating)
+        with torch.no_grad():
+            fast = model(TOKENS, adapter_names=gate).logits
+        torch.testing.assert_close(fast, model(TOKENS, adapter_names=gate).logits, atol=1e-10, rtol=0)
+        assert not torch.allclose(fast, model(TOKENS, adapter_names=Average(*names)).logits)
+        assert_rows_as_alone(model, [gate, "a", None, "b"])
+    constant = Gate(("a", "b"), lambda path, adapters, x: torch.full((*x.shape[:-1], 2), 0.5, dtype=x.dtype))
+    mean = model(TOKENS, adapter_names=Average("a", "b")).logits
+    torch.testing.assert_close(model(TOKENS, adapter_names=constant).logits, mean, atol=1e-10, rtol=0)
+
+
+def test_modules_trained_whole_are_each_rows_own() -> None:
+    model = adapted(
+        llama(),
+        a=lora(modules_to_save=["lm_head"]),
+        b=lora(),
+        c=lora(target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
+    )
+    assert_rows_as_alone(model, ["a", "b", "c", None, Stack("b", "c"), {"a": 0.5, "b": 0.5}])
+    with pytest.raises(RoutingError, match=r"trained whole by \['a', 'c'\], and whole modules cannot be mixed"):
+        model(TOKENS, adapter_names={"a": 0.5, "c": 0.5})
+
+
+def test_embeddings_heads_and_pooled_rows() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=60, **sizes)).double()
+    targets = ["query", "word_embeddings", "dense", "classifier"]
+    model = adapted(bert, a=lora(target_modules=targets), b=lora(r=2, target_modules=targets))
+    assert_rows_as_alone(model, ["a", "b", None, {"a": 0.5, "b": 1.0}])
+
+
+def test_alora_acts_where_its_row_was_invoked() -> None:
+    model = adapted(llama(), a=lora(alora_invocation_tokens=[20, 21]), b=lora())
+    tokens = TOKENS.clone()
+    tokens[0, 2:4] = tokens[3, 4:6] = torch.tensor([20, 21])
+    assert_rows_as_alone(model, ["a", "b", None, "a", "a", "b"], tokens)
+    with pytest.raises(RoutingError, match="it can be in one composition of a batch"):
+        model(tokens, adapter_names=["a", Stack("a", "b"), None, None, None, None])
+
+
+# -- generation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_row_by_row(options: dict[str, Any], padded: bool) -> None:
+    model, names = mixture(llama()), ["a", "b", "c", None, {"a": 0.5, "d": 1.0}, Stack("a", "c")]
+    mask = torch.ones_like(TOKENS)
+    if padded:
+        mask[1, :2] = mask[4, :3] = 0
+    mixed = model.generate(TOKENS, attention_mask=mask, adapter_names=names, **GREEDY, **options)
+    for row, name in enumerate(names):
+        with model.route(name):
+            own = {"attention_mask": mask[row : row + 1]}
+            alone = model.generate(TOKENS[row : row + 1], **own, **GREEDY, **options)
+        assert torch.equal(mixed[row, : alone.shape[1]], alone[0])
+
+
+def test_generate_samples_from_each_rows_own_distribution() -> None:
+    model, names = mixture(llama()), ["a", "b"]
+    options = {**GREEDY, "do_sample": True, "num_return_sequences": 3, "top_k": 1}
+    mixed = model.generate(TOKENS[:2], adapter_names=names, **options)
+    alone = [model.generate(TOKENS[i : i + 1], adapter_names=name, **options) for i, name in enumerate(names)]
+    assert torch.equal(mixed, torch.cat(alone))
+
+
+def test_encoder_and_decoder_go_the_same_way() -> None:
+    model = adapted(t5(), a=lora(), b=lora(r=2, target_modules=["q", "v"]))
+    names = ["a", "b", None, "a"]
+    assert_rows_as_alone(model, names, decoder_input_ids=TOKENS[:4, :3])
+    mixed = model.generate(TOKENS[:4], adapter_names=names, **GREEDY)
+    for row, name in enumerate(names):
+        alone = model.generate(TOKENS[row : row + 1], adapter_names=name, **GREEDY)
+        assert torch.equal(mixed[row, : alone.shape[1]], alone[0])
+
+
+def test_decoding_with_another_set_of_rows_each_step() -> None:
+    """As a server does: a cache per row, put together differently from step to step."""
+    model = mixture(llama(torch.float64))
+    alone = {name: model.generate(TOKENS[:1], adapter_names=name, **GREEDY)[0] for name in ("a", "b")}
+    with torch.no_grad():
+        caches = {}
+        for name in alone:
+            caches[name] = DynamicCache(config=model.config)
+            model(TOKENS[:1], cache=caches[name], adapter_names=[name])
+        for step in range(7, 11):
+            for name in ("a", "b"):
+                token = alone[name][step].view(1, 1)
+                logits = model(token, cache=caches[name], adapter_names=[name]).logits
+                assert logits[0, -1].argmax() == alone[name][step + 1]
+
+
+# -- gradients ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_adapter_learns_from_its_own_rows(checkpointing: bool) -> None:
+    model = mixture(llama()).train()
+    model.set_requires_grad(["a", "b", "c"], True)
+    model.lm_head.weight.requires_grad_(True)  # so that the base's row has a gradient
+    names = ["a", "b", "c", None, "a", {"b": 0.5, "c": 0.5}]
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+
+    def gradients(rows: list[int]) -> dict[str, Tensor]:
+        model.zero_grad()
+        loss = model(TOKENS[rows], labels=TOKENS[rows], adapter_names=[names[row] for row in rows]).loss
+        (loss * len(rows)).backward()  # outside of the route: recomputing must know it all the same
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    together = gradients(list(range(6)))
+    summed: dict[str, Tensor] = {}
+    model.activation_checkpointing_disable()
+    for row in range(6):
+        for name, gradient in gradients([row]).items():
+            summed[name] = summed[name] + gradient if name in summed else gradient
+    assert together.keys() == summed.keys()
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, summed[name], atol=1e-9, rtol=1e-9)
+
+
+# -- the stacked path -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many layers each stacked product has computed."""
+    seen: list[int] = []
+    original = fast_path.stacked_outputs
+
+    def counted(x: Tensor, bases: Any, *others: Any) -> Any:
+        seen.append(len(bases))
+        return original(x, bases, *others)
+
+    monkeypatch.setattr(fast_path, "stacked_outputs", counted)
+    return seen  # type: ignore[return-value]
+
+
+def test_low_rank_rows_go_through_two_products_for_all_layers_of_one_input(stacks: list[int]) -> None:
+    model = mixture(llama())
+    with torch.no_grad():
+        for given in (["a", "b", None, "a", "b", "a"], {"a": 0.5, "b": 0.5}, Split(a=3, b=2), "a", Stack("a", "b")):
+            stacks.clear()
+            model(TOKENS, adapter_names=given)
+            assert stacks == [3, 1, 2, 1] * 2, given  # query, key, value; output; gate, up; down
+            model.zero_grad()
+        stacks.clear()
+        model(TOKENS, adapter_names=["a", "c", None, "a", "b", "a"])
+        assert stacks == [2, 1, 1, 1] * 2 and not model._adapter_set.selection.waiting.by_layer
+    stacks.clear()
+    model(TOKENS, adapter_names=["a", "b", None, "a", "b", "a"])  # with gradients
+    assert not stacks
+
+
+def test_stacks_follow_the_weights(stacks: list[int]) -> None:
+    model = mixture(llama())
+    names = ["a", "b", "a", None, "a", "b"]
+
+    def both() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            fast = model(TOKENS, adapter_names=names).logits
+        return fast, model(TOKENS, adapter_names=names).logits
+
+    before = both()[0]
+    for parameter in model.parameters():
+        if parameter.shape[:1] == (4,):
+            with torch.no_grad():
+                parameter.mul_(1.5)
+    fast, general = both()
+    assert not torch.allclose(fast, before)
+    torch.testing.assert_close(fast, general, atol=1e-10, rtol=0)
+    model.delete_adapter("b")
+    model.add_adapter("b", lora(r=3))
+    torch.testing.assert_close(*both(), atol=1e-10, rtol=0)
+    model.set_requires_grad("a", True)
+    with torch.no_grad():
+        fast = model(TOKENS, adapter_names=names).logits
+        for name, parameter in model.named_parameters():
+            if "adapters.a." in name:
+                parameter.data.mul_(2.0)  # as an optimiser of another library does: no version is counted
+    torch.testing.assert_close(*both(), atol=1e-10, rtol=0)
+    assert not torch.allclose(both()[0], fast)
+
+
+def test_a_deleted_adapter_is_let_go() -> None:
+    model = mixture(llama())
+    with torch.no_grad():
+        model(TOKENS, adapter_names=["a", "b", None, "a", "b", "a"])
+    gone = weakref.ref(model._adapter_set.layers["model.layers.0.mlp.up_proj"].adapters["b"].lora_A)
+    model.delete_adapter("b")
+    gc.collect()
+    assert gone() is None
+
+
+def test_half_precision_at_a_layer_is_close_to_double() -> None:
+    """Per layer, because a model's own rounding would hide an error."""
+    torch.manual_seed(0)
+    exact = adapted(
+        nn.Sequential(nn.Linear(64, 48)).double(), a=lora(target_modules=["0"]), b=lora(target_modules=["0"])
+    )
+    half = copy.deepcopy(exact).to(torch.bfloat16)
+    x, names = torch.randn(6, 64).bfloat16(), ["a", "b", None, {"a": 0.5, "b": 0.5}, "b", "a"]
+    with torch.no_grad():
+        found, expected = half(x, adapter_names=names), exact(x.double(), adapter_names=names)
+    assert (found.double() - expected).norm() / expected.norm() < 0.01
+
+
+# -- what is left behind --------------------------------------------------------------------------------------------
+
+
+def test_an_error_inside_leaves_no_route() -> None:
+    model = mixture(llama())
+    model.set_adapter("a")
+    expected = model(TOKENS).logits
+    with pytest.raises(IndexError):
+        model(torch.full((2, 3), 999), adapter_names=["b", None])
+    with pytest.raises(ZeroDivisionError), model.route(["b", None]):
+        raise ZeroDivisionError
+    assert torch.equal(model(TOKENS).logits, expected)
+    assert not any(model._adapter_set.selection.in_use.values())
+
+
+def test_routes_nest_and_disabling_stands_over_them() -> None:
+    model = mixture(llama())
+    alone = {name: model(TOKENS, adapter_names=name).logits for name in ("__base__", "a", "b")}
+    with model.route("a"):
+        with model.route("b"):
+            assert torch.equal(model(TOKENS).logits, alone["b"])
+        assert torch.equal(model(TOKENS).logits, alone["a"])
+        with model.disable_adapter():
+            assert torch.equal(model(TOKENS).logits, alone["__base__"])
+        assert torch.equal(model(TOKENS).logits, alone["a"])
+
+
+def test_threads_do_not_see_one_another() -> None:
+    model = mixture(llama())
+    names = ["a", "b", "c", "__base__"]
+    with torch.no_grad():
+        alone = {name: model(TOKENS, adapter_names=name).logits for name in names}
+    failures: list[str] = []
+    start = threading.Barrier(len(names))
+
+    def work(name: Any) -> None:
+        start.wait()
+        for turn in range(15):
+            with torch.no_grad():
+                found = model(TOKENS, adapter_names=name if turn % 2 else [name] * len(TOKENS)).logits
+            if not torch.allclose(found, alone[name], atol=1e-10, rtol=0):
+                failures.append(f"{name} in turn {turn}")
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_copy_and_a_pickle_made_inside_a_route_have_none() -> None:
+    model = mixture(llama())
+    model.set_adapter("a")
+    with torch.no_grad(), model.route("b"):
+        model(TOKENS)
+        copied = copy.deepcopy(model)
+    assert torch.equal(copied(TOKENS).logits, model(TOKENS).logits)
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_named() -> None:
+    model = mixture(llama())
+    expected = model(TOKENS).logits
+    for names, error, said in (
+        (["a", "b"], RoutingError, r"2 adapter names for a batch of 3 rows; give one for each row"),
+        (["a"] * 4, RoutingError, r"4 adapter names for a batch of 3 rows"),
+        (["a"], RoutingError, r"1 adapter names for a batch of 3 rows"),
+        ([], RoutingError, "a route for no rows"),
+        (["a", "z", "b"], AdapterNameError, r"no adapter named 'z'; loaded: a, b, c, d"),
+        (["a", 3, "b"], RoutingError, "3 is no composition"),
+    ):
+        with pytest.raises(error, match=said):
+            model(TOKENS[:3], adapter_names=names)
+    model.merge_adapter(["a"])
+    with pytest.raises(RoutingError, match=r"\['a'\] are merged into the base, where every row would have them"):
+        model(TOKENS, adapter_names=["b"] * 6)
+    model.unmerge_adapter()
+    with model.route(["b"] * 6), pytest.raises(AdapterNameError, match="in use by a route that is open"):
+        model.delete_adapter("b")
+    assert torch.equal(model(TOKENS).logits, expected)
+
+
+def test_layers_where_rows_cannot_be_told_are_refused() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+            self.mixed = nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mixed(self.experts[0](x[:, :3].flatten(0, 1))[:5])
+
+    model = adapted(Mixing().double(), a=lora(target_modules=["experts.0"]), b=lora(target_modules=["mixed"]))
+    x = torch.randn(2, 4, 12, dtype=torch.float64)
+    with pytest.raises(RoutingError, match=r"experts\.0 is one expert of many and sees tokens without their rows"):
+        model(x, adapter_names=["a", None])
+    for gradients in (False, True):
+        with (
+            torch.set_grad_enabled(gradients),
+            pytest.raises(RoutingError, match="mixed sees 5 rows where the batch has 2"),
+        ):
+            model(x, adapter_names=["b", None])
+    assert model(x, adapter_names=["a", "a"]).shape == (5, 12)
+
+
+def test_whole_weights_are_one_for_the_batch() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(8, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.matrix.T
+
+    net = nn.Sequential(Raw()).double()
+    one: dict[str, Any] = {"target_modules": [], "target_parameters": ["0.matrix"], "init_lora_weights": False}
+    model = adapted(net, a=LoraConfig(r=2, **one), b=LoraConfig(r=2, **one))
+    x = torch.randn(2, 12, dtype=torch.float64)
+    base = _base(model, x)
+    a, b = (model(x, adapter_names=name) - base for name in "ab")
+    torch.testing.assert_close(model(x, adapter_names={"a": 0.5, "b": -1.0}), base + 0.5 * a - b)
+    with pytest.raises(RoutingError, match="is one weight for all rows of a batch"):
+        model(x, adapter_names=["a", "b"])

@@ -1,0 +1,128 @@
+"""A directory for vLLM and LoRAX keeps their rules, and HF `peft` computes from it what the adapter does."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peftcore import LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peftcore.conversion import convert_to_lora
+from peftcore.export import ExportError, check_vllm, export_vllm
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what the oracle warns of on import is its own affair
+    import peft
+
+TOKENS = torch.arange(1, 25).view(2, 12)
+AWKWARD: dict[str, Any] = {
+    "r": 6,
+    "lora_alpha": 5,
+    "use_rslora": True,
+    "target_modules": ["q_proj", "up_proj"],
+    "rank_pattern": {"up_proj": 3},
+    "alpha_pattern": {"layers.0.*up_proj": 11},
+}
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": 40}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1)).eval()
+
+
+def adapted(**options: Any) -> Any:
+    torch.manual_seed(1)
+    model = get_peft_model(llama(), LoraConfig(**{**AWKWARD, **options}))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # the oracle's own
+@pytest.mark.parametrize(
+    "options", [{}, {"r": 20}, {"layers_to_transform": [1]}, {"init_lora_weights": "pissa"}, {"use_rslora": False}]
+)
+def test_it_keeps_the_rules_and_the_function(options: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(**options)
+    rank = export_vllm(model, "default", tmp_path / "out")
+    assert rank == (32 if options.get("r") == 20 else 16 if "init_lora_weights" in options else 8)
+    assert check_vllm(tmp_path / "out", max_lora_rank=rank) == []
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["bias"]) == (rank, rank, "none")
+    assert config["target_modules"] == ["q_proj", "up_proj"] and not config["rank_pattern"]
+    assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 3 * 2 * 2
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        there = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "out")).eval()
+        torch.testing.assert_close(there(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+        here = PeftModel.from_pretrained(llama(), tmp_path / "out")
+        torch.testing.assert_close(here(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+        assert (expected - llama()(TOKENS).logits).abs().max() > 1e-2
+
+
+def test_each_broken_rule_is_listed(tmp_path: Path) -> None:
+    adapted(bias="all", modules_to_save=["norm"], alpha_pattern={"q_proj": 2}).save_pretrained(tmp_path)
+    found = "\n".join(check_vllm(tmp_path, max_lora_rank=4))
+    for problem in (
+        "r=6 is above max_lora_rank=4",
+        "modules_to_save: whole modules are not read",
+        "rank_pattern: patterns are not read",
+        "alpha_pattern: patterns",
+        "base_model.model.model.norm.weight is no factor",
+        "up_proj has rank 3, not r=6",
+    ):
+        assert problem in found
+    adapted(use_dora=True, layers_to_transform=[0, 1], target_modules=".*q_proj").save_pretrained(tmp_path / "dora")
+    found = "\n".join(check_vllm(tmp_path / "dora"))
+    assert "DoRA is not read" in found and "lora_magnitude_vector is no factor" in found
+    assert "target_modules is the expression '.*q_proj'" in found
+
+
+def test_what_a_directory_lacks_is_listed(tmp_path: Path) -> None:
+    export_vllm(adapted(), "default", tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
+    save_file({k: v for k, v in tensors.items() if k != key.format("B")}, weights)
+    assert any("q_proj has only lora_A" in problem for problem in check_vllm(tmp_path))
+    assert any("is not what the manifest says" in problem for problem in check_vllm(tmp_path))
+    save_file({k: v for k, v in tensors.items() if "layers.1.self_attn" not in k}, weights)
+    assert any("missing in block 1, for which LoRAX" in problem for problem in check_vllm(tmp_path))
+    weights.write_bytes(b"no tensors")
+    assert "is no readable adapter directory" in check_vllm(tmp_path)[0]
+    assert "is no readable adapter directory" in check_vllm(tmp_path / "absent")[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA is no product of two factors"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]), "merge it into the base"),
+        (LoraConfig(target_modules=["q_proj"], bias="all"), "trains biases"),
+        (LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3]), "aLoRA acts at some positions"),
+        (LoraConfig(target_modules=["embed_tokens"]), "embed_tokens: these runtimes adapt linear layers only"),
+        (LoraConfig(target_modules=["q_proj"], r=513), "above vLLM's largest, 512"),
+        (LoHaConfig(target_modules=["q_proj"]), "LoHa is no product of two factors"),
+    ],
+)
+def test_what_they_cannot_take_is_refused(config: PeftConfig, match: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=match):
+        export_vllm(get_peft_model(llama(), config), "default", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_advice_works(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(llama(), LoHaConfig(target_modules=["q_proj"], r=2, init_weights=False)).eval()
+    expected = model(TOKENS).logits
+    report = convert_to_lora(model, "default", "plain", tolerance=1e-4)
+    assert export_vllm(model, "plain", tmp_path) == 8 and max(report.ranks.values()) == 4  # r² of a Hadamard product
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(llama(), tmp_path)(TOKENS).logits, expected, rtol=1e-4, atol=1e-4
+    )
