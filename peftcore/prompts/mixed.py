@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from peftcore.errors import RoutingError
 from peftcore.prompts.cache import cache_of, is_empty
-from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
-from peftcore.prompts.placement import mask_of, tokens_of
+from peftcore.prompts.learner import PromptLearner, is_encoder_decoder, takes
+from peftcore.prompts.placement import Placement, mask_of, placement, text_positions, tokens_of
 from peftcore.prompts.prefix_tuning import PrefixTuning, tokens_read
 from peftcore.prompts.virtual_tokens import VirtualTokens
 
@@ -29,11 +29,17 @@ Narrow = Callable[[Any, list[int]], Any]
 def mixed(learners: Sequence[Sequence[PromptLearner]], narrow: Narrow, has_encoder: bool) -> list[PromptLearner]:
     """What stands for the prompts of a batch's rows; learners: of each composition, those that feed the model."""
     found: list[Any] = []
+    bare = [not of_row for of_row in learners]
     for kind, stands in ((VirtualTokens, MixedTokens), (PrefixTuning, MixedPrefix)):  # a prefix is read after tokens
         own = [next((one for one in of_row if isinstance(one, kind)), None) for of_row in learners]
         if any(one is not None for one in own):
-            found.append(stands(own, narrow, has_encoder))
+            found.append(stands(own, bare, narrow, has_encoder))
     known = {id(one) for of_row in learners for one in of_row if isinstance(one, VirtualTokens | PrefixTuning)}
+    if len(found) > 1 and found[0].feeds_decoder and (has_encoder or not found[0].takes_positions):
+        raise RoutingError(
+            "this model counts positions by itself, so rows with virtual tokens and rows with a prefix cannot stand in "
+            "one batch; split it"
+        )
     for one in found:
         one.in_cache = sum(each.count for each in found if each.feeds_decoder)
     if unknown := [one for of_row in learners for one in of_row if id(one) not in known]:
@@ -49,21 +55,24 @@ def _numbers(learners: Learners) -> list[tuple[Any, list[int]]]:
     ]
 
 
-def _missing(learners: Learners, count: int, rows: int, device: torch.device) -> Tensor:
-    """(B, 1): how many of the longest prompt's tokens each row has not."""
-    own = torch.tensor([0 if one is None else one.count for one in learners], device=device)
-    return (count - own).repeat_interleave(rows // len(learners))[:, None]
+def _by_row(values: Sequence[Any], rows: int, device: torch.device) -> Tensor:
+    """(B, 1) from a value for each composition."""
+    return torch.tensor(values, device=device).repeat_interleave(rows // len(values))[:, None]
 
 
 def _give_mask(model: nn.Module, inputs: dict[str, Any], side: str, in_cache: int) -> None:
-    """The mask of a call that has none, because all of its text counts: what fills rows up must not.
+    """The mask of a call that has none, because all of its text counts: what fills rows up must not. And, of a later
+    call, the positions that the model would count for itself, filling included.
 
     side: "decoder_" for an encoder-decoder's decoder, else ""; in_cache: entries that the cache has besides the text.
     """
+    text, cache = tokens_read(inputs, side), cache_of(model, inputs)
+    past = 0 if is_empty(cache) else int(cache.get_seq_length()) - in_cache
     if mask_of(inputs, f"{side}attention_mask") is None:
-        text, cache = tokens_read(inputs, side), cache_of(model, inputs)
-        past = 0 if is_empty(cache) else int(cache.get_seq_length()) - in_cache
         inputs[f"{side}attention_mask"] = _ones(text, past + text.shape[1])
+    if past and inputs.get(f"{side}position_ids") is None and takes(model, f"{side}position_ids"):
+        positions = past + torch.arange(text.shape[1], device=text.device)
+        inputs[f"{side}position_ids"] = positions.expand(len(text), -1)
 
 
 def _give_encoder_mask(inputs: dict[str, Any], count: int) -> None:
@@ -84,11 +93,11 @@ class MixedTokens(VirtualTokens):
     in_cache: int
     """Entries that a decoder's cache has besides the text."""
 
-    def __init__(self, learners: Learners, narrow: Narrow, has_encoder: bool):
+    def __init__(self, learners: Learners, bare: Sequence[bool], narrow: Narrow, has_encoder: bool):
         nn.Module.__init__(self)
         first = next(one for one in learners if one is not None)
         self.__dict__["learners"] = learners  # they stay the model's own submodules
-        self.narrow = narrow
+        self.bare, self.narrow, self.has_encoder = bare, narrow, has_encoder
         self.width, self.is_causal, self.classifies_rows = first.width, first.is_causal, first.classifies_rows
         self.takes_positions = first.takes_positions
         self.count = max(one.count for one in learners if one is not None)
@@ -109,8 +118,21 @@ class MixedTokens(VirtualTokens):
             _give_mask(model, inputs, "decoder_" if is_encoder_decoder(model) else "", self.in_cache)
         super().before_forward(model, inputs)
 
-    def missing(self, rows: int) -> Tensor:
-        return _missing(self.__dict__["learners"], self.count, rows, self.device)
+    def missing(self, rows: int, decoder: bool = False) -> Tensor:
+        learners = self.__dict__["learners"]
+        own = [one.count if one is not None and (one.prompts_decoder or not decoder) else 0 for one in learners]
+        return self.count - _by_row(own, rows, self.device)
+
+    def place(self, mask: Tensor | None, rows: int, all_pads_first: bool = False, decoder: bool = False) -> Placement:
+        behind = not self.is_causal or (self.has_encoder and not decoder)  # where positions count from the first token
+        return placement(mask, self.count, all_pads_first, self.missing(rows, decoder), behind)
+
+    def first_positions(self, mask: Tensor, place: Placement) -> Tensor:
+        """A row without any prompt is counted by the model itself, padding included."""
+        own = torch.arange(mask.shape[1] - self.count, device=mask.device).expand(len(mask), -1)
+        return torch.where(
+            _by_row(self.bare, len(mask), mask.device), place.extend_positions(own), text_positions(mask)
+        )
 
     def prompts(self, inputs: dict[str, Any], rows: int) -> Tensor:
         learners = self.__dict__["learners"]
@@ -118,7 +140,7 @@ class MixedTokens(VirtualTokens):
         found: dict[int, Tensor] = {}
         for one, numbers in _numbers(learners):
             own = one.prompts({key: self.narrow(value, numbers) for key, value in inputs.items()}, each * len(numbers))
-            parts = own.view(len(own), -1, one.count, self.width)  # before the encoder's text, and the decoder's
+            parts = own.reshape(len(own), -1, one.count, self.width)  # before the encoder's text, and the decoder's
             padded = F.pad(parts, (0, 0, self.count - one.count, 0, 0, self.parts - parts.shape[1]))
             found |= dict(zip(numbers, padded.flatten(1, 2).split(each), strict=True))
         none = next(iter(found.values())).new_zeros(each, self.total, self.width)
@@ -133,10 +155,11 @@ class MixedPrefix(PrefixTuning):
 
     feeds_decoder = True
 
-    def __init__(self, learners: Learners, narrow: Narrow, has_encoder: bool):
+    def __init__(self, learners: Learners, bare: Sequence[bool], narrow: Narrow, has_encoder: bool):
         nn.Module.__init__(self)
         first = next(one for one in learners if one is not None)
         self.__dict__["learners"] = learners
+        self.bare = bare
         self.shapes, self.is_causal, self.counts_text = first.shapes, first.is_causal, first.counts_text
         self.count = max(one.count for one in learners if one is not None)
         self._drops_cache = False
@@ -151,7 +174,13 @@ class MixedPrefix(PrefixTuning):
         return next(one.embedding for one in self.__dict__["learners"] if one is not None)
 
     def missing(self, rows: int) -> Tensor:
-        return _missing(self.__dict__["learners"], self.count, rows, self.embedding.device)
+        own = [0 if one is None else one.count for one in self.__dict__["learners"]]
+        return self.count - _by_row(own, rows, self.embedding.device)
+
+    def first_positions(self, mask: Tensor) -> Tensor:
+        """A row without any prompt is counted by the model itself, padding included."""
+        own = torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)
+        return torch.where(_by_row(self.bare, len(mask), mask.device), own, text_positions(mask))
 
     def states(self, rows: int) -> Tensor:
         learners = self.__dict__["learners"]

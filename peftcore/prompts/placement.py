@@ -22,22 +22,39 @@ class Placement:
     pads: Tensor | None
     """(B, T) bool: the padding that stays in front of the virtual tokens; None for none."""
     missing: Tensor | None = None
-    """(B, 1): how many of the n a row has not; they stand in front of everything and are padding. None for none."""
+    """(B, 1): how many of the n a row has not; they are padding. None for none."""
+    behind: bool = False
+    """Whether what is missing stands behind the text, where a model reads the first token for a row; else in front."""
 
     @property
     def fills(self) -> Tensor | None:
         """(B, n) bool: virtual tokens that are padding."""
         return None if self.missing is None else torch.arange(self.count, device=self.missing.device) < self.missing
 
+    @property
+    def own_count(self) -> int | Tensor:
+        """n, or (B, 1): how many each row has."""
+        return self.count if self.missing is None else self.count - self.missing
+
+    def shift(self, text: Tensor, value: int) -> Tensor:
+        """(B, T) -> (B, N) with one value at the virtual tokens and at those that are missing: labels."""
+        return self.insert(text.new_full((len(text), self.count), value), text)
+
     def insert(self, virtual: Tensor, text: Tensor) -> Tensor:
         """(…, B, n, *), (…, B, T, *) -> (…, B, N, *); the token axis is the last of positions, the second else."""
         axis = 1 if text.is_floating_point() and text.dim() == 3 else -1
         joined = torch.cat([virtual.to(text), text], dim=axis)
-        if self.pads is None:
+        fills = self.fills
+        if self.pads is None and (fills is None or not self.behind):
             return joined  # what is missing is in front already
-        kinds = torch.where(self.pads, 0, 2)  # padding, then the prompt (1), then the text
-        own = kinds.new_ones(len(kinds), self.count) if self.fills is None else (~self.fills).to(kinds)
-        order = torch.cat([own, kinds], dim=1).argsort(dim=1, stable=True)
+        rows, length = (len(joined), text.shape[axis])
+        kinds = torch.full((rows, self.count + length), 2, device=joined.device)  # padding, the prompt (1), the text
+        kinds[:, : self.count] = 1
+        if fills is not None:
+            kinds[:, : self.count].masked_fill_(fills, 3 if self.behind else 0)
+        if self.pads is not None:
+            kinds[:, self.count :].masked_fill_(self.pads, 0)
+        order = kinds.argsort(dim=1, stable=True)
         return joined.take_along_dim(order.unsqueeze(-1) if axis == 1 else order, dim=axis)
 
     def extend(self, text: Tensor, value: int) -> Tensor:
@@ -47,7 +64,7 @@ class Placement:
 
     def extend_positions(self, positions: Tensor) -> Tensor:
         """(…, B or 1, T) -> (…, B or 1, N): the prompt counts from where the text began, the text goes on after it."""
-        own = self.count if self.missing is None else self.count - self.missing
+        own = self.own_count
         if self.pads is None:
             start, shifted = positions.amin(-1, keepdim=True), positions + own
         else:
@@ -64,17 +81,21 @@ class Placement:
 
 
 def placement(
-    mask: Tensor | None, count: int, all_pads_first: bool = False, missing: Tensor | None = None
+    mask: Tensor | None,
+    count: int,
+    all_pads_first: bool = False,
+    missing: Tensor | None = None,
+    behind: bool = False,
 ) -> Placement:
     """The placement that an attention mask (B, T) asks for.
 
     all_pads_first: padding behind the text goes to the front too, so that the last token of every row is text.
-    missing: (B, 1), how many of the tokens a row has not.
+    missing: (B, 1), how many of the tokens a row has not; behind: where they are padding, behind the text.
     """
     if mask is None:
-        return Placement(count, None, missing)
+        return Placement(count, None, missing, behind)
     pads = mask == 0 if all_pads_first else mask.cumsum(1) == 0
-    return Placement(count, pads if bool(pads.any()) else None, missing)
+    return Placement(count, pads if bool(pads.any()) else None, missing, behind)
 
 
 def text_positions(mask: Tensor) -> Tensor:

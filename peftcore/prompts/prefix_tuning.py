@@ -118,7 +118,7 @@ class PrefixTuning(PromptLearner):
             inputs[name] = self._fill(model, new_cache(model) if cache is None else cache, tokens)
             self._drops_cache = cache is None and not _wants_cache(model, inputs)
             if positions is None and self.counts_text and mask is not None and bool((mask[:, 0] == 0).any()):
-                positions = text_positions(mask)
+                positions = self.first_positions(mask)
             elif positions is None and self.counts_text and missing is not None:
                 positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
             if mask is None and not self.is_causal:  # an encoder reads off its mask how many keys there are
@@ -153,6 +153,10 @@ class PrefixTuning(PromptLearner):
         """(2·L, B, k, n, w): keys and values, layer by layer, for the rows of a call."""
         read = [row for layer in range(len(self.shapes)) for row in self.rows_of(layer)]
         return self.key_values()[read].unsqueeze(1).expand(-1, rows, -1, -1, -1)
+
+    def first_positions(self, mask: Tensor) -> Tensor:
+        """(B, T): the positions of a first call that gave none, for padding in front."""
+        return text_positions(mask)
 
     def missing(self, rows: int) -> Tensor | None:
         """(B, 1): how many entries of the prefix each row of a call has not; None where all have all."""

@@ -56,17 +56,17 @@ class VirtualTokens(PromptLearner):
         """Every virtual token (B, total, d) for the rows of a call."""
         return self.encoded().expand(rows, -1, -1)
 
-    def missing(self, rows: int) -> Tensor | None:
+    def missing(self, rows: int, decoder: bool = False) -> Tensor | None:
         """(B, 1): how many of the virtual tokens each row of a call has not; None where all have all."""
         return None
 
-    def _place(self, mask: Tensor | None, rows: int, all_pads_first: bool = False) -> Placement:
-        return placement(mask, self.count, all_pads_first, self.missing(rows))
+    def place(self, mask: Tensor | None, rows: int, all_pads_first: bool = False, decoder: bool = False) -> Placement:
+        """Where the tokens stand in a call; decoder: of an encoder-decoder model's."""
+        return placement(mask, self.count, all_pads_first, self.missing(rows, decoder))
 
-    def _own_count(self, rows: int) -> int | Tensor:
-        """n, or (B, 1)."""
-        missing = self.missing(rows)
-        return self.count if missing is None else self.count - missing
+    def first_positions(self, mask: Tensor, place: Placement) -> Tensor:
+        """(B, N): the positions of a first call that gave none; mask: (B, N)."""
+        return text_positions(mask)
 
     # -- decoders and encoders -------------------------------------------------------------------------------
 
@@ -80,13 +80,13 @@ class VirtualTokens(PromptLearner):
             self._read_first(model, inputs, mask, cache)
             return
         if mask is not None and lacks_prompt(mask, cache, tokens_of(inputs).shape[1]):
-            inputs["attention_mask"] = self._place(mask, len(mask)).extend(mask, 1)
+            inputs["attention_mask"] = self.place(mask, len(mask)).extend(mask, 1)
         if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + self._own_count(len(tokens_of(inputs)))
+            inputs["position_ids"] = inputs["position_ids"] + self.place(None, len(tokens_of(inputs))).own_count
 
     def _read_first(self, model: Any, inputs: dict[str, Any], mask: Tensor | None, cache: Any) -> None:
         text = tokens_of(inputs)
-        place = self._place(mask, len(text), all_pads_first=self.classifies_rows and self.is_causal)
+        place = self.place(mask, len(text), all_pads_first=self.classifies_rows and self.is_causal)
         if cache is not None and place.pads is not None and bool(place.pads.all(1).any()):
             raise ConfigError(
                 "a row's first call is padding only, so its prompt has no place next to the text; make "
@@ -98,12 +98,12 @@ class VirtualTokens(PromptLearner):
             inputs["attention_mask"] = place.extend(mask, 1)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = place.extend_positions(inputs["position_ids"])
-        elif self.takes_positions and (place.missing is not None or (place.pads is not None and self.is_causal)):
-            inputs["position_ids"] = text_positions(inputs["attention_mask"])
+        elif self.takes_positions and self.is_causal and (place.pads is not None or place.missing is not None):
+            inputs["position_ids"] = self.first_positions(inputs["attention_mask"], place)
         for key in ("token_type_ids", "mm_token_type_ids"):
             if inputs.get(key) is not None:
                 inputs[key] = place.extend(inputs[key], 0)
-        self._shift_answers(inputs, length)
+        self._shift_answers(inputs, place, length)
         make_room(cache, self.count, self.count + length)
 
     def _insert(self, inputs: dict[str, Any], reader: Any, place: Placement, part: slice, prefix: str = "") -> None:
@@ -115,14 +115,15 @@ class VirtualTokens(PromptLearner):
         inputs.pop(f"{prefix}input_ids", None)
         inputs[f"{prefix}inputs_embeds"] = place.insert(prompts, embedded)
 
-    def _shift_answers(self, inputs: dict[str, Any], length: int) -> None:
+    def _shift_answers(self, inputs: dict[str, Any], place: Placement, length: int) -> None:
         """Text token t is token n + t now; padding, the only one that may be elsewhere, is never an answer."""
         labels = inputs.get("labels")
         if labels is not None and labels.shape[1:] == (length,) and not labels.is_floating_point():
-            inputs["labels"] = labels if self.classifies_rows else F.pad(labels, (self.count, 0), value=IGNORED)
+            inputs["labels"] = labels if self.classifies_rows else place.shift(labels, IGNORED)
+        own = place.own_count if place.behind else self.count
         for key in ("start_positions", "end_positions"):
             if inputs.get(key) is not None:
-                inputs[key] = inputs[key] + self.count
+                inputs[key] = inputs[key] + (own if isinstance(own, int) else own[:, 0])
         keep = inputs.get("logits_to_keep")
         if isinstance(keep, Tensor):
             inputs["logits_to_keep"] = F.pad(keep, (self.count, 0)) if keep.dim() == 2 else keep + self.count
@@ -135,11 +136,10 @@ class VirtualTokens(PromptLearner):
         if mask is None and missing is not None:
             mask = torch.ones(tokens_of(inputs).shape[:2], dtype=torch.long, device=tokens_of(inputs).device)
         if mask is not None and mask.shape[1] == self.count + length:  # the whole model's forward has extended it
-            leading = (mask.cumsum(1) == 0).sum(1, keepdim=True) - (0 if missing is None else missing)
-            pads = torch.arange(length, device=mask.device) < leading
-            place = Placement(self.count, pads if bool(pads.any()) else None, missing)
+            place = self.place(mask, len(mask))
+            place = dataclasses.replace(place, pads=None if place.pads is None else place.pads[:, :length])
         else:
-            place = self._place(mask, len(tokens_of(inputs)))
+            place = self.place(mask, len(tokens_of(inputs)))
             if mask is not None:
                 inputs["attention_mask"] = place.extend(mask, 1)
         self._insert(inputs, encoder, place, slice(None, self.count))
@@ -148,25 +148,25 @@ class VirtualTokens(PromptLearner):
         mask, read = mask_of(inputs, "attention_mask"), inputs.get("encoder_outputs")
         rows = len(tokens_of(inputs) if read is None else read[0])
         if mask is not None and (read is None or mask.shape[1] < read[0].shape[1]):
-            inputs["attention_mask"] = self._place(mask, rows).extend(mask, 1)
+            inputs["attention_mask"] = self.place(mask, rows).extend(mask, 1)
         if not self.prompts_decoder or self.total == self.count:
             return
         cache, mask = cache_of(model, inputs), mask_of(inputs, "decoder_attention_mask")
         if not is_empty(cache):
             if mask is not None and lacks_prompt(mask, cache, tokens_of(inputs, "decoder_").shape[1]):
-                inputs["decoder_attention_mask"] = self._place(mask, len(mask)).extend(mask, 1)
+                inputs["decoder_attention_mask"] = self.place(mask, len(mask), decoder=True).extend(mask, 1)
             if inputs.get("decoder_position_ids") is not None:
-                own = self._own_count(len(tokens_of(inputs, "decoder_")))
+                own = self.place(None, len(tokens_of(inputs, "decoder_")), decoder=True).own_count
                 inputs["decoder_position_ids"] = inputs["decoder_position_ids"] + own
             return
         given = [inputs.get(key) for key in ("decoder_input_ids", "decoder_inputs_embeds")]
         if all(tokens is None for tokens in given) and inputs.get("labels") is not None:
             inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
         text = tokens_of(inputs, "decoder_")
-        length, place = text.shape[1], self._place(mask, len(text))
+        length, place = text.shape[1], self.place(mask, len(text), decoder=True)
         self._insert(inputs, model.get_decoder(), place, slice(self.count, None), "decoder_")
         if mask is not None:
             inputs["decoder_attention_mask"] = place.extend(mask, 1)
         if inputs.get("labels") is not None and not self.classifies_rows:
-            inputs["labels"] = F.pad(inputs["labels"], (self.count, 0), value=IGNORED)
+            inputs["labels"] = place.shift(inputs["labels"], IGNORED)
         make_room(cache, self.count, self.count + length)
