@@ -81,6 +81,10 @@ class Adapter(nn.Module):
         """Set the start state; the adapted layer then computes what its base does unless the paper says otherwise."""
         raise NotImplementedError(f"{type(self).__name__} must define reset_parameters")
 
+    def prepare_to_read(self) -> None:
+        """Set what a directory does not hold, where every tensor of `checkpoint_tensors` is about to be read."""
+        self.reset_parameters()
+
     # -- forward ---------------------------------------------------------------------------------------------
 
     def before(self, x: Tensor) -> Tensor:
@@ -137,6 +141,10 @@ class Adapter(nn.Module):
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W' for a canonical W given in float32 or float64."""
         return weight + self.delta_weight().to(weight)
+
+    def merge_into(self, weight: Tensor) -> Tensor:
+        """The same for a W that may be written over."""
+        return self.merged_weight(weight)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """b' for the layer's bias (o,); None where there is none."""

@@ -385,7 +385,8 @@ def unhosted(module: nn.Module) -> nn.Module:
 
 
 def modules_outside_hosts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of a model as it was before injection: each host is given, nothing inside it.
+    """(path, module) of a model as it was before injection: each host is given, and nothing inside it but what stands
+    inside of a module whose raw parameters are adapted.
 
     A module that stands at several paths is given once for each.
     """
@@ -396,3 +397,5 @@ def modules_outside_hosts(model: nn.Module, prefix: str = "") -> Iterator[tuple[
         yield path, child
         if not isinstance(child, _Host):
             yield from modules_outside_hosts(child, f"{path}.")
+        elif isinstance(child, AdaptedParameters):
+            yield from modules_outside_hosts(child.base_layer, f"{path}.")

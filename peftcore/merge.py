@@ -101,21 +101,37 @@ def _stays_finite(folding: _Folding) -> bool:
     return finite and (bias is None or bool(bias.to(folding.base.bias).isfinite().all()))
 
 
-def _merged(folding: _Folding) -> tuple[Tensor, Tensor | None]:
-    weight, bias = folding.base.read(), folding.base.bias
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # half would round after every adapter
+def _merged(folding: _Folding, scratch: dict[Any, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias with the adapters in them.
+
+    scratch: memory that one merge's layers of one shape share; the weight may lie there.
+    """
+    read, bias = folding.base.read(), folding.base.bias
+    wide = torch.promote_types(read.dtype, torch.float32)  # half would round after every adapter
+    own = scratch is not None and read.dtype != wide and not folding.base.quantized
+    weight = _copied(read, wide, scratch) if own and scratch is not None else read.to(wide)
     for adapter in folding.adapters.values():
-        weight, bias = adapter.merged_weight(weight), adapter.merged_bias(bias)
+        weight = adapter.merge_into(weight) if own else adapter.merged_weight(weight)
+        bias = adapter.merged_bias(bias)
     return weight, bias
+
+
+def _copied(weight: Tensor, dtype: torch.dtype, scratch: dict[Any, Tensor]) -> Tensor:
+    """In memory that is used again: fresh pages cost several times what the arithmetic does."""
+    key = (weight.shape, weight.device)
+    if key not in scratch:
+        scratch[key] = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return scratch[key].copy_(weight)
 
 
 def _fold(foldings: list[_Folding]) -> None:
     """Write every merged weight; on an error, such as too little memory, put back those that were written."""
     before = []
+    scratch: dict[Any, Tensor] = {}
     try:
         for folding in foldings:
             before.append((folding.base.state(), folding.host.merged))
-            _fold_one(folding, before[-1][0])
+            _fold_one(folding, before[-1][0], scratch)
     except BaseException:
         for (_, host, base, _), (state, merged) in zip(foldings, before, strict=False):
             base.restore(state)
@@ -125,10 +141,10 @@ def _fold(foldings: list[_Folding]) -> None:
         raise
 
 
-def _fold_one(folding: _Folding, before: dict[str, Any]) -> None:
+def _fold_one(folding: _Folding, before: dict[str, Any], scratch: dict[Any, Tensor]) -> None:
     base = folding.base
     old_bias = base.bias
-    weight, bias = _merged(folding)
+    weight, bias = _merged(folding, scratch)
     base.layer.__dict__.setdefault(base.unmerged_attribute, before)
     base.write(weight)
     if bias is not None and bias is not old_bias:

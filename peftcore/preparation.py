@@ -40,7 +40,7 @@ class Injection:
 def prepare_injection(model: nn.Module, config: PeftConfig, name: str, fresh: bool = True) -> Injection:
     """Make an adapter's modules without touching the model.
 
-    fresh: False spares a prompt its start, which may need a tokenizer; the caller reads it from disk.
+    fresh: False spares them their start, where the caller reads every tensor from disk.
     Raises AdapterNameError, ConfigError, TargetError for a name, an option or targets that cannot be.
     """
     if issubclass(kind := method_of(config).adapter, PromptLearner):
@@ -53,8 +53,8 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str, fresh: bo
     config = completed(model, config, places)
     _check_single_bias(model, config)
     saved = find_saved_modules(places, config)
-    adapters = _adapters_for(places, config)
-    adapters |= _token_adapters(places, config, adapters)
+    adapters = _adapters_for(places, config, fresh)
+    adapters |= _token_adapters(places, config, adapters, fresh)
     targets = [path for path, adapter in adapters.items() if adapter.base.kind != "parameter"]
     copies = _copies_of(places, config, saved)
     return Injection(name, config, adapters, copies, _own_biases(places, config, targets), places)
@@ -79,7 +79,7 @@ def _prepare_prompt(
     return Injection(name, config, {}, copies, [], places, prompt)
 
 
-def _adapters_for(places: Places, config: TunerConfig) -> dict[str, Adapter]:
+def _adapters_for(places: Places, config: TunerConfig, fresh: bool) -> dict[str, Adapter]:
     """{path: adapter} for the targets of a configuration, made and set to their start."""
     kind = method_of(config).adapter
     targets = find_targets(places.model, config, places)
@@ -90,7 +90,7 @@ def _adapters_for(places: Places, config: TunerConfig) -> dict[str, Adapter]:
         for base in _bases_of(kind, config, layer, path):
             bases[f"{path}.{base.name}" if isinstance(base, ParameterWeight) else path] = base
     bases |= _parameter_bases(places, config)
-    adapters = _make_adapters(kind, config, bases)
+    adapters = _make_adapters(kind, config, bases, fresh)
     kind.link(config, adapters)
     _set_parameter_prefixes(adapters)
     return adapters
@@ -111,7 +111,9 @@ def _parameter_bases(places: Places, config: TunerConfig) -> dict[str, BaseWeigh
     return {path: ParameterWeight(module, name) for path, (module, name) in found.items()}
 
 
-def _token_adapters(places: Places, config: TunerConfig, taken: Mapping[str, Adapter]) -> dict[str, Adapter]:
+def _token_adapters(
+    places: Places, config: TunerConfig, taken: Mapping[str, Adapter], fresh: bool
+) -> dict[str, Adapter]:
     """Adapters of single embedding rows, for methods whose configuration has `trainable_token_indices`."""
     wanted = getattr(config, "trainable_token_indices", None)
     if not wanted:
@@ -119,7 +121,7 @@ def _token_adapters(places: Places, config: TunerConfig, taken: Mapping[str, Ada
     made: dict[str, Adapter] = {}
     for target, tokens in wanted.items() if isinstance(wanted, dict) else [(None, wanted)]:
         options: dict[str, Any] = {"token_indices": list(tokens), "target_modules": target and [target]}
-        made |= _adapters_for(places, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)))
+        made |= _adapters_for(places, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)), fresh)
     if both := sorted(made.keys() & taken.keys()):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
     for adapter in made.values():
@@ -139,7 +141,9 @@ def _bases_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: 
     return bases
 
 
-def _make_adapters(kind: type[Adapter], config: TunerConfig, bases: dict[str, BaseWeight]) -> dict[str, Adapter]:
+def _make_adapters(
+    kind: type[Adapter], config: TunerConfig, bases: dict[str, BaseWeight], fresh: bool
+) -> dict[str, Adapter]:
     first = next(iter(bases.values()), None)
     if first is None:
         return {}
@@ -151,7 +155,8 @@ def _make_adapters(kind: type[Adapter], config: TunerConfig, bases: dict[str, Ba
     made = {}
     for path, base in bases.items():
         with _made_on(base.device, default):
-            made[path] = _make(kind, config, base, path, shared)
+            made[path] = adapter = _make(kind, config, base, path, shared)
+            adapter.reset_parameters() if fresh else adapter.prepare_to_read()
     return made
 
 
@@ -162,7 +167,6 @@ def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str,
     _widen(adapter, torch.promote_types(base.dtype, torch.float32))
     if shared is not None:
         adapter.shared = shared
-    adapter.reset_parameters()
     return adapter
 
 

@@ -140,7 +140,7 @@ class MixedTokens(VirtualTokens):
         found: dict[int, Tensor] = {}
         for one, numbers in _numbers(learners):
             own = one.prompts({key: self.narrow(value, numbers) for key, value in inputs.items()}, each * len(numbers))
-            parts = own.reshape(len(own), -1, one.count, self.width)  # before the encoder's text, and the decoder's
+            parts = own.reshape(len(own), -1, one.count, self.width)  # of the encoder, of the decoder
             padded = F.pad(parts, (0, 0, self.count - one.count, 0, 0, self.parts - parts.shape[1]))
             found |= dict(zip(numbers, padded.flatten(1, 2).split(each), strict=True))
         none = next(iter(found.values())).new_zeros(each, self.total, self.width)

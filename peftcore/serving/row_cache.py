@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 64
@@ -22,7 +22,9 @@ class GrowingLayer(DynamicLayer):
         super().__init__()
         self._memory: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append (B, h, T, d); gives all keys and values (B, h, S + T, d)."""
         length = self.get_seq_length()
         end = length + key_states.shape[-2]
@@ -76,9 +78,8 @@ class RowCache:
 
     def __init__(self, mask: Tensor, layers: Sequence[GrowingLayer] = ()):
         self.mask = mask
-        self.cache: Cache = DynamicCache()
-        self.cache.layer_class_to_replicate = GrowingLayer
-        self.cache.layers = list(layers)
+        self.cache = Cache(layer_class_to_replicate=GrowingLayer)
+        self.cache.layers = [*layers]
 
     @classmethod
     def empty(cls, rows: int, device: torch.device | str = "cpu") -> "RowCache":
@@ -89,8 +90,8 @@ class RowCache:
     def join(cls, parts: Sequence["RowCache"]) -> "RowCache":
         """One below the other; parts without rows are left out."""
         parts = [part for part in parts if len(part)]
-        if len(parts) == 1:
-            return parts[0]
+        if len(parts) < 2:
+            return parts[0] if parts else cls.empty(0)
         length = max(part.length for part in parts)
         mask = torch.cat([torch.nn.functional.pad(part.mask, (length - part.length, 0)) for part in parts])
         return cls(mask, [_filled(layers, length) for layers in zip(*(part._tensors() for part in parts), strict=True)])

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COLD = 1e-6
+"""Temperatures up to this are 0; logits divided by them would be infinite."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -36,15 +39,14 @@ def next_tokens(logits: Tensor, rows: Sequence[tuple[Sampling, torch.Generator]]
     logits = logits.float()
     tokens: list[int] = logits.argmax(-1).tolist()
     for row, (sampling, generator) in enumerate(rows):
-        if sampling.temperature > 0:
+        if sampling.temperature > COLD:
             tokens[row] = _draw(logits[row].cpu() / sampling.temperature, sampling.top_p, generator)
     return tokens
 
 
 def _draw(logits: Tensor, top_p: float, generator: torch.Generator) -> int:
     """One of v, by the softmax of logits (v,) without what lies beyond top_p."""
-    # a temperature near 0 makes infinities of large logits, and differences of those no number
-    probabilities = (logits - logits.max()).nan_to_num(nan=0.0).softmax(-1)
+    probabilities = logits.softmax(-1)
     if top_p >= 1:
         return int(torch.multinomial(probabilities, 1, generator=generator))
     likely, words = probabilities.sort(descending=True, stable=True)

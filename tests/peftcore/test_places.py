@@ -81,3 +81,19 @@ def test_an_encoder_stays_unfused_while_any_adapter_is_inside() -> None:
         model.delete_adapter(name)
         switches.append([model.use_nested_tensor, *(layer.activation_relu_or_gelu for layer in model.layers)])
     assert switches == [[False, 0, 0], [False, 0, 1], [True, 1, 1]]
+
+
+def test_a_second_adapter_finds_what_stands_inside_of_adapted_parameters() -> None:
+    torch.manual_seed(0)
+    both: dict[str, Any] = {"target_modules": ["gate"], "target_parameters": ["weight_of_all"]}
+    base, x = nn.Sequential(Experts()), torch.randn(2, 4)
+    expected, before = base(x), tree(base)
+    model = get_peft_model(base, config(**both), "first")
+    model.add_adapter("second", config(**both))
+    ranks = [set(model.adapter_ranks(name)) for name in ("first", "second")]
+    assert ranks[0] == ranks[1] == {"0.gate", "0.weight_of_all"}
+    model.delete_adapter("first")
+    model.set_adapter("second")
+    assert not torch.allclose(model(x), expected)
+    model.delete_adapter("second")
+    assert tree(model.unload()) == before and torch.equal(base(x), expected)

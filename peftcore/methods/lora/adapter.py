@@ -89,6 +89,10 @@ class Lora(Adapter):
         self.start_A, self.start_B = taken_out or (None, None)
         self.reset_magnitude()
 
+    def prepare_to_read(self) -> None:
+        if not starts.needs_only_factors(self.config.init_lora_weights):
+            self.reset_parameters()
+
     @torch.no_grad()
     def reset_magnitude(self) -> None:
         """Start DoRA, where it is used, at the lengths of the rows as they are."""
@@ -204,6 +208,12 @@ class Lora(Adapter):
         if self.magnitude is None:
             return merged
         return merged * self._ratio().to(merged).view(-1, *(1 for _ in merged.shape[1:]))
+
+    def merge_into(self, weight: Tensor) -> Tensor:
+        if self.base.kind != "linear" or self.start is not None or self.magnitude is not None:
+            return self.merged_weight(weight)
+        a, b = self.own_factors()
+        return weight.addmm_(b.to(weight), a.to(weight), alpha=self.scaling)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         if self.lora_bias is None:

@@ -22,7 +22,7 @@ Factors = tuple[Tensor, Tensor]
 def begin(adapter: "Lora") -> tuple[Factors | None, Tensor | None]:
     """Set A and B; gives (A₀ and B₀ to take out of the base, a weight to put in the base's place)."""
     start = adapter.config.init_lora_weights
-    if isinstance(start, bool) or start in ("gaussian", "eva", "corda", "lora_ga"):
+    if needs_only_factors(start):
         _at_random(adapter, start)
         return None, None
     if adapter.base.kind != "linear":
@@ -38,6 +38,11 @@ def begin(adapter: "Lora") -> tuple[Factors | None, Tensor | None]:
     factors = olora(weight, adapter.r) if start == "olora" else pissa(weight, adapter.r, adapter.scaling, str(start))
     put(adapter, factors)
     return taken_out(adapter), None
+
+
+def needs_only_factors(start: bool | str) -> bool:
+    """Whether a start sets A and B and nothing else, so that it is nothing where those are read from disk."""
+    return isinstance(start, bool) or start in ("gaussian", "eva", "corda", "lora_ga")
 
 
 def taken_out(adapter: "Lora") -> Factors:

@@ -1,4 +1,4 @@
-"""Rows of one batch with prompts of different kinds and lengths: each is what it is alone, with padding and cache too."""
+"""Rows of one batch with prompts of different kinds and lengths: each is what it is alone, also padded and cached."""
 
 from typing import Any
 

@@ -1,0 +1,312 @@
+"""The engine without HTTP: rows of any adapters together are exact, and what goes wrong is one request's alone."""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from peftcore import LoraConfig
+from peftcore.errors import ConfigError
+from peftcore.prompts.prompt_tuning import PromptTuningConfig
+from peftcore.serving import Limits, make_service
+from peftcore.serving.errors import (
+    AdapterFailedError,
+    BadRequestError,
+    NoRoomError,
+    QueueFullError,
+    ServingError,
+    ShuttingDownError,
+    UnknownModelError,
+)
+from peftcore.serving.forward import RoutedForward
+
+NAMES = ("base", "sql", "chat", "dora", "ia3", "mix")
+LORA: dict[str, Any] = {"r": 2, "init_lora_weights": False, "target_modules": "all-linear"}
+
+
+class Scaled(LlamaRMSNorm):
+    """A norm with a matrix of its own after it."""
+
+    matrix: Any
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) @ self.matrix
+
+
+def prompts(count: int) -> list[list[int]]:
+    chance = random.Random(1)
+    return [chance.choices(range(3, 200), k=chance.randint(1, 30)) for _ in range(count)]
+
+
+# -- exactness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(max_batch=3), Limits(max_batch=5, prefill_tokens=16)])
+def test_whatever_is_in_the_batch_a_request_gets_what_generate_gives_it_alone(
+    serving: Callable[..., Any], limits: Limits
+) -> None:
+    served = serving(limits=limits, max_loaded=4)
+    chance = random.Random(2)
+    jobs = [(NAMES[n % len(NAMES)], prompt, chance.randint(1, 25)) for n, prompt in enumerate(prompts(18))]
+    asked = []
+    for name, prompt, tokens in jobs:
+        asked.append(served.begin(name, prompt, tokens))
+        time.sleep(chance.choice([0, 0, 0.01]))
+    for one, (name, prompt, tokens) in zip(asked, jobs, strict=True):
+        text, finish, count = one.result()
+        assert text == served.world.expected(name, prompt, tokens), name
+        assert (finish == "length") == (count == tokens) or finish == "stop"
+    served.wait(lambda: served.service.engine.idle)
+    assert served.service.catalog.store.statistics()["in_use"] == 0
+
+
+def test_adapters_make_a_difference(world: Any) -> None:
+    prompt = prompts(1)[0]
+    assert len({world.expected(name, prompt, 20) for name in ("base", "sql", "chat", "dora", "mix")}) == 5
+
+
+def test_a_stop_text_ends_it(serving: Callable[..., Any]) -> None:
+    served = serving()
+    prompt = prompts(1)[0]
+    whole, _, count = served.begin("sql", prompt, 40).result()
+    stop = next(part for part in (whole[n : n + 2] for n in range(3, len(whole))) if "�" not in part)
+    text, finish, fewer = served.begin("sql", prompt, 40, stop=(stop,)).result()
+    assert (text, finish) == (whole[: whole.index(stop)], "stop")
+    assert fewer < count
+
+
+def test_an_end_token_ends_it_as_it_ends_generate(serving: Callable[..., Any], world: Any) -> None:
+    world.model.lm_head.weight.data[2] *= 3  # the end is now likely
+    served = serving()
+    asked = [served.begin("sql", prompt, 40) for prompt in prompts(8)]
+    found = [one.result() for one in asked]
+    assert any(finish == "stop" and count < 40 for _, finish, count in found)
+    assert [text for text, *_ in found] == [world.expected("sql", prompt, 40) for prompt in prompts(8)]
+
+
+def test_a_seed_gives_the_same_again_beside_others(serving: Callable[..., Any]) -> None:
+    served = serving()
+    prompt = prompts(1)[0]
+    alone = served.begin("sql", prompt, 30, temperature=1.0, top_p=0.9, seed=5).result()
+    others = [served.begin(name, prompt, 30, temperature=1.0, seed=n) for n, name in enumerate(NAMES)]
+    assert served.begin("sql", prompt, 30, temperature=1.0, top_p=0.9, seed=5).result() == alone
+    assert served.begin("sql", prompt, 30, temperature=1.0, top_p=0.9, seed=6).result() != alone
+    assert all(len(one.result()) == 3 for one in others)
+
+
+# -- one request's own errors ---------------------------------------------------------------------------------------
+
+
+def spoil_with(value: float) -> Callable[[Any], None]:
+    def spoil(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if "layers.1.mlp.up_proj" in name and "lora_A" in name:
+                parameter.fill_(value)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(float("nan"), "is not finite"), (1e306, "gave logits that are not finite")]
+)
+def test_a_broken_adapter_hurts_only_its_own_request(serving: Callable[..., Any], world: Any, value: float, said: str):
+    """NaN weights are found when it is loaded; weights that overflow would make 0 · ∞ of every row beside them."""
+    world.add("broken", LoraConfig(**LORA), 9, spoil_with(value))
+    if value == 1e306:
+        path = world.folder / "broken"
+        _store_in_double(path, value)
+    served = serving()
+    jobs = [("sql", prompts(8)[n]) for n in range(4)] + [("broken", [5, 6])] + [("mix", prompts(8)[n]) for n in (5, 6)]
+    for _ in range(2):
+        asked = [served.begin(name, prompt, 20) for name, prompt in jobs]
+        for one, (name, prompt) in zip(asked, jobs, strict=True):
+            found = one.result()
+            if name == "broken":
+                assert isinstance(found, AdapterFailedError) and said in str(found), found
+            else:
+                assert found[0] == world.expected(name, prompt, 20)
+
+
+def _store_in_double(directory: Path, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from peftcore.files import write_manifest
+
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({k: torch.where(v.isfinite(), v, 3e38) for k, v in tensors.items()}, path)
+    write_manifest(directory)
+
+
+def test_an_adapter_that_fails_in_the_middle_leaves_and_the_others_go_on(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving()
+    original, calls = RoutedForward._logits, []
+
+    def failing(self: Any, cache: Any, tokens: Any, mask: Any, routes: Any) -> Any:
+        calls.append(len(routes))
+        logits = original(self, cache, tokens, mask, routes)
+        if cache.length > 20 and any("chat" in name for one in routes for name in one.names()):
+            raise RuntimeError("too much for it")
+        return logits
+
+    monkeypatch.setattr(RoutedForward, "_logits", failing)
+    names = ("sql", "chat", "base", "mix", "dora")
+    asked = {name: served.begin(name, [5, 6, 7], 40) for name in names}
+    for name, one in asked.items():
+        found = one.result()
+        if name in ("chat", "mix"):
+            assert isinstance(found, AdapterFailedError) and "too much for it" in str(found)
+        else:
+            assert found[0] == served.world.expected(name, [5, 6, 7], 40)
+    assert max(calls) > 1
+
+
+def test_adapters_that_cannot_share_a_batch_are_computed_one_after_another(
+    serving: Callable[..., Any], world: Any
+) -> None:
+    """A raw parameter is one for all rows of a forward; the model here has such a one."""
+    world.model.model.norm.__class__ = Scaled
+    one: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": ["norm.matrix"]}
+    world.model.model.norm.matrix = nn.Parameter(torch.eye(32).double())
+    for seed, name in enumerate(("raw-a", "raw-b")):
+        world.add(name, LoraConfig(r=2, init_lora_weights=False, **one), seed)
+    served = serving()
+    asked = [(name, served.begin(name, [8, 9], 12)) for name in ("raw-a", "sql", "raw-b", "base", "raw-a")]
+    for name, one_of in asked:
+        assert one_of.result()[0] == world.expected(name, [8, 9], 12), name
+
+
+def test_what_cannot_be_served_is_refused_with_the_reason(serving: Callable[..., Any], world: Any) -> None:
+    world.add("prompt", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), 0)
+    world.add("alora", LoraConfig(alora_invocation_tokens=[9, 9], **{**LORA, "target_modules": ["q_proj"]}), 0)
+    (world.folder / "damaged").mkdir()
+    (world.folder / "damaged" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    served = serving()
+    other = served.begin("sql", [5, 6], 30)
+    for name, kind, said in (
+        ("prompt", BadRequestError, "virtual tokens before the text"),
+        ("alora", BadRequestError, "looks at the whole text"),
+        ("damaged", AdapterFailedError, "could not be loaded"),
+        ("missing", UnknownModelError, "no adapter 'missing'"),
+    ):
+        found = served.begin(name, [5, 6], 4).result()
+        assert type(found) is kind and said in str(found), found
+    assert other.result()[0] == world.expected("sql", [5, 6], 30)
+    assert served.service.catalog.store.statistics()["in_use"] == 0
+
+
+def test_models_that_keep_more_than_keys_and_values_are_refused(world: Any) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    small = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1)
+    with pytest.raises(ConfigError, match="no decoder that takes a cache"):
+        RoutedForward(T5ForConditionalGeneration(small))
+
+
+def test_a_composition_may_not_have_another_model_s_name(world: Any) -> None:
+    from peftcore.routing import AdapterStore
+
+    store = AdapterStore(world.model)
+    store.register("sql", world.folder / "sql")
+    for name in ("sql", "base"):
+        with pytest.raises(ConfigError, match=f"the composition '{name}' has the name"):
+            make_service(world.model, world.tokenizer, store, "base", {name: None})  # type: ignore[dict-item]
+
+
+# -- load -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_loads_slowly_holds_up_nobody(serving: Callable[..., Any]) -> None:
+    served = serving()
+    store, gate = served.service.catalog.store, threading.Event()
+    store.register("slow", lambda: gate.wait(20) and served.world.folder / "sql")
+    assert len(served.begin("sql", [5], 2).result()) == 3  # the very first adapter is waited for
+    slow = served.begin("slow", [5, 6], 5)
+    assert served.begin("sql", [5, 6], 5).result()[0] == served.world.expected("sql", [5, 6], 5)
+    assert served.begin("base", [5, 6], 5).result()[0] == served.world.expected("base", [5, 6], 5)
+    assert slow.events.empty()
+    gate.set()
+    assert slow.result()[0] == served.world.expected("sql", [5, 6], 5)
+
+
+def test_more_adapters_than_the_model_holds_take_turns(serving: Callable[..., Any]) -> None:
+    served = serving(max_loaded=2)
+    names = ["sql", "chat", "dora", "ia3", "mix"] * 3
+    asked = [served.begin(name, [7, n + 3], 10) for n, name in enumerate(names)]
+    for n, (name, one) in enumerate(zip(names, asked, strict=True)):
+        assert one.result()[0] == served.world.expected(name, [7, n + 3], 10)
+    assert served.service.catalog.store.statistics()["evictions"] > 0
+
+
+def test_a_composition_that_never_fits_is_refused(serving: Callable[..., Any]) -> None:
+    served = serving(max_loaded=1)
+    assert isinstance(served.begin("mix", [5], 3).result(), NoRoomError)
+    assert served.begin("sql", [5], 3).result()[0] == served.world.expected("sql", [5], 3)
+
+
+def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving(limits=Limits(max_batch=1, max_queue=2))
+    running = served.begin("base", [5, 6, 7], 400)
+    running.first()
+    waiting = [served.begin("sql", [5], 2) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait already"):
+        served.begin("sql", [5], 2)
+    served.service.engine.cancel(running.generation)
+    assert [len(one.result()) for one in waiting] == [3, 3]
+    served.wait(lambda: served.service.engine.idle)
+
+
+def test_a_bug_in_a_turn_ends_its_requests_and_not_the_engine(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving()
+    with monkeypatch.context() as patch:
+        patch.setattr("peftcore.serving.engine.next_tokens", lambda *_: 1 / 0)
+        found = served.begin("sql", [5, 6], 4).result()
+    assert type(found) is ServingError and "its log says why" in str(found)
+    assert served.begin("sql", [5, 6], 4).result()[0] == served.world.expected("sql", [5, 6], 4)
+    assert served.service.catalog.store.statistics()["in_use"] == 0
+
+
+def test_draining_ends_what_runs_and_stopping_does_not(serving: Callable[..., Any]) -> None:
+    served = serving()
+    running = served.begin("sql", [5, 6], 30)
+    served.service.engine.drain()
+    with pytest.raises(ShuttingDownError):
+        served.begin("sql", [5, 6], 4)
+    assert running.result()[0] == served.world.expected("sql", [5, 6], 30)
+
+    other = serving(limits=Limits(max_batch=1))
+    asked = [other.begin("base", [5, 6], 400) for _ in range(3)]
+    asked[0].first()
+    other.service.engine.stop()
+    assert all(isinstance(one.result(), ShuttingDownError) for one in asked)
+    assert not other.service.engine.alive
+
+
+# -- new versions ---------------------------------------------------------------------------------------------------
+
+
+def test_a_new_version_is_for_requests_that_come_after_it(serving: Callable[..., Any], world: Any) -> None:
+    served = serving()
+    new = world.add("sql-next", LoraConfig(**LORA), 77)
+    old = served.begin("sql", [5, 6, 7], 60)
+    old.first()
+    served.service.catalog.store.replace("sql", new)
+    fresh = served.begin("sql", [5, 6, 7], 60).result()
+    assert fresh[0] == world.expected("sql-next", [5, 6, 7], 60)
+    finished = old.result()
+    assert finished[1:] == (("length", 60) if finished[1] == "length" else finished[1:])
+    whole = world.expected("sql", [5, 6, 7], 60)
+    assert whole.endswith(finished[0]) and whole != fresh[0]

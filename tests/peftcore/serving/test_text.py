@@ -1,0 +1,47 @@
+"""Text comes in pieces that together are the whole, and nothing of a stop text is ever in them."""
+
+import random
+from typing import Any
+
+import pytest
+
+from peftcore.serving.text import TextStream
+
+
+def pieces(tokenizer: Any, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
+    stream = TextStream(tokenizer, stop)
+    found = []
+    for token in tokens:
+        found.append(stream.push(token))
+        if stream.stopped:
+            return found, True
+    return [*found, stream.finish()], stream.stopped
+
+
+@pytest.mark.parametrize("text", ["plain", "Grüße, 世界! 👩‍🚀 fin", " leading and trailing ", "👍"])
+def test_characters_of_several_tokens_come_whole(tokenizer: Any, text: str) -> None:
+    found, _ = pieces(tokenizer, tokenizer(text)["input_ids"])
+    assert "".join(found) == text
+    assert not any("�" in piece for piece in found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_tokens_give_what_decoding_them_at_once_gives(tokenizer: Any, seed: int) -> None:
+    tokens = random.Random(seed).choices(range(len(tokenizer)), k=120)
+    whole = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(pieces(tokenizer, tokens)[0]) == whole
+
+
+def test_a_stop_text_ends_it_wherever_tokens_end(tokenizer: Any) -> None:
+    tokens = tokenizer("SELECT 1;\n\nSELECT 2;")["input_ids"]
+    found, stopped = pieces(tokenizer, tokens, ("\n\n", "never"))
+    assert (("".join(found)), stopped) == ("SELECT 1;", True)
+    assert pieces(tokenizer, tokens, ("2;",))[1]
+    assert pieces(tokenizer, tokens, ("2;", "1"))[0] == [*"SELECT ", ""]
+
+
+def test_what_only_begins_a_stop_text_is_given_after_all(tokenizer: Any) -> None:
+    found, stopped = pieces(tokenizer, tokenizer("aabaab.")["input_ids"], ("aabaac",))
+    assert ("".join(found), stopped) == ("aabaab.", False)
+    found, stopped = pieces(tokenizer, tokenizer("xaab")["input_ids"], ("aabaac",))
+    assert (found, stopped) == (["x", "", "", "", "aab"], False)
