@@ -3,6 +3,7 @@ that they read is quiet; an error is one message and exit status 1.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -313,6 +314,56 @@ def merge(
         folders = _adapter_and_base(adapter, base)
         size = int(shard_gb * 1e9)
         print(merge_streaming(folders[1], folders[0], out, size, dtype, storage, double_quant, progressbar=True))
+
+
+@app.command()
+def serve(
+    base: BaseFolder = None,
+    adapters: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="A folder with one adapter directory per model.")
+    ] = None,
+    composition: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=JSON", help='A model of several: `mix={"sql": 0.7, "chat": 0.3}`.')
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What the base is called; its folder's name if left out.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: what the base has.")] = "auto",
+    max_batch: Annotated[int, typer.Option(min=1, metavar="ROWS", help="Requests decoded together.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=1, metavar="N", help="Requests that wait at most.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of one answer at most.")] = 1024,
+    max_loaded: Annotated[int, typer.Option(min=1, metavar="N", help="Adapters in the model at a time.")] = 64,
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="For one request.")] = 300.0,
+    grace: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="For what runs at SIGTERM.")] = 30.0,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="One that opens the server; better in PEFTCORE_API_KEYS, comma-separated.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve this project's promoted version too, and each that follows it.")
+    ] = False,
+    watch_seconds: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between looks.")] = 5.0,
+) -> None:
+    """Serve a base with many adapters by OpenAI's HTTP interface: `/v1/chat/completions`, `/v1/completions`.
+
+    A request's `model` names the base, an adapter, or a composition; requests for different ones are decoded in one
+    batch. `/health`, `/ready` and `/metrics` (Prometheus) are for whoever watches it. SIGTERM ends it after what runs.
+    """
+    with _errors():
+        from flows.serving import serve as run
+        from peftcore.serving import Limits
+
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+        for package in ("flows", "peftcore"):
+            logging.getLogger(package).setLevel(logging.INFO)
+        watched = None
+        if watch:
+            paths = Paths(find_root())
+            params = load_params(paths.params)
+            watched = (paths, params.project.name, params.gate.stage)
+        limits = Limits(max_batch, max_queue, max_tokens, timeout=timeout, grace=grace)
+        folder, address = base or Paths(find_root()).base, (host, port)
+        mixtures, keys = composition or (), api_key or ()
+        run(folder, adapters, mixtures, watched, address, limits, name, max_loaded, dtype, keys, watch_seconds)
 
 
 def _adapter_and_base(adapter: Path | None, base: Path | None) -> tuple[Path, Path]:

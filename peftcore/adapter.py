@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.bases import BaseWeight
-from peftcore.low_rank import LowRank
+from peftcore.low_rank import Factors, LowRank
 
 
 class Shared(nn.Module):
@@ -137,6 +137,10 @@ class Adapter(nn.Module):
     def delta_weight(self) -> Tensor:
         """ΔW in canonical orientation, in the parameters' type; for methods where W' = W + ΔW."""
         raise NotImplementedError(f"{type(self).__name__} must define delta_weight or merged_weight")
+
+    def exact_factors(self) -> Factors | None:
+        """ΔW as two factors, where it is exactly these; they may be the parameters themselves."""
+        return None
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W' for a canonical W given in float32 or float64."""

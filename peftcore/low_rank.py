@@ -36,6 +36,24 @@ class LowRank(NamedTuple):
     """g (o,); not with dropout, nor on a layer with bias."""
 
 
+class Factors(NamedTuple):
+    """ΔW = s·BA of a layer, or of each of its e experts (1 for every other layer); i counts a kernel's size too."""
+
+    a: Tensor
+    """A (e, r, i)."""
+    b: Tensor
+    """B (e, o, r)."""
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    def dense(self) -> Tensor:
+        """ΔW (e, o, i)."""
+        return self.scaling * self.b @ self.a
+
+
 def low_rank_linears(x: Tensor, layers: Sequence[tuple[BaseWeight, LowRank]]) -> Sequence[Tensor]:
     """y (..., o) of each layer for their common x (..., i), of the type they compute in; all drop alike."""
     dropout = Dropout(layers[0][1].dropout) if layers[0][1].dropout else None
@@ -59,7 +77,7 @@ class _Call(NamedTuple):
     dropout: Dropout | None
 
 
-Factors = tuple[Tensor, Tensor, Tensor | None]
+_Gained = tuple[Tensor, Tensor, Tensor | None]
 """A, B and gain of a layer."""
 
 
@@ -81,7 +99,7 @@ class _Forward(NamedTuple):
         return tuple(y if g is None else y * g.to(y.dtype) for y, g in zip(self.ys, self.gains, strict=True))
 
 
-def _forward(x: Tensor, call: _Call, factors: list[Factors]) -> _Forward:
+def _forward(x: Tensor, call: _Call, factors: list[_Gained]) -> _Forward:
     flat = x.reshape(-1, x.shape[-1])
     a = _stacked([a.to(x.dtype) for a, _, _ in factors], 0)
     keep, bits = (None, None) if call.dropout is None else call.dropout.draw(flat)
@@ -147,7 +165,7 @@ class _LowRankLinears(torch.autograd.Function):
         return g_x.view(x.shape), None, *found
 
 
-def _factors(tensors: Sequence[Any]) -> list[Factors]:
+def _factors(tensors: Sequence[Any]) -> list[_Gained]:
     return list(zip(tensors[0::4], tensors[1::4], tensors[2::4], strict=True))
 
 

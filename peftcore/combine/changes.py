@@ -1,6 +1,6 @@
 """What one adapter changes at one layer: by its factors where it has them, dense where it has not.
 
-LoRA (whatever its scaling, patterns or start) and AdaLoRA have factors. Of every other method, and of DoRA, whose
+LoRA (whatever its scaling, patterns or start), AdaLoRA and VeRA have factors. Of every other method, and of DoRA, whose
 W' = m/n·(W + sBA) is of full rank, ΔW = W'(W) − W is formed in float64, so that the difference keeps its digits.
 """
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from peftcore.adapter import Adapter
-from peftcore.combine.factors import Factors, inner
+from peftcore.combine.factors import inner
 from peftcore.errors import MergeError
+from peftcore.low_rank import Factors
 from peftcore.methods.lora import Lora
 from peftcore.tensors import is_sharded
 
@@ -39,27 +40,10 @@ class Change:
 def change_of(adapter: Adapter) -> Change:
     """Read an adapter, in its own type, float32 at least."""
     dtype = torch.promote_types(next(adapter.parameters(), torch.empty(0)).dtype, torch.float32)
-    weight = factors_of(adapter)
+    weight = adapter.exact_factors()
     if weight is not None:
         weight = Factors(weight.a.to(dtype), weight.b.to(dtype), weight.scaling)
     return Change(_dense(adapter).to(dtype) if weight is None else weight, _bias(adapter, dtype))
-
-
-def factors_of(adapter: Adapter) -> Factors | None:
-    """A and B of an adapter that is sBA and nothing else, a start that is taken out of the base included."""
-    base = adapter.base
-    if isinstance(adapter, Lora):
-        if adapter.magnitude is not None:
-            return None
-        a, b = adapter.own_factors()
-        if adapter.start is not None:
-            a, b = torch.cat([a, adapter.start[0]]), torch.cat([b, -adapter.start[1]], 1)
-        a, b = a.reshape(base.count, a.shape[0] // base.count, -1), b.reshape(len(b), -1, base.count)
-        return Factors(a, b.permute(2, 0, 1), adapter.scaling)
-    own = adapter.low_rank() if base.kind == "linear" else None
-    if own is None or own.gain is not None:
-        return None
-    return Factors(own.a.unsqueeze(0), own.b.unsqueeze(0), own.scaling)
 
 
 def _dense(adapter: Adapter) -> Tensor:

@@ -12,23 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class Factors(NamedTuple):
-    """ΔW = s·BA of a layer, or of each of its experts."""
-
-    a: Tensor
-    """A (e, r, i)."""
-    b: Tensor
-    """B (e, o, r)."""
-    scaling: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[1]
-
-    def dense(self) -> Tensor:
-        """ΔW (e, o, i)."""
-        return self.scaling * self.b @ self.a
+from peftcore.low_rank import Factors
 
 
 class Reduced(NamedTuple):

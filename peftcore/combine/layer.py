@@ -6,10 +6,11 @@ from typing import NamedTuple
 from torch import Generator, Tensor
 
 from peftcore.combine.changes import Change
-from peftcore.combine.factors import Factors, inner, reduced, reduced_dense, stacked
+from peftcore.combine.factors import inner, reduced, reduced_dense, stacked
 from peftcore.combine.mixing import mixed
 from peftcore.combine.recipe import Recipe
 from peftcore.combine.scalars import coefficients
+from peftcore.low_rank import Factors
 
 
 class Combined(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.combine.changes import Change
-from peftcore.combine.factors import Factors, inner, reduced
+from peftcore.combine.factors import inner, reduced
 from peftcore.combine.layer import Combined, combined
 from peftcore.combine.merging import MergeReport, finish, refusing_what_is_not_finite
 from peftcore.combine.mixing import mixed
@@ -21,6 +21,7 @@ from peftcore.combine.recipe import Elect, Recipe, check_density
 from peftcore.combine.sources import Sources
 from peftcore.config import suggestion
 from peftcore.errors import ConfigError
+from peftcore.low_rank import Factors
 
 APART = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Kinds that combine A and B apart."""

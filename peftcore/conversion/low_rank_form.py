@@ -15,9 +15,7 @@ from peftcore.adapter_set import adapter_set
 from peftcore.conversion.factors import Factors, Shortened, factorised, shortened
 from peftcore.errors import ConfigError, MergeError
 from peftcore.merge import check_mergeable
-from peftcore.methods.adalora import AdaLora
 from peftcore.methods.lora import Lora
-from peftcore.methods.vera import Vera
 
 KINDS = ("linear", "conv", "embedding")
 """Kinds of layers that have a weight which two factors can change."""
@@ -63,22 +61,8 @@ def low_rank_forms(
 
 def exact_factors(adapter: Adapter) -> Factors | None:
     """The change of a weight, flattened to (o, i), as two factors in the adapter's own type; None where it has none."""
-    if isinstance(adapter, Lora):
-        if adapter.magnitude is not None:
-            return None
-        a, b = adapter.own_factors()
-        if adapter.start is not None:
-            a, b = torch.cat([a, adapter.start[0]]), torch.cat([b, -adapter.start[1]], 1)
-        return Factors(a.detach().flatten(1), b.detach().flatten(1), adapter.scaling)
-    if isinstance(adapter, AdaLora):
-        kept = adapter.checkpoint_tensors()
-        return Factors(kept["lora_A"] * kept["lora_E"], kept["lora_B"], adapter.scaling)
-    if isinstance(adapter, Vera):
-        shared = adapter.shared
-        down = shared.vera_A[:, : adapter.base.in_features].to(adapter.vera_lambda_d)
-        up = shared.vera_B[: adapter.base.out_features].to(adapter.vera_lambda_b)
-        return Factors((adapter.vera_lambda_d[:, None] * down).detach(), (adapter.vera_lambda_b[:, None] * up).detach())
-    return None
+    own = adapter.exact_factors()
+    return None if own is None or len(own.a) > 1 else Factors(own.a[0].detach(), own.b[0].detach(), own.scaling)
 
 
 def weight_change(adapter: Adapter) -> Tensor:

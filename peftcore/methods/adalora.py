@@ -20,7 +20,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig
 from peftcore.errors import ConfigError, TrainingError
-from peftcore.low_rank import LowRank
+from peftcore.low_rank import Factors, LowRank
 from peftcore.registry import register
 from peftcore.shrinking import can_shrink, shrunk
 
@@ -144,6 +144,10 @@ class AdaLora(Adapter):
             x = F.dropout(x, self.dropout)
         h = self.base.apply(x, self.lora_A * (self.lora_E * self.scaling))
         return self.base.add_pointwise(y, h.to(y.dtype), self.lora_B)
+
+    def exact_factors(self) -> Factors:
+        kept = self.checkpoint_tensors()  # without the triplets that the budget has dropped
+        return Factors((kept["lora_A"] * kept["lora_E"])[None], kept["lora_B"][None], self.scaling)
 
     def delta_weight(self) -> Tensor:
         return self.scaling * self.lora_B @ (self.lora_A * self.lora_E)

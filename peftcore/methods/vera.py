@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
+from peftcore.low_rank import Factors
 from peftcore.registry import register
 
 
@@ -104,6 +105,10 @@ class Vera(Adapter):
             x = F.dropout(x, self.config.vera_dropout)
         down, up = self._factors()
         return self.base.add_pointwise(y, self.base.apply(x, down).to(y.dtype), up)
+
+    def exact_factors(self) -> Factors:
+        down, up = self._factors()
+        return Factors(down[None], up[None])
 
     def delta_weight(self) -> Tensor:
         down, up = self._factors()

@@ -171,9 +171,9 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
 
 def refusal(errors: Sequence[Mapping[str, Any]]) -> BadRequestError:
     """What a validation has found, as one error."""
-    first = errors[0]
-    # a union's branches come one after another; the field's own name is what a client knows
+    # of a field that may be of several types, the one that was given is wrong in its value
+    first = next((one for one in errors if not one["type"].endswith("_type")), errors[0])
     place = [str(part) for part in first["loc"] if part != "body"]
     param = place[0] if place else None
     said = "is not known here" if first["type"] == "extra_forbidden" else f"{first['msg']}, got {first['input']!r:.100}"
-    return BadRequestError(f"{'.'.join(place[:2]) or 'request'}: {said}", param)
+    return BadRequestError(f"{'.'.join(place[:1]) or 'request'}: {said}", param)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, ParameterWeight
 from peftcore.errors import ConfigError, MergeError
-from peftcore.low_rank import LowRank
+from peftcore.low_rank import Factors, LowRank
 from peftcore.methods.lora import invocation, starts
 from peftcore.methods.lora.config import LoraConfig
 from peftcore.registry import register
@@ -187,6 +187,16 @@ class Lora(Adapter):
                 "LORA on a convolution with groups has no merged weight: A mixes the groups that W keeps apart; "
                 "keep the adapter unmerged or exclude this layer"
             )
+
+    def exact_factors(self) -> Factors | None:
+        if self.magnitude is not None:
+            return None
+        a, b = self.own_factors()
+        if self.start is not None:
+            a, b = torch.cat([a, self.start[0]]), torch.cat([b, -self.start[1]], 1)
+        experts = self.base.count
+        a = a.reshape(experts, len(a) // experts, -1)
+        return Factors(a, b.reshape(len(b), -1, experts).permute(2, 0, 1), self.scaling)
 
     def delta_weight(self) -> Tensor:
         """s·BA (minus s·B₀A₀), before DoRA's rescaling."""

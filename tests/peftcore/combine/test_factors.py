@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from peftcore.combine import Recipe, factors
-from peftcore.combine.factors import Factors, inner, padded, reduced, reduced_dense, stacked
+from peftcore.combine.factors import inner, padded, reduced, reduced_dense, stacked
+from peftcore.low_rank import Factors
 
 SIZES = [(1, 30, 20, 6), (1, 20, 30, 6), (1, 8, 12, 20), (3, 9, 14, 5), (1, 5, 40, 5)]
 """Experts, outputs, inputs, rank."""

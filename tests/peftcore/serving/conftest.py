@@ -96,10 +96,13 @@ class Served:
     service: Service
     url: str = ""
     server: Server | None = None
+    clients: list[OpenAI] = field(default_factory=list)
 
     def client(self, **options: Any) -> OpenAI:
         """OpenAI's own client, which tries nothing twice."""
-        return OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "k", "max_retries": 0, "timeout": 60, **options})
+        made = OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "k", "max_retries": 0, "timeout": 60, **options})
+        self.clients.append(made)
+        return made
 
     def begin(self, model: str, prompt: list[int], tokens: int, **sampling: Any) -> "Asked":
         """Submit a request to the engine, without HTTP."""
@@ -170,6 +173,8 @@ def serving(world: World) -> Iterator[Callable[..., Served]]:
 
     yield serve
     for served, thread in made:
+        for client in served.clients:
+            client.close()
         if served.server is not None and thread is not None:
             served.server.should_exit = True
             thread.join(30)
