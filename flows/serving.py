@@ -1,5 +1,5 @@
-"""What `peftcore serve` serves: a base, a folder of adapters, compositions of them, and the version of this project that
-has the stage now; one that is promoted later takes its place while requests run."""
+"""What `peftcore serve` serves: a base, a folder of adapters, compositions of them, and the promoted version of this
+project, whose place the next one takes while requests run."""
 
 import json
 import logging

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftcore import activation, checkpoint, combine, forwarding, inject, merge
 from peftcore.adapter_set import adapter_set, untouched_names
 from peftcore.combine import MergeReport, Recipe
-from peftcore.composition.algebra import Spec
+from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
 
@@ -142,11 +142,13 @@ class PeftModel:
     # -- combining -----------------------------------------------------------------------------------------------
 
     def add_merged(
-        self, adapter_name: str, weights: Mapping[str, float], recipe: Recipe, rank: int | None = None
+        self, adapter_name: str, weights: Mapping[str, float] | Composition, recipe: Recipe, rank: int | None = None
     ) -> MergeReport:
         """Add a LoRA that is a weighted combination of other adapters: `add_merged("m", {"a": 0.7, "b": 0.3},
-        Recipe.ties(density=0.3), rank=16)`. See `peftcore.combine.add_merged`."""
-        return combine.add_merged(self._module, adapter_name, weights, recipe, rank)
+        Recipe.ties(density=0.3), rank=16)`, or of a sum such as `0.7 * Only("a") + 0.3 * Only("b")`.
+        See `peftcore.combine.add_merged`."""
+        given = weights_of(weights) if isinstance(weights, Composition) else weights
+        return combine.add_merged(self._module, adapter_name, given, recipe, rank)
 
     def add_weighted_adapter(
         self,

@@ -279,5 +279,18 @@ def composition(given: Spec) -> Composition:
     )
 
 
+def weights_of(one: Composition) -> dict[str, float]:
+    """{adapter: weight} of a weighted sum, however nested; RoutingError where it says more than that."""
+    if isinstance(one, Only):
+        return {one.name: 1.0}
+    if not isinstance(one, Weighted):
+        raise RoutingError(f"{one!r} is no weighted sum, which alone can be merged into one adapter; use it in a route")
+    found: dict[str, float] = {}
+    for child, weight in one.summands:
+        for name, own in weights_of(child).items():
+            found[name] = found.get(name, 0.0) + weight * own
+    return found
+
+
 def _summands(one: Composition) -> Sequence[tuple[Composition, float]]:
     return one.summands if isinstance(one, Weighted) else [(one, 1.0)]

@@ -52,7 +52,7 @@ class Call:
         return {**given.envelope(streamed=False), "choices": [choice], "usage": self._usage(pieces[-1])}
 
     async def stream(self, given: GenerationRequest, piece: Piece) -> AsyncIterator[str]:
-        """The answer as server-sent events; piece: the first one. An error is an event, since the status has been sent."""
+        """The answer as server-sent events; piece: the first one. An error is an event: the status has been sent."""
         envelope = given.envelope(streamed=True)
         counted = given.stream_options is not None and given.stream_options.include_usage
 

@@ -79,7 +79,7 @@ class RowCache:
     def __init__(self, mask: Tensor, layers: Sequence[GrowingLayer] = ()):
         self.mask = mask
         self.cache = Cache(layer_class_to_replicate=GrowingLayer)
-        self.cache.layers = [*layers]
+        self.cache.layers.extend(layers)
 
     @classmethod
     def empty(cls, rows: int, device: torch.device | str = "cpu") -> "RowCache":

@@ -1,11 +1,13 @@
 """The server process: it ends when told to once, after what it has begun, and at once when told to twice."""
 
 import logging
+import socket
 import time
 from types import FrameType
 
 import uvicorn
 
+from peftcore.errors import ConfigError
 from peftcore.serving.app import make_app
 from peftcore.serving.service import Service
 
@@ -59,7 +61,13 @@ class Server(uvicorn.Server):
 
 
 def serve(service: Service, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until SIGTERM or Ctrl-C. port 0: any that is free."""
+    """Serve until SIGTERM or Ctrl-C. port 0: any that is free. Raises ConfigError for an address that cannot be had."""
     if not service.keys and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("%s can be reached by others, and without an API key anybody can ask", host)
-    Server(service, host, port).run()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error}; take another --host or --port") from error
+    with listening:
+        Server(service, host, port).run([listening])

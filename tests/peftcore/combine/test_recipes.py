@@ -1,16 +1,20 @@
 """Each recipe gives what its paper's formula gives, computed here densely and one element or layer at a time."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from peftcore import LoraConfig, get_peft_model
 from peftcore.adapter_set import adapter_set
 from peftcore.combine import Recipe
 from peftcore.combine.mixing import mixed
 from peftcore.combine.sparsify import sparsified
+from peftcore.composition import Only, Stack
+from peftcore.errors import RoutingError
 
 FULL = 8
 """Rank that holds any ΔW of these layers."""
@@ -203,3 +207,18 @@ def test_a_seed_gives_the_same_and_another_seed_another(model: Any, changes: Any
     x, y, z = (changes(model, name)["0"] for name in "xyz")
     assert torch.equal(x, y) and not torch.allclose(x, z)
     torch.random.set_rng_state(before)
+
+
+def test_a_sum_in_a_route_and_the_same_sum_merged(llama: Callable[..., Any]) -> None:
+    """What is computed live and what is made of it once are one thing."""
+    one: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+    model = get_peft_model(llama(), LoraConfig(r=2, **one), "a")
+    model.add_adapter("b", LoraConfig(r=3, lora_alpha=5, use_rslora=True, **one))
+    model.add_adapter("c", LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
+    model.double().eval()
+    mix, tokens = 0.7 * Only("a") - 0.5 * (Only("b") + 0.2 * Only("c")), torch.arange(14).view(2, 7)
+    model.add_merged("m", mix, Recipe.task_arithmetic())
+    live = model(tokens, adapter_names=mix).logits
+    torch.testing.assert_close(model(tokens, adapter_names="m").logits, live, atol=1e-10, rtol=0)
+    with pytest.raises(RoutingError, match="is no weighted sum, which alone can be merged"):
+        model.add_merged("n", Stack("a", {"b": 0.5}), Recipe.linear())

@@ -1,0 +1,198 @@
+"""The command `peftcore serve`: a real process, and promotions that it picks up while it runs."""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.errors import RegistryError
+from flows.promotion.promote import promote
+from flows.serving import StageWatch, compositions
+from peftcore import LoraConfig, get_peft_model
+from peftcore.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before() -> Iterator[None]:
+    """The command lets its packages say more."""
+    loggers = [logging.getLogger(name) for name in ("flows", "peftcore")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+class FakeStore:
+    """What has been asked of a store: (verb, name, the version's folder name, its weights' file)."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, str]] = []
+        self.weights: list[bytes] = []
+
+    def names(self) -> list[str]:
+        return [name for verb, name, _ in self.asked if verb == "register"]
+
+    def register(self, name: str, directory: Path, tags: Any = ()) -> None:
+        self.asked.append(("register", name, directory.name))
+        self.weights.append((directory / "adapter_model.safetensors").read_bytes())
+
+    def replace(self, name: str, directory: Path) -> None:
+        self.asked.append(("replace", name, directory.name))
+        self.weights.append((directory / "adapter_model.safetensors").read_bytes())
+
+    def prefetch(self, name: str) -> None:
+        self.asked.append(("prefetch", name, ""))
+
+
+@pytest.fixture
+def followed(project: Any, tmp_path: Path) -> tuple[StageWatch, FakeStore]:
+    store = FakeStore()
+    return StageWatch(project.paths, "docstrings", "champion", store, tmp_path / "kept", 0.05), store  # type: ignore[arg-type]
+
+
+def test_each_promoted_version_takes_the_place_of_the_one_before(project: Any, followed: Any) -> None:
+    watch, store = followed
+    assert not watch.check()  # nothing is promoted yet
+    project.register()
+    assert not watch.check()  # a version without the stage is none
+    promote(project.params, project.paths)
+    assert watch.check() and not watch.check()
+    assert store.asked == [("register", "docstrings", "v0.1.0"), ("prefetch", "docstrings", "")]
+
+    project.register(loss=2.0, weight=2.0)
+    promote(project.params, project.paths)
+    with watch.running():
+        until = time.monotonic() + 60
+        while watch.version == "v0.1.0" and time.monotonic() < until:
+            time.sleep(0.05)
+    assert store.asked[2:] == [("replace", "docstrings", "v0.1.1"), ("prefetch", "docstrings", "")]
+    assert store.weights[1] == (project.paths.adapter / "adapter_model.safetensors").read_bytes() != store.weights[0]
+
+
+def test_a_version_whose_files_are_damaged_is_not_served(project: Any, followed: Any) -> None:
+    watch, store = followed
+    project.register()
+    promote(project.params, project.paths)
+    for path in (project.root / ".dvc" / "cache").rglob("*"):
+        if path.is_file() and path.read_bytes() == (project.paths.adapter / "adapter_config.json").read_bytes():
+            path.chmod(0o644)
+            path.write_text('{"peft_type": "LORA" }')
+    with pytest.raises(RegistryError, match=r"adapter_config.json of docstrings@v0.1.0 is not what was registered"):
+        watch.check()
+    assert store.asked == [] and watch.version is None
+
+
+@pytest.mark.parametrize("text", ["mix", '={"a": 1}', 'mix={"a": "b"}', "mix=[1]", "mix={}", 'mix={"a": true}'])
+def test_a_composition_that_is_none_is_shown_how(text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape('give NAME={"adapter": weight, ...}')):
+        compositions([text])
+
+
+def test_a_composition_is_a_weighted_sum() -> None:
+    (one,) = compositions(['mix={"sql": 0.7, "chat": -1}']).values()
+    assert [(term.name, term.weight) for term in one.terms()] == [("sql", 0.7), ("chat", -1.0)]
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapters(tiny_base: Path, tmp_path: Path) -> Path:
+    """A folder with adapters sql and chat."""
+    for seed, name in enumerate(("sql", "chat")):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(tiny_base)
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(model, config).save_pretrained(tmp_path / "adapters" / name)
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def started(tiny_base: Path, adapters: Path) -> Iterator[Callable[..., tuple[Any, str]]]:
+    """Start `peftcore serve` with more options; gives the process and its address."""
+    made = []
+
+    def start(*options: str, **environment: str) -> tuple[Any, str]:
+        command = [sys.executable, "-c", "from flows.cli import app; app()", "serve", "--port", "0"]
+        given = ["--base", str(tiny_base), "--adapters", str(adapters), *options]
+        process = subprocess.Popen(
+            [*command, *given], env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
+        )
+        made.append(process)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := re.search(r"serving (.*) on (http://\S+)", line):
+                return process, found.group(2)
+        raise AssertionError("it did not start")
+
+    yield start
+    for process in made:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, str]]) -> None:
+    mix = 'mix={"sql": 0.5, "chat": 0.5}'
+    process, url = started("--name", "tiny", "--composition", mix, PEFTCORE_API_KEYS="one,two")
+    with httpx.Client(base_url=url, headers={"authorization": "Bearer two"}, timeout=30) as client:
+        names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        assert names == ["tiny", "chat", "sql", "mix"]
+        for name in names:
+            reply = client.post("/v1/completions", json={"model": name, "prompt": "def", "max_tokens": 4})
+            assert reply.json()["usage"]["prompt_tokens"] == 3
+        assert client.get("/v1/models", headers={"authorization": "Bearer three"}).status_code == 401
+        given = {"model": "sql", "prompt": "def", "max_tokens": 400, "temperature": 0, "stream": True}
+        with client.stream("POST", "/v1/completions", json=given) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--composition", 'mix={"sql": 1, "nope": 1}'], "--composition mix: no adapter 'nope'; there is: chat, sql"),
+        (["--composition", 'sql={"chat": 1}'], "the composition 'sql' has the name of the base or of an adapter"),
+        (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
+        (["--watch"], "no pipeline in"),
+    ],
+)
+def test_what_cannot_be_served_is_one_message(
+    tiny_base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    monkeypatch.chdir(adapters)
+    result = CliRunner().invoke(app, ["serve", "--base", str(tiny_base), "--adapters", str(adapters), *options])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: ") and said in result.stderr
+
+
+def test_folders_without_a_model_or_adapters_are_named(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    empty = str(tmp_path / "empty")
+    for options, said in (
+        (["--base", empty], "holds no base model that can be served"),
+        (["--base", str(tiny_base), "--adapters", empty], "holds no adapter directories"),
+    ):
+        result = CliRunner().invoke(app, ["serve", *options])
+        assert (result.exit_code, said in result.stderr) == (1, True), result.stderr
+
+
+def test_the_command_has_help() -> None:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["serve", "--help"])
+    assert result.exit_code == 0 and "PEFTCORE_API_KEYS" in result.stdout
