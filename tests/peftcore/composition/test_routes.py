@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from method_example import examples, randomise
+from quantised_layers import quantised
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -66,7 +67,7 @@ def lora(**options: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 6, **fixed, **options})
 
 
-def adapted(base: Any, **configs: Any) -> Any:
+def adapted(base: Any, double: bool = True, **configs: Any) -> Any:
     """A model with these adapters, moved away from their start; in evaluation."""
     model = base
     for number, (name, config) in enumerate(configs.items()):
@@ -79,7 +80,7 @@ def adapted(base: Any, **configs: Any) -> Any:
         randomise(model, 0.2, seed=number)
     for name in configs:
         model.set_requires_grad(name, False)
-    return model.double().eval()
+    return (model.double() if double else model).eval()
 
 
 def mixture(base: Any) -> Any:
@@ -550,3 +551,57 @@ def test_whole_weights_are_one_for_the_batch() -> None:
     torch.testing.assert_close(model(x, adapter_names={"a": 0.5, "b": -1.0}), base + 0.5 * a - b)
     with pytest.raises(RoutingError, match="is one weight for all rows of a batch"):
         model(x, adapter_names=["a", "b"])
+
+
+# -- other ways to compute -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_quantised_layers(storage: str) -> None:
+    torch.manual_seed(0)
+    model = adapted(
+        nn.Sequential(quantised(storage)),
+        double=False,
+        a=lora(target_modules=["0"]),
+        b=lora(r=2, target_modules=["0"]),
+        c=OFTConfig(oft_block_size=4, target_modules=["0"]),
+    )
+    x = torch.randn(6, 64)
+    for names in (["a", "b", None, {"a": 0.5, "b": 0.5}, "b", "a"], ["a", "c", None, "c", "b", Stack("a", "c")]):
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                mixed = model(x, adapter_names=names)
+                alone = torch.cat([_one(model, x[row : row + 1], name) for row, name in enumerate(names)])
+            torch.testing.assert_close(mixed, alone, atol=2e-2 if storage == "int8" else 1e-4, rtol=0)
+
+
+def _one(model: Any, x: Tensor, name: Any) -> Tensor:
+    with model.route(name):
+        return model(x)
+
+
+def test_autocast_and_inference_mode() -> None:
+    model = mixture(llama(torch.float32)).float()
+    names = ["a", "b", None, "a", {"a": 0.5, "b": 1.0}, "b"]
+    with torch.no_grad():
+        exact = model(TOKENS, adapter_names=names).logits
+    with torch.inference_mode():
+        assert torch.equal(model(TOKENS, adapter_names=names).logits, exact)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cast = model(TOKENS, adapter_names=names).logits
+    assert 0 < (cast - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_one_graph_break_or_none_the_numbers_are_the_same() -> None:
+    """`torch.compile` takes the general path, for it makes its own fusions."""
+    torch.manual_seed(0)
+    one = {"target_modules": ["0"]}
+    model = adapted(nn.Sequential(nn.Linear(12, 8)).double(), a=lora(**one), b=lora(**one))
+    x, names = torch.randn(4, 12, dtype=torch.float64), ["a", "b", None, {"a": 0.5, "b": 0.5}]
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        expected = model(x, adapter_names=names)
+        torch.testing.assert_close(compiled(x, adapter_names=names), expected, atol=1e-12, rtol=0)
+        with model.route(names):
+            torch.testing.assert_close(compiled(x), expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-12, rtol=0)
