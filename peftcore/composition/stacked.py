@@ -40,9 +40,7 @@ class Stacked(NamedTuple):
 
     def is_current(self) -> bool:
         """Whether the weights are still those that were stacked, and none of them trains."""
-        if any(tensor.requires_grad for tensor in self.made_from):
-            return False
-        return [tensor._version for tensor in self.made_from] == self.versions
+        return [-1 if tensor.requires_grad else tensor._version for tensor in self.made_from] == self.versions
 
 
 def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | None:
