@@ -9,6 +9,7 @@ from peftcore.adapter import Adapter, Shared
 from peftcore.config import PeftConfig
 from peftcore.errors import AdapterNameError
 from peftcore.host import Prompts, SavedModule, Selection, Site
+from peftcore.per_thread import PerThread
 from peftcore.prompts.learner import PromptLearner
 from peftcore.replication import Replication
 
@@ -20,6 +21,11 @@ PROMPTS = "peftcore_prompts"
 
 class AdapterSet:
     """The adapters of one model."""
+
+    generating = PerThread({})
+    """What `generate` was given for the adapters, such as task_ids, while it runs."""
+    passing = PerThread({})
+    """The same of the forward that runs now."""
 
     def __init__(self) -> None:
         self.selection = Selection()
@@ -39,10 +45,6 @@ class AdapterSet:
         """{adapter with bias="all" or "lora_only": {path of a bias: its value before}}."""
         self.replication: tuple[str, Replication] | None = None
         """The adapter that made the model deeper, and how to undo it."""
-        self.generating: dict[str, Any] = {}
-        """What `generate` was given for the adapters, such as task_ids, while it runs."""
-        self.passing: dict[str, Any] = {}
-        """The same of the forward that runs now."""
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """{path: adapter} of one name."""

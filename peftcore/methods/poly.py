@@ -19,6 +19,7 @@ from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError, MergeError
+from peftcore.per_thread import PerThread
 from peftcore.registry import register
 
 
@@ -46,7 +47,7 @@ class PolyConfig(TunerConfig):
 class Tasks(Shared):
     """The task of each row of the batch that the model computes now, (n); None: the only task there is."""
 
-    ids: Tensor | None = None
+    ids = PerThread()
 
 
 class Router(nn.Module):

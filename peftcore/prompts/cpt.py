@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from peftcore.config import PromptLearningConfig, TaskType
 from peftcore.errors import ConfigError
+from peftcore.per_thread import PerThread
 from peftcore.prompts.placement import mask_of, placement
 from peftcore.prompts.virtual_tokens import IGNORED, VirtualTokens
 from peftcore.prompts.vocabulary import embeddings_of
@@ -59,11 +60,13 @@ class CPTConfig(PromptLearningConfig):
 
 @register("CPT", CPTConfig)
 class Cpt(VirtualTokens):
+    _answers = PerThread()
+    """What the loss of this call needs besides the logits; None for a call without labels."""
+
     def __init__(self, config: CPTConfig, model: nn.Module):
         super().__init__(config, model)
         self.register_buffer("embedding", torch.empty(self.count, self.width))
         self.delta_embedding: nn.Parameter | None = nn.Parameter(torch.zeros(self.count, self.width))
-        self._answers: dict[str, Any] = {}
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
@@ -115,7 +118,7 @@ class Cpt(VirtualTokens):
         labels, types = inputs.get("labels"), inputs.get("input_type_mask")
         place = placement(mask_of(inputs, "attention_mask"), self.count)
         super().before_forward(model, inputs)
-        self._answers = {}
+        self._answers = None
         if labels is None:
             return
         text = torch.full_like(labels, 4) if types is None else types.to(labels.device).long()
@@ -128,7 +131,7 @@ class Cpt(VirtualTokens):
         self._answers = {"labels": answers, "types": types, "items": inputs.get("num_items_in_batch"), "text": labels}
 
     def after_forward(self, outputs: Any) -> Any:
-        answers, self._answers = self._answers, {}
+        answers, self._answers = self._answers, None
         if not answers:
             return outputs
         if isinstance(outputs, tuple):

@@ -162,7 +162,6 @@ class MixedPrefix(PrefixTuning):
         self.bare = bare
         self.shapes, self.is_causal, self.counts_text = first.shapes, first.is_causal, first.counts_text
         self.count = max(one.count for one in learners if one is not None)
-        self._drops_cache = False
 
     def before_forward(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         _give_mask(model, inputs, "decoder_" if is_encoder_decoder(model) else "", self.in_cache)

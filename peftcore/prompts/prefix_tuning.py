@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from peftcore.config import PromptLearningConfig
 from peftcore.errors import ConfigError, TrainingError
+from peftcore.per_thread import PerThread
 from peftcore.prompts.cache import (
     cache_name,
     cache_of,
@@ -57,6 +58,8 @@ class PrefixTuningConfig(PromptLearningConfig):
 @register("PREFIX_TUNING", PrefixTuningConfig)
 class PrefixTuning(PromptLearner):
     transform: nn.Sequential | None
+    _drops_cache = PerThread(False)
+    """Whether the cache of this call was made for the prefix alone, and its caller wants none."""
 
     def __init__(self, config: PrefixTuningConfig, model: nn.Module):
         super().__init__(config, model)
@@ -67,7 +70,6 @@ class PrefixTuning(PromptLearner):
         self.shapes = kv_shapes(model)
         self.is_causal = is_encoder_decoder(model) or is_causal(model)
         self.counts_text = is_causal(model) and takes(model, "position_ids")
-        self._drops_cache = False
         self.transform = None
         if config.prefix_projection:
             self.embedding = nn.Parameter(torch.empty(n, width))

@@ -116,6 +116,8 @@ class Admission:
             else:
                 generation.fail(error)
         except ServingError as error:
+            if isinstance(error, AdapterFailedError):
+                logger.error("%s", error)
             generation.fail(error)
         except Exception as error:
             logger.exception("%s could not be loaded", generation.model)

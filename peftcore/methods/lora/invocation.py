@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from peftcore.adapter import Shared
+from peftcore.per_thread import PerThread
 
 
 class Invocation(Shared):
     """How many last positions of each row the adapter acts at, in the forward that runs now; None: nowhere."""
 
-    last_positions: Tensor | None = None
+    last_positions = PerThread()
+    """(b,)"""
 
 
 def mask(shared: Invocation, h: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from peftcore.bases import BaseWeight
 from peftcore.errors import ConfigError
 from peftcore.methods.xlora.config import XLoraConfig
 from peftcore.methods.xlora.experts import frozen, read_lora
+from peftcore.per_thread import PerThread
 
 
 class Classifier(nn.Module):
@@ -37,14 +38,16 @@ class Classifier(nn.Module):
 class Mixture(Shared):
     """The classifier, the LoRAs of every layer, and the weights of the forward that runs now."""
 
+    scalings = PerThread()
+    """(b, t, l or 1, n) as the layers use them; None: no LoRA acts."""
+    passing = PerThread(False)
+    """Whether the first pass runs."""
+
     def __init__(self, config: XLoraConfig, bases: Mapping[str, BaseWeight]):
         super().__init__()
         self.config, self.numbers = config, {path: number for number, path in enumerate(bases)}
-        self.scalings: Tensor | None = None
-        """(b, t, l or 1, n) as the layers use them; None: no LoRA acts."""
         self.log: list[Tensor] | None = None
         """A list put here gathers the classifier's weights of every forward."""
-        self.passing = False
         experts: list[dict[str, nn.Module]] = [{} for _ in bases]
         for n, directory in enumerate(config.directories()):
             for path, expert in read_lora(directory, bases).items():

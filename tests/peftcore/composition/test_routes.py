@@ -24,7 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peftcore import IA3Config, LoraConfig, OFTConfig, fast_path, get_peft_model
+from peftcore import IA3Config, LoraConfig, OFTConfig, PolyConfig, fast_path, get_peft_model
 from peftcore.composition import Average, Gate, Only, Parallel, Split, Stack, Weighted
 from peftcore.errors import AdapterNameError, RoutingError
 from peftcore.registry import methods
@@ -453,10 +453,20 @@ def test_routes_nest_and_disabling_stands_over_them() -> None:
 
 
 def test_threads_do_not_see_one_another() -> None:
+    """Also what a method learns of a call, such as where it was invoked (aLoRA), or its tasks (Poly)."""
     model = mixture(llama())
-    names = ["a", "b", "c", "__base__"]
+    model.add_adapter("invoked", lora(alora_invocation_tokens=[20]))
+    model.add_adapter("poly", PolyConfig(n_tasks=2, n_skills=2, r=2, target_modules=["q_proj"], init_weights=False))
+    model.double().eval()
+    names = ["a", "b", "c", "__base__", "invoked", "poly"]
+    tokens = {name: TOKENS if name == "invoked" else TOKENS.flip(0) for name in names}
+    given = {name: {"task_ids": torch.tensor([0, 1] * 3)} if name == "poly" else {} for name in names}
+
+    def forward(name: str) -> Tensor:
+        return model(tokens[name], adapter_names=name, **given[name]).logits
+
     with torch.no_grad():
-        alone = {name: model(TOKENS, adapter_names=name).logits for name in names}
+        alone = {name: forward(name) for name in names}
     failures: list[str] = []
     start = threading.Barrier(len(names))
 
@@ -464,7 +474,10 @@ def test_threads_do_not_see_one_another() -> None:
         start.wait()
         for turn in range(15):
             with torch.no_grad():
-                found = model(TOKENS, adapter_names=name if turn % 2 else [name] * len(TOKENS)).logits
+                if turn % 2:
+                    found = forward(name)
+                else:
+                    found = model(tokens[name], adapter_names=[name] * len(TOKENS), **given[name]).logits
             if not torch.allclose(found, alone[name], atol=1e-10, rtol=0):
                 failures.append(f"{name} in turn {turn}")
 
