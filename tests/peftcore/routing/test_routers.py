@@ -1,15 +1,19 @@
 """Routers: names, tags, rules, sticky shares, centroids of embeddings, fallbacks; Arrow against its definition."""
 
+import random
+import sysconfig
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import minilm
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
+from flows.data.docstrings import pairs
 from peftcore import IA3Config, LoraConfig, get_peft_model
 from peftcore.composition import Weighted
 from peftcore.errors import RoutingError
@@ -126,3 +130,16 @@ def test_what_arrow_cannot_do_is_refused() -> None:
     model.add_adapter("ia3", IA3Config(target_modules=["0"], feedforward_modules=[]))
     with pytest.raises(RoutingError, match="Arrow needs adapters of two factors; IA3 at 0 has none"):
         model(torch.randn(2, 12, dtype=torch.float64), adapter_names=arrow_gate(["a", "ia3"]))
+
+
+@pytest.mark.slow
+def test_minilm_finds_the_package_that_a_function_is_from(tmp_path: Path) -> None:
+    """Centroids of 40 functions of each of the standard library's eight largest packages, asked of 16 others."""
+    functions = list(pairs(Path(sysconfig.get_paths()["stdlib"])))
+    largest = Counter(pair.module.split(".")[0] for pair in functions).most_common(8)
+    own = {name: [p.source for p in functions if p.module.split(".")[0] == name] for name, _ in largest}
+    chosen = {name: random.Random(0).sample(texts, 56) for name, texts in own.items()}
+    embed = TextEmbedder(minilm.fetched(tmp_path), max_length=128)
+    router = Centroids.of(embed, {name: texts[:40] for name, texts in chosen.items()})
+    right = [router.route(Request(text=text)) == name for name, texts in chosen.items() for text in texts[40:]]
+    assert len(right) == 128 and sum(right) > 64  # 16 by chance

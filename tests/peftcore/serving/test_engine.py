@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peftcore import LoraConfig
 from peftcore.errors import ConfigError
+from peftcore.prompts.adaption_prompt import AdaptionPromptConfig
 from peftcore.prompts.prompt_tuning import PromptTuningConfig
 from peftcore.serving import Limits, make_service
 from peftcore.serving.errors import (
@@ -183,6 +184,20 @@ def test_adapters_that_cannot_share_a_batch_are_computed_one_after_another(
     asked = [(name, served.begin(name, [8, 9], 12)) for name in ("raw-a", "sql", "raw-b", "base", "raw-a")]
     for name, one_of in asked:
         assert one_of.result()[0] == world.expected(name, [8, 9], 12), name
+
+
+def test_a_prompt_inside_the_attention_is_served(serving: Callable[..., Any], world: Any) -> None:
+    def act(model: Any) -> None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(1.0) if parameter.numel() == 1 else parameter.mul_(100)
+
+    world.add("inside", AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM"), 4, act)
+    served = serving()
+    jobs = [(name, [8] * length) for length, name in enumerate(("inside", "sql", "base", "inside"), 2)]
+    asked = [served.begin(name, prompt, 12) for name, prompt in jobs]
+    assert [one.result()[0] for one in asked] == [world.expected(name, prompt, 12) for name, prompt in jobs]
+    assert world.expected("inside", [8, 8], 12) != world.expected("base", [8, 8], 12)
 
 
 def test_what_cannot_be_served_is_refused_with_the_reason(serving: Callable[..., Any], world: Any) -> None:
