@@ -78,6 +78,8 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     _tell(model, adapters, list(adapters.listening), inputs)
     for learner in _prompts(adapters, is_encoder_decoder(model)):  # last, because others may look for words in the text
         learner.before_forward(model, inputs)
+    if route is not None:
+        route.flattened = _flattened(args, inputs)
     return args, {key: value for key, value in inputs.items() if key not in taken}
 
 
@@ -88,6 +90,13 @@ def _begin(route: Route, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
     if first is None:
         raise RoutingError("the model is called without a tensor, so its rows cannot be counted")
     route.begin(len(first), _positions(first, inputs) if route.needs_positions else None)
+
+
+def _flattened(args: tuple[Any, ...], inputs: dict[str, Any]) -> frozenset[int]:
+    """Tokens of the whole batch (count), of each text that a call is given."""
+    texts = [inputs[key] for key in _TEXTS if inputs.get(key) is not None]
+    others = [value for value in (*args, *inputs.values()) if isinstance(value, Tensor) and value.dim() > 2]
+    return frozenset(value.shape[0] * value.shape[1] for value in (*texts, *others) if value.dim() > 1)
 
 
 def _has_rows(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 A route is made for one call, or for one `with model.route(...)`, by one thread. What it tells of the forward that runs
 now (rows, positions) is set before each one. Layers may see a row several times, one after another: tokens that a model
-has flattened, the windows of an image, the beams of a prompt.
+has flattened, the beams of a prompt.
 
 Shapes: B rows of the forward, N compositions given (each for B/N rows in turn), n rows that a layer sees, K adapters.
 """
@@ -51,6 +51,8 @@ class Route:
         """Whether each row may stand several times, one after another, as `generate` does with beams."""
         self.rows: int | None = None
         """B, where the model's own forward runs."""
+        self.flattened: frozenset[int] = frozenset()
+        """How many rows a layer sees where the model has laid all tokens of the batch one after another."""
         self.positions: Tensor | None = None
         """(B, T): each token's place in its row's text, where a Split asks for it."""
         self.prompts: list[Any] | None = None
@@ -109,8 +111,9 @@ class Route:
 
     def _check_layer(self, x: Tensor, path: str) -> None:
         rows = self.rows or len(self.compositions)
-        fits = len(x) % rows == 0 if x.dim() == 2 or self.rows is None else len(x) in (rows, 0)
-        if self.uniform is None and (not fits or len(x) % len(self.compositions)):
+        known = self.rows is not None
+        fits = len(x) == rows or (len(x) in self.flattened and x.dim() == 2 if known else len(x) % rows == 0)
+        if self.uniform is None and not fits:
             raise RoutingError(
                 f"{path} sees {len(x)} rows where the batch has {rows}, so it cannot be told whose they are; leave "
                 "this layer out of target_modules, or give all rows of a batch the same adapter"

@@ -1,7 +1,8 @@
 """Prompts of different names over the rows of one batch.
 
-Each row has the prompt that it would have alone. The shorter ones are filled up in front by tokens (or by entries of
-the cache) that the mask leaves out, so a row's text stands at the end, as does what the model says of it.
+Each row has the prompt that it would have alone. The shorter ones are filled up by tokens (or by entries of the cache)
+that the mask leaves out: in front, so that a decoder's text stands at the end, as does what is said of it; behind
+the text where a model counts positions from the first token.
 
 Shapes: B rows, N compositions of a route, B/N rows each in turn, n the longest prompt's length.
 """
@@ -97,7 +98,7 @@ class MixedTokens(VirtualTokens):
         nn.Module.__init__(self)
         first = next(one for one in learners if one is not None)
         self.__dict__["learners"] = learners  # they stay the model's own submodules
-        self.bare, self.narrow, self.has_encoder = bare, narrow, has_encoder
+        self.bare, self.narrow, self.beside_encoder = bare, narrow, has_encoder
         self.width, self.is_causal, self.classifies_rows = first.width, first.is_causal, first.classifies_rows
         self.takes_positions = first.takes_positions
         self.count = max(one.count for one in learners if one is not None)
@@ -124,7 +125,7 @@ class MixedTokens(VirtualTokens):
         return self.count - _by_row(own, rows, self.device)
 
     def place(self, mask: Tensor | None, rows: int, all_pads_first: bool = False, decoder: bool = False) -> Placement:
-        behind = not self.is_causal or (self.has_encoder and not decoder)  # where positions count from the first token
+        behind = not self.is_causal or (self.beside_encoder and not decoder)  # where positions count from the first token
         return placement(mask, self.count, all_pads_first, self.missing(rows, decoder), behind)
 
     def first_positions(self, mask: Tensor, place: Placement) -> Tensor:

@@ -525,13 +525,15 @@ def test_bad_input_is_named() -> None:
 
 def test_layers_where_rows_cannot_be_told_are_refused() -> None:
     class Mixing(nn.Module):
+        kept = 5
+
         def __init__(self) -> None:
             super().__init__()
             self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
             self.mixed = nn.Linear(12, 12)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.mixed(self.experts[0](x[:, :3].flatten(0, 1))[:5])
+            return self.mixed(self.experts[0](x.flatten(0, 1))[: self.kept])
 
     model = adapted(Mixing().double(), a=lora(target_modules=["experts.0"]), b=lora(target_modules=["mixed"]))
     x = torch.randn(2, 4, 12, dtype=torch.float64)
@@ -543,7 +545,14 @@ def test_layers_where_rows_cannot_be_told_are_refused() -> None:
             pytest.raises(RoutingError, match="mixed sees 5 rows where the batch has 2"),
         ):
             model(x, adapter_names=["b", None])
-    assert model(x, adapter_names=["a", "a"]).shape == (5, 12)
+    model.kept = 4  # two for each row, or so it seems
+    with pytest.raises(RoutingError, match="mixed sees 4 rows where the batch has 2"):
+        model(x, adapter_names=["b", None])
+    assert model(x, adapter_names=["a", "a"]).shape == (4, 12)
+    model.kept = 8  # every token of the batch
+    mixed = model(x, adapter_names=["b", None])
+    torch.testing.assert_close(mixed[:4], model(x, adapter_names="b")[:4])
+    torch.testing.assert_close(mixed[4:], model(x, adapter_names="__base__")[4:])
 
 
 def test_whole_weights_are_one_for_the_batch() -> None:
