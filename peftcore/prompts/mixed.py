@@ -125,7 +125,7 @@ class MixedTokens(VirtualTokens):
         return self.count - _by_row(own, rows, self.device)
 
     def place(self, mask: Tensor | None, rows: int, all_pads_first: bool = False, decoder: bool = False) -> Placement:
-        behind = not self.is_causal or (self.beside_encoder and not decoder)  # where positions count from the first token
+        behind = not self.is_causal or (self.beside_encoder and not decoder)  # positions count from the first token
         return placement(mask, self.count, all_pads_first, self.missing(rows, decoder), behind)
 
     def first_positions(self, mask: Tensor, place: Placement) -> Tensor:
