@@ -79,8 +79,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.serving", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--base", type=Path, default=Path("artifacts/base"), help="model folder with its tokenizer")
     parser.add_argument("--dtype", default="auto", help="of the base")
-    parser.add_argument("--rounds", type=int, default=3, help="after one of warm-up")
-    parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
+    parser.add_argument("--rounds", type=int, default=7, help="after one of warm-up")
+    parser.add_argument("--requests", type=int, default=1, help="of each client in a round")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer at most")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the result is written")
@@ -166,7 +166,7 @@ def table(rounds: Sequence[dict[str, Round]], options: argparse.Namespace) -> st
     lines = [
         f"`peftcore serve` over HTTP on loopback, {options.base.resolve().name} in {options.dtype}, LoRA r = {RANK} on "
         f"all linear layers; prompts of {options.prompt} tokens, answers of {options.tokens} at most, streamed. "
-        f"Throughput: of all clients together; against {ONE}: median of the ratio within a round.",
+        f"Throughput: of all clients together; against {ONE}: median (range) of the ratio within a round.",
         "",
         f"| adapters among the clients | clients | tokens/s | / {ONE} | target | latency p50, p95, s "
         "| first token p50, p95, s |",
@@ -175,9 +175,10 @@ def table(rounds: Sequence[dict[str, Round]], options: argparse.Namespace) -> st
     for case, (clients, _) in CASES.items():
         found = [one[case] for one in rounds]
         answers = [answer for one in found for answer in one.answers]
-        ratio = statistics.median(one[case].throughput / one[ONE].throughput for one in rounds)
+        ratios = sorted(one[case].throughput / one[ONE].throughput for one in rounds)
         lines.append(
-            f"| {case} | {clients} | {statistics.median(one.throughput for one in found):.1f} | {ratio:.2f} | "
+            f"| {case} | {clients} | {statistics.median(one.throughput for one in found):.1f} | "
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | "
             f"{f'≥ {TARGET:.2f}' if case == EACH else ''} | {percentiles([a.whole for a in answers])} | "
             f"{percentiles([a.first for a in answers])} |"
         )

@@ -31,6 +31,22 @@ class Columns(NamedTuple):
         return [column for column, other in enumerate(self.names) if other == name]
 
 
+class Mask(NamedTuple):
+    """What (A x) (n·t, R) of all adapters together is weighed with: (N, 1, R), or (1, n·t, R) by tokens."""
+
+    weights: Tensor | None
+    """None where they are 0 and 1 alone."""
+    zero: Tensor
+    """Where the weight is 0: what another row's adapter has made of this one may be no number, and stays out."""
+
+    def apply(self, h: Tensor) -> Tensor:
+        """(n·t, R), weighed."""
+        own = h.view(len(self.zero), -1, h.shape[1])
+        if self.weights is not None:
+            own = own * self.weights
+        return own.masked_fill(self.zero, 0).view(h.shape)
+
+
 class Route:
     """What `given` asks for: one composition for all rows, or a list with one for each."""
 
@@ -57,7 +73,7 @@ class Route:
         """(B, T): each token's place in its row's text, where a Split asks for it."""
         self.prompts: list[Any] | None = None
         """What stands for the rows' prompts, once it has been made."""
-        self._masks: dict[Any, Tensor] = {}
+        self._masks: dict[Any, Mask] = {}
         self._groups: dict[Any, list[tuple[Composition, Tensor]]] = {}
 
     def check_rows(self, rows: int) -> None:
@@ -119,21 +135,23 @@ class Route:
                 "this layer out of target_modules, or give all rows of a batch the same adapter"
             )
 
-    def mask(self, x: Tensor, path: str, columns: "Columns", dtype: torch.dtype) -> Tensor:
-        """What (A x) (n·t, R) of all adapters together is multiplied with: (N, 1, R), or (1, n·t, R) by tokens."""
+    def mask(self, x: Tensor, path: str, columns: Columns, dtype: torch.dtype) -> Mask:
+        """For what a layer's input x is to all adapters together, in the type that they are computed in."""
         if self.uniform is None:
             self._check_layer(x, path)
         key = (columns.names, columns.ranks, dtype, x.device)
         found = self._masks.get(key)
         if found is None:
             weights = self._by_tokens(x, path, columns, dtype) if self.depends_on_tokens else self._by_rows(columns)
-            found = weights.to(x.device, dtype)
-            found = found.repeat_interleave(torch.tensor(columns.ranks, device=x.device), -1)
+            weights = weights.to(x.device, dtype)
+            weights = weights.repeat_interleave(torch.tensor(columns.ranks, device=x.device), -1)
+            plain = not self.depends_on_tokens and bool(((weights == 0) | (weights == 1)).all())
+            found = Mask(None if plain else weights, weights == 0)
             if not self.has_gates:
                 self._masks[key] = found
         return found
 
-    def _by_rows(self, columns: "Columns") -> Tensor:
+    def _by_rows(self, columns: Columns) -> Tensor:
         """(N, 1, adapters)"""
         compositions = self.compositions if self.uniform is None else (self.uniform,)
         weights = torch.zeros(len(compositions), 1, len(columns.names))
@@ -143,7 +161,7 @@ class Route:
                     weights[row, 0, column] += term.weight
         return weights
 
-    def _by_tokens(self, x: Tensor, path: str, columns: "Columns", dtype: torch.dtype) -> Tensor:
+    def _by_tokens(self, x: Tensor, path: str, columns: Columns, dtype: torch.dtype) -> Tensor:
         """(1, n·t, adapters)"""
         tokens = x.shape[:-1].numel()
         weights = x.new_zeros(1, tokens, len(columns.names), dtype=dtype)

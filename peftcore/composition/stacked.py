@@ -1,7 +1,7 @@
 """Many low-rank adapters over the rows of one batch in two products: y = W x + ((x Aᵀ) ∘ G) Bᵀ. No gradients.
 
-A and B are the adapters' own, one below and one beside the other; G is 0 where a row is not an adapter's, and its
-weight elsewhere. Layers of one input go through it together, as in `peftcore.low_rank`.
+A and B are the adapters' own, one below and one beside the other; G is 0 where a row is not an adapter's (whatever
+x Aᵀ is there), and its weight elsewhere. Layers of one input go through it together, as in `peftcore.low_rank`.
 
 The stacks are kept, in the activations' type, until another set of adapters acts or a weight has changed, which is told
 by autograd's version counters: an edit through `.data` is not seen. Adapters that train are stacked anew each time.
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
+from peftcore.composition.route import Mask
 from peftcore.low_rank import LowRank
 
 KEPT = 2
@@ -44,17 +45,24 @@ class Stacked(NamedTuple):
 
 
 def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | None:
-    """The adapters of each layer; None if one of them is not two factors and nothing else."""
+    """The adapters of each layer; None if one of them is not two factors and nothing else.
+
+    Several that are not all finite are no stack either: 0 x NaN is NaN, so one would spoil the rows of all.
+    """
     factors = [[adapter.low_rank() for adapter in adapters] for adapters in layers]
     if not all(_is_plain(one) for own in factors for one in own):
         return None
     plain: list[list[LowRank]] = factors  # type: ignore[assignment]
     ranks = tuple(len(one.a) for own in plain for one in own)
+    a = torch.cat([one.a.to(dtype) for own in plain for one in own])
+    b = [torch.cat([(one.b * one.scaling).to(dtype) for one in own], 1) for own in plain]
+    if any(len(own) > 1 for own in plain) and not all(bool(factor.isfinite().all()) for factor in (a, *b)):
+        return None
     made_from = [t for adapters in layers for each in adapters for t in (*each.parameters(), *each.buffers())]
     counted = not any(tensor.is_inference() for tensor in made_from)  # such tensors count no versions
     return Stacked(
-        torch.cat([one.a.to(dtype) for own in plain for one in own]),
-        [torch.cat([(one.b * one.scaling).to(dtype) for one in own], 1) for own in plain],
+        a,
+        b,
         ranks,
         [sum(len(one.a) for one in own) for own in plain],
         made_from if counted else [],
@@ -90,12 +98,12 @@ def kept_stack(
 
 
 @torch.no_grad()
-def stacked_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, mask: Tensor | None) -> list[Tensor]:
-    """y (..., o) of each layer for their common x (..., i); mask: (N, 1, R) or (1, n, R), None for all ones."""
+def stacked_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, mask: Mask | None) -> list[Tensor]:
+    """y (..., o) of each layer for their common x (..., i); mask: None where every row has every adapter."""
     flat = x.reshape(-1, x.shape[-1])
     h = F.linear(flat, stacked.a)
     if mask is not None:
-        h = (h.view(len(mask), -1, h.shape[1]) * mask).view(h.shape)
+        h = mask.apply(h)
     parts = (h,) if len(bases) == 1 else h.split(stacked.sizes, 1)
     ys = [base.product(flat).addmm_(own, b.T) for base, own, b in zip(bases, parts, stacked.b, strict=True)]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]

@@ -287,6 +287,8 @@ class AdapterStore:
         if entry.directory is None:
             entry.directory = Path(entry.source() if callable(entry.source) else entry.source)
         config = entry.config or PeftConfig.from_pretrained(entry.directory)
+        if unfit := _changes_the_base(config):
+            raise CheckpointError(f"{entry.directory} {unfit}, which every other adapter of the base would have too")
         if self._base is not None and config.base_model_name_or_path != self._base:
             raise CheckpointError(
                 f"{entry.directory} was trained on {config.base_model_name_or_path!r}, and this store is for "
@@ -362,6 +364,13 @@ class AdapterStore:
         self._retire_slot(slot)
         inject.delete_adapter(self._model, slot.name)
         del self._slots[slot.name]
+
+
+def _changes_the_base(config: PeftConfig) -> str:
+    """What a configuration does to the base itself; "" for nothing."""
+    if getattr(config, "bias", "none") != "none":
+        return "trains the base's biases (bias=...)"
+    return "makes the base deeper (layer_replication)" if getattr(config, "layer_replication", None) else ""
 
 
 def _same_shape(one: PeftConfig, other: PeftConfig) -> bool:

@@ -402,6 +402,21 @@ def test_stacks_follow_the_weights(stacks: list[int]) -> None:
     assert not torch.allclose(both()[0], fast)
 
 
+@pytest.mark.parametrize("broken", ["weights", "activations"])
+def test_an_adapter_that_gives_no_numbers_spoils_its_own_rows_alone(broken: str) -> None:
+    model = mixture(llama(torch.float32)).float()
+    names = ["a", "b", None, "a", {"b": 0.5}, "c"]
+    with torch.no_grad():
+        expected = model(TOKENS, adapter_names=names).logits
+        for name, parameter in model.named_parameters():
+            if "adapters.a.lora_A" in name:
+                parameter.fill_(torch.nan if broken == "weights" else 3e38)
+        for given in (names, ["a", "b", None, "a", {"b": 0.5}, "b"]):
+            found = model(TOKENS, adapter_names=given).logits
+            torch.testing.assert_close(found[[1, 2, 4]], expected[[1, 2, 4]], atol=1e-4, rtol=0)
+            assert not found[0].isfinite().any()
+
+
 def test_a_deleted_adapter_is_let_go() -> None:
     model = mixture(llama())
     with torch.no_grad():

@@ -201,6 +201,15 @@ def test_an_adapter_of_another_base_is_refused(folder: Path) -> None:
         store.acquire("a")
 
 
+def test_what_changes_the_base_for_everybody_is_refused(folder: Path) -> None:
+    write(folder, "biases", LoraConfig(r=2, target_modules=["q_proj"], bias="all"))
+    write(folder, "deeper", LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]))
+    _, store = store_of(folder)
+    for name, said in (("biases", "trains the base's biases"), ("deeper", "makes the base deeper")):
+        with pytest.raises(CheckpointError, match=f"{said}.*, which every other adapter of the base would have too"):
+            store.acquire(name)
+
+
 def test_sources_are_fetched_once_and_tags_are_kept(folder: Path) -> None:
     calls: list[int] = []
 
