@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftcore import activation, checkpoint, inject
@@ -295,7 +296,7 @@ class AdapterStore:
                 f"{self._base!r}; train it on that, or give the store no base"
             )
         tensors = read_tensors(entry.directory, check_manifest=entry.config is None)
-        if wrong := next((key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())), None):
+        if wrong := _not_finite(tensors):
             raise CheckpointError(f"{entry.directory / WEIGHTS_NAME}: {wrong} is not finite; load an earlier version")
         slot = self._put(entry, config, tensors, timeout)
         entry.config = config
@@ -364,6 +365,13 @@ class AdapterStore:
         self._retire_slot(slot)
         inject.delete_adapter(self._model, slot.name)
         del self._slots[slot.name]
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The key of a tensor that holds NaN or Inf; None where all are numbers."""
+    floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    largest = torch.stack([each.double() for each in torch._foreach_norm(list(floating.values()), float("inf"))])
+    return None if bool(largest.isfinite().all()) else list(floating)[int(largest.isfinite().int().argmin())]
 
 
 def _changes_the_base(config: PeftConfig) -> str:

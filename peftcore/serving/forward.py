@@ -1,7 +1,7 @@
 """One forward for rows that have different adapters, in which a row that goes wrong harms no other.
 
-Adapters are computed together as (x Aᵀ) ∘ G, and 0 · ∞ is no number, so one that overflows would spoil every row. Then
-the step is taken back and each composition is computed alone; those that fail again are told apart from the others.
+Where a step raises, or a logit is not finite, it is taken back and each composition is computed alone; those that fail
+again are told apart from the others.
 
 Shapes: B rows, T tokens of the step, v words of the vocabulary.
 """
