@@ -171,11 +171,19 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def contiguous_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A pre-hook for output heads, which read the last token of each row: PyTorch multiplies such a slice by a frozen
+    weight row by row, and copies the weight for each."""
+    x = args[0] if args else None
+    return None if not isinstance(x, Tensor) or x.is_contiguous() else (x.contiguous(), *args[1:])
+
+
 def only_computes(layer: nn.Module) -> bool:
     """Whether calling the layer does its own arithmetic alone, and no transform or trace of it is being made."""
+    before = layer._forward_pre_hooks
     return not (
         layer._forward_hooks
-        or layer._forward_pre_hooks
+        or (before and any(hook is not contiguous_input for hook in before.values()))
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or "forward" in layer.__dict__  # accelerate replaces it on the instance

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from peftcore.adapter_set import ATTRIBUTE, AdapterSet
 from peftcore.composition.route import Route
 from peftcore.errors import ConfigError, RoutingError
-from peftcore.fast_path import forget
+from peftcore.fast_path import contiguous_input, forget
+from peftcore.host import unhosted
 from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
 from peftcore.prompts.mixed import mixed
 
@@ -23,8 +24,19 @@ _TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_emb
 
 
 def install(model: nn.Module) -> None:
-    """Have acting adapters told of each forward of `model`."""
+    """Have acting adapters told of each forward of `model`, and its head given rows that lie together."""
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    if (head := _head(model)) is not None and contiguous_input not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(contiguous_input)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The linear layer that gives a transformers model's logits; None where there is none."""
+    try:
+        found = unhosted(model.get_output_embeddings())  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Linear) else None
 
 
 def install_prompts(model: Any, adapters: AdapterSet) -> None:
@@ -36,6 +48,10 @@ def install_prompts(model: Any, adapters: AdapterSet) -> None:
 
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
+    if (head := _head(model)) is not None:
+        for key, hook in list(head._forward_pre_hooks.items()):
+            if hook is contiguous_input:
+                del head._forward_pre_hooks[key]
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _before_forward:
             del model._forward_pre_hooks[key]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from peftcore.detection.head import LogitTransform
 from peftcore.errors import TrainingError
+from peftcore.fast_path import contiguous_input
 from peftcore.host import AdaptedLayer, SavedModule
 from peftcore.train.linear_cross_entropy import linear_cross_entropy
 
@@ -118,7 +119,7 @@ def plain_linear(head: nn.Module) -> nn.Linear | None:
         if _is_watched(inner) or (isinstance(inner, AdaptedLayer) and inner.acting()):
             return None
         inner = inner.current() if isinstance(inner, SavedModule) else inner.base_layer
-        if inner._forward_pre_hooks:
+        if any(hook is not contiguous_input for hook in inner._forward_pre_hooks.values()):
             return None
     if type(inner) is not nn.Linear or _is_watched(inner) or "forward" in vars(inner):
         return None

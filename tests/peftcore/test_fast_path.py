@@ -399,3 +399,16 @@ def test_a_seeded_run_has_the_same_losses_on_both_paths() -> None:
         general = run()
     assert fast[-1] < fast[0] - 0.4
     assert fast == pytest.approx(general, abs=1e-3)
+
+
+def test_a_head_gets_the_last_tokens_of_the_rows_laid_together() -> None:
+    base = llama()
+    seen: list[bool] = []
+    base.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].is_contiguous()))
+    hooks = dict(base.lm_head._forward_pre_hooks)
+    expected = base(TOKENS, logits_to_keep=1).logits
+    model = get_peft_model(base, lora(init_lora_weights=True))
+    assert torch.equal(model(TOKENS, logits_to_keep=1).logits, expected) and seen == [False, True]
+    model.add_adapter("second", lora(target_modules=["lm_head"]))
+    assert len(model.lm_head.base_layer._forward_pre_hooks) == 1
+    assert dict(model.unload().lm_head._forward_pre_hooks) == hooks
