@@ -48,4 +48,5 @@ def test_minilm(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (SMOLLM2 / "config.json").exists(), reason="SmolLM2 is not fetched; run `make run` first")
 def test_smollm2(tmp_path: Path) -> None:
-    agree(lambda: AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32), tmp_path)
+    # in float32 thirty blocks of rounding differ by more than the tolerance on some processors
+    agree(lambda: AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float64), tmp_path)
