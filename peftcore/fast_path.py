@@ -73,8 +73,6 @@ def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:
         return None
-    if (given := _given(layer, x)) is not None:
-        return given
     found: dict[Any, tuple[BaseWeight, LowRank]] = {}
     for other in _others(layer, dtype, x):
         acting = other.acting()
@@ -97,8 +95,6 @@ def stacked(layer: Layer, x: Tensor, route: Route | None = None) -> Tensor | Non
     dtype = base.computes_in(x)
     if dtype is None:
         return None
-    if (given := _given(layer, x)) is not None:
-        return given
     own = _acting(layer, route)
     together = {layer: own}
     if route is None or not route.has_gates:  # a gate looks at one layer's own adapters
@@ -125,13 +121,13 @@ def _acting(layer: Layer, route: Route | None) -> dict[str, Adapter]:
     return {name: at_work[name] for name in names if name in at_work}
 
 
-def _given(layer: Layer, x: Tensor) -> Tensor | None:
-    """What another layer has computed for this one, if it was from this very x."""
+def given(layer: Layer, x: Tensor) -> Tensor | None:
+    """What another layer has computed for this one, if it was from this very x; to be asked first."""
     waiting: MutableMapping[Any, Waiting] = layer.selection.waiting.by_layer
-    if waiting and (given := waiting.pop(layer, None)) is not None:
-        if given.x is x and given.version == _version(x):
-            return given.y
-        _stop_giving(given, layer)
+    if waiting and (left := waiting.pop(layer, None)) is not None:
+        if left.x is x and left.version == _version(x):
+            return left.y
+        _stop_giving(left, layer)
     return None
 
 
