@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.composition.route import Columns, Route
-from peftcore.composition.stacked import can_be_stacked, kept_stack, stacked_outputs
+from peftcore.composition.stacked import LONG, can_be_stacked, kept_stack, stacked_outputs, stretched_outputs
 from peftcore.low_rank import LowRank, low_rank_linears
 
 
@@ -106,11 +106,16 @@ def stacked(layer: Layer, x: Tensor, route: Route | None = None) -> Tensor | Non
         found = kept_stack(kept, layer, [tuple(acting.values()) for acting in together.values()], dtype)
     if found is None:
         return None
-    mask = None
+    bases, runs, mask = [each.base for each in together], None, None
+    names = tuple(name for acting in together.values() for name in acting)
     if route is not None:
-        names = tuple(name for acting in together.values() for name in acting)
-        mask = route.mask(x, layer.path, Columns(names, found.ranks, own), dtype)
-    y, *rest = stacked_outputs(x.to(dtype), [each.base for each in together], found, mask)
+        runs = route.runs(x, layer.path)
+        if runs is None or len(own) < 2 or x.shape[:-1].numel() < LONG * len(runs):
+            runs, mask = None, route.mask(x, layer.path, Columns(names, found.ranks, own), dtype)
+    if runs is None:
+        y, *rest = stacked_outputs(x.to(dtype), bases, found, mask)
+    else:
+        y, *rest = stretched_outputs(x.to(dtype), bases, found, names, runs)
     _give(layer, x, zip(list(together)[1:], rest, strict=True))
     return y
 

@@ -47,6 +47,15 @@ class Mask(NamedTuple):
         return own.masked_fill(self.zero, 0).view(h.shape)
 
 
+class Run(NamedTuple):
+    """Tokens of x, all rows laid one after another, from `start` to before `stop`."""
+
+    start: int
+    stop: int
+    weights: Mapping[str, float]
+    """Of each adapter in their composition."""
+
+
 class Route:
     """What `given` asks for: one composition for all rows, or a list with one for each."""
 
@@ -74,6 +83,7 @@ class Route:
         self.prompts: list[Any] | None = None
         """What stands for the rows' prompts, once it has been made."""
         self._masks: dict[Any, Mask] = {}
+        self._runs: dict[int, list[Run]] = {}
         self._groups: dict[Any, list[tuple[Composition, Tensor]]] = {}
 
     def check_rows(self, rows: int) -> None:
@@ -134,6 +144,22 @@ class Route:
                 f"{path} sees {len(x)} rows where the batch has {rows}, so it cannot be told whose they are; leave "
                 "this layer out of target_modules, or give all rows of a batch the same adapter"
             )
+
+    def runs(self, x: Tensor, path: str) -> list[Run] | None:
+        """The stretches of x's tokens that have one composition each; None where these tell tokens apart."""
+        if self.uniform is not None or self.depends_on_tokens:
+            return None
+        self._check_layer(x, path)
+        tokens = x.shape[:-1].numel()
+        if tokens not in self._runs:
+            each, found = tokens // len(self.compositions), []
+            for number, one in enumerate(self.compositions):
+                if found and self.compositions[number - 1] == one:
+                    found[-1] = found[-1]._replace(stop=(number + 1) * each)
+                else:
+                    found.append(Run(number * each, (number + 1) * each, _weights(one)))
+            self._runs[tokens] = found
+        return self._runs[tokens]
 
     def mask(self, x: Tensor, path: str, columns: Columns, dtype: torch.dtype) -> Mask:
         """For what a layer's input x is to all adapters together, in the type that they are computed in."""
@@ -201,6 +227,14 @@ class Route:
             )
         positions = positions.view(*tokens)
         return (positions >= start) & (positions < stop)
+
+
+def _weights(one: Composition) -> dict[str, float]:
+    """Of each adapter, where all of them only add ΔW x."""
+    found: dict[str, float] = {}
+    for term in one.terms():
+        found[term.name] = found.get(term.name, 0.0) + term.weight
+    return found
 
 
 def _is_or_has(one: Composition, kind: type[Composition]) -> bool:

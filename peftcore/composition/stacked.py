@@ -18,9 +18,11 @@ from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.composition.route import Mask
+from peftcore.composition.route import Mask, Run
 from peftcore.low_rank import LowRank
 
+LONG = 64
+"""Tokens (count) of a stretch with one composition, on average, from which each is computed by itself."""
 KEPT = 2
 """Stacks that a layer keeps at most: one for prompts that are read, one for the batch that is decoded."""
 
@@ -36,6 +38,8 @@ class Stacked(NamedTuple):
     """Of each adapter of each layer."""
     sizes: list[int]
     """R of each layer."""
+    places: list[tuple[int, int, int]]
+    """(layer, row of `a`, column of the layer's `b`) where each adapter begins."""
     made_from: list[Tensor]
     versions: list[int]
 
@@ -65,9 +69,20 @@ def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | 
         b,
         ranks,
         [sum(len(one.a) for one in own) for own in plain],
+        _places([[len(one.a) for one in own] for own in plain]),
         made_from if counted else [],
         [tensor._version for tensor in made_from] if counted else [0],
     )
+
+
+def _places(ranks: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
+    found, row = [], 0
+    for layer, own in enumerate(ranks):
+        column = 0
+        for rank in own:
+            found.append((layer, row, column))
+            row, column = row + rank, column + rank
+    return found
 
 
 def can_be_stacked(adapters: Iterable[Adapter]) -> bool:
@@ -95,6 +110,25 @@ def kept_stack(
     if found is not None and found.is_current():
         keep[layer] = ((key, found), *[pair for pair in kept if pair[0] != key][: KEPT - 1])
     return found
+
+
+@torch.no_grad()
+def stretched_outputs(
+    x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, names: Sequence[str], runs: Sequence[Run]
+) -> list[Tensor]:
+    """The same stretch by stretch, each with its own adapters alone: less to compute where stretches are long.
+
+    names: of the adapters of each layer, one layer after another.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    ys = [base.product(flat) for base in bases]
+    for name, (layer, row, column), rank in zip(names, stacked.places, stacked.ranks, strict=True):
+        a, b = stacked.a[row : row + rank], stacked.b[layer][:, column : column + rank].T
+        for start, stop, weights in runs:
+            if weight := weights.get(name, 0.0):
+                h = F.linear(flat[start:stop], a)
+                ys[layer][start:stop].addmm_(h if weight == 1 else h * weight, b)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 @torch.no_grad()

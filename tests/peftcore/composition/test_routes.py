@@ -372,6 +372,19 @@ def test_low_rank_rows_go_through_two_products_for_all_layers_of_one_input(stack
     assert not stacks
 
 
+def test_long_rows_are_computed_stretch_by_stretch(stacks: list[int]) -> None:
+    model = mixture(llama())
+    tokens = torch.arange(3, 59).repeat(6, 2)[:, :100]
+    names = ["a", "a", "b", None, {"a": 0.5, "b": -2.0}, "a"]
+    expected = model(tokens, adapter_names=names).logits
+    with torch.no_grad():
+        stacks.clear()
+        torch.testing.assert_close(model(tokens, adapter_names=names).logits, expected, atol=1e-10, rtol=0)
+        assert not stacks
+        model(tokens[:, :9], adapter_names=names)
+        assert stacks
+
+
 def test_stacks_follow_the_weights(stacks: list[int]) -> None:
     model = mixture(llama())
     names = ["a", "b", "a", None, "a", "b"]
