@@ -224,6 +224,8 @@ def table(measured: dict[str, Any]) -> str:
         )
     for axis, points in measured["growth"].items():
         lines += ["", f"bf16 decode by {axis}: " + ", ".join(f"{p}: {f[OURS]['floor']:.2f}" for p, f in points.items())]
+    if note := measured.get("note"):  # where figures of several runs were put together, what has to be said of them
+        lines += ["", note]
     return (
         "\n".join([*lines, "", f"{measured['machine']}, peft {measured['peft']}. `python -m benchmarks.routing`"])
         + "\n"
