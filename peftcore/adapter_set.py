@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from peftcore.adapter import Adapter, Shared
 from peftcore.config import PeftConfig
 from peftcore.errors import AdapterNameError
-from peftcore.host import Prompts, SavedModule, Selection, Site
+from peftcore.host import Prompts, SavedModule, Site
 from peftcore.per_thread import PerThread
 from peftcore.prompts.learner import PromptLearner
 from peftcore.replication import Replication
+from peftcore.selection import Selection
 
 ATTRIBUTE = "_adapter_set"
 """Where a model keeps its `AdapterSet`."""

@@ -1,14 +1,11 @@
-"""When a layer and its adapter are computed as one operation, and what layers of one input compute for one another.
+"""When a layer and its adapters are computed as one operation.
 
 The general path (base layer, then `after`) is always right. The fast one is taken by itself wherever it gives the same
-numbers: the adapter is two factors, the base is frozen and does nothing but its product, and nobody listens to it.
-
-The first layer that sees an input computes for the others that are expected to read it. They take what is theirs only
-if they are called with that very tensor, unchanged; a layer that was not called so is left out from then on.
+numbers: the adapters are two factors each, the base is frozen and does nothing but its product, and nobody listens to
+it. Without gradients, how a layer computes is remembered until something of it changes.
 """
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,29 +14,19 @@ from torch.autograd import forward_ad
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.composition.route import Columns, Route
-from peftcore.composition.stacked import LONG, can_be_stacked, kept_stack, stacked_outputs, stretched_outputs
+from peftcore.composition.route import Blocks, Columns, Mask, Route
+from peftcore.composition.stacked import (
+    LONG,
+    MANY,
+    Wanted,
+    batched_outputs,
+    can_be_stacked,
+    kept_stack,
+    stacked_outputs,
+    stretched_outputs,
+)
 from peftcore.low_rank import LowRank, low_rank_linears
-
-
-class Waiting(NamedTuple):
-    """What the first layer that saw an input has computed for another one."""
-
-    giver: Any
-    """The first layer."""
-    x: Tensor
-    """The input itself, as the first layer got it."""
-    version: int
-    """How often it had been changed in place by then."""
-    y: Tensor
-    """The other's output."""
-
-
-class Waitings(threading.local):
-    """What waits in each thread, by the layer that it waits for."""
-
-    def __init__(self) -> None:
-        self.by_layer: dict[Any, Waiting] = {}
+from peftcore.neighbours import give, is_replica, neighbours
 
 
 class Layer(Protocol):
@@ -48,7 +35,9 @@ class Layer(Protocol):
     base_layer: nn.Module
     path: str
     selection: Any
-    sharing: list[Any]
+    adapters: Any
+    merged: tuple[str, ...]
+    training: bool
 
     @property
     def base(self) -> BaseWeight:
@@ -66,22 +55,65 @@ class Layer(Protocol):
 
 def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
     """The base layer and the first of its adapters as one operation, or None where that would not be exact."""
-    if not only_computes(layer.base_layer):
-        return None
-    base = layer.base
-    dtype = base.computes_in(x)
+    dtype = None if is_traced() or not only_computes(layer.base_layer) else layer.base.computes_in(x)
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:
         return None
     found: dict[Any, tuple[BaseWeight, LowRank]] = {}
-    for other in _others(layer, dtype, x):
+    for other in _computing(neighbours(layer), x, dtype):
         acting = other.acting()
         theirs = acting[0].low_rank() if len(acting) == 1 else None
         if theirs is not None and theirs.dropout == low_rank.dropout:
             found[other] = other.base, theirs
-    y, *rest = low_rank_linears(x.to(dtype), [(base, low_rank), *found.values()])
-    _give(layer, x, zip(found, rest, strict=True))
+    y, *rest = low_rank_linears(x.to(dtype), [(layer.base, low_rank), *found.values()])
+    give(layer, x, zip(found, rest, strict=True))
     return y
+
+
+class Member(NamedTuple):
+    """A layer for which a plan holds, and what it looked like."""
+
+    layer: Any
+    base: BaseWeight
+    changes: int
+    """Of its adapters."""
+    merged: tuple[str, ...]
+    training: bool
+
+    def is_as_it_was(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether it still computes the same, and in this type for an x like this."""
+        layer, base = self.layer, self.base
+        return (
+            layer.adapters.changes == self.changes
+            and layer.merged == self.merged
+            and layer.training == self.training
+            and layer.base is base
+            and only_computes(base.layer)
+            and base.computes_in(x) == dtype
+        )
+
+
+class Plan(NamedTuple):
+    """How a layer computes without gradients for itself and its neighbours, under certain acting adapters."""
+
+    members: list[Member]
+    """The layer itself first."""
+    neighbours: Sequence[Any]
+    """All that were expected to read the same input."""
+    wanted: Wanted
+    columns: Columns
+    mask: Mask | None
+    """None also where it is another one in each forward."""
+    blocks: Blocks | None
+    """To be taken before the mask."""
+
+    def holds(self, layer: Any, x: Tensor) -> bool:
+        """Whether nothing has changed since."""
+        return (
+            neighbours(layer) is self.neighbours
+            and x.device == self.wanted.device
+            and all(member.is_as_it_was(x, self.wanted.dtype) for member in self.members)
+        )
 
 
 def stacked(layer: Layer, x: Tensor, route: Route | None = None) -> Tensor | None:
@@ -89,87 +121,83 @@ def stacked(layer: Layer, x: Tensor, route: Route | None = None) -> Tensor | Non
 
     route: which rows are whose; None for adapters that all act in every row, one on top of another.
     """
-    if torch.is_grad_enabled() or not only_computes(layer.base_layer):
+    if torch.is_grad_enabled() or is_traced():
         return None
-    base = layer.base
-    dtype = base.computes_in(x)
+    selection = layer.selection
+    plans = selection.plans_of(selection.acting) if route is None else route.plans
+    plan: Plan | None = plans.get(layer)
+    if plan is None or not plan.holds(layer, x):
+        plan = _plan(layer, x, route)
+        if plan is not None and not is_replica(layer):
+            plans[layer] = plan
+    stack = None if plan is None else kept_stack(_keep(layer), layer, plan.wanted)
+    if plan is None or stack is None:
+        return None
+    mask, runs = plan.mask, None
+    if route is not None:
+        route.check_layer(x, layer.path)
+        tokens = x.shape[:-1].numel()
+        if 0 < LONG * route.stretches <= tokens and len(plan.columns.adapters) > 1:
+            runs = route.runs(tokens)
+        elif route.depends_on_tokens:
+            mask = route.mask(x, layer.path, plan.columns, plan.wanted.dtype)
+    inputs, bases = x.to(plan.wanted.dtype), [member.base for member in plan.members]
+    if runs is not None:
+        y, *rest = stretched_outputs(inputs, bases, stack, plan.columns.names, runs)
+    elif plan.blocks is not None:
+        y, *rest = batched_outputs(inputs, bases, stack, plan.blocks)
+    else:
+        y, *rest = stacked_outputs(inputs, bases, stack, mask)
+    give(layer, x, zip((member.layer for member in plan.members[1:]), rest, strict=True))
+    return y
+
+
+def _plan(layer: Layer, x: Tensor, route: Route | None) -> Plan | None:
+    """What `stacked` does at a layer; None where it is nothing for it."""
+    dtype = layer.base.computes_in(x) if only_computes(layer.base_layer) else None
     if dtype is None:
         return None
-    own = _acting(layer, route)
+    own, around = _acting(layer, route), neighbours(layer)
     together = {layer: own}
     if route is None or not route.has_gates:  # a gate looks at one layer's own adapters
-        together |= {other: theirs for other in _others(layer, dtype, x) if (theirs := _acting(other, route))}
-    kept = layer.selection.stacks
-    found = kept_stack(kept, layer, [tuple(acting.values()) for acting in together.values()], dtype)
-    if found is None and len(together) > 1:
-        together = {layer: own} | {other: t for other, t in list(together.items())[1:] if can_be_stacked(t.values())}
-        found = kept_stack(kept, layer, [tuple(acting.values()) for acting in together.values()], dtype)
-    if found is None:
+        others = _computing(around, x, dtype)
+        together |= {other: theirs for other in others if (theirs := _acting(other, route))}
+
+    def wanted() -> Wanted:
+        return Wanted(dtype, x.device, layer.training, tuple(tuple(acting.values()) for acting in together.values()))
+
+    stack = kept_stack(_keep(layer), layer, wanted())
+    if stack is None and len(together) > 1:
+        alike = [other for other in together if other is layer or can_be_stacked(together[other].values())]
+        together = {other: together[other] for other in alike}
+        stack = kept_stack(_keep(layer), layer, wanted())
+    if stack is None:
         return None
-    bases, runs, mask = [each.base for each in together], None, None
+    members = [Member(each, each.base, each.adapters.changes, each.merged, each.training) for each in together]
     names = tuple(name for acting in together.values() for name in acting)
-    if route is not None:
-        runs = route.runs(x, layer.path)
-        if runs is None or len(own) < 2 or x.shape[:-1].numel() < LONG * len(runs):
-            runs, mask = None, route.mask(x, layer.path, Columns(names, found.ranks, own), dtype)
-    if runs is None:
-        y, *rest = stacked_outputs(x.to(dtype), bases, found, mask)
-    else:
-        y, *rest = stretched_outputs(x.to(dtype), bases, found, names, runs)
-    _give(layer, x, zip(list(together)[1:], rest, strict=True))
-    return y
+    columns = Columns(names, stack.ranks, own)
+    fixed = route is not None and not route.depends_on_tokens
+    mask = route.mask(x, layer.path, columns, dtype) if route is not None and fixed else None
+    many = stack.batched and len(own) >= MANY and dtype.itemsize > 2
+    alike = many and all(acting.keys() == own.keys() for acting in together.values())
+    blocks = route.blocks(columns, x.device) if route is not None and alike else None
+    return Plan(members, around, wanted(), columns, mask, blocks)
+
+
+def _keep(layer: Layer) -> dict[Any, Any]:
+    """Where stacks are kept: those of a replica, which lives for one forward, nowhere."""
+    return {} if is_replica(layer) else layer.selection.stacks
+
+
+def _computing(layers: Iterable[Any], x: Tensor, dtype: torch.dtype) -> list[Any]:
+    """Those that do their own arithmetic alone, in this type for an x like this."""
+    return [each for each in layers if only_computes(each.base_layer) and each.base.computes_in(x) == dtype]
 
 
 def _acting(layer: Layer, route: Route | None) -> dict[str, Adapter]:
     at_work = layer.at_work()
     names = layer.selection.acting if route is None else route.names
     return {name: at_work[name] for name in names if name in at_work}
-
-
-def given(layer: Layer, x: Tensor) -> Tensor | None:
-    """What another layer has computed for this one, if it was from this very x; to be asked first."""
-    waiting: MutableMapping[Any, Waiting] = layer.selection.waiting.by_layer
-    if waiting and (left := waiting.pop(layer, None)) is not None:
-        if left.x is x and left.version == _version(x):
-            return left.y
-        _stop_giving(left, layer)
-    return None
-
-
-def _give(layer: Layer, x: Tensor, outputs: Iterable[tuple[Any, Tensor]]) -> None:
-    for other, y in outputs:
-        layer.selection.waiting.by_layer[other] = Waiting(layer, x, _version(x), y)
-
-
-def _others(layer: Layer, dtype: torch.dtype, x: Tensor) -> Iterator[Any]:
-    """Layers for which this one can compute, since they are expected to be called with the same x.
-
-    A replica that DataParallel made has none: it knows the neighbours of its original, not its own.
-    """
-    if "_is_replica" in vars(layer):
-        return
-    for other in list(layer.sharing):
-        if (left := layer.selection.waiting.by_layer.pop(other, None)) is not None:
-            _stop_giving(left, other)
-        elif only_computes(other.base_layer) and other.base.computes_in(x) == dtype:
-            yield other
-
-
-def _stop_giving(left: Waiting, layer: Any) -> None:
-    """Have a layer left out, because it has not asked for what it was given."""
-    left.giver.sharing = [other for other in left.giver.sharing if other is not layer]
-
-
-def forget(waiting: MutableMapping[Any, Waiting]) -> None:
-    """Let go of what the last forward of the model has left: memory, and a guess that did not come true."""
-    for layer, left in waiting.items():
-        _stop_giving(left, layer)
-    waiting.clear()
-
-
-def _version(x: Tensor) -> int:
-    """How often x has been changed in place; inference mode does not count."""
-    return 0 if x.is_inference() else x._version
 
 
 def contiguous_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -180,7 +208,7 @@ def contiguous_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def only_computes(layer: nn.Module) -> bool:
-    """Whether calling the layer does its own arithmetic alone, and no transform or trace of it is being made."""
+    """Whether calling the layer does its own arithmetic alone."""
     before = layer._forward_pre_hooks
     return not (
         layer._forward_hooks
@@ -188,7 +216,13 @@ def only_computes(layer: nn.Module) -> bool:
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or "forward" in layer.__dict__  # accelerate replaces it on the instance
-        or torch.compiler.is_compiling()
+    )
+
+
+def is_traced() -> bool:
+    """Whether a transform or a trace of what runs now is being made."""
+    return (
+        torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

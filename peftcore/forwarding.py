@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from peftcore.adapter_set import ATTRIBUTE, AdapterSet
 from peftcore.composition.route import Route
 from peftcore.errors import ConfigError, RoutingError
-from peftcore.fast_path import contiguous_input, forget
+from peftcore.fast_path import contiguous_input
 from peftcore.host import unhosted
+from peftcore.neighbours import forget
 from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
 from peftcore.prompts.mixed import mixed
 

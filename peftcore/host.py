@@ -4,11 +4,7 @@ With adapters 1..n acting in order, the layer computes f_n where f_0 is the base
 f_k(x) = after_k(x, f_{k-1}(before_k(x))), which is what merging them one after another into W gives.
 """
 
-import contextlib
-import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,83 +17,19 @@ from peftcore.composition.algebra import Composition
 from peftcore.composition.evaluation import composed, composed_weight
 from peftcore.composition.route import Route
 from peftcore.errors import RoutingError
-from peftcore.fast_path import Waitings, fused, given, only_computes, stacked
+from peftcore.fast_path import fused, is_traced, only_computes, stacked
+from peftcore.neighbours import given
+from peftcore.selection import Selection
 
-_ROUTES: ContextVar[Mapping[int, Route]] = ContextVar("peftcore_routes", default={})  # noqa: B039
-"""{id of a selection: the route that this context has opened}; a new mapping for each."""
 _OWN_STATE = "_own_state"
 """Attribute of a base layer whose weight an adapter's start has replaced: what was there before."""
 
 
-class Selection:
-    """Which adapters act; one object shared by every host of a model, so that switching is one assignment.
-
-    `active` holds for the model. Over it stands the route of the thread that asks, where it has opened one.
-    """
-
-    def __init__(self) -> None:
-        self.active: tuple[str, ...] = ()
-        self.disabled = False
-        self.waiting: Waitings = Waitings()
-        """What hosts have computed for others that read the same input, until those are called."""
-        self.recomputed: Route | None = None
-        """The route of the last forward, for layers that activation checkpointing computes again in the backward."""
-        self.stacks: dict[Any, Any] = {}
-        """What `peftcore.composition.stacked` keeps for each layer."""
-        self.in_use: Counter[str] = Counter()
-        """How many routes, of all threads, an adapter is in."""
-        self._open = 0
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "disabled": self.disabled}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()
-        self.__dict__ |= state
-
-    @contextlib.contextmanager
-    def routed(self, route: Route) -> Iterator[Route]:
-        """This thread's calls of the model go by `route` while inside."""
-        with self._lock:
-            self._open += 1
-            self.in_use.update(route.names)
-        token = _ROUTES.set({**_ROUTES.get(), id(self): route})
-        try:
-            yield route
-        finally:
-            _ROUTES.reset(token)
-            with self._lock:
-                self._open -= 1
-                self.in_use.subtract(route.names)
-
-    @property
-    def route(self) -> Route | None:
-        """The route that holds now; None where `active` does."""
-        if not self._open and self.recomputed is None:
-            return None
-        if torch._C._current_graph_task_id() != -1:  # in a backward, which may run in a thread of its own
-            return self.recomputed
-        return _ROUTES.get().get(id(self)) if self._open else None
-
-    @property
-    def acting(self) -> tuple[str, ...]:
-        """Names in the order in which they act, of a route every one that has a part in it; () while disabled."""
-        route = self.route
-        if route is not None:
-            return route.names if route.chain is None else route.chain
-        return () if self.disabled else self.active
-
-    def share(self, name: str, rows: int) -> float | Tensor:
-        """How much of what an adapter adds is added: 1 where it acts, 0 where not, or (B,) for each row."""
-        route = self.route
-        if route is None or route.chain is not None:
-            return 1.0 if name in self.acting else 0.0
-        return route.shares(name, rows) if name in route.names else 0.0
-
-
 class NamedModules(nn.Module):
     """Modules by any name. (`nn.ModuleDict` refuses names like "keys" or "type" that are its attributes.)"""
+
+    changes = 0
+    """How often one was put in or taken out (count)."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -111,9 +43,11 @@ class NamedModules(nn.Module):
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
+        self.__dict__["changes"] = self.changes + 1  # not by nn.Module's own assignment, which is slow
 
     def __delitem__(self, name: str) -> None:
         del self._modules[name]
+        self.__dict__["changes"] = self.changes + 1
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
@@ -224,6 +158,14 @@ class AdaptedLayer(_Host, Site):
         """Whether no adapter is left here."""
         return not len(self.adapters)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.selection.forget()  # `to` and the like move weights behind autograd's back
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.selection.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
     @property
     def base(self) -> BaseWeight:
         view = self._view  # kept, because making one takes as long as a small layer
@@ -267,7 +209,8 @@ class AdaptedLayer(_Host, Site):
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer gives."""
         base = self.base
-        if base.quantized and not args and not kwargs and base.prefers_product(x) and only_computes(self.base_layer):
+        computes = base.quantized and not is_traced() and only_computes(self.base_layer)
+        if computes and not args and not kwargs and base.prefers_product(x):
             return base.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         return self.base_layer(x, *args, **kwargs)
 

@@ -168,7 +168,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         adapters.replication[1].undo()
         adapters.replication = None
     adapters.selection.active = tuple(n for n in adapters.selection.active if n != name)
-    adapters.selection.stacks.clear()
+    adapters.selection.forget()
 
 
 def _is_empty_host(module: nn.Module) -> bool:

@@ -26,9 +26,12 @@ class Columns(NamedTuple):
     adapters: Mapping[str, Any]
     """{name: adapter} at the layer itself."""
 
-    def of(self, name: str) -> list[int]:
-        """Where a name stands."""
-        return [column for column, other in enumerate(self.names) if other == name]
+    def places(self) -> dict[str, list[int]]:
+        """Where each name stands."""
+        found: dict[str, list[int]] = {}
+        for column, name in enumerate(self.names):
+            found.setdefault(name, []).append(column)
+        return found
 
 
 class Mask(NamedTuple):
@@ -40,11 +43,30 @@ class Mask(NamedTuple):
     """Where the weight is 0: what another row's adapter has made of this one may be no number, and stays out."""
 
     def apply(self, h: Tensor) -> Tensor:
-        """(n·t, R), weighed."""
-        own = h.view(len(self.zero), -1, h.shape[1])
+        """h (n·t, R), weighed in place."""
+        own = h.view(self.zero.shape[0], -1, h.shape[1])
         if self.weights is not None:
-            own = own * self.weights
-        return own.masked_fill(self.zero, 0).view(h.shape)
+            own.mul_(self.weights)
+        own.masked_fill_(self.zero, 0)
+        return h
+
+
+class Blocks(NamedTuple):
+    """Rows sorted so that those of an adapter lie together, where each adapter has as many."""
+
+    adapters: int
+    """How many (count)."""
+    order: Tensor | None
+    """(N,): the compositions by their adapter; None where they are so already."""
+    back: Tensor | None
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """x (n, ...), by adapter."""
+        return x if self.order is None else x.reshape(len(self.order), -1).index_select(0, self.order).view(x.shape)
+
+    def unsorted(self, y: Tensor) -> Tensor:
+        """y (n·t, o), sorted like x, in the order that x had."""
+        return y if self.back is None else y.view(len(self.back), -1).index_select(0, self.back).view(y.shape)
 
 
 class Run(NamedTuple):
@@ -72,6 +94,10 @@ class Route:
         self.has_gates = any(_is_or_has(one, Gate) for one in self.compositions)
         self.needs_positions = any(_is_or_has(one, Split) for one in self.compositions)
         self.depends_on_tokens = self.has_gates or self.needs_positions
+        self.stretches = 0 if self.uniform is not None or self.depends_on_tokens else len(self._stretches())
+        """Rows one after another with one composition (count); 0 where these are not what is to be computed."""
+        self.plans: dict[Any, Any] = {}
+        """What `peftcore.fast_path` knows of each layer under these compositions."""
         self.repeats = False
         """Whether each row may stand several times, one after another, as `generate` does with beams."""
         self.rows: int | None = None
@@ -125,7 +151,7 @@ class Route:
 
     def groups(self, x: Tensor, path: str) -> list[tuple[Composition, Tensor]]:
         """[(composition, the rows of x (n, ...) that it computes)], each composition once."""
-        self._check_layer(x, path)
+        self.check_layer(x, path)
         key = (len(x), x.device)
         if key not in self._groups:
             numbers: dict[Composition, list[int]] = {}
@@ -135,36 +161,35 @@ class Route:
             self._groups[key] = list(own.items())
         return self._groups[key]
 
-    def _check_layer(self, x: Tensor, path: str) -> None:
+    def check_layer(self, x: Tensor, path: str) -> None:
+        """RoutingError where it cannot be told whose rows a layer sees."""
+        if self.uniform is not None:
+            return
         rows = self.rows or len(self.compositions)
         known = self.rows is not None
         fits = len(x) == rows or (len(x) in self.flattened and x.dim() == 2 if known else len(x) % rows == 0)
-        if self.uniform is None and not fits:
+        if not fits:
             raise RoutingError(
                 f"{path} sees {len(x)} rows where the batch has {rows}, so it cannot be told whose they are; leave "
                 "this layer out of target_modules, or give all rows of a batch the same adapter"
             )
 
-    def runs(self, x: Tensor, path: str) -> list[Run] | None:
-        """The stretches of x's tokens that have one composition each; None where these tell tokens apart."""
-        if self.uniform is not None or self.depends_on_tokens:
-            return None
-        self._check_layer(x, path)
-        tokens = x.shape[:-1].numel()
+    def runs(self, tokens: int) -> list[Run]:
+        """The stretches of a layer's tokens (count) that have one composition each."""
         if tokens not in self._runs:
-            each, found = tokens // len(self.compositions), []
-            for number, one in enumerate(self.compositions):
-                if found and self.compositions[number - 1] == one:
-                    found[-1] = found[-1]._replace(stop=(number + 1) * each)
-                else:
-                    found.append(Run(number * each, (number + 1) * each, _weights(one)))
-            self._runs[tokens] = found
+            each = tokens // len(self.compositions)
+            self._runs[tokens] = [
+                Run(start * each, stop * each, _weights(self.compositions[start])) for start, stop in self._stretches()
+            ]
         return self._runs[tokens]
+
+    def _stretches(self) -> list[tuple[int, int]]:
+        """(first, after the last) of the compositions that are one after another the same."""
+        starts = [n for n, one in enumerate(self.compositions) if not n or one != self.compositions[n - 1]]
+        return list(zip(starts, [*starts[1:], len(self.compositions)], strict=True))
 
     def mask(self, x: Tensor, path: str, columns: Columns, dtype: torch.dtype) -> Mask:
         """For what a layer's input x is to all adapters together, in the type that they are computed in."""
-        if self.uniform is None:
-            self._check_layer(x, path)
         key = (columns.names, columns.ranks, dtype, x.device)
         found = self._masks.get(key)
         if found is None:
@@ -177,14 +202,28 @@ class Route:
                 self._masks[key] = found
         return found
 
+    def blocks(self, columns: Columns, device: torch.device) -> Blocks | None:
+        """How rows lie by adapter; None unless each has one, with weight 1, and all these equally many."""
+        names, weights = list(columns.adapters), [_weights(one) for one in self.compositions]
+        if self.uniform is not None or self.depends_on_tokens or any(list(own.values()) != [1] for own in weights):
+            return None
+        adapters = [next(iter(own)) for own in weights]
+        if set(adapters) != set(names) or len({adapters.count(name) for name in names}) > 1:
+            return None
+        order = sorted(range(len(adapters)), key=lambda row: names.index(adapters[row]))
+        if order == list(range(len(order))):
+            return Blocks(len(names), None, None)
+        by_adapter = torch.tensor(order, device=device)
+        return Blocks(len(names), by_adapter, by_adapter.argsort())
+
     def _by_rows(self, columns: Columns) -> Tensor:
         """(N, 1, adapters)"""
         compositions = self.compositions if self.uniform is None else (self.uniform,)
-        weights = torch.zeros(len(compositions), 1, len(columns.names))
+        weights, places = torch.zeros(len(compositions), 1, len(columns.names)), columns.places()
         for row, one in enumerate(compositions):
-            for term in one.terms():
-                for column in columns.of(term.name):
-                    weights[row, 0, column] += term.weight
+            for name, weight in _weights(one).items():
+                for column in places.get(name, ()):
+                    weights[row, 0, column] = weight
         return weights
 
     def _by_tokens(self, x: Tensor, path: str, columns: Columns, dtype: torch.dtype) -> Tensor:
@@ -192,6 +231,7 @@ class Route:
         tokens = x.shape[:-1].numel()
         weights = x.new_zeros(1, tokens, len(columns.names), dtype=dtype)
         gates: dict[Gate, Tensor] = {}
+        places = columns.places()
         for one, rows in self.groups(x, path):
             own = torch.zeros(len(x), dtype=dtype, device=x.device)
             own[rows] = 1
@@ -205,7 +245,7 @@ class Route:
                         given = gate.weights(path, columns.adapters, x, x.shape[:-1])
                         gates[gate] = given.reshape(tokens, -1).to(dtype)
                     weight = weight * gates[gate][:, number]
-                for column in columns.of(term.name):
+                for column in places.get(term.name, ()):
                     weights[0, :, column] += weight
         return weights
 

@@ -2,6 +2,7 @@
 
 A and B are the adapters' own, one below and one beside the other; G is 0 where a row is not an adapter's (whatever
 x Aᵀ is there), and its weight elsewhere. Layers of one input go through it together, as in `peftcore.low_rank`.
+Where every adapter has as many rows, the products are batched by adapter, and nothing is computed to be dropped.
 
 The stacks are kept, in the activations' type, until another set of adapters acts or a weight has changed, which is told
 by autograd's version counters: an edit through `.data` is not seen. Adapters that train are stacked anew each time.
@@ -18,11 +19,13 @@ from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.composition.route import Mask, Run
+from peftcore.composition.route import Blocks, Mask, Run
 from peftcore.low_rank import LowRank
 
 LONG = 64
 """Tokens (count) of a stretch with one composition, on average, from which each is computed by itself."""
+MANY = 8
+"""Adapters (count) from which products batched by adapter make up for sorting rows; in 16 bits none did, on CPUs."""
 KEPT = 2
 """Stacks that a layer keeps at most: one for prompts that are read, one for the batch that is decoded."""
 
@@ -33,13 +36,15 @@ class Stacked(NamedTuple):
     a: Tensor
     """(R, i)"""
     b: list[Tensor]
-    """(o, R of that layer), scaled."""
+    """Bᵀ of each layer (R of that layer, o), scaled; a decoding step multiplies it faster so than transposed."""
     ranks: tuple[int, ...]
     """Of each adapter of each layer."""
     sizes: list[int]
     """R of each layer."""
     places: list[tuple[int, int, int]]
-    """(layer, row of `a`, column of the layer's `b`) where each adapter begins."""
+    """(layer, row of `a`, row of the layer's `b`) where each adapter begins."""
+    batched: list[tuple[Tensor, Tensor]]
+    """(A by adapter (K, i, r), B by adapter (K, r, o)) of each layer, in the same memory; [] where ranks differ."""
     made_from: list[Tensor]
     versions: list[int]
 
@@ -59,20 +64,28 @@ def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | 
     plain: list[list[LowRank]] = factors  # type: ignore[assignment]
     ranks = tuple(len(one.a) for own in plain for one in own)
     a = torch.cat([one.a.to(dtype) for own in plain for one in own])
-    b = [torch.cat([(one.b * one.scaling).to(dtype) for one in own], 1) for own in plain]
+    b = [torch.cat([(one.b * one.scaling).to(dtype).T for one in own]) for own in plain]
     if any(len(own) > 1 for own in plain) and not all(bool(factor.isfinite().all()) for factor in (a, *b)):
         return None
     made_from = [t for adapters in layers for each in adapters for t in (*each.parameters(), *each.buffers())]
     counted = not any(tensor.is_inference() for tensor in made_from)  # such tensors count no versions
+    sizes = [sum(len(one.a) for one in own) for own in plain]
+    alike = all(len({len(one.a) for one in own}) == 1 and len(own) == len(plain[0]) for own in plain)
+    batched = zip(a.split(sizes), b, strict=True) if alike else ()
     return Stacked(
         a,
         b,
         ranks,
-        [sum(len(one.a) for one in own) for own in plain],
+        sizes,
         _places([[len(one.a) for one in own] for own in plain]),
+        [(_by_adapter(below, len(plain[0])).mT, _by_adapter(beside, len(plain[0]))) for below, beside in batched],
         made_from if counted else [],
         [tensor._version for tensor in made_from] if counted else [0],
     )
+
+
+def _by_adapter(rows: Tensor, count: int) -> Tensor:
+    return rows.view(count, -1, rows.shape[1])
 
 
 def _places(ranks: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
@@ -94,25 +107,32 @@ def _is_plain(one: LowRank | None) -> bool:
     return one is not None and one.gain is None and not one.dropout
 
 
-def kept_stack(
-    keep: dict[Any, Any], layer: Any, layers: Sequence[Sequence[Adapter]], dtype: torch.dtype
-) -> Stacked | None:
-    """The same from what is kept for `layer`, brought up to date.
+class Wanted(NamedTuple):
+    """What a stack is made from, and for what."""
 
-    keep: {layer: ((key, stack), ...)}; changed by one assignment, for other threads read it.
+    dtype: torch.dtype
+    device: torch.device
+    training: bool
+    """Whether the layers train, for then adapters may drop some of their input."""
+    adapters: tuple[tuple[Adapter, ...], ...]
+    """Of each layer."""
+
+
+def kept_stack(keep: dict[Any, Any], layer: Any, wanted: Wanted) -> Stacked | None:
+    """The stack of `wanted` from what is kept for `layer`, brought up to date.
+
+    keep: {layer: ((wanted, stack), ...)}; changed by one assignment, for other threads read it.
     """
-    key = (dtype, *(adapter for adapters in layers for adapter in adapters))
     kept = keep.get(layer, ())
-    found = next((stacked for own, stacked in kept if own == key), None)
+    found = next((stacked for own, stacked in kept if own is wanted or own == wanted), None)
     if found is not None and found.is_current():
         return found
-    found = stack(layers, dtype)
+    found = stack(wanted.adapters, wanted.dtype)
     if found is not None and found.is_current():
-        keep[layer] = ((key, found), *[pair for pair in kept if pair[0] != key][: KEPT - 1])
+        keep[layer] = ((wanted, found), *[pair for pair in kept if pair[0] != wanted][: KEPT - 1])
     return found
 
 
-@torch.no_grad()
 def stretched_outputs(
     x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, names: Sequence[str], runs: Sequence[Run]
 ) -> list[Tensor]:
@@ -123,15 +143,26 @@ def stretched_outputs(
     flat = x.reshape(-1, x.shape[-1])
     ys = [base.product(flat) for base in bases]
     for name, (layer, row, column), rank in zip(names, stacked.places, stacked.ranks, strict=True):
-        a, b = stacked.a[row : row + rank], stacked.b[layer][:, column : column + rank].T
+        a, b = stacked.a[row : row + rank], stacked.b[layer][column : column + rank]
         for start, stop, weights in runs:
             if weight := weights.get(name, 0.0):
                 h = F.linear(flat[start:stop], a)
                 ys[layer][start:stop].addmm_(h if weight == 1 else h * weight, b)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return [y.view(*x.shape[:-1], -1) for y in ys]
 
 
-@torch.no_grad()
+def batched_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, blocks: Blocks) -> list[Tensor]:
+    """The same for rows of which each has one adapter, and every adapter as many."""
+    flat = blocks.sorted(x).reshape(-1, x.shape[-1])
+    own = flat.view(blocks.adapters, -1, x.shape[-1])
+    ys = []
+    for base, (a, b) in zip(bases, stacked.batched, strict=True):
+        y = base.product(flat)
+        y.view(blocks.adapters, -1, y.shape[1]).baddbmm_(own.bmm(a), b)
+        ys.append(blocks.unsorted(y).view(*x.shape[:-1], -1))
+    return ys
+
+
 def stacked_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, mask: Mask | None) -> list[Tensor]:
     """y (..., o) of each layer for their common x (..., i); mask: None where every row has every adapter."""
     flat = x.reshape(-1, x.shape[-1])
@@ -139,5 +170,5 @@ def stacked_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, ma
     if mask is not None:
         h = mask.apply(h)
     parts = (h,) if len(bases) == 1 else h.split(stacked.sizes, 1)
-    ys = [base.product(flat).addmm_(own, b.T) for base, own, b in zip(bases, parts, stacked.b, strict=True)]
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    ys = [base.product(flat).addmm_(own, b) for base, own, b in zip(bases, parts, stacked.b, strict=True)]
+    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], -1) for y in ys]

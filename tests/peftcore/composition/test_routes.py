@@ -415,6 +415,141 @@ def test_stacks_follow_the_weights(stacks: list[int]) -> None:
     assert not torch.allclose(both()[0], fast)
 
 
+@pytest.mark.parametrize("ranks", [[3] * 9, [3] * 8 + [2]], ids=["batched by adapter", "other ranks"])
+def test_many_adapters_with_as_many_rows(ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(llama(), **{f"a{n}": lora(r=r, lora_alpha=5) for n, r in enumerate(ranks)})
+    names: list[Any] = [f"a{n}" for n in (4, 0, 8, 1, 7, 2, 6, 3, 5)]
+    tokens = torch.arange(3, 39).view(18, 2)
+    batched: list[int] = []
+    original = fast_path.batched_outputs
+    monkeypatch.setattr(fast_path, "batched_outputs", lambda *given: batched.append(1) or original(*given))
+    for given in (names, sorted(names), names * 2, [name for name in names for _ in range(2)]):
+        batched.clear()
+        assert_rows_as_alone(model, given, tokens)
+        assert bool(batched) == (set(ranks) == {3})
+    for given in ([*names[:8], None], [*names, "a0"], [*names[:8], {"a5": 0.5}], [*names[:8], Stack("a5", "a0")]):
+        batched.clear()
+        assert_rows_as_alone(model, given, tokens)
+        assert not batched
+    with torch.no_grad(), model.route(names):  # beams, which lie together
+        beams = model.generate(tokens[:9], num_beams=2, **GREEDY)
+    for row, name in enumerate(names):
+        with torch.no_grad(), model.route(name):
+            alone = model.generate(tokens[row : row + 1], num_beams=2, **GREEDY)
+        assert torch.equal(beams[row : row + 1], alone)
+
+
+def _hooked(model: Any) -> None:
+    model.model.layers[0].self_attn.v_proj.base_layer.register_forward_hook(lambda layer, args, y: y * 2)
+
+
+def _listened_to_before(model: Any) -> None:
+    model.model.layers[0].self_attn.q_proj.base_layer.register_forward_pre_hook(lambda layer, args: (args[0] * 2,))
+
+
+def _forward_replaced(model: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj.base_layer
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight) * 2
+
+
+def _base_replaced(model: Any) -> None:
+    layer = model.model.layers[1].mlp.gate_proj.base_layer
+    layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)
+
+
+def _base_trained(model: Any) -> None:
+    model.model.layers[1].mlp.gate_proj.base_layer.weight.requires_grad_(True)
+
+
+def _rounded(model: Any) -> None:
+    model.float().double()
+
+
+def _assigned(model: Any) -> None:
+    state = {key: value * 2 if "adapters.a." in key else value for key, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def _edited(model: Any) -> None:
+    with torch.no_grad():
+        model._adapter_set.layers["model.layers.0.self_attn.k_proj"].adapters["a"].lora_B.mul_(2)
+
+
+def _added(model: Any) -> None:
+    model.delete_adapter("b")
+    model.add_adapter("b", lora(r=2, target_modules=["q_proj", "down_proj"]))
+
+
+def _told_apart(model: Any) -> None:
+    """A layer that others computed for is called with an input of its own."""
+    first = model.model.layers[0].self_attn
+    inside = first.k_proj.forward
+    first.k_proj.forward = lambda x: inside(x * 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _hooked,
+        _listened_to_before,
+        _forward_replaced,
+        _base_replaced,
+        _base_trained,
+        _rounded,
+        _assigned,
+        _edited,
+        _added,
+        _told_apart,
+    ],
+    ids=lambda change: change.__name__,
+)
+@pytest.mark.parametrize("names", [["a", "b", None, "a", {"b": 0.5}, "b"], "a"], ids=["rows", "one"])
+def test_what_is_remembered_of_layers_follows_every_change(change: Any, names: Any) -> None:
+    model = mixture(llama())
+    with model.route(names):  # the same one before and after
+        with torch.no_grad():
+            before = model(TOKENS).logits
+        if change is not _added:
+            change(model)
+        for _ in range(2):
+            with torch.no_grad():
+                fast = model(TOKENS).logits
+            general = model(TOKENS).logits
+            torch.testing.assert_close(fast, general, atol=1e-10, rtol=0)
+            assert change in (_added, _base_trained, _rounded) or not torch.allclose(fast, before, atol=1e-6)
+            model.zero_grad()
+    if change is _added:
+        change(model)
+    with torch.no_grad():  # the same names again, by a route of their own
+        fast = model(TOKENS, adapter_names=names).logits
+    torch.testing.assert_close(fast, model(TOKENS, adapter_names=names).logits, atol=1e-10, rtol=0)
+
+
+def test_active_adapters_are_followed_too() -> None:
+    model = mixture(llama())
+    for change in (
+        lambda: model.set_adapter(["a", "b"]),
+        lambda: model.merge_adapter(["a"]),
+        lambda: model.unmerge_adapter(),
+        lambda: model.set_adapter("b"),
+    ):
+        change()
+        for _ in range(2):
+            with torch.no_grad():
+                fast = model(TOKENS).logits
+            torch.testing.assert_close(fast, model(TOKENS).logits, atol=1e-10, rtol=0)
+
+
+def test_dropout_is_not_forgotten_by_what_is_remembered() -> None:
+    model = adapted(llama(), a=lora(lora_dropout=0.5), b=lora())
+    with torch.no_grad():
+        for names in ("a", ["a", "b", None, "a", "b", "a"]):
+            for trains in (False, True, False):
+                model.train(trains)
+                once, again = (model(TOKENS, adapter_names=names).logits for _ in range(2))
+                assert torch.equal(once, again) != trains
+
+
 @pytest.mark.parametrize("broken", ["weights", "activations"])
 def test_an_adapter_that_gives_no_numbers_spoils_its_own_rows_alone(broken: str) -> None:
     model = mixture(llama(torch.float32)).float()
