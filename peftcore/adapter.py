@@ -47,6 +47,9 @@ class Adapter(nn.Module):
     """Arguments that `generate` gets while adapters of this method act, whatever its caller says."""
     new_base: Tensor | None = None
     """A weight to put in the base's place when the adapter is injected; unloading puts the base's own back."""
+    base: BaseWeight
+    is_unread: bool = False
+    """Whether its parameters hold nothing yet, because the tensors of a directory are about to be read."""
     disk_prefix: str = ""
     """What stands on disk between the layer's path and the adapter's own keys."""
     shared: Any
@@ -55,8 +58,8 @@ class Adapter(nn.Module):
     def __init__(self, config: Any, base: BaseWeight, path: str):
         """Make the parameters for `base`, the layer at module `path`; raise ConfigError for what cannot be."""
         super().__init__()
-        self.base = base
-        self.shared = None  # in the instance: as an attribute of the class it would hide the module of that name
+        # `shared` in the instance: as an attribute of the class it would hide the module of that name
+        vars(self).update(base=base, shared=None)  # nn.Module's own assignment takes longer than a small adapter does
 
     @classmethod
     def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str] | None:
@@ -162,7 +165,7 @@ class Adapter(nn.Module):
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What is saved: {suffix on disk: tensor}."""
-        return {key: self.get_parameter(name).detach() for name, key in self.checkpoint_keys().items()}
+        return {key: self._parameter(name).detach() for name, key in self.checkpoint_keys().items()}
 
     def repeated_keys(self) -> set[str]:
         """Suffixes that a directory may hold and that are not read, because they repeat what stands elsewhere in it."""
@@ -172,11 +175,25 @@ class Adapter(nn.Module):
         """Whether a saved tensor can be loaded for one of `checkpoint_tensors`' keys."""
         return tensor.shape == self.checkpoint_tensors()[key].shape
 
-    @torch.no_grad()
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors in; names and shapes have been checked against `checkpoint_tensors` and `fits`."""
+        """Copy saved tensors in; names and shapes have been checked against `checkpoint_tensors` and `fits`.
+
+        Called where no gradients are recorded.
+        """
         for name, key in self.checkpoint_keys().items():
-            self.get_parameter(name).copy_(tensors[key])
+            self._put(self._parameter(name), tensors[key])
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        own = self._parameters.get(name)
+        return self.get_parameter(name) if own is None else own
+
+    def _put(self, parameter: nn.Parameter, saved: Tensor) -> None:
+        """Give a parameter its saved values; one that holds nothing yet takes the tensor's memory where it can."""
+        alike = saved.dtype == parameter.dtype and saved.device == parameter.device and saved.shape == parameter.shape
+        if self.is_unread and alike and saved.is_contiguous():
+            parameter.data = saved
+        else:
+            parameter.copy_(saved)
 
     @classmethod
     def config_to_save(cls, config: Any, adapters: Mapping[str, "Adapter"]) -> Any:

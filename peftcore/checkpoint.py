@@ -5,6 +5,7 @@ A key on disk is `base_model.model.` + the module's path + the parameter, withou
 
 import dataclasses
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,21 @@ from torch import Tensor, nn
 from peftcore.adapter_set import AdapterSet, adapter_set, bias_path
 from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.content import Content, content_of
-from peftcore.errors import CheckpointError, TargetError
+from peftcore.errors import CheckpointError, PeftError, TargetError
 from peftcore.files import MANIFEST, flush_to_disk, manifest_text, sha256
 from peftcore.inject import commit_injection, deepened
 from peftcore.preparation import Injection, prepare_injection
-from peftcore.tensors import PREFIX, WEIGHTS_NAME, is_sharded, read_tensors, whole, writing_shards
+from peftcore.tensors import (
+    PREFIX,
+    WEIGHTS_NAME,
+    check_hashes,
+    is_sharded,
+    parsed,
+    read_tensors,
+    read_weights,
+    whole,
+    writing_shards,
+)
 
 PROMPT_STATE = "prompt_encoder.safetensors"
 """What a prompt is computed from; PEFT keeps the computed prompt alone, and reads past this file."""
@@ -125,19 +136,27 @@ def load_adapter(
 ) -> AdapterSet:
     """Make an adapter from its directory and put it into the model; on any error the model is as it was.
 
-    tensors: those of the directory, where they have been read already.
+    tensors: those of the directory, where they have been read already; they are the adapter's from then on.
     Raises CheckpointError for damage, missing or unexpected keys, or shapes of another base.
     """
     config = config or PeftConfig.from_pretrained(directory)
-    tensors = read_tensors(directory) if tensors is None else tensors
     config = dataclasses.replace(config, inference_mode=not trainable)
-    with deepened(model, config) as replication:
+    with ThreadPoolExecutor(1, "adapter-reader") as beside, deepened(model, config) as replication:
+        read = read_weights(directory) if tensors is None else None
+        hashed = None if read is None else beside.submit(check_hashes, directory, read)
         try:
             injection = prepare_injection(model, config, name, fresh=False)
-        except TargetError as error:
+            content = Content(injection.adapters, injection.copies, injection.prompt)
+            given = (tensors or {}) if read is None else parsed(read, directory)
+            biases = _take_tensors(content, injection.biases, given, directory, trainable)
+        except PeftError as error:
+            if hashed is not None:
+                hashed.result()  # a damaged directory is what has to be said first
+            if not isinstance(error, TargetError):
+                raise
             raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
-        content = Content(injection.adapters, injection.copies, injection.prompt)
-        biases = _take_tensors(content, injection.biases, tensors, directory, trainable)
+        if hashed is not None:
+            hashed.result()
         adapters = commit_injection(model, injection, trainable, replication)
     _write_biases(model, adapters, injection, biases)
     return adapters

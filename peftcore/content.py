@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
@@ -62,10 +63,12 @@ class Content:
     def _owners(self) -> dict[str, tuple[Adapter, str]]:
         return {f"{prefix}{key}": (adapter, key) for prefix, adapter, own in self.entries for key in own}
 
+    @torch.no_grad()
     def read(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy checked tensors in, all but the prompt's."""
+        """Take checked tensors in, all but the prompt's; adapters that hold nothing yet may keep them."""
         for prefix, adapter, own in self.entries:
             adapter.load_checkpoint_tensors({key: tensors[f"{prefix}{key}"] for key in own})
+            vars(adapter).pop("is_unread", None)
         if self.shared is not None:
             names = {name: f"{SHARED_PREFIX}{name}" for name in self.shared.checkpoint_tensors()}
             self.shared.load_checkpoint_tensors({n: tensors[key] for n, key in names.items() if key in tensors})

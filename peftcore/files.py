@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "SHA256SUMS"
 """Manifest's file name; its lines are what `sha256sum --check` reads."""
@@ -104,10 +105,16 @@ def read_manifest(directory: Path) -> dict[str, str]:
     return {name: digest for digest, name in pairs}
 
 
-def damaged_files(directory: Path) -> list[str]:
-    """Names in the manifest whose file is gone or has other bytes; empty when all is well."""
-    return [
-        name
-        for name, digest in read_manifest(directory).items()
-        if not (directory / name).is_file() or sha256(directory / name) != digest
-    ]
+def damaged_files(directory: Path, read: Mapping[str, Any] | None = None) -> list[str]:
+    """Names in the manifest whose file is gone or has other bytes; empty when all is well.
+
+    read: {name: content, bytes or the like} of files that have been read already.
+    """
+    held = read or {}
+
+    def is_whole(name: str, digest: str) -> bool:
+        if name in held:
+            return hashlib.sha256(held[name]).hexdigest() == digest
+        return (directory / name).is_file() and sha256(directory / name) == digest
+
+    return [name for name, digest in read_manifest(directory).items() if not is_whole(name, digest)]

@@ -38,7 +38,8 @@ def commit_injection(
         site = _site_at(path, adapter, adapters, places)
         if adapter.training != site.training:
             adapter.train(site.training)
-        site.adapters[name] = adapter.requires_grad_(trainable)
+        _set_trainable(adapter, trainable)
+        site.adapters[name] = adapter
         if adapter.new_base is not None:
             site.replace_base(adapter.new_base)
             adapter.new_base = None
@@ -67,6 +68,15 @@ def commit_injection(
     if not adapters.selection.active:
         adapters.selection.active = (name,)
     return adapters
+
+
+def _set_trainable(adapter: Adapter, trainable: bool) -> None:
+    """`adapter.requires_grad_(trainable)`, which costs more than to set what is the adapter's own."""
+    if adapter._modules:
+        adapter.requires_grad_(trainable)
+    for parameter in adapter._parameters.values():
+        if parameter is not None:
+            parameter.requires_grad = trainable
 
 
 def _put_prompt(model: nn.Module, adapters: AdapterSet, name: str, prompt: PromptLearner) -> None:

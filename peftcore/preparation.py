@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from peftcore.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.bases import BaseWeight, ParameterWeight, base_weight, raw_projections
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, TargetError
-from peftcore.host import SavedModule, unhosted
+from peftcore.host import AdaptedLayer, SavedModule, unhosted
 from peftcore.places import Places
 from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_named, method_of
@@ -131,9 +132,11 @@ def _token_adapters(
 
 def _bases_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str) -> list[BaseWeight]:
     """The weights that one target is adapted at: one, or the two projections of an nn.MultiheadAttention."""
-    layer = unhosted(layer)
-    bases: list[BaseWeight] = [ParameterWeight(layer, name) for name in raw_projections(layer)]
-    bases = bases or [base_weight(layer, path)]
+    if isinstance(layer, AdaptedLayer):
+        bases: list[BaseWeight] = [layer.base]
+    else:
+        layer = unhosted(layer)
+        bases = [ParameterWeight(layer, name) for name in raw_projections(layer)] or [base_weight(layer, path)]
     if bases[0].kind not in kind.layer_kinds:
         word = type(layer).__name__ if isinstance(layer, nn.MultiheadAttention) else bases[0].kind
         fits = ", ".join(sorted(kind.layer_kinds))
@@ -151,12 +154,16 @@ def _make_adapters(
     with _made_on(first.device, default):
         shared = kind.make_shared(config, bases)
         if shared is not None:
-            shared.to(torch.promote_types(first.dtype, torch.float32))
+            shared.to(_wide(first.dtype))
     made = {}
     for path, base in bases.items():
         with _made_on(base.device, default):
             made[path] = adapter = _make(kind, config, base, path, shared)
-            adapter.reset_parameters() if fresh else adapter.prepare_to_read()
+            if fresh:
+                adapter.reset_parameters()
+            else:
+                adapter.prepare_to_read()
+                vars(adapter).update(is_unread=config.inference_mode)
     return made
 
 
@@ -164,7 +171,7 @@ def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str,
     if isinstance(base, ParameterWeight) and raw_projections(base.layer):
         path = path.removesuffix(f".{base.name}")  # patterns name the module that is the target
     adapter = kind(config, base, path)
-    _widen(adapter, torch.promote_types(base.dtype, torch.float32))
+    _widen(adapter, _wide(base.dtype))
     if shared is not None:
         adapter.shared = shared
     return adapter
@@ -173,6 +180,12 @@ def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str,
 def _made_on(device: torch.device, default: torch.device) -> contextlib.AbstractContextManager[Any]:
     """New tensors on `device`; nothing is entered where they come there by default, for it slows every call inside."""
     return contextlib.nullcontext() if device == default else torch.device(device)
+
+
+@cache
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which adapters of such a base are kept."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _widen(adapter: Adapter, dtype: torch.dtype) -> None:

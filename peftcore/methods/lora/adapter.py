@@ -31,26 +31,39 @@ class Lora(Adapter):
     """LoRA at one layer."""
 
     layer_kinds = frozenset({"linear", "conv", "embedding", "parameter"})
+    config: LoraConfig
+    r: int
+    scaling: float
+    dropout: float
+    groups: int
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_bias: nn.Parameter | None
+    magnitude: nn.Parameter | None
+    source: "Lora | None"
+    """The embedding's LoRA that this head's follows, transposed, where both share one base weight."""
+    _row_norms: Tensor | None
 
     def __init__(self, config: LoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
-        self.config, (self.r, alpha) = config, config.at(path)
-        self.scaling = alpha / math.sqrt(self.r) if config.use_rslora else alpha / self.r
+        r, alpha = config.at(path)
+        scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         if isinstance(base, ParameterWeight) and base.inside == "out_proj":
-            self.scaling *= 2  # HF PEFT adds the change of nn.MultiheadAttention's output twice, so its files mean that
-        self.dropout = 0.0 if base.kind == "embedding" else config.lora_dropout
-        self.groups = base.layer.groups if base.kind == "conv" else 1
+            scaling *= 2  # HF PEFT adds the change of nn.MultiheadAttention's output twice, so its files mean that
+        dropout = 0.0 if base.kind == "embedding" else config.lora_dropout
+        groups = base.layer.groups if base.kind == "conv" else 1
+        vars(self).update(config=config, r=r, scaling=scaling, dropout=dropout, groups=groups)
+        vars(self).update(source=None, lora_bias=None, magnitude=None, _row_norms=None)
+        self._buffers.update(start_A=None, start_B=None)
         self._check(path)
-        rows = self.r * base.count
-        self.lora_A = nn.Parameter(torch.empty(rows, base.in_features, *base.kernel))
-        self.lora_B = nn.Parameter(torch.empty(base.out_features, rows // self.groups, *(1 for _ in base.kernel)))
-        self.lora_bias = nn.Parameter(torch.zeros(base.out_features)) if config.lora_bias else None
-        self.magnitude = nn.Parameter(torch.empty(base.out_features)) if config.use_dora else None
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
-        self.source: Lora | None = None
-        """The embedding's LoRA that this head's follows, transposed, where both share one base weight."""
-        self._row_norms: Tensor | None = None
+        rows = r * base.count
+        a = torch.empty(rows, base.in_features, *base.kernel)
+        b = torch.empty(base.out_features, rows // groups, *(1 for _ in base.kernel))
+        self._parameters.update(lora_A=nn.Parameter(a), lora_B=nn.Parameter(b))
+        if config.lora_bias:
+            self.lora_bias = nn.Parameter(torch.zeros(base.out_features))
+        if config.use_dora:
+            self.magnitude = nn.Parameter(torch.empty(base.out_features))
 
     def _check(self, path: str) -> None:
         if self.r % self.groups:
@@ -269,17 +282,16 @@ class Lora(Adapter):
             shapes.append((*shapes[0][:axis], 2 * shapes[0][axis], *shapes[0][axis + 1 :]))
         return tuple(tensor.shape) in shapes
 
-    @torch.no_grad()
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         if self.source is not None:
             return  # the embedding's tensors are these
         for name, key in self.checkpoint_keys().items():
-            parameter, saved = self.get_parameter(name), tensors[key]
+            parameter, saved = self._parameter(name), tensors[key]
             if name in ("lora_A", "lora_B") and saved.shape != parameter.shape:
                 axis, buffer = (0, "start_A") if name == "lora_A" else (1, "start_B")
                 saved, taken_out = saved.split(parameter.shape[axis], axis)
                 setattr(self, buffer, (taken_out if axis == 0 else -taken_out).to(parameter).contiguous())
-            parameter.copy_(saved.reshape(parameter.shape))
+            self._put(parameter, saved if saved.shape == parameter.shape else saved.reshape(parameter.shape))
 
     @classmethod
     def config_to_save(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> LoraConfig:

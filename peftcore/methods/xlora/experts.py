@@ -44,7 +44,8 @@ def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any
         wrong = [suffix for suffix, tensor in own.items() if tensor is None or not expert.fits(suffix, tensor)]
         if wrong or getattr(expert, "start", None) is not None:
             raise CheckpointError(f"{directory} does not fit: {path}.{(wrong or ['init_lora_weights'])[0]}")
-        expert.load_checkpoint_tensors(own)
+        with torch.no_grad():
+            expert.load_checkpoint_tensors(own)
         unused -= {f"{PREFIX}{path}.{suffix}" for suffix in own}
         experts[path] = expert
     if unused:
