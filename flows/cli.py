@@ -320,7 +320,8 @@ def merge(
 def serve(
     base: BaseFolder = None,
     adapters: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="A folder with one adapter directory per model.")
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A folder of adapters: directories, or .dvc files to pull."),
     ] = None,
     composition: Annotated[
         list[str] | None, typer.Option(metavar="NAME=JSON", help='A model of several: `mix={"sql": 0.7, "chat": 0.3}`.')

@@ -9,15 +9,17 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.errors import PipelineError, RegistryError
+from flows.errors import PipelineError, RegistryError, RepositoryError
 from flows.git import Git
 from flows.paths import Paths
-from flows.project import files_at
+from flows.project import dvc, files_at
 from flows.promotion.registry import Registry, Version
-from peftcore.errors import ConfigError, PeftError
+from peftcore.config import CONFIG_NAME
+from peftcore.errors import CheckpointError, ConfigError, PeftError
 from peftcore.files import sha256
 from peftcore.tensors import read_tensors
 
@@ -100,6 +102,34 @@ class StageWatch:
         return kept
 
 
+def register_adapters(store: "AdapterStore", folder: Path) -> list[str]:
+    """Register the adapters of a folder and give their names: its directories, and what its `NAME.dvc` files stand
+    for, which DVC pulls from the remote when one that is not there is asked for. Raises ConfigError if there is none.
+    """
+    tracked = {pointer.stem: pointer for pointer in sorted(folder.glob("*.dvc")) if pointer.is_file()}
+    here = {file.parent.name: file.parent for file in sorted(folder.glob(f"*/{CONFIG_NAME}"))}
+    sources = {**here, **{name: partial(_pulled, pointer) for name, pointer in tracked.items()}}
+    if not sources:
+        raise ConfigError(
+            f"{folder} holds no adapters; an adapter is a directory with an {CONFIG_NAME}, or a NAME.dvc file that "
+            "`dvc add` made of one"
+        )
+    for name, source in sources.items():
+        store.register(name, source)
+    return list(sources)
+
+
+def _pulled(pointer: Path) -> Path:
+    """The directory that a `.dvc` file stands for. Raises CheckpointError where neither it nor a remote has it."""
+    directory = pointer.with_suffix("")
+    if not (directory / CONFIG_NAME).is_file():
+        try:
+            dvc(pointer.parent.resolve(), "pull", "--quiet", pointer.name)
+        except RepositoryError as error:
+            raise CheckpointError(f"{pointer}: {error}; `dvc push` it from a machine that has it") from error
+    return directory
+
+
 def compositions(given: Sequence[str]) -> "dict[str, Composition]":
     """{name: composition} from texts such as `mix={"sql": 0.7, "chat": 0.3}`. Raises ConfigError."""
     from peftcore.composition import Weighted
@@ -150,7 +180,7 @@ def serve(
     store = AdapterStore(model, max_loaded)
     with tempfile.TemporaryDirectory(prefix="peftcore-serve-") as folder:
         if adapters is not None:
-            store.register_directory(adapters)
+            register_adapters(store, adapters)
         watch = None if watched is None else StageWatch(*watched, store, Path(folder), seconds)
         if watch is not None:
             watch.check()

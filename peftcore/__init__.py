@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from peftcore.methods.adalora import AdaLoraConfig
     from peftcore.methods.lora import LoraConfig
     from peftcore.model import PeftModel, get_peft_model, prepare_model_for_kbit_training
-    from peftcore.routing import AdapterStore
+    from peftcore.routing import AdapterStore, Fusion
 
 _HOMES = {
     "AdapterNameError": "peftcore.errors",
@@ -48,6 +48,7 @@ _HOMES = {
     "CheckpointError": "peftcore.errors",
     "ConfigError": "peftcore.errors",
     "ExportError": "peftcore.export",
+    "Fusion": "peftcore.routing",
     "Gate": "peftcore.composition",
     "MergeError": "peftcore.errors",
     "Only": "peftcore.composition",
@@ -89,6 +90,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ExportError",
+    "Fusion",
     "Gate",
     "LoraConfig",
     "MergeError",

@@ -47,8 +47,9 @@ LORA_FAMILY_NEUTRAL: dict[str, Any] = {
 
 def first_match(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first key, a path suffix or regular expression, that matches `path`."""
-    matching = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path))
-    return next(matching, default)
+    if not pattern:
+        return default
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 class TaskType(StrEnum):

@@ -110,11 +110,11 @@ def _views(content: memoryview) -> dict[str, Tensor] | None:
         return None
     found, at = {}, 0
     for entry in entries:
-        if len(entry) != 5 or any(type(number) is not int or number < 0 for number in (*entry[:2], *entry[3])):
+        if len(entry) != 5 or {*map(type, entry[:2]), *map(type, entry[3])} != {int}:
             return None
         begin, end, name, shape, dtype = entry
-        count, place = math.prod(shape), start + begin
-        if begin != at or not count or end - begin != count * dtype.itemsize or place % dtype.itemsize:
+        count, place, size = math.prod(shape), start + begin, dtype.itemsize
+        if min(begin, *shape, 1) < 0 or begin != at or not count or end - begin != count * size or place % size:
             return None
         if start + end > len(content):
             return None

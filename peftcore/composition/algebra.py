@@ -12,6 +12,7 @@ They nest, and compare and hash by what they hold. For pairs of them `0.7 * Only
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
@@ -29,7 +30,7 @@ Gating = Callable[[str, Mapping[str, Any], Tensor], Tensor]
 """(path of a layer, {name: its adapter there}, x (..., i)) -> weights (..., k), in the order of the names."""
 
 
-class Composition:
+class Composition(ABC):
     """One of the forms above; immutable."""
 
     def names(self) -> Iterator[str]:
@@ -45,13 +46,13 @@ class Composition:
         """The adapters that act one on top of another, where that is all it says; else None."""
         return None
 
+    @abstractmethod
     def renamed(self, names: Mapping[str, str]) -> "Composition":
         """The same of adapters by other names: {name here: name there}; others keep theirs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def terms(self) -> Iterator["Term"]:
         """Σ over adapters of weight x ΔW x, which it is where every one of them only adds ΔW x to the output."""
-        raise NotImplementedError
 
     def __add__(self, other: "Composition") -> "Weighted":
         return Weighted([*_summands(self), *_summands(other)])

@@ -4,8 +4,9 @@ Arrow (arXiv:2405.11157): an adapter's prototype at a layer is the direction tha
 token's weights are a softmax over the top k of |⟨x, prototype⟩| / temperature.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from peftcore.errors import RoutingError
 def arrow_gate(names: Sequence[str], top_k: int | None = None, temperature: float = 1.0) -> Gate:
     """Arrow over these adapters, of methods with two factors; top_k: of each token (count), None: all.
 
-    Prototypes are computed once for each adapter at each layer, when a token first comes there.
+    Prototypes are computed when a token first comes to a layer, and anew when an adapter's weights have changed.
     """
     if temperature <= 0:
         raise RoutingError(f"arrow_gate: temperature must be above 0, got {temperature}")
@@ -31,7 +32,8 @@ def arrow_gate(names: Sequence[str], top_k: int | None = None, temperature: floa
 class _Arrow:
     def __init__(self, top_k: int | None, temperature: float):
         self.top_k, self.temperature = top_k, temperature
-        self.prototypes: dict[Adapter, Tensor] = {}
+        self.prototypes: MutableMapping[Adapter, tuple[list[int], Tensor]] = WeakKeyDictionary()
+        """With the versions of the parameters that they were computed from."""
 
     def __call__(self, path: str, adapters: Mapping[str, Any], x: Tensor) -> Tensor:
         """(..., k)"""
@@ -44,12 +46,14 @@ class _Arrow:
 
     @torch.no_grad()
     def _prototype(self, path: str, adapter: Adapter) -> Tensor:
-        found = self.prototypes.get(adapter)
-        if found is None:
+        versions = [-1 if p.is_inference() else p._version for p in adapter.parameters()]
+        made_from, found = self.prototypes.get(adapter, ([], None))
+        if found is None or made_from != versions:
             factors = adapter.low_rank()
             if factors is None or adapter.base.kind != "linear":
                 raise RoutingError(f"Arrow needs adapters of two factors; {type(adapter).__name__} at {path} has none")
-            found = self.prototypes[adapter] = prototype(factors.a, factors.b)
+            found = prototype(factors.a, factors.b)
+            self.prototypes[adapter] = versions, found
         return found
 
 

@@ -11,13 +11,11 @@ import statistics
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peftcore import activation, checkpoint, inject
@@ -26,59 +24,16 @@ from peftcore.composition.algebra import Spec, composition
 from peftcore.composition.route import Route
 from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.errors import AdapterNameError, AdapterStoreError, CheckpointError
-from peftcore.tensors import WEIGHTS_NAME, read_tensors
+from peftcore.routing.entries import Counts, Entry, Slot, Source, takes_the_place_of
 
-Source = Path | str | Callable[[], Path]
-"""A directory in PEFT's format, or what fetches one, such as from a DVC remote."""
 TIMES_KEPT = 1000
 """Loads of which the seconds are kept for the statistics."""
-
-
-@dataclass
-class _Entry:
-    """One registered adapter, in its current version."""
-
-    name: str
-    source: Source
-    tags: tuple[str, ...]
-    version: int = 1
-    slot: "_Slot | None" = None
-    directory: Path | None = None
-    """Where it lies, once it has been fetched."""
-    config: PeftConfig | None = None
-    """Once it has been read; the manifest has then been checked too."""
-
-
-@dataclass
-class _Slot:
-    """An adapter in the model."""
-
-    name: str
-    """Its name in the model."""
-    config: PeftConfig
-    size: int
-    """Bytes of its parameters."""
-    leases: int = 0
-    entry: _Entry | None = None
-    """What it holds; None for an old version, or for nothing."""
-
-
-@dataclass
-class Counts:
-    """What has happened since the store was made."""
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    failures: int = 0
-    seconds: list[float] = field(default_factory=list)
-    """Of the last loads."""
 
 
 class Lease:
     """An adapter that stays in the model until `release`; also a context manager."""
 
-    def __init__(self, store: "AdapterStore", slot: _Slot, version: int):
+    def __init__(self, store: "AdapterStore", slot: Slot, version: int):
         self._store, self._slot = store, slot
         self.name = slot.name
         """What the adapter is called in the model: what a route names."""
@@ -110,8 +65,8 @@ class AdapterStore:
         if max_loaded < 1 or (max_bytes is not None and max_bytes < 1):
             raise AdapterStoreError(f"max_loaded={max_loaded}, max_bytes={max_bytes}: give at least 1 of each")
         self._model, self._max_loaded, self._max_bytes, self._base = model, max_loaded, max_bytes, base
-        self._entries: dict[str, _Entry] = {}
-        self._slots: OrderedDict[str, _Slot] = OrderedDict()
+        self._entries: dict[str, Entry] = {}
+        self._slots: OrderedDict[str, Slot] = OrderedDict()
         """In the order of their last use."""
         self._made = 0
         self._counts = Counts()
@@ -128,7 +83,7 @@ class AdapterStore:
         with self._lock:
             if name in self._entries:
                 raise AdapterNameError(f"an adapter {name!r} is registered; replace it, or take another name")
-            self._entries[name] = _Entry(name, source, tuple(tags))
+            self._entries[name] = Entry(name, source, tuple(tags))
 
     def register_directory(self, folder: str | Path) -> list[str]:
         """Register every adapter directory right below a folder by its name; gives the names."""
@@ -143,7 +98,7 @@ class AdapterStore:
         """Give an adapter a new version from now on. What holds the old one goes on with it."""
         with self._lock:
             old = self._entry(name)
-            self._entries[name] = _Entry(name, source, old.tags, old.version + 1)
+            self._entries[name] = Entry(name, source, old.tags, old.version + 1)
             self._retire(old)
 
     def remove(self, name: str) -> None:
@@ -190,6 +145,9 @@ class AdapterStore:
         with self._lock:
             if (lease := self._held(name)) is not None:
                 return lease
+            entry = self._entry(name)
+        with self._counting_failures():
+            entry.fetch()  # what may take long holds up nobody who wants another one
         with self._loading:
             with self._lock:
                 if (lease := self._held(name)) is not None:  # another thread has loaded it meanwhile
@@ -197,12 +155,8 @@ class AdapterStore:
                 entry = self._entry(name)
                 self._counts.misses += 1
             started = time.perf_counter()
-            try:
+            with self._counting_failures():
                 slot = self._load(entry, timeout)
-            except BaseException:
-                with self._lock:
-                    self._counts.failures += 1
-                raise
             with self._lock:
                 self._counts.seconds = [*self._counts.seconds[1 - TIMES_KEPT :], time.perf_counter() - started]
                 slot.leases += 1
@@ -253,11 +207,20 @@ class AdapterStore:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             near = ", ".join(list(self._entries)[:5]) or "none yet"
             raise AdapterNameError(f"no adapter {name!r} is registered; there are {len(self._entries)}: {near} ...")
         return self._entries[name]
+
+    @contextlib.contextmanager
+    def _counting_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self._counts.failures += 1
+            raise
 
     def _held(self, name: str) -> Lease | None:
         """A lease of an adapter that is in the model."""
@@ -269,40 +232,28 @@ class AdapterStore:
         self._slots.move_to_end(entry.slot.name)
         return Lease(self, entry.slot, entry.version)
 
-    def _release(self, slot: _Slot) -> None:
+    def _release(self, slot: Slot) -> None:
         with self._lock:
             slot.leases -= 1
             if slot.name in self._slots and slot.entry is not None:
                 self._slots.move_to_end(slot.name)
             self._lock.notify_all()
 
-    def _retire(self, entry: _Entry) -> None:
+    def _retire(self, entry: Entry) -> None:
         """Part an entry from its slot, which is then the first to make room."""
         slot, entry.slot = entry.slot, None
         if slot is not None:
             slot.entry = None
             self._slots.move_to_end(slot.name, last=False)
 
-    def _load(self, entry: _Entry, timeout: float | None) -> _Slot:
+    def _load(self, entry: Entry, timeout: float | None) -> Slot:
         """Put an adapter into the model; what was evicted for it stays out where that fails."""
-        if entry.directory is None:
-            entry.directory = Path(entry.source() if callable(entry.source) else entry.source)
-        config = entry.config or PeftConfig.from_pretrained(entry.directory)
-        if unfit := _changes_the_base(config):
-            raise CheckpointError(f"{entry.directory} {unfit}, which every other adapter of the base would have too")
-        if self._base is not None and config.base_model_name_or_path != self._base:
-            raise CheckpointError(
-                f"{entry.directory} was trained on {config.base_model_name_or_path!r}, and this store is for "
-                f"{self._base!r}; train it on that, or give the store no base"
-            )
-        tensors = read_tensors(entry.directory, check_manifest=entry.config is None)
-        if wrong := _not_finite(tensors):
-            raise CheckpointError(f"{entry.directory / WEIGHTS_NAME}: {wrong} is not finite; load an earlier version")
+        config, tensors = entry.read(self._base)
         slot = self._put(entry, config, tensors, timeout)
         entry.config = config
         return slot
 
-    def _put(self, entry: _Entry, config: PeftConfig, tensors: dict[str, Tensor], timeout: float | None) -> _Slot:
+    def _put(self, entry: Entry, config: PeftConfig, tensors: dict[str, Tensor], timeout: float | None) -> Slot:
         size = sum(tensor.numel() for tensor in tensors.values()) * 4
         assert entry.directory is not None
         reused = self._make_room(entry.name, config, size, timeout)
@@ -313,12 +264,12 @@ class AdapterStore:
         name = f"{entry.name}@{self._made}".replace(".", "-")
         checkpoint.load_adapter(self._model, entry.directory, name, False, config, tensors)
         adapters = adapter_set(self._model)
-        slot = _Slot(name, config, sum(p.nbytes for p in adapters.parameters(self._model, name)))
+        slot = Slot(name, config, sum(p.nbytes for p in adapters.parameters(self._model, name)))
         with self._lock:
             self._slots[name] = slot
         return slot
 
-    def _make_room(self, name: str, config: PeftConfig, size: int, timeout: float | None) -> _Slot | None:
+    def _make_room(self, name: str, config: PeftConfig, size: int, timeout: float | None) -> Slot | None:
         """Evict until one more fits; a slot of the same configuration is emptied and given instead of taken out."""
         if self._max_bytes is not None and size > self._max_bytes:
             raise AdapterStoreError(
@@ -340,55 +291,28 @@ class AdapterStore:
                 slot = free[0]
                 self._counts.evictions += slot.entry is not None
                 self._retire_slot(slot)
-                if _same_shape(slot.config, config) and self._has_room(size, besides=slot):
+                if takes_the_place_of(slot.config, config) and self._has_room(size, besides=slot):
                     self._slots.move_to_end(slot.name)
                     return slot
                 self._delete(slot)
         return None
 
-    def _has_room(self, size: int, besides: _Slot | None = None) -> bool:
+    def _has_room(self, size: int, besides: Slot | None = None) -> bool:
         """Whether one more of so many bytes fits; besides: a slot that it would take the place of."""
         others = [slot for slot in self._slots.values() if slot is not besides]
         if len(others) >= self._max_loaded:
             return False
         return self._max_bytes is None or sum(slot.size for slot in others) + size <= self._max_bytes
 
-    def _is_free(self, slot: _Slot) -> bool:
+    def _is_free(self, slot: Slot) -> bool:
         return not slot.leases and adapter_set(self._model).selection.in_use[slot.name] <= 0
 
-    def _retire_slot(self, slot: _Slot) -> None:
+    def _retire_slot(self, slot: Slot) -> None:
         if slot.entry is not None:
             slot.entry.slot = None
             slot.entry = None
 
-    def _delete(self, slot: _Slot) -> None:
+    def _delete(self, slot: Slot) -> None:
         self._retire_slot(slot)
         inject.delete_adapter(self._model, slot.name)
         del self._slots[slot.name]
-
-
-def _not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The key of a tensor that holds NaN or Inf; None where all are numbers."""
-    every = [tensor.flatten() for tensor in tensors.values()]
-    if not every or bool(torch.cat(every).isfinite().all()):  # at once, for there are hundreds of small ones
-        return None
-    return next(key for key, tensor in tensors.items() if not bool(tensor.isfinite().all()))
-
-
-def _changes_the_base(config: PeftConfig) -> str:
-    """What a configuration does to the base itself; "" for nothing."""
-    if getattr(config, "bias", "none") != "none":
-        return "trains the base's biases (bias=...)"
-    return "makes the base deeper (layer_replication)" if getattr(config, "layer_replication", None) else ""
-
-
-def _same_shape(one: PeftConfig, other: PeftConfig) -> bool:
-    """Whether an adapter's weights can be copied into another's place: plain LoRA of one configuration."""
-    if one.peft_type != "LORA" or other.peft_type != "LORA":
-        return False
-    ours, theirs = one.to_dict(), other.to_dict()
-    kept = ("modules_to_save", "trainable_token_indices", "layer_replication")
-    if any(ours.get(key) for key in kept) or ours["bias"] != "none" or not isinstance(ours["init_lora_weights"], bool):
-        return False
-    said = {"inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "init_lora_weights", "task_type"}
-    return all(ours[key] == theirs.get(key) for key in ours.keys() - said)
