@@ -209,9 +209,9 @@ def promote(
     """Judge a version by the gate and, if it passes, give it the stage `gate.stage` of `params.yaml`.
 
     The gate's checks, in order: only allowed files; their registered SHA-256; finite weights; the thresholds of
-    `params.yaml`; better than the version that has the stage now (a paired bootstrap on the same test rows); a
-    faithful merge. The first that fails is the reason. Exits with 1 if it refuses, or if somebody else promoted
-    meanwhile.
+    `params.yaml`; better than the version that has the stage now (a paired bootstrap on the same test rows), and in no
+    slice of them worse than allowed; the adapter's size; a faithful merge. The first that fails is the reason. Exits
+    with 1 if it refuses, or if somebody else promoted meanwhile.
     """
     with _errors(), _project() as (params, paths):
         from flows.promotion.promote import promote as promote_version
@@ -225,6 +225,27 @@ def promote(
                 print(promotion.sentence)
         if not promotion.accepted:
             fail(promotion.sentence)
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; the tag keeps it.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="vX.Y.Z", help="Which earlier one; the last before this if left out.")
+    ] = None,
+    as_json: AsJson = False,
+    push_to: PushTo = None,
+) -> None:
+    """Give the stage `gate.stage` back to a version that had it before, at once and without the gate.
+
+    Its files have to be those that were registered. The tag says when, by whom and why, in place of which version, and
+    what the gate had said. Exits with 1 if there is none, or if somebody else promoted meanwhile.
+    """
+    with _errors(), _project() as (params, paths):
+        from flows.promotion.promote import roll_back
+
+        promotion = roll_back(params, paths, reason, to, push_to)
+        print(json.dumps(promotion.as_dict(), indent=2) if as_json else promotion.sentence)
 
 
 @app.command()

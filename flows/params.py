@@ -256,6 +256,12 @@ class Champion(Section):
     max_loss_regression: NonNegative = 0.0
 
 
+class Slices(Section):
+    max_loss_regression: NonNegative | None = 0.2
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    min_rows: Annotated[int, Field(ge=2)] = 10
+
+
 class Gate(Section):
     stage: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$")] = "champion"
     max_test_loss: Positive | None = None
@@ -263,7 +269,9 @@ class Gate(Section):
     min_rouge_l_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
     min_ended: Annotated[float, Field(ge=0, le=1)] = 0.9
     min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_adapter_mb: Positive | None = None
     champion: Champion = Champion()
+    slices: Slices = Slices()
 
 
 class Tracking(Section):

@@ -126,13 +126,14 @@ def stacked(layer: Layer, x: Tensor, route: Route | None = None) -> Tensor | Non
     selection = layer.selection
     plans = selection.plans_of(selection.acting) if route is None else route.plans
     plan: Plan | None = plans.get(layer)
-    if plan is None or not plan.holds(layer, x):
+    stack = kept_stack(_keep(layer), layer, plan.wanted) if plan is not None and plan.holds(layer, x) else None
+    if plan is None or stack is None or stack.ranks != plan.columns.ranks:  # of adapters that train, ranks may change
         plan = _plan(layer, x, route)
-        if plan is not None and not is_replica(layer):
+        stack = None if plan is None else kept_stack(_keep(layer), layer, plan.wanted)
+        if plan is None or stack is None:
+            return None
+        if not is_replica(layer):
             plans[layer] = plan
-    stack = None if plan is None else kept_stack(_keep(layer), layer, plan.wanted)
-    if plan is None or stack is None:
-        return None
     mask, runs = plan.mask, None
     if route is not None:
         route.check_layer(x, layer.path)

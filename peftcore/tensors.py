@@ -108,19 +108,20 @@ def _views(content: memoryview) -> dict[str, Tensor] | None:
         )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    found, at = {}, 0
+    at = 0
     for entry in entries:
-        if len(entry) != 5 or {*map(type, entry[:2]), *map(type, entry[3])} != {int}:
+        if len(entry) != 5 or {*map(type, entry[:2]), *map(type, entry[3])} - {int}:
             return None
-        begin, end, name, shape, dtype = entry
-        count, place, size = math.prod(shape), start + begin, dtype.itemsize
-        if min(begin, *shape, 1) < 0 or begin != at or not count or end - begin != count * size or place % size:
+        begin, end, _, shape, dtype = entry
+        size = dtype.itemsize
+        if begin != at or min(shape, default=0) < 0 or end - begin != math.prod(shape) * size or (start + begin) % size:
             return None
-        if start + end > len(content):
-            return None
-        found[name] = torch.frombuffer(content, dtype=dtype, count=count, offset=place).view(shape)
         at = end
-    return found if start + at == len(content) else None
+    if not entries or start + at != len(content):
+        return None
+    parts = torch.frombuffer(content, dtype=torch.uint8)[start:].split([end - begin for begin, end, *_ in entries])
+    named = zip(entries, parts, strict=True)
+    return {name: part.view(dtype).view(shape) for (_, _, name, shape, dtype), part in named}
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ A row weighs what it weighs in the test loss (as much as it has supervised token
 the difference of the two test losses.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
@@ -20,13 +20,22 @@ AT_ONCE = 500
 Floats = NDArray[numpy.float64]
 
 
-def paired_losses(ours: "pyarrow.Table", theirs: "pyarrow.Table") -> tuple[Floats, Floats, Floats]:
-    """Weights, our losses, their losses of the rows (n) that both tables have, matched by id."""
+class Paired(NamedTuple):
+    """The rows (n) that two tables share."""
+
+    weights: Floats
+    ours: Floats
+    theirs: Floats
+    ids: list[str]
+
+
+def paired_losses(ours: "pyarrow.Table", theirs: "pyarrow.Table") -> Paired:
+    """Weights and losses of the rows that both tables have, matched by id."""
     left, right = _by_id(ours), _by_id(theirs)
     shared = sorted(name for name in left.keys() & right.keys() if left[name][0] > 0)
     weights = numpy.array([left[name][0] for name in shared], dtype=numpy.float64)
     ours_there, theirs_there = (numpy.array([side[name][1] for name in shared], dtype=float) for side in (left, right))
-    return weights, ours_there, theirs_there
+    return Paired(weights, ours_there, theirs_there, shared)
 
 
 def _by_id(table: "pyarrow.Table") -> dict[str, tuple[float, float]]:
@@ -45,11 +54,17 @@ def paired_bootstrap(
 
     weights, ours, theirs: (n), n >= 1.
     """
-    weighted = weights * (ours - theirs)
+    means = resampled_means(weights, ours - theirs, resamples, seed)
+    return float(numpy.average(ours - theirs, weights=weights)), float(numpy.quantile(means, confidence))
+
+
+def resampled_means(weights: Floats, differences: Floats, resamples: int, seed: int) -> Floats:
+    """Weighted means (resamples) of rows drawn with replacement; weights, differences: (n), n >= 1."""
+    weighted = weights * differences
     generator = numpy.random.default_rng(seed)
     means = numpy.empty(resamples)
     for start in range(0, resamples, AT_ONCE):
         size = (min(AT_ONCE, resamples - start), len(weights))
         drawn = generator.integers(len(weights), size=size)
         means[start : start + AT_ONCE] = weighted[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
-    return float(weighted.sum() / weights.sum()), float(numpy.quantile(means, confidence))
+    return means

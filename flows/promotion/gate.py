@@ -102,6 +102,8 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         ("gain in ROUGE-L", lambda: _figure(candidate, "gain", "rouge_l", gate.min_rouge_l_gain)),
         ("answers that end", lambda: _figure(candidate, "adapter", "ended", gate.min_ended)),
         ("against the champion", lambda: _against(candidate, champion, gate, seed)),
+        ("slices", lambda: _slices(candidate, champion, gate, seed)),
+        ("adapter size", lambda: _size(candidate, gate)),
         ("merge fidelity", lambda: _merge_fidelity(candidate, merge)),
     ]
     if gate.min_accuracy is not None:
@@ -196,7 +198,7 @@ def _against(candidate: Candidate, champion: Champion | None, gate: Gate, seed: 
             f"its test loss is {losses[0]}, and that of {champion.version} is {losses[1]}, so the two cannot be "
             f"compared; free the stage with `gto deprecate {candidate.name} {champion.version} {gate.stage}`"
         )
-    weights, ours, theirs = paired_losses(candidate.rows, champion.rows)
+    weights, ours, theirs, _ = paired_losses(candidate.rows, champion.rows)
     if len(weights) == 0:
         return False, f"{champion.version} was measured on other test rows; evaluate both on the same rows"
     rule = gate.champion
@@ -205,6 +207,35 @@ def _against(candidate: Candidate, champion: Champion | None, gate: Gate, seed: 
         f"loss {mean:+.4f} nats against {champion.version} on {len(weights)} rows, {rule.confidence:.0%} upper "
         f"bound {upper:+.4f}, at most {rule.max_loss_regression:g}"
     )
+
+
+def _slices(candidate: Candidate, champion: Champion | None, gate: Gate, seed: int) -> Outcome:
+    from flows.promotion.slices import slice_differences
+
+    rule = gate.slices
+    if champion is None:
+        return True, f"no {gate.stage} yet"
+    if rule.max_loss_regression is None:
+        return True, "no limit set"
+    allowed = f"at most {rule.max_loss_regression:g}"
+    found = slice_differences(candidate.rows, champion.rows, rule, gate.champion.resamples, seed)
+    worse = [one for one in found if one.is_worse]
+    if worse:
+        told = "; ".join(f"{one.name} {one.mean:+.3f} nats on {one.rows} rows (p {one.p:.4f})" for one in worse[:3])
+        more = f" and {len(worse) - 3} more" if len(worse) > 3 else ""
+        return False, f"worse than {champion.version} in {told}{more}, {allowed}"
+    largest = max(found, key=lambda one: one.mean)
+    return True, (
+        f"none of {len(found)} worse than allowed; the largest difference is {largest.name} {largest.mean:+.3f} nats "
+        f"on {largest.rows} rows, {allowed}"
+    )
+
+
+def _size(candidate: Candidate, gate: Gate) -> Outcome:
+    size = sum(file.stat().st_size for file in candidate.adapter.rglob("*") if file.is_file()) / 1e6
+    if gate.max_adapter_mb is None:
+        return True, f"{size:.1f} MB, no limit set"
+    return size <= gate.max_adapter_mb, f"{size:.1f} MB, at most {gate.max_adapter_mb:g}"
 
 
 def _merge_fidelity(candidate: Candidate, merge: Merge) -> Outcome:

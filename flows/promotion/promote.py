@@ -20,7 +20,7 @@ from flows.promotion.lineage import evidence, read_json
 from flows.promotion.registry import Assignment, Registry, Version
 from peftcore.files import sha256, write_atomically
 
-Outcome = Literal["promoted", "already", "refused", "would promote"]
+Outcome = Literal["promoted", "already", "refused", "would promote", "rolled back"]
 _REPORT = "Gate report: "
 
 
@@ -48,6 +48,8 @@ class Promotion:
         if self.outcome == "refused":
             reason = self.report.reason if self.report else "no reason given"
             return f"{model} is not promoted to {self.stage}: {reason}"
+        if self.outcome == "rolled back":
+            return f"{model} is {self.stage} again"
         return f"{model} {'is' if self.outcome == 'promoted' else 'would become'} {self.stage}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,6 +80,54 @@ def promote(
     if not dry_run:
         write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
+
+
+def roll_back(
+    params: Params, paths: Paths, reason: str, version: str | None = None, push_to: str | None = None
+) -> Promotion:
+    """Give the stage back to a version that had it before; the tag says who did it, why, and from which version.
+
+    version: its number; None is the one that had it last before the present holder. Its files have to be those that
+    were registered; the gate is not asked again, what it said then is in the tag. Raises RegistryError.
+    """
+    registry, stage = Registry(Git(paths.root), params.project.name), params.gate.stage
+    if not reason.strip():
+        raise RegistryError("a rollback needs a reason, which its tag keeps; give --reason")
+    looked_at, holder, past = registry.last_event(), registry.stages().get(stage), registry.holders(stage)
+    if holder is None:
+        raise RegistryError(f"nothing is {stage}, so there is nothing to roll back; use `peftcore promote`")
+    earlier = [one for one in past if one.version not in (None, holder.version)]
+    found = next((one for one in reversed(earlier) if version in (None, one.version)), None)
+    if found is None or found.version is None:
+        there = ", ".join(dict.fromkeys(one.version for one in earlier if one.version)) or "none"
+        raise RegistryError(
+            f"{version or 'no other version'} has not been {stage} before {holder.version}; these have: {there}. "
+            "`peftcore promote --version` judges any other"
+        )
+    chosen = registry.version(found.version)
+    _check_registered(paths, registry, chosen)
+    report = _report_of(found)
+    lines = [
+        f"{registry.name} {chosen.number} becomes {stage} again, in place of {holder.version or holder.commit}",
+        "",
+    ]
+    lines += [f"Reason: {' '.join(reason.split())}", ""]
+    lines += [] if report is None else [_REPORT + json.dumps(report.as_dict())]
+    tag = registry.assign(stage, chosen, looked_at, "\n".join(lines).rstrip() + "\n", push_to)
+    promotion = Promotion(registry.name, chosen.number, stage, "rolled back", tag, report)
+    write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
+    return promotion
+
+
+def _check_registered(paths: Paths, registry: Registry, version: Version) -> None:
+    """RegistryError unless the version's adapter can be had, as it was registered."""
+    with _files_of(paths, registry, version, [paths.adapter]) as where:
+        for name, digest in registry.record(version)["adapter"]["files"].items():
+            if not (where.adapter / name).is_file() or sha256(where.adapter / name) != digest:
+                raise RegistryError(
+                    f"{name} of {version.tag} is not what was registered, so it cannot serve again; `dvc push` it from "
+                    "a machine that has it, or roll back to another version (--to)"
+                )
 
 
 def last_record(paths: Paths) -> dict[str, Any]:
@@ -182,7 +232,7 @@ def _champion(paths: Paths, registry: Registry, holder: Assignment | None) -> Ch
 
 def _read_rows(path: Path) -> pyarrow.Table:
     try:
-        columns = {"id", "tokens", "weight", "adapter_loss"} & set(parquet.read_schema(path).names)
+        columns = {"id", "slice", "tokens", "weight", "adapter_loss"} & set(parquet.read_schema(path).names)
         return parquet.read_table(path, columns=sorted(columns | {"id", "tokens", "adapter_loss"}))
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         raise StageError(f"{path} cannot be read ({error}); run `peftcore run` again") from error

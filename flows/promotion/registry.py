@@ -122,14 +122,13 @@ class Registry:
         """{stage: what has it now}."""
         numbers = {version.commit: version.number for version in self.versions()}
         latest = {event.stage: event for event in self._events() if event.stage}
-        return {
-            stage: Assignment(
-                stage, numbers.get(event.tag.commit), event.tag.commit, event.number, event.tag.created,
-                event.tag.message,
-            )
-            for stage, event in latest.items()
-            if not event.cancelled
-        }  # fmt: skip
+        return {stage: _assignment(stage, event, numbers) for stage, event in latest.items() if not event.cancelled}
+
+    def holders(self, stage: str) -> list[Assignment]:
+        """Who has had a stage, the first one first; an assignment that was taken back is left out."""
+        numbers = {version.commit: version.number for version in self.versions()}
+        events = [event for event in self._events() if event.stage == stage and not event.cancelled]
+        return [_assignment(stage, event, numbers) for event in events]
 
     def next_number(self, minor: bool) -> str:
         """The number of the next version: a minor step, or a patch of the highest so far."""
@@ -205,6 +204,12 @@ class Registry:
                 number = int(found["event"] or 0)
                 events.append(_Event(tag, found["version"], found["stage"], bool(found["cancelled"]), number))
         return sorted(events, key=lambda event: (event.number, event.tag.created))
+
+
+def _assignment(stage: str, event: _Event, numbers: Mapping[str, str]) -> Assignment:
+    """numbers: {commit: version}"""
+    tag = event.tag
+    return Assignment(stage, numbers.get(tag.commit), tag.commit, event.number, tag.created, tag.message)
 
 
 def _number(parts: tuple[int, int, int]) -> str:

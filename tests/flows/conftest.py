@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,16 +130,26 @@ def results() -> Callable[..., None]:
     return write_results
 
 
-def write_results(folder: Path, loss: float = 2.7, weight: float = 1.0, **metrics: Any) -> None:
+def write_results(
+    folder: Path,
+    loss: float = 2.7,
+    weight: float = 1.0,
+    row_changes: Sequence[float] = (0.0,) * 40,
+    row_slices: Sequence[str] = ("all",) * 40,
+    **metrics: Any,
+) -> None:
     """What the stages before register leave: an adapter of weights `weight`, a test loss of `loss` nats a token.
 
+    row_changes, row_slices: of the 40 test rows, what is added to their losses, and where they belong.
     metrics: other values for the keys of evaluation/metrics.json.
     """
     for name in ("adapter", "data", "evaluation", "training"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     _write_adapter(folder / "adapter", weight)
     noise = numpy.random.default_rng(0).normal(0, 0.02, 40)
-    rows = {"id": [f"row{n}" for n in range(40)], "tokens": [10] * 40, "adapter_loss": loss + noise - noise.mean()}
+    losses = loss + noise - noise.mean() + numpy.asarray(row_changes)
+    ids = [f"row{n}" for n in range(40)]
+    rows = {"id": ids, "slice": list(row_slices), "tokens": [10] * 40, "adapter_loss": losses}
     parquet.write_table(pyarrow.table(rows), folder / "evaluation" / "rows.parquet")
     side = {"perplexity": 10.0, "tokens_per_second": 100.0}
     for name, value in {

@@ -230,7 +230,7 @@ def test_folders_without_a_model_or_adapters_are_named(tiny_base: Path, tmp_path
     empty = str(tmp_path / "empty")
     for options, said in (
         (["--base", empty], "holds no base model that can be served"),
-        (["--base", str(tiny_base), "--adapters", empty], "holds no adapter directories"),
+        (["--base", str(tiny_base), "--adapters", empty], "holds no adapters"),
     ):
         result = CliRunner().invoke(app, ["serve", *options])
         assert (result.exit_code, said in result.stderr) == (1, True), result.stderr

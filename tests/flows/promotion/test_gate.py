@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from flows.params import Champion as ChampionParams
 from flows.params import Gate, Merge
+from flows.params import Slices as SlicesParams
 from flows.promotion.gate import Candidate, Champion, GateReport, evaluate_gate
 from peftcore.files import read_manifest, write_manifest
 
@@ -25,6 +26,8 @@ ORDER = [
     "gain in ROUGE-L",
     "answers that end",
     "against the champion",
+    "slices",
+    "adapter size",
     "merge fidelity",
 ]
 
@@ -116,6 +119,26 @@ def test_each_threshold_refuses(make: Callable[..., Candidate], limits: dict[str
     assert reason(judge(make(), **limits)) == expected
 
 
+def test_an_adapter_over_its_size_is_refused(make: Callable[..., Candidate]) -> None:
+    assert "MB, at most 0.0001" in reason(judge(make(), max_adapter_mb=0.0001))
+    assert judge(make(), max_adapter_mb=10.0).passed
+
+
+def test_a_slice_that_is_worse_is_refused_and_can_be_allowed(make: Callable[..., Candidate]) -> None:
+    champion = champion_of(make("v0.1.0"))
+    changes, slices = [0.9] * 12 + [-0.6] * 28, ["rare"] * 12 + ["common"] * 28
+    candidate = make(loss=2.4, row_changes=changes, row_slices=slices)
+    assert reason(judge(candidate, champion)).startswith("slices: worse than v0.1.0 in rare")
+    for allowed in (None, 1.0):
+        assert judge(candidate, champion, slices=SlicesParams(max_loss_regression=allowed)).passed
+    detail = next(
+        c.detail
+        for c in judge(candidate, champion, slices=SlicesParams(max_loss_regression=1.0)).checks
+        if c.name == "slices"
+    )
+    assert "none of 2 worse than allowed; the largest difference is rare" in detail
+
+
 def test_a_threshold_that_is_met_exactly_passes(make: Callable[..., Candidate]) -> None:
     assert judge(make(gain={"loss": 0.5, "rouge_l": 0.05})).passed
 
@@ -137,7 +160,7 @@ def test_a_better_candidate_beats_the_champion(make: Callable[..., Candidate]) -
     report = judge(make(loss=2.6), champion_of(make("v0.1.0", loss=2.7)))
     assert report.passed
     assert report.champion == "v0.1.0"
-    assert "loss -0.1000 nats against v0.1.0 on 40 rows" in report.checks[-2].detail
+    assert "loss -0.1000 nats against v0.1.0 on 40 rows" in report.checks[ORDER.index("against the champion")].detail
 
 
 def test_a_worse_candidate_is_refused_unless_so_much_is_allowed(make: Callable[..., Candidate]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from flows.errors import RegistryError, StageError
 from flows.git import Git
-from flows.promotion.promote import promote, read_promotion
+from flows.promotion.promote import promote, read_promotion, roll_back
 from flows.promotion.registry import Registry, RegistryConflict
 from peftcore.files import write_manifest
 
@@ -142,3 +142,76 @@ def test_the_result_is_plain_json(project: Any) -> None:
     promotion = promote(project.params, project.paths, dry_run=True)
     assert json.loads(json.dumps(promotion.as_dict()))["report"]["passed"] is True
     assert not project.paths.promotion.exists()
+
+
+# -- slices and size -------------------------------------------------------------------------------------------------
+
+
+def test_a_better_version_that_fails_a_slice_is_refused(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    worse = [0.9] * 12 + [-0.6] * 28
+    project.register(loss=2.4, weight=2.0, row_changes=worse, row_slices=["rare"] * 12 + ["common"] * 28)
+    refused = promote(project.params, project.paths)
+    assert refused.outcome == "refused" and champion(project) == "v0.1.0"
+    assert "slices: worse than v0.1.0 in rare" in refused.sentence and "on 12 rows" in refused.sentence
+
+
+# -- rolling back ----------------------------------------------------------------------------------------------------
+
+
+def three_champions(project: Any) -> None:
+    for loss in (2.7, 2.6, 2.5):
+        project.register(loss=loss, weight=loss)
+        assert promote(project.params, project.paths).outcome == "promoted"
+
+
+def test_the_last_champion_comes_back_with_its_report_and_the_reason(project: Any) -> None:
+    three_champions(project)
+    back = roll_back(project.params, project.paths, "answers in\ncapitals")
+    assert (back.outcome, back.version, back.tag) == ("rolled back", "v0.1.1", "docstrings#champion#4")
+    assert champion(project) == "v0.1.1" and back.accepted and back.sentence == "docstrings v0.1.1 is champion again"
+    assert back.report is not None and back.report.version == "v0.1.1" and back.report.passed
+    message = Registry(Git(project.root), "docstrings").stages()["champion"].message
+    assert "docstrings v0.1.1 becomes champion again, in place of v0.1.2" in message
+    assert "Reason: answers in capitals" in message
+    assert read_promotion(project.paths, "v0.1.1") == back
+    assert promote(project.params, project.paths, version="v0.1.1").outcome == "already"
+    assert promote(project.params, project.paths, version="v0.1.1").report == back.report
+
+
+def test_an_earlier_one_by_number_and_back_again(project: Any) -> None:
+    three_champions(project)
+    assert roll_back(project.params, project.paths, "why", "v0.1.0").version == "v0.1.0"
+    assert roll_back(project.params, project.paths, "why").version == "v0.1.2"  # who had it before that
+    assert champion(project) == "v0.1.2"
+
+
+def test_what_cannot_be_rolled_back_to_is_named(project: Any) -> None:
+    with pytest.raises(RegistryError, match="nothing is champion"):
+        roll_back(project.params, project.paths, "why")
+    project.register()
+    promote(project.params, project.paths)
+    with pytest.raises(
+        RegistryError, match=r"no other version has not been champion before v0\.1\.0; these have: none"
+    ):
+        roll_back(project.params, project.paths, "why")
+    project.register(loss=2.6, weight=2.0)
+    promote(project.params, project.paths)
+    with pytest.raises(RegistryError, match="needs a reason"):
+        roll_back(project.params, project.paths, "  ")
+    with pytest.raises(RegistryError, match=r"v0\.9\.0 has not been champion.*these have: v0\.1\.0"):
+        roll_back(project.params, project.paths, "why", "v0.9.0")
+    assert champion(project) == "v0.1.1"
+
+
+def test_a_damaged_version_does_not_come_back(project: Any) -> None:
+    three_champions(project)
+    (project.root / ".dvc" / "cache").rename(project.root / ".dvc" / "gone")
+    for path in (project.root / ".dvc-remote").rglob("*"):
+        if path.is_file() and not path.name.endswith(".dir"):
+            path.chmod(0o644)
+            path.write_bytes(b"corrupt")
+    with pytest.raises(RegistryError, match="is not what was registered"):
+        roll_back(project.params, project.paths, "why")
+    assert champion(project) == "v0.1.2"

@@ -540,6 +540,23 @@ def test_active_adapters_are_followed_too() -> None:
             torch.testing.assert_close(fast, model(TOKENS).logits, atol=1e-10, rtol=0)
 
 
+def test_ranks_that_change_in_training_are_followed() -> None:
+    model = adapted(llama(), **{f"a{n}": lora(r=3) for n in range(9)})
+    model.set_requires_grad("a4", True)
+    for names in ([f"a{n % 9}" for n in range(6)], [f"a{n}" for n in range(9)], "a4"):
+        tokens = TOKENS if len(names) == 6 else torch.arange(3, 39).view(9, 4)
+        for rank in (3, 2, 4):
+            for site in model._adapter_set.layers.values():
+                adapter = site.adapters["a4"]
+                o, i = adapter.lora_B.shape[0], adapter.lora_A.shape[1]
+                adapter.lora_A = nn.Parameter(torch.randn(rank, i, dtype=torch.float64))
+                adapter.lora_B = nn.Parameter(torch.randn(o, rank, dtype=torch.float64))
+            with torch.no_grad():
+                fast = model(tokens, adapter_names=names).logits
+            general = model(tokens, adapter_names=names).logits
+            torch.testing.assert_close(fast, general.detach(), atol=1e-9, rtol=0)
+
+
 def test_dropout_is_not_forgotten_by_what_is_remembered() -> None:
     model = adapted(llama(), a=lora(lora_dropout=0.5), b=lora())
     with torch.no_grad():

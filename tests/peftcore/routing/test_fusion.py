@@ -18,10 +18,10 @@ NAMES = ["a", "b", "c"]
 X = torch.linspace(-2, 2, 6 * 5 * 12, dtype=torch.float64).view(6, 5, 12).sin()
 
 
-def adapted(**options: Any) -> Any:
+def adapted(bias: bool = True, **options: Any) -> Any:
     """Two layers; "c" is at the second one alone."""
     torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8, bias=False)).double()
+    model: Any = nn.Sequential(nn.Linear(12, 10, bias), nn.Tanh(), nn.Linear(10, 8, bias=False)).double()
     for number, name in enumerate(NAMES):
         layers = ["2"] if name == "c" else ["0", "2"]
         config = LoraConfig(
@@ -78,7 +78,7 @@ def test_it_learns_which_adapter_to_weigh_for_which_token() -> None:
     with torch.no_grad():
         target = torch.where(x[:, :1] > 0, model(x, adapter_names="a"), model(x, adapter_names="b"))
     fusion = Fusion(model, ["a", "b"])
-    optimizer = torch.optim.Adam(fusion.parameters(), lr=0.03)
+    optimizer = torch.optim.Adam(fusion.parameters(), lr=0.1)
     losses = []
     for _ in range(300):
         loss = F.mse_loss(model(x, adapter_names=fusion.gate), target)
@@ -87,12 +87,12 @@ def test_it_learns_which_adapter_to_weigh_for_which_token() -> None:
         optimizer.step()
         losses.append(loss.item())
     alone = [F.mse_loss(model(x, adapter_names=name), target).item() for name in ("a", "b")]
-    assert losses[0] < min(alone) and losses[-1] < 0.5 * losses[0]
+    assert losses[0] < min(alone) and losses[-1] < 0.6 * losses[0] < 0.4 * min(alone)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_dora_answers_with_its_gain() -> None:
-    model = adapted(use_dora=True)
+    model = adapted(bias=False, use_dora=True)  # with a bias DoRA is more than two factors and a gain
     fusion = moved(Fusion(model, ["a", "b"]))
     x = X[0]
     weights = fusion("2", dict(model[2].adapters._modules), x[:, :10])
