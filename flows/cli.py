@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -24,6 +24,10 @@ from flows.project import find_root, set_prefect_environment, stage_order, stage
 from flows.promotion.gate import Check
 from flows.stage import fail, is_disk_full, set_quiet_environment
 from peftcore.errors import PeftError
+from peftcore.files import write_atomically
+
+if TYPE_CHECKING:
+    from flows.promotion.registry import Registry
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -190,11 +194,36 @@ def registry_show(
 
     with _errors(), _project() as (params, paths):
         registry = Registry(Git(paths.root), params.project.name)
-        versions = registry.versions()
-        if version is None and not versions:
-            raise RegistryError(f"no version of {registry.name} yet; use `peftcore run`")
-        chosen = versions[-1] if version is None else registry.version(version)
-        print(json.dumps(registry.record(chosen), indent=2))
+        print(json.dumps(registry.record(registry.version(version or _newest(registry))), indent=2))
+
+
+@registry_app.command("diff")
+def registry_diff(
+    before: Annotated[str, typer.Argument(help="A version, as v0.1.0, or the name of a stage.")],
+    after: Annotated[str | None, typer.Argument(help="Another; the newest if left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What differs between two versions: figures, parameters, data, base, code and software."""
+    from flows.git import Git
+    from flows.promotion.comparison import differences
+    from flows.promotion.registry import Registry
+
+    with _errors(), _project() as (params, paths):
+        registry = Registry(Git(paths.root), params.project.name)
+        holders = _holders(params, paths)
+        one, other = (registry.version(holders.get(name) or name) for name in (before, after or _newest(registry)))
+        found = differences(registry.record(one), registry.record(other))
+        if as_json:
+            rows = [difference._asdict() | {"change": difference.change} for difference in found]
+            print(json.dumps({"before": one.number, "after": other.number, "differences": rows}, indent=2))
+            return
+        table = Table("", "", one.number, other.number, "change", title=registry.name, title_justify="left")
+        for part, key, *values in found:
+            change = next(d.change for d in found if (d.part, d.key) == (part, key))
+            shown = ["" if value is None else escape(_short(value)) for value in values]
+            table.add_row(part, escape(key), *shown, "" if change is None else f"{change:+.4g}")
+        same = f"{one.number} and {other.number} differ in nothing that was recorded"
+        Console(highlight=False).print(table if found else same)
 
 
 @app.command()
@@ -204,6 +233,10 @@ def promote(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Judge only; change nothing.")] = False,
     as_json: AsJson = False,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the verdict and its checks there too, for a pull request."),
+    ] = None,
     push_to: PushTo = None,
 ) -> None:
     """Judge a version by the gate and, if it passes, give it the stage `gate.stage` of `params.yaml`.
@@ -215,8 +248,11 @@ def promote(
     """
     with _errors(), _project() as (params, paths):
         from flows.promotion.promote import promote as promote_version
+        from flows.promotion.report import as_markdown
 
         promotion = promote_version(params, paths, version, dry_run, push_to)
+        if markdown is not None:
+            write_atomically(markdown, as_markdown(promotion))
         if as_json:
             print(json.dumps(promotion.as_dict(), indent=2))
         else:
@@ -424,6 +460,19 @@ def _holders(params: Params, paths: Paths) -> dict[str, str | None]:
 
     stages = Registry(Git(paths.root), params.project.name).stages()
     return {stage: holder.version for stage, holder in stages.items()}
+
+
+def _newest(registry: "Registry") -> str:
+    versions = registry.versions()
+    if not versions:
+        raise RegistryError(f"no version of {registry.name} yet; use `peftcore run`")
+    return versions[-1].number
+
+
+def _short(value: object) -> str:
+    """A value for one cell: a float to four digits that count, a digest by its first ones."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 24 else f"{text[:21]}..."
 
 
 def _registry_line(name: str, holders: dict[str, str | None]) -> str:

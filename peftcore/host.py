@@ -166,6 +166,10 @@ class AdaptedLayer(_Host, Site):
         self.selection.forget()
         super()._load_from_state_dict(*args, **kwargs)
 
+    def take_view(self, view: BaseWeight) -> None:
+        """Have a view on the base that was made already, where there is none yet."""
+        self._view = self._view or view
+
     @property
     def base(self) -> BaseWeight:
         view = self._view  # kept, because making one takes as long as a small layer

@@ -99,7 +99,9 @@ def _site_at(path: str, adapter: Adapter, adapters: AdapterSet, places: Places) 
     if isinstance(adapter.base, ParameterWeight):
         owner = path.removesuffix(f".{adapter.base.name}")
         return _host_at(owner, AdaptedParameters, adapters, places).site(adapter.base.name)
-    return _host_at(path, AdaptedLayer, adapters, places)
+    host: AdaptedLayer = _host_at(path, AdaptedLayer, adapters, places)
+    host.take_view(adapter.base)
+    return host
 
 
 def _host_at(path: str, kind: type[Any], adapters: AdapterSet, places: Places) -> Any:

@@ -23,7 +23,20 @@ def registered(project: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "stage", "status", "registry", "registry list", "registry show", "promote", "review", "doctor"]
+    "command",
+    [
+        "run",
+        "stage",
+        "status",
+        "registry",
+        "registry list",
+        "registry show",
+        "registry diff",
+        "promote",
+        "rollback",
+        "review",
+        "doctor",
+    ],
 )
 def test_each_command_has_help(command: str) -> None:
     result = peftcore(*command.split(), "--help")
@@ -52,6 +65,33 @@ def test_promote_and_what_the_registry_then_shows(registered: Any) -> None:
     assert "champion" in peftcore("registry", "list").stdout
     assert json.loads(peftcore("registry", "show").stdout)["version"] == "v0.1.0"
     assert json.loads(peftcore("registry", "show", "v0.1.0").stdout)["evaluation_set"] == "e" * 64
+
+
+def test_the_gate_as_markdown_and_what_differs(registered: Any, tmp_path: Path) -> None:
+    peftcore("promote")
+    registered.register(loss=2.6, weight=2.0)
+    page = tmp_path / "summary" / "gate.md"
+    assert peftcore("promote", "--dry-run", "--markdown", str(page)).exit_code == 0
+    assert page.read_text().startswith("## ✅ docstrings v0.1.1 would become champion")
+    assert "| against the champion | ✅ | loss -0.1000 nats against v0.1.0" in page.read_text()
+    told = json.loads(peftcore("registry", "diff", "champion", "--json").stdout)
+    assert (told["before"], told["after"]) == ("v0.1.0", "v0.1.1")
+    (loss,) = [one for one in told["differences"] if (one["part"], one["key"]) == ("metrics", "adapter.loss")]
+    assert (loss["before"], loss["after"], round(loss["change"], 6)) == (2.7, 2.6, -0.1)
+    text = peftcore("registry", "diff", "v0.1.0", "v0.1.1").stdout
+    assert "adapter.loss" in text and "-0.1" in text
+    assert "differ in nothing" in peftcore("registry", "diff", "v0.1.0", "v0.1.0").stdout
+    assert "no version v9.0.0" in peftcore("registry", "diff", "v9.0.0").stderr
+
+
+def test_rolling_back(registered: Any) -> None:
+    peftcore("promote")
+    assert peftcore("rollback", "--reason", "why").exit_code == 1
+    registered.register(loss=2.6, weight=2.0)
+    peftcore("promote")
+    back = peftcore("rollback", "--reason", "answers in capitals", "--json")
+    assert (back.exit_code, json.loads(back.stdout)["outcome"]) == (0, "rolled back")
+    assert "champion is v0.1.0" in peftcore("status").stdout
 
 
 def test_a_refusal_exits_with_1_and_its_reason_and_json_stays_json(registered: Any) -> None:

@@ -1,0 +1,28 @@
+"""A promotion as Markdown, for a pull request or a CI summary."""
+
+from flows.promotion.promote import Promotion
+
+_MARKS = {True: "✅", False: "❌"}
+
+
+def as_markdown(promotion: Promotion) -> str:
+    """The verdict, the champion it was compared with, and each check with what was found and what is allowed."""
+    lines = [f"## {_MARKS[promotion.accepted]} {_escaped(promotion.sentence)}", ""]
+    report = promotion.report
+    if report is None:
+        return "\n".join([*lines, "No gate report: the stage was given by hand.", ""])
+    lines += [f"Compared with: {report.champion or 'nothing, the stage was free'}.", ""]
+    lines += ["| check | | found, and what is allowed |", "|---|---|---|"]
+    lines += [f"| {_escaped(c.name)} | {_MARKS[c.passed]} | {_escaped(c.detail)} |" for c in report.checks]
+    if not report.passed:
+        lines += ["", "The checks after the one that failed were not made."]
+    if promotion.tag is not None:
+        lines += ["", f"Tag: `{promotion.tag}`"]
+    return "\n".join([*lines, ""])
+
+
+def _escaped(text: str) -> str:
+    """Text in which nothing is a table's border, a tag or a new line."""
+    for character, written in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\n", " ")):
+        text = text.replace(character, written)
+    return text
