@@ -218,10 +218,10 @@ def registry_diff(
             print(json.dumps({"before": one.number, "after": other.number, "differences": rows}, indent=2))
             return
         table = Table("", "", one.number, other.number, "change", title=registry.name, title_justify="left")
-        for part, key, *values in found:
-            change = next(d.change for d in found if (d.part, d.key) == (part, key))
-            shown = ["" if value is None else escape(_short(value)) for value in values]
-            table.add_row(part, escape(key), *shown, "" if change is None else f"{change:+.4g}")
+        for difference in found:
+            shown = ["" if value is None else escape(_short(value)) for value in (difference.before, difference.after)]
+            change = "" if difference.change is None else f"{difference.change:+.4g}"
+            table.add_row(difference.part, escape(difference.key), *shown, change)
         same = f"{one.number} and {other.number} differ in nothing that was recorded"
         Console(highlight=False).print(table if found else same)
 
