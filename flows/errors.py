@@ -1,8 +1,15 @@
-"""The tree of pipeline errors. Each message says what was given, what fits and what to do next."""
+"""The tree of pipeline errors. Each message says what was given, what fits and what to do next.
+
+The exit statuses of `peftcore`, beside 0: 1 for what is refused or failed, 2 for a command line that cannot be read, 3
+where the gate refuses, 4 where somebody else was first and another try may succeed, 130 and 143 for an interruption and
+SIGTERM.
+"""
 
 
 class PipelineError(Exception):
-    """Anything that the pipeline refuses; a stage turns it into one message and a non-zero exit."""
+    """Anything that the pipeline refuses; a stage turns it into one message and exit `status`."""
+
+    status = 1
 
 
 class ParamsError(PipelineError, ValueError):
@@ -29,8 +36,16 @@ class RegistryError(PipelineError, RuntimeError):
     """A version or stage in the registry that is unknown, taken or was changed by somebody else."""
 
 
+class RegistryConflict(RegistryError):
+    """Somebody else wrote the same version or stage first; nothing was changed here."""
+
+    status = 4
+
+
 class GateError(PipelineError, RuntimeError):
     """A candidate that the promotion gate refuses; the message is the reason."""
+
+    status = 3
 
 
 class PlanError(PipelineError, ValueError):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flows.errors import RegistryError
+from flows.errors import RegistryConflict, RegistryError
 from flows.git import Git, GitError, Tag
 
 RECORD = "registry/version.json"
@@ -28,10 +28,6 @@ _TAG = re.compile(
     r"(?:@v(?P<version>\d+\.\d+\.\d+)|#(?P<stage>[A-Za-z0-9][A-Za-z0-9/_-]*))"
     r"(?P<cancelled>!?)(?:#(?P<event>\d+))?"
 )
-
-
-class RegistryConflict(RegistryError):
-    """Somebody else wrote the same version or stage first; nothing was changed here."""
 
 
 @dataclass(frozen=True)

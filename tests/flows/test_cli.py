@@ -94,10 +94,10 @@ def test_rolling_back(registered: Any) -> None:
     assert "champion is v0.1.0" in peftcore("status").stdout
 
 
-def test_a_refusal_exits_with_1_and_its_reason_and_json_stays_json(registered: Any) -> None:
+def test_a_refusal_exits_with_3_and_its_reason_and_json_stays_json(registered: Any) -> None:
     registered.paths.params.write_text(registered.paths.params.read_text() + "gate: {min_loss_gain: 2.0}\n")
     result = peftcore("promote", "--json")
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert json.loads(result.stdout)["report"]["reason"] == "gain in loss: 1.100 nats, at least 2"
     assert result.stderr == (
         "error: docstrings v0.1.0 is not promoted to champion: gain in loss: 1.100 nats, at least 2\n"

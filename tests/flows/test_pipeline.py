@@ -54,10 +54,10 @@ def test_it_runs_the_stages_promotes_and_reviews_and_a_second_run_changes_nothin
     assert len(project.git("tag", "--list").split()) == 2
 
 
-def test_a_refusal_comes_with_its_page_and_exit_status_1(project: Any) -> None:
+def test_a_refusal_comes_with_its_page_and_exit_status_3(project: Any) -> None:
     project.paths.params.write_text(project.paths.params.read_text() + "gate: {min_loss_gain: 2.0}\n")
     done = run(project)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "error: docstrings v0.1.0 is not promoted to champion: gain in loss: 1.100 nats" in done.stderr
     assert "Traceback" not in done.stderr
     assert "is not promoted" in project.paths.review.read_text()

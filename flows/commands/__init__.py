@@ -1,0 +1,1 @@
+"""The commands of `peftcore`, a module for each group. Heavy libraries are imported by the command that needs them."""

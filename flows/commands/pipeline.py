@@ -1,0 +1,142 @@
+"""The pipeline: run it or one stage of it, plan it, look at its rows, tell how it stands."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flows.commands.common import SIX_HOURS, AsJson, PushTo, errors, holders, project
+from flows.errors import StageError
+from flows.project import set_prefect_environment, stage_order, stage_states
+from flows.stage import fail
+
+SHOWN = 4
+"""Changes of a stage that `status` names."""
+
+
+def run(
+    stage_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Stop a stage that takes longer.")
+    ] = SIX_HOURS,
+    push_to: PushTo = None,
+) -> None:
+    """Run the whole pipeline: only stages whose parameters, code or inputs changed; then the gate and the page.
+
+    The stages are those of `dvc.yaml`, their parameters those of `params.yaml`. Prefect drives them with a server
+    of its own that ends with the run; `dvc repro` runs the same stages without it. Interrupt it when you like:
+    training goes on from its last checkpoint. Exits with 1 if a stage fails, with 3 if the
+    gate refuses.
+    """
+    with errors(), project() as (_, paths):
+        set_prefect_environment(paths.root)
+        from flows.pipeline import run_pipeline
+
+        run_pipeline(paths.root, stage_timeout, push_to)
+
+
+def stage(
+    name: Annotated[str, typer.Argument(help="A stage of dvc.yaml, such as `train`.")],
+    force: Annotated[bool, typer.Option("--force", help="Run it even if nothing changed.")] = False,
+    stage_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Stop it if it takes longer.")
+    ] = SIX_HOURS,
+) -> None:
+    """Run one stage on what the stages before it have left, if its parameters, code or inputs changed."""
+    from flows.stage_process import run_stage
+
+    with errors(), project() as (_, paths):
+        stages = stage_order(paths.root)
+        if name not in stages:
+            raise StageError(f"there is no stage {name!r} in dvc.yaml; there is: {', '.join(stages)}")
+        run_stage(paths.root, name, stage_timeout, force)
+
+
+def status(as_json: AsJson = False) -> None:
+    """Which stages are up to date, what changed for the others, and which version has which stage."""
+    with errors(), project() as (params, paths):
+        stages = stage_states(paths.root)
+        holding = holders(params, paths)
+        if as_json:
+            print(json.dumps({"stages": stages, "registry": holding}, indent=2))
+            return
+        table = Table("stage", "state")
+        for name, changes in stages.items():
+            more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+            words = ", ".join(changes[:SHOWN]) + more
+            table.add_row(name, f"[yellow]{escape(words)}[/]" if changes else "[green]up to date[/]")
+        console = Console(highlight=False)
+        console.print(table)
+        console.print(_registry_line(params.project.name, holding))
+
+
+def plan(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, metavar="FILE", help="A model's config.json; the model need not be here."
+        ),
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Train two shallow models of the real widths for a few steps.")
+    ] = True,
+    probe_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Stop a process of the probe that takes longer.")
+    ] = 600.0,
+    as_json: AsJson = False,
+) -> None:
+    """How much memory, time and disk training will take, and what would make it fit, before anything is trained.
+
+    Weights are counted and activations simulated without making any, from `params.yaml`, the base's configuration and
+    the prepared rows (full ones where none are prepared); the probe measures the rest and the time. Exits with 1 if
+    the run will not fit this machine.
+    """
+    with errors(), project() as (params, paths):
+        from flows.planning.plan import plan as make_plan
+        from flows.planning.table import print_plan
+
+        planned = make_plan(params, paths, config, probe, probe_timeout)
+        if as_json:
+            print(json.dumps(planned.as_dict(), indent=2))
+        else:
+            print_plan(planned)
+        if not planned.fits:
+            fail(planned.refusal())
+
+
+def doctor(
+    rows: Annotated[int, typer.Option(min=0, metavar="N", help="Training rows to show, with what is learned.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Look at the rows that the prepare stage left: what is learned, whether it ends, what leaks between splits.
+
+    Shows rows with their prompt dim and the learned part green (a rejected answer red), then each check with its figure
+    and, where something is wrong, what to do. The train stage refuses rows with an error. Exits with 1 if there is one.
+    """
+    with errors(), project() as (params, paths):
+        from flows.doctor.examination import examine, load_tokenizer
+        from flows.doctor.preview import findings_table, preview
+
+        findings = examine(paths, params)
+        if as_json:
+            print(json.dumps(findings.as_dict(), indent=2, ensure_ascii=False))
+        else:
+            console = Console(highlight=False)
+            for shown in preview(paths.split("train"), load_tokenizer(paths), params.data.kind, rows):
+                console.print(shown)
+            console.print(findings_table(findings))
+        wrong = findings.of("error")
+        if wrong:
+            named = ", ".join(finding.check for finding in wrong)
+            fail(f"{len(wrong)} of {len(findings.findings)} checks found an error: {named}")
+
+
+def _registry_line(name: str, holders: dict[str, str | None]) -> str:
+    if not holders:
+        return f"{name}: nothing is promoted yet"
+    return f"{name}: " + ", ".join(
+        f"{stage} is {version or 'a commit without a version'}" for stage, version in holders.items()
+    )

@@ -1,0 +1,62 @@
+"""A second working tree of the repository at some commit, with the same git store, DVC cache and DVC remotes.
+
+What runs in it sees the commit's code, parameters and data, and nothing of what the user is editing meanwhile. Tags
+that it makes are the repository's own.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from flows.errors import RepositoryError
+from flows.git import Git, GitError
+
+
+@contextmanager
+def worktree_at(root: Path, commit: str) -> Iterator[Path]:
+    """A temporary working tree at `commit`; it is gone afterwards, whatever happens."""
+    with TemporaryDirectory(prefix="peftcore-worktree-") as parent:
+        folder = Path(parent) / "tree"
+        add_worktree(root, folder, commit)
+        try:
+            yield folder
+        finally:
+            remove_worktree(root, folder)
+
+
+def add_worktree(root: Path, folder: Path, commit: str) -> None:
+    """Check `commit` out in `folder`, which is new, on no branch. Raises RepositoryError."""
+    git = Git(root)
+    git.run("worktree", "prune")
+    try:
+        git.run("worktree", "add", "--quiet", "--detach", str(folder), commit)
+    except GitError as error:
+        raise RepositoryError(f"no working tree of {commit[:10]} could be made in {folder}: {error}") from error
+    _share_dvc(root, folder)
+
+
+def remove_worktree(root: Path, folder: Path) -> None:
+    """Remove a working tree and git's note of it, and what was written in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    Git(root).run("worktree", "prune")
+
+
+def _share_dvc(root: Path, folder: Path) -> None:
+    """Point the working tree's DVC to the cache and remotes of `root`, where paths are relative to that one's folder.
+
+    Settings of this machine alone (.dvc/config.local, with passwords perhaps) hold there as well.
+    """
+    from dvc.config import Config
+
+    local = root / ".dvc" / "config.local"
+    target = folder / ".dvc" / "config.local"
+    if local.exists():
+        shutil.copyfile(local, target)
+        target.chmod(0o600)
+    here = Config(str(root / ".dvc"), validate=False)
+    with Config(str(folder / ".dvc"), validate=False).edit("local") as there:
+        there.setdefault("cache", {})["dir"] = here["cache"].get("dir") or str(root / ".dvc" / "cache")
+        for name, remote in here["remote"].items():
+            there.setdefault("remote", {}).setdefault(name, {})["url"] = str(remote["url"])
