@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # commands of dvc.yaml say `python`
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test slow lint format install clean
+.PHONY: run test slow faults lint format install clean audit fuzz
 .DEFAULT_GOAL := run
 
 run: install            ## bring the pipeline up to date, promote, write reports/review.html
@@ -17,6 +17,10 @@ test: export OMP_NUM_THREADS ?= 1
 test: install           ## quick tests, on all cores
 	@$(BIN)/pytest --numprocesses auto --dist worksteal
 
+faults: export OMP_NUM_THREADS ?= 1
+faults: install         ## every fault that a run must survive, really made, and a table; PEFTCORE_FAULTS=N: N times the rounds
+	@$(BIN)/pytest tests/faults tests -m faults
+
 slow: install           ## whole-pipeline tests
 	@$(BIN)/pytest -m slow
 
@@ -25,6 +29,16 @@ lint: install           ## format, lint, types, floors
 	$(BIN)/ruff check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# --strict: a package of which nothing could be found out is an error, not a pass
+audit: install          ## known vulnerabilities of what is installed (asks PyPI)
+	@$(BIN)/python -m pip list --format=freeze --exclude-editable --disable-pip-version-check | sed 's/+[a-z0-9.]*$$//' > $(VENV)/audited.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement $(VENV)/audited.txt
+
+fuzz: export PEFTCORE_FUZZ ?= 100000
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: install           ## the loaders, on that many hostile inputs (about half an hour on one core)
+	@$(BIN)/pytest tests/security/test_fuzz.py --hypothesis-show-statistics --timeout 7200
 
 format: install
 	$(BIN)/ruff format

@@ -1,23 +1,29 @@
 """The command line `peftcore`: which commands there are. What each does stands in `flows.commands`."""
 
+import signal
 import sys
 
 import typer
 
-from flows.commands import models, pipeline, promotion, registry, review
-from flows.stage import set_quiet_environment
+from flows.commands import ci, models, output, pipeline, promotion, registry, retraining, review, sweep
+from flows.stage import exit_on_signal, set_quiet_environment
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="From data to a promoted adapter: a pipeline of DVC stages, a registry of git tags, a gate between them.",
+    epilog="Exit statuses: 0 done; 1 refused or failed, with one `error: ...` on stderr; 2 a command line that cannot "
+    "be read; 3 the gate refuses; 4 somebody else was first, or is at it; 130 Ctrl-C; 143 SIGTERM. "
+    "Results go to stdout (`--json`: one document), everything else to stderr.",
 )
 
 
 @app.callback()
-def _prepare() -> None:
+def _prepare(log_format: output.Form = None, quiet: output.Quiet = False, verbose: output.Verbose = False) -> None:
     set_quiet_environment()
+    output.choose(log_format, quiet, verbose)
+    signal.signal(signal.SIGTERM, exit_on_signal)
 
 
 for command in (
@@ -28,7 +34,14 @@ for command in (
     pipeline.doctor,
     promotion.promote,
     promotion.rollback,
+    promotion.approve,
+    registry.reproduce,
+    retraining.retrain,
+    retraining.schedule,
+    sweep.sweep,
+    ci.ci,
     review.review,
+    review.trial,
     models.export,
     models.merge,
     models.serve,
@@ -39,7 +52,11 @@ registry_app = typer.Typer(no_args_is_help=True, help="The registered versions, 
 registry_app.command("list")(registry.list_versions)
 registry_app.command()(registry.show)
 registry_app.command()(registry.diff)
+registry_app.command()(registry.card)
+registry_app.command()(registry.gc)
 app.add_typer(registry_app, name="registry")
+
+output.everywhere(app)
 
 
 if __name__ == "__main__":

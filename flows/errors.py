@@ -42,6 +42,12 @@ class RegistryConflict(RegistryError):
     status = 4
 
 
+class BusyError(PipelineError, RuntimeError):
+    """The same work is being done by another process already."""
+
+    status = 4
+
+
 class GateError(PipelineError, RuntimeError):
     """A candidate that the promotion gate refuses; the message is the reason."""
 
@@ -50,3 +56,7 @@ class GateError(PipelineError, RuntimeError):
 
 class PlanError(PipelineError, ValueError):
     """A run that cannot be planned, or that will not fit this machine."""
+
+
+class ReviewError(PipelineError, RuntimeError):
+    """A run that is to be reviewed and is not there, cannot be reached or cannot be read."""

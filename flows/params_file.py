@@ -1,6 +1,7 @@
 """Read a typed YAML file; every problem names its line, what was given, what fits and a suggestion."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,28 +12,49 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from flows.errors import ParamsError
+from peftcore.files import read_limited
 
 Place = tuple[int | str, ...]
 DEEPEST = 8
 """Levels of nesting; an alias (`&a [*a]`) may be endless."""
+MOST_VALUES = 10_000
+"""Keys and items, with what each alias stands for; a few lines of aliases of aliases make billions."""
+LARGEST_FILE = 256 << 10
+"""Bytes."""
+SECRETS = {
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
+    "a W&B API key": r"\bwandb_v\d_\w{30,}|(?<![@\w])[0-9a-f]{40}(?!\w)",
+    "an AWS access key": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a GitHub token": r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
+    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+    "a password in an address": r"\w://[^/\s:@]*:[^/\s@]+@",
+}
+"""{what it is: how it looks}; a commit's hash is no key where it stands after @, as in hub:NAME@REVISION."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_params(path: Path, model: type[Model]) -> Model:
     """The file at `path` as `model`. Raises ParamsError with one line per problem, in the file's order."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_limited(path, LARGEST_FILE).decode()
+    except (OSError, ValueError) as error:
         raise ParamsError(f"{path}: cannot be read ({error}); run this where {path.name} is") from error
     lines: dict[Place, int] = {(): 1}
     try:
         root = YAML(typ="safe", pure=True).compose(text)
         if not isinstance(root, MappingNode):
             raise ParamsError(f"{path.name}:1: expected sections such as `data:`, each with its keys below it")
+        _refuse_secrets(root, path.name)
         problems = _repeated_keys(root, (), lines)
         data = YAML(typ="safe", pure=True).constructor.construct_document(root)
     except YAMLError as error:
         raise ParamsError(f"{path.name}:{_line_of(error)}: not valid YAML: {_reason(error)}") from error
+    except ParamsError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ParamsError(f"{path.name}: not valid YAML: {reason}") from error
     try:
         params = model.model_validate(data)
     except ValidationError as error:
@@ -41,6 +63,25 @@ def read_params(path: Path, model: type[Model]) -> Model:
         if not problems:
             return params
     raise ParamsError("\n".join(f"{path.name}:{line}: {what}" for line, what in sorted(problems)))
+
+
+def _refuse_secrets(root: Node, name: str) -> None:
+    """ParamsError for what looks like a key or a password, which git, the registry's tags and W&B would hand on."""
+    todo, seen = [root], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, MappingNode):
+            todo += [part for pair in node.value for part in pair]
+        elif isinstance(node, SequenceNode):
+            todo += node.value
+        elif found := next((what for what, looks in SECRETS.items() if re.search(looks, str(node.value))), None):
+            raise ParamsError(
+                f"{name}:{node.start_mark.line + 1}: this looks like {found}; parameters are committed: take it out, "
+                "make a new one, and give that by the environment or .dvc/config.local"
+            )
 
 
 def _line_of(error: YAMLError) -> int:
@@ -56,6 +97,8 @@ def _repeated_keys(node: Node, place: Place, lines: dict[Place, int]) -> list[tu
     """Note each place's line in `lines`; report keys that were given before and take them out of the tree."""
     if len(place) > DEEPEST:
         raise ParamsError(f"line {node.start_mark.line + 1} is nested too deeply (or within itself)")
+    if len(lines) > MOST_VALUES:
+        raise ParamsError(f"line {node.start_mark.line + 1} brings it to more than {MOST_VALUES:,} values; say less")
     problems: list[tuple[int, str]] = []
     if isinstance(node, SequenceNode):
         for index, item in enumerate(node.value):
@@ -136,7 +179,8 @@ def _unquoted(given: Any, kind: str) -> str:
     """Where a number or truth value was put in quotes, the same without them."""
     if not isinstance(given, str) or kind == "string_type":
         return ""
-    plain = YAML(typ="safe", pure=True).load(given) if given.isprintable() and ":" not in given else None
+    looks_plain = re.fullmatch(r"[+-]?[\w.]{1,40}([eE][+-]?\d+)?", given, re.ASCII)
+    plain = YAML(typ="safe", pure=True).load(given) if looks_plain else None
     fits = {"bool_type": bool, "float_type": (int, float)}.get(kind, int)
     right = isinstance(plain, fits) and isinstance(plain, bool) == (kind == "bool_type")
     return f", without quotes: {given}" if right else ""

@@ -55,6 +55,21 @@ class Paths:
         return self.artifacts / "adapter"
 
     @property
+    def start(self) -> Path:
+        """What training starts from."""
+        return self.artifacts / "start"
+
+    @property
+    def start_source(self) -> Path:
+        """Which version's adapter, or none."""
+        return self.start / "source.json"
+
+    @property
+    def start_adapter(self) -> Path:
+        """That version's adapter; absent where training starts anew."""
+        return self.start / "adapter"
+
+    @property
     def training(self) -> Path:
         return self.artifacts / "training"
 
@@ -77,6 +92,11 @@ class Paths:
     @property
     def evaluation_rows(self) -> Path:
         return self.evaluation / "rows.parquet"
+
+    @property
+    def evaluation_control(self) -> Path:
+        """Losses on the control set; absent where it was not measured."""
+        return self.evaluation / "control.parquet"
 
     @property
     def evaluation_metrics(self) -> Path:
@@ -108,6 +128,29 @@ class Paths:
     @property
     def review(self) -> Path:
         return self.root / "reports" / "review.html"
+
+    @property
+    def retraining(self) -> Path:
+        """What retrainings came to: their history, their pages, what they set aside."""
+        return self.review.with_name("retraining")
+
+    @property
+    def retraining_history(self) -> Path:
+        return self.retraining / "history.jsonl"
+
+    @property
+    def retraining_page(self) -> Path:
+        return self.retraining / "index.html"
+
+    @property
+    def set_aside(self) -> Path:
+        """Files of rows that are left out of retrainings."""
+        return self.retraining / "set_aside.json"
+
+    @property
+    def schedule(self) -> Path:
+        """When the next retrainings are, while `peftcore schedule` runs."""
+        return self.retraining / "schedule.json"
 
     @property
     def promotion(self) -> Path:

@@ -5,7 +5,6 @@ from `dvc repro`. Nothing here imports torch.
 """
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,10 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.errors import GateError
 from flows.git import Git
+from flows.last_run import RunRecord, recorded
 from flows.params import load_params
 from flows.paths import Paths
+from flows.prefect_server import tie_temporary_server
 from flows.project import stage_order
 from flows.promotion.lineage import check_artifact_name
 from flows.promotion.promote import Promotion, promote
@@ -46,9 +47,10 @@ class Outcome:
 def run_pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None) -> Outcome:
     """`pipeline` below; where Prefect's server is not there, or goes away, the same work goes on without it."""
     try:
+        tie_temporary_server()
         return pipeline(root, stage_timeout, push_to)
     except (RuntimeError, httpx.TransportError) as error:
-        if not _is_without_server(error):
+        if not is_without_server(error):
             raise
         logger.warning("Prefect's server is not there (%s); going on without it", error)
     return _work(root, stage_timeout, push_to, in_task=lambda _, work: work)
@@ -63,7 +65,8 @@ def pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = 
     Raises RepositoryError or RegistryError at once where nothing could be registered, StageError if a stage fails,
     GateError (after page and summary) if the gate refuses.
     """
-    return _work(root, stage_timeout, push_to, in_task=_task)
+    # a deployment gives text
+    return _work(Path(root).resolve(), stage_timeout, push_to, in_task=_task)
 
 
 def _task(name: str, work: Work) -> Work:
@@ -72,30 +75,36 @@ def _task(name: str, work: Work) -> Work:
 
 
 def _work(root: Path, stage_timeout: float, push_to: str | None, in_task: Callable[[str, Work], Work]) -> Outcome:
+    with recorded(Paths(root)) as record:
+        return _tasks(root, stage_timeout, push_to, in_task, record)
+
+
+def _tasks(
+    root: Path, stage_timeout: float, push_to: str | None, in_task: Callable[[str, Work], Work], record: RunRecord
+) -> Outcome:
     paths = Paths(root)
     params = load_params(paths.params)
     # registering comes last and needs both; nobody wants to hear of it after the training
     Git(root)
     check_artifact_name(root, params.project.name)
-    seconds: dict[str, float] = {}
 
     def run(name: str, work: Work, *arguments: Any) -> Any:
-        started = time.monotonic()
-        result = in_task(name, work)(*arguments)
-        seconds[name] = time.monotonic() - started
-        return result
+        with record.at(name):
+            return in_task(name, work)(*arguments)
 
     stages = stage_order(root)
     for done, stage in enumerate(stages):
         run(stage, run_stage, root, stage, stage_timeout, False, f"{done}/{len(stages)}")
     promotion = run("promote", promote, params, paths, None, False, push_to)
+    record.promotion = promotion.as_dict()
     page = run("review", write_review, params, paths)
-    print_summary(paths, promotion, page, seconds)
+    record.page = str(page)
+    print_summary(paths, promotion, page, record.seconds)
     if not promotion.accepted:
         raise GateError(promotion.sentence)
-    return Outcome(promotion, page, seconds)
+    return Outcome(promotion, page, record.seconds)
 
 
-def _is_without_server(error: Exception) -> bool:
+def is_without_server(error: Exception) -> bool:
     """Whether Prefect cannot reach its server, or could not start one."""
     return isinstance(error, httpx.TransportError) or any(sign in str(error) for sign in _NO_SERVER)

@@ -1,9 +1,11 @@
 """Progress bars with an ETA, nested in the order in which they are opened.
 
 On a terminal each is a moving line below the one it stands in, which goes when it is done; in a pipe or a file it is a
-line every few seconds that says what it stands in. A stage that a run has started stands in that run's own bar.
+line every few seconds that says what it stands in, and in a JSON log a record. A stage that a run has started stands in
+that run's own bar. With `--quiet` there are none.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,10 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
+
+from flows import logs
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10
 RUN = "PEFTCORE_RUN"
@@ -31,7 +37,10 @@ class _Lines:
     def write(self, text: str) -> None:
         line = text.strip("\r\n ")
         if line and line != self.last:  # a bar draws itself once more when it closes
-            self.stream.write(line + "\n")
+            if logs.is_json():
+                logger.info("%s", line)
+            else:
+                self.stream.write(line + "\n")
             self.last = line
 
     def flush(self) -> None:
@@ -66,7 +75,7 @@ def progress(total: int, description: str, unit: str = "step", start: int = 0, p
     total, start: in units; start is what an earlier run has done and does not count for the speed. Opened while
     another is open, it stands in that one; part_of: a bar in whose units it counts too.
     """
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr.isatty() and not logs.is_json()
     if not _open and (place := os.environ.get(RUN)):
         _open.append(_run_bar(*map(int, place.split("/")), terminal=terminal))
     outer = [bar.name for bar in _open]
@@ -83,6 +92,7 @@ def progress(total: int, description: str, unit: str = "step", start: int = 0, p
         ncols=None if terminal else 160,
         dynamic_ncols=terminal,
         bar_format=None if terminal else LINE,
+        disable=logs.is_quiet(),
     )
     bar.name, bar.whole = description, part_of
     _open.append(bar)
@@ -95,7 +105,7 @@ def _run_bar(done: int, total: int, terminal: bool) -> _Run:
         initial=done,
         file=sys.stderr,
         leave=False,
-        disable=not terminal,  # in a pipe its name alone tells, in front of every line
+        disable=not terminal or logs.is_quiet(),  # in a pipe its name alone tells, in front of every line
         dynamic_ncols=True,
         bar_format="run: stage {n_fmt} of {total_fmt} done |{bar}|",
     )

@@ -77,8 +77,11 @@ def dvc(root: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def stage_order(root: Path) -> list[str]:
-    """Stage names in an order in which each comes after what it depends on, from DVC's own graph."""
+def stage_order(root: Path, output: Path | None = None) -> list[str]:
+    """Stage names in an order in which each comes after what it depends on, from DVC's own graph.
+
+    output: only the stages that this one needs.
+    """
     import networkx
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -89,6 +92,9 @@ def stage_order(root: Path) -> list[str]:
             # DVC uses an old way of its trie library
             warnings.filterwarnings("ignore", "_NoneStep.value", DeprecationWarning)
             graph = repo.index.graph.reverse(copy=True)
+            if output is not None:
+                (made,) = repo.find_outs_by_path(str(output))
+                graph = graph.subgraph({made.stage, *networkx.ancestors(graph, made.stage)})
             stages = networkx.topological_sort(graph)
             # their names, because what DVC calls their addressing depends on the current folder
             return [str(stage.name) for stage in stages if isinstance(stage, PipelineStage)]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow
 import pyarrow.parquet as parquet
 
 from flows.errors import StageError
@@ -14,11 +15,14 @@ Row = dict[str, Any]
 def read_rows(path: Path, columns: list[str] | None = None, limit: int | None = None) -> list[Row]:
     """The first `limit` rows of a split (None: all), with these columns (None: all).
 
-    Raises StageError if there are none.
+    Raises StageError if there are none, or the file is damaged.
     """
     if not path.exists():
         raise StageError(f"there is no {path}; run the prepare stage first")
-    rows = cast(list[Row], parquet.read_table(path, columns=columns).slice(0, limit).to_pylist())
+    try:
+        rows = cast(list[Row], parquet.read_table(path, columns=columns).slice(0, limit).to_pylist())
+    except (OSError, pyarrow.ArrowException) as error:
+        raise StageError(f"{path} is damaged ({error}); run the prepare stage again") from error
     if not rows:
         raise StageError(f"{path} has no rows; give the prepare stage more data or a larger share for this split")
     return rows

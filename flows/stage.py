@@ -13,11 +13,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from flows import logs
 from flows.errors import PipelineError
-from flows.params import Params, load_params
 from flows.paths import Paths
+
+if TYPE_CHECKING:
+    from flows.params import Params
 
 QUIET_ENVIRONMENT = {
     "WANDB_MODE": "offline",
@@ -29,10 +32,12 @@ QUIET_ENVIRONMENT = {
 }
 """No service is looked up unless somebody asks for it; a variable that is already set stays."""
 
+logger = logging.getLogger(__name__)
+
 _PR_SET_PDEATHSIG = 1
 
 
-def start(run: Callable[[Params, Paths], None]) -> NoReturn:
+def start(run: Callable[["Params", Paths], None]) -> NoReturn:
     """Run a stage in the current directory, which holds params.yaml, and exit the process.
 
     Exit status: 0 when done; 1 with one `error: ...` message on stderr for anything refused and for a full
@@ -40,13 +45,12 @@ def start(run: Callable[[Params, Paths], None]) -> NoReturn:
     keeps its traceback.
     """
     set_quiet_environment()
+    from flows.params import load_params
     from peftcore.errors import PeftError
 
     die_with_parent()
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
-    for package in ("flows", "peftcore"):
-        logging.getLogger(package).setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, exit_on_signal)
+    logs.set_up()
     paths = Paths(Path.cwd())
     try:
         params = load_params(paths.params)
@@ -104,8 +108,11 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """Write one `error: ...` message to stderr and exit."""
-    print(f"error: {message}", file=sys.stderr)
+    """Write one `error: ...` message to stderr, or a record where the log is JSON, and exit."""
+    if logs.is_json():
+        logger.error("%s", message, extra={"status": status})
+    else:
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -115,6 +122,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _exit_on_signal(number: int, _frame: object) -> NoReturn:
+def exit_on_signal(number: int, _frame: object) -> NoReturn:
     """Leave by an exception, so that temporary files are removed on the way out."""
     sys.exit(128 + number)

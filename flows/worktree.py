@@ -4,6 +4,7 @@ What runs in it sees the commit's code, parameters and data, and nothing of what
 that it makes are the repository's own.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,14 @@ from tempfile import TemporaryDirectory
 from flows.errors import RepositoryError
 from flows.git import Git, GitError
 
+PREFIX = "peftcore-worktree-"
+"""How the temporary folder of a working tree begins; its process's id follows, so that leftovers can be told."""
+
 
 @contextmanager
 def worktree_at(root: Path, commit: str) -> Iterator[Path]:
     """A temporary working tree at `commit`; it is gone afterwards, whatever happens."""
-    with TemporaryDirectory(prefix="peftcore-worktree-") as parent:
+    with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as parent:
         folder = Path(parent) / "tree"
         add_worktree(root, folder, commit)
         try:

@@ -4,14 +4,15 @@ A key on disk is `base_model.model.` + the module's path + the parameter, withou
 """
 
 import dataclasses
+import os
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftcore.adapter_set import AdapterSet, adapter_set, bias_path
@@ -27,14 +28,21 @@ from peftcore.tensors import (
     check_hashes,
     is_sharded,
     parsed,
+    read_file,
     read_tensors,
     read_weights,
+    refuse_pickles,
     whole,
     writing_shards,
 )
 
 PROMPT_STATE = "prompt_encoder.safetensors"
 """What a prompt is computed from; PEFT keeps the computed prompt alone, and reads past this file."""
+
+_SIZES = ("r", "init_r", "n_frequency", "num_virtual_tokens", "num_vectors", "adapter_len")
+"""Options that a dimension of some saved tensor repeats."""
+_LARGE = 4096
+"""Sizes up to this one are not looked at."""
 
 MODEL_CARD = "README.md"
 _CARD = """\
@@ -139,12 +147,15 @@ def load_adapter(
     tensors: those of the directory, where they have been read already; they are the adapter's from then on.
     Raises CheckpointError for damage, missing or unexpected keys, or shapes of another base.
     """
-    config = config or PeftConfig.from_pretrained(directory)
+    if config is None:
+        refuse_pickles(directory)
+        config = PeftConfig.from_pretrained(directory)
     config = dataclasses.replace(config, inference_mode=not trainable)
     with ThreadPoolExecutor(1, "adapter-reader") as beside, deepened(model, config) as replication:
         read = read_weights(directory) if tensors is None else None
         hashed = None if read is None else beside.submit(check_hashes, directory, read)
         try:
+            _refuse_hollow_sizes(config, directory, tensors if read is None else read)
             injection = prepare_injection(model, config, name, fresh=False)
             content = Content(injection.adapters, injection.copies, injection.prompt)
             given = (tensors or {}) if read is None else parsed(read, directory)
@@ -155,11 +166,39 @@ def load_adapter(
             if not isinstance(error, TargetError):
                 raise
             raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise CheckpointError(
+                f"{directory}: its {CONFIG_NAME} asks for more memory than there is: {error}"
+            ) from error
         if hashed is not None:
             hashed.result()
         adapters = commit_injection(model, injection, trainable, replication)
     _write_biases(model, adapters, injection, biases)
     return adapters
+
+
+def _refuse_hollow_sizes(config: PeftConfig, directory: Path, held: memoryview | Mapping[str, Tensor] | None) -> None:
+    """CheckpointError where a rank is said to be larger than all that the weights hold, before memory is taken."""
+    said = {name: size for name in _SIZES if isinstance(size := getattr(config, name, None), int)}
+    for pattern in ("rank_pattern", "n_frequency_pattern"):
+        said |= {f"{pattern}[{key!r}]": size for key, size in (getattr(config, pattern, None) or {}).items()}
+    large = {name: size for name, size in said.items() if size > _LARGE}
+    if not large or config.peft_type == "LOKR":  # where a rank above all sizes means full matrices
+        return
+    tensors = parsed(held, directory) if isinstance(held, memoryview) else held or {}
+    most = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
+    for name, size in large.items():
+        if size > most:
+            raise CheckpointError(
+                f"{directory / CONFIG_NAME} says {name}={size}, but no tensor in {WEIGHTS_NAME} has more than {most} "
+                "rows or columns; the two do not belong together"
+            )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error)
 
 
 def load_adapter_weights(
@@ -203,7 +242,7 @@ def _take_tensors(
             "it was made for another base model or another configuration"
         )
     wrong = [
-        f"{k} is {list(tensors[k].shape)}, here {list(t.shape)}"
+        f"{k} is {list(tensors[k].shape)!s:.200}, here {list(t.shape)}"
         for k, t in expected.items()
         if k in tensors and tensors[k].shape != t.shape and not content.fits(k, tensors[k])
     ]
@@ -218,10 +257,7 @@ def _take_tensors(
 def _prompt_state(directory: Path) -> dict[str, Tensor]:
     """What a prompt learner goes on training with, {} where the directory holds none (PEFT's does not)."""
     path = directory / PROMPT_STATE
-    try:
-        return load_file(path) if path.exists() else {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}); take another copy") from error
+    return parsed(read_file(path), directory, PROMPT_STATE) if os.path.lexists(path) else {}
 
 
 def _bias_keys(path: str) -> tuple[str, str]:

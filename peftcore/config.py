@@ -7,7 +7,7 @@ of. A key whose value asks for mathematics that is not here is refused, since ig
 import dataclasses
 import difflib
 import json
-import re
+import sys
 import warnings
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,9 +16,14 @@ from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin
 
 from peftcore.errors import CheckpointError, ConfigError
-from peftcore.files import write_atomically
+from peftcore.files import read_limited, write_atomically
+from peftcore.patterns import SEGMENTS, branches, compiled, is_suffix
 
 CONFIG_NAME = "adapter_config.json"
+LARGEST_CONFIG = 16 << 20
+"""Bytes; a rank of its own for each of 100,000 experts takes about half of it."""
+_MOST_PATTERNS = 200
+"""Regular expressions among the keys of one field; names of modules are not counted."""
 
 LORA_FAMILY_NEUTRAL: dict[str, Any] = {
     "alora_invocation_tokens": None,
@@ -45,11 +50,15 @@ LORA_FAMILY_NEUTRAL: dict[str, Any] = {
 """What PEFT writes for LoRA and the methods that extend it, at values that change nothing."""
 
 
+BLOCK = (r".*?\b", r"\.(?P<block_number>\d+)\..*")
+"""What stands before and after the name of a block list in a path."""
+
+
 def first_match(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first key, a path suffix or regular expression, that matches `path`."""
     if not pattern:
         return default
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in pattern.items() if is_suffix(key, path)), default)
 
 
 class TaskType(StrEnum):
@@ -64,18 +73,20 @@ class TaskType(StrEnum):
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is of an annotated type; of a container only the outside is looked at, and JSON's lists fit."""
+    """Whether a value is of an annotated type, what it holds too; JSON's lists fit."""
     if get_origin(annotation) in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(annotation))
     kind = get_origin(annotation) or annotation
     if kind is Any or not isinstance(kind, type):  # such as the string that a postponed annotation is
         return True
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind in (list, set, tuple):
-        return isinstance(value, list | set | frozenset | tuple)
+        inside = [part for part in get_args(annotation) if part is not Ellipsis]
+        held = inside[0] if len(set(inside)) == 1 else Any
+        return isinstance(value, list | set | frozenset | tuple) and all(_fits(item, held) for item in value)
     return isinstance(value, kind)
 
 
@@ -85,14 +96,35 @@ def _words_for(annotation: Any) -> str:
         return " or ".join(dict.fromkeys(map(_words_for, get_args(annotation))))
     kind = get_origin(annotation) or annotation
     words = {int: "an integer", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
-    containers = {dict: "a dictionary", list: "a list", set: "a list", tuple: "a list"}
-    return (words | containers).get(kind, getattr(kind, "__name__", str(kind)))
+    if kind in (list, set, tuple):
+        many = {int: "integers", float: "numbers", str: "strings"}
+        held = {many[part] for part in get_args(annotation) if part in many}
+        return f"a list of {held.pop()}" if len(held) == 1 else "a list"
+    return (words | {dict: "a dictionary"}).get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def suggestion(word: str, known: list[str]) -> str:
     """`; did you mean X?`, or the words that fit when none is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def parsed_json(content: bytes) -> Any:
+    """JSON as its standard has it. Raises ValueError for anything else, such as NaN, a key twice, endless nesting."""
+
+    def refuse(word: str) -> Any:
+        raise ValueError(f"{word} is no number in JSON")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is given twice")
+        return found
+
+    try:
+        return json.loads(content, parse_constant=refuse, object_pairs_hook=once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 @dataclass
@@ -134,7 +166,7 @@ class PeftConfig:
             value = getattr(self, field_.name)
             if not _fits(value, field_.type):
                 raise ConfigError(
-                    f"{type(self).__name__}: {field_.name} must be {_words_for(field_.type)}; got {value!r}"
+                    f"{type(self).__name__}: {field_.name} must be {_words_for(field_.type)}; got {value!r:.200}"
                 )
             if field_.name.endswith("_pattern") and isinstance(value, dict):
                 self._check_pattern(field_.name, value, field_.type)
@@ -142,18 +174,22 @@ class PeftConfig:
     def _check_pattern(self, name: str, pattern: dict[str, Any], annotation: Any) -> None:
         values = next((get_args(part)[1] for part in get_args(annotation) if get_origin(part) is dict), Any)
         for key, value in pattern.items():
-            self.regular_expression(name, key)
+            self.regular_expression(name, key, SEGMENTS)
             if not _fits(value, values) or (name == "rank_pattern" and values is int and value < 1):
                 kind = "a positive integer" if name == "rank_pattern" and values is int else _words_for(values)
-                raise ConfigError(f"{type(self).__name__}: {name}[{key!r}] must be {kind}; got {value!r}")
-
-    def regular_expression(self, name: str, text: str) -> None:
-        """`text`, from the named field, is a regular expression."""
-        try:
-            re.compile(text)
-        except re.error as error:
+                raise ConfigError(f"{type(self).__name__}: {name}[{key!r}] must be {kind}; got {value!r:.200}")
+        if len(pattern) > _MOST_PATTERNS and sum(map(branches, pattern)) > _MOST_PATTERNS:
             raise ConfigError(
-                f"{type(self).__name__}: {name} {text!r} is no regular expression ({error}); give a list of names"
+                f"{type(self).__name__}: {name} holds more than {_MOST_PATTERNS} regular expressions; name the modules"
+            )
+
+    def regular_expression(self, name: str, text: str, before: str = "", after: str = "") -> None:
+        """`text`, from the named field, is a regular expression, also between two of ours."""
+        try:
+            compiled(text, before, after)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{type(self).__name__}: {name} {text!r:.200} is no regular expression ({error}); give a list of names"
             ) from error
 
     def one_of(self, name: str, value: Any, choices: Any) -> Any:
@@ -231,7 +267,7 @@ class PeftConfig:
         if not path.is_file():
             raise CheckpointError(f"no {CONFIG_NAME} in {directory}; give the directory that save_pretrained wrote")
         try:
-            values = json.loads(path.read_text())
+            values = parsed_json(read_limited(path, LARGEST_CONFIG))
         except ValueError as error:
             raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged") from error
         if not isinstance(values, dict):
@@ -284,13 +320,11 @@ class TunerConfig(PeftConfig):
             if isinstance(value, str):
                 self.regular_expression(name, value)
             elif value is not None:
-                if unnamed := [item for item in value if not isinstance(item, str)]:
-                    raise ConfigError(f"{type(self).__name__}: {name} must hold names of modules; got {unnamed[0]!r}")
                 setattr(self, name, set(value))
         empty = self.target_modules is not None and not self.target_modules
         if empty and not getattr(self, "target_parameters", None):
             raise ConfigError(f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'")
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
-            self.regular_expression("layers_pattern", pattern)
+            self.regular_expression("layers_pattern", pattern, *BLOCK)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")

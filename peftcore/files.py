@@ -8,19 +8,38 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 MANIFEST = "SHA256SUMS"
 """Manifest's file name; its lines are what `sha256sum --check` reads."""
+_LARGEST_MANIFEST = 16 << 20
+"""Bytes; about 100,000 files."""
 
 
 def sha256(path: Path) -> str:
     """Hex SHA-256 of one file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_limited(path: Path, most: int) -> bytes:
+    """The bytes of an ordinary file, or of what a link to one leads to.
+
+    Raises ValueError for one of more than `most` bytes, and for a device or a pipe, which might never end.
+    """
+    # without O_NONBLOCK the opening of a pipe waits for somebody to write
+    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path.name} is no ordinary file")
+        content = file.read(most + 1) if status.st_size <= most else b""
+        if max(status.st_size, len(content)) > most:
+            raise ValueError(f"{path.name} has more than {most:,} bytes")
+    return content
 
 
 def flush_to_disk(path: Path) -> None:
@@ -97,16 +116,23 @@ def manifest_text(entries: Mapping[str, str]) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, str]:
-    """{name: hex} of a manifest, empty where the directory has none."""
+    """{name: hex} of a manifest, empty where the directory has none.
+
+    What it says may be anything: of a manifest that is none, {its own name: ""}.
+    """
     path = directory / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
-    pairs = (line.split("  ", 1) for line in path.read_text().splitlines() if line.strip())
-    return {name: digest for digest, name in pairs}
+    try:
+        lines = read_limited(path, _LARGEST_MANIFEST).decode().splitlines()
+        return {name: digest for digest, name in (line.split("  ", 1) for line in lines if line.strip())}
+    except (OSError, ValueError):  # a broken link, bytes that are no text, a line without a name
+        return {MANIFEST: ""}
 
 
 def damaged_files(directory: Path, read: Mapping[str, Any] | None = None) -> list[str]:
-    """Names in the manifest whose file is gone or has other bytes; empty when all is well.
+    """Names in the manifest whose file is gone, has other bytes or would not be in the directory (it is not looked at);
+    empty when all is well.
 
     read: {name: content, bytes or the like} of files that have been read already.
     """
@@ -115,6 +141,8 @@ def damaged_files(directory: Path, read: Mapping[str, Any] | None = None) -> lis
     def is_whole(name: str, digest: str) -> bool:
         if name in held:
             return hashlib.sha256(held[name]).hexdigest() == digest
+        if "\0" in name or ".." in (path := PurePath(name)).parts or path.is_absolute():
+            return False
         return (directory / name).is_file() and sha256(directory / name) == digest
 
     return [name for name, digest in read_manifest(directory).items() if not is_whole(name, digest)]

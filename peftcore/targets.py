@@ -4,17 +4,17 @@ Names match by whole path segments: "head" is `head` and `decoder.head`, never `
 """
 
 import dataclasses
-import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 from torch import nn
 
 from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_projections
-from peftcore.config import PromptLearningConfig, TaskType, TunerConfig, suggestion
+from peftcore.config import BLOCK, PromptLearningConfig, TaskType, TunerConfig, suggestion
 from peftcore.detection import detect
 from peftcore.errors import TargetError
 from peftcore.host import AdaptedLayer, SavedModule, unhosted
+from peftcore.patterns import matched
 from peftcore.places import Places
 from peftcore.registry import method_of
 
@@ -38,7 +38,7 @@ def named(path: str, names: Collection[str] | None) -> bool:
     if not names:
         return False
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return matched(names, path) is not None
     dot = "."
     while dot:
         if path in names:
@@ -158,9 +158,9 @@ def _in_chosen_block(path: str, config: TunerConfig) -> bool:
     patterns = config.layers_pattern or r"[^.]+"
     patterns = [patterns] if isinstance(patterns, str) else patterns
     numbers = [chosen] if isinstance(chosen, int) else chosen
-    found = (re.match(rf".*?\b(?:{pattern})\.(\d+)\.", path) for pattern in patterns)
+    found = (matched(pattern, path, *BLOCK) for pattern in patterns)
     first = next((match for match in found if match), None)
-    return first is not None and int(first.group(1)) in numbers
+    return first is not None and int(first["block_number"]) in numbers
 
 
 def _check_kind(path: str, layer: nn.Module) -> None:

@@ -3,10 +3,14 @@
 import json
 import math
 import mmap
+import os
+import stat
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,10 +27,13 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _TRAINER_STATE = "trainer_state.json"
 _TRAINER_ARGUMENTS = "training_args.bin"
 """A pickle that Trainer puts beside whatever it saves; it is never opened here."""
-_LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors refuses a longer one."""
+_LONGEST_HEADER = 32 << 20
+"""Bytes, of about 200,000 tensors; safetensors itself reads 100 MB, which take gigabytes once they are parsed."""
+_MOST_DIMENSIONS = 16
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 """Types of adapters' tensors by their name in a file."""
+_FIELDS = (b'"data_offsets":', b'"dtype":', b'"shape":')
+"""As they stand in a header that a library wrote, once for each tensor."""
 
 
 def read_tensors(directory: Path, check_manifest: bool = True) -> dict[str, Tensor]:
@@ -48,6 +55,14 @@ def read_weights(directory: Path) -> memoryview:
     """
     if not directory.is_dir():
         raise CheckpointError(f"no adapter directory {directory}; give the one that save_pretrained wrote")
+    refuse_pickles(directory)
+    return read_file(directory / WEIGHTS_NAME)
+
+
+def refuse_pickles(directory: Path) -> None:
+    """CheckpointError for a directory that holds pickles."""
+    if not directory.is_dir():
+        return
     # a Trainer's checkpoint holds its optimiser as pickles; they are never opened here
     foreign = [f.name for f in directory.iterdir() if f.suffix in PICKLES and f.name != _TRAINER_ARGUMENTS]
     foreign = [] if (directory / _TRAINER_STATE).exists() else foreign
@@ -57,13 +72,34 @@ def read_weights(directory: Path) -> memoryview:
             f"{directory} holds {', '.join(sorted(set(foreign)))}: a pickle can run code when it is read; "
             "convert it to safetensors where you trust it, and remove it here"
         )
-    path = directory / WEIGHTS_NAME
+
+
+def read_file(path: Path) -> memoryview:
+    """The bytes of one file of tensors, in memory of their own. Raises CheckpointError for none, or one too large."""
     if not path.is_file():
-        raise CheckpointError(f"no {WEIGHTS_NAME} in {directory}; the adapter was not saved whole")
-    content = _memory(path.stat().st_size)
-    with path.open("rb") as file:
-        content = content[: file.readinto(content)]
-    return content
+        raise CheckpointError(f"no {path.name} in {path.parent}; the adapter was not saved whole")
+    # without O_NONBLOCK opening a pipe, should one have taken the file's place, waits for somebody to write
+    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is no ordinary file; take another copy")
+        # a hole of terabytes takes no room on a disk
+        if status.st_size > _machine_memory():
+            raise CheckpointError(f"{path} has {status.st_size:,} bytes, which is more than this machine's memory")
+        try:
+            content = _memory(status.st_size)
+        except (OSError, ValueError, MemoryError) as error:
+            raise CheckpointError(f"{path}: no memory for its {status.st_size:,} bytes ({error})") from error
+        return content[: file.readinto(content)]
+
+
+@cache
+def _machine_memory() -> int:
+    """Bytes; without limit where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
 
 
 def check_hashes(directory: Path, content: memoryview) -> None:
@@ -80,16 +116,33 @@ def _memory(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, size, **flags))
 
 
-def parsed(content: memoryview, directory: Path) -> dict[str, Tensor]:
+def parsed(content: memoryview, directory: Path, name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
     """The tensors in what `read_weights` gave for a directory; CheckpointError where it holds none that are whole."""
     if (views := _views(content)) is not None:
         return views
+    path = directory / name
+    length = int.from_bytes(content[:8], "little")
+    if _LONGEST_HEADER < length <= len(content):
+        raise CheckpointError(f"{path} has a header of {length:,} bytes; more than {_LONGEST_HEADER:,} are not read")
     try:
-        return load(bytes(content))
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{directory / WEIGHTS_NAME} is damaged or truncated ({error}); take another copy"
-        ) from error
+        tensors = load(bytes(content))
+        _refuse_repeated_names(content[8 : 8 + length])
+        return tensors
+    # the library judges most; torch what is left, such as sizes of no tensor
+    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}); take another copy") from error
+
+
+def _refuse_repeated_names(header: memoryview) -> None:
+    """ValueError for a name or a field given twice, of which readers choose differently."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name is given twice")
+        return found
+
+    json.loads(bytes(header), object_pairs_hook=once)
 
 
 def _views(content: memoryview) -> dict[str, Tensor] | None:
@@ -100,9 +153,18 @@ def _views(content: memoryview) -> dict[str, Tensor] | None:
     start = 8 + int.from_bytes(content[:8], "little")
     if not 8 < start <= min(len(content), _LONGEST_HEADER):
         return None
+    text = bytes(content[8:start])
+    count = text.count(_FIELDS[0])
+    # what nests otherwise takes gigabytes once it is parsed here; a field given twice is the library's to judge
+    if text.count(b"[") != 2 * count or not count < text.count(b"{") < count + 3:
+        return None
+    if any(text.count(field) != count for field in _FIELDS):
+        return None
     try:
-        header = json.loads(bytes(content[8:start]))
+        header = json.loads(text)
         header.pop("__metadata__", None)
+        if len(header) != count:  # a name given twice
+            return None
         entries = sorted(
             (*e["data_offsets"], name, tuple(e["shape"]), _DTYPES[e["dtype"]]) for name, e in header.items()
         )
@@ -114,6 +176,8 @@ def _views(content: memoryview) -> dict[str, Tensor] | None:
             return None
         begin, end, _, shape, dtype = entry
         size = dtype.itemsize
+        if len(shape) > _MOST_DIMENSIONS:  # the product of a million numbers takes hours
+            return None
         if begin != at or min(shape, default=0) < 0 or end - begin != math.prod(shape) * size or (start + begin) % size:
             return None
         at = end
@@ -121,7 +185,10 @@ def _views(content: memoryview) -> dict[str, Tensor] | None:
         return None
     parts = torch.frombuffer(content, dtype=torch.uint8)[start:].split([end - begin for begin, end, *_ in entries])
     named = zip(entries, parts, strict=True)
-    return {name: part.view(dtype).view(shape) for (_, _, name, shape, dtype), part in named}
+    try:
+        return {name: part.view(dtype).view(shape) for (_, _, name, shape, dtype), part in named}
+    except (RuntimeError, TypeError, OverflowError):  # empty, and yet of sizes that no tensor has
+        return None
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------

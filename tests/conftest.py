@@ -1,5 +1,6 @@
 """A tiny tokenizer with a real chat template, and a tiny model that goes with it: whole stages in milliseconds."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ CHATML = (
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
     """One token a byte, ChatML; pads with its end of turn, as SmolLM2 does where it is published."""
+    return _tokenizer()
+
+
+def _tokenizer() -> PreTrainedTokenizerBase:
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,9 +40,20 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def tiny_base(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+def tiny_base(tmp_path: Path, write_tiny_base: Callable[[Path], Path]) -> Path:
     """A folder as the fetch stage leaves it, at artifacts/base below `tmp_path`: a two-layer Llama, its tokenizer."""
+    return write_tiny_base(tmp_path / "artifacts" / "base")
+
+
+@pytest.fixture(scope="session")
+def write_tiny_base() -> Callable[[Path], Path]:
+    """What `tiny_base` is written with, for fixtures of a wider scope."""
+    return _write_tiny_base
+
+
+def _write_tiny_base(folder: Path) -> Path:
     torch.manual_seed(0)
+    tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -49,7 +65,6 @@ def tiny_base(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
         eos_token_id=2,
         pad_token_id=0,
     )
-    folder = tmp_path / "artifacts" / "base"
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_manifest(folder)

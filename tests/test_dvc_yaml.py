@@ -17,6 +17,7 @@ NOT_IN_RESULTS = {
     "flows",
     "flows.errors",
     "flows.base.hub",
+    "flows.logs",
     "flows.params",
     "flows.params_file",
     "flows.paths",
@@ -48,8 +49,8 @@ def is_covered(path: str, deps: list[str]) -> bool:
 
 def test_the_order_is_that_of_the_work() -> None:
     order = stage_order(ROOT)
-    assert set(order) == set(STAGES) == {"fetch", "prepare", "detect", "train", "evaluate", "merge", "register"}
-    assert order[0] == "fetch"
+    assert set(order) == set(STAGES) == {"fetch", "prepare", "detect", "start", "train", "evaluate", "merge", "register"}
+    assert order.index("fetch") < order.index("prepare")
     assert order[-1] == "register"
     assert order.index("prepare") < order.index("train") < min(order.index("evaluate"), order.index("merge"))
 
@@ -104,6 +105,6 @@ def test_what_a_stage_reads_another_writes() -> None:
         assert artifacts <= outs, name
 
 
-def test_gate_and_tracking_rerun_nothing() -> None:
+def test_gate_retraining_and_tracking_rerun_nothing() -> None:
     read = {key.split(".")[0] for stage in STAGES.values() for key in stage.get("params", [])}
-    assert set(Params.model_fields) - read == {"gate", "tracking"}
+    assert set(Params.model_fields) - read == {"gate", "retrain", "tracking"}

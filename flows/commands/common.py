@@ -1,20 +1,21 @@
 """What the commands share: options, the project that the current folder belongs to, errors as exit statuses."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.errors import PipelineError, RegistryError
-from flows.params import Params, load_params
 from flows.paths import Paths
 from flows.project import find_root
 from flows.stage import fail, is_disk_full
 from peftcore.errors import PeftError
 
 if TYPE_CHECKING:
+    from flows.params import Params
     from flows.promotion.registry import Registry
 
 SIX_HOURS = 6 * 3600.0
@@ -65,18 +66,44 @@ def errors() -> Iterator[None]:
 
 
 @contextmanager
-def project() -> Iterator[tuple[Params, Paths]]:
+def one_document(as_json: bool) -> Iterator[None]:
+    """Where JSON was asked for, let what others print inside go to stderr, so that stdout has the document alone."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
+
+
+@contextmanager
+def project() -> Iterator[tuple["Params", Paths]]:
     """Parameters and paths of the pipeline that the current folder belongs to."""
+    from flows.params import load_params
+
     root = find_root()
     yield load_params(Paths(root).params), Paths(root)
 
 
-def holders(params: Params, paths: Paths) -> dict[str, str | None]:
+def holders(params: "Params", paths: Paths) -> dict[str, str | None]:
     from flows.git import Git
     from flows.promotion.registry import Registry
 
     stages = Registry(Git(paths.root), params.project.name).stages()
     return {stage: holder.version for stage, holder in stages.items()}
+
+
+def at_stage(params: "Params", stage: str | None) -> "Params":
+    """The parameters with another stage to promote to; typer's error, with exit status 2, for an impossible name."""
+    from pydantic import ValidationError
+
+    from flows.params import Gate
+
+    if stage is None:
+        return params
+    try:
+        gate = Gate.model_validate(params.gate.model_dump() | {"stage": stage})
+    except ValidationError as error:
+        raise typer.BadParameter(
+            f"{stage!r} is no name of a stage; give lower-case letters, digits and dashes", param_hint="--stage"
+        ) from error
+    return params.model_copy(update={"gate": gate})
 
 
 def newest(registry: "Registry") -> str:

@@ -1,15 +1,14 @@
 """What is done with an adapter and its base outside of the pipeline: export, merge, serve."""
 
-import logging
-import sys
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.commands.common import AdapterFolder, BaseFolder, adapter_and_base, errors
+from flows import logs
+from flows.commands.common import AdapterFolder, AsJson, BaseFolder, adapter_and_base, errors, one_document
 from flows.exporting import Format
-from flows.params import load_params
 from flows.paths import Paths
 from flows.project import find_root
 
@@ -27,6 +26,7 @@ def export(
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="Convert it to LoRA first, within this relative error per layer.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write an adapter for llama.cpp (GGUF), or for vLLM and LoRAX; nothing is written of what they cannot take.
 
@@ -35,7 +35,9 @@ def export(
     with errors():
         from flows.exporting import export as write
 
-        print(write(form, *adapter_and_base(adapter, base), out, gguf, dtype, rank, tolerance))
+        with one_document(as_json):
+            written = write(form, *adapter_and_base(adapter, base), out, gguf, dtype, rank, tolerance)
+        print(json.dumps({"format": form, "path": str(out), "note": written}) if as_json else written)
 
 
 def merge(
@@ -50,6 +52,7 @@ def merge(
     ] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="As in training in 4 bits.")] = False,
     shard_gb: Annotated[float, typer.Option(min=0.001, metavar="GB", help="Size of one file at most.")] = 5.0,
+    as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base, shard by shard, with one weight in memory at a time.
 
@@ -61,7 +64,10 @@ def merge(
 
         folders = adapter_and_base(adapter, base)
         size = int(shard_gb * 1e9)
-        print(merge_streaming(folders[1], folders[0], out, size, dtype, storage, double_quant, progressbar=True))
+        bar = not logs.is_quiet()
+        with one_document(as_json):
+            written = merge_streaming(folders[1], folders[0], out, size, dtype, storage, double_quant, progressbar=bar)
+        print(json.dumps({"path": str(written)}) if as_json else written)
 
 
 def serve(
@@ -100,11 +106,10 @@ def serve(
         from flows.serving import serve as run
         from peftcore.serving import Limits
 
-        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
-        for package in ("flows", "peftcore"):
-            logging.getLogger(package).setLevel(logging.INFO)
         watched = None
         if watch:
+            from flows.params import load_params
+
             paths = Paths(find_root())
             params = load_params(paths.params)
             watched = (paths, params.project.name, params.gate.stage)

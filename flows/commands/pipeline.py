@@ -1,21 +1,18 @@
 """The pipeline: run it or one stage of it, plan it, look at its rows, tell how it stands."""
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from flows.commands.common import SIX_HOURS, AsJson, PushTo, errors, holders, project
+from flows import completion
+from flows.commands.common import SIX_HOURS, AsJson, PushTo, errors, one_document, project
 from flows.errors import StageError
 from flows.project import set_prefect_environment, stage_order, stage_states
 from flows.stage import fail
-
-SHOWN = 4
-"""Changes of a stage that `status` names."""
 
 
 def run(
@@ -23,6 +20,7 @@ def run(
         float, typer.Option(min=1, metavar="SECONDS", help="Stop a stage that takes longer.")
     ] = SIX_HOURS,
     push_to: PushTo = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run the whole pipeline: only stages whose parameters, code or inputs changed; then the gate and the page.
 
@@ -33,17 +31,28 @@ def run(
     """
     with errors(), project() as (_, paths):
         set_prefect_environment(paths.root)
+        from flows.last_run import last_run
         from flows.pipeline import run_pipeline
 
-        run_pipeline(paths.root, stage_timeout, push_to)
+        before = last_run(paths)
+        try:
+            with one_document(as_json):
+                run_pipeline(paths.root, stage_timeout, push_to)
+        finally:
+            told = last_run(paths)
+            if as_json and told != before:
+                print(json.dumps(told, indent=2))
 
 
 def stage(
-    name: Annotated[str, typer.Argument(help="A stage of dvc.yaml, such as `train`.")],
+    name: Annotated[
+        str, typer.Argument(help="A stage of dvc.yaml, such as `train`.", autocompletion=completion.stages)
+    ],
     force: Annotated[bool, typer.Option("--force", help="Run it even if nothing changed.")] = False,
     stage_timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="Stop it if it takes longer.")
     ] = SIX_HOURS,
+    as_json: AsJson = False,
 ) -> None:
     """Run one stage on what the stages before it have left, if its parameters, code or inputs changed."""
     from flows.stage_process import run_stage
@@ -52,25 +61,32 @@ def stage(
         stages = stage_order(paths.root)
         if name not in stages:
             raise StageError(f"there is no stage {name!r} in dvc.yaml; there is: {', '.join(stages)}")
+        began = time.monotonic()
         run_stage(paths.root, name, stage_timeout, force)
-
-
-def status(as_json: AsJson = False) -> None:
-    """Which stages are up to date, what changed for the others, and which version has which stage."""
-    with errors(), project() as (params, paths):
-        stages = stage_states(paths.root)
-        holding = holders(params, paths)
         if as_json:
-            print(json.dumps({"stages": stages, "registry": holding}, indent=2))
-            return
-        table = Table("stage", "state")
-        for name, changes in stages.items():
-            more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
-            words = ", ".join(changes[:SHOWN]) + more
-            table.add_row(name, f"[yellow]{escape(words)}[/]" if changes else "[green]up to date[/]")
-        console = Console(highlight=False)
-        console.print(table)
-        console.print(_registry_line(params.project.name, holding))
+            print(json.dumps({"stage": name, "seconds": time.monotonic() - began}))
+
+
+def status(
+    states: Annotated[
+        bool, typer.Option("--stages/--no-stages", help="Of each stage, what changed: DVC takes a second or more.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """What runs now, how the last run ended, which stages are up to date, and which version has which stage.
+
+    Also the newest version and its verdict, the last retraining and the next one, the disk, and what killed processes
+    left behind.
+    """
+    with errors(), project() as (params, paths):
+        from flows.commands.standing import print_status
+        from flows.status import status as look
+
+        found = ({"stages": stage_states(paths.root)} if states else {}) | look(params, paths)
+        if as_json:
+            print(json.dumps(found, indent=2))
+        else:
+            print_status(found)
 
 
 def plan(
@@ -132,11 +148,3 @@ def doctor(
         if wrong:
             named = ", ".join(finding.check for finding in wrong)
             fail(f"{len(wrong)} of {len(findings.findings)} checks found an error: {named}")
-
-
-def _registry_line(name: str, holders: dict[str, str | None]) -> str:
-    if not holders:
-        return f"{name}: nothing is promoted yet"
-    return f"{name}: " + ", ".join(
-        f"{stage} is {version or 'a commit without a version'}" for stage, version in holders.items()
-    )

@@ -1,25 +1,38 @@
-"""The gate, and what comes of it: promote and roll back."""
+"""The gate, and what comes of it: promote and roll back; and people's approvals, which it can ask for."""
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.commands.common import AsJson, PushTo, errors, project
+from flows import completion
+from flows.commands.common import AsJson, PushTo, at_stage, errors, newest, project
 from flows.errors import GateError
-from flows.promotion.gate import Check
 from flows.stage import fail
 from peftcore.files import write_atomically
+
+if TYPE_CHECKING:
+    from flows.promotion.gate import Check
+
+Stage = Annotated[
+    str | None, typer.Option("--stage", metavar="NAME", help="`gate.stage` of `params.yaml` if left out.")
+]
 
 
 def promote(
     version: Annotated[
-        str | None, typer.Option(metavar="vX.Y.Z", help="Which version; that of the last run if left out.")
+        str | None,
+        typer.Option(
+            metavar="vX.Y.Z",
+            help="Which version; that of the last run if left out.",
+            autocompletion=completion.versions,
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Judge only; change nothing.")] = False,
     as_json: AsJson = False,
@@ -28,19 +41,21 @@ def promote(
         typer.Option(metavar="FILE", help="Write the verdict and its checks there too, for a pull request."),
     ] = None,
     push_to: PushTo = None,
+    stage: Stage = None,
 ) -> None:
-    """Judge a version by the gate and, if it passes, give it the stage `gate.stage` of `params.yaml`.
+    """Judge a version by the gate and, if it passes, give it the stage.
 
-    The gate's checks, in order: only allowed files; their registered SHA-256; finite weights; the thresholds of
-    `params.yaml`; better than the version that has the stage now (a paired bootstrap on the same test rows), and in no
-    slice of them worse than allowed; the adapter's size; a faithful merge. The first that fails is the reason. Exits
-    with 3 if it refuses, with 4 if somebody else promoted meanwhile.
+    The gate's checks, in order: only allowed files; their registered SHA-256; an allowed signature; finite weights; the
+    thresholds of `params.yaml`; better than the version that has the stage now (a paired bootstrap on the same test
+    rows, on which that one is measured again if they are new to it), and in no slice of them worse than allowed;
+    nothing forgotten on the control set; the adapter's size and latency; a faithful merge; enough approvals. The first
+    that fails is the reason. Exits with 3 if it refuses, with 4 if somebody else promoted meanwhile.
     """
     with errors(), project() as (params, paths):
         from flows.promotion.promote import promote as promote_version
         from flows.promotion.report import as_markdown
 
-        promotion = promote_version(params, paths, version, dry_run, push_to)
+        promotion = promote_version(at_stage(params, stage), paths, version, dry_run, push_to)
         if markdown is not None:
             write_atomically(markdown, as_markdown(promotion))
         if as_json:
@@ -56,25 +71,59 @@ def promote(
 def rollback(
     reason: Annotated[str, typer.Option(help="Why; the tag keeps it.")],
     to: Annotated[
-        str | None, typer.Option(metavar="vX.Y.Z", help="Which earlier one; the last before this if left out.")
+        str | None,
+        typer.Option(
+            metavar="vX.Y.Z",
+            help="Which earlier one; the last before this if left out.",
+            autocompletion=completion.versions,
+        ),
     ] = None,
     as_json: AsJson = False,
     push_to: PushTo = None,
+    stage: Stage = None,
 ) -> None:
-    """Give the stage `gate.stage` back to a version that had it before, at once and without the gate.
+    """Give the stage back to a version that had it before, at once and without the gate.
 
     Its files have to be those that were registered. The tag says when, by whom and why, in place of which version, and
-    what the gate had said. Exits with 1 if there is none, with 4 if
-    somebody else promoted meanwhile.
+    what the gate had said. Exits with 1 if there is none, with 4 if somebody else promoted meanwhile.
     """
     with errors(), project() as (params, paths):
         from flows.promotion.promote import roll_back
 
-        promotion = roll_back(params, paths, reason, to, push_to)
+        promotion = roll_back(at_stage(params, stage), paths, reason, to, push_to)
         print(json.dumps(promotion.as_dict(), indent=2) if as_json else promotion.sentence)
 
 
-def _print_checks(checks: Iterable[Check]) -> None:
+def approve(
+    note: Annotated[str, typer.Option(help="What was looked at, and why it is good; the tag keeps it.")],
+    version: Annotated[
+        str | None,
+        typer.Argument(metavar="[vX.Y.Z]", help="The newest if left out.", autocompletion=completion.versions),
+    ] = None,
+    as_json: AsJson = False,
+    push_to: PushTo = None,
+) -> None:
+    """Approve a version, which promoting it may need (`gate.approvals`), by a tag that says who, when and why.
+
+    Whoever registered a version cannot approve it. Where `gate.allowed_signers` lists ssh keys, the approval has to be
+    signed with one of them (`PEFTCORE_SIGNING_KEY`). Exits with 4 if you have approved it already.
+    """
+    with errors(), project() as (params, paths):
+        from flows.git import Git
+        from flows.promotion.approvals import approve as approve_version
+        from flows.promotion.registry import Registry
+        from flows.promotion.signatures import allowed_signers, signing_key
+
+        registry = Registry(Git(paths.root), params.project.name, signing_key(params, paths.root))
+        chosen = registry.version(version or newest(registry))
+        made = approve_version(registry, chosen, note, allowed_signers(params.gate, paths.root), push_to)
+        if as_json:
+            print(json.dumps({"name": registry.name, "version": chosen.number, **asdict(made)}, indent=2))
+        else:
+            print(f"{registry.name} {chosen.number} is approved by {made.who}: {made.tag}")
+
+
+def _print_checks(checks: Iterable["Check"]) -> None:
     table = Table("check", "", "found")
     for check in checks:
         table.add_row(check.name, "[green]✓[/]" if check.passed else "[red]✗[/]", escape(check.detail))

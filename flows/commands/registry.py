@@ -1,66 +1,99 @@
-"""The registry: versions and stages, one version's record, what differs between two."""
+"""The registry: versions and stages, a version's record and card, what differs, making one again, freeing space."""
 
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.commands.common import AsJson, errors, holders, newest, project
+from flows import completion
+from flows.commands.common import SIX_HOURS, AsJson, PushTo, errors, newest, project
+from flows.paths import Paths
+from flows.stage import fail
+
+if TYPE_CHECKING:
+    from flows.params import Params
+    from flows.promotion.garbage import Collection
+    from flows.promotion.registry import Registry, Version
+    from flows.promotion.reproduction import Reproduction
+
+Chosen = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[VERSION]",
+        help="As v0.1.0, or the name of a stage; the newest if left out.",
+        autocompletion=completion.versions_and_holders,
+    ),
+]
+SHOWN = ("base", "adapter", "gain")
+"""Parts of the metrics that `show` has beside each other."""
 
 
 def list_versions(as_json: AsJson = False) -> None:
-    """All registered versions, the newest first, with their test loss and stages."""
-    from flows.git import Git
-    from flows.promotion.registry import Registry
-
+    """All registered versions, the newest first, with their test loss and stages, and whether their files are gone."""
     with errors(), project() as (params, paths):
-        registry = Registry(Git(paths.root), params.project.name)
-        holders = registry.stages().values()
-        rows = []
-        for version in reversed(registry.versions()):
-            stages = [holder.stage for holder in holders if holder.version == version.number]
-            created = datetime.fromtimestamp(version.created, UTC).isoformat(timespec="seconds")
-            title = version.message.split("\n", 1)[0].partition(": ")[2]
-            rows.append({"version": version.number, "created": created, "stages": stages, "summary": title})
+        registry = _registry(params, paths)
+        held, collected = registry.stages().values(), registry.collected()
+        rows = [
+            {
+                "version": version.number,
+                "created": _date(version.created),
+                "stages": [holder.stage for holder in held if holder.version == version.number],
+                "summary": version.message.split("\n", 1)[0].partition(": ")[2],
+                "collected": _date(collected[version.number].created) if version.number in collected else None,
+            }
+            for version in reversed(registry.versions())
+        ]
         if as_json:
             print(json.dumps(rows, indent=2))
             return
         table = Table("version", "created", "stage", "summary", title=registry.name, title_justify="left")
         for row in rows:
-            table.add_row(row["version"], row["created"], ", ".join(row["stages"]), escape(row["summary"]))
+            note = f" [yellow](files collected {row['collected']})[/]" if row["collected"] else ""
+            table.add_row(row["version"], row["created"], ", ".join(row["stages"]), escape(row["summary"]) + note)
         Console(highlight=False).print(table if rows else f"no version of {registry.name} yet; use `peftcore run`")
 
 
-def show(
-    version: Annotated[str | None, typer.Argument(help="Its number, as v0.1.0; the newest if left out.")] = None,
-) -> None:
-    """The lineage record of one version, as JSON: code, data, parameters, metrics, hashes of every file."""
-    from flows.git import Git
-    from flows.promotion.registry import Registry
-
+def show(version: Chosen = None, as_json: AsJson = False) -> None:
+    """One version: what it reaches, where it comes from, which stages it has. `--json`: its whole lineage record."""
     with errors(), project() as (params, paths):
-        registry = Registry(Git(paths.root), params.project.name)
-        print(json.dumps(registry.record(registry.version(version or newest(registry))), indent=2))
+        registry = _registry(params, paths)
+        chosen = _version(registry, version)
+        record = registry.record(chosen)
+        if as_json:
+            print(json.dumps(record, indent=2))
+            return
+        console = Console(highlight=False)
+        console.print(_figures(record, f"{registry.name} {chosen.number}"))
+        facts = Table(show_header=False, box=None)
+        for name, value in _facts(registry, chosen, record):
+            facts.add_row(name, escape(str(value)))
+        console.print(facts)
 
 
 def diff(
-    before: Annotated[str, typer.Argument(help="A version, as v0.1.0, or the name of a stage.")],
-    after: Annotated[str | None, typer.Argument(help="Another; the newest if left out.")] = None,
+    before: Annotated[
+        str,
+        typer.Argument(
+            help="A version, as v0.1.0, or the name of a stage.", autocompletion=completion.versions_and_holders
+        ),
+    ],
+    after: Annotated[
+        str | None,
+        typer.Argument(help="Another; the newest if left out.", autocompletion=completion.versions_and_holders),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What differs between two versions: figures, parameters, data, base, code and software."""
-    from flows.git import Git
-    from flows.promotion.comparison import differences
-    from flows.promotion.registry import Registry
-
+    """What differs between two versions: figures, parameters, ranks, data, base, code, software and machine."""
     with errors(), project() as (params, paths):
-        registry = Registry(Git(paths.root), params.project.name)
-        holding = holders(params, paths)
-        one, other = (registry.version(holding.get(name) or name) for name in (before, after or newest(registry)))
+        from flows.promotion.comparison import differences
+
+        registry = _registry(params, paths)
+        one, other = (_version(registry, name) for name in (before, after))
         found = differences(registry.record(one), registry.record(other))
         if as_json:
             rows = [difference._asdict() | {"change": difference.change} for difference in found]
@@ -73,6 +106,158 @@ def diff(
             table.add_row(difference.part, escape(difference.key), *shown, change)
         same = f"{one.number} and {other.number} differ in nothing that was recorded"
         Console(highlight=False).print(table if found else same)
+
+
+def card(version: Chosen = None) -> None:
+    """The model card of one version, as its commit has it: Markdown that the Hugging Face hub reads."""
+    with errors(), project() as (params, paths):
+        from flows.git import GitError
+        from flows.promotion.card import CARD, model_card
+
+        registry = _registry(params, paths)
+        chosen = _version(registry, version)
+        try:
+            print(registry.git.show(chosen.commit, CARD), end="")
+        except GitError:  # registered before there were cards
+            print(model_card(registry.record(chosen)), end="")
+
+
+def gc(
+    keep: Annotated[int, typer.Option(min=0, metavar="N", help="The newest versions that keep their files.")] = 5,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Also from the DVC remote `register.remote`, for good.")
+    ] = False,
+    forget_past: Annotated[
+        bool, typer.Option("--forget-past", help="Versions that had a stage once, and have none now, may go too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would go, and remove nothing.")] = False,
+    as_json: AsJson = False,
+    push_to: PushTo = None,
+) -> None:
+    """Free DVC's cache of the files of versions that nothing needs, and what killed runs left behind.
+
+    Kept are versions that have or had a stage, the newest, and what branches, other tags, experiments and working trees
+    refer to. Tags stay. With `--remote` those versions cannot be had any more, and `registry list` says so; versions
+    that other clones have registered are known if their tags are here (`--push-to` fetches them first).
+    """
+    with errors(), project() as (params, paths):
+        from flows.promotion.garbage import collect_garbage
+
+        found = collect_garbage(params, paths, keep, remote, forget_past, dry_run, push_to)
+        if as_json:
+            print(json.dumps(found.as_dict(), indent=2))
+        else:
+            _print_collection(found)
+
+
+def reproduce(
+    version: Chosen = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAGE",
+            help="Stop after this stage, as `train`; all but `register` otherwise.",
+            autocompletion=completion.stages,
+        ),
+    ] = None,
+    stage_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Stop a stage that takes longer.")
+    ] = SIX_HOURS,
+    as_json: AsJson = False,
+) -> None:
+    """Make a version again from its own commit, in a working tree of its own, and compare it byte for byte.
+
+    What was fetched is taken from DVC by its hash; every later stage really runs, with that commit's code and
+    parameters. Your files and DVC's cache stay as they are. Exits with 1 if a file of the adapter is another.
+    """
+    with errors(), project() as (params, paths):
+        from flows.promotion.reproduction import reproduce as make_again
+
+        number = _version(_registry(params, paths), version).number
+        found = make_again(params, paths, number, stage_timeout, until)
+        if as_json:
+            print(json.dumps(found.as_dict(), indent=2))
+        else:
+            _print_reproduction(found)
+        if not found.same:
+            fail(found.sentence)
+
+
+def _registry(params: "Params", paths: Paths) -> "Registry":
+    from flows.git import Git
+    from flows.promotion.registry import Registry
+
+    return Registry(Git(paths.root), params.project.name)
+
+
+def _version(registry: "Registry", name: str | None) -> "Version":
+    """By its number, by a stage that it has, or the newest."""
+    holder = registry.stages().get(name or "")
+    return registry.version((holder.version if holder else name) or newest(registry))
+
+
+def _figures(record: dict[str, Any], title: str) -> Table:
+    metrics = record["metrics"]
+    table = Table("", *SHOWN, title=title, title_justify="left")
+    for key in dict.fromkeys(key for part in SHOWN for key in metrics.get(part, {})):
+        values = (metrics.get(part, {}).get(key) for part in SHOWN)
+        table.add_row(escape(key), *("" if value is None else escape(_short(value)) for value in values))
+    return table
+
+
+def _facts(registry: "Registry", version: "Version", record: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    method, changed = record["params"]["method"], record["git"]["uncommitted"]
+    stages = ", ".join(one.stage for one in registry.stages().values() if one.version == version.number)
+    yield "stages", stages or "none"
+    yield "created", record["created"]
+    yield "tag, commit", f"{version.tag}, {version.commit[:10]}"
+    yield "code", record["git"]["commit"][:10] + (f" and uncommitted: {', '.join(changed)}" if changed else "")
+    yield "method", f"{method['name']}, r {method['r']}"
+    if ranks := record.get("ranks"):
+        yield "ranks", f"{ranks['usual']} in most of {ranks['layers']} layers, others in {len(ranks['others'])}"
+    yield "base", f"{record['params']['base']['source']}, {record['base_model'][:12]}"
+    yield "data", f"{record['params']['data']['source']}, {record['dvc'].get('artifacts/data', '')[:12]}"
+    yield "test rows", record["evaluation_set"][:12]
+    if merge := record["metrics"].get("merge"):
+        yield "merge", ", ".join(f"{key} {_short(value)}" for key, value in merge.items())
+    yield "adapter", record["adapter"]["content"]
+    if mark := registry.collected().get(version.number):
+        yield "files", f"collected {_date(mark.created)}: {mark.message.strip()}"
+
+
+def _print_collection(found: "Collection") -> None:
+    verb = "would go" if found.dry_run else "gone"
+    table = Table("", "objects", "MB", title=verb, title_justify="left")
+    places = {"DVC's cache": found.cache, "DVC's remote": found.remote}
+    for place, freed in places.items():
+        if freed is not None:
+            table.add_row(place, str(freed.objects), f"{freed.size / 1e6:.1f}")
+    for folder, size in found.leftovers.items():
+        table.add_row(escape(folder), "", f"{size / 1e6:.1f}")
+    console = Console(highlight=False)
+    console.print(table)
+    print(f"versions whose files {'would go' if found.dry_run else 'are gone'}: {', '.join(found.collected) or 'none'}")
+    print("kept: " + (", ".join(f"{version} ({why})" for version, why in found.kept.items()) or "none"))
+    if found.lost:
+        print(f"kept, but its files are in neither cache nor remote: {', '.join(found.lost)}")
+
+
+def _print_reproduction(found: "Reproduction") -> None:
+    from flows.promotion.reproduction import PARTS
+
+    table = Table("", "what", "registered", "rebuilt", "same", "", title=found.version, title_justify="left")
+    for part in PARTS:
+        for one in getattr(found, part):
+            values = [escape(_short(value)) for value in (one.registered, one.rebuilt)]
+            mark = "[green]✓[/]" if one.same else "[red]✗[/]"
+            table.add_row(part, escape(one.what), *values, mark, escape(one.detail))
+    Console(highlight=False).print(table)
+    if found.same:
+        print(found.sentence)
+
+
+def _date(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _short(value: object) -> str:

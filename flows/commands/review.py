@@ -1,11 +1,77 @@
-"""The page of the last run."""
+"""The page of the last run, runs compared, and one run of a sweep."""
 
-from flows.commands.common import errors, project
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from flows.commands.common import AsJson, errors, one_document, project
 
 
-def review() -> None:
-    """Write the page of the last run again, `reports/review.html`: one file that needs no network."""
-    with errors(), project() as (params, paths):
-        from flows.review.page import write_review
+def review(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN...",
+            help="A W&B folder (`wandb`, `wandb/offline-run-...`), `wandb:ENTITY/PROJECT[/RUN_ID]` of a server, "
+            "a version (`v0.1.0`) or stage (`champion`), `exp:NAME` or `exp:` for DVC's experiments.",
+        ),
+    ] = None,
+    of_project: Annotated[
+        str | None,
+        typer.Option("--project", metavar="ENTITY/PROJECT", help="The runs of a project at the W&B server too."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page to write; `reports/comparison.html` if left out.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the page of the last run again, `reports/review.html`; or compare the runs that are named.
 
-        print(write_review(params, paths))
+    Compared runs come as a table, the best test loss first, the champion with a star, and as one page with their
+    curves, parameters, configurations and answers. Every page is one file that needs no network.
+    """
+    names = [*(runs or []), *([f"wandb:{of_project}"] if of_project else [])]
+    if not names:
+        with errors(), project() as (params, paths):
+            from flows.review.page import write_review
+
+            page = write_review(params, paths)
+            print(json.dumps({"page": str(page)}) if as_json else page)
+        return
+    with errors():
+        from flows.review.comparison import compare
+        from flows.review.comparison_page import write_comparison
+        from flows.review.comparison_table import print_comparison
+        from flows.review.sources import pipeline_root, read_runs
+
+        root = pipeline_root()
+        comparison = compare(read_runs(names, root))
+        folder = Path("reports") if root is None else root / "reports"
+        page = write_comparison(comparison, out or folder / "comparison.html", " · ".join(names)).resolve()
+        if as_json:
+            print(json.dumps({"page": str(page), **comparison.as_dict()}, indent=2))
+            return
+        console = Console(highlight=False)
+        print_comparison(comparison, console)
+        console.print(f"[dim]page[/] {page}", soft_wrap=True)
+
+
+def trial(
+    overrides: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="As `train.learning_rate=1e-3`.")],
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="What DVC calls the experiment.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the pipeline once with other parameters, apart from the working tree, as a DVC experiment.
+
+    It registers nothing; stages that the parameters do not touch come from the cache. `sweeps/learning-rate.yaml` is a
+    W&B sweep that runs it; `peftcore review exp:` compares what there is, `dvc exp apply NAME` takes one over.
+    """
+    with errors(), project() as (_, paths):
+        from flows.trial import run_trial
+
+        with one_document(as_json):
+            made = run_trial(paths.root, overrides, name)
+        print(json.dumps({"experiment": made}) if as_json else made)

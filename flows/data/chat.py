@@ -41,7 +41,7 @@ class ChatTokenizer:
         Raises DataError if the template rewrites earlier turns or leaves one out, if a content holds one of its
         special tokens, or if no turn is supervised.
         """
-        self._refuse_special_tokens(messages)
+        self._refuse_special_tokens(messages, tools)
         whole = render(self.tokenizer, messages, tools=tools)
         self._refuse_unseen(messages, whole, tools)
         turns = [self._turn(messages, index, whole, tools) for index in self._supervised(messages, since)]
@@ -113,8 +113,10 @@ class ChatTokenizer:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoded["input_ids"], [(a + at, b + at) for a, b in encoded["offset_mapping"]]
 
-    def _refuse_special_tokens(self, messages: list[Message]) -> None:
-        found = {token for token in self.special for message in messages if token in message["content"]}
+    def _refuse_special_tokens(self, messages: list[Message], tools: Tools) -> None:
+        texts = [text for message in messages for key in message if key != "role" for text in _texts(message[key])]
+        texts += _texts(tools)
+        found = {token for token in self.special for text in texts if token in text}
         if found:
             raise DataError(
                 f"its text holds {', '.join(sorted(found))}, which the model would read as the template's; remove it"
@@ -135,16 +137,35 @@ class ChatTokenizer:
                 raise DataError(f"the chat template leaves out {what} in turn {index + 1}; take a base that shows it")
 
 
+def _texts(value: Any) -> list[str]:
+    """All text inside of JSON's types."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    return [text for item in value for text in _texts(item)] if isinstance(value, list) else []
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], generate: bool = False, tools: Tools = None
 ) -> str:
     """The chat as text; `generate` ends it with the template's prompt for an assistant turn.
 
-    Raises DataError if the template refuses the chat (some know no system turn).
+    The template is the base's own and runs in transformers' sandbox, from which it reaches neither files nor code; what
+    a row holds is text to it, never a template. Raises DataError if the template refuses the chat (some know no system
+    turn) or fails on it.
     """
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generate)  # pyright: ignore[reportArgumentType]
-    except TemplateError as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(f"the chat template refuses a chat of {roles}: {error}") from error
     assert isinstance(text, str)

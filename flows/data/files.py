@@ -1,17 +1,24 @@
 """Rows of JSONL, CSV and Parquet files, each with its place, so that errors can name it."""
 
 import csv
+import itertools
 import json
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from datasets import Dataset
+import pyarrow
+from pyarrow import parquet
 
 from flows.errors import DataError
 from flows.stage import is_disk_full
+
+LONGEST_ROW = 16 << 20
+"""Bytes of a row, or characters of a field of CSV; about four million tokens."""
+LEAST_UNPACKED, MOST_EXPANSION = 1 << 30, 1000
+"""Bytes that a Parquet file may always unpack to, and for each of its own if that is more; honest text takes ten."""
+_BATCH = 256
+"""Rows of Parquet that are read at a time."""
 
 Row = tuple[str, dict[str, Any]]
 """A row's place, such as `chats.jsonl:12`, and its columns."""
@@ -25,7 +32,7 @@ def read_rows(place: Path, source: str) -> Iterator[Row]:
     if not place.exists():
         raise DataError(f"data.source {source}: there is no {place}; give stdlib:docstrings, hub:NAME or a path")
     found = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
-    paths = [path for path in found if path.suffix in _READERS]
+    paths = [path for path in found if path.suffix in _READERS and path.is_file()]
     if not paths:
         raise DataError(f"data.source {source}: {place} is or holds no {', '.join(_READERS)}; convert it to one")
     for path in paths:
@@ -34,15 +41,26 @@ def read_rows(place: Path, source: str) -> Iterator[Row]:
             yield from _READERS[path.suffix](path, name)
 
 
+def _lines(file: IO[Any], name: str) -> Iterator[Any]:
+    """The lines of a file, of which none is read further than a row may be long."""
+    for number in itertools.count(1):
+        line = file.readline(LONGEST_ROW + 1)
+        if not line:
+            return
+        if len(line) > LONGEST_ROW:
+            raise DataError(f"{name}:{number}: the line is longer than {LONGEST_ROW:,} bytes; split the row")
+        yield line
+
+
 def _json_lines(path: Path, name: str) -> Iterator[Row]:
     """Parsed line by line rather than by `datasets`, whose errors name no line."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, name), start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # bad JSON or bad UTF-8
+            except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or endless nesting
                 raise DataError(f"{name}:{number}: not JSON ({error}); mend or remove the line") from error
             if not isinstance(row, dict):
                 raise DataError(f"{name}:{number}: a row is a JSON object, and this is {type(row).__name__}")
@@ -51,9 +69,9 @@ def _json_lines(path: Path, name: str) -> Iterator[Row]:
 
 def _csv(path: Path, name: str) -> Iterator[Row]:
     """Every value as text; `datasets` would make numbers of "1" and nothing of "NA"."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(LONGEST_ROW)
     with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, strict=True)
+        rows = csv.DictReader(_lines(file, name), strict=True)
         try:
             for row in rows:
                 if None in row or None in row.values():
@@ -64,16 +82,23 @@ def _csv(path: Path, name: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path, name: str) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as scratch:  # a cache by path would go stale when the file changes
-        try:
-            table = Dataset.from_parquet(str(path), cache_dir=scratch, keep_in_memory=True)
-        except Exception as error:  # pyarrow and datasets each raise their own
-            if is_disk_full(error):
-                raise
-            raise DataError(f"{name}: not Parquet ({error.__cause__ or error}); write it anew") from error
-        for number, row in enumerate(table, start=1):
-            assert isinstance(row, dict)
-            yield f"{name} row {number}", row
+    """By pyarrow rather than `datasets`, which obeys what a file says of its columns: to open a path, or an address."""
+    most, number, held = max(LEAST_UNPACKED, MOST_EXPANSION * path.stat().st_size), 0, 0
+    try:
+        with parquet.ParquetFile(path, memory_map=False) as file:
+            for batch in file.iter_batches(_BATCH):
+                held += batch.nbytes
+                if held > most:
+                    raise DataError(f"{name}: its {path.stat().st_size:,} bytes unpack to more than {most:,}; split it")
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{name} row {number}", row
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if is_disk_full(error):
+            raise
+        raise DataError(f"{name}: not Parquet ({error}); write it anew") from error
 
 
 _READERS = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}

@@ -7,7 +7,7 @@ null counts as absent, because Parquet gives every row all columns.
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flows.data.examples import Message
@@ -21,6 +21,8 @@ SHAREGPT = {
 """{`from` of a ShareGPT turn: its role}"""
 ONE_TURN = {"prompt": "completion", "question": "answer", "instruction": "output"}
 """{column of the question: column of the answer}; an `instruction` may have an `input`, as Alpaca's do."""
+_DEEPEST = 32
+"""Levels of lists and objects in what a chat says of tools."""
 _OTHER_KINDS = {"preference": ("chosen", "rejected"), "classification": ("text", "label")}
 
 
@@ -76,8 +78,9 @@ def labelled(row: dict[str, Any]) -> tuple[str, str]:
         if row.get(column) is None:
             raise FaultyRow(f"it has no {column}; a row of data.kind classification has text and label")
     label = row["label"]
+    _check_data(label, "its label")
     if not isinstance(label, str | int) or not str(label).strip():
-        raise FaultyRow(f"its label is {label!r}; give a name or a whole number")
+        raise FaultyRow(f"its label is {label!r:.80}; give a name or a whole number")
     return _text(row, "text"), str(label).strip()
 
 
@@ -88,16 +91,20 @@ def weight(row: dict[str, Any]) -> float:
         return 1.0
     try:
         value = math.nan if isinstance(given, bool) else float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not 0 <= value < math.inf:
-        raise FaultyRow(f"its weight is {given!r}; give a number of at least 0")
+        raise FaultyRow(f"its weight is {given!r:.80}; give a number of at least 0")
     return value
 
 
 def tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The functions that the chat may call."""
-    return None if row.get("tools") is None else _listed(row["tools"], "its tools are")
+    if row.get("tools") is None:
+        return None
+    found = _listed(row["tools"], "its tools are")
+    _check_data(found, "its tools")
+    return found
 
 
 def _one_turn(row: dict[str, Any], question: str, answer: str) -> list[Message]:
@@ -123,6 +130,25 @@ def _check_characters(text: str, subject: str) -> None:
         raise FaultyRow(f"{subject} has half a character at {error.start} ({text[error.start]!r}); mend it") from error
 
 
+def _check_data(value: Any, subject: str) -> None:
+    """Refuse what cannot be written as JSON again: half characters, numbers of thousands of digits, endless nesting."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        for item in level:
+            if isinstance(item, str):
+                _check_characters(item, subject)
+            if isinstance(item, int) and abs(item) >= 2**63:
+                raise FaultyRow(f"{subject} has a number of more than 63 bits; write it as text")
+        level = [part for item in level for part in _parts(item)]
+        if not level:
+            return
+    raise FaultyRow(f"{subject} is nested more than {_DEEPEST} levels deep; make it flatter")
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
 def _turns_of(row: dict[str, Any], column: str, role: str) -> list[Message]:
     """Turns as a list of messages, or one turn of `role` as text; CSV writes a list as JSON."""
     value = row[column]
@@ -146,7 +172,7 @@ def _listed(value: Any, subject: str) -> list[dict[str, Any]]:
     if isinstance(value, str):  # CSV has no lists
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise FaultyRow(f"{subject} no JSON: {error}") from error
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise FaultyRow(f'{subject} no list of {{"role": ..., "content": ...}}')
@@ -177,7 +203,7 @@ def _turns(value: list[dict[str, Any]]) -> Iterator[Message]:
         said = message.get("role", message.get("from"))
         role = SHAREGPT.get(str(said), said) if "from" in message else said
         if role not in ROLES:
-            raise FaultyRow(f"turn {number} has the role {said!r}; give one of {', '.join(ROLES)}")
+            raise FaultyRow(f"turn {number} has the role {said!r:.80}; give one of {', '.join(ROLES)}")
         content = _content(message.get("content") if message.get("content") is not None else message.get("value"))
         calls = message.get("tool_calls") if role == "assistant" else None
         if content is None or not (content.strip() or role == "system" or calls):
@@ -189,6 +215,7 @@ def _turns(value: list[dict[str, Any]]) -> Iterator[Message]:
         for key in ("name", "tool_call_id"):
             if message.get(key) is not None:
                 turn[key] = message[key]
+        _check_data({key: turn[key] for key in turn if key not in ("role", "content")}, f"turn {number} ({role})")
         if not _is_trained(message, role, number):
             turn["train"] = False
         yield turn
@@ -206,9 +233,10 @@ def _content(value: Any) -> str | None:
 def _is_trained(message: dict[str, Any], role: str, number: int) -> bool:
     flag = message.get("train")
     if flag is None and message.get("weight") is not None:
-        flag = {0: False, 1: True}.get(message["weight"], message["weight"])
+        given = message["weight"]
+        flag = bool(given) if isinstance(given, int | float) and given in (0, 1) else given
     if not isinstance(flag, bool | None):
-        raise FaultyRow(f"turn {number} has the weight {flag!r}; a turn's is 0 or 1, and `train` true or false")
+        raise FaultyRow(f"turn {number} has the weight {flag!r:.80}; a turn's is 0 or 1, and `train` true or false")
     if flag and role != "assistant":
         raise FaultyRow(f"turn {number} ({role}) is to be trained; only the assistant's turns can be")
     return flag is not False

@@ -56,6 +56,11 @@ def read_examples(data: Data, root: Path) -> list[AnyExample]:
     return examples
 
 
+def comes_from(where: str, names: list[str]) -> bool:
+    """Whether a row's place, such as `week3.jsonl:12` or `week3.parquet row 12`, is in a file of one of the names."""
+    return where.startswith(tuple(f"{name}{mark}" for name in names for mark in (":", " row ")))
+
+
 def refuse_faulty(faults: list[str], of: str) -> None:
     """Raise DataError that counts the faulty rows and lists the first of them, if there are any."""
     if not faults:

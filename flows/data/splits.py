@@ -6,6 +6,7 @@ A hash, not a shuffle, so that a row which is added to the data moves no other r
 import hashlib
 import itertools
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flows.data.near_duplicates import NearDuplicates
@@ -23,6 +24,8 @@ class Row:
     slice: str
     weight: float = 1.0
     truncated: bool = False
+    fresh: bool = True
+    """Whether training is about it, or it may be replayed."""
 
     @property
     def prompt_key(self) -> str:
@@ -56,6 +59,16 @@ def assign_groups(sizes: dict[str, int], shares: dict[Split, float], seed: int) 
                 room -= sizes[group]
         assigned |= dict.fromkeys(chosen or [min(free, key=lambda group: sizes[group])], split)
     return {group: assigned.get(group, "train") for group in sizes}
+
+
+def hashed_groups(groups: Iterable[str], shares: dict[Split, float], seed: int) -> dict[str, Split]:
+    """Each group's split by its own hash: groups that are added move no other, and shares are met roughly."""
+    assigned: dict[str, Split] = {}
+    for group in groups:
+        place = int(rank(seed, group)[:15], 16) / 16**15
+        in_test = place < shares["test"]
+        assigned[group] = "test" if in_test else "validation" if place < sum(shares.values()) else "train"
+    return assigned
 
 
 def without_duplicates(rows: list[Row], split_of: dict[str, Split]) -> tuple[dict[Split, list[Row]], Counter[str]]:
@@ -106,6 +119,18 @@ def without_near_duplicates(
 def sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     """At most `limit` rows (None: all), in an order that the seed decides."""
     return sorted(rows, key=lambda row: rank(seed, row.tokens.id))[:limit]
+
+
+def replayed(rows: list[Row], share: float, limit: int | None, seed: int) -> list[Row]:
+    """At most `limit` rows (None: all that fit), `share` of them such as are not fresh, in an order that the seed has.
+
+    Where older rows are too few, the fresh ones stay as many as they would have been.
+    """
+    fresh, older = ([row for row in rows if row.fresh is kind] for kind in (True, False))
+    whole = len(fresh) / (1 - share)
+    total = whole if limit is None else min(limit, whole)
+    count = round(total * share)
+    return sample(sample(fresh, round(total) - count, seed) + sample(older, count, seed), None, seed)
 
 
 def leakage(splits: dict[Split, list[Row]]) -> dict[str, dict[str, int]]:

@@ -1,7 +1,8 @@
 """Greedy answers to many prompts at once: batched by length, padded on the left, with a key-value cache."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -53,8 +54,7 @@ def generate_answers(
     )
     answers: list[Answer | None] = [None] * len(prompts)
     started = time.perf_counter()
-    hook = cast(nn.Module, model.get_output_embeddings()).register_forward_pre_hook(_contiguous)
-    try:
+    with contiguous_head(model):
         for batch in by_length([len(prompt) for prompt in prompts], batch_size):
             inputs = _left_padded([prompts[i] for i in batch], pad, model.device)
             with torch.no_grad():
@@ -65,9 +65,17 @@ def generate_answers(
                 made = sum(answer.tokens for answer in answers if answer) / (time.perf_counter() - started)
                 bar.set_postfix({"tokens/s": f"{made:,.0f}"}, refresh=False)
                 bar.update(len(batch))
+    return Answers(cast(list[Answer], answers), time.perf_counter() - started)
+
+
+@contextmanager
+def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which the output head reads contiguous rows, which is faster on a CPU and gives the same."""
+    hook = cast(nn.Module, model.get_output_embeddings()).register_forward_pre_hook(_contiguous)
+    try:
+        yield
     finally:
         hook.remove()
-    return Answers(cast(list[Answer], answers), time.perf_counter() - started)
 
 
 def _contiguous(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy
 from safetensors import SafetensorError, deserialize
 
-from peftcore.files import MANIFEST
+from peftcore.files import MANIFEST, read_limited
 
 ALLOWED = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST})
 
@@ -15,11 +15,11 @@ _EXPONENT = {"BF16": (numpy.uint16, 0x7F80), "F8_E5M2": (numpy.uint8, 0x7C)}
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Entries that do not belong into an adapter folder: other files, any sub-folder, any link; sorted."""
-    if not folder.is_dir():
+    """Entries that do not belong into an adapter folder: other files, any sub-folder, link, pipe or device; sorted."""
+    if not folder.is_dir() or folder.is_symlink():
         return [f"{folder} (no folder)"]
     return sorted(
-        entry.name
+        entry.name if entry.name.isprintable() else repr(entry.name)  # a terminal obeys some characters
         for entry in folder.iterdir()
         if entry.name not in ALLOWED or entry.is_symlink() or not entry.is_file()
     )
@@ -30,8 +30,8 @@ def non_finite_tensors(folder: Path) -> tuple[list[str], int]:
     bad, count = [], 0
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            tensors = deserialize(path.read_bytes())
-        except SafetensorError as error:
+            tensors = deserialize(read_limited(path, path.stat().st_size))
+        except (SafetensorError, OSError, ValueError) as error:
             return [f"{path.name} (not readable: {error})"], count
         count += len(tensors)
         bad += [name for name, tensor in tensors if not _is_finite(tensor["dtype"], tensor["data"])]

@@ -3,7 +3,19 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-PARTS = ("metrics", "params", "evaluation_set", "base_model", "dvc", "adapter", "git", "software")
+PARTS = (
+    "metrics",
+    "params",
+    "ranks",
+    "data",
+    "evaluation_set",
+    "base_model",
+    "dvc",
+    "adapter",
+    "git",
+    "software",
+    "machine",
+)
 """What of a record says how a version came to be, in the order in which it is told."""
 
 

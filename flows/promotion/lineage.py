@@ -6,13 +6,16 @@ Everything is read from the files of the run; nothing is computed again.
 import hashlib
 import io
 import json
+import os
+from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
-from platform import python_version
+from platform import machine, processor, python_version, system
 from typing import Any
 
 from ruamel.yaml import YAML
+from safetensors import SafetensorError, safe_open
 
 from flows.errors import RegistryError, RepositoryError, StageError
 from flows.git import Git
@@ -22,6 +25,8 @@ from flows.project import changed_stages, stage_order
 from peftcore.files import MANIFEST, damaged_files, read_manifest, sha256
 
 LOCK = "dvc.lock"
+PARTS = ("objective", "loss_function", "control", "latency")
+"""Of an evaluation, what some have: versions registered before these were written down have none."""
 SOFTWARE = ("torch", "transformers", "bitsandbytes", "peftcore")
 
 
@@ -99,16 +104,57 @@ def headline_metrics(paths: Paths) -> dict[str, Any]:
     summary = read_json(paths.training_summary)
     training = ("steps", "best_step", "best_validation_loss", "seconds", "tokens", "trainable_parameters")
     return {
-        **{part: evaluation[part] for part in ("objective", "loss_function") if part in evaluation},
+        **{part: evaluation[part] for part in PARTS if evaluation.get(part) is not None},
         **{part: evaluation[part] for part in ("base", "adapter", "gain")},
         "merge": {name: merge[name] for name in ("kl", "top1_agreement")},
         "training": {name: summary[name] for name in training},
     }
 
 
+def adapter_ranks(adapter: Path) -> dict[str, Any]:
+    """What rank each adapted layer has, by the shapes of lora_A; nothing for a method without such matrices.
+
+    layers: how many there are; usual: the rank that most have; others: {layer: rank} of the rest.
+    """
+    found: dict[str, int] = {}
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                layer, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+                if rest.startswith(("A", "embedding_A")):
+                    found[layer] = file.get_slice(name).get_shape()[0]
+    except (OSError, SafetensorError) as error:
+        raise StageError(f"{adapter} cannot be read ({error}); train it again with `peftcore run`") from error
+    if not found:
+        return {}
+    usual = max(Counter(found.values()).items(), key=lambda pair: (pair[1], pair[0]))[0]
+    others = {layer: rank for layer, rank in sorted(found.items()) if rank != usual}
+    return {"layers": len(found), "usual": usual, "others": others}
+
+
+def data_summary(paths: Paths) -> dict[str, Any]:
+    """Where the rows came from, how many each split has, and how many were dropped for what."""
+    report = read_json(paths.data_report)
+    rows = {name: split["rows"] for name, split in report["splits"].items()}
+    return {"source": report["source"], "examples": report["examples"], "dropped": report["dropped"], "rows": rows}
+
+
+def this_machine() -> dict[str, Any]:
+    """What of a machine can change a result's last bits."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor())
+    return {"system": system(), "architecture": machine(), "processor": named, "cores": os.cpu_count()}
+
+
+def this_software() -> dict[str, str]:
+    return {"python": python_version(), **{name: installed(name) for name in SOFTWARE}}
+
+
 def evidence(paths: Paths) -> tuple[Path, ...]:
     """The files, beside the adapter, that a version is judged by."""
-    return (paths.evaluation_metrics, paths.evaluation_rows, paths.merge_report)
+    control = (paths.evaluation_control,) if paths.evaluation_control.exists() else ()
+    return (paths.evaluation_metrics, paths.evaluation_rows, *control, paths.merge_report)
 
 
 def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number: str) -> dict[str, Any]:
@@ -132,5 +178,9 @@ def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number
         "params": params.model_dump(),
         "metrics": headline_metrics(paths),
         "wandb_run_id": read_json(paths.training_summary).get("wandb_run_id"),
-        "software": {"python": python_version(), **{name: installed(name) for name in SOFTWARE}},
+        "slices": evaluation.get("slices", {}),
+        "data": data_summary(paths),
+        "ranks": adapter_ranks(paths.adapter),
+        "software": this_software(),
+        "machine": this_machine(),
     }

@@ -1,9 +1,10 @@
 """Promote a version: judge it by the gate against the champion, then give it the stage as a compare-and-swap."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +15,20 @@ from flows.errors import RegistryError, StageError
 from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
-from flows.project import files_at
-from flows.promotion.gate import Candidate, Champion, GateReport, evaluate_gate
-from flows.promotion.lineage import evidence, read_json
+from flows.promotion.approvals import approvals
+from flows.promotion.candidate import Candidate, Champion
+from flows.promotion.gate import GateReport, evaluate_gate
+from flows.promotion.lineage import read_json
+from flows.promotion.registered_files import check_adapter, files_of
 from flows.promotion.registry import Assignment, Registry, Version
-from peftcore.files import sha256, write_atomically
+from flows.promotion.remeasurement import measure_again
+from flows.promotion.signatures import allowed_signers, signature_of, signing_key
+from peftcore.files import write_atomically
 
 Outcome = Literal["promoted", "already", "refused", "would promote", "rolled back"]
 _REPORT = "Gate report: "
+CONTROL = ("tokens", "base_loss", "adapter_loss")
+"""Columns of the control set's losses that are judged."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,15 @@ def promote(
     The result is kept in reports/promotion.json, for the page. Raises RegistryConflict if the stage changed hands
     while the gate was at work.
     """
-    registry = Registry(Git(paths.root), params.project.name)
+    registry = _registry(params, paths)
     # before anything is compared: whoever promotes after this makes our tag impossible
     looked_at = registry.last_event()
     record = registry.record(registry.version(version)) if version else last_record(paths)
     chosen = registry.version(record["version"])
     holder = registry.stages().get(params.gate.stage)
     if holder is not None and holder.version == chosen.number:
+        if push_to is not None and not dry_run:
+            registry.push_again(push_to, chosen, holder)
         promotion = Promotion(registry.name, chosen.number, params.gate.stage, "already", None, _report_of(holder))
     else:
         report = _judge(params, paths, registry, chosen, holder, from_run=version is None)
@@ -90,7 +99,7 @@ def roll_back(
     version: its number; None is the one that had it last before the present holder. Its files have to be those that
     were registered; the gate is not asked again, what it said then is in the tag. Raises RegistryError.
     """
-    registry, stage = Registry(Git(paths.root), params.project.name), params.gate.stage
+    registry, stage = _registry(params, paths), params.gate.stage
     if not reason.strip():
         raise RegistryError("a rollback needs a reason, which its tag keeps; give --reason")
     looked_at, holder, past = registry.last_event(), registry.stages().get(stage), registry.holders(stage)
@@ -105,7 +114,8 @@ def roll_back(
             "`peftcore promote --version` judges any other"
         )
     chosen = registry.version(found.version)
-    _check_registered(paths, registry, chosen)
+    with files_of(paths, registry, chosen, [paths.adapter]) as where:
+        check_adapter(where.adapter, registry, chosen)
     report = _report_of(found)
     lines = [
         f"{registry.name} {chosen.number} becomes {stage} again, in place of {holder.version or holder.commit}",
@@ -117,17 +127,6 @@ def roll_back(
     promotion = Promotion(registry.name, chosen.number, stage, "rolled back", tag, report)
     write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
-
-
-def _check_registered(paths: Paths, registry: Registry, version: Version) -> None:
-    """RegistryError unless the version's adapter can be had, as it was registered."""
-    with _files_of(paths, registry, version, [paths.adapter]) as where:
-        for name, digest in registry.record(version)["adapter"]["files"].items():
-            if not (where.adapter / name).is_file() or sha256(where.adapter / name) != digest:
-                raise RegistryError(
-                    f"{name} of {version.tag} is not what was registered, so it cannot serve again; `dvc push` it from "
-                    "a machine that has it, or roll back to another version (--to)"
-                )
 
 
 def last_record(paths: Paths) -> dict[str, Any]:
@@ -156,10 +155,14 @@ def _judge(
     holder: Assignment | None,
     from_run: bool,
 ) -> GateReport:
-    wanted = (paths.adapter, *evidence(paths))
-    with nullcontext(paths) if from_run else _files_of(paths, registry, chosen, wanted) as where:
-        candidate = _candidate(registry, chosen, where)
+    wanted = (paths.adapter, *(paths.root / name for name in registry.record(chosen)["evidence"]))
+    with nullcontext(paths) if from_run else files_of(paths, registry, chosen, wanted) as where:
+        candidate = _candidate(params, paths, registry, chosen, where)
         champion = _champion(paths, registry, holder)
+        if champion is not None and params.gate.champion.remeasure:
+            version, of = registry.version(champion.version), None if from_run else chosen
+            again = partial(measure_again, params, paths, registry, version, candidate, of)
+            champion = replace(champion, measure_again=again)
         return evaluate_gate(candidate, champion, params.gate, params.merge, params.project.seed)
 
 
@@ -184,24 +187,15 @@ def _decide(
     return Promotion(registry.name, chosen.number, stage, "promoted", tag, report)
 
 
-@contextmanager
-def _files_of(paths: Paths, registry: Registry, version: Version, wanted: Sequence[Path]) -> Iterator[Paths]:
-    """What a version is judged by, as DVC kept it and as it was registered.
-
-    DVC verifies what it pulls, but not what it gets from another commit.
-    """
-    digests = registry.record(version)["evidence"]
-    with files_at(paths.root, version.commit, [path.relative_to(paths.root).as_posix() for path in wanted]) as folder:
-        for name, digest in digests.items():
-            if (folder / name).is_file() and sha256(folder / name) != digest:
-                raise RegistryError(
-                    f"{name} of {version.tag} is not what was registered: DVC's cache or remote is damaged; remove "
-                    "the damaged file there and `dvc push` it again from a machine that has it"
-                )
-        yield Paths(folder)
+def _registry(params: Params, paths: Paths) -> Registry:
+    return Registry(Git(paths.root), params.project.name, signing_key(params, paths.root))
 
 
-def _candidate(registry: Registry, version: Version, at: Paths) -> Candidate:
+def _candidate(params: Params, paths: Paths, registry: Registry, version: Version, at: Paths) -> Candidate:
+    allowed = allowed_signers(params.gate, paths.root)
+    tag = registry.git.tags(version.tag)[0]
+    asked = params.gate.approvals > 0
+    control = at.evaluation_control
     return Candidate(
         name=registry.name,
         version=version.number,
@@ -210,6 +204,10 @@ def _candidate(registry: Registry, version: Version, at: Paths) -> Candidate:
         metrics=read_json(at.evaluation_metrics),
         merge=read_json(at.merge_report),
         rows=_read_rows(at.evaluation_rows),
+        control=_read_table(control, CONTROL) if control.exists() else None,
+        content=version.content,
+        signature=signature_of(registry.git, tag, allowed) if allowed else None,
+        approved_by=tuple(one.who for one in approvals(registry, version, allowed)) if asked else (),
     )
 
 
@@ -224,16 +222,20 @@ def _champion(paths: Paths, registry: Registry, holder: Assignment | None) -> Ch
         )
     version = registry.version(holder.version)
     record = registry.record(version)
-    with _files_of(paths, registry, version, [paths.evaluation_rows]) as where:
+    with files_of(paths, registry, version, [paths.evaluation_rows]) as where:
         rows = _read_rows(where.evaluation_rows)
     loss = record["metrics"].get("loss_function")
     return Champion(version.number, record["evaluation_set"], record["base_model"], rows, loss)
 
 
 def _read_rows(path: Path) -> pyarrow.Table:
+    return _read_table(path, ("id", "tokens", "adapter_loss"), ("slice", "weight"))
+
+
+def _read_table(path: Path, columns: Sequence[str], if_there: Sequence[str] = ()) -> pyarrow.Table:
     try:
-        columns = {"id", "slice", "tokens", "weight", "adapter_loss"} & set(parquet.read_schema(path).names)
-        return parquet.read_table(path, columns=sorted(columns | {"id", "tokens", "adapter_loss"}))
+        there = set(if_there) & set(parquet.read_schema(path).names)
+        return parquet.read_table(path, columns=sorted(there.union(columns)))
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         raise StageError(f"{path} cannot be read ({error}); run `peftcore run` again") from error
 

@@ -12,16 +12,22 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from flows.errors import RegistryConflict, RegistryError
 from flows.git import Git, GitError, Tag
 
 RECORD = "registry/version.json"
 """Where a version's own commit keeps its lineage record."""
+COLLECTED = "collected/{name}/{version}"
+"""The tag, which GTO does not read, that marks a version whose files are gone."""
 FIRST = (0, 1, 0)
 RAN = ("data", "flows", "peftcore")
 """Folders whose tracked files a version's commit takes as they were when it ran."""
+ADDED = ("params.yaml", "dvc.yaml", ".dvc/config")
+"""Files that it takes, tracked or not."""
 
 _TAG = re.compile(
     r"(?P<name>[^@#]+)"
@@ -75,9 +81,11 @@ class _Event:
 class Registry:
     """The versions and stages of one name."""
 
-    def __init__(self, git: Git, name: str) -> None:
+    def __init__(self, git: Git, name: str, signing_key: Path | None = None) -> None:
+        """signing_key: of ssh, which signs the tags that are made here."""
         self.git = git
         self.name = name
+        self.signing_key = signing_key
 
     def last_event(self) -> int:
         """The highest event number so far; pass it to `assign` to say on what a decision was based."""
@@ -102,8 +110,10 @@ class Registry:
         return versions[number]
 
     def with_content(self, content: str) -> Version | None:
-        """The version whose adapter has this digest, if it is registered already."""
-        return next((version for version in self.versions() if version.content == content), None)
+        """The version whose adapter has this digest, if it is registered already and its files are not collected."""
+        collected = self.collected()
+        same = (version for version in self.versions() if version.content == content)
+        return next((version for version in same if version.number not in collected), None)
 
     def record(self, version: Version) -> dict[str, Any]:
         """A version's lineage record. Raises RegistryError if its commit has none."""
@@ -115,16 +125,25 @@ class Registry:
             ) from error
 
     def stages(self) -> dict[str, Assignment]:
-        """{stage: what has it now}."""
+        """{stage: what has it now}: of the versions that it was not taken back from, the one that got it last."""
         numbers = {version.commit: version.number for version in self.versions()}
-        latest = {event.stage: event for event in self._events() if event.stage}
-        return {stage: _assignment(stage, event, numbers) for stage, event in latest.items() if not event.cancelled}
+        events = self._events()
+        last = {(event.stage, event.tag.commit): event for event in events if event.stage}
+        versions = {event.version: event for event in events if event.version}
+        gone = {event.tag.commit for event in versions.values() if event.cancelled}
+        held = [event for event in last.values() if not event.cancelled and event.tag.commit not in gone]
+        latest = {event.stage: event for event in sorted(held, key=lambda event: event.number) if event.stage}
+        return {stage: _assignment(stage, event, numbers) for stage, event in latest.items()}
 
     def holders(self, stage: str) -> list[Assignment]:
         """Who has had a stage, the first one first; an assignment that was taken back is left out."""
         numbers = {version.commit: version.number for version in self.versions()}
         events = [event for event in self._events() if event.stage == stage and not event.cancelled]
         return [_assignment(stage, event, numbers) for event in events]
+
+    def stages_ever(self) -> set[str]:
+        """Names of stages that a version has or had."""
+        return {event.stage for event in self._events() if event.stage}
 
     def next_number(self, minor: bool) -> str:
         """The number of the next version: a minor step, or a patch of the highest so far."""
@@ -145,7 +164,7 @@ class Registry:
         title = f"{self.name} {number}: {summary}"
         commit = self.git.snapshot(
             update=RAN,
-            add=["params.yaml", "dvc.yaml", ".dvc/config"],
+            add=ADDED,
             contents={**contents, RECORD: json.dumps(record, indent=2) + "\n"},
             message=f"Register {title}\n",
         )
@@ -162,10 +181,23 @@ class Registry:
         tag = f"{self.name}#{stage}#{looked_at + 1}"
         if self.last_event() != looked_at:
             raise self._conflict(tag)
-        self._create(tag, version.commit, message)
+        # two clones that promote the same version in one second would make the same tag, and both have won
+        self._create(tag, version.commit, f"{message.rstrip()}\n\nAttempt: {uuid4().hex}\n")
+        # looked at once the tag is there, because `garbage` marks first and looks at the tags after that
+        if version.number in self.collected():
+            self.git.delete_tag(tag)
+            raise RegistryError(
+                f"the files of {version.tag} were collected (`peftcore registry show {version.number}`), so it can "
+                f"have no stage; `peftcore reproduce {version.number}` tells whether it can be made again"
+            )
         if push_to is not None:
             self._push(push_to, version, tag)
         return tag
+
+    def collected(self) -> dict[str, Tag]:
+        """{version: the mark} of those whose files `peftcore registry gc --remote` has removed."""
+        prefix = COLLECTED.format(name=self.name, version="")
+        return {tag.name.removeprefix(prefix): tag for tag in self.git.tags(f"{prefix}*")}
 
     def _push(self, remote: str, version: Version, tag: str) -> None:
         try:
@@ -175,11 +207,28 @@ class Registry:
             if "rejected" in str(error):
                 raise self._conflict(tag, f"the remote {remote} has other tags of these names; ") from error
             raise RegistryError(f"{error}; {tag} was taken back, so nothing is promoted") from error
+        except BaseException:
+            self.git.delete_tag(tag)  # interrupted: if the remote has it already, the next `git fetch --tags` brings it
+            raise
+
+    def push_again(self, remote: str, version: Version, held: Assignment) -> None:
+        """Push an assignment that was killed before it could be; where the remote has it, nothing happens.
+
+        Raises RegistryConflict if the remote has another of its name, and the tag here goes again.
+        """
+        tag = f"{self.name}#{held.stage}#{held.event}"
+        try:
+            self.git.push_tags(remote, [version.tag, tag])
+        except GitError as error:
+            if "rejected" not in str(error):
+                raise RegistryError(f"{error}; {tag} is there, but perhaps not on {remote}") from error
+            self.git.delete_tag(tag)
+            raise self._conflict(tag, f"the remote {remote} has other tags of these names; ") from error
 
     def _create(self, tag: str, commit: str, message: str) -> None:
         latest = max((event.tag.created for event in self._events()), default=0)
         try:
-            self.git.create_tag(tag, commit, message, after=latest)
+            self.git.create_tag(tag, commit, message, after=latest, key=self.signing_key)
         except GitError as error:
             if self.git.tags(tag):
                 raise self._conflict(tag) from error

@@ -52,7 +52,7 @@ def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup
         axes.set_title(title, loc="left", fontweight="bold", fontsize=11, pad=20)
         axes.text(0, 1.06, note, transform=axes.transAxes, color=SOFT, fontsize=8.5)
         axes.set_yticks([])
-        _bare(axes, keep="bottom")
+        bare(axes, keep="bottom")
     return svg(figure, "Base against adapter: " + ", ".join(panel[1] for panel in panels))
 
 
@@ -63,7 +63,7 @@ def loss_curves(table: Path, best_step: int | None) -> Markup:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     losses.plot(*train, color=ADAPTER, alpha=0.28, linewidth=1)
-    losses.plot(train[0], _smoothed(train[1]), color=ADAPTER, linewidth=2, label="training (smoothed)")
+    losses.plot(train[0], smoothed(train[1]), color=ADAPTER, linewidth=2, label="training (smoothed)")
     losses.plot(*validation, "o-", color=VALIDATION, linewidth=2, markersize=5, label="validation")
     for step, loss in zip(*validation, strict=True):
         if step == best_step:
@@ -82,7 +82,7 @@ def loss_curves(table: Path, best_step: int | None) -> Markup:
     for axes in (losses, rates):
         axes.grid(axis="y", color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
-        _bare(axes, keep="bottom")
+        bare(axes, keep="bottom")
     return svg(figure, "Training and validation loss by optimiser step")
 
 
@@ -106,7 +106,7 @@ def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside upper left", ncols=2)
-    _bare(axes, keep="bottom")
+    bare(axes, keep="bottom")
     return svg(figure, "Test loss by slice, base against adapter")
 
 
@@ -122,7 +122,7 @@ def _series(table: Path, column: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in rows], [value for _, value in rows]
 
 
-def _smoothed(values: Sequence[float], memory: float = 0.85) -> list[float]:
+def smoothed(values: Sequence[float], memory: float = 0.85) -> list[float]:
     """Exponential mean, corrected for its start."""
     smooth, mean, weight = [], 0.0, 0.0
     for value in values:
@@ -140,7 +140,7 @@ def _text(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def _bare(axes: Axes, keep: str) -> None:
+def bare(axes: Axes, keep: str) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == keep)
     axes.tick_params(length=0)

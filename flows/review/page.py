@@ -24,14 +24,21 @@ def write_review(params: Params, paths: Paths) -> Path:
 
     Raises StageError naming the file if a stage has not run yet.
     """
-    environment = Environment(
+    page = environment().get_template("review.html").render(_content(params, paths))
+    write_atomically(paths.review, page)
+    return paths.review
+
+
+def environment() -> Environment:
+    """The package's templates: what is put into them is escaped, what they lack is an error."""
+    pages = Environment(
         loader=PackageLoader("flows.review"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    pages.filters.update(
         count="{:,}".format,
         percent=_percent,
         fixed=_fixed,
@@ -40,9 +47,7 @@ def write_review(params: Params, paths: Paths) -> Path:
         span=_span,
         moment=lambda text: datetime.fromisoformat(text).strftime("%d %B %Y, %H:%M UTC"),
     )
-    page = environment.get_template("review.html").render(_content(params, paths))
-    write_atomically(paths.review, page)
-    return paths.review
+    return pages
 
 
 def _content(params: Params, paths: Paths) -> dict[str, Any]:

@@ -12,8 +12,16 @@ from flows.base.model import check_base, load_tokenizer
 from flows.data.encoders import COLUMNS, Encoder, encoder_of, label_names
 from flows.data.examples import AnyExample
 from flows.data.report import data_report
-from flows.data.sources import read_examples, refuse_faulty
-from flows.data.splits import Row, assign_groups, sample, without_duplicates, without_near_duplicates
+from flows.data.sources import comes_from, read_examples, refuse_faulty
+from flows.data.splits import (
+    Row,
+    assign_groups,
+    hashed_groups,
+    replayed,
+    sample,
+    without_duplicates,
+    without_near_duplicates,
+)
 from flows.data.tokens import length
 from flows.doctor.examination import examine_folder
 from flows.errors import DataError
@@ -50,6 +58,8 @@ def run(params: Params, paths: Paths) -> None:
         "test": data.test_rows,
     }
     splits: dict[Split, list[Row]] = {split: sample(kept[split], limits[split], seed) for split in SPLITS}
+    if data.fresh is not None:
+        splits["train"] = replayed(kept["train"], data.replay_share, data.train_rows, seed)
     available: dict[Split, int] = {split: len(kept[split]) for split in SPLITS}
     _refuse_empty(splits, dropped)
     report = data_report(data, len(examples), available, splits, dropped, tokenizer, labels)
@@ -105,7 +115,9 @@ def _split(rows: list[Row], data: Data, seed: int) -> tuple[dict[Split, list[Row
     """The rows of each split without what two splits share, and how many were dropped by reason."""
     shares: dict[Split, float] = {"test": data.test_share, "validation": data.validation_share}
     sizes = Counter(row.group for row in rows)
-    kept, dropped = without_duplicates(rows, assign_groups(sizes, shares, seed))
+    hashed = data.assignment == "hashed"
+    split_of = hashed_groups(sizes, shares, seed) if hashed else assign_groups(sizes, shares, seed)
+    kept, dropped = without_duplicates(rows, split_of)
     if data.near_duplicates == "drop":
         kept, near = without_near_duplicates(kept, data.similarity)
         dropped += near
@@ -125,7 +137,8 @@ def _row(example: AnyExample, encoder: Encoder, data: Data) -> Row | None:
         if shorter is None:
             return None
         tokens, truncated = encoder.encode(shorter), True
-    return Row(tokens, example.group, example.slice, example.weight, truncated)
+    fresh = data.fresh is None or comes_from(example.where, data.fresh)
+    return Row(tokens, example.group, example.slice, example.weight, truncated, fresh)
 
 
 def _refuse_empty(splits: dict[Split, list[Row]], dropped: Counter[str]) -> None:

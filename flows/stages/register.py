@@ -1,6 +1,7 @@
 """Register the run as a version: push its files to the DVC remote, commit and tag its lineage.
 
-The tag comes last, so a failure before it leaves nothing registered; the same adapter again is the same version.
+The tag comes last, so a failure before it leaves nothing registered; the same adapter again is the same version, unless
+that one's files were collected. The commit also holds a model card.
 """
 
 import json
@@ -11,6 +12,7 @@ from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
 from flows.project import dvc
+from flows.promotion.card import CARD, model_card
 from flows.promotion.lineage import (
     LOCK,
     adapter_files,
@@ -22,7 +24,9 @@ from flows.promotion.lineage import (
     read_lock,
 )
 from flows.promotion.registry import Registry
+from flows.promotion.signatures import signing_key
 from flows.stage import start
+from flows.tracking import mirror_version
 from peftcore.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -42,7 +46,7 @@ def run(params: Params, paths: Paths) -> None:
     metrics = as_text(headline_metrics(paths))
     write_atomically(paths.metrics, metrics)
 
-    registry = Registry(git, params.project.name)
+    registry = Registry(git, params.project.name, signing_key(params, paths.root))
     content = content_digest(adapter_files(paths.adapter))
     known = registry.with_content(content)
     if known is not None:
@@ -53,9 +57,10 @@ def run(params: Params, paths: Paths) -> None:
     number = next_number(registry, params, paths, git, lock)
     record = collect(params, paths, git, lock, number)
     write_atomically(paths.version, as_text(record))
-    contents = {LOCK: lock_text(lock), paths.metrics.name: metrics}
+    contents = {LOCK: lock_text(lock), paths.metrics.name: metrics, CARD: model_card(record)}
     version = registry.register(number, content, record, contents, summary(record))
     logger.info("registered %s", version.tag)
+    mirror_version(params, paths, record, version.commit, registry.stages())
 
 
 def as_text(value: Any) -> str:

@@ -41,6 +41,7 @@ from flows.training.callbacks import (
 from flows.training.launcher import is_launched, joined, launch
 from flows.training.loftq import attach_adapter
 from flows.training.log import RANK_HISTORY, TrainingLog, loss_table
+from flows.training.nodes import check_shared, this_node
 from flows.training.objectives import (
     check_batching,
     class_names,
@@ -54,6 +55,7 @@ from flows.training.objectives import (
 )
 from flows.training.rank_chart import HEAT_MAP, rank_heat_map, rank_picture
 from flows.training.run import Run, optimizer_steps, run_key
+from flows.training.warm_start import continue_adapter, starts_warm
 from peftcore import LoraConfig, TrainingError, initialize_from_data
 from peftcore.files import directory_written_atomically, write_atomically
 from peftcore.init import DATA_STARTS
@@ -76,10 +78,11 @@ def run(params: Params, paths: Paths) -> None:
     """Train, in as many processes as the parameters say."""
     if not is_launched():
         require_sound(paths)
-    if params.train.processes > 1 and not is_launched():
-        launch("flows.stages.train", params.train.processes, params.train.launcher)
+    if params.train.all_processes > 1 and not is_launched():
+        node = this_node(params.train.nodes)
+        launch("flows.stages.train", params.train.processes, params.train.launcher, node)
         return
-    with joined(params.train.processes) as processes:
+    with joined(params.train.all_processes) as processes:
         _run(params, paths, processes)
 
 
@@ -90,6 +93,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     rows, labels = training_rows(params, paths), class_names(params, paths)
     training_set = _training_set(params, rows["train"])
     folder = paths.checkpoints / run_key(params, paths, base)
+    check_shared(folder, processes, params.train.nodes)
     this = Run(folder, last_good_checkpoint(folder), optimizer_steps(params, training_set))
     records = this.log.keep_until(this.state.global_step) if main else []
     if this.checkpoint is not None:
@@ -100,13 +104,18 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     model = cast(PreTrainedModel, load_for_training(paths.base, params.quantization, longest_row, labels))
     pad = padding_id(load_tokenizer(paths.base))
     config = adapter_config(params, this.total_steps)
-    if params.method.r == "auto":
+    warm = starts_warm(paths)
+    if params.method.r == "auto" and not warm:
         chats, collate = unweighted_chats(params, rows["train"]), RightPaddingCollator(pad)
         with processes.main_process_first():
             config = with_automatic_ranks(params, cast(LoraConfig, config), model, chats, collate, folder)
-    model = attach_adapter(params, model, config, paths.base)
+    if warm:
+        model = continue_adapter(params, paths, model, config)
+    else:
+        model = attach_adapter(params, model, config, paths.base)
     check_mergeable(model, ["default"])  # the pipeline ends in a merged model: better said before training than after
-    _start_from_data(params, model, rows["train"], pad)
+    if not warm:
+        _start_from_data(params, model, rows["train"], pad)
     recompute_activations(model, params.train.gradient_checkpointing)
     mode = params.tracking.mode if main else "disabled"
     tracker = Tracker(params.tracking.project, mode, params.model_dump(), paths.root)

@@ -1,4 +1,4 @@
-"""Training in several processes of one machine: a stage starts itself anew in each, and waits for them.
+"""Training in several processes, of one machine or more: a stage starts itself anew in each, and waits for them.
 
 The stage that DVC started becomes the launcher's agent, so the processes are its children and die with it. What one of
 them refuses reaches its message through the agent, once; only the first process shows progress and writes results.
@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from flows.errors import PipelineError, StageError
 from flows.stage import is_disk_full
+from flows.training.nodes import ADDRESS, Node
 from peftcore.errors import PeftError
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -38,11 +39,11 @@ def is_launched() -> bool:
 # -- starting ----------------------------------------------------------------------------------------------------------
 
 
-def launch(module: str, processes: int, launcher: str) -> None:
+def launch(module: str, processes: int, launcher: str, node: Node | None = None) -> None:
     """Run `python -m module` in each of several processes, by accelerate or torchrun, and wait for all.
 
-    Each gets an equal share of the cores for its threads, and of GPUs one. Raises StageError that names the process
-    which failed; the others are then stopped.
+    Each gets an equal share of the cores for its threads, and of GPUs one. node: this machine among several, each of
+    which starts as many. Raises StageError that names the process which failed; the others are then stopped.
     """
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise StageError(
@@ -51,42 +52,56 @@ def launch(module: str, processes: int, launcher: str) -> None:
         )
     # the agent's own account of a failure is a page long, and what it says is in our message
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    with _environment(processes):
+    with _environment(processes, node):
         try:
-            _LAUNCHERS[launcher](module, processes)
+            _LAUNCHERS[launcher](module, processes, node)
         except ChildFailedError as error:
-            raise StageError(_account(error.failures, processes)) from None
+            raise StageError(_account(error.failures, processes * (node.nodes if node else 1))) from None
+        except (torch.distributed.DistError, ConnectionError) as error:
+            if node is None:
+                raise
+            raise StageError(
+                f"node {node.rank} of {node.nodes} did not meet the others at {node.host}:{node.port} ({error}); start "
+                f"all of them, and see that {ADDRESS} names node 0 and that its port can be reached"
+            ) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             sys.exit(128 + int(error.sigval))
 
 
-def _by_torchrun(module: str, processes: int) -> None:
+def _by_torchrun(module: str, processes: int, node: Node | None) -> None:
     from torch.distributed import run
 
-    count = f"--nproc-per-node={processes}"
-    run.run(run.get_args_parser().parse_args(["--standalone", "--local-addr=127.0.0.1", count, "--module", module]))
+    where = ["--standalone", "--local-addr=127.0.0.1"]
+    if node is not None:
+        where = [f"--nnodes={node.nodes}", f"--node-rank={node.rank}"]
+        where += [f"--master-addr={node.host}", f"--master-port={node.port}"]
+    run.run(run.get_args_parser().parse_args([*where, f"--nproc-per-node={processes}", "--module", module]))
 
 
-def _by_accelerate(module: str, processes: int) -> None:
+def _by_accelerate(module: str, processes: int, node: Node | None) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     given: dict[str, Any] = {"num_processes": processes, "num_machines": 1, "main_process_port": 0}
+    if node is not None:
+        given = {"num_processes": processes * node.nodes, "num_machines": node.nodes, "machine_rank": node.rank}
+        given |= {"main_process_ip": node.host, "main_process_port": node.port}
     given |= {"mixed_precision": "no", "dynamo_backend": "no", "num_cpu_threads_per_process": _threads(processes)}
     options = [f"--{name}={value}" for name, value in given.items()]
     # by this name it starts processes on CPUs as well; its --cpu starts one alone
     launch_command(launch_command_parser().parse_args(["--multi_gpu", *options, "--module", module]))
 
 
-_LAUNCHERS: dict[str, Callable[[str, int], None]] = {"accelerate": _by_accelerate, "torchrun": _by_torchrun}
+Launcher = Callable[[str, int, Node | None], None]
+_LAUNCHERS: dict[str, Launcher] = {"accelerate": _by_accelerate, "torchrun": _by_torchrun}
 
 
 @contextmanager
-def _environment(processes: int) -> Iterator[None]:
+def _environment(processes: int, node: Node | None) -> Iterator[None]:
     before = dict(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(_threads(processes))
-    if sys.platform == "linux":
+    if sys.platform == "linux" and (node is None or node.is_local):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine may not know its own name
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
@@ -145,7 +160,7 @@ def joined(processes: int) -> Iterator[PartialState]:
     try:
         state = PartialState(cpu=not torch.cuda.is_available())
         if state.num_processes != processes:
-            raise StageError(f"started in {state.num_processes} processes, but train.processes is {processes}")
+            raise StageError(f"started in {state.num_processes} processes, but the parameters say {processes}")
         if not state.is_main_process:
             for package in ("flows", "peftcore"):
                 logging.getLogger(package).setLevel(logging.ERROR)

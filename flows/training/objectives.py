@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow
 import pyarrow.parquet as parquet
 from datasets import Dataset
 
@@ -60,10 +61,13 @@ def rows_of(params: Params) -> Rows:
 
 
 def check_split(params: Params, path: Path) -> None:
-    """Raise StageError where a split's rows are there and are not of the objective's kind."""
+    """Raise StageError where a split's rows are there and are damaged, or not of the objective's kind."""
     if not path.exists():
         return  # reading it says what to do
-    wanted, there = rows_of(params), set(parquet.read_schema(path).names)
+    try:
+        wanted, there = rows_of(params), set(parquet.read_schema(path).names)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise StageError(f"{path} is damaged ({error}); run the prepare stage again") from error
     if not set(wanted.columns) <= there:
         found = next((rows.kind for rows in (PAIRS, LABELLED, CHATS) if set(rows.columns) <= there), "other")
         raise StageError(

@@ -12,7 +12,7 @@ from transformers import TrainerState
 from flows.params import Params
 from flows.paths import Paths
 from flows.training.log import TrainingLog
-from peftcore.files import sha256
+from peftcore.files import read_manifest, sha256
 from peftcore.train import Packs
 
 
@@ -46,7 +46,7 @@ def optimizer_steps(params: Params, training_set: Sized) -> int:
     if params.train.max_steps is not None:
         return params.train.max_steps
     at_once = 1 if isinstance(training_set, Packs) else params.train.batch_size
-    batches = math.ceil(math.ceil(len(training_set) / at_once) / params.train.processes)
+    batches = math.ceil(math.ceil(len(training_set) / at_once) / params.train.all_processes)
     return math.ceil(params.train.epochs * math.ceil(batches / params.train.gradient_accumulation))
 
 
@@ -54,5 +54,6 @@ def run_key(params: Params, paths: Paths, base: str) -> str:
     """Names what a run is made of, so that only a checkpoint of the very same run is ever resumed."""
     sections = params.model_dump(include={"base", "method", "quantization", "train"})
     data = [sha256(paths.split(name)) for name in ("train", "validation")]
-    made_of = json.dumps([params.project.seed, sections, base, data], sort_keys=True)
+    start = [read_manifest(paths.start_adapter)] if paths.start_adapter.is_dir() else []
+    made_of = json.dumps([params.project.seed, sections, base, data, *start], sort_keys=True)
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]

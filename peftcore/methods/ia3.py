@@ -17,6 +17,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.detection import detect
 from peftcore.errors import ConfigError, TargetError
+from peftcore.patterns import matched
 from peftcore.registry import register
 
 
@@ -48,7 +49,7 @@ class IA3Config(TunerConfig):
     def is_feedforward(self, path: str) -> bool:
         """Whether the input, not the output, is scaled at the layer at `path`."""
         if isinstance(self.feedforward_modules, str):
-            return re.fullmatch(self.feedforward_modules, path) is not None
+            return matched(self.feedforward_modules, path) is not None
         return any(_ends_with(path, name) for name in self.feedforward_modules or ())
 
 

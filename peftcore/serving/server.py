@@ -19,7 +19,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, host: str, port: int):
         super().__init__(
-            uvicorn.Config(make_app(service), host, port, log_level="warning", timeout_graceful_shutdown=5)
+            # h11 bounds headers (64 KiB); httptools, which uvicorn would take where it is installed, does not
+            uvicorn.Config(make_app(service), host, port, http="h11", log_level="warning", timeout_graceful_shutdown=5)
         )
         self._service = service
         self._until: float | None = None

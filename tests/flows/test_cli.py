@@ -1,11 +1,18 @@
 """The command line: what each command prints, from any sub-folder, and one message and exit 1 for what is refused."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from flows.cli import app
@@ -22,26 +29,41 @@ def registered(project: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return project
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "run",
-        "stage",
-        "status",
-        "registry",
-        "registry list",
-        "registry show",
-        "registry diff",
-        "promote",
-        "rollback",
-        "review",
-        "doctor",
-    ],
-)
-def test_each_command_has_help(command: str) -> None:
+WITHOUT_JSON = {
+    "serve": "a server: it answers over HTTP, and tells how it is by /metrics",
+    "schedule": "stays until it is stopped; `status --json` tells when it retrains next",
+    "registry card": "its result is a Markdown file",
+}
+"""{command: why it needs no --json}"""
+
+
+def commands(group: Any = None, before: str = "") -> Iterator[str]:
+    """Every command that there is, groups left out."""
+    for name, command in (group or get_command(app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{before}{name} ")
+        else:
+            yield before + name
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_each_command_says_what_it_does_and_speaks_json(command: str) -> None:
     result = peftcore(*command.split(), "--help")
     assert result.exit_code == 0
     assert len(result.stdout) > 300
+    assert ("--json" in result.stdout) is (command not in WITHOUT_JSON), "scripts want JSON; or say in WITHOUT_JSON why"
+    for option in ("--quiet", "--verbose", "--log-format"):
+        assert option in result.stdout
+
+
+def test_every_exemption_is_a_command() -> None:
+    assert set(commands()) >= set(WITHOUT_JSON)
+
+
+def test_the_help_tells_the_exit_statuses() -> None:
+    text = " ".join(peftcore("--help").stdout.split())
+    for words in ("0 done", "1 refused or failed", "2 a command line", "3 the gate", "4 somebody", "130", "143"):
+        assert words in text
 
 
 def test_outside_a_pipeline_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +85,8 @@ def test_promote_and_what_the_registry_then_shows(registered: Any) -> None:
     (row,) = json.loads(peftcore("registry", "list", "--json").stdout)
     assert (row["version"], row["stages"], row["summary"]) == ("v0.1.0", ["champion"], "test loss 3.800 -> 2.700")
     assert "champion" in peftcore("registry", "list").stdout
-    assert json.loads(peftcore("registry", "show").stdout)["version"] == "v0.1.0"
-    assert json.loads(peftcore("registry", "show", "v0.1.0").stdout)["evaluation_set"] == "e" * 64
+    assert json.loads(peftcore("registry", "show", "--json").stdout)["version"] == "v0.1.0"
+    assert json.loads(peftcore("registry", "show", "champion", "--json").stdout)["evaluation_set"] == "e" * 64
 
 
 def test_the_gate_as_markdown_and_what_differs(registered: Any, tmp_path: Path) -> None:
@@ -111,8 +133,10 @@ def test_status_tells_stages_and_champion(registered: Any) -> None:
     status = json.loads(peftcore("status", "--json").stdout)
     assert status["stages"] == {"make": ["modified source"], "register": ["has not run yet"]}
     assert status["registry"] == {"champion": "v0.1.0"}
+    assert status["champion"]["version"] == status["candidate"]["version"] == "v0.1.0"
     text = peftcore("status").stdout
     assert "modified source" in text
+    assert "v0.1.0, promoted" in text
     assert "docstrings: champion is v0.1.0" in text
 
 
@@ -148,3 +172,61 @@ def test_an_empty_registry_says_so(project: Any, monkeypatch: pytest.MonkeyPatch
     assert "no version of docstrings yet" in peftcore("registry", "list").stdout
     assert "nothing is promoted yet" in peftcore("status").stdout
     assert peftcore("registry", "show").exit_code == 1
+
+
+# -- the command line as a process ------------------------------------------------------------------------------------
+
+
+def start(project: Any, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=project.root,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_is_stopped_says_so_by_the_exit_status(project: Any, number: int, status: int) -> None:
+    (project.root / "make.py").write_text("open('began', 'w').close(); import time; time.sleep(100)")
+    process = start(project, "stage", "make")
+    while not (project.root / "began").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == status, stderr
+
+
+def test_a_command_line_that_cannot_be_read_exits_with_2(project: Any) -> None:
+    for arguments in (["stage"], ["run", "--nothing"], ["promote", "--quiet", "--verbose"]):
+        process = start(project, *arguments)
+        stdout, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stdout) == (2, "") and "Error" in stderr
+
+
+def test_a_run_told_as_json_is_one_document_whatever_came_of_it(project: Any) -> None:
+    no_server = {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    params = project.paths.params.read_text()
+    project.paths.params.write_text(params + "gate: {min_loss_gain: 2.0}\n")
+    process = start(project, "run", "--json", **no_server)
+    stdout, stderr = process.communicate(timeout=300)
+    told = json.loads(stdout)
+    assert (process.returncode, told["outcome"], told["status"]) == (3, "refused", 3), stderr
+    assert told["error"] in stderr and told["promotion"]["report"]["passed"] is False
+    assert Path(told["page"]) == project.paths.review
+    project.paths.params.write_text(params)
+    process = start(project, "run", "--json", "--quiet", **no_server)
+    stdout, stderr = process.communicate(timeout=300)
+    told = json.loads(stdout)
+    assert (process.returncode, told["outcome"], told["version"], told["error"]) == (0, "promoted", "v0.1.0", None), (
+        stderr
+    )
+    assert list(told["seconds"]) == ["make", "register", "promote", "review"]
+    assert "skipping" not in stderr, "no word of DVC's"

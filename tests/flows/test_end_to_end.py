@@ -74,7 +74,7 @@ def first(clone: Clone) -> str:
 
 
 def test_the_first_run_goes_from_data_to_a_champion(clone: Clone, first: str) -> None:
-    assert set(ran(first)) == {"fetch", "prepare", "detect", "train", "evaluate", "merge", "register"}
+    assert set(ran(first)) == {"fetch", "prepare", "detect", "start", "train", "evaluate", "merge", "register"}
     assert clone.tags() == ["docstrings#champion#1", "docstrings@v0.1.0"]
     assert "docstrings v0.1.0 is champion" in first
     metrics = json.loads((clone.root / "metrics.json").read_text())
@@ -97,7 +97,7 @@ def test_what_was_registered_is_found_by_dvc_and_gto(clone: Clone, first: str, t
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out, check=True)
     shown = json.loads(clone.run("gto", "show", "--json"))
     assert shown["docstrings"]["stage"] == {"champion": "v0.1.0"}
-    record = json.loads(clone.run("peftcore", "registry", "show"))
+    record = json.loads(clone.run("peftcore", "registry", "show", "--json"))
     assert record["git"]["uncommitted"] == ["params.yaml"]
 
 
@@ -122,14 +122,14 @@ def test_dvc_alone_agrees_that_there_is_nothing_to_do(clone: Clone, first: str) 
     assert ran(clone.run("dvc", "repro")) == []
 
 
-def test_a_changed_parameter_reruns_what_depends_on_it_and_a_refusal_exits_with_1(clone: Clone, first: str) -> None:
+def test_a_changed_parameter_reruns_what_depends_on_it_and_a_refusal_exits_with_3(clone: Clone, first: str) -> None:
     clone.change(evaluate={"max_new_tokens": 6})
     output = clone.run("peftcore", "run")
     assert ran(output) == ["evaluate", "register"]
     assert "docstrings v0.1.0 is champion already" in output, "it is the same adapter"
 
     clone.change(train={"learning_rate": 2.0e-3}, gate={"min_rouge_l_gain": 0.99})
-    output = clone.run("peftcore", "run", status=1)
+    output = clone.run("peftcore", "run", status=3)
     assert ran(output) == ["train", "evaluate", "merge", "register"] or ran(output) == [
         "train",
         "merge",

@@ -112,6 +112,7 @@ def test_importing_the_stages_sets_the_environment_before_anything_heavy() -> No
     assert done.stdout.split() == ["1", "set()"], done.stderr
 
 
+@pytest.mark.faults("kill -9 of dvc, flow or stage")
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
     marker = tmp_path / "pid"

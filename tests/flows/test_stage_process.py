@@ -116,6 +116,7 @@ def test_kill_9_of_the_parent_leaves_no_orphan_and_a_rerun_is_clean(
     assert dvc(root, "status", "--json").strip() == "{}"
 
 
+@pytest.mark.faults("Ctrl-C")
 def test_ctrl_c_stops_the_stage_and_a_rerun_is_clean(root: Path, driver: subprocess.Popen[bytes]) -> None:
     pid = stage_pid(root)
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to all of its foreground group

@@ -31,6 +31,7 @@ def refused(directory: Path, message: str, model: nn.Module | None = None) -> No
     assert dict(model.named_modules()) == modules
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_truncated_file(saved: Path) -> None:
     weights = saved / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-20])
@@ -39,6 +40,7 @@ def test_a_truncated_file(saved: Path) -> None:
     refused(saved, "damaged or truncated")
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_flipped_bit(saved: Path) -> None:
     weights = saved / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -47,6 +49,7 @@ def test_a_flipped_bit(saved: Path) -> None:
     refused(saved, r"adapter_model\.safetensors is not what SHA256SUMS says")
 
 
+@pytest.mark.faults("pickle or foreign files")
 @pytest.mark.parametrize("name", ["adapter_model.bin", "extra.pkl"])
 def test_a_pickle_is_refused_before_anything_is_read(saved: Path, name: str) -> None:
     (saved / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")

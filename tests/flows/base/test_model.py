@@ -27,6 +27,7 @@ def test_the_identity_is_that_of_the_manifest(tiny_base: Path) -> None:
     assert check_base(tiny_base) == sha256(tiny_base / "SHA256SUMS")
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_damaged_or_absent_base_is_refused(tiny_base: Path) -> None:
     (tiny_base / "config.json").write_text("{}")
     with pytest.raises(BaseModelError, match=r"config\.json is damaged"):

@@ -70,6 +70,7 @@ def test_a_folder_loads_in_bfloat16(tiny_base: Path) -> None:
     assert tokenizer.chat_template
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_truncated_file_is_refused(tiny_base: Path) -> None:
     weights = tiny_base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -83,12 +84,14 @@ def test_a_missing_weight_is_refused_by_name(tiny_base: Path) -> None:
         load("path:x", Checkpoint(tiny_base))
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_weight_that_is_not_finite_is_refused_by_name(tiny_base: Path) -> None:
     change_weights(tiny_base, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     with pytest.raises(BaseModelError, match=r"model\.norm\.weight holds NaN"):
         load("path:x", Checkpoint(tiny_base))
 
 
+@pytest.mark.faults("pickle or foreign files")
 def test_pickled_weights_are_never_read(tiny_base: Path) -> None:
     (tiny_base / "model.safetensors").rename(tiny_base / "pytorch_model.bin")
     with pytest.raises(BaseModelError, match="path:x: it does not load"):

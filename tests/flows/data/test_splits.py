@@ -1,9 +1,20 @@
 """Splits of whole groups, free of duplicates, that stay when data is added."""
 
+from collections import Counter
+
 import pytest
 
 from flows.data.chat import Tokens
-from flows.data.splits import Row, assign_groups, leakage, sample, without_duplicates, without_near_duplicates
+from flows.data.splits import (
+    Row,
+    assign_groups,
+    hashed_groups,
+    leakage,
+    replayed,
+    sample,
+    without_duplicates,
+    without_near_duplicates,
+)
 from flows.errors import DataError
 from flows.paths import Split
 
@@ -108,3 +119,25 @@ def test_a_sample_stays_when_rows_are_added() -> None:
     more = sample(rows, None, seed=3)
     assert [row for row in more if row in few] == few
     assert few != sample(rows[:100], 20, seed=4)
+
+
+def test_hashed_groups_stay_where_they_are_when_data_grow() -> None:
+    shares: dict[Split, float] = {"test": 0.2, "validation": 0.1}
+    few = hashed_groups([f"g{number}" for number in range(300)], shares, seed=1)
+    more = hashed_groups([f"g{number}" for number in range(3000)], shares, seed=1)
+    assert few.items() <= more.items()
+    counts = Counter(more.values())
+    assert counts["test"] == pytest.approx(600, rel=0.1)
+    assert counts["validation"] == pytest.approx(300, rel=0.15)
+    assert few != hashed_groups(few, shares, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("share", "limit", "fresh", "older"),
+    [(0.5, None, 40, 40), (0.5, 20, 10, 10), (0.2, None, 40, 10), (0.0, None, 40, 0), (0.9, None, 40, 100)],
+)
+def test_older_rows_are_replayed_as_a_share_of_all(share: float, limit: int | None, fresh: int, older: int) -> None:
+    rows = [Row(row(str(n)).tokens, "g", "s", fresh=n < 40) for n in range(140)]
+    kept = replayed(rows, share, limit, seed=5)
+    assert (sum(one.fresh for one in kept), sum(not one.fresh for one in kept)) == (fresh, older)
+    assert kept == sample(kept, None, seed=5), "mixed, not one after the other"

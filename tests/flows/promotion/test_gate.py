@@ -7,19 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pyarrow
 import pytest
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
+from flows.errors import GateError
 from flows.params import Champion as ChampionParams
 from flows.params import Gate, Merge
 from flows.params import Slices as SlicesParams
-from flows.promotion.gate import Candidate, Champion, GateReport, evaluate_gate
+from flows.promotion.candidate import Candidate, Champion, Remeasured
+from flows.promotion.gate import GateReport, evaluate_gate
+from flows.promotion.lineage import content_digest
+from flows.promotion.signatures import Signature
 from peftcore.files import read_manifest, write_manifest
 
 ORDER = [
     "allowed files",
     "manifest",
+    "signature",
     "finite weights",
     "test loss",
     "gain in loss",
@@ -27,8 +33,11 @@ ORDER = [
     "answers that end",
     "against the champion",
     "slices",
+    "forgetting",
     "adapter size",
+    "latency",
     "merge fidelity",
+    "approval",
 ]
 
 
@@ -48,6 +57,19 @@ def make(tmp_path: Path, results: Callable[..., None]) -> Callable[..., Candidat
         )
 
     return make
+
+
+LATENCY = {
+    "base": {"first_token_ms": 60.0, "token_ms": 40.0},
+    "adapter": {"first_token_ms": 90.0, "token_ms": 50.0},
+}
+
+
+def control_set(change: float, noise: float = 0.01) -> pyarrow.Table:
+    """Eight texts, of which the adapter's losses are the base's and `change`, give or take."""
+    base = numpy.linspace(2, 3, 8)
+    changes = change + numpy.array([1, -1] * 4) * noise
+    return pyarrow.table({"tokens": [100] * 8, "base_loss": base, "adapter_loss": base + changes})
 
 
 def champion_of(candidate: Candidate) -> Champion:
@@ -75,6 +97,61 @@ def test_a_good_candidate_passes_every_check_in_order(make: Callable[..., Candid
     assert [check.name for check in report.checks] == ORDER
 
 
+def faulty(make: Callable[..., Candidate], faults: list[str]) -> GateReport:
+    """The verdict on a candidate with just these faults, each for the check of its name."""
+    gate: dict[str, Any] = {
+        "champion": ChampionParams(max_loss_regression=0.0 if "against the champion" in faults else 9.0),
+        "slices": SlicesParams(max_loss_regression=0.0 if "slices" in faults else 9.0),
+    }
+    limits: dict[str, dict[str, Any]] = {
+        "signature": {"allowed_signers": "signers"},
+        "test loss": {"max_test_loss": 0.1},
+        "gain in loss": {"min_loss_gain": 9.0},
+        "gain in ROUGE-L": {"min_rouge_l_gain": 1.0},
+        "adapter size": {"max_adapter_mb": 1e-6},
+        "latency": {"max_token_ms": 0.1},
+        "approval": {"approvals": 1},
+    }
+    for name in faults:
+        gate |= limits.get(name, {})
+    champion = champion_of(make("v0.1.0", loss=2.2))
+    candidate = make(
+        weight=float("nan") if "finite weights" in faults else 1.0,
+        adapter={"loss": 2.7, "rouge_l": 0.3, "ended": 0.5 if "answers that end" in faults else 1.0},
+        control={"rows": 8},
+        latency=LATENCY,
+    )
+    if "allowed files" in faults:
+        (candidate.adapter / "adapter_model.bin").write_bytes(b"pickle")
+    return judge(
+        replace(
+            candidate,
+            files={} if "manifest" in faults else candidate.files,
+            merge={"kl": 9.0, "top1_agreement": 0.0} if "merge fidelity" in faults else candidate.merge,
+            control=control_set(1.0 if "forgetting" in faults else 0.0),
+        ),
+        champion,
+        **gate,
+    )
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_of_all_that_is_wrong_the_first_in_order_is_the_reason(make: Callable[..., Candidate], name: str) -> None:
+    report = faulty(make, ORDER[ORDER.index(name) :])
+    assert reason(report).startswith(f"{name}: ")
+    assert [check.name for check in report.checks] == ORDER[: ORDER.index(name) + 1]
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_each_fault_alone_is_enough(make: Callable[..., Candidate], name: str) -> None:
+    assert reason(faulty(make, [name])).startswith(f"{name}: ")
+
+
+def test_without_a_fault_that_candidate_passes(make: Callable[..., Candidate]) -> None:
+    assert faulty(make, []).passed
+
+
+@pytest.mark.faults("pickle or foreign files")
 def test_a_pickle_is_refused_before_anything_is_read(make: Callable[..., Candidate]) -> None:
     candidate = make()
     (candidate.adapter / "adapter_model.bin").write_bytes(b"\x80\x04K\x01.")
@@ -84,6 +161,7 @@ def test_a_pickle_is_refused_before_anything_is_read(make: Callable[..., Candida
     assert len(report.checks) == 1
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_flipped_bit_is_named(make: Callable[..., Candidate]) -> None:
     candidate = make()
     path = candidate.adapter / "adapter_model.safetensors"
@@ -102,6 +180,7 @@ def test_new_weights_with_a_new_manifest_are_not_what_was_registered(make: Calla
     assert reason(judge(candidate)).startswith("manifest: adapter_model.safetensors is not")
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_named(make: Callable[..., Candidate], value: float) -> None:
     assert reason(judge(make(weight=value))) == "finite weights: NaN or infinity in layer.lora_A.weight"
@@ -198,7 +277,7 @@ def test_without_a_shared_row_there_is_no_comparison(make: Callable[..., Candida
 def test_an_unfaithful_merge_is_refused(make: Callable[..., Candidate], merge: dict[str, float]) -> None:
     report = judge(replace(make(), merge=merge))
     assert reason(report).startswith("merge fidelity: KL")
-    assert len(report.checks) == len(ORDER)
+    assert len(report.checks) == ORDER.index("merge fidelity") + 1
 
 
 def test_a_report_survives_json(make: Callable[..., Candidate]) -> None:
@@ -240,3 +319,116 @@ def test_losses_of_two_kinds_are_not_compared(make: Callable[..., Candidate]) ->
     assert "the two cannot be compared" in reason(judge(candidate, replace(champion, loss_function="Dpo(beta=0.5)")))
     assert "cross entropy of tokens" in reason(judge(candidate, champion))
     assert judge(candidate, replace(champion, loss_function="Dpo(beta=0.1)")).passed
+
+
+# -- measured again, forgetting, latency, signature, approval --------------------------------------------------------
+
+
+def measured_again(champion: Champion, rows: pyarrow.Table, left_out: int = 0) -> tuple[Champion, list[str]]:
+    """The champion of another test set, which can be measured, and a list that grows when it is."""
+    measured: list[str] = []
+
+    def again() -> Remeasured:
+        measured.append(champion.version)
+        return Remeasured(rows, left_out)
+
+    return replace(champion, evaluation_set="0" * 64, measure_again=again), measured
+
+
+def test_a_champion_of_other_test_rows_is_measured_once_and_the_slices_are_of_that_too(
+    make: Callable[..., Candidate],
+) -> None:
+    changes, slices = [0.9] * 12 + [-0.6] * 28, ["rare"] * 12 + ["common"] * 28
+    candidate = make(loss=2.4, row_changes=changes, row_slices=slices)
+    before = make("v0.1.0", loss=1.0)
+    champion, measured = measured_again(champion_of(before), make("v0.1.9", loss=2.7).rows, left_out=3)
+    report = judge(candidate, champion)
+    assert reason(report).startswith("slices: worse than v0.1.0 in rare") and measured == ["v0.1.0"]
+    detail = report.checks[-2].detail
+    assert "v0.1.0 was measured again on these 43 test rows, and 3 left out" in detail and "on 40 rows" in detail
+
+
+def test_nothing_is_measured_for_a_candidate_that_fails_before_or_shares_the_rows(
+    make: Callable[..., Candidate],
+) -> None:
+    champion, measured = measured_again(champion_of(make("v0.1.0")), make("v0.1.9").rows)
+    assert reason(judge(make(loss=2.6), champion, max_test_loss=1.0)).startswith("test loss")
+    same = replace(champion, evaluation_set=make().metrics["evaluation_set"])
+    assert judge(make(loss=2.6), same).passed
+    assert reason(judge(make(loss=2.6), replace(champion, base_model="0" * 64))).startswith("against the champion")
+    assert measured == []
+
+
+def test_a_champion_that_has_learned_every_test_row_is_no_measure(make: Callable[..., Candidate]) -> None:
+    champion, _ = measured_again(champion_of(make("v0.1.0")), make().rows.slice(0, 0), left_out=40)
+    text = reason(judge(make(loss=2.0), champion))
+    assert "measured again on these 40 test rows, and 40 left out" in text
+    assert "evaluate both on rows that it has not seen, or free the stage with `gto deprecate" in text
+
+
+def test_a_champion_that_cannot_be_compared_after_all_refuses(make: Callable[..., Candidate]) -> None:
+    def again() -> Remeasured:
+        raise GateError("v0.1.0 knows other classes")
+
+    champion = replace(champion_of(make("v0.1.0")), evaluation_set="0" * 64, measure_again=again)
+    assert reason(judge(make(loss=2.0), champion)) == "against the champion: v0.1.0 knows other classes"
+
+
+def test_forgetting_is_judged_by_the_upper_bound(make: Callable[..., Candidate]) -> None:
+    candidate = make(control={"rows": 8})
+    for change, noise, passed in ((0.05, 0.01, True), (0.2, 0.01, False), (0.05, 0.4, False), (-0.5, 0.01, True)):
+        report = judge(replace(candidate, control=control_set(change, noise)), max_forgetting=0.1)
+        assert report.passed == passed, (change, noise)
+    assert "loss -0.5000 nats against the base on 8 texts of the control set" in check(report, "forgetting")
+    assert judge(replace(candidate, control=control_set(5.0)), max_forgetting=None).passed
+
+
+def check(report: GateReport, name: str) -> str:
+    return next(check.detail for check in report.checks if check.name == name)
+
+
+def test_what_was_not_measured_is_said_and_what_was_lost_is_refused(make: Callable[..., Candidate]) -> None:
+    assert check(judge(make()), "forgetting") == "not measured: the version is from before control sets"
+    assert "evaluate.control.source is null" in check(judge(make(control=None)), "forgetting")
+    assert reason(judge(make(control={"rows": 8}))).startswith("forgetting: its control.parquet is gone")
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"),
+    [
+        ({"max_first_token_ms": 80.0}, "first token 90.00 ms, at most 80"),
+        ({"max_token_ms": 45.0}, "token 50.00 ms, at most 45"),
+        ({"max_slowdown": 1.2}, "slowdown 1.25-fold, at most 1.2"),
+    ],
+)
+def test_each_latency_has_its_limit(make: Callable[..., Candidate], limit: dict[str, float], found: str) -> None:
+    assert found in reason(judge(make(latency=LATENCY), **limit))
+    assert judge(make(latency=LATENCY), **dict.fromkeys(limit, 100.0)).passed
+    assert reason(judge(make(), **limit)).startswith("latency: not measured")
+    assert check(judge(make(latency=LATENCY)), "latency").endswith("no limit set")
+    texts = make(**of_objective("classification", "cross entropy of classes", accuracy=0.8), latency=None)
+    assert check(judge(texts, **limit), "latency") == "not checked: classification writes nothing"
+
+
+def test_a_signature_has_to_be_of_this_very_adapter(make: Callable[..., Candidate]) -> None:
+    candidate = make()
+    signed = replace(candidate, signature=Signature("ada@example.org"), content=content_digest(dict(candidate.files)))
+    asked = {"allowed_signers": "signers"}
+    report = judge(signed, **asked)
+    assert report.passed and "ada@example.org signed docstrings@v0.2.0" in check(report, "signature")
+    assert "is signed by nobody of signers (it was not looked for)" in reason(judge(candidate, **asked))
+    unknown = replace(signed, signature=Signature(None, "No principal matched"))
+    assert "is signed by nobody of signers (No principal matched)" in reason(judge(unknown, **asked))
+    # files and record changed together are whole, and still not what was signed
+    config = candidate.adapter / "adapter_config.json"
+    config.write_text('{"peft_type": "IA3"}')
+    changed = replace(signed, files=write_manifest(candidate.adapter))
+    assert reason(judge(changed, **asked)).startswith("signature: what ada@example.org signed as docstrings@v0.2.0 is")
+
+
+def test_enough_people_have_to_approve(make: Callable[..., Candidate]) -> None:
+    one = replace(make(), approved_by=("ada@example.org",))
+    assert judge(one, approvals=1).passed
+    text = reason(judge(one, approvals=2))
+    assert text.startswith("approval: 1 of 2: ada@example.org; people other than who registered it")
+    assert "`peftcore approve v0.2.0 --note TEXT`" in text

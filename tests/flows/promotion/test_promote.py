@@ -53,6 +53,7 @@ def test_an_older_version_is_judged_by_its_own_files(project: Any) -> None:
     assert (promotion.outcome, promotion.version) == ("promoted", "v0.1.0")
 
 
+@pytest.mark.faults("lost DVC cache or remote")
 def test_the_champions_rows_come_from_the_remote_where_the_cache_is_gone(project: Any) -> None:
     project.register()
     promote(project.params, project.paths)
@@ -62,6 +63,7 @@ def test_the_champions_rows_come_from_the_remote_where_the_cache_is_gone(project
     assert promote(project.params, project.paths).outcome == "promoted"
 
 
+@pytest.mark.faults("corrupt remote object")
 def test_a_corrupt_object_of_the_remote_is_noticed(project: Any) -> None:
     project.register()
     promote(project.params, project.paths)
@@ -76,6 +78,7 @@ def test_a_corrupt_object_of_the_remote_is_noticed(project: Any) -> None:
     assert champion(project) == "v0.1.0"
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_an_adapter_changed_after_it_was_registered_is_refused(project: Any) -> None:
     project.register()
     config = project.paths.adapter / "adapter_config.json"

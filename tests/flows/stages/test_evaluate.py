@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from flows.errors import StageError
 from flows.judging.scoring import row_losses
 from flows.paths import Paths
+from flows.promotion.lineage import evidence
 from flows.stages import evaluate
 from peftcore import CheckpointError
 from peftcore.files import sha256, write_manifest
@@ -88,6 +89,7 @@ def test_an_adapter_for_another_base_is_refused(trained: Paths, tiny_params, tok
     assert not trained.evaluation.exists()
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 @pytest.mark.parametrize("damage", ["flip", "truncate", "pickle"])
 def test_a_damaged_or_unsafe_adapter_is_refused_and_the_old_results_stay(
     trained: Paths, tiny_params, damage: str
@@ -109,3 +111,20 @@ def test_without_test_rows_the_stage_says_what_to_run(trained: Paths, tiny_param
     trained.split("test").unlink()
     with pytest.raises(StageError, match="prepare"):
         evaluate.run(tiny_params(), trained)
+
+
+def test_forgetting_and_latency_are_measured_of_a_model_that_writes(trained: Paths, tiny_params) -> None:
+    params = tiny_params(evaluate={"control": {"rows": 5, "max_length": 32}, "latency_rows": 2})
+    evaluate.run(params, trained)
+    metrics, rows = metrics_of(trained), parquet.read_table(trained.evaluation_control).to_pylist()
+    assert [row["tokens"] for row in rows] == [31] * 5
+    for name in ("base", "adapter"):
+        mean = sum(row[f"{name}_loss"] for row in rows) / 5
+        assert metrics["control"][f"{name}_loss"] == pytest.approx(mean, rel=1e-9)
+        assert metrics["latency"][name].keys() == {"first_token_ms", "token_ms"}
+    assert metrics["control"]["rows"] == 5
+    assert trained.evaluation_control in evidence(trained)
+    evaluate.run(tiny_params(evaluate={"control": {"source": None}, "latency_rows": 0}), trained)
+    assert (metrics_of(trained)["control"], metrics_of(trained)["latency"]) == (None, None)
+    assert not trained.evaluation_control.exists()
+    assert trained.evaluation_control not in evidence(trained)

@@ -149,6 +149,7 @@ def spoilt(model, folder):
     return model
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_an_adapter_that_is_not_whole_is_refused(trained: Paths, tiny_params: TinyParams) -> None:
     (trained.adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError):

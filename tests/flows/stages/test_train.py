@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(prepared: Paths, tiny
     assert prepared.loss_curve.read_text() == curve
 
 
+@pytest.mark.faults("SIGTERM")
 def test_a_run_told_to_end_saves_where_it_is_and_goes_on(
     prepared: Paths, tiny_params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +190,7 @@ def test_a_run_told_to_end_saves_where_it_is_and_goes_on(
     assert timeless(log_of(prepared)) == records
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_half_written_checkpoint_is_passed_over(prepared: Paths, tiny_params, die_at, caplog) -> None:
     train.run(tiny_params(), prepared)
     whole = adapter_bytes(prepared)
@@ -305,12 +308,14 @@ def test_without_data_the_stage_says_what_to_run(prepared: Paths, tiny_params) -
         train.run(tiny_params(), prepared)
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_damaged_base_is_named(prepared: Paths, tiny_params) -> None:
     (prepared.base / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(BaseModelError, match=r"model\.safetensors"):
         train.run(tiny_params(), prepared)
 
 
+@pytest.mark.faults("kill -9 of training")
 @pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_run(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
     params = tiny_params(train={"epochs": 8.0, "evaluations": 16})
@@ -329,3 +334,20 @@ def test_kill_9_in_the_middle_of_a_run(prepared: Paths, tiny_params: Callable[..
     assert TrainingLog(run / "log.jsonl").records()
     subprocess.run(command, cwd=prepared.root, env=environment, check=True, capture_output=True)
     assert adapter_bytes(prepared) == whole
+
+
+def test_it_goes_on_from_an_adapter_that_the_start_stage_left(trained: Paths, tiny_params) -> None:
+    anew = log_of(trained)
+    shutil.copytree(trained.adapter, trained.start_adapter)
+    trained.start_source.write_text('{"version": "v0.3.0"}')
+    train.run(tiny_params(train={"learning_rate": 1e-5}), trained)
+    assert log_of(trained)[0]["loss"] < anew[0]["loss"] - 0.2, "it begins where the other ended"
+    # a run that starts elsewhere resumes nothing
+    assert not any(trained.checkpoints.iterdir())
+    with pytest.raises(StageError, match=r"v0.3.0 has r 4 there and 8 here"):
+        train.run(tiny_params(method={"r": 8}), trained)
+
+
+def test_adalora_does_not_go_on(tiny_params) -> None:
+    with pytest.raises(ValueError, match="adalora lowers its ranks over one run"):
+        tiny_params(method={"name": "adalora"}, train={"start_from": "v0.1.0"})

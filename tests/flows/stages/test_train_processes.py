@@ -115,6 +115,7 @@ def test_a_killed_process_ends_the_others_with_one_message(
     assert "Traceback" not in said and said.count("error: ") == 1
 
 
+@pytest.mark.faults("kill -9 of training")
 def test_a_run_goes_on_after_a_process_was_killed(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
     params = tiny_params(train=LONG, quantization=EXACT)
     straight = start(prepared, params)
@@ -133,6 +134,7 @@ def test_a_run_goes_on_after_a_process_was_killed(prepared: Paths, tiny_params: 
         assert torch.equal(adapter(prepared)[name], tensor)
 
 
+@pytest.mark.faults("kill -9 of dvc, flow or stage")
 def test_no_process_outlives_the_stage_that_was_killed(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
     stage = start(prepared, tiny_params(train={"processes": 2, "epochs": 200.0}, quantization=EXACT))
     wait_for(lambda: any(log.read_text() for log in prepared.checkpoints.glob("*/log.jsonl")))  # they train

@@ -32,7 +32,7 @@ def fail_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
                 file.write_text(json.dumps({"message": {"message": said, "extraInfo": extra}}))
             failures[rank] = ProcessFailure(local_rank=rank, pid=100 + rank, exitcode=status, error_file=str(file))
 
-        def start(module: str, processes: int) -> None:
+        def start(*_: Any) -> None:
             raise ChildFailedError("stage", failures)
 
         monkeypatch.setitem(launcher._LAUNCHERS, "torchrun", start)
@@ -113,7 +113,7 @@ def test_a_group_of_another_size_is_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(SystemExit), joined(2):
         pytest.fail("a group of one is none of two")
     said = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
-    assert said == "started in 1 processes, but train.processes is 2"
+    assert said == "started in 1 processes, but the parameters say 2"
 
 
 def test_every_launcher_of_the_parameters_can_start() -> None:

@@ -90,6 +90,7 @@ def garbage(folder: Path) -> None:
         (garbage, rf"{WEIGHTS} cannot be read"),
     ],
 )
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object], fault: str
 ) -> None:
@@ -100,6 +101,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert f"checkpoint-20 is passed over: {fault}" in caplog.text
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_checkpoint_that_was_never_sealed_is_passed_over(tmp_path: Path) -> None:
     good = checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 20, seal=False)

@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 from peftcore import TrainingError
 
 SIGKILLED = -signal.SIGKILL
-RANDOM_KILLS = 5
+RANDOM_KILLS = 5 * int(os.environ.get("PEFTCORE_FAULTS", "1"))
 CASES = ["grouped", "random", "packed", "float16"]
 
 
@@ -62,6 +62,7 @@ FAULTS = ["kill in evaluation", "kill in step", "torn file", "kill before the ma
 """In an order that leaves something to do."""
 
 
+@pytest.mark.faults("kill -9 of training", trials=len(FAULTS))
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_given_places_ends_bit_equal(
     nursery: Nursery, straight: dict[str, tuple[Path, float]], tmp_path: Path, case: str
@@ -76,6 +77,7 @@ def test_a_run_killed_at_given_places_ends_bit_equal(
     assert_equal_runs(tmp_path, straight[case][0])
 
 
+@pytest.mark.faults("kill -9 of training", trials=RANDOM_KILLS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_random_moments_ends_bit_equal(
     nursery: Nursery, straight: dict[str, tuple[Path, float]], tmp_path: Path, case: str
@@ -113,6 +115,7 @@ def test_a_run_killed_at_random_moments_ends_bit_equal(
         ("term in step", 14, 8),  # the run's last, which an evaluation that is due then ends early
     ],
 )
+@pytest.mark.faults("SIGTERM")
 def test_a_run_told_to_end_saves_its_step_and_goes_on_bit_equal(
     nursery: Nursery, straight: dict[str, tuple[Path, float]], tmp_path: Path, fault: str, at: int, step: int
 ) -> None:
@@ -126,6 +129,7 @@ def test_a_run_told_to_end_saves_its_step_and_goes_on_bit_equal(
     assert adapter(tmp_path) == adapter(whole)
 
 
+@pytest.mark.faults("disk full")
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_nothing_half_written(nursery: Nursery, tmp_path: Path) -> None:
     assert nursery.run(tmp_path, "random", fault="full disk", at=2) == 1
     listing, good = json.loads((tmp_path / "left.json").read_text())
@@ -205,6 +209,7 @@ def test_a_finished_run_that_is_resumed_takes_no_step_more(tmp_path: Path) -> No
     assert longer.state.global_step == 10
 
 
+@pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_damaged_checkpoint_that_is_named_is_an_error(tmp_path: Path) -> None:
     trainer(adapted(), tmp_path, **SAVING).train()
     (tmp_path / "checkpoint-8" / "optimizer.pt").write_bytes(b"half")

@@ -1,0 +1,60 @@
+"""The gate as a job of GitHub, GitLab or Jenkins calls it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows import completion
+from flows.commands.common import AsJson, at_stage, errors, project
+
+
+def ci(
+    version: Annotated[
+        str | None,
+        typer.Option(
+            metavar="vX.Y.Z",
+            envvar="PEFTCORE_CI_VERSION",
+            help="Which; the event's if left out.",
+            autocompletion=completion.versions,
+        ),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(envvar="PEFTCORE_CI_STAGE", help="The stage to give; `gate.stage` if left out.")
+    ] = None,
+    dry_run: Annotated[
+        bool | None,
+        typer.Option(
+            "--dry-run/--promote",
+            envvar="PEFTCORE_CI_DRY_RUN",
+            help="Judge only, or promote; if left out, promote where a version's tag was pushed.",
+        ),
+    ] = None,
+    remote: Annotated[
+        str, typer.Option(envvar="PEFTCORE_CI_REMOTE", help="The git remote that decides between several jobs.")
+    ] = "origin",
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="PEFTCORE_CI_REPORT", help="Markdown; `reports/gate.md` if left out."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge or promote the version that a CI job is about, and tell of it: a report, GitHub's summary and outputs.
+
+    On the push of a tag NAME@vX.Y.Z: that version, promoted and the stage's tag pushed. Else, as for a pull request:
+    the newest version that the branch registered, or the newest of all, judged only. The version's files come from
+    DVC's remote. Exits with 3 if the gate refuses, with 4 if another job promoted first.
+    """
+    with errors(), project() as (params, paths):
+        from flows.ci import judge
+
+        where = report or paths.review.with_name("gate.md")
+        verdict = judge(at_stage(params, stage), paths, os.environ, where, version, dry_run, remote)
+        if as_json:
+            promotion = verdict.promotion.as_dict() if verdict.promotion else None
+            told = {"verdict": verdict.word, "version": verdict.version, "report": str(where), "promotion": promotion}
+            print(json.dumps(told, indent=2))
+        else:
+            print(verdict.promotion.sentence if verdict.promotion else verdict.word)

@@ -1,0 +1,71 @@
+"""Retraining that runs alone: once, or on a schedule."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from flows.commands.common import AsJson, PushTo, errors, one_document, project
+from flows.errors import GateError
+from flows.project import set_prefect_environment
+from flows.stage import fail
+
+
+def retrain(
+    force: Annotated[bool, typer.Option("--force", help="Train even if nothing is new.")] = False,
+    release: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Take a file that was set aside back into the retrainings to come; train not."
+        ),
+    ] = None,
+    push_to: PushTo = None,
+    as_json: AsJson = False,
+) -> None:
+    """If there are new data: train on them in a working tree of its own, judge by the gate, promote or keep, report.
+
+    The section `retrain` of `params.yaml` says where data come in, whether training starts anew or from the champion,
+    and who is told. What is committed is what is trained; an interrupted retraining is gone on with. The history of all
+    is `reports/retraining/index.html`. Exits with 0 if it promoted or nothing is new, with 3 if the gate refused, with
+    4 if a retraining runs already, with 1 if a stage failed.
+    """
+    with errors(), project() as (params, paths):
+        set_prefect_environment(paths.root)
+        if release is not None:
+            from flows.retraining.data import release as take_back
+
+            released = take_back(paths, release)
+            print(json.dumps({"released": released}) if as_json else f"{release} is not set aside any more")
+            return
+        from flows.retraining.flow import run_retraining
+
+        with one_document(as_json):
+            entry = run_retraining(paths.root, push_to, force)
+        if as_json:
+            print(json.dumps(asdict(entry) | {"history": str(paths.retraining_page)}, indent=2))
+        else:
+            took = " · ".join(f"{name} {seconds:.1f}" for name, seconds in entry.seconds.items())
+            print(f"{params.project.name}: {entry.outcome}; {entry.reason}")
+            print(f"seconds {took}\npage    {paths.retraining_page}")
+        if entry.outcome == "kept" and entry.promotion and entry.promotion["outcome"] == "refused":
+            fail(entry.reason, GateError.status)
+
+
+def schedule(
+    cron: Annotated[
+        str, typer.Option(metavar="MIN HOUR DAY MONTH WEEKDAY", help="When, as cron has it.")
+    ] = "0 3 * * 1",
+    timezone: Annotated[str, typer.Option(metavar="ZONE", help="That cron's hours are of.")] = "UTC",
+    push_to: PushTo = None,
+) -> None:
+    """Retrain on a schedule, on a machine without a server: stays and works until it is stopped (SIGTERM, Ctrl-C).
+
+    One retraining at a time: one that is due while another runs waits for it, and then finds nothing new. With a
+    Prefect server use `prefect deploy --all` and a worker instead (`prefect.yaml`).
+    """
+    with errors(), project() as (_, paths):
+        set_prefect_environment(paths.root)
+        from flows.retraining.schedule import serve
+
+        serve(paths, cron, timezone, push_to)

@@ -1,0 +1,72 @@
+"""`peftcore status`, as a table for people."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+SHOWN = 4
+"""Changes of a stage that are named."""
+
+
+def print_status(found: Mapping[str, Any]) -> None:
+    """found: what `flows.status.status` tells, with `stages` if they were asked for."""
+    console = Console(highlight=False)
+    if (stages := found.get("stages")) is not None:
+        table = Table("stage", "state")
+        for name, changes in stages.items():
+            more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+            words = ", ".join(changes[:SHOWN]) + more
+            table.add_row(name, f"[yellow]{escape(words)}[/]" if changes else "[green]up to date[/]")
+        console.print(table)
+    facts = Table.grid(padding=(0, 2))
+    for label, text in _facts(found):
+        facts.add_row(f"[dim]{label}[/]", escape(text))
+    console.print(facts)
+    for hint in found["hints"]:
+        console.print(f"[yellow]{escape(hint)}[/]")
+
+
+def _facts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "registry", _registry(found["name"], found["registry"])
+    yield "running", "; ".join(_process(one) for one in found["running"]) or "nothing"
+    run = found["last_run"]
+    yield "last run", _run(run) if run else "none"
+    if (champion := found["champion"]) and champion["version"]:
+        loss = f"test loss {champion['test_loss']:.3f} nats"
+        yield champion["stage"], f"{champion['version']} since {champion['since']}, {loss}"
+    if candidate := found["candidate"]:
+        reason = f": {candidate['reason']}" if candidate["reason"] else ""
+        yield "newest", f"{candidate['version']}, {candidate['verdict']}{reason}"
+    if last := found["retraining"]["last"]:
+        yield "retraining", f"{last['outcome']} {last['finished']}: {last['reason']}"
+    if schedule := found["retraining"]["schedule"]:
+        yield "next", f"{schedule['next']} ({schedule['cron']}, {schedule['timezone']})"
+    disk = found["disk"]
+    sizes = {"free": disk["free"], "cache": disk["cache"], "checkpoints": disk["checkpoints"]}
+    trees = {f"working tree {tree}": size for tree, size in disk["worktrees"].items()}
+    yield "disk", ", ".join(f"{_bytes(size)} {name}" for name, size in (sizes | trees).items())
+
+
+def _registry(name: str, holders: Mapping[str, str | None]) -> str:
+    if not holders:
+        return f"{name}: nothing is promoted yet"
+    return f"{name}: " + ", ".join(
+        f"{stage} is {version or 'a commit without a version'}" for stage, version in holders.items()
+    )
+
+
+def _process(one: Mapping[str, Any]) -> str:
+    return " ".join(str(part) for part in (one["what"], one["task"], f"(process {one['pid']})") if part)
+
+
+def _run(run: Mapping[str, Any]) -> str:
+    took = " · ".join(f"{name} {seconds:.1f}" for name, seconds in run["seconds"].items())
+    where = f" at {run['failed_task']}" if run["failed_task"] else ""
+    return f"{run['outcome']}{where}, {run['finished']}; seconds {took}"
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,58 @@
+"""A sweep: the pipeline up to the evaluation, for every combination of some parameters."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flows import completion
+from flows.commands.common import SIX_HOURS, AsJson, errors, project
+from flows.project import set_prefect_environment
+from flows.stage import fail
+
+
+def sweep(
+    set_param: Annotated[
+        list[str],
+        typer.Option(
+            "--set-param",
+            "-S",
+            metavar="KEY=V1,V2",
+            help="Values of a parameter, as for `dvc exp run -S`.",
+            autocompletion=completion.params,
+        ),
+    ],
+    runner: Annotated[str, typer.Option(help="Where trials run: `thread`, `process` or `ray`.")] = "thread",
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Trials at a time.")] = 1,
+    limit: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Prefect's concurrency limit of which each trial holds a place."),
+    ] = None,
+    stage_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Stop a stage that takes longer.")
+    ] = SIX_HOURS,
+    as_json: AsJson = False,
+) -> None:
+    """Train and evaluate every combination of parameters, each in a working tree of its own; rank by test loss.
+
+    Nothing is registered. To take a trial, put its parameters into `params.yaml` and use `peftcore run`: its stages
+    come from DVC's cache. Writes `reports/sweep.json` and `reports/sweep.md`. Exits with 1 if a trial failed.
+    """
+    with errors(), project() as (_, paths):
+        set_prefect_environment(paths.root)
+        from flows.scaling.ranking import COLUMNS, rows
+        from flows.scaling.sweep import run_sweep
+
+        trials = run_sweep(paths.root, set_param, runner, jobs, stage_timeout, limit)
+        if as_json:
+            print((paths.review.parent / "sweep.json").read_text(), end="")
+        else:
+            table = Table(*COLUMNS)
+            for row in rows(trials):
+                table.add_row(*map(escape, row))
+            Console(highlight=False).print(table)
+        failed = [trial for trial in trials if trial.error is not None]
+        if failed:
+            fail(f"{len(failed)} of {len(trials)} trials failed; the last: {failed[-1].error}")

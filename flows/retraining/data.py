@@ -1,0 +1,166 @@
+"""What a retraining learns from: which files of rows there are, and which of them no version has seen.
+
+Every version that a retraining registers holds a list of its files with their SHA-256 (`data/NAME.sha256`) in its own
+commit, so that what is new is told by content, on any clone.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from platform import python_version
+
+from flows.errors import DataError
+from flows.git import Git, GitError
+from flows.params import Params
+from flows.paths import Paths
+from flows.project import dvc
+from flows.promotion.registry import Version
+from peftcore.files import sha256, write_atomically
+
+Files = dict[str, str]
+"""{file below data.source: SHA-256}; a source that is no file: {its name: the Python that holds it}."""
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+"""Of files of rows."""
+INCOMING_SOURCE = "data/rows"
+"""Where files from `retrain.incoming` are put if data.source does not say."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """files: what this retraining would learn from; fresh: which of them no version before has learnt from."""
+
+    files: Files
+    fresh: list[str]
+    set_aside: list[str]
+
+
+class Source:
+    """The rows of `data.source` in the working tree `tree`."""
+
+    def __init__(self, params: Params, root: Path, tree: Path) -> None:
+        self.params, self.root, self.tree = params, root, tree
+        self.name = params.data.source
+        self.is_path = not self.name.startswith(("stdlib:", "hub:"))
+
+    @property
+    def place(self) -> Path:
+        return self.tree / self.name
+
+    @property
+    def manifest(self) -> str:
+        """Where the list of its files is, in a commit."""
+        return f"data/{Path(self.name).name.replace(':', '-')}.sha256"
+
+    def collect(self, before: list[Version], set_aside: Mapping[str, str]) -> Collected:
+        """Bring the data into the tree: what the tree's commit holds, and with `retrain.incoming` what the last version
+        had and what has come in since.
+
+        before: versions whose data are no news, the newest first. set_aside: {SHA-256: why} of files to leave out.
+        Raises DataError for a source that cannot take what comes in.
+        """
+        if self.params.retrain.incoming is not None:
+            self._take_in(self.params.retrain.incoming, before)
+        elif self.is_path:
+            self._pull()
+        files = self._files()
+        left_out = sorted(name for name, digest in files.items() if digest in set_aside)
+        for name in left_out:
+            del files[name]
+            if self.params.retrain.incoming is not None:
+                (self.place / name).unlink()
+        known = {pair for version in before for pair in self.files_of(version).items()}
+        digests = {digest for _, digest in known}
+        fresh = [name for name, digest in files.items() if (name, digest) not in known and digest not in digests]
+        if not files:
+            raise DataError(
+                f"data.source {self.name}: there is no file of rows"
+                + (f", nor in retrain.incoming {self.params.retrain.incoming}" if self.params.retrain.incoming else "")
+                + (f"; {len(left_out)} are set aside (`peftcore retrain --release FILE`)" if left_out else "")
+            )
+        return Collected(files, fresh, left_out)
+
+    def keep(self, files: Files) -> None:
+        """Put the data into DVC and their list into a commit, on no branch, that the version will stand on."""
+        listing = self.tree / self.manifest
+        write_atomically(listing, "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())))
+        tracked = [self.manifest]
+        if self.params.retrain.incoming is not None:
+            dvc(self.tree, "add", self.name)
+            dvc(self.tree, "push", "--remote", self.params.register.remote, f"{self.name}.dvc")
+            tracked += [f"{self.name}.dvc", str(Path(self.name).with_name(".gitignore"))]
+        Git(self.tree).commit(tracked, f"Data of a retraining: {len(files)} files\n")
+
+    def files_of(self, version: Version) -> Files:
+        """The files that a version learnt from; none if no retraining registered it."""
+        try:
+            text = Git(self.root).show(version.commit, self.manifest)
+        except GitError:
+            return {}
+        pairs = (line.split("  ", 1) for line in text.splitlines() if line)
+        return {name: digest for digest, name in pairs}
+
+    def _take_in(self, incoming: str, before: list[Version]) -> None:
+        folder = (self.root / Path(incoming).expanduser()).resolve()
+        if not folder.is_dir():
+            raise DataError(f"retrain.incoming {incoming}: there is no folder {folder}; make it, or give another")
+        inside = self.is_path and self.name.startswith("data/") and not Path(self.name).suffix
+        if not inside:
+            raise DataError(
+                f"data.source is {self.name}, but with retrain.incoming it has to be a folder below data/ that the "
+                f"files are kept in; give {INCOMING_SOURCE}"
+            )
+        if Git(self.tree).run("ls-files", "--", self.name).strip():
+            raise DataError(
+                f"data.source {self.name} holds files that git tracks, and what comes in is kept by DVC; take them out "
+                f"of git (`git rm -r --cached {self.name}`), or give another folder"
+            )
+        shutil.rmtree(self.place, ignore_errors=True)
+        newest = next((version for version in before if self.files_of(version)), None)
+        if newest is not None:
+            dvc(self.root, "get", str(self.root), self.name, "--rev", newest.commit, "--out", str(self.place))
+        self.place.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in SUFFIXES and path.is_file() and not path.is_symlink():
+                target = self.place / path.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)  # it may be a link into DVC's cache
+                shutil.copyfile(path, target)
+
+    def _pull(self) -> None:
+        """What DVC tracks of the source, as the tree's commit has it."""
+        notes = [path.relative_to(self.tree).as_posix() for path in self.tree.glob("data/**/*.dvc")]
+        if notes:
+            dvc(self.tree, "pull", *notes)
+
+    def _files(self) -> Files:
+        if not self.is_path:
+            return {self.name: f"python {python_version()}" if self.name.startswith("stdlib:") else self.name}
+        if self.place.is_file():
+            return {self.place.name: sha256(self.place)}
+        found = sorted(path for path in self.place.rglob("*") if path.is_file() and path.suffix in SUFFIXES)
+        return {path.relative_to(self.place).as_posix(): sha256(path) for path in found}
+
+
+def read_set_aside(paths: Paths) -> dict[str, str]:
+    """{SHA-256: which file it was, and why} of files that retrainings leave out."""
+    return json.loads(paths.set_aside.read_text()) if paths.set_aside.exists() else {}
+
+
+def set_aside(paths: Paths, files: Mapping[str, str], why: str) -> None:
+    """Leave files ({name: SHA-256}) out of the retrainings to come."""
+    noted = read_set_aside(paths) | {digest: f"{name}: {why}" for name, digest in files.items()}
+    write_atomically(paths.set_aside, json.dumps(noted, indent=2) + "\n")
+
+
+def release(paths: Paths, name: str) -> list[str]:
+    """Take a file, by name or SHA-256, back into the retrainings to come. Raises DataError if it is not set aside."""
+    noted = read_set_aside(paths)
+    found = [digest for digest, why in noted.items() if name in (digest, why.partition(": ")[0])]
+    if not found:
+        there = ", ".join(why.partition(": ")[0] for why in noted.values()) or "none"
+        raise DataError(f"{name} is not set aside; these are: {there}")
+    kept = {digest: why for digest, why in noted.items() if digest not in found}
+    write_atomically(paths.set_aside, json.dumps(kept, indent=2) + "\n")
+    return found

@@ -1,0 +1,116 @@
+"""`python -m flows.retraining.measure REQUEST`: how new files of rows differ from those before, in its own process.
+
+REQUEST is a JSON file: {"fresh": [file, ...], "rows": of each file that the champion is measured on, "adapter": the
+champion's folder or null, "out": the JSON file to write}. It runs in the pipeline's folder, as a stage does, after the
+base has been fetched.
+"""
+
+import json
+import logging
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import ks_2samp
+
+from flows.base.model import load_dequantized, load_tokenizer, padding_id
+from flows.data.encoders import encoder_of, label_names
+from flows.data.examples import AnyExample
+from flows.data.sources import comes_from, read_examples
+from flows.data.splits import rank
+from flows.data.tokens import AnyTokens, length
+from flows.errors import DataError
+from flows.judging.scoring import row_losses
+from flows.params import Params
+from flows.paths import Paths
+from flows.progress import progress
+from flows.stage import start
+from peftcore import PeftModel
+from peftcore.files import write_atomically
+
+logger = logging.getLogger("flows.drift")
+MOST = 2000
+"""Rows of a side that lengths and words are counted on."""
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Measure as the request says. Raises DataError for rows that cannot be read."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    tokenizer = load_tokenizer(paths.base)
+    examples = read_examples(params.data, paths.root)
+    encoder = encoder_of(params.data, tokenizer, label_names(examples))
+
+    def encoded(of: Sequence[AnyExample]) -> list[AnyTokens]:
+        rows = []
+        for example in of:
+            try:
+                rows.append(encoder.encode(example))
+            except DataError as error:  # the prepare stage says which rows these are
+                logger.warning("%s: %s", example.where, error)
+        return sorted(rows, key=lambda row: rank(params.project.seed, row.id))[:MOST]
+
+    fresh = {name: encoded([one for one in examples if comes_from(one.where, [name])]) for name in request["fresh"]}
+    older = encoded([one for one in examples if not comes_from(one.where, request["fresh"])])
+    found: dict[str, Any] = {
+        "older": {"rows": len(older), "length": _quantiles(older)} if older else None,
+        "files": {name: _differences(rows, older) for name, rows in fresh.items() if rows},
+    }
+    if request["adapter"] is not None and params.data.kind == "chat":
+        for name, losses in _losses(params, paths, fresh, Path(request["adapter"]), request["rows"]).items():
+            found["files"][name] |= losses
+    write_atomically(Path(request["out"]), json.dumps(found, indent=2) + "\n")
+
+
+def _quantiles(rows: Sequence[AnyTokens]) -> dict[str, float]:
+    median, high = numpy.quantile([length(row) for row in rows], [0.5, 0.9])
+    return {"median": float(median), "p90": float(high)}
+
+
+def _differences(rows: Sequence[AnyTokens], older: Sequence[AnyTokens]) -> dict[str, Any]:
+    """Lengths (tokens) and words against those of older rows."""
+    told: dict[str, Any] = {"rows": len(rows), "length": _quantiles(rows)}
+    if not older:
+        return told
+    test: Any = ks_2samp([length(row) for row in rows], [length(row) for row in older])
+    now, before = _words(rows), _words(older)
+    every = sorted(now | before)
+    sides = [numpy.array([side[word] for word in every], dtype=float) for side in (now, before)]
+    return told | {
+        "length_distance": float(test.statistic),
+        "length_p": float(test.pvalue),
+        "divergence": float(jensenshannon(*sides, base=2) ** 2),
+        "unseen_words": sum(count for word, count in now.items() if word not in before) / max(1, sum(now.values())),
+    }
+
+
+def _words(rows: Sequence[AnyTokens]) -> Counter[str]:
+    return Counter(word for row in rows for word in re.findall(r"\w+", f"{row.question} {row.answer}".lower()))
+
+
+def _losses(
+    params: Params, paths: Paths, fresh: dict[str, list[AnyTokens]], adapter: Path, count: int
+) -> dict[str, dict[str, float]]:
+    """The champion's loss (nats per token) on each file's first rows, and its standard error over rows."""
+    model = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization), adapter).eval()
+    pad = padding_id(load_tokenizer(paths.base))
+    chosen = {
+        name: [row for row in rows if length(row) <= params.data.max_length][:count] for name, rows in fresh.items()
+    }
+    found = {}
+    with progress(sum(map(len, chosen.values())), "the champion on new rows", unit="row") as bar:
+        for name, rows in chosen.items():
+            if not rows:
+                continue
+            losses = row_losses(model, [row.columns() for row in rows], pad, params.evaluate.batch_size, bar)
+            error = float(numpy.std(losses.means, ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else float("nan")
+            found[name] = {"loss": losses.loss, "loss_error": error, "measured_rows": len(rows)}
+    return found
+
+
+if __name__ == "__main__":
+    start(run)

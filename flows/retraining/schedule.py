@@ -1,0 +1,108 @@
+"""Retrain by the clock on a machine without a server: a Prefect server of its own, as long as this process lives.
+
+Prefect's short-lived server cannot schedule, so a real one is started, on the loopback address alone and with its
+database in .prefect; where PREFECT_API_URL names a server already, that one is used.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from flows.errors import ParamsError, StageError
+from flows.paths import Paths
+from flows.stage_process import die_with_parent
+from peftcore.files import write_atomically
+
+SECONDS_TO_START = 180.0
+"""A first start migrates the database."""
+
+
+def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
+    """Stay and retrain whenever cron says, one at a time, until SIGTERM or Ctrl-C.
+
+    `paths.schedule` says when, as long as this runs. Raises ParamsError for a cron or time zone that is none.
+    """
+    from prefect.client.schemas.schedules import CronSchedule
+    from pydantic import ValidationError
+
+    try:
+        when = CronSchedule(cron=cron, timezone=timezone)
+    except ValidationError as error:
+        reason = "; ".join(one["msg"] for one in error.errors())
+        raise ParamsError(
+            f"--cron {cron!r} in --timezone {timezone!r}: {reason}; give five fields such as '0 3 * * 1' "
+            "and a zone such as Europe/Berlin"
+        ) from error
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with _server(paths) as url:
+        os.environ["PREFECT_API_URL"] = url
+        from flows.retraining.flow import retrain
+
+        note = {"cron": cron, "timezone": timezone, "pid": os.getpid(), "server": url}
+        write_atomically(paths.schedule, json.dumps(note) + "\n")
+        try:
+            options: dict[str, Any] = {"root": str(paths.root), "push_to": push_to}
+            retrain.serve(
+                name="scheduled", schedules=[when], parameters=options, limit=1, pause_on_shutdown=False,
+                print_starting_message=sys.stderr.isatty(),
+            )  # fmt: skip
+        finally:
+            paths.schedule.unlink(missing_ok=True)
+
+
+@contextmanager
+def _server(paths: Paths) -> Iterator[str]:
+    """The address of a Prefect server, started here unless PREFECT_API_URL names one."""
+    if given := os.environ.get("PREFECT_API_URL"):
+        yield given
+        return
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "server",
+        "start",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--no-ui",
+    ]
+    log = paths.root / ".prefect" / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=die_with_parent)
+    try:
+        _wait(process, url, str(log))
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: str) -> None:
+    until = time.monotonic() + SECONDS_TO_START
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.3)
+    raise StageError(f"Prefect's server did not start within {SECONDS_TO_START:g} seconds; see {log}")
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

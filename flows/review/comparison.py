@@ -1,0 +1,130 @@
+"""Several runs beside each other: which is best, in what their configurations differ, what each came to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flows.review.run import Point, Run, Sample, number
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure that runs are compared by. names: what it is called, in the order in which they are looked for."""
+
+    label: str
+    names: tuple[str, ...]
+    form: str
+    lower_is_better: bool | None = None
+
+    def of(self, run: Run) -> float | None:
+        """The run's figure, None if it has none."""
+        values = (number(run.summary.get(name)) for name in self.names)
+        return next((value for value in values if value is not None), None)
+
+
+TEST_LOSS = Headline("test loss", ("adapter.loss", "test_loss", "test/loss"), "{:.3f}", True)
+HEADLINES = (
+    TEST_LOSS,
+    Headline(
+        "validation loss",
+        ("training.best_validation_loss", "best_validation_loss", "validation_loss", "eval/loss", "eval_loss"),
+        "{:.3f}",
+        True,
+    ),
+    Headline("perplexity", ("adapter.perplexity",), "{:.2f}", True),
+    Headline("ROUGE-L", ("adapter.rouge_l",), "{:.3f}", False),
+    Headline("answers that end", ("adapter.ended",), "{:.1%}", False),
+    Headline("accuracy", ("adapter.accuracy",), "{:.1%}", False),
+    Headline("macro-F1", ("adapter.macro_f1",), "{:.3f}", False),
+    Headline("gain on base", ("gain.loss",), "{:+.3f}", False),
+    Headline("trained parameters", ("training.trainable_parameters", "trainable_parameters"), "{:,.0f}"),
+    Headline("training seconds", ("training.seconds", "seconds"), "{:,.0f}"),
+)
+SERIES = {
+    "training": ("loss", "train/loss", "train_loss"),
+    "validation": ("validation_loss", "eval/loss", "eval_loss"),
+}
+"""{curve: names of the series that it may be}"""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One headline of every run. best: places of the best ones; none where all are alike."""
+
+    headline: Headline
+    values: tuple[float | None, ...]
+
+    @property
+    def best(self) -> frozenset[int]:
+        known = {place: value for place, value in enumerate(self.values) if value is not None}
+        if self.headline.lower_is_better is None or len(set(known.values())) < 2:
+            return frozenset()
+        choose: Callable[..., float] = min if self.headline.lower_is_better else max
+        best = choose(known.values())
+        return frozenset(place for place, value in known.items() if value == best)
+
+    def shown(self, place: int) -> str:
+        value = self.values[place]
+        return "–" if value is None else self.headline.form.format(value)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """runs: best first. figures: the headlines that any run has. differing: {key: its value in each run}."""
+
+    runs: tuple[Run, ...]
+    judged_by: Headline | None
+    figures: tuple[Figure, ...]
+    differing: dict[str, tuple[Any, ...]]
+    shared: dict[str, Any]
+
+    def curve(self, kind: str) -> list[list[Point]]:
+        """Points of "training" or "validation" of each run; none for a run without that series."""
+        return [next((run.history[name] for name in SERIES[kind] if run.history.get(name)), []) for run in self.runs]
+
+    def prompts(self) -> list[tuple[Sample, tuple[str | None, ...]]]:
+        """Each prompt as some run's sample, with the adapter's answer of every run, None where it has none."""
+        answers = [{sample.get("prompt", ""): sample for sample in run.samples} for run in self.runs]
+        prompts = dict.fromkeys(prompt for of_run in answers for prompt in of_run)
+        rows = []
+        for prompt in prompts:
+            of_runs = [of_run.get(prompt) for of_run in answers]
+            first = next(sample for sample in of_runs if sample is not None)
+            rows.append((first, tuple(None if one is None else one.get("adapter") for one in of_runs)))
+        return rows
+
+    def as_dict(self) -> dict[str, Any]:
+        """For scripts: the runs, the best first, each with its headlines; the keys in which they differ."""
+        runs = []
+        for place, run in enumerate(self.runs):
+            headlines = {figure.headline.label: figure.values[place] for figure in self.figures}
+            runs.append(run.as_dict() | {"headlines": headlines})
+        judged_by = None if self.judged_by is None else self.judged_by.label
+        return {"judged_by": judged_by, "differing": list(self.differing), "runs": runs}
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Order the runs by their test loss (validation loss where none has one); those without it come last."""
+    judged_by = next((one for one in HEADLINES[:2] if any(one.of(run) is not None for run in runs)), None)
+    ordered = tuple(sorted(runs, key=lambda run: _rank(judged_by, run)))
+    figures = [Figure(headline, tuple(headline.of(run) for run in ordered)) for headline in HEADLINES]
+    keys = list(dict.fromkeys(key for run in ordered for key in run.config))
+    values = {key: tuple(run.config.get(key) for run in ordered) for key in keys}
+    differing = {key: each for key, each in values.items() if any(_unlike(value, each[0]) for value in each)}
+    return Comparison(
+        ordered,
+        judged_by,
+        tuple(figure for figure in figures if any(value is not None for value in figure.values)),
+        differing,
+        {key: each[0] for key, each in values.items() if key not in differing},
+    )
+
+
+def _rank(headline: Headline | None, run: Run) -> tuple[bool, float, str]:
+    value = None if headline is None else headline.of(run)
+    return value is None, value or 0.0, run.name
+
+
+def _unlike(one: Any, other: Any) -> bool:
+    """1 and 1.0 are the same choice (W&B writes both as one), 1 and true are not."""
+    return one != other or isinstance(one, bool) != isinstance(other, bool)

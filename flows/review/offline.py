@@ -1,0 +1,159 @@
+"""Runs in folders that W&B wrote without a server, read by `wandb leet inspect`.
+
+That command is W&B's own reader of its log and the only public one: since 0.31 the Python one is gone. It reads what a
+killed run or a cut file has left, leaves out records whose checksum is wrong, and says so; what it says becomes the
+run's warnings. Most of its half second is Python's start, so the program that it starts in turn is started first, and
+the command itself only where that has failed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from flows.errors import ReviewError
+from flows.review.run import Run, Sample, flat, series
+
+READERS = min(8, os.cpu_count() or 1)
+SECONDS = 120
+"""For one file."""
+INTERNAL = ("_wandb", "_runtime", "_step", "_timestamp")
+TABLE_BYTES = 64 * 2**20
+"""A table of samples that is larger is not read."""
+
+
+def find(folder: Path) -> list[Path]:
+    """The `.wandb` files of a run's folder, or of a folder that holds such folders (such as `wandb`), or the file.
+
+    Raises ReviewError if there is none.
+    """
+    if folder.is_file() and folder.suffix == ".wandb":
+        return [folder]
+    for pattern in ("run-*.wandb", "*run-*/run-*.wandb", "wandb/*run-*/run-*.wandb"):
+        found = {path.resolve() for path in folder.glob(pattern)}  # `latest-run` is a link to one of the others
+        if found:
+            return sorted(found)
+    raise ReviewError(
+        f"{folder} holds no W&B run; give a folder such as wandb/offline-run-20260101_120000-abc123, "
+        "one that holds several such as wandb, or one of their .wandb files"
+    )
+
+
+def read(files: Iterable[Path]) -> list[Run]:
+    """The runs of `.wandb` files, in their order. Raises ReviewError for one that holds no run at all."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(_read, files))
+
+
+def _read(path: Path) -> Run:
+    records, warnings = _records(path)
+    run: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    state = "unfinished"
+    for record in records:
+        kind = record.get("type")
+        content = record.get(kind) if isinstance(kind, str) else None
+        if not isinstance(content, dict):
+            continue
+        if kind == "run":
+            run |= content
+            config |= content.get("config", {}).get("update", {})
+        elif kind == "config":
+            config |= content.get("update", {})
+        elif kind == "summary":
+            summary |= content.get("update", {})
+        elif kind == "history":
+            rows.append({"_step": content.get("step", {}).get("num", 0), **content.get("item", {})})
+        elif kind == "exit":
+            state = "failed" if content.get("exit_code") else "finished"
+    if not run:
+        told = "; ".join(warnings) or "it has no record of a run"
+        raise ReviewError(f"{path} holds no W&B run that can be read ({told}); leave it out, or sync it again")
+    if state == "unfinished":
+        warnings = [f"the run was not finished: {len(rows)} of its history records are there", *warnings]
+    figures = flat(summary)
+    samples, more = _samples(path.parent / "files", figures.get("samples.path"))
+    identity = str(run.get("run_id", path.stem.removeprefix("run-")))
+    return Run(
+        id=identity,
+        name=str(run.get("display_name") or identity),
+        where=str(path.parent),
+        started=_moment(run.get("start_time")),
+        state=state,
+        config={key: value for key, value in flat(config).items() if not key.startswith(INTERNAL)},
+        summary={
+            key: value for key, value in figures.items() if not key.startswith((*INTERNAL, "samples.", "slices."))
+        },
+        history=series(rows, "_step"),
+        samples=samples,
+        version=_text(figures.get("registry.version")),
+        warnings=(*warnings, *more),
+    )
+
+
+def _records(path: Path) -> tuple[Iterator[dict[str, Any]], list[str]]:
+    """The file's records, and what W&B had to say of it."""
+    try:
+        from wandb.util import get_core_path
+
+        core = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", path, path.parent]
+        done = _output(core)
+        if done.returncode:
+            done = _output([sys.executable, "-m", "wandb", "leet", "inspect", "--json", path])
+    except subprocess.TimeoutExpired as error:
+        raise ReviewError(f"{path} was not read within {SECONDS} seconds; is its disk there?") from error
+    told = [line.removeprefix("wandb leet inspect: ") for line in done.stderr.decode(errors="replace").splitlines()]
+    if done.returncode:
+        raise ReviewError(f"{path} cannot be read: {' '.join(told)[-400:]}; `pip install -U wandb` if it is too old")
+    return (json.loads(line) for line in done.stdout.splitlines()), list(dict.fromkeys(told))
+
+
+def _output(command: Sequence[str | Path]) -> "subprocess.CompletedProcess[bytes]":
+    environment = {**os.environ, "WANDB_ERROR_REPORTING": "false"}
+    return subprocess.run(command, env=environment, capture_output=True, check=False, timeout=SECONDS)
+
+
+def _samples(files: Path, name: Any) -> tuple[tuple[Sample, ...], list[str]]:
+    """The table of samples that a run keeps below its own folder `files`; the name comes from the log."""
+    if not isinstance(name, str):
+        return (), []
+    path = (files / name).resolve()
+    if not path.is_relative_to(files.resolve()):
+        return (), [f"its table of samples lies outside of its folder ({name}) and is not read"]
+    try:
+        if path.stat().st_size > TABLE_BYTES:
+            return (), [f"its table of samples has more than {TABLE_BYTES} bytes and is not read"]
+        return table_rows(json.loads(path.read_bytes())), []
+    except (OSError, ValueError) as error:
+        return (), [f"its table of samples cannot be read: {error}"]
+
+
+def table_rows(table: Any) -> tuple[Sample, ...]:
+    """The rows of a table as W&B writes it: {"columns": [...], "data": [[...], ...]}. Raises ValueError otherwise."""
+    try:
+        columns = [str(name) for name in table["columns"]]
+        return tuple(dict(zip(columns, map(_cell, row), strict=True)) for row in table["data"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no table of W&B: {error}") from error
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _moment(text: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None

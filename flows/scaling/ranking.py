@@ -1,0 +1,52 @@
+"""The trials of a sweep as a table: the best test loss first, those that failed last, with why."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from flows.paths import Paths
+from flows.scaling.trial import Trial
+from peftcore.files import write_atomically
+
+COLUMNS = ("rank", "parameters", "test loss", "gain", "seconds", "error")
+
+
+def ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """The best first; of equals the one that came first."""
+    return sorted(trials, key=lambda trial: (trial.loss is None, trial.loss or 0.0))
+
+
+def rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
+    """A line of text for each trial, as COLUMNS names it. loss, gain: nats per token."""
+    return [
+        (
+            "" if trial.metrics is None else str(place),
+            " ".join(trial.overrides),
+            "" if trial.metrics is None else f"{trial.loss:.4f}",
+            "" if trial.metrics is None else f"{trial.metrics['gain']['loss']:+.4f}",
+            f"{trial.seconds:.1f}",
+            (trial.error or "").splitlines()[0] if trial.error else "",
+        )
+        for place, trial in enumerate(trials, 1)
+    ]
+
+
+def write_ranking(paths: Paths, trials: Sequence[Trial]) -> Path:
+    """Write reports/sweep.json, with all metrics, and reports/sweep.md; the folder of both."""
+    folder = paths.review.parent
+    folder.mkdir(exist_ok=True)
+    records = [
+        {
+            "parameters": list(trial.overrides),
+            "loss": trial.loss,
+            "seconds": round(trial.seconds, 3),
+            "metrics": trial.metrics,
+            "error": trial.error,
+        }
+        for trial in trials
+    ]
+    write_atomically(folder / "sweep.json", json.dumps(records, indent=2) + "\n")
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(trials)]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    write_atomically(folder / "sweep.md", "".join(f"| {' | '.join(line)} |\n" for line in cells))
+    return folder

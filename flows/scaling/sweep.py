@@ -1,0 +1,71 @@
+"""The Prefect flow of a sweep: one task for each set of parameters, mapped over threads, processes or a Ray cluster."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import Task, flow, unmapped
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
+
+from flows.errors import StageError
+from flows.paths import Paths
+from flows.scaling.ranking import ranked, write_ranking
+from flows.scaling.trial import Plan, Trial, check, parameter_sets, run_trial, snapshot
+
+Runner = Literal["thread", "process", "ray"]
+
+
+def run_sweep(
+    root: Path, overrides: list[str], runner: Runner, jobs: int, stage_timeout: float, limit: str | None = None
+) -> list[Trial]:
+    """Run a trial for every combination of `overrides`, `jobs` at a time; the best first, failed ones last.
+
+    Code and parameters are those of the working tree, as git tracks it. Writes reports/sweep.json and sweep.md.
+    Raises ParamsError where a combination does not fit params.yaml, StageError without Ray where it is asked for.
+    """
+    sets = parameter_sets(overrides)
+    check(root, sets)
+    plan = Plan(root, snapshot(root), stage_timeout, limit)
+    trials = ranked(sweep.with_options(task_runner=_RUNNERS[runner](jobs))(plan, sets))
+    write_ranking(Paths(root), trials)
+    return trials
+
+
+@flow(name="sweep", validate_parameters=False)
+def sweep(plan: Plan, sets: list[tuple[str, ...]]) -> list[Trial]:
+    """The trials, in the order of `sets`."""
+    trial = Task(run_trial, name="trial", task_run_name="{overrides}", cache_policy=NO_CACHE)
+    return trial.map(unmapped(plan), sets).result()
+
+
+def _threads(jobs: int) -> TaskRunner[Any]:
+    return ThreadPoolTaskRunner(max_workers=jobs)
+
+
+def _processes(jobs: int) -> TaskRunner[Any]:
+    return ProcessPoolTaskRunner(max_workers=jobs)
+
+
+def _ray(jobs: int) -> TaskRunner[Any]:
+    """The cluster that RAY_ADDRESS names, which then says how many run at once; else one on this machine alone."""
+    try:
+        from prefect_ray import RayTaskRunner
+    except ImportError as error:
+        raise StageError(
+            f"sweeps on Ray need prefect-ray ({error}); `pip install 'peftcore[scale]'`, or give --runner thread"
+        ) from error
+    if os.environ.get("RAY_ADDRESS"):
+        return RayTaskRunner()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    return RayTaskRunner(
+        init_kwargs={
+            "num_cpus": jobs,
+            "_node_ip_address": "127.0.0.1",
+            "include_dashboard": False,
+            "log_to_driver": True,
+        }
+    )
+
+
+_RUNNERS = {"thread": _threads, "process": _processes, "ray": _ray}

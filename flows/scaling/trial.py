@@ -1,0 +1,131 @@
+"""One trial of a sweep: the stages up to the evaluation, in a working tree of its own with other parameters.
+
+The trees share DVC's cache. A stage that a parameter does not touch is taken from there, and so is the best trial
+afterwards, when its parameters are put into params.yaml: nothing is trained twice.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from flows.errors import ParamsError, PipelineError, RepositoryError
+from flows.git import Git
+from flows.params import load_params
+from flows.paths import Paths
+from flows.project import dvc, stage_order
+from flows.stage_process import run_stage
+from flows.worktree import worktree_at
+from peftcore.errors import PeftError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all trials of a sweep have in common.
+
+    commit: of the code and parameters; stage_timeout: seconds; limit: a concurrency limit of Prefect's, of which each
+    trial holds one place while it works.
+    """
+
+    root: Path
+    commit: str
+    stage_timeout: float
+    limit: str | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one set of parameters. loss: nats per token on the test rows; error: why there is none."""
+
+    overrides: tuple[str, ...]
+    seconds: float
+    metrics: dict[str, Any] | None = None
+    error: str | None = None
+
+    @property
+    def loss(self) -> float | None:
+        return None if self.metrics is None else float(self.metrics["adapter"]["loss"])
+
+
+def parameter_sets(overrides: list[str]) -> list[tuple[str, ...]]:
+    """Every combination of `key=value1,value2`, which DVC reads as for its own `-S`. Raises ParamsError."""
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import get_hydra_sweeps
+    from hydra.errors import HydraException
+
+    try:
+        return [tuple(one["params.yaml"]) for one in get_hydra_sweeps({"params.yaml": overrides})]
+    except (DvcException, HydraException) as error:
+        raise ParamsError(f"{' '.join(overrides)} cannot be read ({error}); give key=value1,value2") from error
+
+
+def check(root: Path, sets: list[tuple[str, ...]]) -> None:
+    """Raises ParamsError for the first set that does not fit params.yaml, before any of them is worked on."""
+    for overrides in sets:
+        with TemporaryDirectory(prefix="peftcore-sweep-") as folder:
+            shutil.copyfile(Paths(root).params, Paths(Path(folder)).params)
+            _apply(Path(folder), overrides)
+
+
+def _apply(root: Path, overrides: tuple[str, ...]) -> None:
+    """Put `overrides` into the params.yaml of `root`. Raises ParamsError for what does not fit there."""
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides
+
+    paths = Paths(root)
+    try:
+        apply_overrides(paths.params, list(overrides))
+    except DvcException as error:
+        raise ParamsError(f"{' '.join(overrides)} does not fit params.yaml: {error.__cause__ or error}") from error
+    load_params(paths.params)
+
+
+def snapshot(root: Path) -> str:
+    """A commit, on no branch, of the tracked files as they are now, dvc.lock with them."""
+    lock = ["dvc.lock"] if (root / "dvc.lock").exists() else []
+    return Git(root).snapshot(["."], lock, {}, "Sweep")
+
+
+def run_trial(plan: Plan, overrides: tuple[str, ...]) -> Trial:
+    """Train and evaluate with these parameters; what the pipeline refuses is the trial's error, not the sweep's."""
+    started = time.monotonic()
+    try:
+        with _place(plan.limit), worktree_at(plan.root, plan.commit) as tree:
+            started = time.monotonic()  # waiting for a place is no work
+            metrics = _evaluated(tree, plan, overrides)
+    except (PeftError, PipelineError) as error:
+        return Trial(overrides, time.monotonic() - started, error=str(error))
+    return Trial(overrides, time.monotonic() - started, metrics)
+
+
+def _evaluated(tree: Path, plan: Plan, overrides: tuple[str, ...]) -> dict[str, Any]:
+    paths = Paths(tree)
+    _apply(tree, overrides)
+    if sources := Git(tree).run("ls-files", "*.dvc").splitlines():
+        dvc(tree, "checkout", *sources)
+    for stage in stage_order(tree, paths.evaluation):
+        run_stage(tree, stage, plan.stage_timeout)
+    return json.loads(paths.evaluation_metrics.read_text())
+
+
+@contextmanager
+def _place(limit: str | None) -> Iterator[None]:
+    """Hold a place of a concurrency limit; strict, since Prefect would else let all pass one that is not there."""
+    if limit is None:
+        yield
+        return
+    from prefect.concurrency.sync import ConcurrencySlotAcquisitionError, concurrency
+
+    try:
+        with concurrency(limit, strict=True):
+            yield
+    except ConcurrencySlotAcquisitionError as error:
+        raise RepositoryError(
+            f"no place of Prefect's concurrency limit {limit!r} ({error}); "
+            f"make it by `prefect gcl create {limit} --limit 1`"
+        ) from error

@@ -1,0 +1,170 @@
+"""Weeks of retraining on a tiny repository: promoted, nothing new, refused, set aside, failed and gone on with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.errors import BusyError, DataError, ParamsError, StageError
+from flows.git import Git
+from flows.params import load_params
+from flows.project import dvc
+from flows.promotion.registry import Registry
+from flows.retraining import flow
+from flows.retraining.data import Source, read_set_aside, release, set_aside
+from flows.retraining.history import Entry, append, entries
+from flows.retraining.tree import home, only_one
+from peftcore.files import sha256
+
+
+def retrain(project: Any) -> Entry:
+    """Without Prefect, which `test_schedule` is about."""
+    return flow._retrain(project.root, None, False, flow._tried_again)
+
+
+def drop(project: Any, name: str, text: str = "good\n") -> None:
+    (project.incoming / name).write_text(text)
+
+
+def edit(project: Any, *changes: tuple[str, str]) -> None:
+    """Change params.yaml, and commit it."""
+    text = project.paths.params.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    project.paths.params.write_text(text)
+    project.git("commit", "--quiet", "--all", "--message=Edit")
+
+
+def test_weeks_go_by(weekly: Any, tmp_path: Path) -> None:
+    committed = weekly.paths.params.read_text()
+    weekly.paths.params.write_text(committed + "gate: {min_loss_gain: 9.0}\n")  # not committed, so it does not count
+    before = (weekly.git("status", "--porcelain"), sorted((weekly.root / "artifacts").iterdir()))
+    drop(weekly, "week1.jsonl", "first\n")
+    first = retrain(weekly)
+    assert (first.outcome, first.version, first.fresh, first.champion) == ("promoted", "v0.1.0", ["week1.jsonl"], None)
+    (weekly.incoming / "week1.jsonl").unlink()
+    nothing = retrain(weekly)
+    assert (nothing.outcome, nothing.version, set(nothing.seconds)) == ("unchanged", None, {"collect"})
+    drop(weekly, "week2.jsonl", "second\n")
+    second = retrain(weekly)
+    assert (second.outcome, second.fresh, second.champion) == ("promoted", ["week2.jsonl"], "v0.1.0")
+    assert second.files == 2, "a folder that is emptied after each week loses nothing"
+    drop(weekly, "week3.jsonl", "bad\n")
+    third = retrain(weekly)
+    assert (third.outcome, third.version) == ("kept", "v0.1.2")
+    assert "against the champion" in third.reason
+    registry = Registry(Git(weekly.root), "docstrings")
+    assert registry.stages()["champion"].version == "v0.1.1"
+    assert retrain(weekly).outcome == "unchanged", "a bad week is not tried every night"
+
+    told = entries(weekly.paths)
+    assert [entry.outcome for entry in told] == ["promoted", "unchanged", "promoted", "kept", "unchanged"]
+    page = weekly.paths.retraining_page.read_text()
+    assert page.count('class="one"') == 5
+    assert page.count("<svg") == 1
+    assert (weekly.paths.retraining / "v0.1.2.html").exists()
+
+    # the user's own files are as they were, and nothing stays behind
+    assert (weekly.git("status", "--porcelain"), sorted((weekly.root / "artifacts").iterdir())) == before
+    assert not (weekly.root / "data" / "rows").exists()
+    assert not (home(weekly.root) / "tree").exists()
+    assert weekly.git("worktree", "list").count("\n") == 1
+
+    # the data are with the version, and in the remote
+    version, clone = registry.version("v0.1.1"), tmp_path / "clone"
+    weekly.git("clone", "--quiet", str(weekly.root), str(clone))
+    weekly.git("checkout", "--quiet", version.commit, root=clone)
+    dvc(clone, "remote", "modify", "--local", "local", "url", str(weekly.root / ".dvc-remote"))
+    dvc(clone, "pull", "data/rows.dvc")
+    assert sorted(path.name for path in (clone / "data" / "rows").iterdir()) == ["week1.jsonl", "week2.jsonl"]
+    assert Source(weekly.params, clone, clone).files_of(version).keys() == {"week1.jsonl", "week2.jsonl"}
+
+
+def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
+    weekly: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls, saved = flow.run_stage, [], home(weekly.root) / "tree" / "checkpoints" / "mark"
+    working = {"works": False}
+
+    def run_stage(root: Path, stage: str, *rest: Any) -> None:
+        calls.append((stage, saved.exists()))
+        if not working["works"]:
+            saved.parent.mkdir(exist_ok=True)
+            saved.touch()
+            raise StageError("a cable was pulled")
+        original(root, stage, *rest)
+
+    monkeypatch.setattr(flow, "run_stage", run_stage)
+    drop(weekly, "week1.jsonl")
+    drop(weekly, "week2.jsonl", "odd\n")
+    set_aside(weekly.paths, {"week2.jsonl": sha256(weekly.incoming / "week2.jsonl")}, "by hand")
+    with pytest.raises(StageError, match="a cable was pulled"):
+        retrain(weekly)
+    assert calls == [("make", False), ("make", True)], "the parameters ask for one retry"
+    failed = entries(weekly.paths)[-1]
+    assert (failed.outcome, failed.reason, "make" in failed.seconds) == ("failed", "a cable was pulled", True)
+    working["works"] = True
+    went_on = retrain(weekly)
+    assert (went_on.outcome, went_on.files) == ("promoted", 1), "one is set aside"
+    assert calls[2] == ("make", True), "what the failed one had saved was there"
+
+    # what was set aside comes back
+    with pytest.raises(DataError, match=r"week9.jsonl is not set aside; these are: week2.jsonl"):
+        release(weekly.paths, "week9.jsonl")
+    assert release(weekly.paths, "week2.jsonl") == [sha256(weekly.incoming / "week2.jsonl")]
+    assert read_set_aside(weekly.paths) == {}
+
+    # another parameter is a reason only if it is asked for
+    edit(weekly, ("5.0e-4", "1.0e-3"))
+    (weekly.incoming / "week2.jsonl").unlink()
+    assert retrain(weekly).outcome == "unchanged"
+    working["works"] = False
+    edit(weekly, ("retry_delay", "on: any, retry_delay"))
+    with pytest.raises(StageError, match="a cable was pulled"):
+        retrain(weekly)
+
+    # from the champion it trains on new files and a share of the others
+    edit(weekly, ("on: any", "start: champion, on: data"))
+    drop(weekly, "week3.jsonl", "new\n")
+    with pytest.raises(StageError, match="a cable was pulled"):
+        retrain(weekly)
+    assert entries(weekly.paths)[-1].start == "v0.1.0"
+    asked = load_params(home(weekly.root) / "tree" / "params.yaml")
+    assert (asked.train.start_from, asked.data.fresh, asked.data.replay_share) == ("v0.1.0", ["week3.jsonl"], 0.5)
+
+
+def test_one_at_a_time(weekly: Any) -> None:
+    with only_one(weekly.root), pytest.raises(BusyError, match=r"runs already \(process \d+\)") as error:
+        retrain(weekly)
+    assert error.value.status == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (("source: data/rows", "source: stdlib:docstrings"), DataError, "has to be a folder below data/"),
+        (("incoming: ", "incoming: /nowhere"), DataError, "there is no folder"),
+        (("hashed}", "filled}\ntracking: {mode: disabled}"), ParamsError, "data.assignment: hashed"),
+    ],
+)
+def test_what_does_not_fit_is_said(weekly: Any, change: tuple[str, str], error: Any, words: str) -> None:
+    drop(weekly, "week1.jsonl")
+    edit(weekly, change, ("retry_delay", "start: champion, retry_delay"))
+    with pytest.raises(error, match=words):
+        retrain(weekly)
+    assert entries(weekly.paths)[-1].outcome == "failed"
+
+
+def test_a_history_that_a_crash_cut_short_is_read_and_added_to(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
+    append(weekly.paths, Entry("2026-01-01T00:00:00+00:00"))
+    with weekly.paths.retraining_history.open("a") as file:
+        file.write('{"started": "2026-01-08T0')
+    append(weekly.paths, Entry("2026-01-15T00:00:00+00:00"))
+    lines = weekly.paths.retraining_history.read_text().splitlines()
+    assert len(lines) == 3
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(lines[1])
+    assert [entry.started[:10] for entry in entries(weekly.paths)] == ["2026-01-01", "2026-01-15"]
+    assert "history.jsonl:2: half a line" in caplog.text

@@ -1,0 +1,77 @@
+"""Two weeks with the real stages on a tiny base, as a user types it: anew, then on from the champion with replay."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[3]
+SMALL: dict[str, dict[str, Any]] = {
+    "data": {"source": "data/rows", "assignment": "hashed", "group_column": "book", "train_rows": None,
+             "validation_rows": 8, "test_rows": None, "validation_share": 0.15, "test_share": 0.3},
+    "method": {"r": 4, "lora_alpha": 8},
+    "train": {"batch_size": 4, "gradient_accumulation": 1, "learning_rate": 0.01, "evaluations": 2},
+    "evaluate": {"rows": None, "batch_size": 8, "generate_rows": 4, "max_new_tokens": 8, "samples": 2},
+    "merge": {"rows": 6, "max_kl": 1.0, "min_top1_agreement": 0.5},
+    "gate": {"min_loss_gain": 0.05, "min_rouge_l_gain": -1.0, "min_ended": 0.0},
+    "tracking": {"mode": "disabled"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def clone(tmp_path: Path, write_tiny_base: Callable[[Path], Path]) -> Path:
+    root = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", "--no-tags", str(ROOT), str(root)], check=True)
+    (tmp_path / "incoming").mkdir()
+    yaml = YAML()
+    params = yaml.load(root / "params.yaml")
+    given = SMALL | {"base": {"source": f"path:{write_tiny_base(tmp_path / 'base')}"}}
+    given |= {"retrain": {"incoming": str(tmp_path / "incoming"), "start": "champion", "retry_delay": 0.0}}
+    for section, values in given.items():
+        params[section].update(values)
+    params["gate"]["slices"]["max_loss_regression"] = None
+    yaml.dump(params, root / "params.yaml")
+    identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
+    subprocess.run(["git", *identity, "commit", "--quiet", "--all", "--message=Small"], cwd=root, check=True)
+    return root
+
+
+def retrain(root: Path) -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "flows.cli", "retrain", "--json"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 3), done.stderr
+    return json.loads(done.stdout)
+
+
+def drop(root: Path, name: str, numbers: range) -> None:
+    rows = [{"prompt": f"How much is {n} and 1?", "completion": f"{n + 1}.", "book": f"book{n // 4}"} for n in numbers]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (root.parent / "incoming" / f"{name}.jsonl").write_text(text)
+
+
+def test_two_weeks(clone: Path) -> None:
+    drop(clone, "week1", range(120))
+    first = retrain(clone)
+    assert (first["outcome"], first["version"], first["drift"]) == ("promoted", "v0.1.0", None)
+    assert retrain(clone)["outcome"] == "unchanged"
+
+    drop(clone, "week2", range(120, 240))
+    second = retrain(clone)
+    assert second["start"] == "v0.1.0"
+    assert second["fresh"] == ["week2.jsonl"]
+    assert second["version"] == "v0.2.0", "other test rows than v0.1.0's make a minor step"
+    drift = second["drift"]
+    assert drift["champion"] == "v0.1.0"
+    assert drift["files"]["week2.jsonl"]["loss"] > 0
+    # the champion was measured again on the new test rows, and the one that went on from it is better there
+    checks = {check["name"]: check for check in second["promotion"]["report"]["checks"]}
+    assert "measured again" in checks["against the champion"]["detail"]
+    assert second["outcome"] == "promoted", second["reason"]

@@ -1,0 +1,93 @@
+"""`peftcore schedule` as a process: a server of its own, the deployment's schedule, a run of it, an orderly end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flows.errors import ParamsError
+from flows.retraining.history import entries
+from flows.retraining.notice import notify
+from flows.retraining.schedule import serve
+
+LIMIT = 150
+"""Seconds; Prefect's first start migrates a database."""
+
+
+def wait_for(what: Any, process: subprocess.Popen[bytes], log: Path) -> Any:
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until:
+        if found := what():
+            return found
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_scheduled_retraining_runs_is_told_of_and_ends_in_order(weekly: Any, tmp_path: Path) -> None:
+    """The schedule's own minute is not waited for: a run of the deployment is asked for, as the clock would."""
+    (weekly.incoming / "week1.jsonl").write_text("first\\n")
+    log = tmp_path / "schedule.log"
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    command = [sys.executable, "-m", "flows.cli", "schedule", "--cron", "0 3 * * 1", "--timezone", "Europe/Berlin"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=weekly.root, env=environment, stdout=output, stderr=output)
+    try:
+        note = wait_for(
+            lambda: weekly.paths.schedule.exists() and json.loads(weekly.paths.schedule.read_text()), process, log
+        )
+        assert (note["cron"], note["timezone"], note["pid"]) == ("0 3 * * 1", "Europe/Berlin", process.pid)
+        here = environment | {"PREFECT_API_URL": note["server"]}
+
+        def asked() -> bool:
+            run = [sys.executable, "-m", "prefect", "deployment", "run", "retrain/scheduled"]
+            return subprocess.run(run, env=here, capture_output=True, check=False).returncode == 0
+
+        wait_for(asked, process, log)
+        told = wait_for(lambda: entries(weekly.paths), process, log)
+        assert (told[0].outcome, told[0].version) == ("promoted", "v0.1.0")
+        listed = [sys.executable, "-m", "prefect", "deployment", "inspect", "retrain/scheduled", "--output", "json"]
+        deployment = json.loads(subprocess.run(listed, env=here, capture_output=True, check=True).stdout)
+        assert deployment["schedules"][0]["schedule"]["cron"] == "0 3 * * 1"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(60)
+    assert status == 143, log.read_text()
+    assert not weekly.paths.schedule.exists()
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{note['server']}/health", timeout=5)
+
+
+@pytest.mark.parametrize(("cron", "zone"), [("every monday", "UTC"), ("0 3 * * 1", "Mars/Olympus")])
+def test_a_schedule_that_is_none_is_said(project: Any, cron: str, zone: str) -> None:
+    with pytest.raises(ParamsError, match="give five fields"):
+        serve(project.paths, cron, zone, None)
+
+
+def test_a_notification_block_that_fails_is_warned_of(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    from prefect.blocks.core import Block
+
+    said = []
+
+    class Hook:
+        def notify(self, body: str, subject: str) -> None:
+            said.append((subject, body))
+
+    def load(slug: str) -> Hook:
+        if slug == "slack-webhook/gone":
+            raise ValueError("no such block")
+        return Hook()
+
+    monkeypatch.setattr(Block, "load", staticmethod(load))
+    notify(["slack-webhook/gone", "custom-webhook/here"], "docstrings: retraining kept", "why")
+    assert said == [("docstrings: retraining kept", "why")]
+    assert "slack-webhook/gone: no such block" in caplog.text

@@ -1,0 +1,76 @@
+"""Versions, stages and DVC experiments as runs, and which W&B run is the champion."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.errors import RegistryError, ReviewError
+from flows.project import dvc
+from flows.promotion.promote import promote
+from flows.review.run import Run
+from flows.review.sources import read_runs
+from flows.review.versions import Versions
+from flows.trial import EXPERIMENTS, run_trial
+
+
+def test_versions_and_stages(project: Any, tmp_path: Path) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.register(loss=2.6, weight=2.0)
+    champion, other = read_runs(["champion", "v0.1.1", "v0.1.0"], project.root)
+    assert (champion.name, champion.version, champion.is_champion) == ("v0.1.0", "v0.1.0", True)
+    assert (other.name, other.is_champion, other.summary["adapter.loss"]) == ("v0.1.1", False, 2.6)
+    assert champion.state == "registered" and champion.config["train.learning_rate"] == 5e-4
+    assert champion.history["validation_loss"] == [(2, 3.0), (4, 2.7)]
+    assert champion.history["loss"][0] == (1, 3.5)
+    assert champion.samples[0]["adapter"] == "Say hello." and not champion.warnings
+    with pytest.raises(RegistryError, match=r"no version v9\.0\.0; there is: v0\.1\.0, v0\.1\.1"):
+        read_runs(["v9.0.0"], project.root)
+
+    by_tag = Run("a", "a", "a", version="v0.1.0", summary={"registry.tag": "docstrings@v0.1.0"})
+    elsewhere = replace(by_tag, id="b", summary={"registry.tag": "another@v0.1.0"})
+    unknown = Run("c", "c", "c")
+    marked = Versions(project.root, project.params).marked([by_tag, elsewhere, unknown])
+    assert [run.is_champion for run in marked] == [True, False, False]
+    assert marked[2].version is None, "versions without a W&B run have no id to be known by"
+
+    for store in (project.root / ".dvc" / "cache", project.root / ".dvc-remote"):
+        store.rename(tmp_path / store.name)
+    (run,) = read_runs(["v0.1.0"], project.root)
+    assert run.history == {} and run.samples == () and run.summary["adapter.loss"] == 2.7
+    assert any("neither in DVC's cache nor in its remote" in warning for warning in run.warnings)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("exp:", "there is no DVC experiment yet"), ("ada/docs", "wandb:ada/docs for a server's project")],
+)
+def test_what_is_not_there_is_named_with_what_to_do(project: Any, name: str, message: str) -> None:
+    with pytest.raises(ReviewError, match=message):
+        read_runs([name], project.root)
+
+
+def test_outside_of_a_pipeline_only_tracked_runs_are_found() -> None:
+    with pytest.raises(ReviewError, match=r"v0\.1\.0 is no folder of W&B runs, and versions .* need a pipeline"):
+        read_runs(["v0.1.0"], None)
+
+
+@pytest.mark.slow
+def test_a_sweep_by_dvcs_queue_and_a_trial_are_experiments_to_compare(project: Any) -> None:
+    project.paths.params.write_text(project.paths.params.read_text() + "train: {learning_rate: 0.1}\n")
+    project.git("commit", "--quiet", "--all", "--message=Train")
+    dvc(project.root, "exp", "run", "--queue", "-S", "train.learning_rate=2e-4,5e-4,1e-3")
+    dvc(project.root, "exp", "run", "--run-all", "--jobs", "1")
+    trial = run_trial(project.root, ["train.learning_rate=3e-3"], "mine")
+    runs = read_runs(["exp:"], project.root)
+    assert sorted(run.config["train.learning_rate"] for run in runs) == [2e-4, 5e-4, 1e-3, 3e-3]
+    assert all(run.summary["adapter.loss"] == 2.7 and run.history["loss"] and run.samples for run in runs)
+    shown = dvc(project.root, "exp", "show", "--json", "--no-pager")
+    assert all(run.name in shown for run in runs)
+    (mine,) = read_runs(["exp:mine"], project.root)
+    assert (trial, mine.config["train.learning_rate"]) == ("mine", 3e-3)
+    assert project.git("tag", "--list") == "", "nothing is registered"
+    assert project.git("status", "--porcelain", "--untracked-files=no") == "", "the working tree is as it was"
+    assert len(project.git("for-each-ref", EXPERIMENTS).splitlines()) == 4

@@ -1,0 +1,46 @@
+"""The start stage: nothing, or a version's adapter as it was registered."""
+
+import json
+from typing import Any
+
+import pytest
+
+from flows.errors import RegistryError
+from flows.paths import Paths
+from flows.stages import start
+from flows.worktree import worktree_at
+from peftcore.files import read_manifest
+
+
+def with_start(project: Any, version: str | None) -> Any:
+    return project.params.model_copy(update={"train": project.params.train.model_copy(update={"start_from": version})})
+
+
+def test_nothing_or_a_versions_adapter_in_a_working_tree_as_well(project: Any) -> None:
+    first = project.register(weight=2.0)["adapter"]["files"]
+    project.register(weight=3.0)
+    start.run(with_start(project, "v0.1.0"), project.paths)
+    assert read_manifest(project.paths.start_adapter) == first
+    assert json.loads(project.paths.start_source.read_text()) == {"version": "v0.1.0"}
+    start.run(with_start(project, None), project.paths)
+    assert [path.name for path in project.paths.start.iterdir()] == ["source.json"]
+    with worktree_at(project.root, "HEAD") as tree:
+        start.run(with_start(project, "v0.1.0"), Paths(tree))
+        assert read_manifest(Paths(tree).start_adapter) == first
+
+
+def test_a_version_that_is_unknown_or_damaged_leaves_what_was_there(project: Any) -> None:
+    project.register(weight=2.0)
+    start.run(with_start(project, "v0.1.0"), project.paths)
+    with pytest.raises(RegistryError, match=r"no version v9\.9\.9; there is: v0\.1\.0"):
+        start.run(with_start(project, "v9.9.9"), project.paths)
+    for path in [*(project.root / ".dvc" / "cache").rglob("*"), *(project.root / ".dvc-remote").rglob("*")]:
+        if (
+            path.is_file()
+            and path.stat().st_size == (project.paths.adapter / "adapter_model.safetensors").stat().st_size
+        ):
+            path.chmod(0o644)
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(RegistryError, match="is not what was registered"):
+        start.run(with_start(project, "v0.1.0"), project.paths)
+    assert project.paths.start_adapter.is_dir()

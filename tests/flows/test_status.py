@@ -1,0 +1,139 @@
+"""`peftcore status`: what runs and ran, the champion, the newest version, the next retraining, the disk, leftovers."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.errors import GateError, StageError
+from flows.last_run import last_run, recorded, running
+from flows.promotion.promote import promote
+from flows.status import status
+
+
+def look(project: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(status(project.params, project.paths)))
+
+
+def test_a_new_project_has_nothing_yet(project: Any) -> None:
+    found = look(project)
+    assert found["running"] == [] and found["hints"] == [] and found["registry"] == {}
+    assert [found[part] for part in ("last_run", "champion", "candidate")] == [None] * 3
+    assert found["retraining"] == {"last": None, "schedule": None}
+    cached = sum(file.stat().st_size for file in (project.root / ".dvc/cache").rglob("*") if file.is_file())
+    assert found["disk"]["cache"] == cached > 1000
+    assert found["disk"]["free"] > 0 and found["disk"]["checkpoints"] == 0
+
+
+def test_champion_and_newest_version_with_its_verdict(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.register(loss=3.6, weight=2.0)
+    assert look(project)["candidate"]["verdict"] == "not judged here"
+    promote(project.params, project.paths)
+    found = look(project)
+    champion, candidate = found["champion"], found["candidate"]
+    assert (champion["version"], champion["stage"], champion["test_loss"]) == ("v0.1.0", "champion", 2.7)
+    assert abs(datetime.fromisoformat(champion["since"]) - datetime.now(UTC)) < timedelta(minutes=5)
+    assert (candidate["version"], candidate["verdict"]) == ("v0.1.1", "refused")
+    assert candidate["reason"] == "gain in loss: 0.200 nats, at least 0.5"
+
+
+def test_retrainings_last_and_next(project: Any) -> None:
+    folder = project.paths.retraining
+    folder.mkdir(parents=True)
+    lines = [{"outcome": "kept", "finished": "a"}, {"outcome": "promoted", "finished": "b", "promotion": None}]
+    project.paths.retraining_history.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    note = {"cron": "30 4 * * *", "timezone": "Europe/Berlin", "pid": os.getpid()}
+    project.paths.schedule.write_text(json.dumps(note))
+    told = look(project)["retraining"]
+    assert told["last"]["finished"] == "b"
+    assert told["schedule"]["alive"] is True
+    following = datetime.fromisoformat(told["schedule"]["next"])
+    assert timedelta(0) < following - datetime.now(UTC) <= timedelta(hours=25)
+    assert (following.hour, following.minute) in ((3, 30), (2, 30)), "04:30 in Berlin, in winter or summer"
+    project.paths.schedule.write_text(json.dumps(note | {"pid": ended_process()}))
+    assert "start `peftcore schedule` again" in " ".join(look(project)["hints"])
+
+
+def test_working_trees_and_what_killed_processes_left(project: Any, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    project.git("worktree", "add", "--quiet", "--detach", str(tree))
+    (tree / "big").write_bytes(bytes(10_000))
+    lock = project.root / ".dvc" / "tmp" / "retraining" / "lock"
+    (lock.parent / "tree").mkdir(parents=True)
+    lock.write_text(f"process {ended_process()}\n")
+    found = look(project)
+    assert found["disk"]["worktrees"][str(tree)] > 10_000
+    assert found["hints"] == ["a retraining was interrupted; `peftcore retrain` goes on with it"]
+    lock.write_text(f"process {os.getpid()}\n")
+    assert [one["what"] for one in look(project)["running"]] == ["retraining"]
+    assert look(project)["hints"] == []
+
+
+def ended_process() -> int:
+    """The number of a process that is no more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_a_run_is_seen_while_it_runs_and_after_it_was_killed(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project.root / "make.py").write_text("open('began', 'w').close(); import time; time.sleep(100)")
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")  # no server to wait for
+    run = subprocess.Popen([sys.executable, "-m", "flows.cli", "--quiet", "run"], cwd=project.root)
+    try:
+        while not (project.root / "began").exists():
+            assert run.poll() is None
+            time.sleep(0.05)
+        found = look(project)
+        told = {one["what"]: one for one in found["running"]}
+        assert (told["run"]["pid"], told["run"]["task"]) == (run.pid, "make")
+        assert told["dvc"]["pid"] != run.pid, "DVC's own note of who uses which file"
+        assert found["last_run"] is None
+        monkeypatch.chdir(project.root)
+        shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["status", "--no-stages"]).stdout
+        assert f"run make (process {run.pid})" in shown and "stage" not in shown.split("\n")[0]
+    finally:
+        run.kill()
+        run.wait()
+    (hint,) = look(project)["hints"]
+    assert "was killed at make; `peftcore run` goes on with it" in hint
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "status"),
+    [
+        (None, "promoted", 0),
+        (StageError("stage make failed"), "failed", 1),
+        (GateError("too bad"), "refused", 3),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (SystemExit(143), "interrupted", 143),
+    ],
+)
+def test_however_a_run_ends_it_is_written_down(
+    project: Any, error: BaseException | None, outcome: str, status: int
+) -> None:
+    try:
+        with recorded(project.paths) as record:
+            with record.at("make"):
+                assert running(project.paths) and not last_run(project.paths)
+            if outcome in ("promoted", "refused"):
+                record.promotion = {"outcome": outcome, "version": "v0.1.0"}
+            if error is not None:
+                raise error
+    except BaseException as raised:
+        assert raised is error
+    told = last_run(project.paths)
+    assert told is not None and running(project.paths) is None
+    assert (told["outcome"], told["status"]) == (outcome, status)
+    assert list(told["seconds"]) == ["make"]
+    assert told["failed_task"] == (None if outcome in ("promoted", "refused") else "make")
