@@ -19,7 +19,7 @@ test: install           ## quick tests, on all cores
 
 faults: export OMP_NUM_THREADS ?= 1
 faults: install         ## every fault that a run must survive, really made, and a table; PEFTCORE_FAULTS=N: N times the rounds
-	@$(BIN)/pytest tests/faults tests -m faults
+	@$(BIN)/pytest tests/faults tests/flows tests/peftcore/train tests/peftcore/test_checkpoint.py -m faults
 
 slow: install           ## whole-pipeline tests
 	@$(BIN)/pytest -m slow

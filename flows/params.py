@@ -302,7 +302,7 @@ class Gate(Section):
     min_rouge_l_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
     min_ended: Annotated[float, Field(ge=0, le=1)] = 0.9
     min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_forgetting: NonNegative | None = 0.1
+    max_forgetting: NonNegative | None = 0.2
     max_adapter_mb: Positive | None = None
     max_first_token_ms: Positive | None = None
     max_token_ms: Positive | None = None

@@ -24,4 +24,4 @@ def tie_temporary_server() -> None:
 
     # Prefect has no option for how its server is started
     popen = partial(subprocess.Popen, start_new_session=True, preexec_fn=die_with_parent)
-    server.subprocess = SimpleNamespace(Popen=popen, TimeoutExpired=subprocess.TimeoutExpired)  # pyright: ignore[reportAttributeAccessIssue]
+    server.subprocess = SimpleNamespace(Popen=popen, TimeoutExpired=subprocess.TimeoutExpired)  # pyright: ignore

@@ -50,9 +50,7 @@ def run_stage(
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH")])])
     streams = contextlib.ExitStack()
     out, err = streams.enter_context(logs.streams(stage))
-    process = subprocess.Popen(
-        command, cwd=root, env=environment, stdout=out, stderr=err, preexec_fn=die_with_parent
-    )
+    process = subprocess.Popen(command, cwd=root, env=environment, stdout=out, stderr=err, preexec_fn=die_with_parent)
     try:
         status = process.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -87,9 +85,10 @@ def forget_dead_locks(root: Path) -> None:
     path = root / ".dvc" / "tmp" / "rwlock"
     try:
         text = path.read_text()
-        locks = json.loads(text)
     except OSError:
         return
+    try:
+        locks = json.loads(text)
     except json.JSONDecodeError:
         # DVC, which writes it in place, was killed while it did, and would refuse it for ever; or is writing it now
         time.sleep(SECONDS_TO_WRITE)

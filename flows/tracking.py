@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from uuid import uuid4
@@ -59,13 +60,16 @@ class Tracker:
         self._run: Any = None
         if mode == "disabled":
             return
-        identity = _identity(evaluates) | {"name": name or os.environ.get("DVC_EXP_NAME")}
         told = {**config, EVALUATES: evaluates} if evaluates else config
         lasting = _lasting(directory)
+        if "WANDB_SWEEP_ID" in os.environ:  # W&B puts a sweep's runs, and so we their evaluations, into its project
+            project = os.environ.get("WANDB_PROJECT", project)
         modes: list[Mode] = [mode] if mode == "offline" else [mode, "offline"]
         for attempt in modes:
-            with _outside_of_a_sweep() if evaluates else nullcontext():
-                self._run = self._mirror(lambda attempt=attempt: _open(project, attempt, told, lasting, identity))
+            outside = evaluates is not None or attempt != mode  # W&B takes the id of an attempt that failed as in use
+            with _outside_of_a_sweep() if outside else nullcontext():
+                identity = _identity(evaluates) | {"name": name or os.environ.get("DVC_EXP_NAME")}
+                self._run = self._mirror(partial(_open, project, attempt, told, lasting, identity))
             if self._run is not None:
                 return
 

@@ -143,6 +143,9 @@ def damaged_files(directory: Path, read: Mapping[str, Any] | None = None) -> lis
             return hashlib.sha256(held[name]).hexdigest() == digest
         if "\0" in name or ".." in (path := PurePath(name)).parts or path.is_absolute():
             return False
-        return (directory / name).is_file() and sha256(directory / name) == digest
+        try:
+            return (directory / name).is_file() and sha256(directory / name) == digest
+        except OSError:  # a name longer than any file's, or a file that cannot be read
+            return False
 
     return [name for name, digest in read_manifest(directory).items() if not is_whole(name, digest)]

@@ -245,7 +245,10 @@ def _print_collection(found: "Collection") -> None:
 def _print_reproduction(found: "Reproduction") -> None:
     from flows.promotion.reproduction import PARTS
 
-    table = Table("", "what", "registered", "rebuilt", "same", "", title=found.version, title_justify="left")
+    table = Table("", title=found.version, title_justify="left")
+    table.add_column("what", overflow="fold", min_width=24)
+    for name in ("registered", "rebuilt", "same", ""):
+        table.add_column(name)
     for part in PARTS:
         for one in getattr(found, part):
             values = [escape(_short(value)) for value in (one.registered, one.rebuilt)]

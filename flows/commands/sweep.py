@@ -1,5 +1,6 @@
 """A sweep: the pipeline up to the evaluation, for every combination of some parameters."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -13,6 +14,14 @@ from flows.project import set_prefect_environment
 from flows.stage import fail
 
 
+class Runner(StrEnum):
+    """Where trials run."""
+
+    THREAD = "thread"
+    PROCESS = "process"
+    RAY = "ray"
+
+
 def sweep(
     set_param: Annotated[
         list[str],
@@ -24,7 +33,7 @@ def sweep(
             autocompletion=completion.params,
         ),
     ],
-    runner: Annotated[str, typer.Option(help="Where trials run: `thread`, `process` or `ray`.")] = "thread",
+    runner: Annotated[Runner, typer.Option(help="Where trials run.")] = Runner.THREAD,
     jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Trials at a time.")] = 1,
     limit: Annotated[
         str | None,
@@ -45,7 +54,7 @@ def sweep(
         from flows.scaling.ranking import COLUMNS, rows
         from flows.scaling.sweep import run_sweep
 
-        trials = run_sweep(paths.root, set_param, runner, jobs, stage_timeout, limit)
+        trials = run_sweep(paths.root, set_param, runner.value, jobs, stage_timeout, limit)
         if as_json:
             print((paths.review.parent / "sweep.json").read_text(), end="")
         else:

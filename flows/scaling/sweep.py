@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefect import Task, flow, unmapped
 from prefect.cache_policies import NO_CACHE
@@ -13,15 +13,14 @@ from flows.paths import Paths
 from flows.scaling.ranking import ranked, write_ranking
 from flows.scaling.trial import Plan, Trial, check, parameter_sets, run_trial, snapshot
 
-Runner = Literal["thread", "process", "ray"]
-
 
 def run_sweep(
-    root: Path, overrides: list[str], runner: Runner, jobs: int, stage_timeout: float, limit: str | None = None
+    root: Path, overrides: list[str], runner: str, jobs: int, stage_timeout: float, limit: str | None = None
 ) -> list[Trial]:
     """Run a trial for every combination of `overrides`, `jobs` at a time; the best first, failed ones last.
 
-    Code and parameters are those of the working tree, as git tracks it. Writes reports/sweep.json and sweep.md.
+    runner: thread, process or ray. Code and parameters are those of the working tree, as git tracks it; the report is
+    reports/sweep.json and sweep.md.
     Raises ParamsError where a combination does not fit params.yaml, StageError without Ray where it is asked for.
     """
     sets = parameter_sets(overrides)

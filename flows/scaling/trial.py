@@ -119,7 +119,8 @@ def _place(limit: str | None) -> Iterator[None]:
     if limit is None:
         yield
         return
-    from prefect.concurrency.sync import ConcurrencySlotAcquisitionError, concurrency
+    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+    from prefect.concurrency.sync import concurrency
 
     try:
         with concurrency(limit, strict=True):

@@ -1,4 +1,4 @@
-"""What a crash has left over, a clock that goes backwards, a repository that cannot be written, storage that is gone."""
+"""What a crash has left over, a clock going backwards, a repository that cannot be written, lost storage."""
 
 import json
 import shutil

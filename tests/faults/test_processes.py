@@ -63,7 +63,7 @@ def test_kill_9_leaves_no_orphan_and_a_rerun_is_clean(root: Path, fault: Any, ki
     with started(root, *PEFTCORE, "stage", "make") as command, fault(KILL):
         wait_until_half_done(root)
         process_of(root, *words).kill()
-        assert command.wait(60) == (-signal.SIGKILL if killed == "flow" else 1)
+        assert command.wait(180) == (-signal.SIGKILL if killed == "flow" else 1)
         assert_clean_rerun(root, "stage", "make")
 
 
@@ -74,7 +74,7 @@ def test_a_stage_that_is_told_to_end_ends_and_a_rerun_is_clean(root: Path, fault
     with started(root, *PEFTCORE, "stage", "make") as command, fault(row):
         wait_until_half_done(root)
         end(command.pid, number)
-        assert command.wait(60) == status
+        assert command.wait(180) == status
         assert_clean_rerun(root, "stage", "make")
 
 
@@ -91,5 +91,5 @@ def test_a_flow_takes_prefects_server_with_it(root: Path, fault: Any, number: si
         wait_until_half_done(root)
         assert process_of(root, "uvicorn")
         end(command.pid, number)
-        assert command.wait(30) == status, told(root)
+        assert command.wait(60) == status, told(root)
         assert_clean_rerun(root, "stage", "make")

@@ -13,7 +13,6 @@ import pytest
 from processes import PEFTCORE, done, started, told
 
 from flows.git import Git
-
 from flows.promotion.promote import promote
 from flows.promotion.registry import Registry, RegistryConflict
 
@@ -40,7 +39,7 @@ def test_a_promotion_ended_at_random_moments(
                 if command.poll() is None:
                     (os.killpg if number == signal.SIGINT else os.kill)(command.pid, number)
                 # before Python has set its handlers, and while it imports, a signal ends it in its own way
-                assert command.wait(60) in (0, 1, 130, 143, -number), told(root)
+                assert command.wait(180) in (0, 1, 130, 143, -number), told(root)
             assert registered.git("tag", "--list", root=root).split() in TAGS.values()
             assert done(root, *PEFTCORE, "promote").returncode == 0
             assert registered.git("tag", "--list", root=root).split() == TAGS[1]

@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 
+from flows.ci import judge
+from flows.params import Params
+from flows.paths import Paths
+from flows.promotion.promote import Promotion
+
 GATE = Path(__file__).parents[2] / ".ci" / "gate"
 
 
@@ -62,7 +67,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def published(template: Path, project_at: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """v0.1.0 and v0.1.3 are good, v0.1.1 is not, v0.1.2 is a branch's own; all that somebody at home has pushed."""
+    """v0.1.0 and v0.1.1 are good, v0.1.2 is not; all that somebody at home has pushed."""
     folder = tmp_path_factory.mktemp("published")
     project = project_at(shutil.copytree(template, folder / "home", symlinks=True))
     config = project.root / ".dvc" / "config"
@@ -72,12 +77,8 @@ def published(template: Path, project_at: Any, tmp_path_factory: pytest.TempPath
     project.git("add", "--all")
     project.git("commit", "--quiet", "--message=Remote")
     project.register()
-    project.register(loss=3.7, weight=1.5)
-    project.git("checkout", "--quiet", "-b", "longer")
-    project.git("commit", "--quiet", "--allow-empty", "--message=Train longer")
-    project.register(loss=2.5, weight=2.0)
-    project.git("checkout", "--quiet", "main")
-    project.register(loss=2.6, weight=3.0)
+    project.register(loss=2.6, weight=2.0)
+    project.register(loss=3.7, weight=3.0)
     project.git("clone", "--quiet", "--bare", str(project.root), str(folder / "origin.git"))
     return project
 
@@ -88,30 +89,24 @@ def origin(published: Any, tmp_path: Path) -> Origin:
     return Origin(tmp_path, published)
 
 
-def test_a_good_version_whose_tag_is_pushed_is_promoted_in_the_origin(origin: Origin) -> None:
-    status, stderr, summary, outputs = origin.job("job", "refs/tags/docstrings@v0.1.0").end()
-    assert (status, origin.tags()) == (0, ["docstrings#champion#1"]), stderr
-    assert summary.startswith("## ✅ docstrings v0.1.0 is champion")
-    assert "| merge fidelity | ✅ |" in summary and "docstrings#champion#1" in summary
-    assert (outputs["verdict"], outputs["version"]) == ("promoted", "v0.1.0")
-    assert Path(outputs["report"]).read_text() in summary
-
-
 def test_a_bad_version_is_refused_with_its_reason(origin: Origin) -> None:
-    status, stderr, summary, outputs = origin.job("job", "refs/tags/docstrings@v0.1.1").end()
+    status, stderr, summary, outputs = origin.job("job", "refs/tags/docstrings@v0.1.2").end()
     assert (status, origin.tags()) == (3, [])
-    assert "error: docstrings v0.1.1 is not promoted to champion: gain in loss: 0.100 nats" in stderr
+    assert "error: docstrings v0.1.2 is not promoted to champion: gain in loss: 0.100 nats" in stderr
     assert "| gain in loss | ❌ | 0.100 nats, at least 0.5 |" in summary
-    assert (outputs["verdict"], outputs["version"]) == ("refused", "v0.1.1")
+    assert (outputs["verdict"], outputs["version"]) == ("refused", "v0.1.2")
 
 
-def test_of_two_jobs_at_once_one_promotes_and_the_other_hears_of_it(origin: Origin) -> None:
-    jobs = [origin.job(number, f"refs/tags/docstrings@{number}") for number in ("v0.1.0", "v0.1.3")]
+def test_of_two_jobs_at_once_one_promotes_in_the_origin_and_the_other_hears_of_it(origin: Origin) -> None:
+    jobs = [origin.job(number, f"refs/tags/docstrings@{number}") for number in ("v0.1.0", "v0.1.1")]
     ended = [job.end() for job in jobs]
     assert sorted(status for status, *_ in ended) == [0, 4], ended
     assert origin.tags() == ["docstrings#champion#1"]
-    _, stderr, summary, outputs = next(one for one in ended if one[0] == 4)
-    assert "came first" in stderr and "came first" in summary and outputs["verdict"] == "conflict"
+    (_, _, summary, outputs), (_, stderr, lost_summary, lost_outputs) = sorted(ended, key=lambda one: one[0])
+    assert summary.startswith(f"## ✅ docstrings {outputs['version']} is champion")
+    assert "| merge fidelity | ✅ |" in summary and "docstrings#champion#1" in summary
+    assert outputs["verdict"] == "promoted" and Path(outputs["report"]).read_text() in summary
+    assert "came first" in stderr and "came first" in lost_summary and lost_outputs["verdict"] == "conflict"
 
 
 @pytest.mark.parametrize(
@@ -128,16 +123,48 @@ def test_a_tag_that_is_no_version_is_named_with_those_that_are(origin: Origin, t
     assert message in summary and outputs["verdict"] == "error"
 
 
-def test_a_pull_request_is_told_of_its_branchs_version_and_promotes_nothing(origin: Origin) -> None:
-    job = origin.job("job", "refs/pull/7/merge", branch="longer", GITHUB_BASE_REF="main")
-    status, stderr, summary, outputs = job.end()
-    assert (status, outputs["verdict"], outputs["version"]) == (0, "would promote", "v0.1.2"), stderr
-    assert "would become champion" in summary and origin.tags() == []
+@pytest.mark.parametrize(
+    ("environment", "given", "version", "pushed_to"),
+    [
+        ({"GITHUB_REF": "refs/pull/7/merge", "GITHUB_BASE_REF": "main"}, {}, "v0.2.0", None),
+        ({"CI_MERGE_REQUEST_TARGET_BRANCH_NAME": "main"}, {}, "v0.2.0", None),
+        ({"GITHUB_REF": "refs/heads/longer"}, {}, "v0.3.0", None),
+        ({"GITHUB_BASE_REF": "longer"}, {}, "v0.3.0", None),
+        ({"GITHUB_REF": "refs/tags/docstrings@v0.2.0"}, {}, "v0.2.0", "origin"),
+        ({"CI_COMMIT_TAG": "docstrings@v0.3.0"}, {"remote": "upstream"}, "v0.3.0", "upstream"),
+        ({"TAG_NAME": "docstrings@v0.3.0"}, {"dry_run": True}, "v0.3.0", None),
+        ({}, {"version": "v0.2.0", "dry_run": False}, "v0.2.0", "origin"),
+    ],
+)
+def test_the_event_says_which_version_and_whether_it_is_promoted(
+    project: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    given: dict[str, Any],
+    version: str,
+    pushed_to: str | None,
+) -> None:
+    """v0.2.0 was registered from the branch that is checked out, v0.3.0, the newest, from main."""
+    for branch, number in (("longer", "v0.2.0"), ("main", "v0.3.0")):
+        project.git("checkout", "--quiet", "-B", branch)
+        for message in ("Train otherwise", "Register"):
+            project.git("commit", "--quiet", "--allow-empty", f"--message={message} {number}")
+        project.git("tag", "--annotate", "--message=x", f"docstrings@{number}")
+        project.git("reset", "--quiet", "--hard", "HEAD^")  # a version's own commit is on no branch
+        project.git("update-ref", f"refs/remotes/origin/{branch}", "HEAD")
+        project.git("checkout", "--quiet", "--detach", "HEAD^")
+    project.git("checkout", "--quiet", "longer")
+    asked = []
 
+    def promote(params: Params, paths: Paths, version: str, dry_run: bool, push_to: str | None) -> Promotion:
+        asked.append((version, dry_run, push_to))
+        return Promotion("docstrings", version, "champion", "already", None, None)
 
-def test_without_a_version_of_its_own_a_branch_is_told_of_the_newest(origin: Origin) -> None:
-    status, stderr, _, outputs = origin.job("job", "refs/heads/main", "--stage", "nightly").end()
-    assert (status, outputs["version"], outputs["verdict"]) == (0, "v0.1.3", "would promote"), stderr
+    monkeypatch.setattr("flows.ci.promote", promote)
+    verdict = judge(project.params, project.paths, environment, tmp_path / "gate.md", **given)
+    assert asked == [(version, pushed_to is None, pushed_to)]
+    assert (verdict.word, verdict.version) == ("already", version)
 
 
 def test_nothing_registered_is_nothing_to_judge(origin: Origin) -> None:

@@ -102,6 +102,7 @@ def test_a_stage_that_takes_too_long_is_stopped_with_all_below_it(root: Path) ->
     assert eventually(lambda: is_gone(stage_pid(root)))
 
 
+@pytest.mark.faults("kill -9 of dvc, flow or stage")
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
 def test_kill_9_of_the_parent_leaves_no_orphan_and_a_rerun_is_clean(
     root: Path, driver: subprocess.Popen[bytes]

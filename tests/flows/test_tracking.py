@@ -71,6 +71,7 @@ def test_a_server_that_is_down_makes_the_run_an_offline_one(opened, tmp_path: Pa
     with caplog.at_level(logging.WARNING):
         tracker = Tracker("p", "online", {}, tmp_path)
     assert opened.modes == ["online", "offline"] and tracker.run_id == "abc123"
+    assert opened.given[0]["id"] != opened.given[1]["id"], "W&B takes the first one's id as in use"
     assert caplog.text.count("server unreachable") == 1
 
 
@@ -116,10 +117,12 @@ def test_in_a_sweep_training_has_the_agents_id_and_the_evaluation_is_outside_of_
 ) -> None:
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     monkeypatch.setenv("WANDB_RUN_ID", "agents1")
+    monkeypatch.setenv("WANDB_PROJECT", "the sweep's")
     Tracker("p", "offline", {}, tmp_path)
     Tracker("p", "offline", {}, tmp_path, evaluates="agents1")
     trained, evaluated = opened.given
     assert trained["id"] == "agents1" and evaluated["id"] != "agents1"
+    assert [given["project"] for given in opened.given] == ["the sweep's"] * 2
     assert opened.sweeps == ["s1", None] and os.environ["WANDB_SWEEP_ID"] == "s1"
 
 

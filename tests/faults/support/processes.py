@@ -79,7 +79,7 @@ def left_in(root: Path) -> list[psutil.Process]:
     return found
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 120) -> Any:
     """What a condition comes to, asked again until it holds."""
     end = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < end:

@@ -4,6 +4,7 @@ A stage gets a process group of its own, as a terminal gives a command, so that 
 has started as well.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -50,10 +51,8 @@ class Nursery:
         """Send a signal to the group of a stage `after` seconds from its start; its exit status."""
         group = self.start(root, stage)
         time.sleep(after)
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.killpg(group, number)
-        except ProcessLookupError:  # it has ended by itself
-            pass
         return self.wait()
 
     def close(self) -> None:

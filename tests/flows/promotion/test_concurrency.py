@@ -65,6 +65,7 @@ def figures(kind: str, outcomes: Counter[int], stale: int, started: float) -> No
     )
 
 
+@pytest.mark.faults("concurrent promotions", trials=ROUNDS)
 def test_of_ten_processes_one_wins(project: Any, tmp_path: Path, stack: ExitStack) -> None:
     project.register()
     (tmp_path / "meeting").mkdir()
@@ -88,6 +89,7 @@ def test_of_ten_processes_one_wins(project: Any, tmp_path: Path, stack: ExitStac
     figures("ten processes, one repository", outcomes, stale, started)
 
 
+@pytest.mark.faults("concurrent promotions", trials=ROUNDS)
 def test_of_two_clones_one_wins_and_the_other_keeps_no_tag(project: Any, tmp_path: Path, stack: ExitStack) -> None:
     project.register()
     (tmp_path / "meeting").mkdir()

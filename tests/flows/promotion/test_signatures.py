@@ -108,7 +108,8 @@ def test_a_signed_tag_under_another_name_or_with_another_text_is_nobodys(project
 def test_another_kind_of_signature_is_not_asked(project: Any, key: Key, signers: Path, tmp_path: Path) -> None:
     program = tmp_path / "gpg"  # says of anything that it is good
     program.write_text(
-        "#!/bin/sh\necho '[GNUPG:] NEWSIG'; echo '[GNUPG:] GOODSIG A1 Ada'; echo '[GNUPG:] TRUST_ULTIMATE 0 pgp'\n"
+        "#!/bin/sh\ncat >/dev/null; echo '[GNUPG:] NEWSIG'; echo '[GNUPG:] GOODSIG A1 Ada'\n"
+        "echo '[GNUPG:] TRUST_ULTIMATE 0 pgp'\n"
         "echo 'Good \"git\" signature for ada@example.org with RSA key SHA256:x' >&2\n"
     )
     program.chmod(0o755)

@@ -85,7 +85,7 @@ def test_a_flipped_byte_costs_the_records_around_it(killed_run: Path, tmp_path: 
     assert len(run.history["loss"]) > 50
 
 
-@pytest.mark.parametrize("content", [b"", b":W&", b"\0" * 4096, b"no log at all, but long enough to look like one" * 9])
+@pytest.mark.parametrize("content", [b"", b"no log at all, but long enough to look like one" * 9])
 def test_what_is_no_log_is_an_error_of_ours(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "run-abc.wandb"
     path.write_bytes(content)

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.promotion import promote
 
+SECONDS_TO_WAIT = 60.0
+
 
 def main(meeting: Path, number: int, of: int, push_to: str) -> None:
     params = Path("params.yaml")
@@ -23,8 +25,10 @@ def main(meeting: Path, number: int, of: int, push_to: str) -> None:
     def judge_and_wait(*arguments, **options):
         report = judge(*arguments, **options)
         (meeting / f"{stage}-{number}").touch()
+        late = time.monotonic() + SECONDS_TO_WAIT
         while len(list(meeting.glob(f"{stage}-*"))) < of:
-            time.sleep(0.0005)
+            assert time.monotonic() < late, f"not all have come as far: {sorted(meeting.glob(f'{stage}-*'))}"
+            time.sleep(0.002)
         return report
 
     promote.evaluate_gate = judge_and_wait
@@ -34,7 +38,8 @@ def main(meeting: Path, number: int, of: int, push_to: str) -> None:
         stage = line.strip()
         params.write_text(f"{given}gate: {{stage: {stage}}}\n")
         done = CliRunner().invoke(app, ["promote", "--json", *options])
-        print(json.dumps({"status": done.exit_code, "stdout": done.stdout, "stderr": done.stderr}), flush=True)
+        told = {"stdout": done.stdout, "stderr": done.stderr, "exception": repr(done.exception)}
+        print(json.dumps({"status": done.exit_code, **told}), flush=True)
 
 
 if __name__ == "__main__":
