@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 WEEKS = ("week1", "week2", "week3-shuffled", "week4")
 SEED = 42
+TRAINS = 0.65
+"""Share of the rows that is neither for validation nor for the test."""
 
 
 def main() -> None:
@@ -78,6 +80,8 @@ def _settle(clone: Path, incoming: Path, start: str, rows: int, small: bool) -> 
             "assignment": "hashed",
             "group_column": "module",
             "slice_column": "package",
+            "validation_share": 0.1,
+            "test_share": 0.25,
             "train_rows": None,
             "validation_rows": 48,
             "test_rows": 128,
@@ -102,22 +106,23 @@ def _settle(clone: Path, incoming: Path, start: str, rows: int, small: bool) -> 
 
 
 def _shards(rows: int) -> dict[str, list[dict[str, str]]]:
-    """Each week's rows; a module is in one week, with all its functions. rows: for training, of ten in all eight."""
+    """Each week's rows, of modules that are in no other week, six functions of each. rows: those that will train."""
     import sysconfig
 
     known: dict[str, list[Pair]] = {}
     for pair in pairs(Path(sysconfig.get_paths()["stdlib"])):
         if len(pair.source) < 1200:
             known.setdefault(pair.module, []).append(pair)
-    modules = sorted(known, key=lambda module: rank(SEED, module))
+    # another order than the one that deals modules to splits
+    modules = sorted(known, key=lambda module: rank(SEED + 1, module))
     shards: dict[str, list[dict[str, str]]] = {week: [] for week in WEEKS}
     for module in modules:
-        week = next((week for week in WEEKS if len(shards[week]) < rows * 10 / 8), None)
+        week = next((week for week in WEEKS if len(shards[week]) < rows / TRAINS), None)
         if week is None:
             break
         shards[week] += [
             {"prompt": prompt(one.source), "completion": one.summary, "module": module, "package": module.split(".")[0]}
-            for one in known[module][: rows // 4]
+            for one in known[module][:6]
         ]
     for week in WEEKS:
         if week.endswith("shuffled"):

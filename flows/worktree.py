@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from flows.errors import RepositoryError
 from flows.git import Git, GitError
@@ -59,7 +60,8 @@ def _share_dvc(root: Path, folder: Path) -> None:
     if local.exists():
         shutil.copyfile(local, target)
         target.chmod(0o600)
-    here = Config(str(root / ".dvc"), validate=False)
+    here: Any = Config(str(root / ".dvc"), validate=False)
+    there: Any
     with Config(str(folder / ".dvc"), validate=False).edit("local") as there:
         there.setdefault("cache", {})["dir"] = here["cache"].get("dir") or str(root / ".dvc" / "cache")
         for name, remote in here["remote"].items():

@@ -28,6 +28,7 @@ NOT_IN_RESULTS = {
     "peftcore.config",
     "peftcore.errors",
     "peftcore.files",
+    "peftcore.patterns",
     "peftcore.registry",
 }
 """Modules that start a stage, show what it does or say what is wrong: they cannot change what a stage writes."""

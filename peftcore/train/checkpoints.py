@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from peftcore.checkpoint import MODEL_CARD, PROMPT_STATE
 from peftcore.config import CONFIG_NAME
 from peftcore.errors import TrainingError
-from peftcore.files import damaged_files, flush_to_disk, read_manifest, write_manifest
+from peftcore.files import MANIFEST, damaged_files, flush_to_disk, read_manifest, write_manifest
 from peftcore.tensors import WEIGHTS_NAME
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,8 @@ _FAILED_WRITER = "inline_container"
 
 def fault_of_checkpoint(folder: Path) -> str | None:
     """Why a checkpoint folder cannot be resumed from, or None if it can."""
-    try:
-        manifest = read_manifest(folder)
-    except ValueError:
+    manifest = read_manifest(folder)
+    if MANIFEST in manifest:  # it lists all but itself, unless it is none
         return "its manifest is damaged"
     if TRAINER_STATE not in manifest:
         return "it was never finished"
@@ -60,10 +59,7 @@ def copy_adapters(checkpoint: Path, directory: Path) -> None:
 
 def is_finished(folder: Path) -> bool:
     """Whether a checkpoint was written to its end, whatever has happened to its files since."""
-    try:
-        return TRAINER_STATE in read_manifest(folder)
-    except ValueError:
-        return False
+    return TRAINER_STATE in read_manifest(folder)
 
 
 def _fault_of_weights(folder: Path) -> str | None:
