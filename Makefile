@@ -21,8 +21,9 @@ faults: export OMP_NUM_THREADS ?= 1
 faults: install         ## every fault that a run must survive, really made, and a table; PEFTCORE_FAULTS=N: N times the rounds
 	@$(BIN)/pytest tests/faults tests/flows tests/peftcore/train tests/peftcore/test_checkpoint.py -m faults
 
-slow: install           ## whole-pipeline tests
-	@$(BIN)/pytest -m slow
+slow: export OMP_NUM_THREADS ?= 1
+slow: install           ## whole-pipeline tests, a file on a core
+	@$(BIN)/pytest -m slow --numprocesses auto --dist loadfile
 
 lint: install           ## format, lint, types, floors
 	$(BIN)/ruff format --check

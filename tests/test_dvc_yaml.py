@@ -50,7 +50,9 @@ def is_covered(path: str, deps: list[str]) -> bool:
 
 def test_the_order_is_that_of_the_work() -> None:
     order = stage_order(ROOT)
-    assert set(order) == set(STAGES) == {"fetch", "prepare", "detect", "start", "train", "evaluate", "merge", "register"}
+    assert (
+        set(order) == set(STAGES) == {"fetch", "prepare", "detect", "start", "train", "evaluate", "merge", "register"}
+    )
     assert order.index("fetch") < order.index("prepare")
     assert order[-1] == "register"
     assert order.index("prepare") < order.index("train") < min(order.index("evaluate"), order.index("merge"))

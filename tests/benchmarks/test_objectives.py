@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 SMALL = {
     "data": {"train_rows": 64, "validation_rows": 4, "test_rows": 4, "max_length": 1024, "overlong": "drop"},
     "method": {"r": 2},
@@ -12,6 +14,7 @@ SMALL = {
 REFUSING = {"rows": 2, "max_kl": 0.0, "min_top1_agreement": 1.0}
 
 
+@pytest.mark.slow
 def test_objectives_are_trained_judged_and_merged(run_benchmark, tmp_path: Path, tiny_base: Path) -> None:
     given = ("--base", str(tiny_base), "--folder", str(tmp_path), "--cells", str(tmp_path / "cells"))
 

@@ -44,6 +44,7 @@ def test_unequal_weights_are_no_comparison(tmp_path: Path, monkeypatch: pytest.M
         check_equal(Setting(base, dtype="fp32", batch=1, length=24), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_all_writes_every_setting_with_its_verdict(run_benchmark, tmp_path: Path) -> None:
     done = run_benchmark("train_step", *SMALL, "--all", "--folder", str(tmp_path / "results"))
     assert done.returncode == 0, done.stderr
