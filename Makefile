@@ -38,7 +38,7 @@ audit: install          ## known vulnerabilities of what is installed (asks PyPI
 
 fuzz: export PEFTCORE_FUZZ ?= 100000
 fuzz: export OMP_NUM_THREADS ?= 1
-fuzz: install           ## the loaders, on that many hostile inputs (about half an hour on one core)
+fuzz: install           ## the loaders, on that many hostile inputs (a quarter of an hour on one core)
 	@$(BIN)/pytest tests/security/test_fuzz.py --hypothesis-show-statistics --timeout 7200
 
 format: install

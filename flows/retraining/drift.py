@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from flows import logs
 from flows.errors import StageError
 from flows.params import Drift
 from flows.project import stage_environment
@@ -42,7 +43,10 @@ def measure_drift(
         asked = {"fresh": fresh, "rows": rule.rows, "adapter": None if adapter is None else str(adapter)}
         request.write_text(json.dumps(asked | {"out": str(out)}))
         command = [sys.executable, "-m", "flows.retraining.measure", str(request)]
-        if subprocess.run(command, cwd=tree, env=stage_environment(), check=False).returncode:
+        # libraries greet on stdout, which is for results
+        with logs.streams("drift") as (_, err):
+            done = subprocess.run(command, cwd=tree, env=stage_environment(), stdout=err or 2, stderr=err, check=False)
+        if done.returncode:
             raise StageError("the drift of the new rows could not be measured; the reason is above")
         found = json.loads(out.read_text())
     suspicious = {}
