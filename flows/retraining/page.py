@@ -9,7 +9,6 @@ import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from flows.params import Params
 from flows.paths import Paths
@@ -67,13 +66,13 @@ def losses_chart(tried: Sequence[Entry]) -> Markup:
             axes.scatter(
                 *zip(*points, strict=True), s=90, facecolor=face, edgecolor=edge, linewidth=2, zorder=3, label=label
             )
-    for x, y, entry in zip(places, losses, tried, strict=True):
-        axes.annotate(f"{entry.version}\n{y:.3f}", (x, y), (0, 11), textcoords="offset points", ha="center", fontsize=9)
+    for x, y in zip(places, losses, strict=True):
+        axes.annotate(f"{y:.3f}", (x, y), (0, 11), textcoords="offset points", ha="center", fontsize=9)
     axes.set_ylabel("test loss, nats a token")
     low, high = min([*losses, *bases]), max([*losses, *bases])
     axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.3 * (high - low or 1))
     axes.legend(frameon=False, loc="upper right", ncols=3)
-    _plain(axes, len(tried))
+    _plain(axes, tried)
     return svg(figure, "Test loss of each retraining's candidate beside its base")
 
 
@@ -95,18 +94,17 @@ def drift_chart(tried: Sequence[Entry]) -> Markup:
             axes.hlines(told["champion_loss"], place - 0.4, place + 0.4, color=SOFT, linewidth=1.5)
     axes.set_ylabel("champion's loss, nats a token")
     axes.margins(y=0.15)
-    _plain(axes, len(tried))
+    _plain(axes, tried)
     return svg(figure, "The champion's loss on new rows; the line is its loss on its own test rows")
 
 
-def _plain(axes: Any, count: int) -> None:
+def _plain(axes: Any, tried: Sequence[Entry]) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlim(0.4, count + 0.9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("retraining that trained")
+    axes.set_xlim(0.4, len(tried) + 0.9)
+    axes.set_xticks(range(1, len(tried) + 1), [entry.version or "" for entry in tried])
     axes.tick_params(left=False)
 
 
