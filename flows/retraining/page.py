@@ -1,12 +1,10 @@
 """The page of all retrainings: one HTML file that tells what came in, what was tried, and what serves now."""
 
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -14,6 +12,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.retraining.history import Entry, entries
 from flows.review.charts import ADAPTER, BASE, INK, LINE, SOFT, STYLE, VALIDATION, svg
+from flows.review.page import environment
 from peftcore.files import write_atomically
 
 SHOWN = 60
@@ -22,18 +21,6 @@ SHOWN = 60
 
 def write_history_page(params: Params, paths: Paths) -> Path:
     """Write `paths.retraining_page` from the history, whole or not at all; returns where it is."""
-    environment = Environment(
-        loader=PackageLoader("flows.retraining"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        fixed=lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}",
-        moment=lambda text: datetime.fromisoformat(text).strftime("%d %b %Y, %H:%M"),
-        span=lambda seconds: f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s",
-    )
     shown = entries(paths)[-SHOWN:]
     tried = [entry for entry in shown if entry.metrics is not None]
     content = {
@@ -45,7 +32,7 @@ def write_history_page(params: Params, paths: Paths) -> Path:
         "drift": drift_chart(tried) if any(_drift_losses(entry) for entry in tried) else None,
         "total": sum,
     }
-    write_atomically(paths.retraining_page, environment.get_template("retraining.html").render(content))
+    write_atomically(paths.retraining_page, environment().get_template("retraining.html").render(content))
     return paths.retraining_page
 
 
