@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -31,10 +34,43 @@ def wait_for(what: Any, process: subprocess.Popen[bytes], log: Path) -> Any:
     raise AssertionError(log.read_text())
 
 
+SAVE_BLOCK = """
+import sys
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+block = CustomWebhookNotificationBlock(name="hook", url=sys.argv[1], method="POST", json_data={"text": "{{subject}}"})
+block.save("hook")
+"""
+
+
+@pytest.fixture
+def hook() -> Iterator[tuple[str, list[str]]]:
+    """The address of a web hook, and what has been posted to it."""
+    posted: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/", posted
+        server.shutdown()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_scheduled_retraining_runs_is_told_of_and_ends_in_order(weekly: Any, tmp_path: Path) -> None:
+def test_a_scheduled_retraining_runs_is_told_of_and_ends_in_order(
+    weekly: Any, hook: tuple[str, list[str]], tmp_path: Path
+) -> None:
     """The schedule's own minute is not waited for: a run of the deployment is asked for, as the clock would."""
+    text = weekly.paths.params.read_text().replace("retry_delay", "notify: [custom-webhook/hook], retry_delay")
+    weekly.paths.params.write_text(text)
+    weekly.git("commit", "--quiet", "--all", "--message=Notify")
     (weekly.incoming / "week1.jsonl").write_text("first\\n")
     log = tmp_path / "schedule.log"
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
@@ -52,16 +88,18 @@ def test_a_scheduled_retraining_runs_is_told_of_and_ends_in_order(weekly: Any, t
             run = [sys.executable, "-m", "prefect", "deployment", "run", "retrain/scheduled"]
             return subprocess.run(run, env=here, capture_output=True, check=False).returncode == 0
 
+        subprocess.run([sys.executable, "-c", SAVE_BLOCK, hook[0]], env=here, capture_output=True, check=True)
         wait_for(asked, process, log)
         told = wait_for(lambda: entries(weekly.paths), process, log)
         assert (told[0].outcome, told[0].version) == ("promoted", "v0.1.0")
+        assert wait_for(lambda: hook[1], process, log) == ["docstrings: retraining promoted"]
         listed = [sys.executable, "-m", "prefect", "deployment", "inspect", "retrain/scheduled", "--output", "json"]
         deployment = json.loads(subprocess.run(listed, env=here, capture_output=True, check=True).stdout)
         assert deployment["schedules"][0]["schedule"]["cron"] == "0 3 * * 1"
     finally:
         process.send_signal(signal.SIGTERM)
         status = process.wait(60)
-    assert status == 143, log.read_text()
+    assert status == 0, log.read_text()
     assert not weekly.paths.schedule.exists()
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{note['server']}/health", timeout=5)
