@@ -183,7 +183,8 @@ def _refuse_hollow_sizes(config: PeftConfig, directory: Path, held: memoryview |
     """CheckpointError where a rank is said to be larger than all that the weights hold, before memory is taken."""
     said = {name: size for name in _SIZES if isinstance(size := getattr(config, name, None), int)}
     for pattern in ("rank_pattern", "n_frequency_pattern"):
-        said |= {f"{pattern}[{key!r}]": size for key, size in (getattr(config, pattern, None) or {}).items()}
+        of_layers = (getattr(config, pattern, None) or {}).items()  # AdaLoRA's are masks
+        said |= {f"{pattern}[{key!r}]": size for key, size in of_layers if isinstance(size, int)}
     large = {name: size for name, size in said.items() if size > _LARGE}
     if not large or config.peft_type == "LOKR":  # where a rank above all sizes means full matrices
         return

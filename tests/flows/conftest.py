@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ OUTS = ("adapter", "architecture.json", "data", "evaluation", "merge.json", "tra
 DVC_YAML = f"""\
 stages:
   make:
-    cmd: python make.py
+    cmd: exec python make.py
     deps: [source, make.py]
     outs: [{", ".join(f"artifacts/{name}" for name in OUTS)}]
   register:
-    cmd: python -m flows.stages.register
+    cmd: exec python -m flows.stages.register
     params: [project.name, register]
     deps: [artifacts/adapter, artifacts/evaluation, artifacts/merge.json, artifacts/training]
     outs:
@@ -92,6 +92,15 @@ def isolated_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Commands set variables for the processes below them; the next test begins without."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

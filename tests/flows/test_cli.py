@@ -186,6 +186,8 @@ def start(project: Any, *arguments: str, **environment: str) -> "subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # what was started in the background passes over Ctrl-C, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

@@ -49,7 +49,7 @@ def fetched(project: Any, tmp_path: Path) -> Any:
     (code.parent / "__init__.py").touch()
     code.write_text((project.root / "make.py").read_text() + "print('base:', open('artifacts/base/model').read())\n")
     yaml = project.root / "dvc.yaml"
-    text = yaml.read_text().replace("cmd: python make.py", "cmd: exec python -m flows.stages.make")
+    text = yaml.read_text().replace("cmd: exec python make.py", "cmd: exec python -m flows.stages.make")
     text = text.replace("[source, make.py]", "[source, flows/stages, artifacts/base]")
     yaml.write_text(text.replace("stages:\n", "stages:\n" + FETCH.format(seen=tmp_path / "fetched"), 1))
     project.git("add", "--all")

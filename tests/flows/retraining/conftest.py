@@ -20,7 +20,7 @@ results.write_results(Path("artifacts"), loss=3.0 - 0.1 * len(files) + 0.4 * bad
 DVC_YAML = """\
 stages:
   make:
-    cmd: python make.py
+    cmd: exec python make.py
     params: [train.learning_rate]
     deps: [make.py, data]
     outs: [{outs}]

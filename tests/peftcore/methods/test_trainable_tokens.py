@@ -73,7 +73,7 @@ def test_a_scaled_embedding_scales_the_trained_rows_too() -> None:
 
 @pytest.mark.parametrize("ids", [[], [1, 1], [-1], ["a"]])
 def test_impossible_tokens(ids: list[Any]) -> None:
-    with pytest.raises(ConfigError, match="different token ids"):
+    with pytest.raises(ConfigError, match=r"different token ids|a list of integers; got \['a'\]"):
         TrainableTokensConfig(token_indices=ids)
 
 
