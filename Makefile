@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # commands of dvc.yaml say `python`
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test slow faults lint format install clean audit fuzz
+.PHONY: run test slow proof faults lint format install clean audit fuzz
 .DEFAULT_GOAL := run
 
 run: install            ## bring the pipeline up to date, promote, write reports/review.html
@@ -24,6 +24,10 @@ faults: install         ## every fault that a run must survive, really made, and
 slow: export OMP_NUM_THREADS ?= 1
 slow: install           ## whole-pipeline tests, a file on a core
 	@$(BIN)/pytest -m slow --numprocesses auto --dist loadfile
+
+proof: export OMP_NUM_THREADS ?= 1
+proof: install          ## the longest tests: faults, work pool with PostgreSQL, sweeps, nodes (about half an hour)
+	@$(BIN)/pytest -m proof
 
 lint: install           ## format, lint, types, floors
 	$(BIN)/ruff format --check

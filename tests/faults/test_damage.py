@@ -61,7 +61,7 @@ def test_test_rows_that_are_cut_short(prepared: Paths, tiny_params: Any, fault: 
 OUTS = ["adapter/adapter_model.safetensors", "evaluation/rows.parquet", "merge.json", "data/report.json"]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_any_out_that_changed_since_its_stage_ran_is_not_registered(project: Any, fault: Any) -> None:
     for out in OUTS:
         file = project.paths.artifacts / out
@@ -194,7 +194,7 @@ def test_foreign_files_are_refused_by_the_gate(registered: Any, fault: Any) -> N
         (adapter / name).rmdir() if name == "folder" else (adapter / name).unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, pytest.param(truncate, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("damage", [flip, pytest.param(truncate, marks=pytest.mark.proof)])
 def test_an_object_of_the_remote_is_found_out_when_it_is_pulled(
     registered: Any, fault: Any, damage: Callable[[Path], None]
 ) -> None:

@@ -69,7 +69,7 @@ def test_saving_an_adapter(small_disk: SmallDisk, tmp_path: Path, fault: Any, le
         assert bool((lora_b(loaded) == 2.0).all())
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_tag_of_the_registry(registered: Any, small_disk: SmallDisk, fault: Any) -> None:
     promote(registered.params, registered.paths)
     registered.register(loss=2.6, weight=2.0)
@@ -91,7 +91,7 @@ def test_a_tag_of_the_registry(registered: Any, small_disk: SmallDisk, fault: An
         assert promote(registered.params, registered.paths).outcome == "promoted"
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("full", [".dvc/cache", ".dvc-remote"])
 def test_dvcs_cache_and_its_remote(registered: Any, small_disk: SmallDisk, fault: Any, full: str) -> None:
     promote(registered.params, registered.paths)
@@ -120,7 +120,7 @@ def test_dvcs_cache_and_its_remote(registered: Any, small_disk: SmallDisk, fault
         assert got.returncode == 0 and contents(registered.root / "champion") == adapter
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("place", ["adapter", "checkpoints", "wandb"])
 def test_training(
     nursery: Nursery, prepared: Paths, tiny_params: Any, small_disk: SmallDisk, fault: Any, place: str

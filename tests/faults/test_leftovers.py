@@ -25,7 +25,7 @@ def champion(project: Any) -> str | None:
     return holder.version if holder else None
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("back", [60, 400 * 24 * 3600])
 def test_the_clock_goes_backwards_between_two_promotions(
     project: Any, fault: Any, monkeypatch: pytest.MonkeyPatch, back: int
@@ -45,7 +45,7 @@ def test_the_clock_goes_backwards_between_two_promotions(
         assert (told["version"], told["stage"]["champion"]) == ("v0.1.1", "v0.1.1")
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_gits_index_lock_does_not_hinder_registering_and_promoting(project: Any, fault: Any) -> None:
     with fault(LOCK):
         (project.root / ".git" / "index.lock").touch()
@@ -70,9 +70,9 @@ DEAD = json.dumps({"write": {"artifacts/adapter": {"pid": 2**22 + 1, "cmd": "dvc
 @pytest.mark.parametrize(
     "rwlock",
     [
-        pytest.param(DEAD, marks=pytest.mark.slow, id="of a dead process"),
+        pytest.param(DEAD, marks=pytest.mark.proof, id="of a dead process"),
         pytest.param(DEAD[:20], id="cut short"),
-        pytest.param("", marks=pytest.mark.slow, id="empty"),
+        pytest.param("", marks=pytest.mark.proof, id="empty"),
     ],
 )
 def test_dvcs_locks_do_not_hinder_a_stage(project: Any, fault: Any, rwlock: str) -> None:
@@ -85,7 +85,7 @@ def test_dvcs_locks_do_not_hinder_a_stage(project: Any, fault: Any, rwlock: str)
         assert stage.returncode == 0, stage.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_repository_that_cannot_be_written_stays_as_it_is(
     registered: Any, read_only: Callable[[Path], Path], fault: Any
 ) -> None:
@@ -109,7 +109,7 @@ def test_the_cache_is_gone_and_the_remote_is_enough(registered: Any, fault: Any)
         assert {file: file.read_bytes() for file in registered.paths.adapter.iterdir()} == files
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_remote_is_gone_and_the_cache_is_enough(registered: Any, fault: Any) -> None:
     promote(registered.params, registered.paths)
     with fault(LOST):

@@ -57,7 +57,7 @@ def assert_clean_rerun(root: Path, *command: str) -> None:
     assert not left_in(root)
 
 
-@pytest.mark.parametrize("killed", ["flow", "stage", pytest.param("dvc", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("killed", ["flow", "stage", pytest.param("dvc", marks=pytest.mark.proof)])
 def test_kill_9_leaves_no_orphan_and_a_rerun_is_clean(root: Path, fault: Any, killed: str) -> None:
     words = {"flow": ("flows.cli",), "dvc": ("dvc", "repro"), "stage": ("make.py",)}[killed]
     with started(root, *PEFTCORE, "stage", "make") as command, fault(KILL):
@@ -67,7 +67,7 @@ def test_kill_9_leaves_no_orphan_and_a_rerun_is_clean(root: Path, fault: Any, ki
         assert_clean_rerun(root, "stage", "make")
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stage_that_is_told_to_end_ends_and_a_rerun_is_clean(root: Path, fault: Any, number: signal.Signals) -> None:
     row, status = ENDED[number]
@@ -83,7 +83,7 @@ def end(pid: int, number: signal.Signals) -> None:
     (os.killpg if number == signal.SIGINT else os.kill)(pid, number)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("number", ENDED)
 def test_a_flow_takes_prefects_server_with_it(root: Path, fault: Any, number: signal.Signals) -> None:
     row, status = ENDED[number]

@@ -19,7 +19,7 @@ from flows.promotion.registry import Registry, RegistryConflict
 TAGS = {0: ["docstrings@v0.1.0"], 1: ["docstrings#champion#1", "docstrings@v0.1.0"]}
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_promotion_ended_at_random_moments(
     registered: Any, tmp_path: Path, fault: Any, rounds: int, number: signal.Signals

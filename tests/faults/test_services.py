@@ -53,7 +53,7 @@ print(json.dumps([len(service), time.monotonic() - began]))
 """A tracked run that loses W&B's own process."""
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_wandbs_service_dies_in_the_middle(tmp_path: Path, fault: Any) -> None:
     with fault(WANDB):
         run = done(tmp_path, sys.executable, "-c", DYING)
@@ -63,7 +63,7 @@ def test_wandbs_service_dies_in_the_middle(tmp_path: Path, fault: Any) -> None:
         assert run.stderr.count("the run goes on, its own log is complete") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_no_server_of_wandb_answers(
     prepared: Paths, tiny_params: Any, fault: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +85,7 @@ def test_no_server_of_wandb_answers(
 # -- Prefect -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_dvc_repro_needs_no_prefect(project: Any, tmp_path: Path, fault: Any) -> None:
     (tmp_path / "without" / "sitecustomize.py").parent.mkdir()
     (tmp_path / "without" / "sitecustomize.py").write_text(NO_PREFECT)
@@ -98,7 +98,7 @@ def test_dvc_repro_needs_no_prefect(project: Any, tmp_path: Path, fault: Any) ->
         assert project.git("tag", "--list").split() == ["docstrings@v0.1.0"]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_prefects_server_goes_down_during_the_run(project: Any, tmp_path: Path, fault: Any) -> None:
     root = project.root
     (root / "make.py").write_text(

@@ -64,7 +64,7 @@ def assert_whole(paths: Paths, after: dict[str, bytes], stage: str) -> None:
         assert not (folder / MANIFEST).exists() or not damaged_files(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_stages_ended_at_random_moments(nursery: Nursery, paths: Paths, fault: Any, rounds: int) -> None:
     moments = random.Random(0)
     for stage in OUTS:

@@ -180,7 +180,7 @@ def test_files_that_cannot_be_mirrored_are_no_reason_to_fail(opened, tmp_path: P
     assert opened.run.finished == [1]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_real_offline_run_can_be_written(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()

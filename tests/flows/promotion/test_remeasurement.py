@@ -127,7 +127,7 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     assert "measure v0.1.0 again" in capfd.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_measurement_that_fails_says_why(weeks: Paths) -> None:
     (weeks.base / "config.json").unlink()
     with pytest.raises(StageError, match=r"v0\.1\.0 could not be measured again: .*config\.json is damaged or gone"):

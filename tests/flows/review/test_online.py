@@ -70,7 +70,7 @@ def test_a_project_is_read_back_and_compared(server: WandbServer, tmp_path: Path
     assert page.count("<svg") == 4 and PROMPT in page
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_one_run_is_read_by_its_id(server: WandbServer, tmp_path: Path) -> None:
     name = next(run.name for run in server.runs.values() if run.told["jobType"] == "train")
     done = command(server, "peftcore", "review", f"wandb:ada/docs/{name}", "--json", cwd=tmp_path)
@@ -92,7 +92,7 @@ def test_a_project_that_is_not_there_is_one_message(server: WandbServer, tmp_pat
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_server_that_is_down_costs_its_time_and_no_more(tmp_path: Path) -> None:
     environment = {**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
     script = (
@@ -122,7 +122,7 @@ summary.write_text(json.dumps(json.loads(summary.read_text()) | {"wandb_run_id":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_an_agent_of_a_sweep_runs_trials_whose_runs_are_compared(project: Any, tmp_path: Path) -> None:
     """W&B's own `wandb sweep` and `wandb agent` with the committed file, cut down to two trials."""
     text = (Path(__file__).parents[3] / "sweeps" / "learning-rate.yaml").read_text()

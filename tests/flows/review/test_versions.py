@@ -57,7 +57,7 @@ def test_outside_of_a_pipeline_only_tracked_runs_are_found() -> None:
         read_runs(["v0.1.0"], None)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_sweep_by_dvcs_queue_and_a_trial_are_experiments_to_compare(project: Any) -> None:
     project.paths.params.write_text(project.paths.params.read_text() + "train: {learning_rate: 0.1}\n")
     project.git("commit", "--quiet", "--all", "--message=Train")

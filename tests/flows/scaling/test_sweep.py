@@ -139,7 +139,7 @@ def test_threads_map_the_grid_and_a_failed_trial_is_told(swept: Any) -> None:
     assert found == [pytest.approx(2.12), pytest.approx(2.14), None]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("runner", ["ray", pytest.param("process", marks=long)])
 def test_processes_and_ray_find_what_threads_find(swept: Any, runner: str) -> None:
     if runner == "ray":

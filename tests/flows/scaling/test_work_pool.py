@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 LONG = "PEFTCORE_LONG" in os.environ
 RUNS = 6 if LONG else 3

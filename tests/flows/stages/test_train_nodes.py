@@ -23,7 +23,7 @@ SECONDS = 300
 EXACT = {"storage": "none", "compute_dtype": "float32"}
 """Of the base, so that an order of sums does not show."""
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 
 def start(root: Path, rank: int, address: str) -> "subprocess.Popen[str]":
