@@ -49,7 +49,7 @@ def _processes(jobs: int) -> TaskRunner[Any]:
 def _ray(jobs: int) -> TaskRunner[Any]:
     """The cluster that RAY_ADDRESS names, which then says how many run at once; else one on this machine alone."""
     try:
-        from prefect_ray import RayTaskRunner
+        from prefect_ray import RayTaskRunner  # pyright: ignore[reportMissingImports]  # an extra: it may be absent
     except ImportError as error:
         raise StageError(
             f"sweeps on Ray need prefect-ray ({error}); `pip install 'peftcore[scale]'`, or give --runner thread"
