@@ -1,6 +1,6 @@
 """Four weeks of retraining on the real base and the docstring data, one of them bad: what each comes to and takes.
 
-    python -m benchmarks.retraining FOLDER [--start champion] [--rows 160]
+    python -m benchmarks.retraining FOLDER [--start champion] [--rows 320]
 
 In FOLDER, which is new, the repository is cloned, and files come in week by week: the standard library's modules dealt
 out by their hash, a file a week. In the third week the answers are shuffled among the functions. After each week the
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--start", choices=("scratch", "champion"), default="scratch")
-    parser.add_argument("--rows", type=int, default=160, help="training rows of a week")
+    parser.add_argument("--rows", type=int, default=320, help="training rows of a week")
     parser.add_argument("--small", action="store_true", help="two steps a week, to see that it works")
     given = parser.parse_args()
     if given.folder.exists():
@@ -87,7 +87,7 @@ def _settle(clone: Path, incoming: Path, start: str, rows: int, small: bool) -> 
             "test_rows": 128,
         },
         "train": {"evaluations": 2},
-        "evaluate": {"rows": 128, "generate_rows": 16, "samples": 6},
+        "evaluate": {"rows": 128, "generate_rows": 64, "samples": 6},
         "merge": {"rows": 16},
         "retrain": {"incoming": str(incoming), "start": start, "retry_delay": 0.0},
         "tracking": {"mode": "disabled"},
