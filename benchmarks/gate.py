@@ -8,7 +8,8 @@ A draw is two models measured on the same test rows in --slices slices: the loss
 the candidate's differ by is Student's t with 4 degrees of freedom (a few rows change much) of deviation --deviation,
 around minus the true gain. The gate's own two checks decide, at the defaults of params.yaml: the paired bootstrap
 against the champion, and the slices. "One slice worse" has the gain everywhere but in one slice, which is that much
-worse. Intervals are Clopper and Pearson's at 95 %.
+worse. "No better, by test rows" is the first check alone, in ten times as many draws. Intervals are Clopper and
+Pearson's at 95 %.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from flows.promotion.slices import slice_differences
 RESULTS = Path(__file__).parent / "results"
 GAINS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05)
 """Nats per token."""
+FEW = (5, 10, 30, 100, 400)
+"""Test rows of a model that is no better."""
 WORSE = (0.0, 0.2, 0.3, 0.5, 0.8)
 """Nats per token by which one slice is worse, while the rest gains 0.05."""
 
@@ -71,7 +74,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found["confidence"] = Gate().champion.confidence
     found["gains"] = {gain: share_of(options, gain, 0.0) for gain in tqdm(GAINS, desc="gains", disable=None)}
     found["worse"] = {worse: share_of(options, 0.05, worse) for worse in tqdm(WORSE, desc="one slice", disable=None)}
+    found["few"] = {rows: no_better(options, rows) for rows in tqdm(FEW, desc="few rows", disable=None)}
     return found | {"machine": machine()}
+
+
+def no_better(options: argparse.Namespace, rows: int) -> int:
+    """In how many of ten times the draws a model that is no better is judged better, of so many test rows."""
+    generator, rule = numpy.random.default_rng(rows), Gate().champion
+    few = argparse.Namespace(**{**vars(options), "rows": rows})
+    found = 0
+    for number in range(10 * options.draws):
+        weights, own, other, _ = paired_losses(*tables(generator, few, 0.0, 0.0))
+        _, upper = paired_bootstrap(weights, own, other, rule.confidence, options.resamples, number)
+        found += upper <= rule.max_loss_regression
+    return found
 
 
 def share_of(options: argparse.Namespace, gain: float, worse: float) -> dict[str, Any]:
@@ -116,9 +132,9 @@ def table(measured: dict[str, Any]) -> str:
     """Markdown: what the checks let through, by what is true."""
     draws = measured["draws"]
 
-    def told(count: int) -> str:
-        low, high = interval(count, draws)
-        return f"{count / draws:.1%} ({low:.1%} to {high:.1%})"
+    def told(count: int, of: int = draws) -> str:
+        low, high = interval(count, of)
+        return f"{count / of:.1%} ({low:.1%} to {high:.1%})"
 
     lines = [
         f"{draws:,} simulated pairs of models a row; {measured['rows']} test rows in {measured['slices']} slices, "
@@ -131,6 +147,8 @@ def table(measured: dict[str, Any]) -> str:
         lines.append(f"| {float(gain):g} | {told(one['better'])} | {told(one['slices'])} |")
     lines += ["", "| one slice truly worse, the rest 0.05 better | no slice judged worse |", "|---:|---:|"]
     lines += [f"| {float(worse):g} | {told(one['slices'])} |" for worse, one in measured["worse"].items()]
+    lines += ["", "| no better, by test rows | judged better than the champion |", "|---:|---:|"]
+    lines += [f"| {rows} | {told(count, 10 * draws)} |" for rows, count in measured["few"].items()]
     return "\n".join([*lines, "", f"{measured['machine']}. `python -m benchmarks.gate`"]) + "\n"
 
 

@@ -70,8 +70,8 @@ def trial(
     W&B sweep that runs it; `peftcore review exp:` compares what there is, `dvc exp apply NAME` takes one over.
     """
     with errors(), project() as (_, paths):
-        from flows.trial import run_trial
+        from flows.experiment import run_experiment
 
         with one_document(as_json):
-            made = run_trial(paths.root, overrides, name)
+            made = run_experiment(paths.root, overrides, name)
         print(json.dumps({"experiment": made}) if as_json else made)

@@ -4,10 +4,13 @@ A row weighs what it weighs in the test loss (as much as it has supervised token
 the difference of the two test losses.
 """
 
+from math import inf
+from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from flows.errors import GateError
 
@@ -50,12 +53,30 @@ def _by_id(table: "pyarrow.Table") -> dict[str, tuple[float, float]]:
 def paired_bootstrap(
     weights: Floats, ours: Floats, theirs: Floats, confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """(mean, upper) of ours minus theirs in nats per token; upper: its one-sided bound at `confidence`.
+    """(mean, upper) of ours minus theirs in nats per token; upper: its one-sided bound at `confidence`, infinite for
+    rows so few that each being better by chance is likelier than it allows.
 
     weights, ours, theirs: (n), n >= 1.
     """
-    means = resampled_means(weights, ours - theirs, resamples, seed)
-    return float(numpy.average(ours - theirs, weights=weights)), float(numpy.quantile(means, confidence))
+    differences = ours - theirs
+    mean = float(numpy.average(differences, weights=weights))
+    if 0.5 ** len(weights) > 1 - confidence:
+        return mean, inf
+    means = resampled_means(weights, differences, resamples, seed)
+    return mean, float(numpy.quantile(means, expanded(confidence, weights)))
+
+
+def expanded(confidence: float, weights: Floats) -> float:
+    """The share of resamples to take for a bound at `confidence`: some more of few rows, which resamples make look
+    surer than they are (Hesterberg, 2015, "expanded percentiles"). n is Kish's, of rows that weigh unequally.
+    """
+    n = max(2.0, float(weights.sum() ** 2 / (weights**2).sum()))
+    return NormalDist().cdf((n / (n - 1)) ** 0.5 * float(stdtrit(n - 1, confidence)))
+
+
+def in_words(upper: float, limit: str) -> str:
+    """A bound beside what is allowed."""
+    return f"{upper:+.4f}, {limit}" if upper < inf else f"none, for so few rows tell nothing, {limit}"
 
 
 def resampled_means(weights: Floats, differences: Floats, resamples: int, seed: int) -> Floats:

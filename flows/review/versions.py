@@ -19,7 +19,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.promotion.registry import Registry, Version
 from flows.review.run import Point, Run, Sample, flat, series
-from flows.trial import EXPERIMENTS
+from flows.experiment import EXPERIMENTS
 
 
 class Versions:

@@ -9,9 +9,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.errors import StageError
+from flows.overrides import check_overrides, parameter_sets
 from flows.paths import Paths
 from flows.scaling.ranking import ranked, write_ranking
-from flows.scaling.trial import Plan, Trial, check, parameter_sets, run_trial, snapshot
+from flows.scaling.trial import Plan, Trial, run_trial, snapshot
 
 
 def run_sweep(
@@ -24,7 +25,7 @@ def run_sweep(
     Raises ParamsError where a combination does not fit params.yaml, StageError without Ray where it is asked for.
     """
     sets = parameter_sets(overrides)
-    check(root, sets)
+    check_overrides(Paths(root).params, *sets)
     plan = Plan(root, snapshot(root), stage_timeout, limit)
     trials = ranked(sweep.with_options(task_runner=_RUNNERS[runner](jobs))(plan, sets))
     write_ranking(Paths(root), trials)

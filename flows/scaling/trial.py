@@ -5,18 +5,16 @@ afterwards, when its parameters are put into params.yaml: nothing is trained twi
 """
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from flows.errors import ParamsError, PipelineError, RepositoryError
+from flows.errors import PipelineError, RepositoryError
 from flows.git import Git
-from flows.params import load_params
+from flows.overrides import apply_overrides
 from flows.paths import Paths
 from flows.project import dvc, stage_order
 from flows.stage_process import run_stage
@@ -52,39 +50,6 @@ class Trial:
         return None if self.metrics is None else float(self.metrics["adapter"]["loss"])
 
 
-def parameter_sets(overrides: list[str]) -> list[tuple[str, ...]]:
-    """Every combination of `key=value1,value2`, which DVC reads as for its own `-S`. Raises ParamsError."""
-    from dvc.exceptions import DvcException
-    from dvc.utils.hydra import get_hydra_sweeps
-    from hydra.errors import HydraException
-
-    try:
-        return [tuple(one["params.yaml"]) for one in get_hydra_sweeps({"params.yaml": overrides})]
-    except (DvcException, HydraException) as error:
-        raise ParamsError(f"{' '.join(overrides)} cannot be read ({error}); give key=value1,value2") from error
-
-
-def check(root: Path, sets: list[tuple[str, ...]]) -> None:
-    """Raises ParamsError for the first set that does not fit params.yaml, before any of them is worked on."""
-    for overrides in sets:
-        with TemporaryDirectory(prefix="peftcore-sweep-") as folder:
-            shutil.copyfile(Paths(root).params, Paths(Path(folder)).params)
-            _apply(Path(folder), overrides)
-
-
-def _apply(root: Path, overrides: tuple[str, ...]) -> None:
-    """Put `overrides` into the params.yaml of `root`. Raises ParamsError for what does not fit there."""
-    from dvc.exceptions import DvcException
-    from dvc.utils.hydra import apply_overrides
-
-    paths = Paths(root)
-    try:
-        apply_overrides(paths.params, list(overrides))
-    except DvcException as error:
-        raise ParamsError(f"{' '.join(overrides)} does not fit params.yaml: {error.__cause__ or error}") from error
-    load_params(paths.params)
-
-
 def snapshot(root: Path) -> str:
     """A commit, on no branch, of the tracked files as they are now, dvc.lock with them."""
     lock = ["dvc.lock"] if (root / "dvc.lock").exists() else []
@@ -105,7 +70,7 @@ def run_trial(plan: Plan, overrides: tuple[str, ...]) -> Trial:
 
 def _evaluated(tree: Path, plan: Plan, overrides: tuple[str, ...]) -> dict[str, Any]:
     paths = Paths(tree)
-    _apply(tree, overrides)
+    apply_overrides(paths.params, overrides)
     if sources := Git(tree).run("ls-files", "*.dvc").splitlines():
         dvc(tree, "checkout", *sources)
     for stage in stage_order(tree, paths.evaluation):

@@ -114,11 +114,18 @@ class ChatRequest(GenerationRequest):
         if not tokenizer.chat_template:
             raise BadRequestError("this base has no chat template; use /v1/completions")
         messages = [message.plain() for message in self.messages]
+        control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        if found := sorted(token for token in control if any(token in t for one in messages for t in one.values())):
+            raise BadRequestError(
+                f"a message holds {', '.join(found)}, which the model would read as the chat template's own; leave it "
+                "out, or give the whole text to /v1/completions",
+                "messages",
+            )
         try:
-            found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         except TemplateError as error:
             raise BadRequestError(f"the chat template refuses these messages: {error}", "messages") from error
-        return list(found["input_ids"])
+        return list(rendered["input_ids"])
 
     def choice(self, text: str, finish: Finish | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text}

@@ -18,7 +18,7 @@ TOKENS = "cross entropy of tokens"
 
 
 def against_the_champion(candidate: Candidate, champion: Champion | None, gate: Gate, seed: int) -> Outcome:
-    from flows.promotion.bootstrap import paired_bootstrap, paired_losses
+    from flows.promotion.bootstrap import in_words, paired_bootstrap, paired_losses
 
     if champion is None:
         return True, f"no {gate.stage} yet"
@@ -39,7 +39,7 @@ def against_the_champion(candidate: Candidate, champion: Champion | None, gate: 
     mean, upper = paired_bootstrap(weights, ours, theirs_there, rule.confidence, rule.resamples, seed)
     return upper <= rule.max_loss_regression, (
         f"loss {mean:+.4f} nats against {champion.version} on {len(weights)} rows, {rule.confidence:.0%} upper "
-        f"bound {upper:+.4f}, at most {rule.max_loss_regression:g}{how}"
+        f"bound {in_words(upper, f'at most {rule.max_loss_regression:g}')}{how}"
     )
 
 

@@ -6,7 +6,7 @@ from flows.promotion.candidate import Candidate, Outcome
 
 def forgetting(candidate: Candidate, gate: Gate, seed: int) -> Outcome:
     """The paired bootstrap of the adapter's losses minus the base's, a text as a row that weighs its tokens."""
-    from flows.promotion.bootstrap import paired_bootstrap
+    from flows.promotion.bootstrap import in_words, paired_bootstrap
 
     limit = gate.max_forgetting
     allowed = "no limit set" if limit is None else f"at most {limit:g}"
@@ -22,5 +22,5 @@ def forgetting(candidate: Candidate, gate: Gate, seed: int) -> Outcome:
     mean, upper = paired_bootstrap(weights, adapter, base, rule.confidence, rule.resamples, seed)
     return limit is None or upper <= limit, (
         f"loss {mean:+.4f} nats against the base on {len(weights)} texts of the control set, {rule.confidence:.0%} "
-        f"upper bound {upper:+.4f}, {allowed}"
+        f"upper bound {in_words(upper, allowed)}"
     )

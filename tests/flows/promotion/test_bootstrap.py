@@ -1,11 +1,14 @@
 """The paired bootstrap against what is known in closed form."""
 
+from statistics import NormalDist
+
 import numpy
 import pyarrow
 import pytest
+import scipy.stats
 
 from flows.errors import GateError
-from flows.promotion.bootstrap import paired_bootstrap, paired_losses
+from flows.promotion.bootstrap import expanded, paired_bootstrap, paired_losses
 
 N = 400
 
@@ -41,6 +44,22 @@ def test_equal_losses_have_no_difference(losses: tuple) -> None:
 def test_rows_weigh_as_much_as_they_have_tokens() -> None:
     mean, _ = paired_bootstrap(numpy.array([9.0, 1.0]), numpy.array([1.0, 2.0]), numpy.array([2.0, 0.0]), 0.9, 100, 0)
     assert mean == pytest.approx((9 * -1 + 1 * 2) / 10)
+
+
+@pytest.mark.parametrize("n", [5, 10, 30, 1000])
+def test_a_bound_of_few_rows_is_students(n: int) -> None:
+    """With the resamples' deviation, which is that of the rows without Bessel's correction, it is t's bound."""
+    share = expanded(0.95, numpy.full(n, 3.0))
+    deviations = NormalDist().inv_cdf(share) * ((n - 1) / n) ** 0.5
+    assert deviations == pytest.approx(scipy.stats.t.ppf(0.95, n - 1), rel=1e-9)
+    assert expanded(0.95, numpy.array([3.0] * n + [1e-9] * 50)) == pytest.approx(share), "rows that weigh nothing"
+
+
+@pytest.mark.parametrize(("confidence", "fewest"), [(0.95, 5), (0.99, 7), (0.9, 4)])
+def test_rows_too_few_to_tell_have_no_bound(confidence: float, fewest: int) -> None:
+    for n in range(1, 9):
+        mean, upper = paired_bootstrap(numpy.ones(n), numpy.zeros(n), numpy.ones(n), confidence, 500, 0)
+        assert (mean, upper) == (-1.0, -1.0 if n >= fewest else numpy.inf)
 
 
 def test_the_seed_decides(losses: tuple) -> None:

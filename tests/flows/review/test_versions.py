@@ -12,7 +12,7 @@ from flows.promotion.promote import promote
 from flows.review.run import Run
 from flows.review.sources import read_runs
 from flows.review.versions import Versions
-from flows.trial import EXPERIMENTS, run_trial
+from flows.experiment import EXPERIMENTS, run_experiment
 
 
 def test_versions_and_stages(project: Any, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_sweep_by_dvcs_queue_and_a_trial_are_experiments_to_compare(project: A
     project.git("commit", "--quiet", "--all", "--message=Train")
     dvc(project.root, "exp", "run", "--queue", "-S", "train.learning_rate=2e-4,5e-4,1e-3")
     dvc(project.root, "exp", "run", "--run-all", "--jobs", "1")
-    trial = run_trial(project.root, ["train.learning_rate=3e-3"], "mine")
+    trial = run_experiment(project.root, ["train.learning_rate=3e-3"], "mine")
     runs = read_runs(["exp:"], project.root)
     assert sorted(run.config["train.learning_rate"] for run in runs) == [2e-4, 5e-4, 1e-3, 3e-3]
     assert all(run.summary["adapter.loss"] == 2.7 and run.history["loss"] and run.samples for run in runs)

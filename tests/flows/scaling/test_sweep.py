@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from flows.errors import ParamsError, StageError
+from flows.errors import StageError
 from flows.paths import Paths
 from flows.project import dvc, stage_order
 from flows.scaling import sweep
 from flows.scaling.ranking import ranked, rows, write_ranking
-from flows.scaling.trial import Plan, Trial, check, parameter_sets, run_trial, snapshot
+from flows.scaling.trial import Plan, Trial, run_trial, snapshot
 
 long = pytest.mark.skipif("PEFTCORE_LONG" not in os.environ, reason="set PEFTCORE_LONG=1 to run it")
 MAKE = """\
@@ -70,24 +70,6 @@ def run(project: Any, *arguments: str, **environment: str) -> subprocess.Complet
         check=False,
         timeout=300,
     )
-
-
-def test_the_grid_is_every_combination() -> None:
-    assert parameter_sets(["a.b=1,2", "c=x"]) == [("a.b=1", "c=x"), ("a.b=2", "c=x")]
-    assert parameter_sets(["r=range(1,4)"]) == [("r=1",), ("r=2",), ("r=3",)]
-    with pytest.raises(ParamsError, match="give key=value1,value2"):
-        parameter_sets(["no equals sign"])
-
-
-@pytest.mark.parametrize(
-    ("overrides", "told"),
-    [(("train.batch_size=0",), "train.batch_size: 0 does not fit"), (("train.bach_size=4",), "bach_size")],
-)
-def test_what_does_not_fit_is_refused_before_any_work(swept: Any, overrides: tuple[str, ...], told: str) -> None:
-    before = (swept.root / "params.yaml").read_text()
-    with pytest.raises(ParamsError, match=told):
-        check(swept.root, [("train.batch_size=4",), overrides])
-    assert (swept.root / "params.yaml").read_text() == before
 
 
 def test_a_trial_takes_files_as_they_are_and_leaves_them_so(swept: Any) -> None:

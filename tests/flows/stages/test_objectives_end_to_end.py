@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from flows.base.model import load_dequantized, load_tokenizer
 from flows.errors import StageError
+from flows.judging.remeasure import measure
 from flows.params import Params
 from flows.paths import Paths
 from flows.stages import evaluate, merge, prepare, train
@@ -53,6 +54,18 @@ def metrics_of(paths: Paths) -> dict[str, Any]:
     return json.loads(paths.evaluation_metrics.read_text())
 
 
+def assert_measured_alike(
+    params: Params, paths: Paths, rows: list[dict[str, Any]], labels: list[str] | None = None
+) -> None:
+    """An adapter that is measured again, as a champion on new test rows, has the losses that its evaluation found."""
+    places = {"base": str(paths.base), "adapter": str(paths.adapter), "test": str(paths.split("test"))}
+    task = {"version": "v0.1.0", "params": params.model_dump(), "rows": len(rows), "labels": labels, **places}
+    again = measure(task).to_pylist()
+    assert [row["id"] for row in again] == [row["id"] for row in rows]
+    for name in ("tokens", "weight", "adapter_loss"):
+        assert [row[name] for row in again] == pytest.approx([row[name] for row in rows], abs=1e-6), name
+
+
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
 def test_pairs_are_trained_judged_and_merged(made: Callable[..., tuple[Params, Paths]], objective: str) -> None:
     params, paths = made(objective, train={"preference": {"beta": 0.5}})
@@ -75,6 +88,7 @@ def test_pairs_are_trained_judged_and_merged(made: Callable[..., tuple[Params, P
     assert metrics["loss_function"].startswith("Dpo(beta=0.5" if objective == "dpo" else "Orpo(beta=0.5")
     assert {"rouge_l", "ended", "tokens_per_second"} < adapter.keys() and metrics["generated_rows"] == 6
     assert json.loads(paths.samples.read_text())[0].keys() == {"id", "slice", "prompt", "reference", "base", "adapter"}
+    assert_measured_alike(params, paths, rows)
     merge.run(params, paths)
     assert json.loads(paths.merge_report.read_text())["tokens"] > 0
 
@@ -98,6 +112,7 @@ def test_texts_are_classified_and_merging_keeps_the_head(made: Callable[..., tup
     assert metrics["adapter"].keys() == {"loss", "accuracy", "macro_f1"} == metrics["base"].keys()
     assert "generated_rows" not in metrics
     assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
+    assert_measured_alike(params, paths, rows, names)
     merge.run(params, paths)
     merged = AutoModelForSequenceClassification.from_pretrained(paths.merged, dtype=torch.bfloat16).eval()
     unmerged = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, names), paths.adapter)
