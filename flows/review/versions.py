@@ -14,12 +14,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from flows.errors import RegistryError, ReviewError
+from flows.experiment import EXPERIMENTS
 from flows.git import Git, GitError
 from flows.params import Params
 from flows.paths import Paths
 from flows.promotion.registry import Registry, Version
 from flows.review.run import Point, Run, Sample, flat, series
-from flows.experiment import EXPERIMENTS
 
 
 class Versions:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from flows.errors import RegistryError, ReviewError
+from flows.experiment import EXPERIMENTS, run_experiment
 from flows.project import dvc
 from flows.promotion.promote import promote
 from flows.review.run import Run
 from flows.review.sources import read_runs
 from flows.review.versions import Versions
-from flows.experiment import EXPERIMENTS, run_experiment
 
 
 def test_versions_and_stages(project: Any, tmp_path: Path) -> None:
