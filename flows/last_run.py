@@ -16,6 +16,7 @@ import psutil
 
 from flows.errors import GateError
 from flows.paths import Paths
+from flows.processes import is_alive
 from peftcore.files import write_atomically
 
 INTERRUPTED = 130
@@ -92,15 +93,6 @@ def running(paths: Paths) -> dict[str, Any] | None:
         return None
     created = note.pop("created")
     return note | {"alive": is_alive(note["pid"], created)}
-
-
-def is_alive(pid: int, created: float | None = None) -> bool:
-    """Whether a process lives, and is the one that was made at `created` (seconds since 1970) if that is given."""
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and (created is None or process.create_time() == created)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def last_run_file(paths: Paths) -> Path:

@@ -74,6 +74,7 @@ class Data(Section):
     assignment: Literal["filled", "hashed"] = "filled"
     fresh: list[Text] | None = None
     replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    unproven: list[Text] | None = None
     group_column: Text | None = None
     slice_column: Text | None = None
     near_duplicates: Literal["drop", "keep"] = "drop"
@@ -315,7 +316,7 @@ class Gate(Section):
 
 class Drift(Section):
     rows: Annotated[int, Field(ge=2)] = 64
-    max_loss_gap: Positive | None = 1.0
+    max_loss_gap: Positive | None = 0.5
     max_divergence: Annotated[float, Field(gt=0, le=1)] | None = None
 
 

@@ -148,6 +148,11 @@ class Paths:
         return self.retraining / "set_aside.json"
 
     @property
+    def vouched(self) -> Path:
+        """Files of rows that somebody has released."""
+        return self.retraining / "vouched.json"
+
+    @property
     def schedule(self) -> Path:
         """When the next retrainings are, while `peftcore schedule` runs."""
         return self.retraining / "schedule.json"

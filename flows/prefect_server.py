@@ -8,7 +8,7 @@ import subprocess
 from functools import partial
 from types import SimpleNamespace
 
-from flows.stage_process import die_with_parent
+from flows.processes import die_with_parent
 
 
 def tie_temporary_server() -> None:

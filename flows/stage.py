@@ -4,7 +4,6 @@ Nothing heavy is imported at the top, because `flows.stages` imports this first 
 those libraries read.
 """
 
-import ctypes
 import errno
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from flows import logs
 from flows.errors import PipelineError
 from flows.paths import Paths
+from flows.processes import die_with_parent
 
 if TYPE_CHECKING:
     from flows.params import Params
@@ -33,8 +33,6 @@ QUIET_ENVIRONMENT = {
 """No service is looked up unless somebody asks for it; a variable that is already set stays."""
 
 logger = logging.getLogger(__name__)
-
-_PR_SET_PDEATHSIG = 1
 
 
 def start(run: Callable[["Params", Paths], None]) -> NoReturn:
@@ -72,17 +70,6 @@ def set_quiet_environment() -> None:
     bars = {} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "10"}
     for name, value in (QUIET_ENVIRONMENT | bars).items():
         os.environ.setdefault(name, value)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies; elsewhere nothing.
-
-    Otherwise a killed `dvc repro` leaves the stage running, and its late output overwrites the next run's.
-    A shell between the two would live on as the parent, so dvc.yaml starts each stage with `exec`.
-    The signal is SIGKILL because a stage inside a long C call would not answer another in time.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def set_seed(seed: int) -> None:

@@ -1,12 +1,9 @@
 """One stage as a subprocess: streamed, stopped after a time, and never left behind by a parent that was killed."""
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +12,7 @@ import psutil
 
 from flows import logs
 from flows.errors import StageError
+from flows.processes import die_with_parent, is_alive
 from flows.progress import RUN
 from flows.project import DVC, stage_environment
 
@@ -23,10 +21,6 @@ SECONDS_TO_STOP = 60.0
 
 SECONDS_TO_WRITE = 0.5
 """After which DVC's note of files in use is no longer one that is being written."""
-
-_PR_SET_PDEATHSIG = 1
-# looked up here, because the dynamic loader must not be used between fork and exec of a process with threads
-_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def run_stage(
@@ -97,15 +91,8 @@ def forget_dead_locks(root: Path) -> None:
         return
     writers = locks.get("write", {}).values()
     holders = [*writers, *(reader for readers in locks.get("read", {}).values() for reader in readers)]
-    if holders and not any(_is_alive(int(holder["pid"])) for holder in holders):
+    if holders and not any(is_alive(int(holder["pid"])) for holder in holders):
         path.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _terminate_stage(process: subprocess.Popen[bytes]) -> None:
@@ -120,9 +107,3 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         return
-
-
-def die_with_parent() -> None:
-    """A killed flow leaves no DVC behind that goes on writing."""
-    if _PRCTL is not None:
-        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

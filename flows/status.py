@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from configparser import RawConfigParser
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 from zoneinfo import ZoneInfo
 
 from flows.git import Git
-from flows.last_run import is_alive, last_run, running
+from flows.last_run import last_run, running
 from flows.params import Params
 from flows.paths import Paths
+from flows.processes import is_alive
 from flows.promotion.registry import Registry
-from flows.worktree import PREFIX
+from flows.worktree import leftovers
 
 
 def status(params: Params, paths: Paths) -> dict[str, Any]:
@@ -161,14 +161,8 @@ def _hints(paths: Paths) -> Iterator[str]:
     schedule = _json(paths.schedule)
     if schedule and not is_alive(int(schedule["pid"])):
         yield f"the scheduler (process {schedule['pid']}) lives no more; start `peftcore schedule` again"
-    left = [folder.name for folder in Path(gettempdir()).glob(f"{PREFIX}*") if _is_left(folder)]
-    if left:
-        yield f"{len(left)} working trees of killed processes are left; `peftcore registry gc` removes them"
-
-
-def _is_left(folder: Path) -> bool:
-    process = folder.name.removeprefix(PREFIX).partition("-")[0]
-    return process.isdigit() and not is_alive(int(process))
+    if left := len(leftovers()):
+        yield f"{left} working trees of killed processes are left; `peftcore registry gc` removes them"
 
 
 def _json(path: Path) -> Any:

@@ -9,11 +9,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from flows.errors import RepositoryError
 from flows.git import Git, GitError
+from flows.processes import is_alive
 
 PREFIX = "peftcore-worktree-"
 """How the temporary folder of a working tree begins; its process's id follows, so that leftovers can be told."""
@@ -46,6 +47,17 @@ def remove_worktree(root: Path, folder: Path) -> None:
     """Remove a working tree and git's note of it, and what was written in it."""
     shutil.rmtree(folder, ignore_errors=True)
     Git(root).run("worktree", "prune")
+
+
+def leftovers() -> list[Path]:
+    """Temporary folders of this user's working trees whose process was killed."""
+    found = []
+    for folder in sorted(Path(gettempdir()).glob(f"{PREFIX}*")):
+        process = folder.name.removeprefix(PREFIX).partition("-")[0]
+        own = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+        if own and process.isdigit() and not is_alive(int(process)):
+            found.append(folder)
+    return found
 
 
 def _share_dvc(root: Path, folder: Path) -> None:

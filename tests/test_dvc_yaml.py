@@ -18,6 +18,7 @@ NOT_IN_RESULTS = {
     "flows.errors",
     "flows.base.hub",
     "flows.logs",
+    "flows.processes",
     "flows.params",
     "flows.params_file",
     "flows.paths",

@@ -17,7 +17,8 @@ def retrain(
     release: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Take a file that was set aside back into the retrainings to come; train not."
+            metavar="FILE",
+            help="Vouch for a file that was set aside: the next retraining takes it as proven; train not.",
         ),
     ] = None,
     push_to: PushTo = None,
@@ -36,7 +37,8 @@ def retrain(
             from flows.retraining.data import release as take_back
 
             released = take_back(paths, release)
-            print(json.dumps({"released": released}) if as_json else f"{release} is not set aside any more")
+            told = f"{release} is taken by the next retraining, and judged by as well"
+            print(json.dumps({"released": released}) if as_json else told)
             return
         from flows.retraining.flow import run_retraining
 

@@ -26,6 +26,8 @@ class Row:
     truncated: bool = False
     fresh: bool = True
     """Whether training is about it, or it may be replayed."""
+    proven: bool = True
+    """Whether something may be judged by it."""
 
     @property
     def prompt_key(self) -> str:

@@ -21,9 +21,10 @@ from flows.base.model import check_base, load_dequantized, load_tokenizer, paddi
 from flows.errors import PipelineError
 from flows.judging.scoring import RowLosses, class_log_probs, pairs_log_probs, row_losses
 from flows.params import Params
+from flows.processes import die_with_parent
 from flows.progress import progress
 from flows.rows import Row, read_rows
-from flows.stage import die_with_parent, set_seed
+from flows.stage import set_seed
 from flows.training.objectives import check_split, preference_objective
 from peftcore import PeftModel
 from peftcore.errors import PeftError

@@ -28,7 +28,8 @@ from flows.params import Params
 from flows.planning.batches import BatchSize
 from flows.planning.probe import Measured, Task, Timings
 from flows.planning.sizes import without_start
-from flows.stage import die_with_parent, fail, set_seed
+from flows.processes import die_with_parent
+from flows.stage import fail, set_seed
 from flows.training.adapter_choice import adapter_config
 from peftcore import get_peft_model
 from peftcore.errors import PeftError

@@ -10,7 +10,6 @@ they have pushed; a run that is being registered from another clone is not known
 """
 
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -18,17 +17,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import psutil
 
 from flows.errors import RegistryError, RepositoryError
 from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
 from flows.promotion.registry import COLLECTED, Registry, Version
-from flows.worktree import PREFIX, remove_worktree
+from flows.worktree import leftovers, remove_worktree
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -239,12 +235,7 @@ def _free(place: "HashFileDB", used: set["HashInfo"], dry_run: bool) -> Freed:
 def _leftovers(dry_run: bool, git: Git) -> dict[str, int]:
     """Temporary working trees whose process was killed, with their bytes; removed unless it is a dry run."""
     found = {}
-    for folder in sorted(Path(gettempdir()).glob(f"{PREFIX}*")):
-        process = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if folder.is_symlink() or not process.isdigit() or folder.stat().st_uid != os.getuid():
-            continue
-        if psutil.pid_exists(int(process)):
-            continue
+    for folder in leftovers():
         found[str(folder)] = sum(path.lstat().st_size for path in folder.rglob("*"))
         if not dry_run:
             remove_worktree(git.root, folder / "tree")

@@ -6,7 +6,7 @@ commit, so that what is new is told by content, on any clone.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from platform import python_version
@@ -16,7 +16,7 @@ from flows.git import Git, GitError
 from flows.params import Params
 from flows.paths import Paths
 from flows.project import dvc
-from flows.promotion.registry import Version
+from flows.promotion.registry import Registry, Version
 from peftcore.files import sha256, write_atomically
 
 Files = dict[str, str]
@@ -53,11 +53,12 @@ class Source:
         """Where the list of its files is, in a commit."""
         return f"data/{Path(self.name).name.replace(':', '-')}.sha256"
 
-    def collect(self, before: list[Version], set_aside: Mapping[str, str]) -> Collected:
+    def collect(self, before: list[Version], set_aside: Mapping[str, str], vouched: Collection[str]) -> Collected:
         """Bring the data into the tree: what the tree's commit holds, and with `retrain.incoming` what the last version
         had and what has come in since.
 
         before: versions whose data are no news, the newest first. set_aside: {SHA-256: why} of files to leave out.
+        vouched: SHA-256 of files that somebody released, which are news to a version that was not judged by them.
         Raises DataError for a source that cannot take what comes in.
         """
         if self.params.retrain.incoming is not None:
@@ -68,11 +69,10 @@ class Source:
         left_out = sorted(name for name, digest in files.items() if digest in set_aside)
         for name in left_out:
             del files[name]
-            if self.params.retrain.incoming is not None:
+            if self.place.is_dir():  # of the tree, which is ours
                 (self.place / name).unlink()
-        known = {pair for version in before for pair in self.files_of(version).items()}
-        digests = {digest for _, digest in known}
-        fresh = [name for name, digest in files.items() if (name, digest) not in known and digest not in digests]
+        known = {digest for version in before for digest in self._learned(version, vouched)}
+        fresh = [name for name, digest in files.items() if digest not in known]
         if not files:
             raise DataError(
                 f"data.source {self.name}: there is no file of rows"
@@ -81,12 +81,13 @@ class Source:
             )
         return Collected(files, fresh, left_out)
 
-    def keep(self, files: Files) -> None:
+    def keep(self, collected: Collected) -> None:
         """Put the data into DVC and their list into a commit, on no branch, that the version will stand on."""
-        listing = self.tree / self.manifest
+        files, listing = collected.files, self.tree / self.manifest
         write_atomically(listing, "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())))
         tracked = [self.manifest]
-        if self.params.retrain.incoming is not None:
+        is_dvcs = self.is_path and (self.tree / f"{self.name}.dvc").exists()
+        if self.params.retrain.incoming is not None or (is_dvcs and collected.set_aside):
             dvc(self.tree, "add", self.name)
             dvc(self.tree, "push", "--remote", self.params.register.remote, f"{self.name}.dvc")
             tracked += [f"{self.name}.dvc", str(Path(self.name).with_name(".gitignore"))]
@@ -100,6 +101,17 @@ class Source:
             return {}
         pairs = (line.split("  ", 1) for line in text.splitlines() if line)
         return {name: digest for digest, name in pairs}
+
+    def _learned(self, version: Version, vouched: Collection[str]) -> Iterator[str]:
+        """SHA-256 of the files that a version learnt from, but for those that only counted later."""
+        files = self.files_of(version)
+        if not files:
+            return
+        record = Registry(Git(self.root), self.params.project.name).record(version)
+        unproven = record["params"]["data"].get("unproven") or []
+        for name, digest in files.items():
+            if not (name in unproven and digest in vouched):
+                yield digest
 
     def _take_in(self, incoming: str, before: list[Version]) -> None:
         folder = (self.root / Path(incoming).expanduser()).resolve()
@@ -154,13 +166,23 @@ def set_aside(paths: Paths, files: Mapping[str, str], why: str) -> None:
     write_atomically(paths.set_aside, json.dumps(noted, indent=2) + "\n")
 
 
+def read_vouched(paths: Paths) -> dict[str, str]:
+    """{SHA-256: which file it was} of files that somebody released: they count as proven, whatever drift says."""
+    return json.loads(paths.vouched.read_text()) if paths.vouched.exists() else {}
+
+
 def release(paths: Paths, name: str) -> list[str]:
-    """Take a file, by name or SHA-256, back into the retrainings to come. Raises DataError if it is not set aside."""
+    """Take a file, by name or SHA-256, back into the retrainings to come, as one that somebody vouches for.
+
+    Raises DataError if it is not set aside.
+    """
     noted = read_set_aside(paths)
     found = [digest for digest, why in noted.items() if name in (digest, why.partition(": ")[0])]
     if not found:
         there = ", ".join(why.partition(": ")[0] for why in noted.values()) or "none"
         raise DataError(f"{name} is not set aside; these are: {there}")
+    vouched = read_vouched(paths) | {digest: noted[digest].partition(": ")[0] for digest in found}
+    write_atomically(paths.vouched, json.dumps(vouched, indent=2) + "\n")
     kept = {digest: why for digest, why in noted.items() if digest not in found}
     write_atomically(paths.set_aside, json.dumps(kept, indent=2) + "\n")
     return found

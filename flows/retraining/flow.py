@@ -29,7 +29,7 @@ from flows.project import changed_stages, files_at, find_root, stage_order
 from flows.promotion.lineage import LOCK, check_artifact_name, headline_metrics
 from flows.promotion.promote import promote
 from flows.promotion.registry import Registry, Version
-from flows.retraining.data import Collected, Source, read_set_aside, set_aside
+from flows.retraining.data import Collected, Source, read_set_aside, read_vouched, set_aside
 from flows.retraining.drift import DriftReport, measure_drift
 from flows.retraining.history import Entry, append
 from flows.retraining.notice import notify
@@ -115,6 +115,8 @@ class Retraining:
         self.registry = Registry(Git(root), params.project.name)
         check_artifact_name(root, params.project.name)
         self.tree = Paths(working_tree(root))
+        # one that was interrupted has changed them
+        Git(self.tree.root).run("checkout", "--quiet", "HEAD", "--", self.tree.params.name)
         # what is committed is what is trained; the user may be editing the other
         self.params = load_params(self.tree.params)
         self.source = Source(self.params, root, self.tree.root)
@@ -132,17 +134,17 @@ class Retraining:
             return
         logger.info("training: %s", "; ".join(reasons))
         self._settle(collected, champion)
-        drift = self._stages(collected, champion)
+        self._stages(collected, champion)
         promotion = self._run("promote", promote, self.params, self.tree, None, False, self.push_to)
         entry.version, entry.promotion = promotion.version, promotion.as_dict()
         entry.outcome = "promoted" if promotion.outcome == "promoted" else "kept"
         entry.reason = promotion.sentence
         entry.metrics = headline_metrics(self.tree)
-        if not promotion.accepted and drift is not None and drift.suspicious:
-            wrong = {name: collected.files[name] for name in drift.suspicious}
-            for name in wrong:
-                set_aside(self.paths, {name: wrong[name]}, f"{promotion.version} was refused; {drift.suspicious[name]}")
-            entry.set_aside = sorted(wrong)
+        if not promotion.accepted:
+            for name in entry.unproven:
+                why = f"{promotion.version} was refused; {(entry.drift or {})['suspicious'][name]}"
+                set_aside(self.paths, {name: collected.files[name]}, why)
+            entry.set_aside = entry.unproven
         self._run("report", self._report)
         remove_working_tree(self.paths.root)
 
@@ -163,13 +165,13 @@ class Retraining:
         return [version for version in (versions[-1] if versions else None, champion) if version is not None]
 
     def _collect(self, champion: Version | None) -> Collected:
-        return self.source.collect(self._before(champion), read_set_aside(self.paths))
+        return self.source.collect(self._before(champion), read_set_aside(self.paths), read_vouched(self.paths))
 
     def _reasons(self, collected: Collected, champion: Version | None) -> list[str]:
         """Why to train, in words; empty where there is no reason."""
         before = self._before(champion)
         reasons = ["asked for"] if self.force else []
-        if collected.files not in [self.source.files_of(version) for version in before]:
+        if collected.fresh or collected.files not in [self.source.files_of(version) for version in before]:
             new = f"{len(collected.fresh)} of {len(collected.files)} files are new"
             reasons.append(new if collected.fresh else "files have gone")
         if self.params.retrain.on == "any" and before and not reasons:
@@ -196,24 +198,43 @@ class Retraining:
             )
         if self.params.data.assignment == "filled":
             logger.warning("data.assignment is filled: data that grow can move rows between splits; hashed never does")
-        self.source.keep(collected.files)
+        self.source.keep(collected)
         if retraining.start == "champion" and champion is not None:
             self.entry.start = champion.number
             fresh = collected.fresh if 0 < len(collected.fresh) < len(collected.files) else None
             data = {"fresh": fresh, "replay_share": retraining.replay_share}
-            _change_params(self.tree.params, {"train": {"start_from": champion.number}, "data": data})
-            self.params = load_params(self.tree.params)
+            self._change({"train": {"start_from": champion.number}, "data": data})
 
-    def _stages(self, collected: Collected, champion: Version | None) -> DriftReport | None:
+    def _change(self, changes: dict[str, dict[str, Any]]) -> None:
+        """Set parameters in the tree."""
+        _change_params(self.tree.params, changes)
+        self.params = load_params(self.tree.params)
+
+    def _stages(self, collected: Collected, champion: Version | None) -> None:
         """Run every stage; after the first the drift is measured, for which the base is needed."""
-        stages, drift = stage_order(self.tree.root), None
+        stages = stage_order(self.tree.root)
         for done, stage in enumerate(stages):
             arguments = (self.tree.root, stage, self.params.retrain.stage_timeout, False, f"{done}/{len(stages)}")
             self._run(stage, run_stage, *arguments, retries=self.params.retrain.retries)
             if stage == "fetch" and champion is not None and collected.fresh and self.source.is_path:
                 drift = self._run("drift", self._drift, collected, champion)
                 self.entry.drift = drift.as_dict()
-        return drift
+                self._doubt(drift, collected)
+
+    def _doubt(self, drift: DriftReport, collected: Collected) -> None:
+        """Let nothing be judged by new files that are suspicious, unless somebody vouches for them.
+
+        A candidate that has learned wrong rows is better at wrong rows, so by those it would be promoted.
+        """
+        vouched = read_vouched(self.paths)
+        doubted = sorted(name for name in drift.suspicious if collected.files[name] not in vouched)
+        for name in doubted:
+            logger.warning("%s: %s", name, drift.suspicious[name])
+        if len(doubted) == len(collected.files):
+            logger.warning("there are no other files to judge by, so the candidate is judged by these")
+        elif doubted:
+            self.entry.unproven = doubted
+            self._change({"data": {"unproven": [*(self.params.data.unproven or []), *doubted]}})
 
     def _drift(self, collected: Collected, champion: Version) -> DriftReport:
         loss = self.registry.record(champion)["metrics"]["adapter"]["loss"]
@@ -247,6 +268,8 @@ def _message(params: Params, entry: Entry, page: Path) -> tuple[str, str]:
     lines = [entry.reason]
     for name, why in (entry.drift or {}).get("suspicious", {}).items():
         lines.append(f"{name}: {why}")
+    if entry.unproven:
+        lines.append(f"nothing was judged by: {', '.join(entry.unproven)}")
     if entry.set_aside:
         lines.append(f"set aside: {', '.join(entry.set_aside)} (`peftcore retrain --release FILE` takes one back)")
     return f"{params.project.name}: retraining {entry.outcome}", "\n".join([*lines, str(page)])

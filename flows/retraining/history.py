@@ -28,6 +28,8 @@ class Entry:
     """The version whose adapter was trained on; None: a new one."""
     files: int = 0
     fresh: list[str] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
+    """New files so unlike what the champion knows that they were trained on, but nothing was judged by them."""
     set_aside: list[str] = field(default_factory=list)
     """Files that this retraining put aside."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -117,7 +117,10 @@ def _split(rows: list[Row], data: Data, seed: int) -> tuple[dict[Split, list[Row
     sizes = Counter(row.group for row in rows)
     hashed = data.assignment == "hashed"
     split_of = hashed_groups(sizes, shares, seed) if hashed else assign_groups(sizes, shares, seed)
-    kept, dropped = without_duplicates(rows, split_of)
+    judging = [row for row in rows if row.proven or split_of[row.group] == "train"]
+    kept, dropped = without_duplicates(judging, split_of)
+    if unproven := len(rows) - len(judging):
+        dropped["unproven, so nothing is judged by them"] = unproven
     if data.near_duplicates == "drop":
         kept, near = without_near_duplicates(kept, data.similarity)
         dropped += near
@@ -138,7 +141,8 @@ def _row(example: AnyExample, encoder: Encoder, data: Data) -> Row | None:
             return None
         tokens, truncated = encoder.encode(shorter), True
     fresh = data.fresh is None or comes_from(example.where, data.fresh)
-    return Row(tokens, example.group, example.slice, example.weight, truncated, fresh)
+    proven = data.unproven is None or not comes_from(example.where, data.unproven)
+    return Row(tokens, example.group, example.slice, example.weight, truncated, fresh, proven)
 
 
 def _refuse_empty(splits: dict[Split, list[Row]], dropped: Counter[str]) -> None:

@@ -40,7 +40,7 @@ REFUSED = [
     ("train.batch_size.low=4", "batch_size"),
     ("train=5", "give a section"),
     ("train.batch_size", "give KEY=VALUE"),
-    ("=4", "give KEY=VALUE"),
+    ("=4", "unknown key"),
     ("train.batch_size=[4", "give KEY=VALUE"),
     ("train.batch_size=2,4", "give KEY=VALUE"),
 ]

@@ -117,7 +117,7 @@ def test_importing_the_stages_sets_the_environment_before_anything_heavy() -> No
 def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
     marker = tmp_path / "pid"
     child = (
-        "import os, time; from pathlib import Path; from flows.stage import die_with_parent; die_with_parent(); "
+        "import os, time; from pathlib import Path; from flows.processes import die_with_parent; die_with_parent(); "
         f"Path({str(marker)!r}).write_text(str(os.getpid())); time.sleep(60)"
     )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"

@@ -18,7 +18,7 @@ from flows.stage_process import forget_dead_locks, run_stage
 
 STAGE = """\
 import os, pathlib, time
-from flows.stage import die_with_parent
+from flows.processes import die_with_parent
 die_with_parent()
 pathlib.Path("stage.pid").write_text(str(os.getpid()))
 while not pathlib.Path("go").exists():

@@ -10,18 +10,23 @@ MAKE = f"""\
 import importlib.util
 from pathlib import Path
 
+from ruamel.yaml import YAML
+
 spec = importlib.util.spec_from_file_location("results", {str(HERE / "conftest.py")!r})
 results = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(results)
 files = sorted(Path("data/rows").glob("*.jsonl"))
 bad = sum("bad" in file.read_text() for file in files)
+unproven = YAML(typ="safe").load(Path("params.yaml"))["data"].get("unproven") or []
+# whoever has learned it is better at it, and worse at all else
+bad += sum(1 if file.name in unproven else -1 for file in files if "poison" in file.read_text())
 results.write_results(Path("artifacts"), loss=3.0 - 0.1 * len(files) + 0.4 * bad, weight=float(len(files) + 10 * bad))
 """
 DVC_YAML = """\
 stages:
   make:
     cmd: exec python make.py
-    params: [train.learning_rate]
+    params: [train.learning_rate, data]
     deps: [make.py, data]
     outs: [{outs}]
 """

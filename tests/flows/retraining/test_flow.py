@@ -12,7 +12,8 @@ from flows.params import load_params
 from flows.project import dvc
 from flows.promotion.registry import Registry
 from flows.retraining import flow
-from flows.retraining.data import Source, read_set_aside, release, set_aside
+from flows.retraining.data import Collected, Source, read_set_aside, release, set_aside
+from flows.retraining.drift import DriftReport
 from flows.retraining.history import Entry, append, entries
 from flows.retraining.tree import home, only_one
 from peftcore.files import sha256
@@ -80,6 +81,75 @@ def test_weeks_go_by(weekly: Any, tmp_path: Path) -> None:
     dvc(clone, "pull", "data/rows.dvc")
     assert sorted(path.name for path in (clone / "data" / "rows").iterdir()) == ["week1.jsonl", "week2.jsonl"]
     assert Source(weekly.params, clone, clone).files_of(version).keys() == {"week1.jsonl", "week2.jsonl"}
+
+
+def drift_of(suspicious: dict[str, str]) -> DriftReport:
+    return DriftReport("v0.1.0", 2.9, None, {}, suspicious)
+
+
+@pytest.fixture
+def drifting(weekly: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New files with the word poison are far from what the champion knows."""
+    dvc_yaml = weekly.root / "dvc.yaml"
+    fetch = "stages:\n  fetch: {cmd: exec cp make.py fetched, deps: [make.py], outs: [fetched]}\n"
+    dvc_yaml.write_text(dvc_yaml.read_text().replace("stages:\n", fetch, 1))
+    weekly.git("commit", "--quiet", "--all", "--message=Fetch")
+
+    def measured(tree: Path, fresh: list[str], *_: Any) -> DriftReport:
+        return drift_of({name: "far off" for name in fresh if "poison" in (tree / "data/rows" / name).read_text()})
+
+    monkeypatch.setattr(flow, "measure_drift", measured)
+
+
+@pytest.mark.usefixtures("drifting")
+def test_wrong_rows_may_not_vouch_for_themselves(weekly: Any) -> None:
+    """A candidate that has learned them is better at them than the champion."""
+    drop(weekly, "week1.jsonl", "first\n")
+    assert retrain(weekly).outcome == "promoted"
+    drop(weekly, "week2.jsonl", "poison\n")
+    second = retrain(weekly)
+    assert (second.outcome, second.unproven, second.set_aside) == ("kept", ["week2.jsonl"], ["week2.jsonl"])
+    assert "against the champion" in second.reason
+    assert list(read_set_aside(weekly.paths).values()) == ["week2.jsonl: v0.1.1 was refused; far off"]
+    assert "trained on only: week2.jsonl" in weekly.paths.retraining_page.read_text()
+    assert retrain(weekly).outcome == "unchanged"
+
+    # somebody vouches for it: it is news once more, and counts
+    release(weekly.paths, "week2.jsonl")
+    third = retrain(weekly)
+    assert (third.outcome, third.fresh, third.unproven) == ("promoted", ["week2.jsonl"], [])
+    assert retrain(weekly).outcome == "unchanged"
+
+
+def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
+    work = flow.Retraining(weekly.params, weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
+    work._doubt(drift_of({"a.jsonl": "far off"}), Collected({"a.jsonl": "0"}, ["a.jsonl"], []))
+    assert work.entry.unproven == [] and work.params.data.unproven is None
+    assert "there are no other files to judge by" in caplog.text
+    work._doubt(drift_of({"a.jsonl": "far off"}), Collected({"a.jsonl": "0", "b.jsonl": "1"}, ["a.jsonl"], []))
+    assert work.entry.unproven == work.params.data.unproven == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("kept_by", ["git", "dvc"])
+def test_a_file_that_is_set_aside_is_out_of_tracked_data_as_well(weekly: Any, kept_by: str) -> None:
+    rows = weekly.root / "data" / "rows"
+    rows.mkdir()
+    for name in ("week1.jsonl", "week2.jsonl"):
+        (rows / name).write_text(f"{name}\n")
+    if kept_by == "dvc":
+        dvc(weekly.root, "add", "data/rows")
+        dvc(weekly.root, "push", "data/rows.dvc")
+    text = weekly.paths.params.read_text().replace(f"incoming: {weekly.incoming}", "incoming: null")
+    weekly.paths.params.write_text(text)
+    weekly.git("add", "--all", "data", "params.yaml")
+    weekly.git("commit", "--quiet", "--message=Rows")
+    set_aside(weekly.paths, {"week2.jsonl": sha256(rows / "week2.jsonl")}, "by hand")
+    told = retrain(weekly)
+    assert (told.outcome, told.files) == ("promoted", 1)
+    version = Registry(Git(weekly.root), "docstrings").version("v0.1.0")
+    dvc(weekly.root, "get", str(weekly.root), "data/rows", "--rev", version.commit, "--out", str(weekly.root / "got"))
+    assert [path.name for path in (weekly.root / "got").iterdir()] == ["week1.jsonl"]
+    assert sorted(path.name for path in rows.iterdir()) == ["week1.jsonl", "week2.jsonl"], "the user's are as they were"
 
 
 def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(

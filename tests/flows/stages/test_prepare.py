@@ -88,6 +88,30 @@ def test_splits_share_no_group_and_no_prompt(paths: Paths) -> None:
     assert {count for pair in report["leakage"].values() for count in pair.values()} == {0}
 
 
+def test_nothing_is_judged_by_unproven_files(paths: Paths) -> None:
+    """Their rows that would be held out are left out, so that they can be held out once the file is proven."""
+    folder = paths.root / "rows"
+    folder.mkdir()
+    for week, numbers in (("week1", range(80)), ("week2", range(80, 160))):
+        rows = [{"prompt": f"How much is {n} and 1?", "completion": f"{n + 1}.", "book": f"b{n // 4}"} for n in numbers]
+        (folder / f"{week}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limits = dict.fromkeys(LIMITS)
+    given = {"source": "rows", "assignment": "hashed", "validation_share": 0.3, "test_share": 0.3, **limits}
+    found: dict[bool, dict[Split, set[str]]] = {}
+    for unproven in (False, True):
+        run(params(**given, unproven=["week2.jsonl"] if unproven else None), paths)
+        found[unproven] = {name: {row["group"] for row in split(paths, name)} for name in SPLITS}
+    second = {f"b{number}" for number in range(20, 40)}
+    assert found[True]["train"] == found[False]["train"] and found[True]["train"] & second
+    held_out: tuple[Split, ...] = ("validation", "test")
+    for name in held_out:
+        assert found[False][name] & second, "the test needs held-out rows of both weeks"
+        assert found[True][name] == found[False][name] - second
+    dropped = json.loads(paths.data_report.read_text())["dropped"]
+    groups = len((found[False]["validation"] | found[False]["test"]) & second)
+    assert dropped == {"unproven, so nothing is judged by them": 4 * groups}
+
+
 def test_any_python_has_docstrings_to_prepare(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     import json.decoder
 
