@@ -106,7 +106,7 @@ def _settle(clone: Path, incoming: Path, start: str, rows: int, small: bool) -> 
 
 
 def _shards(rows: int) -> dict[str, list[dict[str, str]]]:
-    """Each week's rows, of modules that are in no other week, six functions of each. rows: those that will train."""
+    """Each week's rows, of modules that are in no other week, a dozen functions of each; rows: that will train."""
     import sysconfig
 
     known: dict[str, list[Pair]] = {}
@@ -122,8 +122,10 @@ def _shards(rows: int) -> dict[str, list[dict[str, str]]]:
             break
         shards[week] += [
             {"prompt": prompt(one.source), "completion": one.summary, "module": module, "package": module.split(".")[0]}
-            for one in known[module][:6]
+            for one in known[module][:12]
         ]
+    if short := [week for week in WEEKS if len(shards[week]) < rows / TRAINS]:
+        raise SystemExit(f"the standard library has too few functions for {', '.join(short)}; give fewer --rows")
     for week in WEEKS:
         if week.endswith("shuffled"):
             answers = [row["completion"] for row in shards[week]]

@@ -148,6 +148,11 @@ class Paths:
         return self.retraining / "set_aside.json"
 
     @property
+    def tried(self) -> Path:
+        """Files of rows of which a version came that was there already."""
+        return self.retraining / "tried.json"
+
+    @property
     def vouched(self) -> Path:
         """Files of rows that somebody has released."""
         return self.retraining / "vouched.json"

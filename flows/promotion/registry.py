@@ -18,6 +18,7 @@ from uuid import uuid4
 
 from flows.errors import RegistryConflict, RegistryError
 from flows.git import Git, GitError, Tag
+from flows.promotion.record import check_record
 
 RECORD = "registry/version.json"
 """Where a version's own commit keeps its lineage record."""
@@ -116,10 +117,10 @@ class Registry:
         return next((version for version in same if version.number not in collected), None)
 
     def record(self, version: Version) -> dict[str, Any]:
-        """A version's lineage record. Raises RegistryError if its commit has none."""
+        """A version's lineage record. Raises RegistryError if its commit has none that can be used."""
         try:
-            return json.loads(self.git.show(version.commit, RECORD))
-        except (GitError, json.JSONDecodeError) as error:
+            return check_record(json.loads(self.git.show(version.commit, RECORD)))
+        except (GitError, ValueError, RecursionError) as error:
             raise RegistryError(
                 f"{version.tag} has no readable {RECORD}, so it was not registered by `peftcore run`: {error}"
             ) from error

@@ -4,6 +4,7 @@ Every version that a retraining registers holds a list of its files with their S
 commit, so that what is new is told by content, on any clone.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -84,7 +85,7 @@ class Source:
     def keep(self, collected: Collected) -> None:
         """Put the data into DVC and their list into a commit, on no branch, that the version will stand on."""
         files, listing = collected.files, self.tree / self.manifest
-        write_atomically(listing, "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())))
+        write_atomically(listing, _listing(files))
         tracked = [self.manifest]
         is_dvcs = self.is_path and (self.tree / f"{self.name}.dvc").exists()
         if self.params.retrain.incoming is not None or (is_dvcs and collected.set_aside):
@@ -155,6 +156,25 @@ class Source:
         return {path.relative_to(self.place).as_posix(): sha256(path) for path in found}
 
 
+def _listing(files: Files) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+
+
+def has_been_tried(paths: Paths, files: Files) -> bool:
+    """Whether just these files have come to a version that was there already, of other files."""
+    return hashlib.sha256(_listing(files).encode()).hexdigest() in _read_tried(paths)
+
+
+def note_tried(paths: Paths, files: Files, version: str) -> None:
+    """Remember that these files have come to `version`, whose own list cannot say so."""
+    tried = _read_tried(paths) | {hashlib.sha256(_listing(files).encode()).hexdigest(): version}
+    write_atomically(paths.tried, json.dumps(tried, indent=2) + "\n")
+
+
+def _read_tried(paths: Paths) -> dict[str, str]:
+    return json.loads(paths.tried.read_text()) if paths.tried.exists() else {}
+
+
 def read_set_aside(paths: Paths) -> dict[str, str]:
     """{SHA-256: which file it was, and why} of files that retrainings leave out."""
     return json.loads(paths.set_aside.read_text()) if paths.set_aside.exists() else {}
@@ -183,6 +203,7 @@ def release(paths: Paths, name: str) -> list[str]:
         raise DataError(f"{name} is not set aside; these are: {there}")
     vouched = read_vouched(paths) | {digest: noted[digest].partition(": ")[0] for digest in found}
     write_atomically(paths.vouched, json.dumps(vouched, indent=2) + "\n")
+    paths.tried.unlink(missing_ok=True)  # with it they may come to something else
     kept = {digest: why for digest, why in noted.items() if digest not in found}
     write_atomically(paths.set_aside, json.dumps(kept, indent=2) + "\n")
     return found

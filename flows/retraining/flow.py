@@ -29,7 +29,7 @@ from flows.project import changed_stages, files_at, find_root, stage_order
 from flows.promotion.lineage import LOCK, check_artifact_name, headline_metrics
 from flows.promotion.promote import promote
 from flows.promotion.registry import Registry, Version
-from flows.retraining.data import Collected, Source, read_set_aside, read_vouched, set_aside
+from flows.retraining.data import Collected, Source, has_been_tried, note_tried, read_set_aside, read_vouched, set_aside
 from flows.retraining.drift import DriftReport, measure_drift
 from flows.retraining.history import Entry, append
 from flows.retraining.notice import notify
@@ -140,6 +140,8 @@ class Retraining:
         entry.outcome = "promoted" if promotion.outcome == "promoted" else "kept"
         entry.reason = promotion.sentence
         entry.metrics = headline_metrics(self.tree)
+        if self.source.files_of(self.registry.version(promotion.version)) != collected.files:
+            note_tried(self.paths, collected.files, promotion.version)
         if not promotion.accepted:
             for name in entry.unproven:
                 why = f"{promotion.version} was refused; {(entry.drift or {})['suspicious'][name]}"
@@ -171,7 +173,8 @@ class Retraining:
         """Why to train, in words; empty where there is no reason."""
         before = self._before(champion)
         reasons = ["asked for"] if self.force else []
-        if collected.fresh or collected.files not in [self.source.files_of(version) for version in before]:
+        known = collected.files in [self.source.files_of(version) for version in before] and not collected.fresh
+        if not known and not has_been_tried(self.paths, collected.files):
             new = f"{len(collected.fresh)} of {len(collected.files)} files are new"
             reasons.append(new if collected.fresh else "files have gone")
         if self.params.retrain.on == "any" and before and not reasons:

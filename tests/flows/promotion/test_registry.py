@@ -11,7 +11,7 @@ import pytest
 
 from flows.errors import RegistryError
 from flows.git import Git
-from flows.promotion.registry import Registry, RegistryConflict, Version
+from flows.promotion.registry import RECORD, Registry, RegistryConflict, Version
 
 GTO = (str(Path(sys.executable).with_name("gto")),)
 
@@ -36,7 +36,7 @@ def show(registry: Registry) -> dict[str, Any]:
 def test_a_version_is_a_tag_on_a_commit_with_its_record(registry: Registry) -> None:
     version = add(registry, "v0.1.0")
     assert version.tag == "docstrings@v0.1.0"
-    assert registry.record(version)["version"] == "v0.1.0"
+    assert json.loads(registry.git.show(version.commit, RECORD))["version"] == "v0.1.0"
     assert registry.versions() == [version]
     assert registry.with_content("a" * 64) == version
     assert registry.with_content("b" * 64) is None

@@ -121,6 +121,23 @@ def test_wrong_rows_may_not_vouch_for_themselves(weekly: Any) -> None:
     assert retrain(weekly).outcome == "unchanged"
 
 
+def test_a_file_that_changes_nothing_is_tried_once(weekly: Any) -> None:
+    """The version that comes of it is there already, with a list of files that lacks it."""
+    drop(weekly, "week1.jsonl", "first\n")
+    assert retrain(weekly).outcome == "promoted"
+    drop(weekly, "week2.jsonl", "nothing\n")
+    second = retrain(weekly)
+    assert (second.outcome, second.version, second.reason) == (
+        "kept",
+        "v0.1.0",
+        "docstrings v0.1.0 is champion already",
+    )
+    assert retrain(weekly).outcome == "unchanged"
+    drop(weekly, "week3.jsonl", "third\n")
+    third = retrain(weekly)
+    assert (third.outcome, third.version, third.files) == ("promoted", "v0.1.1", 3)
+
+
 def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
     work = flow.Retraining(weekly.params, weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
     work._doubt(drift_of({"a.jsonl": "far off"}), Collected({"a.jsonl": "0"}, ["a.jsonl"], []))
