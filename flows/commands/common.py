@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SIX_HOURS = 6 * 3600.0
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+StageTimeout = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Stop a stage that takes longer.")]
 PushTo = Annotated[
     str | None,
     typer.Option(

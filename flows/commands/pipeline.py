@@ -9,16 +9,14 @@ import typer
 from rich.console import Console
 
 from flows import completion
-from flows.commands.common import SIX_HOURS, AsJson, PushTo, errors, one_document, project
+from flows.commands.common import SIX_HOURS, AsJson, PushTo, StageTimeout, errors, one_document, project
 from flows.errors import StageError
 from flows.project import set_prefect_environment, stage_order, stage_states
 from flows.stage import fail
 
 
 def run(
-    stage_timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Stop a stage that takes longer.")
-    ] = SIX_HOURS,
+    stage_timeout: StageTimeout = SIX_HOURS,
     push_to: PushTo = None,
     as_json: AsJson = False,
 ) -> None:
@@ -49,9 +47,7 @@ def stage(
         str, typer.Argument(help="A stage of dvc.yaml, such as `train`.", autocompletion=completion.stages)
     ],
     force: Annotated[bool, typer.Option("--force", help="Run it even if nothing changed.")] = False,
-    stage_timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Stop it if it takes longer.")
-    ] = SIX_HOURS,
+    stage_timeout: StageTimeout = SIX_HOURS,
     as_json: AsJson = False,
 ) -> None:
     """Run one stage on what the stages before it have left, if its parameters, code or inputs changed."""

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows import completion
-from flows.commands.common import SIX_HOURS, AsJson, PushTo, errors, newest, project
+from flows.commands.common import SIX_HOURS, AsJson, PushTo, StageTimeout, errors, newest, project
 from flows.paths import Paths
 from flows.stage import fail
 
@@ -160,9 +160,7 @@ def reproduce(
             autocompletion=completion.stages,
         ),
     ] = None,
-    stage_timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Stop a stage that takes longer.")
-    ] = SIX_HOURS,
+    stage_timeout: StageTimeout = SIX_HOURS,
     as_json: AsJson = False,
 ) -> None:
     """Make a version again from its own commit, in a working tree of its own, and compare it byte for byte.

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows import completion
-from flows.commands.common import SIX_HOURS, AsJson, errors, project
+from flows.commands.common import SIX_HOURS, AsJson, StageTimeout, errors, project
 from flows.project import set_prefect_environment
 from flows.stage import fail
 
@@ -39,9 +39,7 @@ def sweep(
         str | None,
         typer.Option(metavar="NAME", help="Prefect's concurrency limit of which each trial holds a place."),
     ] = None,
-    stage_timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Stop a stage that takes longer.")
-    ] = SIX_HOURS,
+    stage_timeout: StageTimeout = SIX_HOURS,
     as_json: AsJson = False,
 ) -> None:
     """Train and evaluate every combination of parameters, each in a working tree of its own; rank by test loss.
