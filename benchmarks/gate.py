@@ -86,7 +86,7 @@ def no_better(options: argparse.Namespace, rows: int) -> int:
     for number in range(10 * options.draws):
         weights, own, other, _ = paired_losses(*tables(generator, few, 0.0, 0.0))
         _, upper = paired_bootstrap(weights, own, other, rule.confidence, options.resamples, number)
-        found += upper <= rule.max_loss_regression
+        found += upper < rule.max_loss_regression
     return found
 
 
@@ -98,7 +98,7 @@ def share_of(options: argparse.Namespace, gain: float, worse: float) -> dict[str
         ours, theirs = tables(generator, options, gain, worse)
         weights, own, other, _ = paired_losses(ours, theirs)
         _, upper = paired_bootstrap(weights, own, other, gate.champion.confidence, options.resamples, number)
-        better += upper <= gate.champion.max_loss_regression
+        better += upper < gate.champion.max_loss_regression
         slices += not any(
             one.is_worse for one in slice_differences(ours, theirs, gate.slices, options.resamples, number)
         )

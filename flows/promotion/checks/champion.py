@@ -37,9 +37,9 @@ def against_the_champion(candidate: Candidate, champion: Champion | None, gate: 
         )
     rule = gate.champion
     mean, upper = paired_bootstrap(weights, ours, theirs_there, rule.confidence, rule.resamples, seed)
-    return upper <= rule.max_loss_regression, (
+    return upper < rule.max_loss_regression, (
         f"loss {mean:+.4f} nats against {champion.version} on {len(weights)} rows, {rule.confidence:.0%} upper "
-        f"bound {in_words(upper, f'at most {rule.max_loss_regression:g}')}{how}"
+        f"bound {in_words(upper, f'to be below {rule.max_loss_regression:g}')}{how}"
     )
 
 

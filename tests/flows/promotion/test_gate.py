@@ -248,6 +248,10 @@ def test_a_worse_candidate_is_refused_unless_so_much_is_allowed(make: Callable[.
     assert judge(candidate, champion, champion=ChampionParams(max_loss_regression=0.02)).passed
 
 
+def test_one_that_is_just_as_good_is_no_better(make: Callable[..., Candidate]) -> None:
+    assert "to be below 0" in reason(judge(make(loss=2.7), champion_of(make("v0.1.0", loss=2.7))))
+
+
 def test_a_gain_within_the_noise_is_no_gain(make: Callable[..., Candidate]) -> None:
     candidate, champion = make(loss=2.7), champion_of(make("v0.1.0", loss=2.7))
     noise = numpy.random.default_rng(5).normal(0, 0.3, 40)
@@ -318,7 +322,8 @@ def test_losses_of_two_kinds_are_not_compared(make: Callable[..., Candidate]) ->
     champion = champion_of(candidate)
     assert "the two cannot be compared" in reason(judge(candidate, replace(champion, loss_function="Dpo(beta=0.5)")))
     assert "cross entropy of tokens" in reason(judge(candidate, champion))
-    assert judge(candidate, replace(champion, loss_function="Dpo(beta=0.1)")).passed
+    same = replace(champion, loss_function="Dpo(beta=0.1)")
+    assert judge(candidate, same, champion=ChampionParams(max_loss_regression=0.01)).passed
 
 
 # -- measured again, forgetting, latency, signature, approval --------------------------------------------------------
