@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_row_for_each_kind(run_benchmark, tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--blocks", "1", "--deep-blocks", "2", "--ranks", "2,4", "--lengths", "16,32", "--adapted", "1,2")
 
 
-@pytest.mark.slow
 def test_three_panels_a_table_and_a_picture(run_benchmark, tmp_path: Path) -> None:
     done = run_benchmark("growth", *SMALL, "--length", "16", "--batch", "1", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--blocks", "2", "--dtypes", "fp32", "--modes", "decode", "--repeats", "3", "--growth")
 
 
-@pytest.mark.slow
 def test_every_case_is_measured(run_benchmark, tmp_path: Path) -> None:
     done = run_benchmark("routing", *SMALL, "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr

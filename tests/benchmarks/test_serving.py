@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_four_cases_of_a_tiny_server(run_benchmark, tiny_base: Path, tmp_path: Path) -> None:
     small = ("--rounds", "1", "--requests", "1", "--prompt", "8", "--tokens", "4", "--base", str(tiny_base))
     done = run_benchmark("serving", *small, "--folder", str(tmp_path))

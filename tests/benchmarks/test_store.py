@@ -3,6 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_requests_are_served_and_counted(run_benchmark, tmp_path: Path) -> None:
     sizes = ("--blocks", "2", "--registered", "12", "--requests", "40", "--loaded", "3", "12", "--peft", "2")

@@ -9,6 +9,8 @@ import pytest
 from benchmarks import steps
 from benchmarks.steps import METHODS, Setting, check_equal, our_loss, random_base
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
 SMALL = ("--blocks", "1", "--batch", "1", "--length", "24", "--repeats", "7", "--dtype", "fp32")
 
@@ -44,7 +46,6 @@ def test_unequal_weights_are_no_comparison(tmp_path: Path, monkeypatch: pytest.M
         check_equal(Setting(base, dtype="fp32", batch=1, length=24), tmp_path / "adapter")
 
 
-@pytest.mark.slow
 def test_all_writes_every_setting_with_its_verdict(run_benchmark, tmp_path: Path) -> None:
     done = run_benchmark("train_step", *SMALL, "--all", "--folder", str(tmp_path / "results"))
     assert done.returncode == 0, done.stderr
