@@ -24,6 +24,7 @@ from flows.errors import PipelineError, StageError
 from flows.stage import is_disk_full
 from flows.training.nodes import ADDRESS, Node
 from peftcore.errors import PeftError
+from peftcore.files import write_atomically
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Where torch's agent looks for what a process has died of."""
@@ -184,7 +185,8 @@ def _leave(said: str, lost: bool = False) -> NoReturn:
     extra = {"py_callstack": "", "timestamp": str(int(time.time())), "lost": lost}
     file = os.environ.get(_ERROR_FILE)
     if file is not None:
-        Path(file).write_text(json.dumps({"message": {"message": said, "extraInfo": extra}}))
+        # whole or not at all: the agent may kill this process meanwhile, and reads what there is
+        write_atomically(Path(file), json.dumps({"message": {"message": said, "extraInfo": extra}}))
     _exit(1)
 
 

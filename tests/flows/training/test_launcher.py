@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,17 @@ def test_a_group_of_another_size_is_refused(tmp_path: Path, monkeypatch: pytest.
         pytest.fail("a group of one is none of two")
     said = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
     assert said == "started in 1 processes, but the parameters say 2"
+
+
+def test_a_process_that_is_stopped_while_it_says_why_leaves_nothing_half_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent reads the file as JSON whatever it holds, and half of it hid which process had been killed."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr("os.fsync", lambda _: sys.exit(143))
+    with pytest.raises(SystemExit):
+        launcher._leave("a process lost another", lost=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_launcher_of_the_parameters_can_start() -> None:
