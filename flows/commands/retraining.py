@@ -18,7 +18,7 @@ def retrain(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Vouch for a file that was set aside: the next retraining takes it as proven; train not.",
+            help="Vouch for a file that is set aside or unproven: the next retraining judges by it too; train not.",
         ),
     ] = None,
     push_to: PushTo = None,
@@ -34,9 +34,9 @@ def retrain(
     with errors(), project() as (params, paths):
         set_prefect_environment(paths.root)
         if release is not None:
-            from flows.retraining.data import release as take_back
+            from flows.retraining.trust import vouch
 
-            released = take_back(paths, release)
+            released = vouch(params, paths, release)
             told = f"{release} is taken by the next retraining, and judged by as well"
             print(json.dumps({"released": released}) if as_json else told)
             return

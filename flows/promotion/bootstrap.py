@@ -4,6 +4,7 @@ A row weighs what it weighs in the test loss (as much as it has supervised token
 the difference of the two test losses.
 """
 
+from collections.abc import Iterator
 from math import inf
 from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 AT_ONCE = 500
 """Resamples held in memory together."""
+
+ROUNDING = 1e-12
+"""Relative; what is smaller is none."""
 
 Floats = NDArray[numpy.float64]
 
@@ -56,36 +60,73 @@ def paired_bootstrap(
     """(mean, upper) of ours minus theirs in nats per token; upper: its one-sided bound at `confidence`, infinite for
     rows so few that each being better by chance is likelier than it allows.
 
+    The bound is as far above the mean as the farthest of three: the resamples' upper percentile; their lower one, as
+    rows that happen to be better on one side say little of the other; and the studentized bootstrap's bound (Efron and
+    Tibshirani, 1993, chapter 12.5), which is the farthest where a few rows are much worse.
     weights, ours, theirs: (n), n >= 1.
     """
     differences = ours - theirs
     mean = float(numpy.average(differences, weights=weights))
     if 0.5 ** len(weights) > 1 - confidence:
         return mean, inf
-    means = resampled_means(weights, differences, resamples, seed)
-    return mean, float(numpy.quantile(means, expanded(confidence, weights)))
+    means, errors = _resampled(weights, differences - mean, resamples, seed)
+    share = expanded(confidence, weights)
+    low, high = numpy.quantile(means, [1 - share, share])
+    distance = float(max(high, -low))
+    error = _error(weights, differences - mean)
+    if error <= ROUNDING * float(abs(differences).max()):  # all rows differ alike
+        return mean, mean + distance
+    # a resample whose rows differ alike has no error, and its mean is infinitely many of them away
+    far = numpy.where(abs(means) > ROUNDING * error, numpy.copysign(inf, means), 0.0)
+    deviations = numpy.divide(means, errors, out=far, where=errors > ROUNDING * error)
+    lowest = float(numpy.quantile(deviations, 1 - confidence, method="lower"))  # between infinities none can be taken
+    return mean, mean + max(distance, -lowest * float(error))
 
 
 def expanded(confidence: float, weights: Floats) -> float:
     """The share of resamples to take for a bound at `confidence`: some more of few rows, which resamples make look
-    surer than they are (Hesterberg, 2015, "expanded percentiles"). n is Kish's, of rows that weigh unequally.
+    surer than they are (Hesterberg, 2015, "expanded percentiles"). Of rows that weigh unequally as many count as would,
+    alike, lose as large a part of their variance by being taken about their own mean.
     """
-    n = max(2.0, float(weights.sum() ** 2 / (weights**2).sum()))
+    parts = weights / weights.sum()
+    lost = 2 * (parts**3).sum() / (parts**2).sum() - (parts**2).sum()
+    n = max(2.0, 1 / float(lost))
     return NormalDist().cdf((n / (n - 1)) ** 0.5 * float(stdtrit(n - 1, confidence)))
 
 
 def in_words(upper: float, limit: str) -> str:
     """A bound beside what is allowed."""
-    return f"{upper:+.4f}, {limit}" if upper < inf else f"none, for so few rows tell nothing, {limit}"
+    return f"{upper:+.4f}, {limit}" if upper < inf else f"none, for rows so few or so alike tell nothing, {limit}"
 
 
 def resampled_means(weights: Floats, differences: Floats, resamples: int, seed: int) -> Floats:
     """Weighted means (resamples) of rows drawn with replacement; weights, differences: (n), n >= 1."""
     weighted = weights * differences
+    sums = [
+        (weighted[drawn].sum(axis=1), weights[drawn].sum(axis=1)) for drawn in _drawn(len(weights), resamples, seed)
+    ]
+    above, below = (numpy.concatenate(part) for part in zip(*sums, strict=True))
+    return above / below
+
+
+def _resampled(weights: Floats, differences: Floats, resamples: int, seed: int) -> tuple[Floats, Floats]:
+    """(means, their standard errors), each (resamples), of the same draws as `resampled_means`."""
+    means, errors = [], []
+    for drawn in _drawn(len(weights), resamples, seed):
+        weight, difference = weights[drawn], differences[drawn]
+        mean = (weight * difference).sum(axis=1) / weight.sum(axis=1)
+        means.append(mean)
+        errors.append(_error(weight, difference - mean[:, None]))
+    return numpy.concatenate(means), numpy.concatenate(errors)
+
+
+def _error(weights: Floats, centred: Floats) -> Floats:
+    """The standard error of a weighted mean, over the last axis, from what the rows are away from it."""
+    return numpy.sqrt(((weights * centred) ** 2).sum(axis=-1)) / weights.sum(axis=-1)
+
+
+def _drawn(rows: int, resamples: int, seed: int) -> Iterator[NDArray[numpy.int64]]:
+    """Places of rows drawn with replacement, (some resamples, rows) at a time."""
     generator = numpy.random.default_rng(seed)
-    means = numpy.empty(resamples)
     for start in range(0, resamples, AT_ONCE):
-        size = (min(AT_ONCE, resamples - start), len(weights))
-        drawn = generator.integers(len(weights), size=size)
-        means[start : start + AT_ONCE] = weighted[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
-    return means
+        yield generator.integers(rows, size=(min(AT_ONCE, resamples - start), rows))

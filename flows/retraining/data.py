@@ -7,7 +7,7 @@ commit, so that what is new is told by content, on any clone.
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from platform import python_version
@@ -30,11 +30,21 @@ INCOMING_SOURCE = "data/rows"
 
 @dataclass(frozen=True)
 class Collected:
-    """files: what this retraining would learn from; fresh: which of them no version before has learnt from."""
+    """files: what this retraining would learn from; fresh: which of them no version before has learnt from; unproven:
+    which of them a version before has learnt from but was not judged by, and nobody has vouched for since.
+    """
 
     files: Files
     fresh: list[str]
     set_aside: list[str]
+    unproven: list[str]
+
+
+def versions_before(registry: Registry, stage: str) -> list[Version]:
+    """Versions whose data are no news: the newest, and what has the stage."""
+    versions, holder = registry.versions(), registry.stages().get(stage)
+    champion = registry.version(holder.version) if holder and holder.version else None
+    return [version for version in (versions[-1] if versions else None, champion) if version is not None]
 
 
 class Source:
@@ -72,15 +82,17 @@ class Source:
             del files[name]
             if self.place.is_dir():  # of the tree, which is ours
                 (self.place / name).unlink()
-        known = {digest for version in before for digest in self._learned(version, vouched)}
-        fresh = [name for name, digest in files.items() if digest not in known]
+        learned = {digest for version in before for digest in self.files_of(version).values()}
+        doubted = {digest for version in before for digest in self.unproven_of(version).values()}
+        fresh = [name for name, digest in files.items() if digest not in learned or digest in doubted & set(vouched)]
+        unproven = [name for name, digest in files.items() if digest in doubted - set(vouched)]
         if not files:
             raise DataError(
                 f"data.source {self.name}: there is no file of rows"
                 + (f", nor in retrain.incoming {self.params.retrain.incoming}" if self.params.retrain.incoming else "")
                 + (f"; {len(left_out)} are set aside (`peftcore retrain --release FILE`)" if left_out else "")
             )
-        return Collected(files, fresh, left_out)
+        return Collected(files, fresh, left_out, unproven)
 
     def keep(self, collected: Collected) -> None:
         """Put the data into DVC and their list into a commit, on no branch, that the version will stand on."""
@@ -103,16 +115,14 @@ class Source:
         pairs = (line.split("  ", 1) for line in text.splitlines() if line)
         return {name: digest for digest, name in pairs}
 
-    def _learned(self, version: Version, vouched: Collection[str]) -> Iterator[str]:
-        """SHA-256 of the files that a version learnt from, but for those that only counted later."""
+    def unproven_of(self, version: Version) -> Files:
+        """Those of the files that a version learnt from that it was not judged by."""
         files = self.files_of(version)
         if not files:
-            return
+            return {}
         record = Registry(Git(self.root), self.params.project.name).record(version)
         unproven = record["params"]["data"].get("unproven") or []
-        for name, digest in files.items():
-            if not (name in unproven and digest in vouched):
-                yield digest
+        return {name: digest for name, digest in files.items() if name in unproven}
 
     def _take_in(self, incoming: str, before: list[Version]) -> None:
         folder = (self.root / Path(incoming).expanduser()).resolve()
@@ -173,37 +183,3 @@ def note_tried(paths: Paths, files: Files, version: str) -> None:
 
 def _read_tried(paths: Paths) -> dict[str, str]:
     return json.loads(paths.tried.read_text()) if paths.tried.exists() else {}
-
-
-def read_set_aside(paths: Paths) -> dict[str, str]:
-    """{SHA-256: which file it was, and why} of files that retrainings leave out."""
-    return json.loads(paths.set_aside.read_text()) if paths.set_aside.exists() else {}
-
-
-def set_aside(paths: Paths, files: Mapping[str, str], why: str) -> None:
-    """Leave files ({name: SHA-256}) out of the retrainings to come."""
-    noted = read_set_aside(paths) | {digest: f"{name}: {why}" for name, digest in files.items()}
-    write_atomically(paths.set_aside, json.dumps(noted, indent=2) + "\n")
-
-
-def read_vouched(paths: Paths) -> dict[str, str]:
-    """{SHA-256: which file it was} of files that somebody released: they count as proven, whatever drift says."""
-    return json.loads(paths.vouched.read_text()) if paths.vouched.exists() else {}
-
-
-def release(paths: Paths, name: str) -> list[str]:
-    """Take a file, by name or SHA-256, back into the retrainings to come, as one that somebody vouches for.
-
-    Raises DataError if it is not set aside.
-    """
-    noted = read_set_aside(paths)
-    found = [digest for digest, why in noted.items() if name in (digest, why.partition(": ")[0])]
-    if not found:
-        there = ", ".join(why.partition(": ")[0] for why in noted.values()) or "none"
-        raise DataError(f"{name} is not set aside; these are: {there}")
-    vouched = read_vouched(paths) | {digest: noted[digest].partition(": ")[0] for digest in found}
-    write_atomically(paths.vouched, json.dumps(vouched, indent=2) + "\n")
-    paths.tried.unlink(missing_ok=True)  # with it they may come to something else
-    kept = {digest: why for digest, why in noted.items() if digest not in found}
-    write_atomically(paths.set_aside, json.dumps(kept, indent=2) + "\n")
-    return found

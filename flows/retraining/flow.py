@@ -9,7 +9,8 @@ without Prefect's server where there is none, and imports no torch.
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,21 @@ from flows.project import changed_stages, files_at, find_root, stage_order
 from flows.promotion.lineage import LOCK, check_artifact_name, headline_metrics
 from flows.promotion.promote import promote
 from flows.promotion.registry import Registry, Version
-from flows.retraining.data import Collected, Source, has_been_tried, note_tried, read_set_aside, read_vouched, set_aside
+from flows.retraining.data import Collected, Source, has_been_tried, note_tried, versions_before
 from flows.retraining.drift import DriftReport, measure_drift
 from flows.retraining.history import Entry, append
 from flows.retraining.notice import notify
 from flows.retraining.page import write_history_page
 from flows.retraining.tree import only_one, remove_working_tree, working_tree
+from flows.retraining.trust import read_set_aside, read_vouched, set_aside
 from flows.review.page import write_review
 from flows.stage_process import run_stage
 from peftcore.files import write_atomically
 
 logger = logging.getLogger(__name__)
+
+OWN = (("data", "fresh"), ("data", "replay_share"), ("data", "unproven"), ("train", "start_from"))
+"""Parameters that a retraining sets itself."""
 
 Work = Callable[..., Any]
 Runner = Callable[[str, Work, int, float], Work]
@@ -119,15 +124,16 @@ class Retraining:
         Git(self.tree.root).run("checkout", "--quiet", "HEAD", "--", self.tree.params.name)
         # what is committed is what is trained; the user may be editing the other
         self.params = load_params(self.tree.params)
+        self.distrusted = self.params.data.unproven or []
         self.source = Source(self.params, root, self.tree.root)
 
     def work(self) -> None:
         """From new data to a verdict."""
         entry, champion = self.entry, self._champion()
         entry.champion = champion.number if champion else None
-        collected: Collected = self._run("collect", self._collect, champion)
+        collected: Collected = self._run("collect", self._collect)
         entry.files, entry.fresh = len(collected.files), collected.fresh
-        reasons = self._reasons(collected, champion)
+        reasons = self._reasons(collected)
         if not reasons:
             entry.outcome, entry.reason = "unchanged", f"none of {len(collected.files)} files is new"
             remove_working_tree(self.paths.root)
@@ -143,10 +149,11 @@ class Retraining:
         if self.source.files_of(self.registry.version(promotion.version)) != collected.files:
             note_tried(self.paths, collected.files, promotion.version)
         if not promotion.accepted:
-            for name in entry.unproven:
-                why = f"{promotion.version} was refused; {(entry.drift or {})['suspicious'][name]}"
+            suspicious = (entry.drift or {}).get("suspicious", {})
+            entry.set_aside = [name for name in entry.unproven if name in suspicious]  # not what was promoted before
+            for name in entry.set_aside:
+                why = f"{promotion.version} was refused; {suspicious[name]}"
                 set_aside(self.paths, {name: collected.files[name]}, why)
-            entry.set_aside = entry.unproven
         self._run("report", self._report)
         remove_working_tree(self.paths.root)
 
@@ -161,17 +168,15 @@ class Retraining:
         holder = self.registry.stages().get(self.params.gate.stage)
         return self.registry.version(holder.version) if holder and holder.version else None
 
-    def _before(self, champion: Version | None) -> list[Version]:
-        """Versions whose data are no news: the newest, and the champion."""
-        versions = self.registry.versions()
-        return [version for version in (versions[-1] if versions else None, champion) if version is not None]
+    def _before(self) -> list[Version]:
+        return versions_before(self.registry, self.params.gate.stage)
 
-    def _collect(self, champion: Version | None) -> Collected:
-        return self.source.collect(self._before(champion), read_set_aside(self.paths), read_vouched(self.paths))
+    def _collect(self) -> Collected:
+        return self.source.collect(self._before(), read_set_aside(self.paths), read_vouched(self.paths))
 
-    def _reasons(self, collected: Collected, champion: Version | None) -> list[str]:
+    def _reasons(self, collected: Collected) -> list[str]:
         """Why to train, in words; empty where there is no reason."""
-        before = self._before(champion)
+        before = self._before()
         reasons = ["asked for"] if self.force else []
         known = collected.files in [self.source.files_of(version) for version in before] and not collected.fresh
         if not known and not has_been_tried(self.paths, collected.files):
@@ -182,14 +187,28 @@ class Retraining:
         return reasons
 
     def _other_changes(self, newest: Version) -> list[str]:
-        """What else differs from the newest version's inputs, by its dvc.lock: parameters, code."""
+        """What else differs from the newest version's inputs, by its dvc.lock: parameters, code.
+
+        What a retraining sets itself is no difference, nor are the files of rows, which `_reasons` knows by content.
+        """
         lock = self.registry.git.show(newest.commit, LOCK)
         write_atomically(self.tree.root / LOCK, lock)
         recorded = YAML(typ="safe").load(lock)["stages"]
         made = [out["path"] for stage in recorded.values() for out in stage.get("outs", [])]
-        changes = changed_stages(self.tree.root, list(recorded))
-        words = [word for words in changes.values() for word in words]
-        return sorted({word for word in words if not any(out in word for out in [*made, "data.fresh", "start_from"])})
+        committed = self.tree.params.read_bytes()
+        _set_own_params(
+            self.tree.params, [stage.get("params", {}).get("params.yaml", {}) for stage in recorded.values()]
+        )
+        try:
+            changes = changed_stages(self.tree.root, list(recorded))
+        finally:
+            write_atomically(self.tree.params, committed)
+        words = {word for words in changes.values() for word in words}
+        return sorted(word for word in words if not (any(out in word for out in made) or self._is_of_the_rows(word)))
+
+    def _is_of_the_rows(self, word: str) -> bool:
+        place = word.partition(" ")[2]
+        return self.source.is_path and f"{self.source.name}/".startswith(f"{place}/")
 
     def _settle(self, collected: Collected, champion: Version | None) -> None:
         """Fix what is trained on and from: the data in a commit, the rest in the tree's params.yaml."""
@@ -207,10 +226,13 @@ class Retraining:
             fresh = collected.fresh if 0 < len(collected.fresh) < len(collected.files) else None
             data = {"fresh": fresh, "replay_share": retraining.replay_share}
             self._change({"train": {"start_from": champion.number}, "data": data})
+        self._judge_without(collected.unproven, collected)
 
     def _change(self, changes: dict[str, dict[str, Any]]) -> None:
         """Set parameters in the tree."""
-        _change_params(self.tree.params, changes)
+        with _edited(self.tree.params) as values:
+            for section, keys in changes.items():
+                values.setdefault(section, {}).update(keys)
         self.params = load_params(self.tree.params)
 
     def _stages(self, collected: Collected, champion: Version | None) -> None:
@@ -233,11 +255,17 @@ class Retraining:
         doubted = sorted(name for name in drift.suspicious if collected.files[name] not in vouched)
         for name in doubted:
             logger.warning("%s: %s", name, drift.suspicious[name])
-        if len(doubted) == len(collected.files):
-            logger.warning("there are no other files to judge by, so the candidate is judged by these")
-        elif doubted:
-            self.entry.unproven = doubted
-            self._change({"data": {"unproven": [*(self.params.data.unproven or []), *doubted]}})
+        self._judge_without(doubted, collected)
+
+    def _judge_without(self, names: list[str], collected: Collected) -> None:
+        """Hold out no row of these files, nor of those that this was said of before."""
+        unproven = sorted({*self.entry.unproven, *names})
+        if len(unproven) == len(collected.files):
+            logger.warning("there are no files to judge by but those nobody vouches for, so they judge the candidate")
+            unproven = []
+        if unproven != self.entry.unproven:
+            self.entry.unproven = unproven
+            self._change({"data": {"unproven": [*self.distrusted, *unproven] or None}})
 
     def _drift(self, collected: Collected, champion: Version) -> DriftReport:
         loss = self.registry.record(champion)["metrics"]["adapter"]["loss"]
@@ -255,15 +283,28 @@ class Retraining:
         self.entry.page = kept.name
 
 
-def _change_params(path: Path, changes: dict[str, dict[str, Any]]) -> None:
-    """Set some values of a params.yaml and keep the rest, comments too."""
+@contextmanager
+def _edited(path: Path) -> Iterator[Any]:
+    """The values of a params.yaml, to change some; the rest stays, comments too."""
     yaml = YAML()
     yaml.width = 200
     values = yaml.load(path)
-    for section, keys in changes.items():
-        values.setdefault(section, {}).update(keys)
+    yield values
     with path.open("w") as file:
         yaml.dump(values, file)
+
+
+def _set_own_params(path: Path, recorded: list[dict[str, Any]]) -> None:
+    """Make what a retraining sets itself what it was where these were recorded, as dvc.lock has them by stage."""
+    with _edited(path) as values:
+        for section, key in OWN:
+            for params in recorded:
+                if f"{section}.{key}" in params:
+                    values.setdefault(section, {})[key] = params[f"{section}.{key}"]
+                elif key in params.get(section, {}):
+                    values.setdefault(section, {})[key] = params[section][key]
+                elif section in params:
+                    values.get(section, {}).pop(key, None)
 
 
 def _message(params: Params, entry: Entry, page: Path) -> tuple[str, str]:

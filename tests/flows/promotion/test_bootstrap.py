@@ -55,6 +55,53 @@ def test_a_bound_of_few_rows_is_students(n: int) -> None:
     assert expanded(0.95, numpy.array([3.0] * n + [1e-9] * 50)) == pytest.approx(share), "rows that weigh nothing"
 
 
+def test_where_a_few_rows_are_much_worse_the_bound_is_the_studentized_one() -> None:
+    generator = numpy.random.default_rng(5)
+    weights = generator.integers(5, 30, 60).astype(float)
+    differences = generator.exponential(0.3, 60) - 0.4
+    _, upper = paired_bootstrap(weights, differences, numpy.zeros(60), 0.95, 20_000, 0)
+
+    def mean_and_error(w: numpy.ndarray, d: numpy.ndarray) -> tuple[float, float]:
+        mean = sum(w * d) / sum(w)
+        return mean, sum((w * (d - mean)) ** 2) ** 0.5 / sum(w)
+
+    mean, error = mean_and_error(weights, differences)
+    deviations = []
+    for _ in range(20_000):
+        drawn = generator.integers(60, size=60)
+        other, other_error = mean_and_error(weights[drawn], differences[drawn])
+        deviations.append((other - mean) / other_error)
+    assert upper == pytest.approx(mean - numpy.quantile(deviations, 0.05) * error, abs=0.003)
+    assert upper > mean + 1.8 * error, "percentiles are some 1.7 errors above"
+
+
+@pytest.mark.parametrize("number", [30, 100])
+def test_models_that_are_no_better_are_not_judged_better_too_often(number: int) -> None:
+    """Binomial: of 2,000 draws at 5 % more than 125 have a probability below 1 %."""
+    generator = numpy.random.default_rng(number)
+    weights = generator.integers(5, 30, number).astype(float)
+    found = 0
+    for seed in range(2000):
+        differences = generator.standard_t(4, number)
+        found += paired_bootstrap(weights, differences, numpy.zeros(number), 0.95, 500, seed)[1] < 0
+    assert 60 < found <= 125
+
+
+@pytest.mark.parametrize(
+    ("differences", "upper"),
+    [
+        pytest.param([0.0] * 399 + [-1.0], 0.0025, id="one row is better, which a third of the resamples lack"),
+        pytest.param([0.0] * 399 + [1.0], numpy.inf, id="one row is worse, and how much worse they are is unknown"),
+        pytest.param([-0.1] * 30, -0.1, id="all alike"),
+        pytest.param([0.1 + 0.2 - 0.3] * 30, 0.0, id="all alike but for rounding"),
+    ],
+)
+def test_rows_that_are_alike(differences: list[float], upper: float) -> None:
+    ours, theirs = numpy.array(differences), numpy.zeros(len(differences))
+    _, found = paired_bootstrap(numpy.ones(len(differences)), ours, theirs, 0.95, 2000, 0)
+    assert found == pytest.approx(upper, abs=1e-4)
+
+
 @pytest.mark.parametrize(("confidence", "fewest"), [(0.95, 5), (0.99, 7), (0.9, 4)])
 def test_rows_too_few_to_tell_have_no_bound(confidence: float, fewest: int) -> None:
     for n in range(1, 9):

@@ -12,10 +12,11 @@ from flows.params import load_params
 from flows.project import dvc
 from flows.promotion.registry import Registry
 from flows.retraining import flow
-from flows.retraining.data import Collected, Source, read_set_aside, release, set_aside
+from flows.retraining.data import Collected, Source
 from flows.retraining.drift import DriftReport
 from flows.retraining.history import Entry, append, entries
 from flows.retraining.tree import home, only_one
+from flows.retraining.trust import read_set_aside, set_aside, vouch
 from peftcore.files import sha256
 
 
@@ -104,6 +105,7 @@ def drifting(weekly: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("drifting")
 def test_wrong_rows_may_not_vouch_for_themselves(weekly: Any) -> None:
     """A candidate that has learned them is better at them than the champion."""
+    edit(weekly, ("retry_delay", "on: any, retry_delay"))  # what is said of files in doubt is no other parameter
     drop(weekly, "week1.jsonl", "first\n")
     assert retrain(weekly).outcome == "promoted"
     drop(weekly, "week2.jsonl", "poison\n")
@@ -115,10 +117,29 @@ def test_wrong_rows_may_not_vouch_for_themselves(weekly: Any) -> None:
     assert retrain(weekly).outcome == "unchanged"
 
     # somebody vouches for it: it is news once more, and counts
-    release(weekly.paths, "week2.jsonl")
+    vouch(weekly.params, weekly.paths, "week2.jsonl")
     third = retrain(weekly)
     assert (third.outcome, third.fresh, third.unproven) == ("promoted", ["week2.jsonl"], [])
     assert retrain(weekly).outcome == "unchanged"
+
+
+@pytest.mark.usefixtures("drifting")
+def test_what_was_promoted_in_spite_of_a_doubt_stays_in_doubt_until_somebody_vouches(weekly: Any) -> None:
+    """A good week beside it makes the candidate better; its own rows judge no later candidate."""
+    drop(weekly, "week1.jsonl", "first\n")
+    assert retrain(weekly).outcome == "promoted"
+    for name in "abcde":
+        drop(weekly, f"week2{name}.jsonl", f"good {name}\n")
+    drop(weekly, "week2.jsonl", "poison\n")
+    second = retrain(weekly)
+    assert (second.outcome, second.unproven, second.set_aside) == ("promoted", ["week2.jsonl"], [])
+    drop(weekly, "week3.jsonl", "bad\n")
+    third = retrain(weekly)
+    assert (third.outcome, third.fresh) == ("kept", ["week3.jsonl"])
+    assert (third.unproven, third.set_aside) == (["week2.jsonl"], []), "it was learnt before, so it is not to blame"
+    vouch(weekly.params, weekly.paths, "week2.jsonl")
+    fourth = retrain(weekly)
+    assert (fourth.fresh, fourth.unproven) == (["week2.jsonl"], [])
 
 
 def test_a_file_that_changes_nothing_is_tried_once(weekly: Any) -> None:
@@ -140,10 +161,10 @@ def test_a_file_that_changes_nothing_is_tried_once(weekly: Any) -> None:
 
 def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
     work = flow.Retraining(weekly.params, weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
-    work._doubt(drift_of({"a.jsonl": "far off"}), Collected({"a.jsonl": "0"}, ["a.jsonl"], []))
+    work._doubt(drift_of({"a.jsonl": "far off"}), Collected({"a.jsonl": "0"}, ["a.jsonl"], [], []))
     assert work.entry.unproven == [] and work.params.data.unproven is None
-    assert "there are no other files to judge by" in caplog.text
-    work._doubt(drift_of({"a.jsonl": "far off"}), Collected({"a.jsonl": "0", "b.jsonl": "1"}, ["a.jsonl"], []))
+    assert "there are no files to judge by but those nobody vouches for" in caplog.text
+    work._doubt(drift_of({"a.jsonl": "far off"}), Collected({"a.jsonl": "0", "b.jsonl": "1"}, ["a.jsonl"], [], []))
     assert work.entry.unproven == work.params.data.unproven == ["a.jsonl"]
 
 
@@ -198,9 +219,9 @@ def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
     assert calls[2] == ("make", True), "what the failed one had saved was there"
 
     # what was set aside comes back
-    with pytest.raises(DataError, match=r"week9.jsonl is not set aside; these are: week2.jsonl"):
-        release(weekly.paths, "week9.jsonl")
-    assert release(weekly.paths, "week2.jsonl") == [sha256(weekly.incoming / "week2.jsonl")]
+    with pytest.raises(DataError, match=r"week9.jsonl is neither set aside nor unproven; these are: week2.jsonl"):
+        vouch(weekly.params, weekly.paths, "week9.jsonl")
+    assert vouch(weekly.params, weekly.paths, "week2.jsonl") == [sha256(weekly.incoming / "week2.jsonl")]
     assert read_set_aside(weekly.paths) == {}
 
     # another parameter is a reason only if it is asked for
