@@ -73,13 +73,13 @@ def set_quiet_environment() -> None:
 
 
 def set_seed(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices)."""
+    """Seed Python, NumPy and, where it is loaded, torch (all devices); a stage without it need not wait for it."""
     import numpy
-    import torch
 
     random.seed(seed)
     numpy.random.seed(seed)
-    torch.manual_seed(seed)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
 
 
 def is_disk_full(error: BaseException) -> bool:

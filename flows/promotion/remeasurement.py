@@ -68,7 +68,7 @@ def measure_again(
             base = stack.enter_context(files_of(paths, registry, champion, [paths.base])).base
         task = {
             "version": champion.number,
-            "params": _measured_with(params, registry, champion),
+            "params": measured_with(params, registry, champion),
             "base": str(base.absolute()),
             "adapter": str(theirs.adapter.absolute()),
             "test": str(test.absolute()),
@@ -111,8 +111,8 @@ def _texts(path: Path) -> list[dict[str, Any]]:
         raise StageError(f"{path} cannot be read as prepared rows ({error!r}); run `peftcore run` again") from error
 
 
-def _measured_with(params: Params, registry: Registry, champion: Version) -> dict[str, Any]:
-    """The champion's own parameters, in batches as they are now."""
+def measured_with(params: Params, registry: Registry, champion: Version) -> dict[str, Any]:
+    """The champion's own parameters, in batches as they are now. Raises StageError for those of an older release."""
     given = registry.record(champion)["params"] | {"evaluate": params.evaluate.model_dump()}
     try:
         return Params.model_validate(given).model_dump()

@@ -31,16 +31,24 @@ class DriftReport:
         return asdict(self)
 
 
-def measure_drift(
-    tree: Path, fresh: list[str], rule: Drift, champion: str | None, champion_loss: float | None, adapter: Path | None
-) -> DriftReport:
-    """Measure new files in the working tree `tree`; champion_loss: on its own test rows, nats per token.
-
-    Raises StageError if the measuring process fails.
+@dataclass(frozen=True)
+class Known:
+    """The champion: its version, its loss on its own test rows, where its adapter and its classes lie, at their paths
+    in a run's folder (None: it is of another base), and the parameters that it is measured with.
     """
+
+    version: str
+    loss: float
+    root: Path | None
+    params: dict[str, Any]
+
+
+def measure_drift(tree: Path, fresh: list[str], rule: Drift, champion: Known) -> DriftReport:
+    """Measure new files in the working tree `tree`. Raises StageError if the measuring process fails."""
     with TemporaryDirectory(prefix="peftcore-drift-") as folder:
         request, out = Path(folder) / "request.json", Path(folder) / "drift.json"
-        asked = {"fresh": fresh, "rows": rule.rows, "adapter": None if adapter is None else str(adapter)}
+        known = champion.root and {"root": str(champion.root), "params": champion.params}
+        asked = {"fresh": fresh, "rows": rule.rows, "champion": known}
         request.write_text(json.dumps(asked | {"out": str(out)}))
         command = [sys.executable, "-m", "flows.retraining.measure", str(request)]
         # libraries greet on stdout, which is for results
@@ -51,9 +59,9 @@ def measure_drift(
         found = json.loads(out.read_text())
     suspicious = {}
     for name, file in found["files"].items():
-        if passed := _passed(file, rule, champion_loss):
+        if passed := _passed(file, rule, champion.loss):
             suspicious[name] = passed
-    return DriftReport(champion, champion_loss, found["older"], found["files"], suspicious)
+    return DriftReport(champion.version, champion.loss, found["older"], found["files"], suspicious)
 
 
 def _passed(file: dict[str, Any], rule: Drift, champion_loss: float | None) -> str | None:

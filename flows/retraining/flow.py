@@ -30,8 +30,9 @@ from flows.project import changed_stages, files_at, find_root, stage_order
 from flows.promotion.lineage import LOCK, check_artifact_name, headline_metrics
 from flows.promotion.promote import promote
 from flows.promotion.registry import Registry, Version
+from flows.promotion.remeasurement import measured_with
 from flows.retraining.data import Collected, Source, has_been_tried, note_tried, versions_before
-from flows.retraining.drift import DriftReport, measure_drift
+from flows.retraining.drift import DriftReport, Known, measure_drift
 from flows.retraining.history import Entry, append
 from flows.retraining.notice import notify
 from flows.retraining.page import write_history_page
@@ -39,7 +40,7 @@ from flows.retraining.tree import only_one, remove_working_tree, working_tree
 from flows.retraining.trust import read_set_aside, read_vouched, set_aside
 from flows.review.page import write_review
 from flows.stage_process import run_stage
-from peftcore.files import write_atomically
+from peftcore.files import MANIFEST, sha256, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -268,11 +269,14 @@ class Retraining:
             self._change({"data": {"unproven": [*self.distrusted, *unproven] or None}})
 
     def _drift(self, collected: Collected, champion: Version) -> DriftReport:
-        loss = self.registry.record(champion)["metrics"]["adapter"]["loss"]
-        name = self.tree.adapter.relative_to(self.tree.root).as_posix()
-        with files_at(self.paths.root, champion.commit, [name]) as at:
-            rule = self.params.retrain.drift
-            return measure_drift(self.tree.root, collected.fresh, rule, champion.number, loss, at / name)
+        record, base = self.registry.record(champion), self.tree.base / MANIFEST
+        loss, is_of_this_base = record["metrics"]["adapter"]["loss"], sha256(base) == record["base_model"]
+        theirs = measured_with(self.params, self.registry, champion)
+        files = [self.tree.adapter] + ([self.tree.labels] if theirs["train"]["objective"] == "classification" else [])
+        names = [path.relative_to(self.tree.root).as_posix() for path in files]
+        with files_at(self.paths.root, champion.commit, names) as at:
+            known = Known(champion.number, loss, at if is_of_this_base else None, theirs)
+            return measure_drift(self.tree.root, collected.fresh, self.params.retrain.drift, known)
 
     def _report(self) -> None:
         """The candidate's page, kept beside the history."""

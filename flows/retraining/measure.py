@@ -1,8 +1,9 @@
 """`python -m flows.retraining.measure REQUEST`: how new files of rows differ from those before, in its own process.
 
-REQUEST is a JSON file: {"fresh": [file, ...], "rows": of each file that the champion is measured on, "adapter": the
-champion's folder or null, "out": the JSON file to write}. It runs in the pipeline's folder, as a stage does, after the
-base has been fetched.
+REQUEST is a JSON file: {"fresh": [file, ...], "rows": of each file that the champion is measured on, "champion":
+{"root": where its adapter and its classes lie, "params": those that it is measured with} or null, "out": the JSON file
+to write}. A champion of another base or another kind of rows is not measured, nor are rows of classes that it does not
+know. It runs in the pipeline's folder, as a stage does, after the base has been fetched.
 """
 
 import json
@@ -25,11 +26,13 @@ from flows.data.sources import comes_from, read_examples
 from flows.data.splits import rank
 from flows.data.tokens import AnyTokens, length
 from flows.errors import DataError
-from flows.judging.scoring import row_losses
+from flows.judging.remeasure import adapter_losses
 from flows.params import Params
 from flows.paths import Paths
 from flows.progress import progress
+from flows.rows import Row
 from flows.stage import start
+from flows.training.objectives import class_names
 from peftcore import PeftModel
 from peftcore.files import write_atomically
 
@@ -60,9 +63,11 @@ def run(params: Params, paths: Paths) -> None:
         "older": {"rows": len(older), "length": _quantiles(older)} if older else None,
         "files": {name: _differences(rows, older) for name, rows in fresh.items() if rows},
     }
-    if request["adapter"] is not None and params.data.kind == "chat":
-        for name, losses in _losses(params, paths, fresh, Path(request["adapter"]), request["rows"]).items():
-            found["files"][name] |= losses
+    if champion := request["champion"]:
+        theirs, root = Params.model_validate(champion["params"]), Path(champion["root"])
+        if theirs.data.kind == params.data.kind:
+            for name, losses in _losses(theirs, Paths(root), paths.base, fresh, request["rows"]).items():
+                found["files"][name] |= losses
     write_atomically(Path(request["out"]), json.dumps(found, indent=2) + "\n")
 
 
@@ -93,23 +98,31 @@ def _words(rows: Sequence[AnyTokens]) -> Counter[str]:
 
 
 def _losses(
-    params: Params, paths: Paths, fresh: dict[str, list[AnyTokens]], adapter: Path, count: int
+    params: Params, champion: Paths, base: Path, fresh: dict[str, list[AnyTokens]], count: int
 ) -> dict[str, dict[str, float]]:
-    """The champion's loss (nats per token) on each file's first rows, and its standard error over rows."""
-    model = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization), adapter).eval()
-    pad = padding_id(load_tokenizer(paths.base))
-    chosen = {
-        name: [row for row in rows if length(row) <= params.data.max_length][:count] for name, rows in fresh.items()
-    }
+    """The champion's loss (nats, of its own objective) on each file's first rows, and its standard error over rows."""
+    labels = class_names(params, champion)
+    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels), champion.adapter).eval()
+    pad = padding_id(load_tokenizer(base))
+    chosen = {name: _judged(rows, params.data.max_length, labels)[:count] for name, rows in fresh.items()}
     found = {}
     with progress(sum(map(len, chosen.values())), "the champion on new rows", unit="row") as bar:
         for name, rows in chosen.items():
             if not rows:
                 continue
-            losses = row_losses(model, [row.columns() for row in rows], pad, params.evaluate.batch_size, bar)
+            losses = adapter_losses(params, model, rows, pad, bar)
             error = float(numpy.std(losses.means, ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else float("nan")
             found[name] = {"loss": losses.loss, "loss_error": error, "measured_rows": len(rows)}
     return found
+
+
+def _judged(rows: Sequence[AnyTokens], longest: int, labels: list[str] | None) -> list[Row]:
+    """Those that the champion can judge; a class by the number that it has there."""
+    columns = [row.columns() for row in rows if length(row) <= longest]
+    if labels is None:
+        return columns
+    numbers = {name: number for number, name in enumerate(labels)}
+    return [row | {"label": numbers[row["label_name"]]} for row in columns if row["label_name"] in numbers]
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def losses_chart(tried: Sequence[Entry]) -> Markup:
             )
     for x, y in zip(places, losses, strict=True):
         axes.annotate(f"{y:.3f}", (x, y), (0, 11), textcoords="offset points", ha="center", fontsize=9)
-    axes.set_ylabel("test loss, nats a token")
+    axes.set_ylabel("test loss, nats")
     low, high = min([*losses, *bases]), max([*losses, *bases])
     axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.3 * (high - low or 1))
     axes.legend(frameon=False, loc="upper right", ncols=3)
@@ -79,7 +79,7 @@ def drift_chart(tried: Sequence[Entry]) -> Markup:
             axes.annotate(label, (x, loss), (7, -3), textcoords="offset points", fontsize=9, color=INK)
         if found:
             axes.hlines(told["champion_loss"], place - 0.4, place + 0.4, color=SOFT, linewidth=1.5)
-    axes.set_ylabel("champion's loss, nats a token")
+    axes.set_ylabel("champion's loss, nats")
     axes.margins(y=0.15)
     _plain(axes, tried)
     return svg(figure, "The champion's loss on new rows; the line is its loss on its own test rows")

@@ -112,6 +112,15 @@ def test_importing_the_stages_sets_the_environment_before_anything_heavy() -> No
     assert done.stdout.split() == ["1", "set()"], done.stderr
 
 
+def test_a_stage_without_torch_does_not_wait_for_it() -> None:
+    code = (
+        "import random, sys, flows.stages.register; from flows.stage import set_seed; set_seed(7); "
+        "print(random.random(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [str(random.Random(7).random()), "False"], done.stderr
+
+
 @pytest.mark.faults("kill -9 of dvc, flow or stage")
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:

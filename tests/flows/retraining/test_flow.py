@@ -92,7 +92,8 @@ def drift_of(suspicious: dict[str, str]) -> DriftReport:
 def drifting(weekly: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """New files with the word poison are far from what the champion knows."""
     dvc_yaml = weekly.root / "dvc.yaml"
-    fetch = "stages:\n  fetch: {cmd: exec cp make.py fetched, deps: [make.py], outs: [fetched]}\n"
+    copy = "mkdir -p artifacts/base && cp make.py artifacts/base/SHA256SUMS"
+    fetch = f"stages:\n  fetch: {{cmd: '{copy}', deps: [make.py], outs: [artifacts/base]}}\n"
     dvc_yaml.write_text(dvc_yaml.read_text().replace("stages:\n", fetch, 1))
     weekly.git("commit", "--quiet", "--all", "--message=Fetch")
 

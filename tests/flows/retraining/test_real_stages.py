@@ -33,7 +33,7 @@ def clone(tmp_path: Path, write_tiny_base: Callable[[Path], Path]) -> Path:
     yaml = YAML()
     params = yaml.load(root / "params.yaml")
     given = SMALL | {"base": {"source": f"path:{write_tiny_base(tmp_path / 'base')}"}}
-    given |= {"retrain": {"incoming": str(tmp_path / "incoming"), "start": "champion", "retry_delay": 0.0}}
+    given |= {"retrain": {"incoming": str(tmp_path / "incoming"), "start": "champion", "on": "any", "retry_delay": 0.0}}
     for section, values in given.items():
         params[section].update(values)
     params["gate"]["slices"]["max_loss_regression"] = None
@@ -75,3 +75,4 @@ def test_two_weeks(clone: Path) -> None:
     checks = {check["name"]: check for check in second["promotion"]["report"]["checks"]}
     assert "measured again" in checks["against the champion"]["detail"]
     assert second["outcome"] == "promoted", second["reason"]
+    assert retrain(clone)["outcome"] == "unchanged", "that it started from v0.1.0 is no change of parameters"

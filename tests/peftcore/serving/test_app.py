@@ -188,7 +188,7 @@ def test_a_broken_adapter_is_500_and_its_neighbours_are_answered(serving: Callab
 
 
 def test_a_full_queue_is_429_and_a_late_answer_504(serving: Callable[..., Any]) -> None:
-    served = serving(http=True, limits=Limits(max_batch=1, max_queue=1, timeout=1.0, max_tokens=500))
+    served = serving(http=True, limits=Limits(max_batch=1, max_queue=1, timeout=2.0, max_tokens=500))
     client = served.client()
     given: Any = {"model": "base", "prompt": [5, 6], "seed": 1, "max_tokens": 500}
     hold_up(served, 0.02)
@@ -210,9 +210,9 @@ def test_a_full_queue_is_429_and_a_late_answer_504(serving: Callable[..., Any]) 
     for thread in threads:
         thread.join()
     assert [one.status_code for one in outcomes] == [504, 504]
-    assert "not answered within 1 s" in str(outcomes[0])
+    assert "not answered within 2 s" in str(outcomes[0])
     served.wait(lambda: served.service.engine.idle)
-    with pytest.raises(openai.APIError, match="not answered within 1 s"):  # in a stream it is the last event
+    with pytest.raises(openai.APIError, match="not answered within 2 s"):  # in a stream it is the last event
         list(client.completions.create(**given, stream=True))
     # an answer is counted when its last byte is out, which its client may have read by then
     served.wait(lambda: served.metric("peftcore_requests_total", model="base", status="504") == 3)
@@ -236,7 +236,7 @@ def hold_up(served: Any, seconds: float) -> None:
 
 
 def test_a_client_that_leaves_frees_its_row(served: Any) -> None:
-    hold_up(served, 0.01)
+    hold_up(served, 0.02)  # ten seconds for all tokens
     given = {"model": "sql", "prompt": [5, 6], "max_tokens": 500, "temperature": 0}
     beside = ThreadPoolExecutor(1).submit(
         served.client().completions.create, model="chat", prompt=[5, 6], max_tokens=60, temperature=0
@@ -246,8 +246,8 @@ def test_a_client_that_leaves_frees_its_row(served: Any) -> None:
     assert beside.result().usage.completion_tokens == 60
     served.wait(lambda: served.service.engine.idle)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{served.url}/v1/completions", json=given, timeout=0.3)
-    served.wait(lambda: served.service.engine.idle, 2)
+        httpx.post(f"{served.url}/v1/completions", json=given, timeout=1.0)
+    served.wait(lambda: served.service.engine.idle, 5)
     assert served.service.catalog.store.statistics()["in_use"] == 0
     served.wait(lambda: served.metric("peftcore_requests_total", model="sql", status="499") == 2)
 
