@@ -9,9 +9,10 @@ import pytest
 from benchmarks import steps
 from benchmarks.steps import METHODS, Setting, check_equal, our_loss, random_base
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT reads it
+]
 SMALL = ("--blocks", "1", "--batch", "1", "--length", "24", "--repeats", "7", "--dtype", "fp32")
 
 
