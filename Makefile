@@ -26,7 +26,7 @@ slow: install           ## whole-pipeline tests, a file on a core
 	@$(BIN)/pytest -m slow --numprocesses auto --dist loadfile
 
 proof: export OMP_NUM_THREADS ?= 1
-proof: install          ## the longest tests: faults, work pool with PostgreSQL, sweeps, nodes; PEFTCORE_LONG=1: those that wait for minutes too
+proof: install          ## the longest tests: faults, work pool with PostgreSQL, sweeps, nodes, benchmarks; PEFTCORE_LONG=1: those that wait for minutes too
 	@$(BIN)/pytest -m proof
 
 lint: install           ## format, lint, types, floors

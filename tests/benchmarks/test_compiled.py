@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_three_rows_as_they_are_and_compiled(run_benchmark, tmp_path: Path) -> None:
     small = ("--blocks", "2", "--batch", "1", "--length", "24", "--repeats", "7")

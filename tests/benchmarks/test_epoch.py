@@ -61,7 +61,7 @@ def result(**changes: Any) -> Result:
     return Result(**{**base, **changes})
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_our_side_alone_needs_no_trl(
     run_benchmark, prepared: tuple[str, ...], rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -75,7 +75,7 @@ def test_our_side_alone_needs_no_trl(
     assert (tmp_path / "out/epoch.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @needs_trl
 def test_both_sides_see_the_same_batches_and_lose_the_same(
     run_benchmark, prepared: tuple[str, ...], tmp_path: Path
@@ -88,7 +88,7 @@ def test_both_sides_see_the_same_batches_and_lose_the_same(
     assert ours["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @needs_trl
 def test_by_default_trl_prepares_the_text_itself_to_the_same_labels(
     run_benchmark, prepared: tuple[str, ...], tmp_path: Path

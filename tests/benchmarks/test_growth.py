@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 SMALL = ("--blocks", "1", "--deep-blocks", "2", "--ranks", "2,4", "--lengths", "16,32", "--adapted", "1,2")
 

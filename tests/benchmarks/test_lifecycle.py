@@ -7,7 +7,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_table_figures_and_picture(run_benchmark, tmp_path: Path) -> None:
     base = LlamaForCausalLM(
         LlamaConfig(
@@ -38,7 +38,7 @@ def test_table_figures_and_picture(run_benchmark, tmp_path: Path) -> None:
     assert (tmp_path / "out/lifecycle.png").stat().st_size > 1000
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_too_few_repeats_and_a_start_elsewhere_are_refused(run_benchmark) -> None:
     for options, message in ((("--repeats", "3"), "at least 7"), (("--points", "5,10"), "the least of them 2")):
         done = run_benchmark("lifecycle", *options)

@@ -14,7 +14,7 @@ SMALL = {
 REFUSING = {"rows": 2, "max_kl": 0.0, "min_top1_agreement": 1.0}
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_objectives_are_trained_judged_and_merged(run_benchmark, tmp_path: Path, tiny_base: Path) -> None:
     given = ("--base", str(tiny_base), "--folder", str(tmp_path), "--cells", str(tmp_path / "cells"))
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_each_precision_trains_alike_and_the_rest_is_kept(
     run_benchmark, tiny_base: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

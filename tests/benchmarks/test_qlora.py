@@ -33,7 +33,7 @@ def data(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_cells_are_measured_once_and_tabulated(run_benchmark, tmp_path: Path, tiny_base: Path, data: Path) -> None:
     setting = Setting(tiny_base, data, train_rows=8, test_rows=4, rank=2, learning_rate=5e-4, batch=4, accumulation=1)
     kept = {"losses": [1.0] * 4, "tokens": [1] * 4, "seconds": 1.0, "steps": 2, "machine": "another machine"}

@@ -6,7 +6,7 @@ import bitsandbytes.functional as bnb
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.skipif(not bnb.has_avx512bf16(), reason="this CPU has no bfloat16 instructions, so there is one product")
 def test_a_table_for_each_dtype(run_benchmark, tmp_path: Path) -> None:
     done = run_benchmark("quantised_forward", "--tokens", "1,32", "--repeats", "7", "--folder", str(tmp_path))

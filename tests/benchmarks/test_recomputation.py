@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_table_of_what_each_mode_keeps(run_benchmark, tmp_path: Path) -> None:
     done = run_benchmark("recomputation", "--blocks", "2", "--repeats", "1", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 SMALL = ("--blocks", "2", "--dtypes", "fp32", "--modes", "decode", "--repeats", "3", "--growth")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 
 def test_four_cases_of_a_tiny_server(run_benchmark, tiny_base: Path, tmp_path: Path) -> None:

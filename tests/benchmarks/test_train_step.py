@@ -10,7 +10,7 @@ from benchmarks import steps
 from benchmarks.steps import METHODS, Setting, check_equal, our_loss, random_base
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.proof,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT reads it
 ]
 SMALL = ("--blocks", "1", "--batch", "1", "--length", "24", "--repeats", "7", "--dtype", "fp32")
