@@ -40,10 +40,15 @@ class Collected:
     unproven: list[str]
 
 
+def champion_of(registry: Registry, stage: str) -> Version | None:
+    """The version that has the stage."""
+    holder = registry.stages().get(stage)
+    return registry.version(holder.version) if holder and holder.version else None
+
+
 def versions_before(registry: Registry, stage: str) -> list[Version]:
     """Versions whose data are no news: the newest, and what has the stage."""
-    versions, holder = registry.versions(), registry.stages().get(stage)
-    champion = registry.version(holder.version) if holder and holder.version else None
+    versions, champion = registry.versions(), champion_of(registry, stage)
     return [version for version in (versions[-1] if versions else None, champion) if version is not None]
 
 

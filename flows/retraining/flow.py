@@ -31,7 +31,7 @@ from flows.promotion.lineage import LOCK, check_artifact_name, headline_metrics
 from flows.promotion.promote import promote
 from flows.promotion.registry import Registry, Version
 from flows.promotion.remeasurement import measured_with
-from flows.retraining.data import Collected, Source, has_been_tried, note_tried, versions_before
+from flows.retraining.data import Collected, Source, champion_of, has_been_tried, note_tried, versions_before
 from flows.retraining.drift import DriftReport, Known, measure_drift
 from flows.retraining.history import Entry, append
 from flows.retraining.notice import notify
@@ -130,7 +130,7 @@ class Retraining:
 
     def work(self) -> None:
         """From new data to a verdict."""
-        entry, champion = self.entry, self._champion()
+        entry, champion = self.entry, champion_of(self.registry, self.params.gate.stage)
         entry.champion = champion.number if champion else None
         collected: Collected = self._run("collect", self._collect)
         entry.files, entry.fresh = len(collected.files), collected.fresh
@@ -164,10 +164,6 @@ class Retraining:
             return self.runner(name, work, retries, self.params.retrain.retry_delay)(*arguments)
         finally:
             self.entry.seconds[name] = time.monotonic() - started
-
-    def _champion(self) -> Version | None:
-        holder = self.registry.stages().get(self.params.gate.stage)
-        return self.registry.version(holder.version) if holder and holder.version else None
 
     def _before(self) -> list[Version]:
         return versions_before(self.registry, self.params.gate.stage)
@@ -266,7 +262,7 @@ class Retraining:
             unproven = []
         if unproven != self.entry.unproven:
             self.entry.unproven = unproven
-            self._change({"data": {"unproven": [*self.distrusted, *unproven] or None}})
+            self._change({"data": {"unproven": sorted({*self.distrusted, *unproven}) or None}})
 
     def _drift(self, collected: Collected, champion: Version) -> DriftReport:
         record, base = self.registry.record(champion), self.tree.base / MANIFEST
