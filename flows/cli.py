@@ -53,6 +53,7 @@ registry_app.command("list")(registry.list_versions)
 registry_app.command()(registry.show)
 registry_app.command()(registry.diff)
 registry_app.command()(registry.card)
+registry_app.command()(registry.fetch)
 registry_app.command()(registry.gc)
 app.add_typer(registry_app, name="registry")
 

@@ -99,12 +99,28 @@ class Git:
                 self.run("add", "--update", "--", *tracked, **index)
             if add:
                 self.run("add", "--force", "--", *add, **index)
-            for path, text in contents.items():
-                blob = self.run("hash-object", "-w", "--stdin", stdin=text, **index).strip()
-                self.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{path}", **index)
-            tree = self.run("write-tree", **index).strip()
-            parent = self.head()
+            tree, parent = self._tree_with(contents, index), self.head()
             return self.run("commit-tree", tree, "-p", parent, stdin=message, **self._identity()).strip()
+
+    def amended(self, commit: str, contents: Mapping[str, str], message: str) -> str:
+        """Make a commit like another one, with the same parents, but for some files; returns its hash.
+
+        contents: {path: text} that replace those files.
+        """
+        with TemporaryDirectory(prefix="peftcore-index-") as folder:
+            index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+            self.run("read-tree", commit, **index)
+            tree = self._tree_with(contents, index)
+        parents = self.run("rev-list", "--parents", "--max-count=1", commit).split()[1:]
+        options = [word for parent in parents for word in ("-p", parent)]
+        return self.run("commit-tree", tree, *options, stdin=message, **self._identity()).strip()
+
+    def _tree_with(self, contents: Mapping[str, str], index: Mapping[str, str]) -> str:
+        """Put {path: text} into an index and write its tree; returns the tree's hash."""
+        for path, text in contents.items():
+            blob = self.run("hash-object", "-w", "--stdin", stdin=text, **index).strip()
+            self.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{path}", **index)
+        return self.run("write-tree", **index).strip()
 
     def commit(self, paths: Sequence[str], message: str) -> None:
         """Commit files of the working tree, and nothing else; where they are as they were, nothing happens."""
@@ -161,6 +177,32 @@ class Git:
     def push_tags(self, remote: str, names: Sequence[str]) -> None:
         """Send tags, all or none. Raises GitError if the remote has another of a name, or cannot be reached."""
         self.run("push", "--atomic", "--", remote, *(f"refs/tags/{name}:refs/tags/{name}" for name in names))
+
+    def remote_objects(self, remote: str, names: Sequence[str]) -> dict[str, str]:
+        """Return {tag: its object's hash} of the tags of these names at a remote. Raises GitError if it cannot say."""
+        lines = self.run("ls-remote", "--tags", "--", remote, *(f"refs/tags/{name}" for name in names)).splitlines()
+        found = (line.split("\t", 1) for line in lines)
+        return {ref.removeprefix("refs/tags/"): digest for digest, ref in found if not ref.endswith("^{}")}
+
+    def objects(self, prefix: str) -> dict[str, str]:
+        """Return {reference without `prefix`: its object's hash}, such as of all of "refs/tags/"."""
+        lines = self.run("for-each-ref", "--format=%(objectname) %(refname)", prefix).splitlines()
+        return {ref.removeprefix(prefix): digest for digest, _, ref in (line.partition(" ") for line in lines)}
+
+    def fetch_tags(self, remote: str, namespace: str) -> dict[str, str]:
+        """Fetch every tag of a remote; returns {tag: its object's hash}. The tags here stay as they are.
+
+        namespace: where the fetched tags are kept meanwhile, such as "refs/peftcore/fetched".
+        """
+        self.run("fetch", "--quiet", "--no-tags", "--prune", "--no-write-fetch-head", "--", remote,
+                 f"+refs/tags/*:{namespace}/*")  # fmt: skip
+        found = self.objects(f"{namespace}/")
+        self.run("update-ref", "--stdin", stdin="".join(f"delete {namespace}/{name}\n" for name in found))
+        return found
+
+    def set_reference(self, name: str, digest: str, before: str | None) -> None:
+        """Point a reference elsewhere if it is still at `before` (None: if it is not there). Raises GitError."""
+        self.run("update-ref", name, digest, before or "0" * len(digest))
 
     def _done(
         self, arguments: Sequence[str], stdin: str | None, environment: Mapping[str, str]

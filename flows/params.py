@@ -280,6 +280,7 @@ class Merge(Section):
 
 class Register(Section):
     remote: Annotated[str, Field(pattern=r"^\w[\w.-]*$", min_length=1)] = "local"
+    git_remote: Annotated[str, Field(pattern=r"^[^-\s]\S*$")] | None = None
     signing_key: Text | None = None
 
 

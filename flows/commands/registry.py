@@ -122,6 +122,28 @@ def card(version: Chosen = None) -> None:
             print(model_card(registry.record(chosen)), end="")
 
 
+def fetch(
+    remote: Annotated[str, typer.Argument(metavar="[REMOTE]", help="A git remote.")] = "origin",
+    as_json: AsJson = False,
+) -> None:
+    """Take in a git remote's versions and stages.
+
+    Where the remote has given a number to another version than this clone did, the version here gets the next free
+    number. A stage that was given here and never pushed makes way for the remote's.
+    """
+    with errors(), project() as (params, paths):
+        from flows.promotion.synchronise import synchronise
+
+        renumbered = synchronise(_registry(params, paths), remote)
+        if as_json:
+            print(json.dumps({"renumbered": renumbered}, indent=2))
+            return
+        for old, new in renumbered.items():
+            print(f"{params.project.name} {old} of this clone is {new} now")
+        if not renumbered:
+            print(f"the tags of {remote} are here")
+
+
 def gc(
     keep: Annotated[int, typer.Option(min=0, metavar="N", help="The newest versions that keep their files.")] = 5,
     remote: Annotated[
@@ -131,6 +153,9 @@ def gc(
         bool, typer.Option("--forget-past", help="Versions that had a stage once, and have none now, may go too.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would go, and remove nothing.")] = False,
+    exclusive: Annotated[
+        bool, typer.Option("--exclusive", help="With --remote: no other repository uses this DVC remote.")
+    ] = False,
     as_json: AsJson = False,
     push_to: PushTo = None,
 ) -> None:
@@ -138,12 +163,14 @@ def gc(
 
     Kept are versions that have or had a stage, the newest, and what branches, other tags, experiments and working trees
     refer to. Tags stay. With `--remote` those versions cannot be had any more, and `registry list` says so; versions
-    that other clones have registered are known if their tags are here (`--push-to` fetches them first).
+    that other clones have registered are known if their tags are here (`--push-to` fetches them first). A remote that
+    holds objects which this repository has never referred to is left alone unless `--exclusive` says that they are
+    nobody's.
     """
     with errors(), project() as (params, paths):
         from flows.promotion.garbage import collect_garbage
 
-        found = collect_garbage(params, paths, keep, remote, forget_past, dry_run, push_to)
+        found = collect_garbage(params, paths, keep, remote, forget_past, dry_run, push_to, exclusive)
         if as_json:
             print(json.dumps(found.as_dict(), indent=2))
         else:

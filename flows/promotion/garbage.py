@@ -24,6 +24,7 @@ from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
 from flows.promotion.registry import COLLECTED, Registry, Version
+from flows.promotion.synchronise import synchronise
 from flows.worktree import leftovers, remove_worktree
 
 if TYPE_CHECKING:
@@ -71,20 +72,24 @@ def collect_garbage(
     forget_past: bool = False,
     dry_run: bool = False,
     push_to: str | None = None,
+    exclusive: bool = False,
 ) -> Collection:
     """Remove what no kept version needs from DVC's cache.
 
     keep: newest versions that stay. remote: from the DVC remote `register.remote` too; such a version cannot be had any
     more, and is marked so. forget_past: versions that only had a stage may go. dry_run: tell, remove nothing.
-    push_to: a git remote whose tags are fetched first, and that gets the marks.
-    Raises RepositoryError if DVC is at work, or cannot tell what is used.
+    push_to: a git remote whose tags are fetched first, and that gets the marks. exclusive: no other repository uses the
+    DVC remote, so that whatever this one has never referred to may go from it too.
+    Raises RepositoryError if DVC is at work, cannot tell what is used, or the remote holds objects of others.
     """
     git = Git(paths.root)
     registry = Registry(git, params.project.name)
     if push_to is not None:
-        git.run("fetch", "--quiet", push_to, "refs/tags/*:refs/tags/*")
+        synchronise(registry, push_to)
     leftovers = _leftovers(dry_run, git)
     with _locked(paths.root, [Path(name) for name in leftovers]) as repos:
+        if remote and not exclusive:
+            _check_alone(repos, registry, params.register.remote)
         kept, used, gone, lost = _decide(registry, repos, keep, forget_past, remote, mark=remote and not dry_run)
         if push_to is not None and remote and gone and not dry_run:
             git.push_tags(push_to, [_mark(registry, version) for version in gone])
@@ -92,6 +97,25 @@ def collect_garbage(
         there = _free_remote(repos[0], params.register.remote, used, dry_run) if remote else None
     numbers = [version.number for version in gone]
     return Collection(dry_run, kept, numbers, [version.number for version in lost], freed, there, leftovers)
+
+
+def _check_alone(repos: list["Repo"], registry: Registry, name: str) -> None:
+    """Raise RepositoryError if the DVC remote holds objects that no commit or version of this repository refers to.
+
+    Another repository that shares the remote may need them, and any other object too: equal files are one object.
+    """
+    versions = [tag.commit for tag in registry.git.tags(f"{registry.name}@*", f"{registry.name}#*")]
+    known = [repos[0].used_objs(revs=sorted(set(versions)), all_commits=True, all_tags=True, all_branches=True,
+                                all_experiments=True, force=True)]  # fmt: skip
+    known += [repo.used_objs(force=True) for repo in repos[1:]]
+    place = repos[0].cloud.get_remote_odb(name, "gc", hash_name="md5")
+    hashes = {one.value for each in known for objects in each.values() for one in objects}
+    if strangers := [one for one in place.all() if one not in hashes]:
+        raise RepositoryError(
+            f"the DVC remote {name!r} holds {len(strangers):,} objects that nothing in this repository has ever referred "
+            "to, so another repository may use it, and its files would be lost; nothing was removed. If none does, give "
+            "--exclusive"
+        )
 
 
 def kept_versions(registry: Registry, keep: int, forget_past: bool) -> dict[str, str]:

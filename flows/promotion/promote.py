@@ -23,6 +23,7 @@ from flows.promotion.registered_files import check_adapter, files_of
 from flows.promotion.registry import Assignment, Registry, Version
 from flows.promotion.remeasurement import measure_again
 from flows.promotion.signatures import allowed_signers, signature_of, signing_key
+from flows.promotion.synchronise import synchronise
 from peftcore.files import write_atomically
 
 Outcome = Literal["promoted", "already", "refused", "would promote", "rolled back"]
@@ -74,10 +75,11 @@ def promote(
     while the gate was at work.
     """
     registry = _registry(params, paths)
+    if push_to is not None:
+        version = synchronise(registry, push_to).get(version or "", version)
     # before anything is compared: whoever promotes after this makes our tag impossible
     looked_at = registry.last_event()
-    record = registry.record(registry.version(version)) if version else last_record(paths)
-    chosen = registry.version(record["version"])
+    chosen = registry.version(version) if version else last_version(registry, paths)
     holder = registry.stages().get(params.gate.stage)
     if holder is not None and holder.version == chosen.number:
         if push_to is not None and not dry_run:
@@ -127,6 +129,12 @@ def roll_back(
     promotion = Promotion(registry.name, chosen.number, stage, "rolled back", tag, report)
     write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
+
+
+def last_version(registry: Registry, paths: Paths) -> Version:
+    """The version that the last run registered; its number may be another by now (see `synchronise`)."""
+    record = last_record(paths)
+    return registry.with_content(record["adapter"]["content"]) or registry.version(record["version"])
 
 
 def last_record(paths: Paths) -> dict[str, Any]:

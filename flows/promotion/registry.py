@@ -10,7 +10,7 @@ so that git refuses all but the first. `gto show` and `dvc artifacts get . NAME 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class Registry:
             there = ", ".join(versions) or "none yet"
             raise RegistryError(
                 f"{self.name} has no version {number}; there is: {there}. "
-                "`git fetch --tags` gets those of a remote, `peftcore run` makes one"
+                "`peftcore registry fetch` gets those of a remote, `peftcore run` makes one"
             )
         return versions[number]
 
@@ -155,22 +155,39 @@ class Registry:
         return _number((major, middle + 1, 0) if minor else (major, middle, patch + 1))
 
     def register(
-        self, number: str, content: str, record: Mapping[str, Any], contents: Mapping[str, str], summary: str
+        self,
+        number: str,
+        content: str,
+        record: Mapping[str, Any],
+        contents: Mapping[str, str],
+        summary: str,
+        add: Sequence[str] = (),
+        push_to: str | None = None,
     ) -> Version:
         """Commit a run and tag that commit as version `number`; the user's branch and index stay as they are.
 
         content: the adapter's SHA-256. record: the version's lineage. contents: {path: text} to commit beside it.
-        Raises RegistryConflict if the number was taken meanwhile.
+        add: further files of the working tree, tracked or not. push_to: a git remote that has to agree to the number.
+        Raises RegistryConflict if the number was taken meanwhile, here or at the remote; nothing is then registered.
         """
         title = f"{self.name} {number}: {summary}"
         commit = self.git.snapshot(
             update=RAN,
-            add=ADDED,
+            add=(*ADDED, *add),
             contents={**contents, RECORD: json.dumps(record, indent=2) + "\n"},
             message=f"Register {title}\n",
         )
-        tag = f"{self.name}@{number}"
-        self._create(tag, commit, f"{title}\n\nAdapter: sha256:{content}\n")
+        version = self.tag_version(number, commit, title, content)
+        if push_to is not None:
+            self._push(push_to, [version.tag], version.tag)
+        return version
+
+    def tag_version(self, number: str, commit: str, title: str, content: str) -> Version:
+        """Tag a commit, which holds a record, as a version. title: the tag's first line; content: as in `register`.
+
+        Raises RegistryConflict if the number is taken.
+        """
+        self._create(f"{self.name}@{number}", commit, f"{title}\n\nAdapter: sha256:{content}\n")
         return self.version(number)
 
     def assign(self, stage: str, version: Version, looked_at: int, message: str, push_to: str | None = None) -> str:
@@ -192,7 +209,7 @@ class Registry:
                 f"have no stage; `peftcore reproduce {version.number}` tells whether it can be made again"
             )
         if push_to is not None:
-            self._push(push_to, version, tag)
+            self._push(push_to, [version.tag, tag], tag)
         return tag
 
     def collected(self) -> dict[str, Tag]:
@@ -200,31 +217,54 @@ class Registry:
         prefix = COLLECTED.format(name=self.name, version="")
         return {tag.name.removeprefix(prefix): tag for tag in self.git.tags(f"{prefix}*")}
 
-    def _push(self, remote: str, version: Version, tag: str) -> None:
-        try:
-            self.git.push_tags(remote, [version.tag, tag])
-        except GitError as error:
-            self.git.delete_tag(tag)
-            if "rejected" in str(error):
-                raise self._conflict(tag, f"the remote {remote} has other tags of these names; ") from error
-            raise RegistryError(f"{error}; {tag} was taken back, so nothing is promoted") from error
-        except BaseException:
-            self.git.delete_tag(tag)  # interrupted: if the remote has it already, the next `git fetch --tags` brings it
-            raise
-
     def push_again(self, remote: str, version: Version, held: Assignment) -> None:
         """Push an assignment that was killed before it could be; where the remote has it, nothing happens.
 
         Raises RegistryConflict if the remote has another of its name, and the tag here goes again.
         """
         tag = f"{self.name}#{held.stage}#{held.event}"
+        self._push(remote, [version.tag, tag], tag, keep=True)
+
+    def _push(self, remote: str, names: Sequence[str], tag: str, keep: bool = False) -> None:
+        """Push tags, all or none, and delete `tag` here where the remote does not have it then.
+
+        Whether the remote has the tags is asked of the remote: an answer may be lost after the tags have arrived.
+
+        keep: leave `tag` here if the remote refused it for a reason other than a conflict, or cannot be reached.
+        Raises RegistryConflict if the remote has another tag of one of these names, RegistryError if it refused them or
+        cannot be reached.
+        """
         try:
-            self.git.push_tags(remote, [version.tag, tag])
+            self.git.push_tags(remote, names)
         except GitError as error:
-            if "rejected" not in str(error):
-                raise RegistryError(f"{error}; {tag} is there, but perhaps not on {remote}") from error
+            self._settle(remote, names, tag, keep, error)
+        except BaseException:
+            if not keep:
+                self.git.delete_tag(tag)  # interrupted: if the remote has it already, the next fetch brings it
+            raise
+
+    def _settle(self, remote: str, names: Sequence[str], tag: str, keep: bool, error: GitError) -> None:
+        """Find out what came of a push that failed with `error`."""
+        ours = self.git.objects("refs/tags/")
+        try:
+            theirs = self.git.remote_objects(remote, names)
+        except GitError as unreachable:
+            if not keep:
+                self.git.delete_tag(tag)
+            kept = "is kept here" if keep else "was taken back here"
+            raise RegistryError(
+                f"{error}; {unreachable}. Whether {remote} has {tag} is not known, and it {kept}; "
+                f"`peftcore registry fetch {remote}` tells once the remote can be reached"
+            ) from error
+        if all(theirs.get(name) == ours[name] for name in names):
+            return  # only the answer was lost
+        clashing = [name for name in names if theirs.get(name, ours[name]) != ours[name]]
+        if clashing or not keep:
             self.git.delete_tag(tag)
-            raise self._conflict(tag, f"the remote {remote} has other tags of these names; ") from error
+        if clashing:
+            raise self._conflict(tag, f"the remote {remote} has another {', '.join(clashing)}; ") from error
+        kept = "is kept here, and not there" if keep else "was taken back, so nothing has changed"
+        raise RegistryError(f"{remote} refused {tag}, which {kept}: {error}") from error
 
     def _create(self, tag: str, commit: str, message: str) -> None:
         latest = max((event.tag.created for event in self._events()), default=0)
@@ -238,7 +278,7 @@ class Registry:
     def _conflict(self, tag: str, why: str = "") -> RegistryConflict:
         return RegistryConflict(
             f"{tag}: {why}another registration or promotion of {self.name} came first; "
-            "look at `peftcore registry list` (`git fetch --tags` for a remote's), then run this again"
+            "take the remote's in with `peftcore registry fetch`, look at `peftcore registry list`, then run this again"
         )
 
     def _events(self) -> list[_Event]:

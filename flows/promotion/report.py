@@ -1,5 +1,7 @@
 """A promotion as Markdown, for a pull request or a CI summary."""
 
+import re
+
 from flows.promotion.promote import Promotion
 
 _MARKS = {True: "✅", False: "❌"}
@@ -22,7 +24,12 @@ def as_markdown(promotion: Promotion) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text in which nothing is a table's border, a tag or a new line."""
-    for character, written in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\n", " ")):
-        text = text.replace(character, written)
-    return text
+    """Return text that Markdown shows as it is.
+
+    A detail may hold names that come from data, such as a slice's. So no character of it begins a link, an image, a
+    mention, a heading or a table cell on the page of a pull request.
+    """
+    text = " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("@", "&#64;").replace("#", "&#35;")
+    text = re.sub(r"([\\`*_\[\]!|~])", r"\\\1", text)
+    return re.sub(r"(?i)\b(https?|ftp|www)(:|\.)", r"\1&#8203;\2", text)

@@ -22,6 +22,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.parse_math": False,  # names come from data, and a $ in one is no mathematics
     "text.color": INK,
     "axes.labelcolor": SOFT,
     "axes.edgecolor": LINE,

@@ -194,8 +194,8 @@ def _text(value: Any) -> str:
 
 
 def _drawn(text: str, longest: int) -> str:
-    """Text as matplotlib is to draw it: cut, and with no dollar that would begin mathematics."""
-    return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
+    """Text cut to `longest` characters."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _width(comparison: Comparison, run: int) -> float:

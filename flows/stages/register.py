@@ -6,8 +6,10 @@ that one's files were collected. The commit also holds a model card.
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+from flows.errors import RegistryConflict
 from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
@@ -23,14 +25,18 @@ from flows.promotion.lineage import (
     lock_text,
     read_lock,
 )
-from flows.promotion.registry import Registry
+from flows.promotion.inputs import check_no_secrets, data_files
+from flows.promotion.registry import Registry, Version
 from flows.promotion.signatures import signing_key
+from flows.promotion.synchronise import synchronise
 from flows.stage import start
 from flows.tracking import mirror_version
 from peftcore.files import write_atomically
 
 logger = logging.getLogger(__name__)
 NAME = "register"
+ATTEMPTS = 20
+"""Numbers that are tried where other clones register at the same time."""
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -42,11 +48,15 @@ def run(params: Params, paths: Paths) -> None:
     git = Git(paths.root)
     check_artifact_name(paths.root, params.project.name)
     lock = read_lock(paths.root, without=NAME)
-    dvc(paths.root, "push", "--remote", params.register.remote, *lock["stages"])
+    check_no_secrets(git, paths.root)
+    data, pointers = data_files(paths, git)
+    dvc(paths.root, "push", "--remote", params.register.remote, *lock["stages"], *pointers)
     metrics = as_text(headline_metrics(paths))
     write_atomically(paths.metrics, metrics)
 
     registry = Registry(git, params.project.name, signing_key(params, paths.root))
+    if params.register.git_remote is not None:
+        synchronise(registry, params.register.git_remote)
     content = content_digest(adapter_files(paths.adapter))
     known = registry.with_content(content)
     if known is not None:
@@ -54,13 +64,40 @@ def run(params: Params, paths: Paths) -> None:
         logger.info("this adapter is %s %s already", registry.name, known.number)
         return
 
-    number = next_number(registry, params, paths, git, lock)
-    record = collect(params, paths, git, lock, number)
-    write_atomically(paths.version, as_text(record))
-    contents = {LOCK: lock_text(lock), paths.metrics.name: metrics, CARD: model_card(record)}
-    version = registry.register(number, content, record, contents, summary(record))
+    version, record = _register(registry, params, paths, git, lock, content, metrics, data)
     logger.info("registered %s", version.tag)
     mirror_version(params, paths, record, version.commit, registry.stages())
+
+
+def _register(
+    registry: Registry,
+    params: Params,
+    paths: Paths,
+    git: Git,
+    lock: dict[str, Any],
+    content: str,
+    metrics: str,
+    data: Sequence[str],
+) -> tuple[Version, dict[str, Any]]:
+    """Register under the next free number; returns the version and its record.
+
+    Where a git remote gives out the numbers, a number that another clone has taken meanwhile is left to that clone.
+    """
+    remote = params.register.git_remote
+    for attempt in range(ATTEMPTS):
+        number = next_number(registry, params, paths, git, lock)
+        record = collect(params, paths, git, lock, number)
+        contents = {LOCK: lock_text(lock), paths.metrics.name: metrics, CARD: model_card(record)}
+        try:
+            version = registry.register(number, content, record, contents, summary(record), data, remote)
+        except RegistryConflict:
+            if remote is None or attempt + 1 == ATTEMPTS:
+                raise
+            synchronise(registry, remote)
+        else:
+            write_atomically(paths.version, as_text(record))
+            return version, record
+    raise AssertionError("the last attempt raises")
 
 
 def as_text(value: Any) -> str:

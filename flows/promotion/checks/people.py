@@ -32,5 +32,5 @@ def approval(candidate: Candidate, gate: Gate) -> Outcome:
         return True, count
     return False, (
         f"{count}; people other than who registered it approve it with `peftcore approve {candidate.version} "
-        "--note TEXT` (`git fetch --tags` gets the approvals of a remote)"
+        "--note TEXT` (`peftcore registry fetch` gets the approvals of a remote)"
     )

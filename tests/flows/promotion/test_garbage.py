@@ -177,3 +177,15 @@ def test_as_a_command_with_what_the_registry_then_shows(versions: Any, monkeypat
     assert [row["version"] for row in rows if row["collected"]] == [REFUSED]
     assert "files collected" in runner.invoke(app, ["registry", "list"]).stdout
     assert "it had no stage" in runner.invoke(app, ["registry", "show", REFUSED]).stdout
+
+
+def test_a_remote_that_another_repository_uses_too_is_left_alone(versions: Any) -> None:
+    stranger = versions.root / ".dvc-remote" / "files" / "md5" / "ab" / ("c" * 30)
+    stranger.parent.mkdir(parents=True, exist_ok=True)
+    stranger.write_text("registered by another repository")
+    before = objects(versions)
+    with pytest.raises(RepositoryError, match=r"holds 1 objects that nothing in this repository .* give --exclusive"):
+        collect(versions, remote=True)
+    assert objects(versions) == before and stranger.exists()
+    assert collect(versions, remote=True, exclusive=True).collected
+    assert not stranger.exists()

@@ -127,7 +127,7 @@ def test_nothing_registered_says_what_to_do(project: Any) -> None:
 def test_a_version_without_its_tag_says_what_to_do(project: Any) -> None:
     project.register()
     project.git("tag", "--delete", "docstrings@v0.1.0")
-    with pytest.raises(RegistryError, match=r"no version v0\.1\.0; there is: none yet.*fetch --tags"):
+    with pytest.raises(RegistryError, match=r"no version v0\.1\.0; there is: none yet.*registry fetch"):
         promote(project.params, project.paths)
 
 

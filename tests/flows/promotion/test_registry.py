@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flows.errors import RegistryError
-from flows.git import Git
+from flows.git import Git, GitError
 from flows.promotion.registry import RECORD, Registry, RegistryConflict, Version
 
 GTO = (str(Path(sys.executable).with_name("gto")),)
@@ -125,7 +125,7 @@ def test_of_two_clones_the_remote_lets_one_win_and_the_other_keeps_no_tag(regist
     clone = Registry(Git(tmp_path / "clone"), "docstrings")
 
     registry.assign("champion", first, 0, "m", push_to=shared)
-    with pytest.raises(RegistryConflict, match="the remote origin has other tags"):
+    with pytest.raises(RegistryConflict, match=r"the remote origin has another docstrings#champion#1; "):
         clone.assign("champion", second, 0, "m", push_to="origin")
 
     assert clone.stages() == {}
@@ -133,11 +133,57 @@ def test_of_two_clones_the_remote_lets_one_win_and_the_other_keeps_no_tag(regist
     assert clone.stages()["champion"].version == "v0.1.0"
 
 
+@pytest.fixture
+def shared(registry: Registry, tmp_path: Path) -> Path:
+    """A bare repository with the project's branch."""
+    subprocess.run(["git", "init", "--quiet", "--bare", "shared.git"], cwd=tmp_path, check=True)
+    registry.git.run("push", "--quiet", str(tmp_path / "shared.git"), "HEAD:refs/heads/main")
+    return tmp_path / "shared.git"
+
+
 def test_a_remote_that_cannot_be_reached_promotes_nothing(registry: Registry) -> None:
     version = add(registry, "v0.1.0")
-    with pytest.raises(RegistryError, match="nothing is promoted"):
+    with pytest.raises(RegistryError, match=r"Whether /nowhere/at-all has .* is not known, and it was taken back here"):
         registry.assign("champion", version, 0, "m", push_to="/nowhere/at-all")
     assert registry.stages() == {}
+
+
+def test_a_hook_that_refuses_is_no_conflict(registry: Registry, shared: Path) -> None:
+    version = add(registry, "v0.1.0")
+    hook = shared / "hooks" / "pre-receive"
+    hook.write_text("#!/bin/sh\necho 'only on Mondays' >&2\nexit 1\n")
+    hook.chmod(0o755)
+    with pytest.raises(
+        RegistryError, match=r"refused docstrings#champion#1, which was taken back.*only on Mondays"
+    ) as caught:
+        registry.assign("champion", version, 0, "m", push_to=str(shared))
+    assert not isinstance(caught.value, RegistryConflict)
+    assert registry.stages() == {}
+
+
+def test_a_push_of_which_only_the_answer_is_lost_has_promoted(
+    registry: Registry, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = add(registry, "v0.1.0")
+    push = Git.push_tags
+
+    def push_and_lose(git: Git, remote: str, names: Any) -> None:
+        push(git, remote, names)
+        raise GitError("`git push` failed: the remote end hung up unexpectedly")
+
+    monkeypatch.setattr(Git, "push_tags", push_and_lose)
+    assert registry.assign("champion", version, 0, "m", push_to=str(shared)) == "docstrings#champion#1"
+    assert registry.stages()["champion"].version == "v0.1.0"
+
+
+def test_a_number_that_the_remote_has_is_a_conflict_and_leaves_no_tag(registry: Registry, shared: Path) -> None:
+    add(registry, "v0.1.0")
+    registry.git.run("push", "--quiet", str(shared), "refs/tags/*:refs/tags/*")
+    registry.git.delete_tag("docstrings@v0.1.0")
+    record = {"version": "v0.1.0", "adapter": {"content": "b" * 64}}
+    with pytest.raises(RegistryConflict, match=r"has another docstrings@v0\.1\.0"):
+        registry.register("v0.1.0", "b" * 64, record, {"dvc.lock": "{}\n"}, "good", push_to=str(shared))
+    assert registry.versions() == []
 
 
 def test_what_gto_takes_back_is_gone_here_too(registry: Registry) -> None:

@@ -1,5 +1,10 @@
 """The Markdown of a promotion: verdict, every check made, and no text that breaks the table."""
 
+import re
+
+import pytest
+from markdown_it import MarkdownIt
+
 from flows.promotion.gate import Check, GateReport
 from flows.promotion.promote import Promotion
 from flows.promotion.report import as_markdown
@@ -23,6 +28,23 @@ def test_a_refusal_says_why_and_cannot_break_out_of_its_cell() -> None:
     assert text.startswith("## ❌ docs v0.2.0 is not promoted to champion: allowed files: a\\|b &lt;script>")
     assert "| allowed files | ❌ | a\\|b &lt;script> \\| x \\|.bin &amp; more |" in text.splitlines()
     assert "Compared with: nothing, the stage was free." in text and "were not made" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "![x](https://evil.test/pixel.png)", "[click](https://evil.test)", "https://evil.test/a", "www.evil.test",
+        "@everyone", "#123", "`code`", "**bold** _it_", "<img src=x>", "a\n\n# heading", "&lt;b>", "~~gone~~", "a|b",
+    ],
+)  # fmt: skip
+def test_a_name_out_of_the_data_is_text_and_nothing_else(name: str) -> None:
+    text = as_markdown(promotion("refused", Check("slices", False, name)))
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+    children = [child.type for token in tokens if token.type == "inline" for child in token.children or ()]
+    assert set(children) <= {"text", "text_special"} and len(children) > 4
+    assert sum(token.type == "heading_open" for token in tokens) == 1
+    # GitHub links bare addresses, mentions and numbers too
+    assert not re.search(r"https?:/|www\.|(?<!&)[@#](?!\s|#)", text)
 
 
 def test_a_stage_given_by_hand() -> None:
