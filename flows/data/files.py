@@ -64,7 +64,21 @@ def _json_lines(path: Path, name: str) -> Iterator[Row]:
                 raise DataError(f"{name}:{number}: not JSON ({error}); mend or remove the line") from error
             if not isinstance(row, dict):
                 raise DataError(f"{name}:{number}: a row is a JSON object, and this is {type(row).__name__}")
+            if b"\\u" in line and not _is_text(row):
+                raise DataError(
+                    f"{name}:{number}: it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; "
+                    "mend or remove the row"
+                )
             yield f"{name}:{number}", row
+
+
+def _is_text(row: dict[str, Any]) -> bool:
+    """Return whether every string of a row can be written as UTF-8."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _csv(path: Path, name: str) -> Iterator[Row]:

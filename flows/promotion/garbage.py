@@ -9,6 +9,7 @@ two sees the other, whatever the order, and no stage is left without files. Betw
 they have pushed; a run that is being registered from another clone is not known here.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -110,11 +111,14 @@ def _check_alone(repos: list["Repo"], registry: Registry, name: str) -> None:
     known += [repo.used_objs(force=True) for repo in repos[1:]]
     place = repos[0].cloud.get_remote_odb(name, "gc", hash_name="md5")
     hashes = {one.value for each in known for objects in each.values() for one in objects}
-    if strangers := [one for one in place.all() if one not in hashes]:
+    there = set(place.all())
+    for folder in [one for one in there & hashes if one.endswith(".dir")]:  # the cache may have lost its list of files
+        hashes |= {file["md5"] for file in json.loads(place.fs.cat_file(place.oid_to_path(folder)))}
+    if strangers := there - hashes:
         raise RepositoryError(
-            f"the DVC remote {name!r} holds {len(strangers):,} objects that nothing in this repository has ever referred "
-            "to, so another repository may use it, and its files would be lost; nothing was removed. If none does, give "
-            "--exclusive"
+            f"the DVC remote {name!r} holds {len(strangers):,} objects that nothing in this repository has ever "
+            "referred to, so another repository may use it, and its files would be lost; nothing was removed. If none "
+            "does, give --exclusive"
         )
 
 

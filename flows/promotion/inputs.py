@@ -15,8 +15,22 @@ DVC_CONFIG = ".dvc/config"
 LARGEST = 8 << 20
 """Untracked data files together (bytes) that a version's commit may take; larger ones belong to DVC."""
 SECRETS = frozenset(
-    "access_key_id secret_access_key session_token account_key connection_string sas_token client_secret oss_key_id "
-    "oss_key_secret gdrive_client_secret password passphrase token custom_auth_header".split()
+    [
+        "access_key_id",
+        "secret_access_key",
+        "session_token",
+        "account_key",
+        "connection_string",
+        "sas_token",
+        "client_secret",
+        "oss_key_id",
+        "oss_key_secret",
+        "gdrive_client_secret",
+        "password",
+        "passphrase",
+        "token",
+        "custom_auth_header",
+    ]
 )
 """Options of DVC's configuration that hold credentials."""
 
@@ -38,8 +52,8 @@ def check_no_secrets(git: Git, root: Path) -> None:
     if leaking := sorted(name for name, value in present.items() if committed.get(name) != value):
         raise RepositoryError(
             f"{DVC_CONFIG} holds {', '.join(leaking)}, and registering a version would commit and push it; move it to "
-            f"{DVC_CONFIG}.local, which git ignores: `dvc remote modify --local REMOTE OPTION VALUE`, and remove it from "
-            f"{DVC_CONFIG}"
+            f"{DVC_CONFIG}.local, which git ignores (`dvc remote modify --local REMOTE OPTION VALUE`), and remove it "
+            f"from {DVC_CONFIG}"
         )
 
 
@@ -79,8 +93,8 @@ def data_files(paths: Paths, git: Git) -> tuple[list[str], list[str]]:
     if sum(sizes.values()) > LARGEST:
         largest = max(sizes, key=lambda name: sizes[name])
         raise RepositoryError(
-            f"git does not track {len(sizes)} data files with {sum(sizes.values()) / 2**20:.0f} MiB, of which {largest} is "
-            f"the largest, and a version's commit takes {LARGEST >> 20} MiB at most; run `dvc add {largest}`, so that "
+            f"git does not track {len(sizes)} data files with {sum(sizes.values()) / 2**20:.0f} MiB (the largest is "
+            f"{largest}), and a version's commit takes {LARGEST >> 20} MiB at most; run `dvc add {largest}`, so that "
             "DVC keeps it and the version can be built again"
         )
     pointers = [place for folder in places for place in sorted((paths.root / folder).rglob("*.dvc"))]

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from flows.paths import Paths
@@ -41,14 +41,18 @@ class Entry:
 
 
 def entries(paths: Paths) -> list[Entry]:
-    """All that is on record; a line that a crash cut short is warned of and passed over."""
+    """All that is on record; a line that a crash cut short is warned of and passed over.
+
+    Fields that another release has written and this one does not know are left out.
+    """
     if not paths.retraining_history.exists():
         return []
-    found = []
+    found, known = [], {field.name for field in fields(Entry)}
     for number, line in enumerate(paths.retraining_history.read_text().splitlines(), start=1):
         try:
-            found.append(Entry(**json.loads(line)))
-        except ValueError:
+            value = json.loads(line)
+            found.append(Entry(**{key: value[key] for key in value.keys() & known}))
+        except (AttributeError, TypeError, ValueError):
             log.warning("%s:%d: half a line, of a crash; passed over", paths.retraining_history.name, number)
     return found
 

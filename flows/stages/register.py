@@ -15,6 +15,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.project import dvc
 from flows.promotion.card import CARD, model_card
+from flows.promotion.inputs import check_no_secrets, data_files
 from flows.promotion.lineage import (
     LOCK,
     adapter_files,
@@ -25,7 +26,6 @@ from flows.promotion.lineage import (
     lock_text,
     read_lock,
 )
-from flows.promotion.inputs import check_no_secrets, data_files
 from flows.promotion.registry import Registry, Version
 from flows.promotion.signatures import signing_key
 from flows.promotion.synchronise import synchronise

@@ -44,6 +44,13 @@ def test_a_row_that_is_no_object_is_refused(tmp_path: Path) -> None:
         rows(path)
 
 
+@pytest.mark.parametrize("row", [r'{"text": "a\ud800"}', r'{"group": ["\uDFFF"]}', r'{"\ud800": 1}'])
+def test_half_a_surrogate_pair_is_told_by_its_line(tmp_path: Path, row: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'{{"text": "\\ud83d\\ude00 \\u00e9"}}\n{row}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: it holds half of a surrogate pair"):
+        list(read_rows(tmp_path / "rows.jsonl", "rows.jsonl"))
+
+
 @pytest.mark.parametrize("content", [b"PAR1 not parquet", b"\x00\x01"])
 def test_damaged_parquet_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.parquet"

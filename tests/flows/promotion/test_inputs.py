@@ -13,7 +13,6 @@ from flows.promotion import inputs
 from flows.promotion.inputs import check_no_secrets
 from flows.promotion.registry import Registry
 
-
 S3 = "['remote \"extra\"']\n    url = s3://bucket\n"
 HTTP = "['remote \"extra\"']\n    url = https://host.test/x\n"
 

@@ -266,6 +266,12 @@ def test_what_does_not_fit_is_said(weekly: Any, change: tuple[str, str], error: 
     assert entries(weekly.paths)[-1].outcome == "failed"
 
 
+def test_fields_of_another_release_in_the_history_are_left_out(weekly: Any) -> None:
+    weekly.paths.retraining.mkdir(parents=True, exist_ok=True)
+    weekly.paths.retraining_history.write_text('{"started": "2030-01-01", "mood": "good"}\n[1]\n{"outcome": "kept"}\n')
+    assert [entry.started for entry in entries(weekly.paths)] == ["2030-01-01"]
+
+
 def test_a_history_that_a_crash_cut_short_is_read_and_added_to(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
     append(weekly.paths, Entry("2026-01-01T00:00:00+00:00"))
     with weekly.paths.retraining_history.open("a") as file:
