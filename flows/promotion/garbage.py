@@ -111,8 +111,10 @@ def _check_alone(repos: list["Repo"], registry: Registry, name: str) -> None:
     known += [repo.used_objs(force=True) for repo in repos[1:]]
     place = repos[0].cloud.get_remote_odb(name, "gc", hash_name="md5")
     hashes = {one.value for each in known for objects in each.values() for one in objects}
+    for version in registry.versions():  # DVC passes over a folder whose list of files the cache has lost
+        hashes |= _outputs(registry, version)
     there = set(place.all())
-    for folder in [one for one in there & hashes if one.endswith(".dir")]:  # the cache may have lost its list of files
+    for folder in [one for one in there & hashes if one.endswith(".dir")]:
         hashes |= {file["md5"] for file in json.loads(place.fs.cat_file(place.oid_to_path(folder)))}
     if strangers := there - hashes:
         raise RepositoryError(
@@ -161,6 +163,14 @@ def _decide(
 
 def _mark(registry: Registry, version: Version) -> str:
     return COLLECTED.format(name=registry.name, version=version.number)
+
+
+def _outputs(registry: Registry, version: Version) -> set[str]:
+    """DVC's hashes of a version's outputs; none for a version that somebody tagged by hand, without a record."""
+    try:
+        return set(registry.record(version)["dvc"].values())
+    except RegistryError:
+        return set()
 
 
 def _adapter_hash(registry: Registry, version: Version) -> str | None:
