@@ -171,11 +171,12 @@ def serve(
     folder's if None. Raises PeftError or PipelineError for what cannot be served.
     """
     from peftcore.routing import AdapterStore
-    from peftcore.serving import make_service
+    from peftcore.serving import checked_keys, make_service
     from peftcore.serving.server import serve as run
     from peftcore.serving.service import load_base
 
     mixed = compositions(mixtures)
+    keys = checked_keys([*keys, *(os.environ[KEYS].split(",") if KEYS in os.environ else ())])
     model, tokenizer = load_base(base, dtype)
     store = AdapterStore(model, max_loaded)
     with tempfile.TemporaryDirectory(prefix="peftcore-serve-") as folder:
@@ -185,8 +186,7 @@ def serve(
         if watch is not None:
             watch.check()
         _check_known(mixed, store)
-        every = [*keys, *filter(None, os.environ.get(KEYS, "").split(","))]
-        service = make_service(model, tokenizer, store, name or base.resolve().name, mixed, limits, every)
+        service = make_service(model, tokenizer, store, name or base.resolve().name, mixed, limits, keys)
         if watch is None:
             run(service, *address)
         else:

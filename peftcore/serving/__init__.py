@@ -1,6 +1,7 @@
 """One base model with many adapters behind OpenAI's HTTP interface; README.md says why it is built so."""
 
+from peftcore.serving.guard import checked_keys
 from peftcore.serving.limits import Limits
 from peftcore.serving.service import Service, make_service
 
-__all__ = ["Limits", "Service", "make_service"]
+__all__ = ["Limits", "checked_keys", "Service", "make_service"]

@@ -26,7 +26,8 @@ def make_app(service: Service) -> FastAPI:
         yield
         await asyncio.to_thread(service.engine.stop)
 
-    app = FastAPI(title="peftcore", lifespan=lifespan)
+    # no generated documentation: it would be open to anybody, and its page loads scripts from other hosts
+    app = FastAPI(title="peftcore", lifespan=lifespan, openapi_url=None)
     app.add_middleware(
         Guard,
         engine=service.engine,

@@ -15,6 +15,7 @@ from peftcore.serving.engine import Engine
 from peftcore.serving.errors import BadRequestError, ContextLengthError
 from peftcore.serving.forward import RoutedForward
 from peftcore.serving.generation import Event, Generation
+from peftcore.serving.guard import checked_keys
 from peftcore.serving.limits import Limits
 from peftcore.serving.metrics import Metrics
 from peftcore.serving.protocol import GenerationRequest
@@ -76,7 +77,7 @@ def make_service(
     """A server of `model`, which is called `name`, with the adapters of `store` and compositions of them by name.
 
     keys: API keys, of which a client has to send one; none: anybody may ask. Raises ConfigError for a model or a
-    composition that cannot be served.
+    composition that cannot be served, and for an empty key.
     """
     limits = limits or Limits()
     catalog, metrics, forward = Catalog(model, name, store, compositions), Metrics(store), RoutedForward(model)
@@ -84,7 +85,7 @@ def make_service(
     config = model.config.get_text_config(decoder=True)
     made_for = getattr(config, "max_position_embeddings", None) or limits.max_context or 2048
     context = min(made_for, limits.max_context or made_for)
-    return Service(engine, catalog, tokenizer, limits, metrics, context, _ends(model, tokenizer), tuple(keys))
+    return Service(engine, catalog, tokenizer, limits, metrics, context, _ends(model, tokenizer), checked_keys(keys))
 
 
 def load_base(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:

@@ -214,6 +214,7 @@ def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, st
         (["--composition", 'sql={"chat": 1}'], "the composition 'sql' has the name of the base or of an adapter"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
         (["--watch"], "no pipeline in"),
+        (["--api-key", ""], "an API key is empty; is the variable that it is read from set?"),
     ],
 )
 def test_what_cannot_be_served_is_one_message(
