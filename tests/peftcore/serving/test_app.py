@@ -353,3 +353,13 @@ def test_a_new_version_while_requests_run(served: Any, world: Any) -> None:
     old, fresh = world.expected("sql", [5, 6], 10), world.expected("next", [5, 6], 10)
     assert old != fresh and set(texts) == {old, fresh}
     assert texts[0] == old and set(texts[-4:]) == {fresh}
+
+
+def test_warnings_are_shown_and_the_server_stays_ready(served: Any) -> None:
+    assert httpx.get(f"{served.url}/ready").json() == {"status": "ready"}
+    served.service.warnings["champion"] = "v2 could not be loaded"
+    answer = httpx.get(f"{served.url}/ready")
+    assert answer.status_code == 200 and answer.json()["warnings"] == {"champion": "v2 could not be loaded"}
+    assert served.metric("peftcore_warning", source="champion") == 1
+    served.service.warnings.clear()
+    assert served.metric("peftcore_warning", source="champion") == 0
