@@ -29,7 +29,7 @@ def checked_keys(keys: Sequence[str]) -> tuple[str, ...]:
     stripped = tuple(key.strip() for key in keys)
     if not all(stripped):
         raise ConfigError(
-            "an API key is empty; is the variable that it is read from set? Give a key, or none at all to let anybody in"
+            "an API key is empty; is the variable that it is read from set? Give a key, or no --api-key at all"
         )
     return stripped
 

@@ -159,7 +159,7 @@ def test_a_version_evaluated_on_another_base_is_not_served(
     watch = StageWatch(project.paths, "docstrings", "champion", store, replace(base, **other), tmp_path)
     project.register()
     promote(project.params, project.paths)
-    with pytest.raises(BaseModelError, match="was evaluated on base .* and this server has loaded base .* start the"):
+    with pytest.raises(BaseModelError, match=r"was evaluated on base .* and this server has loaded base .* start the"):
         watch.check()
     for _ in range(2):
         watch.look()

@@ -1,5 +1,6 @@
 """The engine without HTTP: rows of any adapters together are exact, and what goes wrong is one request's alone."""
 
+import itertools
 import random
 import threading
 import time
@@ -293,7 +294,7 @@ def test_a_long_prompt_is_read_in_parts_between_which_others_decode(
     ]
     assert max(widths) <= 16
     parts = [number for number, width in enumerate(widths) if width == 16]
-    between = [widths[a + 1 : b] for a, b in zip(parts, parts[1:], strict=False)]
+    between = [widths[a + 1 : b] for a, b in itertools.pairwise(parts)]
     assert sum(bool(one) for one in between) >= 20  # a row that decodes has a step between two parts
 
 
