@@ -1,8 +1,8 @@
 """Texts as they are compared: what differs only in how it is typed or encoded is the same text.
 
-Unicode writes one text in many ways: composed or decomposed accents (NFC, NFD), full-width letters, ligatures, typographic
-quotation marks and dashes, characters that are not shown. None of them makes another row. Only comparisons use this;
-what is trained on stays as it was written.
+Unicode writes one text in many ways: composed or decomposed accents (NFC, NFD), full-width letters, ligatures,
+typographic quotation marks and dashes, characters that are not shown. None of them makes another row. Only comparisons
+use this; what is trained on stays as it was written.
 """
 
 import unicodedata

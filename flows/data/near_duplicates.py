@@ -7,8 +7,8 @@ does not count.
 
 One changed word changes five runs, which in a short text is most of them. Texts that short are therefore also compared
 with each word left out in turn (the deletion neighbourhoods of SymSpell), which proposes those that one word changed,
-added or left out makes equal. Their similarity is 1 − 1/n, where n counts the words of the shorter text that are not in a fifth of the texts; so of
-"Is 7 prime?" among other numbers, where the frame is all but the number, no two are alike.
+added or left out makes equal. Their similarity is 1 − 1/n, where n counts the words of the shorter text that are not in
+a fifth of the texts. In rows such as "Is 7 prime?", which differ in the number alone, n is one, so no two are alike.
 
 Spelling does not count (`flows.data.canonical`), nor do capitals.
 """
