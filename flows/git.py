@@ -162,6 +162,17 @@ class Git:
         """Send tags, all or none. Raises GitError if the remote has another of a name, or cannot be reached."""
         self.run("push", "--atomic", "--", remote, *(f"refs/tags/{name}:refs/tags/{name}" for name in names))
 
+    def fetch_tags(self, remote: str, patterns: Sequence[str]) -> list[str]:
+        """Take a remote's tags whose names match, in place of others of these names here; returns which were replaced.
+
+        Raises GitError if the remote cannot be reached.
+        """
+        before = {tag.name: tag.commit for tag in self.tags(*patterns)}
+        refs = (f"+refs/tags/{pattern}:refs/tags/{pattern}" for pattern in patterns)
+        self.run("fetch", "--quiet", "--no-tags", "--", remote, *refs)
+        after = {tag.name: tag.commit for tag in self.tags(*patterns)}
+        return [name for name, commit in before.items() if after.get(name) != commit]
+
     def _done(
         self, arguments: Sequence[str], stdin: str | None, environment: Mapping[str, str]
     ) -> subprocess.CompletedProcess[str]:

@@ -89,10 +89,7 @@ def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
 
 def _origin(data: Data, where: str, row: dict[str, Any], question: str | list[Message]) -> dict[str, Any]:
     """question: the text, or the turns before the last answer."""
-    if data.group_column is None:
-        group = _digest(question)
-    else:
-        group = _column(row, data.group_column, "group_column")
+    group = _digest(question) if data.group_column is None else _column(row, data.group_column, "group_column")
     slice_ = "all" if data.slice_column is None else _column(row, data.slice_column, "slice_column")
     return {"group": group, "slice": slice_, "where": where, "weight": formats.weight(row)}
 
