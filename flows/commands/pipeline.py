@@ -129,17 +129,21 @@ def doctor(
     and, where something is wrong, what to do. The train stage refuses rows with an error. Exits with 1 if there is one.
     """
     with errors(), project() as (params, paths):
+        from flows.demonstration import left_over
         from flows.doctor.examination import examine, load_tokenizer
         from flows.doctor.preview import findings_table, preview
 
-        findings = examine(paths, params)
+        findings, demonstration = examine(paths, params), left_over(params)
         if as_json:
-            print(json.dumps(findings.as_dict(), indent=2, ensure_ascii=False))
+            told = findings.as_dict() | {"demonstration": demonstration}
+            print(json.dumps(told, indent=2, ensure_ascii=False))
         else:
             console = Console(highlight=False)
             for shown in preview(paths.split("train"), load_tokenizer(paths), params.data.kind, rows):
                 console.print(shown)
             console.print(findings_table(findings))
+            for told in demonstration:
+                console.print(f"warning: {told}", markup=False, soft_wrap=True)
         wrong = findings.of("error")
         if wrong:
             named = ", ".join(finding.check for finding in wrong)

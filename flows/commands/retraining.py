@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.common import AsJson, PushTo, errors, one_document, project
+from flows.commands.common import AsJson, PushTo, errors, one_document
 from flows.errors import GateError
-from flows.project import set_prefect_environment
+from flows.paths import Paths
+from flows.project import find_root, set_prefect_environment
 from flows.stage import fail
 
 
@@ -27,16 +28,19 @@ def retrain(
     """If there are new data: train on them in a working tree of its own, judge by the gate, promote or keep, report.
 
     The section `retrain` of `params.yaml` says where data come in, whether training starts anew or from the champion,
-    and who is told. What is committed is what is trained; an interrupted retraining is gone on with. The history of all
-    is `reports/retraining/index.html`. Exits with 0 if it promoted or nothing is new, with 3 if the gate refused, with
-    4 if a retraining runs already, with 1 if a stage failed.
+    and who is told. What is committed is what is trained, and what is not is named at once; an interrupted retraining
+    is gone on with. The history of all is `reports/retraining/index.html`. Exits with 0 if it promoted or nothing is
+    new, with 3 if the gate refused, with 4 if a retraining runs already, with 1 if a stage failed.
     """
-    with errors(), project() as (params, paths):
+    with errors():
+        paths = Paths(find_root())
         set_prefect_environment(paths.root)
         if release is not None:
+            from flows.git import Git
+            from flows.retraining.committed import committed_params
             from flows.retraining.trust import vouch
 
-            released = vouch(params, paths, release)
+            released = vouch(committed_params(Git(paths.root)), paths, release)
             told = f"{release} is taken by the next retraining, and judged by as well"
             print(json.dumps({"released": released}) if as_json else told)
             return
@@ -48,7 +52,7 @@ def retrain(
             print(json.dumps(asdict(entry) | {"history": str(paths.retraining_page)}, indent=2))
         else:
             took = " · ".join(f"{name} {seconds:.1f}" for name, seconds in entry.seconds.items())
-            print(f"{params.project.name}: {entry.outcome}; {entry.reason}")
+            print(f"{entry.outcome}; {entry.reason}")
             print(f"seconds {took}\npage    {paths.retraining_page}")
         if entry.outcome == "kept" and entry.promotion and entry.promotion["outcome"] == "refused":
             fail(entry.reason, GateError.status)
@@ -66,7 +70,8 @@ def schedule(
     One retraining at a time: one that is due while another runs waits for it, and then finds nothing new. With a
     Prefect server use `prefect deploy --all` and a worker instead (`prefect.yaml`).
     """
-    with errors(), project() as (_, paths):
+    with errors():
+        paths = Paths(find_root())
         set_prefect_environment(paths.root)
         from flows.retraining.schedule import serve
 

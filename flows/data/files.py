@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -13,10 +14,21 @@ from pyarrow import parquet
 from flows.errors import DataError
 from flows.stage import is_disk_full
 
+logger = logging.getLogger("flows.data")
 LONGEST_ROW = 16 << 20
 """Bytes of a row, or characters of a field of CSV; about four million tokens."""
 LEAST_UNPACKED, MOST_EXPANSION = 1 << 30, 1000
 """Bytes that a Parquet file may always unpack to, and for each of its own if that is more; honest text takes ten."""
+SHOWN = 5
+"""Files that are not read which an error names."""
+_UNPACK, _CONVERT = "unpack it", "write it as .csv, .jsonl or .parquet"
+_OFTEN_ROWS = {
+    ".json": "write one row a line as .jsonl (`jq -c '.[]' FILE.json > FILE.jsonl`)",
+    ".ndjson": "name it .jsonl",
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z"), _UNPACK),
+    **dict.fromkeys((".tsv", ".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro", ".pkl"), _CONVERT),
+}
+"""{suffix of files that often hold rows: what makes them readable}"""
 _BATCH = 256
 """Rows of Parquet that are read at a time."""
 
@@ -32,13 +44,29 @@ def read_rows(place: Path, source: str) -> Iterator[Row]:
     if not place.exists():
         raise DataError(f"data.source {source}: there is no {place}; give stdlib:docstrings, hub:NAME or a path")
     found = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
-    paths = [path for path in found if path.suffix in _READERS and path.is_file()]
+    paths = [path for path in found if is_of_rows(path) and path.is_file()]
+    passed_over = [f"{path.name}: {hint}" for path in found if (hint := why_unread(path)) is not None]
     if not paths:
-        raise DataError(f"data.source {source}: {place} is or holds no {', '.join(_READERS)}; convert it to one")
+        raise DataError(
+            f"data.source {source}: {place} is or holds no {', '.join(_READERS)}; "
+            + ("; ".join(passed_over[:SHOWN]) or "convert it to one")
+        )
+    for told in passed_over:
+        logger.warning("data.source %s: not read: %s", source, told)
     for path in paths:
         name = path.relative_to(place).as_posix() if place.is_dir() else path.name
         if path.stat().st_size:
-            yield from _READERS[path.suffix](path, name)
+            yield from _READERS[path.suffix.lower()](path, name)
+
+
+def is_of_rows(path: Path) -> bool:
+    """Whether a file's name says that it holds rows which are read."""
+    return path.suffix.lower() in _READERS
+
+
+def why_unread(path: Path) -> str | None:
+    """Return what to do with a file that is likely to hold rows but is not read; None for any other file."""
+    return None if is_of_rows(path) else _OFTEN_ROWS.get(path.suffix.lower())
 
 
 def _lines(file: IO[Any], name: str) -> Iterator[Any]:
@@ -84,15 +112,24 @@ def _is_text(row: dict[str, Any]) -> bool:
 def _csv(path: Path, name: str) -> Iterator[Row]:
     """Every value as text; `datasets` would make numbers of "1" and nothing of "NA"."""
     csv.field_size_limit(LONGEST_ROW)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(_lines(file, name), strict=True)
-        try:
+    line = 0
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            header = next(_lines(file, name), "")
+            file.seek(0)
+            rows = csv.DictReader(_lines(file, name), strict=True, delimiter=_delimiter(header))
             for row in rows:
+                line = rows.line_num
                 if None in row or None in row.values():
-                    raise DataError(f"{name}:{rows.line_num}: it has other columns than the header; mend the line")
-                yield f"{name}:{rows.line_num}", row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{name}:{rows.line_num + 1}: not CSV in UTF-8 ({error}); mend the line") from error
+                    raise DataError(f"{name}:{line}: it has other columns than the header; mend the line")
+                yield f"{name}:{line}", row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{name}:{line + 1}: not CSV in UTF-8 ({error}); mend the line") from error
+
+
+def _delimiter(header: str) -> str:
+    """Return what the columns are divided by: a comma, or where there is none a semicolon or tab, as Excel writes."""
+    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _parquet(path: Path, name: str) -> Iterator[Row]:

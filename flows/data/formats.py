@@ -23,6 +23,8 @@ ONE_TURN = {"prompt": "completion", "question": "answer", "instruction": "output
 """{column of the question: column of the answer}; an `instruction` may have an `input`, as Alpaca's do."""
 _DEEPEST = 32
 """Levels of lists and objects in what a chat says of tools."""
+_UNREAD = ("reasoning_content", "reasoning", "thinking", "thoughts", "function_call", "refusal", "audio", "images")
+"""Keys of a turn that hold what its model wrote or saw, and that no turn here has."""
 _OTHER_KINDS = {"preference": ("chosen", "rejected"), "classification": ("text", "label")}
 
 
@@ -39,11 +41,15 @@ def chat(row: dict[str, Any]) -> list[Message]:
         if row.get(question) is not None and answer in row:
             return _one_turn(row, question, answer)
         if row.get(question) is not None:
-            raise FaultyRow(f"it has no {answer}")
+            raise FaultyRow(f"it has no {answer}{spelled_otherwise(row, [answer])}")
     for kind, columns in _OTHER_KINDS.items():
         if all(column in row for column in columns):
             raise FaultyRow(f"it has {' and '.join(columns)}; set data.kind to {kind}")
-    raise FaultyRow(f"it has neither messages nor prompt and completion, but {', '.join(row) or 'nothing'}")
+    known = ["messages", "conversations", *ONE_TURN, *ONE_TURN.values()]
+    raise FaultyRow(
+        f"it has neither messages nor prompt and completion, but {', '.join(row) or 'nothing'}"
+        + spelled_otherwise(row, known)
+    )
 
 
 def preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
@@ -53,7 +59,10 @@ def preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[
     """
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
-            raise FaultyRow(f"it has no {column}; a row of data.kind preference has prompt, chosen and rejected")
+            raise FaultyRow(
+                f"it has no {column}; a row of data.kind preference has prompt, chosen and rejected"
+                + spelled_otherwise(row, ["prompt", "chosen", "rejected"])
+            )
     asked = _turns_of(row, "prompt", "user") if row.get("prompt") is not None else []
     chosen, rejected = (_turns_of(row, column, "assistant") for column in ("chosen", "rejected"))
     if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
@@ -76,12 +85,25 @@ def labelled(row: dict[str, Any]) -> tuple[str, str]:
     """The text and its class by name; numbers name classes too."""
     for column in ("text", "label"):
         if row.get(column) is None:
-            raise FaultyRow(f"it has no {column}; a row of data.kind classification has text and label")
+            raise FaultyRow(
+                f"it has no {column}; a row of data.kind classification has text and label"
+                + spelled_otherwise(row, ["text", "label"])
+            )
     label = row["label"]
     _check_data(label, "its label")
     if not isinstance(label, str | int) or not str(label).strip():
         raise FaultyRow(f"its label is {label!r:.80}; give a name or a whole number")
     return _text(row, "text"), str(label).strip()
+
+
+def spelled_otherwise(row: dict[str, Any], known: Iterable[str]) -> str:
+    """Return a hint, to end a message, at columns that capitals or spaces alone tell from known ones; else nothing."""
+    plain = {column.strip().lower(): column for column in row if isinstance(column, str) and column not in known}
+    wanted = [column for column in known if column in plain]
+    if not wanted:
+        return ""
+    named = ", ".join(f"{plain[column]!r}" for column in wanted)
+    return f"; write {named} as {', '.join(wanted)}: capitals and spaces count"
 
 
 def weight(row: dict[str, Any]) -> float:
@@ -204,6 +226,7 @@ def _turns(value: list[dict[str, Any]]) -> Iterator[Message]:
         role = SHAREGPT.get(str(said), said) if "from" in message else said
         if role not in ROLES:
             raise FaultyRow(f"turn {number} has the role {said!r:.80}; give one of {', '.join(ROLES)}")
+        _refuse_unread(message, number, role)
         content = _content(message.get("content") if message.get("content") is not None else message.get("value"))
         calls = message.get("tool_calls") if role == "assistant" else None
         if content is None or not (content.strip() or role == "system" or calls):
@@ -219,6 +242,20 @@ def _turns(value: list[dict[str, Any]]) -> Iterator[Message]:
         if not _is_trained(message, role, number):
             turn["train"] = False
         yield turn
+
+
+def _refuse_unread(message: dict[str, Any], number: int, role: str) -> None:
+    """Refuse what would vanish in silence; templates write it in ways that differ, where they write it at all."""
+    for key in _UNREAD:
+        if message.get(key) in (None, "", [], {}):
+            continue
+        instead = {
+            "function_call": "write it as tool_calls",
+            "refusal": "write it as the content",
+            "audio": "only text is learned, so remove it, or the row",
+            "images": "only text is learned, so remove it, or the row",
+        }.get(key, "put it into the content as the base's template has it, such as <think>...</think>, or remove it")
+        raise FaultyRow(f"turn {number} ({role}) has {key}, which is not read; {instead}")
 
 
 def _content(value: Any) -> str | None:

@@ -3,14 +3,17 @@
 What a row may hold stands in `flows.data.formats`. What is wrong with rows is told all at once, by file and line.
 """
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from flows.base.hub import DownloadError, download
 from flows.data import docstrings, files, formats
-from flows.data.examples import AnyExample, Example, Labelled, Preference, with_system_prompt
-from flows.data.formats import FaultyRow
+from flows.data.canonical import canonical
+from flows.data.examples import AnyExample, Example, Labelled, Message, Preference, with_system_prompt
+from flows.data.formats import FaultyRow, spelled_otherwise
 from flows.errors import DataError
 from flows.params import Data
 
@@ -73,27 +76,35 @@ def refuse_faulty(faults: list[str], of: str) -> None:
 def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
     if data.kind == "classification":
         text, label = formats.labelled(row)
-        return Labelled(text, label, **_origin(data, where, row))
+        return Labelled(text, label, **_origin(data, where, row, text))
     if data.kind == "preference":
         prompt, chosen, rejected = formats.preference(row)
+        origin = _origin(data, where, row, prompt)
         prompt = with_system_prompt(prompt, data.system_prompt)
-        return Preference(prompt, chosen, rejected, formats.tools(row), **_origin(data, where, row))
-    messages = with_system_prompt(formats.chat(row), data.system_prompt)
-    return Example(messages, formats.tools(row), **_origin(data, where, row))
+        return Preference(prompt, chosen, rejected, formats.tools(row), **origin)
+    turns = formats.chat(row)
+    messages = with_system_prompt(turns, data.system_prompt)
+    return Example(messages, formats.tools(row), **_origin(data, where, row, turns[:-1]))
 
 
-def _origin(data: Data, where: str, row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "group": _column(row, data.group_column, "group_column", otherwise=where),
-        "slice": _column(row, data.slice_column, "slice_column", otherwise="all"),
-        "where": where,
-        "weight": formats.weight(row),
-    }
+def _origin(data: Data, where: str, row: dict[str, Any], question: str | list[Message]) -> dict[str, Any]:
+    """question: the text, or the turns before the last answer."""
+    group = _digest(question) if data.group_column is None else _column(row, data.group_column, "group_column")
+    slice_ = "all" if data.slice_column is None else _column(row, data.slice_column, "slice_column")
+    return {"group": group, "slice": slice_, "where": where, "weight": formats.weight(row)}
 
 
-def _column(row: dict[str, Any], column: str | None, parameter: str, otherwise: str) -> str:
-    if column is None:
-        return otherwise
+def _digest(question: str | list[Message]) -> str:
+    """Return the name of a question, the same wherever its row stands, whatever its answer and however it is typed."""
+    if isinstance(question, str):
+        told: Any = canonical(question)
+    else:
+        told = [[turn["role"], canonical(turn["content"]), turn.get("tool_calls")] for turn in question]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _column(row: dict[str, Any], column: str, parameter: str) -> str:
     if row.get(column) is None:
-        raise FaultyRow(f"it has no {column} (data.{parameter}); its columns are {', '.join(row)}")
+        hint = spelled_otherwise(row, [column])
+        raise FaultyRow(f"it has no {column} (data.{parameter}); its columns are {', '.join(row)}{hint}")
     return str(row[column])

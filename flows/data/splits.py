@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from flows.data.canonical import canonical
 from flows.data.near_duplicates import NearDuplicates
 from flows.data.tokens import AnyTokens
 from flows.errors import DataError
@@ -31,12 +32,12 @@ class Row:
 
     @property
     def prompt_key(self) -> str:
-        """The prompt, but for white space."""
-        return " ".join(self.tokens.question.split())
+        """The prompt, however it is typed."""
+        return canonical(self.tokens.question)
 
     @property
     def key(self) -> tuple[str, str]:
-        return self.prompt_key, " ".join(self.tokens.answer.split())
+        return self.prompt_key, canonical(self.tokens.answer)
 
 
 def assign_groups(sizes: dict[str, int], shares: dict[Split, float], seed: int) -> dict[str, Split]:
@@ -77,7 +78,8 @@ def without_duplicates(rows: list[Row], split_of: dict[str, Split]) -> tuple[dic
     """The rows of each split, and how many were dropped by reason.
 
     A prompt that stands in two splits stays in test rather than validation, and there rather than in train. Within a
-    split only a row with the same prompt and the same completion is a duplicate. White space does not count.
+    split only a row with the same prompt and the same completion is a duplicate. Spelling does not count: white space,
+    composed or decomposed accents, typographic quotation marks, invisible characters (`flows.data.canonical`).
     """
     kept: dict[Split, list[Row]] = {split: [] for split in SPLITS}
     dropped: Counter[str] = Counter()

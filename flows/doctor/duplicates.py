@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 
+from flows.data.canonical import canonical
 from flows.doctor.findings import Finding, judged
 from flows.doctor.prepared import SHOWN, Prepared
 from flows.paths import Split
@@ -19,7 +20,7 @@ def shared_rows(prepared: Prepared) -> Finding:
         for name, a, b in (
             ("rows", one.ids, other.ids),
             ("groups", one.groups, other.groups),
-            ("prompts", map(_squeezed, one.questions), map(_squeezed, other.questions)),
+            ("prompts", map(canonical, one.questions), map(canonical, other.questions)),
         ):
             shared = sorted({*a} & {*b})
             counts[name] += len(shared)
@@ -80,7 +81,3 @@ def near_duplicates_in_train(prepared: Prepared) -> Finding:
         fix="they count as often as they stand there: remove them, or give them a smaller weight",
         examples=tuple(found[:SHOWN]),
     )
-
-
-def _squeezed(text: str) -> str:
-    return " ".join(text.split())

@@ -70,6 +70,16 @@ def answer(
     return Answered(answers, rouge_l([prompt.reference for prompt in prompts], texts))
 
 
+def known_lengths(rows: Sequence[Row], prompts: Sequence[Prompt], ids: str, evaluate: Evaluate) -> dict[str, Any]:
+    """How many tokens an answer may have, and the share of the known answers that have more.
+
+    ids: the column of the tokens of prompt, known answer and its end.
+    """
+    lengths = [len(rows[prompt.row][ids]) - len(prompt.ids) for prompt in prompts]
+    longer = sum(length > evaluate.max_new_tokens for length in lengths) / len(lengths)
+    return {"max_new_tokens": evaluate.max_new_tokens, "longer_known_answers": longer}
+
+
 def add_answers(table: list[Row], prompts: Sequence[Prompt], answered: Mapping[str, Answered]) -> None:
     """Put the ANSWERS columns into the rows that were answered; answered: {"base", "adapter"}."""
     for place, prompt in enumerate(prompts):

@@ -7,7 +7,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from flows.base.model import padding_id
-from flows.judging.answers import ANSWERS, Answered, Prompt, add_answers, answer, sampled, samples
+from flows.judging.answers import ANSWERS, Answered, Prompt, add_answers, answer, known_lengths, sampled, samples
 from flows.judging.judgement import COMMON, Judgement, common_columns, common_metrics
 from flows.judging.scoring import RowLosses, row_losses
 from flows.params import Params
@@ -36,6 +36,7 @@ def judge_chats(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, 
         for name in ("base", "adapter")
     )
     metrics = common_metrics(rows, losses, base, adapter, ["rouge_l"]) | {"generated_rows": len(prompts)}
+    metrics["answers"] = known_lengths(rows, prompts, "input_ids", evaluate)
     table = common_columns(rows, losses["base"], losses["adapter"])
     add_answers(table, prompts, answered)
     return Judgement(

@@ -13,7 +13,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from flows.base.model import padding_id
-from flows.judging.answers import ANSWERS, Answered, Prompt, add_answers, answer, sampled, samples
+from flows.judging.answers import ANSWERS, Answered, Prompt, add_answers, answer, known_lengths, sampled, samples
 from flows.judging.judgement import COMMON, Judgement, common_columns, common_metrics
 from flows.judging.scoring import RowLosses, pairs_log_probs
 from flows.params import Params
@@ -67,6 +67,7 @@ def judge_pairs(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, 
         sides["adapter"]["reward_margin"] = rewards["rewards/margins"].mean().item()
     gains = ["accuracy", "margin", "rouge_l"]
     metrics = common_metrics(rows, losses, sides["base"], sides["adapter"], gains) | {"generated_rows": len(prompts)}
+    metrics["answers"] = known_lengths(rows, prompts, "chosen_input_ids", evaluate)
     table = common_columns(rows, losses["base"], losses["adapter"])
     for i, row in enumerate(table):
         row |= {f"{name}_margin": margins[name][i].item() for name in margins}

@@ -64,7 +64,7 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         ("test loss", lambda: figures.test_loss(candidate, gate)),
         ("gain in loss", lambda: figures.at_least(candidate.metrics["gain"]["loss"], gate.min_loss_gain, "nats")),
         ("gain in ROUGE-L", lambda: figures.figure(candidate, "gain", "rouge_l", gate.min_rouge_l_gain)),
-        ("answers that end", lambda: figures.figure(candidate, "adapter", "ended", gate.min_ended)),
+        ("answers that end", lambda: figures.ended(candidate, gate)),
         ("against the champion", lambda: against.against_the_champion(candidate, champion, gate, seed)),
         ("slices", lambda: against.slices(candidate, champion, gate, seed)),
         ("forgetting", lambda: forgetting(candidate, gate, seed)),

@@ -132,9 +132,12 @@ def roll_back(
 
 
 def last_version(registry: Registry, paths: Paths) -> Version:
-    """The version that the last run registered; its number may be another by now (see `synchronise`)."""
+    """The version that the last run registered; where it has been renumbered since, its record is written again."""
     record = last_record(paths)
-    return registry.with_content(record["adapter"]["content"]) or registry.version(record["version"])
+    version = registry.with_content(record["adapter"]["content"]) or registry.version(record["version"])
+    if version.number != record["version"]:
+        write_atomically(paths.version, json.dumps(registry.record(version), indent=2) + "\n")
+    return version
 
 
 def last_record(paths: Paths) -> dict[str, Any]:

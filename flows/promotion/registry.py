@@ -179,7 +179,7 @@ class Registry:
         )
         version = self.tag_version(number, commit, title, content)
         if push_to is not None:
-            self._push(push_to, [version.tag], version.tag)
+            self._push_or_delete(push_to, [version.tag])
         return version
 
     def tag_version(self, number: str, commit: str, title: str, content: str) -> Version:
@@ -209,7 +209,7 @@ class Registry:
                 f"have no stage; `peftcore reproduce {version.number}` tells whether it can be made again"
             )
         if push_to is not None:
-            self._push(push_to, [version.tag, tag], tag)
+            self._push_or_delete(push_to, [version.tag, tag])
         return tag
 
     def collected(self) -> dict[str, Tag]:
@@ -217,54 +217,57 @@ class Registry:
         prefix = COLLECTED.format(name=self.name, version="")
         return {tag.name.removeprefix(prefix): tag for tag in self.git.tags(f"{prefix}*")}
 
+    def push_version(self, remote: str, version: Version) -> None:
+        """Push a version's tag, by which its number is its own. Raises RegistryConflict if the remote has another."""
+        self._push(remote, [version.tag])
+
     def push_again(self, remote: str, version: Version, held: Assignment) -> None:
         """Push an assignment that was killed before it could be; where the remote has it, nothing happens.
 
         Raises RegistryConflict if the remote has another of its name, and the tag here goes again.
         """
         tag = f"{self.name}#{held.stage}#{held.event}"
-        self._push(remote, [version.tag, tag], tag, keep=True)
+        try:
+            self._push(remote, [version.tag, tag])
+        except RegistryConflict:
+            self.git.delete_tag(tag)
+            raise
 
-    def _push(self, remote: str, names: Sequence[str], tag: str, keep: bool = False) -> None:
-        """Push tags, all or none, and delete `tag` here where the remote does not have it then.
+    def _push_or_delete(self, remote: str, names: Sequence[str]) -> None:
+        """Push tags as `_push`; where that fails or is interrupted, delete the last of them here.
+
+        If the remote has it all the same, the next fetch brings it.
+        """
+        try:
+            self._push(remote, names)
+        except BaseException:
+            self.git.delete_tag(names[-1])
+            raise
+
+    def _push(self, remote: str, names: Sequence[str]) -> None:
+        """Push tags, all or none.
 
         Whether the remote has the tags is asked of the remote: an answer may be lost after the tags have arrived.
 
-        keep: leave `tag` here if the remote refused it for a reason other than a conflict, or cannot be reached.
         Raises RegistryConflict if the remote has another tag of one of these names, RegistryError if it refused them or
         cannot be reached.
         """
         try:
             self.git.push_tags(remote, names)
         except GitError as error:
-            self._settle(remote, names, tag, keep, error)
-        except BaseException:
-            if not keep:
-                self.git.delete_tag(tag)  # interrupted: if the remote has it already, the next fetch brings it
-            raise
-
-    def _settle(self, remote: str, names: Sequence[str], tag: str, keep: bool, error: GitError) -> None:
-        """Find out what came of a push that failed with `error`."""
-        ours = self.git.objects("refs/tags/")
-        try:
-            theirs = self.git.remote_objects(remote, names)
-        except GitError as unreachable:
-            if not keep:
-                self.git.delete_tag(tag)
-            kept = "is kept here" if keep else "was taken back here"
-            raise RegistryError(
-                f"{error}; {unreachable}. Whether {remote} has {tag} is not known, and it {kept}; "
-                f"`peftcore registry fetch {remote}` tells once the remote can be reached"
-            ) from error
-        if all(theirs.get(name) == ours[name] for name in names):
-            return  # only the answer was lost
-        clashing = [name for name in names if theirs.get(name, ours[name]) != ours[name]]
-        if clashing or not keep:
-            self.git.delete_tag(tag)
-        if clashing:
-            raise self._conflict(tag, f"the remote {remote} has another {', '.join(clashing)}; ") from error
-        kept = "is kept here, and not there" if keep else "was taken back, so nothing has changed"
-        raise RegistryError(f"{remote} refused {tag}, which {kept}: {error}") from error
+            ours = self.git.objects("refs/tags/")
+            try:
+                theirs = self.git.remote_objects(remote, names)
+            except GitError as unreachable:
+                raise RegistryError(
+                    f"{error}; {unreachable}. Whether {remote} has {names[-1]} is not known; "
+                    f"`peftcore registry fetch {remote}` tells once the remote can be reached"
+                ) from error
+            if all(theirs.get(name) == ours[name] for name in names):
+                return  # only the answer was lost
+            if clashing := [name for name in names if theirs.get(name, ours[name]) != ours[name]]:
+                raise self._conflict(names[-1], f"the remote {remote} has another {', '.join(clashing)}; ") from error
+            raise RegistryError(f"{remote} refused {names[-1]}, so nothing has changed there: {error}") from error
 
     def _create(self, tag: str, commit: str, message: str) -> None:
         latest = max((event.tag.created for event in self._events()), default=0)

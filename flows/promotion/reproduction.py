@@ -18,6 +18,7 @@ from safetensors import SafetensorError, deserialize
 
 from flows.errors import RegistryError, RepositoryError, StageError
 from flows.git import Git
+from flows.inputs import check_source_is_tracked
 from flows.params import Params
 from flows.paths import Paths
 from flows.project import dvc, files_at, stage_order
@@ -95,6 +96,8 @@ def reproduce(params: Params, paths: Paths, number: str, timeout: float, until: 
     registry = Registry(Git(paths.root), params.project.name)
     version = registry.version(number)
     record = registry.record(version)
+    source = record["params"]["data"]["source"]
+    check_source_is_tracked(registry.git, source, f"{version.tag}, which was registered without it,", version.commit)
     with worktree_at(paths.root, version.commit) as tree:
         at = Paths(tree)
         registered = _outs(at)

@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pyarrow import compute, parquet
+
 from flows import logs
 from flows.errors import StageError
 from flows.params import Drift
@@ -18,7 +20,7 @@ from flows.project import stage_environment
 class DriftReport:
     """files: {new file: rows, length, divergence, loss, ...}, as `flows.retraining.measure` finds them.
 
-    suspicious: {new file: the limits that it passes, in words}.
+    suspicious: {new file: the limits that it passes, in words}. unsure: {new file: why nothing can be told of it}.
     """
 
     champion: str | None
@@ -26,6 +28,7 @@ class DriftReport:
     older: dict[str, Any] | None
     files: dict[str, dict[str, Any]]
     suspicious: dict[str, str] = field(default_factory=dict)
+    unsure: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -33,12 +36,14 @@ class DriftReport:
 
 @dataclass(frozen=True)
 class Known:
-    """The champion: its version, its loss on its own test rows, where its adapter and its classes lie, at their paths
-    in a run's folder (None: it is of another base), and the parameters that it is measured with.
+    """The champion: its version, its loss on its own test rows and the standard deviation of a row's, where its adapter
+    and its classes lie, at their paths in a run's folder (None: it is of another base), and the parameters that it is
+    measured with.
     """
 
     version: str
     loss: float
+    spread: float
     root: Path | None
     params: dict[str, Any]
 
@@ -57,11 +62,44 @@ def measure_drift(tree: Path, fresh: list[str], rule: Drift, champion: Known) ->
         if done.returncode:
             raise StageError("the drift of the new rows could not be measured; the reason is above")
         found = json.loads(out.read_text())
-    suspicious = {}
-    for name, file in found["files"].items():
-        if passed := _passed(file, rule, champion.loss):
-            suspicious[name] = passed
-    return DriftReport(champion.version, champion.loss, found["older"], found["files"], suspicious)
+    suspicious, unsure = judged(found["files"], rule, champion.loss, champion.spread)
+    return DriftReport(champion.version, champion.loss, found["older"], found["files"], suspicious, unsure)
+
+
+def judged(
+    files: dict[str, dict[str, Any]], rule: Drift, champion_loss: float | None, spread: float
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return (`suspicious`, `unsure`) of a DriftReport; files get the standard error that they are judged by.
+
+    The loss of a few rows says little, and its own standard error less. Files with fewer rows than the rule asks for
+    get the standard error of as many rows that are such as the champion knows, and are also judged as if they were one.
+    Where they are too few even so, nothing is judged by them: a shuffled file of two rows is mostly not found.
+    """
+    small = [name for name, file in files.items() if "loss" in file and file["measured_rows"] < rule.min_rows]
+    for name in small:
+        files[name]["loss_error"] = spread / files[name]["measured_rows"] ** 0.5
+    suspicious = {name: passed for name, file in files.items() if (passed := _passed(file, rule, champion_loss))}
+    if not small or rule.max_loss_gap is None:
+        return suspicious, {}
+    together = _together([files[name] for name in small], spread)
+    if together["measured_rows"] < rule.min_rows:
+        told = f"its rows are too few to tell ({together['measured_rows']} in all small files, {rule.min_rows} do)"
+        return suspicious, dict.fromkeys(small, told)
+    if passed := _passed(together, rule, champion_loss):
+        suspicious |= {name: f"with other small files, {passed}" for name in small if name not in suspicious}
+    return suspicious, {}
+
+
+def spread_of(rows: Path) -> float:
+    """Return the standard deviation of a row's loss, of an evaluation's table."""
+    return float(compute.stddev(parquet.read_table(rows, columns=["adapter_loss"])["adapter_loss"], ddof=1).as_py())
+
+
+def _together(files: list[dict[str, Any]], spread: float) -> dict[str, Any]:
+    """Files as if they were one."""
+    rows, weight = (sum(file[key] for file in files) for key in ("measured_rows", "loss_weight"))
+    loss = sum(file["loss"] * file["loss_weight"] for file in files) / weight
+    return {"measured_rows": rows, "loss": loss, "loss_error": spread / rows**0.5}
 
 
 def _passed(file: dict[str, Any], rule: Drift, champion_loss: float | None) -> str | None:

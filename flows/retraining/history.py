@@ -29,9 +29,11 @@ class Entry:
     files: int = 0
     fresh: list[str] = field(default_factory=list)
     unproven: list[str] = field(default_factory=list)
-    """New files so unlike what the champion knows that they were trained on, but nothing was judged by them."""
+    """New files so unlike what the champion knows, or so small, that they were trained on but judged nothing."""
     set_aside: list[str] = field(default_factory=list)
     """Files that this retraining put aside."""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """What lies in `retrain.incoming` and was not taken, and why."""
     seconds: dict[str, float] = field(default_factory=dict)
     drift: dict[str, Any] | None = None
     metrics: dict[str, Any] | None = None

@@ -111,8 +111,11 @@ def _losses(
             if not rows:
                 continue
             losses = adapter_losses(params, model, rows, pad, bar)
+            if not (weight := sum(losses.weights)):  # none of its rows counts
+                continue
             error = float(numpy.std(losses.means, ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else float("nan")
-            found[name] = {"loss": losses.loss, "loss_error": error, "measured_rows": len(rows)}
+            told = {"loss": losses.loss, "loss_weight": weight, "loss_error": error, "measured_rows": len(rows)}
+            found[name] = told
     return found
 
 

@@ -9,7 +9,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.errors import StageError
+from flows.git import Git
+from flows.inputs import check_source_is_tracked
 from flows.overrides import check_overrides, parameter_sets
+from flows.params import load_params
 from flows.paths import Paths
 from flows.scaling.ranking import ranked, write_ranking
 from flows.scaling.trial import Plan, Trial, run_trial, snapshot
@@ -26,6 +29,8 @@ def run_sweep(
     """
     sets = parameter_sets(overrides)
     check_overrides(Paths(root).params, *sets)
+    source = load_params(Paths(root).params).data.source
+    check_source_is_tracked(Git(root), source, "a sweep, which works in copies of git's files,")
     plan = Plan(root, snapshot(root), stage_timeout, limit)
     trials = ranked(sweep.with_options(task_runner=_RUNNERS[runner](jobs))(plan, sets))
     write_ranking(Paths(root), trials)

@@ -33,6 +33,18 @@ def figure(candidate: Candidate, part: str, name: str, limit: float) -> Outcome:
     return at_least(candidate.metrics[part].get(name), limit)
 
 
+def ended(candidate: Candidate, gate: Gate) -> Outcome:
+    """The share of answers that end by themselves; where the known ones are cut off as well, that is the cause."""
+    passed, told = figure(candidate, "adapter", "ended", gate.min_ended)
+    answers = candidate.metrics.get("answers")
+    if passed or not answers or not answers["longer_known_answers"]:
+        return passed, told
+    return passed, (
+        f"{told}; {answers['longer_known_answers']:.0%} of the known answers have more than the "
+        f"{answers['max_new_tokens']} tokens of evaluate.max_new_tokens, so no right answer to those ends: raise it"
+    )
+
+
 def latency(candidate: Candidate, gate: Gate) -> Outcome:
     """Of one request that has the model to itself; the slowdown is the adapter's time for a token over the base's."""
     limits = {

@@ -86,3 +86,33 @@ def test_files_of_a_folder_come_in_the_order_of_their_names(tmp_path: Path) -> N
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}\n")
     assert [where for where, _ in rows(tmp_path)] == ["a.jsonl:1", "b.jsonl:1", "sub/c.jsonl:1"]
+
+
+@pytest.mark.parametrize("mark", [";", "\t", ","])
+def test_csv_may_be_divided_as_other_programs_write_it(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "rows.csv").write_text(f'\ufeffprompt{mark}completion\n"a{mark}b"{mark}1\n', encoding="utf-8")
+    assert rows(tmp_path / "rows.csv") == [("rows.csv:2", {"prompt": f"a{mark}b", "completion": "1"})]
+
+
+def test_capitals_of_a_suffix_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "rows.JSONL").write_text("{}\n")
+    (tmp_path / "rows.Csv").write_text("a\n1\n")
+    assert [where for where, _ in rows(tmp_path)] == ["rows.Csv:2", "rows.JSONL:1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("rows.json", "one row a line as .jsonl"), ("rows.jsonl.gz", "unpack it"), ("rows.XLSX", "write it as .csv")],
+)
+def test_files_that_are_not_read_are_named_with_what_to_do(
+    tmp_path: Path, name: str, hint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / name).write_text("[]")
+    for place in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=rf"{name}: .*{hint}"):
+            rows(place)
+    (tmp_path / "README.md").touch()
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    assert len(rows(tmp_path)) == 1
+    assert [record.message for record in caplog.records if "not read" in record.message] == [caplog.records[-1].message]
+    assert f"{name}: " in caplog.text and hint in caplog.text and "README" not in caplog.text

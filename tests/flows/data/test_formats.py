@@ -86,6 +86,25 @@ def test_the_same_preference(row: dict[str, Any]) -> None:
     assert formats.preference(row) == ([USER], [ANSWER], [WORSE])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "fix"),
+    [
+        ("reasoning_content", "Because.", "put it into the content"),
+        ("thinking", "Because.", "put it into the content"),
+        ("reasoning", [{"text": "Because."}], "put it into the content"),
+        ("function_call", {"name": "add"}, "write it as tool_calls"),
+        ("images", ["a.png"], "only text is learned"),
+    ],
+)
+def test_what_a_turn_would_lose_in_silence_is_refused(key: str, value: Any, fix: str) -> None:
+    turn = ANSWER | {key: value}
+    for row in ({"messages": [USER, turn]}, {"prompt": "One?", "chosen": [turn], "rejected": "2."}):
+        read = formats.preference if "chosen" in row else formats.chat
+        with pytest.raises(FaultyRow, match=rf"turn \d \(assistant\) has {key}, which is not read; {fix}"):
+            read(row)
+    assert formats.chat({"messages": [USER, ANSWER | {key: None, "id": 7}]}) == CHAT
+
+
 def test_equal_answers_are_left_to_the_doctor() -> None:
     assert formats.preference({"chosen": CHAT, "rejected": CHAT}) == ([USER], [ANSWER], [ANSWER])
 

@@ -78,9 +78,48 @@ def test_groups_and_slices_are_columns(tmp_path: Path) -> None:
     assert [(example.group, example.slice) for example in examples] == [("3", "sum"), ("4", "sum")]
 
 
-def test_without_a_group_column_each_row_is_its_own_group(tmp_path: Path) -> None:
-    write_lines(tmp_path, *ROWS)
-    assert [example.group for example in read(tmp_path)] == ["rows.jsonl:1", "rows.jsonl:2"]
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("chat", [{"prompt": f"Is {n} or {n * n}?", "completion": f"{n}."} for n in range(20)]),
+        ("chat", [{"messages": [{"role": "user", "content": f"{n}?"}, CHAT[1]]} for n in range(20)]),
+        ("preference", [{"prompt": f"Is {n}?", "chosen": f"{n}.", "rejected": "no"} for n in range(20)]),
+        ("classification", [{"text": f"Is {n}?", "label": "odd"} for n in range(20)]),
+    ],
+)
+def test_without_a_group_column_a_rows_group_is_its_own_question_wherever_it_stands(
+    tmp_path: Path, kind: str, rows: list[dict[str, Any]]
+) -> None:
+    write_lines(tmp_path, *rows)
+    before = {example.group for example in read(tmp_path, kind=kind)}
+    assert len(before) == 20
+    write_lines(tmp_path, *rows[::-1])
+    write_lines(tmp_path, *rows[:10], name="other.jsonl")
+    assert {example.group for example in read(tmp_path, ".", kind=kind, system_prompt="Be brief.")} == before
+
+
+def test_another_answer_or_spelling_is_of_the_same_group(tmp_path: Path) -> None:
+    rows = [{"prompt": "caf\u00e9?", "completion": "1."}, {"prompt": " cafe\u0301? ", "completion": "2."}]
+    write_lines(tmp_path, *rows)
+    assert len({example.group for example in read(tmp_path)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "row", "hint"),
+    [
+        ({}, {"Prompt": "a", " completion ": "b"}, r"write 'Prompt', ' completion ' as prompt, completion: capitals"),
+        ({}, {"prompt": "a", "Completion": "b"}, r"it has no completion; write 'Completion' as completion"),
+        ({"kind": "classification"}, {"text": "a", "LABEL": "b"}, "write 'LABEL' as label"),
+        ({"kind": "preference"}, {"prompt": "a", "Chosen": "b", "rejected": "c"}, "write 'Chosen' as chosen"),
+        ({"group_column": "book"}, ROWS[0] | {"Book": 1}, "write 'Book' as book"),
+    ],
+)
+def test_columns_that_are_spelled_otherwise_are_named(
+    tmp_path: Path, options: dict[str, Any], row: dict[str, Any], hint: str
+) -> None:
+    write_lines(tmp_path, row)
+    with pytest.raises(DataError, match=hint):
+        read(tmp_path, **options)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,26 @@ def test_a_near_duplicate_stays_in_test_then_validation() -> None:
     assert without_near_duplicates(splits, 1.0) == (splits, {})
 
 
+@pytest.mark.parametrize(
+    "prompt", ["cafe\u0301 \u201cone\u201d", 'caf\u00e9\u200b "one"', '\uff43af\u00e9 "o\u00adne"']
+)
+def test_a_prompt_that_is_typed_otherwise_is_the_same_prompt(prompt: str) -> None:
+    rows = [row('caf\u00e9 "one"', group="a"), row(prompt, group="b")]
+    kept, dropped = without_duplicates(rows, {"a": "test", "b": "train"})
+    assert ([len(of) for of in kept.values()], dropped) == ([0, 0, 1], {"duplicate of another split": 1})
+    splits: dict[Split, list[Row]] = {"train": rows[1:], "validation": [], "test": rows[:1]}
+    assert leakage(splits)["train-test"]["prompts"] == 1
+
+
+def test_a_row_with_one_word_changed_stays_in_one_split() -> None:
+    rows = [row("How do I pay my bill by card?", "Open the page of the bill."), row("How do I pay my invoice by card?",
+            "Open the page of the bill.")]  # fmt: skip
+    others = [row(f"Number {n * n} of {n}?", f"{n * n + n}.") for n in range(40)]
+    splits: dict[Split, list[Row]] = {"train": [rows[0], *others], "validation": [], "test": rows[1:]}
+    kept, dropped = without_near_duplicates(splits, 0.8)
+    assert (len(kept["train"]), dropped) == (40, {"near-duplicate of another split": 1})
+
+
 def test_leakage_is_counted() -> None:
     splits: dict[Split, list[Row]] = {
         "train": [row("a", group="1"), row("b", group="2")],

@@ -35,6 +35,11 @@ def test_rows_and_findings_of_data_that_is_well(root: Path) -> None:
     assert "<|im_end|> supervised in 100.0% of rows" in result.stdout
 
 
+def test_what_is_left_of_the_demonstration_is_told(root: Path) -> None:
+    assert "warning: project.name is the demonstration's, docstrings, but data.source is rows.jsonl" in doctor().stdout
+    assert len(json.loads(doctor("--json").stdout)["demonstration"]) == 1
+
+
 def test_json_is_all_findings(root: Path) -> None:
     findings = json.loads(doctor("--json").stdout)["findings"]
     assert {finding["severity"] for finding in findings} == {"ok"}

@@ -31,7 +31,7 @@ def test_near_duplicates_of_train_in_test_are_an_error_above_the_share_allowed(p
     assert found.examples[0].startswith("test ")
     ill.data = ill.data.model_copy(update={"max_leakage": 0.1})
     assert ill.look(near_duplicates_between_splits).severity == "warning"
-    ill.data = ill.data.model_copy(update={"similarity": 0.95})
+    ill.data = ill.data.model_copy(update={"similarity": 0.99})
     assert ill.look(near_duplicates_between_splits).severity == "ok"
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from flows.errors import BusyError, DataError, ParamsError, StageError
+from flows.errors import BusyError, DataError, ParamsError, RegistryConflict, StageError
 from flows.git import Git
 from flows.params import load_params
 from flows.project import dvc
-from flows.promotion.registry import Registry
+from flows.promotion.registry import Registry, Version
 from flows.retraining import flow
 from flows.retraining.data import Collected, Source
 from flows.retraining.drift import DriftReport
@@ -20,9 +20,9 @@ from flows.retraining.trust import read_set_aside, set_aside, vouch
 from peftcore.files import sha256
 
 
-def retrain(project: Any) -> Entry:
+def retrain(project: Any, push_to: str | None = None) -> Entry:
     """Without Prefect, which `test_schedule` is about."""
-    return flow._retrain(project.root, None, False, flow._tried_again)
+    return flow._retrain(project.root, push_to, False, flow._tried_again)
 
 
 def drop(project: Any, name: str, text: str = "good\n") -> None:
@@ -88,6 +88,10 @@ def drift_of(suspicious: dict[str, str]) -> DriftReport:
     return DriftReport("v0.1.0", 2.9, None, {}, suspicious)
 
 
+def collected_of(files: dict[str, str]) -> Collected:
+    return Collected(files, ["a.jsonl"], ["a.jsonl"], [], [], {})
+
+
 @pytest.fixture
 def drifting(weekly: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """New files with the word poison are far from what the champion knows."""
@@ -143,6 +147,137 @@ def test_what_was_promoted_in_spite_of_a_doubt_stays_in_doubt_until_somebody_vou
     assert (fourth.fresh, fourth.unproven) == (["week2.jsonl"], [])
 
 
+@pytest.mark.usefixtures("drifting")
+def test_after_a_refused_and_a_set_aside_week_it_comes_to_rest(weekly: Any) -> None:
+    drop(weekly, "week1.jsonl", "first\n")
+    assert retrain(weekly).outcome == "promoted"
+    drop(weekly, "week2.jsonl", "bad\n")
+    assert (retrain(weekly).version, retrain(weekly).outcome) == ("v0.1.1", "unchanged")
+    drop(weekly, "week3.jsonl", "poison\n")
+    third = retrain(weekly)
+    assert (third.version, third.outcome, third.set_aside) == ("v0.1.2", "kept", ["week3.jsonl"])
+    # what is left is what the refused v0.1.1 has learnt from
+    assert retrain(weekly).outcome == "unchanged"
+
+
+@pytest.fixture
+def notices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What was told, by the arguments of `notify`."""
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(flow, "notify", lambda *arguments: told.append(arguments))
+    return told
+
+
+def test_parameters_that_are_being_edited_do_not_count(
+    weekly: Any, notices: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(weekly, ("retry_delay", "notify: [slack-webhook/team], retry_delay"))
+    weekly.paths.params.write_text("data: {source: [half\n")
+    (weekly.root / "data" / "new.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"there is no file of rows, nor in retrain\.incoming"):
+        retrain(weekly)  # what is committed says so
+    assert "this is not used: data/new.jsonl, params.yaml; `git commit` it" in caplog.text
+    assert [entry.outcome for entry in entries(weekly.paths)] == ["failed"]
+    assert notices[0][:2] == (["slack-webhook/team"], "docstrings: retraining failed")
+
+    # committed like this, nothing can be trained, and those of before say who is told
+    weekly.git("commit", "--quiet", "--message=Half", "params.yaml")
+    with pytest.raises(ParamsError, match=r"params\.yaml:"):
+        retrain(weekly)
+    assert [entry.outcome for entry in entries(weekly.paths)] == ["failed", "failed"]
+    assert "params.yaml:" in entries(weekly.paths)[1].reason
+    assert notices[1][:2] == (["slack-webhook/team"], "docstrings: retraining failed")
+    assert weekly.paths.retraining_page.read_text().count('class="one"') == 2
+
+
+def test_what_is_not_taken_is_told_once(weekly: Any, notices: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow.Retraining, "_reasons", lambda *_: [])
+    drop(weekly, "week1.jsonl")
+    assert (retrain(weekly).passed_over, notices) == ({}, [])
+    drop(weekly, "week2.json")
+    for _ in range(2):
+        assert list(retrain(weekly).passed_over) == ["week2.json"]
+    [(_, subject, body)] = notices
+    assert subject == "docstrings: retraining unchanged"
+    assert "week2.json in retrain.incoming is not taken: write one row a line as .jsonl" in body
+    assert "Not taken: week2.json" in weekly.paths.retraining_page.read_text()
+
+
+def test_data_that_git_does_not_have_are_named_with_what_to_do(weekly: Any) -> None:
+    edit(weekly, (f"incoming: {weekly.incoming}", "incoming: null"))
+    (weekly.root / "data" / "rows").mkdir()
+    (weekly.root / "data" / "rows" / "week1.jsonl").write_text("first\n")
+    with pytest.raises(DataError, match=r"data\.source data/rows is committed neither to git nor by DVC.*`git add"):
+        retrain(weekly)
+
+
+def test_what_colleagues_did_is_taken_in_first(
+    weekly: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote, colleague = tmp_path / "remote.git", tmp_path / "colleague"
+    weekly.git("clone", "--quiet", "--bare", str(weekly.root), str(remote))
+    weekly.git("remote", "add", "origin", str(remote))
+    drop(weekly, "week1.jsonl", "first\n")
+    assert retrain(weekly, "origin").version == "v0.1.0"
+    assert set(weekly.git("tag", root=remote).split()) == {"docstrings@v0.1.0", "docstrings#champion#1"}
+    # a colleague registers a version, promotes it, and takes it back again
+    weekly.git("clone", "--quiet", str(remote), str(colleague))
+    theirs = Git(colleague)
+    commit = theirs.run("rev-parse", "docstrings@v0.1.0^{commit}").strip()
+    for name in ("docstrings@v0.1.1", "docstrings#champion#2", "docstrings#champion#3"):
+        theirs.create_tag(name, commit, "theirs\n", 0)
+    theirs.push_tags("origin", ["docstrings@v0.1.1", "docstrings#champion#2", "docstrings#champion#3"])
+
+    # the race is lost each time, so there is no verdict, and the data are no old ones
+    drop(weekly, "week2.jsonl", "second\n")
+    original = flow.promote
+
+    def conflict(*_: Any) -> None:
+        raise RegistryConflict("another was first")
+
+    monkeypatch.setattr(flow, "promote", conflict)
+    with pytest.raises(RegistryConflict):
+        retrain(weekly, "origin")
+    assert "judging it once more" in caplog.text
+    monkeypatch.setattr(flow, "promote", original)
+    second = retrain(weekly, "origin")
+    assert (second.outcome, second.version, second.fresh) == ("promoted", "v0.2.0", [])
+    assert "docstrings#champion#4" in weekly.git("tag", root=remote).split()
+    assert retrain(weekly, "origin").outcome == "unchanged"
+
+
+def test_data_come_from_the_newest_version_of_a_retraining(weekly: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was registered by hand since then, or by a colleague, has none."""
+    work = flow.Retraining(weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
+    versions = [Version(number, number, number, 0, "") for number in ("v0.1.0", "v0.1.1", "v0.1.2")]
+    monkeypatch.setattr(work.registry, "versions", lambda: versions)
+    monkeypatch.setattr(work.registry, "stages", dict)
+    monkeypatch.setattr(work.source, "files_of", lambda one: {} if one.number == "v0.1.2" else {"a": one.number})
+    asked: list[Any] = []
+    monkeypatch.setattr(work.source, "collect", lambda *arguments: asked.append(arguments))
+    work._collect(versions[0])
+    before, champion = asked[0][:2]
+    assert ([one.number for one in before], champion.number) == (["v0.1.1", "v0.1.2"], "v0.1.0")
+
+
+def test_a_number_that_another_took_is_left_to_him(weekly: Any, tmp_path: Path) -> None:
+    """A colleague registers between our look at the remote and our push."""
+    remote = tmp_path / "remote.git"
+    weekly.git("clone", "--quiet", "--bare", str(weekly.root), str(remote))
+    weekly.git("remote", "add", "origin", str(remote))
+    work = flow.Retraining(weekly.root, "origin", False, flow._tried_again, Entry("2026-01-01T00:00:00"))
+    tree = type(weekly)(work.tree.root)
+    (tree.root / "make.py").write_text("import shutil\nshutil.copytree('source', 'artifacts', dirs_exist_ok=True)\n")
+    assert tree.register(loss=2.0)["version"] == "v0.1.0"
+    ours = work.registry.version("v0.1.0").commit
+    other = ("-c", "user.name=Bob", "-c", "user.email=bob@example.org")
+    weekly.git(*other, "tag", "--annotate", "--message=theirs", "docstrings@v0.1.0", root=remote)
+    work._take_number("origin")
+    assert work.registry.version("v0.1.0").commit == weekly.git("rev-parse", "main", root=remote).strip() != ours
+    assert json.loads(tree.paths.version.read_text())["version"] != "v0.1.0"
+    assert len(weekly.git("tag", root=remote).split()) == 2
+
+
 def test_a_file_that_changes_nothing_is_tried_once(weekly: Any) -> None:
     """The version that comes of it is there already, with a list of files that lacks it."""
     drop(weekly, "week1.jsonl", "first\n")
@@ -161,11 +296,11 @@ def test_a_file_that_changes_nothing_is_tried_once(weekly: Any) -> None:
 
 
 def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
-    work = flow.Retraining(weekly.params, weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
-    work._doubt(drift_of({"a.jsonl": "far off"}), Collected({"a.jsonl": "0"}, ["a.jsonl"], [], []))
+    work = flow.Retraining(weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
+    work._doubt(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0"}))
     assert work.entry.unproven == [] and work.params.data.unproven is None
     assert "there are no files to judge by but those nobody vouches for" in caplog.text
-    work._doubt(drift_of({"a.jsonl": "far off"}), Collected({"a.jsonl": "0", "b.jsonl": "1"}, ["a.jsonl"], [], []))
+    work._doubt(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0", "b.jsonl": "1"}))
     assert work.entry.unproven == work.params.data.unproven == ["a.jsonl"]
 
 

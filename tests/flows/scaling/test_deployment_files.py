@@ -30,6 +30,14 @@ def test_a_deployment_names_a_flow_and_its_parameters(name: str) -> None:
     assert DEPLOYMENTS[name]["work_pool"]["name"] == "{{ $PEFTCORE_POOL }}"
 
 
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_a_deployment_pushes_to_the_remote_that_decides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTCORE_PUSH_TO", "origin")
+    assert apply_values(DEPLOYMENTS[name]["parameters"], {})["push_to"] == "origin"
+    monkeypatch.delenv("PEFTCORE_PUSH_TO")
+    assert not apply_values(DEPLOYMENTS[name]["parameters"], {})["push_to"], "the flows take an empty one for none"
+
+
 def test_only_the_retraining_comes_by_itself_once_a_week() -> None:
     assert [name for name, one in DEPLOYMENTS.items() if "schedules" in one] == ["weekly"]
     assert re.fullmatch(r"\d+ \d+ \* \* \d", DEPLOYMENTS["weekly"]["schedules"][0]["cron"])

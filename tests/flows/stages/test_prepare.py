@@ -112,6 +112,24 @@ def test_nothing_is_judged_by_unproven_files(paths: Paths) -> None:
     assert dropped == {"unproven, so nothing is judged by them": 4 * groups}
 
 
+@pytest.mark.parametrize("kind", ["chat", "preference", "classification"])
+def test_hashed_splits_stay_when_a_row_is_put_at_the_top(paths: Paths, kind: str) -> None:
+    rows = {"chat": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]}
+    rows |= {"preference": PAIRS, "classification": TEXTS}
+    new = {key: "Something new" if isinstance(value, str) else value for key, value in rows[kind][0].items()}
+    new |= {"rejected": "no"} if kind == "preference" else {"label": "odd"} if kind == "classification" else {}
+    limits = dict.fromkeys(LIMITS)
+    given = {**OWN, **limits, "kind": kind, "assignment": "hashed", "validation_share": 0.2, "test_share": 0.3}
+    found: list[dict[Split, set[str]]] = []
+    for top in ([], [new]):
+        write_source(paths, [*top, *rows[kind]])
+        run(params(**given), paths)
+        found.append({name: {row["id"] for row in split(paths, name)} for name in SPLITS})
+    for name in SPLITS:
+        assert found[0][name] <= found[1][name]
+    assert sum(len(found[1][name]) - len(found[0][name]) for name in SPLITS) == 1
+
+
 def test_any_python_has_docstrings_to_prepare(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     import json.decoder
 
