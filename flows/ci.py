@@ -15,6 +15,7 @@ from flows.errors import GateError, PipelineError, RegistryConflict, RegistryErr
 from flows.git import Git, GitError
 from flows.params import Params
 from flows.paths import Paths
+from flows.promotion.project_registry import registry_of
 from flows.promotion.promote import Promotion, promote
 from flows.promotion.registry import Registry, Version
 from flows.promotion.report import as_markdown
@@ -66,7 +67,7 @@ def judge(
     """
     event = Event.of(environment)
     try:
-        registry = Registry(Git(paths.root), params.project.name)
+        registry = registry_of(params, paths.root)
         chosen = registry.version(version) if version else _version_of(registry, event, remote)
         if chosen is None:
             sentence = f"{registry.name} has no version yet; `peftcore run` makes one"

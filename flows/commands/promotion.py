@@ -109,12 +109,11 @@ def approve(
     signed with one of them (`PEFTCORE_SIGNING_KEY`). Exits with 4 if you have approved it already.
     """
     with errors(), project() as (params, paths):
-        from flows.git import Git
         from flows.promotion.approvals import approve as approve_version
-        from flows.promotion.registry import Registry
-        from flows.promotion.signatures import allowed_signers, signing_key
+        from flows.promotion.project_registry import registry_of
+        from flows.promotion.signatures import allowed_signers
 
-        registry = Registry(Git(paths.root), params.project.name, signing_key(params, paths.root))
+        registry = registry_of(params, paths.root, sign=True)
         chosen = registry.version(version or newest(registry))
         made = approve_version(registry, chosen, note, allowed_signers(params.gate, paths.root), push_to)
         if as_json:

@@ -23,6 +23,7 @@ from flows.errors import RegistryError, RepositoryError
 from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
+from flows.promotion.project_registry import registry_of
 from flows.promotion.registry import COLLECTED, Registry, Version
 from flows.worktree import leftovers, remove_worktree
 
@@ -80,7 +81,7 @@ def collect_garbage(
     Raises RepositoryError if DVC is at work, or cannot tell what is used.
     """
     git = Git(paths.root)
-    registry = Registry(git, params.project.name)
+    registry = registry_of(params, paths.root)
     if push_to is not None:
         git.run("fetch", "--quiet", push_to, "refs/tags/*:refs/tags/*")
     leftovers = _leftovers(dry_run, git)

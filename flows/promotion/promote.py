@@ -12,17 +12,17 @@ import pyarrow
 from pyarrow import parquet
 
 from flows.errors import RegistryError, StageError
-from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
 from flows.promotion.approvals import approvals
 from flows.promotion.candidate import Candidate, Champion
 from flows.promotion.gate import GateReport, evaluate_gate
 from flows.promotion.lineage import read_json
+from flows.promotion.project_registry import registry_of
 from flows.promotion.registered_files import check_adapter, files_of
 from flows.promotion.registry import Assignment, Registry, Version
 from flows.promotion.remeasurement import measure_again
-from flows.promotion.signatures import allowed_signers, signature_of, signing_key
+from flows.promotion.signatures import allowed_signers, signature_of
 from peftcore.files import write_atomically
 
 Outcome = Literal["promoted", "already", "refused", "would promote", "rolled back"]
@@ -73,7 +73,7 @@ def promote(
     The result is kept in reports/promotion.json, for the page. Raises RegistryConflict if the stage changed hands
     while the gate was at work.
     """
-    registry = _registry(params, paths)
+    registry = registry_of(params, paths.root, sign=True)
     # before anything is compared: whoever promotes after this makes our tag impossible
     looked_at = registry.last_event()
     record = registry.record(registry.version(version)) if version else last_record(paths)
@@ -99,7 +99,7 @@ def roll_back(
     version: its number; None is the one that had it last before the present holder. Its files have to be those that
     were registered; the gate is not asked again, what it said then is in the tag. Raises RegistryError.
     """
-    registry, stage = _registry(params, paths), params.gate.stage
+    registry, stage = registry_of(params, paths.root, sign=True), params.gate.stage
     if not reason.strip():
         raise RegistryError("a rollback needs a reason, which its tag keeps; give --reason")
     looked_at, holder, past = registry.last_event(), registry.stages().get(stage), registry.holders(stage)
@@ -185,10 +185,6 @@ def _decide(
     lines += ["", _REPORT + json.dumps(report.as_dict())]
     tag = registry.assign(stage, chosen, looked_at, "\n".join(lines) + "\n", push_to)
     return Promotion(registry.name, chosen.number, stage, "promoted", tag, report)
-
-
-def _registry(params: Params, paths: Paths) -> Registry:
-    return Registry(Git(paths.root), params.project.name, signing_key(params, paths.root))
 
 
 def _candidate(params: Params, paths: Paths, registry: Registry, version: Version, at: Paths) -> Candidate:

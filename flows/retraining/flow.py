@@ -28,8 +28,9 @@ from flows.pipeline import is_without_server
 from flows.prefect_server import tie_temporary_server
 from flows.project import changed_stages, files_at, find_root, stage_order
 from flows.promotion.lineage import LOCK, check_artifact_name, headline_metrics
+from flows.promotion.project_registry import registry_of
 from flows.promotion.promote import promote
-from flows.promotion.registry import Registry, Version
+from flows.promotion.registry import Version
 from flows.promotion.remeasurement import measured_with
 from flows.retraining.data import Collected, Source, champion_of, has_been_tried, note_tried, versions_before
 from flows.retraining.drift import DriftReport, Known, measure_drift
@@ -118,7 +119,7 @@ class Retraining:
     ) -> None:
         self.params, self.paths, self.push_to, self.force = params, Paths(root), push_to, force
         self.runner, self.entry = runner, entry
-        self.registry = Registry(Git(root), params.project.name)
+        self.registry = registry_of(params, root)
         check_artifact_name(root, params.project.name)
         self.tree = Paths(working_tree(root))
         # one that was interrupted has changed them
