@@ -10,7 +10,8 @@ so that git refuses all but the first. `gto show` and `dvc artifacts get . NAME 
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,7 @@ class _Event:
 class Registry:
     """The versions and stages of one name."""
 
-    def __init__(
-        self, git: Git, name: str, signing_key: Path | None = None, decides: Decides | None = None
-    ) -> None:
+    def __init__(self, git: Git, name: str, signing_key: Path | None = None, decides: Decides | None = None) -> None:
         """signing_key: of ssh, which signs the tags that are made here. decides: which tags give or take back a stage
         or take back a version; None: all of them. `flows.promotion.project_registry` has that of a project."""
         self.git = git
@@ -120,11 +119,13 @@ class Registry:
             )
         return versions[number]
 
-    def with_content(self, content: str) -> Version | None:
-        """The version whose adapter has this digest, if it is registered already and its files are not collected."""
+    def registered(self, content: str, evidence: Mapping[str, str]) -> Version | None:
+        """The version whose adapter has this digest and whose record names this evidence ({file: SHA-256}), if there
+        is one whose files are not collected."""
         collected = self.collected()
-        same = (version for version in self.versions() if version.content == content)
-        return next((version for version in same if version.number not in collected), None)
+        same = [version for version in reversed(self.versions()) if version.content == content]
+        alive = self.records([version for version in same if version.number not in collected])
+        return next((version for version, record in alive.items() if record["evidence"] == evidence), None)
 
     def record(self, version: Version) -> dict[str, Any]:
         """A version's lineage record. Raises RegistryError if its commit has none that can be used, or another's."""
@@ -140,6 +141,14 @@ class Registry:
                 f"is no version of its own; delete the tag (`git tag --delete {version.tag}`), or name the other one"
             )
         return record
+
+    def records(self, versions: Sequence[Version]) -> dict[Version, dict[str, Any]]:
+        """The records of those of the versions that have a usable one."""
+        found = {}
+        for version in versions:
+            with suppress(RegistryError):
+                found[version] = self.record(version)
+        return found
 
     def stages(self) -> dict[str, Assignment]:
         """{stage: what has it now}: of the versions that it was not taken back from, the one that got it last."""
@@ -277,16 +286,9 @@ class Registry:
         """{commit: its version}; of several versions at one commit, the one that the commit's record names."""
         found: dict[str, str] = {}
         for version in self.versions():
-            if version.commit not in found or self._is_recorded(version):
+            if version.commit not in found or self.records([version]):
                 found[version.commit] = version.number
         return found
-
-    def _is_recorded(self, version: Version) -> bool:
-        try:
-            self.record(version)
-        except RegistryError:
-            return False
-        return True
 
     def _deciding(self) -> list[_Event]:
         """The events that count: where signers are listed, unsigned tags register versions and do nothing else."""

@@ -20,6 +20,7 @@ from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 from ruamel.yaml import YAML
 
+from flows.base.identity import is_base
 from flows.errors import ParamsError, PipelineError
 from flows.git import Git
 from flows.params import Params, load_params
@@ -41,7 +42,7 @@ from flows.retraining.tree import only_one, remove_working_tree, working_tree
 from flows.retraining.trust import read_set_aside, read_vouched, set_aside
 from flows.review.page import write_review
 from flows.stage_process import run_stage
-from peftcore.files import MANIFEST, sha256, write_atomically
+from peftcore.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -266,8 +267,8 @@ class Retraining:
             self._change({"data": {"unproven": sorted({*self.distrusted, *unproven}) or None}})
 
     def _drift(self, collected: Collected, champion: Version) -> DriftReport:
-        record, base = self.registry.record(champion), self.tree.base / MANIFEST
-        loss, is_of_this_base = record["metrics"]["adapter"]["loss"], sha256(base) == record["base_model"]
+        record = self.registry.record(champion)
+        loss, is_of_this_base = record["metrics"]["adapter"]["loss"], is_base(self.tree.base, record)
         theirs = measured_with(self.params, self.registry, champion)
         files = [self.tree.adapter] + ([self.tree.labels] if theirs["train"]["objective"] == "classification" else [])
         names = [path.relative_to(self.tree.root).as_posix() for path in files]
