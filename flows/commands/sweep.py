@@ -48,6 +48,7 @@ def sweep(
     trials there were is written into the versions that follow on the same data. To take a trial, put its parameters
     into `params.yaml` and use `peftcore run`: its stages come from DVC's cache. Writes `reports/sweep.json` and
     `reports/sweep.md`. Exits with 1 if a trial failed.
+    """
     with errors(), project() as (_, paths):
         set_prefect_environment(paths.root)
         from flows.scaling.ranking import COLUMNS, rows

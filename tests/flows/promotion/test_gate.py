@@ -16,7 +16,7 @@ from flows.errors import GateError
 from flows.params import Champion as ChampionParams
 from flows.params import Gate, Merge
 from flows.params import Slices as SlicesParams
-from flows.promotion.candidate import Candidate, Champion, Remeasured
+from flows.promotion.candidate import Candidate, Champion, Looks, Remeasured
 from flows.promotion.gate import GateReport, evaluate_gate
 from flows.promotion.lineage import content_digest
 from flows.promotion.signatures import Signature
@@ -385,7 +385,7 @@ def test_a_champion_of_other_test_rows_is_measured_once_and_the_slices_are_of_th
     champion, measured = measured_again(champion_of(before), make("v0.1.9", loss=2.7).rows, left_out=3)
     report = judge(candidate, champion)
     assert reason(report).startswith("slices: worse than v0.1.0 in rare") and measured == ["v0.1.0"]
-    detail = report.checks[-2].detail
+    detail = check(report, "against the champion")
     assert "v0.1.0 was measured again on these 43 test rows, and 3 left out" in detail and "on 40 rows" in detail
 
 
@@ -475,3 +475,128 @@ def test_enough_people_have_to_approve(make: Callable[..., Candidate]) -> None:
     text = reason(judge(one, approvals=2))
     assert text.startswith("approval: 1 of 2: ada@example.org; people other than who registered it")
     assert "`peftcore approve v0.2.0 --note TEXT`" in text
+
+
+# -- evidence, the champion's own rows, the rules, looks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "rows.parquet", "control.parquet", "merge.json"])
+def test_evidence_that_was_changed_after_registering_is_named(make: Callable[..., Candidate], file: str) -> None:
+    candidate = make()
+    path = next(path for path in candidate.evidence if path.name == file)
+    path.write_bytes(path.read_bytes() + b" ")
+    assert reason(judge(candidate)).startswith(f"evidence: {file} is not what was registered as v0.2.0")
+    unnamed = replace(candidate, evidence={**candidate.evidence, path: None})
+    assert f"registered without the SHA-256 of {file}" in reason(judge(unnamed))
+
+
+@pytest.mark.parametrize(
+    ("side", "figure", "value"), [("adapter", "loss", 2.0), ("base", "loss", 9.9), ("adapter", "ended", 0.95)]
+)
+def test_figures_have_to_follow_from_the_rows(
+    make: Callable[..., Candidate], side: str, figure: str, value: float
+) -> None:
+    """Edited before it was registered, a file has its registered SHA-256."""
+    candidate = make()
+    metrics = json.loads(json.dumps(candidate.metrics))
+    metrics[side][figure] = value
+    metrics["gain"]["loss"] = metrics["base"]["loss"] - metrics["adapter"]["loss"]
+    record = {**candidate.record, "metrics": {**candidate.record["metrics"], **{p: metrics[p] for p in SIDES}}}
+    text = reason(judge(replace(candidate, metrics=metrics, record=record)))
+    assert text.startswith(f"evidence: metrics.json says {side}.{figure} {value:g}, and its rows come to")
+
+
+SIDES = ("base", "adapter", "gain")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"gain": {"loss": 3.0, "rouge_l": 0.15}}, "gain.loss 3"),
+        ({"rows": 400}, "rows 400"),
+        ({"slices": {"json": {"rows": 40, "base_loss": 3.8, "adapter_loss": 2.7}}}, "slices json"),
+        ({"control": {"base_loss": 3.0, "adapter_loss": 2.0, "rows": 8}}, "control.adapter_loss 2"),
+    ],
+)
+def test_so_have_gains_slices_and_the_control_set(
+    make: Callable[..., Candidate], change: dict[str, Any], told: str
+) -> None:
+    assert f"metrics.json says {told}" in reason(judge(make(**change)))
+
+
+def test_a_record_that_tells_other_figures_is_refused(make: Callable[..., Candidate]) -> None:
+    candidate = make()
+    lying = replace(candidate, record={**candidate.record, "evaluation_set": "0" * 64})
+    assert reason(judge(lying)).startswith("evidence: the record of v0.2.0 says evaluation_set 0000")
+
+
+def of_another_task(
+    make: Callable[..., Candidate], there: pyarrow.Table, learned: int = 0
+) -> tuple[Candidate, Champion]:
+    """A candidate that is much better on its own test rows; there: its losses on the champion's."""
+    candidate, before = make(loss=1.5), make("v0.1.0", loss=2.7)
+    rows = there.slice(learned)
+    champion = replace(
+        champion_of(before),
+        evaluation_set="0" * 64,
+        measure_again=lambda: Remeasured(before.rows, 0),
+        measure_candidate=lambda: Remeasured(rows, learned, there),
+    )
+    return candidate, champion
+
+
+def test_a_candidate_has_to_hold_on_the_champions_rows_or_somebody_vouches(make: Callable[..., Candidate]) -> None:
+    """A ticket adapter was far better on tickets, and 1.46 nats worse on the docstrings of the champion."""
+    candidate, champion = of_another_task(make, make("v0.1.9", loss=4.16).rows)
+    text = reason(judge(candidate, champion))
+    assert text.startswith("the champion's rows: loss +1.4600 nats against v0.1.0 on 40 of that one's test rows")
+    assert "peftcore approve v0.2.0" in text and "gto deprecate docstrings v0.1.0 champion" in text
+    vouched = judge(replace(candidate, approved_by=("grace@example.org",)), champion)
+    assert vouched.passed and "vouched for by grace@example.org" in check(vouched, "the champion's rows")
+    assert judge(candidate, champion, champion=ChampionParams(max_loss_regression_on_its_rows=None)).passed
+    assert judge(candidate, champion, champion=ChampionParams(max_loss_regression_on_its_rows=2.0)).passed
+
+
+def test_rows_that_the_candidate_has_learned_count_only_where_too_few_others_are_left(
+    make: Callable[..., Candidate],
+) -> None:
+    """Ten rows are learned by heart; if all but ten were, a candidate that learned wrong answers would show by them."""
+    there = make("v0.1.9", loss=3.0, row_changes=[-2.9] * 10 + [0.0] * 30).rows
+    text = reason(judge(*of_another_task(make, there, learned=10)))
+    assert "loss +0.3000 nats against v0.1.0 on 30 of that one's test rows (10 left out that it had learned)" in text
+    wrong = make("v0.1.8", loss=3.0, row_changes=[2.0] * 30 + [-0.3] * 10).rows
+    text = reason(judge(*of_another_task(make, wrong, learned=30)))
+    assert "on 40 of that one's test rows (30 of them learned by it)" in text
+
+
+def test_the_champions_own_adapter_evaluated_again_takes_its_place(make: Callable[..., Candidate]) -> None:
+    candidate = replace(make(loss=2.71), content="a" * 64)
+    champion = replace(champion_of(make("v0.1.0", loss=2.7)), content="a" * 64)
+    report = judge(candidate, champion)
+    assert report.passed and "evaluated again on the same test rows" in check(report, "against the champion")
+    others = replace(champion, evaluation_set="0" * 64)
+    assert "evaluated again on other test rows, so it cannot be better" in reason(judge(candidate, others))
+
+
+def test_a_stage_that_was_taken_back_is_given_again_only_on_demand(make: Callable[..., Candidate]) -> None:
+    candidate = replace(make(), taken_back="docstrings#champion#4 rolled it back (wrong answers)")
+    assert "promote --version v0.2.0 --again" in reason(judge(candidate))
+    assert judge(replace(candidate, again=True)).passed
+
+
+def test_how_many_looks_there_were_is_shown(make: Callable[..., Candidate]) -> None:
+    candidate = replace(make(loss=2.6), looks=Looks(test_rows=3, trials=20, since_champion=5))
+    detail = check(judge(candidate, champion_of(make("v0.1.0"))), "against the champion")
+    assert "version 3 that was evaluated on these test rows" in detail
+    assert "candidate 5 since the champion got its stage" in detail and "20 trials of sweeps" in detail
+    once = replace(candidate, looks=Looks(1, 0, 1))
+    assert "by chance" not in check(judge(once, champion_of(make("v0.1.0"))), "against the champion")
+
+
+def test_unsigned_approvals_are_said_to_prove_nothing(make: Callable[..., Candidate]) -> None:
+    approved = replace(make(), approved_by=("ada@example.org",))
+    assert "unsigned e-mails prove nothing" in check(judge(approved, approvals=1), "approval")
+    signed = replace(make(), signature=Signature("ada@example.org"), unsigned_approvals=2)
+    signed = replace(signed, content=content_digest(dict(signed.files)))
+    text = reason(judge(signed, approvals=1, allowed_signers="signers"))
+    assert text.startswith("approval: 0 of 1;") and "2 more are signed by nobody of signers" in text
