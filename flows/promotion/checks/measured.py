@@ -15,9 +15,8 @@ from flows.promotion.candidate import Candidate, Outcome
 
 def measured_as_asked(candidate: Candidate) -> Outcome:
     if candidate.unmeasured:
-        more = f"; also {', '.join(candidate.unmeasured[1:])}" if len(candidate.unmeasured) > 1 else ""
         return False, (
-            f"{candidate.unmeasured[0]}{more}; evaluate it as the rules ask (`peftcore run`), or change the rules "
+            f"{'; '.join(candidate.unmeasured)}; evaluate it as the rules ask (`peftcore run`), or change the rules "
             "where they are kept"
         )
     return True, "with the objective, rows, slices and control set of the rules"
