@@ -15,15 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.base.identity import base_identity, have_same_base
 from flows.errors import BaseModelError, PipelineError, RegistryError, RepositoryError
 from flows.git import Git
-from flows.params import Params, Quantization
+from flows.params import Params, Quantization, load_params
 from flows.paths import Paths
 from flows.project import dvc, files_at
+from flows.promotion.project_registry import deciding_tags, registry_of
 from flows.promotion.registry import Registry, Version
 from peftcore.config import CONFIG_NAME
 from peftcore.errors import CheckpointError, ConfigError, PeftError
-from peftcore.files import sha256
+from peftcore.files import MANIFEST, sha256
 from peftcore.tensors import read_tensors
 
 if TYPE_CHECKING:
@@ -39,20 +41,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServedBase:
-    """A base model as it stands in memory: its files' digest, and how they are stored there."""
+    """A base model as it stands in memory.
 
-    digest: str
+    Attributes:
+        evaluation: what an evaluation's metrics, or a version's record, say of the base: `base_model`, `base_manifest`.
+        quantization: how its weights are stored.
+    """
+
+    evaluation: Mapping[str, Any]
     quantization: Quantization
 
     @classmethod
     def judged(cls, record: Mapping[str, Any]) -> "ServedBase":
         """Return the base on which a registered version was evaluated."""
-        return cls(record["base_model"], Quantization(**record["params"]["quantization"]))
+        return cls(record, Quantization(**record["params"]["quantization"]))
+
+    def is_same(self, other: "ServedBase") -> bool:
+        """Return whether both have the same weights in the same storage."""
+        return self.quantization == other.quantization and have_same_base(self.evaluation, other.evaluation)
 
     def __str__(self) -> str:
         storage = self.quantization.storage
         stored = "" if storage == "none" else f"dequantised {storage} in "
-        return f"base {self.digest[:12]} as {stored}{self.quantization.compute_dtype}"
+        return f"base {self.evaluation['base_model'][:12]} as {stored}{self.quantization.compute_dtype}"
 
 
 class StageWatch:
@@ -86,7 +97,8 @@ class StageWatch:
         """{stage: why its version is not served}; {} while it is."""
         self._paths, self._stage, self._store, self._base = paths, stage, store, base
         self._folder, self._seconds, self._check = folder, seconds, check
-        self._registry = Registry(Git(paths.root), name)
+        git = Git(paths.root)
+        self._registry = Registry(git, name, decides=deciding_tags(load_params(paths.params).gate, git))
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peftcore-watch", daemon=True)
 
@@ -112,7 +124,7 @@ class StageWatch:
             return True
         version = self._registry.version(number)
         judged = ServedBase.judged(self._registry.record(version))
-        if judged != self._base:
+        if not judged.is_same(self._base):
             raise BaseModelError(
                 f"{version.tag} was evaluated on {judged}, and this server has loaded {self._base}; start the server "
                 "again to serve it"
@@ -285,17 +297,18 @@ def _loaded_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:
     paths, params = options.watched
     if options.dtype != "auto":
         raise ConfigError(f"--dtype {options.dtype}: with --watch the base is as the promoted version was evaluated")
-    registry = Registry(Git(paths.root), params.project.name)
+    check_base(options.base)
+    here = {"base_model": base_identity(options.base), "base_manifest": sha256(options.base / MANIFEST)}
+    registry = registry_of(params, paths.root)
     holder = registry.stages().get(params.gate.stage)
-    digest = check_base(options.base)
-    base = ServedBase(digest, params.quantization)
+    base = ServedBase(here, params.quantization)
     if holder is not None and holder.version is not None:
         base = ServedBase.judged(registry.record(registry.version(holder.version)))
-    if base.digest != digest:
-        raise BaseModelError(
-            f"{holder.version if holder else None} was evaluated on {base}, and {options.base} holds {digest[:12]}; "
-            "give --base the folder of the other one"
-        )
+        if not have_same_base(base.evaluation, here):
+            raise BaseModelError(
+                f"{holder.version} was evaluated on {base}, and {options.base} holds {here['base_model'][:12]}; give "
+                "--base the folder of the other one"
+            )
     logger.info("loading %s", base)
     return load_dequantized(options.base, base.quantization), load_tokenizer(options.base), base
 

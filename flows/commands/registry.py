@@ -132,9 +132,10 @@ def fetch(
     number. A stage that was given here and never pushed makes way for the remote's.
     """
     with errors(), project() as (params, paths):
+        from flows.promotion.project_registry import registry_of
         from flows.promotion.synchronise import synchronise
 
-        renumbered = synchronise(_registry(params, paths), remote)
+        renumbered = synchronise(registry_of(params, paths.root, sign=True), remote)
         if as_json:
             print(json.dumps({"renumbered": renumbered}, indent=2))
             return
@@ -209,10 +210,9 @@ def reproduce(
 
 
 def _registry(params: "Params", paths: Paths) -> "Registry":
-    from flows.git import Git
-    from flows.promotion.registry import Registry
+    from flows.promotion.project_registry import registry_of
 
-    return Registry(Git(paths.root), params.project.name)
+    return registry_of(params, paths.root)
 
 
 def _version(registry: "Registry", name: str | None) -> "Version":

@@ -20,6 +20,7 @@ from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 from ruamel.yaml import YAML
 
+from flows.base.identity import is_base
 from flows.demonstration import left_over
 from flows.errors import ParamsError, PipelineError, RegistryConflict
 from flows.git import Git
@@ -30,8 +31,9 @@ from flows.pipeline import is_without_server
 from flows.prefect_server import tie_temporary_server
 from flows.project import changed_stages, files_at, find_root, stage_order
 from flows.promotion.lineage import LOCK, check_artifact_name, headline_metrics
+from flows.promotion.project_registry import registry_of
 from flows.promotion.promote import Promotion, last_version, promote
-from flows.promotion.registry import Registry, Version
+from flows.promotion.registry import Version
 from flows.promotion.remeasurement import measured_with
 from flows.promotion.synchronise import synchronise
 from flows.retraining.committed import committed_params, last_readable_params
@@ -44,7 +46,7 @@ from flows.retraining.tree import is_unfinished, note_unfinished, only_one, remo
 from flows.retraining.trust import read_set_aside, read_vouched, set_aside
 from flows.review.page import write_review
 from flows.stage_process import run_stage
-from peftcore.files import MANIFEST, sha256, write_atomically
+from peftcore.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +132,7 @@ class Retraining:
         self.runner, self.entry = runner, entry
         # what is committed is what is trained; the user may be editing the other
         self.params = committed_params(Git(root))
-        self.registry = Registry(Git(root), self.params.project.name)
+        self.registry = registry_of(self.params, root, sign=True)
         self.unfinished = is_unfinished(root)
         self.tree = Paths(working_tree(root))
         # one that was interrupted has changed them
@@ -326,8 +328,8 @@ class Retraining:
             self._change({"data": {"unproven": sorted({*self.distrusted, *unproven}) or None}})
 
     def _drift(self, collected: Collected, champion: Version) -> DriftReport:
-        record, base = self.registry.record(champion), self.tree.base / MANIFEST
-        loss, is_of_this_base = record["metrics"]["adapter"]["loss"], sha256(base) == record["base_model"]
+        record = self.registry.record(champion)
+        loss, is_of_this_base = record["metrics"]["adapter"]["loss"], is_base(self.tree.base, record)
         theirs = measured_with(self.params, self.registry, champion)
         files = [self.tree.adapter] + ([self.tree.labels] if theirs["train"]["objective"] == "classification" else [])
         names = [path.relative_to(self.tree.root).as_posix() for path in (*files, self.tree.evaluation_rows)]

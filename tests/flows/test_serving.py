@@ -146,7 +146,7 @@ def test_a_version_that_loses_the_stage_is_served_no_longer(project: Any, follow
 @pytest.mark.parametrize(
     "other",
     [
-        {"digest": "0" * 64},
+        {"evaluation": {"base_model": "0" * 64}},
         {"quantization": Quantization(storage="int8")},
         {"quantization": Quantization(double_quant=False)},
     ],
