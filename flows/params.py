@@ -311,9 +311,9 @@ class Slices(Section):
 class Gate(Section):
     stage: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$")] = "champion"
     max_test_loss: Positive | None = None
-    min_loss_gain: Finite = 0.5
-    min_rouge_l_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
-    min_ended: Annotated[float, Field(ge=0, le=1)] = 0.9
+    min_loss_gain: Finite | None = 0.5
+    min_rouge_l_gain: Annotated[float, Field(ge=-1, le=1)] | None = 0.05
+    min_ended: Annotated[float, Field(ge=0, le=1)] | None = 0.9
     min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     max_forgetting: NonNegative | None = 0.2
     max_adapter_mb: Positive | None = None

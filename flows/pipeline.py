@@ -47,6 +47,7 @@ class Outcome:
 
 def run_pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None) -> Outcome:
     """`pipeline` below; where Prefect's server is not there, or goes away, the same work goes on without it."""
+    check_registrable(root)  # before Prefect's server starts, which takes a quarter of a minute
     try:
         tie_temporary_server()
         return pipeline(root, stage_timeout, push_to)
@@ -55,6 +56,18 @@ def run_pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | Non
             raise
         logger.warning("Prefect's server is not there (%s); going on without it", error)
     return _work(root, stage_timeout, push_to, in_task=lambda _, work: work)
+
+
+def check_registrable(root: Path) -> None:
+    """Check what registering, which comes last, needs; nobody wants to hear of it after the training.
+
+    Raises:
+        RepositoryError: there is no git repository with a commit.
+        RegistryError: dvc.yaml declares no adapter of the project's name.
+        ParamsError: params.yaml cannot be used.
+    """
+    Git(root)
+    check_artifact_name(root, load_params(Paths(root).params).project.name)
 
 
 @flow(name="pipeline", validate_parameters=False)
@@ -87,9 +100,7 @@ def _tasks(
     params = load_params(paths.params)
     for told in left_over(params):
         logger.warning("%s", told)
-    # registering comes last and needs both; nobody wants to hear of it after the training
-    Git(root)
-    check_artifact_name(root, params.project.name)
+    check_registrable(root)
 
     def run(name: str, work: Work, *arguments: Any) -> Any:
         with record.at(name):

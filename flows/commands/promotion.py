@@ -53,7 +53,7 @@ def promote(
     finite weights; the thresholds of `params.yaml`; better than the version that has the stage now (a paired bootstrap
     on the same test rows, on which that one is measured again if they are new to it), not worse than allowed on that
     one's own test rows, and in no slice worse than allowed; nothing forgotten on the control set; the adapter's size
-    and latency; a faithful merge; enough approvals. The first that fails is the reason. Exits with 3 if it refuses,
+    and latency; a faithful merge; enough approvals. Every one that fails is named. Exits with 3 if it refuses,
     with 4 if somebody else promoted meanwhile.
     """
     with errors(), project() as (params, paths):

@@ -66,12 +66,23 @@ def trial(
 ) -> None:
     """Run the pipeline once with other parameters, apart from the working tree, as a DVC experiment.
 
-    It registers nothing; stages that the parameters do not touch come from the cache. `sweeps/learning-rate.yaml` is a
-    W&B sweep that runs it; `peftcore review exp:` compares what there is, `dvc exp apply NAME` takes one over.
+    Prints what it came to. It registers nothing; stages that the parameters do not touch come from the cache.
+    `sweeps/learning-rate.yaml` is a W&B sweep that runs it; `peftcore review exp:` compares what there is, `dvc exp apply
+    NAME` takes one over.
     """
     with errors(), project() as (_, paths):
         from flows.experiment import run_experiment
 
         with one_document(as_json):
             made = run_experiment(paths.root, overrides, name)
-        print(json.dumps({"experiment": made}) if as_json else made)
+        from flows.review.comparison import compare
+        from flows.review.comparison_table import print_comparison
+        from flows.review.sources import read_runs
+
+        runs = read_runs([f"exp:{made}"], paths.root)
+        if as_json:
+            print(json.dumps({"experiment": made, "metrics": runs[0].summary}, indent=2))
+            return
+        console = Console(highlight=False)
+        print_comparison(compare(runs), console)
+        console.print(f"{made}: `dvc exp apply {made}` takes it over", soft_wrap=True)

@@ -1,7 +1,11 @@
-"""The promotion gate: ordered checks on a candidate; the first that fails stops, with its reason.
+"""The promotion gate: ordered checks on a candidate; it refuses with every reason that it has found.
 
-It reads the candidate's adapter folder and changes nothing. Losses are those of the test rows: mean nats per supervised
-token, or of what the objective says.
+Where the candidate's files are not what was registered, nothing else is looked at, for all other checks read them. All
+limits on its figures are checked. It is compared with the champion, which may mean to measure again, only if it is
+within them.
+
+The gate reads the candidate's adapter folder and changes nothing. Losses are those of the test rows: mean nats per
+supervised token, or of what the objective says.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +21,13 @@ from flows.promotion.checks.evidence import evidence
 from flows.promotion.checks.forgetting import forgetting
 from flows.promotion.checks.measured import measured_as_asked
 
+DECISIVE = frozenset(
+    ("not taken back", "allowed files", "manifest", "evidence", "measured as asked", "signature", "finite weights")
+)
+"""Checks of what the others read; after one that fails no other is made."""
+COMPARING = frozenset(("against the champion", "the champion's rows", "slices"))
+"""Checks against the champion, made only while no other has failed."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -29,7 +40,7 @@ class Check:
 
 @dataclass(frozen=True)
 class GateReport:
-    """The checks that were made, in order; the last one is the reason where the gate refuses."""
+    """The checks that were made, in order."""
 
     version: str
     champion: str | None
@@ -41,9 +52,9 @@ class GateReport:
 
     @property
     def reason(self) -> str | None:
-        """Why the candidate is refused; None if it is not."""
-        failed = next((check for check in self.checks if not check.passed), None)
-        return f"{failed.name}: {failed.detail}" if failed else None
+        """Every check that the candidate fails, with its detail; None if it passes all."""
+        failed = [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
+        return "; ".join(failed) or None
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed, "reason": self.reason}
@@ -67,7 +78,7 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         ("signature", lambda: people.signature(candidate, gate)),
         ("finite weights", lambda: files.finite_weights(candidate)),
         ("test loss", lambda: figures.test_loss(candidate, gate)),
-        ("gain in loss", lambda: figures.at_least(candidate.metrics["gain"]["loss"], gate.min_loss_gain, "nats")),
+        ("gain in loss", lambda: figures.gain_in_loss(candidate, gate)),
         ("gain in ROUGE-L", lambda: figures.figure(candidate, "gain", "rouge_l", gate.min_rouge_l_gain)),
         ("answers that end", lambda: figures.ended(candidate, gate)),
         ("against the champion", lambda: against.against_the_champion(candidate, champion, gate, seed)),
@@ -84,8 +95,10 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         checks.insert([name for name, _ in checks].index("against the champion"), accuracy)
     made: list[Check] = []
     for name, check in checks:
-        passed, detail = check()
-        made.append(Check(name, passed, detail))
-        if not passed:
+        refused = not all(each.passed for each in made)
+        if refused and name in COMPARING:
+            continue
+        made.append(Check(name, *check()))
+        if name in DECISIVE and not made[-1].passed:
             break
     return GateReport(candidate.version, champion.version if champion else None, tuple(made))

@@ -126,8 +126,9 @@ def roll_back(
     found = next((one for one in reversed(earlier) if version in (None, one.version)), None)
     if found is None or found.version is None:
         there = ", ".join(dict.fromkeys(one.version for one in earlier if one.version)) or "none"
+        never = f"no version was {stage} before" if version is None else f"{version} was never {stage} before"
         raise RegistryError(
-            f"{version or 'no other version'} has not been {stage} before {holder.version}; these have: {there}. "
+            f"{never} {holder.version}, so it cannot be rolled back to; these were: {there}. "
             "`peftcore promote --version` judges any other"
         )
     chosen = registry.version(found.version)

@@ -17,7 +17,7 @@ def as_markdown(promotion: Promotion) -> str:
     lines += ["| check | | found, and what is allowed |", "|---|---|---|"]
     lines += [f"| {_escaped(c.name)} | {_MARKS[c.passed]} | {_escaped(c.detail)} |" for c in report.checks]
     if not report.passed:
-        lines += ["", "The checks after the one that failed were not made."]
+        lines += ["", "Checks that need what failed, and comparisons with the champion after a failure, were not made."]
     if promotion.tag is not None:
         lines += ["", f"Tag: `{promotion.tag}`"]
     return "\n".join([*lines, ""])

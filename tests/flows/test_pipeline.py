@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from flows import pipeline
-from flows.errors import GateError
+from flows.errors import GateError, RegistryError
 from flows.stage_process import run_stage
 
 HEAVY = ("torch", "transformers", "datasets", "wandb")
@@ -84,6 +84,17 @@ def test_what_could_not_be_registered_is_refused_before_anything_runs(project: A
 
 
 @pytest.mark.faults("Prefect down")
+def test_what_could_not_be_registered_is_said_before_prefects_server_starts(
+    project: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.paths.params.write_text(project.paths.params.read_text().replace("name: docstrings", "name: tickets"))
+    monkeypatch.setattr(pipeline, "tie_temporary_server", lambda: pytest.fail("it was started"))
+    with pytest.raises(
+        RegistryError, match=r"project\.name is 'tickets', but `artifacts:` in dvc\.yaml has no 'tickets'"
+    ):
+        pipeline.run_pipeline(project.root)
+
+
 def test_without_a_prefect_server_the_run_finishes(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     done = run(project)

@@ -20,16 +20,24 @@ def test_loss(candidate: Candidate, gate: Gate) -> Outcome:
     return loss <= gate.max_test_loss, f"{loss:.3f} nats, at most {gate.max_test_loss:g}"
 
 
-def at_least(value: float | None, limit: float, unit: str = "") -> Outcome:
+def gain_in_loss(candidate: Candidate, gate: Gate) -> Outcome:
+    return at_least(candidate.metrics["gain"]["loss"], gate.min_loss_gain, "nats")
+
+
+def at_least(value: float | None, limit: float | None, unit: str = "") -> Outcome:
+    if limit is None:
+        told = "not measured" if value is None else f"{value:.3f}{unit and ' ' + unit}"
+        return True, f"{told}, no limit set"
     if value is None:
         return False, f"not measured, at least {limit:g} {unit}".rstrip()
     return value >= limit, f"{value:.3f}{unit and ' ' + unit}, at least {limit:g}"
 
 
-def figure(candidate: Candidate, part: str, name: str, limit: float) -> Outcome:
+def figure(candidate: Candidate, part: str, name: str, limit: float | None) -> Outcome:
     objective = candidate.metrics.get("objective", "sft")
     if name not in FIGURES[objective]:
-        return True, f"not checked: {objective} has no such figure (the limit of {limit:g} is for other objectives)"
+        unused = "" if limit is None else f" (the limit of {limit:g} is for other objectives)"
+        return True, f"not checked: {objective} has no such figure{unused}"
     return at_least(candidate.metrics[part].get(name), limit)
 
 

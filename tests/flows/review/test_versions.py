@@ -1,11 +1,14 @@
 """Versions, stages and DVC experiments as runs, and which W&B run is the champion."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli import app
 from flows.errors import RegistryError, ReviewError
 from flows.experiment import EXPERIMENTS, run_experiment
 from flows.project import dvc
@@ -74,3 +77,15 @@ def test_a_sweep_by_dvcs_queue_and_a_trial_are_experiments_to_compare(project: A
     assert project.git("tag", "--list") == "", "nothing is registered"
     assert project.git("status", "--porcelain", "--untracked-files=no") == "", "the working tree is as it was"
     assert len(project.git("for-each-ref", EXPERIMENTS).splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_a_trial_as_a_command_tells_what_it_came_to(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.paths.params.write_text(project.paths.params.read_text() + "train: {learning_rate: 0.1}\n")
+    project.git("commit", "--quiet", "--all", "--message=Train")
+    monkeypatch.chdir(project.root)
+    told = CliRunner().invoke(app, ["trial", "train.learning_rate=3e-3", "--name", "mine", "--json"])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["metrics"]["adapter.loss"] == 2.7
+    told = CliRunner().invoke(app, ["trial", "train.learning_rate=4e-3", "--name", "other"])
+    assert "2.700" in told.stdout and "`dvc exp apply other`" in told.stdout
