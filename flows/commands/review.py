@@ -67,8 +67,8 @@ def trial(
     """Run the pipeline once with other parameters, apart from the working tree, as a DVC experiment.
 
     Prints what it came to. It registers nothing; stages that the parameters do not touch come from the cache.
-    `sweeps/learning-rate.yaml` is a W&B sweep that runs it; `peftcore review exp:` compares what there is, `dvc exp apply
-    NAME` takes one over.
+    `sweeps/learning-rate.yaml` is a W&B sweep that runs it; `peftcore review exp:` compares what there is, and
+    `dvc exp apply NAME` takes one over.
     """
     with errors(), project() as (_, paths):
         from flows.experiment import run_experiment
