@@ -44,6 +44,20 @@ def set_requires_grad(model: nn.Module, names: str | list[str], requires_grad: b
             parameter.requires_grad_(requires_grad)
 
 
+def refresh_adapters(model: nn.Module) -> None:
+    """Have everything that was computed from the weights computed anew at the next forward.
+
+    Needed after edits that nothing shows: in place through `parameter.data`, through memory shared with NumPy, by a
+    CUDA graph that is replayed. Every other change is noticed (`peftcore.fingerprint`).
+    """
+    adapters = adapter_set(model)
+    adapters.selection.forget()
+    for site in adapters.layers.values():
+        site.base.forget()
+        for name in site.adapters:
+            site.adapters[name].mark_changed()
+
+
 @contextlib.contextmanager
 def routed(model: nn.Module, given: Spec | Sequence[Spec]) -> Iterator[Route]:
     """This thread's calls of the model go by a composition, or by a list of them, one for each row of the batch.

@@ -52,6 +52,8 @@ class Adapter(nn.Module):
     """Whether its parameters hold nothing yet, because the tensors of a directory are about to be read."""
     disk_prefix: str = ""
     """What stands on disk between the layer's path and the adapter's own keys."""
+    changes: int = 0
+    """How often an attribute was set, such as a parameter, `scaling` or `training` (count)."""
     shared: Any
     """What `make_shared` gave, in every adapter of one name; set after `__init__`, before `reset_parameters`."""
 
@@ -60,6 +62,14 @@ class Adapter(nn.Module):
         super().__init__()
         # `shared` in the instance: as an attribute of the class it would hide the module of that name
         vars(self).update(base=base, shared=None)  # nn.Module's own assignment takes longer than a small adapter does
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self.mark_changed()
+
+    def mark_changed(self) -> None:
+        """Have whatever was computed from the weights computed anew. Setting an attribute does so by itself."""
+        vars(self)["changes"] = self.changes + 1  # not by nn.Module's own assignment, which is slow
 
     @classmethod
     def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str] | None:

@@ -20,6 +20,7 @@ from peftcore.combine import MergeReport, Recipe
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
+from peftcore.fingerprint import unchanging_weights
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
 
@@ -94,6 +95,11 @@ class PeftModel:
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""
         activation.set_requires_grad(self._module, adapter_names, requires_grad)
+
+    def refresh_adapters(self) -> None:
+        """Have what was computed from the weights computed anew: after edits in place through `.data`, which nothing
+        shows. See `peftcore.activation.refresh_adapters`."""
+        activation.refresh_adapters(self._module)
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
         """Context in which the model is its base, merged or not."""
@@ -288,7 +294,7 @@ def _adapted_class(plain: type) -> type:
 
 def _generate(self: Any, *args: Any, adapter_names: Spec | Sequence[Spec] = None, **kwargs: Any) -> Any:
     route = contextlib.nullcontext() if adapter_names is None else self.route(adapter_names)
-    with route, forwarding.generation(self, kwargs) as own:
+    with route, unchanging_weights(), forwarding.generation(self, kwargs) as own:
         return _plain_class(type(self)).generate(self, *args, **own)
 
 

@@ -27,6 +27,9 @@ class BaseWeight(ABC):
         """Whether this is the view on `layer`, and its weight is stored as it was."""
         return layer is self.layer and type(self.layer._parameters.get("weight")) is self._storage
 
+    def forget(self) -> None:  # noqa: B027
+        """Let go of what was computed from the weight, which may be another one now."""
+
     # -- geometry ------------------------------------------------------------------------------------------------
 
     @property

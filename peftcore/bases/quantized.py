@@ -41,6 +41,9 @@ class FourBitWeight(LinearWeight):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}
 
+    def forget(self) -> None:
+        self._packed = None
+
     @property
     def dtype(self) -> torch.dtype:
         return self.layer.weight.quant_state.dtype
