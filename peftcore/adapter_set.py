@@ -50,7 +50,7 @@ class AdapterSet:
     def adapters(self, name: str) -> dict[str, Adapter]:
         """{path: adapter} of one name."""
         self.require(name)
-        return {path: host.adapters[name] for path, host in self.layers.items() if name in host.adapters}
+        return {path: site.adapter(name) for path, site in self.layers.items() if name in site.adapters}
 
     def of_method(self, name: str) -> dict[str, Adapter]:
         """Those of `adapters` that are of the configuration's own method, not its companions."""

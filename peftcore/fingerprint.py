@@ -38,7 +38,10 @@ register_optimizer_step_post_hook(_count_step)
 
 @contextlib.contextmanager
 def unchanging_weights() -> Iterator[None]:
-    """Promise for this thread that no weight is edited through `.data` while inside, as nobody does in `generate`."""
+    """Promise that no weight is edited while this thread is inside, so that it need be looked at once only.
+
+    That is `generate`'s own promise. Optimisers' steps and attributes that are set count inside as ever.
+    """
     token = _SCOPE.set(object())
     try:
         yield
@@ -49,7 +52,17 @@ def unchanging_weights() -> Iterator[None]:
 class Fingerprint:
     """What identifies the present weights of some adapters, without reading them."""
 
-    __slots__ = ("_attributes", "_changes", "_scope", "_steps", "_storages", "_tables", "_tensors", "countable", "trains")
+    __slots__ = (
+        "_attributes",
+        "_changes",
+        "_scope",
+        "_steps",
+        "_storages",
+        "_tables",
+        "_tensors",
+        "countable",
+        "trains",
+    )
 
     def __init__(self, adapters: Iterable[Adapter]):
         distinct = list(dict.fromkeys(adapters))
@@ -68,18 +81,25 @@ class Fingerprint:
         # held, because the address of freed memory can come back with other weights in it
         self._storages = [tensor.untyped_storage() for tensor in tensors] if self.countable else []
 
-    def holds(self) -> bool:
-        """Whether no change can be noticed since."""
-        return (
-            self.countable
-            and self._steps == _optimizer_steps
-            and self._changes == [attributes.get("changes") for attributes in self._attributes]
-            and self._tensors == self._looked_at()
-        )
+    def holds(self, trusts_learning: bool = True) -> bool:
+        """Whether no change can be noticed since.
 
-    def holds_for_learning_weights(self) -> bool:
-        """The same, but False for weights that learn, unless an `unchanging_weights` has been open all the time."""
-        return (not self.trains or (self._scope is not None and self._scope is _SCOPE.get())) and self.holds()
+        trusts_learning: False for what is cheap to make again: then weights that learn hold for the length of one
+        `unchanging_weights` only.
+        """
+        if (
+            not self.countable
+            or self._steps != _optimizer_steps
+            or self._changes != [attributes.get("changes") for attributes in self._attributes]
+        ):
+            return False
+        scope = _SCOPE.get()
+        if scope is not None and scope is self._scope:
+            return True
+        if (self.trains and not trusts_learning) or self._tensors != self._looked_at():
+            return False
+        self._scope = scope
+        return True
 
     def _looked_at(self) -> list[tuple[int, int, bool]]:
         return [

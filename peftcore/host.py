@@ -4,7 +4,7 @@ With adapters 1..n acting in order, the layer computes f_n where f_0 is the base
 f_k(x) = after_k(x, f_{k-1}(before_k(x))), which is what merging them one after another into W gives.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from peftcore.bases.parameter import ParameterWeight
 from peftcore.composition.algebra import Composition
 from peftcore.composition.evaluation import composed, composed_weight
 from peftcore.composition.route import Route
-from peftcore.errors import RoutingError
+from peftcore.errors import MergeError, RoutingError
 from peftcore.fast_path import fused, is_traced, only_computes, stacked
 from peftcore.neighbours import given
 from peftcore.selection import Selection
@@ -40,6 +40,11 @@ class NamedModules(nn.Module):
     def get(self, name: str) -> Any:
         """The module, or None."""
         return self._modules.get(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):  # as `set_submodule` replaces one
+            self.__dict__["changes"] = self.changes + 1
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
@@ -132,6 +137,44 @@ class Site:
         if own is not None:
             base.restore(own)
 
+    def apply_to_set_aside(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Do to the parameters that stand aside what `nn.Module._apply` has done to those in their place."""
+        base = self.base
+        attributes = base.layer.__dict__
+        states = [attributes[name] for name in (base.unmerged_attribute, _OWN_STATE) if name in attributes]
+        if not states:
+            return
+        in_place = {id(tensor) for tensor in base.layer.parameters()}
+        aside = {id(t): t for state in states for t in _parameters(state) if id(t) not in in_place}
+        holder = nn.Module()
+        holder._parameters.update({str(key): parameter for key, parameter in aside.items()})
+        holder._apply(fn)
+        for state in states:
+            _exchange(state, {key: holder._parameters[str(key)] for key in aside})
+            base.follow(state)
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of one name, on the base as it is now."""
+        self.follow_base()
+        return self.adapters[name]
+
+    def follow_base(self) -> None:
+        """Have the adapters on the base as it is now; somebody may have put another layer in its place."""
+        _ = self.base
+
+    def move_adapters(self, old: BaseWeight, new: BaseWeight) -> None:
+        """Have the adapters on another view; MergeError where some are merged into a layer that is gone."""
+        if self.merged and old.layer is not new.layer:
+            raise MergeError(
+                f"{self.path}: the base layer was replaced while {list(self.merged)} are merged into it; put the old "
+                "layer back, call unmerge_adapter, and replace it then"
+            )
+        for name in self.adapters:
+            for module in self.adapters[name].modules():
+                if isinstance(module, Adapter) and module.base is old:
+                    vars(module)["base"] = new
+                    module.mark_changed()
+
     def at_work(self) -> dict[str, Adapter]:
         """{name: adapter} of those at this site that are not merged."""
         adapters = self._modules["adapters"]._modules  # type: ignore[attr-defined]
@@ -141,6 +184,24 @@ class Site:
         """Adapters of this site that act and are not merged, in order."""
         adapters = self.at_work()
         return [adapters[n] for n in self.selection.acting if n in adapters]
+
+
+def _parameters(state: Mapping[str, Any]) -> Iterator[nn.Parameter]:
+    """Parameters among what a base has set aside, also inside of what it keeps together."""
+    for value in state.values():
+        if isinstance(value, Mapping):
+            yield from _parameters(value)
+        elif isinstance(value, nn.Parameter):
+            yield value
+
+
+def _exchange(state: dict[str, Any], new: Mapping[int, Any]) -> None:
+    """Put other parameters in the place of those with these ids."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            _exchange(value, new)
+        else:
+            state[name] = new.get(id(value), value)
 
 
 class AdaptedLayer(_Host, Site):
@@ -159,12 +220,11 @@ class AdaptedLayer(_Host, Site):
         return not len(self.adapters)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self.selection.forget()  # `to` and the like move weights behind autograd's back
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.selection.forget()
-        super()._load_from_state_dict(*args, **kwargs)
+        self.selection.forget()  # memory on the old device
+        super()._apply(fn, recurse)
+        if recurse:
+            self.apply_to_set_aside(fn)
+        return self
 
     def take_view(self, view: BaseWeight) -> None:
         """Have a view on the base that was made already, where there is none yet."""
@@ -174,7 +234,15 @@ class AdaptedLayer(_Host, Site):
     def base(self) -> BaseWeight:
         view = self._view  # kept, because making one takes as long as a small layer
         if view is None or not view.still_fits(self._modules["base_layer"]):
-            self._view = view = base_weight(self.base_layer)
+            view = self._new_view(view)
+        return view
+
+    def _new_view(self, old: BaseWeight | None) -> BaseWeight:
+        """A view on the base as it is now, for the adapters too."""
+        view = base_weight(self.base_layer, self.path)
+        if old is not None:
+            self.move_adapters(old, view)
+        self._view = view
         return view
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -188,6 +256,7 @@ class AdaptedLayer(_Host, Site):
             return self.base_output(x, *args, **kwargs)
         if not args and not kwargs and (y := stacked(self, x, route)) is not None:
             return y
+        self.follow_base()
         return composed(self, route, x, *args, **kwargs)
 
     def chain_output(self, adapters: Sequence[Adapter], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -198,6 +267,7 @@ class AdaptedLayer(_Host, Site):
         plain = not within and not args and not kwargs and bool(adapters)
         if plain and (y := stacked(self, x)) is not None:
             return y
+        self.follow_base()  # before an adapter looks at it
         inputs: list[Tensor] = []
         for adapter in reversed(adapters[within:]):
             inputs.append(x)
@@ -246,7 +316,15 @@ class AdaptedParameters(_Host):
         if key not in self.sites:
             self.sites[key] = ParameterSite(self.base_layer, name, self.selection).train(self.training)
             self.sites[key].path = f"{self.path}.{name}"
+            self.sites[key].owner = (self,)
         return self.sites[key]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if recurse:
+            for key in self.sites:
+                self.sites[key].apply_to_set_aside(fn)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         sites = (self.sites[key] for key in self.sites)
@@ -259,6 +337,9 @@ class AdaptedParameters(_Host):
 class ParameterSite(nn.Module, Site):
     """One raw parameter of a module and its adapters."""
 
+    owner: "tuple[AdaptedParameters]"
+    """The host; in a tuple, because it is no part of this module."""
+
     def __init__(self, module: nn.Module, name: str, selection: Selection):
         super().__init__()
         self._base = ParameterWeight(module, name)
@@ -269,6 +350,11 @@ class ParameterSite(nn.Module, Site):
 
     @property
     def base(self) -> ParameterWeight:
+        module = self.owner[0].base_layer
+        if not self._base.still_fits(module):
+            view = ParameterWeight(module, self._base.name)
+            self.move_adapters(self._base, view)
+            self._base = view
         return self._base
 
     def changed(self) -> Tensor:

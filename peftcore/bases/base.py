@@ -7,6 +7,7 @@ Shapes: o out_features, i in_features, d embedding dimension, v vocabulary, r ra
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -76,9 +77,17 @@ class BaseWeight(ABC):
         own = self.layer.__dict__.get(self.unmerged_attribute)
         return self.bias if own is None else own.get("bias")
 
-    @abstractmethod
     def read(self) -> Tensor:
         """The dense weight in canonical orientation; may share memory with the layer."""
+        return self.read_from({"weight": self.layer.weight})
+
+    @abstractmethod
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        """The same of what `state` returned, now or before something was written."""
+
+    def stored(self, state: Mapping[str, Any]) -> Tensor:
+        """The weight as the layer stores it, in what `state` returned."""
+        return state["weight"]
 
     @property
     def unmerged_attribute(self) -> str:
@@ -88,14 +97,7 @@ class BaseWeight(ABC):
     def read_unmerged(self) -> Tensor:
         """The dense weight without what is merged into it."""
         own = self.layer.__dict__.get(self.unmerged_attribute)
-        if own is None:
-            return self.read()
-        now = self.state()
-        self.restore(own)
-        try:
-            return self.read()
-        finally:
-            self.restore(now)
+        return self.read() if own is None else self.read_from(own)
 
     @abstractmethod
     def write(self, weight: Tensor) -> None:
@@ -108,6 +110,9 @@ class BaseWeight(ABC):
     def state(self) -> dict[str, Any]:
         """References to what `write` replaces: restoring them is exact to the bit and copies nothing."""
         return {name: self.layer._parameters[name] for name in ("weight", "bias") if name in self.layer._parameters}
+
+    def follow(self, state: dict[str, Any]) -> None:
+        """Bring what `state` returned, once its parameters have been moved, to where they are now."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put back what `state` returned."""

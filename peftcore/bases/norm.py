@@ -1,5 +1,8 @@
 """Normalisation layers: LayerNorm, GroupNorm, and what looks like an RMSNorm, whoever wrote it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,8 +35,8 @@ class NormWeight(BaseWeight):
     def out_features(self) -> int:
         return self.layer.weight.shape[0]
 
-    def read(self) -> Tensor:
-        return self.layer.weight.detach()
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        return self.stored(state).detach()
 
     def write(self, weight: Tensor) -> None:
         self.layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)

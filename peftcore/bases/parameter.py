@@ -4,6 +4,7 @@ nn.MultiheadAttention: no layer of its own ever sees its input.
 So an adapter there is folded into the parameter for the length of the module's forward.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,7 +73,10 @@ class ParameterWeight(BaseWeight):
         return weight.transpose(-1, -2) if self.transposed else weight
 
     def read(self) -> Tensor:
-        return self.oriented(self._parameter.detach())
+        return self.read_from(self.state())
+
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        return self.oriented(state[self.leaf].detach())
 
     def write(self, weight: Tensor) -> None:
         stored = self.oriented(weight).to(self.dtype).contiguous()

@@ -1,5 +1,6 @@
 """Base layers whose weight is an ordinary tensor: Linear, Conv1D, Conv1d/2d/3d and Embedding."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -32,8 +33,8 @@ class LinearWeight(BaseWeight):
     def out_features(self) -> int:
         return self.layer.out_features
 
-    def read(self) -> Tensor:
-        return self.layer.weight.detach()
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        return self.stored(state).detach()
 
     def write(self, weight: Tensor) -> None:
         self.layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)
@@ -87,8 +88,8 @@ class Conv1DWeight(LinearWeight):
     def out_features(self) -> int:
         return self.layer.weight.shape[1]
 
-    def read(self) -> Tensor:
-        return self.layer.weight.detach().T
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        return self.stored(state).detach().T
 
     def _weight(self) -> Tensor:
         return self.layer._parameters["weight"].T
@@ -114,8 +115,8 @@ class ConvWeight(BaseWeight):
     def kernel(self) -> tuple[int, ...]:
         return tuple(self.layer.kernel_size)
 
-    def read(self) -> Tensor:
-        return self.layer.weight.detach()
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        return self.stored(state).detach()
 
     def write(self, weight: Tensor) -> None:
         self.layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)
@@ -152,8 +153,8 @@ class EmbeddingWeight(BaseWeight):
     def out_features(self) -> int:
         return self.layer.embedding_dim
 
-    def read(self) -> Tensor:
-        return self.layer.weight.detach().T
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        return self.stored(state).detach().T
 
     def write(self, weight: Tensor) -> None:
         self.layer.weight = nn.Parameter(weight.T.to(self.dtype).contiguous(), requires_grad=False)

@@ -8,6 +8,7 @@ saving, merging and training stay exact to the bit, and a copy in the other orde
 
 import copy
 import weakref
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -85,11 +86,10 @@ class FourBitWeight(LinearWeight):
     def weight_to_keep(self) -> None:
         return None
 
-    def read(self) -> Tensor:
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
         import bitsandbytes.functional as bnb
 
-        data, state = _unpacked(self.layer.weight)
-        return bnb.dequantize_4bit(data, state)
+        return bnb.dequantize_4bit(*_unpacked(self.stored(state)))
 
     def write(self, weight: Tensor) -> None:
         make: Any = import_module("bitsandbytes.nn").Params4bit  # its stubs hide the constructor
@@ -186,13 +186,13 @@ class EightBitWeight(LinearWeight):
     def weight_to_keep(self) -> None:
         return None
 
-    def _codes(self) -> tuple[Tensor, Tensor]:
-        weight, state = self.layer.weight, self.layer.state
-        return weight.data, weight.SCB if weight.SCB is not None else state.SCB
-
     def read(self) -> Tensor:
-        codes, scale = self._codes()
-        return codes.float() * (scale.view(-1, 1) / 127)
+        return self.read_from(self.state())
+
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        weight: Any = self.stored(state)
+        scale = state["state"].SCB if weight.SCB is None else weight.SCB
+        return weight.data.float() * (scale.view(-1, 1) / 127)
 
     def write(self, weight: Tensor) -> None:
         make: Any = import_module("bitsandbytes.nn").Int8Params
@@ -203,6 +203,13 @@ class EightBitWeight(LinearWeight):
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "state": self.layer.state}
+
+    def follow(self, state: dict[str, Any]) -> None:
+        # bitsandbytes moves these where a layer's own `to` is called, and never casts them
+        device, kept = state["weight"].device, state["state"]
+        for name in ("CB", "SCB"):
+            if (tensor := getattr(kept, name)) is not None:
+                setattr(kept, name, tensor.to(device))
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore({name: value for name, value in state.items() if name != "state"})

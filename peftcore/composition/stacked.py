@@ -51,7 +51,7 @@ class Stacked(NamedTuple):
 
     def is_current(self) -> bool:
         """Whether the weights are still those that were stacked."""
-        return self.fingerprint.holds_for_learning_weights()
+        return self.fingerprint.holds(trusts_learning=False)
 
 
 def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | None:

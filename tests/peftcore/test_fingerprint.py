@@ -86,6 +86,13 @@ def scaled(model: Any) -> None:
     adapter_of(model).scaling *= 3
 
 
+def replaced_whole(model: Any) -> None:
+    other = copy.deepcopy(adapter_of(model))
+    with torch.no_grad():
+        other.lora_B.mul_(2.0)
+    model.set_submodule("0.adapters.a", other)
+
+
 def edited_and_evaluated(model: Any) -> None:
     adapter_of(model).lora_B.data.mul_(2.0)
     model.eval()
@@ -121,6 +128,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     ".data =": pointed_elsewhere,
     ".data = many times": pointed_elsewhere_often,
     "scaling": scaled,
+    "set_submodule": replaced_whole,
     ".data in place, eval()": edited_and_evaluated,
     ".data in place, refresh_adapters()": edited_and_refreshed,
     ".data in place, then trainable": edited_and_made_trainable,
