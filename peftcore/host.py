@@ -99,6 +99,7 @@ class Site:
     merged: tuple[str, ...]
     selection: Selection
     training: bool
+    path: str
 
     @property
     def base(self) -> BaseWeight:

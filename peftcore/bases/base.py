@@ -111,7 +111,7 @@ class BaseWeight(ABC):
         """References to what `write` replaces: restoring them is exact to the bit and copies nothing."""
         return {name: self.layer._parameters[name] for name in ("weight", "bias") if name in self.layer._parameters}
 
-    def follow(self, state: dict[str, Any]) -> None:
+    def follow(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Bring what `state` returned, once its parameters have been moved, to where they are now."""
 
     def restore(self, state: dict[str, Any]) -> None:

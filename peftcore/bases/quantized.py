@@ -117,13 +117,16 @@ class _Packed(NamedTuple):
     """(o, i/2) bytes: of 32 outputs the first input pair, the second, ...; a byte's halves are 16 outputs apart."""
     scales: Tensor
     """(i/blocksize, o) in bfloat16."""
-    weight: "weakref.ref[Tensor]"
-    """What it was made of; a reference that would keep it alive could hold a merged weight for ever."""
-    version: tuple[int, int]
+    memory: "weakref.ref[torch.UntypedStorage]"
+    """Of the codes that it was made of; a reference that would keep it alive could hold a merged weight for ever."""
+    state: Any
+    """The scales that it was made of."""
+    version: int
 
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether it was made of this very weight as it is now."""
-        return self.weight() is weight and self.version == _version(weight)
+    def is_of(self, weight: Any) -> bool:
+        """Whether it was made of this weight as it is now."""
+        same = self.memory() is weight.untyped_storage() and self.state is weight.quant_state
+        return same and self.version == _version(weight)
 
 
 def _packed(weight: Any) -> _Packed:
@@ -137,12 +140,12 @@ def _packed(weight: Any) -> _Packed:
     codes = torch.stack(halves, -1).transpose(1, 2).reshape(outputs, inputs // 2)
     scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     scales = scales.view(outputs, -1).T.to(torch.bfloat16).contiguous()
-    return _Packed(codes, scales, weakref.ref(weight), _version(weight))
+    return _Packed(codes, scales, weakref.ref(weight.untyped_storage()), state, _version(weight))
 
 
-def _version(weight: Tensor) -> tuple[int, int]:
-    """Where its codes lie, and how often they have been changed in place as far as autograd has seen it."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+def _version(weight: Tensor) -> int:
+    """How often the codes have been changed in place, as far as autograd has seen it."""
+    return 0 if weight.is_inference() else weight._version
 
 
 @cache
