@@ -100,6 +100,8 @@ class Site:
     selection: Selection
     training: bool
     path: str
+    merged_states: tuple[dict[str, Any], ...] = ()
+    """The base's merged parameters, once for each `disable_adapter` that is open."""
 
     @property
     def base(self) -> BaseWeight:
@@ -143,6 +145,7 @@ class Site:
         base = self.base
         attributes = base.layer.__dict__
         states = [attributes[name] for name in (base.unmerged_attribute, _OWN_STATE) if name in attributes]
+        states += self.merged_states
         if not states:
             return
         in_place = {id(tensor) for tensor in base.layer.parameters()}

@@ -170,15 +170,18 @@ def _merged_hosts(adapters: AdapterSet) -> list[Site]:
 @contextlib.contextmanager
 def original_weights(model: nn.Module) -> Iterator[None]:
     """The unmerged weights in place while inside, the merged ones again after."""
-    bases = [host.base for host in _merged_hosts(adapter_set(model))]
-    merged = [base.state() for base in bases]
-    for base in bases:
+    hosts = _merged_hosts(adapter_set(model))
+    for host in hosts:
+        base = host.base
+        host.merged_states = (*host.merged_states, base.state())
         base.restore(base.layer.__dict__[base.unmerged_attribute])
     try:
         yield
     finally:
-        for base, state in zip(bases, merged, strict=True):
-            base.restore(state)
+        for host in hosts:
+            *others, state = host.merged_states
+            host.merged_states = tuple(others)
+            host.base.restore(state)
 
 
 def merge_and_unload(model: nn.Module, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:

@@ -1,5 +1,6 @@
 """A base layer that is replaced, moved or read while adapters sit on it."""
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable
@@ -161,6 +162,23 @@ def test_merged_models_move_as_a_whole(move: str, lora_bias: bool) -> None:
     if move != "meta":
         dtype = next(model.parameters()).dtype
         assert model(torch.randn(2, 8, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_merged_model_moves_while_it_is_disabled(depth: int) -> None:
+    model: Any = get_peft_model(two_layers(), LoraConfig(target_modules=["0", "2"], init_lora_weights=False))
+    model.merge_adapter()
+    expected = {name: tensor.double() for name, tensor in copy.deepcopy(model.state_dict()).items()}
+    with contextlib.ExitStack() as stack:
+        for _ in range(depth):
+            stack.enter_context(model.disable_adapter())
+        model.double()
+    state = model.state_dict()
+    assert all(
+        torch.equal(state[name], tensor) and state[name].dtype == torch.float64 for name, tensor in expected.items()
+    )
+    model.unmerge_adapter()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
 
 def test_raw_parameters_that_are_merged_move_too() -> None:
