@@ -356,7 +356,7 @@ class ParameterSite(nn.Module, Site):
     def base(self) -> ParameterWeight:
         module = self.owner[0].base_layer
         if not self._base.still_fits(module):
-            view = ParameterWeight(module, self._base.name)
+            view = type(self._base)(module, self._base.name)
             self.move_adapters(self._base, view)
             self._base = view
         return self._base
