@@ -40,7 +40,7 @@ def set_requires_grad(model: nn.Module, names: str | list[str], requires_grad: b
     chosen = [names] if isinstance(names, str) else names
     adapters.require(*chosen)
     for name in chosen:
-        for parameter in adapters.parameters(model, name):
+        for parameter in adapters.parameters(name):
             parameter.requires_grad_(requires_grad)
 
 

@@ -4,7 +4,7 @@ With adapters 1..n acting in order, the layer computes f_n where f_0 is the base
 f_k(x) = after_k(x, f_{k-1}(before_k(x))), which is what merging them one after another into W gives.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from peftcore.errors import RoutingError
 from peftcore.fast_path import fused, is_traced, only_computes, stacked
 from peftcore.neighbours import given
 from peftcore.selection import Selection
+from peftcore.trained_bias import TrainedBias
 
 _OWN_STATE = "_own_state"
 """Attribute of a base layer whose weight an adapter's start has replaced: what was there before."""
@@ -87,6 +88,11 @@ class _Host(nn.Module):
             return getattr(self._stands_for(), name)
 
 
+def with_trained_biases(adapters: Iterable[Adapter]) -> list[Adapter]:
+    """The adapters, and after each one the bias that trains with it, if any."""
+    return [part for adapter in adapters for part in (adapter, adapter.trained_bias) if part is not None]
+
+
 class Site:
     """Where adapters sit: those of one base weight by name, and what of them is merged into it."""
 
@@ -94,6 +100,8 @@ class Site:
     merged: tuple[str, ...]
     selection: Selection
     training: bool
+    has_trained_biases = False
+    """Whether the base's bias trains, or has trained, with an adapter of this site."""
 
     @property
     def base(self) -> BaseWeight:
@@ -139,8 +147,13 @@ class Site:
 
     def acting(self) -> list[Adapter]:
         """Adapters of this site that act and are not merged, in order."""
-        adapters = self.at_work()
-        return [adapters[n] for n in self.selection.acting if n in adapters]
+        return self.in_order(self.selection.acting)
+
+    def in_order(self, names: Iterable[str]) -> list[Adapter]:
+        """Those of `at_work` with these names, in this order, each one's trained bias after it."""
+        at_work = self.at_work()
+        adapters = [at_work[name] for name in names if name in at_work]
+        return with_trained_biases(adapters) if self.has_trained_biases else adapters
 
 
 class AdaptedLayer(_Host, Site):
@@ -169,6 +182,20 @@ class AdaptedLayer(_Host, Site):
     def take_view(self, view: BaseWeight) -> None:
         """Have a view on the base that was made already, where there is none yet."""
         self._view = self._view or view
+
+    def __getattr__(self, name: str) -> Any:
+        # some models read a layer's bias and never call the layer
+        return self._bias_now() if name == "bias" and self.has_trained_biases else super().__getattr__(name)
+
+    def _bias_now(self) -> Tensor | None:
+        """The base's bias as the acting adapters have trained it."""
+        route, bias = self.selection.route, self.base.bias
+        trained = [part for part in self.acting() if isinstance(part, TrainedBias)]
+        if trained and route is not None and route.chain is None:
+            raise RoutingError(f"{self.path}.bias is read for all rows of a batch at once; route one adapter for all")
+        for part in trained:
+            bias = part.merged_bias(bias)
+        return bias
 
     @property
     def base(self) -> BaseWeight:
@@ -240,12 +267,12 @@ class AdaptedParameters(_Host):
         """Whether no adapter is left here."""
         return not any(len(self.sites[name].adapters) for name in self.sites)
 
-    def site(self, name: str) -> "ParameterSite":
+    def site(self, base: ParameterWeight) -> "ParameterSite":
         """The site of a parameter, made if need be."""
-        key = name.replace(".", "/")  # a module's own name has no dots
+        key = base.name.replace(".", "/")  # a module's own name has no dots
         if key not in self.sites:
-            self.sites[key] = ParameterSite(self.base_layer, name, self.selection).train(self.training)
-            self.sites[key].path = f"{self.path}.{name}"
+            self.sites[key] = ParameterSite(base, self.selection).train(self.training)
+            self.sites[key].path = f"{self.path}.{base.name}"
         return self.sites[key]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,16 +280,17 @@ class AdaptedParameters(_Host):
         changed = {site.base.name: site.changed() for site in sites if site.acting()}
         if not changed:
             return self.base_layer(*args, **kwargs)
-        return torch.func.functional_call(self.base_layer, changed, args, kwargs)
+        # ties stay out of it: another name of the same tensor may be adapted by a site of its own
+        return torch.func.functional_call(self.base_layer, changed, args, kwargs, tie_weights=False)
 
 
 class ParameterSite(nn.Module, Site):
     """One raw parameter of a module and its adapters."""
 
-    def __init__(self, module: nn.Module, name: str, selection: Selection):
+    def __init__(self, base: ParameterWeight, selection: Selection):
         super().__init__()
-        self._base = ParameterWeight(module, name)
-        self.path = name
+        self._base = base
+        self.path = base.name
         self.selection = selection
         self.adapters = NamedModules()
         self.merged = ()
@@ -279,8 +307,8 @@ class ParameterSite(nn.Module, Site):
                 weight = adapter.merged_weight(weight)
         elif route.uniform is None:
             raise RoutingError(
-                f"{self.path} is one weight for all rows of a batch, and they are to have different adapters there; "
-                "route one adapter for the whole batch, or leave it out of target_parameters"
+                f"{self.path} is one parameter for all rows of a batch, and they are to have different adapters there; "
+                "route one adapter for the whole batch, or leave it out of target_parameters (of bias='all')"
             )
         else:
             weight = composed_weight(route.uniform, weight, self.at_work(), self.path)

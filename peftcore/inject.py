@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from peftcore import forwarding, fused_paths
 from peftcore.adapter import Adapter
-from peftcore.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set, bias_path
+from peftcore.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
 from peftcore.bases import ParameterWeight
 from peftcore.config import PeftConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError
@@ -33,13 +32,15 @@ def commit_injection(
         forwarding.install(model)
     adapters, places = adapter_set(model), injection.places
     name = injection.name
-    hosted = [p for p, a in injection.adapters.items() if a.base.kind == "linear" and p not in adapters.layers]
-    for path, adapter in injection.adapters.items():
+    parts = _with_biases(injection)
+    hosted = [p for p, a in parts.items() if a.base.kind == "linear" and p not in adapters.layers]
+    for path, adapter in parts.items():
         site = _site_at(path, adapter, adapters, places)
         if adapter.training != site.training:
             adapter.train(site.training)
         _set_trainable(adapter, trainable)
         site.adapters[name] = adapter
+        site.has_trained_biases |= path in injection.biases
         if adapter.new_base is not None:
             site.replace_base(adapter.new_base)
             adapter.new_base = None
@@ -60,14 +61,20 @@ def commit_injection(
         _put_prompt(model, adapters, name, injection.prompt.requires_grad_(trainable).train(model.training))
     if replication is not None:
         adapters.replication = (name, replication)
-    if injection.biases:
-        biases = {path: model.get_parameter(bias_path(adapters, path)) for path in injection.biases}
-        adapters.own_biases[name] = {path: bias.detach().clone() for path, bias in biases.items()}
-        for bias in biases.values():
-            bias.requires_grad_(trainable)
     if not adapters.selection.active:
         adapters.selection.active = (name,)
     return adapters
+
+
+def _with_biases(injection: Injection) -> dict[str, Adapter]:
+    """{path: adapter} with each trained bias in the adapter of its layer, or alone where there is none."""
+    parts = dict(injection.adapters)
+    for path, bias in injection.biases.items():
+        if path in parts:
+            parts[path].trained_bias = bias
+        else:
+            parts[path] = bias
+    return parts
 
 
 def _set_trainable(adapter: Adapter, trainable: bool) -> None:
@@ -98,7 +105,7 @@ def _take_prompt(model: nn.Module, adapters: AdapterSet, name: str) -> None:
 def _site_at(path: str, adapter: Adapter, adapters: AdapterSet, places: Places) -> Site:
     if isinstance(adapter.base, ParameterWeight):
         owner = path.removesuffix(f".{adapter.base.name}")
-        return _host_at(owner, AdaptedParameters, adapters, places).site(adapter.base.name)
+        return _host_at(owner, AdaptedParameters, adapters, places).site(adapter.base)
     host: AdaptedLayer = _host_at(path, AdaptedLayer, adapters, places)
     host.take_view(adapter.base)
     return host
@@ -144,7 +151,7 @@ def deepened(model: nn.Module, config: PeftConfig) -> Iterator[Replication | Non
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove an adapter; hosts that keep none become the plain layer again, trained biases go back."""
+    """Remove an adapter; hosts that keep none become the plain layer again."""
     adapters = adapter_set(model)
     adapters.require(name)
     if name in adapters.merged:
@@ -154,7 +161,6 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     deepens = adapters.replication is not None and adapters.replication[0] == name
     if deepens and len(adapters.configs) > 1:
         raise ConfigError(f"adapter {name!r} made the model deeper (layer_replication); delete the others first")
-    _restore_biases(model, adapters, name)
     if name in adapters.prompts:
         _take_prompt(model, adapters, name)
     emptied = False
@@ -197,15 +203,8 @@ def _remove_empty_hosts(places: Places) -> None:
     fused_paths.switch(places)
 
 
-def _restore_biases(model: nn.Module, adapters: AdapterSet, name: str) -> None:
-    for path, value in adapters.own_biases.pop(name, {}).items():
-        bias = model.get_parameter(bias_path(adapters, path))
-        with torch.no_grad():
-            bias.requires_grad_(False).copy_(value)
-
-
 def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
-    """Take every host out; keep_trained leaves the active adapters' whole modules and biases in place."""
+    """Take every host out; keep_trained leaves the active adapters' whole modules in place."""
     adapters = adapter_set(model)
     for name in list(adapters.prompts):
         _take_prompt(model, adapters, name)
@@ -218,11 +217,6 @@ def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
         site.adapters._modules.clear()
     adapters.layers.clear()
     _remove_empty_hosts(places)
-    for name in list(adapters.own_biases):
-        if keep_trained and name in adapters.selection.active:
-            del adapters.own_biases[name]
-        else:
-            _restore_biases(model, adapters, name)
     if adapters.replication is not None and not keep_trained:
         adapters.replication[1].undo()
     model.requires_grad_(False)

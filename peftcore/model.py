@@ -244,7 +244,7 @@ class PeftModel:
         """(trainable, all) parameter counts; of the adapters, trainable ones count while they are active."""
         adapters = adapter_set(self._module)
         idle = [n for n in adapters.configs if n not in adapters.selection.active]
-        unused = {id(p) for name in idle for p in adapters.parameters(self._module, name)}
+        unused = {id(p) for name in idle for p in adapters.parameters(name)}
         counts = [(p.requires_grad and id(p) not in unused, _count(p)) for p in self._module.parameters()]
         return sum(count for trains, count in counts if trains), sum(count for _, count in counts)
 

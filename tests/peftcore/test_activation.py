@@ -110,31 +110,6 @@ def test_modules_to_save_has_one_acting_copy_and_the_original_without() -> None:
     torch.testing.assert_close(merged(x), adapted)
 
 
-def test_only_one_adapter_may_train_biases_and_unload_gives_them_back() -> None:
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), lora("0", bias="all"))
-    before = model[1].bias.clone()
-    assert model[1].bias.requires_grad and model[0].base_layer.bias.requires_grad
-    with pytest.raises(ConfigError, match="already belong to adapter 'default'"):
-        model.add_adapter("b", lora("0", bias="lora_only"))
-    with torch.no_grad():
-        model[1].bias.add_(1.0)
-    assert torch.equal(model.unload()[1].bias, before)
-
-
-@pytest.mark.parametrize("mode", ["all", "lora_only"])
-def test_a_disabled_adapter_that_trains_biases_is_not_the_base(mode: str) -> None:
-    """The biases are the model's own, so only taking the adapter away gives the base back."""
-    base, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(2, 6)
-    expected = base(x)
-    model = get_peft_model(base, lora("0", bias=mode))
-    with torch.no_grad():
-        model[0].base_layer.bias.add_(1.0)
-    with model.disable_adapter():
-        assert not torch.allclose(model(x), expected)
-    model.delete_adapter("default")
-    assert torch.equal(model(x), expected)
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile's own import of itself
 def test_attaching_after_compile_is_refused() -> None:
     compiled = torch.compile(nn.Sequential(nn.Linear(6, 6)))
