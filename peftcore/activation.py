@@ -2,10 +2,12 @@
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from peftcore import inject
 from peftcore.adapter_set import AdapterSet, adapter_set
 from peftcore.composition.algebra import Spec
 from peftcore.composition.route import Route
@@ -32,6 +34,17 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     if len(feeding) > 1:
         raise AdapterNameError(f"set_adapter: {feeding} are prompts, and one at a time can stand before the text")
     adapters.selection.active = chosen
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter. If it was the only active one, the first that is left becomes active, as in HF PEFT."""
+    adapters = adapter_set(model)
+    was_active = name in adapters.selection.active
+    inject.delete_adapter(model, name)
+    if was_active and adapters.configs and not adapters.selection.active:
+        first = next(iter(adapters.configs))
+        adapters.selection.active = (first,)
+        warnings.warn(f"adapter {name!r} was active and is deleted; {first!r} is the active one now", stacklevel=3)
 
 
 def set_requires_grad(model: nn.Module, names: str | list[str], requires_grad: bool = True) -> None:

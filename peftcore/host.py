@@ -307,7 +307,7 @@ class ParameterSite(nn.Module, Site):
                 weight = adapter.merged_weight(weight)
         elif route.uniform is None:
             raise RoutingError(
-                f"{self.path} is one parameter for all rows of a batch, and they are to have different adapters there; "
+                f"{self.path} is one weight for all rows of a batch, and they are to have different adapters there; "
                 "route one adapter for the whole batch, or leave it out of target_parameters (of bias='all')"
             )
         else:

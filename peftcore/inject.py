@@ -1,6 +1,7 @@
 """Putting prepared adapters into a model, and taking adapters away."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from peftcore.sharing import link_sharing
 def commit_injection(
     model: nn.Module, injection: Injection, trainable: bool, replication: Replication | None = None
 ) -> AdapterSet:
-    """Put a prepared adapter into the model; the first one freezes the base and becomes active."""
+    """Put a prepared adapter into the model; the first one freezes the base. Which adapters act stays as it is."""
     if ATTRIBUTE not in model.__dict__:
         injection.places.freeze()
         model.__dict__[ATTRIBUTE] = AdapterSet()
@@ -61,8 +62,6 @@ def commit_injection(
         _put_prompt(model, adapters, name, injection.prompt.requires_grad_(trainable).train(model.training))
     if replication is not None:
         adapters.replication = (name, replication)
-    if not adapters.selection.active:
-        adapters.selection.active = (name,)
     return adapters
 
 
@@ -123,14 +122,28 @@ def _host_at(path: str, kind: type[Any], adapters: AdapterSet, places: Places) -
 
 
 def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
-    """Put adapters into any `nn.Module` and give it back, with its class unchanged.
+    """Put adapters into any `nn.Module`, make them the active ones, and give it back, with its class unchanged.
 
-    The base is frozen. On an error the model is as it was.
+    The base is frozen. An adapter that has this name is replaced, with a warning, as in HF PEFT. On an error the model is
+    as it was.
     """
-    with deepened(model, config) as replication:
-        injection = prepare_injection(model, config, adapter_name)
-        commit_injection(model, injection, not config.inference_mode, replication)
+    if ATTRIBUTE in model.__dict__ and adapter_name in adapter_set(model).configs:
+        prepare_injection(model, config, f"another {adapter_name}")  # an error comes before anything is taken away
+        delete_adapter(model, adapter_name)
+        warnings.warn(
+            f"adapter {adapter_name!r} was in the model already and is replaced by an untrained one; to keep both, give the "
+            "new one another adapter_name",
+            stacklevel=2,
+        )
+    add_adapter(model, config, adapter_name).selection.active = (adapter_name,)
     return model
+
+
+def add_adapter(model: nn.Module, config: PeftConfig, name: str) -> AdapterSet:
+    """Put an untrained adapter into the model; it acts once it is made active. On an error the model is as it was."""
+    with deepened(model, config) as replication:
+        injection = prepare_injection(model, config, name)
+        return commit_injection(model, injection, not config.inference_mode, replication)
 
 
 @contextlib.contextmanager
@@ -151,7 +164,7 @@ def deepened(model: nn.Module, config: PeftConfig) -> Iterator[Replication | Non
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove an adapter; hosts that keep none become the plain layer again."""
+    """Remove an adapter, from the active ones too; hosts that keep none become the plain layer again."""
     adapters = adapter_set(model)
     adapters.require(name)
     if name in adapters.merged:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.adapter import Adapter
-from peftcore.bases import BaseWeight, ParameterWeight
+from peftcore.bases import BaseWeight
 from peftcore.errors import RoutingError
 
 _ADDS_ITS_BIAS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, Conv1D)}
@@ -71,7 +71,6 @@ class TrainedBiasParameter(TrainedBias):
     """A trained bias of a module of unknown kind: it stands in the base's place while the module's forward runs."""
 
     changes_weight = True
-    base: ParameterWeight
 
     def _own(self) -> Tensor:
         return self.base.read_unmerged()

@@ -38,7 +38,7 @@ def convert_to_lora(
 
     rank: of each layer at most. tolerance: relative error of each layer's change, for the least rank that meets it.
     With neither, only methods that are low-rank themselves convert (LoRA, rsLoRA, AdaLoRA, VeRA), and exactly.
-    Modules that the adapter trains whole are copied too. `set_adapter(new_name)` makes it act.
+    Modules that the adapter trains whole and its trained biases are copied too. `set_adapter(new_name)` makes it act.
     Raises ConfigError or MergeError for what no LoRA can stand for; the model is then as it was.
     """
     plain = _plain_lora(model, adapter_name, rank, tolerance)
