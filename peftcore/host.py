@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
+from peftcore.bases.base import OWN_STATE
 from peftcore.bases.parameter import ParameterWeight
 from peftcore.composition.algebra import Composition
 from peftcore.composition.evaluation import composed, composed_weight
@@ -21,9 +22,6 @@ from peftcore.fast_path import fused, is_traced, only_computes, stacked
 from peftcore.neighbours import given
 from peftcore.selection import Selection
 from peftcore.trained_bias import TrainedBias
-
-_OWN_STATE = "_own_state"
-"""Attribute of a base layer whose weight an adapter's start has replaced: what was there before."""
 
 
 class NamedModules(nn.Module):
@@ -100,6 +98,8 @@ class Site:
     merged: tuple[str, ...]
     selection: Selection
     training: bool
+    replaced_by: tuple[str, ...] = ()
+    """Adapters whose start brought the weight that the base stands with now (LoftQ)."""
     has_trained_biases = False
     """Whether the base's bias trains, or has trained, with an adapter of this site."""
 
@@ -122,23 +122,30 @@ class Site:
         else:
             base.layer.__dict__[base.unmerged_attribute] = state
 
-    def replace_base(self, weight: Tensor) -> None:
-        """Give the base another weight; `restore_base` gives its own back, to the bit."""
+    def replace_base(self, weight: Tensor, name: str) -> None:
+        """Give the base the weight that an adapter brings; `restore_base` gives its own back, to the bit."""
         base = self.base
-        base.layer.__dict__.setdefault(_OWN_STATE, base.state())
-        base.write(weight)
+        if not self.has_replaced_base:
+            base.layer.__dict__[OWN_STATE] = base.state()
+            base.write(weight)
+        self.replaced_by = (*self.replaced_by, name)
 
     @property
     def has_replaced_base(self) -> bool:
         """Whether the base stands now with a weight that `replace_base` gave it."""
-        return _OWN_STATE in self.base.layer.__dict__
+        return OWN_STATE in self.base.layer.__dict__
 
-    def restore_base(self) -> None:
-        """Undo `replace_base`."""
-        base = self.base
-        own = base.layer.__dict__.pop(_OWN_STATE, None)
-        if own is not None:
-            base.restore(own)
+    def restore_base(self, *names: str) -> None:
+        """Undo `replace_base` for these adapters; the base has its own weight again when none is left."""
+        before, self.replaced_by = self.replaced_by, tuple(name for name in self.replaced_by if name not in names)
+        if before and not self.replaced_by:
+            base = self.base
+            base.restore(base.layer.__dict__.pop(OWN_STATE))
+
+    def keep_base(self) -> None:
+        """Leave the base as it stands now, for good."""
+        self.replaced_by = ()
+        self.base.layer.__dict__.pop(OWN_STATE, None)
 
     def at_work(self) -> dict[str, Adapter]:
         """{name: adapter} of those at this site that are not merged."""

@@ -43,7 +43,7 @@ def commit_injection(
         site.adapters[name] = adapter
         site.has_trained_biases |= path in injection.biases
         if adapter.new_base is not None:
-            site.replace_base(adapter.new_base)
+            site.replace_base(adapter.new_base, name)
             adapter.new_base = None
         adapters.layers[path] = site
     for path, module in injection.copies.items():
@@ -131,8 +131,8 @@ def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: 
         prepare_injection(model, config, f"another {adapter_name}")  # an error comes before anything is taken away
         delete_adapter(model, adapter_name)
         warnings.warn(
-            f"adapter {adapter_name!r} was in the model already and is replaced by an untrained one; to keep both, give the "
-            "new one another adapter_name",
+            f"adapter {adapter_name!r} was in the model already and is replaced by an untrained one; to keep both, "
+            "give the new one another adapter_name",
             stacklevel=2,
         )
     add_adapter(model, config, adapter_name).selection.active = (adapter_name,)
@@ -169,6 +169,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     adapters.require(name)
     if name in adapters.merged:
         raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
+    if merged := [path for path, site in adapters.layers.items() if site.merged and site.replaced_by == (name,)]:
+        raise MergeError(
+            f"adapter {name!r} brought the weight of {merged[0]} (LoftQ), and {list(adapters.merged)} are merged into "
+            "it; call unmerge_adapter first"
+        )
     if adapters.selection.in_use[name] > 0:
         raise AdapterNameError(f"adapter {name!r} is in use by a route that is open; leave it, or wait for it, first")
     deepens = adapters.replication is not None and adapters.replication[0] == name
@@ -180,8 +185,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for path, site in list(adapters.layers.items()):
         if name in site.adapters:
             del site.adapters[name]
+        site.restore_base(name)
         if not len(site.adapters):  # also the second path of a layer that stands at two
-            site.restore_base()
             del adapters.layers[path]
             emptied = True
     for path, saved in list(adapters.saved.items()):
@@ -225,8 +230,10 @@ def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
     for host in adapters.saved.values():
         places.replace(host, host.current() if keep_trained else host.base_layer)
     for site in adapters.layers.values():
-        if not keep_trained:
-            site.restore_base()
+        if keep_trained:
+            site.keep_base()
+        else:
+            site.restore_base(*site.replaced_by)
         site.adapters._modules.clear()
     adapters.layers.clear()
     _remove_empty_hosts(places)

@@ -16,7 +16,7 @@ from peftcore.adapter import Adapter, Shared
 from peftcore.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.bases import BaseWeight, BiasParameter, ParameterWeight, base_weight, is_adaptable, raw_projections
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
-from peftcore.errors import AdapterNameError, ConfigError, TargetError
+from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
 from peftcore.host import AdaptedLayer, AdaptedParameters, SavedModule, unhosted
 from peftcore.places import Places
 from peftcore.prompts.learner import PromptLearner
@@ -65,6 +65,7 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str, fresh: bo
     saved = find_saved_modules(places, config)
     adapters = _adapters_for(places, config, fresh)
     adapters |= _token_adapters(places, config, adapters, fresh)
+    _check_new_bases(places, adapters)
     biases = _trained_biases(places, config, adapters, saved)
     return Injection(name, config, adapters, _copies_of(places, config, saved), biases, places)
 
@@ -230,6 +231,24 @@ def _check_not_compiled(model: nn.Module) -> None:
     for wrapper, call in (("OptimizedModule", "torch.compile"), ("FSDPModule", "fully_shard")):
         if wrapper in classes:
             raise ConfigError(f"adapters must be attached before {call}; attach first, then call {call}")
+
+
+def _check_new_bases(places: Places, adapters: Mapping[str, Adapter]) -> None:
+    """Raise MergeError or ConfigError where a start brings a base weight that cannot stand there now."""
+    for path, adapter in adapters.items():
+        host = places.modules.get(path)
+        if adapter.new_base is None or not isinstance(host, AdaptedLayer):
+            continue
+        if host.merged:
+            raise MergeError(
+                f"the start replaces the weight of {path} (LoftQ), and {list(host.merged)} are merged into it; call "
+                "unmerge_adapter first"
+            )
+        if host.has_replaced_base and not torch.equal(host.base.read(), adapter.new_base.to(host.base.dtype)):
+            raise ConfigError(
+                f"{path} stands with the weight that {list(host.replaced_by)} brought (LoftQ), and this adapter brings "
+                "another one; give both the same loftq_config and r, or delete the first"
+            )
 
 
 def _trained_biases(
