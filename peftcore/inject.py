@@ -124,8 +124,8 @@ def _host_at(path: str, kind: type[Any], adapters: AdapterSet, places: Places) -
 def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
     """Put adapters into any `nn.Module`, make them the active ones, and give it back, with its class unchanged.
 
-    The base is frozen. An adapter that has this name is replaced, with a warning, as in HF PEFT. On an error the model is
-    as it was.
+    The base is frozen. An adapter that has this name is replaced, with a warning, as in HF PEFT. On an error the model
+    is as it was.
     """
     if ATTRIBUTE in model.__dict__ and adapter_name in adapter_set(model).configs:
         prepare_injection(model, config, f"another {adapter_name}")  # an error comes before anything is taken away
