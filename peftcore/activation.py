@@ -2,10 +2,12 @@
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from peftcore import inject
 from peftcore.adapter_set import AdapterSet, adapter_set
 from peftcore.composition.algebra import Spec
 from peftcore.composition.route import Route
@@ -34,13 +36,24 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     adapters.selection.active = chosen
 
 
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter. If it was the only active one, the first that is left becomes active, as in HF PEFT."""
+    adapters = adapter_set(model)
+    was_active = name in adapters.selection.active
+    inject.delete_adapter(model, name)
+    if was_active and adapters.configs and not adapters.selection.active:
+        first = next(iter(adapters.configs))
+        adapters.selection.active = (first,)
+        warnings.warn(f"adapter {name!r} was active and is deleted; {first!r} is the active one now", stacklevel=3)
+
+
 def set_requires_grad(model: nn.Module, names: str | list[str], requires_grad: bool = True) -> None:
     """Let adapters train, or freeze them; every other adapter stays as it is."""
     adapters = adapter_set(model)
     chosen = [names] if isinstance(names, str) else names
     adapters.require(*chosen)
     for name in chosen:
-        for parameter in adapters.parameters(model, name):
+        for parameter in adapters.parameters(name):
             parameter.requires_grad_(requires_grad)
 
 

@@ -43,6 +43,8 @@ class Adapter(nn.Module):
     """Kinds of base layer that the method can adapt: "linear", "conv", "embedding", "norm", "parameter"."""
     follows_ties: ClassVar[bool] = False
     """Whether layers that share a target's weight are adapted too; `link` then makes them alike."""
+    changes_weight: ClassVar[bool] = True
+    """Whether `merged_weight` gives anything but W; False spares a 4-bit weight a second rounding."""
     generate_arguments: ClassVar[Mapping[str, Any]] = {}
     """Arguments that `generate` gets while adapters of this method act, whatever its caller says."""
     new_base: Tensor | None = None
@@ -56,12 +58,16 @@ class Adapter(nn.Module):
     """How often an attribute was set, such as a parameter, `scaling` or `training` (count)."""
     shared: Any
     """What `make_shared` gave, in every adapter of one name; set after `__init__`, before `reset_parameters`."""
+    trained_bias: Any
+    """The layer's bias that trains with this adapter (`peftcore.trained_bias`), or None; the host adds it after."""
 
     def __init__(self, config: Any, base: BaseWeight, path: str):
         """Make the parameters for `base`, the layer at module `path`; raise ConfigError for what cannot be."""
         super().__init__()
-        # `shared` in the instance: as an attribute of the class it would hide the module of that name
-        vars(self).update(base=base, shared=None)  # nn.Module's own assignment takes longer than a small adapter does
+        # modules in the instance: as an attribute of the class, None would hide the module of that name
+        vars(self).update(
+            base=base, shared=None, trained_bias=None
+        )  # nn.Module's own assignment takes longer than a small adapter does
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -171,7 +177,7 @@ class Adapter(nn.Module):
 
     def checkpoint_keys(self) -> dict[str, str]:
         """{parameter name: its suffix on PEFT's disk}; the same word unless the method says otherwise."""
-        return {name: name for name, _ in self.named_parameters() if not name.startswith("shared.")}
+        return {name: name for name, _ in self.named_parameters() if not name.startswith(("shared.", "trained_bias."))}
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What is saved: {suffix on disk: tensor}."""

@@ -13,6 +13,7 @@ from peftcore.per_thread import PerThread
 from peftcore.prompts.learner import PromptLearner
 from peftcore.replication import Replication
 from peftcore.selection import Selection
+from peftcore.trained_bias import TrainedBias
 
 ATTRIBUTE = "_adapter_set"
 """Where a model keeps its `AdapterSet`."""
@@ -42,13 +43,19 @@ class AdapterSet:
         self.saved: dict[str, SavedModule] = {}
         self.prompts = Prompts()
         """Prompt learners by adapter name."""
-        self.own_biases: dict[str, dict[str, Tensor]] = {}
-        """{adapter with bias="all" or "lora_only": {path of a bias: its value before}}."""
         self.replication: tuple[str, Replication] | None = None
         """The adapter that made the model deeper, and how to undo it."""
 
     def adapters(self, name: str) -> dict[str, Adapter]:
-        """{path: adapter} of one name."""
+        """{path: adapter} of one name; a bias alone is in `biases`."""
+        return {path: own for path, own in self._at_sites(name).items() if not isinstance(own, TrainedBias)}
+
+    def biases(self, name: str) -> dict[str, TrainedBias]:
+        """{path of a layer, or of a raw bias: the bias that trains with one adapter}."""
+        own = {path: a if isinstance(a, TrainedBias) else a.trained_bias for path, a in self._at_sites(name).items()}
+        return {path: bias for path, bias in own.items() if bias is not None}
+
+    def _at_sites(self, name: str) -> dict[str, Adapter]:
         self.require(name)
         return {path: site.adapter(name) for path, site in self.layers.items() if name in site.adapters}
 
@@ -69,18 +76,17 @@ class AdapterSet:
         """Prompt learners that act, in order."""
         return [self.prompts[name] for name in self.selection.acting if name in self.prompts]
 
-    def parameters(self, model: nn.Module, name: str) -> list[nn.Parameter]:
+    def parameters(self, name: str) -> list[nn.Parameter]:
         """Everything that training this adapter trains."""
         prompts = [self.prompts[name]] if name in self.prompts else []
-        modules = [*self.adapters(name).values(), *self.copies(name).values(), *prompts]
-        biases = [model.get_parameter(bias_path(self, path)) for path in self.own_biases.get(name, {})]
-        return list(dict.fromkeys(p for module in modules for p in module.parameters())) + biases
+        modules = [*self._at_sites(name).values(), *self.copies(name).values(), *prompts]
+        return list(dict.fromkeys(p for module in modules for p in module.parameters()))
 
     def tensors(self) -> list[Tensor]:
         """All that adapters brought or changed, trained or not: theirs, their copies', and bases they have moved."""
         modules: list[nn.Module] = []
         for name in self.configs:
-            modules += [*self.adapters(name).values(), *self.copies(name).values()]
+            modules += [*self._at_sites(name).values(), *self.copies(name).values()]
         modules += [self.prompts[name] for name in self.prompts]
         modules += [site.base.layer for site in self.layers.values() if site.has_replaced_base]
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
@@ -115,9 +121,3 @@ def untouched_names(model: nn.Module) -> list[str]:
     own = {id(tensor) for tensor in adapter_set(model).tensors()}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return [name for name, tensor in named if not tensor.requires_grad and id(tensor) not in own]
-
-
-def bias_path(adapters: AdapterSet, path: str) -> str:
-    """Where the bias that was at `path` before injection is now."""
-    layer = path.rpartition(".")[0]
-    return f"{layer}.base_layer.bias" if layer in adapters.layers else path

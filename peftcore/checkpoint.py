@@ -15,15 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftcore.adapter_set import AdapterSet, adapter_set, bias_path
+from peftcore.adapter_set import AdapterSet, adapter_set
 from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.content import Content, content_of
 from peftcore.errors import CheckpointError, PeftError, TargetError
 from peftcore.files import MANIFEST, flush_to_disk, manifest_text, sha256
 from peftcore.inject import commit_injection, deepened
-from peftcore.preparation import Injection, prepare_injection
+from peftcore.preparation import prepare_injection
 from peftcore.tensors import (
-    PREFIX,
     WEIGHTS_NAME,
     check_hashes,
     is_sharded,
@@ -63,11 +62,7 @@ Trained on `{base}`. Load it onto that model with `PeftModel.from_pretrained(mod
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Everything saved for one adapter: {PEFT's key: tensor}."""
-    adapters = adapter_set(model)
-    tensors = content_of(adapters, name).tensors()
-    for path in adapters.own_biases.get(name, {}):
-        tensors[PREFIX + bias_path(adapters, path)] = model.get_parameter(bias_path(adapters, path)).detach()
-    return tensors
+    return content_of(adapter_set(model), name).tensors()
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -157,9 +152,9 @@ def load_adapter(
         try:
             _refuse_hollow_sizes(config, directory, tensors if read is None else read)
             injection = prepare_injection(model, config, name, fresh=False)
-            content = Content(injection.adapters, injection.copies, injection.prompt)
+            content = Content(injection.adapters, injection.biases, injection.copies, injection.prompt)
             given = (tensors or {}) if read is None else parsed(read, directory)
-            biases = _take_tensors(content, injection.biases, given, directory, trainable)
+            _take_tensors(content, given, directory, trainable)
         except PeftError as error:
             if hashed is not None:
                 hashed.result()  # a damaged directory is what has to be said first
@@ -174,9 +169,7 @@ def load_adapter(
             ) from error
         if hashed is not None:
             hashed.result()
-        adapters = commit_injection(model, injection, trainable, replication)
-    _write_biases(model, adapters, injection, biases)
-    return adapters
+        return commit_injection(model, injection, trainable, replication)
 
 
 def _refuse_hollow_sizes(config: PeftConfig, directory: Path, held: memoryview | Mapping[str, Tensor] | None) -> None:
@@ -211,30 +204,18 @@ def load_adapter_weights(
     Where the adapter is sharded every process calls this, and keeps its own part.
     """
     adapters = adapter_set(model)
-    own = list(adapters.own_biases.get(name, {}))
     prompt = adapters.prompt(name)
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
-    with writing_shards(adapters.parameters(model, name)), torch.no_grad():
+    with writing_shards(adapters.parameters(name)), torch.no_grad():
         given = read_tensors(directory) if tensors is None else tensors
-        biases = _take_tensors(content_of(adapters, name), own, given, directory, trains)
-        for path, value in biases.items():
-            model.get_parameter(bias_path(adapters, path)).copy_(value)
+        _take_tensors(content_of(adapters, name), given, directory, trains)
 
 
-def _write_biases(model: nn.Module, adapters: AdapterSet, injection: Injection, biases: dict[str, Tensor]) -> None:
-    for path, value in biases.items():
-        with torch.no_grad():
-            model.get_parameter(bias_path(adapters, path)).copy_(value)
-
-
-def _take_tensors(
-    content: Content, biases: list[str], tensors: dict[str, Tensor], directory: Path, trainable: bool
-) -> dict[str, Tensor]:
-    """Check all keys and shapes, then copy; returns the values of the biases among them, by path."""
-    expected = content.tensors()
-    bias_of = {key: path for path in biases for key in _bias_keys(path)}
+def _take_tensors(content: Content, tensors: Mapping[str, Tensor], directory: Path, trainable: bool) -> None:
+    """Check all keys and shapes, then copy."""
+    expected, tensors = content.tensors(), content.spelled(tensors)
     missing = sorted(expected.keys() - tensors.keys() - content.optional())
-    others = tensors.keys() - expected.keys() - bias_of.keys()
+    others = tensors.keys() - expected.keys()
     others = others and others - content.repeated()
     unexpected = sorted(key for key in others if not _is_base(key))
     if missing or unexpected:
@@ -252,19 +233,12 @@ def _take_tensors(
     if content.prompt is not None:
         content.prompt.read(tensors, _prompt_state(directory), trainable)
     content.read(tensors)
-    return {bias_of[key]: tensor for key, tensor in tensors.items() if key in bias_of}
 
 
 def _prompt_state(directory: Path) -> dict[str, Tensor]:
     """What a prompt learner goes on training with, {} where the directory holds none (PEFT's does not)."""
     path = directory / PROMPT_STATE
     return parsed(read_file(path), directory, PROMPT_STATE) if os.path.lexists(path) else {}
-
-
-def _bias_keys(path: str) -> tuple[str, str]:
-    """A trained bias stands on disk beside its layer, or inside the layer's host."""
-    layer = path.removesuffix(".bias")
-    return f"{PREFIX}{path}", f"{PREFIX}{layer}.base_layer.bias"
 
 
 def _is_base(key: str) -> bool:

@@ -4,7 +4,7 @@ With adapters 1..n acting in order, the layer computes f_n where f_0 is the base
 f_k(x) = after_k(x, f_{k-1}(before_k(x))), which is what merging them one after another into W gives.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
+from peftcore.bases.base import OWN_STATE
 from peftcore.bases.parameter import ParameterWeight
 from peftcore.composition.algebra import Composition
 from peftcore.composition.evaluation import composed, composed_weight
@@ -20,9 +21,7 @@ from peftcore.errors import MergeError, RoutingError
 from peftcore.fast_path import fused, is_traced, only_computes, stacked
 from peftcore.neighbours import given
 from peftcore.selection import Selection
-
-_OWN_STATE = "_own_state"
-"""Attribute of a base layer whose weight an adapter's start has replaced: what was there before."""
+from peftcore.trained_bias import TrainedBias
 
 
 class NamedModules(nn.Module):
@@ -92,6 +91,11 @@ class _Host(nn.Module):
             return getattr(self._stands_for(), name)
 
 
+def with_trained_biases(adapters: Iterable[Adapter]) -> list[Adapter]:
+    """The adapters, and after each one the bias that trains with it, if any."""
+    return [part for adapter in adapters for part in (adapter, adapter.trained_bias) if part is not None]
+
+
 class Site:
     """Where adapters sit: those of one base weight by name, and what of them is merged into it."""
 
@@ -102,6 +106,10 @@ class Site:
     path: str
     merged_states: tuple[dict[str, Any], ...] = ()
     """The base's merged parameters, once for each `disable_adapter` that is open."""
+    replaced_by: tuple[str, ...] = ()
+    """Adapters whose start brought the weight that the base stands with now (LoftQ)."""
+    has_trained_biases = False
+    """Whether the base's bias trains, or has trained, with an adapter of this site."""
 
     @property
     def base(self) -> BaseWeight:
@@ -122,29 +130,36 @@ class Site:
         else:
             base.layer.__dict__[base.unmerged_attribute] = state
 
-    def replace_base(self, weight: Tensor) -> None:
-        """Give the base another weight; `restore_base` gives its own back, to the bit."""
+    def replace_base(self, weight: Tensor, name: str) -> None:
+        """Give the base the weight that an adapter brings; `restore_base` gives its own back, to the bit."""
         base = self.base
-        base.layer.__dict__.setdefault(_OWN_STATE, base.state())
-        base.write(weight)
+        if not self.has_replaced_base:
+            base.layer.__dict__[OWN_STATE] = base.state()
+            base.write(weight)
+        self.replaced_by = (*self.replaced_by, name)
 
     @property
     def has_replaced_base(self) -> bool:
         """Whether the base stands now with a weight that `replace_base` gave it."""
-        return _OWN_STATE in self.base.layer.__dict__
+        return OWN_STATE in self.base.layer.__dict__
 
-    def restore_base(self) -> None:
-        """Undo `replace_base`."""
+    def restore_base(self, *names: str) -> None:
+        """Undo `replace_base` for these adapters; the base has its own weight again when none is left."""
         base = self.base
-        own = base.layer.__dict__.pop(_OWN_STATE, None)
-        if own is not None:
-            base.restore(own)
+        before, self.replaced_by = self.replaced_by, tuple(name for name in self.replaced_by if name not in names)
+        if before and not self.replaced_by:
+            base.restore(base.layer.__dict__.pop(OWN_STATE))
+
+    def keep_base(self) -> None:
+        """Leave the base as it stands now, for good."""
+        self.replaced_by = ()
+        self.base.layer.__dict__.pop(OWN_STATE, None)
 
     def apply_to_set_aside(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Do to the parameters that stand aside what `nn.Module._apply` has done to those in their place."""
         base = self.base
         attributes = base.layer.__dict__
-        states = [attributes[name] for name in (base.unmerged_attribute, _OWN_STATE) if name in attributes]
+        states = [attributes[name] for name in (base.unmerged_attribute, OWN_STATE) if name in attributes]
         states += self.merged_states
         if not states:
             return
@@ -173,9 +188,11 @@ class Site:
                 f"{self.path}: the base layer was replaced while {list(self.merged)} are merged into it; put the old "
                 "layer back, call unmerge_adapter, and replace it then"
             )
+        if old.layer is not new.layer:
+            self.replaced_by = ()
         for name in self.adapters:
             for module in self.adapters[name].modules():
-                if isinstance(module, Adapter) and module.base is old:
+                if isinstance(module, Adapter) and module.base.layer is old.layer:
                     vars(module)["base"] = new
                     module.mark_changed()
 
@@ -186,8 +203,13 @@ class Site:
 
     def acting(self) -> list[Adapter]:
         """Adapters of this site that act and are not merged, in order."""
-        adapters = self.at_work()
-        return [adapters[n] for n in self.selection.acting if n in adapters]
+        return self.in_order(self.selection.acting)
+
+    def in_order(self, names: Iterable[str]) -> list[Adapter]:
+        """Those of `at_work` with these names, in this order, each one's trained bias after it."""
+        at_work = self.at_work()
+        adapters = [at_work[name] for name in names if name in at_work]
+        return with_trained_biases(adapters) if self.has_trained_biases else adapters
 
 
 def _parameters(state: Mapping[str, Any]) -> Iterator[nn.Parameter]:
@@ -233,6 +255,20 @@ class AdaptedLayer(_Host, Site):
     def take_view(self, view: BaseWeight) -> None:
         """Have a view on the base that was made already, where there is none yet."""
         self._view = self._view or view
+
+    def __getattr__(self, name: str) -> Any:
+        # some models read a layer's bias and never call the layer
+        return self._bias_now() if name == "bias" and self.has_trained_biases else super().__getattr__(name)
+
+    def _bias_now(self) -> Tensor | None:
+        """The base's bias as the acting adapters have trained it."""
+        route, bias = self.selection.route, self.base.bias
+        trained = [part for part in self.acting() if isinstance(part, TrainedBias)]
+        if trained and route is not None and route.chain is None:
+            raise RoutingError(f"{self.path}.bias is read for all rows of a batch at once; route one adapter for all")
+        for part in trained:
+            bias = part.merged_bias(bias)
+        return bias
 
     @property
     def base(self) -> BaseWeight:
@@ -314,13 +350,11 @@ class AdaptedParameters(_Host):
         """Whether no adapter is left here."""
         return not any(len(self.sites[name].adapters) for name in self.sites)
 
-    def site(self, name: str) -> "ParameterSite":
+    def site(self, base: ParameterWeight) -> "ParameterSite":
         """The site of a parameter, made if need be."""
-        key = name.replace(".", "/")  # a module's own name has no dots
+        key = base.name.replace(".", "/")  # a module's own name has no dots
         if key not in self.sites:
-            self.sites[key] = ParameterSite(self.base_layer, name, self.selection).train(self.training)
-            self.sites[key].path = f"{self.path}.{name}"
-            self.sites[key].owner = (self,)
+            self.sites[key] = ParameterSite(base, self).train(self.training)
         return self.sites[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -335,26 +369,25 @@ class AdaptedParameters(_Host):
         changed = {site.base.name: site.changed() for site in sites if site.acting()}
         if not changed:
             return self.base_layer(*args, **kwargs)
-        return torch.func.functional_call(self.base_layer, changed, args, kwargs)
+        # ties stay out of it: another name of the same tensor may be adapted by a site of its own
+        return torch.func.functional_call(self.base_layer, changed, args, kwargs, tie_weights=False)
 
 
 class ParameterSite(nn.Module, Site):
     """One raw parameter of a module and its adapters."""
 
-    owner: "tuple[AdaptedParameters]"
-    """The host; in a tuple, because it is no part of this module."""
-
-    def __init__(self, module: nn.Module, name: str, selection: Selection):
+    def __init__(self, base: ParameterWeight, owner: AdaptedParameters):
         super().__init__()
-        self._base = ParameterWeight(module, name)
-        self.path = name
-        self.selection = selection
+        self._base = base
+        self._owner = (owner,)  # in a tuple, because it is no part of this module
+        self.path = f"{owner.path}.{base.name}"
+        self.selection = owner.selection
         self.adapters = NamedModules()
         self.merged = ()
 
     @property
     def base(self) -> ParameterWeight:
-        module = self.owner[0].base_layer
+        module = self._owner[0].base_layer
         if not self._base.still_fits(module):
             view = type(self._base)(module, self._base.name)
             self.move_adapters(self._base, view)
@@ -370,7 +403,7 @@ class ParameterSite(nn.Module, Site):
         elif route.uniform is None:
             raise RoutingError(
                 f"{self.path} is one weight for all rows of a batch, and they are to have different adapters there; "
-                "route one adapter for the whole batch, or leave it out of target_parameters"
+                "route one adapter for the whole batch, or leave it out of target_parameters (of bias='all')"
             )
         else:
             weight = composed_weight(route.uniform, weight, self.at_work(), self.path)

@@ -16,7 +16,7 @@ from peftcore.adapter import Adapter
 from peftcore.adapter_set import AdapterSet, adapter_set
 from peftcore.bases import BaseWeight
 from peftcore.errors import MergeError
-from peftcore.host import Site
+from peftcore.host import Site, with_trained_biases
 from peftcore.inject import remove_hosts
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _checked_foldings(adapters: AdapterSet, names: list[str], check_values: bool
 
 def _check(folding: _Folding) -> None:
     bias = folding.base.bias
-    for adapter in folding.adapters.values():
+    for adapter in with_trained_biases(folding.adapters.values()):
         try:
             adapter.check_mergeable()
             adapter.merged_bias(bias)
@@ -110,7 +110,7 @@ def _merged(folding: _Folding, scratch: dict[Any, Tensor] | None = None) -> tupl
     wide = torch.promote_types(read.dtype, torch.float32)  # half would round after every adapter
     own = scratch is not None and read.dtype != wide and not folding.base.quantized
     weight = _copied(read, wide, scratch) if own and scratch is not None else read.to(wide)
-    for adapter in folding.adapters.values():
+    for adapter in with_trained_biases(folding.adapters.values()):
         weight = adapter.merge_into(weight) if own else adapter.merged_weight(weight)
         bias = adapter.merged_bias(bias)
     return weight, bias
@@ -146,7 +146,8 @@ def _fold_one(folding: _Folding, before: dict[str, Any], scratch: dict[Any, Tens
     old_bias = base.bias
     weight, bias = _merged(folding, scratch)
     base.layer.__dict__.setdefault(base.unmerged_attribute, before)
-    base.write(weight)
+    if any(adapter.changes_weight for adapter in folding.adapters.values()):
+        base.write(weight)
     if bias is not None and bias is not old_bias:
         base.write_bias(bias)
     folding.host.merged += tuple(folding.adapters)

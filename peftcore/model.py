@@ -51,7 +51,7 @@ class PeftModel:
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
         """Add an untrained adapter; it trains unless `inference_mode`, and acts once `set_adapter` names it."""
-        inject.inject_adapter_in_model(peft_config, self._module, adapter_name)
+        inject.add_adapter(self._module, peft_config, adapter_name)
 
     def load_adapter(
         self,
@@ -60,7 +60,7 @@ class PeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
     ) -> None:
-        """Add an adapter from its directory; see `from_pretrained`. No other adapter is changed."""
+        """Add an adapter from its directory; see `from_pretrained`. It acts once `set_adapter` names it."""
         checkpoint.load_adapter(self._module, Path(model_id), adapter_name, is_trainable, config)
 
     def load_adapter_weights(self, directory: str | Path, adapter_name: str = "default") -> None:
@@ -68,8 +68,11 @@ class PeftModel:
         checkpoint.load_adapter_weights(self._module, Path(directory), adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; layers that carry no other become plain again."""
-        inject.delete_adapter(self._module, adapter_name)
+        """Remove an adapter; layers that carry no other become plain again.
+
+        If it was the only active one, the first adapter that is left becomes active, with a warning.
+        """
+        activation.delete_adapter(self._module, adapter_name)
 
     # -- which act -----------------------------------------------------------------------------------------------
 
@@ -250,7 +253,7 @@ class PeftModel:
         """(trainable, all) parameter counts; of the adapters, trainable ones count while they are active."""
         adapters = adapter_set(self._module)
         idle = [n for n in adapters.configs if n not in adapters.selection.active]
-        unused = {id(p) for name in idle for p in adapters.parameters(self._module, name)}
+        unused = {id(p) for name in idle for p in adapters.parameters(name)}
         counts = [(p.requires_grad and id(p) not in unused, _count(p)) for p in self._module.parameters()]
         return sum(count for trains, count in counts if trains), sum(count for _, count in counts)
 
@@ -328,9 +331,10 @@ def _as_plain(model: nn.Module) -> Any:
 
 
 def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> Any:
-    """Add an adapter to a model, in place, and give the model back as a `PeftModel`.
+    """Add an adapter to a model, in place, make it the active one, and give the model back as a `PeftModel`.
 
-    The base is frozen and the adapter trains (unless `inference_mode`). On an error the model is as it was.
+    The base is frozen and the adapter trains (unless `inference_mode`). An adapter that has this name is
+    replaced, with a warning. On an error the model is as it was.
     Raises ConfigError, TargetError or AdapterNameError.
     """
     inject.inject_adapter_in_model(peft_config, model, adapter_name)
@@ -344,7 +348,8 @@ def _load_onto(
     is_trainable: bool = False,
     config: PeftConfig | None = None,
 ) -> Any:
-    checkpoint.load_adapter(model, Path(model_id), adapter_name, is_trainable, config)
+    adapters = checkpoint.load_adapter(model, Path(model_id), adapter_name, is_trainable, config)
+    adapters.selection.active = (adapter_name,)
     return _as_peft_model(model).train(is_trainable)
 
 

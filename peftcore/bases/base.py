@@ -13,6 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+OWN_STATE = "_own_state"
+"""Attribute of a layer whose weight an adapter's start has replaced (LoftQ): what was there before."""
+
 
 class BaseWeight(ABC):
     """A view on one base layer; holds no weight of its own."""
@@ -96,7 +99,16 @@ class BaseWeight(ABC):
 
     def read_unmerged(self) -> Tensor:
         """The dense weight without what is merged into it."""
-        own = self.layer.__dict__.get(self.unmerged_attribute)
+        return self._read_aside(self.unmerged_attribute)
+
+    def read_own(self) -> Tensor:
+        """The dense weight without what is merged into it, and before an adapter's start replaced it."""
+        replaced = OWN_STATE in self.layer.__dict__
+        return self._read_aside(OWN_STATE if replaced else self.unmerged_attribute)
+
+    def _read_aside(self, attribute: str) -> Tensor:
+        """The dense weight of the state that stands aside under an attribute, or the weight in place if none does."""
+        own = self.layer.__dict__.get(attribute)
         return self.read() if own is None else self.read_from(own)
 
     @abstractmethod

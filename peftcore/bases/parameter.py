@@ -5,7 +5,7 @@ So an adapter there is folded into the parameter for the length of the module's 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,14 @@ class ParameterWeight(BaseWeight):
     """
 
     kind = "parameter"
+    dimensions: ClassVar[tuple[int, ...]] = (2, 3)
 
     def __init__(self, layer: nn.Module, name: str):
         super().__init__(layer)
         self.name = name
         self.inside, _, self.leaf = name.rpartition(".")
         shape = self._parameter.shape
-        if len(shape) not in (2, 3):
+        if len(shape) not in self.dimensions:
             raise TargetError(f"target_parameters: {name} has shape {tuple(shape)}; only (o, i) and (e, o, i) fit")
         self.transposed = len(shape) == 3 and bool(getattr(layer, "is_transposed", False))
 
@@ -96,3 +97,17 @@ class ParameterWeight(BaseWeight):
 
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         raise TypeError(f"{self.name} is a raw parameter: its output is not seen")
+
+
+class BiasParameter(ParameterWeight):
+    """A bias (o,) of a module of unknown kind, seen as a parameter of its own."""
+
+    dimensions = (1,)
+
+    @property
+    def in_features(self) -> int:
+        return 1
+
+    @property
+    def out_features(self) -> int:
+        return self._parameter.shape[0]

@@ -30,6 +30,10 @@ class Layer(Protocol):
         """{name: adapter} of the layer's adapters that are not merged."""
         ...
 
+    def in_order(self, names: Sequence[str]) -> list[Adapter]:
+        """Those of `at_work` with these names, in this order, each one's trained bias after it."""
+        ...
+
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer gives."""
         ...
@@ -69,8 +73,8 @@ class _Site:
 
     def chain(self, one: Composition) -> list[Adapter] | None:
         """The layer's adapters where they act one on top of another, and that is all."""
-        chain, at_work = one.chain(), self.layer.at_work()
-        return None if chain is None else [at_work[name] for name in chain if name in at_work]
+        chain = one.chain()
+        return None if chain is None else self.layer.in_order(chain)
 
     def base(self, x: Tensor) -> Tensor:
         return self.layer.base_output(x, *self.args, **self.kwargs)

@@ -60,7 +60,7 @@ def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | 
     Several that are not all finite are no stack either: 0 x NaN is NaN, so one would spoil the rows of all.
     """
     fingerprint = Fingerprint(adapter for adapters in layers for adapter in adapters)
-    factors = [[adapter.low_rank() for adapter in adapters] for adapters in layers]
+    factors = [[_factors(adapter) for adapter in adapters] for adapters in layers]
     if not all(_is_plain(one) for own in factors for one in own):
         return None
     plain: list[list[LowRank]] = factors  # type: ignore[assignment]
@@ -99,7 +99,12 @@ def _places(ranks: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
 
 def can_be_stacked(adapters: Iterable[Adapter]) -> bool:
     """Whether each of them is two factors and nothing else."""
-    return all(_is_plain(adapter.low_rank()) for adapter in adapters)
+    return all(_is_plain(_factors(adapter)) for adapter in adapters)
+
+
+def _factors(adapter: Adapter) -> LowRank | None:
+    """An adapter as two factors, where these are all that it adds."""
+    return adapter.low_rank() if adapter.trained_bias is None else None
 
 
 def _is_plain(one: LowRank | None) -> bool:

@@ -83,7 +83,7 @@ def _of_model(model: nn.Module, name: str) -> tuple[dict[str, Factors], set[str]
     own = adapters.adapters(name)
     check_plain(config)
     check_convertible(model, name)
-    if adapters.copies(name) or adapters.own_biases.get(name):
+    if adapters.copies(name) or adapters.biases(name):
         raise ExportError(_SAVED_MODULES)
     layers = {}
     for path, adapter in own.items():

@@ -104,7 +104,7 @@ def _merges_of_model(model: nn.Module, adapter_name: str, layout: GgufLayout) ->
     if layout_of(config).architecture != layout.architecture:
         raise ExportError(f"the model is a {config.model_type}, the file a {layout.architecture}; give the model's own")
     check_mergeable(model, [adapter_name])
-    if adapters.copies(adapter_name) or adapters.own_biases.get(adapter_name):
+    if adapters.copies(adapter_name) or adapters.biases(adapter_name):
         raise ExportError(
             "the adapter holds whole modules or biases; use merge_and_unload, save_pretrained and llama.cpp's "
             "convert_hf_to_gguf.py"

@@ -109,7 +109,7 @@ def _change_ranks(model: nn.Module, name: str, config: LoraConfig, ranks: dict[s
     changed = dataclasses.replace(
         config, target_modules=sorted(kept), exclude_modules=None, rank_pattern=kept, alpha_pattern=alphas
     )
-    trainable = any(p.requires_grad for p in adapters.parameters(model, name))
+    trainable = any(p.requires_grad for p in adapters.parameters(name))
     inject.delete_adapter(model, name)
     inject.commit_injection(model, inject.prepare_injection(model, changed, name), trainable)
     adapters.selection.active = active

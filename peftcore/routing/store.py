@@ -264,7 +264,7 @@ class AdapterStore:
         name = f"{entry.name}@{self._made}".replace(".", "-")
         checkpoint.load_adapter(self._model, entry.directory, name, False, config, tensors)
         adapters = adapter_set(self._model)
-        slot = Slot(name, config, sum(p.nbytes for p in adapters.parameters(self._model, name)))
+        slot = Slot(name, config, sum(p.nbytes for p in adapters.parameters(name)))
         with self._lock:
             self._slots[name] = slot
         return slot

@@ -56,7 +56,7 @@ class PreferenceTrainerMixin(ExampleObjectiveMixin):
         if ref_adapter_name is not None:
             adapters = adapter_set(model)
             adapters.require(ref_adapter_name)
-            if any(p.requires_grad for p in adapters.parameters(model, ref_adapter_name)):
+            if any(p.requires_grad for p in adapters.parameters(ref_adapter_name)):
                 raise TrainingError(
                     f"the reference {ref_adapter_name!r} trains itself; load it with is_trainable=False, or freeze it "
                     "with set_requires_grad"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_example import randomise
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
@@ -277,9 +278,20 @@ def test_hooks_on_the_base_layer_are_called(calls: list[int]) -> None:
 
 
 def test_a_base_that_trains_gets_its_gradient(calls: list[int]) -> None:
-    model = get_peft_model(qwen(), lora(target_modules=["q_proj"], bias="lora_only"))
+    model = get_peft_model(qwen(), lora(target_modules=["q_proj"]))
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.base_layer.bias.requires_grad_(True)
     _, gradients = loss_and_gradients(model)
     assert gradients["model.layers.0.self_attn.q_proj.base_layer.bias"].any() and not calls
+
+
+def test_a_trained_bias_is_added_to_what_the_fast_path_gives(calls: list[int]) -> None:
+    model = get_peft_model(qwen(), lora(target_modules=["q_proj"], bias="lora_only"))
+    randomise(model, 0.3)
+    assert_as_in_general(model)
+    calls.clear()
+    _, gradients = loss_and_gradients(model)
+    assert gradients["model.layers.0.self_attn.q_proj.adapters.default.trained_bias.bias"].any() and calls == [1, 1]
 
 
 # -- what layers compute for one another ----------------------------------------------------------------------------

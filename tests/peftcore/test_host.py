@@ -86,6 +86,21 @@ def test_a_linear_layer_that_is_quantised_under_its_adapter() -> None:
     )
 
 
+def test_trained_biases_are_on_the_base_that_is_there_now() -> None:
+    model: Any = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"], bias="all"), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], bias="lora_only"))
+    randomise(model, 0.2)
+    other = net(1)[0]
+    model[0].base_layer = other
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        adapter = adapter_set(model).adapters(name)["0"]
+        assert adapter.trained_bias.base.layer is other
+        with torch.no_grad():
+            expected = X @ (other.weight + adapter.merged_weight(torch.zeros_like(other.weight))).T
+            torch.testing.assert_close(model[0](X), expected + adapter.trained_bias.bias)
+
+
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

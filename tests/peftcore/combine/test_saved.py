@@ -72,7 +72,8 @@ def test_frozen_and_not_active_until_it_is_set(linears: Any) -> None:
     model.set_requires_grad("m", True)
     model.set_adapter("m")
     model(x).sum().backward()
-    model.delete_adapter("m")
+    with pytest.warns(UserWarning, match="'a' is the active one now"):
+        model.delete_adapter("m")
     assert list(model.peft_config) == ["a", "b"]
 
 
