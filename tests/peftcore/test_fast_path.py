@@ -188,7 +188,7 @@ def test_gradient_checkpointing(reentrant: bool, calls: list[int]) -> None:
     assert len(calls) > 8  # once more in the backward pass
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-10, rtol=0)
-    assert not model._adapter_set.selection.waiting.by_layer
+    assert not model._adapter_set.selection.here.by_layer
 
 
 def test_gradient_checkpointing_brings_the_same_mask_back() -> None:
@@ -292,7 +292,7 @@ def test_nothing_is_left_waiting(calls: list[int]) -> None:
         model(TOKENS)
     with torch.inference_mode():
         model(TOKENS)
-    assert calls == [3, 1, 2, 1] * 6 and not model._adapter_set.selection.waiting.by_layer
+    assert calls == [3, 1, 2, 1] * 6 and not model._adapter_set.selection.here.by_layer
 
 
 def test_a_forward_that_breaks_off_leaves_nothing_for_the_next() -> None:
@@ -305,10 +305,10 @@ def test_a_forward_that_breaks_off_leaves_nothing_for_the_next() -> None:
 
     with key.register_forward_pre_hook(refuse), pytest.raises(RuntimeError):
         model(TOKENS)
-    assert model._adapter_set.selection.waiting.by_layer
-    assert not pickle.loads(pickle.dumps(model))._adapter_set.selection.waiting.by_layer
+    assert model._adapter_set.selection.here.by_layer
+    assert not pickle.loads(pickle.dumps(model))._adapter_set.selection.here.by_layer
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=0, rtol=0)
-    assert not model._adapter_set.selection.waiting.by_layer
+    assert not model._adapter_set.selection.here.by_layer
 
 
 def test_cross_attention_learns_whose_input_it_shares(calls: list[int]) -> None:

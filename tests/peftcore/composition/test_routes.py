@@ -366,7 +366,7 @@ def test_low_rank_rows_go_through_two_products_for_all_layers_of_one_input(stack
             model.zero_grad()
         stacks.clear()
         model(TOKENS, adapter_names=["a", "c", None, "a", "b", "a"])
-        assert stacks == [2, 1, 1, 1] * 2 and not model._adapter_set.selection.waiting.by_layer
+        assert stacks == [2, 1, 1, 1] * 2 and not model._adapter_set.selection.here.by_layer
     stacks.clear()
     model(TOKENS, adapter_names=["a", "b", None, "a", "b", "a"])  # with gradients
     assert not stacks
