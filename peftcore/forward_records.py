@@ -10,6 +10,7 @@ alike, so records whose outputs take part in this very backward come first; wher
 differ, that is an error.
 """
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,9 @@ class ForwardRecord:
         """Whether it is one call of the model, inside of which layers share inputs."""
         self.sharing: dict[Any, Sequence[Any]] = {}
         """{layer: the layers that it computed for}, where these have become others since."""
-        self.thread, _HERE.records = threading.get_ident(), True
+        self.thread, _HERE.records = _HERE.number, True
+        self.order = next(_ORDER)
+        """Later records of a thread are inside of earlier ones."""
         self.first, self.end = _next_number(), math.inf
         self._tasks: set[int] = set()
         """Backward passes that have come to one of the outputs."""
@@ -56,6 +59,7 @@ class ForwardRecord:
 
 _LIVE: WeakSet[ForwardRecord] = WeakSet()
 _LOCK = threading.Lock()
+_ORDER = itertools.count()
 _RUNNING: set[int] = set()
 """Backward passes in which something is computed again."""
 
@@ -64,6 +68,8 @@ class _ThisThread(threading.local):
     def __init__(self) -> None:
         self.of: dict[Any, tuple[int, int, ref[ForwardRecord]]] = {}
         """The recomputation that this thread has looked up last, of each owner: (backward, node's number, record)."""
+        self.number = next(_ORDER)
+        """Of this thread; Python's own is used again by later ones."""
         self.records = False
         """Whether this thread has run a forward pass itself."""
 
@@ -103,7 +109,7 @@ def _looked_up(
         found = [record for record in _LIVE if record.first <= number < record.end and fits(record)]
     threads = {record.thread for record in found if record.takes_part(task)}
     if not threads and _HERE.records:  # otherwise this is a thread that PyTorch made for backward passes alone
-        threads = {threading.get_ident()}
+        threads = {_HERE.number}
     found = [record for record in found if record.thread in threads or not threads]
     if not found:  # of checkpoints inside a reentrant checkpoint, which have a backward of their own
         return None if last is None or last[0] not in _RUNNING else last[2]()
@@ -113,7 +119,7 @@ def _looked_up(
             "with different adapters are part of it, so their layers cannot be told apart; give each thread a backward "
             "of its own"
         )
-    innermost = max(found, key=lambda record: record.first)
+    innermost = max(found, key=lambda record: record.order)
     if task not in _RUNNING:
         _RUNNING.add(task)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: _RUNNING.discard(task))  # type: ignore[attr-defined]

@@ -90,7 +90,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     changed = None
     if route is not None or adapters.listening:
         changed, values = _told(model, adapters, route, args, kwargs)
-    if not torch.compiler.is_compiling():
+    if not in_compiled_call():
         selection.begin_call(values)
     return changed
 
@@ -98,7 +98,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def needs_call(model: nn.Module, arguments: dict[str, Any]) -> bool:
     """Whether a `forward` with these arguments is not inside of a call of the model, and adapters are to be told."""
     adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
-    if adapters is None or adapters.selection.here.calls or in_compiled_call():
+    if adapters is None or in_compiled_call() or adapters.selection.here.calls:
         return False
     if "adapter_names" in arguments or adapters.selection.route is not None:
         return True
@@ -107,7 +107,7 @@ def needs_call(model: nn.Module, arguments: dict[str, Any]) -> bool:
 
 def _end_call(model: nn.Module, _args: Any, outputs: Any) -> None:
     adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
-    if adapters is not None and not torch.compiler.is_compiling():
+    if adapters is not None and not in_compiled_call():
         adapters.selection.end_call(outputs)
 
 

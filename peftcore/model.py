@@ -313,7 +313,7 @@ def _forward_of(plain: Any) -> Any:
 
     @wraps(plain.forward, updated=())
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and forwarding.needs_call(self, kwargs):
+        if forwarding.needs_call(self, kwargs):
             return self(*args, **kwargs)
         return plain.forward(self, *args, **kwargs)
 

@@ -90,11 +90,9 @@ class Selection:
     def begin_call(self, values: Mapping[Any, Mapping[str, Any]]) -> None:
         """A call of the model begins in this thread, and its layers may share what they compute.
 
-        values: what its adapter arguments came to; see `ForwardRecord`. Of a compiled call, a part of which may run
-        uncompiled, neither the beginning nor the end is told.
+        values: what its adapter arguments came to; see `ForwardRecord`. Of a call that `torch.compile` has made, a part
+        of which may run uncompiled, neither the beginning nor the end is told.
         """
-        if in_compiled_call():
-            return
         route = self.route
         record = self._record(self.active if route is None else copy.copy(route), values, is_call=True)
         self.here.calls.append(record)
@@ -181,5 +179,9 @@ class Selection:
 
 
 def in_compiled_call() -> bool:
-    """Whether this is a part, run uncompiled, of what `torch.compile` has made."""
+    """Whether this is a part, compiled or not, of what `torch.compile` has made."""
+    return torch.compiler.is_compiling() or _uncompiled_part()
+
+
+def _uncompiled_part() -> bool:
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)  # type: ignore[attr-defined]
