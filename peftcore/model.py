@@ -102,7 +102,11 @@ class PeftModel:
         activation.set_requires_grad(self._module, adapter_names, requires_grad)
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which the model is its base, merged or not."""
+        """Context in which this thread's calls compute the base, merged or not.
+
+        Raises RoutingError inside for `route` and `adapter_names` that name an adapter; and, with merged adapters,
+        where another thread calls the model at the same time.
+        """
         return activation.adapters_disabled(self._module)
 
     def route(self, adapters: Spec | Sequence[Spec]) -> contextlib.AbstractContextManager[Route]:

@@ -355,9 +355,9 @@ def test_replicas_of_data_parallel_compute_for_themselves(calls: list[int]) -> N
     x = torch.randn(2, 3, 32, dtype=torch.float64)
     torch.testing.assert_close(replica(x), attention.q_proj(x), atol=1e-12, rtol=0)
     calls.clear()
-    with attention.q_proj.register_forward_hook(lambda _m, _x, y: replica(x)):
+    with attention.k_proj.register_forward_hook(lambda *_: calls.append(-replica(x).dim())):
         model(TOKENS)
-    assert calls == [3, 1, 1, 2, 1, 3, 1, 2, 1]  # inside of a call too
+    assert calls == [3, 1, -3, 1, 2, 1, 3, 1, 2, 1]  # inside of a call too
 
 
 def test_copies_and_pickles_share_among_themselves() -> None:
