@@ -6,7 +6,6 @@
 
 import contextlib
 import copy
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache, wraps
@@ -315,14 +314,12 @@ def _forward_of(plain: Any) -> Any:
     in silence, so such a call becomes the model's own call.
     """
 
-    @wraps(plain.forward, updated=())
+    @wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if forwarding.needs_call(self, kwargs):
             return self(*args, **kwargs)
         return plain.forward(self, *args, **kwargs)
 
-    del forward.__wrapped__  # accelerate takes off whatever says so of itself
-    forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]
     return forward
 
 
