@@ -76,15 +76,24 @@ def routed(model: nn.Module, given: Spec | Sequence[Spec]) -> Iterator[Route]:
     """This thread's calls of the model go by a composition, or by a list of them, one for each row of the batch.
 
     What `set_adapter` has made active is untouched, and other threads do not see it. Raises AdapterNameError for names
-    that are not loaded, RoutingError for what no batch can be computed by.
+    that are not loaded, RoutingError for what no batch can be computed by, and for adapters inside `disable_adapter()`.
     """
     adapters, route = adapter_set(model), Route(given)
     adapters.require(*route.names)
+    outer = adapters.selection.route
+    if outer is not None and outer.is_final:
+        if route.names:
+            raise RoutingError(
+                f"{list(route.names)} are to act inside of disable_adapter(), where the model is its base; leave it "
+                "first, or name None there"
+            )
+        route.is_final = True
     if adapters.merged:
         raise RoutingError(
             f"{list(adapters.merged)} are merged into the base, where every row would have them; unmerge_adapter first"
         )
     if route.uniform is None:
+        route.model = model
         _check_rows_are_seen(adapters, route)
     with adapters.selection.routed(route):
         adapters.require(*route.names)  # from here on none of them can be deleted
@@ -103,13 +112,13 @@ def _check_rows_are_seen(adapters: AdapterSet, route: Route) -> None:
 
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The base model alone while inside, also when adapters are merged; afterwards everything is as before."""
-    selection = adapter_set(model).selection
-    before = selection.disabled
-    selection.disabled = True
-    over = selection.routed(Route(None)) if selection.route is not None else contextlib.nullcontext()
-    try:
-        with original_weights(model), over:
-            yield
-    finally:
-        selection.disabled = before
+    """The base model alone while inside, also when adapters are merged; afterwards everything is as before.
+
+    It is a route to the base that no other may be opened in, so other threads do not see it. Merged adapters are in the
+    one set of weights that all threads have: calls by other threads are then refused while inside. Raises RoutingError
+    if such a call runs already.
+    """
+    route = Route(None)
+    route.is_final = True
+    with original_weights(model), adapter_set(model).selection.routed(route):
+        yield

@@ -40,6 +40,8 @@ class AdapterSet:
         """Sites by the path of their layer or raw parameter."""
         self.merged: tuple[str, ...] = ()
         """Adapters that are merged into a base weight now, in the order in which they were."""
+        self.unmerged_by = 0
+        """Contexts, of all threads, that have the base's own weights in place of merged ones now (count)."""
         self.saved: dict[str, SavedModule] = {}
         self.prompts = Prompts()
         """Prompt learners by adapter name."""

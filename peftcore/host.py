@@ -70,6 +70,8 @@ class _Host(nn.Module):
     """A module that stands in for `base_layer` and lets the model's code read its attributes."""
 
     base_layer: nn.Module
+    batch_first: bool | None = None
+    """Whether its rows come before their tokens; None: not known yet, see `peftcore.detection.batch_axis`."""
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__()
@@ -78,6 +80,10 @@ class _Host(nn.Module):
         self.path = ""
         """Where it stands in the model: at the first place, if at several."""
         self.train(base_layer.training)
+
+    def sees_tokens(self, x: Tensor) -> bool:
+        """Whether an input of this shape has an axis of tokens besides that of rows."""
+        return x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
 
     def _stands_for(self) -> nn.Module:
         return self.base_layer
@@ -104,8 +110,8 @@ class Site:
     selection: Selection
     training: bool
     path: str
-    merged_states: tuple[dict[str, Any], ...] = ()
-    """The base's merged parameters, once for each `disable_adapter` that is open."""
+    merged_state: dict[str, Any] | None = None
+    """The base's merged parameters while `disable_adapter` has its own in their place."""
     replaced_by: tuple[str, ...] = ()
     """Adapters whose start brought the weight that the base stands with now (LoftQ)."""
     has_trained_biases = False
@@ -160,7 +166,8 @@ class Site:
         base = self.base
         attributes = base.layer.__dict__
         states = [attributes[name] for name in (base.unmerged_attribute, OWN_STATE) if name in attributes]
-        states += self.merged_states
+        if self.merged_state is not None:
+            states.append(self.merged_state)
         if not states:
             return
         in_place = {id(tensor) for tensor in base.layer.parameters()}
@@ -245,6 +252,9 @@ class AdaptedLayer(_Host, Site):
         """Whether no adapter is left here."""
         return not len(self.adapters)
 
+    def sees_tokens(self, x: Tensor) -> bool:
+        return super().sees_tokens(x) and self.base.kind != "conv"
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.selection.forget()  # memory on the old device
         super()._apply(fn, recurse)
@@ -286,9 +296,10 @@ class AdaptedLayer(_Host, Site):
         return view
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not args and not kwargs and not torch.compiler.is_compiling() and (y := given(self, x)) is not None:
+        now = self.selection.now
+        if not args and not kwargs and not torch.compiler.is_compiling() and (y := given(self, x, now)) is not None:
             return y
-        route = self.selection.route
+        route = now if isinstance(now, Route) else None
         if route is None or route.chain is not None:
             return self.chain_output(self.acting(), x, *args, **kwargs)
         at_work = self.at_work()
@@ -442,7 +453,8 @@ class SavedModule(_Host):
     def _by_rows(self, route: Route, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             raise RoutingError(f"{self.path} was trained whole and takes more than one tensor, so rows cannot be told")
-        groups = route.groups(args[0], self.path)
+        route.check_layer(args[0], self)
+        groups = route.groups(args[0])
         outputs = [self.current(one)(args[0].index_select(0, rows)) for one, rows in groups]
         if not all(isinstance(y, Tensor) for y in outputs):
             raise RoutingError(

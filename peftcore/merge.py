@@ -6,6 +6,7 @@ tensors; the price is one more copy of each merged weight in memory until then. 
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from peftcore.adapter import Adapter
 from peftcore.adapter_set import AdapterSet, adapter_set
 from peftcore.bases import BaseWeight
-from peftcore.errors import MergeError
+from peftcore.errors import MergeError, RoutingError
 from peftcore.host import Site, with_trained_biases
 from peftcore.inject import remove_hosts
 
 logger = logging.getLogger(__name__)
+_LOCK = threading.Lock()
+"""Held while merged weights and the base's own change places."""
 
 
 class _Folding(NamedTuple):
@@ -165,24 +168,39 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 def _merged_hosts(adapters: AdapterSet) -> list[Site]:
     """None of them is looked at while no adapter is merged, so that disabling costs nothing then."""
-    return [host for host in adapters.layers.values() if host.merged] if adapters.merged else []
+    return list(dict.fromkeys(host for host in adapters.layers.values() if host.merged)) if adapters.merged else []
 
 
 @contextlib.contextmanager
 def original_weights(model: nn.Module) -> Iterator[None]:
-    """The unmerged weights in place while inside, the merged ones again after."""
-    hosts = _merged_hosts(adapter_set(model))
-    for host in hosts:
-        base = host.base
-        host.merged_states = (*host.merged_states, base.state())
-        base.restore(base.layer.__dict__[base.unmerged_attribute])
+    """The unmerged weights in place while inside, the merged ones again after; of several inside, the last puts them
+    back. Raises RoutingError where another thread computes with the merged ones."""
+    adapters = adapter_set(model)
+    if not adapters.merged:
+        yield
+        return
+    with _LOCK:
+        if not adapters.unmerged_by and adapters.selection.runs_elsewhere():
+            raise RoutingError(
+                f"{list(adapters.merged)} are merged, and another thread is calling the model, so its weights cannot "
+                "become the base's own now; call unmerge_adapter() first, then each thread has its own adapters"
+            )
+        if not adapters.unmerged_by:
+            for host in _merged_hosts(adapters):
+                base = host.base
+                host.merged_state = base.state()
+                base.restore(base.layer.__dict__[base.unmerged_attribute])
+        adapters.unmerged_by += 1
     try:
         yield
     finally:
-        for host in hosts:
-            *others, state = host.merged_states
-            host.merged_states = tuple(others)
-            host.base.restore(state)
+        with _LOCK:
+            adapters.unmerged_by -= 1
+            if not adapters.unmerged_by:
+                for host in adapters.layers.values():
+                    state, host.merged_state = host.merged_state, None
+                    if state is not None and host.merged:  # not those that were unmerged inside
+                        host.base.restore(state)
 
 
 def merge_and_unload(model: nn.Module, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:

@@ -5,9 +5,10 @@
 """
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from peftcore.config import PeftConfig
 from peftcore.fingerprint import unchanging_weights
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
+
+
+_CALLERS_ROUTE = "_callers_route"
+"""Attribute of a replica that DataParallel made inside of a route: what opens it."""
 
 
 class _ActiveAdapters(list[str]):
@@ -105,7 +110,11 @@ class PeftModel:
         activation.refresh_adapters(self._module)
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which the model is its base, merged or not."""
+        """Context in which this thread's calls compute the base, merged or not.
+
+        Raises RoutingError inside for `route` and `adapter_names` that name an adapter; and, with merged adapters,
+        where another thread calls the model at the same time.
+        """
         return activation.adapters_disabled(self._module)
 
     def route(self, adapters: Spec | Sequence[Spec]) -> contextlib.AbstractContextManager[Route]:
@@ -118,10 +127,10 @@ class PeftModel:
         return activation.routed(self._module, adapters)
 
     def __call__(self, *args: Any, adapter_names: Spec | Sequence[Spec] = None, **kwargs: Any) -> Any:
-        """The model's own call; adapter_names: what `route` takes, for this call alone."""
-        if adapter_names is None:
+        """The model's own call, and so is `forward`; adapter_names: what `route` takes, for this call alone."""
+        if adapter_names is None and _CALLERS_ROUTE not in self.__dict__:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with self.route(adapter_names):
+        with self.route(adapter_names) if adapter_names is not None else self.__dict__[_CALLERS_ROUTE]():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     # -- merging -------------------------------------------------------------------------------------------------
@@ -276,6 +285,14 @@ class PeftModel:
         """What DistributedDataParallel, which asks for this name, need not send: each process has the same base."""
         return untouched_names(self._module)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """A replica, which DataParallel calls in a thread of its own, computes by the route that is open here."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        selection = adapter_set(self._module).selection
+        if (route := selection.route) is not None:
+            replica.__dict__[_CALLERS_ROUTE] = lambda: selection.routed(copy.copy(route))
+        return replica
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so a pickle names the class below it and makes ours again
         return _remade, (_plain_class(type(self)),), self.__dict__
@@ -292,7 +309,27 @@ def _count(parameter: nn.Parameter) -> int:
 def _adapted_class(plain: type) -> type:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     extra = {"generate": _generate, "create_masks_for_generate": _masks} if hasattr(plain, "generate") else {}
-    return type(plain.__name__, (PeftModel, plain), {**names, **extra, "_hf_peft_config_loaded": True})
+    return type(
+        plain.__name__,
+        (PeftModel, plain),
+        {**names, **extra, "forward": _forward_of(plain), "_hf_peft_config_loaded": True},
+    )
+
+
+def _forward_of(plain: Any) -> Any:
+    """The class's own `forward`, under its own signature, for an adapted model.
+
+    PyTorch leaves hooks out where `forward` is called directly. What adapters are told of by hooks would then be lost
+    in silence, so such a call becomes the model's own call.
+    """
+
+    @wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if forwarding.needs_call(self, kwargs):
+            return self(*args, **kwargs)
+        return plain.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _generate(self: Any, *args: Any, adapter_names: Spec | Sequence[Spec] = None, **kwargs: Any) -> Any:

@@ -15,16 +15,14 @@ from torch import Tensor
 
 from peftcore.adapter import Adapter
 from peftcore.composition.algebra import Composition, Gate, Only, Split, Stack, Weighted
-from peftcore.composition.route import Route
+from peftcore.composition.route import Route, RoutedLayer
 from peftcore.errors import RoutingError
 
 Below = Callable[[Tensor], Tensor]
 
 
-class Layer(Protocol):
+class Layer(RoutedLayer, Protocol):
     """What is wanted of an adapted layer."""
-
-    path: str
 
     def at_work(self) -> Mapping[str, Adapter]:
         """{name: adapter} of the layer's adapters that are not merged."""
@@ -50,7 +48,8 @@ def composed(layer: Layer, route: Route, x: Tensor, *args: Any, **kwargs: Any) -
         return site.of(route.uniform, x)
     if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
         raise RoutingError(f"{layer.path} is called with more tensors than its input, whose rows are unknown")
-    groups = route.groups(x, layer.path)
+    route.check_layer(x, layer)
+    groups = route.groups(x)
     inputs = [x.index_select(0, rows) for _, rows in groups]
     chains = [site.chain(one) for one, _ in groups]
     if any(chain is None or any(adapter.through_weight for adapter in chain) for chain in chains):

@@ -1,5 +1,7 @@
 """Which adapters act and train; the cost of switching."""
 
+import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from peftcore import (
 from peftcore.activation import set_adapter
 from peftcore.adapter_set import adapter_set
 from peftcore.conversion import convert_to_lora
+from peftcore.errors import RoutingError
 from peftcore.routing import AdapterStore
 
 
@@ -191,6 +194,101 @@ def test_disable_is_restored_after_an_exception() -> None:
     with pytest.raises(RuntimeError), model.disable_adapter():
         raise RuntimeError
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_threads_that_disable_adapters_overlap(inside: bool) -> None:
+    """Each disables them for itself: the other one computes with them, and nothing stays disabled."""
+    model, x = net(), torch.randn(2, 6)
+    adapted = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    entered, left, failures = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with model.route("default") if inside else contextlib.nullcontext(), model.disable_adapter():
+            entered.set()
+            left.wait(10)
+            failures.extend([] if torch.equal(model(x), base) else ["first"])
+
+    def second() -> None:
+        entered.wait(10)
+        failures.extend([] if torch.equal(model(x), adapted) else ["second, outside"])
+        with model.disable_adapter():
+            failures.extend([] if torch.equal(model(x), base) else ["second, inside"])
+            left.set()
+            threads[0].join()
+        failures.extend([] if torch.equal(model(x), adapted) else ["second, afterwards"])
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and torch.equal(model(x), adapted)
+
+
+def test_threads_that_disable_merged_adapters() -> None:
+    """There is one set of weights: the last one to leave puts the merged ones back, and other calls are refused."""
+    model, x = net(), torch.randn(2, 6)
+    with model.disable_adapter():
+        base = model(x)
+    model.merge_adapter()
+    merged, state = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def in_a_thread(work: Any) -> Any:
+        found: list[Any] = []
+
+        def run() -> None:
+            try:
+                found.append(work())
+            except RoutingError as error:
+                found.append(str(error))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return found[0]
+
+    def disabled() -> Any:
+        with model.disable_adapter():
+            return model(x)
+
+    first, second = model.disable_adapter(), model.disable_adapter()
+    with first:
+        assert torch.equal(model(x), base) and torch.equal(in_a_thread(disabled), base)
+        assert "another thread is inside of disable_adapter()" in in_a_thread(lambda: model(x))
+        with second:
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), merged) and torch.equal(in_a_thread(lambda: model(x)), merged)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with model[1].register_forward_hook(lambda *_: refused.append(in_a_thread(disabled))):
+        refused: list[Any] = []
+        assert torch.equal(model(x), merged)
+    assert "another thread is calling the model" in refused[0]
+
+
+def test_replicas_of_data_parallel_follow_the_thread_that_made_them() -> None:
+    """DataParallel calls each in a thread of its own, which sees no route of its caller's."""
+    model, x = net(), torch.randn(2, 6)
+    model.add_adapter("b", lora("0"))
+
+    def by_replica() -> torch.Tensor:
+        replica = model._replicate_for_data_parallel()  # what nn.DataParallel calls for each module
+        replica.__dict__["_modules"] = model._modules
+        found: list[torch.Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(replica(x)))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    assert torch.equal(by_replica(), model(x))
+    with model.disable_adapter():
+        base = model(x)
+        assert torch.equal(by_replica(), base)
+    with model.route("b"):
+        assert torch.equal(by_replica(), model(x)) and not torch.equal(model(x), base)
 
 
 def test_modules_to_save_has_one_acting_copy_and_the_original_without() -> None:
