@@ -1,6 +1,7 @@
 """One call for the starts that look at data: `initialize_from_data(model, batches)`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -105,7 +106,9 @@ def _change_ranks(model: nn.Module, name: str, config: LoraConfig, ranks: dict[s
     alphas = {}
     for path, rank in kept.items():
         old_rank, alpha = config.at(path)
-        alphas[path] = alpha if not keep_scaling else alpha * rank / old_rank
+        ratio = rank / old_rank
+        kept_alpha = alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
+        alphas[path] = kept_alpha if keep_scaling else alpha
     changed = dataclasses.replace(
         config, target_modules=sorted(kept), exclude_modules=None, rank_pattern=kept, alpha_pattern=alphas
     )
