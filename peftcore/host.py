@@ -82,7 +82,8 @@ class _Host(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base_layer" not in self.__dict__.get("_modules", {}):
+            protocol = name.startswith("__")  # such as a parametrised layer's own __deepcopy__: the host is copied whole
+            if protocol or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self._stands_for(), name)
 
@@ -215,7 +216,8 @@ class AdaptedLayer(_Host, Site):
         base = self.base
         computes = base.quantized and not is_traced() and only_computes(self.base_layer)
         if computes and not args and not kwargs and base.prefers_product(x):
-            return base.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+            y = base.product(x.reshape(-1, x.shape[-1]))
+            return y.view(*x.shape[:-1], y.shape[-1])
         return self.base_layer(x, *args, **kwargs)
 
     def _through_weight(self, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:

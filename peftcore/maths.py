@@ -27,8 +27,17 @@ def random_places(size: int, count: int, seed: int | None) -> Tensor:
     return torch.randperm(size, generator=generator, device="cpu")[:count].clone()  # a view would keep them all
 
 
+def widened(parameter: Tensor) -> Tensor:
+    """The parameter in float32, or as it is if it is in float32 or float64.
+
+    For factors that are orthogonal or a spectrum: no solver and no FFT takes 16 bits on CPUs, and rounding to 16 bits
+    leaves factors that are not orthogonal.
+    """
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
 def cayley(skew: Tensor) -> Tensor:
-    """(I − S)(I + S)⁻¹: orthogonal, without eigenvalue −1, for skew-symmetric S (..., n, n)."""
+    """(I − S)(I + S)⁻¹: orthogonal, without eigenvalue −1, for skew-symmetric S (..., n, n) in float32 or float64."""
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     return torch.linalg.solve(eye + skew, eye - skew, left=False)
 

@@ -6,11 +6,15 @@ Weights are seen in one canonical orientation, whatever the layer keeps: (o, i) 
 Shapes: o out_features, i in_features, d embedding dimension, v vocabulary, r rank.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from peftcore.errors import MergeError
 
 
 class BaseWeight(ABC):
@@ -100,16 +104,40 @@ class BaseWeight(ABC):
 
     def write_bias(self, bias: Tensor) -> None:
         """Give the layer a new bias (o,); the old parameter object is left intact."""
-        self.layer.bias = nn.Parameter(bias.to(self.layer.bias), requires_grad=False)
+        self._put("bias", bias.to(self.layer.bias))
+
+    def _put(self, name: str, values: Tensor) -> None:
+        """Give the layer a new parameter `name`; MergeError if the layer cannot hold these values."""
+        kept = _kept(self.layer, name)
+        if isinstance(kept, ParametrizationList):
+            _put_parametrized(kept, values, f"{type(self.layer).__name__}.{name}")
+        elif kept is None:
+            raise MergeError(
+                f"{name} of this {type(self.layer).__name__} is no parameter but is computed before each forward, as "
+                "torch.nn.utils.weight_norm does; call remove_weight_norm before get_peft_model, or keep the adapter "
+                "unmerged"
+            )
+        else:
+            self.layer._parameters[name] = nn.Parameter(values.contiguous(), requires_grad=False)
 
     def state(self) -> dict[str, Any]:
         """References to what `write` replaces: restoring them is exact to the bit and copies nothing."""
-        return {name: self.layer._parameters[name] for name in ("weight", "bias") if name in self.layer._parameters}
+        state: dict[str, Any] = {}
+        for name in ("weight", "bias"):
+            kept = _kept(self.layer, name)
+            if isinstance(kept, ParametrizationList):
+                state[name] = dict(kept._parameters)
+            elif name in self.layer._parameters:
+                state[name] = kept
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put back what `state` returned."""
-        for name, parameter in state.items():
-            self.layer._parameters[name] = parameter
+        for name, value in state.items():
+            if isinstance(value, dict):
+                self.layer.parametrizations[name]._parameters.update(value)
+            else:
+                self.layer._parameters[name] = value
 
     def per_output(self, values: Tensor) -> Tensor:
         """Values (o,) in the shape that broadcasts over the feature axis of this layer's output."""
@@ -147,3 +175,30 @@ class BaseWeight(ABC):
     @abstractmethod
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         """y + pointwise(h, weight), in one pass over y where the layer allows it."""
+
+
+def _kept(layer: nn.Module, name: str) -> nn.Parameter | ParametrizationList | None:
+    """What a layer keeps its parameter `name` as; None for a tensor that is no parameter."""
+    if (parametrizations := layer._modules.get("parametrizations")) is not None and name in parametrizations._modules:
+        return parametrizations._modules[name]  # type: ignore[return-value]
+    return layer._parameters.get(name)
+
+
+@torch.no_grad()
+def _put_parametrized(kept: ParametrizationList, values: Tensor, name: str) -> None:
+    """Give a parametrised tensor new values by new originals; MergeError if the parametrisation cannot make them."""
+    refused = MergeError(
+        f"the parametrisation {', '.join(type(step).__name__ for step in kept)} of {name} cannot hold the merged values; "
+        "call torch.nn.utils.parametrize.remove_parametrizations before get_peft_model, or keep the adapter unmerged"
+    )
+    before, originals = dict(kept._parameters), values
+    for step in reversed(list(copy.deepcopy(kept))):  # some right inverses change the step itself
+        if not hasattr(step, "right_inverse"):
+            raise refused
+        originals = step.right_inverse(originals)  # type: ignore[operator]
+    many = {"original": originals} if kept.is_tensor else {f"original{n}": part for n, part in enumerate(originals)}
+    kept._parameters.update({key: nn.Parameter(part.clone(), requires_grad=False) for key, part in many.items()})
+    precision = torch.finfo(values.dtype).eps
+    if not torch.allclose(kept(), values, rtol=16 * precision, atol=16 * precision * float(values.abs().max())):
+        kept._parameters.update(before)
+        raise refused

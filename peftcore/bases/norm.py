@@ -36,7 +36,7 @@ class NormWeight(BaseWeight):
         return self.layer.weight.detach()
 
     def write(self, weight: Tensor) -> None:
-        self.layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)
+        self._put("weight", weight.to(self.dtype))
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         own = self.layer._parameters.get("bias")

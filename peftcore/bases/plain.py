@@ -36,7 +36,7 @@ class LinearWeight(BaseWeight):
         return self.layer.weight.detach()
 
     def write(self, weight: Tensor) -> None:
-        self.layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)
+        self._put("weight", weight.to(self.dtype))
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
@@ -45,9 +45,11 @@ class LinearWeight(BaseWeight):
         return F.linear(h, weight.to(h.dtype))
 
     def computes_in(self, x: Tensor) -> torch.dtype | None:
+        if type(self.layer) is not self.layer_class:
+            return None
         own = self.layer._parameters  # several times faster than an attribute, and this is asked in every forward
         weight = own["weight"]
-        if type(self.layer) is not self.layer_class or not all(map(_is_plain_and_frozen, own.values())):
+        if not all(map(_is_plain_and_frozen, own.values())):
             return None
         device = x.device.type
         if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -118,7 +120,7 @@ class ConvWeight(BaseWeight):
         return self.layer.weight.detach()
 
     def write(self, weight: Tensor) -> None:
-        self.layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)
+        self._put("weight", weight.to(self.dtype))
 
     def _convolve(self, x: Tensor, weight: Tensor, **geometry: Any) -> Tensor:
         function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.kernel)]
@@ -156,7 +158,7 @@ class EmbeddingWeight(BaseWeight):
         return self.layer.weight.detach().T
 
     def write(self, weight: Tensor) -> None:
-        self.layer.weight = nn.Parameter(weight.T.to(self.dtype).contiguous(), requires_grad=False)
+        self._put("weight", weight.T.to(self.dtype))
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         rows = F.embedding(x, weight.T, padding_idx=self.layer.padding_idx)

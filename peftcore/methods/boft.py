@@ -15,7 +15,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
-from peftcore.maths import cayley, drop_blocks, rotate_blocks, weight_shape
+from peftcore.maths import cayley, drop_blocks, rotate_blocks, weight_shape, widened
 from peftcore.registry import register
 
 
@@ -91,8 +91,9 @@ class BOFT(Adapter):
             nn.init.normal_(self.boft_s, mean=1, std=0.1)
 
     def factors(self) -> list[Tensor]:
-        """The blocks (n, c, c) of each factor."""
-        return list(cayley(0.5 * (self.boft_R - self.boft_R.mT)))
+        """The blocks (n, c, c) of each factor, in float32 or float64."""
+        blocks = widened(self.boft_R)
+        return list(cayley(0.5 * (blocks - blocks.mT)))
 
     def _acting_factors(self) -> list[Tensor]:
         factors = self.factors()

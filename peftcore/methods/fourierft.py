@@ -16,7 +16,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
-from peftcore.maths import random_places, weight_shape
+from peftcore.maths import random_places, weight_shape, widened
 from peftcore.registry import register
 
 
@@ -73,6 +73,7 @@ class FourierFT(Adapter):
             nn.init.normal_(self.fourierft_spectrum)
 
     def delta_weight(self) -> Tensor:
-        flat = self.fourierft_spectrum.new_zeros(math.prod(self.shape)).scatter(0, self.places, self.fourierft_spectrum)
+        spectrum = widened(self.fourierft_spectrum)
+        flat = spectrum.new_zeros(math.prod(self.shape)).scatter(0, self.places, spectrum)
         wave = torch.fft.ifft2(flat.view(self.shape[0], -1)).real
         return self.config.scaling * wave.view(self.shape)

@@ -16,7 +16,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
-from peftcore.maths import weight_shape
+from peftcore.maths import weight_shape, widened
 from peftcore.registry import register
 
 
@@ -69,12 +69,13 @@ class HRA(Adapter):
         self.hra_u[:, 1::2] = self.hra_u[:, ::2]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(L, U), both (i·k, r), with H₁⋯H_r = I − L Uᵀ; in the parameters' type also under autocast."""
+        """(L, U), both (i·k, r), with H₁⋯H_r = I − L Uᵀ; in float32 or float64 also under autocast."""
         with torch.autocast(self.hra_u.device.type, enabled=False):
+            vectors = widened(self.hra_u)
             if self.orthogonal:
-                q = torch.linalg.qr(self.hra_u).Q
+                q = torch.linalg.qr(vectors).Q
                 return 2 * q, q
-            u = self.hra_u / self.hra_u.norm(dim=0)
+            u = vectors / vectors.norm(dim=0)
             inner = torch.triu(u.T @ u, 1) + torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2
             return torch.linalg.solve_triangular(inner, u, upper=True, left=False), u
 

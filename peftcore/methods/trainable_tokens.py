@@ -77,8 +77,10 @@ class TrainableTokens(Adapter):
     @classmethod
     def link(cls, config: Any, adapters: Mapping[str, Adapter]) -> None:
         first: dict[int, TrainableTokens] = {}
-        for adapter in cast(Mapping[str, TrainableTokens], adapters).values():
-            source = first.setdefault(id(adapter.base.layer.weight), adapter)
+        made = list(cast(Mapping[str, TrainableTokens], adapters).values())
+        weights = [adapter.base.layer.weight for adapter in made]  # a parametrised one has no other owner
+        for adapter, weight in zip(made, weights, strict=True):
+            source = first.setdefault(id(weight), adapter)
             if source is not adapter:
                 adapter.follows, adapter.trainable_tokens_delta = True, source.trainable_tokens_delta
 

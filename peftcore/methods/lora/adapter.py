@@ -83,10 +83,11 @@ class Lora(Adapter):
     def link(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> None:
         if not config.ensure_weight_tying:
             return
-        layers = cast(Mapping[str, Lora], adapters).values()
-        embeddings = {id(a.base.layer.weight): a for a in layers if a.base.kind == "embedding"}
-        for adapter in layers:
-            source = embeddings.get(id(adapter.base.layer.weight)) if adapter.base.kind == "linear" else None
+        layers = list(cast(Mapping[str, Lora], adapters).values())
+        weights = [a.base.layer.weight for a in layers]  # a parametrised one has no other owner
+        embeddings = {id(w): a for a, w in zip(layers, weights, strict=True) if a.base.kind == "embedding"}
+        for adapter, weight in zip(layers, weights, strict=True):
+            source = embeddings.get(id(weight)) if adapter.base.kind == "linear" else None
             if source is not None:
                 adapter.source, adapter.lora_A, adapter.lora_B = source, None, None  # type: ignore[assignment]
 
