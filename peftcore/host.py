@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
+from peftcore.bases.own_tensors import call_with
 from peftcore.bases.parameter import ParameterWeight
 from peftcore.composition.algebra import Composition
 from peftcore.composition.evaluation import composed, composed_weight
@@ -82,7 +83,9 @@ class _Host(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            protocol = name.startswith("__")  # such as a parametrised layer's own __deepcopy__: the host is copied whole
+            protocol = name.startswith(
+                "__"
+            )  # such as a parametrised layer's own __deepcopy__: the host is copied whole
             if protocol or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self._stands_for(), name)
@@ -255,7 +258,7 @@ class AdaptedParameters(_Host):
         changed = {site.base.name: site.changed() for site in sites if site.acting()}
         if not changed:
             return self.base_layer(*args, **kwargs)
-        return torch.func.functional_call(self.base_layer, changed, args, kwargs)
+        return call_with(self.base_layer, changed, args, kwargs)
 
 
 class ParameterSite(nn.Module, Site):

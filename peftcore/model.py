@@ -6,7 +6,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
+
+
+_DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""Attribute of a model where DistributedDataParallel keeps the names of what it need not send."""
 
 
 class _ActiveAdapters(list[str]):
@@ -264,8 +268,15 @@ class PeftModel:
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel, which asks for this name, need not send: each process has the same base."""
-        return untouched_names(self._module)
+        """Names that DistributedDataParallel, which reads this attribute, need not send: each process has the same base.
+
+        Those that `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` was given are among them.
+        """
+        return [*untouched_names(self._module), *vars(self).get(_DDP_IGNORED, ())]
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: Iterable[str]) -> None:
+        vars(self)[_DDP_IGNORED] = list(names)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so a pickle names the class below it and makes ours again

@@ -6,11 +6,12 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from peftcore.bases.base import BaseWeight
+from peftcore.bases.own_tensors import call_with, own_tensor
 
 
 def is_norm(layer: nn.Module) -> bool:
     """Whether `layer` scales each of its features by a weight (d,) of its own and keeps no running statistics."""
-    weight = layer._parameters.get("weight")
+    weight = own_tensor(layer, "weight")
     named = isinstance(layer, nn.LayerNorm | nn.GroupNorm) or type(layer).__name__.endswith("Norm")
     inside = any(True for child in layer.children() for _ in child.parameters())
     return named and weight is not None and weight.ndim == 1 and not inside and not isinstance(layer, _NormBase)
@@ -39,11 +40,11 @@ class NormWeight(BaseWeight):
         self._put("weight", weight.to(self.dtype))
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        own = self.layer._parameters.get("bias")
+        own = own_tensor(self.layer, "bias")
         given = {"weight": weight.to(self.dtype)}
         if own is not None:
             given["bias"] = torch.zeros_like(own) if bias is None else bias.to(own)
-        return torch.func.functional_call(self.layer, given, (x,))
+        return call_with(self.layer, given, (x,))
 
     def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
         axis = 1 if isinstance(self.layer, nn.GroupNorm) else -1

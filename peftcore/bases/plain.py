@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
+from peftcore.bases.own_tensors import own_tensor
 
 
 def _is_plain_and_frozen(parameter: Tensor | None) -> bool:
@@ -47,9 +48,8 @@ class LinearWeight(BaseWeight):
     def computes_in(self, x: Tensor) -> torch.dtype | None:
         if type(self.layer) is not self.layer_class:
             return None
-        own = self.layer._parameters  # several times faster than an attribute, and this is asked in every forward
-        weight = own["weight"]
-        if not all(map(_is_plain_and_frozen, own.values())):
+        weight, bias = own_tensor(self.layer, "weight"), own_tensor(self.layer, "bias")
+        if not (_is_plain_and_frozen(weight) and _is_plain_and_frozen(bias)):
             return None
         device = x.device.type
         if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -57,8 +57,7 @@ class LinearWeight(BaseWeight):
         return x.dtype if weight is not None and x.dtype == weight.dtype else None
 
     def product(self, x: Tensor) -> Tensor:
-        own = self.layer._parameters
-        bias = own["bias"]
+        bias = own_tensor(self.layer, "bias")
         return F.linear(x, self._weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def weight_to_keep(self) -> Tensor | None:
@@ -66,7 +65,9 @@ class LinearWeight(BaseWeight):
 
     def _weight(self) -> Tensor:
         """The layer's own weight (o, i), as autograd knows it."""
-        return self.layer._parameters["weight"]
+        weight = own_tensor(self.layer, "weight")
+        assert weight is not None
+        return weight
 
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         if y.dtype != h.dtype or torch.is_autocast_enabled(y.device.type):
@@ -93,7 +94,7 @@ class Conv1DWeight(LinearWeight):
         return self.layer.weight.detach().T
 
     def _weight(self) -> Tensor:
-        return self.layer._parameters["weight"].T
+        return super()._weight().T
 
     def write(self, weight: Tensor) -> None:
         super().write(weight.T)
