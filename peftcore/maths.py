@@ -36,6 +36,17 @@ def widened(parameter: Tensor) -> Tensor:
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
+def scaled(y: Tensor, scale: Tensor) -> Tensor:
+    """y·scale, where `scale`, in float32, broadcasts against y of any type.
+
+    In 16 bits it is y + y·(scale − 1): rounded to bfloat16, 1.003 is 1, but 0.003 is not 0. So changes smaller than the
+    type's precision act, and the error stays within half a unit in the last place of y.
+    """
+    if y.dtype.itemsize > 2:
+        return y * scale.to(y.dtype)
+    return torch.addcmul(y, y, (scale - 1).to(y.dtype))
+
+
 def cayley(skew: Tensor) -> Tensor:
     """(I − S)(I + S)⁻¹: orthogonal, without eigenvalue −1, for skew-symmetric S (..., n, n) in float32 or float64."""
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
@@ -43,10 +54,16 @@ def cayley(skew: Tensor) -> Tensor:
 
 
 def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x R for R = diag(blocks): x (..., n·b), blocks (n, b, b), or (1, b, b) for one that all n share."""
+    """x R for R = diag(blocks): x (..., n·b), blocks (n, b, b), or (1, b, b) for one that all n share.
+
+    In 16 bits it is x + x (R − I), so that rotations smaller than the type's precision act, as in `scaled`.
+    """
+    narrow = x.dtype.itemsize <= 2
+    if narrow:
+        blocks = blocks - torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     parts, blocks = x.unflatten(-1, (-1, blocks.shape[-1])), blocks.to(x.dtype)
     rotated = parts @ blocks[0] if len(blocks) == 1 else torch.einsum("...nb,nbc->...nc", parts, blocks)
-    return rotated.flatten(-2)
+    return x + rotated.flatten(-2) if narrow else rotated.flatten(-2)
 
 
 def drop_blocks(blocks: Tensor, probability: float) -> Tensor:

@@ -17,6 +17,23 @@ from torch.nn.utils.parametrize import ParametrizationList
 from peftcore.errors import MergeError
 
 
+class WeightVersion:
+    """A stored weight at one time. Equal while nobody replaces, moves or changes it; an edit through `.data` is not seen."""
+
+    __slots__ = ("pointer", "version", "weight")
+
+    def __init__(self, weight: Tensor, pointer: int, version: int):
+        self.weight, self.pointer, self.version = weight, pointer, version
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, WeightVersion)
+            and other.weight is self.weight
+            and other.pointer == self.pointer
+            and other.version == self.version
+        )
+
+
 class BaseWeight(ABC):
     """A view on one base layer; holds no weight of its own."""
 
@@ -97,6 +114,14 @@ class BaseWeight(ABC):
             return self.read()
         finally:
             self.restore(now)
+
+    def unmerged_version(self) -> "WeightVersion | None":
+        """The state of the weight that `read_unmerged` gives, to compare with a later one; None if it cannot be told."""
+        state = self.layer.__dict__.get(self.unmerged_attribute)
+        weight = self.layer._parameters.get("weight") if state is None else state.get("weight")
+        if not isinstance(weight, Tensor) or weight.is_inference():
+            return None
+        return WeightVersion(weight, weight.data_ptr(), weight._version)
 
     @abstractmethod
     def write(self, weight: Tensor) -> None:

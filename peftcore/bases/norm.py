@@ -40,11 +40,11 @@ class NormWeight(BaseWeight):
         self._put("weight", weight.to(self.dtype))
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        own = own_tensor(self.layer, "bias")
-        given = {"weight": weight.to(self.dtype)}
+        own, wide = own_tensor(self.layer, "bias"), torch.promote_types(x.dtype, weight.dtype)
+        tensors = {"weight": weight.to(wide)}  # in 16 bits its changes below the type's precision would do nothing
         if own is not None:
-            given["bias"] = torch.zeros_like(own) if bias is None else bias.to(own)
-        return call_with(self.layer, given, (x,))
+            tensors["bias"] = torch.zeros_like(own, dtype=wide) if bias is None else bias.to(wide)
+        return call_with(self.layer, tensors, (x.to(wide),)).to(x.dtype)
 
     def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
         axis = 1 if isinstance(self.layer, nn.GroupNorm) else -1

@@ -15,7 +15,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
-from peftcore.maths import cayley, drop_blocks, rotate_blocks, weight_shape, widened
+from peftcore.maths import cayley, drop_blocks, rotate_blocks, scaled, weight_shape, widened
 from peftcore.registry import register
 
 
@@ -108,9 +108,8 @@ class BOFT(Adapter):
         return x
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        scale = self.boft_s.flatten().to(y.dtype)
-        bias = self.base.unmerged_bias
-        return y * scale if bias is None else torch.addcmul(bias.to(y.dtype) * (1 - scale), y, scale)
+        scale, bias = self.boft_s.flatten(), self.base.unmerged_bias
+        return scaled(y, scale) if bias is None else torch.addcmul(y, y - bias.to(y.dtype), (scale - 1).to(y.dtype))
 
     def forward_weight(self, weight: Tensor) -> Tensor:
         return self._merged(weight, self._acting_factors())

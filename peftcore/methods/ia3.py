@@ -17,6 +17,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.detection import detect
 from peftcore.errors import ConfigError, TargetError
+from peftcore.maths import scaled
 from peftcore.patterns import matched
 from peftcore.registry import register
 
@@ -78,7 +79,7 @@ class IA3(Adapter):
         nn.init.ones_(self.ia3_l) if self.starts_at_one else nn.init.normal_(self.ia3_l)
 
     def _scaled(self, features: Tensor) -> Tensor:
-        return features * self.base.per_output(self.ia3_l.flatten()).to(features.dtype)
+        return scaled(features, self.base.per_output(self.ia3_l.flatten()))
 
     def before(self, x: Tensor) -> Tensor:
         return self._scaled(x) if self.scales_input else x
