@@ -4,7 +4,7 @@ One `Adapter` is the adapter of one name at one layer. A method defines `delta_w
 `before`/`after` where it can do better than rebuilding ΔW in every forward.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,22 @@ from peftcore.bases import BaseWeight
 from peftcore.low_rank import Factors, LowRank
 
 
-class Shared(nn.Module):
+class _Constants(nn.Module):
+    """A module with buffers that stand in no state dict, because they follow from the configuration."""
+
+    def make_constants(self) -> None:
+        """Set these buffers; called again when `to_empty` has put memory in the place of the meta device."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        constants = [self._buffers[name] for name in self._non_persistent_buffers_set]
+        were_meta = any(buffer is not None and buffer.is_meta for buffer in constants)
+        super()._apply(fn, recurse)
+        if were_meta:
+            self.make_constants()
+        return self
+
+
+class Shared(_Constants):
     """What all layers of one adapter share: parameters that train, buffers that do not.
 
     On disk each stands once, as `base_model.<name>`. It may also hold what one forward of the whole model tells its
@@ -36,7 +51,7 @@ class Shared(nn.Module):
             own[name].copy_(tensor)
 
 
-class Adapter(nn.Module):
+class Adapter(_Constants):
     """One adapter at one layer. Shapes: o out_features, i in_features, y (..., o), x (..., i)."""
 
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})

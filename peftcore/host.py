@@ -226,11 +226,14 @@ class AdaptedLayer(_Host, Site):
     def _through_weight(self, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
         base = self.base
         weight, bias = base.read(), base.bias
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        own = weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for adapter in adapters:
             adapter.check_mergeable()
             weight, bias = adapter.forward_weight(weight), adapter.merged_bias(bias)
-        y = base.apply(x, weight)
+        if x.dtype.itemsize > 2 or base.kind == "norm":
+            y = base.apply(x, weight)
+        else:  # W' rounded to 16 bits would lose changes below their precision, and W' − W does not
+            y = base.apply(x, own) + base.apply(x, weight - own)
         return y if bias is None else y + base.per_output(bias).to(y.dtype)
 
 

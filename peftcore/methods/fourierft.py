@@ -61,9 +61,12 @@ class FourierFT(Adapter):
         count, size = first_match(config.n_frequency_pattern, path, config.n_frequency), math.prod(self.shape)
         if not 1 <= count <= size:
             raise ConfigError(f"FOURIERFT: n_frequency at {path} must be between 1 and the {size} weights; got {count}")
-        places = random_places(size, count, config.random_loc_seed).to(base.device)
-        self.register_buffer("places", places, persistent=False)
         self.fourierft_spectrum = nn.Parameter(torch.empty(count))
+        self.make_constants()
+
+    def make_constants(self) -> None:
+        places = random_places(math.prod(self.shape), len(self.fourierft_spectrum), self.config.random_loc_seed)
+        self.register_buffer("places", places.to(self.fourierft_spectrum.device), persistent=False)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

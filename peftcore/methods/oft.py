@@ -107,8 +107,12 @@ class OFT(Adapter):
         size = config.block_size(features, path)
         blocks = 1 if config.block_share else features // size
         self.oft_R = nn.Parameter(torch.empty(blocks, size * (size - 1) // 2))
-        self.register_buffer("upper", torch.triu_indices(size, size, 1), persistent=False)
         self.size = size
+        self.make_constants()
+
+    def make_constants(self) -> None:
+        upper = torch.triu_indices(self.size, self.size, 1, device=self.oft_R.device)
+        self.register_buffer("upper", upper, persistent=False)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -60,10 +60,17 @@ class TrainableTokens(Adapter):
             )
         self.follows = False
         self.from_base = config.init_weights
-        tokens = torch.tensor(config.token_indices)
+        self.chosen, self.count = tuple(config.token_indices), count
+        self.trainable_tokens_delta = nn.Parameter(torch.empty(len(self.chosen), width))
+        self.make_constants()
+
+    def make_constants(self) -> None:
+        device = self.trainable_tokens_delta.device
+        tokens = torch.tensor(self.chosen, device=device)
+        numbers = torch.arange(len(self.chosen), device=device)
+        place = torch.full((self.count,), -1, device=device).index_copy(0, tokens, numbers)
         self.register_buffer("tokens", tokens, persistent=False)
-        self.register_buffer("place", torch.full((count,), -1).index_copy(0, tokens, torch.arange(len(tokens))), False)
-        self.trainable_tokens_delta = nn.Parameter(torch.empty(len(tokens), width))
+        self.register_buffer("place", place, persistent=False)
 
     @classmethod
     def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
