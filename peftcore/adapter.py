@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.bases import BaseWeight
+from peftcore.config import options_at
 from peftcore.low_rank import Factors, LowRank
 
 
@@ -67,6 +68,8 @@ class Adapter(_Constants):
     """Whether its parameters hold nothing yet, because the tensors of a directory are about to be read."""
     disk_prefix: str = ""
     """What stands on disk between the layer's path and the adapter's own keys."""
+    printed: tuple[Any, str]
+    """(configuration, path): what `extra_repr` shows of."""
     shared: Any
     """What `make_shared` gave, in every adapter of one name; set after `__init__`, before `reset_parameters`."""
 
@@ -74,7 +77,14 @@ class Adapter(_Constants):
         """Make the parameters for `base`, the layer at module `path`; raise ConfigError for what cannot be."""
         super().__init__()
         # `shared` in the instance: as an attribute of the class it would hide the module of that name
-        vars(self).update(base=base, shared=None)  # nn.Module's own assignment takes longer than a small adapter does
+        vars(self).update(
+            base=base, shared=None, printed=(config, path)
+        )  # nn.Module's own assignment takes longer than a small adapter does
+
+    def extra_repr(self) -> str:
+        """The method's options at this layer: numbers that are not zero, and what is not at its default."""
+        config, path = self.printed
+        return ", ".join(f"{name}={value}" for name, value in options_at(config, path).items())
 
     @classmethod
     def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str] | None:

@@ -45,6 +45,9 @@ class PeftModel:
         """Put a saved adapter onto a model: `from_pretrained(model, directory, adapter_name="default",
         is_trainable=False, config=None)`.
 
+        As with PEFT, the model is then in evaluation mode; with is_trainable, the adapter is in training mode, so its
+        dropout acts, and the base stays in the mode it was in.
+
         Called on an adapted model's own class with a path instead, it loads that class's base model as ever.
         Raises CheckpointError for a damaged directory or one made for another base; the model is then as it was.
         """
@@ -63,8 +66,13 @@ class PeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
     ) -> None:
-        """Add an adapter from its directory; see `from_pretrained`. No other adapter is changed."""
+        """Add an adapter from its directory; see `from_pretrained`. No other adapter's tensors are changed.
+
+        As with PEFT, the whole model is then in evaluation mode, unless is_trainable: the new adapter's dropout acts.
+        """
         checkpoint.load_adapter(self._module, Path(model_id), adapter_name, is_trainable, config)
+        if not is_trainable:
+            self._module.eval()
 
     def load_adapter_weights(self, directory: str | Path, adapter_name: str = "default") -> None:
         """Read a saved adapter's tensors into one that is there already and has the same configuration."""
@@ -336,6 +344,7 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
     """Add an adapter to a model, in place, and give the model back as a `PeftModel`.
 
     The base is frozen and the adapter trains (unless `inference_mode`). On an error the model is as it was.
+    As with PEFT, the adapter is in training mode, so its dropout acts at once; the base stays in the mode it was in.
     Raises ConfigError, TargetError or AdapterNameError.
     """
     inject.inject_adapter_in_model(peft_config, model, adapter_name)
@@ -350,7 +359,8 @@ def _load_onto(
     config: PeftConfig | None = None,
 ) -> Any:
     checkpoint.load_adapter(model, Path(model_id), adapter_name, is_trainable, config)
-    return _as_peft_model(model).train(is_trainable)
+    adapted = _as_peft_model(model)
+    return adapted if is_trainable else adapted.eval()
 
 
 def prepare_model_for_kbit_training(

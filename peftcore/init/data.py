@@ -19,6 +19,7 @@ from peftcore.init.lora_ga import LoraGa
 from peftcore.init.observer import Observer
 from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.methods.lora.starts import put, taken_out
+from peftcore.training_flags import training_flags_restored
 
 _OBSERVERS: dict[str, type[Observer]] = {"eva": Eva, "corda": Corda, "lora_ga": LoraGa}
 
@@ -60,13 +61,14 @@ def initialize_from_data(
 
 
 def _observe(model: Any, observer: Observer, batches: Iterable[Any], forward: Any, progress: bool) -> int:
-    training, seen = model.training, 0
+    seen = 0
     keep_quantized_weights_trainable(model)
     handles = [
         adapter.base.layer.register_forward_hook(observer.hook(path)) for path, adapter in observer.layers.items()
     ]
     try:
-        with activation.adapters_disabled(model), torch.set_grad_enabled(observer.needs_loss):
+        base = activation.adapters_disabled(model)
+        with training_flags_restored(model), base, torch.set_grad_enabled(observer.needs_loss):
             model.eval()
             for batch in tqdm(batches, desc=observer.title, unit="batch", disable=not progress):
                 observer.begin(batch)
@@ -82,7 +84,6 @@ def _observe(model: Any, observer: Observer, batches: Iterable[Any], forward: An
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
     return seen
 
 

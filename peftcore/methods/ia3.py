@@ -74,6 +74,9 @@ class IA3(Adapter):
         shape = (1, features) if self.scales_input or base.kind == "conv" else (features, 1)
         self.ia3_l = nn.Parameter(torch.empty(*shape, *(1 for _ in base.kernel)))
 
+    def extra_repr(self) -> str:
+        return f"scales_input={self.scales_input}"
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         nn.init.ones_(self.ia3_l) if self.starts_at_one else nn.init.normal_(self.ia3_l)

@@ -72,6 +72,9 @@ class TrainableTokens(Adapter):
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("place", place, persistent=False)
 
+    def extra_repr(self) -> str:
+        return f"tokens={len(self.chosen)}"
+
     @classmethod
     def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
