@@ -276,7 +276,7 @@ class PeftModel:
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Names that DistributedDataParallel, which reads this attribute, need not send: each process has the same base.
+        """Names that DistributedDataParallel, which reads this, need not send: each process has the same base.
 
         Those that `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` was given are among them.
         """

@@ -213,14 +213,17 @@ def _kept(layer: nn.Module, name: str) -> nn.Parameter | ParametrizationList | N
 def _put_parametrized(kept: ParametrizationList, values: Tensor, name: str) -> None:
     """Give a parametrised tensor new values by new originals; MergeError if the parametrisation cannot make them."""
     refused = MergeError(
-        f"the parametrisation {', '.join(type(step).__name__ for step in kept)} of {name} cannot hold the merged values; "
-        "call torch.nn.utils.parametrize.remove_parametrizations before get_peft_model, or keep the adapter unmerged"
+        f"the parametrisation {', '.join(type(step).__name__ for step in kept)} of {name} cannot hold the merged "
+        "values; call torch.nn.utils.parametrize.remove_parametrizations before get_peft_model, or keep the adapter unmerged"
     )
     before, originals = dict(kept._parameters), values
     for step in reversed(list(copy.deepcopy(kept))):  # some right inverses change the step itself
         if not hasattr(step, "right_inverse"):
             raise refused
-        originals = step.right_inverse(originals)  # type: ignore[operator]
+        try:
+            originals = step.right_inverse(originals)  # type: ignore[operator]
+        except ValueError as error:  # such as: the matrix is not orthogonal
+            raise refused from error
     many = {"original": originals} if kept.is_tensor else {f"original{n}": part for n, part in enumerate(originals)}
     kept._parameters.update({key: nn.Parameter(part.clone(), requires_grad=False) for key, part in many.items()})
     precision = torch.finfo(values.dtype).eps

@@ -73,7 +73,7 @@ def test_what_a_parametrisation_cannot_hold_is_not_merged(parametrize: Callable[
     randomise(net, 0.3)
     net.eval()
     y = net(x)
-    with pytest.raises((MergeError, ValueError), match="remove_parametrizations|orthogonal"):
+    with pytest.raises(MergeError, match="remove_parametrizations"):
         net.merge_adapter()
     assert torch.equal(net(x), y)
 
