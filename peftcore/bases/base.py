@@ -18,7 +18,10 @@ from peftcore.errors import MergeError
 
 
 class WeightVersion:
-    """A stored weight at one time. Equal while nobody replaces, moves or changes it; an edit through `.data` is not seen."""
+    """A stored weight at one time. Equal until it is replaced, moved or changed.
+
+    An edit through `.data` is not seen.
+    """
 
     __slots__ = ("pointer", "version", "weight")
 
@@ -116,7 +119,7 @@ class BaseWeight(ABC):
             self.restore(now)
 
     def unmerged_version(self) -> "WeightVersion | None":
-        """The state of the weight that `read_unmerged` gives, to compare with a later one; None if it cannot be told."""
+        """The state of the weight that `read_unmerged` gives, to compare later; None if it cannot be told."""
         state = self.layer.__dict__.get(self.unmerged_attribute)
         weight = self.layer._parameters.get("weight") if state is None else state.get("weight")
         if not isinstance(weight, Tensor) or weight.is_inference():
@@ -212,8 +215,9 @@ def _kept(layer: nn.Module, name: str) -> nn.Parameter | ParametrizationList | N
 @torch.no_grad()
 def _put_parametrized(kept: ParametrizationList, values: Tensor, name: str) -> None:
     """Give a parametrised tensor new values by new originals; MergeError if the parametrisation cannot make them."""
+    steps = ", ".join(type(step).__name__ for step in kept)
     refused = MergeError(
-        f"the parametrisation {', '.join(type(step).__name__ for step in kept)} of {name} cannot hold the merged "
+        f"the parametrisation {steps} of {name} cannot hold the merged "
         "values; call torch.nn.utils.parametrize.remove_parametrizations before get_peft_model, or keep the adapter unmerged"
     )
     before, originals = dict(kept._parameters), values
