@@ -218,7 +218,8 @@ def _put_parametrized(kept: ParametrizationList, values: Tensor, name: str) -> N
     steps = ", ".join(type(step).__name__ for step in kept)
     refused = MergeError(
         f"the parametrisation {steps} of {name} cannot hold the merged "
-        "values; call torch.nn.utils.parametrize.remove_parametrizations before get_peft_model, or keep the adapter unmerged"
+        "values; call torch.nn.utils.parametrize.remove_parametrizations before get_peft_model, or keep the adapter "
+        "unmerged"
     )
     before, originals = dict(kept._parameters), values
     for step in reversed(list(copy.deepcopy(kept))):  # some right inverses change the step itself
