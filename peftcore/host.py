@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
 from peftcore.bases.base import OWN_STATE
+from peftcore.bases.own_tensors import call_with
 from peftcore.bases.parameter import ParameterWeight
 from peftcore.composition.algebra import Composition
 from peftcore.composition.evaluation import composed, composed_weight
@@ -92,7 +93,10 @@ class _Host(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base_layer" not in self.__dict__.get("_modules", {}):
+            protocol = name.startswith(
+                "__"
+            )  # such as a parametrised layer's own __deepcopy__: the host is copied whole
+            if protocol or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self._stands_for(), name)
 
@@ -336,17 +340,21 @@ class AdaptedLayer(_Host, Site):
         base = self.base
         computes = base.quantized and not is_traced() and only_computes(self.base_layer)
         if computes and not args and not kwargs and base.prefers_product(x):
-            return base.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+            y = base.product(x.reshape(-1, x.shape[-1]))
+            return y.view(*x.shape[:-1], y.shape[-1])
         return self.base_layer(x, *args, **kwargs)
 
     def _through_weight(self, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
         base = self.base
         weight, bias = base.read(), base.bias
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        own = weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for adapter in adapters:
             adapter.check_mergeable()
             weight, bias = adapter.forward_weight(weight), adapter.merged_bias(bias)
-        y = base.apply(x, weight)
+        if x.dtype.itemsize > 2 or base.kind == "norm":
+            y = base.apply(x, weight)
+        else:  # W' rounded to 16 bits would lose changes below their precision, and W' − W does not
+            y = base.apply(x, own) + base.apply(x, weight - own)
         return y if bias is None else y + base.per_output(bias).to(y.dtype)
 
 
@@ -380,8 +388,7 @@ class AdaptedParameters(_Host):
         changed = {site.base.name: site.changed() for site in sites if site.acting()}
         if not changed:
             return self.base_layer(*args, **kwargs)
-        # ties stay out of it: another name of the same tensor may be adapted by a site of its own
-        return torch.func.functional_call(self.base_layer, changed, args, kwargs, tie_weights=False)
+        return call_with(self.base_layer, changed, args, kwargs)
 
 
 class ParameterSite(nn.Module, Site):

@@ -37,7 +37,11 @@ def commit_injection(
     hosted = [p for p, a in parts.items() if a.base.kind == "linear" and p not in adapters.layers]
     for path, adapter in parts.items():
         site = _site_at(path, adapter, adapters, places)
-        if adapter.training != site.training:
+        if trainable:
+            site.training = (
+                True  # as with PEFT, an adapter that trains drops at once, also on a base in evaluation mode
+            )
+        elif adapter.training != site.training:
             adapter.train(site.training)
         _set_trainable(adapter, trainable)
         site.adapters[name] = adapter
@@ -59,7 +63,9 @@ def commit_injection(
     if taken is not None:  # a new dictionary, because a forward in another thread may be going through the old one
         adapters.listening = {**adapters.listening, name: taken}
     if injection.prompt is not None:
-        _put_prompt(model, adapters, name, injection.prompt.requires_grad_(trainable).train(model.training))
+        _put_prompt(
+            model, adapters, name, injection.prompt.requires_grad_(trainable).train(trainable or model.training)
+        )
     if replication is not None:
         adapters.replication = (name, replication)
     return adapters

@@ -7,7 +7,7 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
 
 _CALLERS_ROUTE = "_callers_route"
 """Attribute of a replica that DataParallel made inside of a route: what opens it."""
+_DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""Attribute of a model where DistributedDataParallel keeps the names of what it need not send."""
 
 
 class _ActiveAdapters(list[str]):
@@ -47,6 +49,9 @@ class PeftModel:
         """Put a saved adapter onto a model: `from_pretrained(model, directory, adapter_name="default",
         is_trainable=False, config=None)`.
 
+        As with PEFT, the model is then in evaluation mode; with is_trainable, the adapter is in training mode, so its
+        dropout acts, and the base stays in the mode it was in.
+
         Called on an adapted model's own class with a path instead, it loads that class's base model as ever.
         Raises CheckpointError for a damaged directory or one made for another base; the model is then as it was.
         """
@@ -65,8 +70,14 @@ class PeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
     ) -> None:
-        """Add an adapter from its directory; see `from_pretrained`. It acts once `set_adapter` names it."""
+        """Add an adapter from its directory; see `from_pretrained`. It acts once `set_adapter` names it.
+
+        As with PEFT, the whole model is then in evaluation mode, unless is_trainable: the new adapter's dropout acts.
+        """
         checkpoint.load_adapter(self._module, Path(model_id), adapter_name, is_trainable, config)
+        hosts = adapter_set(self._module).layers.values()
+        if not is_trainable and (self._module.training or any(host.training for host in hosts)):
+            self._module.eval()  # looks at every adapter that is loaded
 
     def load_adapter_weights(self, directory: str | Path, adapter_name: str = "default") -> None:
         """Read a saved adapter's tensors into one that is there already and has the same configuration."""
@@ -282,8 +293,15 @@ class PeftModel:
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel, which asks for this name, need not send: each process has the same base."""
-        return untouched_names(self._module)
+        """Names that DistributedDataParallel, which reads this, need not send: each process has the same base.
+
+        Those that `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` was given are among them.
+        """
+        return [*untouched_names(self._module), *vars(self).get(_DDP_IGNORED, ())]
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: Iterable[str]) -> None:
+        vars(self)[_DDP_IGNORED] = list(names)
 
     def _replicate_for_data_parallel(self) -> Any:
         """A replica, which DataParallel calls in a thread of its own, computes by the route that is open here."""
@@ -372,6 +390,7 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
 
     The base is frozen and the adapter trains (unless `inference_mode`). An adapter that has this name is
     replaced, with a warning. On an error the model is as it was.
+    As with PEFT, the adapter is in training mode, so its dropout acts at once; the base stays in the mode it was in.
     Raises ConfigError, TargetError or AdapterNameError.
     """
     inject.inject_adapter_in_model(peft_config, model, adapter_name)
@@ -387,7 +406,8 @@ def _load_onto(
 ) -> Any:
     adapters = checkpoint.load_adapter(model, Path(model_id), adapter_name, is_trainable, config)
     adapters.selection.active = (adapter_name,)
-    return _as_peft_model(model).train(is_trainable)
+    adapted = _as_peft_model(model)
+    return adapted if is_trainable else adapted.eval()
 
 
 def prepare_model_for_kbit_training(

@@ -39,7 +39,7 @@ class ParameterWeight(BaseWeight):
 
     @property
     def _parameter(self) -> Tensor:
-        return self._kept[self.leaf]
+        return getattr(self.layer.get_submodule(self.inside), self.leaf)
 
     @property
     def in_features(self) -> int:

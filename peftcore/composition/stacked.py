@@ -152,7 +152,7 @@ def stretched_outputs(
             if weight := weights.get(name, 0.0):
                 h = F.linear(flat[start:stop], a)
                 ys[layer][start:stop].addmm_(h if weight == 1 else h * weight, b)
-    return [y.view(*x.shape[:-1], -1) for y in ys]
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def batched_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, blocks: Blocks) -> list[Tensor]:
@@ -163,7 +163,7 @@ def batched_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, bl
     for base, (a, b) in zip(bases, stacked.batched, strict=True):
         y = base.product(flat)
         y.view(blocks.adapters, -1, y.shape[1]).baddbmm_(own.bmm(a), b)
-        ys.append(blocks.unsorted(y).view(*x.shape[:-1], -1))
+        ys.append(blocks.unsorted(y).view(*x.shape[:-1], y.shape[-1]))
     return ys
 
 
@@ -175,4 +175,4 @@ def stacked_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, ma
         h = mask.apply(h)
     parts = (h,) if len(bases) == 1 else h.split(stacked.sizes, 1)
     ys = [base.product(flat).addmm_(own, b) for base, own, b in zip(bases, parts, stacked.b, strict=True)]
-    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], -1) for y in ys]
+    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]

@@ -25,6 +25,7 @@ from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.targets import find_targets
 from peftcore.train.rank_allocation import allocate_ranks
 from peftcore.train.singular_credit import Batch, credited, mean_loss, scaled, summed_loss, to_singular_directions
+from peftcore.training_flags import training_flags_restored
 
 NAME = "rank_search"
 """The adapter's name while the search runs."""
@@ -112,14 +113,14 @@ def find_ranks(
     multiple = max(1, min(8, config.r // 4)) if multiple is None else multiple
     _check(model, config, batches, held_out, budget, tolerance, multiple)
     started, frozen = time.perf_counter(), [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
     layers = {path: base_weight(layer, path) for path, layer in find_targets(model, config).items()}
     if odd := [path for path, base in layers.items() if base.kind != "linear"]:
         raise ConfigError(f"find_ranks fits linear layers only; exclude {odd[0]}")
     costs = {path: base.in_features + base.out_features for path, base in layers.items()}
     widest = {path: min(WIDER * config.r, b.in_features, b.out_features) for path, b in layers.items()}
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+    random_numbers = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+    with random_numbers, training_flags_restored(model):
         torch.manual_seed(seed)
         inject.inject_adapter_in_model(_search_config(config, widest), model, NAME)
         try:
@@ -149,7 +150,6 @@ def find_ranks(
                 ranks, ladder = _least_within(model, adapters, plain, costs, held_out, most, least, multiple)
         finally:
             merge.unload(model)
-            model.train(training)
             for parameter, requires_grad in frozen:
                 parameter.requires_grad_(requires_grad)
     return RankSearch(
