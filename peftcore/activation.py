@@ -9,7 +9,7 @@ from torch import nn
 from peftcore.adapter_set import AdapterSet, adapter_set
 from peftcore.composition.algebra import Spec
 from peftcore.composition.route import Route
-from peftcore.errors import AdapterNameError, RoutingError
+from peftcore.errors import AdapterNameError, MergeError, RoutingError
 from peftcore.merge import original_weights
 from peftcore.prompts.learner import PromptLearner
 
@@ -86,3 +86,17 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         selection.disabled = before
+
+
+def switch_adapters(model: nn.Module, on: bool) -> None:
+    """Let the active adapters act or not, for every thread, until the next call. An open route stands over it.
+
+    Raises MergeError while adapters are merged into the base, where nothing here could take them out.
+    """
+    adapters = adapter_set(model)
+    if adapters.merged and not on:
+        raise MergeError(
+            f"disable_adapters: {list(adapters.merged)} are merged into the base; call unmerge_adapter first, or use "
+            "the context disable_adapter(), which sets merged weights aside"
+        )
+    adapters.selection.switched_off = not on

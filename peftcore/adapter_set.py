@@ -1,7 +1,7 @@
 """What a model knows of its adapters: who is active, their configurations, and where they sit."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,6 +18,15 @@ ATTRIBUTE = "_adapter_set"
 """Where a model keeps its `AdapterSet`."""
 PROMPTS = "peftcore_prompts"
 """The submodule of a model that holds its prompt learners."""
+
+
+class ReplacedRows(NamedTuple):
+    """An embedding's parameter that a directory's rows stand in for."""
+
+    layer: nn.Module
+    name: str
+    own: nn.Parameter
+    """The model's parameter from before."""
 
 
 class AdapterSet:
@@ -44,6 +53,8 @@ class AdapterSet:
         """Prompt learners by adapter name."""
         self.own_biases: dict[str, dict[str, Tensor]] = {}
         """{adapter with bias="all" or "lora_only": {path of a bias: its value before}}."""
+        self.replaced_rows: dict[str, ReplacedRows] = {}
+        """{path of an embedding's parameter: what stood there before a directory brought rows for it}."""
         self.replication: tuple[str, Replication] | None = None
         """The adapter that made the model deeper, and how to undo it."""
 
@@ -84,6 +95,13 @@ class AdapterSet:
         modules += [self.prompts[name] for name in self.prompts]
         modules += [site.base.layer for site in self.layers.values() if site.has_replaced_base]
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+    def restore_rows(self) -> None:
+        """Put the model's own embeddings back, to the bit."""
+        for layer, name, own in self.replaced_rows.values():
+            layer._parameters[name] = own
+        self.replaced_rows.clear()
+        self.selection.forget()
 
     def shared(self, name: str) -> Shared | None:
         """What the layers of one adapter share, if anything."""

@@ -33,9 +33,20 @@ class Content:
         self.entries = [_Entry(_prefix(path, a), a, a.checkpoint_tensors()) for path, a in adapters.items()]
         self.shared = shared_by(adapters)
         # PEFT wraps a model once more for adapters of layers than for prompts
-        before = PREFIX if prompt is None else SHARED_PREFIX
-        self.copies = {f"{before}{path}.": module for path, module in copies.items()}
+        self.path_prefix = PREFIX if prompt is None else SHARED_PREFIX
+        """What stands before the path of a module."""
+        self._adapters, self._copied = adapters, copies.keys()
+        self.copies = {f"{self.path_prefix}{path}.": module for path, module in copies.items()}
         self.prompt = prompt
+
+    def paths(self) -> set[str]:
+        """Paths of the modules that PEFT wraps for this adapter."""
+        return {*self._adapters, *self._copied}
+
+    def base_prefix(self, path: str) -> str:
+        """What stands before the keys of the base's own parameters at a module path."""
+        adapter = self._adapters.get(path)
+        return f"{self.path_prefix}{path}." if adapter is None else f"{_prefix(path, adapter)}base_layer."
 
     def tensors(self) -> dict[str, Tensor]:
         """{PEFT's key: tensor}"""
@@ -52,7 +63,11 @@ class Content:
 
     def repeated(self) -> set[str]:
         """Keys that a directory may hold and that are not read."""
-        return {f"{prefix}{key}" for prefix, adapter, _ in self.entries for key in adapter.repeated_keys()}
+        repeated = {f"{prefix}{key}" for prefix, adapter, _ in self.entries for key in adapter.repeated_keys()}
+        # PEFT writes a copy of an embedding twice where it also saves the base's embeddings
+        return repeated | {
+            f"{prefix}modules_to_save.{key}" for prefix, module in self.copies.items() for key in module.state_dict()
+        }
 
     def fits(self, key: str, tensor: Tensor) -> bool:
         """Whether a tensor of another shape than now can be read all the same."""

@@ -28,6 +28,8 @@ class Selection:
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.disabled = False
+        self.switched_off = False
+        """Whether `disable_adapters` was called last, not `enable_adapters`."""
         self.waiting: Waitings = Waitings()
         """What hosts have computed for others that read the same input, until those are called."""
         self.recomputed: Route | None = None
@@ -41,7 +43,7 @@ class Selection:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "disabled": self.disabled}
+        return {"active": self.active, "disabled": self.disabled, "switched_off": self.switched_off}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
@@ -91,7 +93,7 @@ class Selection:
         route = self.route
         if route is not None:
             return route.names if route.chain is None else route.chain
-        return () if self.disabled else self.active
+        return () if self.disabled or self.switched_off else self.active
 
     def share(self, name: str, rows: int) -> float | Tensor:
         """How much of what an adapter adds is added: 1 where it acts, 0 where not, or (B,) for each row."""

@@ -27,6 +27,8 @@ from peftcore.methods.lora import LoraConfig
 from peftcore.tensors import PREFIX, read_tensors
 
 _EMBEDDING = ".lora_embedding_A"
+_EMBEDDING_KEYS = (".base_layer.weight", "embed_tokens.weight", "lm_head.weight")
+"""Endings of what `save_embedding_layers` saves, of a directory without modules_to_save."""
 _BASE_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Starts of HF PEFT that take something out of the base, which the directory does not say."""
 
@@ -79,6 +81,11 @@ def canonicalise(
 
 def _of_model(model: nn.Module, name: str) -> tuple[dict[str, Factors], set[str]]:
     adapters = adapter_set(model)
+    if adapters.replaced_rows:
+        raise ExportError(
+            "the adapter's directory brought embeddings of the base that differ from the base's own, and a LoRA alone "
+            "cannot hold them; merge the adapter into the base instead"
+        )
     config: Any = adapters.configs[name]
     own = adapters.adapters(name)
     check_plain(config)
@@ -158,7 +165,13 @@ def _lora_factors(
         alpha = config.at(path)[1]
         layers[path] = Factors(a, tensors[other], alpha / (math.sqrt(len(a)) if config.use_rslora else len(a)))
         embeddings |= {path} if ending == _EMBEDDING else set()
-    if left := sorted(key for key in tensors if key not in read and not key.endswith(".base_layer.weight")):
+    left = sorted(key for key in tensors if key not in read)
+    if left and all(key.endswith(_EMBEDDING_KEYS) for key in left):
+        raise ExportError(
+            f"{directory} holds embeddings of the base ({left[0]}), which may differ from the base's own; load it onto "
+            "the model and export it from there, which compares them"
+        )
+    if left:
         raise ExportError(f"{directory} holds {left[0]}, which is no factor of a LoRA; {_SAVED_MODULES}")
     if not layers:
         raise CheckpointError(f"{directory} holds no LoRA tensors; give the directory that save_pretrained wrote")
