@@ -168,7 +168,6 @@ def killed_at(step: int, do: Callable[[], object]) -> bool:
 FILE_SYSTEM = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree")
 
 
-@pytest.mark.faults("kill at any step")
 @pytest.mark.parametrize("links", [True, False], ids=["with hard links", "without"])
 def test_killed_at_any_step_of_a_save_one_whole_adapter_loads(
     links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
