@@ -5,11 +5,13 @@ a crash or a full disk leaves the old file or the new one and never half of eith
 """
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -79,7 +81,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def directory_written_atomically(path: Path) -> Iterator[Path]:
     """Yield an empty directory to fill; on success it becomes `path`, on an exception `path` is as it was.
 
-    A directory that stood at `path` before is replaced whole.
+    A directory that stood at `path` before is replaced whole, and on Linux in one step: a process that is killed leaves
+    the old one or the new one there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -91,9 +94,12 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
             file.chmod(0o755 if file.is_dir() else 0o644)  # some writers make files that only their owner can read
             flush_to_disk(file)
         flush_to_disk(fresh)
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
+        if path.exists() and _exchanged(fresh, path):
+            old = fresh
+        else:
+            if path.exists():
+                path.rename(old)
+            fresh.rename(path)
     except BaseException:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -101,6 +107,20 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
         raise
     shutil.rmtree(old, ignore_errors=True)
     flush_to_disk(path.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap the names of two directories in one step; False where the system or the file system cannot."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if swap is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(error, os.strerror(error), str(other))
 
 
 @contextlib.contextmanager
