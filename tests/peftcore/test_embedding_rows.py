@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model's folder."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=request.param)
     path = tmp_path_factory.mktemp("base")
     LlamaForCausalLM(config).save_pretrained(path)
@@ -243,7 +243,7 @@ def test_a_store_refuses_an_adapter_that_would_change_its_base(folder: Path, tmp
 
 def test_two_weights_do_not_fit_into_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
     get_peft_model(base, LoraConfig(**OPTIONS["nothing of them"])).save_pretrained(tmp_path, save_embedding_layers=True)
     file = tmp_path / "adapter_model.safetensors"

@@ -37,7 +37,7 @@ def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def model() -> Any:
     """With adapters a, which acts, and b."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval()
     config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     made = get_peft_model(base, config, "a")
