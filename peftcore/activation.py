@@ -11,7 +11,7 @@ from peftcore import inject
 from peftcore.adapter_set import AdapterSet, adapter_set
 from peftcore.composition.algebra import Spec
 from peftcore.composition.route import Route
-from peftcore.errors import AdapterNameError, RoutingError
+from peftcore.errors import AdapterNameError, MergeError, RoutingError
 from peftcore.merge import original_weights
 from peftcore.prompts.learner import PromptLearner
 
@@ -36,15 +36,17 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     adapters.selection.active = chosen
 
 
-def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove an adapter. If it was the only active one, the first that is left becomes active, as in HF PEFT."""
+def delete_adapter(model: nn.Module, *names: str) -> None:
+    """Remove adapters. If no active one is left, the first that is left becomes active, as in HF PEFT."""
     adapters = adapter_set(model)
-    was_active = name in adapters.selection.active
-    inject.delete_adapter(model, name)
-    if was_active and adapters.configs and not adapters.selection.active:
+    adapters.require(*names)
+    active = [name for name in names if name in adapters.selection.active]
+    for name in names:
+        inject.delete_adapter(model, name)
+    if active and adapters.configs and not adapters.selection.active:
         first = next(iter(adapters.configs))
         adapters.selection.active = (first,)
-        warnings.warn(f"adapter {name!r} was active and is deleted; {first!r} is the active one now", stacklevel=3)
+        warnings.warn(f"the active adapters {active} are deleted; {first!r} is the active one now", stacklevel=3)
 
 
 def set_requires_grad(model: nn.Module, names: str | list[str], requires_grad: bool = True) -> None:
@@ -122,3 +124,17 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     route.is_final = True
     with original_weights(model), adapter_set(model).selection.routed(route):
         yield
+
+
+def switch_adapters(model: nn.Module, on: bool) -> None:
+    """Let the active adapters act or not, for every thread, until the next call. An open route stands over it.
+
+    Raises MergeError while adapters are merged into the base, where nothing here could take them out.
+    """
+    adapters = adapter_set(model)
+    if adapters.merged and not on:
+        raise MergeError(
+            f"disable_adapters: {list(adapters.merged)} are merged into the base; call unmerge_adapter first, or use "
+            "the context disable_adapter(), which sets merged weights aside"
+        )
+    adapters.selection.switched_off = not on

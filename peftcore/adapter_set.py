@@ -1,7 +1,7 @@
 """What a model knows of its adapters: who is active, their configurations, and where they sit."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,6 +19,15 @@ ATTRIBUTE = "_adapter_set"
 """Where a model keeps its `AdapterSet`."""
 PROMPTS = "peftcore_prompts"
 """The submodule of a model that holds its prompt learners."""
+
+
+class ReplacedRows(NamedTuple):
+    """An embedding's parameter that a directory's rows stand in for."""
+
+    layer: nn.Module
+    name: str
+    own: nn.Parameter
+    """The model's parameter from before."""
 
 
 class AdapterSet:
@@ -45,6 +54,8 @@ class AdapterSet:
         self.saved: dict[str, SavedModule] = {}
         self.prompts = Prompts()
         """Prompt learners by adapter name."""
+        self.replaced_rows: dict[str, ReplacedRows] = {}
+        """{path of an embedding's parameter: what stood there before a directory brought rows for it}."""
         self.replication: tuple[str, Replication] | None = None
         """The adapter that made the model deeper, and how to undo it."""
 
@@ -92,6 +103,18 @@ class AdapterSet:
         modules += [self.prompts[name] for name in self.prompts]
         modules += [site.base.layer for site in self.layers.values() if site.has_replaced_base]
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+    def restore_rows(self) -> None:
+        """Put the model's own embeddings back, to the bit, where the model is on the device and of the type it was."""
+        moved: dict[int, nn.Parameter] = {}
+        for layer, name, own in self.replaced_rows.values():
+            now = layer._parameters[name]
+            assert now is not None
+            if (now.device, now.dtype) != (own.device, own.dtype):  # one for all that share it
+                own = moved.setdefault(id(own), nn.Parameter(own.to(now), requires_grad=own.requires_grad))
+            layer._parameters[name] = own
+        self.replaced_rows.clear()
+        self.selection.forget()
 
     def shared(self, name: str) -> Shared | None:
         """What the layers of one adapter share, if anything."""

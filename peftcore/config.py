@@ -16,10 +16,9 @@ from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin
 
 from peftcore.errors import CheckpointError, ConfigError
-from peftcore.files import read_limited, write_atomically
+from peftcore.files import CONFIG_NAME, read_limited, whole_files, write_atomically
 from peftcore.patterns import SEGMENTS, branches, compiled, is_suffix
 
-CONFIG_NAME = "adapter_config.json"
 LARGEST_CONFIG = 16 << 20
 """Bytes; a rank of its own for each of 100,000 experts takes about half of it."""
 _MOST_PATTERNS = 200
@@ -263,7 +262,7 @@ class PeftConfig:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "PeftConfig":
         """Read `adapter_config.json` from an adapter directory; CheckpointError if it is absent or not JSON."""
-        path = Path(directory) / CONFIG_NAME
+        path = whole_files(Path(directory)) / CONFIG_NAME
         if not path.is_file():
             raise CheckpointError(f"no {CONFIG_NAME} in {directory}; give the directory that save_pretrained wrote")
         try:

@@ -45,9 +45,20 @@ class Content:
         self.bias_keys = [f"{entry.prefix}bias" for entry in of_biases]
         self.shared = shared_by(adapters)
         # PEFT wraps a model once more for adapters of layers than for prompts
-        before = PREFIX if prompt is None else SHARED_PREFIX
-        self.copies = {f"{before}{path}.": module for path, module in copies.items()}
+        self.path_prefix = PREFIX if prompt is None else SHARED_PREFIX
+        """What stands before the path of a module."""
+        self._adapters, self._copied = adapters, copies.keys()
+        self.copies = {f"{self.path_prefix}{path}.": module for path, module in copies.items()}
         self.prompt = prompt
+
+    def paths(self) -> set[str]:
+        """Paths of the modules that PEFT wraps for this adapter."""
+        return {*self._adapters, *self._copied}
+
+    def base_prefix(self, path: str) -> str:
+        """What stands before the keys of the base's own parameters at a module path."""
+        adapter = self._adapters.get(path)
+        return f"{self.path_prefix}{path}." if adapter is None else f"{_prefix(path, adapter)}base_layer."
 
     def tensors(self) -> dict[str, Tensor]:
         """{PEFT's key: tensor}"""
@@ -65,14 +76,14 @@ class Content:
     def repeated(self) -> set[str]:
         """Keys that a directory may hold and that are not read."""
         repeated = {f"{prefix}{key}" for prefix, adapter, _ in self.entries for key in adapter.repeated_keys()}
-        # with bias="all" PEFT writes the biases of a module that trains whole twice more
-        wrapped = ("modules_to_save.", "original_module.") if self.bias_keys else ()
-        return repeated | {
-            f"{prefix}{name}{key}"
-            for prefix, module in self.copies.items()
-            for name in wrapped
-            for key in module.state_dict()
-        }
+        # PEFT writes a copy of an embedding twice where it also saves the base's embeddings, and with bias="all" the
+        # biases of a module that trains whole twice more
+        for prefix, module in self.copies.items():
+            own = module.state_dict().keys()
+            repeated |= {f"{prefix}modules_to_save.{key}" for key in own}
+            if self.bias_keys:
+                repeated |= {f"{prefix}original_module.{key}" for key in own if key.endswith("bias")}
+        return repeated
 
     def spelled(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A directory's tensors, each bias under our key: it may stand beside its layer, or as `base_layer`'s."""

@@ -209,6 +209,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if deepens and adapters.replication is not None:
         adapters.replication[1].undo()
         adapters.replication = None
+    if not adapters.configs:
+        adapters.restore_rows()
     adapters.selection.active = tuple(n for n in adapters.selection.active if n != name)
     adapters.selection.forget()
 
@@ -245,6 +247,8 @@ def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
     _remove_empty_hosts(places)
     if adapters.replication is not None and not keep_trained:
         adapters.replication[1].undo()
+    if not keep_trained:
+        adapters.restore_rows()
     model.requires_grad_(False)
     del model.__dict__[ATTRIBUTE]
     forwarding.remove(model)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from peftcore.adapter import Adapter
 from peftcore.adapter_set import AdapterSet, adapter_set
@@ -35,19 +36,26 @@ class _Folding(NamedTuple):
 
 
 @torch.no_grad()
-def merge_adapter(model: nn.Module, adapter_names: str | list[str] | None = None, safe_merge: bool = False) -> None:
+def merge_adapter(
+    model: nn.Module,
+    adapter_names: str | list[str] | None = None,
+    safe_merge: bool = False,
+    progressbar: bool = False,
+) -> None:
     """Fold adapters into their base weights, in place; the other active ones go on acting.
 
     adapter_names: in order; None means the active ones.
-    safe_merge: check each merged weight for NaN/Inf before writing any.
+    safe_merge: check each merged weight for NaN/Inf before writing any. progressbar: show one, layer by layer.
     Raises MergeError if a layer cannot be merged or a merged weight is not finite; nothing is then changed.
     """
     adapters = adapter_set(model)
+    if adapters.selection.switched_off:
+        raise MergeError("the adapters are disabled, and merged ones would act; call enable_adapters first")
     chosen = adapters.selection.active if adapter_names is None else adapter_names
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)
     foldings = _checked_foldings(adapters, names, check_values=safe_merge)
-    _fold(foldings)
+    _fold(foldings, progressbar)
     folded = (name for folding in foldings for name in folding.adapters)
     adapters.merged = tuple(dict.fromkeys((*adapters.merged, *folded)))
 
@@ -127,12 +135,12 @@ def _copied(weight: Tensor, dtype: torch.dtype, scratch: dict[Any, Tensor]) -> T
     return scratch[key].copy_(weight)
 
 
-def _fold(foldings: list[_Folding]) -> None:
+def _fold(foldings: list[_Folding], progressbar: bool) -> None:
     """Write every merged weight; on an error, such as too little memory, put back those that were written."""
     before = []
     scratch: dict[Any, Tensor] = {}
     try:
-        for folding in foldings:
+        for folding in tqdm(foldings, desc="merge", unit="layer", disable=not progressbar):
             before.append((folding.base.state(), folding.host.merged))
             _fold_one(folding, before[-1][0], scratch)
     except BaseException:
@@ -203,14 +211,20 @@ def original_weights(model: nn.Module) -> Iterator[None]:
                         host.base.restore(state)
 
 
-def merge_and_unload(model: nn.Module, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
+def merge_and_unload(
+    model: nn.Module,
+    safe_merge: bool = False,
+    adapter_names: str | list[str] | None = None,
+    progressbar: bool = False,
+) -> nn.Module:
     """Fold adapters in for good and take the hosts out: the plain model remains, and no copy of the old weights.
 
     Modules that the active adapter trained whole take the originals' place. Raises MergeError as `merge_adapter`.
     """
-    merge_adapter(model, adapter_names, safe_merge)
+    merge_adapter(model, adapter_names, safe_merge, progressbar)
     if adapter_names is not None:
-        adapter_set(model).selection.active = tuple(adapter_names)
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        adapter_set(model).selection.active = names
     for host in adapter_set(model).layers.values():
         host.unmerged_state = None
     remove_hosts(model, keep_trained=True)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from peftcore.combine import MergeReport, Recipe
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
+from peftcore.errors import ConfigError
 from peftcore.fingerprint import unchanging_weights
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
@@ -59,9 +60,21 @@ class PeftModel:
             return _load_onto(model, *args, **kwargs)
         return super().from_pretrained(model, *args, **kwargs)  # type: ignore[misc]
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
-        """Add an untrained adapter; it trains unless `inference_mode`, and acts once `set_adapter` names it."""
-        inject.add_adapter(self._module, peft_config, adapter_name)
+    def add_adapter(self, adapter_name: str | PeftConfig, peft_config: PeftConfig | str | None = None) -> None:
+        """Add an untrained adapter; it trains unless `inference_mode`, and acts once `set_adapter` names it.
+
+        In transformers' order, `add_adapter(config, name="default")`, it is made the active one, as transformers does.
+        """
+        by_transformers = isinstance(adapter_name, PeftConfig)
+        name, config = (peft_config or "default", adapter_name) if by_transformers else (adapter_name, peft_config)
+        if not isinstance(name, str) or not isinstance(config, PeftConfig):
+            raise ConfigError(
+                f"add_adapter takes a name and a configuration, such as LoraConfig(); got {adapter_name!r:.200} and "
+                f"{peft_config!r:.200}"
+            )
+        inject.add_adapter(self._module, config, name)
+        if by_transformers:
+            self.set_adapter(name)
 
     def load_adapter(
         self,
@@ -83,12 +96,25 @@ class PeftModel:
         """Read a saved adapter's tensors into one that is there already and has the same configuration."""
         checkpoint.load_adapter_weights(self._module, Path(directory), adapter_name)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; layers that carry no other become plain again.
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Remove an adapter, or several; layers that carry no other become plain again.
 
-        If it was the only active one, the first adapter that is left becomes active, with a warning.
+        If no active one is left, the first adapter that is left becomes active, with a warning.
         """
-        activation.delete_adapter(self._module, adapter_name)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        activation.delete_adapter(self._module, *names)
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the tensors that `save_pretrained` writes of one adapter, by PEFT's keys without `base_model.model.`.
+
+        Args:
+            adapter_name: None: the first active one.
+            state_dict: the model's, to take the values from; None: its own parameters.
+        """
+        name = self.active_adapter if adapter_name is None else adapter_name
+        return checkpoint.adapter_state_dict(self._module, name, state_dict)
 
     # -- which act -----------------------------------------------------------------------------------------------
 
@@ -119,6 +145,25 @@ class PeftModel:
         """Have what was computed from the weights computed anew: after edits in place through `.data`, which nothing
         shows. See `peftcore.activation.refresh_adapters`."""
         activation.refresh_adapters(self._module)
+
+    def disable_adapters(self) -> None:
+        """Let no adapter act, in any thread, until `enable_adapters`: transformers' method of this name.
+
+        Active adapters stay named by `active_adapters`, and an explicit route acts all the same. Raises MergeError
+        while adapters are merged.
+        """
+        activation.switch_adapters(self._module, on=False)
+
+    def enable_adapters(self) -> None:
+        """Let the active adapters act again after `disable_adapters`."""
+        activation.switch_adapters(self._module, on=True)
+
+    def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: transformers' way of swapping adapters needs HF PEFT's layers."""
+        raise ConfigError(
+            "enable_peft_hotswap prepares HF PEFT's layers, which this model does not have; read another adapter's "
+            "weights into a loaded one by load_adapter_weights(directory, adapter_name), or use AdapterStore"
+        )
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
         """Context in which this thread's calls compute the base, merged or not.
@@ -157,8 +202,11 @@ class PeftModel:
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
-        """Fold adapters in for good; gives the plain model, with its own class again."""
-        return _as_plain(merge.merge_and_unload(self._module, safe_merge, adapter_names))
+        """Fold adapters in for good; gives the plain model, with its own class again.
+
+        progressbar: show one, layer by layer. safe_merge, adapter_names: see `merge_adapter`.
+        """
+        return _as_plain(merge.merge_and_unload(self._module, safe_merge, adapter_names, progressbar))
 
     def unload(self) -> Any:
         """Take the adapters out; gives the base model, with its own class and its own weights."""
@@ -201,18 +249,42 @@ class PeftModel:
     # -- saving --------------------------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, save_directory: str | Path, selected_adapters: list[str] | None = None, **_ignored: Any
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **other: Any,
     ) -> None:
         """Write each adapter in PEFT's format: "default" into the directory itself, others into `<name>/`.
 
-        Other keyword arguments of PEFT and transformers (state_dict, safe_serialization, ...) change nothing:
-        the format is always safetensors, and the tensors are the model's own.
+        Args:
+            save_directory: made if need be. Each adapter's files replace its old ones together.
+            safe_serialization: only True; other formats can run code when they are read.
+            selected_adapters: names to save; None: all.
+            save_embedding_layers: whether the base's input and output embeddings are saved too. "auto": those that
+                the adapter targets by the names `embed_tokens` or `lm_head`, and both if the vocabulary was resized.
+            is_main_process: False writes nothing, and only takes part in gathering sharded tensors.
+            path_initial_model_for_weight_conversion: only None; see `peftcore.conversion.convert_to_lora`.
+            state_dict: the model's, to take the values from; None: its own parameters.
+            other: transformers' further options, at the values that mean one whole local file.
+
+        Raises:
+            ConfigError: a value that cannot be honoured. TypeError: an unknown option. CheckpointError: a state
+                dictionary that is not this model's.
         """
+        _check_saving(safe_serialization, path_initial_model_for_weight_conversion, other)
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         adapter_set(self._module).require(*names)
         for name in names:
             root = Path(save_directory)
-            checkpoint.save_adapter(self._module, name, root if name == "default" else root / name)
+            directory = root if name == "default" else root / name
+            checkpoint.save_adapter(
+                self._module, name, directory, save_embedding_layers, state_dict, writes=is_main_process
+            )
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Say in a directory's model card that it holds an adapter, and of which base; Trainer's push asks for it."""
@@ -314,6 +386,39 @@ class PeftModel:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so a pickle names the class below it and makes ours again
         return _remade, (_plain_class(type(self)),), self.__dict__
+
+
+_WHOLE_LOCAL_FILE: dict[str, tuple[Any, ...]] = {
+    "max_shard_size": ("50GB", "5GB", None),
+    "push_to_hub": (False, None),
+    "token": (None,),
+    "variant": (None,),
+    "save_peft_format": (True,),
+    "save_original_format": (True,),
+    "distributed_checkpoint": (False,),
+}
+"""{option of transformers' `save_pretrained`: values at which it asks for nothing but what is done anyway}."""
+
+
+def _check_saving(safe_serialization: Any, initial: Any, other: Mapping[str, Any]) -> None:
+    if safe_serialization is not True:
+        raise ConfigError(
+            f"save_pretrained: safe_serialization must be True, since adapters are always saved as safetensors; got "
+            f"{safe_serialization!r:.200}. Names of adapters are selected_adapters="
+        )
+    if initial is not None:
+        raise ConfigError(
+            "save_pretrained: path_initial_model_for_weight_conversion is not read; to get a plain LoRA for the "
+            "original base, use peftcore.conversion.convert_to_lora and save its result"
+        )
+    for name, value in other.items():
+        if name not in _WHOLE_LOCAL_FILE:
+            raise TypeError(f"save_pretrained() has no option {name!r}")
+        if value not in _WHOLE_LOCAL_FILE[name]:
+            raise ConfigError(
+                f"save_pretrained: {name}={value!r:.200} cannot be had: an adapter is saved as one local file in "
+                "PEFT's format; leave it out (push_to_hub is a method of its own)"
+            )
 
 
 def _count(parameter: nn.Parameter) -> int:

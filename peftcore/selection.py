@@ -42,6 +42,8 @@ class Selection:
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
+        self.switched_off = False
+        """Whether `disable_adapters` was called last, not `enable_adapters`."""
         self.here = ThisThread()
         """The calls of the model that run in this thread, and what layers have computed for others in them."""
         self.stacks: dict[Any, Any] = {}
@@ -59,11 +61,11 @@ class Selection:
         self._contexts: deque[ForwardRecord] = deque(maxlen=CONTEXTS)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active}
+        return {"active": self.active, "switched_off": self.switched_off}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
-        self.active = state["active"]
+        self.active, self.switched_off = state["active"], state["switched_off"]
 
     @contextlib.contextmanager
     def routed(self, route: Route) -> Iterator[Route]:
@@ -94,7 +96,7 @@ class Selection:
         of which may run uncompiled, neither the beginning nor the end is told.
         """
         route = self.route
-        record = self._record(self.active if route is None else copy.copy(route), values, is_call=True)
+        record = self._record(self._active_now if route is None else copy.copy(route), values, is_call=True)
         self.here.calls.append(record)
         with self._lock:
             self._running += 1
@@ -145,16 +147,20 @@ class Selection:
         return recomputed(self) if self._records else None
 
     @property
+    def _active_now(self) -> tuple[str, ...]:
+        return () if self.switched_off else self.active
+
+    @property
     def now(self) -> Route | tuple[str, ...]:
         """The route that holds now, or the names of the adapters that act."""
         if not self._open and (not self._records or torch.compiler.is_compiling()):
-            return self.active
+            return () if self.switched_off else self.active
         opened = _ROUTES.get().get(id(self)) if self._open else None
         backward = torch._C._current_graph_task_id()
         if opened is not None and opened.backward == backward:  # also inside of a recomputation
             return opened.route
         record = None if backward == -1 else recomputed(self)
-        return self.active if record is None else record.acting
+        return self._active_now if record is None else record.acting
 
     @property
     def route(self) -> Route | None:
@@ -164,7 +170,7 @@ class Selection:
 
     @property
     def acting(self) -> tuple[str, ...]:
-        """Names in the order in which they act, of a route every one that has a part in it."""
+        """Names in the order in which they act, of a route every one that has a part in it; () while disabled."""
         now = self.now
         if isinstance(now, Route):
             return now.names if now.chain is None else now.chain

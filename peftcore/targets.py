@@ -135,6 +135,15 @@ def _wanted_paths(places: Places, config: TunerConfig) -> list[str]:
                 f"no default target modules are known for {config.peft_type} in {architecture.family}; give "
                 f"target_modules, such as {ALL_LINEAR!r} or names among {_linear_names(modules)}"
             )
+        if all(
+            name in architecture.target_modules and architecture.target_modules[name].role == "unknown"
+            for name in names
+        ):
+            raise TargetError(
+                f"no attention or feed-forward layers were found in this {architecture.family}, so no default "
+                f"tells its inner layers from its head; give target_modules, names among {_linear_names(modules)}, or "
+                f"{ALL_LINEAR!r} for all of them"
+            )
         regex = architecture.target_regex(names)  # where some blocks have a layer, others may have an identity
         return [path for path, layer in layers.items() if named(path, regex) and is_adaptable(layer)]
     names = config.target_modules

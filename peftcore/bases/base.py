@@ -47,6 +47,9 @@ class WeightVersion:
 OWN_STATE = "_own_state"
 """Attribute of a layer whose weight an adapter's start has replaced (LoftQ): what was there before."""
 
+UNMERGED_STATE = "_unmerged_state"
+"""Attribute of a layer that holds its own parameters while merged ones stand in their place."""
+
 
 class BaseWeight(ABC):
     """A view on one base layer; holds no weight of its own."""
@@ -131,7 +134,7 @@ class BaseWeight(ABC):
     @property
     def unmerged_attribute(self) -> str:
         """Attribute of the layer that holds its own parameters while merged ones stand in their place."""
-        return "_unmerged_state"
+        return UNMERGED_STATE
 
     def read_unmerged(self) -> Tensor:
         """The dense weight without what is merged into it."""

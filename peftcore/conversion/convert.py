@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from peftcore.adapter_set import adapter_set
 from peftcore.config import CONFIG_NAME
-from peftcore.content import Content
+from peftcore.content import Content, content_of
 from peftcore.conversion.lora import lora_config, lora_tensors
 from peftcore.conversion.low_rank_form import Conversion, low_rank_forms
+from peftcore.embedding_rows import embeddings_to_save
 from peftcore.files import directory_written_atomically, write_manifest
 from peftcore.inject import commit_injection
 from peftcore.methods.lora import LoraConfig
@@ -62,9 +63,10 @@ def save_as_lora(
     `directory` is replaced, and stays on an error.
     """
     plain = _plain_lora(model, adapter_name, rank, tolerance)
+    rows = embeddings_to_save(model, content_of(adapter_set(model), adapter_name), adapter_name, "auto")
     base = plain.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     plain.config.base_model_name_or_path = base
-    write_lora(plain.config, plain.tensors, Path(directory))
+    write_lora(plain.config, rows | plain.tensors, Path(directory))
     return plain.report
 
 

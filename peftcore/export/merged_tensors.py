@@ -48,6 +48,10 @@ def _changes(
 ) -> dict[str, Callable[[], Tensor]]:
     """{path of a parameter: what makes it} of all that the adapter changes."""
     changes: dict[str, Callable[[], Tensor]] = {}
+    for path, (layer, leaf, _) in adapters.replaced_rows.items():
+        parameter = layer._parameters[leaf]
+        assert parameter is not None
+        changes[path] = lambda parameter=parameter: parameter.detach().to(dtype or parameter.dtype)
     for path, site in adapters.layers.items():
         adapter, base = site.adapters[name], site.base
         weight = path if base.kind == "parameter" else f"{path}.weight"

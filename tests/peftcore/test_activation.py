@@ -131,7 +131,7 @@ def test_another_adapter_is_active_after_the_active_one_is_deleted() -> None:
     model = net()
     for name in ("b", "c"):
         model.add_adapter(name, lora("0"))
-    with pytest.warns(UserWarning, match="'default' was active and is deleted; 'b' is the active one now"):
+    with pytest.warns(UserWarning, match=r"\['default'\] are deleted; 'b' is the active one now"):
         model.delete_adapter("default")
     assert model.active_adapters == ["b"]
     model.set_adapter(["b", "c"])
