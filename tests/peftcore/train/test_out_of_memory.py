@@ -29,7 +29,8 @@ class _Room(nn.Module):
         self.seen: list[int] = []
 
     def forward(self, hidden: Tensor, *given: Any, **named: Any) -> Any:
-        self.seen.append(len(hidden))
+        if torch.is_grad_enabled():  # the rows that are looked at before are no part of a step
+            self.seen.append(len(hidden))
         if len(hidden) > self.rows and not self.backward:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         output = self.layer(hidden, *given, **named)
