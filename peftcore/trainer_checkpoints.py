@@ -57,7 +57,7 @@ def _resume(trainer: Any, adapted: nn.Module, resume_from_checkpoint: str, model
     if with_state:
         raise CheckpointError(
             f"{', '.join(with_state)}: this method has training state that Trainer does not save, so training cannot "
-            "go on from its checkpoint; train with peftcore.train.AdapterTrainer, or AdapterTrainerMixin over your trainer"
+            "go on from its checkpoint; use peftcore.train.AdapterTrainer, or AdapterTrainerMixin over your trainer"
         )
     _read(adapted, Path(resume_from_checkpoint))
 

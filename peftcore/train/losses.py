@@ -12,6 +12,7 @@ Shapes: B rows, T positions, V vocabulary, n supervised next tokens in the batch
 import inspect
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ def _own_loss_is_cross_entropy(model: nn.Module, inputs: Mapping[str, object], l
     row = next((each for each in rows if supervised_positions(each["labels"]).any()), None)
     if row is None:  # other processes have labels, and may be waiting for this one's forward pass
         row = rows[0] | {"labels": torch.zeros_like(rows[0]["labels"])}
+    row = _few_positions(row)
     name = type(getattr(model, "module", model)).__name__
     devices = [] if labels.device.type == "cpu" else [labels.device]
     try:
@@ -89,6 +91,20 @@ def _own_loss_is_cross_entropy(model: nn.Module, inputs: Mapping[str, object], l
     return False
 
 
+def _few_positions(row: dict[str, Any]) -> dict[str, Any]:
+    """Return some positions of a row, labelled ones among them; all of it if any of its tensors lies otherwise."""
+    labels: Tensor = row["labels"]
+    tensors = [value for value in row.values() if isinstance(value, Tensor)]
+    if labels.shape[1] <= _POSITIONS or any(value.shape != labels.shape for value in tensors):
+        return row
+    first = int(supervised_positions(labels).any(0).nonzero()[0])
+    start = min(max(0, first - _POSITIONS // 2), labels.shape[1] - _POSITIONS)
+    some = slice(start, start + _POSITIONS)
+    return {name: value[:, some] if isinstance(value, Tensor) else value for name, value in row.items()}
+
+
+_POSITIONS = 64
+"""Positions (count) that are enough to compare losses by: logits of a whole long row take gigabytes."""
 _PRECISION = 2e-5
 """Relative and absolute difference (nats) of two float32 means over the same tokens."""
 

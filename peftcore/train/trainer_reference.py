@@ -21,7 +21,7 @@ _Base = Trainer if TYPE_CHECKING else object
 
 
 class TrainerReferenceMixin(_Base):
-    """The part of AdapterTrainerMixin that gives a trainer, if it was given none, its model as it is now as reference."""
+    """The part of AdapterTrainerMixin that makes the model, as it is now, the reference of a trainer without one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         names = self._trainers_parameters()

@@ -195,6 +195,25 @@ def test_comparing_draws_no_random_numbers_and_needs_no_label() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("labelled", [slice(0, 3), slice(295, 300), slice(100, 250)])
+def test_a_few_positions_of_one_row_are_enough(labelled: slice) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Seen(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
+            seen.append(tuple(input_ids.shape))
+            output = super().forward(input_ids, **kwargs)
+            output.loss = output.loss + 0.01
+            return output
+
+    ids = torch.randint(5, 100, (4, 300), generator=torch.Generator().manual_seed(1))
+    labels = torch.full_like(ids, -100)
+    labels[:, labelled] = ids[:, labelled]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert not OwnLossCheck().agrees(Seen(two_losses().config), inputs, labels)
+    assert seen == [(1, 64)]
+
+
 def test_a_loss_that_does_not_fit_into_memory_is_not_compared_in_silence(caplog: pytest.LogCaptureFixture) -> None:
     class Large(LlamaForCausalLM):
         def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
