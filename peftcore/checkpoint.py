@@ -302,8 +302,6 @@ def _prompt_state(directory: Path) -> dict[str, Tensor]:
     return parsed(read_file(path), directory, PROMPT_STATE)
 
 
-
-
 def _listed(what: str, keys: list[str]) -> str:
     if not keys:
         return ""

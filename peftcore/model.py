@@ -23,6 +23,7 @@ from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError
 from peftcore.fingerprint import unchanging_weights
+from peftcore.trainer_checkpoints import teach_trainer
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
 
@@ -292,6 +293,11 @@ class PeftModel:
 
     # -- training ------------------------------------------------------------------------------------------------
 
+    def train(self, mode: bool = True) -> Any:
+        """The model's own; Trainer, which calls it before the first step, then reads checkpoints of adapters too."""
+        teach_trainer()
+        return super().train(mode)  # type: ignore[misc]
+
     def adapter_regularizer(self) -> Tensor | None:
         """Sum of the active adapters' regularisers, to add to the loss once per optimiser step; None for none."""
         adapters = adapter_set(self._module)
@@ -481,6 +487,7 @@ def _remade(plain: type) -> Any:
 def _as_peft_model(model: nn.Module) -> Any:
     if not isinstance(model, PeftModel):
         model.__class__ = _adapted_class(type(model))
+    teach_trainer()
     return model
 
 

@@ -44,6 +44,7 @@ class WeightVersion:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return type(None), ()  # a copy is of no weight
 
+
 OWN_STATE = "_own_state"
 """Attribute of a layer whose weight an adapter's start has replaced (LoftQ): what was there before."""
 
