@@ -38,7 +38,7 @@ from peftcore.adapter_set import adapter_set
 from peftcore.init.eva import PrincipalComponents
 from peftcore.methods.lora import Lora
 from peftcore.train import RightPaddingCollator
-from peftcore.train.losses import IGNORED
+from peftcore.train.losses import IGNORED, OwnLossCheck
 from peftcore.train.rank_allocation import allocate_ranks
 from peftcore.train.singular_credit import credited, mean_loss, summed_loss, to_singular_directions
 
@@ -87,12 +87,14 @@ def losses(seed: int, base: Path, data: Path) -> dict[str, list[float]]:
     train(model, trained)
     values = {path: to_singular_directions(adapter) for path, adapter in adapters.items()}
     scores = {
-        "credit": {path: own.tolist() for path, own in credited(model, adapters, scored, lambda: None).items()},
+        "credit": {
+            path: own.tolist() for path, own in credited(model, adapters, scored, OwnLossCheck(), lambda: None).items()
+        },
         "change": {path: own.square().tolist() for path, own in values.items()},
         **before,
         "equal": None,
     }
-    whole = mean_loss(model, judged)
+    whole = mean_loss(model, judged, OwnLossCheck())
     added = {
         name: [loss - whole for loss in cut_down(model, adapters, score, judged, own=name == "credit")]
         for name, score in scores.items()
@@ -108,9 +110,10 @@ def batches(rows: Sequence[Any], pad: int) -> list[dict[str, Tensor]]:
 
 def train(model: Any, data: list[dict[str, Tensor]]) -> None:
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    check = OwnLossCheck()
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
     for step in torch.randperm(len(data)).tolist():
-        total, count = summed_loss(model, data[step])
+        total, count = summed_loss(model, data[step], check)
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -127,8 +130,9 @@ def of_gradients(model: Any, adapters: Mapping[str, Lora], data: list[dict[str, 
     weights = {path: adapter.base.layer.weight for path, adapter in adapters.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
+    check = OwnLossCheck()
     for batch in data:
-        summed_loss(model, batch)[0].backward()
+        summed_loss(model, batch, check)[0].backward()
     scores = {path: torch.linalg.svdvals(w.grad.float())[:WIDE].square().tolist() for path, w in weights.items()}
     for weight in weights.values():
         weight.requires_grad_(False)
@@ -176,7 +180,7 @@ def cut_down(
                 if own and score is not None:
                     order = torch.tensor(score[path]).argsort(descending=True, stable=True)
                 adapter.lora_B.copy_(factors[path]).index_fill_(1, order[ranks[path] :], 0.0)
-        found.append(mean_loss(model, judged))
+        found.append(mean_loss(model, judged, OwnLossCheck()))
     with torch.no_grad():
         for path, adapter in adapters.items():
             adapter.lora_B.copy_(factors[path])

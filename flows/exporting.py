@@ -27,12 +27,15 @@ def export(
 ) -> str:
     """Write the adapter for llama.cpp, or for vLLM and LoRAX; gives the sentence that says what is where.
 
+    gguf: of gguf-merged, the base's own GGUF file; None: one is made of the base's folder.
     rank, tolerance: convert it to LoRA first, see `peftcore.convert_to_lora`. Raises PeftError or PipelineError.
     """
-    from peftcore.export import export_gguf_lora, export_gguf_merged, export_vllm
+    from peftcore.export import check_gguf_base, export_gguf_lora, export_gguf_merged, export_vllm
 
     if form == Format.GGUF_MERGED and gguf is None:
-        raise PipelineError("gguf-merged writes another copy of the base's own GGUF; give that file with --gguf")
+        check_gguf_base(base)  # before the model is loaded
+    if form != Format.GGUF_MERGED and gguf is not None:
+        raise PipelineError(f"--gguf is the base of gguf-merged; {form} has no use for it, so leave it out")
     model, name, note = _adapted(adapter, base), "default", ""
     if rank is not None or tolerance is not None:
         note, name = _converted(model, rank, tolerance), "plain"
@@ -40,8 +43,7 @@ def export(
         return f"{out}: for vLLM and LoRAX, --max-lora-rank {export_vllm(model, name, out)}{note}"
     if form == Format.GGUF_LORA:
         return f"{export_gguf_lora(model, name, out, dtype=dtype)}: for llama.cpp, --lora beside the base{note}"
-    assert gguf is not None
-    return f"{export_gguf_merged(gguf, model, out, name, dtype)}: a whole model for llama.cpp{note}"
+    return f"{export_gguf_merged(gguf or base, model, out, name, dtype)}: a whole model for llama.cpp{note}"
 
 
 def _adapted(adapter: Path, base: Path) -> Any:

@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from flows.method_fields import FIELDS, SHARED, missing_option
 from flows.params_file import read_params
 from peftcore.config import suggestion
 from peftcore.registry import tuner_names
@@ -143,16 +144,31 @@ class AutoRank(Section):
     held_out: Count = 4
 
 
+LORA_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0},
+    "adalora": {"lora_alpha": 32, "lora_dropout": 0.0},
+}
+"""{method: its options where params.yaml does not say}; other methods have their configurations' own defaults."""
+
+
 class Method(Section):
     name: Text = "lora"
     target_modules: Literal["all-linear"] | list[str] | None = "all-linear"
-    r: int | Literal["auto"] = 16
+    r: int | Literal["auto"] | None = None
     auto: AutoRank = AutoRank()
-    lora_alpha: Positive = 32
-    lora_dropout: Share = 0.0
+    lora_alpha: Positive | None = None
+    lora_dropout: Share | None = None
     use_rslora: bool = False
     adalora: AdaLora = AdaLora()
     options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_loras_numbers(cls, given: Any) -> Any:
+        """Fill in what LoRA and AdaLoRA have where nothing is said; any other method then has its own defaults."""
+        if not isinstance(given, dict):
+            return given
+        return {**LORA_DEFAULTS.get(str(given.get("name", "lora")), {}), **given}
 
     @field_validator("name")
     @classmethod
@@ -164,9 +180,26 @@ class Method(Section):
 
     @field_validator("r", mode="plain")
     @classmethod
-    def _is_a_rank(cls, value: Any) -> int | str:
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    def _is_a_rank(cls, value: Any) -> int | str | None:
+        if value not in ("auto", None) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise _impossible("give a whole number of at least 1, or auto")
+        return value
+
+    @field_validator(*SHARED, mode="after")
+    @classmethod
+    def _is_an_option_of_the_method(cls, value: Any, info: ValidationInfo) -> Any:
+        name, option = info.data.get("name"), str(info.field_name)
+        if name is None or value in ("auto", None):  # the name is wrong itself, or the search of ranks is refused below
+            return value
+        if instead := missing_option(name, option, value):
+            raise _impossible(instead)
+        return value
+
+    @field_validator("use_rslora")
+    @classmethod
+    def _is_for_lora(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("name", "lora") != "lora":
+            raise _impossible(f"{info.data['name']} has no such option; give false")
         return value
 
     @field_validator("target_modules", mode="plain")
@@ -180,7 +213,20 @@ class Method(Section):
     @model_validator(mode="after")
     def _searches_ranks_of_lora(self) -> Self:
         if self.r == "auto" and self.name != "lora":
-            raise _impossible(f"ranks are searched for lora; give {self.name} a number", "r", self.r)
+            ranks = "a number" if "r" in FIELDS.get(self.name, {}) else "null"
+            raise _impossible(f"ranks are searched for lora; give {self.name} {ranks}", "r", self.r)
+        return self
+
+    @model_validator(mode="after")
+    def _says_each_option_once(self) -> Self:
+        for option, field in FIELDS.get(self.name, {}).items():
+            value = getattr(self, option)
+            if option in self.model_fields_set and value is not None and self.options.get(field, value) != value:
+                raise _impossible(
+                    f"method.{option} is {value}, which is the same option; leave it out here",
+                    f"options.{field}",
+                    self.options[field],
+                )
         return self
 
 

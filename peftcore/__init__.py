@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peftcore.activation import refresh_adapters
     from peftcore.combine import Recipe
     from peftcore.composition import Average, Gate, Only, Parallel, Split, Stack, Weighted
     from peftcore.config import PeftConfig, TaskType
@@ -76,6 +77,7 @@ _HOMES = {
     "inject_adapter_in_model": "peftcore.inject",
     "merge_streaming": "peftcore.export",
     "prepare_model_for_kbit_training": "peftcore.model",
+    "refresh_adapters": "peftcore.activation",
     "replace_lora_weights_loftq": "peftcore.init",
     "save_as_lora": "peftcore.conversion",
 }
@@ -119,6 +121,7 @@ __all__ = [
     "inject_adapter_in_model",
     "merge_streaming",
     "prepare_model_for_kbit_training",
+    "refresh_adapters",
     "replace_lora_weights_loftq",
     "save_as_lora",
 ]

@@ -4,17 +4,33 @@ One `Adapter` is the adapter of one name at one layer. A method defines `delta_w
 `before`/`after` where it can do better than rebuilding ΔW in every forward.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.bases import BaseWeight
+from peftcore.config import options_at
 from peftcore.low_rank import Factors, LowRank
 
 
-class Shared(nn.Module):
+class _Constants(nn.Module):
+    """A module with buffers that stand in no state dict, because they follow from the configuration."""
+
+    def make_constants(self) -> None:
+        """Set these buffers; called again when `to_empty` has put memory in the place of the meta device."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        constants = [self._buffers[name] for name in self._non_persistent_buffers_set]
+        were_meta = any(buffer is not None and buffer.is_meta for buffer in constants)
+        super()._apply(fn, recurse)
+        if were_meta:
+            self.make_constants()
+        return self
+
+
+class Shared(_Constants):
     """What all layers of one adapter share: parameters that train, buffers that do not.
 
     On disk each stands once, as `base_model.<name>`. It may also hold what one forward of the whole model tells its
@@ -36,13 +52,15 @@ class Shared(nn.Module):
             own[name].copy_(tensor)
 
 
-class Adapter(nn.Module):
+class Adapter(_Constants):
     """One adapter at one layer. Shapes: o out_features, i in_features, y (..., o), x (..., i)."""
 
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     """Kinds of base layer that the method can adapt: "linear", "conv", "embedding", "norm", "parameter"."""
     follows_ties: ClassVar[bool] = False
     """Whether layers that share a target's weight are adapted too; `link` then makes them alike."""
+    changes_weight: ClassVar[bool] = True
+    """Whether `merged_weight` gives anything but W; False spares a 4-bit weight a second rounding."""
     generate_arguments: ClassVar[Mapping[str, Any]] = {}
     """Arguments that `generate` gets while adapters of this method act, whatever its caller says."""
     new_base: Tensor | None = None
@@ -52,14 +70,35 @@ class Adapter(nn.Module):
     """Whether its parameters hold nothing yet, because the tensors of a directory are about to be read."""
     disk_prefix: str = ""
     """What stands on disk between the layer's path and the adapter's own keys."""
+    changes: int = 0
+    """How often an attribute was set, such as a parameter, `scaling` or `training` (count)."""
+    printed: tuple[Any, str]
+    """(configuration, path): what `extra_repr` shows of."""
     shared: Any
     """What `make_shared` gave, in every adapter of one name; set after `__init__`, before `reset_parameters`."""
+    trained_bias: Any
+    """The layer's bias that trains with this adapter (`peftcore.trained_bias`), or None; the host adds it after."""
 
     def __init__(self, config: Any, base: BaseWeight, path: str):
         """Make the parameters for `base`, the layer at module `path`; raise ConfigError for what cannot be."""
         super().__init__()
-        # `shared` in the instance: as an attribute of the class it would hide the module of that name
-        vars(self).update(base=base, shared=None)  # nn.Module's own assignment takes longer than a small adapter does
+        # modules in the instance: as an attribute of the class, None would hide the module of that name
+        vars(self).update(
+            base=base, shared=None, trained_bias=None, printed=(config, path)
+        )  # nn.Module's own assignment takes longer than a small adapter does
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self.mark_changed()
+
+    def mark_changed(self) -> None:
+        """Have whatever was computed from the weights computed anew. Setting an attribute does so by itself."""
+        vars(self)["changes"] = self.changes + 1  # not by nn.Module's own assignment, which is slow
+
+    def extra_repr(self) -> str:
+        """The method's options at this layer: numbers that are not zero, and what is not at its default."""
+        config, path = self.printed
+        return ", ".join(f"{name}={value}" for name, value in options_at(config, path).items())
 
     @classmethod
     def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str] | None:
@@ -161,7 +200,7 @@ class Adapter(nn.Module):
 
     def checkpoint_keys(self) -> dict[str, str]:
         """{parameter name: its suffix on PEFT's disk}; the same word unless the method says otherwise."""
-        return {name: name for name, _ in self.named_parameters() if not name.startswith("shared.")}
+        return {name: name for name, _ in self.named_parameters() if not name.startswith(("shared.", "trained_bias."))}
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What is saved: {suffix on disk: tensor}."""

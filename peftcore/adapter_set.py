@@ -1,7 +1,7 @@
 """What a model knows of its adapters: who is active, their configurations, and where they sit."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,11 +13,21 @@ from peftcore.per_thread import PerThread
 from peftcore.prompts.learner import PromptLearner
 from peftcore.replication import Replication
 from peftcore.selection import Selection
+from peftcore.trained_bias import TrainedBias
 
 ATTRIBUTE = "_adapter_set"
 """Where a model keeps its `AdapterSet`."""
 PROMPTS = "peftcore_prompts"
 """The submodule of a model that holds its prompt learners."""
+
+
+class ReplacedRows(NamedTuple):
+    """An embedding's parameter that a directory's rows stand in for."""
+
+    layer: nn.Module
+    name: str
+    own: nn.Parameter
+    """The model's parameter from before."""
 
 
 class AdapterSet:
@@ -39,18 +49,28 @@ class AdapterSet:
         """Sites by the path of their layer or raw parameter."""
         self.merged: tuple[str, ...] = ()
         """Adapters that are merged into a base weight now, in the order in which they were."""
+        self.unmerged_by = 0
+        """Contexts, of all threads, that have the base's own weights in place of merged ones now (count)."""
         self.saved: dict[str, SavedModule] = {}
         self.prompts = Prompts()
         """Prompt learners by adapter name."""
-        self.own_biases: dict[str, dict[str, Tensor]] = {}
-        """{adapter with bias="all" or "lora_only": {path of a bias: its value before}}."""
+        self.replaced_rows: dict[str, ReplacedRows] = {}
+        """{path of an embedding's parameter: what stood there before a directory brought rows for it}."""
         self.replication: tuple[str, Replication] | None = None
         """The adapter that made the model deeper, and how to undo it."""
 
     def adapters(self, name: str) -> dict[str, Adapter]:
-        """{path: adapter} of one name."""
+        """{path: adapter} of one name; a bias alone is in `biases`."""
+        return {path: own for path, own in self._at_sites(name).items() if not isinstance(own, TrainedBias)}
+
+    def biases(self, name: str) -> dict[str, TrainedBias]:
+        """{path of a layer, or of a raw bias: the bias that trains with one adapter}."""
+        own = {path: a if isinstance(a, TrainedBias) else a.trained_bias for path, a in self._at_sites(name).items()}
+        return {path: bias for path, bias in own.items() if bias is not None}
+
+    def _at_sites(self, name: str) -> dict[str, Adapter]:
         self.require(name)
-        return {path: host.adapters[name] for path, host in self.layers.items() if name in host.adapters}
+        return {path: site.adapter(name) for path, site in self.layers.items() if name in site.adapters}
 
     def of_method(self, name: str) -> dict[str, Adapter]:
         """Those of `adapters` that are of the configuration's own method, not its companions."""
@@ -69,21 +89,32 @@ class AdapterSet:
         """Prompt learners that act, in order."""
         return [self.prompts[name] for name in self.selection.acting if name in self.prompts]
 
-    def parameters(self, model: nn.Module, name: str) -> list[nn.Parameter]:
+    def parameters(self, name: str) -> list[nn.Parameter]:
         """Everything that training this adapter trains."""
         prompts = [self.prompts[name]] if name in self.prompts else []
-        modules = [*self.adapters(name).values(), *self.copies(name).values(), *prompts]
-        biases = [model.get_parameter(bias_path(self, path)) for path in self.own_biases.get(name, {})]
-        return list(dict.fromkeys(p for module in modules for p in module.parameters())) + biases
+        modules = [*self._at_sites(name).values(), *self.copies(name).values(), *prompts]
+        return list(dict.fromkeys(p for module in modules for p in module.parameters()))
 
     def tensors(self) -> list[Tensor]:
         """All that adapters brought or changed, trained or not: theirs, their copies', and bases they have moved."""
         modules: list[nn.Module] = []
         for name in self.configs:
-            modules += [*self.adapters(name).values(), *self.copies(name).values()]
+            modules += [*self._at_sites(name).values(), *self.copies(name).values()]
         modules += [self.prompts[name] for name in self.prompts]
         modules += [site.base.layer for site in self.layers.values() if site.has_replaced_base]
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+    def restore_rows(self) -> None:
+        """Put the model's own embeddings back, to the bit, where the model is on the device and of the type it was."""
+        moved: dict[int, nn.Parameter] = {}
+        for layer, name, own in self.replaced_rows.values():
+            now = layer._parameters[name]
+            assert now is not None
+            if (now.device, now.dtype) != (own.device, own.dtype):  # one for all that share it
+                own = moved.setdefault(id(own), nn.Parameter(own.to(now), requires_grad=own.requires_grad))
+            layer._parameters[name] = own
+        self.replaced_rows.clear()
+        self.selection.forget()
 
     def shared(self, name: str) -> Shared | None:
         """What the layers of one adapter share, if anything."""
@@ -115,9 +146,3 @@ def untouched_names(model: nn.Module) -> list[str]:
     own = {id(tensor) for tensor in adapter_set(model).tensors()}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return [name for name, tensor in named if not tensor.requires_grad and id(tensor) not in own]
-
-
-def bias_path(adapters: AdapterSet, path: str) -> str:
-    """Where the bias that was at `path` before injection is now."""
-    layer = path.rpartition(".")[0]
-    return f"{layer}.base_layer.bias" if layer in adapters.layers else path

@@ -5,7 +5,6 @@ A key on disk is `base_model.model.` + the module's path + the parameter, withou
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,29 +14,30 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftcore.adapter_set import AdapterSet, adapter_set, bias_path
+from peftcore.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.content import Content, content_of
+from peftcore.embedding_rows import Embeddings, SaveEmbeddings, embeddings_to_save
 from peftcore.errors import CheckpointError, PeftError, TargetError
-from peftcore.files import MANIFEST, flush_to_disk, manifest_text, sha256
+from peftcore.files import MANIFEST, damaged_files, files_written_together, manifest_text, sha256, whole_files
 from peftcore.inject import commit_injection, deepened
-from peftcore.preparation import Injection, prepare_injection
+from peftcore.places import Places
+from peftcore.preparation import prepare_injection
 from peftcore.tensors import (
     PREFIX,
+    PROMPT_STATE,
     WEIGHTS_NAME,
-    check_hashes,
+    changed_files,
     is_sharded,
     parsed,
     read_file,
     read_tensors,
     read_weights,
     refuse_pickles,
+    warn_of_changes,
     whole,
     writing_shards,
 )
-
-PROMPT_STATE = "prompt_encoder.safetensors"
-"""What a prompt is computed from; PEFT keeps the computed prompt alone, and reads past this file."""
 
 _SIZES = ("r", "init_r", "n_frequency", "num_virtual_tokens", "num_vectors", "adapter_len")
 """Options that a dimension of some saved tensor repeats."""
@@ -61,22 +61,44 @@ Trained on `{base}`. Load it onto that model with `PeftModel.from_pretrained(mod
 # -- what is in a checkpoint -----------------------------------------------------------------------------------------
 
 
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+def adapter_tensors(model: nn.Module, name: str, save_embedding_layers: SaveEmbeddings = False) -> dict[str, Tensor]:
     """Everything saved for one adapter: {PEFT's key: tensor}."""
-    adapters = adapter_set(model)
-    tensors = content_of(adapters, name).tensors()
-    for path in adapters.own_biases.get(name, {}):
-        tensors[PREFIX + bias_path(adapters, path)] = model.get_parameter(bias_path(adapters, path)).detach()
-    return tensors
+    content = content_of(adapter_set(model), name)
+    return embeddings_to_save(model, content, name, save_embedding_layers) | content.tensors()
+
+
+def adapter_state_dict(
+    model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """`adapter_tensors` without what is saved of the base, by the model's own paths, as transformers has them.
+
+    state_dict: the model's, to take the values from; None: the model's own parameters.
+    """
+    adapter_set(model).require(name)
+    reader = _Reader(model, name, save_embedding_layers=False)
+    tensors, _ = reader() if state_dict is None else reader.with_values(state_dict)
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
-    """Write one adapter's directory; files that were there stay until every new one is whole on the disk.
+def save_adapter(
+    model: nn.Module,
+    name: str,
+    directory: Path,
+    save_embedding_layers: SaveEmbeddings = "auto",
+    state_dict: Mapping[str, Tensor] | None = None,
+    writes: bool = True,
+) -> None:
+    """Write one adapter's directory, whole: if the process is killed, the old adapter or the new one is there.
 
     Where the adapter is sharded (FSDP2) every process calls this, and the first one writes the whole of it.
+
+    Args:
+        save_embedding_layers: see `peftcore.embedding_rows`.
+        state_dict: the model's, to take the values from; None: the model's own parameters.
+        writes: whether this process writes; False only takes part in gathering shards.
     """
     if directory.is_file():
         raise CheckpointError(f"{directory} is a file; give a directory to save the adapter in")
@@ -86,35 +108,52 @@ def save_adapter(model: nn.Module, name: str, directory: Path) -> None:
     config = adapters.kinds[name].config_to_save(config, adapters.of_method(name))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     config = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base)
-    prompt = adapters.prompt(name)
-    held = adapter_tensors(model, name)
+    reader = _Reader(model, name, save_embedding_layers)
+    held, held_state = reader() if state_dict is None else reader.with_values(state_dict)
+    sharded = any(is_sharded(tensor) for tensor in held.values())
+    if not sharded and not writes:
+        return
     # a tensor may be a view or shared with another: cloned, so that safetensors gets plain memory of its own
     tensors = {k: whole(t.detach()).cpu().clone().contiguous() for k, t in held.items()}
-    state = {} if prompt is None else {k: whole(t.detach()).cpu().clone() for k, t in prompt.training_state().items()}
-    if any(is_sharded(tensor) for tensor in held.values()) and torch.distributed.get_rank():
+    state = {k: whole(t.detach()).cpu().clone().contiguous() for k, t in held_state.items()}
+    if not writes or (sharded and torch.distributed.get_rank()):
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as made:
-        fresh = Path(made)
+    with files_written_together(directory, owned=[PROMPT_STATE]) as fresh:
         save_file(tensors, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
         (fresh / CONFIG_NAME).write_text(config.to_json())
-        written = [WEIGHTS_NAME, CONFIG_NAME]
         if state:
             save_file(state, fresh / PROMPT_STATE, metadata={"format": "pt"})
-            written.append(PROMPT_STATE)
-        hashed = list(written)
+        (fresh / MANIFEST).write_text(manifest_text({file.name: sha256(file) for file in sorted(fresh.iterdir())}))
         if not (directory / MODEL_CARD).exists():
             (fresh / MODEL_CARD).write_text(_CARD.format(base=base or "unknown", method=config.peft_type.lower()))
-            written.append(MODEL_CARD)
-        (fresh / MANIFEST).write_text(manifest_text({file: sha256(fresh / file) for file in sorted(hashed)}))
-        for file in (*written, MANIFEST):
-            flush_to_disk(fresh / file)
-        if not state:
-            (directory / PROMPT_STATE).unlink(missing_ok=True)
-        for file in (*written, MANIFEST):
-            (fresh / file).chmod(0o644)
-            (fresh / file).replace(directory / file)
-    flush_to_disk(directory)
+
+
+class _Reader(nn.Module):
+    """What is saved of one adapter: its tensors by PEFT's key, and what a prompt is computed from."""
+
+    def __init__(self, model: nn.Module, name: str, save_embedding_layers: SaveEmbeddings):
+        super().__init__()
+        self.model = model
+        self._name = name
+        self._embeddings: SaveEmbeddings = save_embedding_layers
+
+    def forward(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        prompt = adapter_set(self.model).prompt(self._name)
+        tensors = adapter_tensors(self.model, self._name, self._embeddings)
+        return tensors, {} if prompt is None else prompt.training_state()
+
+    def with_values(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same with the values of a state dictionary of the model in place of the model's own."""
+        own = {name for name, _ in self.model.named_parameters()}
+        trained = {id(p) for p in adapter_set(self.model).parameters(self._name)}
+        needed = [name for name, parameter in self.model.named_parameters() if id(parameter) in trained]
+        if missing := [name for name in needed if name not in state_dict]:
+            raise CheckpointError(
+                f"save_pretrained: state_dict lacks {missing[0]} ({len(missing)} of {len(needed)} of the adapter's "
+                "parameters); give what the model's own state_dict() gives, or leave it out"
+            )
+        values = {f"model.{name}": tensor for name, tensor in state_dict.items() if name in own}
+        return torch.func.functional_call(self, values, ())
 
 
 def update_model_card(model: nn.Module, directory: Path) -> None:
@@ -141,25 +180,29 @@ def load_adapter(
     trainable: bool,
     config: PeftConfig | None,
     tensors: dict[str, Tensor] | None = None,
+    replaces_embeddings: bool = True,
 ) -> AdapterSet:
     """Make an adapter from its directory and put it into the model; on any error the model is as it was.
 
     tensors: those of the directory, where they have been read already; they are the adapter's from then on.
+    replaces_embeddings: whether the base's embeddings in a directory may replace others in the model; False: an error.
     Raises CheckpointError for damage, missing or unexpected keys, or shapes of another base.
     """
+    directory = whole_files(directory)
     if config is None:
         refuse_pickles(directory)
         config = PeftConfig.from_pretrained(directory)
     config = dataclasses.replace(config, inference_mode=not trainable)
     with ThreadPoolExecutor(1, "adapter-reader") as beside, deepened(model, config) as replication:
         read = read_weights(directory) if tensors is None else None
-        hashed = None if read is None else beside.submit(check_hashes, directory, read)
+        hashed = None if read is None else beside.submit(changed_files, directory, read)
         try:
             _refuse_hollow_sizes(config, directory, tensors if read is None else read)
             injection = prepare_injection(model, config, name, fresh=False)
-            content = Content(injection.adapters, injection.copies, injection.prompt)
+            content = Content(injection.adapters, injection.biases, injection.copies, injection.prompt)
             given = (tensors or {}) if read is None else parsed(read, directory)
-            biases = _take_tensors(content, injection.biases, given, directory, trainable)
+            rows = Embeddings(injection.places, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings)
+            _take_tensors(content, rows, given, directory, trainable)
         except PeftError as error:
             if hashed is not None:
                 hashed.result()  # a damaged directory is what has to be said first
@@ -173,9 +216,9 @@ def load_adapter(
                 f"{directory}: its {CONFIG_NAME} asks for more memory than there is: {error}"
             ) from error
         if hashed is not None:
-            hashed.result()
+            warn_of_changes(directory, hashed.result())
         adapters = commit_injection(model, injection, trainable, replication)
-    _write_biases(model, adapters, injection, biases)
+        rows.replace(adapters)
     return adapters
 
 
@@ -203,40 +246,36 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def load_adapter_weights(
-    model: nn.Module, directory: Path, name: str, tensors: dict[str, Tensor] | None = None
+    model: nn.Module,
+    directory: Path,
+    name: str,
+    tensors: dict[str, Tensor] | None = None,
+    replaces_embeddings: bool = True,
 ) -> None:
     """Read a directory's tensors into an adapter that is there already, made with the same configuration.
 
-    tensors: those of the directory, where they have been read already.
+    tensors: those of the directory, where they have been read already. replaces_embeddings: see `load_adapter`.
     Where the adapter is sharded every process calls this, and keeps its own part.
     """
-    adapters = adapter_set(model)
-    own = list(adapters.own_biases.get(name, {}))
+    adapters, directory = adapter_set(model), whole_files(directory)
     prompt = adapters.prompt(name)
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
-    with writing_shards(adapters.parameters(model, name)), torch.no_grad():
+    with writing_shards(adapters.parameters(name)), torch.no_grad():
         given = read_tensors(directory) if tensors is None else tensors
-        biases = _take_tensors(content_of(adapters, name), own, given, directory, trains)
-        for path, value in biases.items():
-            model.get_parameter(bias_path(adapters, path)).copy_(value)
-
-
-def _write_biases(model: nn.Module, adapters: AdapterSet, injection: Injection, biases: dict[str, Tensor]) -> None:
-    for path, value in biases.items():
-        with torch.no_grad():
-            model.get_parameter(bias_path(adapters, path)).copy_(value)
+        rows = Embeddings(Places(model), adapters, name, replaces_embeddings)
+        _take_tensors(content_of(adapters, name), rows, given, directory, trains)
+        rows.replace(adapters)
 
 
 def _take_tensors(
-    content: Content, biases: list[str], tensors: dict[str, Tensor], directory: Path, trainable: bool
-) -> dict[str, Tensor]:
-    """Check all keys and shapes, then copy; returns the values of the biases among them, by path."""
-    expected = content.tensors()
-    bias_of = {key: path for path in biases for key in _bias_keys(path)}
+    content: Content, rows: Embeddings, tensors: Mapping[str, Tensor], directory: Path, trainable: bool
+) -> None:
+    """Check all keys and shapes, then copy the adapter's own, and let `rows` take those of the base's embeddings."""
+    expected, tensors = content.tensors(), content.spelled(tensors)
     missing = sorted(expected.keys() - tensors.keys() - content.optional())
-    others = tensors.keys() - expected.keys() - bias_of.keys()
+    others = tensors.keys() - expected.keys()
     others = others and others - content.repeated()
-    unexpected = sorted(key for key in others if not _is_base(key))
+    unexpected = sorted(others and rows.take(content, {key: tensors[key] for key in others}, directory / WEIGHTS_NAME))
     if missing or unexpected:
         raise CheckpointError(
             f"{directory / WEIGHTS_NAME} does not fit: {_listed('missing', missing)}{_listed('unexpected', unexpected)}"
@@ -252,24 +291,15 @@ def _take_tensors(
     if content.prompt is not None:
         content.prompt.read(tensors, _prompt_state(directory), trainable)
     content.read(tensors)
-    return {bias_of[key]: tensor for key, tensor in tensors.items() if key in bias_of}
 
 
 def _prompt_state(directory: Path) -> dict[str, Tensor]:
-    """What a prompt learner goes on training with, {} where the directory holds none (PEFT's does not)."""
+    """What a prompt learner goes on training with; {} where the directory holds none, as PEFT's does not, or where
+    the prompt beside it was saved anew by a program that leaves this file as it was."""
     path = directory / PROMPT_STATE
-    return parsed(read_file(path), directory, PROMPT_STATE) if os.path.lexists(path) else {}
-
-
-def _bias_keys(path: str) -> tuple[str, str]:
-    """A trained bias stands on disk beside its layer, or inside the layer's host."""
-    layer = path.removesuffix(".bias")
-    return f"{PREFIX}{path}", f"{PREFIX}{layer}.base_layer.bias"
-
-
-def _is_base(key: str) -> bool:
-    """PEFT also saves the base weight of a targeted embedding; that is the base's, not the adapter's."""
-    return key.endswith(".base_layer.weight")
+    if not os.path.lexists(path) or WEIGHTS_NAME in damaged_files(directory):
+        return {}
+    return parsed(read_file(path), directory, PROMPT_STATE)
 
 
 def _listed(what: str, keys: list[str]) -> str:

@@ -16,10 +16,9 @@ from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin
 
 from peftcore.errors import CheckpointError, ConfigError
-from peftcore.files import read_limited, write_atomically
+from peftcore.files import CONFIG_NAME, read_limited, whole_files, write_atomically
 from peftcore.patterns import SEGMENTS, branches, compiled, is_suffix
 
-CONFIG_NAME = "adapter_config.json"
 LARGEST_CONFIG = 16 << 20
 """Bytes; a rank of its own for each of 100,000 experts takes about half of it."""
 _MOST_PATTERNS = 200
@@ -263,7 +262,7 @@ class PeftConfig:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "PeftConfig":
         """Read `adapter_config.json` from an adapter directory; CheckpointError if it is absent or not JSON."""
-        path = Path(directory) / CONFIG_NAME
+        path = whole_files(Path(directory)) / CONFIG_NAME
         if not path.is_file():
             raise CheckpointError(f"no {CONFIG_NAME} in {directory}; give the directory that save_pretrained wrote")
         try:
@@ -328,3 +327,26 @@ class TunerConfig(PeftConfig):
             self.regular_expression("layers_pattern", pattern, *BLOCK)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")
+
+
+_NOT_SHOWN = {"bias", "fan_in_fan_out", "inference_mode"}
+_STEMS = {"rank_pattern": "r"}
+"""Patterns that are not named after the option whose value they change."""
+
+
+def options_at(config: PeftConfig, path: str = "") -> dict[str, bool | int | float | str]:
+    """Options of a method at the layer `path`, to print: numbers that are not zero, and what is not at its default."""
+    inherited = {option.name for kind in (PeftConfig, TunerConfig) for option in dataclasses.fields(kind)}
+    shown: dict[str, bool | int | float | str] = {}
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if option.name in inherited | _NOT_SHOWN or not isinstance(value, bool | int | float | str):
+            continue
+        for pattern in (name for name in vars(config) if name.endswith("_pattern")):
+            stem = _STEMS.get(pattern, pattern.removesuffix("_pattern"))
+            if option.name == stem or (len(stem) > 1 and option.name.endswith(f"_{stem}")):
+                value = first_match(getattr(config, pattern), path, value)
+        counts = not isinstance(value, bool | str) and value != 0
+        if counts or value != option.default:
+            shown[option.name] = value
+    return shown

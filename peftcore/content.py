@@ -12,6 +12,7 @@ from peftcore.adapter_set import AdapterSet, shared_by
 from peftcore.bases import ParameterWeight
 from peftcore.prompts.learner import PromptLearner
 from peftcore.tensors import PREFIX
+from peftcore.trained_bias import TrainedBias
 
 SHARED_PREFIX = "base_model."
 
@@ -29,13 +30,35 @@ class _Entry(NamedTuple):
 class Content:
     """What one adapter is made of, asked for its tensors once."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], copies: Mapping[str, nn.Module], prompt: PromptLearner | None):
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        biases: Mapping[str, TrainedBias],
+        copies: Mapping[str, nn.Module],
+        prompt: PromptLearner | None,
+    ):
         self.entries = [_Entry(_prefix(path, a), a, a.checkpoint_tensors()) for path, a in adapters.items()]
+        of_biases = [
+            _Entry(_bias_prefix(path, bias, adapters), bias, bias.checkpoint_tensors()) for path, bias in biases.items()
+        ]
+        self.entries += of_biases
+        self.bias_keys = [f"{entry.prefix}bias" for entry in of_biases]
         self.shared = shared_by(adapters)
         # PEFT wraps a model once more for adapters of layers than for prompts
-        before = PREFIX if prompt is None else SHARED_PREFIX
-        self.copies = {f"{before}{path}.": module for path, module in copies.items()}
+        self.path_prefix = PREFIX if prompt is None else SHARED_PREFIX
+        """What stands before the path of a module."""
+        self._adapters, self._copied = adapters, copies.keys()
+        self.copies = {f"{self.path_prefix}{path}.": module for path, module in copies.items()}
         self.prompt = prompt
+
+    def paths(self) -> set[str]:
+        """Paths of the modules that PEFT wraps for this adapter."""
+        return {*self._adapters, *self._copied}
+
+    def base_prefix(self, path: str) -> str:
+        """What stands before the keys of the base's own parameters at a module path."""
+        adapter = self._adapters.get(path)
+        return f"{self.path_prefix}{path}." if adapter is None else f"{_prefix(path, adapter)}base_layer."
 
     def tensors(self) -> dict[str, Tensor]:
         """{PEFT's key: tensor}"""
@@ -52,7 +75,22 @@ class Content:
 
     def repeated(self) -> set[str]:
         """Keys that a directory may hold and that are not read."""
-        return {f"{prefix}{key}" for prefix, adapter, _ in self.entries for key in adapter.repeated_keys()}
+        repeated = {f"{prefix}{key}" for prefix, adapter, _ in self.entries for key in adapter.repeated_keys()}
+        # PEFT writes a copy of an embedding twice where it also saves the base's embeddings, and with bias="all" the
+        # biases of a module that trains whole twice more
+        for prefix, module in self.copies.items():
+            own = module.state_dict().keys()
+            repeated |= {f"{prefix}modules_to_save.{key}" for key in own}
+            if self.bias_keys:
+                repeated |= {f"{prefix}original_module.{key}" for key in own if key.endswith("bias")}
+        return repeated
+
+    def spelled(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A directory's tensors, each bias under our key: it may stand beside its layer, or as `base_layer`'s."""
+        ours = {_other_spelling(key): key for key in self.bias_keys}
+        if not any(key in ours for key in tensors):
+            return tensors
+        return {key if ours.get(key, key) in tensors else ours[key]: tensor for key, tensor in tensors.items()}
 
     def fits(self, key: str, tensor: Tensor) -> bool:
         """Whether a tensor of another shape than now can be read all the same."""
@@ -78,7 +116,7 @@ class Content:
 
 def content_of(adapters: AdapterSet, name: str) -> Content:
     """Of an adapter that is in the model."""
-    return Content(adapters.adapters(name), adapters.copies(name), adapters.prompt(name))
+    return Content(adapters.adapters(name), adapters.biases(name), adapters.copies(name), adapters.prompt(name))
 
 
 def _prefix(path: str, adapter: Adapter) -> str:
@@ -87,3 +125,13 @@ def _prefix(path: str, adapter: Adapter) -> str:
         path = path.removesuffix(f".{base.name}")
         path = f"{path}.base_layer.{base.inside}" if base.inside else path
     return f"{PREFIX}{path}.{adapter.disk_prefix}"
+
+
+def _bias_prefix(path: str, bias: TrainedBias, adapters: Mapping[str, Adapter]) -> str:
+    """What stands before a trained bias's key: PEFT keeps a layer that it adapts as `base_layer`."""
+    return _prefix(path, bias) + ("base_layer." if path in adapters else "")
+
+
+def _other_spelling(key: str) -> str:
+    layer = key.removesuffix(".bias")
+    return f"{layer.removesuffix('.base_layer')}.bias" if layer.endswith(".base_layer") else f"{layer}.base_layer.bias"

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.composition.route import Blocks, Columns, Mask, Route
+from peftcore.composition.route import Blocks, Columns, Mask, Route, RoutedLayer
 from peftcore.composition.stacked import (
     LONG,
     MANY,
@@ -29,11 +29,10 @@ from peftcore.low_rank import LowRank, low_rank_linears
 from peftcore.neighbours import give, is_replica, neighbours
 
 
-class Layer(Protocol):
+class Layer(RoutedLayer, Protocol):
     """What the fast path wants of an adapted layer."""
 
     base_layer: nn.Module
-    path: str
     selection: Any
     adapters: Any
     merged: tuple[str, ...]
@@ -60,7 +59,7 @@ def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
     if dtype is None or low_rank is None:
         return None
     found: dict[Any, tuple[BaseWeight, LowRank]] = {}
-    for other in _computing(neighbours(layer), x, dtype):
+    for other in _computing(neighbours(layer, x), x, dtype):
         acting = other.acting()
         theirs = acting[0].low_rank() if len(acting) == 1 else None
         if theirs is not None and theirs.dropout == low_rank.dropout:
@@ -110,7 +109,7 @@ class Plan(NamedTuple):
     def holds(self, layer: Any, x: Tensor) -> bool:
         """Whether nothing has changed since."""
         return (
-            neighbours(layer) is self.neighbours
+            neighbours(layer, x) is self.neighbours
             and x.device == self.wanted.device
             and all(member.is_as_it_was(x, self.wanted.dtype) for member in self.members)
         )
@@ -136,7 +135,7 @@ def stacked(layer: Layer, x: Tensor, route: Route | None = None) -> Tensor | Non
             plans[layer] = plan
     mask, runs = plan.mask, None
     if route is not None:
-        route.check_layer(x, layer.path)
+        route.check_layer(x, layer)
         tokens = x.shape[:-1].numel()
         if 0 < LONG * route.stretches <= tokens and len(plan.columns.adapters) > 1:
             runs = route.runs(tokens)
@@ -158,7 +157,7 @@ def _plan(layer: Layer, x: Tensor, route: Route | None) -> Plan | None:
     dtype = layer.base.computes_in(x) if only_computes(layer.base_layer) else None
     if dtype is None:
         return None
-    own, around = _acting(layer, route), neighbours(layer)
+    own, around = _acting(layer, route), neighbours(layer, x)
     together = {layer: own}
     if route is None or not route.has_gates:  # a gate looks at one layer's own adapters
         others = _computing(around, x, dtype)

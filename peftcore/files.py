@@ -5,17 +5,25 @@ a crash or a full disk leaves the old file or the new one and never half of eith
 """
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import os
 import shutil
 import stat
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 MANIFEST = "SHA256SUMS"
 """Manifest's file name; its lines are what `sha256sum --check` reads."""
+CONFIG_NAME = "adapter_config.json"
+"""File name of an adapter's configuration."""
+_COMPLETE = ".saved"
+"""Folder inside of a directory: its new files, all whole, while they replace the old ones."""
 _LARGEST_MANIFEST = 16 << 20
 """Bytes; about 100,000 files."""
 
@@ -73,7 +81,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def directory_written_atomically(path: Path) -> Iterator[Path]:
     """Yield an empty directory to fill; on success it becomes `path`, on an exception `path` is as it was.
 
-    A directory that stood at `path` before is replaced whole.
+    A directory that stood at `path` before is replaced whole, and on Linux in one step: a process that is killed leaves
+    the old one or the new one there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -85,9 +94,12 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
             file.chmod(0o755 if file.is_dir() else 0o644)  # some writers make files that only their owner can read
             flush_to_disk(file)
         flush_to_disk(fresh)
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
+        if path.exists() and _exchanged(fresh, path):
+            old = fresh
+        else:
+            if path.exists():
+                path.rename(old)
+            fresh.rename(path)
     except BaseException:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -95,6 +107,100 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
         raise
     shutil.rmtree(old, ignore_errors=True)
     flush_to_disk(path.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap the names of two directories in one step; False where the system or the file system cannot."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if swap is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(error, os.strerror(error), str(other))
+
+
+@contextlib.contextmanager
+def files_written_together(directory: Path, owned: Collection[str]) -> Iterator[Path]:
+    """Yield an empty folder to fill; its files then replace those of the same names in `directory`, all or none.
+
+    Other files of `directory` stay. On an exception `directory` is as it was. If the process is killed, `whole_files`
+    gives either all old files or all new ones, and the next call of this function finishes the replacement.
+
+    owned: names that are removed from `directory` if the new files lack them.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _finish_replacement(directory, owned)
+    fresh = Path(tempfile.mkdtemp(dir=directory, prefix=".saving-"))
+    try:
+        fresh.chmod(0o755)
+        yield fresh
+        for file in sorted(fresh.iterdir()):
+            file.chmod(0o644)
+            flush_to_disk(file)
+        flush_to_disk(fresh)
+        while not _renamed(fresh, directory / _COMPLETE):
+            _finish_replacement(directory, owned)  # another process has just saved here
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    flush_to_disk(directory)
+    _finish_replacement(directory, owned)
+
+
+def whole_files(directory: Path) -> Path:
+    """Where to read the files that `files_written_together` wrote into `directory`.
+
+    It is `directory` itself, unless the process that wrote them was killed while they replaced the old ones.
+    """
+    complete = directory / _COMPLETE
+    return complete if complete.is_dir() else directory
+
+
+def _renamed(folder: Path, new: Path) -> bool:
+    """Rename a folder; False if there is one of that name that holds files."""
+    try:
+        folder.rename(new)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def _finish_replacement(directory: Path, owned: Collection[str]) -> None:
+    """Give the complete new files their names in `directory`, if there are such, and then drop their folder."""
+    complete = directory / _COMPLETE
+    try:
+        names = sorted(file.name for file in complete.iterdir())
+        for name in names:
+            _put_second_name(complete / name, directory / name)
+        for name in set(owned) - set(names):
+            (directory / name).unlink(missing_ok=True)
+        flush_to_disk(directory)
+        done = directory / f".saving-{uuid.uuid4().hex}"
+        complete.rename(done)
+    except FileNotFoundError:  # no new files, or another process has finished their replacement
+        return
+    flush_to_disk(directory)
+    shutil.rmtree(done, ignore_errors=True)
+
+
+def _put_second_name(file: Path, target: Path) -> None:
+    """Replace `target` by `file` and keep `file`: a hard link, or a copy where the file system has no links."""
+    second = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        os.link(file, second)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy(file, second)
+        flush_to_disk(second)
+    second.replace(target)
+    second.unlink(missing_ok=True)  # renaming one of a file's names to another of its names does nothing
 
 
 def write_manifest(directory: Path, names: list[str] | None = None) -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""What a call of the whole model tells its adapters: one forward pre-hook, installed with the first adapter.
+"""What a call of the whole model tells its adapters: a hook before its forward and one after, installed with the first
+adapter. Between the two, layers may share inputs, and the call is recorded for what may be computed again.
 
-A hook and not an overridden `forward`, because accelerate and others replace `forward` on the instance.
+Hooks and not an overridden `forward`, because accelerate and others replace `forward` on the instance.
 """
 
 import contextlib
@@ -12,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapter_set import ATTRIBUTE, AdapterSet
+from peftcore.adapter import Adapter
+from peftcore.adapter_set import ATTRIBUTE, AdapterSet, shared_by
 from peftcore.composition.route import Route
 from peftcore.errors import ConfigError, RoutingError
 from peftcore.fast_path import contiguous_input
 from peftcore.host import unhosted
-from peftcore.neighbours import forget
+from peftcore.per_thread import values_of
 from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
 from peftcore.prompts.mixed import mixed
+from peftcore.selection import in_compiled_call
 
 _TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -27,6 +30,7 @@ _TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_emb
 def install(model: nn.Module) -> None:
     """Have acting adapters told of each forward of `model`, and its head given rows that lie together."""
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    model.register_forward_hook(_end_call, always_call=True)
     if (head := _head(model)) is not None and contiguous_input not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(contiguous_input)
 
@@ -57,6 +61,10 @@ def remove(model: nn.Module) -> None:
         if hook is _before_forward:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is _end_call:
+            del model._forward_hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
 
 
 def remove_prompts(model: Any) -> None:
@@ -77,13 +85,45 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if adapters is None:
         return None
     selection = adapters.selection
-    if selection.waiting.by_layer:
-        forget(selection.waiting.by_layer)
-    route = selection.route
-    if torch.is_grad_enabled():
-        selection.recomputed = route
-    if route is None and not adapters.listening:
-        return None
+    route, values = selection.route, {}
+    _check_weights_are_here(adapters, route)
+    changed = None
+    if route is not None or adapters.listening:
+        changed, values = _told(model, adapters, route, args, kwargs)
+    if not in_compiled_call():
+        selection.begin_call(values)
+    return changed
+
+
+def needs_call(model: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether a `forward` with these arguments is not inside of a call of the model, and adapters are to be told."""
+    adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
+    if adapters is None or in_compiled_call() or adapters.selection.here.calls:
+        return False
+    if "adapter_names" in arguments or adapters.selection.route is not None:
+        return True
+    return any(name in adapters.listening for name in adapters.selection.acting)
+
+
+def _end_call(model: nn.Module, _args: Any, outputs: Any) -> None:
+    adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
+    if adapters is not None and not in_compiled_call():
+        adapters.selection.end_call(outputs)
+
+
+def _check_weights_are_here(adapters: AdapterSet, route: Route | None) -> None:
+    """RoutingError where another thread has put the base's own weights in place of merged ones."""
+    if adapters.unmerged_by and not (route is not None and route.is_final):
+        raise RoutingError(
+            f"{list(adapters.merged)} are merged, and another thread is inside of disable_adapter(), where the model's "
+            "one set of weights is the base's own; call unmerge_adapter() first, then each thread has its own adapters"
+        )
+
+
+def _told(
+    model: nn.Module, adapters: AdapterSet, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], dict[Any, dict[str, Any]]]:
+    """Tell the route and the acting adapters of a call: (its arguments, what adapter arguments came to)."""
     args, inputs = _by_name(model, args, kwargs)
     inputs = {**adapters.generating, **inputs}
     taken = frozenset().union(*adapters.listening.values())
@@ -92,12 +132,12 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     adapters.passing = {key: inputs[key] for key in taken & inputs.keys()}
     if route is not None:
         _begin(route, args, inputs)
-    _tell(model, adapters, list(adapters.listening), inputs)
+    values = _tell(model, adapters, list(adapters.listening), inputs)
     for learner in _prompts(adapters, is_encoder_decoder(model)):  # last, because others may look for words in the text
         learner.before_forward(model, inputs)
     if route is not None:
         route.flattened = _flattened(args, inputs)
-    return args, {key: value for key, value in inputs.items() if key not in taken}
+    return (args, {key: value for key, value in inputs.items() if key not in taken}), values
 
 
 def _begin(route: Route, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
@@ -131,23 +171,38 @@ def _positions(tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
     return places - (mask.cumsum(1) == 0).sum(1, keepdim=True)
 
 
-def _tell(model: nn.Module, adapters: AdapterSet, names: list[str], inputs: dict[str, Any]) -> None:
+def _tell(
+    model: nn.Module, adapters: AdapterSet, names: list[str], inputs: dict[str, Any]
+) -> dict[Any, dict[str, Any]]:
+    """Tell acting adapters of a call: {shared module of an adapter: what its arguments came to}."""
     acting, route = adapters.selection.acting, adapters.selection.route
+    values: dict[Any, dict[str, Any]] = {}
     for name in names:
         if name not in acting or name in adapters.prompts:
             continue
         kind, config, own = adapters.kinds[name], adapters.configs[name], adapters.of_method(name)
         if route is None or route.uniform is not None:
             kind.before_forward(config, own, model, inputs)
-            continue
-        if len({one for one in route.compositions if name in one.names()}) > 1:
-            raise RoutingError(
-                f"{name!r} looks at the rows of each call ({config.peft_type}), so it can be in one composition of a "
-                "batch; give its rows the same one, or split the batch"
-            )
-        rows = route.rows_of(name)
-        with adapters.selection.routed(Route(name)):  # a method may call the model itself
-            kind.before_forward(config, own, model, {key: _of_rows(v, rows, route) for key, v in inputs.items()})
+        else:
+            _tell_of_rows(model, adapters, name, own, route, inputs)
+        if (shared := shared_by(own)) is not None and not torch.compiler.is_compiling():
+            values[shared] = values_of(shared)
+    return values
+
+
+def _tell_of_rows(
+    model: nn.Module, adapters: AdapterSet, name: str, own: dict[str, Adapter], route: Route, inputs: dict[str, Any]
+) -> None:
+    """Tell one adapter of its own rows of a batch."""
+    kind, config = adapters.kinds[name], adapters.configs[name]
+    if len({one for one in route.compositions if name in one.names()}) > 1:
+        raise RoutingError(
+            f"{name!r} looks at the rows of each call ({config.peft_type}), so it can be in one composition of a "
+            "batch; give its rows the same one, or split the batch"
+        )
+    rows = route.rows_of(name)
+    with adapters.selection.routed(Route(name)):  # a method may call the model itself
+        kind.before_forward(config, own, model, {key: _of_rows(v, rows, route) for key, v in inputs.items()})
 
 
 def _of_rows(value: Any, numbers: list[int], route: Route) -> Any:

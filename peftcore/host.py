@@ -4,7 +4,7 @@ With adapters 1..n acting in order, the layer computes f_n where f_0 is the base
 f_k(x) = after_k(x, f_{k-1}(before_k(x))), which is what merging them one after another into W gives.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
+from peftcore.bases.base import OWN_STATE
+from peftcore.bases.own_tensors import call_with
 from peftcore.bases.parameter import ParameterWeight
 from peftcore.composition.algebra import Composition
 from peftcore.composition.evaluation import composed, composed_weight
 from peftcore.composition.route import Route
-from peftcore.errors import RoutingError
+from peftcore.errors import MergeError, RoutingError
 from peftcore.fast_path import fused, is_traced, only_computes, stacked
 from peftcore.neighbours import given
 from peftcore.selection import Selection
-
-_OWN_STATE = "_own_state"
-"""Attribute of a base layer whose weight an adapter's start has replaced: what was there before."""
+from peftcore.trained_bias import TrainedBias
 
 
 class NamedModules(nn.Module):
@@ -40,6 +40,11 @@ class NamedModules(nn.Module):
     def get(self, name: str) -> Any:
         """The module, or None."""
         return self._modules.get(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):  # as `set_submodule` replaces one
+            self.__dict__["changes"] = self.changes + 1
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
@@ -66,6 +71,8 @@ class _Host(nn.Module):
     """A module that stands in for `base_layer` and lets the model's code read its attributes."""
 
     base_layer: nn.Module
+    batch_first: bool | None = None
+    """Whether its rows come before their tokens; None: not known yet, see `peftcore.detection.batch_axis`."""
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__()
@@ -75,6 +82,10 @@ class _Host(nn.Module):
         """Where it stands in the model: at the first place, if at several."""
         self.train(base_layer.training)
 
+    def sees_tokens(self, x: Tensor) -> bool:
+        """Whether an input of this shape has an axis of tokens besides that of rows."""
+        return x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
+
     def _stands_for(self) -> nn.Module:
         return self.base_layer
 
@@ -82,9 +93,17 @@ class _Host(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base_layer" not in self.__dict__.get("_modules", {}):
+            protocol = name.startswith(
+                "__"
+            )  # such as a parametrised layer's own __deepcopy__: the host is copied whole
+            if protocol or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self._stands_for(), name)
+
+
+def with_trained_biases(adapters: Iterable[Adapter]) -> list[Adapter]:
+    """The adapters, and after each one the bias that trains with it, if any."""
+    return [part for adapter in adapters for part in (adapter, adapter.trained_bias) if part is not None]
 
 
 class Site:
@@ -94,6 +113,13 @@ class Site:
     merged: tuple[str, ...]
     selection: Selection
     training: bool
+    path: str
+    merged_state: dict[str, Any] | None = None
+    """The base's merged parameters while `disable_adapter` has its own in their place."""
+    replaced_by: tuple[str, ...] = ()
+    """Adapters whose start brought the weight that the base stands with now (LoftQ)."""
+    has_trained_biases = False
+    """Whether the base's bias trains, or has trained, with an adapter of this site."""
 
     @property
     def base(self) -> BaseWeight:
@@ -114,23 +140,72 @@ class Site:
         else:
             base.layer.__dict__[base.unmerged_attribute] = state
 
-    def replace_base(self, weight: Tensor) -> None:
-        """Give the base another weight; `restore_base` gives its own back, to the bit."""
+    def replace_base(self, weight: Tensor, name: str) -> None:
+        """Give the base the weight that an adapter brings; `restore_base` gives its own back, to the bit."""
         base = self.base
-        base.layer.__dict__.setdefault(_OWN_STATE, base.state())
-        base.write(weight)
+        if not self.has_replaced_base:
+            base.layer.__dict__[OWN_STATE] = base.state()
+            base.write(weight)
+        self.replaced_by = (*self.replaced_by, name)
 
     @property
     def has_replaced_base(self) -> bool:
         """Whether the base stands now with a weight that `replace_base` gave it."""
-        return _OWN_STATE in self.base.layer.__dict__
+        return OWN_STATE in self.base.layer.__dict__
 
-    def restore_base(self) -> None:
-        """Undo `replace_base`."""
+    def restore_base(self, *names: str) -> None:
+        """Undo `replace_base` for these adapters; the base has its own weight again when none is left."""
         base = self.base
-        own = base.layer.__dict__.pop(_OWN_STATE, None)
-        if own is not None:
-            base.restore(own)
+        before, self.replaced_by = self.replaced_by, tuple(name for name in self.replaced_by if name not in names)
+        if before and not self.replaced_by:
+            base.restore(base.layer.__dict__.pop(OWN_STATE))
+
+    def keep_base(self) -> None:
+        """Leave the base as it stands now, for good."""
+        self.replaced_by = ()
+        self.base.layer.__dict__.pop(OWN_STATE, None)
+
+    def apply_to_set_aside(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Do to the parameters that stand aside what `nn.Module._apply` has done to those in their place."""
+        base = self.base
+        attributes = base.layer.__dict__
+        states = [attributes[name] for name in (base.unmerged_attribute, OWN_STATE) if name in attributes]
+        if self.merged_state is not None:
+            states.append(self.merged_state)
+        if not states:
+            return
+        in_place = {id(tensor) for tensor in base.layer.parameters()}
+        aside = {id(t): t for state in states for t in _parameters(state) if id(t) not in in_place}
+        holder = nn.Module()
+        holder._parameters.update({str(key): parameter for key, parameter in aside.items()})
+        holder._apply(fn)
+        for state in states:
+            _exchange(state, {key: holder._parameters[str(key)] for key in aside})
+            base.follow(state)
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of one name, on the base as it is now."""
+        self.follow_base()
+        return self.adapters[name]
+
+    def follow_base(self) -> None:
+        """Have the adapters on the base as it is now; somebody may have put another layer in its place."""
+        _ = self.base
+
+    def move_adapters(self, old: BaseWeight, new: BaseWeight) -> None:
+        """Have the adapters on another view; MergeError where some are merged into a layer that is gone."""
+        if self.merged and old.layer is not new.layer:
+            raise MergeError(
+                f"{self.path}: the base layer was replaced while {list(self.merged)} are merged into it; put the old "
+                "layer back, call unmerge_adapter, and replace it then"
+            )
+        if old.layer is not new.layer:
+            self.replaced_by = ()
+        for name in self.adapters:
+            for module in self.adapters[name].modules():
+                if isinstance(module, Adapter) and module.base.layer is old.layer:
+                    vars(module)["base"] = new
+                    module.mark_changed()
 
     def at_work(self) -> dict[str, Adapter]:
         """{name: adapter} of those at this site that are not merged."""
@@ -139,8 +214,31 @@ class Site:
 
     def acting(self) -> list[Adapter]:
         """Adapters of this site that act and are not merged, in order."""
-        adapters = self.at_work()
-        return [adapters[n] for n in self.selection.acting if n in adapters]
+        return self.in_order(self.selection.acting)
+
+    def in_order(self, names: Iterable[str]) -> list[Adapter]:
+        """Those of `at_work` with these names, in this order, each one's trained bias after it."""
+        at_work = self.at_work()
+        adapters = [at_work[name] for name in names if name in at_work]
+        return with_trained_biases(adapters) if self.has_trained_biases else adapters
+
+
+def _parameters(state: Mapping[str, Any]) -> Iterator[nn.Parameter]:
+    """Parameters among what a base has set aside, also inside of what it keeps together."""
+    for value in state.values():
+        if isinstance(value, Mapping):
+            yield from _parameters(value)
+        elif isinstance(value, nn.Parameter):
+            yield value
+
+
+def _exchange(state: dict[str, Any], new: Mapping[int, Any]) -> None:
+    """Put other parameters in the place of those with these ids."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            _exchange(value, new)
+        else:
+            state[name] = new.get(id(value), value)
 
 
 class AdaptedLayer(_Host, Site):
@@ -158,29 +256,54 @@ class AdaptedLayer(_Host, Site):
         """Whether no adapter is left here."""
         return not len(self.adapters)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self.selection.forget()  # `to` and the like move weights behind autograd's back
-        return super()._apply(fn, recurse)
+    def sees_tokens(self, x: Tensor) -> bool:
+        return super().sees_tokens(x) and self.base.kind != "conv"
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.selection.forget()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.selection.forget()  # memory on the old device
+        super()._apply(fn, recurse)
+        if recurse:
+            self.apply_to_set_aside(fn)
+        return self
 
     def take_view(self, view: BaseWeight) -> None:
         """Have a view on the base that was made already, where there is none yet."""
         self._view = self._view or view
 
+    def __getattr__(self, name: str) -> Any:
+        # some models read a layer's bias and never call the layer
+        return self._bias_now() if name == "bias" and self.has_trained_biases else super().__getattr__(name)
+
+    def _bias_now(self) -> Tensor | None:
+        """The base's bias as the acting adapters have trained it."""
+        route, bias = self.selection.route, self.base.bias
+        trained = [part for part in self.acting() if isinstance(part, TrainedBias)]
+        if trained and route is not None and route.chain is None:
+            raise RoutingError(f"{self.path}.bias is read for all rows of a batch at once; route one adapter for all")
+        for part in trained:
+            bias = part.merged_bias(bias)
+        return bias
+
     @property
     def base(self) -> BaseWeight:
         view = self._view  # kept, because making one takes as long as a small layer
         if view is None or not view.still_fits(self._modules["base_layer"]):
-            self._view = view = base_weight(self.base_layer)
+            view = self._new_view(view)
+        return view
+
+    def _new_view(self, old: BaseWeight | None) -> BaseWeight:
+        """A view on the base as it is now, for the adapters too."""
+        view = base_weight(self.base_layer, self.path)
+        if old is not None:
+            self.move_adapters(old, view)
+        self._view = view
         return view
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not args and not kwargs and not torch.compiler.is_compiling() and (y := given(self, x)) is not None:
+        now = self.selection.now
+        if not args and not kwargs and not torch.compiler.is_compiling() and (y := given(self, x, now)) is not None:
             return y
-        route = self.selection.route
+        route = now if isinstance(now, Route) else None
         if route is None or route.chain is not None:
             return self.chain_output(self.acting(), x, *args, **kwargs)
         at_work = self.at_work()
@@ -188,6 +311,7 @@ class AdaptedLayer(_Host, Site):
             return self.base_output(x, *args, **kwargs)
         if not args and not kwargs and (y := stacked(self, x, route)) is not None:
             return y
+        self.follow_base()
         return composed(self, route, x, *args, **kwargs)
 
     def chain_output(self, adapters: Sequence[Adapter], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -198,6 +322,7 @@ class AdaptedLayer(_Host, Site):
         plain = not within and not args and not kwargs and bool(adapters)
         if plain and (y := stacked(self, x)) is not None:
             return y
+        self.follow_base()  # before an adapter looks at it
         inputs: list[Tensor] = []
         for adapter in reversed(adapters[within:]):
             inputs.append(x)
@@ -215,17 +340,21 @@ class AdaptedLayer(_Host, Site):
         base = self.base
         computes = base.quantized and not is_traced() and only_computes(self.base_layer)
         if computes and not args and not kwargs and base.prefers_product(x):
-            return base.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+            y = base.product(x.reshape(-1, x.shape[-1]))
+            return y.view(*x.shape[:-1], y.shape[-1])
         return self.base_layer(x, *args, **kwargs)
 
     def _through_weight(self, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
         base = self.base
         weight, bias = base.read(), base.bias
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        own = weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for adapter in adapters:
             adapter.check_mergeable()
             weight, bias = adapter.forward_weight(weight), adapter.merged_bias(bias)
-        y = base.apply(x, weight)
+        if x.dtype.itemsize > 2 or base.kind == "norm":
+            y = base.apply(x, weight)
+        else:  # W' rounded to 16 bits would lose changes below their precision, and W' − W does not
+            y = base.apply(x, own) + base.apply(x, weight - own)
         return y if bias is None else y + base.per_output(bias).to(y.dtype)
 
 
@@ -240,35 +369,47 @@ class AdaptedParameters(_Host):
         """Whether no adapter is left here."""
         return not any(len(self.sites[name].adapters) for name in self.sites)
 
-    def site(self, name: str) -> "ParameterSite":
+    def site(self, base: ParameterWeight) -> "ParameterSite":
         """The site of a parameter, made if need be."""
-        key = name.replace(".", "/")  # a module's own name has no dots
+        key = base.name.replace(".", "/")  # a module's own name has no dots
         if key not in self.sites:
-            self.sites[key] = ParameterSite(self.base_layer, name, self.selection).train(self.training)
-            self.sites[key].path = f"{self.path}.{name}"
+            self.sites[key] = ParameterSite(base, self).train(self.training)
         return self.sites[key]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if recurse:
+            for key in self.sites:
+                self.sites[key].apply_to_set_aside(fn)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         sites = (self.sites[key] for key in self.sites)
         changed = {site.base.name: site.changed() for site in sites if site.acting()}
         if not changed:
             return self.base_layer(*args, **kwargs)
-        return torch.func.functional_call(self.base_layer, changed, args, kwargs)
+        return call_with(self.base_layer, changed, args, kwargs)
 
 
 class ParameterSite(nn.Module, Site):
     """One raw parameter of a module and its adapters."""
 
-    def __init__(self, module: nn.Module, name: str, selection: Selection):
+    def __init__(self, base: ParameterWeight, owner: AdaptedParameters):
         super().__init__()
-        self._base = ParameterWeight(module, name)
-        self.path = name
-        self.selection = selection
+        self._base = base
+        self._owner = (owner,)  # in a tuple, because it is no part of this module
+        self.path = f"{owner.path}.{base.name}"
+        self.selection = owner.selection
         self.adapters = NamedModules()
         self.merged = ()
 
     @property
     def base(self) -> ParameterWeight:
+        module = self._owner[0].base_layer
+        if not self._base.still_fits(module):
+            view = type(self._base)(module, self._base.name)
+            self.move_adapters(self._base, view)
+            self._base = view
         return self._base
 
     def changed(self) -> Tensor:
@@ -280,7 +421,7 @@ class ParameterSite(nn.Module, Site):
         elif route.uniform is None:
             raise RoutingError(
                 f"{self.path} is one weight for all rows of a batch, and they are to have different adapters there; "
-                "route one adapter for the whole batch, or leave it out of target_parameters"
+                "route one adapter for the whole batch, or leave it out of target_parameters (of bias='all')"
             )
         else:
             weight = composed_weight(route.uniform, weight, self.at_work(), self.path)
@@ -319,7 +460,8 @@ class SavedModule(_Host):
     def _by_rows(self, route: Route, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             raise RoutingError(f"{self.path} was trained whole and takes more than one tensor, so rows cannot be told")
-        groups = route.groups(args[0], self.path)
+        route.check_layer(args[0], self)
+        groups = route.groups(args[0])
         outputs = [self.current(one)(args[0].index_select(0, rows)) for one, rows in groups]
         if not all(isinstance(y, Tensor) for y in outputs):
             raise RoutingError(

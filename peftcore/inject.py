@@ -1,16 +1,16 @@
 """Putting prepared adapters into a model, and taking adapters away."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from peftcore import forwarding, fused_paths
 from peftcore.adapter import Adapter
-from peftcore.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set, bias_path
+from peftcore.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
 from peftcore.bases import ParameterWeight
 from peftcore.config import PeftConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError
@@ -26,22 +26,28 @@ from peftcore.sharing import link_sharing
 def commit_injection(
     model: nn.Module, injection: Injection, trainable: bool, replication: Replication | None = None
 ) -> AdapterSet:
-    """Put a prepared adapter into the model; the first one freezes the base and becomes active."""
+    """Put a prepared adapter into the model; the first one freezes the base. Which adapters act stays as it is."""
     if ATTRIBUTE not in model.__dict__:
         injection.places.freeze()
         model.__dict__[ATTRIBUTE] = AdapterSet()
         forwarding.install(model)
     adapters, places = adapter_set(model), injection.places
     name = injection.name
-    hosted = [p for p, a in injection.adapters.items() if a.base.kind == "linear" and p not in adapters.layers]
-    for path, adapter in injection.adapters.items():
+    parts = _with_biases(injection)
+    hosted = [p for p, a in parts.items() if a.base.kind == "linear" and p not in adapters.layers]
+    for path, adapter in parts.items():
         site = _site_at(path, adapter, adapters, places)
-        if adapter.training != site.training:
+        if trainable:
+            site.training = (
+                True  # as with PEFT, an adapter that trains drops at once, also on a base in evaluation mode
+            )
+        elif adapter.training != site.training:
             adapter.train(site.training)
         _set_trainable(adapter, trainable)
         site.adapters[name] = adapter
+        site.has_trained_biases |= path in injection.biases
         if adapter.new_base is not None:
-            site.replace_base(adapter.new_base)
+            site.replace_base(adapter.new_base, name)
             adapter.new_base = None
         adapters.layers[path] = site
     for path, module in injection.copies.items():
@@ -57,17 +63,23 @@ def commit_injection(
     if taken is not None:  # a new dictionary, because a forward in another thread may be going through the old one
         adapters.listening = {**adapters.listening, name: taken}
     if injection.prompt is not None:
-        _put_prompt(model, adapters, name, injection.prompt.requires_grad_(trainable).train(model.training))
+        _put_prompt(
+            model, adapters, name, injection.prompt.requires_grad_(trainable).train(trainable or model.training)
+        )
     if replication is not None:
         adapters.replication = (name, replication)
-    if injection.biases:
-        biases = {path: model.get_parameter(bias_path(adapters, path)) for path in injection.biases}
-        adapters.own_biases[name] = {path: bias.detach().clone() for path, bias in biases.items()}
-        for bias in biases.values():
-            bias.requires_grad_(trainable)
-    if not adapters.selection.active:
-        adapters.selection.active = (name,)
     return adapters
+
+
+def _with_biases(injection: Injection) -> dict[str, Adapter]:
+    """{path: adapter} with each trained bias in the adapter of its layer, or alone where there is none."""
+    parts = dict(injection.adapters)
+    for path, bias in injection.biases.items():
+        if path in parts:
+            parts[path].trained_bias = bias
+        else:
+            parts[path] = bias
+    return parts
 
 
 def _set_trainable(adapter: Adapter, trainable: bool) -> None:
@@ -98,7 +110,7 @@ def _take_prompt(model: nn.Module, adapters: AdapterSet, name: str) -> None:
 def _site_at(path: str, adapter: Adapter, adapters: AdapterSet, places: Places) -> Site:
     if isinstance(adapter.base, ParameterWeight):
         owner = path.removesuffix(f".{adapter.base.name}")
-        return _host_at(owner, AdaptedParameters, adapters, places).site(adapter.base.name)
+        return _host_at(owner, AdaptedParameters, adapters, places).site(adapter.base)
     host: AdaptedLayer = _host_at(path, AdaptedLayer, adapters, places)
     host.take_view(adapter.base)
     return host
@@ -116,14 +128,28 @@ def _host_at(path: str, kind: type[Any], adapters: AdapterSet, places: Places) -
 
 
 def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
-    """Put adapters into any `nn.Module` and give it back, with its class unchanged.
+    """Put adapters into any `nn.Module`, make them the active ones, and give it back, with its class unchanged.
 
-    The base is frozen. On an error the model is as it was.
+    The base is frozen. An adapter that has this name is replaced, with a warning, as in HF PEFT. On an error the model
+    is as it was.
     """
-    with deepened(model, config) as replication:
-        injection = prepare_injection(model, config, adapter_name)
-        commit_injection(model, injection, not config.inference_mode, replication)
+    if ATTRIBUTE in model.__dict__ and adapter_name in adapter_set(model).configs:
+        prepare_injection(model, config, f"another {adapter_name}")  # an error comes before anything is taken away
+        delete_adapter(model, adapter_name)
+        warnings.warn(
+            f"adapter {adapter_name!r} was in the model already and is replaced by an untrained one; to keep both, "
+            "give the new one another adapter_name",
+            stacklevel=2,
+        )
+    add_adapter(model, config, adapter_name).selection.active = (adapter_name,)
     return model
+
+
+def add_adapter(model: nn.Module, config: PeftConfig, name: str) -> AdapterSet:
+    """Put an untrained adapter into the model; it acts once it is made active. On an error the model is as it was."""
+    with deepened(model, config) as replication:
+        injection = prepare_injection(model, config, name)
+        return commit_injection(model, injection, not config.inference_mode, replication)
 
 
 @contextlib.contextmanager
@@ -144,25 +170,29 @@ def deepened(model: nn.Module, config: PeftConfig) -> Iterator[Replication | Non
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove an adapter; hosts that keep none become the plain layer again, trained biases go back."""
+    """Remove an adapter, from the active ones too; hosts that keep none become the plain layer again."""
     adapters = adapter_set(model)
     adapters.require(name)
     if name in adapters.merged:
         raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
+    if merged := [path for path, site in adapters.layers.items() if site.merged and site.replaced_by == (name,)]:
+        raise MergeError(
+            f"adapter {name!r} brought the weight of {merged[0]} (LoftQ), and {list(adapters.merged)} are merged into "
+            "it; call unmerge_adapter first"
+        )
     if adapters.selection.in_use[name] > 0:
         raise AdapterNameError(f"adapter {name!r} is in use by a route that is open; leave it, or wait for it, first")
     deepens = adapters.replication is not None and adapters.replication[0] == name
     if deepens and len(adapters.configs) > 1:
         raise ConfigError(f"adapter {name!r} made the model deeper (layer_replication); delete the others first")
-    _restore_biases(model, adapters, name)
     if name in adapters.prompts:
         _take_prompt(model, adapters, name)
     emptied = False
     for path, site in list(adapters.layers.items()):
         if name in site.adapters:
             del site.adapters[name]
+        site.restore_base(name)
         if not len(site.adapters):  # also the second path of a layer that stands at two
-            site.restore_base()
             del adapters.layers[path]
             emptied = True
     for path, saved in list(adapters.saved.items()):
@@ -179,6 +209,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if deepens and adapters.replication is not None:
         adapters.replication[1].undo()
         adapters.replication = None
+    if not adapters.configs:
+        adapters.restore_rows()
     adapters.selection.active = tuple(n for n in adapters.selection.active if n != name)
     adapters.selection.forget()
 
@@ -197,15 +229,8 @@ def _remove_empty_hosts(places: Places) -> None:
     fused_paths.switch(places)
 
 
-def _restore_biases(model: nn.Module, adapters: AdapterSet, name: str) -> None:
-    for path, value in adapters.own_biases.pop(name, {}).items():
-        bias = model.get_parameter(bias_path(adapters, path))
-        with torch.no_grad():
-            bias.requires_grad_(False).copy_(value)
-
-
 def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
-    """Take every host out; keep_trained leaves the active adapters' whole modules and biases in place."""
+    """Take every host out; keep_trained leaves the active adapters' whole modules in place."""
     adapters = adapter_set(model)
     for name in list(adapters.prompts):
         _take_prompt(model, adapters, name)
@@ -213,18 +238,17 @@ def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
     for host in adapters.saved.values():
         places.replace(host, host.current() if keep_trained else host.base_layer)
     for site in adapters.layers.values():
-        if not keep_trained:
-            site.restore_base()
+        if keep_trained:
+            site.keep_base()
+        else:
+            site.restore_base(*site.replaced_by)
         site.adapters._modules.clear()
     adapters.layers.clear()
     _remove_empty_hosts(places)
-    for name in list(adapters.own_biases):
-        if keep_trained and name in adapters.selection.active:
-            del adapters.own_biases[name]
-        else:
-            _restore_biases(model, adapters, name)
     if adapters.replication is not None and not keep_trained:
         adapters.replication[1].undo()
+    if not keep_trained:
+        adapters.restore_rows()
     model.requires_grad_(False)
     del model.__dict__[ATTRIBUTE]
     forwarding.remove(model)

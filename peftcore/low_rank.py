@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.bases import BaseWeight
+from peftcore.maths import scaled
 from peftcore.seeded_dropout import Dropout, mask_, masked
 
 
@@ -96,7 +97,7 @@ class _Forward(NamedTuple):
 
     def outputs(self) -> tuple[Tensor, ...]:
         """y (n, o) of each layer."""
-        return tuple(y if g is None else y * g.to(y.dtype) for y, g in zip(self.ys, self.gains, strict=True))
+        return tuple(y if g is None else scaled(y, g) for y, g in zip(self.ys, self.gains, strict=True))
 
 
 def _forward(x: Tensor, call: _Call, factors: list[_Gained]) -> _Forward:
@@ -150,7 +151,7 @@ class _LowRankLinears(torch.autograd.Function):
             g = gradients[k]
             if (gain := tensors[4 * k + 2]) is not None:
                 found[4 * k + 2] = (g * before_gain[k]).sum(0, dtype=gain.dtype)
-                g = g * gain.to(g.dtype)
+                g = scaled(g, gain)
             through_b.append(g @ b[k])
             found[4 * k + 1] = (own.T @ g).mul_(call.scalings[k]).T.to(tensors[4 * k + 1].dtype)
             through_gain.append(g)
@@ -183,7 +184,7 @@ def _plain_gradients(
     dropped, outputs = flat if keep is None else masked(flat, keep), []
     for (a, b, gain), weight, scaling in zip(_factors(tensors), weights, call.scalings, strict=True):
         y = flat @ weight.T + scaling * dropped @ a.to(x.dtype).T @ b.to(x.dtype).T
-        outputs.append(y if gain is None else y * gain.to(y.dtype))
+        outputs.append(y if gain is None else scaled(y, gain))
     inputs = [x, None, *tensors]
     wanted = [tensor for tensor, wants in zip(inputs, needed, strict=True) if wants and tensor is not None]
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))

@@ -27,17 +27,43 @@ def random_places(size: int, count: int, seed: int | None) -> Tensor:
     return torch.randperm(size, generator=generator, device="cpu")[:count].clone()  # a view would keep them all
 
 
+def widened(parameter: Tensor) -> Tensor:
+    """The parameter in float32, or as it is if it is in float32 or float64.
+
+    For factors that are orthogonal or a spectrum: no solver and no FFT takes 16 bits on CPUs, and rounding to 16 bits
+    leaves factors that are not orthogonal.
+    """
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def scaled(y: Tensor, scale: Tensor) -> Tensor:
+    """y·scale, where `scale`, in float32, broadcasts against y of any type.
+
+    In 16 bits it is y + y·(scale − 1): rounded to bfloat16, 1.003 is 1, but 0.003 is not 0. So changes smaller than the
+    type's precision act, and the error stays within half a unit in the last place of y.
+    """
+    if y.dtype.itemsize > 2:
+        return y * scale.to(y.dtype)
+    return torch.addcmul(y, y, (scale - 1).to(y.dtype))
+
+
 def cayley(skew: Tensor) -> Tensor:
-    """(I − S)(I + S)⁻¹: orthogonal, without eigenvalue −1, for skew-symmetric S (..., n, n)."""
+    """(I − S)(I + S)⁻¹: orthogonal, without eigenvalue −1, for skew-symmetric S (..., n, n) in float32 or float64."""
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     return torch.linalg.solve(eye + skew, eye - skew, left=False)
 
 
 def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x R for R = diag(blocks): x (..., n·b), blocks (n, b, b), or (1, b, b) for one that all n share."""
+    """x R for R = diag(blocks): x (..., n·b), blocks (n, b, b), or (1, b, b) for one that all n share.
+
+    In 16 bits it is x + x (R − I), so that rotations smaller than the type's precision act, as in `scaled`.
+    """
+    narrow = x.dtype.itemsize <= 2
+    if narrow:
+        blocks = blocks - torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     parts, blocks = x.unflatten(-1, (-1, blocks.shape[-1])), blocks.to(x.dtype)
     rotated = parts @ blocks[0] if len(blocks) == 1 else torch.einsum("...nb,nbc->...nc", parts, blocks)
-    return rotated.flatten(-2)
+    return x + rotated.flatten(-2) if narrow else rotated.flatten(-2)
 
 
 def drop_blocks(blocks: Tensor, probability: float) -> Tensor:

@@ -6,20 +6,24 @@ tensors; the price is one more copy of each merged weight in memory until then. 
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from peftcore.adapter import Adapter
 from peftcore.adapter_set import AdapterSet, adapter_set
 from peftcore.bases import BaseWeight
-from peftcore.errors import MergeError
-from peftcore.host import Site
+from peftcore.errors import MergeError, RoutingError
+from peftcore.host import Site, with_trained_biases
 from peftcore.inject import remove_hosts
 
 logger = logging.getLogger(__name__)
+_LOCK = threading.Lock()
+"""Held while merged weights and the base's own change places."""
 
 
 class _Folding(NamedTuple):
@@ -32,19 +36,26 @@ class _Folding(NamedTuple):
 
 
 @torch.no_grad()
-def merge_adapter(model: nn.Module, adapter_names: str | list[str] | None = None, safe_merge: bool = False) -> None:
+def merge_adapter(
+    model: nn.Module,
+    adapter_names: str | list[str] | None = None,
+    safe_merge: bool = False,
+    progressbar: bool = False,
+) -> None:
     """Fold adapters into their base weights, in place; the other active ones go on acting.
 
     adapter_names: in order; None means the active ones.
-    safe_merge: check each merged weight for NaN/Inf before writing any.
+    safe_merge: check each merged weight for NaN/Inf before writing any. progressbar: show one, layer by layer.
     Raises MergeError if a layer cannot be merged or a merged weight is not finite; nothing is then changed.
     """
     adapters = adapter_set(model)
+    if adapters.selection.switched_off:
+        raise MergeError("the adapters are disabled, and merged ones would act; call enable_adapters first")
     chosen = adapters.selection.active if adapter_names is None else adapter_names
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)
     foldings = _checked_foldings(adapters, names, check_values=safe_merge)
-    _fold(foldings)
+    _fold(foldings, progressbar)
     folded = (name for folding in foldings for name in folding.adapters)
     adapters.merged = tuple(dict.fromkeys((*adapters.merged, *folded)))
 
@@ -74,7 +85,7 @@ def _checked_foldings(adapters: AdapterSet, names: list[str], check_values: bool
 
 def _check(folding: _Folding) -> None:
     bias = folding.base.bias
-    for adapter in folding.adapters.values():
+    for adapter in with_trained_biases(folding.adapters.values()):
         try:
             adapter.check_mergeable()
             adapter.merged_bias(bias)
@@ -110,7 +121,7 @@ def _merged(folding: _Folding, scratch: dict[Any, Tensor] | None = None) -> tupl
     wide = torch.promote_types(read.dtype, torch.float32)  # half would round after every adapter
     own = scratch is not None and read.dtype != wide and not folding.base.quantized
     weight = _copied(read, wide, scratch) if own and scratch is not None else read.to(wide)
-    for adapter in folding.adapters.values():
+    for adapter in with_trained_biases(folding.adapters.values()):
         weight = adapter.merge_into(weight) if own else adapter.merged_weight(weight)
         bias = adapter.merged_bias(bias)
     return weight, bias
@@ -124,12 +135,12 @@ def _copied(weight: Tensor, dtype: torch.dtype, scratch: dict[Any, Tensor]) -> T
     return scratch[key].copy_(weight)
 
 
-def _fold(foldings: list[_Folding]) -> None:
+def _fold(foldings: list[_Folding], progressbar: bool) -> None:
     """Write every merged weight; on an error, such as too little memory, put back those that were written."""
     before = []
     scratch: dict[Any, Tensor] = {}
     try:
-        for folding in foldings:
+        for folding in tqdm(foldings, desc="merge", unit="layer", disable=not progressbar):
             before.append((folding.base.state(), folding.host.merged))
             _fold_one(folding, before[-1][0], scratch)
     except BaseException:
@@ -146,7 +157,8 @@ def _fold_one(folding: _Folding, before: dict[str, Any], scratch: dict[Any, Tens
     old_bias = base.bias
     weight, bias = _merged(folding, scratch)
     base.layer.__dict__.setdefault(base.unmerged_attribute, before)
-    base.write(weight)
+    if any(adapter.changes_weight for adapter in folding.adapters.values()):
+        base.write(weight)
     if bias is not None and bias is not old_bias:
         base.write_bias(bias)
     folding.host.merged += tuple(folding.adapters)
@@ -164,31 +176,55 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 def _merged_hosts(adapters: AdapterSet) -> list[Site]:
     """None of them is looked at while no adapter is merged, so that disabling costs nothing then."""
-    return [host for host in adapters.layers.values() if host.merged] if adapters.merged else []
+    return list(dict.fromkeys(host for host in adapters.layers.values() if host.merged)) if adapters.merged else []
 
 
 @contextlib.contextmanager
 def original_weights(model: nn.Module) -> Iterator[None]:
-    """The unmerged weights in place while inside, the merged ones again after."""
-    bases = [host.base for host in _merged_hosts(adapter_set(model))]
-    merged = [base.state() for base in bases]
-    for base in bases:
-        base.restore(base.layer.__dict__[base.unmerged_attribute])
+    """The unmerged weights in place while inside, the merged ones again after; of several inside, the last puts them
+    back. Raises RoutingError where another thread computes with the merged ones."""
+    adapters = adapter_set(model)
+    if not adapters.merged:
+        yield
+        return
+    with _LOCK:
+        if not adapters.unmerged_by and adapters.selection.runs_elsewhere():
+            raise RoutingError(
+                f"{list(adapters.merged)} are merged, and another thread is calling the model, so its weights cannot "
+                "become the base's own now; call unmerge_adapter() first, then each thread has its own adapters"
+            )
+        if not adapters.unmerged_by:
+            for host in _merged_hosts(adapters):
+                base = host.base
+                host.merged_state = base.state()
+                base.restore(base.layer.__dict__[base.unmerged_attribute])
+        adapters.unmerged_by += 1
     try:
         yield
     finally:
-        for base, state in zip(bases, merged, strict=True):
-            base.restore(state)
+        with _LOCK:
+            adapters.unmerged_by -= 1
+            if not adapters.unmerged_by:
+                for host in adapters.layers.values():
+                    state, host.merged_state = host.merged_state, None
+                    if state is not None and host.merged:  # not those that were unmerged inside
+                        host.base.restore(state)
 
 
-def merge_and_unload(model: nn.Module, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
+def merge_and_unload(
+    model: nn.Module,
+    safe_merge: bool = False,
+    adapter_names: str | list[str] | None = None,
+    progressbar: bool = False,
+) -> nn.Module:
     """Fold adapters in for good and take the hosts out: the plain model remains, and no copy of the old weights.
 
     Modules that the active adapter trained whole take the originals' place. Raises MergeError as `merge_adapter`.
     """
-    merge_adapter(model, adapter_names, safe_merge)
+    merge_adapter(model, adapter_names, safe_merge, progressbar)
     if adapter_names is not None:
-        adapter_set(model).selection.active = tuple(adapter_names)
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        adapter_set(model).selection.active = names
     for host in adapter_set(model).layers.values():
         host.unmerged_state = None
     remove_hosts(model, keep_trained=True)

@@ -5,11 +5,12 @@
 """
 
 import contextlib
+import copy
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,17 @@ from peftcore.combine import MergeReport, Recipe
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
+from peftcore.errors import ConfigError
+from peftcore.fingerprint import unchanging_weights
+from peftcore.trainer_checkpoints import teach_trainer
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
+
+
+_CALLERS_ROUTE = "_callers_route"
+"""Attribute of a replica that DataParallel made inside of a route: what opens it."""
+_DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""Attribute of a model where DistributedDataParallel keeps the names of what it need not send."""
 
 
 class _ActiveAdapters(list[str]):
@@ -41,6 +51,9 @@ class PeftModel:
         """Put a saved adapter onto a model: `from_pretrained(model, directory, adapter_name="default",
         is_trainable=False, config=None)`.
 
+        As with PEFT, the model is then in evaluation mode; with is_trainable, the adapter is in training mode, so its
+        dropout acts, and the base stays in the mode it was in.
+
         Called on an adapted model's own class with a path instead, it loads that class's base model as ever.
         Raises CheckpointError for a damaged directory or one made for another base; the model is then as it was.
         """
@@ -48,9 +61,21 @@ class PeftModel:
             return _load_onto(model, *args, **kwargs)
         return super().from_pretrained(model, *args, **kwargs)  # type: ignore[misc]
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
-        """Add an untrained adapter; it trains unless `inference_mode`, and acts once `set_adapter` names it."""
-        inject.inject_adapter_in_model(peft_config, self._module, adapter_name)
+    def add_adapter(self, adapter_name: str | PeftConfig, peft_config: PeftConfig | str | None = None) -> None:
+        """Add an untrained adapter; it trains unless `inference_mode`, and acts once `set_adapter` names it.
+
+        In transformers' order, `add_adapter(config, name="default")`, it is made the active one, as transformers does.
+        """
+        by_transformers = isinstance(adapter_name, PeftConfig)
+        name, config = (peft_config or "default", adapter_name) if by_transformers else (adapter_name, peft_config)
+        if not isinstance(name, str) or not isinstance(config, PeftConfig):
+            raise ConfigError(
+                f"add_adapter takes a name and a configuration, such as LoraConfig(); got {adapter_name!r:.200} and "
+                f"{peft_config!r:.200}"
+            )
+        inject.add_adapter(self._module, config, name)
+        if by_transformers:
+            self.set_adapter(name)
 
     def load_adapter(
         self,
@@ -59,16 +84,38 @@ class PeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
     ) -> None:
-        """Add an adapter from its directory; see `from_pretrained`. No other adapter is changed."""
+        """Add an adapter from its directory; see `from_pretrained`. It acts once `set_adapter` names it.
+
+        As with PEFT, the whole model is then in evaluation mode, unless is_trainable: the new adapter's dropout acts.
+        """
         checkpoint.load_adapter(self._module, Path(model_id), adapter_name, is_trainable, config)
+        hosts = adapter_set(self._module).layers.values()
+        if not is_trainable and (self._module.training or any(host.training for host in hosts)):
+            self._module.eval()  # looks at every adapter that is loaded
 
     def load_adapter_weights(self, directory: str | Path, adapter_name: str = "default") -> None:
         """Read a saved adapter's tensors into one that is there already and has the same configuration."""
         checkpoint.load_adapter_weights(self._module, Path(directory), adapter_name)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; layers that carry no other become plain again."""
-        inject.delete_adapter(self._module, adapter_name)
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Remove an adapter, or several; layers that carry no other become plain again.
+
+        If no active one is left, the first adapter that is left becomes active, with a warning.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        activation.delete_adapter(self._module, *names)
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the tensors that `save_pretrained` writes of one adapter, by PEFT's keys without `base_model.model.`.
+
+        Args:
+            adapter_name: None: the first active one.
+            state_dict: the model's, to take the values from; None: its own parameters.
+        """
+        name = self.active_adapter if adapter_name is None else adapter_name
+        return checkpoint.adapter_state_dict(self._module, name, state_dict)
 
     # -- which act -----------------------------------------------------------------------------------------------
 
@@ -95,8 +142,36 @@ class PeftModel:
         """Let adapters train, or freeze them."""
         activation.set_requires_grad(self._module, adapter_names, requires_grad)
 
+    def refresh_adapters(self) -> None:
+        """Have what was computed from the weights computed anew: after edits in place through `.data`, which nothing
+        shows. See `peftcore.activation.refresh_adapters`."""
+        activation.refresh_adapters(self._module)
+
+    def disable_adapters(self) -> None:
+        """Let no adapter act, in any thread, until `enable_adapters`: transformers' method of this name.
+
+        Active adapters stay named by `active_adapters`, and an explicit route acts all the same. Raises MergeError
+        while adapters are merged.
+        """
+        activation.switch_adapters(self._module, on=False)
+
+    def enable_adapters(self) -> None:
+        """Let the active adapters act again after `disable_adapters`."""
+        activation.switch_adapters(self._module, on=True)
+
+    def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: transformers' way of swapping adapters needs HF PEFT's layers."""
+        raise ConfigError(
+            "enable_peft_hotswap prepares HF PEFT's layers, which this model does not have; read another adapter's "
+            "weights into a loaded one by load_adapter_weights(directory, adapter_name), or use AdapterStore"
+        )
+
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which the model is its base, merged or not."""
+        """Context in which this thread's calls compute the base, merged or not.
+
+        Raises RoutingError inside for `route` and `adapter_names` that name an adapter; and, with merged adapters,
+        where another thread calls the model at the same time.
+        """
         return activation.adapters_disabled(self._module)
 
     def route(self, adapters: Spec | Sequence[Spec]) -> contextlib.AbstractContextManager[Route]:
@@ -109,10 +184,10 @@ class PeftModel:
         return activation.routed(self._module, adapters)
 
     def __call__(self, *args: Any, adapter_names: Spec | Sequence[Spec] = None, **kwargs: Any) -> Any:
-        """The model's own call; adapter_names: what `route` takes, for this call alone."""
-        if adapter_names is None:
+        """The model's own call, and so is `forward`; adapter_names: what `route` takes, for this call alone."""
+        if adapter_names is None and _CALLERS_ROUTE not in self.__dict__:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with self.route(adapter_names):
+        with self.route(adapter_names) if adapter_names is not None else self.__dict__[_CALLERS_ROUTE]():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     # -- merging -------------------------------------------------------------------------------------------------
@@ -128,8 +203,11 @@ class PeftModel:
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
-        """Fold adapters in for good; gives the plain model, with its own class again."""
-        return _as_plain(merge.merge_and_unload(self._module, safe_merge, adapter_names))
+        """Fold adapters in for good; gives the plain model, with its own class again.
+
+        progressbar: show one, layer by layer. safe_merge, adapter_names: see `merge_adapter`.
+        """
+        return _as_plain(merge.merge_and_unload(self._module, safe_merge, adapter_names, progressbar))
 
     def unload(self) -> Any:
         """Take the adapters out; gives the base model, with its own class and its own weights."""
@@ -172,24 +250,53 @@ class PeftModel:
     # -- saving --------------------------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, save_directory: str | Path, selected_adapters: list[str] | None = None, **_ignored: Any
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **other: Any,
     ) -> None:
         """Write each adapter in PEFT's format: "default" into the directory itself, others into `<name>/`.
 
-        Other keyword arguments of PEFT and transformers (state_dict, safe_serialization, ...) change nothing:
-        the format is always safetensors, and the tensors are the model's own.
+        Args:
+            save_directory: made if need be. Each adapter's files replace its old ones together.
+            safe_serialization: only True; other formats can run code when they are read.
+            selected_adapters: names to save; None: all.
+            save_embedding_layers: whether the base's input and output embeddings are saved too. "auto": those that
+                the adapter targets by the names `embed_tokens` or `lm_head`, and both if the vocabulary was resized.
+            is_main_process: False writes nothing, and only takes part in gathering sharded tensors.
+            path_initial_model_for_weight_conversion: only None; see `peftcore.conversion.convert_to_lora`.
+            state_dict: the model's, to take the values from; None: its own parameters.
+            other: transformers' further options, at the values that mean one whole local file.
+
+        Raises:
+            ConfigError: a value that cannot be honoured. TypeError: an unknown option. CheckpointError: a state
+                dictionary that is not this model's.
         """
+        _check_saving(safe_serialization, path_initial_model_for_weight_conversion, other)
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         adapter_set(self._module).require(*names)
         for name in names:
             root = Path(save_directory)
-            checkpoint.save_adapter(self._module, name, root if name == "default" else root / name)
+            directory = root if name == "default" else root / name
+            checkpoint.save_adapter(
+                self._module, name, directory, save_embedding_layers, state_dict, writes=is_main_process
+            )
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Say in a directory's model card that it holds an adapter, and of which base; Trainer's push asks for it."""
         checkpoint.update_model_card(self._module, Path(output_dir))
 
     # -- training ------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Any:
+        """The model's own; Trainer, which calls it before the first step, then reads checkpoints of adapters too."""
+        teach_trainer()
+        return super().train(mode)  # type: ignore[misc]
 
     def adapter_regularizer(self) -> Tensor | None:
         """Sum of the active adapters' regularisers, to add to the loss once per optimiser step; None for none."""
@@ -244,7 +351,7 @@ class PeftModel:
         """(trainable, all) parameter counts; of the adapters, trainable ones count while they are active."""
         adapters = adapter_set(self._module)
         idle = [n for n in adapters.configs if n not in adapters.selection.active]
-        unused = {id(p) for name in idle for p in adapters.parameters(self._module, name)}
+        unused = {id(p) for name in idle for p in adapters.parameters(name)}
         counts = [(p.requires_grad and id(p) not in unused, _count(p)) for p in self._module.parameters()]
         return sum(count for trains, count in counts if trains), sum(count for _, count in counts)
 
@@ -264,12 +371,60 @@ class PeftModel:
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel, which asks for this name, need not send: each process has the same base."""
-        return untouched_names(self._module)
+        """Names that DistributedDataParallel, which reads this, need not send: each process has the same base.
+
+        Those that `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` was given are among them.
+        """
+        return [*untouched_names(self._module), *vars(self).get(_DDP_IGNORED, ())]
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: Iterable[str]) -> None:
+        vars(self)[_DDP_IGNORED] = list(names)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A replica, which DataParallel calls in a thread of its own, computes by the route that is open here."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        selection = adapter_set(self._module).selection
+        if (route := selection.route) is not None:
+            replica.__dict__[_CALLERS_ROUTE] = lambda: selection.routed(copy.copy(route))
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so a pickle names the class below it and makes ours again
         return _remade, (_plain_class(type(self)),), self.__dict__
+
+
+_WHOLE_LOCAL_FILE: dict[str, tuple[Any, ...]] = {
+    "max_shard_size": ("50GB", "5GB", None),
+    "push_to_hub": (False, None),
+    "token": (None,),
+    "variant": (None,),
+    "save_peft_format": (True,),
+    "save_original_format": (True,),
+    "distributed_checkpoint": (False,),
+}
+"""{option of transformers' `save_pretrained`: values at which it asks for nothing but what is done anyway}."""
+
+
+def _check_saving(safe_serialization: Any, initial: Any, other: Mapping[str, Any]) -> None:
+    if safe_serialization is not True:
+        raise ConfigError(
+            f"save_pretrained: safe_serialization must be True, since adapters are always saved as safetensors; got "
+            f"{safe_serialization!r:.200}. Names of adapters are selected_adapters="
+        )
+    if initial is not None:
+        raise ConfigError(
+            "save_pretrained: path_initial_model_for_weight_conversion is not read; to get a plain LoRA for the "
+            "original base, use peftcore.conversion.convert_to_lora and save its result"
+        )
+    for name, value in other.items():
+        if name not in _WHOLE_LOCAL_FILE:
+            raise TypeError(f"save_pretrained() has no option {name!r}")
+        if value not in _WHOLE_LOCAL_FILE[name]:
+            raise ConfigError(
+                f"save_pretrained: {name}={value!r:.200} cannot be had: an adapter is saved as one local file in "
+                "PEFT's format; leave it out (push_to_hub is a method of its own)"
+            )
 
 
 def _count(parameter: nn.Parameter) -> int:
@@ -283,12 +438,32 @@ def _count(parameter: nn.Parameter) -> int:
 def _adapted_class(plain: type) -> type:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     extra = {"generate": _generate, "create_masks_for_generate": _masks} if hasattr(plain, "generate") else {}
-    return type(plain.__name__, (PeftModel, plain), {**names, **extra, "_hf_peft_config_loaded": True})
+    return type(
+        plain.__name__,
+        (PeftModel, plain),
+        {**names, **extra, "forward": _forward_of(plain), "_hf_peft_config_loaded": True},
+    )
+
+
+def _forward_of(plain: Any) -> Any:
+    """The class's own `forward`, under its own signature, for an adapted model.
+
+    PyTorch leaves hooks out where `forward` is called directly. What adapters are told of by hooks would then be lost
+    in silence, so such a call becomes the model's own call.
+    """
+
+    @wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if forwarding.needs_call(self, kwargs):
+            return self(*args, **kwargs)
+        return plain.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _generate(self: Any, *args: Any, adapter_names: Spec | Sequence[Spec] = None, **kwargs: Any) -> Any:
     route = contextlib.nullcontext() if adapter_names is None else self.route(adapter_names)
-    with route, forwarding.generation(self, kwargs) as own:
+    with route, unchanging_weights(), forwarding.generation(self, kwargs) as own:
         return _plain_class(type(self)).generate(self, *args, **own)
 
 
@@ -312,6 +487,7 @@ def _remade(plain: type) -> Any:
 def _as_peft_model(model: nn.Module) -> Any:
     if not isinstance(model, PeftModel):
         model.__class__ = _adapted_class(type(model))
+    teach_trainer()
     return model
 
 
@@ -322,9 +498,11 @@ def _as_plain(model: nn.Module) -> Any:
 
 
 def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> Any:
-    """Add an adapter to a model, in place, and give the model back as a `PeftModel`.
+    """Add an adapter to a model, in place, make it the active one, and give the model back as a `PeftModel`.
 
-    The base is frozen and the adapter trains (unless `inference_mode`). On an error the model is as it was.
+    The base is frozen and the adapter trains (unless `inference_mode`). An adapter that has this name is
+    replaced, with a warning. On an error the model is as it was.
+    As with PEFT, the adapter is in training mode, so its dropout acts at once; the base stays in the mode it was in.
     Raises ConfigError, TargetError or AdapterNameError.
     """
     inject.inject_adapter_in_model(peft_config, model, adapter_name)
@@ -338,8 +516,10 @@ def _load_onto(
     is_trainable: bool = False,
     config: PeftConfig | None = None,
 ) -> Any:
-    checkpoint.load_adapter(model, Path(model_id), adapter_name, is_trainable, config)
-    return _as_peft_model(model).train(is_trainable)
+    adapters = checkpoint.load_adapter(model, Path(model_id), adapter_name, is_trainable, config)
+    adapters.selection.active = (adapter_name,)
+    adapted = _as_peft_model(model)
+    return adapted if is_trainable else adapted.eval()
 
 
 def prepare_model_for_kbit_training(

@@ -14,14 +14,23 @@ from torch import nn
 
 from peftcore.adapter import Adapter, Shared
 from peftcore.adapter_set import ATTRIBUTE, adapter_set
-from peftcore.bases import BaseWeight, ParameterWeight, base_weight, raw_projections
+from peftcore.bases import BaseWeight, BiasParameter, ParameterWeight, base_weight, is_adaptable, raw_projections
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
-from peftcore.errors import AdapterNameError, ConfigError, TargetError
-from peftcore.host import AdaptedLayer, SavedModule, unhosted
+from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
+from peftcore.host import AdaptedLayer, AdaptedParameters, SavedModule, unhosted
 from peftcore.places import Places
 from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_named, method_of
-from peftcore.targets import completed, find_parameters, find_saved_modules, find_targets, tied_paths, with_heads
+from peftcore.targets import (
+    completed,
+    find_parameters,
+    find_saved_modules,
+    find_targets,
+    is_within,
+    tied_paths,
+    with_heads,
+)
+from peftcore.trained_bias import TrainedBias, TrainedBiasParameter
 
 
 @dataclasses.dataclass
@@ -32,7 +41,8 @@ class Injection:
     config: PeftConfig
     adapters: dict[str, Adapter]
     copies: dict[str, nn.Module]
-    biases: list[str]
+    biases: dict[str, TrainedBias]
+    """By the path of a layer, or of a raw bias."""
     places: Places
     """Where the model's modules stood when this was made."""
     prompt: PromptLearner | None = None
@@ -52,13 +62,12 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str, fresh: bo
     _check_not_compiled(model)
     places = Places(model)
     config = completed(model, config, places)
-    _check_single_bias(model, config)
     saved = find_saved_modules(places, config)
     adapters = _adapters_for(places, config, fresh)
     adapters |= _token_adapters(places, config, adapters, fresh)
-    targets = [path for path, adapter in adapters.items() if adapter.base.kind != "parameter"]
-    copies = _copies_of(places, config, saved)
-    return Injection(name, config, adapters, copies, _own_biases(places, config, targets), places)
+    _check_new_bases(places, adapters)
+    biases = _trained_biases(places, config, adapters, saved)
+    return Injection(name, config, adapters, _copies_of(places, config, saved), biases, places)
 
 
 def _prepare_prompt(
@@ -77,7 +86,7 @@ def _prepare_prompt(
     prompt.to(wide)
     if fresh:
         prompt.reset_parameters(model)
-    return Injection(name, config, {}, copies, [], places, prompt)
+    return Injection(name, config, {}, copies, {}, places, prompt)
 
 
 def _adapters_for(places: Places, config: TunerConfig, fresh: bool) -> dict[str, Adapter]:
@@ -224,19 +233,60 @@ def _check_not_compiled(model: nn.Module) -> None:
             raise ConfigError(f"adapters must be attached before {call}; attach first, then call {call}")
 
 
-def _check_single_bias(model: nn.Module, config: TunerConfig) -> None:
-    others = adapter_set(model).own_biases if ATTRIBUTE in model.__dict__ else {}
-    if getattr(config, "bias", "none") != "none" and others:
-        raise ConfigError(
-            f"bias={config.bias!r}: the model's biases already belong to adapter {next(iter(others))!r}; "  # type: ignore[attr-defined]
-            "at most one adapter can train them; use bias='none'"
-        )
+def _check_new_bases(places: Places, adapters: Mapping[str, Adapter]) -> None:
+    """Raise MergeError or ConfigError where a start brings a base weight that cannot stand there now."""
+    for path, adapter in adapters.items():
+        host = places.modules.get(path)
+        if adapter.new_base is None or not isinstance(host, AdaptedLayer):
+            continue
+        if host.merged:
+            raise MergeError(
+                f"the start replaces the weight of {path} (LoftQ), and {list(host.merged)} are merged into it; call "
+                "unmerge_adapter first"
+            )
+        if host.has_replaced_base and not torch.equal(host.base.read(), adapter.new_base.to(host.base.dtype)):
+            raise ConfigError(
+                f"{path} stands with the weight that {list(host.replaced_by)} brought (LoftQ), and this adapter brings "
+                "another one; give both the same loftq_config and r, or delete the first"
+            )
 
 
-def _own_biases(places: Places, config: TunerConfig, targets: list[str]) -> list[str]:
+def _trained_biases(
+    places: Places, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
+) -> dict[str, TrainedBias]:
+    """Biases that train with the adapter: those of its layers, or of all modules that it does not train whole."""
     mode = getattr(config, "bias", "none")
     if mode == "none":
-        return []
-    inside = {path: unhosted(module) for path, module in places.modules.items()}
-    paths = targets if mode.endswith("_only") else inside
-    return [f"{path}.bias" for path in paths if isinstance(inside[path]._parameters.get("bias"), nn.Parameter)]
+        return {}
+    paths = [path for path in (adapters if mode.endswith("_only") else places.modules) if path in places.modules]
+    paths = [path for path in paths if not is_within(path, saved)]
+    biases: dict[str, TrainedBias] = {}
+    first: dict[int, nn.Parameter] = {}
+    """{id of a bias of the base: what trains in its place}: tied biases stay tied"""
+    for path in paths:
+        module = places.modules[path]
+        if isinstance(module, SavedModule) and any(
+            name.endswith("bias") for name, _ in module.base_layer.named_parameters()
+        ):
+            raise ConfigError(
+                f"bias={mode!r}: {path} is trained whole (modules_to_save) by another adapter; use bias='none', or "
+                f"name {path} in this adapter's modules_to_save too"
+            )
+        own = unhosted(module)._parameters.get("bias")
+        if own is None:
+            continue
+        made = _trained_bias(path, module, adapters.get(path), first.get(id(own)))
+        first[id(own)] = made.bias
+        biases[f"{path}.bias" if isinstance(made, TrainedBiasParameter) else path] = made
+    return biases
+
+
+def _trained_bias(path: str, module: nn.Module, adapter: Adapter | None, tied: nn.Parameter | None) -> TrainedBias:
+    layer = unhosted(module)
+    if adapter is not None:
+        return TrainedBias(adapter.base, path, tied)
+    if isinstance(module, AdaptedLayer):
+        return TrainedBias(module.base, path, tied)
+    if is_adaptable(layer) and not isinstance(module, AdaptedParameters):
+        return TrainedBias(base_weight(layer, path), path, tied)
+    return TrainedBiasParameter(BiasParameter(layer, "bias"), path, tied)

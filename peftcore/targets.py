@@ -60,7 +60,7 @@ def find_targets(model: nn.Module, config: TunerConfig, places: Places | None = 
         path: places.modules[path]
         for path in wanted
         if not named(path, config.exclude_modules)
-        and not (saved and _within(path, saved))
+        and not (saved and is_within(path, saved))
         and _in_chosen_block(path, config)
     }
     if not targets and not parameter_names(config):
@@ -71,7 +71,7 @@ def find_targets(model: nn.Module, config: TunerConfig, places: Places | None = 
     return targets
 
 
-def _within(path: str, roots: Collection[str]) -> bool:
+def is_within(path: str, roots: Collection[str]) -> bool:
     """Whether `path` is one of `roots` or below one."""
     while path not in roots:
         path, dot, _ = path.rpartition(".")
@@ -134,6 +134,15 @@ def _wanted_paths(places: Places, config: TunerConfig) -> list[str]:
             raise TargetError(
                 f"no default target modules are known for {config.peft_type} in {architecture.family}; give "
                 f"target_modules, such as {ALL_LINEAR!r} or names among {_linear_names(modules)}"
+            )
+        if all(
+            name in architecture.target_modules and architecture.target_modules[name].role == "unknown"
+            for name in names
+        ):
+            raise TargetError(
+                f"no attention or feed-forward layers were found in this {architecture.family}, so no default "
+                f"tells its inner layers from its head; give target_modules, names among {_linear_names(modules)}, or "
+                f"{ALL_LINEAR!r} for all of them"
             )
         regex = architecture.target_regex(names)  # where some blocks have a layer, others may have an identity
         return [path for path, layer in layers.items() if named(path, regex) and is_adaptable(layer)]
@@ -200,8 +209,8 @@ def find_saved_modules(places: Places, config: TunerConfig | PromptLearningConfi
             f"modules_to_save {config.modules_to_save!r} match no module"
             f"{suggestion(config.modules_to_save[0], [p.rsplit('.', 1)[-1] for p in places.modules])}"
         )
-    adapted = [path for path, module in found.items() if isinstance(module, AdaptedLayer)]
-    if adapted:
+    hosts = [path for path, m in places.modules.items() if m is not unhosted(m) and not isinstance(m, SavedModule)]
+    if adapted := [path for path in found if any(is_within(host, {path}) for host in hosts)]:
         raise TargetError(f"modules_to_save {adapted} already carry an adapter; target them or save them, not both")
     return found
 

@@ -6,6 +6,7 @@ import mmap
 import os
 import stat
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -18,9 +19,11 @@ from safetensors.torch import load
 from torch import Tensor
 
 from peftcore.errors import CheckpointError
-from peftcore.files import MANIFEST, damaged_files
+from peftcore.files import CONFIG_NAME, MANIFEST, damaged_files, whole_files
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+PROMPT_STATE = "prompt_encoder.safetensors"
+"""What a prompt is computed from; PEFT keeps the computed prompt alone, and reads past this file."""
 PREFIX = "base_model.model."
 """What stands before the path of a layer in every key."""
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -42,36 +45,48 @@ def read_tensors(directory: Path, check_manifest: bool = True) -> dict[str, Tens
     check_manifest: hash what is read, as whoever reads a directory for the first time should.
     Raises CheckpointError as `read_weights` and `parsed` do.
     """
+    directory = whole_files(directory)
     content = read_weights(directory)
     if check_manifest:
-        check_hashes(directory, content)
+        warn_of_changes(directory, changed_files(directory, content))
     return parsed(content, directory)
 
 
 def read_weights(directory: Path) -> memoryview:
     """The bytes of an adapter directory's tensors; read into memory of their own.
 
-    Raises CheckpointError for a missing, truncated or altered file, and before reading anything for pickles.
+    Raises CheckpointError for a missing or truncated file. Warns of pickles beside the file; none is ever opened.
     """
     if not directory.is_dir():
         raise CheckpointError(f"no adapter directory {directory}; give the one that save_pretrained wrote")
+    directory = whole_files(directory)
     refuse_pickles(directory)
+    if pickles := _pickles(directory):
+        warnings.warn(
+            f"{directory} holds {', '.join(pickles)} beside {WEIGHTS_NAME}: pickles can run code when they are read; "
+            "they are not read here",
+            stacklevel=5,
+        )
     return read_file(directory / WEIGHTS_NAME)
 
 
 def refuse_pickles(directory: Path) -> None:
-    """CheckpointError for a directory that holds pickles."""
-    if not directory.is_dir():
-        return
-    # a Trainer's checkpoint holds its optimiser as pickles; they are never opened here
-    foreign = [f.name for f in directory.iterdir() if f.suffix in PICKLES and f.name != _TRAINER_ARGUMENTS]
-    foreign = [] if (directory / _TRAINER_STATE).exists() else foreign
-    foreign += ["adapter_model.bin"] if (directory / "adapter_model.bin").exists() else []
-    if foreign:
+    """CheckpointError for a directory whose tensors are in a pickle only."""
+    if (pickles := _pickles(directory)) and not os.path.lexists(directory / WEIGHTS_NAME):
         raise CheckpointError(
-            f"{directory} holds {', '.join(sorted(set(foreign)))}: a pickle can run code when it is read; "
-            "convert it to safetensors where you trust it, and remove it here"
+            f"{directory} holds no {WEIGHTS_NAME} but {', '.join(pickles)}: a pickle can run code when it is read; "
+            "convert it to safetensors where you trust it"
         )
+
+
+def _pickles(directory: Path) -> list[str]:
+    """Names of pickles in a directory, but those that Trainer puts into a checkpoint."""
+    if not directory.is_dir():
+        return []
+    names = [file.name for file in directory.iterdir() if file.suffix in PICKLES and file.name != _TRAINER_ARGUMENTS]
+    if (directory / _TRAINER_STATE).exists():
+        names = [name for name in names if name == "adapter_model.bin"]
+    return sorted(names)
 
 
 def read_file(path: Path) -> memoryview:
@@ -102,10 +117,28 @@ def _machine_memory() -> int:
         return sys.maxsize
 
 
-def check_hashes(directory: Path, content: memoryview) -> None:
-    """CheckpointError where the directory's manifest says other bytes than those read and those that lie there."""
-    if damaged := damaged_files(directory, {WEIGHTS_NAME: content}):
-        raise CheckpointError(f"{directory}: {', '.join(damaged)} is not what {MANIFEST} says; take another copy")
+def changed_files(directory: Path, content: memoryview) -> list[str]:
+    """Names in the directory's manifest of files that have changed since, and that may be read all the same.
+
+    These are a configuration that was edited, files that no adapter is read from, and everything where weights and
+    configuration have both changed: another program has then saved an adapter there and left our manifest as it was.
+    Raises CheckpointError for weights that changed alone, which is damage, and for a manifest that is none.
+    """
+    changed = damaged_files(directory, {WEIGHTS_NAME: content})
+    read = [name for name in changed if name in (WEIGHTS_NAME, PROMPT_STATE, MANIFEST)]
+    if read and (MANIFEST in read or CONFIG_NAME not in changed):
+        raise CheckpointError(f"{directory}: {', '.join(changed)} is not what {MANIFEST} says; take another copy")
+    return changed
+
+
+def warn_of_changes(directory: Path, names: list[str]) -> None:
+    """Warn that files are not what the manifest says."""
+    if names:
+        warnings.warn(
+            f"{directory}: {', '.join(sorted(names))} is not what {MANIFEST} says, because somebody has edited it or "
+            f"another program has saved here; it is loaded all the same. If that is right, save the adapter again",
+            stacklevel=5,
+        )
 
 
 def _memory(size: int) -> memoryview:

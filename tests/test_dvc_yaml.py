@@ -18,6 +18,7 @@ NOT_IN_RESULTS = {
     "flows.errors",
     "flows.base.hub",
     "flows.logs",
+    "flows.method_fields",  # what it says of a method's options is in the train stage's dependencies
     "flows.processes",
     "flows.params",
     "flows.params_file",
@@ -62,6 +63,10 @@ def test_the_order_is_that_of_the_work() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_takes_the_place_of_its_shell(stage: str) -> None:
     assert STAGES[stage]["cmd"] == f"exec python -m flows.stages.{stage}"
+
+
+def test_training_depends_on_what_an_option_of_a_method_means() -> None:
+    assert "flows/method_fields.py" in STAGES["train"]["deps"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -19,7 +19,12 @@ def export(
     adapter: AdapterFolder = None,
     base: BaseFolder = None,
     gguf: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="For gguf-merged: the base as a GGUF file.")
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="For gguf-merged: the base's own GGUF; left out: made of the base's folder.",
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of matrices in a GGUF: float32, float16, or bfloat16.")] = "float16",
     rank: Annotated[int | None, typer.Option(min=1, help="Convert it to LoRA of this rank first.")] = None,

@@ -237,7 +237,7 @@ def _facts(registry: "Registry", version: "Version", record: dict[str, Any]) -> 
     yield "created", record["created"]
     yield "tag, commit", f"{version.tag}, {version.commit[:10]}"
     yield "code", record["git"]["commit"][:10] + (f" and uncommitted: {', '.join(changed)}" if changed else "")
-    yield "method", f"{method['name']}, r {method['r']}"
+    yield "method", method["name"] + ("" if method["r"] is None else f", r {method['r']}")
     if ranks := record.get("ranks"):
         yield "ranks", f"{ranks['usual']} in most of {ranks['layers']} layers, others in {len(ranks['others'])}"
     yield "base", f"{record['params']['base']['source']}, {record['base_model'][:12]}"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flows.method_fields import FIELDS
 from flows.params import AdaLora, Params
 from flows.training.objectives import rows_of
 from peftcore import PeftConfig
@@ -9,17 +10,24 @@ from peftcore.registry import method_named
 
 
 def adapter_config(params: Params, total_steps: int) -> PeftConfig:
-    """The method's configuration; total_steps: optimiser steps of the run, over which AdaLoRA spreads its budget."""
+    """Return the method's configuration.
+
+    Args:
+        params: Read from params.yaml, which refuses `method`'s options that the method has not.
+        total_steps: Optimiser steps of the run, over which AdaLoRA spreads its budget.
+    """
     method = params.method
     options: dict[str, Any] = {
         "task_type": rows_of(params).task,
         "base_model_name_or_path": params.base.source,
         "target_modules": method.target_modules,
     }
-    if method.name in ("lora", "adalora"):
-        options |= {"lora_alpha": method.lora_alpha, "lora_dropout": method.lora_dropout}
+    for option, field in FIELDS.get(method.name, {}).items():
+        value = method.auto.r if option == "r" and method.r == "auto" else getattr(method, option)
+        if value is not None:  # null: the configuration's own default
+            options[field] = value
     if method.name == "lora":
-        options |= {"r": method.auto.r if method.r == "auto" else method.r, "use_rslora": method.use_rslora}
+        options["use_rslora"] = method.use_rslora
     if method.name == "adalora":
         options |= _adalora_options(method.adalora, total_steps)
     return method_named(method.name.upper()).config(**{**options, **method.options})

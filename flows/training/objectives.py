@@ -185,6 +185,7 @@ def trainer_of(params: Params, rows: Dataset, labels: list[str] | None) -> tuple
     if rows_of(params) is PAIRS:
         options: dict[str, Any] = {
             "objective": preference_objective(params),
+            "reference": "base",  # which the test rows are judged against, also if training goes on from an adapter
             "precompute_reference": params.train.preference.precompute_reference,
         }
         return cast(type[AdapterTrainer], PreferenceTrainer), options

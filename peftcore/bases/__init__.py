@@ -5,12 +5,20 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
 from peftcore.bases.norm import NormWeight, is_norm
-from peftcore.bases.parameter import ParameterWeight
+from peftcore.bases.parameter import BiasParameter, ParameterWeight
 from peftcore.bases.plain import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
 from peftcore.bases.quantized import EightBitWeight, FourBitWeight
 from peftcore.errors import TargetError
 
-__all__ = ["BaseWeight", "ParameterWeight", "base_weight", "calls_its_layers", "is_adaptable", "raw_projections"]
+__all__ = [
+    "BaseWeight",
+    "BiasParameter",
+    "ParameterWeight",
+    "base_weight",
+    "calls_its_layers",
+    "is_adaptable",
+    "raw_projections",
+]
 
 _QUANTIZED = {"Params4bit": FourBitWeight, "Int8Params": EightBitWeight}
 _PLAIN = {

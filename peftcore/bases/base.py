@@ -6,11 +6,50 @@ Weights are seen in one canonical orientation, whatever the layer keeps: (o, i) 
 Shapes: o out_features, i in_features, d embedding dimension, v vocabulary, r rank.
 """
 
+import copy
+import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from peftcore.errors import MergeError
+
+
+class WeightVersion:
+    """A stored weight at one time. Equal until it is replaced, moved or changed.
+
+    An edit through `.data` is not seen.
+    """
+
+    __slots__ = ("memory", "pointer", "version", "weight")
+
+    def __init__(self, weight: Tensor):
+        self.weight, self.pointer, self.version = weight, weight.data_ptr(), weight._version
+        self.memory = weakref.ref(weight.untyped_storage())
+        """The address of freed memory can come back with another weight in it."""
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, WeightVersion)
+            and other.weight is self.weight
+            and other.pointer == self.pointer
+            and other.memory() is self.memory()
+            and other.version == self.version
+        )
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return type(None), ()  # a copy is of no weight
+
+
+OWN_STATE = "_own_state"
+"""Attribute of a layer whose weight an adapter's start has replaced (LoftQ): what was there before."""
+
+UNMERGED_STATE = "_unmerged_state"
+"""Attribute of a layer that holds its own parameters while merged ones stand in their place."""
 
 
 class BaseWeight(ABC):
@@ -26,6 +65,9 @@ class BaseWeight(ABC):
     def still_fits(self, layer: nn.Module | None) -> bool:
         """Whether this is the view on `layer`, and its weight is stored as it was."""
         return layer is self.layer and type(self.layer._parameters.get("weight")) is self._storage
+
+    def forget(self) -> None:  # noqa: B027
+        """Let go of what was computed from the weight, which may be another one now."""
 
     # -- geometry ------------------------------------------------------------------------------------------------
 
@@ -71,28 +113,51 @@ class BaseWeight(ABC):
     def unmerged_bias(self) -> Tensor | None:
         """The bias without what is merged into it."""
         own = self.layer.__dict__.get(self.unmerged_attribute)
-        return self.bias if own is None else own.get("bias")
+        return self.bias if own is None else self.stored(own, "bias")
 
-    @abstractmethod
     def read(self) -> Tensor:
         """The dense weight in canonical orientation; may share memory with the layer."""
+        return self.read_from({"weight": self.layer.weight})
+
+    @abstractmethod
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        """The same of what `state` returned, now or before something was written."""
+
+    def stored(self, state: Mapping[str, Any], name: str = "weight") -> Any:
+        """The weight, or the bias if there is one, as the layer stores it, in what `state` returned."""
+        kept = state.get(name)
+        if not isinstance(kept, dict):
+            return kept
+        twin = copy.copy(self.layer.parametrizations[name])
+        vars(twin)["_parameters"] = kept
+        return twin()
 
     @property
     def unmerged_attribute(self) -> str:
         """Attribute of the layer that holds its own parameters while merged ones stand in their place."""
-        return "_unmerged_state"
+        return UNMERGED_STATE
 
     def read_unmerged(self) -> Tensor:
         """The dense weight without what is merged into it."""
-        own = self.layer.__dict__.get(self.unmerged_attribute)
-        if own is None:
-            return self.read()
-        now = self.state()
-        self.restore(own)
-        try:
-            return self.read()
-        finally:
-            self.restore(now)
+        return self._read_aside(self.unmerged_attribute)
+
+    def read_own(self) -> Tensor:
+        """The dense weight without what is merged into it, and before an adapter's start replaced it."""
+        replaced = OWN_STATE in self.layer.__dict__
+        return self._read_aside(OWN_STATE if replaced else self.unmerged_attribute)
+
+    def _read_aside(self, attribute: str) -> Tensor:
+        """The dense weight of the state that stands aside under an attribute, or the weight in place if none does."""
+        own = self.layer.__dict__.get(attribute)
+        return self.read() if own is None else self.read_from(own)
+
+    def unmerged_version(self) -> "WeightVersion | None":
+        """The state of the weight that `read_unmerged` gives, to compare later; None if it cannot be told."""
+        state = self.layer.__dict__.get(self.unmerged_attribute)
+        weight = self.layer._parameters.get("weight") if state is None else state.get("weight")
+        if not isinstance(weight, Tensor) or weight.is_inference():
+            return None
+        return WeightVersion(weight)
 
     @abstractmethod
     def write(self, weight: Tensor) -> None:
@@ -100,16 +165,43 @@ class BaseWeight(ABC):
 
     def write_bias(self, bias: Tensor) -> None:
         """Give the layer a new bias (o,); the old parameter object is left intact."""
-        self.layer.bias = nn.Parameter(bias.to(self.layer.bias), requires_grad=False)
+        self._put("bias", bias.to(self.layer.bias))
+
+    def _put(self, name: str, values: Tensor) -> None:
+        """Give the layer a new parameter `name`; MergeError if the layer cannot hold these values."""
+        kept = _kept(self.layer, name)
+        if isinstance(kept, ParametrizationList):
+            _put_parametrized(kept, values, f"{type(self.layer).__name__}.{name}")
+        elif kept is None:
+            raise MergeError(
+                f"{name} of this {type(self.layer).__name__} is no parameter but is computed before each forward, as "
+                "torch.nn.utils.weight_norm does; call remove_weight_norm before get_peft_model, or keep the adapter "
+                "unmerged"
+            )
+        else:
+            self.layer._parameters[name] = nn.Parameter(values.contiguous(), requires_grad=False)
 
     def state(self) -> dict[str, Any]:
         """References to what `write` replaces: restoring them is exact to the bit and copies nothing."""
-        return {name: self.layer._parameters[name] for name in ("weight", "bias") if name in self.layer._parameters}
+        state: dict[str, Any] = {}
+        for name in ("weight", "bias"):
+            kept = _kept(self.layer, name)
+            if isinstance(kept, ParametrizationList):
+                state[name] = dict(kept._parameters)
+            elif name in self.layer._parameters:
+                state[name] = kept
+        return state
+
+    def follow(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Bring what `state` returned, once its parameters have been moved, to where they are now."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put back what `state` returned."""
-        for name, parameter in state.items():
-            self.layer._parameters[name] = parameter
+        for name, value in state.items():
+            if isinstance(value, dict):
+                self.layer.parametrizations[name]._parameters.update(value)
+            else:
+                self.layer._parameters[name] = value
 
     def per_output(self, values: Tensor) -> Tensor:
         """Values (o,) in the shape that broadcasts over the feature axis of this layer's output."""
@@ -147,3 +239,35 @@ class BaseWeight(ABC):
     @abstractmethod
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         """y + pointwise(h, weight), in one pass over y where the layer allows it."""
+
+
+def _kept(layer: nn.Module, name: str) -> nn.Parameter | ParametrizationList | None:
+    """What a layer keeps its parameter `name` as; None for a tensor that is no parameter."""
+    if (parametrizations := layer._modules.get("parametrizations")) is not None and name in parametrizations._modules:
+        return parametrizations._modules[name]  # type: ignore[return-value]
+    return layer._parameters.get(name)
+
+
+@torch.no_grad()
+def _put_parametrized(kept: ParametrizationList, values: Tensor, name: str) -> None:
+    """Give a parametrised tensor new values by new originals; MergeError if the parametrisation cannot make them."""
+    steps = ", ".join(type(step).__name__ for step in kept)
+    refused = MergeError(
+        f"the parametrisation {steps} of {name} cannot hold the merged "
+        "values; call torch.nn.utils.parametrize.remove_parametrizations before get_peft_model, or keep the adapter "
+        "unmerged"
+    )
+    before, originals = dict(kept._parameters), values
+    for step in reversed(list(copy.deepcopy(kept))):  # some right inverses change the step itself
+        if not hasattr(step, "right_inverse"):
+            raise refused
+        try:
+            originals = step.right_inverse(originals)  # type: ignore[operator]
+        except ValueError as error:  # such as: the matrix is not orthogonal
+            raise refused from error
+    many = {"original": originals} if kept.is_tensor else {f"original{n}": part for n, part in enumerate(originals)}
+    kept._parameters.update({key: nn.Parameter(part.clone(), requires_grad=False) for key, part in many.items()})
+    precision = torch.finfo(values.dtype).eps
+    if not torch.allclose(kept(), values, rtol=16 * precision, atol=16 * precision * float(values.abs().max())):
+        kept._parameters.update(before)
+        raise refused

@@ -4,7 +4,8 @@ nn.MultiheadAttention: no layer of its own ever sees its input.
 So an adapter there is folded into the parameter for the length of the module's forward.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ class ParameterWeight(BaseWeight):
     """
 
     kind = "parameter"
+    dimensions: ClassVar[tuple[int, ...]] = (2, 3)
 
     def __init__(self, layer: nn.Module, name: str):
         super().__init__(layer)
         self.name = name
         self.inside, _, self.leaf = name.rpartition(".")
         shape = self._parameter.shape
-        if len(shape) not in (2, 3):
+        if len(shape) not in self.dimensions:
             raise TargetError(f"target_parameters: {name} has shape {tuple(shape)}; only (o, i) and (e, o, i) fit")
         self.transposed = len(shape) == 3 and bool(getattr(layer, "is_transposed", False))
 
@@ -37,7 +39,7 @@ class ParameterWeight(BaseWeight):
 
     @property
     def _parameter(self) -> Tensor:
-        return self._kept[self.leaf]
+        return getattr(self.layer.get_submodule(self.inside), self.leaf)
 
     @property
     def in_features(self) -> int:
@@ -72,7 +74,10 @@ class ParameterWeight(BaseWeight):
         return weight.transpose(-1, -2) if self.transposed else weight
 
     def read(self) -> Tensor:
-        return self.oriented(self._parameter.detach())
+        return self.read_from(self.state())
+
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        return self.oriented(state[self.leaf].detach())
 
     def write(self, weight: Tensor) -> None:
         stored = self.oriented(weight).to(self.dtype).contiguous()
@@ -92,3 +97,17 @@ class ParameterWeight(BaseWeight):
 
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         raise TypeError(f"{self.name} is a raw parameter: its output is not seen")
+
+
+class BiasParameter(ParameterWeight):
+    """A bias (o,) of a module of unknown kind, seen as a parameter of its own."""
+
+    dimensions = (1,)
+
+    @property
+    def in_features(self) -> int:
+        return 1
+
+    @property
+    def out_features(self) -> int:
+        return self._parameter.shape[0]

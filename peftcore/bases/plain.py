@@ -1,5 +1,6 @@
 """Base layers whose weight is an ordinary tensor: Linear, Conv1D, Conv1d/2d/3d and Embedding."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
+from peftcore.bases.own_tensors import own_tensor
 
 
 def _is_plain_and_frozen(parameter: Tensor | None) -> bool:
@@ -32,11 +34,11 @@ class LinearWeight(BaseWeight):
     def out_features(self) -> int:
         return self.layer.out_features
 
-    def read(self) -> Tensor:
-        return self.layer.weight.detach()
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        return self.stored(state).detach()
 
     def write(self, weight: Tensor) -> None:
-        self.layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)
+        self._put("weight", weight.to(self.dtype))
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
@@ -45,9 +47,10 @@ class LinearWeight(BaseWeight):
         return F.linear(h, weight.to(h.dtype))
 
     def computes_in(self, x: Tensor) -> torch.dtype | None:
-        own = self.layer._parameters  # several times faster than an attribute, and this is asked in every forward
-        weight = own["weight"]
-        if type(self.layer) is not self.layer_class or not all(map(_is_plain_and_frozen, own.values())):
+        if type(self.layer) is not self.layer_class:
+            return None
+        weight, bias = own_tensor(self.layer, "weight"), own_tensor(self.layer, "bias")
+        if not (_is_plain_and_frozen(weight) and _is_plain_and_frozen(bias)):
             return None
         device = x.device.type
         if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -55,8 +58,7 @@ class LinearWeight(BaseWeight):
         return x.dtype if weight is not None and x.dtype == weight.dtype else None
 
     def product(self, x: Tensor) -> Tensor:
-        own = self.layer._parameters
-        bias = own["bias"]
+        bias = own_tensor(self.layer, "bias")
         return F.linear(x, self._weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def weight_to_keep(self) -> Tensor | None:
@@ -64,7 +66,9 @@ class LinearWeight(BaseWeight):
 
     def _weight(self) -> Tensor:
         """The layer's own weight (o, i), as autograd knows it."""
-        return self.layer._parameters["weight"]
+        weight = own_tensor(self.layer, "weight")
+        assert weight is not None
+        return weight
 
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         if y.dtype != h.dtype or torch.is_autocast_enabled(y.device.type):
@@ -87,11 +91,11 @@ class Conv1DWeight(LinearWeight):
     def out_features(self) -> int:
         return self.layer.weight.shape[1]
 
-    def read(self) -> Tensor:
-        return self.layer.weight.detach().T
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        return self.stored(state).detach().T
 
     def _weight(self) -> Tensor:
-        return self.layer._parameters["weight"].T
+        return super()._weight().T
 
     def write(self, weight: Tensor) -> None:
         super().write(weight.T)
@@ -114,11 +118,11 @@ class ConvWeight(BaseWeight):
     def kernel(self) -> tuple[int, ...]:
         return tuple(self.layer.kernel_size)
 
-    def read(self) -> Tensor:
-        return self.layer.weight.detach()
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        return self.stored(state).detach()
 
     def write(self, weight: Tensor) -> None:
-        self.layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)
+        self._put("weight", weight.to(self.dtype))
 
     def _convolve(self, x: Tensor, weight: Tensor, **geometry: Any) -> Tensor:
         function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.kernel)]
@@ -152,11 +156,11 @@ class EmbeddingWeight(BaseWeight):
     def out_features(self) -> int:
         return self.layer.embedding_dim
 
-    def read(self) -> Tensor:
-        return self.layer.weight.detach().T
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        return self.stored(state).detach().T
 
     def write(self, weight: Tensor) -> None:
-        self.layer.weight = nn.Parameter(weight.T.to(self.dtype).contiguous(), requires_grad=False)
+        self._put("weight", weight.T.to(self.dtype))
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         rows = F.embedding(x, weight.T, padding_idx=self.layer.padding_idx)

@@ -8,6 +8,7 @@ saving, merging and training stay exact to the bit, and a copy in the other orde
 
 import copy
 import weakref
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -40,6 +41,9 @@ class FourBitWeight(LinearWeight):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}
+
+    def forget(self) -> None:
+        self._packed = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,11 +86,10 @@ class FourBitWeight(LinearWeight):
     def weight_to_keep(self) -> None:
         return None
 
-    def read(self) -> Tensor:
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
         import bitsandbytes.functional as bnb
 
-        data, state = _unpacked(self.layer.weight)
-        return bnb.dequantize_4bit(data, state)
+        return bnb.dequantize_4bit(*_unpacked(self.stored(state)))
 
     def write(self, weight: Tensor) -> None:
         make: Any = import_module("bitsandbytes.nn").Params4bit  # its stubs hide the constructor
@@ -114,13 +117,16 @@ class _Packed(NamedTuple):
     """(o, i/2) bytes: of 32 outputs the first input pair, the second, ...; a byte's halves are 16 outputs apart."""
     scales: Tensor
     """(i/blocksize, o) in bfloat16."""
-    weight: "weakref.ref[Tensor]"
-    """What it was made of; a reference that would keep it alive could hold a merged weight for ever."""
-    version: tuple[int, int]
+    memory: "weakref.ref[torch.UntypedStorage]"
+    """Of the codes that it was made of; a reference that would keep it alive could hold a merged weight for ever."""
+    state: Any
+    """The scales that it was made of."""
+    version: int
 
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether it was made of this very weight as it is now."""
-        return self.weight() is weight and self.version == _version(weight)
+    def is_of(self, weight: Any) -> bool:
+        """Whether it was made of this weight as it is now."""
+        same = self.memory() is weight.untyped_storage() and self.state is weight.quant_state
+        return same and self.version == _version(weight)
 
 
 def _packed(weight: Any) -> _Packed:
@@ -134,12 +140,12 @@ def _packed(weight: Any) -> _Packed:
     codes = torch.stack(halves, -1).transpose(1, 2).reshape(outputs, inputs // 2)
     scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     scales = scales.view(outputs, -1).T.to(torch.bfloat16).contiguous()
-    return _Packed(codes, scales, weakref.ref(weight), _version(weight))
+    return _Packed(codes, scales, weakref.ref(weight.untyped_storage()), state, _version(weight))
 
 
-def _version(weight: Tensor) -> tuple[int, int]:
-    """Where its codes lie, and how often they have been changed in place as far as autograd has seen it."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+def _version(weight: Tensor) -> int:
+    """How often the codes have been changed in place, as far as autograd has seen it."""
+    return 0 if weight.is_inference() else weight._version
 
 
 @cache
@@ -183,13 +189,13 @@ class EightBitWeight(LinearWeight):
     def weight_to_keep(self) -> None:
         return None
 
-    def _codes(self) -> tuple[Tensor, Tensor]:
-        weight, state = self.layer.weight, self.layer.state
-        return weight.data, weight.SCB if weight.SCB is not None else state.SCB
-
     def read(self) -> Tensor:
-        codes, scale = self._codes()
-        return codes.float() * (scale.view(-1, 1) / 127)
+        return self.read_from(self.state())
+
+    def read_from(self, state: Mapping[str, Any]) -> Tensor:
+        weight: Any = self.stored(state)
+        scale = state["state"].SCB if weight.SCB is None else weight.SCB
+        return weight.data.float() * (scale.view(-1, 1) / 127)
 
     def write(self, weight: Tensor) -> None:
         make: Any = import_module("bitsandbytes.nn").Int8Params
@@ -200,6 +206,13 @@ class EightBitWeight(LinearWeight):
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "state": self.layer.state}
+
+    def follow(self, state: dict[str, Any]) -> None:
+        # bitsandbytes moves these where a layer's own `to` is called, and never casts them
+        device, kept = state["weight"].device, state["state"]
+        for name in ("CB", "SCB"):
+            if (tensor := getattr(kept, name)) is not None:
+                setattr(kept, name, tensor.to(device))
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore({name: value for name, value in state.items() if name != "state"})

@@ -43,15 +43,15 @@ class Companions:
 
 
 def companions_of(adapters: AdapterSet, names: Sequence[str]) -> Companions:
-    """Those of several adapters; MergeError where two have them at one place, or one trains the base's own biases."""
+    """Those of several adapters; MergeError where two have them at one place, or one trains the base's biases."""
     copies: dict[str, nn.Module] = {}
     tokens: dict[str, TrainableTokens] = {}
     saved: list[str] = []
     for name in dict.fromkeys(names):
-        if adapters.own_biases.get(name):
+        if adapters.biases(name):
             raise MergeError(
-                f"adapter {name!r} trains the base's own biases (bias={_bias_mode(adapters, name)!r}), which belong to "
-                "one adapter only; train it with bias='none' to combine it"
+                f"adapter {name!r} trains the base's own biases (bias={_bias_mode(adapters, name)!r}), which no recipe "
+                "combines; train it with bias='none' to combine it"
             )
         own, rows = adapters.copies(name), adapters.adapters(name)
         for path in adapters.of_method(name):

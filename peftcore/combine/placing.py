@@ -32,10 +32,7 @@ def place(model: nn.Module, name: str, sources: Sources, layers: Mapping[str, Co
     injection = prepare_injection(model, config, name)
     _fill(injection, layers)
     sources.companions.take_to(injection)
-    selection = sources.set.selection
-    active = selection.active
     commit_injection(model, injection, trainable=False)
-    selection.active = active
     return {path: cast(Lora, injection.adapters[path]).r for path in layers}
 
 

@@ -15,19 +15,21 @@ from torch import Tensor
 
 from peftcore.adapter import Adapter
 from peftcore.composition.algebra import Composition, Gate, Only, Split, Stack, Weighted
-from peftcore.composition.route import Route
+from peftcore.composition.route import Route, RoutedLayer
 from peftcore.errors import RoutingError
 
 Below = Callable[[Tensor], Tensor]
 
 
-class Layer(Protocol):
+class Layer(RoutedLayer, Protocol):
     """What is wanted of an adapted layer."""
-
-    path: str
 
     def at_work(self) -> Mapping[str, Adapter]:
         """{name: adapter} of the layer's adapters that are not merged."""
+        ...
+
+    def in_order(self, names: Sequence[str]) -> list[Adapter]:
+        """Those of `at_work` with these names, in this order, each one's trained bias after it."""
         ...
 
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -46,7 +48,8 @@ def composed(layer: Layer, route: Route, x: Tensor, *args: Any, **kwargs: Any) -
         return site.of(route.uniform, x)
     if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
         raise RoutingError(f"{layer.path} is called with more tensors than its input, whose rows are unknown")
-    groups = route.groups(x, layer.path)
+    route.check_layer(x, layer)
+    groups = route.groups(x)
     inputs = [x.index_select(0, rows) for _, rows in groups]
     chains = [site.chain(one) for one, _ in groups]
     if any(chain is None or any(adapter.through_weight for adapter in chain) for chain in chains):
@@ -69,8 +72,8 @@ class _Site:
 
     def chain(self, one: Composition) -> list[Adapter] | None:
         """The layer's adapters where they act one on top of another, and that is all."""
-        chain, at_work = one.chain(), self.layer.at_work()
-        return None if chain is None else [at_work[name] for name in chain if name in at_work]
+        chain = one.chain()
+        return None if chain is None else self.layer.in_order(chain)
 
     def base(self, x: Tensor) -> Tensor:
         return self.layer.base_output(x, *self.args, **self.kwargs)

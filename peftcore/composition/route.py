@@ -9,13 +9,26 @@ Shapes: B rows of the forward, N compositions given (each for B/N rows in turn),
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftcore.composition.algebra import Composition, Gate, Spec, Split, composition
+from peftcore.detection.batch_axis import rows_come_first
 from peftcore.errors import RoutingError
+
+
+class RoutedLayer(Protocol):
+    """What a route asks of a layer."""
+
+    path: str
+    batch_first: bool | None
+    """Whether it sees rows before their tokens; None: not known yet."""
+
+    def sees_tokens(self, x: Tensor) -> bool:
+        """Whether an input of this shape has an axis of tokens besides that of rows."""
+        ...
 
 
 class Columns(NamedTuple):
@@ -98,6 +111,10 @@ class Route:
         """Rows one after another with one composition (count); 0 where these are not what is to be computed."""
         self.plans: dict[Any, Any] = {}
         """What `peftcore.fast_path` knows of each layer under these compositions."""
+        self.model: nn.Module | None = None
+        """The model that is routed, to look at the surroundings of a layer."""
+        self.is_final = False
+        """Whether no adapter may act inside of it, as in `disable_adapter`."""
         self.repeats = False
         """Whether each row may stand several times, one after another, as `generate` does with beams."""
         self.rows: int | None = None
@@ -149,9 +166,8 @@ class Route:
 
     # -- how it looks to a layer ---------------------------------------------------------------------------------
 
-    def groups(self, x: Tensor, path: str) -> list[tuple[Composition, Tensor]]:
-        """[(composition, the rows of x (n, ...) that it computes)], each composition once."""
-        self.check_layer(x, path)
+    def groups(self, x: Tensor) -> list[tuple[Composition, Tensor]]:
+        """[(composition, the rows of x (n, ...) that it computes)], each composition once; see `check_layer`."""
         key = (len(x), x.device)
         if key not in self._groups:
             numbers: dict[Composition, list[int]] = {}
@@ -161,7 +177,7 @@ class Route:
             self._groups[key] = list(own.items())
         return self._groups[key]
 
-    def check_layer(self, x: Tensor, path: str) -> None:
+    def check_layer(self, x: Tensor, layer: RoutedLayer) -> None:
         """RoutingError where it cannot be told whose rows a layer sees."""
         if self.uniform is not None:
             return
@@ -170,9 +186,22 @@ class Route:
         fits = len(x) == rows or (len(x) in self.flattened and x.dim() == 2 if known else len(x) % rows == 0)
         if not fits:
             raise RoutingError(
-                f"{path} sees {len(x)} rows where the batch has {rows}, so it cannot be told whose they are; leave "
-                "this layer out of target_modules, or give all rows of a batch the same adapter"
+                f"{layer.path} sees {len(x)} rows where the batch has {rows}, so it cannot be told whose they are; "
+                "leave this layer out of target_modules, or give all rows of a batch the same adapter"
             )
+        if x.dim() > 1 and x.shape[1] == rows and layer.sees_tokens(x) and not self._rows_come_first(layer):
+            raise RoutingError(
+                f"{layer.path} sees {tuple(x.shape[:2])} where the batch has {rows} rows, so its rows may be the first "
+                "or the second axis; give the model, or the module around this layer, the attribute batch_first=True "
+                "if they are the first, or give all rows of a batch the same adapter"
+            )
+        if layer.batch_first is None and x.dim() == 3 and len(x) == self.rows != x.shape[1]:
+            layer.batch_first = True
+
+    def _rows_come_first(self, layer: RoutedLayer) -> bool:
+        if layer.batch_first is None and self.model is not None:
+            layer.batch_first = rows_come_first(self.model, layer.path)
+        return bool(layer.batch_first)
 
     def runs(self, tokens: int) -> list[Run]:
         """The stretches of a layer's tokens (count) that have one composition each."""
@@ -232,7 +261,7 @@ class Route:
         weights = x.new_zeros(1, tokens, len(columns.names), dtype=dtype)
         gates: dict[Gate, Tensor] = {}
         places = columns.places()
-        for one, rows in self.groups(x, path):
+        for one, rows in self.groups(x):
             own = torch.zeros(len(x), dtype=dtype, device=x.device)
             own[rows] = 1
             of_row = own[:, None].expand(len(x), tokens // len(x)).reshape(-1)

@@ -4,8 +4,8 @@ A and B are the adapters' own, one below and one beside the other; G is 0 where 
 x Aᵀ is there), and its weight elsewhere. Layers of one input go through it together, as in `peftcore.low_rank`.
 Where every adapter has as many rows, the products are batched by adapter, and nothing is computed to be dropped.
 
-The stacks are kept, in the activations' type, until another set of adapters acts or a weight has changed, which is told
-by autograd's version counters: an edit through `.data` is not seen. Adapters that train are stacked anew each time.
+The stacks are kept, in the activations' type, until another set of adapters acts or their fingerprint has changed
+(`peftcore.fingerprint`). Those of adapters that train are kept for the length of one `generate` only.
 
 Shapes: n tokens, i in_features, o out_features, R the ranks of all adapters, of all layers together.
 """
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.composition.route import Blocks, Mask, Run
+from peftcore.fingerprint import Fingerprint
 from peftcore.low_rank import LowRank
 
 LONG = 64
@@ -45,12 +46,12 @@ class Stacked(NamedTuple):
     """(layer, row of `a`, row of the layer's `b`) where each adapter begins."""
     batched: list[tuple[Tensor, Tensor]]
     """(A by adapter (K, i, r), B by adapter (K, r, o)) of each layer, in the same memory; [] where ranks differ."""
-    made_from: list[Tensor]
-    versions: list[int]
+    fingerprint: Fingerprint
+    """Of the adapters, taken before their weights were read."""
 
     def is_current(self) -> bool:
-        """Whether the weights are still those that were stacked, and none of them trains."""
-        return [-1 if tensor.requires_grad else tensor._version for tensor in self.made_from] == self.versions
+        """Whether the weights are still those that were stacked."""
+        return self.fingerprint.holds(trusts_learning=False)
 
 
 def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | None:
@@ -58,7 +59,8 @@ def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | 
 
     Several that are not all finite are no stack either: 0 x NaN is NaN, so one would spoil the rows of all.
     """
-    factors = [[adapter.low_rank() for adapter in adapters] for adapters in layers]
+    fingerprint = Fingerprint(adapter for adapters in layers for adapter in adapters)
+    factors = [[_factors(adapter) for adapter in adapters] for adapters in layers]
     if not all(_is_plain(one) for own in factors for one in own):
         return None
     plain: list[list[LowRank]] = factors  # type: ignore[assignment]
@@ -67,8 +69,6 @@ def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | 
     b = [torch.cat([(one.b * one.scaling).to(dtype).T for one in own]) for own in plain]
     if any(len(own) > 1 for own in plain) and not all(bool(factor.isfinite().all()) for factor in (a, *b)):
         return None
-    made_from = [t for adapters in layers for each in adapters for t in (*each.parameters(), *each.buffers())]
-    counted = not any(tensor.is_inference() for tensor in made_from)  # such tensors count no versions
     sizes = [sum(len(one.a) for one in own) for own in plain]
     alike = all(len({len(one.a) for one in own}) == 1 and len(own) == len(plain[0]) for own in plain)
     batched = zip(a.split(sizes), b, strict=True) if alike else ()
@@ -79,8 +79,7 @@ def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | 
         sizes,
         _places([[len(one.a) for one in own] for own in plain]),
         [(_by_adapter(below, len(plain[0])).mT, _by_adapter(beside, len(plain[0]))) for below, beside in batched],
-        made_from if counted else [],
-        [tensor._version for tensor in made_from] if counted else [0],
+        fingerprint,
     )
 
 
@@ -100,7 +99,12 @@ def _places(ranks: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
 
 def can_be_stacked(adapters: Iterable[Adapter]) -> bool:
     """Whether each of them is two factors and nothing else."""
-    return all(_is_plain(adapter.low_rank()) for adapter in adapters)
+    return all(_is_plain(_factors(adapter)) for adapter in adapters)
+
+
+def _factors(adapter: Adapter) -> LowRank | None:
+    """An adapter as two factors, where these are all that it adds."""
+    return adapter.low_rank() if adapter.trained_bias is None else None
 
 
 def _is_plain(one: LowRank | None) -> bool:
@@ -148,7 +152,7 @@ def stretched_outputs(
             if weight := weights.get(name, 0.0):
                 h = F.linear(flat[start:stop], a)
                 ys[layer][start:stop].addmm_(h if weight == 1 else h * weight, b)
-    return [y.view(*x.shape[:-1], -1) for y in ys]
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def batched_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, blocks: Blocks) -> list[Tensor]:
@@ -159,7 +163,7 @@ def batched_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, bl
     for base, (a, b) in zip(bases, stacked.batched, strict=True):
         y = base.product(flat)
         y.view(blocks.adapters, -1, y.shape[1]).baddbmm_(own.bmm(a), b)
-        ys.append(blocks.unsorted(y).view(*x.shape[:-1], -1))
+        ys.append(blocks.unsorted(y).view(*x.shape[:-1], y.shape[-1]))
     return ys
 
 
@@ -171,4 +175,4 @@ def stacked_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, ma
         h = mask.apply(h)
     parts = (h,) if len(bases) == 1 else h.split(stacked.sizes, 1)
     ys = [base.product(flat).addmm_(own, b) for base, own, b in zip(bases, parts, stacked.b, strict=True)]
-    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], -1) for y in ys]
+    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]

@@ -6,12 +6,12 @@ from typing import NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftcore.adapter_set import adapter_set, bias_path
+from peftcore.adapter_set import adapter_set
 from peftcore.config import CONFIG_NAME
-from peftcore.content import Content
+from peftcore.content import Content, content_of
 from peftcore.conversion.lora import lora_config, lora_tensors
 from peftcore.conversion.low_rank_form import Conversion, low_rank_forms
-from peftcore.errors import ConfigError
+from peftcore.embedding_rows import embeddings_to_save
 from peftcore.files import directory_written_atomically, write_manifest
 from peftcore.inject import commit_injection
 from peftcore.methods.lora import LoraConfig
@@ -39,16 +39,13 @@ def convert_to_lora(
 
     rank: of each layer at most. tolerance: relative error of each layer's change, for the least rank that meets it.
     With neither, only methods that are low-rank themselves convert (LoRA, rsLoRA, AdaLoRA, VeRA), and exactly.
-    Modules that the adapter trains whole are copied too. `set_adapter(new_name)` makes it act.
+    Modules that the adapter trains whole and its trained biases are copied too. `set_adapter(new_name)` makes it act.
     Raises ConfigError or MergeError for what no LoRA can stand for; the model is then as it was.
     """
-    if adapter_set(model).own_biases.get(adapter_name):
-        raise ConfigError(
-            f"{adapter_name!r} trains biases of the model, which only one adapter of a model can; use save_as_lora"
-        )
     plain = _plain_lora(model, adapter_name, rank, tolerance)
     injection = prepare_injection(model, plain.config, new_name, fresh=False)
-    Content(injection.adapters, injection.copies, None).read(plain.tensors)
+    content = Content(injection.adapters, injection.biases, injection.copies, None)
+    content.read(content.spelled(plain.tensors))
     commit_injection(model, injection, is_trainable)
     return plain.report
 
@@ -66,9 +63,10 @@ def save_as_lora(
     `directory` is replaced, and stays on an error.
     """
     plain = _plain_lora(model, adapter_name, rank, tolerance)
+    rows = embeddings_to_save(model, content_of(adapter_set(model), adapter_name), adapter_name, "auto")
     base = plain.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     plain.config.base_model_name_or_path = base
-    write_lora(plain.config, plain.tensors, Path(directory))
+    write_lora(plain.config, rows | plain.tensors, Path(directory))
     return plain.report
 
 
@@ -89,6 +87,7 @@ def _plain_lora(model: nn.Module, name: str, rank: int | None, tolerance: float 
     tensors = lora_tensors(layers, {path: (base.kind, base.kernel) for path, base in bases.items()})
     for path, module in adapters.copies(name).items():
         tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in module.state_dict().items()}
-    for path in adapters.own_biases.get(name, {}):
-        tensors[PREFIX + path] = model.get_parameter(bias_path(adapters, path))
+    for path, own in adapters.biases(name).items():
+        inside = "base_layer." if path in layers and layers[path].rank else ""
+        tensors[PREFIX + (path if own.base.kind == "parameter" else f"{path}.{inside}bias")] = own.bias.detach()
     return _PlainLora(lora_config(adapters.configs[name], layers), tensors, report)

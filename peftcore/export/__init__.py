@@ -1,11 +1,12 @@
 """Adapters for the runtimes that people serve with, and merges that need little memory.
 
-`canonical.py` the one form to export from; `gguf_layout.py`, `gguf_lora.py`, `gguf_merged.py` llama.cpp;
+`canonical.py` the one form to export from; `gguf_*.py` llama.cpp;
 `vllm.py`, `vllm_rules.py` vLLM and LoRAX; `streaming.py` a merge from safetensors to safetensors.
 """
 
 from peftcore.export.canonical import CanonicalLora, canonicalise
 from peftcore.export.errors import ExportError
+from peftcore.export.gguf_base import check_gguf_base
 from peftcore.export.gguf_lora import export_gguf_lora
 from peftcore.export.gguf_merged import export_gguf_merged
 from peftcore.export.streaming import merge_streaming
@@ -16,6 +17,7 @@ __all__ = [
     "CanonicalLora",
     "ExportError",
     "canonicalise",
+    "check_gguf_base",
     "check_vllm",
     "export_gguf_lora",
     "export_gguf_merged",

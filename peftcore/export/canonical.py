@@ -7,6 +7,7 @@ Shapes: i in_features, o out_features, r rank; on an embedding of v rows of size
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from peftcore.methods.lora import LoraConfig
 from peftcore.tensors import PREFIX, read_tensors
 
 _EMBEDDING = ".lora_embedding_A"
+_TARGETED_ROWS, _ROWS = ".base_layer.weight", ("embed_tokens.weight", "lm_head.weight")
+"""Endings of what `save_embedding_layers` saves: of layers that the adapter targets, and of others."""
 _BASE_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Starts of HF PEFT that take something out of the base, which the directory does not say."""
 
@@ -79,11 +82,16 @@ def canonicalise(
 
 def _of_model(model: nn.Module, name: str) -> tuple[dict[str, Factors], set[str]]:
     adapters = adapter_set(model)
+    if adapters.replaced_rows:
+        raise ExportError(
+            "the adapter's directory brought embeddings of the base that differ from the base's own, and a LoRA alone "
+            "cannot hold them; merge the adapter into the base instead"
+        )
     config: Any = adapters.configs[name]
     own = adapters.adapters(name)
     check_plain(config)
     check_convertible(model, name)
-    if adapters.copies(name) or adapters.own_biases.get(name):
+    if adapters.copies(name) or adapters.biases(name):
         raise ExportError(_SAVED_MODULES)
     layers = {}
     for path, adapter in own.items():
@@ -158,7 +166,19 @@ def _lora_factors(
         alpha = config.at(path)[1]
         layers[path] = Factors(a, tensors[other], alpha / (math.sqrt(len(a)) if config.use_rslora else len(a)))
         embeddings |= {path} if ending == _EMBEDDING else set()
-    if left := sorted(key for key in tensors if key not in read and not key.endswith(".base_layer.weight")):
+    left = sorted(key for key in tensors if key not in read and not key.endswith(_TARGETED_ROWS))
+    if left and all(key.endswith(_ROWS) for key in left):
+        raise ExportError(
+            f"{directory} holds embeddings of the base ({left[0]}), as of a resized vocabulary; load it onto the model "
+            "and export it from there, which compares them"
+        )
+    if targeted := sorted(key for key in tensors if key.endswith(_TARGETED_ROWS)):
+        warnings.warn(
+            f"{directory} holds embeddings of the base ({targeted[0]}), which are not exported and not compared; if "
+            "the base's own may be others, load it onto the model and export it from there",
+            stacklevel=4,
+        )
+    if left:
         raise ExportError(f"{directory} holds {left[0]}, which is no factor of a LoRA; {_SAVED_MODULES}")
     if not layers:
         raise CheckpointError(f"{directory} holds no LoRA tensors; give the directory that save_pretrained wrote")

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
-from peftcore.adapter_set import AdapterSet, bias_path
+from peftcore.adapter_set import AdapterSet
 from peftcore.errors import MergeError
 from peftcore.export.mapped_model import key_of
 from peftcore.export.safetensors_stream import Header
+from peftcore.host import with_trained_biases
 
 
 class Output(NamedTuple):
@@ -47,18 +48,22 @@ def _changes(
 ) -> dict[str, Callable[[], Tensor]]:
     """{path of a parameter: what makes it} of all that the adapter changes."""
     changes: dict[str, Callable[[], Tensor]] = {}
+    for path, (layer, leaf, _) in adapters.replaced_rows.items():
+        parameter = layer._parameters[leaf]
+        assert parameter is not None
+        changes[path] = lambda parameter=parameter: parameter.detach().to(dtype or parameter.dtype)
     for path, site in adapters.layers.items():
         adapter, base = site.adapters[name], site.base
         weight = path if base.kind == "parameter" else f"{path}.weight"
-        changes[weight] = lambda adapter=adapter: _merged(adapter, dtype)
-        if base.bias is not None and adapter.merged_bias(base.bias) is not base.bias:
-            changes[f"{path}.bias"] = lambda adapter=adapter: _merged_bias(adapter, dtype)
+        if adapter.changes_weight:
+            changes[weight] = lambda adapter=adapter: _merged(adapter, dtype)
+        if base.bias is not None and _merged_bias(adapter) is not base.bias:
+            changes[f"{path}.bias"] = lambda adapter=adapter, bias=base.bias: _merged_bias(adapter).to(
+                dtype or bias.dtype
+            )
     for path, copy in adapters.copies(name).items():
         for key, tensor in copy.state_dict().items():
             changes[f"{path}.{key}"] = lambda tensor=tensor: tensor.to(dtype or tensor.dtype)
-    for path in adapters.own_biases.get(name, {}):
-        bias = model.get_parameter(bias_path(adapters, path))
-        changes[path] = lambda bias=bias: bias.to(dtype or bias.dtype)
     return changes
 
 
@@ -78,11 +83,12 @@ def _merged(adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
         base.restore(before)
 
 
-def _merged_bias(adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
+def _merged_bias(adapter: Adapter) -> Tensor:
     bias = adapter.base.bias
-    merged = adapter.merged_bias(bias)
-    assert bias is not None and merged is not None
-    return merged.to(dtype or bias.dtype)
+    for part in with_trained_biases([adapter]):
+        bias = part.merged_bias(bias)
+    assert bias is not None
+    return bias
 
 
 def _finite(key: str, tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """One call for the starts that look at data: `initialize_from_data(model, batches)`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from peftcore.init.lora_ga import LoraGa
 from peftcore.init.observer import Observer
 from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.methods.lora.starts import put, taken_out
+from peftcore.training_flags import training_flags_restored
 
 _OBSERVERS: dict[str, type[Observer]] = {"eva": Eva, "corda": Corda, "lora_ga": LoraGa}
 
@@ -59,13 +61,14 @@ def initialize_from_data(
 
 
 def _observe(model: Any, observer: Observer, batches: Iterable[Any], forward: Any, progress: bool) -> int:
-    training, seen = model.training, 0
+    seen = 0
     keep_quantized_weights_trainable(model)
     handles = [
         adapter.base.layer.register_forward_hook(observer.hook(path)) for path, adapter in observer.layers.items()
     ]
     try:
-        with activation.adapters_disabled(model), torch.set_grad_enabled(observer.needs_loss):
+        base = activation.adapters_disabled(model)
+        with training_flags_restored(model), base, torch.set_grad_enabled(observer.needs_loss):
             model.eval()
             for batch in tqdm(batches, desc=observer.title, unit="batch", disable=not progress):
                 observer.begin(batch)
@@ -81,7 +84,6 @@ def _observe(model: Any, observer: Observer, batches: Iterable[Any], forward: An
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
     return seen
 
 
@@ -105,11 +107,13 @@ def _change_ranks(model: nn.Module, name: str, config: LoraConfig, ranks: dict[s
     alphas = {}
     for path, rank in kept.items():
         old_rank, alpha = config.at(path)
-        alphas[path] = alpha if not keep_scaling else alpha * rank / old_rank
+        ratio = rank / old_rank
+        kept_alpha = alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
+        alphas[path] = kept_alpha if keep_scaling else alpha
     changed = dataclasses.replace(
         config, target_modules=sorted(kept), exclude_modules=None, rank_pattern=kept, alpha_pattern=alphas
     )
-    trainable = any(p.requires_grad for p in adapters.parameters(model, name))
+    trainable = any(p.requires_grad for p in adapters.parameters(name))
     inject.delete_adapter(model, name)
     inject.commit_injection(model, inject.prepare_injection(model, changed, name), trainable)
     adapters.selection.active = active

@@ -1,6 +1,7 @@
 """LoRA-GA: the first step of LoRA follows the gradient of the full weight. arXiv:2407.05000.
 
 A and B come from different singular directions of G, the gradient of W, found without training W.
+G is the mean over the batches, so more data make it more exact and no larger.
 Shapes: i in_features, o out_features; G (o, i).
 """
 
@@ -40,6 +41,11 @@ class LoraGa(Observer):
             if 2 * adapter.r > (most := min(adapter.base.in_features, adapter.base.out_features)):
                 raise ConfigError(f"lora_ga needs 2r directions: r at {path} must be at most {most // 2}")
         self.gradient: dict[str, Tensor] = {}
+        """{path: sum over the batches of the gradient of W}"""
+        self.batches = 0
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        self.batches += 1
 
     def see(self, path: str, x: Tensor, y: Tensor) -> Tensor:
         if not y.requires_grad:
@@ -54,7 +60,7 @@ class LoraGa(Observer):
         return y
 
     def factors(self, path: str, adapter: Lora) -> Factors:
-        gradient, r = self.gradient[path], adapter.r
+        gradient, r = self.gradient[path] / self.batches, adapter.r
         u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
         of_a, of_b = self._directions(r)
         a, b = v.T[of_a], u[:, of_b] * s[of_b]

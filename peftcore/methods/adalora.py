@@ -105,7 +105,7 @@ class AdaLora(Adapter):
     def __init__(self, config: AdaLoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         mask = config.mask_at(path)
-        kept = torch.ones(config.init_r, dtype=torch.bool) if mask is None else torch.tensor(mask).flatten().bool()
+        kept = torch.tensor([True] * config.init_r if mask is None else mask, device="cpu").flatten().bool()
         if len(kept) != config.init_r:
             raise ConfigError(
                 f"ADALORA: rank_pattern at {path} must say of each of the {config.init_r} triplets whether it is kept; "
@@ -118,7 +118,7 @@ class AdaLora(Adapter):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, r))
         self.lora_E = nn.Parameter(torch.empty(r, 1))
-        self.kept = kept.cpu()
+        self.kept = kept
         """Which of the init_r triplets the budget keeps; the parameters may still hold all of them."""
         self.importance: dict[str, tuple[Tensor, Tensor]] = {}
         """{parameter: (Ī, Ū)}, float32, from the first gradient on."""

@@ -15,7 +15,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
-from peftcore.maths import cayley, drop_blocks, rotate_blocks, weight_shape
+from peftcore.maths import cayley, drop_blocks, rotate_blocks, scaled, weight_shape, widened
 from peftcore.registry import register
 
 
@@ -91,8 +91,9 @@ class BOFT(Adapter):
             nn.init.normal_(self.boft_s, mean=1, std=0.1)
 
     def factors(self) -> list[Tensor]:
-        """The blocks (n, c, c) of each factor."""
-        return list(cayley(0.5 * (self.boft_R - self.boft_R.mT)))
+        """The blocks (n, c, c) of each factor, in float32 or float64."""
+        blocks = widened(self.boft_R)
+        return list(cayley(0.5 * (blocks - blocks.mT)))
 
     def _acting_factors(self) -> list[Tensor]:
         factors = self.factors()
@@ -107,9 +108,8 @@ class BOFT(Adapter):
         return x
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        scale = self.boft_s.flatten().to(y.dtype)
-        bias = self.base.unmerged_bias
-        return y * scale if bias is None else torch.addcmul(bias.to(y.dtype) * (1 - scale), y, scale)
+        scale, bias = self.boft_s.flatten(), self.base.unmerged_bias
+        return scaled(y, scale) if bias is None else torch.addcmul(y, y - bias.to(y.dtype), (scale - 1).to(y.dtype))
 
     def forward_weight(self, weight: Tensor) -> Tensor:
         return self._merged(weight, self._acting_factors())

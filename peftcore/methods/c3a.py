@@ -15,6 +15,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
+from peftcore.maths import widened
 from peftcore.registry import register
 
 _STARTS = (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
@@ -68,9 +69,12 @@ class C3A(Adapter):
             nn.init.uniform_(self.c3a_kernel, -bound, bound)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
+        if not x.numel():  # no FFT takes an empty batch
+            return super().after(x, y)
         _, blocks, size = self.c3a_kernel.shape
-        kernel = rfft(self.c3a_kernel / self.base.in_features)
-        spectrum = rfft(x.to(self.c3a_kernel.dtype).unflatten(-1, (blocks, size)))  # no FFT has bfloat16
+        rows = widened(self.c3a_kernel)
+        kernel = rfft(rows / self.base.in_features)
+        spectrum = rfft(x.to(rows.dtype).unflatten(-1, (blocks, size)))
         product = torch.einsum("...nf,mnf->...mf", spectrum, kernel.conj())
         return y + irfft(product, n=size).flatten(-2).to(y.dtype)
 

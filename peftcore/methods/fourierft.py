@@ -16,7 +16,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
-from peftcore.maths import random_places, weight_shape
+from peftcore.maths import random_places, weight_shape, widened
 from peftcore.registry import register
 
 
@@ -61,9 +61,12 @@ class FourierFT(Adapter):
         count, size = first_match(config.n_frequency_pattern, path, config.n_frequency), math.prod(self.shape)
         if not 1 <= count <= size:
             raise ConfigError(f"FOURIERFT: n_frequency at {path} must be between 1 and the {size} weights; got {count}")
-        places = random_places(size, count, config.random_loc_seed).to(base.device)
-        self.register_buffer("places", places, persistent=False)
         self.fourierft_spectrum = nn.Parameter(torch.empty(count))
+        self.make_constants()
+
+    def make_constants(self) -> None:
+        places = random_places(math.prod(self.shape), len(self.fourierft_spectrum), self.config.random_loc_seed)
+        self.register_buffer("places", places.to(self.fourierft_spectrum.device), persistent=False)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -73,6 +76,7 @@ class FourierFT(Adapter):
             nn.init.normal_(self.fourierft_spectrum)
 
     def delta_weight(self) -> Tensor:
-        flat = self.fourierft_spectrum.new_zeros(math.prod(self.shape)).scatter(0, self.places, self.fourierft_spectrum)
+        spectrum = widened(self.fourierft_spectrum)
+        flat = spectrum.new_zeros(math.prod(self.shape)).scatter(0, self.places, spectrum)
         wave = torch.fft.ifft2(flat.view(self.shape[0], -1)).real
         return self.config.scaling * wave.view(self.shape)

@@ -16,7 +16,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
-from peftcore.maths import weight_shape
+from peftcore.maths import weight_shape, widened
 from peftcore.registry import register
 
 
@@ -69,14 +69,15 @@ class HRA(Adapter):
         self.hra_u[:, 1::2] = self.hra_u[:, ::2]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(L, U), both (i·k, r), with H₁⋯H_r = I − L Uᵀ; in the parameters' type also under autocast."""
+        """(L, U), both (i·k, r), with H₁⋯H_r = I − L Uᵀ; in float32 or float64 also under autocast."""
         with torch.autocast(self.hra_u.device.type, enabled=False):
+            vectors = widened(self.hra_u)
             if self.orthogonal:
-                q = torch.linalg.qr(self.hra_u).Q
+                q = torch.linalg.qr(vectors).Q
                 return 2 * q, q
-            u = self.hra_u / self.hra_u.norm(dim=0)
+            u = vectors / vectors.norm(dim=0)
             inner = torch.triu(u.T @ u, 1) + torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2
-            return torch.linalg.solve_triangular(inner, u, upper=True, left=False), u
+            return _by_pairs(torch.linalg.solve_triangular(inner, u, upper=True, left=False), u)
 
     def before(self, x: Tensor) -> Tensor:
         left, u = (factor.to(x.dtype) for factor in self.factors())
@@ -89,3 +90,15 @@ class HRA(Adapter):
         left, u = (factor.to(weight) for factor in self.factors())
         flat = weight.flatten(1)
         return (flat - (flat @ left) @ u.T).view(weight.shape)
+
+
+def _by_pairs(left: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors with the same product, small where the reflections of a pair nearly cancel.
+
+    l₁u₁ᵀ + l₂u₂ᵀ = (l₁ + l₂)u₁ᵀ + l₂(u₂ − u₁)ᵀ: in 16 bits the sum and the difference keep what l and u would lose.
+    """
+    even = u.shape[1] // 2 * 2
+    sums = left[:, 0:even:2] + left[:, 1:even:2]
+    differences = u[:, 1:even:2] - u[:, 0:even:2]
+    lefts = torch.cat([sums, left[:, 1:even:2], left[:, even:]], 1)
+    return lefts, torch.cat([u[:, 0:even:2], differences, u[:, even:]], 1)

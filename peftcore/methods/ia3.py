@@ -17,6 +17,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.detection import detect
 from peftcore.errors import ConfigError, TargetError
+from peftcore.maths import scaled
 from peftcore.patterns import matched
 from peftcore.registry import register
 
@@ -73,12 +74,15 @@ class IA3(Adapter):
         shape = (1, features) if self.scales_input or base.kind == "conv" else (features, 1)
         self.ia3_l = nn.Parameter(torch.empty(*shape, *(1 for _ in base.kernel)))
 
+    def extra_repr(self) -> str:
+        return f"scales_input={self.scales_input}"
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         nn.init.ones_(self.ia3_l) if self.starts_at_one else nn.init.normal_(self.ia3_l)
 
     def _scaled(self, features: Tensor) -> Tensor:
-        return features * self.base.per_output(self.ia3_l.flatten()).to(features.dtype)
+        return scaled(features, self.base.per_output(self.ia3_l.flatten()))
 
     def before(self, x: Tensor) -> Tensor:
         return self._scaled(x) if self.scales_input else x

@@ -51,6 +51,8 @@ class LoHa(Adapter):
     """LoHa at one layer."""
 
     layer_kinds = frozenset({"linear", "conv", "embedding"})
+    hada_t1: nn.Parameter
+    hada_t2: nn.Parameter
 
     def __init__(self, config: LoHaConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
@@ -81,7 +83,7 @@ class LoHa(Adapter):
             nn.init.zeros_(self.get_parameter("hada_w2_b"))
 
     def _factors(self, side: str) -> tuple[Tensor, Tensor]:
-        return self.get_parameter(f"hada_w1_{side}"), self.get_parameter(f"hada_w2_{side}")
+        return getattr(self, f"hada_w1_{side}"), getattr(self, f"hada_w2_{side}")
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         drops = self.training and any(self.dropouts)
@@ -107,7 +109,6 @@ class LoHa(Adapter):
         if not self.over_kernel:
             return self.scaling * ((a1 @ b1) * (a2 @ b2)).view(self.shape)
         first, second = (
-            torch.einsum("xy...,xp,yq->pq...", t, a, b)
-            for t, a, b in ((self.get_parameter("hada_t1"), a1, b1), (self.get_parameter("hada_t2"), a2, b2))
+            torch.einsum("xy...,xp,yq->pq...", t, a, b) for t, a, b in ((self.hada_t1, a1, b1), (self.hada_t2, a2, b2))
         )
         return self.scaling * (first * second).view(self.shape)

@@ -71,6 +71,13 @@ class LoKr(Adapter):
     """LoKr at one layer."""
 
     layer_kinds = frozenset({"linear", "conv"})
+    lokr_w1: nn.Parameter
+    lokr_w1_a: nn.Parameter
+    lokr_w1_b: nn.Parameter
+    lokr_w2: nn.Parameter
+    lokr_w2_a: nn.Parameter
+    lokr_w2_b: nn.Parameter
+    lokr_t2: nn.Parameter
 
     def __init__(self, config: LoKrConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
@@ -94,6 +101,8 @@ class LoKr(Adapter):
             shapes |= {"t2": (r, r, *kernel, *(1,) * (len(kernel) == 1)), "w2_a": (r, b), "w2_b": (r, d)}
         else:
             shapes |= {"w2_a": (b, r), "w2_b": (r, d * math.prod(kernel))}
+        self.parts = frozenset(shapes)
+        """Factors that this layer has, by the end of their names."""
         for name, shape in shapes.items():
             self.register_parameter(f"lokr_{name}", nn.Parameter(torch.empty(shape)))
 
@@ -107,16 +116,12 @@ class LoKr(Adapter):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """(W₁, W₂); W₂ is (b, d·k) where it is a product, else (b, d, *k)."""
-        p = self._parameters
-        w1 = p["lokr_w1"] if "lokr_w1" in p else p["lokr_w1_a"] @ p["lokr_w1_b"]  # type: ignore[operator]
-        if "lokr_w2" in p:
-            w2 = p["lokr_w2"]
-        elif "lokr_t2" in p:
-            w2 = torch.einsum("xy...,xp,yq->pq...", p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"])
-        else:
-            w2 = p["lokr_w2_a"] @ p["lokr_w2_b"]  # type: ignore[operator]
-        assert w1 is not None and w2 is not None
-        return w1, w2
+        w1 = self.lokr_w1 if "w1" in self.parts else self.lokr_w1_a @ self.lokr_w1_b
+        if "w2" in self.parts:
+            return w1, self.lokr_w2
+        if "t2" in self.parts:
+            return w1, torch.einsum("xy...,xp,yq->pq...", self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
+        return w1, self.lokr_w2_a @ self.lokr_w2_b
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if self.base.kind == "linear":

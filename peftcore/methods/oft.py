@@ -20,7 +20,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
-from peftcore.maths import cayley, drop_blocks, rotate_blocks, weight_shape
+from peftcore.maths import cayley, drop_blocks, rotate_blocks, weight_shape, widened
 from peftcore.registry import register
 
 
@@ -107,8 +107,12 @@ class OFT(Adapter):
         size = config.block_size(features, path)
         blocks = 1 if config.block_share else features // size
         self.oft_R = nn.Parameter(torch.empty(blocks, size * (size - 1) // 2))
-        self.register_buffer("upper", torch.triu_indices(size, size, 1), persistent=False)
         self.size = size
+        self.make_constants()
+
+    def make_constants(self) -> None:
+        upper = torch.triu_indices(self.size, self.size, 1, device=self.oft_R.device)
+        self.register_buffer("upper", upper, persistent=False)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -121,8 +125,8 @@ class OFT(Adapter):
         return rows * (radius / rows.norm(dim=1, keepdim=True)).clamp(max=1) if self.config.coft else rows
 
     def blocks(self) -> Tensor:
-        """R's blocks (n or 1, b, b), in the parameters' type also under autocast."""
-        rows = self.oft_R
+        """R's blocks (n or 1, b, b), in float32 or float64 also under autocast."""
+        rows = widened(self.oft_R)
         if self.config.coft:
             rows = self.projected() + (rows - rows.detach())  # the gradient passes the projection by
         with torch.autocast(rows.device.type, enabled=False):

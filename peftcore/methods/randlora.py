@@ -62,6 +62,14 @@ class Bases(Shared):
 
     def __init__(self, config: RandLoraConfig, smaller: int, larger: int, device: torch.device):
         super().__init__()
+        self.config, self.sizes = config, (smaller, larger)
+        for name in ("randlora_A", "randlora_B"):
+            empty = torch.empty(0, dtype=torch.float32, device=device)
+            self.register_buffer(name, empty, persistent=config.save_projection)
+        self.make_constants()
+
+    def make_constants(self) -> None:
+        config, (smaller, larger) = self.config, self.sizes
         generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
         bases = math.ceil(smaller / config.r)
         if config.sparse or config.very_sparse:
@@ -71,9 +79,8 @@ class Bases(Shared):
         else:
             a = _kaiming_uniform((config.r, 1, smaller), generator)
             b = torch.cat([_kaiming_uniform((larger, 1, config.r), generator) for _ in range(bases)], dim=1)
-        for name, drawn in (("randlora_A", a), ("randlora_B", b)):
-            normed = (drawn / drawn.std()).to(device, torch.float32)
-            self.register_buffer(name, normed, persistent=config.save_projection)
+        self.randlora_A = (a / a.std()).to(torch.float32).to(self.randlora_A)
+        self.randlora_B = (b / b.std()).to(torch.float32).to(self.randlora_B)
 
 
 def _kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -14,6 +14,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
+from peftcore.maths import scaled
 from peftcore.registry import register
 
 SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
@@ -73,10 +74,10 @@ class Road(Adapter):
         elif self.variant == "road_4":
             stay, cross = stay.view(-1, 2, self.group)[:, 0], cross.view(-1, 2, self.group)[:, 1]
         shape = (-1, *(1 for _ in range(values.dim() - 1 - axis)))
-        stay, cross = (v.reshape(shape).to(values.dtype) for v in (stay, cross))
+        stay, cross = stay.reshape(shape), cross.reshape(shape)
         first, second = values.unflatten(axis, (-1, 2, self.group // 2)).unbind(axis + 1)
         partner = torch.stack((-second, first), axis + 1).flatten(axis, axis + 2)
-        return values * stay + partner * cross
+        return torch.addcmul(scaled(values, stay), partner, cross.to(values.dtype))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         return self._turned(y, -1 - len(self.base.kernel))

@@ -63,8 +63,12 @@ class Shira(Adapter):
                 f"SHIRA: r={config.r} at {path} asks for {self.count} entries of a weight of "
                 f"{self.rows * self.columns}; r fits up to {self.rows * self.columns // (self.rows + self.columns)}"
             )
-        self.register_buffer("places", self._choose(), persistent=False)
         self.shira_weight = nn.Parameter(torch.empty(self.count))
+        self.make_constants()
+
+    def make_constants(self) -> None:
+        places = self._choose()
+        self.register_buffer("places", None if places is None else places.to(self.shira_weight.device), False)
 
     def _choose(self) -> Tensor | None:
         """Flat places of the entries; None where only a directory can tell them."""
@@ -80,7 +84,7 @@ class Shira(Adapter):
             places = random_places(self.rows * self.columns, self.count, self.config.random_seed).sort().values
         else:
             return None
-        return places.to(self.base.device)
+        return places
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -60,10 +60,20 @@ class TrainableTokens(Adapter):
             )
         self.follows = False
         self.from_base = config.init_weights
-        tokens = torch.tensor(config.token_indices)
+        self.chosen, self.count = tuple(config.token_indices), count
+        self.trainable_tokens_delta = nn.Parameter(torch.empty(len(self.chosen), width))
+        self.make_constants()
+
+    def make_constants(self) -> None:
+        device = self.trainable_tokens_delta.device
+        tokens = torch.tensor(self.chosen, device=device)
+        numbers = torch.arange(len(self.chosen), device=device)
+        place = torch.full((self.count,), -1, device=device).index_copy(0, tokens, numbers)
         self.register_buffer("tokens", tokens, persistent=False)
-        self.register_buffer("place", torch.full((count,), -1).index_copy(0, tokens, torch.arange(len(tokens))), False)
-        self.trainable_tokens_delta = nn.Parameter(torch.empty(len(tokens), width))
+        self.register_buffer("place", place, persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"tokens={len(self.chosen)}"
 
     @classmethod
     def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
@@ -77,8 +87,10 @@ class TrainableTokens(Adapter):
     @classmethod
     def link(cls, config: Any, adapters: Mapping[str, Adapter]) -> None:
         first: dict[int, TrainableTokens] = {}
-        for adapter in cast(Mapping[str, TrainableTokens], adapters).values():
-            source = first.setdefault(id(adapter.base.layer.weight), adapter)
+        made = list(cast(Mapping[str, TrainableTokens], adapters).values())
+        weights = [adapter.base.layer.weight for adapter in made]  # a parametrised one has no other owner
+        for adapter, weight in zip(made, weights, strict=True):
+            source = first.setdefault(id(weight), adapter)
             if source is not adapter:
                 adapter.follows, adapter.trainable_tokens_delta = True, source.trainable_tokens_delta
 

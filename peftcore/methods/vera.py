@@ -55,10 +55,16 @@ class Projections(Shared):
 
     def __init__(self, config: VeraConfig, largest_in: int, largest_out: int, device: torch.device):
         super().__init__()
+        self.config, self.largest = config, (largest_in, largest_out)
+        for name in ("vera_A", "vera_B"):
+            self.register_buffer(name, torch.empty(0, device=device), persistent=config.save_projection)
+        self.make_constants()
+
+    def make_constants(self) -> None:
+        config, (largest_in, largest_out) = self.config, self.largest
         generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
-        for name, shape in (("vera_A", (config.r, largest_in)), ("vera_B", (largest_out, config.r))):
-            drawn = _kaiming_uniform(shape, generator).to(device)
-            self.register_buffer(name, drawn, persistent=config.save_projection)
+        self.vera_A = _kaiming_uniform((config.r, largest_in), generator).to(self.vera_A)
+        self.vera_B = _kaiming_uniform((largest_out, config.r), generator).to(self.vera_B)
 
 
 def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

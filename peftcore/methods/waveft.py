@@ -21,7 +21,7 @@ from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
-from peftcore.maths import random_places, weight_shape
+from peftcore.maths import random_places, weight_shape, widened
 from peftcore.registry import register
 
 _SYMLETS = {2: 0, 3: 0, 4: 1, 5: 2, 6: 5, 7: 4, 8: 5, 9: 6, 10: 21}
@@ -134,13 +134,18 @@ class WaveFT(Adapter):
         super().__init__(config, base, path)
         self.config, self.path = config, path
         self.shape = weight_shape(base)
-        low = scaling_filter(config.wavelet_family)
-        high = [tap * (-1) ** k for k, tap in enumerate(reversed(low))]
-        filters = torch.tensor([low, high], dtype=torch.promote_types(base.dtype, torch.float32))
-        self.register_buffer("filters", filters[:, None], persistent=False)
         self.waveft_spectrum = nn.Parameter(torch.empty(0))
+        self.make_constants()
         if not config.proportional_parameters:
             self._take(first_match(config.n_frequency_pattern, path, config.n_frequency))
+
+    def make_constants(self) -> None:
+        low = scaling_filter(self.config.wavelet_family)
+        high = [tap * (-1) ** k for k, tap in enumerate(reversed(low))]
+        wide, device = torch.promote_types(self.base.dtype, torch.float32), self.waveft_spectrum.device
+        self.register_buffer("filters", torch.tensor([low, high], dtype=wide, device=device)[:, None], persistent=False)
+        if count := len(self.waveft_spectrum):
+            self.register_buffer("places", self._chosen(count).to(device), persistent=False)
 
     @classmethod
     def make_shared(cls, config: WaveFTConfig, bases: Mapping[str, BaseWeight]) -> Budget | None:
@@ -152,11 +157,17 @@ class WaveFT(Adapter):
 
     def _take(self, count: int) -> None:
         """Make `count` coefficients and choose their places."""
-        rows, size = self.shape[0], math.prod(self.shape)
-        columns = size // rows
+        size = math.prod(self.shape)
         if not 1 <= count <= size:
             raise ConfigError(f"WAVEFT: n_frequency at {self.path} must be between 1 and {size} weights; got {count}")
-        places = random_places(size, count, self.config.random_loc_seed).to(self.waveft_spectrum.device)
+        self.waveft_spectrum = nn.Parameter(self.waveft_spectrum.new_empty(count))
+        self.make_constants()
+
+    def _chosen(self, count: int) -> Tensor:
+        """Places (count,) of the coefficients, on the CPU."""
+        rows, size = self.shape[0], math.prod(self.shape)
+        columns = size // rows
+        places = random_places(size, count, self.config.random_loc_seed)
         if self.config.use_idwt:
             (_, half_rows, row_margin), (_, half_columns, column_margin) = self._grid(rows), self._grid(columns)
             row, column = places // columns + row_margin, places % columns + column_margin
@@ -165,8 +176,7 @@ class WaveFT(Adapter):
             swapped_row = row % half_rows + half_rows * (column >= half_columns)
             swapped_column = column % half_columns + half_columns * (row >= half_rows)
             places = swapped_row * 2 * half_columns + swapped_column
-        self.register_buffer("places", places, persistent=False)
-        self.waveft_spectrum = nn.Parameter(self.waveft_spectrum.new_empty(count))
+        return places
 
     def _grid(self, size: int) -> tuple[int, int, int]:
         """(coefficients, half of them, those before the first that may train) along an axis of ΔW of this size."""
@@ -185,7 +195,7 @@ class WaveFT(Adapter):
 
     def delta_weight(self) -> Tensor:
         rows, columns = self.shape[0], math.prod(self.shape[1:])
-        trained = self.config.scaling * self.waveft_spectrum
+        trained = self.config.scaling * widened(self.waveft_spectrum)
         if not self.config.use_idwt:
             return trained.new_zeros(rows * columns).scatter(0, self.places, trained).view(self.shape)
         high, wide = self._grid(rows)[0], self._grid(columns)[0]
@@ -197,5 +207,5 @@ class WaveFT(Adapter):
     def _synthesis(self, bands: Tensor, size: int) -> Tensor:
         """(k, size) for k rows of low-pass coefficients followed by as many high-pass ones."""
         bands = bands.unflatten(-1, (2, -1))
-        signal = F.conv_transpose1d(bands, self.filters, stride=2, padding=self.filters.shape[-1] - 2)
+        signal = F.conv_transpose1d(bands, self.filters.to(bands), stride=2, padding=self.filters.shape[-1] - 2)
         return signal[:, 0, :size]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftcore.config import TaskType
+from peftcore.config import TaskType, options_at
 from peftcore.errors import CheckpointError
 
 EMBEDDINGS = "prompt_embeddings"
@@ -37,6 +37,10 @@ class PromptLearner(nn.Module):
         """Make the parameters for `model`; `config` is what `completed` gave."""
         super().__init__()
         self.config = config
+
+    def extra_repr(self) -> str:
+        """The method's options: numbers that are not zero, and what is not at its default."""
+        return ", ".join(f"{name}={value}" for name, value in options_at(self.config).items())
 
     @classmethod
     def completed(cls, config: Any, model: nn.Module) -> Any:

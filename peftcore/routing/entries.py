@@ -94,8 +94,8 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 def _changes_the_base(config: PeftConfig) -> str:
     """What a configuration does to the base itself; "" for nothing."""
-    if getattr(config, "bias", "none") != "none":
-        return "trains the base's biases (bias=...)"
+    if getattr(config, "init_lora_weights", None) == "loftq":
+        return "replaces the base's weights (init_lora_weights='loftq')"
     return "makes the base deeper (layer_replication)" if getattr(config, "layer_replication", None) else ""
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from peftcore.adapter import Adapter
 from peftcore.composition.algebra import Gate
 from peftcore.errors import RoutingError
+from peftcore.fingerprint import Fingerprint
 
 
 def arrow_gate(names: Sequence[str], top_k: int | None = None, temperature: float = 1.0) -> Gate:
@@ -32,8 +33,8 @@ def arrow_gate(names: Sequence[str], top_k: int | None = None, temperature: floa
 class _Arrow:
     def __init__(self, top_k: int | None, temperature: float):
         self.top_k, self.temperature = top_k, temperature
-        self.prototypes: MutableMapping[Adapter, tuple[list[int], Tensor]] = WeakKeyDictionary()
-        """With the versions of the parameters that they were computed from."""
+        self.prototypes: MutableMapping[Adapter, tuple[Fingerprint, Tensor]] = WeakKeyDictionary()
+        """With the fingerprint of the weights that they were computed from."""
 
     def __call__(self, path: str, adapters: Mapping[str, Any], x: Tensor) -> Tensor:
         """(..., k)"""
@@ -46,15 +47,15 @@ class _Arrow:
 
     @torch.no_grad()
     def _prototype(self, path: str, adapter: Adapter) -> Tensor:
-        versions = [-1 if p.is_inference() else p._version for p in adapter.parameters()]
-        made_from, found = self.prototypes.get(adapter, ([], None))
-        if found is None or made_from != versions:
-            factors = adapter.low_rank()
-            if factors is None or adapter.base.kind != "linear":
-                raise RoutingError(f"Arrow needs adapters of two factors; {type(adapter).__name__} at {path} has none")
-            found = prototype(factors.a, factors.b)
-            self.prototypes[adapter] = versions, found
-        return found
+        kept = self.prototypes.get(adapter)
+        if kept is not None and kept[0].holds():
+            return kept[1]
+        fingerprint, factors = Fingerprint([adapter]), adapter.low_rank()
+        if factors is None or adapter.base.kind != "linear":
+            raise RoutingError(f"Arrow needs adapters of two factors; {type(adapter).__name__} at {path} has none")
+        direction = prototype(factors.a, factors.b)
+        self.prototypes[adapter] = fingerprint, direction
+        return direction
 
 
 def prototype(a: Tensor, b: Tensor) -> Tensor:

@@ -295,13 +295,13 @@ class AdapterStore:
         assert entry.directory is not None
         reused = self._make_room(entry.name, config, size, timeout)
         if reused is not None:
-            checkpoint.load_adapter_weights(self._model, entry.directory, reused.name, tensors)
+            checkpoint.load_adapter_weights(self._model, entry.directory, reused.name, tensors, False)
             return reused
         self._made += 1
         name = f"{entry.name}@{self._made}".replace(".", "-")
-        checkpoint.load_adapter(self._model, entry.directory, name, False, config, tensors)
+        checkpoint.load_adapter(self._model, entry.directory, name, False, config, tensors, False)
         adapters = adapter_set(self._model)
-        slot = Slot(name, config, sum(p.nbytes for p in adapters.parameters(self._model, name)))
+        slot = Slot(name, config, sum(p.nbytes for p in adapters.parameters(name)))
         with self._lock:
             self._slots[name] = slot
         return slot

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peftcore.composition import Composition
+from peftcore.fingerprint import unchanging_weights
 from peftcore.serving.admission import Admission
 from peftcore.serving.catalog import Catalog
 from peftcore.serving.errors import ServingError, ShuttingDownError
@@ -122,6 +123,10 @@ class Engine:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        with unchanging_weights():  # adapters come and go, and nobody edits one that is served
+            self._serve()
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._news or self._rows)

@@ -17,7 +17,7 @@ from peftcore.train.preference import Dpo, Orpo, PairLogProbs
 from peftcore.train.preference_trainer import PreferenceTrainer, PreferenceTrainerMixin
 from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import recompute_activations
-from peftcore.train.reference import pair_log_probs, reference_acting
+from peftcore.train.reference import pair_log_probs, reference_acting, reference_model
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
@@ -50,6 +50,7 @@ __all__ = [
     "pair_log_probs",
     "recompute_activations",
     "reference_acting",
+    "reference_model",
     "row_sums",
     "supervised_logits",
     "supervised_positions",

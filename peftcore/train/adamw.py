@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 _fused_adamw: Any = torch._fused_adamw_  # pyright: ignore[reportPrivateImportUsage]
 
@@ -79,6 +80,7 @@ class FusedAdamW(torch.optim.AdamW):
                     amsgrad=False,
                     maximize=False,
                 )
+                increment_version(parameters)  # the kernel tells autograd nothing of what it has written
         return loss
 
     def _parameters(self) -> Iterator[nn.Parameter]:

@@ -15,11 +15,18 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from peftcore.checkpoint import MODEL_CARD, PROMPT_STATE
+from peftcore.checkpoint import MODEL_CARD
 from peftcore.config import CONFIG_NAME
 from peftcore.errors import TrainingError
-from peftcore.files import MANIFEST, damaged_files, flush_to_disk, read_manifest, write_manifest
-from peftcore.tensors import WEIGHTS_NAME
+from peftcore.files import (
+    MANIFEST,
+    damaged_files,
+    files_written_together,
+    flush_to_disk,
+    read_manifest,
+    write_manifest,
+)
+from peftcore.tensors import PROMPT_STATE, WEIGHTS_NAME
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +58,11 @@ def copy_adapters(checkpoint: Path, directory: Path) -> None:
     """Copy what a checkpoint holds of its adapters, and nothing of its training state, to where they are published."""
     for weights in checkpoint.rglob(WEIGHTS_NAME):
         to = directory / weights.parent.relative_to(checkpoint)
-        to.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS_NAME, CONFIG_NAME, PROMPT_STATE, MODEL_CARD):
-            if (weights.parent / name).exists():
-                shutil.copyfile(weights.parent / name, to / name)
+        with files_written_together(to, owned=[PROMPT_STATE]) as fresh:
+            for name in (WEIGHTS_NAME, CONFIG_NAME, PROMPT_STATE, MODEL_CARD):
+                if (weights.parent / name).exists():
+                    shutil.copyfile(weights.parent / name, fresh / name)
+            write_manifest(fresh, [file.name for file in fresh.iterdir() if file.name != MODEL_CARD])
 
 
 def is_finished(folder: Path) -> bool:

@@ -84,6 +84,9 @@ class ExampleObjectiveMixin(ObjectiveMixin):
     def _computes_label_only_loss(self) -> bool:
         return True
 
+    def _evaluates_rows(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        return True
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """AdapterTrainerMixin's."""
         self._figures.clear()

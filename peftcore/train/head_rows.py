@@ -1,5 +1,7 @@
 """Hooks on an output head that for one forward give it the supervised rows alone, or compute their losses instead.
 
+To learn what the model does behind its head, they give it probes instead: the first and the last row, in growing size.
+
 Shapes: B rows of text, T positions, P virtual tokens before them, d hidden width, V vocabulary, n supervised tokens.
 """
 
@@ -55,7 +57,7 @@ class HeadRows:
         self.head, self.mask, self.targets, self.transform = head, mask, targets, transform
         self.linear = plain_linear(head) if targets is not None and transform is not None else None
         self.sends_probes = probes
-        self.calls = self.probes = self.rows = 0
+        self.calls = self.rows = 0
         self.fits = False
         self.losses: Tensor | None = None
         self.product: Tensor | None = None
@@ -82,31 +84,29 @@ class HeadRows:
         if self.calls > 1 or not isinstance(hidden, Tensor) or hidden.dim() != 3 or len(hidden) != len(self.mask):
             return None
         rows = hidden.flatten(0, 1).index_select(0, flat_indices(self.mask, hidden))
-        passed = [rows]
         linear = self.linear
-        if linear is not None and self.targets is not None and self.transform is not None and _takes(linear, rows):
+        if self.sends_probes:
+            ends = rows.detach()[[0, -1]]
+            rows = torch.cat([ends * factor for factor in _PROBE_FACTORS])
+        elif linear is not None and self.targets is not None and self.transform is not None and _takes(linear, rows):
             targets, transform = self.targets.to(rows.device), self.transform
             self.losses = linear_cross_entropy(
                 rows, linear.weight, targets, linear.bias, transform.softcap, transform.scale
             )
-            passed = [rows[:0]]  # an empty row still ties losses and output, on whose gradient FSDP waits
-        if self.sends_probes:
-            ends = rows.detach()[[0, -1]]
-            passed += [ends * factor for factor in _PROBE_FACTORS]
-            self.probes = len(ends) * len(_PROBE_FACTORS)
-        self.rows, self.fits = len(passed[0]), True
-        return torch.cat(passed).unsqueeze(0), *given[1:]
+            rows = rows[:0]  # an empty row still ties losses and output, on whose gradient FSDP waits
+        self.rows, self.fits = len(rows), True
+        return rows.unsqueeze(0), *given[1:]
 
     def _after(self, head: nn.Module, given: tuple[Any, ...], product: Any) -> None:
         if self.calls == 1 and isinstance(product, Tensor) and product.dim() == 3:
-            self.product = product[0, self.rows :].detach()
+            self.product = product[0].detach()
 
     def found(self, output: Any) -> HeadResult | None:
         """Losses or logits of the rows; None where the model did not take them as it should."""
         logits = output.logits
-        if not self.fits or self.calls != 1 or logits.dim() != 3 or logits.shape[:2] != (1, self.rows + self.probes):
+        if not self.fits or self.calls != 1 or logits.dim() != 3 or logits.shape[:2] != (1, self.rows):
             return None
-        logits = logits[0, : self.rows]
+        logits = logits[0]
         if self.losses is None:
             return HeadResult(logits=logits)
         return HeadResult(losses=self.losses + logits.sum().to(self.losses))

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from peftcore.adapter_set import adapter_set
 from peftcore.errors import TrainingError
 from peftcore.model import PeftModel
-from peftcore.train.losses import has_causal_loss, row_sums, token_losses
+from peftcore.train.losses import OwnLossCheck, has_causal_loss, row_sums, token_losses
 from peftcore.train.supervised_head import is_compiled
 from peftcore.train.weights import WEIGHT, RowWeightsMixin, token_weights
 
@@ -39,11 +39,16 @@ class ObjectiveMixin(RowWeightsMixin):
     _regularizers: list[Tensor]
     """Of the steps since the last record, detached."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._own_loss = OwnLossCheck()
+        super().__init__(*args, **kwargs)
+
     # -- loss --------------------------------------------------------------------------------------------------
 
     def _computes_label_only_loss(self) -> bool:
         return (
-            self._trainer_computes_next_token_loss()
+            not self._own_loss.differs
+            and self._trainer_computes_next_token_loss()
             and self.label_smoother is None
             and self.compute_loss_func is None
             and self.model_accepts_loss_kwargs
@@ -71,12 +76,12 @@ class ObjectiveMixin(RowWeightsMixin):
     ) -> Any:
         """Trainer's, with the label-only loss where the model's own is the same number; compiled models keep theirs."""
         plain = "labels" in inputs and "shift_labels" not in inputs and not return_outputs
-        label_only = plain and self._computes_label_only_loss()
+        label_only = plain and self._computes_label_only_loss() and self._own_loss_agrees(model, inputs)
         if WEIGHT in inputs and not label_only:
             raise TrainingError(
                 f"rows have weights, which the loss of this {type(adapted_model(self)).__name__} cannot take in: they "
-                "are for next-token cross entropy without label smoothing or a loss function of one's own, evaluated "
-                f"with prediction_loss_only=True; remove the column {WEIGHT!r}, or those"
+                "are for next-token cross entropy without further terms, label smoothing or a loss function of one's "
+                f"own, evaluated with prediction_loss_only=True; remove the column {WEIGHT!r}, or those"
             )
         if not label_only or (is_compiled(model) and WEIGHT not in inputs):
             result = super().compute_loss(
@@ -89,6 +94,12 @@ class ObjectiveMixin(RowWeightsMixin):
         loss, *rest = cast(tuple[Any, ...], result if return_outputs else (result,))
         loss = self._with_regularizer(loss, num_items_in_batch)
         return (loss, *rest) if return_outputs else loss
+
+    def _own_loss_agrees(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        if is_compiled(model):
+            return True  # it keeps its own loss; rows with weights have no other
+        others = {name: value for name, value in inputs.items() if name not in ("labels", WEIGHT)}
+        return self._own_loss.agrees(model, others, inputs["labels"])
 
     def _label_only_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         given = {name: value for name, value in inputs.items() if name not in ("labels", WEIGHT)}
@@ -153,6 +164,10 @@ class ObjectiveMixin(RowWeightsMixin):
         batches: list[dict[str, Tensor]] = []
         with torch.random.fork_rng(devices=[]):  # a loader draws a number, which would change training's dropout
             for inputs in dataloader:
+                if not self._evaluates_rows(model, inputs):
+                    return super().evaluation_loop(
+                        dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                    )
                 found = self.accelerator.gather_for_metrics(self._row_figures(model, inputs))
                 figures = cast(dict[str, Tensor], found)
                 batches.append({name: figure.cpu() for name, figure in figures.items()})
@@ -166,6 +181,11 @@ class ObjectiveMixin(RowWeightsMixin):
         metrics = {f"{metric_key_prefix}_{name}": figure for name, figure in of_set.items()}
         rows = sum(len(batch["loss"]) for batch in batches)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
+
+    def _evaluates_rows(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Return whether the model's own loss of this batch is a mean of its rows' figures."""
+        with self.compute_loss_context_manager():
+            return self._own_loss_agrees(model, dict(self._prepare_inputs(inputs)))
 
     @torch.no_grad()
     def _row_figures(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Every pair counts alike (or by its weight) whatever the accumulation. Logged: th
 accuracies and log-probabilities, under TRL's names.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate.utils import gather_object
@@ -19,10 +19,17 @@ from peftcore.train.example_objective import ExampleObjectiveMixin
 from peftcore.train.losses import has_causal_loss
 from peftcore.train.objective import adapted_model
 from peftcore.train.preference import Dpo, PairLogProbs, PreferenceObjective
-from peftcore.train.reference import pair_log_probs, reference_acting, stored_log_probs, with_reference_columns
+from peftcore.train.reference import (
+    pair_log_probs,
+    reference_acting,
+    reference_model,
+    stored_log_probs,
+    with_reference_columns,
+)
 from peftcore.train.trainer import AdapterTrainerMixin
 from peftcore.train.weights import WEIGHT
 
+Reference = Literal["start", "base"]
 PAIR_COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 """What a row of pairs has: token ids and labels of either answer behind its prompt."""
 
@@ -31,10 +38,12 @@ class PreferenceTrainerMixin(ExampleObjectiveMixin):
     """For any Trainer class: `class MyTrainer(PreferenceTrainerMixin, AdapterTrainerMixin, Trainer)`.
 
     objective: `Dpo(...)`, `Orpo(...)` or one of your own.
-    ref_adapter_name: a frozen adapter that is the reference, such as the one that training started from, loaded a
-    second time; None: the base without adapters.
+    reference: "start", the model as it is when the trainer is made, of which a frozen copy of the adapters is kept; or
+    "base", the model without adapters. They are the same model for adapters that start at zero.
+    ref_adapter_name: a frozen adapter that is the reference in the place of both.
     precompute_reference: take the reference's log-probabilities once, before training, rather than in each step.
-    Raises TrainingError for a model without next-token logits, a reference that trains, or packed rows.
+    Raises TrainingError for a model without next-token logits, a reference that trains, packed rows, or "start" with
+    FSDP, which would keep the base whole beside its shards.
     """
 
     _fitting_collator = "PreferenceCollator"
@@ -43,12 +52,16 @@ class PreferenceTrainerMixin(ExampleObjectiveMixin):
         self,
         *args: Any,
         objective: PreferenceObjective | None = None,
+        reference: Reference = "start",
         ref_adapter_name: str | None = None,
         precompute_reference: bool = False,
         **kwargs: Any,
     ) -> None:
         self.objective = Dpo() if objective is None else objective
+        if reference not in get_args(Reference):
+            raise TrainingError(f"reference is one of {', '.join(get_args(Reference))}; got {reference!r}")
         self.ref_adapter_name = ref_adapter_name
+        self._start: Any = None
         super().__init__(*args, **kwargs)
         model = adapted_model(self)
         if not has_causal_loss(model):
@@ -56,11 +69,13 @@ class PreferenceTrainerMixin(ExampleObjectiveMixin):
         if ref_adapter_name is not None:
             adapters = adapter_set(model)
             adapters.require(ref_adapter_name)
-            if any(p.requires_grad for p in adapters.parameters(model, ref_adapter_name)):
+            if any(p.requires_grad for p in adapters.parameters(ref_adapter_name)):
                 raise TrainingError(
                     f"the reference {ref_adapter_name!r} trains itself; load it with is_trainable=False, or freeze it "
                     "with set_requires_grad"
                 )
+        if reference == "start" and ref_adapter_name is None and self.objective.uses_reference:
+            self._start = self._reference_of_start(model)
         if precompute_reference and self.objective.uses_reference:
             self.train_dataset = self._with_reference(self.train_dataset)
             self.eval_dataset = self._with_reference(self.eval_dataset)
@@ -89,7 +104,18 @@ class PreferenceTrainerMixin(ExampleObjectiveMixin):
             reference = stored_log_probs(inputs, policy) or self._reference(model, inputs)
         return self.objective.losses(policy, reference)
 
+    def _reference_of_start(self, model: Any) -> Any:
+        if self.is_fsdp_enabled:
+            raise TrainingError(
+                "reference='start' keeps a copy of the model that shares the base's weights, and FSDP shards those; "
+                "give reference='base' if the adapter is new, or ref_adapter_name, a frozen adapter"
+            )
+        return reference_model(model)
+
     def _reference(self, model: nn.Module, inputs: dict[str, Any]) -> PairLogProbs:
+        if self._start is not None:
+            with torch.no_grad():
+                return pair_log_probs(self._start, inputs)
         with reference_acting(adapted_model(self), self.ref_adapter_name):
             return pair_log_probs(model, inputs)
 

@@ -23,8 +23,10 @@ from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import ConfigError, TrainingError
 from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.targets import find_targets
+from peftcore.train.losses import OwnLossCheck
 from peftcore.train.rank_allocation import allocate_ranks
 from peftcore.train.singular_credit import Batch, credited, mean_loss, scaled, summed_loss, to_singular_directions
+from peftcore.training_flags import training_flags_restored
 
 NAME = "rank_search"
 """The adapter's name while the search runs."""
@@ -112,14 +114,15 @@ def find_ranks(
     multiple = max(1, min(8, config.r // 4)) if multiple is None else multiple
     _check(model, config, batches, held_out, budget, tolerance, multiple)
     started, frozen = time.perf_counter(), [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
+    check = OwnLossCheck()
     layers = {path: base_weight(layer, path) for path, layer in find_targets(model, config).items()}
     if odd := [path for path, base in layers.items() if base.kind != "linear"]:
         raise ConfigError(f"find_ranks fits linear layers only; exclude {odd[0]}")
     costs = {path: base.in_features + base.out_features for path, base in layers.items()}
     widest = {path: min(WIDER * config.r, b.in_features, b.out_features) for path, b in layers.items()}
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+    random_numbers = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+    with random_numbers, training_flags_restored(model):
         torch.manual_seed(seed)
         inject.inject_adapter_in_model(_search_config(config, widest), model, NAME)
         try:
@@ -129,14 +132,14 @@ def find_ranks(
                 adapter.scaling = scaling
             keep_quantized_weights_trainable(model)
             bar = tqdm(total=len(batches) + 2 * len(held_out), desc="ranks", unit="batch", disable=not progress)
-            _train(model, batches, learning_rate, max_grad_norm, bar)
+            _train(model, batches, check, learning_rate, max_grad_norm, bar)
             model.eval()
             values = {path: to_singular_directions(adapter) for path, adapter in adapters.items()}
-            scores = credited(model, adapters, held_out, bar.update)
+            scores = credited(model, adapters, held_out, check, bar.update)
             bar.close()
             with scaled(adapters, 0.0):
-                before = mean_loss(model, held_out)
-            after = mean_loss(model, held_out)
+                before = mean_loss(model, held_out, check)
+            after = mean_loss(model, held_out, check)
             if not math.isfinite(after):
                 raise TrainingError(f"the search's loss is {after}; lower learning_rate, which is {learning_rate}")
             plain = {path: score.tolist() for path, score in scores.items()}
@@ -146,10 +149,9 @@ def find_ranks(
                 ranks = allocate_ranks(plain, costs, whole if budget is None else budget, least, multiple)
             else:
                 most = after * (1 + tolerance)
-                ranks, ladder = _least_within(model, adapters, plain, costs, held_out, most, least, multiple)
+                ranks, ladder = _least_within(model, adapters, plain, costs, held_out, check, most, least, multiple)
         finally:
             merge.unload(model)
-            model.train(training)
             for parameter, requires_grad in frozen:
                 parameter.requires_grad_(requires_grad)
     return RankSearch(
@@ -203,13 +205,15 @@ def _search_config(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-def _train(model: nn.Module, batches: Sequence[Batch], rate: float, max_norm: float, bar: Any) -> None:
+def _train(
+    model: nn.Module, batches: Sequence[Batch], check: OwnLossCheck, rate: float, max_norm: float, bar: Any
+) -> None:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / len(batches))
-        total, count = summed_loss(model, batch)
+        total, count = summed_loss(model, batch, check)
         (total / count).backward()
         nn.utils.clip_grad_norm_(trained, max_norm)
         optimizer.step()
@@ -226,6 +230,7 @@ def _least_within(
     scores: Mapping[str, list[float]],
     costs: Mapping[str, int],
     held_out: Sequence[Batch],
+    check: OwnLossCheck,
     allowed: float,
     least: int,
     multiple: int,
@@ -245,7 +250,7 @@ def _least_within(
             for path, adapter in adapters.items():
                 best = torch.tensor(scores[path]).argsort(descending=True, stable=True)[fewer[path] :]
                 adapter.lora_B.copy_(factors[path]).index_fill_(1, best.to(adapter.lora_B.device), 0.0)
-        ladder.append(Rung(_parameters(fewer, costs), mean_loss(model, held_out)))
+        ladder.append(Rung(_parameters(fewer, costs), mean_loss(model, held_out, check)))
         if ladder[-1].loss > allowed:
             break
         ranks = fewer

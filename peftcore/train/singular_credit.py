@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import ConfigError
 from peftcore.methods.lora import Lora
-from peftcore.train.losses import has_causal_loss, token_losses
+from peftcore.train.losses import OwnLossCheck, has_causal_loss, token_losses
 
 Batch = Mapping[str, Any]
 """Keyword arguments of a model, labels among them."""
@@ -28,10 +28,13 @@ _NODES = ((0.5 - math.sqrt(1 / 12), 0.5), (0.5 + math.sqrt(1 / 12), 0.5))
 """(t, weight) of the two-point Gauss-Legendre rule on [0, 1]."""
 
 
-def summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """The summed loss, and of how many supervised tokens, or rows where the model's loss is another, it is."""
-    if "labels" in batch and has_causal_loss(model):
-        given = {name: value for name, value in batch.items() if name != "labels"}
+def summed_loss(model: nn.Module, batch: Batch, check: OwnLossCheck) -> tuple[Tensor, int]:
+    """Return the summed loss, and of how many supervised tokens it is, or rows where the model's loss is another.
+
+    check: one for all batches of a search.
+    """
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    if "labels" in batch and has_causal_loss(model) and check.agrees(model, given, batch["labels"]):
         losses, _ = token_losses(model, given, batch["labels"])
         return losses.sum(), len(losses)
     loss = model(**batch).loss
@@ -42,8 +45,9 @@ def summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    sums = [summed_loss(model, batch) for batch in batches]
+def mean_loss(model: nn.Module, batches: Sequence[Batch], check: OwnLossCheck) -> float:
+    """Return the mean loss (nats) of all batches."""
+    sums = [summed_loss(model, batch, check) for batch in batches]
     return sum(total.item() for total, _ in sums) / sum(count for _, count in sums)
 
 
@@ -73,7 +77,11 @@ def scaled(adapters: Mapping[str, Lora], t: float) -> Iterator[None]:
 
 
 def credited(
-    model: nn.Module, adapters: Mapping[str, Lora], batches: Sequence[Batch], seen: Callable[[], object]
+    model: nn.Module,
+    adapters: Mapping[str, Lora],
+    batches: Sequence[Batch],
+    check: OwnLossCheck,
+    seen: Callable[[], object],
 ) -> dict[str, Tensor]:
     """{path: (r,)}: nats that each piece took off the mean loss."""
     credits = {path: torch.zeros(a.r, dtype=torch.float64, device=a.lora_B.device) for path, a in adapters.items()}
@@ -81,7 +89,7 @@ def credited(
         count = 0
         with scaled(adapters, t):
             for batch in batches:
-                total, own = summed_loss(model, batch)
+                total, own = summed_loss(model, batch, check)
                 total.backward()
                 count += own
                 seen()

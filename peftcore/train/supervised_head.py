@@ -7,8 +7,8 @@ The hook sees the hidden states before the head and takes one of three ways:
 - any other head (adapted, quantised): it gets the n rows, and the model's code makes its n logits of them;
 - a model whose head is not named, not called once, or does not take rows alone: all logits, of which n are taken.
 
-What the model does behind its head is never taken on trust: with the first batch, a few rows of growing size go
-through head and model, and the losses count only if `LogitTransform` says the same logits.
+What the model does behind its head is never taken on trust: before the first batch, a few of its rows, of growing size,
+go through head and model, and the first way is taken only if `LogitTransform` says the same logits.
 
 Shapes: B rows of text, T positions, P virtual tokens before them, d hidden width, V vocabulary, n supervised tokens.
 """
@@ -89,17 +89,12 @@ def _forward(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, targets:
     # post-processing may differ between training and evaluation, and a change of class is another forward
     key = (type(bare), bare.training, transforms)
     tails = _TAILS.setdefault(bare, {})
-    if key in tails:
-        return _known_forward(model, inputs, HeadRows(head, mask, targets, tails[key].transform), tails[key])
-    if not mask.any():
-        return _all_logits(model, inputs, mask)
-    random = _random_state(mask.device)
-    tail, found = _first_forward(model, inputs, HeadRows(head, mask, targets, transforms[0], probes=True), transforms)
-    if found is None:
-        _restore(random, mask.device)
-        known = tail or _ALL_LOGITS
-        found = _known_forward(model, inputs, HeadRows(head, mask, targets, known.transform), known)
-    if tail is not None:
+    tail = tails.get(key)
+    if tail is None and mask.any():
+        tail = _tail_of(model, inputs, head, mask, transforms)
+    known = tail or _ALL_LOGITS
+    found = _known_forward(model, inputs, HeadRows(head, mask, targets, known.transform), known)
+    if tail is not None:  # only now: a batch that is faulty itself says nothing of the model
         tails[key] = tail
     return found
 
@@ -114,37 +109,44 @@ def _all_logits(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> He
     return HeadResult(logits=logits.flatten(0, 1)[flat_indices(mask, logits)])
 
 
-# -- the first forward -----------------------------------------------------------------------------------------
+# -- the first batch -------------------------------------------------------------------------------------------
 
 
-def _first_forward(
-    model: nn.Module, inputs: Mapping[str, Any], rows: HeadRows, transforms: tuple[LogitTransform, ...]
-) -> tuple[_Tail | None, HeadResult | None]:
-    """What the model does behind its head (None: not to be told from this batch), and the result if it is right."""
+def _tail_of(
+    model: nn.Module, inputs: Mapping[str, Any], head: nn.Module, mask: Tensor, transforms: tuple[LogitTransform, ...]
+) -> _Tail | None:
+    """What the model does behind its head, by one forward of its own; None: not to be told from this batch.
+
+    It is without gradients, because rows that are large enough to tell overflow in float16: a weight's gradient would
+    be zero times infinity.
+    """
     bare = getattr(model, "module", model)
     name = type(bare).__name__
+    rows = HeadRows(head, mask, None, None, probes=True)
+    random = _random_state(mask.device)
     try:
-        output = rows.run(model, inputs)
+        with torch.no_grad():
+            output = rows.run(model, inputs)
     except (PeftError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         # An error of the batch itself comes again from the second forward, which changes nothing.
         _LOG.info("%s does not take rows of hidden states alone (%s); all its logits are computed", name, error)
-        return _ALL_LOGITS, None
-    found = rows.found(output)
-    if found is None or rows.product is None:
+        return _ALL_LOGITS
+    finally:
+        _restore(random, mask.device)
+    if rows.found(output) is None or rows.product is None:
         _LOG.info("%s does not compute its logits by one call of its output head; all are computed", name)
-        return _ALL_LOGITS, None
-    logits = output.logits[0, rows.rows :].detach()
+        return _ALL_LOGITS
     keeps_rows = "logits_to_keep" in inspect.signature(bare.forward).parameters  # its own code drops rows as well
-    if not bool((rows.product.abs() >= _TELLING).any()):
-        return None, None
-    transform = next((t for t in transforms if t.explains(rows.product, logits)), None)
+    product, logits = rows.product, output.logits[0]
+    if not bool((product[product.isfinite()].abs() >= _TELLING).any()):
+        return None
+    transform = next((t for t in transforms if t.explains(product, logits)), None)
     if transform is None:
         ways = "its output head runs at labelled tokens" if keeps_rows else "all its logits are computed"
         _LOG.info("%s does something unknown to its logits; %s", name, ways)
-    right = transform == rows.transform if found.losses is not None else transform is not None or keeps_rows
-    return _Tail(transform, transform is not None or keeps_rows), (found if right else None)
+    return _Tail(transform, transform is not None or keeps_rows)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -9,6 +9,7 @@ what plain Trainer gets wrong for one:
 - batches of rows of like length, and packed ones, for models that keep the documents of a row apart;
 - the adapters' work between steps (AdaLoRA's allocator), after the optimiser and before gradients are cleared;
 - what a `FaultPolicy` says of batches that do not fit and losses that cannot be right, and loss scaling in float16;
+- the reference of TRL's preference trainers: the model as it was when the trainer was made;
 - checkpoints that are whole or do not count, from which a run goes on exactly, and one more when it is told to end.
 """
 
@@ -28,6 +29,7 @@ from peftcore.train.optimizers import check_optimizer, in_one_call
 from peftcore.train.packing import PackedCollator, Packs, check_packable, uses_flash_attention
 from peftcore.train.precision import scale_losses
 from peftcore.train.processes import FollowParameters, ProcessesMixin
+from peftcore.train.trainer_reference import TrainerReferenceMixin
 
 
 class _StepCallback(TrainerCallback):
@@ -48,7 +50,7 @@ class _StepCallback(TrainerCallback):
             adapted_model(self.trainer).on_optimizer_step(state.global_step + 1, self.trainer.optimizer)
 
 
-class AdapterTrainerMixin(ProcessesMixin):
+class AdapterTrainerMixin(ProcessesMixin, TrainerReferenceMixin):
     """For any Trainer class: `class MyTrainer(AdapterTrainerMixin, Trainer)`. The model is a PeftModel."""
 
     def __init__(self, *args: Any, faults: FaultPolicy | None = None, **kwargs: Any) -> None:

@@ -1,6 +1,7 @@
 """The commands that write an adapter for other runtimes, or merge it, and one message for what they refuse."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,23 @@ def test_an_adapter_for_each_runtime(tiny_base: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0 and (tmp_path / "lora.gguf").read_bytes()[:4] == b"GGUF"
     refused = peftcore("export", "vllm", str(tmp_path / "no"), *options)
     assert refused.exit_code == 1 and "error: LoHa is no product of two factors" in refused.stderr
-    refused = peftcore("export", "gguf-merged", str(tmp_path / "no"), *options)
-    assert refused.exit_code == 1 and "give that file with --gguf" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_whole_gguf_is_made_of_the_bases_folder_or_refused_before_work(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = trained(tiny_base, LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    done = peftcore("export", "gguf-merged", str(tmp_path / "whole.gguf"), *options)
+    assert done.exit_code == 0, done.stderr
+    refused = peftcore("export", "gguf-lora", str(tmp_path / "no"), *options, "--gguf", str(tmp_path / "whole.gguf"))
+    assert refused.exit_code == 1 and "gguf-lora has no use for it" in refused.stderr
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
+    monkeypatch.setattr("flows.exporting._adapted", lambda *_: pytest.fail("the model was loaded"))
+    refused = peftcore("export", "gguf-merged", str(tmp_path / "no"), "--adapter", options[1], "--base", str(other))
+    assert refused.exit_code == 1 and "give the base's own GGUF file (--gguf)" in refused.stderr
     assert not (tmp_path / "no").exists()
 
 

@@ -346,14 +346,6 @@ def test_a_taken_or_impossible_name() -> None:
             model.add_adapter(name, lora("2"))
 
 
-@pytest.mark.parametrize("second", ["all", "lora_only"])
-@pytest.mark.parametrize("first", ["all", "lora_only"])
-def test_two_that_train_the_models_biases(first: str, second: str) -> None:
-    model = get_peft_model(net(), lora(bias=first))
-    with refused(model, ConfigError, f"bias='{second}'", "adapter 'default'", "use bias='none'"):
-        model.add_adapter("b", lora("2", bias=second))
-
-
 def test_two_that_make_the_model_deeper() -> None:
     deeper: dict[str, Any] = {"layer_replication": [(0, 2), (0, 2)]}
     for first in ({}, deeper):

@@ -302,7 +302,6 @@ def test_saved_modules_come_along_in_the_model() -> None:
         (LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias is a change of the bias"),
         (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3 changes the layer's bias too"),
         (LNTuningConfig(target_modules=["norm"]), "is a norm, which plain LoRA does not change"),
-        (LoraConfig(target_modules=["q_proj"], bias="all"), "use save_as_lora"),
         (LoHaConfig(target_modules=["q_proj"]), "give rank=16, or tolerance="),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_example import randomise
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
@@ -188,7 +189,7 @@ def test_gradient_checkpointing(reentrant: bool, calls: list[int]) -> None:
     assert len(calls) > 8  # once more in the backward pass
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-10, rtol=0)
-    assert not model._adapter_set.selection.waiting.by_layer
+    assert not model._adapter_set.selection.here.by_layer
 
 
 def test_gradient_checkpointing_brings_the_same_mask_back() -> None:
@@ -277,9 +278,20 @@ def test_hooks_on_the_base_layer_are_called(calls: list[int]) -> None:
 
 
 def test_a_base_that_trains_gets_its_gradient(calls: list[int]) -> None:
-    model = get_peft_model(qwen(), lora(target_modules=["q_proj"], bias="lora_only"))
+    model = get_peft_model(qwen(), lora(target_modules=["q_proj"]))
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.base_layer.bias.requires_grad_(True)
     _, gradients = loss_and_gradients(model)
     assert gradients["model.layers.0.self_attn.q_proj.base_layer.bias"].any() and not calls
+
+
+def test_a_trained_bias_is_added_to_what_the_fast_path_gives(calls: list[int]) -> None:
+    model = get_peft_model(qwen(), lora(target_modules=["q_proj"], bias="lora_only"))
+    randomise(model, 0.3)
+    assert_as_in_general(model)
+    calls.clear()
+    _, gradients = loss_and_gradients(model)
+    assert gradients["model.layers.0.self_attn.q_proj.adapters.default.trained_bias.bias"].any() and calls == [1, 1]
 
 
 # -- what layers compute for one another ----------------------------------------------------------------------------
@@ -290,9 +302,7 @@ def test_nothing_is_left_waiting(calls: list[int]) -> None:
     model(TOKENS)
     with torch.no_grad():
         model(TOKENS)
-    with torch.inference_mode():
-        model(TOKENS)
-    assert calls == [3, 1, 2, 1] * 6 and not model._adapter_set.selection.waiting.by_layer
+    assert calls == [3, 1, 2, 1] * 4 and not model._adapter_set.selection.here.by_layer
 
 
 def test_a_forward_that_breaks_off_leaves_nothing_for_the_next() -> None:
@@ -305,10 +315,8 @@ def test_a_forward_that_breaks_off_leaves_nothing_for_the_next() -> None:
 
     with key.register_forward_pre_hook(refuse), pytest.raises(RuntimeError):
         model(TOKENS)
-    assert model._adapter_set.selection.waiting.by_layer
-    assert not pickle.loads(pickle.dumps(model))._adapter_set.selection.waiting.by_layer
-    torch.testing.assert_close(model(TOKENS).logits, expected, atol=0, rtol=0)
-    assert not model._adapter_set.selection.waiting.by_layer
+    assert not model._adapter_set.selection.here.by_layer and not model._adapter_set.selection.here.calls
+    torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-12, rtol=0)
 
 
 def test_cross_attention_learns_whose_input_it_shares(calls: list[int]) -> None:
@@ -358,7 +366,10 @@ def test_replicas_of_data_parallel_compute_for_themselves(calls: list[int]) -> N
     replica.base_layer, replica.adapters = attention.q_proj.base_layer, attention.q_proj.adapters
     x = torch.randn(2, 3, 32, dtype=torch.float64)
     torch.testing.assert_close(replica(x), attention.q_proj(x), atol=1e-12, rtol=0)
-    assert calls == [1, 3]
+    calls.clear()
+    with attention.k_proj.register_forward_hook(lambda *_: calls.append(-replica(x).dim())):
+        model(TOKENS)
+    assert calls == [3, 1, -3, 1, 2, 1, 3, 1, 2, 1]  # inside of a call too
 
 
 def test_copies_and_pickles_share_among_themselves() -> None:

@@ -92,8 +92,8 @@ def test_a_second_adapter_finds_what_stands_inside_of_adapted_parameters() -> No
     model.add_adapter("second", config(**both))
     ranks = [set(model.adapter_ranks(name)) for name in ("first", "second")]
     assert ranks[0] == ranks[1] == {"0.gate", "0.weight_of_all"}
-    model.delete_adapter("first")
     model.set_adapter("second")
+    model.delete_adapter("first")
     assert not torch.allclose(model(x), expected)
     model.delete_adapter("second")
     assert tree(model.unload()) == before and torch.equal(base(x), expected)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from peftcore import LoraConfig, TargetError, TaskType, get_peft_model
+from peftcore import IA3Config, LoraConfig, TargetError, TaskType, get_peft_model
 from peftcore.targets import find_targets
 
 
@@ -114,3 +114,27 @@ def test_the_saved_configuration_names_its_targets() -> None:
     model = get_peft_model(Heads(), config)
     assert model.peft_config["default"].target_modules == {"head", "overhead"}
     assert config.target_modules == "all-linear"
+
+
+class Unknown(nn.Module):
+    """Neither attention nor a feed-forward layer, and nothing that says which layer is its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.middle = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.head = nn.Linear(8, 3)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(), IA3Config()], ids=["lora", "ia3"])
+def test_no_default_reaches_into_a_model_of_unknown_structure(config: Any) -> None:
+    model = Unknown()
+    modules = dict(model.named_modules())
+    with pytest.raises(TargetError, match=r"tells its inner layers from its head; give target_modules.*'head', 'stem'"):
+        get_peft_model(model, config)
+    assert dict(model.named_modules()) == modules
+
+
+def test_whoever_says_all_linear_gets_all() -> None:
+    model = get_peft_model(Unknown(), LoraConfig(target_modules="all-linear"))
+    assert model.peft_config["default"].target_modules == {"stem", "0", "1", "head"}

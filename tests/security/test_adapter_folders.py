@@ -50,11 +50,19 @@ def refused(model: nn.Module, folder: Path, said: str, error: type[PeftError] = 
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_pickle_beside_good_weights_is_refused_before_anything_is_read(bare: nn.Module, adapter: Path) -> None:
-    (adapter / "adapter_model.bin").write_bytes(b"cposix\nsystem\n(S'touch ran'\ntR.")
+def test_a_pickle_is_never_read_and_the_gate_refuses_it(bare: nn.Module, adapter: Path) -> None:
+    payload = b"cposix\nsystem\n(S'touch ran'\ntR."
+    (adapter / "adapter_model.bin").write_bytes(payload)
+    assert foreign_files(adapter) == ["adapter_model.bin"]
+    (adapter / WEIGHTS).rename(adapter / "elsewhere")
     (adapter / CONFIG).write_text("no JSON")  # would be said first, were it read
     refused(bare, adapter, "adapter_model.bin: a pickle can run code")
     assert not Path("ran").exists()
+
+
+def test_a_save_that_was_not_finished_is_refused_by_the_gate(adapter: Path) -> None:
+    (adapter / ".saved").mkdir()
+    assert foreign_files(adapter) == [".saved"]
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, MANIFEST])

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, ParameterWeight
+from peftcore.bases.base import WeightVersion
 from peftcore.errors import ConfigError, MergeError
 from peftcore.low_rank import Factors, LowRank
 from peftcore.methods.lora import invocation, starts
@@ -42,7 +43,8 @@ class Lora(Adapter):
     magnitude: nn.Parameter | None
     source: "Lora | None"
     """The embedding's LoRA that this head's follows, transposed, where both share one base weight."""
-    _row_norms: Tensor | None
+    _row_norms: tuple[WeightVersion | None, Tensor] | None
+    """(the base weight that they were taken of, ‖W‖² by rows (o,))."""
 
     def __init__(self, config: LoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
@@ -83,10 +85,11 @@ class Lora(Adapter):
     def link(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> None:
         if not config.ensure_weight_tying:
             return
-        layers = cast(Mapping[str, Lora], adapters).values()
-        embeddings = {id(a.base.layer.weight): a for a in layers if a.base.kind == "embedding"}
-        for adapter in layers:
-            source = embeddings.get(id(adapter.base.layer.weight)) if adapter.base.kind == "linear" else None
+        layers = list(cast(Mapping[str, Lora], adapters).values())
+        weights = [a.base.layer.weight for a in layers]  # a parametrised one has no other owner
+        embeddings = {id(w): a for a, w in zip(layers, weights, strict=True) if a.base.kind == "embedding"}
+        for adapter, weight in zip(layers, weights, strict=True):
+            source = embeddings.get(id(weight)) if adapter.base.kind == "linear" else None
             if source is not None:
                 adapter.source, adapter.lora_A, adapter.lora_B = source, None, None  # type: ignore[assignment]
 
@@ -156,19 +159,17 @@ class Lora(Adapter):
         return self.base.pointwise(self.base.apply(x, self.start[0]).to(dtype) * self.scaling, self.start[1])
 
     def _dora(self, x: Tensor, dropped: Tensor, h: Tensor, y: Tensor) -> Tensor:
-        ratio = self.base.per_output(self._ratio()).to(y.dtype)
-        low_rank = self.base.pointwise(h, self.lora_B)
+        more = self.base.per_output(self._ratio() - 1).to(y.dtype)  # rounded to 16 bits, a ratio near one is one
         if self.start is not None:
             y = y - self._taken_out(x, y.dtype)
+        y = self.base.add_pointwise(y, h, self.lora_B)
         if dropped is not x:
             plain = self.base.apply(dropped, self.base.read_unmerged()).to(y.dtype)
             if self.start is not None:
                 plain = plain - self._taken_out(dropped, y.dtype)
-            return y + (ratio - 1) * plain + ratio * low_rank
-        if (bias := self.base.bias) is None:
-            return ratio * (y + low_rank)
-        bias = self.base.per_output(bias).to(y.dtype)
-        return ratio * (y - bias + low_rank) + bias
+            return torch.addcmul(y, self.base.add_pointwise(plain, h, self.lora_B), more)
+        bias = self.base.unmerged_bias
+        return torch.addcmul(y, y if bias is None else y - self.base.per_output(bias).to(y.dtype), more)
 
     def _ratio(self) -> Tensor:
         """m/n (o,)."""
@@ -177,17 +178,18 @@ class Lora(Adapter):
 
     @torch.no_grad()
     def _lengths(self) -> Tensor:
-        """n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is kept, since W does not change."""
+        """n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is kept while W does not change."""
         weight = self.base.read_unmerged() if self.new_base is None else self.new_base
         weight = weight.flatten(1)
-        if self._row_norms is None:
-            self._row_norms = weight.to(self.lora_A).square().sum(1)
+        version = self.base.unmerged_version() if self.new_base is None else None
+        if version is None or self._row_norms is None or self._row_norms[0] != version:
+            self._row_norms = version, weight.to(self.lora_A).square().sum(1)
         a, b = self.lora_A.flatten(1), self.lora_B.flatten(1) * self.scaling
         if self.start is not None:
             a = torch.cat([a, self.start[0].flatten(1)])
             b = torch.cat([b, self.start[1].flatten(1) * -self.scaling], 1)
         cross = ((weight @ a.to(weight.dtype).T).to(b) * b).sum(1)  # casting W would cost more than the rest
-        square = self._row_norms.to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
+        square = self._row_norms[1].to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
         return square.clamp_min(0).sqrt()
 
     # -- merged ----------------------------------------------------------------------------------------------
@@ -239,6 +241,9 @@ class Lora(Adapter):
         return weight.addmm_(b.to(weight), a.to(weight), alpha=self.scaling)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        own = self.base.unmerged_bias
+        if self.magnitude is not None and bias is not None and own is not None and bias is not own:
+            return own + (bias - own) * self._ratio().to(bias)  # what adapters below made of it, as in the forward
         if self.lora_bias is None:
             return bias
         if bias is None:

@@ -30,10 +30,11 @@ def begin(adapter: "Lora") -> tuple[Factors | None, Tensor | None]:
     if start == "orthogonal":
         put(adapter, orthogonal(adapter.r, adapter.base.in_features, adapter.base.out_features))
         return None, None
-    weight = adapter.base.read_unmerged().float()
+    loftq = start == "loftq"
+    weight = (adapter.base.read_own() if loftq else adapter.base.read_unmerged()).float()
     if adapter.r > min(weight.shape):
         raise ConfigError(f"r={adapter.r} exceeds the weight's {min(weight.shape)} singular vectors; take a smaller r")
-    if start == "loftq":
+    if loftq:
         return None, _loftq(adapter, weight)
     factors = olora(weight, adapter.r) if start == "olora" else pissa(weight, adapter.r, adapter.scaling, str(start))
     put(adapter, factors)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Shared
 from peftcore.bases import BaseWeight
+from peftcore.bases.own_tensors import call_with
 from peftcore.errors import ConfigError
 from peftcore.methods.xlora.config import XLoraConfig
 from peftcore.methods.xlora.experts import frozen, read_lora
@@ -31,7 +32,7 @@ class Classifier(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         own = {name: parameter.to(hidden.dtype) for name, parameter in self.layers.named_parameters()}
-        logits = torch.func.functional_call(self.layers, own, (hidden,)).unflatten(-1, self.shape)
+        logits = call_with(self.layers, own, (hidden,)).unflatten(-1, self.shape)
         return (logits / self.config.softmax_temperature).softmax(-1) if self.config.enable_softmax else logits
 
 

@@ -8,7 +8,7 @@ PROMISES = {
     "kill -9 of dvc, flow or stage": "no orphan, no half-written out, a rerun is clean",
     "disk full": "non-zero exit, the adapter and champion of before intact; goes on once there is room",
     "flipped bit, truncated file, NaN": "refused with the file's name; training falls back to the last good checkpoint",
-    "pickle or foreign files": "refused before anything is read; no payload runs",
+    "pickle or foreign files": "refused, or warned of and never read; the gate refuses; no payload runs",
     "corrupt remote object": "detected on pull, and by the registered SHA-256",
     "concurrent promotions": "exactly one winner, no stale tag",
     "W&B down or dying": "the run finishes, its own log whole",

@@ -251,7 +251,7 @@ def test_a_run_that_stopped_but_wrote_no_results_only_writes_them(
 
 def test_adalora_gets_its_schedule_from_the_runs_length(prepared: Paths, tiny_params) -> None:
     adalora = {"init_r": 4, "target_r": 2, "warmup_share": 0.25, "final_share": 0.25, "interval": 1}
-    train.run(tiny_params(method={"name": "adalora", "adalora": adalora}), prepared)
+    train.run(tiny_params(method={"name": "adalora", "r": None, "adalora": adalora}), prepared)
     config: Any = PeftConfig.from_pretrained(prepared.adapter)
     assert (config.total_step, config.tinit, config.tfinal) == (8, 2, 2)
     kept = {path.removesuffix(".lora_E"): sum(mask) for path, mask in config.rank_pattern.items()}
@@ -265,14 +265,22 @@ def test_adalora_gets_its_schedule_from_the_runs_length(prepared: Paths, tiny_pa
     assert all(record["regularizer"] > 0 for record in log_of(prepared) if record["loss"] is not None)
 
 
+NONE: dict[str, Any] = {"r": None, "lora_alpha": None, "lora_dropout": None}
+
+
 @pytest.mark.parametrize(
     "method",
     [
         {"name": "lora", "options": {"use_dora": True, "init_lora_weights": "pissa"}},
         {"name": "lora", "r": 4, "options": {"init_lora_weights": "eva"}},
-        {"name": "ia3", "target_modules": ["k_proj", "down_proj"], "options": {"feedforward_modules": ["down_proj"]}},
-        {"name": "oft", "options": {"oft_block_size": 4}},
-        {"name": "ln_tuning", "target_modules": None},
+        {
+            "name": "ia3",
+            **NONE,
+            "target_modules": ["k_proj", "down_proj"],
+            "options": {"feedforward_modules": ["down_proj"]},
+        },
+        {"name": "oft", **NONE, "options": {"oft_block_size": 4}},
+        {"name": "ln_tuning", **NONE, "target_modules": None},
     ],
     ids=str,
 )
@@ -285,7 +293,7 @@ def test_any_method_trains_by_its_name(method: dict[str, Any], prepared: Paths, 
 
 def test_a_method_that_cannot_merge_is_refused_before_training(prepared: Paths, tiny_params) -> None:
     with pytest.raises(MergeError, match="POLY"):
-        train.run(tiny_params(method={"name": "poly"}), prepared)
+        train.run(tiny_params(method={"name": "poly", **NONE}), prepared)
     assert not prepared.adapter.exists()
 
 
@@ -350,4 +358,4 @@ def test_it_goes_on_from_an_adapter_that_the_start_stage_left(trained: Paths, ti
 
 def test_adalora_does_not_go_on(tiny_params) -> None:
     with pytest.raises(ValueError, match="adalora lowers its ranks over one run"):
-        tiny_params(method={"name": "adalora"}, train={"start_from": "v0.1.0"})
+        tiny_params(method={"name": "adalora", "r": None}, train={"start_from": "v0.1.0"})

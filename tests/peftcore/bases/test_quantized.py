@@ -128,6 +128,38 @@ def test_a_weight_that_was_changed_in_place_is_packed_again() -> None:
     assert (after.double() - expected).norm() < 1.5 * EPS * expected.norm()
 
 
+def other_memory(layer: Any, other: Any) -> None:
+    """Several times, so that memory which was freed is given out again."""
+    for codes in [torch.randint_like(layer.weight.data, 256) for _ in range(9)] + [other.weight.data]:
+        layer.weight.data = codes.clone()
+
+
+def other_scales(layer: Any, other: Any) -> None:
+    layer.weight.quant_state = layer.quant_state = other.weight.quant_state
+
+
+def edited_through_data(layer: Any, other: Any) -> None:
+    layer.weight.data.copy_(other.weight.data.flip(0))
+
+
+@needs_packed_product
+@pytest.mark.parametrize("change", [other_memory, other_scales, edited_through_data])
+def test_a_weight_that_was_changed_otherwise_is_packed_again(change: Any) -> None:
+    net, layer = adapted(IA3Config(target_modules=["0"], feedforward_modules=[]))
+    other: Any = four_bit()
+    with torch.no_grad():
+        other.weight = bnb.nn.Params4bit(3 * torch.randn(64, 128).bfloat16(), requires_grad=False, module=other).to(
+            "cpu"
+        )
+        before = net(inputs(1))
+        change(layer, other)
+        if change is edited_through_data:  # which nothing shows
+            net.refresh_adapters()
+        after, expected = net(inputs(1)), exact(layer, inputs(1))
+    assert (before.double() - expected).norm() > 0.1 * expected.norm()
+    assert (after.double() - expected).norm() < 1.5 * EPS * expected.norm()
+
+
 # -- adapted models --------------------------------------------------------------------------------------------------
 
 

@@ -193,7 +193,7 @@ def test_a_layer_that_stands_at_two_places(with_adapters: Any, tmp_path: Path) -
     assert model.one is model.other
     for layer in (model.one, model.third):
         combines(model, layer, torch.randn(5, 8).double(), {"a": 0.5, "b": -1.5})
-    model.save_pretrained(tmp_path, ["m"])
+    model.save_pretrained(tmp_path, selected_adapters=["m"])
     model.set_adapter("m")
     loaded, x = PeftModel.from_pretrained(net(), tmp_path / "m").eval(), torch.randn(5, 8).double()
     assert torch.equal(loaded.one(x), model.one(x))

@@ -24,7 +24,7 @@ SUM = Recipe.task_arithmetic()
 
 def same_everywhere(model: Any, base: Any, folder: Path) -> Any:
     """The adapter "m" computes the same in the model, loaded here and loaded by PEFT; gives its configuration."""
-    model.save_pretrained(folder, ["m"])
+    model.save_pretrained(folder, selected_adapters=["m"])
     model.set_adapter("m")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -72,7 +72,8 @@ def test_frozen_and_not_active_until_it_is_set(linears: Any) -> None:
     model.set_requires_grad("m", True)
     model.set_adapter("m")
     model(x).sum().backward()
-    model.delete_adapter("m")
+    with pytest.warns(UserWarning, match="'a' is the active one now"):
+        model.delete_adapter("m")
     assert list(model.peft_config) == ["a", "b"]
 
 
@@ -88,7 +89,7 @@ def test_names_that_end_other_names(with_adapters: Any, tmp_path: Path) -> None:
     model = with_adapters(net(), a=a)
     report = model.add_merged("m", {"a": 1.0}, SUM)
     assert report.ranks == {"0": 2, "1.1.1": 3, "2": 2}
-    model.save_pretrained(tmp_path, ["m"])
+    model.save_pretrained(tmp_path, selected_adapters=["m"])
     loaded = PeftModel.from_pretrained(net(), tmp_path / "m")
     assert set(adapter_set(loaded).adapters("default")) == {"0", "1.1.1", "2"}
     model.set_adapter("m")
@@ -126,7 +127,7 @@ def test_a_model_made_deeper(llama: Any, with_adapters: Any, tmp_path: Path) -> 
     model = with_adapters(llama(), a=a, b=LoraConfig(r=2, target_modules=["v_proj"]))
     model.add_merged("m", {"a": 0.7, "b": 0.4}, SUM)
     assert len(adapter_set(model).adapters("m")) == 6
-    model.save_pretrained(tmp_path, ["m"])
+    model.save_pretrained(tmp_path, selected_adapters=["m"])
     model.set_adapter("m")
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "m").eval()
     assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)

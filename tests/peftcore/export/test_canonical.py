@@ -56,6 +56,7 @@ PLAIN: dict[str, PeftConfig] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*are not exported and not compared:UserWarning")
 @pytest.mark.parametrize("method", PLAIN)
 def test_a_model_and_its_directory_give_the_same(method: str, tmp_path: Path) -> None:
     model = adapted(PLAIN[method])
@@ -114,3 +115,9 @@ def test_what_it_cannot_hold_is_refused_with_advice(config: PeftConfig, match: s
     for source in (model, tmp_path):
         with pytest.raises(ExportError, match=match):
             canonicalise(source)
+
+
+def test_saved_embeddings_that_are_left_out_are_said(tmp_path: Path) -> None:
+    adapted(PLAIN["embeddings"]).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="holds embeddings of the base .*lm_head.* not compared"):
+        canonicalise(tmp_path)

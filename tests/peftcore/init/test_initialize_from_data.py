@@ -67,6 +67,17 @@ def test_eva_spends_the_ranks_where_they_explain_most() -> None:
     assert model.active_adapters == ["default"] and all(a.lora_A.requires_grad for a in after.values())
 
 
+@pytest.mark.parametrize("adjust", [True, False])
+@pytest.mark.parametrize("use_rslora, scaling", [(False, 8 / 4), (True, 8 / 4**0.5)])
+def test_eva_keeps_the_scale_of_layers_whose_rank_changes(use_rslora: bool, scaling: float, adjust: bool) -> None:
+    model = lora("eva", use_rslora=use_rslora, eva_config={"adjust_scaling_factors": adjust})
+    initialize_from_data(model, batches(), progress=False)
+    layers = adapter_set(model).adapters("default").values()
+    assert {a.r for a in layers} != {4}
+    for a in layers:
+        assert a.scaling == pytest.approx(scaling if adjust else 8 / (a.r**0.5 if use_rslora else a.r))
+
+
 def test_eva_leaves_masked_rows_out(tmp_path: Any) -> None:
     data = batches()
     for batch in data:
@@ -103,7 +114,7 @@ def test_what_is_taken_out_of_the_base_changes_no_output(start: str, options: di
     assert all(a.lora_A.abs().max() > 0 and a.lora_B.abs().max() > 0 for a in layers.values())
     with torch.no_grad():
         for a in layers.values():
-            a.lora_B.mul_(1.5)
+            a.lora_B.mul_(10)
     adapted = model(TOKENS).logits
     assert not torch.allclose(adapted, base, atol=1e-4)
     model.save_pretrained(tmp_path)
@@ -144,6 +155,19 @@ def test_lora_ga_first_step_follows_the_gradient_of_the_weight() -> None:
     torch.testing.assert_close((adapter.lora_A @ vh[:8].T).abs(), torch.eye(8), rtol=1e-2, atol=1e-2)
     directions = nn.functional.normalize(adapter.lora_B, dim=0)
     torch.testing.assert_close((directions.T @ u[:, 8:16]).abs(), torch.eye(8), rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("scale", ["stable", "gd_scale", "unit"])
+def test_lora_ga_does_not_depend_on_how_often_a_batch_is_seen(scale: str) -> None:
+    products = []
+    for count in (1, 8, 64):
+        torch.manual_seed(0)
+        model = lora("lora_ga", target_modules=["q_proj"], lora_ga_config={"scale": scale})
+        initialize_from_data(model, batches(1) * count, progress=False)
+        products.append([a.lora_B @ a.lora_A for a in adapter_set(model).adapters("default").values()])
+    for other in products[1:]:
+        for ours, theirs in zip(products[0], other, strict=True):
+            assert (theirs - ours).norm() < 1e-3 * ours.norm()
 
 
 def test_quantised_bases_can_be_looked_at_too() -> None:

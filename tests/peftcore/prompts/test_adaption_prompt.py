@@ -101,6 +101,7 @@ def test_two_of_them_and_lora_act_together() -> None:
     assert (call("llama", model) - both).abs().max() > 1e-3
     model.set_adapter("default")
     torch.testing.assert_close(call("llama", model), one, rtol=0, atol=0)
+    model.set_adapter([])
     model.delete_adapter("default")
     base = call("llama", build("llama"))
     torch.testing.assert_close(call("llama", model), base, rtol=0, atol=0)

@@ -231,10 +231,10 @@ def test_an_adapter_of_another_base_is_refused(folder: Path) -> None:
 
 
 def test_what_changes_the_base_for_everybody_is_refused(folder: Path) -> None:
-    write(folder, "biases", LoraConfig(r=2, target_modules=["q_proj"], bias="all"))
+    write(folder, "loftq", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="loftq"))
     write(folder, "deeper", LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]))
     _, store = store_of(folder)
-    for name, said in (("biases", "trains the base's biases"), ("deeper", "makes the base deeper")):
+    for name, said in (("loftq", "replaces the base's weights"), ("deeper", "makes the base deeper")):
         with pytest.raises(CheckpointError, match=f"{said}.*, which every other adapter of the base would have too"):
             store.acquire(name)
 

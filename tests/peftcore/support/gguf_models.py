@@ -3,9 +3,11 @@
 The GGUF is written here, not by the code under test, by llama.cpp's own conventions.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import gguf
 import pytest
@@ -151,6 +153,13 @@ class LlamaCpp:
         found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         values = {entry["id"]: entry["logprob"] for entry in found}
         return torch.tensor([values[token] for token in range(vocabulary)])
+
+    def tokens(self, text: str) -> list[int]:
+        """A text's tokens, with those that the model's own settings put before it."""
+        body = json.dumps({"content": text, "add_special": True}).encode()
+        request = Request(f"{self.server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
+        with urlopen(request, timeout=60) as answer:
+            return json.load(answer)["tokens"]
 
 
 @torch.no_grad()

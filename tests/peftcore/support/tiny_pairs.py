@@ -49,12 +49,20 @@ def log_prob(model: Any, ids: list[int], labels: list[int]) -> Tensor:
 
 
 def trainer(model: Any, folder: Path, rows: list[dict[str, Any]], **options: Any) -> PreferenceTrainer:
-    """A quiet trainer of pairs; options: of PreferenceTrainer where it takes them, else training arguments."""
-    own = {
-        name: options.pop(name)
-        for name in ("objective", "ref_adapter_name", "precompute_reference", "callbacks", "data_collator", "faults")
-        if name in options
-    }
+    """A quiet trainer of pairs; options: of PreferenceTrainer where it takes them, else training arguments.
+
+    The reference is the base, which `adapted` differs from, if the options do not say otherwise.
+    """
+    names = (
+        "objective",
+        "reference",
+        "ref_adapter_name",
+        "precompute_reference",
+        "callbacks",
+        "data_collator",
+        "faults",
+    )
+    own = {"reference": "base"} | {name: options.pop(name) for name in names if name in options}
     steps: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 2, "prediction_loss_only": True}
     made = PreferenceTrainer(
         model=model,

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and DPOTrainer on tiny adapted models."""
+"""TRL's trainers on tiny adapted models."""
 
 import warnings
 from functools import cache
@@ -15,7 +15,18 @@ from peftcore.train import AdapterTrainerMixin
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own imports
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl import (
+        DPOConfig,
+        DPOTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+        KTOConfig,
+        KTOTrainer,
+        RLOOConfig,
+        RLOOTrainer,
+        SFTConfig,
+        SFTTrainer,
+    )
 
 PROMPTS = ["a b c", "a b", "c a", "b"]
 ANSWERS = [" d e", " f g h", " b", " a e f"]
@@ -27,6 +38,18 @@ class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
 
 class AdapterDPOTrainer(AdapterTrainerMixin, DPOTrainer):
     """The mixin over TRL's trainer of pairs."""
+
+
+class AdapterKTOTrainer(AdapterTrainerMixin, KTOTrainer):
+    """The mixin over TRL's trainer of single answers, wanted or not."""
+
+
+class AdapterGRPOTrainer(AdapterTrainerMixin, GRPOTrainer):
+    """The mixin over TRL's trainer by rewards of groups."""
+
+
+class AdapterRLOOTrainer(AdapterTrainerMixin, RLOOTrainer):
+    """The mixin over TRL's trainer by rewards less those of the others."""
 
 
 @cache
@@ -65,6 +88,32 @@ def dpo(model: Any, folder: Path, reference: Any = None, made_by: type[DPOTraine
         args=DPOConfig(**options(folder, **own)),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:3]),
+        processing_class=tokenizer(),
+    )
+    return without_printing(made)
+
+
+def kto(model: Any, folder: Path, reference: Any = None, made_by: type[KTOTrainer] = KTOTrainer, **own: Any) -> Any:
+    """A trainer on answers of which every second one is wanted."""
+    rows = [{"prompt": PROMPTS[n], "completion": ANSWERS[n], "label": n % 2 == 0} for n in range(len(PROMPTS))]
+    made = made_by(
+        model=model,
+        ref_model=reference,
+        args=KTOConfig(**options(folder, **own)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    return without_printing(made)
+
+
+def by_rewards(model: Any, folder: Path, made_by: Any, **own: Any) -> Any:
+    """A GRPO or RLOO trainer whose reward is an answer's length."""
+    config = GRPOConfig if issubclass(made_by, GRPOTrainer) else RLOOConfig
+    made = made_by(
+        model=model,
+        reward_funcs=lambda completions, **_: [float(len(each)) for each in completions],
+        args=config(**options(folder, num_generations=2, max_completion_length=4, beta=0.1, **own)),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=tokenizer(),
     )
     return without_printing(made)

@@ -35,7 +35,7 @@ def test_loraplus_rates() -> None:
     assert found[id(linear.lora_A)] == (1e-3, 0.1)
     assert found[id(linear.lora_B)] == (16e-3, 0.1)
     assert found[id(embedding.lora_A)] == found[id(embedding.lora_B)] == (1e-6, 0.1)
-    assert found[id(model[1].base_layer.bias)] == (16e-3, 0.0)
+    assert found[id(adapter_set(model).biases("default")["1"].bias)] == (16e-3, 0.0)
     assert len(found) == sum(p.requires_grad for p in model.parameters())
     assert optimizer.param_groups[0]["eps"] == 1e-6
 
@@ -100,7 +100,7 @@ def test_the_trainers_fused_adamw_takes_one_call_and_keeps_its_groups(tmp_path: 
     assert isinstance(optimizer, FusedAdamW) and made.optimizer is optimizer
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.98), 1e-7)
     found = rates(optimizer)
-    assert found[id(model[1].base_layer.bias)] == (3e-3, 0.0)
+    assert found[id(adapter_set(model).biases("default")["1"].bias)] == (3e-3, 0.0)
     assert sorted(found.values()) == [(3e-3, 0.0)] + [(3e-3, 0.1)] * 4
 
 

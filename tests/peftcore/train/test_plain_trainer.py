@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import HfApi, ModelCard
-from quiet_training import VOCABULARY, assert_same, losses, quiet_arguments, trained, without_printing
+from quiet_training import VOCABULARY, assert_same, losses, quiet_arguments, tiny_llama, trained, without_printing
 from safetensors.torch import load_file
 from tiny_training import adapted, rows
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
-from peftcore import LoraConfig, PeftModel, get_peft_model
+from peftcore import CheckpointError, LoraConfig, PeftModel, get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator
 
 ADAPTER_FILES = {"README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"}
@@ -94,15 +95,87 @@ SAVING: dict[str, Any] = {
 }
 
 
-def test_what_only_the_mixin_can_is_not_done_silently_by_trainer(tmp_path: Path) -> None:
-    """Trainer looks for HF PEFT's class where it loads adapters: resuming raises; the best model is not loaded."""
-    made = plain(adapted(), tmp_path, **SAVING)
+def test_trainer_ends_with_the_best_adapter(tmp_path: Path) -> None:
+    """The highest loss counts as best here, so that the best checkpoint is not the last."""
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    made = plain(model, tmp_path, **SAVING, load_best_model_at_end=True, greater_is_better=True)
     made.train()
-    with pytest.raises((OSError, ValueError)):
-        plain(adapted(), tmp_path, **SAVING).train(resume_from_checkpoint=True)
+    best = Path(str(made.state.best_model_checkpoint))
+    assert best.name != "checkpoint-4"
+    saved = PeftModel.from_pretrained(adapted().unload(), best, is_trainable=True)
+    assert_same(trained(saved), {name: p for name, p in trained(model).items() if ".second." not in name})
+    assert made.evaluate()["eval_loss"] == pytest.approx(made.state.best_metric)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_trainer_resumes_from_its_checkpoint_as_if_it_had_not_stopped(
+    tmp_path: Path, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = plain(adapted(dropout=0.2), tmp_path, **(SAVING | {"eval_strategy": "no"}))
+    straight.train()
+    if late:  # what a script does that imports Trainer after it has made its model
+        monkeypatch.delitem(sys.modules, "transformers.trainer")
+    model = adapted(dropout=0.2)
+    monkeypatch.undo()
+    resumed = plain(model, tmp_path, **(SAVING | {"eval_strategy": "no"}))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(resumed) == losses(straight)
+    assert_same(trained(resumed.model), trained(straight.model))
+
+
+def test_trainer_does_not_resume_what_it_has_not_saved(tmp_path: Path) -> None:
+    model = adapted("adalora")
+    plain(model, tmp_path, **SAVING).train()
+    with pytest.raises(CheckpointError, match=r"default: this method has training state .* AdapterTrainer"):
+        plain(adapted("adalora"), tmp_path, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_trainer_treats_other_models_as_ever(tmp_path: Path) -> None:
+    model = tiny_llama()
+    adapted()  # which teaches it
+    made = plain(model, tmp_path, **SAVING, load_best_model_at_end=True, greater_is_better=True)
+    made.train()
+    best = LlamaForCausalLM.from_pretrained(str(made.state.best_model_checkpoint))
+    assert_same(dict(model.named_parameters()), dict(best.named_parameters()))
+    resumed = plain(tiny_llama(), tmp_path, **(SAVING | {"max_steps": 5}))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+
+
+def test_the_mixin_reads_what_trainer_has_written(tmp_path: Path) -> None:
+    plain(adapted(), tmp_path, **SAVING).train()
     mixed = plain(adapted(), tmp_path, AdapterTrainer, **(SAVING | {"max_steps": 6}))
-    mixed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))  # which reads what Trainer has written
+    mixed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert mixed.state.global_step == 6
+
+
+def test_evaluating_changes_no_training_curve_with_the_mixin_and_does_with_trainer(tmp_path: Path) -> None:
+    """Trainer's evaluation draws a random number, so that dropout's masks are others afterwards."""
+    curves = {
+        (made_by, evaluates): losses(trained_over_epochs(made_by, evaluates, tmp_path))
+        for made_by in (Trainer, AdapterTrainer)
+        for evaluates in ("no", "epoch")
+    }
+    alone = pytest.approx(curves[Trainer, "no"], rel=1e-6)
+    assert curves[AdapterTrainer, "no"] == alone and curves[AdapterTrainer, "epoch"] == alone
+    epoch = len(curves[Trainer, "no"]) // 2
+    assert curves[Trainer, "epoch"][:epoch] == pytest.approx(curves[Trainer, "no"][:epoch], rel=1e-6)
+    assert curves[Trainer, "epoch"][epoch:] != pytest.approx(curves[Trainer, "no"][epoch:], rel=1e-4)
+
+
+def trained_over_epochs(made_by: type[Trainer], evaluates: str, folder: Path) -> Trainer:
+    made = plain(
+        adapted(dropout=0.2),
+        folder,
+        made_by,
+        max_steps=-1,
+        num_train_epochs=2,
+        eval_strategy=evaluates,
+        eval_on_start=False,
+    )
+    made.train()
+    return made
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------
@@ -138,6 +211,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
     return kept
 
 
+@pytest.mark.filterwarnings("ignore:the base model's config.json is not found at 'someone/base'")
 @pytest.mark.parametrize("made_by", [Trainer, AdapterTrainer])
 def test_what_is_pushed_is_the_adapter_with_its_card(
     tmp_path: Path, hub: dict[str, dict[str, bytes]], made_by: type[Trainer]

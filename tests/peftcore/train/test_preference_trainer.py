@@ -5,12 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from quiet_training import DieAt, Stop, trained
+from quiet_training import DieAt, Stop, quiet_arguments, trained
 from tiny_pairs import adapted, log_prob, pairs, trainer
 from transformers import BertConfig, BertForSequenceClassification
 
 from peftcore import LoraConfig, TrainingError, get_peft_model
-from peftcore.train import Dpo, Orpo, PackedCollator, PairLogProbs, PreferenceCollator, pair_log_probs
+from peftcore.train import (
+    Dpo,
+    Orpo,
+    PackedCollator,
+    PairLogProbs,
+    PreferenceCollator,
+    PreferenceTrainer,
+    pair_log_probs,
+)
 from peftcore.train import reference_acting as acting
 
 pytestmark = pytest.mark.filterwarnings(
@@ -123,6 +131,8 @@ def test_a_reference_taken_once_costs_no_forward_in_a_step(tmp_path: Path) -> No
     for once in (False, True):
         model = adapted()
         made = trainer(model, tmp_path / str(once), pairs(6), precompute_reference=once)
+        for training in (True, False):  # how the model makes its logits is looked at once in either mode
+            pair_log_probs(model.train(training), PreferenceCollator(0)(pairs(2)))
         forwards: list[int] = []
         model.register_forward_pre_hook(lambda *_, seen=forwards: seen.append(1))
         made.train()
@@ -142,6 +152,35 @@ def test_training_goes_on_from_an_adapter_that_stays_the_reference(tmp_path: Pat
     for name, parameter in model.named_parameters():
         if name in before:
             assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}], ids=str)
+def test_by_default_the_reference_is_the_model_as_it_was_when_training_began(
+    tmp_path: Path, once: bool, options: dict[str, Any]
+) -> None:
+    model, batch = adapted(lora_dropout=0.3, **options), PreferenceCollator(0)(pairs(6))
+    with torch.no_grad():
+        start = pair_log_probs(model.eval(), batch)
+    made = trainer(model, tmp_path, pairs(6), reference="start", precompute_reference=once, **SGD)
+    made.model.train()
+    assert made._reference(model, batch).chosen.tolist() == pytest.approx(start.chosen.tolist(), rel=1e-5)
+    made.train()
+    assert made._reference(model, batch).chosen.tolist() == pytest.approx(start.chosen.tolist(), rel=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(pair_log_probs(model.eval(), batch).chosen, start.chosen)
+    without_dropout = trainer(adapted(**options), tmp_path, pairs(6), reference="start", max_steps=1)
+    without_dropout.train()
+    assert without_dropout.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)  # log 2
+
+
+def test_the_default_is_the_start_and_other_references_are_refused(tmp_path: Path) -> None:
+    made = PreferenceTrainer(
+        model=adapted(), args=quiet_arguments(tmp_path), data_collator=PreferenceCollator(0), train_dataset=pairs(2)
+    )
+    assert made._start is not None
+    with pytest.raises(TrainingError, match="reference is one of start, base; got 'bare'"):
+        trainer(adapted(), tmp_path, pairs(2), reference="bare")
 
 
 def test_the_reference_draws_no_random_numbers_and_drops_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""Which options of `method` in params.yaml a method has, and by what name its configuration has them.
+
+`r`, `lora_alpha` and `lora_dropout` are written once for all methods, but few methods have all three. A field is listed
+only if it means the same: `r` is a rank, `lora_alpha / r` the scaling of the change, `lora_dropout` the share of the
+adapter's input elements that is dropped. OFT's `r` counts blocks, RandLoRA's is the rank of one of many bases, SHiRA's
+says how many entries train, LoHa drops whole rows: those are given by their own names, under `method.options`.
+
+This module imports no method, so that params.yaml can be read without torch.
+"""
+
+from collections.abc import Mapping
+
+SHARED = ("r", "lora_alpha", "lora_dropout")
+"""Options of `method` that several methods have."""
+
+FIELDS: Mapping[str, Mapping[str, str]] = {
+    "adalora": {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
+    "delora": {"r": "r", "lora_dropout": "module_dropout"},
+    "gralora": {"r": "r", "lora_alpha": "alpha", "lora_dropout": "gralora_dropout"},
+    "hira": {"r": "r", "lora_dropout": "hira_dropout"},
+    "hra": {"r": "r"},
+    "loha": {"r": "r", "lora_alpha": "alpha"},
+    "lokr": {"r": "r", "lora_alpha": "alpha"},
+    "lora": {"r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
+    "miss": {"r": "r", "lora_dropout": "miss_dropout"},
+    "poly": {"r": "r"},
+    "randlora": {"lora_dropout": "randlora_dropout"},
+    "vblora": {"r": "r", "lora_dropout": "vblora_dropout"},
+    "vera": {"r": "r", "lora_dropout": "vera_dropout"},
+}
+"""{method: {option of `method`: field of the method's configuration}}; methods that are not here have none."""
+
+OTHERWISE: Mapping[str, Mapping[str, str]] = {
+    "adalora": {"r": "adalora.init_r and adalora.target_r"},
+    "boft": {"lora_dropout": "options.boft_dropout, a share of blocks"},
+    "delora": {"lora_alpha": "options.delora_lambda"},
+    "fourierft": {"r": "options.n_frequency", "lora_alpha": "options.scaling"},
+    "loha": {"lora_dropout": "options.rank_dropout or options.module_dropout"},
+    "lokr": {"lora_dropout": "options.rank_dropout or options.module_dropout"},
+    "oft": {"r": "options.r (blocks) or options.oft_block_size", "lora_dropout": "options.module_dropout, of blocks"},
+    "randlora": {"r": "options.r, the rank of one basis", "lora_alpha": "options.randlora_alpha"},
+    "shira": {"r": "options.r, by which it counts entries"},
+    "waveft": {"r": "options.n_frequency", "lora_alpha": "options.scaling"},
+}
+"""{method: {option it has not: what to give in its place}}"""
+
+
+def missing_option(method: str, option: str, value: float | str) -> str | None:
+    """Return what to do about an option that the method has not, or None if the method has it.
+
+    Args:
+        method: The method's name, in lower case.
+        option: One of `SHARED`.
+        value: What params.yaml gives. A dropout of 0 fits every method.
+    """
+    if option in FIELDS.get(method, {}) or (option == "lora_dropout" and value == 0):
+        return None
+    instead = OTHERWISE.get(method, {}).get(option)
+    return f"{method} has no such option; give null" + (f", and {instead}" if instead else "")

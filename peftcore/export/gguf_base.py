@@ -1,0 +1,99 @@
+"""The base model of a merged GGUF: key/values to write, and weights by GGUF's names, each read when it is needed."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import gguf
+import numpy as np
+from gguf.quants import dequantize
+
+from peftcore.export.errors import ExportError
+from peftcore.export.gguf_folder import ModelFolder
+from peftcore.export.gguf_layout import GgufLayout, layout_of_file
+
+_NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version")
+"""Keys that are written anew, or not true of the new file."""
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """One weight of the base."""
+
+    name: str
+    shape: tuple[int, ...]
+    """As torch and numpy have it; GGUF has it the other way round."""
+    values: Callable[[], np.ndarray]
+    """In float32 and the file's order of rows."""
+
+
+class GgufBase(Protocol):
+    """A base model for a GGUF file."""
+
+    layout: GgufLayout
+    tensors: list[BaseTensor]
+    what: str
+    """Words for it in errors."""
+
+    def write_keys(self, writer: gguf.GGUFWriter) -> None:
+        """Write everything but weights, `general.architecture` and `general.file_type`."""
+
+
+def gguf_base(path: str | Path) -> GgufBase:
+    """The base at a path, a GGUF file or a transformers folder. Raises ExportError for what cannot be written."""
+    return _OfFolder(Path(path)) if Path(path).is_dir() else _OfFile(Path(path))
+
+
+class _OfFile:
+    """A GGUF model: its key/values are copied."""
+
+    what = "the file"
+
+    def __init__(self, path: Path):
+        self._reader = gguf.GGUFReader(path)
+        self.layout = layout_of_file(self._reader)
+        self.tensors = [_of_reader(tensor) for tensor in self._reader.tensors]
+
+    def write_keys(self, writer: gguf.GGUFWriter) -> None:
+        for field in self._fields():
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+
+    def _fields(self) -> Iterator[gguf.ReaderField]:
+        for field in self._reader.fields.values():
+            if not field.name.startswith("GGUF.") and field.name not in _NOT_COPIED and field.types:
+                yield field
+
+
+def _of_reader(tensor: Any) -> BaseTensor:
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    return BaseTensor(tensor.name, shape, lambda: dequantize(tensor.data, tensor.tensor_type))
+
+
+class _OfFolder:
+    """A transformers folder: key/values and tokenizer are made from its JSON files."""
+
+    what = "the folder"
+
+    def __init__(self, path: Path):
+        self._folder = ModelFolder(path)
+        self.layout = self._folder.layout
+        values: Mapping[str, Any] = self._folder.tensors()
+        shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
+        self.tensors = [
+            BaseTensor(name, shapes[name], lambda name=name: self.layout.to_file(
+                name.rpartition(".")[0], values[name].float()).contiguous().numpy())
+            for name in values
+        ]  # fmt: skip
+
+    def write_keys(self, writer: gguf.GGUFWriter) -> None:
+        self._folder.write_keys(writer)
+
+
+def check_gguf_base(path: str | Path) -> None:
+    """Raise ExportError where no GGUF model can be made of a transformers folder; no weight is read."""
+    if not Path(path).is_dir():
+        raise ExportError(f"{path} is no folder; give the transformers folder of the base, or its GGUF file")
+    ModelFolder(Path(path))

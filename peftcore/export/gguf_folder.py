@@ -1,0 +1,117 @@
+"""A transformers folder as a GGUF model: the Llama-like families, whose computation llama.cpp's own keys can say.
+
+What a key cannot say is refused before any weight is read: another activation, partial or YaRN rotary embeddings,
+quantised weights, a tokenizer of an unknown kind.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from peftcore.export.errors import ExportError
+from peftcore.export.gguf_layout import HEAD, layout_of
+from peftcore.export.gguf_tokenizer import Tokenizer
+from peftcore.export.safetensors_stream import mapped_tensors
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type`s of which a whole GGUF can be written."""
+_INSTEAD = "give the base's own GGUF file (--gguf), or merge and use llama.cpp's convert_hf_to_gguf.py"
+_NOT_WEIGHTS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+"""Endings of buffers that old folders hold."""
+
+
+class ModelFolder:
+    """Raises ExportError where no GGUF can be made of the folder; weights are read by `tensors` only."""
+
+    def __init__(self, folder: Path):
+        from transformers import AutoConfig
+
+        if not (folder / "config.json").is_file():
+            raise ExportError(f"{folder} holds no config.json; give the transformers folder of the base")
+        self._folder = folder
+        self.config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if self.config.model_type not in FAMILIES:
+            raise ExportError(
+                f"{folder}: a whole GGUF of a {self.config.model_type!r} model cannot be written from its folder; "
+                f"known are {', '.join(FAMILIES)}. Here {_INSTEAD}"
+            )
+        self.layout = layout_of(self.config)
+        self._check()
+        self._rope: dict[str, Any] = dict(self.config.rope_parameters)
+        self._tokenizer = Tokenizer(folder, self.config.vocab_size)
+
+    def _check(self) -> None:
+        config, rope = self.config, self.config.rope_parameters
+        asked: dict[str, tuple[Any, tuple[Any, ...]]] = {
+            "hidden_act": (config.hidden_act, ("silu", "swish")),
+            "quantization_config": (getattr(config, "quantization_config", None), (None,)),
+            "rope_type": (rope.get("rope_type", "default"), ("default", "linear", "llama3")),
+            "partial_rotary_factor": (rope.get("partial_rotary_factor", 1), (1,)),
+        }
+        for name, (value, fits) in asked.items():
+            if value not in fits:
+                raise ExportError(f"{self._folder}: {name}={value!r:.100} has no GGUF here; {_INSTEAD}")
+
+    @property
+    def _head_size(self) -> int:
+        config = self.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
+    def _context(self) -> int:
+        """Positions (count) within which llama.cpp, which attends to all of them, computes what the model does."""
+        config = self.config
+        windowed = getattr(config, "use_sliding_window", True)
+        window = getattr(config, "sliding_window", None) if windowed else None
+        return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
+    def write_keys(self, writer: gguf.GGUFWriter) -> None:
+        """Write the model's key/values and its tokenizer."""
+        config = self.config
+        writer.add_name(self._folder.resolve().name)
+        writer.add_context_length(self._context)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(self.layout.query_heads)
+        writer.add_head_count_kv(self.layout.key_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(float(self._rope["rope_theta"]))
+        writer.add_rope_dimension_count(self._head_size)
+        writer.add_key_length(self._head_size)
+        writer.add_value_length(self._head_size)
+        writer.add_vocab_size(config.vocab_size)
+        if self._rope.get("rope_type") == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(float(self._rope["factor"]))
+        self._tokenizer.write_keys(writer)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{GGUF's name: weight, mapped from the file}"""
+        found = {}
+        for key, tensor in mapped_tensors(self._folder).items():
+            if key.endswith(_NOT_WEIGHTS):
+                continue
+            name = self.layout.names.get_name(key, (".weight", ".bias"))
+            if name is None:
+                raise ExportError(
+                    f"{self._folder}: {key} has no name in a GGUF of {self.layout.architecture}; {_INSTEAD}"
+                )
+            if not (self.layout.tied and name == f"{HEAD}.weight"):
+                found[name] = tensor
+        if self._rope.get("rope_type") == "llama3":
+            found["rope_freqs.weight"] = self._rope_factors()
+        return found
+
+    def _rope_factors(self) -> Tensor:
+        """What llama.cpp divides each frequency by: Llama 3's smooth step from 1 to `factor`."""
+        rope, size = self._rope, self._head_size
+        frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()

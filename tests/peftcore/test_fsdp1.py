@@ -1,0 +1,106 @@
+"""FSDP version 1 with use_orig_params=True, which puts plain tensors in the place of parameters during a forward."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from method_example import examples, randomise
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from peftcore import LoraConfig, get_peft_model
+from peftcore.adapter_set import adapter_set
+from peftcore.registry import methods
+
+LAYERS: dict[str, tuple[str, Any, Any]] = {
+    "Linear": ("linear", lambda: nn.Linear(12, 8), lambda: torch.randn(3, 5, 12)),
+    "Conv2d": ("conv", lambda: nn.Conv2d(6, 8, 3), lambda: torch.randn(2, 6, 9, 9)),
+    "Embedding": ("embedding", lambda: nn.Embedding(20, 8), lambda: torch.randint(0, 20, (3, 5))),
+    "LayerNorm": ("norm", lambda: nn.LayerNorm(12), lambda: torch.randn(3, 5, 12)),
+}
+EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
+CASES = [
+    pytest.param(method, layer, id=f"{method}-{layer}")
+    for method in EXAMPLES
+    for layer, (kind, _, _) in LAYERS.items()
+    if kind in methods()[method].adapter.layer_kinds
+]
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of FSDP on a CPU
+
+
+class Net(nn.Module):
+    """A layer to adapt, computed again in the backward pass or not."""
+
+    def __init__(self, target: nn.Module, recomputes: bool):
+        super().__init__()
+        self.target, self.recomputes = target, recomputes
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.target, x, use_reentrant=False) if self.recomputes else self.target(x)
+
+
+@pytest.fixture(autouse=True)
+def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def assert_same_under_fsdp(net: Any, x: Tensor) -> None:
+    """Outputs and gradients of an adapted net are the same once it is wrapped, and they are not the base's."""
+    for adapter in adapter_set(net).adapters("default").values():
+        adapter.eval()  # Poly draws its mixture anew in each training forward
+    with net.disable_adapter():
+        base = net(x)
+    y = net(x)
+    assert (y - base).abs().max() > 1e-3
+    y.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    wrapped = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
+    z = wrapped(x)
+    torch.testing.assert_close(z, y)
+    z.square().sum().backward()
+    found = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(found) == len(gradients)
+    for name, gradient in found.items():
+        assert gradient is not None, name
+        wanted = gradients[name.replace("_fsdp_wrapped_module.", "")]
+        torch.testing.assert_close(gradient.view_as(wanted), wanted, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(x), y)
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("method, layer", CASES)
+def test_layers(method: str, layer: str, recomputes: bool) -> None:
+    torch.manual_seed(0)
+    _, make, inputs = LAYERS[layer]
+    net = get_peft_model(Net(make(), recomputes), EXAMPLES[method].make(layer, target_modules=["target"]))
+    randomise(net, EXAMPLES[method].spread)
+    assert_same_under_fsdp(net, inputs())
+
+
+class Experts(nn.Module):
+    """Two matrices as one raw parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_of_all = nn.Parameter(torch.randn(2, 8, 12) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("eoi,bti->bto", self.weight_of_all, x)
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["", "checkpointed"])
+def test_raw_parameters(recomputes: bool) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["target.weight_of_all"], init_lora_weights=False)
+    net = get_peft_model(Net(Experts(), recomputes), config)
+    randomise(net, 0.3)
+    assert_same_under_fsdp(net, torch.randn(3, 5, 12))
