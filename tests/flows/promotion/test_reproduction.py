@@ -118,6 +118,7 @@ def test_another_adapter_is_told_with_its_largest_difference_and_what_was_anothe
     assert outs["artifacts/evaluation"] == (False, "metrics.json (another content)")
     evidence = {one.what: one.same for one in found.evidence}
     assert evidence == {
+        "artifacts/evaluation/control.parquet": True,
         "artifacts/evaluation/metrics.json": False,
         "artifacts/evaluation/rows.parquet": True,
         "artifacts/merge.json": True,

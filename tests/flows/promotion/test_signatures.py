@@ -258,7 +258,7 @@ def test_promotion_waits_for_approvals(project: Any, tmp_path: Path) -> None:
     project.git("fetch", "--quiet", "--tags", "origin")
     promotion = promote(project.params, project.paths)
     assert promotion.outcome == "promoted" and promotion.report is not None
-    assert promotion.report.checks[-1].detail == "1 of 1: grace@example.org"
+    assert promotion.report.checks[-1].detail.startswith("1 of 1: grace@example.org; unsigned")
 
 
 @needs_keys

@@ -222,11 +222,12 @@ def test_what_colleagues_did_is_taken_in_first(
     assert set(weekly.git("tag", root=remote).split()) == {"docstrings@v0.1.0", "docstrings#champion#1"}
     # a colleague registers a version, promotes it, and takes it back again
     weekly.git("clone", "--quiet", str(remote), str(colleague))
-    theirs = Git(colleague)
-    commit = theirs.run("rev-parse", "docstrings@v0.1.0^{commit}").strip()
-    for name in ("docstrings@v0.1.1", "docstrings#champion#2", "docstrings#champion#3"):
-        theirs.create_tag(name, commit, "theirs\n", 0)
-    theirs.push_tags("origin", ["docstrings@v0.1.1", "docstrings#champion#2", "docstrings#champion#3"])
+    theirs = Registry(Git(colleague), "docstrings")
+    first = theirs.version("v0.1.0")
+    record = {**theirs.record(first), "version": "v0.1.1"}
+    second = theirs.register("v0.1.1", "c" * 64, record, {}, "theirs", push_to="origin")
+    theirs.assign("champion", second, 1, "theirs\n", push_to="origin")
+    theirs.assign("champion", first, 2, "taken back\n", push_to="origin")
 
     # the race is lost each time, so there is no verdict, and the data are no old ones
     drop(weekly, "week2.jsonl", "second\n")
@@ -241,7 +242,7 @@ def test_what_colleagues_did_is_taken_in_first(
     assert "judging it once more" in caplog.text
     monkeypatch.setattr(flow, "promote", original)
     second = retrain(weekly, "origin")
-    assert (second.outcome, second.version, second.fresh) == ("promoted", "v0.2.0", [])
+    assert (second.outcome, second.version, second.fresh) == ("promoted", "v0.1.2", [])
     assert "docstrings#champion#4" in weekly.git("tag", root=remote).split()
     assert retrain(weekly, "origin").outcome == "unchanged"
 
