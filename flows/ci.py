@@ -6,15 +6,18 @@ summary and outputs.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from flows.errors import GateError, PipelineError, RegistryConflict, RegistryError
 from flows.git import Git, GitError
-from flows.params import Params
+from flows.params import Params, load_params
 from flows.paths import Paths
+from flows.promotion.project_registry import registry_of
 from flows.promotion.promote import Promotion, promote
 from flows.promotion.registry import Registry, Version
 from flows.promotion.report import as_markdown
@@ -48,6 +51,40 @@ class Verdict:
     promotion: Promotion | None
 
 
+@contextmanager
+def rules_for(
+    params: Params, paths: Paths, environment: Mapping[str, str], ref: str | None = None, remote: str = "origin"
+) -> Iterator[Params]:
+    """The parameters to judge by, which the judged commit must not choose: those of the protected branch.
+
+    params: those of the checkout, which hold where nothing names such a branch. ref: a branch or commit of git; None is
+    the branch that a pull request is to change, or GitLab's default branch. The list of signers comes from there too.
+    Raises RegistryError if there are no rules to read.
+    """
+    branch = Event.of(environment).base or environment.get("CI_DEFAULT_BRANCH")
+    ref = ref or (f"{remote}/{branch}" if branch else None)
+    if ref is None:
+        yield params
+        return
+    git = Git(paths.root)
+    with TemporaryDirectory(prefix="peftcore-rules-") as folder:
+        rules = Paths(Path(folder))
+        try:
+            rules.params.write_text(git.show(ref, paths.params.name))
+            found = load_params(rules.params)
+            signers = found.gate.allowed_signers
+            if signers is not None and not Path(signers).expanduser().is_absolute():
+                (rules.root / "signers").write_text(git.show(ref, signers))
+                gate = found.gate.model_copy(update={"allowed_signers": str(rules.root / "signers")})
+                found = found.model_copy(update={"gate": gate})
+        except GitError as error:
+            raise RegistryError(
+                f"the rules could not be read from {ref} ({error}); clone with all branches, or name the branch or "
+                "commit that has them by --rules or PEFTCORE_CI_RULES"
+            ) from error
+        yield found
+
+
 def judge(
     params: Params,
     paths: Paths,
@@ -59,14 +96,14 @@ def judge(
 ) -> Verdict:
     """Judge a version, promote it where `dry_run` is false, and tell of it; also where that fails.
 
-    environment: the job's, which says what triggered it and where GitHub wants summary and outputs. report: where
-    the Markdown goes. version: None is that of the event. dry_run: None promotes only
-    on the push of a version's tag. remote: the git remote that decides between jobs.
+    params: the rules, see `rules_for`. environment: the job's, which says what triggered it and where GitHub wants
+    summary and outputs. report: where the Markdown goes. version: None is that of the event. dry_run: None promotes
+    only on the push of a version's tag. remote: the git remote that decides between jobs.
     Raises GateError if the gate refuses, RegistryConflict if another job promoted first.
     """
     event = Event.of(environment)
     try:
-        registry = Registry(Git(paths.root), params.project.name)
+        registry = registry_of(params, paths.root)
         chosen = registry.version(version) if version else _version_of(registry, event, remote)
         if chosen is None:
             sentence = f"{registry.name} has no version yet; `peftcore run` makes one"

@@ -14,6 +14,7 @@ from flows.git import Git
 from flows.overrides import check_overrides, forced
 from flows.paths import Paths
 from flows.project import DVC, stage_environment
+from flows.promotion.looks import note_trial
 
 EXPERIMENTS = "refs/exps/??/*/*"
 """Where DVC keeps experiments: refs/exps/HH/HASH/NAME, by the commit that each began from."""
@@ -39,7 +40,10 @@ def run_experiment(root: Path, overrides: Sequence[str], name: str | None = None
             f"the trial with {', '.join(overrides) or 'no other parameters'} failed, and said why above; "
             "`dvc exp show` has those that did not"
         )
-    return made[-1].rpartition("/")[2]
+    commit, _, made_name = made[-1].rpartition("/")
+    git = Git(root)
+    note_trial(Paths(root), git.show(commit, "dvc.lock"), git.show(commit, "params.yaml"))
+    return made_name
 
 
 def _experiments(root: Path) -> set[str]:

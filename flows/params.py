@@ -288,6 +288,7 @@ class Champion(Section):
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     resamples: Annotated[int, Field(ge=100)] = 10_000
     max_loss_regression: NonNegative = 0.0
+    max_loss_regression_on_its_rows: Positive | None = 0.1
     remeasure: bool = True
 
 

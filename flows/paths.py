@@ -168,6 +168,11 @@ class Paths:
         return self.review.with_name("promotion.json")
 
     @property
+    def trials(self) -> Path:
+        """Which parameters sweeps and trials of this clone have tried, by the digest of the prepared data."""
+        return self.review.with_name("trials.json")
+
+    @property
     def checkpoints(self) -> Path:
         """Training's resumable state; outside DVC's outs, because DVC deletes those before a stage starts."""
         return self.root / "checkpoints"

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from flows.errors import PipelineError, RegistryError, RepositoryError
 from flows.git import Git
+from flows.params import load_params
 from flows.paths import Paths
 from flows.project import dvc, files_at
+from flows.promotion.project_registry import deciding_tags
 from flows.promotion.registry import Registry, Version
 from peftcore.config import CONFIG_NAME
 from peftcore.errors import CheckpointError, ConfigError, PeftError
@@ -41,7 +43,8 @@ class StageWatch:
         self.version: str | None = None
         """The one that is served."""
         self._paths, self._stage, self._store, self._folder, self._seconds = paths, stage, store, folder, seconds
-        self._registry = Registry(Git(paths.root), name)
+        git = Git(paths.root)
+        self._registry = Registry(git, name, decides=deciding_tags(load_params(paths.params).gate, git))
         self._said = ""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peftcore-watch", daemon=True)

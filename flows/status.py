@@ -18,6 +18,7 @@ from flows.last_run import last_run, running
 from flows.params import Params
 from flows.paths import Paths
 from flows.processes import is_alive
+from flows.promotion.project_registry import registry_of
 from flows.promotion.registry import Registry
 from flows.worktree import leftovers
 
@@ -28,7 +29,7 @@ def status(params: Params, paths: Paths) -> dict[str, Any]:
     running: processes that live, [{what, pid, task, since}]. last_run, champion, candidate: None where there is none.
     retraining: its last entry and its schedule. disk: free bytes and sizes. hints: what to do about leftovers.
     """
-    registry = Registry(Git(paths.root), params.project.name)
+    registry = registry_of(params, paths.root)
     holders = registry.stages()
     return {
         "name": registry.name,

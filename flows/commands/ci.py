@@ -35,6 +35,15 @@ def ci(
     remote: Annotated[
         str, typer.Option(envvar="PEFTCORE_CI_REMOTE", help="The git remote that decides between several jobs.")
     ] = "origin",
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REF",
+            envvar="PEFTCORE_CI_RULES",
+            help="The branch or commit whose params.yaml has the rules; if left out, a pull request's base, or the "
+            "checkout.",
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(metavar="FILE", envvar="PEFTCORE_CI_REPORT", help="Markdown; `reports/gate.md` if left out."),
@@ -45,13 +54,15 @@ def ci(
 
     On the push of a tag NAME@vX.Y.Z: that version, promoted and the stage's tag pushed. Else, as for a pull request:
     the newest version that the branch registered, or the newest of all, judged only. The version's files come from
-    DVC's remote. Exits with 3 if the gate refuses, with 4 if another job promoted first.
+    DVC's remote, the rules from the protected branch. Exits with 3 if the gate refuses, with 4 if another job promoted
+    first.
     """
     with errors(), project() as (params, paths):
-        from flows.ci import judge
+        from flows.ci import judge, rules_for
 
         where = report or paths.review.with_name("gate.md")
-        verdict = judge(at_stage(params, stage), paths, os.environ, where, version, dry_run, remote)
+        with rules_for(params, paths, os.environ, rules or None, remote) as by:
+            verdict = judge(at_stage(by, stage), paths, os.environ, where, version, dry_run, remote)
         if as_json:
             promotion = verdict.promotion.as_dict() if verdict.promotion else None
             told = {"verdict": verdict.word, "version": verdict.version, "report": str(where), "promotion": promotion}

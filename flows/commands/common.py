@@ -83,10 +83,9 @@ def project() -> Iterator[tuple["Params", Paths]]:
 
 
 def holders(params: "Params", paths: Paths) -> dict[str, str | None]:
-    from flows.git import Git
-    from flows.promotion.registry import Registry
+    from flows.promotion.project_registry import registry_of
 
-    stages = Registry(Git(paths.root), params.project.name).stages()
+    stages = registry_of(params, paths.root).stages()
     return {stage: holder.version for stage, holder in stages.items()}
 
 

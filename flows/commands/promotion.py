@@ -42,20 +42,25 @@ def promote(
     ] = None,
     push_to: PushTo = None,
     stage: Stage = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also a version that was rolled back, or whose stage was taken back.")
+    ] = False,
 ) -> None:
     """Judge a version by the gate and, if it passes, give it the stage.
 
-    The gate's checks, in order: only allowed files; their registered SHA-256; an allowed signature; finite weights; the
-    thresholds of `params.yaml`; better than the version that has the stage now (a paired bootstrap on the same test
-    rows, on which that one is measured again if they are new to it), and in no slice of them worse than allowed;
-    nothing forgotten on the control set; the adapter's size and latency; a faithful merge; enough approvals. The first
-    that fails is the reason. Exits with 3 if it refuses, with 4 if somebody else promoted meanwhile.
+    The gate's checks, in order: the stage was not taken back from it; only allowed files; their registered SHA-256; the
+    registered evaluation, with figures that follow from its rows; measured as `params.yaml` asks; an allowed signature;
+    finite weights; the thresholds of `params.yaml`; better than the version that has the stage now (a paired bootstrap
+    on the same test rows, on which that one is measured again if they are new to it), not worse than allowed on that
+    one's own test rows, and in no slice worse than allowed; nothing forgotten on the control set; the adapter's size
+    and latency; a faithful merge; enough approvals. The first that fails is the reason. Exits with 3 if it refuses,
+    with 4 if somebody else promoted meanwhile.
     """
     with errors(), project() as (params, paths):
         from flows.promotion.promote import promote as promote_version
         from flows.promotion.report import as_markdown
 
-        promotion = promote_version(at_stage(params, stage), paths, version, dry_run, push_to)
+        promotion = promote_version(at_stage(params, stage), paths, version, dry_run, push_to, again)
         if markdown is not None:
             write_atomically(markdown, as_markdown(promotion))
         if as_json:
@@ -106,21 +111,23 @@ def approve(
     """Approve a version, which promoting it may need (`gate.approvals`), by a tag that says who, when and why.
 
     Whoever registered a version cannot approve it. Where `gate.allowed_signers` lists ssh keys, the approval has to be
-    signed with one of them (`PEFTCORE_SIGNING_KEY`). Exits with 4 if you have approved it already.
+    signed with one of them (`PEFTCORE_SIGNING_KEY`); without that list it proves nothing. Exits with 4 if you have
+    approved it already.
     """
     with errors(), project() as (params, paths):
-        from flows.git import Git
         from flows.promotion.approvals import approve as approve_version
-        from flows.promotion.registry import Registry
-        from flows.promotion.signatures import allowed_signers, signing_key
+        from flows.promotion.project_registry import registry_of
+        from flows.promotion.signatures import allowed_signers
 
-        registry = Registry(Git(paths.root), params.project.name, signing_key(params, paths.root))
+        registry = registry_of(params, paths.root, sign=True)
         chosen = registry.version(version or newest(registry))
         made = approve_version(registry, chosen, note, allowed_signers(params.gate, paths.root), push_to)
         if as_json:
             print(json.dumps({"name": registry.name, "version": chosen.number, **asdict(made)}, indent=2))
         else:
             print(f"{registry.name} {chosen.number} is approved by {made.who}: {made.tag}")
+            if params.gate.allowed_signers is None:
+                print("it proves nothing: anybody can set this e-mail; gate.allowed_signers asks for signatures")
 
 
 def _print_checks(checks: Iterable["Check"]) -> None:

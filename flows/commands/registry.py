@@ -209,10 +209,9 @@ def reproduce(
 
 
 def _registry(params: "Params", paths: Paths) -> "Registry":
-    from flows.git import Git
-    from flows.promotion.registry import Registry
+    from flows.promotion.project_registry import registry_of
 
-    return Registry(Git(paths.root), params.project.name)
+    return registry_of(params, paths.root)
 
 
 def _version(registry: "Registry", name: str | None) -> "Version":

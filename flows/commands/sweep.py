@@ -1,4 +1,4 @@
-"""A sweep: the pipeline up to the evaluation, for every combination of some parameters."""
+"""A sweep: the pipeline up to the training, for every combination of some parameters."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -42,10 +42,12 @@ def sweep(
     stage_timeout: StageTimeout = SIX_HOURS,
     as_json: AsJson = False,
 ) -> None:
-    """Train and evaluate every combination of parameters, each in a working tree of its own; rank by test loss.
+    """Train every combination of parameters, each in a working tree of its own; rank by the loss on validation rows.
 
-    Nothing is registered. To take a trial, put its parameters into `params.yaml` and use `peftcore run`: its stages
-    come from DVC's cache. Writes `reports/sweep.json` and `reports/sweep.md`. Exits with 1 if a trial failed.
+    No trial sees the test rows, by which the gate will judge the one that you take. Nothing is registered; how many
+    trials there were is written into the versions that follow on the same data. To take a trial, put its parameters
+    into `params.yaml` and use `peftcore run`: its stages come from DVC's cache. Writes `reports/sweep.json` and
+    `reports/sweep.md`. Exits with 1 if a trial failed.
     """
     with errors(), project() as (_, paths):
         set_prefect_environment(paths.root)

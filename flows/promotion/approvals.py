@@ -4,7 +4,8 @@
 
 WHO is made of the approver's e-mail, so that two clones cannot take each other's name. An approval counts if it is of
 the commit that the version has, by somebody other than who registered that; where signers are listed
-(`gate.allowed_signers`), only a valid signature says who somebody is.
+(`gate.allowed_signers`), only a valid signature says who somebody is. Without such a list an approval is an e-mail that
+git was told, which its maker can set to anything: it is a note, and proves nothing.
 """
 
 import hashlib
@@ -40,6 +41,12 @@ def approvals(registry: Registry, version: Version, allowed: Path | None) -> lis
         if who is not None and who != author and tag.commit == version.commit and tag.made_as == tag.name:
             found.setdefault(who, Approval(who, tag.message.partition("\n\n")[2].strip(), tag.created, tag.name))
     return list(found.values())
+
+
+def unsigned_approvals(registry: Registry, version: Version, allowed: Path) -> list[str]:
+    """Tags of approvals that nobody of the list of signers made, so that they do not count."""
+    tags = _tags(registry.git, registry.name, version.number)
+    return [tag.name for tag in tags if signature_of(registry.git, tag, allowed).signer is None]
 
 
 def registered_by(registry: Registry, version: Version, allowed: Path | None) -> str | None:

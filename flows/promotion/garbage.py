@@ -24,6 +24,7 @@ from flows.errors import RegistryError, RepositoryError
 from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
+from flows.promotion.project_registry import registry_of
 from flows.promotion.registry import COLLECTED, Registry, Version
 from flows.promotion.synchronise import synchronise
 from flows.worktree import leftovers, remove_worktree
@@ -84,7 +85,7 @@ def collect_garbage(
     Raises RepositoryError if DVC is at work, cannot tell what is used, or the remote holds objects of others.
     """
     git = Git(paths.root)
-    registry = Registry(git, params.project.name)
+    registry = registry_of(params, paths.root)
     if push_to is not None:
         synchronise(registry, push_to)
     leftovers = _leftovers(dry_run, git)

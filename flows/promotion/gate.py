@@ -13,7 +13,9 @@ from flows.params import Gate, Merge
 from flows.promotion.candidate import Candidate, Champion, Outcome
 from flows.promotion.checks import champion as against
 from flows.promotion.checks import figures, files, people
+from flows.promotion.checks.evidence import evidence
 from flows.promotion.checks.forgetting import forgetting
+from flows.promotion.checks.measured import measured_as_asked
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,11 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
     seed: of the bootstrap's resamples, so that the same two versions get the same verdict.
     """
     checks: list[tuple[str, Callable[[], Outcome]]] = [
+        ("not taken back", lambda: people.not_taken_back(candidate, gate)),
         ("allowed files", lambda: files.allowed_files(candidate)),
         ("manifest", lambda: files.manifest(candidate)),
+        ("evidence", lambda: evidence(candidate)),
+        ("measured as asked", lambda: measured_as_asked(candidate)),
         ("signature", lambda: people.signature(candidate, gate)),
         ("finite weights", lambda: files.finite_weights(candidate)),
         ("test loss", lambda: figures.test_loss(candidate, gate)),
@@ -66,6 +71,7 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         ("gain in ROUGE-L", lambda: figures.figure(candidate, "gain", "rouge_l", gate.min_rouge_l_gain)),
         ("answers that end", lambda: figures.figure(candidate, "adapter", "ended", gate.min_ended)),
         ("against the champion", lambda: against.against_the_champion(candidate, champion, gate, seed)),
+        ("the champion's rows", lambda: against.on_the_champions_rows(candidate, champion, gate, seed)),
         ("slices", lambda: against.slices(candidate, champion, gate, seed)),
         ("forgetting", lambda: forgetting(candidate, gate, seed)),
         ("adapter size", lambda: files.adapter_size(candidate, gate)),

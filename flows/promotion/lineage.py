@@ -157,6 +157,11 @@ def evidence(paths: Paths) -> tuple[Path, ...]:
     return (paths.evaluation_metrics, paths.evaluation_rows, *control, paths.merge_report)
 
 
+def evidence_digests(paths: Paths) -> dict[str, str]:
+    """{file that a version is judged by, relative to the root: its SHA-256}"""
+    return {path.relative_to(paths.root).as_posix(): sha256(path) for path in evidence(paths)}
+
+
 def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number: str) -> dict[str, Any]:
     """The lineage record of version `number`. Digests are hex SHA-256; DVC's own are MD5."""
     evaluation = read_json(paths.evaluation_metrics)
@@ -171,9 +176,10 @@ def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number
             "uncommitted": git.uncommitted(leaving_out=(LOCK, paths.metrics.name)),
         },
         "adapter": {"content": content_digest(files), "files": files},
-        "evidence": {path.relative_to(paths.root).as_posix(): sha256(path) for path in evidence(paths)},
+        "evidence": evidence_digests(paths),
         "evaluation_set": evaluation["evaluation_set"],
         "base_model": evaluation["base_model"],
+        "base_manifest": evaluation.get("base_manifest"),
         "dvc": {out["path"]: out["md5"] for out in outs if "md5" in out},
         "params": params.model_dump(),
         "metrics": headline_metrics(paths),

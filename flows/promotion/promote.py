@@ -11,23 +11,31 @@ from typing import Any, Literal
 import pyarrow
 from pyarrow import parquet
 
+from flows.base.identity import base_identity, have_same_base
 from flows.errors import RegistryError, StageError
-from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
-from flows.promotion.approvals import approvals
+from flows.promotion.approvals import approvals, unsigned_approvals
 from flows.promotion.candidate import Candidate, Champion
+from flows.promotion.checks.measured import unmeasured
 from flows.promotion.gate import GateReport, evaluate_gate
 from flows.promotion.lineage import read_json
+from flows.promotion.looks import looks_of
+from flows.promotion.project_registry import registry_of
 from flows.promotion.registered_files import check_adapter, files_of
 from flows.promotion.registry import Assignment, Registry, Version
-from flows.promotion.remeasurement import measure_again
-from flows.promotion.signatures import allowed_signers, signature_of, signing_key
+from flows.promotion.remeasurement import measure_again, measure_candidate
+from flows.promotion.signatures import allowed_signers, signature_of
 from flows.promotion.synchronise import synchronise
-from peftcore.files import write_atomically
+from peftcore.files import MANIFEST, damaged_files, sha256, write_atomically
 
 Outcome = Literal["promoted", "already", "refused", "would promote", "rolled back"]
 _REPORT = "Gate report: "
+FOUNDED = (
+    *("slice", "weight", "base_loss", "label"),
+    *(f"{side}_{name}" for side in ("base", "adapter") for name in ("rouge_l", "ended", "margin", "prediction")),
+)
+"""Columns of the rows, where there are any, that figures follow from."""
 CONTROL = ("tokens", "base_loss", "adapter_loss")
 """Columns of the control set's losses that are judged."""
 
@@ -66,15 +74,22 @@ class Promotion:
 
 
 def promote(
-    params: Params, paths: Paths, version: str | None = None, dry_run: bool = False, push_to: str | None = None
+    params: Params,
+    paths: Paths,
+    version: str | None = None,
+    dry_run: bool = False,
+    push_to: str | None = None,
+    again: bool = False,
 ) -> Promotion:
     """Judge a version and, if it passes, give it the stage `gate.stage`.
 
-    version: its number; None is the one of the last run. dry_run: judge only. push_to: a git remote that must agree.
+    params: the rules; what the version was measured by has to be what they ask for. version: its number; None is the
+    one of the last run. dry_run: judge only. push_to: a git remote that must agree. again: judge it even if the stage
+    was taken back from it, as by a rollback.
     The result is kept in reports/promotion.json, for the page. Raises RegistryConflict if the stage changed hands
     while the gate was at work.
     """
-    registry = _registry(params, paths)
+    registry = registry_of(params, paths.root, sign=True)
     if push_to is not None:
         version = synchronise(registry, push_to).get(version or "", version)
     # before anything is compared: whoever promotes after this makes our tag impossible
@@ -86,7 +101,7 @@ def promote(
             registry.push_again(push_to, chosen, holder)
         promotion = Promotion(registry.name, chosen.number, params.gate.stage, "already", None, _report_of(holder))
     else:
-        report = _judge(params, paths, registry, chosen, holder, from_run=version is None)
+        report = _judge(params, paths, registry, chosen, holder, version is None, again)
         promotion = _decide(params, registry, chosen, report, looked_at, dry_run, push_to)
     if not dry_run:
         write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
@@ -101,7 +116,7 @@ def roll_back(
     version: its number; None is the one that had it last before the present holder. Its files have to be those that
     were registered; the gate is not asked again, what it said then is in the tag. Raises RegistryError.
     """
-    registry, stage = _registry(params, paths), params.gate.stage
+    registry, stage = registry_of(params, paths.root, sign=True), params.gate.stage
     if not reason.strip():
         raise RegistryError("a rollback needs a reason, which its tag keeps; give --reason")
     looked_at, holder, past = registry.last_event(), registry.stages().get(stage), registry.holders(stage)
@@ -134,7 +149,8 @@ def roll_back(
 def last_version(registry: Registry, paths: Paths) -> Version:
     """The version that the last run registered; its number may be another by now (see `synchronise`)."""
     record = last_record(paths)
-    return registry.with_content(record["adapter"]["content"]) or registry.version(record["version"])
+    known = registry.registered(record["adapter"]["content"], record["evidence"])
+    return known or registry.version(record["version"])
 
 
 def last_record(paths: Paths) -> dict[str, Any]:
@@ -162,15 +178,20 @@ def _judge(
     chosen: Version,
     holder: Assignment | None,
     from_run: bool,
+    again: bool,
 ) -> GateReport:
     wanted = (paths.adapter, *(paths.root / name for name in registry.record(chosen)["evidence"]))
     with nullcontext(paths) if from_run else files_of(paths, registry, chosen, wanted) as where:
-        candidate = _candidate(params, paths, registry, chosen, where)
-        champion = _champion(paths, registry, holder)
+        candidate = _candidate(params, paths, registry, chosen, holder, where, again)
+        champion = _champion(paths, registry, holder, candidate)
         if champion is not None and params.gate.champion.remeasure:
             version, of = registry.version(champion.version), None if from_run else chosen
-            again = partial(measure_again, params, paths, registry, version, candidate, of)
-            champion = replace(champion, measure_again=again)
+            measured = (params, paths, registry, version, candidate, of)
+            champion = replace(
+                champion,
+                measure_again=partial(measure_again, *measured),
+                measure_candidate=partial(measure_candidate, *measured),
+            )
         return evaluate_gate(candidate, champion, params.gate, params.merge, params.project.seed)
 
 
@@ -195,31 +216,55 @@ def _decide(
     return Promotion(registry.name, chosen.number, stage, "promoted", tag, report)
 
 
-def _registry(params: Params, paths: Paths) -> Registry:
-    return Registry(Git(paths.root), params.project.name, signing_key(params, paths.root))
-
-
-def _candidate(params: Params, paths: Paths, registry: Registry, version: Version, at: Paths) -> Candidate:
+def _candidate(
+    params: Params,
+    paths: Paths,
+    registry: Registry,
+    version: Version,
+    holder: Assignment | None,
+    at: Paths,
+    again: bool,
+) -> Candidate:
     allowed = allowed_signers(params.gate, paths.root)
     tag = registry.git.tags(version.tag)[0]
-    asked = params.gate.approvals > 0
-    control = at.evaluation_control
+    control, record, metrics = at.evaluation_control, registry.record(version), read_json(at.evaluation_metrics)
+    registered = {at.root / name: digest for name, digest in record["evidence"].items()}
+    needed = {at.evaluation_metrics, at.evaluation_rows, at.merge_report, *([control] if control.exists() else [])}
+    approved = approvals(registry, version, allowed)
     return Candidate(
         name=registry.name,
         version=version.number,
         adapter=at.adapter,
-        files=registry.record(version)["adapter"]["files"],
-        metrics=read_json(at.evaluation_metrics),
+        files=record["adapter"]["files"],
+        metrics=metrics,
+        evidence=dict.fromkeys(sorted(needed)) | registered,
+        record=record,
+        unmeasured=tuple(unmeasured(record, metrics, params)),
         merge=read_json(at.merge_report),
         rows=_read_rows(at.evaluation_rows),
         control=_read_table(control, CONTROL) if control.exists() else None,
         content=version.content,
         signature=signature_of(registry.git, tag, allowed) if allowed else None,
-        approved_by=tuple(one.who for one in approvals(registry, version, allowed)) if asked else (),
+        approved_by=tuple(one.who for one in approved),
+        unsigned_approvals=0 if allowed is None else len(unsigned_approvals(registry, version, allowed)),
+        taken_back=_taken_back(registry, version, params.gate.stage),
+        again=again,
+        looks=looks_of(registry, version, holder),
     )
 
 
-def _champion(paths: Paths, registry: Registry, holder: Assignment | None) -> Champion | None:
+def _taken_back(registry: Registry, version: Version, stage: str) -> str | None:
+    """How the stage was taken back from this version's adapter, under this number or another; None: it was not."""
+    contents = {one.number: one.content for one in registry.versions()}
+    for number, how in registry.taken_back(stage).items():
+        if number == version.number:
+            return how
+        if version.content is not None and contents.get(number) == version.content:
+            return f"it has the adapter of {number}: {how}"
+    return None
+
+
+def _champion(paths: Paths, registry: Registry, holder: Assignment | None, candidate: Candidate) -> Champion | None:
     if holder is None:
         return None
     if holder.version is None:
@@ -232,12 +277,39 @@ def _champion(paths: Paths, registry: Registry, holder: Assignment | None) -> Ch
     record = registry.record(version)
     with files_of(paths, registry, version, [paths.evaluation_rows]) as where:
         rows = _read_rows(where.evaluation_rows)
-    loss = record["metrics"].get("loss_function")
-    return Champion(version.number, record["evaluation_set"], record["base_model"], rows, loss)
+    base, manifest = record["base_model"], record.get("base_manifest")
+    if manifest is None and not have_same_base(candidate.metrics, record):
+        base, manifest = _base_of(paths, registry, version, record)
+    return Champion(
+        version.number,
+        record["evaluation_set"],
+        base,
+        rows,
+        loss_function=record["metrics"].get("loss_function"),
+        base_manifest=manifest,
+        content=version.content,
+    )
+
+
+def _base_of(paths: Paths, registry: Registry, version: Version, record: dict[str, Any]) -> tuple[str, str | None]:
+    """(identity, manifest's digest) of the base of a version whose record is from before identities.
+
+    They come from its files, because the same base saved by another release of transformers has another manifest.
+    """
+    manifest = record["base_model"]
+    if paths.base.relative_to(paths.root).as_posix() not in record["dvc"]:
+        return manifest, None
+    with files_of(paths, registry, version, [paths.base]) as where:
+        if sha256(where.base / MANIFEST) != manifest or damaged_files(where.base):
+            raise RegistryError(
+                f"artifacts/base of {version.tag} is not what was registered: DVC's cache or remote is damaged; remove "
+                "the damaged file there and `dvc push` it again from a machine that has it"
+            )
+        return base_identity(where.base), manifest
 
 
 def _read_rows(path: Path) -> pyarrow.Table:
-    return _read_table(path, ("id", "tokens", "adapter_loss"), ("slice", "weight"))
+    return _read_table(path, ("id", "tokens", "adapter_loss"), FOUNDED)
 
 
 def _read_table(path: Path, columns: Sequence[str], if_there: Sequence[str] = ()) -> pyarrow.Table:

@@ -10,7 +10,8 @@ so that git refuses all but the first. `gto show` and `dvc artifacts get . NAME 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ RAN = ("data", "flows", "peftcore")
 ADDED = ("params.yaml", "dvc.yaml", ".dvc/config")
 """Files that it takes, tracked or not."""
 
+Decides = Callable[[Tag], bool]
+"""Whether a tag counts where signers are listed: somebody of the list signed it."""
+
+_ROLLBACK = re.compile(r"becomes \S+ again, in place of (v\d+\.\d+\.\d+)\b")
+"""How the message of a rollback's tag names the version that lost the stage."""
 _TAG = re.compile(
     r"(?P<name>[^@#]+)"
     r"(?:@v(?P<version>\d+\.\d+\.\d+)|#(?P<stage>[A-Za-z0-9][A-Za-z0-9/_-]*))"
@@ -82,11 +88,14 @@ class _Event:
 class Registry:
     """The versions and stages of one name."""
 
-    def __init__(self, git: Git, name: str, signing_key: Path | None = None) -> None:
-        """signing_key: of ssh, which signs the tags that are made here."""
+    def __init__(self, git: Git, name: str, signing_key: Path | None = None, decides: Decides | None = None) -> None:
+        """signing_key: of ssh, which signs the tags that are made here. decides: which tags give or take back a stage
+        or take back a version; None: all of them. `flows.promotion.project_registry` has that of a project."""
         self.git = git
         self.name = name
         self.signing_key = signing_key
+        self._decides = decides
+        self._decided: dict[Tag, bool] = {}
 
     def last_event(self) -> int:
         """The highest event number so far; pass it to `assign` to say on what a decision was based."""
@@ -94,7 +103,7 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """Registered versions, the lowest number first; those that were taken back are left out."""
-        latest = {event.version: event for event in self._events() if event.version}
+        latest = {event.version: event for event in self._deciding() if event.version}
         alive = [(number, event.tag) for number, event in latest.items() if not event.cancelled]
         found = [Version(f"v{number}", tag.name, tag.commit, tag.created, tag.message) for number, tag in alive]
         return sorted(found, key=lambda version: version.parts)
@@ -110,25 +119,40 @@ class Registry:
             )
         return versions[number]
 
-    def with_content(self, content: str) -> Version | None:
-        """The version whose adapter has this digest, if it is registered already and its files are not collected."""
+    def registered(self, content: str, evidence: Mapping[str, str]) -> Version | None:
+        """The version whose adapter has this digest and whose record names this evidence ({file: SHA-256}), if there
+        is one whose files are not collected."""
         collected = self.collected()
-        same = (version for version in self.versions() if version.content == content)
-        return next((version for version in same if version.number not in collected), None)
+        same = [version for version in reversed(self.versions()) if version.content == content]
+        alive = self.records([version for version in same if version.number not in collected])
+        return next((version for version, record in alive.items() if record["evidence"] == evidence), None)
 
     def record(self, version: Version) -> dict[str, Any]:
-        """A version's lineage record. Raises RegistryError if its commit has none that can be used."""
+        """A version's lineage record. Raises RegistryError if its commit has none that can be used, or another's."""
         try:
-            return check_record(json.loads(self.git.show(version.commit, RECORD)))
+            record = check_record(json.loads(self.git.show(version.commit, RECORD)))
         except (GitError, ValueError, RecursionError) as error:
             raise RegistryError(
                 f"{version.tag} has no readable {RECORD}, so it was not registered by `peftcore run`: {error}"
             ) from error
+        if (record["name"], record["version"]) != (self.name, version.number):
+            raise RegistryError(
+                f"{version.tag} is at the commit of {record['name']}@{record['version']}, as its {RECORD} says, so it "
+                f"is no version of its own; delete the tag (`git tag --delete {version.tag}`), or name the other one"
+            )
+        return record
+
+    def records(self, versions: Sequence[Version]) -> dict[Version, dict[str, Any]]:
+        """The records of those of the versions that have a usable one."""
+        found = {}
+        for version in versions:
+            with suppress(RegistryError):
+                found[version] = self.record(version)
+        return found
 
     def stages(self) -> dict[str, Assignment]:
         """{stage: what has it now}: of the versions that it was not taken back from, the one that got it last."""
-        numbers = {version.commit: version.number for version in self.versions()}
-        events = self._events()
+        numbers, events = self._numbers(), self._deciding()
         last = {(event.stage, event.tag.commit): event for event in events if event.stage}
         versions = {event.version: event for event in events if event.version}
         gone = {event.tag.commit for event in versions.values() if event.cancelled}
@@ -138,9 +162,26 @@ class Registry:
 
     def holders(self, stage: str) -> list[Assignment]:
         """Who has had a stage, the first one first; an assignment that was taken back is left out."""
-        numbers = {version.commit: version.number for version in self.versions()}
-        events = [event for event in self._events() if event.stage == stage and not event.cancelled]
+        numbers = self._numbers()
+        events = [event for event in self._deciding() if event.stage == stage and not event.cancelled]
         return [_assignment(stage, event, numbers) for event in events]
+
+    def taken_back(self, stage: str) -> dict[str, str]:
+        """{version: by which tag, and why} of those that lost a stage by a rollback, or by a tag that takes it back,
+        and have not been given it since."""
+        numbers, found = self._numbers(), dict[str, str]()
+        for event in self._deciding():
+            number = numbers.get(event.tag.commit)
+            if event.stage != stage or number is None:
+                continue
+            if event.cancelled:
+                found[number] = f"{event.tag.name} took {stage} back from it"
+                continue
+            found.pop(number, None)
+            if rolled_back := _ROLLBACK.search(event.tag.message.partition("\n")[0]):
+                why = re.search(r"^Reason: (.+)$", event.tag.message, re.MULTILINE)
+                found[rolled_back[1]] = f"{event.tag.name} rolled it back ({why[1] if why else 'no reason given'})"
+        return found
 
     def stages_ever(self) -> set[str]:
         """Names of stages that a version has or had."""
@@ -280,6 +321,25 @@ class Registry:
             f"{tag}: {why}another registration or promotion of {self.name} came first; "
             "take the remote's in with `peftcore registry fetch`, look at `peftcore registry list`, then run this again"
         )
+
+    def _numbers(self) -> dict[str, str]:
+        """{commit: its version}; of several versions at one commit, the one that the commit's record names."""
+        found: dict[str, str] = {}
+        for version in self.versions():
+            if version.commit not in found or self.records([version]):
+                found[version.commit] = version.number
+        return found
+
+    def _deciding(self) -> list[_Event]:
+        """The events that count: where signers are listed, unsigned tags register versions and do nothing else."""
+        return [event for event in self._events() if self._counts(event)]
+
+    def _counts(self, event: _Event) -> bool:
+        if self._decides is None or (event.version and not event.cancelled and event.number == 0):
+            return True
+        if event.tag not in self._decided:
+            self._decided[event.tag] = self._decides(event.tag)
+        return self._decided[event.tag]
 
     def _events(self) -> list[_Event]:
         """All events of this name, oldest first: by their numbers, because a tag may be dated a little ahead."""

@@ -1,6 +1,6 @@
-"""The champion, measured again on the candidate's test rows, as where new data made new test rows.
+"""The champion on the candidate's test rows, and the candidate on the champion's, as where new data made new test rows.
 
-Test rows that the champion was itself trained or validated on would flatter it, and are left out: those with the id or
+Test rows that a version was itself trained or validated on would flatter it, and are told apart: those with the id or
 the prompt of a row in the data of its version, or of a version that its training started from. It is measured with the
 storage that its own training used, in a process of its own, because nothing here imports torch.
 """
@@ -18,6 +18,7 @@ import pyarrow
 from pyarrow import parquet
 from pydantic import ValidationError
 
+from flows.base.identity import is_base
 from flows.errors import GateError, StageError
 from flows.params import Params
 from flows.paths import Paths
@@ -26,7 +27,7 @@ from flows.promotion.candidate import Candidate, Remeasured
 from flows.promotion.lineage import read_json
 from flows.promotion.registered_files import check_adapter, files_of
 from flows.promotion.registry import Registry, Version
-from peftcore.files import MANIFEST, sha256
+from peftcore.files import sha256
 
 CODE = Path(__file__).parents[2]
 """Where this package lies: what measures is of the same code, whatever tree is judged."""
@@ -43,48 +44,103 @@ def measure_again(
     StageError where the measuring fails.
     """
     with ExitStack() as stack:
-        theirs = stack.enter_context(files_of(paths, registry, champion, [paths.adapter, paths.data]))
-        check_adapter(theirs.adapter, registry, champion)
+        theirs = _files(stack, paths, registry, champion)
         ours = paths if of is None else stack.enter_context(files_of(paths, registry, of, [paths.data]))
-        test = ours.split("test")
-        if not test.exists() or sha256(test) != candidate.metrics["evaluation_set"]:
-            raise StageError(
-                f"{test} is not what {candidate.version} was measured on, so the champion cannot be measured on it "
-                "too; run `peftcore run` again, or judge the version's own files with `peftcore promote --version`"
-            )
-        labels = read_json(ours.labels) if ours.labels.exists() else None
-        if labels != (read_json(theirs.labels) if theirs.labels.exists() else None):
-            raise GateError(
-                f"{champion.number} knows other classes than {', '.join(labels or ['none'])}, so the two cannot be "
-                f"compared; free the stage with `gto deprecate {registry.name} {champion.number} {params.gate.stage}`"
-            )
-        rows = _rows(test, candidate)
-        known = {one for data in data_of(paths, registry, champion, theirs) for one in learned(data)}
-        fresh = [row["id"] for row in rows if row["id"] not in known and row["text"] not in known]
+        test = _test_rows(ours, candidate.metrics["evaluation_set"], candidate.version)
+        labels = _same_labels(params, registry, champion, ours, theirs)
+        rows = _texts(test)[: candidate.rows.num_rows]
+        fresh = _not_learned(paths, registry, champion, theirs, rows)
         if not fresh:
             return Remeasured(_no_rows(), len(rows))
-        base = paths.base
-        if not (base / MANIFEST).exists() or sha256(base / MANIFEST) != candidate.metrics["base_model"]:
-            base = stack.enter_context(files_of(paths, registry, champion, [paths.base])).base
-        task = {
-            "version": champion.number,
-            "params": measured_with(params, registry, champion),
-            "base": str(base.absolute()),
-            "adapter": str(theirs.adapter.absolute()),
-            "test": str(test.absolute()),
-            "rows": len(rows),
-            "labels": labels,
-        }
+        base = _base(stack, paths, registry, champion, candidate)
+        found = _run(_task(params, registry, champion, base, theirs.adapter, test, len(rows), labels))
+        return Remeasured(_kept(found, fresh), len(rows) - len(fresh))
+
+
+def measure_candidate(
+    params: Params, paths: Paths, registry: Registry, champion: Version, candidate: Candidate, of: Version | None
+) -> Remeasured:
+    """The candidate's losses on the test rows that the champion was registered with, also those that it has learned.
+
+    of, and what is raised, as in `measure_again`.
+    """
+    version = registry.version(candidate.version)
+    with ExitStack() as stack:
+        theirs = stack.enter_context(files_of(paths, registry, champion, [paths.data, paths.evaluation_rows]))
+        ours = paths if of is None else _files(stack, paths, registry, version)
+        test = _test_rows(theirs, registry.record(champion)["evaluation_set"], champion.number)
+        labels = _same_labels(params, registry, champion, ours, theirs)
+        rows = _texts(test)[: parquet.read_metadata(theirs.evaluation_rows).num_rows]
+        fresh = _not_learned(paths, registry, version, ours, rows)
+        base = _base(stack, paths, registry, champion, candidate)
+        found = _run(_task(params, registry, version, base, ours.adapter, test, len(rows), labels))
+        return Remeasured(_kept(found, fresh), len(rows) - len(fresh), found)
+
+
+def _files(stack: ExitStack, paths: Paths, registry: Registry, version: Version) -> Paths:
+    """Where a version's adapter and data lie, checked against its record."""
+    at = stack.enter_context(files_of(paths, registry, version, [paths.adapter, paths.data]))
+    check_adapter(at.adapter, registry, version)
+    return at
+
+
+def _test_rows(data: Paths, evaluation_set: str, version: str) -> Path:
+    test = data.split("test")
+    if not test.exists() or sha256(test) != evaluation_set:
+        raise StageError(
+            f"{test} is not what {version} was measured on, so the other version cannot be measured on it "
+            "too; run `peftcore run` again, or judge the version's own files with `peftcore promote --version`"
+        )
+    return test
+
+
+def _same_labels(params: Params, registry: Registry, champion: Version, ours: Paths, theirs: Paths) -> list[str] | None:
+    labels = read_json(ours.labels) if ours.labels.exists() else None
+    if labels != (read_json(theirs.labels) if theirs.labels.exists() else None):
+        raise GateError(
+            f"{champion.number} knows other classes than {', '.join(labels or ['none'])}, so the two cannot be "
+            f"compared; free the stage with `gto deprecate {registry.name} {champion.number} {params.gate.stage}`"
+        )
+    return labels
+
+
+def _not_learned(paths: Paths, registry: Registry, version: Version, at: Paths, rows: list[dict[str, Any]]) -> set[str]:
+    """Ids of the rows that neither a version nor what its training started from was trained or validated on."""
+    known = {one for data in data_of(paths, registry, version, at) for one in learned(data)}
+    return {row["id"] for row in rows if row["id"] not in known and row["text"] not in known}
+
+
+def _base(stack: ExitStack, paths: Paths, registry: Registry, champion: Version, candidate: Candidate) -> Path:
+    """The base of both versions: the one that is here, or that of the champion's run."""
+    if is_base(paths.base, candidate.metrics):
+        return paths.base
+    return stack.enter_context(files_of(paths, registry, champion, [paths.base])).base
+
+
+def _task(
+    params: Params,
+    registry: Registry,
+    version: Version,
+    base: Path,
+    adapter: Path,
+    test: Path,
+    rows: int,
+    labels: list[str] | None,
+) -> dict[str, Any]:
+    return {
+        "version": version.number,
+        "params": measured_with(params, registry, version),
+        "base": str(base.absolute()),
+        "adapter": str(adapter.absolute()),
+        "test": str(test.absolute()),
         # all rows are measured, so that each has the batch, and the loss, that an evaluation would give it
-        found = _run(task)
-        kept = set(fresh)
-        mask = pyarrow.array([name in kept for name in found["id"].to_pylist()])
-        return Remeasured(found.filter(mask), len(rows) - len(fresh))
+        "rows": rows,
+        "labels": labels,
+    }
 
 
-def _rows(test: Path, candidate: Candidate) -> list[dict[str, Any]]:
-    """Ids and texts of the rows that the candidate was measured on, the first ones of its test rows."""
-    return _texts(test)[: candidate.rows.num_rows]
+def _kept(found: pyarrow.Table, ids: set[str]) -> pyarrow.Table:
+    return found.filter(pyarrow.array([name in ids for name in found["id"].to_pylist()]))
 
 
 def data_of(paths: Paths, registry: Registry, version: Version, at: Paths) -> Iterator[Paths]:
@@ -112,7 +168,7 @@ def _texts(path: Path) -> list[dict[str, Any]]:
 
 
 def measured_with(params: Params, registry: Registry, champion: Version) -> dict[str, Any]:
-    """The champion's own parameters, in batches as they are now. Raises StageError for those of an older release."""
+    """A version's own parameters, in batches as they are now. Raises StageError for those of an older release."""
     given = registry.record(champion)["params"] | {"evaluate": params.evaluate.model_dump()}
     try:
         return Params.model_validate(given).model_dump()

@@ -20,6 +20,7 @@ from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 from ruamel.yaml import YAML
 
+from flows.base.identity import is_base
 from flows.errors import ParamsError, PipelineError
 from flows.git import Git
 from flows.params import Params, load_params
@@ -28,8 +29,9 @@ from flows.pipeline import is_without_server
 from flows.prefect_server import tie_temporary_server
 from flows.project import changed_stages, files_at, find_root, stage_order
 from flows.promotion.lineage import LOCK, check_artifact_name, headline_metrics
+from flows.promotion.project_registry import registry_of
 from flows.promotion.promote import promote
-from flows.promotion.registry import Registry, Version
+from flows.promotion.registry import Version
 from flows.promotion.remeasurement import measured_with
 from flows.retraining.data import Collected, Source, champion_of, has_been_tried, note_tried, versions_before
 from flows.retraining.drift import DriftReport, Known, measure_drift
@@ -40,7 +42,7 @@ from flows.retraining.tree import only_one, remove_working_tree, working_tree
 from flows.retraining.trust import read_set_aside, read_vouched, set_aside
 from flows.review.page import write_review
 from flows.stage_process import run_stage
-from peftcore.files import MANIFEST, sha256, write_atomically
+from peftcore.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ class Retraining:
     ) -> None:
         self.params, self.paths, self.push_to, self.force = params, Paths(root), push_to, force
         self.runner, self.entry = runner, entry
-        self.registry = Registry(Git(root), params.project.name)
+        self.registry = registry_of(params, root)
         check_artifact_name(root, params.project.name)
         self.tree = Paths(working_tree(root))
         # one that was interrupted has changed them
@@ -265,8 +267,8 @@ class Retraining:
             self._change({"data": {"unproven": sorted({*self.distrusted, *unproven}) or None}})
 
     def _drift(self, collected: Collected, champion: Version) -> DriftReport:
-        record, base = self.registry.record(champion), self.tree.base / MANIFEST
-        loss, is_of_this_base = record["metrics"]["adapter"]["loss"], sha256(base) == record["base_model"]
+        record = self.registry.record(champion)
+        loss, is_of_this_base = record["metrics"]["adapter"]["loss"], is_base(self.tree.base, record)
         theirs = measured_with(self.params, self.registry, champion)
         files = [self.tree.adapter] + ([self.tree.labels] if theirs["train"]["objective"] == "classification" else [])
         names = [path.relative_to(self.tree.root).as_posix() for path in files]

@@ -8,10 +8,9 @@ import json
 from collections.abc import Mapping
 
 from flows.errors import DataError
-from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
-from flows.promotion.registry import Registry
+from flows.promotion.project_registry import registry_of
 from flows.retraining.data import Source, versions_before
 from peftcore.files import write_atomically
 
@@ -39,7 +38,7 @@ def vouch(params: Params, paths: Paths, name: str) -> list[str]:
     """
     noted, vouched = read_set_aside(paths), read_vouched(paths)
     source = Source(params, paths.root, paths.root)
-    before = versions_before(Registry(Git(paths.root), params.project.name), params.gate.stage)
+    before = versions_before(registry_of(params, paths.root), params.gate.stage)
     doubted = {digest: file for version in before for file, digest in source.unproven_of(version).items()}
     doubted = {digest: file for digest, file in doubted.items() if digest not in vouched}
     doubted |= {digest: why.partition(": ")[0] for digest, why in noted.items()}

@@ -18,7 +18,8 @@ from flows.experiment import EXPERIMENTS
 from flows.git import Git, GitError
 from flows.params import Params
 from flows.paths import Paths
-from flows.promotion.registry import Registry, Version
+from flows.promotion.project_registry import registry_of
+from flows.promotion.registry import Version
 from flows.review.run import Point, Run, Sample, flat, series
 
 
@@ -28,7 +29,7 @@ class Versions:
     def __init__(self, root: Path, params: Params) -> None:
         self.paths = Paths(root)
         self.git = Git(root)
-        self.registry = Registry(self.git, params.project.name)
+        self.registry = registry_of(params, root)
         self.stages = self.registry.stages()
         self.champion = self.stages.get(params.gate.stage)
 

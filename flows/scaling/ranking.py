@@ -1,4 +1,4 @@
-"""The trials of a sweep as a table: the best test loss first, those that failed last, with why."""
+"""The trials of a sweep as a table: the best validation loss first, those that failed last, with why."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from flows.paths import Paths
 from flows.scaling.trial import Trial
 from peftcore.files import write_atomically
 
-COLUMNS = ("rank", "parameters", "test loss", "gain", "seconds", "error")
+COLUMNS = ("rank", "parameters", "validation loss", "step", "seconds", "error")
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
@@ -17,13 +17,13 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
-    """A line of text for each trial, as COLUMNS names it. loss, gain: nats per token."""
+    """A line of text for each trial, as COLUMNS names it. loss: nats; step: the optimiser step with that loss."""
     return [
         (
-            "" if trial.metrics is None else str(place),
+            "" if trial.summary is None else str(place),
             " ".join(trial.overrides),
-            "" if trial.metrics is None else f"{trial.loss:.4f}",
-            "" if trial.metrics is None else f"{trial.metrics['gain']['loss']:+.4f}",
+            "" if trial.summary is None else f"{trial.loss:.4f}",
+            "" if trial.summary is None else str(trial.summary["best_step"]),
             f"{trial.seconds:.1f}",
             (trial.error or "").splitlines()[0] if trial.error else "",
         )
@@ -32,15 +32,15 @@ def rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
 
 
 def write_ranking(paths: Paths, trials: Sequence[Trial]) -> Path:
-    """Write reports/sweep.json, with all metrics, and reports/sweep.md; the folder of both."""
+    """Write reports/sweep.json, with what each training came to, and reports/sweep.md; the folder of both."""
     folder = paths.review.parent
     folder.mkdir(exist_ok=True)
     records = [
         {
             "parameters": list(trial.overrides),
-            "loss": trial.loss,
+            "validation_loss": trial.loss,
             "seconds": round(trial.seconds, 3),
-            "metrics": trial.metrics,
+            "training": trial.summary,
             "error": trial.error,
         }
         for trial in trials

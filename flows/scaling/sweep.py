@@ -11,6 +11,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from flows.errors import StageError
 from flows.overrides import check_overrides, parameter_sets
 from flows.paths import Paths
+from flows.promotion.looks import note_trial
 from flows.scaling.ranking import ranked, write_ranking
 from flows.scaling.trial import Plan, Trial, run_trial, snapshot
 
@@ -21,7 +22,7 @@ def run_sweep(
     """Run a trial for every combination of `overrides`, `jobs` at a time; the best first, failed ones last.
 
     runner: thread, process or ray. Code and parameters are those of the working tree, as git tracks it; the report is
-    reports/sweep.json and sweep.md.
+    reports/sweep.json and sweep.md. How many trials there were is counted for the versions to come on the same data.
     Raises ParamsError where a combination does not fit params.yaml, StageError without Ray where it is asked for.
     """
     sets = parameter_sets(overrides)
@@ -29,6 +30,9 @@ def run_sweep(
     plan = Plan(root, snapshot(root), stage_timeout, limit)
     trials = ranked(sweep.with_options(task_runner=_RUNNERS[runner](jobs))(plan, sets))
     write_ranking(Paths(root), trials)
+    for trial in trials:
+        if trial.lock is not None and trial.params is not None:
+            note_trial(Paths(root), trial.lock, trial.params)
     return trials
 
 

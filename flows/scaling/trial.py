@@ -1,4 +1,7 @@
-"""One trial of a sweep: the stages up to the evaluation, in a working tree of its own with other parameters.
+"""One trial of a sweep: the stages up to the training, in a working tree of its own with other parameters.
+
+A trial is ranked by its validation loss and never sees the test rows: the best of many trials on the test rows would
+look better there than it is, and the gate would believe it.
 
 The trees share DVC's cache. A stage that a parameter does not touch is taken from there, and so is the best trial
 afterwards, when its parameters are put into params.yaml: nothing is trained twice.
@@ -38,16 +41,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one set of parameters. loss: nats per token on the test rows; error: why there is none."""
+    """What came of one set of parameters. summary: of its training; error: why there is none; lock, params: the texts
+    of its dvc.lock and params.yaml."""
 
     overrides: tuple[str, ...]
     seconds: float
-    metrics: dict[str, Any] | None = None
+    summary: dict[str, Any] | None = None
     error: str | None = None
+    lock: str | None = None
+    params: str | None = None
 
     @property
     def loss(self) -> float | None:
-        return None if self.metrics is None else float(self.metrics["adapter"]["loss"])
+        """Its best loss on the validation rows (nats, of the training's objective)."""
+        return None if self.summary is None else float(self.summary["best_validation_loss"])
 
 
 def snapshot(root: Path) -> str:
@@ -57,25 +64,26 @@ def snapshot(root: Path) -> str:
 
 
 def run_trial(plan: Plan, overrides: tuple[str, ...]) -> Trial:
-    """Train and evaluate with these parameters; what the pipeline refuses is the trial's error, not the sweep's."""
+    """Train with these parameters; what the pipeline refuses is the trial's error, not the sweep's."""
     started = time.monotonic()
     try:
         with _place(plan.limit), worktree_at(plan.root, plan.commit) as tree:
             started = time.monotonic()  # waiting for a place is no work
-            metrics = _evaluated(tree, plan, overrides)
+            summary = _trained(tree, plan, overrides)
+            texts = [(tree / name).read_text() for name in ("dvc.lock", "params.yaml")]
     except (PeftError, PipelineError) as error:
         return Trial(overrides, time.monotonic() - started, error=str(error))
-    return Trial(overrides, time.monotonic() - started, metrics)
+    return Trial(overrides, time.monotonic() - started, summary, None, *texts)
 
 
-def _evaluated(tree: Path, plan: Plan, overrides: tuple[str, ...]) -> dict[str, Any]:
+def _trained(tree: Path, plan: Plan, overrides: tuple[str, ...]) -> dict[str, Any]:
     paths = Paths(tree)
     apply_overrides(paths.params, overrides)
     if sources := Git(tree).run("ls-files", "*.dvc").splitlines():
         dvc(tree, "checkout", *sources)
-    for stage in stage_order(tree, paths.evaluation):
+    for stage in stage_order(tree, paths.training):
         run_stage(tree, stage, plan.stage_timeout)
-    return json.loads(paths.evaluation_metrics.read_text())
+    return json.loads(paths.training_summary.read_text())
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from flows.base.identity import base_identity
 from flows.base.model import check_base, load_dequantized, load_tokenizer
 from flows.judging.chats import judge_chats
 from flows.judging.classes import judge_classes
@@ -30,12 +31,16 @@ from peftcore.files import directory_written_atomically, sha256, write_atomicall
 
 def run(params: Params, paths: Paths) -> None:
     """Evaluate; writes the rows, the metrics and a table of samples."""
-    base = check_base(paths.base)
+    manifest = check_base(paths.base)
     check_split(params, paths.split("test"))
     rows = read_rows(paths.split("test"), limit=params.evaluate.rows)
     judgement, control = _judged(params, paths, rows)
     told: dict[str, Any] = {"objective": params.train.objective, "loss_function": loss_function(params)}
-    told |= {"evaluation_set": sha256(paths.split("test")), "base_model": base}
+    told |= {
+        "evaluation_set": sha256(paths.split("test")),
+        "base_model": base_identity(paths.base),
+        "base_manifest": manifest,
+    }
     metrics = judgement.metrics | told
     with directory_written_atomically(paths.evaluation) as folder:
         parquet.write_table(judgement.table, folder / paths.evaluation_rows.name)

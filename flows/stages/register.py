@@ -1,7 +1,8 @@
 """Register the run as a version: push its files to the DVC remote, commit and tag its lineage.
 
-The tag comes last, so a failure before it leaves nothing registered; the same adapter again is the same version, unless
-that one's files were collected. The commit also holds a model card.
+The tag comes last, so a failure before it leaves nothing registered. The same adapter with the same evaluation is the
+same version, unless that one's files were collected; evaluated again with another result it is a version of its own,
+because a version is judged by what its record names. The commit also holds a model card.
 """
 
 import json
@@ -9,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from flows.base.identity import have_same_base
 from flows.errors import RegistryConflict
 from flows.git import Git
 from flows.params import Params
@@ -22,10 +24,12 @@ from flows.promotion.lineage import (
     check_artifact_name,
     collect,
     content_digest,
+    evidence_digests,
     headline_metrics,
     lock_text,
     read_lock,
 )
+from flows.promotion.looks import data_digest, evaluated_on, trials_on
 from flows.promotion.registry import Registry, Version
 from flows.promotion.signatures import signing_key
 from flows.promotion.synchronise import synchronise
@@ -58,10 +62,10 @@ def run(params: Params, paths: Paths) -> None:
     if params.register.git_remote is not None:
         synchronise(registry, params.register.git_remote)
     content = content_digest(adapter_files(paths.adapter))
-    known = registry.with_content(content)
+    known = registry.registered(content, evidence_digests(paths))
     if known is not None:
         write_atomically(paths.version, as_text(registry.record(known)))
-        logger.info("this adapter is %s %s already", registry.name, known.number)
+        logger.info("this adapter with this evaluation is %s %s already", registry.name, known.number)
         return
 
     version, record = _register(registry, params, paths, git, lock, content, metrics, data)
@@ -87,6 +91,8 @@ def _register(
     for attempt in range(ATTEMPTS):
         number = next_number(registry, params, paths, git, lock)
         record = collect(params, paths, git, lock, number)
+        on_these_rows = evaluated_on(registry, record["evaluation_set"]) + 1
+        record["looks"] = {"test_rows": on_these_rows, "trials": trials_on(paths, data_digest(lock, paths))}
         contents = {LOCK: lock_text(lock), paths.metrics.name: metrics, CARD: model_card(record)}
         try:
             version = registry.register(number, content, record, contents, summary(record), data, remote)
@@ -111,7 +117,7 @@ def next_number(registry: Registry, params: Params, paths: Paths, git: Git, lock
         return registry.next_number(minor=True)
     before = registry.record(versions[-1])
     now = collect(params, paths, git, lock, "")
-    comparable = all(before[part] == now[part] for part in ("evaluation_set", "base_model"))
+    comparable = before["evaluation_set"] == now["evaluation_set"] and have_same_base(before, now)
     return registry.next_number(minor=not comparable)
 
 

@@ -203,33 +203,51 @@ def write_results(
     loss: float = 2.7,
     weight: float = 1.0,
     row_changes: Sequence[float] = (0.0,) * 40,
-    row_slices: Sequence[str] = ("all",) * 40,
+    row_slices: Sequence[str] = ("json",) * 30 + ("<ssl>",) * 10,
     **metrics: Any,
 ) -> None:
     """What the stages before register leave: an adapter of weights `weight`, a test loss of `loss` nats a token.
 
     row_changes, row_slices: of the 40 test rows, what is added to their losses, and where they belong.
-    metrics: other values for the keys of evaluation/metrics.json.
+    metrics: other values for the keys of evaluation/metrics.json; the rows are such that its figures follow from them.
     """
     for name in ("adapter", "data", "evaluation", "training"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     _write_adapter(folder / "adapter", weight)
     noise = numpy.random.default_rng(0).normal(0, 0.02, 40)
-    losses = loss + noise - noise.mean() + numpy.asarray(row_changes)
-    ids = [f"row{n}" for n in range(40)]
-    rows = {"id": ids, "slice": list(row_slices), "tokens": [10] * 40, "adapter_loss": losses}
-    parquet.write_table(pyarrow.table(rows), folder / "evaluation" / "rows.parquet")
+    told = metrics.get("adapter", {}).get("loss", loss)
+    losses = told + noise - noise.mean() + numpy.asarray(row_changes)
+    loss = float(losses.mean()) if any(row_changes) else told
     side = {"perplexity": 10.0, "tokens_per_second": 100.0}
+    sides = {
+        "base": metrics.pop("base", {"loss": 3.8, "rouge_l": 0.16, "ended": 0.3, **side}),
+        "adapter": metrics.pop("adapter", {"loss": loss, "rouge_l": 0.31, "ended": 1.0, **side}),
+    }
+    names, rows = numpy.array(row_slices), {"base": numpy.full(40, 3.8), "adapter": losses}
+    columns = {"id": [f"row{n}" for n in range(40)], "slice": list(row_slices), "tokens": [10] * 40}
+    columns |= {f"{name}_loss": values for name, values in rows.items()}
+    for name, figures in sides.items():
+        columns |= _answers(name, figures)
+    parquet.write_table(pyarrow.table(columns), folder / "evaluation" / "rows.parquet")
+    control = {"id": [f"text{n}" for n in range(8)], "tokens": [100] * 8, "base_loss": [3.0] * 8}
+    parquet.write_table(pyarrow.table(control | {"adapter_loss": [2.9] * 8}), folder / "evaluation" / "control.parquet")
     for name, value in {
         "evaluation/metrics.json": {
-            "base": {"loss": 3.8, "rouge_l": 0.16, "ended": 0.3, **side},
-            "adapter": {"loss": loss, "rouge_l": 0.31, "ended": 1.0, **side},
-            "gain": {"loss": 3.8 - loss, "rouge_l": 0.15},
+            **sides,
+            "gain": {
+                "loss": sides["base"]["loss"] - sides["adapter"]["loss"],
+                "rouge_l": sides["adapter"].get("rouge_l", 0.0) - sides["base"].get("rouge_l", 0.0),
+            },
             "rows": 40,
-            "generated_rows": 4,
+            "generated_rows": 10,
             "evaluation_set": "e" * 64,
             "base_model": "b" * 64,
-            "slices": SLICES,
+            "control": {"base_loss": 3.0, "adapter_loss": 2.9, "rows": 8},
+            "slices": {
+                name: {"rows": int((names == name).sum())}
+                | {f"{side}_loss": float(losses[names == name].mean()) for side, losses in rows.items()}
+                for name in sorted(set(row_slices))
+            },
             **metrics,
         },
         "evaluation/samples.json": [SAMPLE],
@@ -242,6 +260,19 @@ def write_results(
     (folder / "training" / "loss.csv").write_text(LOSSES)
 
 
+def _answers(side: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Columns of ten answers, and of forty predicted classes, that come to these figures."""
+    ended, rouge_l = figures.get("ended"), figures.get("rouge_l")
+    count = 0 if ended is None or ended != ended else round(10 * ended)
+    right = round(40 * figures.get("accuracy", 0))
+    return {
+        "label": ["right"] * 40,
+        f"{side}_prediction": ["right"] * right + ["wrong"] * (40 - right),
+        f"{side}_rouge_l": [rouge_l] * 10 + [None] * 30,
+        f"{side}_ended": pyarrow.array([n < count for n in range(10)] + [None] * 30, pyarrow.bool_()),
+    }
+
+
 def _write_adapter(folder: Path, weight: float) -> None:
     tensors = {"layer.lora_A.weight": numpy.full((2, 4), weight, numpy.float32)}
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -249,10 +280,6 @@ def _write_adapter(folder: Path, weight: float) -> None:
     write_manifest(folder)
 
 
-SLICES = {
-    "json": {"rows": 30, "base_loss": 3.9, "adapter_loss": 2.7},
-    "<ssl>": {"rows": 10, "base_loss": 2.5, "adapter_loss": 2.6},
-}
 SAMPLE = {
     "id": "a",
     "slice": "json",

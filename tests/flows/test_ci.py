@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from flows.ci import judge
+from flows.ci import judge, rules_for
+from flows.errors import RegistryError
 from flows.params import Params
 from flows.paths import Paths
 from flows.promotion.promote import Promotion
@@ -165,6 +166,38 @@ def test_the_event_says_which_version_and_whether_it_is_promoted(
     verdict = judge(project.params, project.paths, environment, tmp_path / "gate.md", **given)
     assert asked == [(version, pushed_to is None, pushed_to)]
     assert (verdict.word, verdict.version) == ("already", version)
+
+
+def test_a_tag_whose_record_says_another_version_is_refused(origin: Origin) -> None:
+    """The outputs would name one version, and another would be judged."""
+    who = ("-c", "user.name=Mallory", "-c", "user.email=mallory@example.org")
+    tag = ("tag", "--annotate", "--message=x", "docstrings@v9.0.0", "docstrings@v0.1.0^{}")
+    origin.git(*who, *tag, root=origin.bare)
+    status, stderr, _, outputs = origin.job("job", "refs/tags/docstrings@v9.0.0").end()
+    assert (status, origin.tags(), outputs["verdict"]) == (1, [], "error")
+    assert "docstrings@v9.0.0 is at the commit of docstrings@v0.1.0" in stderr
+
+
+def test_the_rules_are_those_of_the_protected_branch(project: Any) -> None:
+    (project.root / "signers").write_text("ada@example.org ssh-ed25519 AAAA\n")
+    params = project.root / "params.yaml"
+    params.write_text(params.read_text() + "gate: {allowed_signers: signers, max_forgetting: 0.1}\n")
+    project.git("add", "--all")
+    project.git("commit", "--quiet", "--message=Rules")
+    project.git("update-ref", "refs/remotes/origin/main", "HEAD")
+    params.write_text("project: {name: docstrings}\n")  # what a pull request would judge itself by
+    (project.root / "signers").write_text("mallory@example.org ssh-ed25519 BBBB\n")
+    for environment, ref in (({"GITHUB_BASE_REF": "main"}, None), ({"CI_DEFAULT_BRANCH": "main"}, None), ({}, "HEAD")):
+        with rules_for(project.params, project.paths, environment, ref) as rules:
+            assert rules.gate.max_forgetting == 0.1
+            assert "ada@example.org" in Path(rules.gate.allowed_signers or "").read_text()
+    with rules_for(project.params, project.paths, {}) as rules:
+        assert rules == project.params
+    with (
+        pytest.raises(RegistryError, match=r"could not be read from origin/gone.*PEFTCORE_CI_RULES"),
+        rules_for(project.params, project.paths, {"GITHUB_BASE_REF": "gone"}),
+    ):
+        pass
 
 
 def test_nothing_registered_is_nothing_to_judge(origin: Origin) -> None:

@@ -1,4 +1,7 @@
-"""Who stands behind a version: whoever signed it, and whoever approved it."""
+"""Who stands behind a version: whoever signed it, whoever approved it, and whether its stage was taken back.
+
+Without `gate.allowed_signers` an approval is an e-mail that git was told, which anybody can set, so it proves nothing.
+"""
 
 from flows.params import Gate
 from flows.promotion.candidate import Candidate, Outcome
@@ -27,10 +30,27 @@ def approval(candidate: Candidate, gate: Gate) -> Outcome:
     if gate.approvals == 0:
         return True, "none asked for"
     by = f": {', '.join(candidate.approved_by)}" if candidate.approved_by else ""
-    count = f"{len(candidate.approved_by)} of {gate.approvals}{by}"
+    count, note = f"{len(candidate.approved_by)} of {gate.approvals}{by}", ""
+    if gate.allowed_signers is None and candidate.approved_by:
+        note = "; unsigned e-mails prove nothing, gate.allowed_signers asks for signatures"
+    elif candidate.unsigned_approvals:
+        note = f"; {candidate.unsigned_approvals} more are signed by nobody of {gate.allowed_signers} and do not count"
     if len(candidate.approved_by) >= gate.approvals:
-        return True, count
+        return True, f"{count}{note}"
     return False, (
         f"{count}; people other than who registered it approve it with `peftcore approve {candidate.version} "
-        "--note TEXT` (`peftcore registry fetch` gets the approvals of a remote)"
+        f"--note TEXT` (`peftcore registry fetch` gets the approvals of a remote){note}"
+    )
+
+
+def not_taken_back(candidate: Candidate, gate: Gate) -> Outcome:
+    """A stage that somebody took from this adapter is given to it again only by an act of somebody's."""
+    if candidate.taken_back is None:
+        return True, "it was not"
+    if candidate.again:
+        return True, f"{candidate.taken_back}, and it was asked for again"
+    return False, (
+        f"{candidate.taken_back}; if it is good after all, judge it again with `peftcore promote --version "
+        f"{candidate.version} --again`, or give {gate.stage} back at once with `peftcore rollback --to "
+        f"{candidate.version} --reason TEXT`"
     )

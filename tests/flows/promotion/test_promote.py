@@ -7,6 +7,8 @@ import pytest
 
 from flows.errors import RegistryError, StageError
 from flows.git import Git
+from flows.params import Params
+from flows.promotion.looks import note_trial
 from flows.promotion.promote import promote, read_promotion, roll_back
 from flows.promotion.registry import Registry, RegistryConflict
 from peftcore.files import write_manifest
@@ -218,3 +220,91 @@ def test_a_damaged_version_does_not_come_back(project: Any) -> None:
     with pytest.raises(RegistryError, match="is not what was registered"):
         roll_back(project.params, project.paths, "why")
     assert champion(project) == "v0.1.2"
+
+
+def test_a_rolled_back_version_needs_an_explicit_act(project: Any) -> None:
+    """`peftcore run` with nothing changed judges the version of the last run, which was rolled back."""
+    three_champions(project)
+    roll_back(project.params, project.paths, "wrong answers")
+    refused = promote(project.params, project.paths)
+    assert refused.outcome == "refused" and champion(project) == "v0.1.1"
+    assert "not taken back: docstrings#champion#4 rolled it back (wrong answers)" in refused.sentence
+    write = project.register(loss=2.45, weight=2.5)  # the same adapter, evaluated again
+    assert write["version"] == "v0.1.3"
+    assert "it has the adapter of v0.1.2: docstrings#champion#4" in promote(project.params, project.paths).sentence
+    again = promote(project.params, project.paths, version="v0.1.2", again=True)
+    assert again.outcome == "promoted" and champion(project) == "v0.1.2"
+    assert Registry(Git(project.root), "docstrings").taken_back("champion") == {}
+
+
+def test_so_does_one_whose_stage_was_taken_back(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.git("tag", "--annotate", "--message=bad", "docstrings#champion!#2", "docstrings@v0.1.0^{}")
+    refused = promote(project.params, project.paths)
+    assert "docstrings#champion!#2 took champion back from it" in refused.sentence
+    assert promote(project.params, project.paths, again=True).outcome == "promoted"
+
+
+# -- evidence --------------------------------------------------------------------------------------------------------
+
+
+def test_an_edited_evaluation_makes_no_champion(project: Any) -> None:
+    project.register(loss=3.7)
+    assert "gain in loss: 0.100 nats" in promote(project.params, project.paths).sentence
+    path = project.paths.evaluation_metrics
+    metrics = json.loads(path.read_text())
+    metrics["adapter"]["loss"], metrics["gain"]["loss"] = 2.0, 1.8
+    path.unlink()  # a link into DVC's cache, perhaps
+    path.write_text(json.dumps(metrics))
+    refused = promote(project.params, project.paths)
+    assert "evidence: metrics.json is not what was registered as v0.1.0" in refused.sentence
+    assert champion(project) is None
+
+
+def test_an_adapter_that_is_evaluated_again_is_promoted_with_its_new_figures(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.register(loss=2.75, weight=1.0)
+    assert promote(project.params, project.paths).outcome == "promoted"
+    registry = Registry(Git(project.root), "docstrings")
+    assert champion(project) == "v0.1.1"
+    assert registry.record(registry.version("v0.1.1"))["metrics"]["adapter"]["loss"] == 2.75
+
+
+# -- the rules and the record ----------------------------------------------------------------------------------------
+
+
+def test_what_the_rules_ask_for_has_to_be_measured(project: Any) -> None:
+    """The judged version's author set the control set to null; the rules have one, and a limit on what it shows."""
+    (project.root / "params.yaml").write_text(
+        (project.root / "params.yaml").read_text() + "evaluate: {control: {source: null}}\n"
+    )
+    project.register(control=None)
+    assert promote(project.params, project.paths, dry_run=True).outcome == "would promote"
+    rules = Params.model_validate({"project": {"name": "docstrings"}, "register": {"remote": "local"}})
+    refused = promote(rules, project.paths, version="v0.1.0")
+    assert "measured as asked: it was evaluated with evaluate.control.source null" in refused.sentence
+    assert champion(project) is None
+
+
+def test_a_tag_whose_record_is_of_another_version_is_no_version(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.git("tag", "--annotate", "--message=x", "docstrings@v9.0.0", "docstrings@v0.1.0^{}")
+    with pytest.raises(RegistryError, match=r"docstrings@v9\.0\.0 is at the commit of docstrings@v0\.1\.0"):
+        promote(project.params, project.paths, version="v9.0.0")
+    assert champion(project) == "v0.1.0"
+
+
+def test_versions_and_trials_on_the_same_rows_are_counted(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    for parameters in ("a: 1", "a: 2", "a: 2"):
+        note_trial(project.paths, (project.root / "dvc.lock").read_text(), parameters)
+    record = project.register(loss=2.6, weight=2.0)
+    assert record["looks"] == {"test_rows": 2, "trials": 2}
+    report = promote(project.params, project.paths).report
+    assert report is not None
+    detail = next(check.detail for check in report.checks if check.name == "against the champion")
+    assert "version 2 that was evaluated on these test rows" in detail and "2 trials of sweeps" in detail

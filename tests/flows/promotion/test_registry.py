@@ -38,8 +38,6 @@ def test_a_version_is_a_tag_on_a_commit_with_its_record(registry: Registry) -> N
     assert version.tag == "docstrings@v0.1.0"
     assert json.loads(registry.git.show(version.commit, RECORD))["version"] == "v0.1.0"
     assert registry.versions() == [version]
-    assert registry.with_content("a" * 64) == version
-    assert registry.with_content("b" * 64) is None
     assert registry.git.show(version.commit, "dvc.lock") == "{}\n"
 
 

@@ -39,7 +39,7 @@ gate:
   min_loss_gain: -10
   min_rouge_l_gain: -1
   min_ended: 0
-  champion: {max_loss_regression: 9.0}
+  champion: {max_loss_regression_on_its_rows: 9.0, max_loss_regression: 9.0}
   slices: {max_loss_regression: 9.0}
 tracking: {mode: disabled}
 """
@@ -101,13 +101,18 @@ def detail(promotion: Any) -> str:
 def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     weeks: Paths, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    params, found = load_params(weeks.params), list[Remeasured]()
+    params, found, there = load_params(weeks.params), list[Remeasured](), list[Remeasured]()
 
     def noted(*arguments: Any) -> Remeasured:
         found.append(remeasurement.measure_again(*arguments))
         return found[-1]
 
+    def noted_there(*arguments: Any) -> Remeasured:
+        there.append(remeasurement.measure_candidate(*arguments))
+        return there[-1]
+
     monkeypatch.setattr("flows.promotion.promote.measure_again", noted)
+    monkeypatch.setattr("flows.promotion.promote.measure_candidate", noted_there)
     promotion = promote(params, weeks, dry_run=True)
     assert promotion.outcome == "would promote", promotion.sentence
     registry = Registry(Git(weeks.root), "docstrings")
@@ -116,6 +121,8 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
         before = Paths(folder)
         expected = champion_losses(params, before.adapter, weeks.base, weeks.split("test"))
         splits = [parquet.read_table(before.split(split)).to_pylist() for split in ("train", "validation")]
+        theirs = parquet.read_table(before.split("test")).to_pylist()[:10]
+        on_theirs = champion_losses(params, weeks.adapter, weeks.base, before.split("test"))
     learned = {row["prompt"] for rows in splits for row in rows}
     rows = parquet.read_table(weeks.split("test")).to_pylist()[:10]
     kept = [row["id"] for row in rows if row["prompt"] not in learned]
@@ -124,6 +131,16 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     assert losses == {name: pytest.approx(expected[name], abs=1e-6) for name in kept}
     assert f"on {len(kept)} rows" in detail(promotion)
     assert f"v0.1.0 was measured again on these 10 test rows, and {10 - len(kept)} left out" in detail(promotion)
+    # and the candidate on the champion's, of which it has learned some
+    ours = [parquet.read_table(weeks.split(split)).to_pylist() for split in ("train", "validation")]
+    learned = {row["prompt"] for rows in ours for row in rows}
+    new = [row["id"] for row in theirs if row["prompt"] not in learned]
+    assert there[0].rows.column("id").to_pylist() == new and there[0].left_out == 10 - len(new) > 0
+    assert there[0].all_rows is not None
+    losses = zip(*(there[0].all_rows.column(name).to_pylist() for name in ("id", "adapter_loss")), strict=True)
+    assert dict(losses) == {row["id"]: pytest.approx(on_theirs[row["id"]], abs=1e-6) for row in theirs}
+    checks = {check.name: check.detail for check in promotion.report.checks} if promotion.report else {}
+    assert "on 10 of that one's test rows" in checks["the champion's rows"], "too few are new to it, so all count"
     assert "measure v0.1.0 again" in capfd.readouterr().err
 
 
@@ -156,7 +173,8 @@ def test_a_working_tree_without_any_files_measures_the_same(weeks: Paths, preten
         assert not (tree / "artifacts").exists()
         there = promote(params, Paths(tree), version="v0.2.0")
     assert (there.outcome, detail(there)) == ("promoted", detail(here))
-    assert pretended[0] == pretended[1]
+    assert [task["version"] for task in pretended] == ["v0.1.0", "v0.2.0"] * 2
+    assert pretended[:2] == pretended[2:]
 
 
 def test_unless_it_may_be_it_is_refused(weeks: Paths, pretended: list[dict[str, Any]]) -> None:

@@ -12,7 +12,9 @@ import pytest
 
 from flows.errors import RegistryConflict, RegistryError
 from flows.git import Git
-from flows.promotion.approvals import approvals, approve
+from flows.params import Gate
+from flows.promotion.approvals import approvals, approve, unsigned_approvals
+from flows.promotion.project_registry import deciding_tags
 from flows.promotion.promote import promote
 from flows.promotion.registry import Registry, Version
 from flows.promotion.signatures import VARIABLE, Signature, signature_of, signing_key
@@ -257,3 +259,37 @@ def test_promotion_waits_for_approvals(project: Any, tmp_path: Path) -> None:
     promotion = promote(project.params, project.paths)
     assert promotion.outcome == "promoted" and promotion.report is not None
     assert promotion.report.checks[-1].detail == "1 of 1: grace@example.org"
+
+
+@needs_keys
+def test_unsigned_tags_give_and_take_no_stage_where_signers_are_listed(project: Any, key: Key, signers: Path) -> None:
+    registry = of(project, key("ada"))
+    first, second = add(registry), add(registry, "v0.2.0")
+    registry.assign("champion", first, 0, "promoted\n")
+    project.git("tag", "--annotate", "--message=mine", "docstrings#champion#99", f"{second.tag}^{{}}")
+    gate = Gate(allowed_signers=str(signers))
+    assert registry.stages()["champion"].version == "v0.2.0", "anybody's tags count where nobody is listed"
+
+    def holder() -> str | None:
+        trusting = Registry(Git(project.root), "docstrings", decides=deciding_tags(gate, Git(project.root)))
+        assert trusting.last_event() >= 99, "the number is taken all the same"
+        held = trusting.stages().get("champion")
+        assert [one.version for one in trusting.holders("champion")] == ["v0.1.0"]
+        return held and held.version
+
+    assert holder() == "v0.1.0"
+    project.git("tag", "--annotate", "--message=mine", "docstrings#champion!#100", f"{first.tag}^{{}}")
+    project.git("tag", "--annotate", "--message=mine", "docstrings@v0.1.0!#101", f"{first.tag}^{{}}")
+    assert holder() == "v0.1.0"
+
+
+@needs_keys
+def test_unsigned_approvals_are_counted_and_do_not_count(project: Any, key: Key, signers: Path) -> None:
+    """One person approves twice, by an e-mail that git is told."""
+    version = add(of(project, key("ada")))
+    for who in ("grace", "hedy"):
+        be(project, who)
+        approve(of(project), version, "good", None)
+    assert len(approvals(of(project), version, None)) == 2, "unsigned, e-mails are all there is"
+    assert approvals(of(project), version, signers) == []
+    assert len(unsigned_approvals(of(project), version, signers)) == 2

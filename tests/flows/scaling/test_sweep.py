@@ -26,10 +26,10 @@ train = YAML(typ="safe").load(Path("params.yaml"))["train"]
 if train["batch_size"] == 3:
     raise SystemExit("error: three is refused")
 shutil.copytree("source", "artifacts", dirs_exist_ok=True)
-path = Path("artifacts/evaluation/metrics.json")
-metrics = json.loads(path.read_text())
-metrics["adapter"]["loss"] = 2.0 + abs(train["learning_rate"] - 0.002) * 100 + 0.01 * train["batch_size"]
-path.write_text(json.dumps(metrics))
+path = Path("artifacts/training/summary.json")
+summary = json.loads(path.read_text())
+summary["best_validation_loss"] = 2.0 + abs(train["learning_rate"] - 0.002) * 100 + 0.01 * train["batch_size"]
+path.write_text(json.dumps(summary))
 with open(SHARED, "a") as worked:
     print(train["learning_rate"], train["batch_size"], file=worked)
 """
@@ -37,7 +37,7 @@ with open(SHARED, "a") as worked:
 
 @pytest.fixture
 def swept(project: Any) -> Any:
-    """The tiny repository, whose stage now gives a test loss that depends on two parameters."""
+    """The tiny repository, whose stage now gives a validation loss that depends on two parameters."""
     root = project.root
     (root / "make.py").write_text(MAKE.replace("SHARED", repr(str(root.parent / "worked"))))
     (root / "params.yaml").write_text(
@@ -82,25 +82,25 @@ def test_a_trial_takes_files_as_they_are_and_leaves_them_so(swept: Any) -> None:
     assert worked(swept) == ["0.002 4"]
     assert (swept.git("status", "--porcelain"), params.read_text(), swept.git("rev-parse", "HEAD")) == before
     assert swept.git("worktree", "list").count("\n") == 1
-    assert stage_order(swept.root, swept.paths.evaluation) == ["make"]
+    assert stage_order(swept.root, swept.paths.training) == ["make"]
     # what a trial made is in the cache: taking its parameters trains nothing
     params.write_text(params.read_text().replace("batch_size: 8", "batch_size: 4"))
     dvc(swept.root, "repro", "make")
     assert worked(swept) == ["0.002 4"]
-    assert json.loads(swept.paths.evaluation_metrics.read_text())["adapter"]["loss"] == pytest.approx(2.04)
+    assert json.loads(swept.paths.training_summary.read_text())["best_validation_loss"] == pytest.approx(2.04)
 
 
 def test_the_best_comes_first_and_what_failed_last(tmp_path: Path) -> None:
-    good = {"adapter": {"loss": 2.5}, "gain": {"loss": 1.25}}
+    good = {"best_validation_loss": 2.5, "best_step": 4}
     bad = Trial(("a=1",), 1.0, error="the loss is nan | stopped\nmore")
-    trials = ranked([bad, Trial(("a=2",), 2.0, good | {"adapter": {"loss": 3.0}}), Trial(("a=3",), 3.0, good)])
+    trials = ranked([bad, Trial(("a=2",), 2.0, good | {"best_validation_loss": 3.0}), Trial(("a=3",), 3.0, good)])
     assert [row[1:4] for row in rows(trials)] == [
-        ("a=3", "2.5000", "+1.2500"),
-        ("a=2", "3.0000", "+1.2500"),
+        ("a=3", "2.5000", "4"),
+        ("a=2", "3.0000", "4"),
         ("a=1", "", ""),
     ]
     folder = write_ranking(Paths(tmp_path), trials)
-    assert [record["loss"] for record in json.loads((folder / "sweep.json").read_text())] == [2.5, 3.0, None]
+    assert [record["validation_loss"] for record in json.loads((folder / "sweep.json").read_text())] == [2.5, 3.0, None]
     assert (folder / "sweep.md").read_text().splitlines()[-1] == (
         r"|  | a=1 |  |  | 1.0 | the loss is nan \| stopped |"
     )
@@ -117,8 +117,10 @@ def test_threads_map_the_grid_and_a_failed_trial_is_told(swept: Any) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 of 3 trials failed" in done.stderr and "stage make failed" in done.stderr
     assert sorted(worked(swept)) == ["0.001 2", "0.001 4"]
-    found = [record["loss"] for record in json.loads((swept.root / "reports" / "sweep.json").read_text())]
+    found = [record["validation_loss"] for record in json.loads((swept.root / "reports" / "sweep.json").read_text())]
     assert found == [pytest.approx(2.12), pytest.approx(2.14), None]
+    (trials,) = json.loads(swept.paths.trials.read_text()).values()
+    assert len(trials) == 2, "those that ran, for the versions to come on these data"
 
 
 @pytest.mark.proof

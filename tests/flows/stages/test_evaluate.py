@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from flows.base.identity import base_identity
 from flows.errors import StageError
 from flows.judging.scoring import row_losses
 from flows.paths import Paths
@@ -44,7 +45,8 @@ def test_figures_are_of_all_test_rows_and_add_up(trained: Paths, tiny_params) ->
     assert metrics["gain"]["rouge_l"] == metrics["adapter"]["rouge_l"] - metrics["base"]["rouge_l"]
     assert (metrics["rows"], metrics["generated_rows"]) == (12, 6)
     assert metrics["evaluation_set"] == sha256(trained.split("test"))
-    assert metrics["base_model"] == sha256(trained.base / "SHA256SUMS")
+    assert metrics["base_manifest"] == sha256(trained.base / "SHA256SUMS")
+    assert metrics["base_model"] == base_identity(trained.base)
     assert sum(one["rows"] for one in metrics["slices"].values()) == 12
     for name, one in metrics["slices"].items():
         mine = [row for row in rows if row["slice"] == name]

@@ -85,12 +85,14 @@ def test_dvc_gets_the_adapter_of_each_version_and_a_clone_pulls_it(project: Any,
     assert (clone / "artifacts" / "adapter" / "adapter_model.safetensors").read_bytes() == first
 
 
-def test_the_same_adapter_is_the_same_version_even_if_evaluated_anew(project: Any) -> None:
+def test_the_same_adapter_is_the_same_version_unless_it_is_evaluated_anew(project: Any) -> None:
     first = project.register()
+    assert project.register() == first
     again = project.register(loss=2.6, weight=1.0)
-    assert again == first
-    assert versions(project) == ["v0.1.0"]
-    assert json.loads(project.paths.metrics.read_text())["adapter"]["loss"] == 2.6
+    assert versions(project) == ["v0.1.0", "v0.1.1"]
+    assert again["adapter"] == first["adapter"] and again["metrics"]["adapter"]["loss"] == 2.6
+    assert again["looks"] == {"test_rows": 2, "trials": 0}
+    assert project.register(loss=2.7, weight=1.0) == first
 
 
 def test_another_test_set_is_a_minor_step(project: Any) -> None:
