@@ -1,25 +1,29 @@
 """What `peftcore serve` serves: a base, a folder of adapters, compositions of them, and the promoted version of this
 project, whose place the next one takes while requests run."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flows.errors import PipelineError, RegistryError, RepositoryError
-from flows.git import Git
-from flows.params import load_params
+from flows.base.identity import base_identity, have_same_base
+from flows.errors import BaseModelError, PipelineError, RegistryError, RepositoryError
+from flows.git import Git, GitError
+from flows.params import Params, Quantization, load_params
 from flows.paths import Paths
 from flows.project import dvc, files_at
-from flows.promotion.project_registry import deciding_tags
+from flows.promotion.project_registry import deciding_tags, registry_of
 from flows.promotion.registry import Registry, Version
+from flows.promotion.synchronise import synchronise
 from peftcore.config import CONFIG_NAME
 from peftcore.errors import CheckpointError, ConfigError, PeftError
 from peftcore.files import sha256
@@ -36,35 +40,98 @@ KEYS = "PEFTCORE_API_KEYS"
 logger = logging.getLogger(__name__)
 
 
-class StageWatch:
-    """Serves the version that has a stage under the project's name. seconds: between looks; folder: for its files."""
+@dataclass(frozen=True)
+class ServedBase:
+    """A base model as it stands in memory: its files' digest, and how they are stored there."""
 
-    def __init__(self, paths: Paths, name: str, stage: str, store: "AdapterStore", folder: Path, seconds: float = 5.0):
+    digest: str
+    quantization: Quantization
+    manifest: str | None = None
+    """Digest of the files as they are; None: `digest` is that one, as in records of earlier releases."""
+
+    @classmethod
+    def judged(cls, record: Mapping[str, Any]) -> "ServedBase":
+        """Return the base on which a registered version was evaluated."""
+        quantization = Quantization(**record["params"]["quantization"])
+        return cls(record["base_model"], quantization, record.get("base_manifest"))
+
+    def is_same(self, other: "ServedBase") -> bool:
+        """Whether both are the same model in the same storage."""
+        one, two = ({"base_model": base.digest, "base_manifest": base.manifest} for base in (self, other))
+        return self.quantization == other.quantization and have_same_base(one, two)
+
+    def __str__(self) -> str:
+        storage = self.quantization.storage
+        stored = "" if storage == "none" else f"dequantised {storage} in "
+        return f"base {self.digest[:12]} as {stored}{self.quantization.compute_dtype}"
+
+
+class StageWatch:
+    """Serves the version that has a stage under the project's name.
+
+    Args:
+        paths: of the project.
+        name: the project's name in the registry.
+        stage: the stage to follow.
+        store: where the version is loaded.
+        base: the base of `store`'s model; a version that was evaluated on another one is refused.
+        folder: for the version's files.
+        seconds: between two looks.
+        check: called with a loaded version's name in the model; its error refuses the version.
+        remote: git remote whose tags are fetched before each look; None: only the tags that are here count.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        name: str,
+        stage: str,
+        store: "AdapterStore",
+        base: ServedBase,
+        folder: Path,
+        seconds: float = 5.0,
+        check: Callable[[str], None] | None = None,
+        remote: str | None = None,
+    ):
         self.version: str | None = None
         """The one that is served."""
-        self._paths, self._stage, self._store, self._folder, self._seconds = paths, stage, store, folder, seconds
+        self.warnings: dict[str, str] = {}
+        """{stage: why its version is not served, "fetch": why the tags of the remote are not known}; {} normally."""
+        self._paths, self._stage, self._store, self._base = paths, stage, store, base
+        self._folder, self._seconds, self._check, self._remote = folder, seconds, check, remote
         git = Git(paths.root)
         self._registry = Registry(git, name, decides=deciding_tags(load_params(paths.params).gate, git))
-        self._said = ""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peftcore-watch", daemon=True)
 
     def check(self) -> bool:
-        """Look once; whether another version is served now. What runs goes on with the old one.
+        """Look once; returns whether another version is served now. Requests that run keep the old one.
 
-        Raises RegistryError, RepositoryError or CheckpointError if the new version's files cannot be had as they were
-        registered; the old one is then served on.
+        A new version is loaded before it takes the old one's place. Where no version has the stage any more, none is
+        served.
+
+        Raises:
+            RegistryError, RepositoryError: the new version's files cannot be had as they were registered.
+            BaseModelError: it was evaluated on another base than the one that is loaded.
+            PeftError: it cannot be loaded or served. In all cases the old version is served on.
         """
-        holder = self._registry.stages().get(self._stage)
-        if holder is None or holder.version is None or holder.version == self.version:
+        holder, name = self._registry.stages().get(self._stage), self._registry.name
+        number = None if holder is None else holder.version
+        if number == self.version:
             return False
-        version = self._registry.version(holder.version)
-        directory, name = self._files(version), self._registry.name
-        if name in self._store.names():
-            self._store.replace(name, directory)
-        else:
-            self._store.register(name, directory, tags=(self._stage,))
-        self._store.prefetch(name)
+        if number is None:
+            self._store.remove(name)
+            logger.warning("no version of %s is %s any more; %s is not served on", name, self._stage, self.version)
+            self.version = None
+            return True
+        version = self._registry.version(number)
+        judged = ServedBase.judged(self._registry.record(version))
+        if not judged.is_same(self._base):
+            raise BaseModelError(
+                f"{version.tag} was evaluated on {judged}, and this server has loaded {self._base}; start the server "
+                "again to serve it"
+            )
+        self._store.swap(name, self._files(version), (self._stage,), self._check)
         logger.info("%s is now %s, the %s", name, version.number, self._stage)
         self.version = version.number
         return True
@@ -79,15 +146,28 @@ class StageWatch:
             self._ended.set()
             self._thread.join()
 
+    def look(self) -> None:
+        """Fetch from the remote, if there is one, and look once, as `check`.
+
+        An error becomes a warning in the log and in `warnings`. After a failed fetch the tags that are here count.
+        """
+        if self._remote is not None:
+            self._warned("fetch", partial(fetch, self._registry, self._remote))
+        self._warned(self._stage, self.check)
+
+    def _warned(self, what: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except (PipelineError, PeftError, OSError) as error:
+            if self.warnings.get(what) != str(error):
+                logger.warning("%s is served on: %s", self.version or "nothing of the registry", error)
+            self.warnings[what] = str(error)
+        else:
+            self.warnings.pop(what, None)
+
     def _run(self) -> None:
         while not self._ended.wait(self._seconds):
-            try:
-                self.check()
-                self._said = ""
-            except (PipelineError, PeftError, OSError) as error:
-                if str(error) != self._said:
-                    logger.warning("%s is served on: %s", self.version or "nothing of the registry", error)
-                self._said = str(error)
+            self.look()
 
     def _files(self, version: Version) -> Path:
         """The version's adapter directory, checked against its record."""
@@ -103,6 +183,16 @@ class StageWatch:
             read_tensors(fetched / name)
             shutil.copytree(fetched / name, kept, dirs_exist_ok=True)
         return kept
+
+
+def fetch(registry: Registry, remote: str) -> None:
+    """Take in the tags of a git remote. Raises RegistryError if that fails."""
+    try:
+        synchronise(registry, remote)
+    except GitError as error:
+        raise RegistryError(
+            f"the tags of {remote} could not be fetched, so a newer version may be there: {error}"
+        ) from error
 
 
 def register_adapters(store: "AdapterStore", folder: Path) -> list[str]:
@@ -155,46 +245,100 @@ def compositions(given: Sequence[str]) -> "dict[str, Composition]":
     return found
 
 
-def serve(
-    base: Path,
-    adapters: Path | None,
-    mixtures: Sequence[str],
-    watched: tuple[Paths, str, str] | None,
-    address: tuple[str, int],
-    limits: "Limits",
-    name: str | None,
-    max_loaded: int,
-    dtype: str,
-    keys: Sequence[str],
-    seconds: float,
-) -> None:
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `peftcore serve` is told."""
+
+    base: Path
+    """Folder of the base model."""
+    adapters: Path | None = None
+    """Folder of adapters."""
+    mixtures: Sequence[str] = ()
+    """Compositions as `NAME={"adapter": weight}`."""
+    watched: tuple[Paths, Params] | None = None
+    """The project whose promoted version is served too, and the versions that follow it."""
+    seconds: float = 5.0
+    """Between two looks at the registry."""
+    git_remote: str | None = None
+    """Git remote whose tags are fetched at each look."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    """The base model's name; None: its folder's."""
+    max_loaded: int = 64
+    """Adapters in the model at a time (count)."""
+    dtype: str = "auto"
+    """Of the base without `watched`, with which it is as the version was evaluated."""
+    keys: Sequence[str] = ()
+    """API keys, those of the environment variable left out."""
+
+
+def serve(options: ServeOptions, limits: "Limits") -> None:
     """Serve until told to end; see `peftcore.serving`.
 
-    watched: (paths, project, stage) of the registry to follow, looked at every so many seconds. name: the base's, its
-    folder's if None. Raises PeftError or PipelineError for what cannot be served.
+    With `watched` the base is loaded as the promoted version was evaluated on it: the same files, dequantised from the
+    same storage. So what is served is what the gate has judged.
+
+    Raises:
+        PeftError, PipelineError: something of it cannot be served.
     """
     from peftcore.routing import AdapterStore
-    from peftcore.serving import make_service
+    from peftcore.serving import check_servable, checked_keys, make_service
     from peftcore.serving.server import serve as run
-    from peftcore.serving.service import load_base
 
-    mixed = compositions(mixtures)
-    model, tokenizer = load_base(base, dtype)
-    store = AdapterStore(model, max_loaded)
+    mixed = compositions(options.mixtures)
+    keys = checked_keys([*options.keys, *(os.environ[KEYS].split(",") if KEYS in os.environ else ())])
+    model, tokenizer, base = _loaded_base(options)
+    store = AdapterStore(model, options.max_loaded)
     with tempfile.TemporaryDirectory(prefix="peftcore-serve-") as folder:
-        if adapters is not None:
-            register_adapters(store, adapters)
-        watch = None if watched is None else StageWatch(*watched, store, Path(folder), seconds)
-        if watch is not None:
+        if options.adapters is not None:
+            register_adapters(store, options.adapters)
+        watch = None
+        if options.watched is not None and base is not None:
+            paths, params = options.watched
+            name, stage = params.project.name, params.gate.stage
+            check = partial(check_servable, model, name)
+            remote = options.git_remote
+            watch = StageWatch(paths, name, stage, store, base, Path(folder), options.seconds, check, remote)
             watch.check()
         _check_known(mixed, store)
-        every = [*keys, *filter(None, os.environ.get(KEYS, "").split(","))]
-        service = make_service(model, tokenizer, store, name or base.resolve().name, mixed, limits, every)
-        if watch is None:
-            run(service, *address)
-        else:
-            with watch.running():
-                run(service, *address)
+        served = options.name or options.base.resolve().name
+        warnings = None if watch is None else watch.warnings
+        service = make_service(model, tokenizer, store, served, mixed, limits, keys, warnings)
+        with contextlib.nullcontext() if watch is None else watch.running():
+            run(service, options.host, options.port)
+
+
+def _loaded_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:
+    """Return (model, tokenizer, base as judged); without a project to follow the base is None."""
+    from peftcore.serving.service import load_base
+
+    if options.watched is None:
+        return *load_base(options.base, options.dtype), None
+    from flows.base.model import check_base, load_dequantized, load_tokenizer
+
+    paths, params = options.watched
+    if options.dtype != "auto":
+        raise ConfigError(f"--dtype {options.dtype}: with --watch the base is as the promoted version was evaluated")
+    registry = registry_of(params, paths.root)
+    if options.git_remote is not None:
+        try:
+            fetch(registry, options.git_remote)
+        except RegistryError as error:  # the first look says it again, in the warnings of /ready
+            logger.warning("%s", error)
+    holder = registry.stages().get(params.gate.stage)
+    manifest = check_base(options.base)
+    base = ServedBase(base_identity(options.base), params.quantization, manifest)
+    if holder is not None and holder.version is not None:
+        judged = ServedBase.judged(registry.record(registry.version(holder.version)))
+        base = replace(base, quantization=judged.quantization)
+        if not judged.is_same(base):
+            raise BaseModelError(
+                f"{holder.version} was evaluated on {judged}, and {options.base} holds {base.digest[:12]}; give --base "
+                "the folder of the other one"
+            )
+    logger.info("loading %s", base)
+    return load_dequantized(options.base, base.quantization), load_tokenizer(options.base), base
 
 
 def _check_known(mixed: "dict[str, Composition]", store: "AdapterStore") -> None:

@@ -93,9 +93,21 @@ def serve(
         list[str] | None, typer.Option(help="One that opens the server; better in PEFTCORE_API_KEYS, comma-separated.")
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Serve this project's promoted version too, and each that follows it.")
+        bool,
+        typer.Option(
+            "--watch",
+            help="Serve this project's promoted version too, and each that follows it, on the base it was judged on.",
+        ),
     ] = False,
     watch_seconds: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between looks.")] = 5.0,
+    watch_remote: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REMOTE",
+            help="With --watch: a git remote whose tags are fetched at each look; without it, only tags that something "
+            "else fetches are seen.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a base with many adapters by OpenAI's HTTP interface: `/v1/chat/completions`, `/v1/completions`.
 
@@ -103,17 +115,32 @@ def serve(
     batch. `/health`, `/ready` and `/metrics` (Prometheus) are for whoever watches it. SIGTERM ends it after what runs.
     """
     with errors():
+        from flows.serving import ServeOptions
         from flows.serving import serve as run
         from peftcore.serving import Limits
 
         watched = None
+        if watch_remote is not None and not watch:
+            raise typer.BadParameter(
+                "it says where --watch fetches from; give --watch too", param_hint="--watch-remote"
+            )
         if watch:
             from flows.params import load_params
 
             paths = Paths(find_root())
-            params = load_params(paths.params)
-            watched = (paths, params.project.name, params.gate.stage)
-        limits = Limits(max_batch, max_queue, max_tokens, timeout=timeout, grace=grace)
-        folder, address = base or Paths(find_root()).base, (host, port)
-        mixtures, keys = composition or (), api_key or ()
-        run(folder, adapters, mixtures, watched, address, limits, name, max_loaded, dtype, keys, watch_seconds)
+            watched = (paths, load_params(paths.params))
+        options = ServeOptions(
+            base=base or Paths(find_root()).base,
+            adapters=adapters,
+            mixtures=composition or (),
+            watched=watched,
+            seconds=watch_seconds,
+            git_remote=watch_remote,
+            host=host,
+            port=port,
+            name=name,
+            max_loaded=max_loaded,
+            dtype=dtype,
+            keys=api_key or (),
+        )
+        run(options, Limits(max_batch, max_queue, max_tokens, timeout=timeout, grace=grace))

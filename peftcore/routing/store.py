@@ -11,7 +11,7 @@ import statistics
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,43 @@ class AdapterStore:
             old = self._entry(name)
             self._entries[name] = Entry(name, source, old.tags, old.version + 1)
             self._retire(old)
+
+    def swap(
+        self, name: str, source: Source, tags: Iterable[str] = (), check: Callable[[str], None] | None = None
+    ) -> None:
+        """Load a new version of an adapter, or a new adapter, and only then let it be `name`.
+
+        Until then, and after an error, `name` stays the version that it was. What holds the old one goes on with it.
+
+        Args:
+            name: the adapter's name; it need not be registered yet.
+            source: the new version's directory, or what fetches it.
+            tags: of an adapter that is not registered yet.
+            check: called with the loaded adapter's name in the model; its error refuses the new version.
+
+        Raises:
+            CheckpointError: the directory is damaged or fits another base.
+            AdapterStoreError: adapters in use leave no room for one more.
+        """
+        with self._lock:
+            old = self._entries.get(name)
+        entry = Entry(name, source, tuple(tags)) if old is None else Entry(name, source, old.tags, old.version + 1)
+        with self._counting_failures():
+            entry.fetch()
+            with self._loading:
+                slot = self._load(entry, None)
+                with self._lock:
+                    slot.leases += 1  # nobody's request evicts it before it has its name
+        try:
+            if check is not None:
+                check(slot.name)
+            with self._lock:
+                if (old := self._entries.get(name)) is not None:
+                    self._retire(old)
+                self._entries[name] = slot.entry = entry
+                entry.slot = slot
+        finally:
+            self._release(slot)
 
     def remove(self, name: str) -> None:
         """Forget an adapter. What holds it goes on with it."""

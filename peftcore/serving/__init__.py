@@ -1,6 +1,8 @@
 """One base model with many adapters behind OpenAI's HTTP interface; README.md says why it is built so."""
 
+from peftcore.serving.catalog import check_servable
+from peftcore.serving.guard import checked_keys
 from peftcore.serving.limits import Limits
 from peftcore.serving.service import Service, make_service
 
-__all__ = ["Limits", "Service", "make_service"]
+__all__ = ["Limits", "Service", "check_servable", "checked_keys", "make_service"]

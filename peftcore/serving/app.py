@@ -26,7 +26,8 @@ def make_app(service: Service) -> FastAPI:
         yield
         await asyncio.to_thread(service.engine.stop)
 
-    app = FastAPI(title="peftcore", lifespan=lifespan)
+    # no generated documentation: it would be open to anybody, and its page loads scripts from other hosts
+    app = FastAPI(title="peftcore", lifespan=lifespan, openapi_url=None)
     app.add_middleware(
         Guard,
         engine=service.engine,
@@ -85,15 +86,18 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/ready")
     async def ready() -> Response:
         takes = service.engine.alive and not service.engine.draining
-        return _status(takes, "ready", "shutting down")
+        return _status(takes, "ready", "shutting down", dict(service.warnings))
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _status(good: bool, said: str, otherwise: str) -> Response:
-    return JSONResponse({"status": said if good else otherwise}, 200 if good else 503)
+def _status(good: bool, said: str, otherwise: str, warnings: dict[str, str] | None = None) -> Response:
+    body: dict[str, Any] = {"status": said if good else otherwise}
+    if warnings:
+        body["warnings"] = warnings
+    return JSONResponse(body, 200 if good else 503)
 
 
 def _add_errors(app: FastAPI) -> None:

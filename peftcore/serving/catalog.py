@@ -56,29 +56,34 @@ class Catalog:
         try:
             for adapter in sorted(set(one.names())):
                 leases[adapter] = self.store.acquire(adapter)
-                self._check_servable(adapter, leases[adapter].name)
+                check_servable(self._model, adapter, leases[adapter].name)
         except Exception as error:
             for lease in leases.values():
                 lease.release()
             raise _as_serving_error(error, name) from error
         return Held(one.renamed({adapter: lease.name for adapter, lease in leases.items()}), tuple(leases.values()))
 
-    def _check_servable(self, adapter: str, loaded: str) -> None:
-        """BadRequestError for methods that look at a whole text at once, or add to it."""
-        adapters = adapter_set(self._model)
-        prompt, kind = adapters.prompt(loaded), adapters.configs[loaded].peft_type
-        if prompt is not None and prompt.exclusive:
-            raise BadRequestError(
-                f"{adapter!r} is {kind}, which puts virtual tokens before the text, and this server's cache holds the "
-                "text alone; use `generate`",
-                "model",
-            )
-        if prompt is None and loaded in adapters.listening:
-            raise BadRequestError(
-                f"{adapter!r} ({kind}) looks at the whole text in each call, and this server reads it a token at a "
-                "time; use `generate`",
-                "model",
-            )
+
+def check_servable(model: Any, adapter: str, loaded: str) -> None:
+    """Check that rows can be decoded token by token with an adapter, whose name in the model is `loaded`.
+
+    Raises:
+        BadRequestError: its method looks at a whole text at once, or adds virtual tokens to it.
+    """
+    adapters = adapter_set(model)
+    prompt, kind = adapters.prompt(loaded), adapters.configs[loaded].peft_type
+    if prompt is not None and prompt.exclusive:
+        raise BadRequestError(
+            f"{adapter!r} is {kind}, which puts virtual tokens before the text, and this server's cache holds the "
+            "text alone; use `generate`",
+            "model",
+        )
+    if prompt is None and loaded in adapters.listening:
+        raise BadRequestError(
+            f"{adapter!r} ({kind}) looks at the whole text in each call, and this server reads it a token at a "
+            "time; use `generate`",
+            "model",
+        )
 
 
 def _as_serving_error(error: Exception, name: str) -> ServingError:

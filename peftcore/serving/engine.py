@@ -1,6 +1,7 @@
 """The scheduler: one thread that decodes all running rows together, token by token, whatever adapters they have.
 
-A turn: rows that are over leave, requests that are ready join (their prompts in one forward), all rows get a token.
+A turn: rows that are over leave, a part of the prompts of requests that are ready is read, all rows get a token. So a
+long prompt holds the other rows up for no longer than one part takes.
 """
 
 import logging
@@ -24,6 +25,33 @@ from peftcore.serving.sampling import next_tokens
 logger = logging.getLogger(__name__)
 
 
+class Reading:
+    """Requests whose prompts are being read together, part by part.
+
+    Shapes: B requests, T tokens of the longest prompt. tokens and mask (B, T) hold what has not been read yet.
+    """
+
+    def __init__(self, generations: Sequence[Generation], device: torch.device):
+        self.generations = list(generations)
+        self.tokens, self.mask = _padded([one.prompt for one in generations], device)
+        self.cache = RowCache.empty(len(generations), device)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every token has been read."""
+        return not self.tokens.shape[1]
+
+    def part(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the next columns of tokens and mask: at most `tokens` elements, one column at least."""
+        width = max(1, tokens // len(self.generations))
+        return self.tokens[:, :width], self.mask[:, :width]
+
+    def advance(self, rows: Sequence[int], width: int, cache: RowCache) -> None:
+        """Keep some requests, whose next `width` columns are in `cache`."""
+        self.generations = [self.generations[row] for row in rows]
+        self.tokens, self.mask, self.cache = self.tokens[list(rows), width:], self.mask[list(rows), width:], cache
+
+
 class Engine:
     """Answers generations until it is stopped. Every public method may be called by any thread."""
 
@@ -33,8 +61,7 @@ class Engine:
         self._news = False
         self._admission = Admission(catalog, limits.max_batch, limits.max_queue, self.wake)
         self._rows: list[Generation] = []
-        self._joining: list[Generation] = []
-        """Requests whose prompts are being read."""
+        self._reading: Reading | None = None
         self._cache = RowCache.empty(0)
         self._draining = self._stopping = False
         self._thread = threading.Thread(target=self._run, name="peftcore-engine", daemon=True)
@@ -90,7 +117,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
-        return not self._rows and not self._joining and not len(self._admission)
+        return not self._rows and self._reading is None and not len(self._admission)
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -131,24 +158,47 @@ class Engine:
         self._admission.released()
 
     def _join(self) -> None:
-        """Read the prompts of requests that are ready, and give them rows."""
+        """Read a part of the prompts of requests that are ready; those read to their end get rows."""
+        reading = self._reading = self._without_gone(self._reading) or self._begin_reading()
+        if reading is None:
+            return
+        tokens, mask = reading.part(self._limits.prefill_tokens)
+        step = self._forward.step(reading.cache, tokens, mask, [_route(one) for one in reading.generations])
+        self._fail_broken(reading.generations, step)
+        self._metrics.prompt_tokens.inc(int(mask.sum()))
+        reading.advance(step.rows, tokens.shape[1], step.cache)
+        if not reading.generations:
+            self._reading = None
+        elif reading.is_complete:
+            self._push(reading.generations, step)
+            self._cache = RowCache.join([self._cache, reading.cache])
+            self._rows, self._reading = self._rows + reading.generations, None
+            for generation in reading.generations:
+                self._metrics.first_token(generation)
+        self.wake()  # more is left to be read, or more may be ready
+
+    def _begin_reading(self) -> Reading | None:
         # the first adapter of all changes every layer, so no forward may run meanwhile
         alone = not self._forward.can_route
-        found = self._admission.ready(self._limits.max_batch - len(self._rows), alone, bool(self._rows))
-        joining = self._joining = _within(found, self._limits.prefill_tokens)
-        if not joining:
-            return
-        self._admission.take(joining)
-        tokens, mask = _padded([one.prompt for one in joining], self._forward.model.device)
-        empty = RowCache.empty(len(joining), tokens.device)
-        step = self._forward.step(empty, tokens, mask, [_route(one) for one in joining])
-        alive = self._settle(joining, step)
-        self._cache = RowCache.join([self._cache, step.cache])
-        self._rows, self._joining = self._rows + alive, []
-        self._metrics.prompt_tokens.inc(int(mask.sum()))
-        for generation in alive:
-            self._metrics.first_token(generation)
-        self.wake()  # more may be ready than were read
+        ready = self._admission.ready(self._limits.max_batch - len(self._rows), alone, bool(self._rows))
+        generations = _within(ready, self._limits.prefill_tokens)
+        if not generations:
+            return None
+        self._admission.take(generations)
+        return Reading(generations, self._forward.model.device)
+
+    def _without_gone(self, reading: Reading | None) -> Reading | None:
+        """Leave out requests whose clients have gone."""
+        if reading is None:
+            return None
+        rows = [row for row, one in enumerate(reading.generations) if not one.gone and not one.over]
+        if len(rows) < len(reading.generations):
+            for generation in reading.generations:
+                if generation.gone:
+                    generation.release()
+            reading.advance(rows, 0, reading.cache.select(rows))
+            self._admission.released()
+        return reading if rows else None
 
     def _decode(self) -> None:
         """One more token for every row that is not over."""
@@ -157,26 +207,29 @@ class Engine:
             return
         tokens = torch.tensor([[one.last] for one in self._rows], device=self._forward.model.device)
         step = self._forward.step(self._cache, tokens, torch.ones_like(tokens), [_route(one) for one in self._rows])
-        self._rows = self._settle(self._rows, step)
-        self._cache = step.cache
+        self._fail_broken(self._rows, step)
+        self._rows, self._cache = [self._rows[row] for row in step.rows], step.cache
+        self._push(self._rows, step)
 
-    def _settle(self, generations: Sequence[Generation], step: Step) -> list[Generation]:
-        """Give each row its token or its error; returns those that have a place in the step's cache."""
+    def _fail_broken(self, generations: Sequence[Generation], step: Step) -> None:
+        """End the requests that a step has failed for."""
         for row, failure in step.failures.items():
             logger.error("%s", failure, exc_info=failure.__cause__)
             generations[row].fail(failure)
-        alive = [generations[row] for row in step.rows]
-        if alive:
-            chosen = next_tokens(step.logits, [(one.sampling, one.generator) for one in alive])
-            for generation, token in zip(alive, chosen, strict=True):
+
+    def _push(self, generations: Sequence[Generation], step: Step) -> None:
+        """Give the requests that are left after a step their next token."""
+        if generations:
+            chosen = next_tokens(step.logits, [(one.sampling, one.generator) for one in generations])
+            for generation, token in zip(generations, chosen, strict=True):
                 generation.push(token)
-            self._metrics.generated_tokens.inc(len(alive))
-        return alive
+            self._metrics.generated_tokens.inc(len(generations))
 
     def _fail_rows(self, error: ServingError) -> None:
-        for generation in [*self._rows, *self._joining]:
+        reading = [] if self._reading is None else self._reading.generations
+        for generation in [*self._rows, *reading]:
             generation.fail(error)
-        self._rows, self._joining, self._cache = [], [], RowCache.empty(0)
+        self._rows, self._reading, self._cache = [], None, RowCache.empty(0)
         self._admission.released()
 
 
@@ -186,7 +239,7 @@ def _route(generation: Generation) -> Composition:
 
 
 def _within(generations: list[Generation], tokens: int) -> list[Generation]:
-    """The first of them, as many as are read in one forward of so many tokens with padding; at least one."""
+    """Return the first requests, as many as fit one forward of `tokens` tokens with padding; at least one."""
     longest = 0
     for number, generation in enumerate(generations):
         longest = max(longest, len(generation.prompt))

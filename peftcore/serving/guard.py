@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from peftcore.errors import ConfigError
 from peftcore.serving.call import Call
 from peftcore.serving.engine import Engine
 from peftcore.serving.errors import ApiKeyError
@@ -17,6 +18,20 @@ from peftcore.serving.metrics import Metrics
 
 CLIENT_GONE = 499
 """nginx's status for a client that has closed its connection, for the count alone."""
+
+
+def checked_keys(keys: Sequence[str]) -> tuple[str, ...]:
+    """Return API keys without surrounding white space.
+
+    Raises:
+        ConfigError: a key is empty, as it is where it was read from an unset variable.
+    """
+    stripped = tuple(key.strip() for key in keys)
+    if not all(stripped):
+        raise ConfigError(
+            "an API key is empty; is the variable that it is read from set? Give a key, or no --api-key at all"
+        )
+    return stripped
 
 
 class Guard:

@@ -17,10 +17,13 @@ class Limits:
     """Tokens that one request may ask for (count)."""
     max_context: int | None = None
     """Prompt and answer together (tokens); None: what the model was made for."""
-    prefill_tokens: int = 2048
-    """Prompts read in one forward (tokens, padding counted): how long running rows wait for new ones at most."""
+    prefill_tokens: int = 256
+    """Tokens of prompts read in one forward (padding counted). A longer prompt is read in several, and running rows
+    decode a token between two of them."""
     max_body: int = 4 << 20
     """Size of a request (bytes)."""
+    read_timeout: float = 20.0
+    """From a connection's start to the last byte of its request (seconds)."""
     timeout: float = 300.0
     """From a request's arrival to its last token (seconds)."""
     grace: float = 30.0

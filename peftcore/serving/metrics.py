@@ -1,7 +1,7 @@
 """What a server counts, for Prometheus; names and units as its guide wants them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -20,7 +20,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 1
 class Metrics:
     """The counts of one server."""
 
-    def __init__(self, store: AdapterStore):
+    def __init__(self, store: AdapterStore, warnings: Mapping[str, str]):
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "peftcore_requests", "Requests answered, by model and HTTP status", ["model", "status"], registry=registry
@@ -39,6 +39,7 @@ class Metrics:
             "peftcore_request_seconds", "From arrival to the last byte of an answer", buckets=SECONDS, registry=registry
         )
         registry.register(_OfStore(store))
+        registry.register(_Warnings(warnings))
 
     def first_token(self, generation: "Generation") -> None:
         """Told when a request has its first token."""
@@ -66,3 +67,16 @@ class _OfStore(Collector):
             yield CounterMetricFamily(f"peftcore_adapter_{name}", said, value=found[name])
         yield GaugeMetricFamily("peftcore_adapters_loaded", "Adapters in the model", value=found["loaded"])
         yield GaugeMetricFamily("peftcore_adapters_bytes", "Their parameters, in bytes", value=found["bytes"])
+
+
+class _Warnings(Collector):
+    """Which parts of the server have a warning now."""
+
+    def __init__(self, warnings: Mapping[str, str]):
+        self._warnings = warnings
+
+    def collect(self) -> Iterator[Metric]:
+        gauge = GaugeMetricFamily("peftcore_warning", "1 where /ready shows a warning", labels=["source"])
+        for source in list(self._warnings):
+            gauge.add_metric([source], 1)
+        yield gauge

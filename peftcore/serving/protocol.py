@@ -15,37 +15,51 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 StopText = Annotated[str, Field(min_length=1)]
 
 
-class TextPart(BaseModel):
+class _Strict(BaseModel):
+    """A part of a request. Unknown fields are refused, and so are values of another type, such as "2" for 2."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextPart(_Strict):
     """A part of a message; pictures and sound are not served."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    """One turn of a conversation."""
+class Message(_Strict):
+    """One turn of a conversation.
 
-    model_config = ConfigDict(extra="ignore")
-    role: str
+    A chat template is given the role and the text alone. The other fields of OpenAI's messages may be present without
+    a value, as OpenAI's client sends an earlier answer back; with a value they are refused.
+    """
+
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+    name: None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def plain(self) -> dict[str, str]:
-        """As a chat template takes it."""
+        """Return the message as a chat template takes it; OpenAI's developer messages are system messages."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Strict):
     """include_usage: whether a last chunk holds the counts."""
 
-    model_config = ConfigDict(extra="ignore")
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(_Strict):
     """What both kinds of request have. Fields of one value are those that would mean something else otherwise."""
 
-    model_config = ConfigDict(extra="forbid")
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
     prefix: ClassVar[str]
@@ -182,5 +196,8 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> BadRequestError:
     first = next((one for one in errors if not one["type"].endswith("_type")), errors[0])
     place = [str(part) for part in first["loc"] if part != "body"]
     param = place[0] if place else None
+    named = ".".join(place[:3] if param == "messages" else place[:1]) or "request"
     said = "is not known here" if first["type"] == "extra_forbidden" else f"{first['msg']}, got {first['input']!r:.100}"
-    return BadRequestError(f"{'.'.join(place[:1]) or 'request'}: {said}", param)
+    if first["type"] == "none_required":
+        said = f"is not served here, got {first['input']!r:.100}; leave it out"
+    return BadRequestError(f"{named}: {said}", param)

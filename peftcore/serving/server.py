@@ -3,24 +3,48 @@
 import logging
 import socket
 import time
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from peftcore.errors import ConfigError
 from peftcore.serving.app import make_app
+from peftcore.serving.connections import DeadlineProtocol
 from peftcore.serving.service import Service
 
 logger = logging.getLogger(__name__)
+
+CONNECTIONS_WITHOUT_LIMIT = 4096
+"""Open connections (count) where the system does not say how many file descriptors a process may have."""
+
+
+def max_connections() -> int:
+    """Return how many connections may be open (count): half of the process's file descriptors."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return CONNECTIONS_WITHOUT_LIMIT
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTIONS_WITHOUT_LIMIT if soft == resource.RLIM_INFINITY else max(8, soft // 2)
 
 
 class Server(uvicorn.Server):
     """uvicorn, that goes on answering (503 to new requests) until the requests that run are over."""
 
     def __init__(self, service: Service, host: str, port: int):
+        # h11 bounds headers (64 KiB); httptools, which uvicorn would take where it is installed, does not
+        protocol: Any = partial(
+            DeadlineProtocol,
+            read_timeout=service.limits.read_timeout,
+            max_connections=max_connections(),
+            incomplete={},
+        )
         super().__init__(
-            # h11 bounds headers (64 KiB); httptools, which uvicorn would take where it is installed, does not
-            uvicorn.Config(make_app(service), host, port, http="h11", log_level="warning", timeout_graceful_shutdown=5)
+            uvicorn.Config(
+                make_app(service), host, port, http=protocol, log_level="warning", timeout_graceful_shutdown=5
+            )
         )
         self._service = service
         self._until: float | None = None

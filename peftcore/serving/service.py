@@ -1,7 +1,7 @@
 """What one server consists of, put together."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from peftcore.serving.engine import Engine
 from peftcore.serving.errors import BadRequestError, ContextLengthError
 from peftcore.serving.forward import RoutedForward
 from peftcore.serving.generation import Event, Generation
+from peftcore.serving.guard import checked_keys
 from peftcore.serving.limits import Limits
 from peftcore.serving.metrics import Metrics
 from peftcore.serving.protocol import GenerationRequest
@@ -35,6 +36,8 @@ class Service:
     ends: frozenset[int]
     """Tokens that end an answer."""
     keys: tuple[str, ...] = ()
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    """{source: what is wrong there now}, such as a new version that could not be loaded; the server goes on."""
 
     def generation(self, given: GenerationRequest, prompt: Sequence[int], sink: Callable[[Event], None]) -> Generation:
         """A request whose prompt has been read as tokens, submitted. Raises ServingError."""
@@ -72,19 +75,24 @@ def make_service(
     compositions: Mapping[str, Composition] | None = None,
     limits: Limits | None = None,
     keys: Sequence[str] = (),
+    warnings: Mapping[str, str] | None = None,
 ) -> Service:
     """A server of `model`, which is called `name`, with the adapters of `store` and compositions of them by name.
 
     keys: API keys, of which a client has to send one; none: anybody may ask. Raises ConfigError for a model or a
-    composition that cannot be served.
+    composition that cannot be served, and for an empty key. warnings: {source: text}, read at each look; `/ready` and
+    `/metrics` show them.
     """
     limits = limits or Limits()
-    catalog, metrics, forward = Catalog(model, name, store, compositions), Metrics(store), RoutedForward(model)
+    warnings = {} if warnings is None else warnings
+    catalog, forward = Catalog(model, name, store, compositions), RoutedForward(model)
+    metrics = Metrics(store, warnings)
     engine = Engine(forward, catalog, limits, metrics)
     config = model.config.get_text_config(decoder=True)
     made_for = getattr(config, "max_position_embeddings", None) or limits.max_context or 2048
     context = min(made_for, limits.max_context or made_for)
-    return Service(engine, catalog, tokenizer, limits, metrics, context, _ends(model, tokenizer), tuple(keys))
+    ends = _ends(model, tokenizer)
+    return Service(engine, catalog, tokenizer, limits, metrics, context, ends, checked_keys(keys), warnings)
 
 
 def load_base(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:

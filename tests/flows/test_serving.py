@@ -1,6 +1,7 @@
 """The command `peftcore serve`: a real process, and promotions that it picks up while it runs."""
 
 import copy
+import json
 import logging
 import os
 import re
@@ -10,20 +11,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.errors import RegistryError
+from flows.errors import BaseModelError, RegistryError
+from flows.params import Quantization
 from flows.project import dvc
 from flows.promotion.promote import promote
-from flows.serving import StageWatch, compositions, register_adapters
+from flows.serving import ServedBase, StageWatch, compositions, register_adapters
 from peftcore import LoraConfig, get_peft_model
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.routing import AdapterStore
@@ -39,26 +42,23 @@ def loggers_as_before() -> Iterator[None]:
         logger.setLevel(level)
 
 
+TINY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                        "num_key_value_heads": 1, "vocab_size": 32}  # fmt: skip
+
+
 class FakeStore:
-    """What has been asked of a store: (verb, name, the version's folder name, its weights' file)."""
+    """What has been asked of a store: (verb, name, the version's folder name), and the files' weights."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, str, str]] = []
+        self.asked: list[tuple[str, ...]] = []
         self.weights: list[bytes] = []
 
-    def names(self) -> list[str]:
-        return [name for verb, name, _ in self.asked if verb == "register"]
-
-    def register(self, name: str, directory: Path, tags: Any = ()) -> None:
-        self.asked.append(("register", name, directory.name))
+    def swap(self, name: str, directory: Path, tags: Any, check: Any) -> None:
+        self.asked.append(("swap", name, directory.name))
         self.weights.append((directory / "adapter_model.safetensors").read_bytes())
 
-    def replace(self, name: str, directory: Path) -> None:
-        self.asked.append(("replace", name, directory.name))
-        self.weights.append((directory / "adapter_model.safetensors").read_bytes())
-
-    def prefetch(self, name: str) -> None:
-        self.asked.append(("prefetch", name, ""))
+    def remove(self, name: str) -> None:
+        self.asked.append(("remove", name))
 
 
 def _small() -> Any:
@@ -101,9 +101,17 @@ def test_adapters_of_a_remote_are_pulled_when_one_is_asked_for(tmp_path: Path) -
 
 
 @pytest.fixture
-def followed(project: Any, tmp_path: Path) -> tuple[StageWatch, FakeStore]:
+def base(project: Any) -> ServedBase:
+    """The base on which the project's versions are evaluated."""
+    return ServedBase(
+        json.loads(project.paths.evaluation_metrics.read_text())["base_model"], project.params.quantization
+    )
+
+
+@pytest.fixture
+def followed(project: Any, base: ServedBase, tmp_path: Path) -> tuple[StageWatch, FakeStore]:
     store = FakeStore()
-    return StageWatch(project.paths, "docstrings", "champion", store, tmp_path / "kept", 0.05), store  # type: ignore[arg-type]
+    return StageWatch(project.paths, "docstrings", "champion", store, base, tmp_path / "kept", 0.05), store  # type: ignore[arg-type]
 
 
 def test_each_promoted_version_takes_the_place_of_the_one_before(project: Any, followed: Any) -> None:
@@ -113,7 +121,7 @@ def test_each_promoted_version_takes_the_place_of_the_one_before(project: Any, f
     assert not watch.check()  # a version without the stage is none
     promote(project.params, project.paths)
     assert watch.check() and not watch.check()
-    assert store.asked == [("register", "docstrings", "v0.1.0"), ("prefetch", "docstrings", "")]
+    assert store.asked == [("swap", "docstrings", "v0.1.0")]
 
     project.register(loss=2.0, weight=2.0)
     promote(project.params, project.paths)
@@ -121,8 +129,58 @@ def test_each_promoted_version_takes_the_place_of_the_one_before(project: Any, f
         until = time.monotonic() + 60
         while watch.version == "v0.1.0" and time.monotonic() < until:
             time.sleep(0.05)
-    assert store.asked[2:] == [("replace", "docstrings", "v0.1.1"), ("prefetch", "docstrings", "")]
+    assert store.asked[1:] == [("swap", "docstrings", "v0.1.1")]
     assert store.weights[1] == (project.paths.adapter / "adapter_model.safetensors").read_bytes() != store.weights[0]
+
+
+def test_a_version_that_loses_the_stage_is_served_no_longer(project: Any, followed: Any) -> None:
+    watch, store = followed
+    project.register()
+    promote(project.params, project.paths)
+    assert watch.check()
+    subprocess.run(["gto", "deprecate", "docstrings", "v0.1.0", "champion"], cwd=project.root, check=True)
+    assert watch.check() and not watch.check()
+    assert store.asked[-1] == ("remove", "docstrings") and watch.version is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"digest": "0" * 64},
+        {"quantization": Quantization(storage="int8")},
+        {"quantization": Quantization(double_quant=False)},
+    ],
+    ids=["files", "storage", "double quantisation"],
+)
+def test_a_version_evaluated_on_another_base_is_not_served(
+    project: Any, base: ServedBase, tmp_path: Path, caplog: pytest.LogCaptureFixture, other: dict[str, Any]
+) -> None:
+    store: Any = FakeStore()
+    watch = StageWatch(project.paths, "docstrings", "champion", store, replace(base, **other), tmp_path)
+    project.register()
+    promote(project.params, project.paths)
+    with pytest.raises(BaseModelError, match=r"was evaluated on base .* and this server has loaded base .* start the"):
+        watch.check()
+    for _ in range(2):
+        watch.look()
+    assert store.asked == [] and watch.version is None
+    assert "start the server again" in watch.warnings["champion"] and len(caplog.records) == 1
+
+
+def test_a_version_that_does_not_load_leaves_the_old_one(project: Any, base: ServedBase, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
+    store = AdapterStore(model)
+    watch = StageWatch(project.paths, "docstrings", "champion", store, base, tmp_path / "kept")
+    own = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    own.save_pretrained(tmp_path / "own")
+    store.register("docstrings", tmp_path / "own")
+    watch.version = "v0.0.9"
+    project.register()  # its adapter is of another model
+    promote(project.params, project.paths)
+    watch.look()
+    assert watch.version == "v0.0.9" and watch.warnings["champion"]
+    with store.using("docstrings") as names:
+        assert list(names) == ["docstrings"]
 
 
 def test_a_version_whose_files_are_damaged_is_not_served(project: Any, followed: Any) -> None:
@@ -214,6 +272,7 @@ def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, st
         (["--composition", 'sql={"chat": 1}'], "the composition 'sql' has the name of the base or of an adapter"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
         (["--watch"], "no pipeline in"),
+        (["--api-key", ""], "an API key is empty; is the variable that it is read from set?"),
     ],
 )
 def test_what_cannot_be_served_is_one_message(
@@ -239,3 +298,31 @@ def test_folders_without_a_model_or_adapters_are_named(tiny_base: Path, tmp_path
 def test_the_command_has_help() -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["serve", "--help"])
     assert result.exit_code == 0 and "PEFTCORE_API_KEYS" in result.stdout
+
+
+def test_a_version_promoted_elsewhere_is_fetched_and_a_failing_fetch_is_a_warning(
+    project: Any, base: ServedBase, tmp_path: Path
+) -> None:
+    """Another machine promotes and pushes; this one has only a clone of the repository."""
+    store: Any = FakeStore()
+    remote = tmp_path / "remote.git"
+    project.register()
+    project.git("clone", "--quiet", "--bare", str(project.root), str(remote))
+    project.git("remote", "add", "shared", str(remote))
+    promote(project.params, project.paths, push_to="shared")
+    project.git("tag", "--delete", "docstrings#champion#1")  # as in a clone from before the promotion
+
+    folder = tmp_path / "kept"
+    alone = StageWatch(project.paths, "docstrings", "champion", store, base, folder)
+    alone.look()
+    assert alone.version is None and alone.warnings == {}
+    watch = StageWatch(project.paths, "docstrings", "champion", store, base, folder, remote="shared")
+    watch.look()
+    assert (watch.version, watch.warnings) == ("v0.1.0", {})
+
+    remote.rename(tmp_path / "away.git")
+    watch.look()
+    assert watch.version == "v0.1.0" and "a newer version may be there" in watch.warnings["fetch"]
+    (tmp_path / "away.git").rename(remote)
+    watch.look()
+    assert watch.warnings == {}

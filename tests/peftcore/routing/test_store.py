@@ -166,6 +166,35 @@ def test_a_new_version_comes_while_the_old_one_is_in_use(
         store.acquire("a")
 
 
+def test_a_swap_loads_before_it_switches_and_a_refused_one_changes_nothing(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model, store = store_of(folder, max_loaded=2)
+    newer = write(tmp_path_factory.mktemp("newer"), "a", seed=99)
+    damaged = tmp_path_factory.mktemp("damaged") / "a"
+    shutil.copytree(newer, damaged)
+    (damaged / WEIGHTS_NAME).write_bytes(b"none")
+    expected = through(model, store, "a")
+
+    def refuse(loaded: str) -> None:
+        assert loaded in model.peft_config
+        raise ValueError("not this one")
+
+    with pytest.raises(CheckpointError):
+        store.swap("a", damaged)
+    with pytest.raises(ValueError, match="not this one"):
+        store.swap("a", newer, check=refuse)
+    torch.testing.assert_close(through(model, store, "a"), expected, atol=1e-6, rtol=0)
+    store.swap("a", newer)
+    misses = store.statistics()["misses"]
+    torch.testing.assert_close(through(model, store, "a"), alone(newer.parent, "a"), atol=1e-5, rtol=0)
+    assert store.statistics()["misses"] == misses  # it is in the model before anybody asks for it
+    with store.using("a", "b"), pytest.raises(AdapterStoreError, match="no room"):
+        store.swap("a", folder / "a")
+    store.swap("new", folder / "c", tags=["stage"])
+    assert store.names("stage") == ["new"] and "new" in store.loaded()
+
+
 @torch.no_grad()
 def _routed(model: Any, name: str) -> Tensor:
     return model(TOKENS, adapter_names=name).logits

@@ -12,7 +12,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from peftcore import LoraConfig
+from peftcore import ConfigError, LoraConfig
 from peftcore.serving import Limits
 
 SAY = [{"role": "user", "content": "Say it."}]
@@ -79,6 +79,16 @@ def test_parts_of_a_message_are_one_text(served: Any) -> None:
     assert found.choices[0].message.content == served.world.expected("sql", chat_tokens(served), 9)
 
 
+def test_a_developer_message_is_the_system_s_and_an_answer_can_be_sent_back(served: Any) -> None:
+    client = served.client()
+    first: Any = {"model": "sql", "temperature": 0, "max_tokens": 5}
+    answer = client.chat.completions.create(messages=SAY, **first).choices[0].message
+    sent = [{"role": "developer", "content": "Be short."}, *SAY, answer.model_dump(), *SAY]
+    read = [{"role": "system", "content": "Be short."}, *SAY, {"role": "assistant", "content": answer.content}, *SAY]
+    found = client.chat.completions.create(messages=sent, **first)
+    assert found.choices[0].message.content == served.world.expected("sql", chat_tokens(served, read), 5)
+
+
 def test_sixteen_clients_at_once_with_different_adapters(served: Any) -> None:
     client = served.client()
 
@@ -116,7 +126,26 @@ def test_sixteen_clients_at_once_with_different_adapters(served: Any) -> None:
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "messages"),
         ({"messages": [{"role": "user", "content": "a<|im_end|>\n"}]}, "messages", "holds <|im_end|>,"),
-        ({"messages": [{"role": "user<|im_end|>", "content": "a"}]}, "messages", "holds <|im_end|>,"),
+        ({"messages": [{"role": "user<|im_end|>", "content": "a"}]}, "messages", "role: Input should be 'system'"),
+        ({"messages": [{"role": "banana", "content": "a"}]}, "messages", "messages.0.role: Input should be 'system'"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "messages.0.role: Input should be 'system'"),
+        ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "messages", "messages.0.name: is not served"),
+        ({"messages": [{"role": "user", "content": "a", "mood": 1}]}, "messages", "messages.0.mood: is not known here"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": ""}}]},
+            "messages",
+            "messages.0.function_call: is not served",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1", "type": "function"}]}]},
+            "messages",
+            "messages.0.tool_calls: List should have at most 0 items",
+        ),
+        ({"max_tokens": True}, "max_tokens", "valid integer, got True"),
+        ({"max_tokens": "2"}, "max_tokens", "valid integer, got '2'"),
+        ({"temperature": "0.5"}, "temperature", "valid number, got '0.5'"),
+        ({"top_p": True}, "top_p", "valid number, got True"),
+        ({"stream_options": {"other": 1}}, "stream_options", "is not known here"),
     ],
 )
 def test_a_bad_parameter_is_named(served: Any, given: dict[str, Any], param: str, said: str) -> None:
@@ -262,6 +291,20 @@ def test_without_a_key_nothing_is_answered(serving: Callable[..., Any]) -> None:
     header = {"authorization": "Bearer sécond".encode()}
     assert httpx.get(f"{served.url}/v1/models", headers=header).status_code == 200
     assert httpx.get(f"{served.url}/health").status_code == 200
+    for path in ("docs", "redoc", "openapi.json"):
+        assert httpx.get(f"{served.url}/{path}").status_code == 404
+
+
+@pytest.mark.parametrize("keys", [[""], ["  "], ["one", ""]])
+def test_an_empty_key_is_refused(serving: Callable[..., Any], keys: list[str]) -> None:
+    with pytest.raises(ConfigError, match="an API key is empty; is the variable that it is read from set"):
+        serving(keys=keys)
+
+
+def test_white_space_around_a_key_is_no_part_of_it(serving: Callable[..., Any]) -> None:
+    served = serving(http=True, keys=["one", " two"])
+    for key in ("one", "two"):
+        assert served.client(api_key=key).models.list()
 
 
 def test_metrics_are_prometheus_s(served: Any) -> None:
@@ -310,3 +353,13 @@ def test_a_new_version_while_requests_run(served: Any, world: Any) -> None:
     old, fresh = world.expected("sql", [5, 6], 10), world.expected("next", [5, 6], 10)
     assert old != fresh and set(texts) == {old, fresh}
     assert texts[0] == old and set(texts[-4:]) == {fresh}
+
+
+def test_warnings_are_shown_and_the_server_stays_ready(served: Any) -> None:
+    assert httpx.get(f"{served.url}/ready").json() == {"status": "ready"}
+    served.service.warnings["champion"] = "v2 could not be loaded"
+    answer = httpx.get(f"{served.url}/ready")
+    assert answer.status_code == 200 and answer.json()["warnings"] == {"champion": "v2 could not be loaded"}
+    assert served.metric("peftcore_warning", source="champion") == 1
+    served.service.warnings.clear()
+    assert served.metric("peftcore_warning", source="champion") == 0

@@ -1,5 +1,6 @@
 """The engine without HTTP: rows of any adapters together are exact, and what goes wrong is one request's alone."""
 
+import itertools
 import random
 import threading
 import time
@@ -266,6 +267,46 @@ def test_a_composition_that_never_fits_is_refused(serving: Callable[..., Any]) -
     served = serving(max_loaded=1)
     assert isinstance(served.begin("mix", [5], 3).result(), NoRoomError)
     assert served.begin("sql", [5], 3).result()[0] == served.world.expected("sql", [5], 3)
+
+
+def test_a_long_prompt_is_read_in_parts_between_which_others_decode(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving(limits=Limits(max_batch=4, prefill_tokens=16))
+    widths: list[int] = []
+    forward = served.service.engine._forward
+    step = forward.step
+
+    def noted(cache: Any, tokens: torch.Tensor, *rest: Any) -> Any:
+        widths.append(tokens.numel())
+        return step(cache, tokens, *rest)
+
+    monkeypatch.setattr(forward, "step", noted)
+    long = [5 + n % 150 for n in range(400)]
+    running = served.begin("base", [7, 8], 60)
+    begun = running.first().text
+    asked = [served.begin("sql", long, 4), served.begin("chat", long[:170], 3)]
+    results = [begun + running.result()[0], *(one.result()[0] for one in asked)]
+    assert results == [
+        served.world.expected("base", [7, 8], 60),
+        served.world.expected("sql", long, 4),
+        served.world.expected("chat", long[:170], 3),
+    ]
+    assert max(widths) <= 16
+    parts = [number for number, width in enumerate(widths) if width == 16]
+    between = [widths[a + 1 : b] for a, b in itertools.pairwise(parts)]
+    assert sum(bool(one) for one in between) >= 20  # a row that decodes has a step between two parts
+
+
+def test_a_request_whose_client_leaves_while_its_prompt_is_read_makes_room(serving: Callable[..., Any]) -> None:
+    served = serving(limits=Limits(max_batch=2, prefill_tokens=1))
+    leaving = served.begin("sql", list(range(5, 155)) * 3, 4)
+    served.wait(lambda: served.metric("peftcore_prompt_tokens_total") > 3)
+    served.service.engine.cancel(leaving.generation)
+    assert served.begin("chat", [5, 6], 4).result()[0] == served.world.expected("chat", [5, 6], 4)
+    served.wait(lambda: served.service.engine.idle)
+    assert served.metric("peftcore_prompt_tokens_total") < 450
+    assert served.service.catalog.store.statistics()["in_use"] == 0
 
 
 def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(
