@@ -204,9 +204,7 @@ def _judge_one(
     """Judge one version: `number`, or that of the event, which is promoted only if it is in the default branch."""
     chosen = registry.version(number) if number else _version_of(registry, Event.of(environment), remote)
     if chosen is None:
-        sentence = f"{registry.name} has no version yet; `peftcore run` makes one"
-        tell(NOTHING, None, f"## {sentence}\n")
-        return Verdict(NOTHING, None, None)
+        return _none(registry, tell)
     if not dry and number is None:
         default = default_branch(registry.git, environment, remote)
         if not _is_merged(registry, chosen, default):
@@ -217,6 +215,11 @@ def _judge_one(
         note_judged(registry, params, chosen, remote)
     tell(promotion.outcome, chosen.number, as_markdown(promotion))
     return Verdict(promotion.outcome, chosen.number, promotion, (promotion,))
+
+
+def _none(registry: Registry, tell: Callable[[str, str | None, str], None]) -> Verdict:
+    tell(NOTHING, None, f"## {registry.name} has no version yet; `peftcore run` makes one\n")
+    return Verdict(NOTHING, None, None)
 
 
 def _promotes(git: Git, event: Event, environment: Mapping[str, str], remote: str) -> bool:
@@ -252,6 +255,8 @@ def _catch_up(
         note_judged(registry, params, version, remote)
     if failures and not any(promotion.accepted for promotion in judged):
         raise failures[0]
+    if not registry.versions():
+        return _none(registry, tell)
     if not judged:
         others = [_not_merged(registry, version, default) for version in waiting]
         tell(NOTHING, None, "\n".join(["## Nothing to judge\n", *others]) + "\n")

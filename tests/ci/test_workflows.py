@@ -19,6 +19,11 @@ def load(path: Path) -> dict[str, Any]:
     return YAML(typ="safe", pure=True).load(path)
 
 
+def triggers(path: Path) -> dict[str, Any]:
+    content: dict[Any, Any] = load(path)
+    return content["on"] if "on" in content else content[True]  # YAML 1.1 reads `on` as a truth value
+
+
 def steps(path: Path) -> Iterator[dict[str, Any]]:
     content = load(path)
     for job in [*content.get("jobs", {}).values(), *([content["runs"]] if "runs" in content else [])]:
@@ -71,16 +76,11 @@ def test_a_job_may_do_no_more_than_it_needs(path: Path) -> None:
         "versions": {("ask", "actions")},
     }
     assert writes == wanted.get(path.stem, set())
-    assert "pull_request_target" not in content.get("on", content.get(True))
+    assert "pull_request_target" not in triggers(path)
     for name, job in content["jobs"].items():
         assert "timeout-minutes" in job
         keeps = [s["with"].get("persist-credentials", True) for s in job["steps"] if "checkout" in s.get("uses", "")]
         assert not any(keeps) or name == "promote", "only who pushes keeps the token"
-
-
-def triggers(path: Path) -> dict[str, Any]:
-    content = load(path)
-    return content.get("on", content.get(True))
 
 
 def secrets(part: Any) -> set[str]:

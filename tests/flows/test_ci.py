@@ -69,7 +69,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def published(template: Path, project_at: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """v0.1.0 and v0.1.1 are good, v0.1.2 is not, v0.1.3 is the best and of a branch that is not merged; all are pushed."""
+    """v0.1.0 and v0.1.1 are good, v0.1.2 is not, v0.1.3 is the best and of a branch that is not merged."""
     folder = tmp_path_factory.mktemp("published")
     project = project_at(shutil.copytree(template, folder / "home", symlinks=True))
     config = project.root / ".dvc" / "config"
@@ -182,7 +182,7 @@ def test_a_tag_that_is_no_version_is_named_with_those_that_are(origin: Origin, t
     [
         ({"GITHUB_REF": "refs/pull/7/merge", "GITHUB_BASE_REF": "main"}, {}, "v0.2.0", None),
         ({"CI_MERGE_REQUEST_TARGET_BRANCH_NAME": "main"}, {}, "v0.2.0", None),
-        ({"GITHUB_REF": "refs/heads/longer", "CI_DEFAULT_BRANCH": "main"}, {}, "v0.3.0", None),
+        ({"GITHUB_REF": "refs/heads/longer"}, {}, "v0.3.0", None),
         ({"GITHUB_BASE_REF": "longer"}, {}, "v0.3.0", None),
         ({"GITHUB_REF": "refs/tags/docstrings@v0.2.0"}, {}, "v0.2.0", "origin"),
         ({"CI_COMMIT_TAG": "docstrings@v0.3.0"}, {"remote": "upstream"}, "v0.3.0", "upstream"),
@@ -208,8 +208,9 @@ def test_the_event_says_which_version_and_whether_it_is_promoted(
         project.git("reset", "--quiet", "--hard", "HEAD^")  # a version's own commit is on no branch
         project.git("update-ref", f"refs/remotes/origin/{branch}", "HEAD")
         project.git("checkout", "--quiet", "--detach", "HEAD^")
+    project.git("checkout", "--quiet", "main")
+    project.git("merge", "--quiet", "--no-edit", "longer")
     project.git("checkout", "--quiet", "longer")
-    project.git("branch", "--quiet", "--force", "main", "longer")  # merged
     project.git("remote", "add", "upstream", str(project.root))
     project.git("remote", "add", "origin", str(project.root))
     asked = []
@@ -219,6 +220,7 @@ def test_the_event_says_which_version_and_whether_it_is_promoted(
         return Promotion("docstrings", version, "champion", "already", None, None)
 
     monkeypatch.setattr("flows.ci.promote", promote)
+    environment = {"CI_DEFAULT_BRANCH": "main", **environment}
     verdict = judge(project.params, project.paths, environment, tmp_path / "gate.md", **given)
     assert asked == [(version, pushed_to is None, pushed_to)]
     assert (verdict.word, verdict.version) == ("already", version)
