@@ -171,7 +171,7 @@ def judge(
     Raises GateError if the gate refuses all, RegistryConflict if other jobs promoted first each time.
     """
     tell = partial(_tell, environment, report)
-    event, number = Event.of(environment), version
+    event, number = Event.of(environment), version or None  # an input that is left empty names none
     try:
         registry = registry_of(params, paths.root)
         dry = not _promotes(registry.git, event, environment, remote) if dry_run is None else dry_run
