@@ -1,14 +1,19 @@
-"""The gate in CI: which version a job is about, whether it is only judged or promoted, and where the verdict is told.
+"""The gate in CI: which versions a job is about, whether they are only judged or promoted, where the verdict is told.
 
 A job of any CI calls `peftcore ci` and holds no logic of its own. What triggered it is read from the variables that
 GitHub, GitLab or Jenkins set; what came of it goes to standard output, to a Markdown file and, on GitHub, to the job's
 summary and outputs.
+
+A pushed version is promoted only if its parent commit, which has its code and parameters, is in the default branch. So
+a version can be pushed for a pull request to be judged, and is promoted once the pull request is merged.
 """
 
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,21 +22,32 @@ from flows.errors import GateError, PipelineError, RegistryConflict, RegistryErr
 from flows.git import Git, GitError
 from flows.params import Params, load_params
 from flows.paths import Paths
+from flows.promotion.pending import judged_versions, note_judged, pending_versions
 from flows.promotion.project_registry import registry_of
 from flows.promotion.promote import Promotion, promote
 from flows.promotion.registry import Registry, Version
 from flows.promotion.report import as_markdown
+from flows.promotion.synchronise import synchronise
 from peftcore.files import write_atomically
 
+logger = logging.getLogger(__name__)
 NOTHING = "nothing to judge"
+NOT_MERGED = "not merged"
+ATTEMPTS = 4
+"""Times that a version is judged while other jobs are promoted first."""
+DEFAULT_BRANCH = ("PEFTCORE_CI_DEFAULT_BRANCH", "CI_DEFAULT_BRANCH")
+"""Variables that tell the default branch; where none does, the remote's HEAD is asked."""
+FETCHED = "refs/peftcore/default-branch"
 
 
 @dataclass(frozen=True)
 class Event:
-    """What triggered a job. tag: the one that was pushed; base: the branch that a pull request is to change."""
+    """What triggered a job. tag: the one that was pushed; base: the branch that a pull request is to change; branch:
+    the one that the job is of, None for tags and pull requests."""
 
     tag: str | None
     base: str | None
+    branch: str | None = None
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Event":
@@ -39,16 +55,64 @@ class Event:
         tag = ref.removeprefix("refs/tags/") if ref.startswith("refs/tags/") else ""
         tags = (tag, *(environment.get(name, "") for name in ("CI_COMMIT_TAG", "TAG_NAME")))
         bases = ("GITHUB_BASE_REF", "CI_MERGE_REQUEST_TARGET_BRANCH_NAME", "CHANGE_TARGET")
-        return cls(next(filter(None, tags), None), next(filter(None, map(environment.get, bases)), None))
+        found, base = next(filter(None, tags), None), next(filter(None, map(environment.get, bases)), None)
+        head = ref.removeprefix("refs/heads/") if ref.startswith("refs/heads/") else ""
+        branches = (head, *(environment.get(name, "") for name in ("CI_COMMIT_BRANCH", "BRANCH_NAME")))
+        return cls(found, base, None if found or base else next(filter(None, branches), None))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a job found. word: an outcome of a promotion, or NOTHING; version: None where there is none."""
+    """What a job found. word: an outcome of a promotion, NOTHING or NOT_MERGED; version: None where there is none.
+
+    promotion: the one that `word` is about; judged: all that were judged, the newest version first.
+    """
 
     word: str
     version: str | None
     promotion: Promotion | None
+    judged: tuple[Promotion, ...] = ()
+
+
+@dataclass(frozen=True)
+class DefaultBranch:
+    """The default branch of a remote, fetched. commit: its newest."""
+
+    name: str
+    commit: str
+
+
+def default_branch(git: Git, environment: Mapping[str, str], remote: str) -> DefaultBranch:
+    """Fetch the default branch. Raises RegistryError if nothing tells it, or it cannot be fetched."""
+    name = default_branch_name(git, environment, remote)
+    try:
+        git.run("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--", remote, f"+refs/heads/{name}:{FETCHED}")
+    except GitError as error:
+        raise RegistryError(
+            f"the default branch {name} of {remote} could not be fetched, and only what is in it is promoted; if it "
+            f"has another name, set {DEFAULT_BRANCH[0]}: {error}"
+        ) from error
+    return DefaultBranch(name, git.run("rev-parse", FETCHED).strip())
+
+
+def default_branch_name(git: Git, environment: Mapping[str, str], remote: str) -> str:
+    """The default branch as the CI names it, or else the remote's HEAD. Raises RegistryError if neither tells it."""
+    told = next(filter(None, map(environment.get, DEFAULT_BRANCH)), None)
+    if told is not None:
+        return told
+    why = ""
+    try:
+        found = re.search(
+            r"^ref: refs/heads/(\S+)\tHEAD$", git.run("ls-remote", "--symref", "--", remote, "HEAD"), re.MULTILINE
+        )
+    except GitError as error:
+        found, why = None, f": {error}"
+    if found is None:
+        raise RegistryError(
+            f"neither this CI nor the HEAD of {remote} tells which branch is the default one, and only what is in it "
+            f"is promoted; set {DEFAULT_BRANCH[0]} to its name{why}"
+        )
+    return found[1]
 
 
 @contextmanager
@@ -57,16 +121,18 @@ def rules_for(
 ) -> Iterator[Params]:
     """The parameters to judge by, which the judged commit must not choose: those of the protected branch.
 
-    params: those of the checkout, which hold where nothing names such a branch. ref: a branch or commit of git; None is
-    the branch that a pull request is to change, or GitLab's default branch. The list of signers comes from there too.
-    Raises RegistryError if there are no rules to read.
+    params: those of the checkout, which hold for a job of neither a tag nor a pull request where nothing names such a
+    branch. ref: a branch or commit of git; None is the branch that a pull request is to change, or the default branch.
+    The list of signers comes from there too. Raises RegistryError if there are no rules to read.
     """
-    branch = Event.of(environment).base or environment.get("CI_DEFAULT_BRANCH")
-    ref = ref or (f"{remote}/{branch}" if branch else None)
+    event, git = Event.of(environment), Git(paths.root)
+    if ref is None and event.base is not None:
+        ref = f"{remote}/{event.base}"
+    elif ref is None and (event.tag is not None or any(map(environment.get, DEFAULT_BRANCH))):
+        ref = default_branch(git, environment, remote).commit
     if ref is None:
         yield params
         return
-    git = Git(paths.root)
     with TemporaryDirectory(prefix="peftcore-rules-") as folder:
         rules = Paths(Path(folder))
         try:
@@ -94,32 +160,121 @@ def judge(
     dry_run: bool | None = None,
     remote: str = "origin",
 ) -> Verdict:
-    """Judge a version, promote it where `dry_run` is false, and tell of it; also where that fails.
+    """Judge what an event is about, promote it where `dry_run` is false, and tell of it; also where that fails.
+
+    What is promoted without `version` has to be in the default branch: the version of a pushed tag or of a pull
+    request, or else each that is newer than the holder of the stage and was not judged against it, until one passes.
 
     params: the rules, see `rules_for`. environment: the job's, which says what triggered it and where GitHub wants
     summary and outputs. report: where the Markdown goes. version: None is that of the event. dry_run: None promotes
-    only on the push of a version's tag. remote: the git remote that decides between jobs.
-    Raises GateError if the gate refuses, RegistryConflict if another job promoted first.
+    on the push of a version's tag and in a job of the default branch. remote: the git remote that decides between jobs.
+    Raises GateError if the gate refuses all, RegistryConflict if other jobs promoted first each time.
     """
-    event = Event.of(environment)
+    tell = partial(_tell, environment, report)
+    event, number = Event.of(environment), version or None  # an input that is left empty names none
     try:
         registry = registry_of(params, paths.root)
-        chosen = registry.version(version) if version else _version_of(registry, event, remote)
-        if chosen is None:
-            sentence = f"{registry.name} has no version yet; `peftcore run` makes one"
-            _tell(environment, report, NOTHING, None, f"## {sentence}\n")
-            return Verdict(NOTHING, None, None)
-        version = chosen.number
-        dry = event.tag is None if dry_run is None else dry_run
-        promotion = promote(params, paths, version, dry, None if dry else remote)
+        dry = not _promotes(registry.git, event, environment, remote) if dry_run is None else dry_run
+        if not dry:
+            number = synchronise(registry, remote).get(number or "", number)
+        if not dry and number is None and event.tag is None and event.base is None:
+            default = default_branch(registry.git, environment, remote)
+            verdict = _catch_up(params, paths, registry, default, remote, tell)
+        else:
+            verdict = _judge_one(params, paths, registry, environment, number, dry, remote, tell)
     except PipelineError as error:
         word = "conflict" if isinstance(error, RegistryConflict) else "error"
-        _tell(environment, report, word, version, f"## ❌ No verdict\n\n{escape(str(error), quote=False)}\n")
+        tell(word, number, f"## ❌ No verdict\n\n{escape(str(error), quote=False)}\n")
         raise
-    _tell(environment, report, promotion.outcome, version, as_markdown(promotion))
-    if not promotion.accepted:
-        raise GateError(promotion.sentence)
-    return Verdict(promotion.outcome, version, promotion)
+    if verdict.promotion is not None and not verdict.promotion.accepted:
+        raise GateError(verdict.promotion.sentence)
+    return verdict
+
+
+def _judge_one(
+    params: Params,
+    paths: Paths,
+    registry: Registry,
+    environment: Mapping[str, str],
+    number: str | None,
+    dry: bool,
+    remote: str,
+    tell: Callable[[str, str | None, str], None],
+) -> Verdict:
+    """Judge one version: `number`, or that of the event, which is promoted only if it is in the default branch."""
+    chosen = registry.version(number) if number else _version_of(registry, Event.of(environment), remote)
+    if chosen is None:
+        return _none(registry, tell)
+    if not dry and number is None:
+        default = default_branch(registry.git, environment, remote)
+        if not _is_merged(registry, chosen, default):
+            tell(NOT_MERGED, chosen.number, f"## {_not_merged(registry, chosen, default)}\n")
+            return Verdict(NOT_MERGED, chosen.number, None)
+    promotion = _promote(params, paths, chosen.number, dry, remote)
+    if not dry and not promotion.accepted:
+        note_judged(registry, params, chosen, remote)
+    tell(promotion.outcome, chosen.number, as_markdown(promotion))
+    return Verdict(promotion.outcome, chosen.number, promotion, (promotion,))
+
+
+def _none(registry: Registry, tell: Callable[[str, str | None, str], None]) -> Verdict:
+    tell(NOTHING, None, f"## {registry.name} has no version yet; `peftcore run` makes one\n")
+    return Verdict(NOTHING, None, None)
+
+
+def _promotes(git: Git, event: Event, environment: Mapping[str, str], remote: str) -> bool:
+    """Whether an event promotes: a version's tag, and a job of the default branch."""
+    if event.tag is not None or event.branch is None:
+        return event.tag is not None
+    return event.branch == default_branch_name(git, environment, remote)
+
+
+def _catch_up(
+    params: Params,
+    paths: Paths,
+    registry: Registry,
+    default: DefaultBranch,
+    remote: str,
+    tell: Callable[[str, str | None, str], None],
+) -> Verdict:
+    """Judge what waits, the newest first, until one is promoted; a refusal is noted at the remote, for later jobs."""
+    judged, failures = list[Promotion](), list[PipelineError]()
+    waiting = pending_versions(registry, params, judged_versions(registry, remote))
+    for version in (version for version in waiting if _is_merged(registry, version, default)):
+        try:
+            promotion = _promote(params, paths, version.number, False, remote)
+        except RegistryConflict:
+            raise
+        except PipelineError as error:  # a version that cannot be judged must not keep older ones from it
+            logger.warning("%s could not be judged: %s", version.tag, error)
+            failures.append(error)
+            continue
+        judged.append(promotion)
+        if promotion.accepted:
+            break
+        note_judged(registry, params, version, remote)
+    if failures and not any(promotion.accepted for promotion in judged):
+        raise failures[0]
+    if not registry.versions():
+        return _none(registry, tell)
+    if not judged:
+        others = [_not_merged(registry, version, default) for version in waiting]
+        tell(NOTHING, None, "\n".join(["## Nothing to judge\n", *others]) + "\n")
+        return Verdict(NOTHING, None, None)
+    told = next((one for one in judged if one.accepted), judged[0])
+    failed = [f"## ❌ Not judged\n\n{escape(str(error), quote=False)}\n" for error in failures]
+    tell(told.outcome, told.version, "\n".join([*map(as_markdown, judged), *failed]))
+    return Verdict(told.outcome, told.version, told, tuple(judged))
+
+
+def _promote(params: Params, paths: Paths, version: str, dry_run: bool, remote: str) -> Promotion:
+    """Judge, again where another job promoted meanwhile: then there is another holder of the stage to compare with."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return promote(params, paths, version, dry_run, None if dry_run else remote)
+        except RegistryConflict as conflict:
+            logger.warning("%s; judging %s again", conflict, version)
+    return promote(params, paths, version, dry_run, None if dry_run else remote)
 
 
 def _version_of(registry: Registry, event: Event, remote: str) -> Version | None:
@@ -131,6 +286,22 @@ def _version_of(registry: Registry, event: Event, remote: str) -> Version | None
         own = [version for version in versions if _is_of_branch(registry, version, f"{remote}/{event.base}")]
         versions = own or versions
     return versions[-1] if versions else None
+
+
+def _is_merged(registry: Registry, version: Version, default: DefaultBranch) -> bool:
+    return _contains(registry.git, default.commit, f"{version.commit}^")
+
+
+def _not_merged(registry: Registry, version: Version, default: DefaultBranch) -> str:
+    try:
+        parent = registry.git.run("rev-parse", f"{version.commit}^").strip()[:10]
+    except GitError:
+        parent = "of its parent, which was not cloned (clone with the whole history)"
+    return (
+        f"{registry.name} {version.number} waits: the commit {parent} that it was made from is not in {default.name}. "
+        f"A push to {default.name} that contains it promotes; `peftcore ci --promote --version {version.number}` "
+        "promotes it all the same"
+    )
 
 
 def _tagged(registry: Registry, versions: list[Version], tag: str) -> Version:

@@ -16,7 +16,7 @@ import psutil
 
 from flows.errors import GateError
 from flows.paths import Paths
-from flows.processes import is_alive
+from flows.processes import is_noted_alive, this_host
 from peftcore.files import write_atomically
 
 INTERRUPTED = 130
@@ -65,7 +65,8 @@ class RunRecord:
 
     def _note(self) -> None:
         process = psutil.Process()
-        note = {"pid": process.pid, "created": process.create_time(), "started": self.started, "task": self.task}
+        note = {"pid": process.pid, "created": process.create_time(), "host": this_host()}
+        note |= {"started": self.started, "task": self.task}
         write_atomically(running_file(self.paths), json.dumps(note) + "\n")
 
 
@@ -87,12 +88,14 @@ def last_run(paths: Paths) -> dict[str, Any] | None:
 
 
 def running(paths: Paths) -> dict[str, Any] | None:
-    """The run's note: pid, started, task, and whether its process still lives (`alive`); None where none is noted."""
+    """The run's note: pid, host, started, task, and whether its process still lives (`alive`; None: it is of another
+    host, so that is not known). None where none is noted."""
     note = _read(running_file(paths))
     if note is None:
         return None
-    created = note.pop("created")
-    return note | {"alive": is_alive(note["pid"], created)}
+    alive = is_noted_alive(note)
+    note.pop("created")
+    return note | {"alive": alive}
 
 
 def last_run_file(paths: Paths) -> Path:

@@ -65,6 +65,11 @@ class Paths:
         return self.start / "source.json"
 
     @property
+    def start_learned(self) -> Path:
+        """Rows that this adapter has learned: question and answer; absent where training starts anew."""
+        return self.start / "learned.parquet"
+
+    @property
     def start_adapter(self) -> Path:
         """That version's adapter; absent where training starts anew."""
         return self.start / "adapter"

@@ -1,8 +1,18 @@
-"""Whether a process lives, and one that must not live longer than who started it."""
+"""Whether a process lives, and one that must not live longer than who started it.
+
+A process's number means something on one host alone (in one container), so a note of it on a disk that several share
+names the host as well.
+"""
 
 import ctypes
+import hashlib
 import signal
+import socket
 import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -32,3 +42,23 @@ def is_alive(pid: int, created: float | None = None) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and (created is None or process.create_time() == created)
     except psutil.NoSuchProcess:
         return False
+
+
+@cache
+def this_host() -> str:
+    """The host's name and a digest of what makes process numbers unique there: its boot, and the container on it."""
+    parts = [socket.gethostname()]
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if boot.exists():
+        parts += [boot.read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
+    return f"{parts[0]}/{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:8]}"
+
+
+def is_noted_alive(note: Mapping[str, Any]) -> bool | None:
+    """Whether a noted process lives; None if it is one of another host, where nobody here can look.
+
+    note: `pid`, and where they are known `created` (seconds since 1970) and `host`, as `this_host` has it.
+    """
+    if note.get("host", this_host()) != this_host():
+        return None
+    return is_alive(int(note["pid"]), note.get("created"))

@@ -10,22 +10,23 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.base.identity import base_identity, have_same_base
 from flows.errors import BaseModelError, PipelineError, RegistryError, RepositoryError
-from flows.git import Git
+from flows.git import Git, GitError
 from flows.params import Params, Quantization, load_params
 from flows.paths import Paths
 from flows.project import dvc, files_at
 from flows.promotion.project_registry import deciding_tags, registry_of
 from flows.promotion.registry import Registry, Version
+from flows.promotion.synchronise import synchronise
 from peftcore.config import CONFIG_NAME
 from peftcore.errors import CheckpointError, ConfigError, PeftError
-from peftcore.files import MANIFEST, sha256
+from peftcore.files import sha256
 from peftcore.tensors import read_tensors
 
 if TYPE_CHECKING:
@@ -41,29 +42,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServedBase:
-    """A base model as it stands in memory.
+    """A base model as it stands in memory: its files' digest, and how they are stored there."""
 
-    Attributes:
-        evaluation: what an evaluation's metrics, or a version's record, say of the base: `base_model`, `base_manifest`.
-        quantization: how its weights are stored.
-    """
-
-    evaluation: Mapping[str, Any]
+    digest: str
     quantization: Quantization
+    manifest: str | None = None
+    """Digest of the files as they are; None: `digest` is that one, as in records of earlier releases."""
 
     @classmethod
     def judged(cls, record: Mapping[str, Any]) -> "ServedBase":
         """Return the base on which a registered version was evaluated."""
-        return cls(record, Quantization(**record["params"]["quantization"]))
+        quantization = Quantization(**record["params"]["quantization"])
+        return cls(record["base_model"], quantization, record.get("base_manifest"))
 
     def is_same(self, other: "ServedBase") -> bool:
-        """Return whether both have the same weights in the same storage."""
-        return self.quantization == other.quantization and have_same_base(self.evaluation, other.evaluation)
+        """Whether both are the same model in the same storage."""
+        one, two = ({"base_model": base.digest, "base_manifest": base.manifest} for base in (self, other))
+        return self.quantization == other.quantization and have_same_base(one, two)
 
     def __str__(self) -> str:
         storage = self.quantization.storage
         stored = "" if storage == "none" else f"dequantised {storage} in "
-        return f"base {self.evaluation['base_model'][:12]} as {stored}{self.quantization.compute_dtype}"
+        return f"base {self.digest[:12]} as {stored}{self.quantization.compute_dtype}"
 
 
 class StageWatch:
@@ -78,6 +78,7 @@ class StageWatch:
         folder: for the version's files.
         seconds: between two looks.
         check: called with a loaded version's name in the model; its error refuses the version.
+        remote: git remote whose tags are fetched before each look; None: only the tags that are here count.
     """
 
     def __init__(
@@ -90,13 +91,14 @@ class StageWatch:
         folder: Path,
         seconds: float = 5.0,
         check: Callable[[str], None] | None = None,
+        remote: str | None = None,
     ):
         self.version: str | None = None
         """The one that is served."""
         self.warnings: dict[str, str] = {}
-        """{stage: why its version is not served}; {} while it is."""
+        """{stage: why its version is not served, "fetch": why the tags of the remote are not known}; {} normally."""
         self._paths, self._stage, self._store, self._base = paths, stage, store, base
-        self._folder, self._seconds, self._check = folder, seconds, check
+        self._folder, self._seconds, self._check, self._remote = folder, seconds, check, remote
         git = Git(paths.root)
         self._registry = Registry(git, name, decides=deciding_tags(load_params(paths.params).gate, git))
         self._ended = threading.Event()
@@ -145,15 +147,23 @@ class StageWatch:
             self._thread.join()
 
     def look(self) -> None:
-        """Look once, as `check`; an error becomes a warning in the log and in `warnings`."""
+        """Fetch from the remote, if there is one, and look once, as `check`.
+
+        An error becomes a warning in the log and in `warnings`. After a failed fetch the tags that are here count.
+        """
+        if self._remote is not None:
+            self._warned("fetch", partial(fetch, self._registry, self._remote))
+        self._warned(self._stage, self.check)
+
+    def _warned(self, what: str, act: Callable[[], object]) -> None:
         try:
-            self.check()
+            act()
         except (PipelineError, PeftError, OSError) as error:
-            if self.warnings.get(self._stage) != str(error):
+            if self.warnings.get(what) != str(error):
                 logger.warning("%s is served on: %s", self.version or "nothing of the registry", error)
-            self.warnings[self._stage] = str(error)
+            self.warnings[what] = str(error)
         else:
-            self.warnings.pop(self._stage, None)
+            self.warnings.pop(what, None)
 
     def _run(self) -> None:
         while not self._ended.wait(self._seconds):
@@ -173,6 +183,16 @@ class StageWatch:
             read_tensors(fetched / name)
             shutil.copytree(fetched / name, kept, dirs_exist_ok=True)
         return kept
+
+
+def fetch(registry: Registry, remote: str) -> None:
+    """Take in the tags of a git remote. Raises RegistryError if that fails."""
+    try:
+        synchronise(registry, remote)
+    except GitError as error:
+        raise RegistryError(
+            f"the tags of {remote} could not be fetched, so a newer version may be there: {error}"
+        ) from error
 
 
 def register_adapters(store: "AdapterStore", folder: Path) -> list[str]:
@@ -239,6 +259,8 @@ class ServeOptions:
     """The project whose promoted version is served too, and the versions that follow it."""
     seconds: float = 5.0
     """Between two looks at the registry."""
+    git_remote: str | None = None
+    """Git remote whose tags are fetched at each look."""
     host: str = "127.0.0.1"
     port: int = 8000
     name: str | None = None
@@ -276,7 +298,8 @@ def serve(options: ServeOptions, limits: "Limits") -> None:
             paths, params = options.watched
             name, stage = params.project.name, params.gate.stage
             check = partial(check_servable, model, name)
-            watch = StageWatch(paths, name, stage, store, base, Path(folder), options.seconds, check)
+            remote = options.git_remote
+            watch = StageWatch(paths, name, stage, store, base, Path(folder), options.seconds, check, remote)
             watch.check()
         _check_known(mixed, store)
         served = options.name or options.base.resolve().name
@@ -297,17 +320,22 @@ def _loaded_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:
     paths, params = options.watched
     if options.dtype != "auto":
         raise ConfigError(f"--dtype {options.dtype}: with --watch the base is as the promoted version was evaluated")
-    check_base(options.base)
-    here = {"base_model": base_identity(options.base), "base_manifest": sha256(options.base / MANIFEST)}
     registry = registry_of(params, paths.root)
+    if options.git_remote is not None:
+        try:
+            fetch(registry, options.git_remote)
+        except RegistryError as error:  # the first look says it again, in the warnings of /ready
+            logger.warning("%s", error)
     holder = registry.stages().get(params.gate.stage)
-    base = ServedBase(here, params.quantization)
+    manifest = check_base(options.base)
+    base = ServedBase(base_identity(options.base), params.quantization, manifest)
     if holder is not None and holder.version is not None:
-        base = ServedBase.judged(registry.record(registry.version(holder.version)))
-        if not have_same_base(base.evaluation, here):
+        judged = ServedBase.judged(registry.record(registry.version(holder.version)))
+        base = replace(base, quantization=judged.quantization)
+        if not judged.is_same(base):
             raise BaseModelError(
-                f"{holder.version} was evaluated on {base}, and {options.base} holds {here['base_model'][:12]}; give "
-                "--base the folder of the other one"
+                f"{holder.version} was evaluated on {judged}, and {options.base} holds {base.digest[:12]}; give --base "
+                "the folder of the other one"
             )
     logger.info("loading %s", base)
     return load_dequantized(options.base, base.quantization), load_tokenizer(options.base), base

@@ -1,18 +1,20 @@
 """One stage as a subprocess: streamed, stopped after a time, and never left behind by a parent that was killed."""
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from flows import logs
-from flows.errors import StageError
-from flows.processes import die_with_parent, is_alive
+from flows.errors import BusyError, StageError
+from flows.processes import die_with_parent, is_alive, this_host
 from flows.progress import RUN
 from flows.project import DVC, stage_environment
 
@@ -35,9 +37,13 @@ def run_stage(
 
     timeout: seconds; force: run it even if nothing changed; place: in a run, as `progress.RUN` has it; options: further
     ones of `dvc repro`. What it prints goes to stderr.
-    Raises StageError if it fails or takes longer.
+    Raises StageError if it fails or takes longer, BusyError if another host is at work in this folder.
     """
-    forget_dead_locks(root)
+    with _at_work(root):
+        _run_stage(root, stage, timeout, force, place, options)
+
+
+def _run_stage(root: Path, stage: str, timeout: float, force: bool, place: str | None, options: Sequence[str]) -> None:
     command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), *options, stage]
     environment = stage_environment() | ({RUN: place} if place else {})
     # before another copy of the code that is installed, or named in PYTHONPATH
@@ -70,8 +76,37 @@ def run_stage(
         raise StageError(f"stage {stage} failed; its own message is above")
 
 
+@contextmanager
+def _at_work(root: Path) -> Iterator[None]:
+    """Hold a lock of the folder, which processes of one host share, and which the system frees with each of them.
+
+    DVC's own note of files in use holds process numbers alone. On a disk that several hosts share, those of another
+    host would be taken for dead, or for a process here. Raises BusyError if another host has the lock.
+    """
+    path = root / ".dvc" / "tmp" / "peftcore.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            fcntl.flock(file, fcntl.LOCK_SH)  # waits where another process here looks at DVC's note just now
+            file.seek(0)
+            host = file.read().strip()
+            if host != this_host():
+                raise BusyError(
+                    f"{host or 'another host'} is at work in {root}; wait for it, or work in a clone of your own"
+                ) from error
+        else:
+            file.truncate(0)
+            file.write(f"{this_host()}\n")
+            file.flush()
+            forget_dead_locks(root)
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
 def forget_dead_locks(root: Path) -> None:
-    """Drop DVC's note of files in use if none of the processes in it lives any more.
+    """Drop DVC's note of files in use if none of the processes in it, which are of this host, lives any more.
 
     DVC does so by itself, but takes a killed process for alive until its parent has collected it, which in a container
     may be never.

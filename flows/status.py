@@ -5,6 +5,7 @@ Read from small files, git tags and folders, so that asking costs no more than a
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from configparser import RawConfigParser
@@ -17,7 +18,7 @@ from flows.git import Git
 from flows.last_run import last_run, running
 from flows.params import Params
 from flows.paths import Paths
-from flows.processes import is_alive
+from flows.processes import is_alive, is_noted_alive
 from flows.promotion.project_registry import registry_of
 from flows.promotion.registry import Registry
 from flows.worktree import leftovers
@@ -46,11 +47,11 @@ def status(params: Params, paths: Paths) -> dict[str, Any]:
 
 def _running(paths: Paths) -> Iterator[dict[str, Any]]:
     run = running(paths)
-    if run and run["alive"]:
+    if run and run["alive"] is not False:
         yield {"what": "run", "pid": run["pid"], "task": run["task"], "since": run["started"]}
-    pid = _retraining_process(paths)
-    if pid is not None and is_alive(pid):
-        yield {"what": "retraining", "pid": pid, "task": None, "since": None}
+    retraining = _retraining_process(paths)
+    if retraining is not None and is_noted_alive(retraining):
+        yield {"what": "retraining", "pid": retraining["pid"], "task": None, "since": None}
     for pid, command in _dvc_processes(paths.root).items():
         yield {"what": "dvc", "pid": pid, "task": command, "since": None}
 
@@ -63,11 +64,13 @@ def _dvc_processes(root: Path) -> dict[int, str]:
     return {pid: command for pid, command in found.items() if is_alive(pid)}
 
 
-def _retraining_process(paths: Paths) -> int | None:
-    """Who wrote the lock of retrainings last, living or not."""
+def _retraining_process(paths: Paths) -> dict[str, Any] | None:
+    """Who wrote the lock of retrainings last, living or not: pid, and host where it is noted."""
     lock = paths.root / ".dvc" / "tmp" / "retraining" / "lock"
-    words = lock.read_text().split() if lock.exists() else []
-    return int(words[-1]) if words and words[-1].isdigit() else None
+    found = re.fullmatch(r"process (\d+)(?: on (\S+))?\s*", lock.read_text()) if lock.exists() else None
+    if found is None:
+        return None
+    return {"pid": int(found[1])} | ({"host": found[2]} if found[2] else {})
 
 
 def _champion(registry: Registry, stage: str) -> dict[str, Any] | None:
@@ -102,7 +105,7 @@ def _last_retraining(paths: Paths) -> dict[str, Any] | None:
 
 
 def _schedule(paths: Paths) -> dict[str, Any] | None:
-    """When retraining is next; alive: whether the process that shall do it lives."""
+    """When retraining is next; alive: whether the process that shall do it lives, None if it is another host's."""
     from cronsim import CronSim
 
     schedule = _json(paths.schedule)
@@ -111,7 +114,7 @@ def _schedule(paths: Paths) -> dict[str, Any] | None:
     following = next(CronSim(schedule["cron"], datetime.now(ZoneInfo(schedule["timezone"]))))
     return {
         **{key: schedule[key] for key in ("cron", "timezone", "pid")},
-        "alive": is_alive(int(schedule["pid"])),
+        "alive": is_noted_alive(schedule),
         "next": following.astimezone(UTC).isoformat(timespec="seconds"),
     }
 
@@ -153,14 +156,15 @@ def _size(folder: Path) -> int:
 
 def _hints(paths: Paths) -> Iterator[str]:
     run = running(paths)
-    if run and not run["alive"]:
+    if run and run["alive"] is False:
         where = f" at {run['task']}" if run["task"] else ""
         yield f"a run that began {run['started']} was killed{where}; `peftcore run` goes on with it"
-    pid = _retraining_process(paths)
-    if (paths.root / ".dvc" / "tmp" / "retraining" / "tree").exists() and not (pid and is_alive(pid)):
+    retraining = _retraining_process(paths)
+    ended = retraining is None or is_noted_alive(retraining) is False
+    if (paths.root / ".dvc" / "tmp" / "retraining" / "tree").exists() and ended:
         yield "a retraining was interrupted; `peftcore retrain` goes on with it"
     schedule = _json(paths.schedule)
-    if schedule and not is_alive(int(schedule["pid"])):
+    if schedule and is_noted_alive(schedule) is False:
         yield f"the scheduler (process {schedule['pid']}) lives no more; start `peftcore schedule` again"
     if left := len(leftovers()):
         yield f"{left} working trees of killed processes are left; `peftcore registry gc` removes them"

@@ -14,16 +14,17 @@ from typing import Any
 
 from flows.errors import RepositoryError
 from flows.git import Git, GitError
-from flows.processes import is_alive
+from flows.processes import is_noted_alive, this_host
 
 PREFIX = "peftcore-worktree-"
-"""How the temporary folder of a working tree begins; its process's id follows, so that leftovers can be told."""
+"""How the temporary folder of a working tree begins; its process's id and a digest of its host follow, so
+that leftovers can be told where several hosts share the temporary folder."""
 
 
 @contextmanager
 def worktree_at(root: Path, commit: str) -> Iterator[Path]:
     """A temporary working tree at `commit`; it is gone afterwards, whatever happens."""
-    with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as parent:
+    with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-{_host()}-") as parent:
         folder = Path(parent) / "tree"
         add_worktree(root, folder, commit)
         try:
@@ -53,11 +54,16 @@ def leftovers() -> list[Path]:
     """Temporary folders of this user's working trees whose process was killed."""
     found = []
     for folder in sorted(Path(gettempdir()).glob(f"{PREFIX}*")):
-        process = folder.name.removeprefix(PREFIX).partition("-")[0]
+        process, *rest = folder.name.removeprefix(PREFIX).split("-")
         own = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
-        if own and process.isdigit() and not is_alive(int(process)):
+        here = len(rest) == 1 or rest[0] == _host()  # earlier releases noted no host
+        if own and here and process.isdigit() and is_noted_alive({"pid": process}) is False:
             found.append(folder)
     return found
+
+
+def _host() -> str:
+    return this_host().rpartition("/")[2]
 
 
 def _share_dvc(root: Path, folder: Path) -> None:

@@ -17,7 +17,7 @@ def ci(
         typer.Option(
             metavar="vX.Y.Z",
             envvar="PEFTCORE_CI_VERSION",
-            help="Which; the event's if left out.",
+            help="Which, merged or not; if left out, those that the event is about.",
             autocompletion=completion.versions,
         ),
     ] = None,
@@ -29,7 +29,7 @@ def ci(
         typer.Option(
             "--dry-run/--promote",
             envvar="PEFTCORE_CI_DRY_RUN",
-            help="Judge only, or promote; if left out, promote where a version's tag was pushed.",
+            help="Judge only, or promote; if left out, promote on a version's tag and in a job of the default branch.",
         ),
     ] = None,
     remote: Annotated[
@@ -52,10 +52,12 @@ def ci(
 ) -> None:
     """Judge or promote the version that a CI job is about, and tell of it: a report, GitHub's summary and outputs.
 
-    On the push of a tag NAME@vX.Y.Z: that version, promoted and the stage's tag pushed. Else, as for a pull request:
-    the newest version that the branch registered, or the newest of all, judged only. The version's files come from
-    DVC's remote, the rules from the protected branch. Exits with 3 if the gate refuses, with 4 if another job promoted
-    first.
+    On the push of a tag NAME@vX.Y.Z: that version, promoted if the commit that it was made from is in the default
+    branch. In a job of the default branch: each such version that is newer than the champion and was not judged against
+    it, the newest first, until one is promoted. Else, as for a pull request: the newest version that the branch
+    registered, or the newest of all, judged only. --promote --version promotes any. The version's files come from DVC's
+    remote, the rules from the protected branch. Exits with 3 if the gate refuses, with 4 if other jobs promoted first
+    each time.
     """
     with errors(), project() as (params, paths):
         from flows.ci import judge, rules_for
@@ -66,6 +68,7 @@ def ci(
         if as_json:
             promotion = verdict.promotion.as_dict() if verdict.promotion else None
             told = {"verdict": verdict.word, "version": verdict.version, "report": str(where), "promotion": promotion}
+            told["judged"] = [one.as_dict() for one in verdict.judged]
             print(json.dumps(told, indent=2))
         else:
             print(verdict.promotion.sentence if verdict.promotion else verdict.word)

@@ -105,6 +105,14 @@ def serve(
         ),
     ] = False,
     watch_seconds: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between looks.")] = 5.0,
+    watch_remote: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REMOTE",
+            help="With --watch: a git remote whose tags are fetched at each look; without it, only tags that something "
+            "else fetches are seen.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a base with many adapters by OpenAI's HTTP interface: `/v1/chat/completions`, `/v1/completions`.
 
@@ -117,6 +125,10 @@ def serve(
         from peftcore.serving import Limits
 
         watched = None
+        if watch_remote is not None and not watch:
+            raise typer.BadParameter(
+                "it says where --watch fetches from; give --watch too", param_hint="--watch-remote"
+            )
         if watch:
             from flows.params import load_params
 
@@ -128,6 +140,7 @@ def serve(
             mixtures=composition or (),
             watched=watched,
             seconds=watch_seconds,
+            git_remote=watch_remote,
             host=host,
             port=port,
             name=name,

@@ -6,7 +6,7 @@ A hash, not a shuffle, so that a row which is added to the data moves no other r
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from flows.data.canonical import canonical
@@ -14,6 +14,8 @@ from flows.data.near_duplicates import NearDuplicates
 from flows.data.tokens import AnyTokens
 from flows.errors import DataError
 from flows.paths import SPLITS, Split
+
+LEARNED = "learned by the version that training starts from"
 
 
 @dataclass(frozen=True)
@@ -98,26 +100,46 @@ def without_duplicates(rows: list[Row], split_of: dict[str, Split]) -> tuple[dic
     return kept, dropped
 
 
+def without_learned(
+    splits: dict[Split, list[Row]], learned: Collection[str]
+) -> tuple[dict[Split, list[Row]], Counter[str]]:
+    """Leave out of test and validation the rows with a learned prompt, and count them; they may be trained on again."""
+    known = {" ".join(prompt.split()) for prompt in learned}
+    kept: dict[Split, list[Row]] = {
+        split: [row for row in rows if split == "train" or row.prompt_key not in known]
+        for split, rows in splits.items()
+    }
+    count = sum(map(len, splits.values())) - sum(map(len, kept.values()))
+    return kept, Counter({LEARNED: count} if count else {})
+
+
 def without_near_duplicates(
-    splits: dict[Split, list[Row]], similarity: float
+    splits: dict[Split, list[Row]], similarity: float, learned: Sequence[tuple[str, str]] = ()
 ) -> tuple[dict[Split, list[Row]], Counter[str]]:
     """The rows that are no near-duplicate of one in another split, and how many were dropped.
+
+    learned: question and answer of further texts; test and validation hold no near-duplicate of them either.
 
     Such a row stays in test rather than validation, and there rather than in train, so that what is measured on stays
     as it is. similarity: from which two are near-duplicates, 0 to 1.
     """
     order: tuple[Split, ...] = ("test", "validation", "train")
     rows = [(split, row) for split in order for row in splits[split]]
-    index = NearDuplicates([f"{row.tokens.question}\n{row.tokens.answer}" for _, row in rows], similarity)
+    texts = [(row.tokens.question, row.tokens.answer) for _, row in rows]
+    index = NearDuplicates([f"{question}\n{answer}" for question, answer in [*texts, *learned]], similarity)
+    known = range(len(rows), len(rows) + len(learned))
     kept: dict[Split, list[Row]] = {split: [] for split in SPLITS}
     elsewhere: set[int] = set()
     for split in order:
         numbers = [number for number, (of, _) in enumerate(rows) if of == split]
+        if split != "train":
+            numbers = [number for number in numbers if index.nearest(number, known) is None]
         stay = [number for number in numbers if index.nearest(number, elsewhere) is None]
         kept[split] = [rows[number][1] for number in stay]
         elsewhere.update(stay)
     count = len(rows) - sum(map(len, kept.values()))
-    return kept, Counter({"near-duplicate of another split": count} if count else {})
+    of = "another split or of a learned row" if learned else "another split"
+    return kept, Counter({f"near-duplicate of {of}": count} if count else {})
 
 
 def sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:

@@ -19,7 +19,7 @@ import httpx
 
 from flows.errors import ParamsError, StageError
 from flows.paths import Paths
-from flows.processes import die_with_parent
+from flows.processes import die_with_parent, this_host
 from peftcore.files import write_atomically
 
 SECONDS_TO_START = 180.0
@@ -47,7 +47,7 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
         os.environ["PREFECT_API_URL"] = url
         from flows.retraining.flow import retrain
 
-        note = {"cron": cron, "timezone": timezone, "pid": os.getpid(), "server": url}
+        note = {"cron": cron, "timezone": timezone, "pid": os.getpid(), "host": this_host(), "server": url}
         write_atomically(paths.schedule, json.dumps(note) + "\n")
         try:
             options: dict[str, Any] = {"root": str(paths.root), "push_to": push_to}

@@ -15,6 +15,7 @@ from pathlib import Path
 from flows.errors import BusyError
 from flows.git import Git
 from flows.paths import Paths
+from flows.processes import this_host
 from flows.worktree import add_worktree, remove_worktree
 from peftcore.files import write_atomically
 
@@ -37,7 +38,7 @@ def only_one(root: Path) -> Iterator[None]:
             who = file.read().strip() or "another process"
             raise BusyError(f"a retraining of {root} runs already ({who}); wait for it, or stop it") from error
         file.truncate(0)
-        file.write(f"process {os.getpid()}\n")
+        file.write(f"process {os.getpid()} on {this_host()}\n")
         file.flush()
         yield
 

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 from datasets import Dataset, Features, disable_progress_bars
 
 from flows.base.model import check_base, load_tokenizer
@@ -20,6 +21,7 @@ from flows.data.splits import (
     replayed,
     sample,
     without_duplicates,
+    without_learned,
     without_near_duplicates,
 )
 from flows.data.tokens import length
@@ -50,7 +52,7 @@ def run(params: Params, paths: Paths) -> None:
     rows, dropped = tokenize(examples, encoder_of(data, tokenizer, labels), data)
     if not rows:
         raise DataError(f"no rows are left ({_reasons(dropped)}); give a larger data.max_length, or other data")
-    kept, duplicates = _split(rows, data, seed)
+    kept, duplicates = _split(rows, data, seed, _learned(params, paths))
     dropped += duplicates
     limits: dict[Split, int | None] = {
         "train": data.train_rows,
@@ -111,8 +113,30 @@ def write_rows(rows: list[Row], path: Path, features: Features) -> None:
     Dataset.from_dict(columns, features=features).to_parquet(path)
 
 
-def _split(rows: list[Row], data: Data, seed: int) -> tuple[dict[Split, list[Row]], Counter[str]]:
-    """The rows of each split without what two splits share, and how many were dropped by reason."""
+def _learned(params: Params, paths: Paths) -> list[tuple[str, str]]:
+    """(question, answer) of the rows that the version which training starts from has learned.
+
+    Raises DataError if artifacts/start is not of that version.
+    """
+    number = params.train.start_from
+    found = json.loads(paths.start_source.read_text())["version"] if paths.start_source.exists() else None
+    if found != number or (number is not None and not paths.start_learned.exists()):
+        raise DataError(
+            f"train.start_from is {number or 'null'}, but {paths.start} is of {found or 'none'} or lacks "
+            f"{paths.start_learned.name}; run the start stage first (in dvc.yaml, prepare depends on artifacts/start)"
+        )
+    if number is None:
+        return []
+    return [(row["question"], row["answer"]) for row in parquet.read_table(paths.start_learned).to_pylist()]
+
+
+def _split(
+    rows: list[Row], data: Data, seed: int, learned: list[tuple[str, str]]
+) -> tuple[dict[Split, list[Row]], Counter[str]]:
+    """The rows of each split without what two splits share, and how many were dropped by reason.
+
+    learned: question and answer of rows that the adapter knows before it is trained; nothing is judged by them.
+    """
     shares: dict[Split, float] = {"test": data.test_share, "validation": data.validation_share}
     sizes = Counter(row.group for row in rows)
     hashed = data.assignment == "hashed"
@@ -121,8 +145,10 @@ def _split(rows: list[Row], data: Data, seed: int) -> tuple[dict[Split, list[Row
     kept, dropped = without_duplicates(judging, split_of)
     if unproven := len(rows) - len(judging):
         dropped["unproven, so nothing is judged by them"] = unproven
+    kept, known = without_learned(kept, {question for question, _ in learned})
+    dropped += known
     if data.near_duplicates == "drop":
-        kept, near = without_near_duplicates(kept, data.similarity)
+        kept, near = without_near_duplicates(kept, data.similarity, learned)
         dropped += near
     return kept, dropped
 

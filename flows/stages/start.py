@@ -1,19 +1,31 @@
-"""start: what training starts from. Nothing, or the adapter of `train.start_from`, as it was registered."""
+"""start: what training starts from. Nothing, or the adapter of `train.start_from`, as it was registered.
+
+With the adapter come the rows that it has learned, so that prepare judges nothing by them.
+"""
 
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+from pyarrow import parquet
 
 from flows.errors import RegistryError
 from flows.git import Git
 from flows.params import Params
-from flows.paths import Paths
+from flows.paths import Paths, Split
 from flows.project import files_at
 from flows.promotion.registry import Registry
 from flows.stage import start
 from peftcore.files import damaged_files, directory_written_atomically, read_manifest
 
 logger = logging.getLogger("flows.start")
+LEARNED: tuple[Split, ...] = ("train", "validation")
+"""Splits that were trained on, or decided when training ended."""
+QUESTIONS, ANSWERS = ("prompt", "text"), ("completion", "chosen", "label_name")
+"""Columns of prepared rows, of which each kind has one."""
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -34,7 +46,33 @@ def run(params: Params, paths: Paths) -> None:
                     "from a machine that has it, or give another version"
                 )
             shutil.copytree(adapter, folder / paths.start_adapter.name)
+        tables = list(_learned(registry, number, paths))
+        parquet.write_table(pyarrow.concat_tables(tables), folder / paths.start_learned.name)
         logger.info("training starts from %s", version.tag)
+
+
+def _learned(registry: Registry, number: str, paths: Paths) -> Iterator[pyarrow.Table]:
+    """Question and answer of the rows that a version, and what its own training started from, had learned."""
+    before: str | None = number
+    name = paths.data.relative_to(paths.root).as_posix()
+    while before is not None:
+        version = registry.version(before)
+        with files_at(paths.root, version.commit, [name]) as at:
+            for split in LEARNED:
+                yield _texts(at / name / paths.split(split).name, version.tag)
+        before = registry.record(version)["params"]["train"].get("start_from")
+
+
+def _texts(path: Path, tag: str) -> pyarrow.Table:
+    """Two columns, whatever kind of rows these are. Raises RegistryError if the version has no such file."""
+    if not path.exists():
+        raise RegistryError(
+            f"train.start_from: the data of {tag} have no {path.name}, so what it has learned cannot be kept out of "
+            "the test rows; give another version"
+        )
+    there = parquet.read_schema(path).names
+    question, answer = (next(name for name in names if name in there) for names in (QUESTIONS, ANSWERS))
+    return parquet.read_table(path, columns=[question, answer]).rename_columns({question: "question", answer: "answer"})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The workflows fit GitHub's own schemas, hold no logic, and give an event's text no way into a shell."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,11 @@ ACTIONS = sorted((GITHUB / "actions").glob("*/action.yml"))
 
 def load(path: Path) -> dict[str, Any]:
     return YAML(typ="safe", pure=True).load(path)
+
+
+def triggers(path: Path) -> dict[str, Any]:
+    content: dict[Any, Any] = load(path)
+    return content["on"] if "on" in content else content[True]  # YAML 1.1 reads `on` as a truth value
 
 
 def steps(path: Path) -> Iterator[dict[str, Any]]:
@@ -43,8 +49,15 @@ def test_a_script_is_one_command_and_takes_nothing_from_an_expression(path: Path
         assert "${{" not in script, "an event's text would be read by the shell; pass it in env"
         assert len(script.strip().splitlines()) <= 1, "logic belongs into `peftcore ci` or a script that runs anywhere"
         assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-        uses = step.get("uses", "./")
-        assert uses.startswith("./") or uses.rpartition("@")[2].removeprefix("v").isdecimal(), "pinned by major version"
+
+
+@pytest.mark.parametrize("path", [*WORKFLOWS, *ACTIONS], ids=lambda path: path.parent.name + "/" + path.stem)
+def test_actions_of_others_are_pinned_by_digest(path: Path) -> None:
+    """A tag can be moved to other code, a commit cannot; the comment says which version it is."""
+    lines = [line.split("uses:", 1)[1].strip() for line in path.read_text().splitlines() if "uses:" in line]
+    assert len(lines) >= sum("uses" in step for step in steps(path))
+    for line in lines:
+        assert line.startswith(("./", "OWNER/")) or re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -57,25 +70,59 @@ def test_a_job_may_do_no_more_than_it_needs(path: Path) -> None:
         for what, level in job.get("permissions", {}).items()
         if level == "write"
     }
-    wanted = {("comment", "pull-requests"), ("promote", "contents")} if path.stem == "gate" else set()
-    assert writes == wanted
-    assert "pull_request_target" not in content.get("on", content.get(True))
+    wanted = {
+        "gate": {("comment", "pull-requests")},
+        "promote": {("promote", "contents")},
+        "versions": {("ask", "actions")},
+    }
+    assert writes == wanted.get(path.stem, set())
+    assert "pull_request_target" not in triggers(path)
     for name, job in content["jobs"].items():
         assert "timeout-minutes" in job
         keeps = [s["with"].get("persist-credentials", True) for s in job["steps"] if "checkout" in s.get("uses", "")]
         assert not any(keeps) or name == "promote", "only who pushes keeps the token"
 
 
-def test_the_gate_sees_all_tags_and_two_do_not_race() -> None:
-    jobs = load(GITHUB / "workflows" / "gate.yml")["jobs"]
-    for name in ("judge", "promote"):
-        (checkout,) = [step for step in jobs[name]["steps"] if "checkout" in step["uses"]]
+def secrets(part: Any) -> set[str]:
+    return set(re.findall(r"secrets\.(\w+)", str(part)))
+
+
+def test_the_gate_sees_all_tags() -> None:
+    for name, job in (("gate", "judge"), ("promote", "promote")):
+        jobs = load(GITHUB / "workflows" / f"{name}.yml")["jobs"]
+        (checkout,) = [step for step in jobs[job]["steps"] if "checkout" in step.get("uses", "")]
         assert checkout["with"]["fetch-depth"] == 0
-    assert jobs["promote"]["concurrency"] == {"group": "promote", "cancel-in-progress": False}
-    assert "default_branch" in jobs["promote"]["steps"][0]["with"]["ref"], (
-        "the rules are not those of the commit judged"
-    )
-    assert not any("checkout" in step.get("uses", "") for step in jobs["comment"]["steps"])
+        assert "ref" not in checkout["with"], "what is checked out is what the event is of"
+    comment = load(GITHUB / "workflows" / "gate.yml")["jobs"]["comment"]
+    assert not any("checkout" in step.get("uses", "") for step in comment["steps"])
+
+
+def test_a_tag_runs_nothing_of_its_commit_and_reaches_no_secret() -> None:
+    """GitHub reads the workflows of a pushed tag from the tagged commit."""
+    of_tags = [path for path in WORKFLOWS if "tags" in (triggers(path).get("push") or {})]
+    assert [path.stem for path in of_tags] == ["versions"]
+    content = load(of_tags[0])
+    assert secrets(content) == set()
+    (job,) = content["jobs"].values()
+    (step,) = job["steps"]
+    assert step["run"].startswith("gh workflow run promote.yml ") and "version" not in step["run"]
+    assert "default_branch" in step["env"]["DEFAULT_BRANCH"]
+
+
+def test_secrets_that_write_are_in_the_environment_of_the_default_branch_alone() -> None:
+    jobs = {(path.stem, name): job for path in WORKFLOWS for name, job in load(path)["jobs"].items()}
+    promoting = jobs.pop(("promote", "promote"))
+    assert promoting["environment"] == "promotion"
+    assert set(triggers(GITHUB / "workflows" / "promote.yml")) == {"push", "schedule", "workflow_dispatch"}
+    others = {secret for job in jobs.values() for secret in secrets(job)}
+    assert others and all(name.startswith("DVC_READ_") for name in others)
+    assert not secrets(promoting) & others
+
+
+def test_no_pending_promotion_is_cancelled() -> None:
+    """A concurrency group keeps one pending run and cancels the others; promoting is a compare-and-swap already."""
+    content = load(GITHUB / "workflows" / "promote.yml")
+    assert "concurrency" not in content and "concurrency" not in content["jobs"]["promote"]
 
 
 def test_the_action_passes_what_the_command_reads() -> None:

@@ -1,5 +1,6 @@
 """A stage as a subprocess: whatever kills its parents, it is not left behind, and the next run is clean."""
 
+import fcntl
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from flows.errors import StageError
+from flows.errors import BusyError, StageError
+from flows.processes import this_host
 from flows.project import dvc
 from flows.stage_process import forget_dead_locks, run_stage
 
@@ -142,3 +144,20 @@ def test_files_in_use_by_the_living_stay_so_and_those_of_a_zombie_do_not(
     path.write_text(json.dumps({"write": {"a": dead}, "read": {"b": [dead]}}))
     forget_dead_locks(root)
     assert not path.exists()
+
+
+def test_the_note_of_another_host_on_a_shared_disk_is_not_judged_by_processes_here(root: Path) -> None:
+    """The other host's process is unknown here, so DVC's note of it would be taken for that of a killed one."""
+    folder = root / ".dvc" / "tmp"
+    note = json.dumps({"write": {"a": {"pid": 2**22 + 1, "cmd": "dvc repro"}}, "read": {}})
+    (folder / "rwlock").write_text(note)
+    lock = folder / "peftcore.lock"
+    lock.write_text("far/12345678\n")
+    with lock.open() as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_SH)
+        with pytest.raises(BusyError, match=r"far/12345678 is at work in .*; wait for it, or work in a clone"):
+            run_stage(root, "wait", 60)
+        assert (folder / "rwlock").read_text() == note
+    (root / "go").touch()
+    run_stage(root, "wait", 60)  # the lock went with the process that held it
+    assert (root / "out.txt").read_text() == "whole" and lock.read_text() == f"{this_host()}\n"

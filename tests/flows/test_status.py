@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.errors import GateError, StageError
-from flows.last_run import last_run, recorded, running
+from flows.last_run import last_run, recorded, running, running_file
 from flows.promotion.promote import promote
 from flows.status import status
 
@@ -62,6 +62,22 @@ def test_retrainings_last_and_next(project: Any) -> None:
     assert (following.hour, following.minute) in ((3, 30), (2, 30)), "04:30 in Berlin, in winter or summer"
     project.paths.schedule.write_text(json.dumps(note | {"pid": ended_process()}))
     assert "start `peftcore schedule` again" in " ".join(look(project)["hints"])
+
+
+def test_what_another_host_has_noted_is_not_taken_for_dead(project: Any) -> None:
+    """On a shared disk; its process numbers mean nothing here."""
+    elsewhere = {"pid": ended_process(), "host": "far/12345678"}
+    note = {"cron": "30 4 * * *", "timezone": "Europe/Berlin"}
+    project.paths.schedule.parent.mkdir(parents=True, exist_ok=True)
+    project.paths.schedule.write_text(json.dumps(note | elsewhere))
+    run = {"started": "2026-01-01T00:00:00+00:00", "task": "train", "created": 1.0}
+    running_file(project.paths).write_text(json.dumps(run | elsewhere))
+    lock = project.root / ".dvc" / "tmp" / "retraining" / "lock"
+    (lock.parent / "tree").mkdir(parents=True)
+    lock.write_text(f"process {elsewhere['pid']} on {elsewhere['host']}\n")
+    found = look(project)
+    assert found["hints"] == [] and found["retraining"]["schedule"]["alive"] is None
+    assert [one["what"] for one in found["running"]] == ["run"]
 
 
 def test_working_trees_and_what_killed_processes_left(project: Any, tmp_path: Path) -> None:

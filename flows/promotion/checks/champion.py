@@ -3,6 +3,9 @@
 A champion that was measured on other test rows is measured again on the candidate's, and the candidate on the
 champion's, but for rows that a version has itself been trained or validated on. An adapter of another base, or of
 another loss, cannot be compared.
+
+Figures of the same rows can differ by the hardware and the software that they were found with. What that comes to is
+seen by the base, which is the same: where its own losses differ between the two evaluations, both are measured again.
 """
 
 from typing import TYPE_CHECKING
@@ -19,6 +22,9 @@ TOKENS = "cross entropy of tokens"
 """The test loss of a run that does not say what it is."""
 FEWEST = 20
 """Rows of the champion that the candidate has not learned; with fewer, those that it has learned are taken as well."""
+SAME_CONDITIONS = 0.01
+"""Mean difference (nats per token, absolute by row) of the base's losses up to which two evaluations are comparable.
+It is chosen to be well below the gains that adapters are promoted for."""
 
 
 def against_the_champion(candidate: Candidate, champion: Champion | None, gate: Gate, seed: int) -> Outcome:
@@ -32,10 +38,10 @@ def against_the_champion(candidate: Candidate, champion: Champion | None, gate: 
     if _is_same_adapter(candidate, champion):
         return _evaluated_again(candidate, champion, gate)
     try:
-        theirs, how = _rows(candidate, champion)
+        own, theirs, how = _rows(candidate, champion)
     except GateError as error:
         return False, str(error)
-    weights, ours, theirs_there, _ = paired_losses(candidate.rows, theirs)
+    weights, ours, theirs_there, _ = paired_losses(own, theirs)
     if len(weights) == 0:
         return False, (
             f"{champion.version} was measured on other test rows{how}; evaluate both on rows that it has not seen, or "
@@ -100,7 +106,8 @@ def slices(candidate: Candidate, champion: Champion | None, gate: Gate, seed: in
     if _is_same_adapter(candidate, champion):
         return True, f"it is the adapter of {champion.version}"
     allowed = f"at most {rule.max_loss_regression:g}"
-    found = slice_differences(candidate.rows, _rows(candidate, champion)[0], rule, gate.champion.resamples, seed)
+    own, theirs, _ = _rows(candidate, champion)
+    found = slice_differences(own, theirs, rule, gate.champion.resamples, seed)
     worse = [one for one in found if one.is_worse]
     if worse:
         told = "; ".join(f"{one.name} {one.mean:+.3f} nats on {one.rows} rows (p {one.p:.4f})" for one in worse[:3])
@@ -185,13 +192,51 @@ def _has_other_rows(candidate: Candidate, champion: Champion) -> bool:
     return candidate.metrics["evaluation_set"] != champion.evaluation_set
 
 
-def _rows(candidate: Candidate, champion: Champion) -> "tuple[pyarrow.Table, str]":
-    """The champion's losses to compare with, and how they were found where that was not when it was evaluated."""
-    again = champion.again if _has_other_rows(candidate, champion) else None
+def _rows(candidate: Candidate, champion: Champion) -> "tuple[pyarrow.Table, pyarrow.Table, str]":
+    """The candidate's and the champion's losses to compare, and how they were found where they were measured again."""
+    if not _has_other_rows(candidate, champion):
+        return _same_rows(candidate, champion)
+    again = champion.again
     if again is None:
-        return champion.rows, ""
+        return candidate.rows, champion.rows, ""
     left_out = "none of them" if again.left_out == 0 else str(again.left_out)
-    return again.rows, (
-        f"; {champion.version} was measured again on these {again.rows.num_rows + again.left_out} test rows, and "
-        f"{left_out} left out that it had been trained or validated on"
+    return (
+        candidate.rows,
+        again.rows,
+        (
+            f"; {champion.version} was measured again on these {again.rows.num_rows + again.left_out} test rows, and "
+            f"{left_out} left out that it had been trained or validated on"
+        ),
     )
+
+
+def _same_rows(candidate: Candidate, champion: Champion) -> "tuple[pyarrow.Table, pyarrow.Table, str]":
+    apart = base_difference(candidate.rows, champion.rows)
+    if apart is None or apart <= SAME_CONDITIONS:
+        return candidate.rows, champion.rows, ""
+    why = f"; the base's own losses differ by {apart:.3f} nats between the two evaluations (hardware or software)"
+    again, there = champion.again, champion.candidate_there
+    if again is None or there is None:
+        return candidate.rows, champion.rows, f"{why}, and gate.champion.remeasure lets neither be measured again"
+    own = there.rows if there.all_rows is None else there.all_rows
+    # the candidate's measured losses have no slices, which are those of the registered rows
+    return _with_slices(own, candidate.rows), again.rows, f"{why}, so both were measured again here"
+
+
+def base_difference(ours: "pyarrow.Table", theirs: "pyarrow.Table") -> float | None:
+    """Mean absolute difference of the base's losses (nats) over the rows of both tables; None if one has none."""
+    if not all("base_loss" in table.column_names for table in (ours, theirs)):
+        return None
+    one, other = (
+        dict(zip(*(table[c].to_pylist() for c in ("id", "base_loss")), strict=True)) for table in (ours, theirs)
+    )
+    shared = one.keys() & other.keys()
+    return sum(abs(one[name] - other[name]) for name in shared) / len(shared) if shared else None
+
+
+def _with_slices(measured: "pyarrow.Table", registered: "pyarrow.Table") -> "pyarrow.Table":
+    if "slice" not in registered.column_names:
+        return measured
+    slices = dict(zip(*(registered[column].to_pylist() for column in ("id", "slice")), strict=True))
+    values = [slices[name] for name in measured["id"].to_pylist()]
+    return measured.append_column("slice", [values])

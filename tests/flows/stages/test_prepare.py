@@ -286,3 +286,23 @@ def test_near_duplicates_stay_in_test_and_are_dropped_elsewhere(paths: Paths, se
 def test_without_a_base_the_stage_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="run the fetch stage first"):
         run(params(), Paths(tmp_path))
+
+
+def test_nothing_is_judged_by_rows_that_training_started_from_has_learned(paths: Paths) -> None:
+    run(params(), paths)
+    test, train = split(paths, "test"), split(paths, "train")
+    paths.start.mkdir()
+    paths.start_source.write_text(json.dumps({"version": "v0.1.0"}))
+    learned = [*test[:2], train[0]]
+    table = {"question": [row["prompt"] for row in learned], "answer": [row["completion"] for row in learned]}
+    Dataset.from_dict(table).to_parquet(paths.start_learned)
+    given = params(near_duplicates="keep")
+    given = given.model_copy(update={"train": given.train.model_copy(update={"start_from": "v0.1.0"})})
+    run(given, paths)
+    prompts = {name: {row["prompt"] for row in split(paths, name)} for name in SPLITS}
+    assert not prompts["test"] & set(table["question"]) and prompts["test"] & {row["prompt"] for row in test[2:]}
+    assert train[0]["prompt"] in prompts["train"], "it may be trained on again"
+    report = json.loads(paths.data_report.read_text())
+    assert report["dropped"]["learned by the version that training starts from"] >= 2
+    with pytest.raises(DataError, match=r"train\.start_from is null, but .* is of v0\.1\.0.*run the start stage"):
+        run(params(), paths)

@@ -3,7 +3,9 @@
 import json
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from flows.errors import RegistryError
 from flows.paths import Paths
@@ -16,12 +18,23 @@ def with_start(project: Any, version: str | None) -> Any:
     return project.params.model_copy(update={"train": project.params.train.model_copy(update={"start_from": version})})
 
 
+@pytest.fixture(autouse=True)
+def prepared_rows(project: Any) -> None:
+    """What the versions have learned."""
+    for name in ("train", "validation"):
+        table = pyarrow.table({"prompt": [f"{name} question"], "completion": [f"{name} answer"]})
+        parquet.write_table(table, project.root / "source" / "data" / f"{name}.parquet")
+
+
 def test_nothing_or_a_versions_adapter_in_a_working_tree_as_well(project: Any) -> None:
     first = project.register(weight=2.0)["adapter"]["files"]
     project.register(weight=3.0)
     start.run(with_start(project, "v0.1.0"), project.paths)
     assert read_manifest(project.paths.start_adapter) == first
     assert json.loads(project.paths.start_source.read_text()) == {"version": "v0.1.0"}
+    assert parquet.read_table(project.paths.start_learned).to_pylist() == [
+        {"question": f"{name} question", "answer": f"{name} answer"} for name in ("train", "validation")
+    ]
     start.run(with_start(project, None), project.paths)
     assert [path.name for path in project.paths.start.iterdir()] == ["source.json"]
     with worktree_at(project.root, "HEAD") as tree:
