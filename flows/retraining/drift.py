@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pyarrow import compute, parquet
+import numpy
+from pyarrow import parquet
 
 from flows import logs
 from flows.errors import StageError
@@ -92,7 +93,7 @@ def judged(
 
 def spread_of(rows: Path) -> float:
     """Return the standard deviation of a row's loss, of an evaluation's table."""
-    return float(compute.stddev(parquet.read_table(rows, columns=["adapter_loss"])["adapter_loss"], ddof=1).as_py())
+    return float(numpy.std(parquet.read_table(rows, columns=["adapter_loss"])["adapter_loss"].to_numpy(), ddof=1))
 
 
 def _together(files: list[dict[str, Any]], spread: float) -> dict[str, Any]:
