@@ -91,11 +91,16 @@ def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
     return own
 
 
+def _can_be_looked_up(base: str | None) -> bool:
+    """Whether a base model's name is a folder or could be the hub's, and not another system's, such as "wheel:NAME"."""
+    return bool(base) and (Path(base).is_dir() or ":" not in base)
+
+
 def _was_resized(model: nn.Module, config: PeftConfig) -> bool:
     """Whether the vocabulary has another size than that of the base model that the configuration names."""
     own = getattr(model, "config", None)
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None)
-    if getattr(own, "vocab_size", None) is None or not hasattr(own, "from_pretrained") or not base:
+    if getattr(own, "vocab_size", None) is None or not hasattr(own, "from_pretrained") or not _can_be_looked_up(base):
         return False
     try:
         original = type(own).from_pretrained(base, revision=config.revision, local_files_only=True)  # type: ignore[union-attr]

@@ -150,11 +150,18 @@ def roll_back(
 def last_version(registry: Registry, paths: Paths) -> Version:
     """The version that the last run registered; where it has been renumbered since, its record is written again."""
     record = last_record(paths)
-    registered = registry.registered(record["adapter"]["content"], record["evidence"])
-    version = registered or registry.version(record["version"])
-    if version.number != record["version"]:
-        write_atomically(paths.version, json.dumps(registry.record(version), indent=2) + "\n")
-    return version
+    version = registry.version(record["version"])
+    if version.content == record["adapter"]["content"]:
+        return version
+    # the number was given to another version (see `synchronise`)
+    renumbered = registry.registered(record["adapter"]["content"], record["evidence"])
+    if renumbered is None:
+        raise RegistryError(
+            f"{version.tag} is another version than the one that {paths.version.name} tells of, and that one is not "
+            "registered; run `peftcore run` to register it"
+        )
+    write_atomically(paths.version, json.dumps(registry.record(renumbered), indent=2) + "\n")
+    return renumbered
 
 
 def last_record(paths: Paths) -> dict[str, Any]:
