@@ -38,9 +38,7 @@ def commit_injection(
     for path, adapter in parts.items():
         site = _site_at(path, adapter, adapters, places)
         if trainable:
-            site.training = (
-                True  # as with PEFT, an adapter that trains drops at once, also on a base in evaluation mode
-            )
+            site.training = True  # as with PEFT, its dropout acts at once, also on a base in evaluation mode
         elif adapter.training != site.training:
             adapter.train(site.training)
         _set_trainable(adapter, trainable)
