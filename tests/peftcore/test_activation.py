@@ -21,7 +21,7 @@ from peftcore import (
 from peftcore.activation import set_adapter
 from peftcore.adapter_set import adapter_set
 from peftcore.conversion import convert_to_lora
-from peftcore.errors import RoutingError
+from peftcore.errors import MergeError, RoutingError
 from peftcore.routing import AdapterStore
 
 
@@ -312,3 +312,18 @@ def test_attaching_after_compile_is_refused() -> None:
     compiled = torch.compile(nn.Sequential(nn.Linear(6, 6)))
     with pytest.raises(ConfigError, match=r"before torch\.compile"):
         get_peft_model(compiled, lora("0"))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_nothing_is_merged_while_adapters_are_disabled(merged: bool) -> None:
+    model, x = net(), torch.randn(2, 6)
+    model.add_adapter("other", lora("0"))
+    if merged:
+        model.merge_adapter()
+    before = model(x)
+    with model.disable_adapter():
+        base = model(x)
+        with pytest.raises(MergeError, match="inside of disable_adapter"):
+            model.merge_adapter(["other"])
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), before)
