@@ -201,7 +201,7 @@ def load_adapter(
             injection = prepare_injection(model, config, name, fresh=False)
             content = Content(injection.adapters, injection.biases, injection.copies, injection.prompt)
             given = (tensors or {}) if read is None else parsed(read, directory)
-            rows = Embeddings(injection.places, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings)
+            rows = Embeddings(lambda: injection.places, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings)
             _take_tensors(content, rows, given, directory, trainable)
         except PeftError as error:
             if hashed is not None:
@@ -262,7 +262,7 @@ def load_adapter_weights(
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
     with writing_shards(adapters.parameters(name)), torch.no_grad():
         given = read_tensors(directory) if tensors is None else tensors
-        rows = Embeddings(Places(model), adapters, name, replaces_embeddings)
+        rows = Embeddings(lambda: Places(model), adapters, name, replaces_embeddings)
         _take_tensors(content_of(adapters, name), rows, given, directory, trains)
         rows.replace(adapters)
 

@@ -9,7 +9,8 @@ When such a directory is loaded, the saved rows replace the model's own, for eve
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -128,15 +129,20 @@ def embedding_paths(places: Places) -> dict[str, nn.Module]:
 class Embeddings:
     """The base's embeddings out of a directory, on their way into a model.
 
-    places: the model's. adapters: those in the model, None for a plain one. name: the adapter that is being loaded.
+    places: gives the model's, which takes a walk over it and is asked for where a directory holds embeddings only.
+    adapters: those in the model, None for a plain one. name: the adapter that is being loaded.
     may_replace: False where the model's own have to stay.
     """
 
-    def __init__(self, places: Places, adapters: AdapterSet | None, name: str, may_replace: bool):
-        self._places, self._may_replace = places, may_replace
+    def __init__(self, places: Callable[[], Places], adapters: AdapterSet | None, name: str, may_replace: bool):
+        self._walk, self._may_replace = places, may_replace
         self._others = [] if adapters is None else [other for other in adapters.configs if other != name]
         self._new: dict[int, nn.Parameter] = {}
         """{id of a parameter: the one to replace it by}"""
+
+    @cached_property
+    def _places(self) -> Places:
+        return self._walk()
 
     def take(self, content: Content, tensors: Mapping[str, Tensor], file: Path) -> set[str]:
         """Note what has to be replaced, and return the keys that are no embeddings; the model is not changed yet.

@@ -44,6 +44,8 @@ def merge_adapter(
 ) -> None:
     """Fold adapters into their base weights, in place; the other active ones go on acting.
 
+    Modules that an adapter trains whole act while it is active, merged or not, as in PEFT.
+
     adapter_names: in order; None means the active ones.
     safe_merge: check each merged weight for NaN/Inf before writing any. progressbar: show one, layer by layer.
     Raises MergeError if a layer cannot be merged or a merged weight is not finite; nothing is then changed.

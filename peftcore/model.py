@@ -67,8 +67,9 @@ class PeftModel:
         In transformers' order, `add_adapter(config, name="default")`, it is made the active one, as transformers does.
         """
         by_transformers = isinstance(adapter_name, PeftConfig)
+        name: Any
         name, config = (peft_config or "default", adapter_name) if by_transformers else (adapter_name, peft_config)
-        if not isinstance(name, str) or not isinstance(config, PeftConfig):
+        if not isinstance(config, PeftConfig):
             raise ConfigError(
                 f"add_adapter takes a name and a configuration, such as LoraConfig(); got {adapter_name!r:.200} and "
                 f"{peft_config!r:.200}"
