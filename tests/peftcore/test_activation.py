@@ -166,6 +166,8 @@ def test_a_second_adapter_of_one_name_takes_the_firsts_place(again: Any) -> None
     old = adapter_set(model).adapters("default")["0"]
     with pytest.raises(TargetError, match="match no layer"):
         again(model, lora("nothing"))
+    with pytest.raises(ConfigError, match="to a plain model"):
+        again(model, lora("0", layer_replication=[[0, 1]]))
     assert adapter_set(model).adapters("default")["0"] is old
     with pytest.warns(UserWarning, match="'default' was in the model already and is replaced by an untrained one"):
         assert again(model, LoraConfig(r=3, target_modules=["1"])) is model
