@@ -107,6 +107,7 @@ class Content:
         for prefix, adapter, own in self.entries:
             adapter.load_checkpoint_tensors({key: tensors[f"{prefix}{key}"] for key in own})
             vars(adapter).pop("is_unread", None)
+            adapter.mark_changed()  # the versions of its tensors are not looked at in a thread that is told of no edits
         if self.shared is not None:
             names = {name: f"{SHARED_PREFIX}{name}" for name in self.shared.checkpoint_tensors()}
             self.shared.load_checkpoint_tensors({n: tensors[key] for n, key in names.items() if key in tensors})

@@ -14,7 +14,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet, ref
 
 import torch
@@ -60,14 +60,29 @@ class ForwardRecord:
 _LIVE: WeakSet[ForwardRecord] = WeakSet()
 _LOCK = threading.Lock()
 _ORDER = itertools.count()
-_RUNNING: set[int] = set()
-"""Backward passes in which something is computed again."""
+
+
+class _RunningBackward:
+    """Lives as long as PyTorch keeps it as a callback of a backward pass: to its end, also by an error."""
+
+    def __call__(self) -> None:
+        """Do nothing, at the end of the backward pass."""
+
+
+class _Recomputation(NamedTuple):
+    """What was looked up for one node of one backward pass."""
+
+    task: int
+    node: int
+    """Its number."""
+    record: ref[ForwardRecord]
+    running: ref[_RunningBackward]
 
 
 class _ThisThread(threading.local):
     def __init__(self) -> None:
-        self.of: dict[Any, tuple[int, int, ref[ForwardRecord]]] = {}
-        """The recomputation that this thread has looked up last, of each owner: (backward, node's number, record)."""
+        self.of: dict[Any, _Recomputation] = {}
+        """The recomputation that this thread has looked up last, of each owner."""
         self.number = next(_ORDER)
         """Of this thread; Python's own is used again by later ones."""
         self.records = False
@@ -103,8 +118,8 @@ def _looked_up(
         return None
     number = node._sequence_nr()
     last = _HERE.of.get(key)
-    if last is not None and last[:2] == (task, number):
-        return last[2]()
+    if last is not None and last.task == task and last.node == number:
+        return last.record()
     with _LOCK:
         found = [record for record in _LIVE if record.first <= number < record.end and fits(record)]
     threads = {record.thread for record in found if record.takes_part(task)}
@@ -112,7 +127,7 @@ def _looked_up(
         threads = {_HERE.number}
     found = [record for record in found if record.thread in threads or not threads]
     if not found:  # of checkpoints inside a reentrant checkpoint, which have a backward of their own
-        return None if last is None or last[0] not in _RUNNING else last[2]()
+        return None if last is None or last.running() is None else last.record()
     if len({record.thread for record in found}) > 1 and any(content(r) != content(found[0]) for r in found):
         raise RoutingError(
             "a backward pass computes layers again (activation checkpointing), and forward passes of several threads "
@@ -120,10 +135,11 @@ def _looked_up(
             "of its own"
         )
     innermost = max(found, key=lambda record: record.order)
-    if task not in _RUNNING:
-        _RUNNING.add(task)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _RUNNING.discard(task))  # type: ignore[attr-defined]
-    _HERE.of[key] = task, number, ref(innermost)
+    running = None if last is None or last.task != task else last.running()
+    if running is None:
+        running = _RunningBackward()
+        torch.autograd.Variable._execution_engine.queue_callback(running)  # type: ignore[attr-defined]
+    _HERE.of[key] = _Recomputation(task, number, ref(innermost), ref(running))
     return innermost
 
 

@@ -71,7 +71,9 @@ class _Host(nn.Module):
     """A module that stands in for `base_layer` and lets the model's code read its attributes."""
 
     base_layer: nn.Module
-    batch_first: bool | None = None
+    rows_first: bool | None = (
+        None  # not `batch_first`: models read that one of nn.MultiheadAttention, through this host
+    )
     """Whether its rows come before their tokens; None: not known yet, see `peftcore.detection.batch_axis`."""
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
@@ -93,9 +95,7 @@ class _Host(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            protocol = name.startswith(
-                "__"
-            )  # such as a parametrised layer's own __deepcopy__: the host is copied whole
+            protocol = name.startswith("__")  # a parametrised layer has its own __deepcopy__; a host is copied whole
             if protocol or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self._stands_for(), name)

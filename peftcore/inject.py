@@ -38,9 +38,7 @@ def commit_injection(
     for path, adapter in parts.items():
         site = _site_at(path, adapter, adapters, places)
         if trainable:
-            site.training = (
-                True  # as with PEFT, an adapter that trains drops at once, also on a base in evaluation mode
-            )
+            site.training = True  # as with PEFT, its dropout acts at once, also on a base in evaluation mode
         elif adapter.training != site.training:
             adapter.train(site.training)
         _set_trainable(adapter, trainable)
@@ -134,7 +132,8 @@ def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: 
     is as it was.
     """
     if ATTRIBUTE in model.__dict__ and adapter_name in adapter_set(model).configs:
-        prepare_injection(model, config, f"another {adapter_name}")  # an error comes before anything is taken away
+        with deepened(model, config):
+            prepare_injection(model, config, f"another {adapter_name}")  # errors come before anything is taken away
         delete_adapter(model, adapter_name)
         warnings.warn(
             f"adapter {adapter_name!r} was in the model already and is replaced by an untrained one; to keep both, "

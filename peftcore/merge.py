@@ -53,6 +53,9 @@ def merge_adapter(
     adapters = adapter_set(model)
     if adapters.selection.switched_off:
         raise MergeError("the adapters are disabled, and merged ones would act; call enable_adapters first")
+    route = adapters.selection.route
+    if adapters.unmerged_by or (route is not None and route.is_final):
+        raise MergeError("merge_adapter inside of disable_adapter(), where the model is its base; leave it first")
     chosen = adapters.selection.active if adapter_names is None else adapter_names
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)

@@ -294,11 +294,6 @@ class PeftModel:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def train(self, mode: bool = True) -> Any:
-        """The model's own; Trainer, which calls it before the first step, then reads checkpoints of adapters too."""
-        teach_trainer()
-        return super().train(mode)  # type: ignore[misc]
-
     def adapter_regularizer(self) -> Tensor | None:
         """Sum of the active adapters' regularisers, to add to the loss once per optimiser step; None for none."""
         adapters = adapter_set(self._module)
@@ -482,6 +477,7 @@ def _plain_class(adapted: type) -> type:
 
 
 def _remade(plain: type) -> Any:
+    teach_trainer()
     return object.__new__(_adapted_class(plain))
 
 

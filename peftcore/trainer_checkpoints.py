@@ -7,13 +7,15 @@ they did. `peftcore.train.AdapterTrainerMixin` has methods of its own, which als
 keep.
 
 Trainer is not imported for this, because it takes long and serving needs none of it: the methods are wrapped when a
-model gets its adapters and when it is put into training mode, if Trainer is there by then.
+model gets its adapters, or when Trainer is imported later.
 """
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -22,17 +24,40 @@ from peftcore import checkpoint
 from peftcore.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.errors import CheckpointError
 
+_MODULE = "transformers.trainer"
 _WRAPPED = "reads_adapters"
 """Attribute of a method that is wrapped already."""
 
 
 def teach_trainer() -> None:
-    """Let transformers' Trainer read checkpoints of adapters, if it has been imported; once is enough."""
-    trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    if trainer is None or hasattr(trainer._load_best_model, _WRAPPED):
-        return
-    trainer._load_best_model = _wrapped(trainer._load_best_model, _load_best)
-    trainer._load_from_checkpoint = _wrapped(trainer._load_from_checkpoint, _resume)
+    """Let transformers' Trainer read checkpoints of adapters, now or as soon as it is imported; once is enough."""
+    if hasattr(module := sys.modules.get(_MODULE), "Trainer"):
+        _wrap_methods(module)
+    elif not any(isinstance(finder, _TrainerFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TrainerFinder())
+
+
+class _TrainerFinder:
+    """A finder of Python's import system that finds Trainer's module, once, and has it wrapped when it has run."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the module's own spec; None for every other module."""
+        if name != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            run = loader.exec_module
+            loader.exec_module = lambda module: (run(module), _wrap_methods(module))
+        return spec
+
+
+def _wrap_methods(module: Any) -> None:
+    trainer = module.Trainer
+    if not hasattr(trainer._load_best_model, _WRAPPED):
+        trainer._load_best_model = _wrapped(trainer._load_best_model, _load_best)
+        trainer._load_from_checkpoint = _wrapped(trainer._load_from_checkpoint, _resume)
 
 
 def _wrapped(original: Callable[..., Any], ours: Callable[..., None]) -> Callable[..., Any]:

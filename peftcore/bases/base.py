@@ -152,7 +152,10 @@ class BaseWeight(ABC):
         return self.read() if own is None else self.read_from(own)
 
     def unmerged_version(self) -> "WeightVersion | None":
-        """The state of the weight that `read_unmerged` gives, to compare later; None if it cannot be told."""
+        """The state of the weight that `read_unmerged` gives, to compare later; None if it cannot be told, as while
+        `torch.compile` traces."""
+        if torch.compiler.is_compiling():
+            return None
         state = self.layer.__dict__.get(self.unmerged_attribute)
         weight = self.layer._parameters.get("weight") if state is None else state.get("weight")
         if not isinstance(weight, Tensor) or weight.is_inference():

@@ -21,18 +21,17 @@ def call_with(
     module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> Any:
     """The module's output with other tensors in the place of parameters; tensors: by path from the module."""
+    parameters = dict(tensors)
     shadows: list[tuple[dict[str, Any], str, Tensor]] = []
-    for path, tensor in tensors.items():
+    for path in tensors:
         owner, _, name = path.rpartition(".")
         attributes = module.get_submodule(owner).__dict__
         if name in attributes:
             shadows.append((attributes, name, attributes[name]))
-            attributes[name] = tensor
-    if not shadows:
-        # ties stay out of it: another name of the same tensor may be adapted by a site of its own
-        return torch.func.functional_call(module, dict(tensors), args, dict(kwargs or {}), tie_weights=False)
+            attributes[name] = parameters.pop(path)
     try:
-        return module(*args, **(kwargs or {}))
+        # ties stay out of it: another name of the same tensor may be adapted by a site of its own
+        return torch.func.functional_call(module, parameters, args, dict(kwargs or {}), tie_weights=False)
     finally:
         for attributes, name, own in shadows:
             attributes[name] = own

@@ -23,7 +23,7 @@ class RoutedLayer(Protocol):
     """What a route asks of a layer."""
 
     path: str
-    batch_first: bool | None
+    rows_first: bool | None
     """Whether it sees rows before their tokens; None: not known yet."""
 
     def sees_tokens(self, x: Tensor) -> bool:
@@ -195,13 +195,13 @@ class Route:
                 "or the second axis; give the model, or the module around this layer, the attribute batch_first=True "
                 "if they are the first, or give all rows of a batch the same adapter"
             )
-        if layer.batch_first is None and x.dim() == 3 and len(x) == self.rows != x.shape[1]:
-            layer.batch_first = True
+        if layer.rows_first is None and x.dim() == 3 and len(x) == self.rows != x.shape[1]:
+            layer.rows_first = True
 
     def _rows_come_first(self, layer: RoutedLayer) -> bool:
-        if layer.batch_first is None and self.model is not None:
-            layer.batch_first = rows_come_first(self.model, layer.path)
-        return bool(layer.batch_first)
+        if layer.rows_first is None and self.model is not None:
+            layer.rows_first = rows_come_first(self.model, layer.path)
+        return bool(layer.rows_first)
 
     def runs(self, tokens: int) -> list[Run]:
         """The stretches of a layer's tokens (count) that have one composition each."""

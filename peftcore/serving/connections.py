@@ -58,6 +58,12 @@ class DeadlineProtocol(H11Protocol):
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._stop_deadline()
 
+    def on_response_complete(self) -> None:
+        """Go on to the next request, whose head may have come with the last one and whose body may never come."""
+        super().on_response_complete()
+        if self._deadline is None and self.conn.their_state is h11.SEND_BODY:
+            self._start_deadline()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """End the deadline."""
         self._stop_deadline()

@@ -164,7 +164,7 @@ class Engine:
 
     def _join(self) -> None:
         """Read a part of the prompts of requests that are ready; those read to their end get rows."""
-        reading = self._reading = self._without_gone(self._reading) or self._begin_reading()
+        self._reading = reading = self._without_gone(self._reading) or self._begin_reading()
         if reading is None:
             return
         tokens, mask = reading.part(self._limits.prefill_tokens)
@@ -189,8 +189,10 @@ class Engine:
         generations = _within(ready, self._limits.prefill_tokens)
         if not generations:
             return None
+        # before they leave the admission, so that `idle` is not true in between, when a server that drains would end
+        reading = self._reading = Reading(generations, self._forward.model.device)
         self._admission.take(generations)
-        return Reading(generations, self._forward.model.device)
+        return reading
 
     def _without_gone(self, reading: Reading | None) -> Reading | None:
         """Leave out requests whose clients have gone."""

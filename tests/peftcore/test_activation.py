@@ -21,7 +21,7 @@ from peftcore import (
 from peftcore.activation import set_adapter
 from peftcore.adapter_set import adapter_set
 from peftcore.conversion import convert_to_lora
-from peftcore.errors import RoutingError
+from peftcore.errors import MergeError, RoutingError
 from peftcore.routing import AdapterStore
 
 
@@ -166,6 +166,8 @@ def test_a_second_adapter_of_one_name_takes_the_firsts_place(again: Any) -> None
     old = adapter_set(model).adapters("default")["0"]
     with pytest.raises(TargetError, match="match no layer"):
         again(model, lora("nothing"))
+    with pytest.raises(ConfigError, match="to a plain model"):
+        again(model, lora("0", layer_replication=[[0, 1]]))
     assert adapter_set(model).adapters("default")["0"] is old
     with pytest.warns(UserWarning, match="'default' was in the model already and is replaced by an untrained one"):
         assert again(model, LoraConfig(r=3, target_modules=["1"])) is model
@@ -312,3 +314,18 @@ def test_attaching_after_compile_is_refused() -> None:
     compiled = torch.compile(nn.Sequential(nn.Linear(6, 6)))
     with pytest.raises(ConfigError, match=r"before torch\.compile"):
         get_peft_model(compiled, lora("0"))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_nothing_is_merged_while_adapters_are_disabled(merged: bool) -> None:
+    model, x = net(), torch.randn(2, 6)
+    model.add_adapter("other", lora("0"))
+    if merged:
+        model.merge_adapter()
+    before = model(x)
+    with model.disable_adapter():
+        base = model(x)
+        with pytest.raises(MergeError, match="inside of disable_adapter"):
+            model.merge_adapter(["other"])
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), before)

@@ -364,3 +364,34 @@ def test_a_compiled_call_leaves_nothing_open() -> None:
         found = compiled(x, adapter_names=["a", "b", None])["parts"][0][0]
     torch.testing.assert_close(found, expected)
     assert not model._adapter_set.selection.here.calls
+
+
+def test_a_backward_that_failed_says_nothing_of_later_ones() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.first, x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    config, x = LoraConfig(r=2, target_modules=["first"], init_lora_weights=False), torch.randn(3, 6)
+    model: Any = get_peft_model(Checkpointed(), config, "a")
+    model.add_adapter("b", config)
+    y = model(x)
+
+    def fails(*_: Any) -> None:
+        raise ArithmeticError
+
+    handle = model.first.base_layer.register_forward_hook(fails)
+    with pytest.raises(ArithmeticError):
+        y.sum().backward()
+    handle.remove()
+    model.set_adapter("b")
+    gradients = []
+    for output in (model.first(x), checkpoint(model.first, x, use_reentrant=False)):  # no call of the whole model
+        model.zero_grad()
+        output.square().sum().backward()
+        gradients.append([p.grad for p in model.first.adapters["b"].parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)

@@ -43,7 +43,7 @@ class Lora(Adapter):
     magnitude: nn.Parameter | None
     source: "Lora | None"
     """The embedding's LoRA that this head's follows, transposed, where both share one base weight."""
-    _row_norms: tuple[WeightVersion | None, Tensor] | None
+    _row_norms: tuple[WeightVersion, Tensor] | None
     """(the base weight that they were taken of, ‖W‖² by rows (o,))."""
 
     def __init__(self, config: LoraConfig, base: BaseWeight, path: str):
@@ -86,7 +86,8 @@ class Lora(Adapter):
         if not config.ensure_weight_tying:
             return
         layers = list(cast(Mapping[str, Lora], adapters).values())
-        weights = [a.base.layer.weight for a in layers]  # a parametrised one has no other owner
+        # held, because a parametrised layer makes its weight anew each time, and an id can come back
+        weights = [a.base.layer.weight if a.base.kind in ("embedding", "linear") else None for a in layers]
         embeddings = {id(w): a for a, w in zip(layers, weights, strict=True) if a.base.kind == "embedding"}
         for adapter, weight in zip(layers, weights, strict=True):
             source = embeddings.get(id(weight)) if adapter.base.kind == "linear" else None
@@ -181,16 +182,24 @@ class Lora(Adapter):
         """n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is kept while W does not change."""
         weight = self.base.read_unmerged() if self.new_base is None else self.new_base
         weight = weight.flatten(1)
-        version = self.base.unmerged_version() if self.new_base is None else None
-        if version is None or self._row_norms is None or self._row_norms[0] != version:
-            self._row_norms = version, weight.to(self.lora_A).square().sum(1)
+        norms = self._square_norms(weight)
         a, b = self.lora_A.flatten(1), self.lora_B.flatten(1) * self.scaling
         if self.start is not None:
             a = torch.cat([a, self.start[0].flatten(1)])
             b = torch.cat([b, self.start[1].flatten(1) * -self.scaling], 1)
         cross = ((weight @ a.to(weight.dtype).T).to(b) * b).sum(1)  # casting W would cost more than the rest
-        square = self._row_norms[1].to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
+        square = norms.to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
         return square.clamp_min(0).sqrt()
+
+    def _square_norms(self, weight: Tensor) -> Tensor:
+        """‖W‖² by rows (o,) of the base's weight (o, i·k), which is kept with the weight's version if it has one."""
+        version = self.base.unmerged_version() if self.new_base is None else None
+        if version is not None and self._row_norms is not None and self._row_norms[0] == version:
+            return self._row_norms[1]
+        norms = weight.to(self.lora_A).square().sum(1)
+        if version is not None:
+            self._row_norms = version, norms
+        return norms
 
     # -- merged ----------------------------------------------------------------------------------------------
 

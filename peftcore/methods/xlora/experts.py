@@ -24,6 +24,10 @@ NOT_PLAIN = (
 """Options of a LoRA whose effect is no ΔW x at the layer itself, so that it cannot be weighted."""
 
 
+_OF_THE_BASE = ".base_layer.weight"
+"""End of a base weight's key; PEFT adds those of embeddings that a LoRA targets."""
+
+
 def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any]:
     """{path: trained LoRA} of one directory."""
     config = PeftConfig.from_pretrained(directory)
@@ -32,7 +36,8 @@ def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any
         why = ", ".join(special) or (config.peft_type if config.peft_type != "LORA" else "trained biases")
         raise ConfigError(f"XLORA mixes plain LoRAs; {directory} has {why}")
     tensors = read_tensors(directory)
-    unused = {key for key in tensors if not key.endswith(".base_layer.weight")}  # PEFT adds a targeted embedding's
+    _check_embeddings(tensors, bases, directory)
+    unused = {key for key in tensors if not key.endswith(_OF_THE_BASE)}
     experts: dict[str, Any] = {}
     for path in lora_paths(tensors, directory):
         if path not in bases:
@@ -51,6 +56,21 @@ def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any
     if unused:
         raise CheckpointError(f"{directory} does not fit: unexpected {min(unused)}")
     return experts
+
+
+def _check_embeddings(tensors: Mapping[str, Tensor], bases: Mapping[str, BaseWeight], directory: Path) -> None:
+    """CheckpointError where a directory holds other embeddings than the model has: all of its LoRAs would have them."""
+    for key, saved in tensors.items():
+        path = key.removeprefix(PREFIX).removesuffix(_OF_THE_BASE)
+        if not key.endswith(_OF_THE_BASE) or path not in bases:
+            continue
+        weight = bases[path].read_unmerged()
+        own = weight.T if bases[path].kind == "embedding" else weight
+        if own.shape != saved.shape or not torch.equal(own, saved.to(own)):
+            raise CheckpointError(
+                f"{directory} holds embeddings of {path} that differ from the model's; X-LoRA mixes LoRAs of one base; "
+                "load that directory's own base, or train the LoRA without resized or changed embeddings"
+            )
 
 
 def lora_paths(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, None]:

@@ -62,7 +62,7 @@ def test_lengths_are_those_of_the_base_without_merges_and_are_saved(tmp_path) ->
     torch.testing.assert_close(other.w_norm, weight.norm(dim=0))
     with torch.no_grad():
         other.w_norm.mul_(2)
-    net.save_pretrained(tmp_path, ["other"])
+    net.save_pretrained(tmp_path, selected_adapters=["other"])
     net.load_adapter(tmp_path / "other", "again")
     assert torch.equal(net[0].adapters["again"].w_norm, other.w_norm)
 

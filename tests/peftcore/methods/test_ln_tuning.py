@@ -155,7 +155,7 @@ def test_default_targets_beside_another_adapter(tmp_path: Path) -> None:
     model.add_adapter("again", LNTuningConfig())
     model.add_adapter("lora", LoraConfig(r=2, target_modules=["q_proj"]))
     assert model.peft_config["again"].target_modules == model.peft_config["default"].target_modules
-    model.save_pretrained(tmp_path, ["again"])
+    model.save_pretrained(tmp_path, selected_adapters=["again"])
     assert isinstance(PeftModel.from_pretrained(LlamaModel(LlamaConfig(**DECODER)), tmp_path / "again"), PeftModel)
 
 

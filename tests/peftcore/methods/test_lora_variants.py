@@ -556,3 +556,28 @@ def test_a_tied_pair_trained_whole_is_saved_as_two_tensors(tmp_path: Any) -> Non
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
     assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
+def test_dora_compiles_into_one_graph_and_follows_its_base_there() -> None:
+    net, x = net_and_input("linear")
+    model = lora(net, use_dora=True)
+    randomise(model, 0.3)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    with torch.no_grad():
+        model[0].base_layer.weight.mul_(3)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_raw_parameters_beside_layers_that_may_be_tied() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(2, 6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.up[0]
+
+    net = nn.Sequential(nn.Linear(6, 6), Experts())
+    model = lora(net, target_parameters=["1.up"], ensure_weight_tying=True)
+    assert set(adapter_set(model).adapters("default")) == {"0", "1.up"}

@@ -118,3 +118,11 @@ def test_what_does_not_fit_is_refused() -> None:
     unequal = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, kdim=6)})
     with pytest.raises(TargetError, match="target_parameters"):
         get_peft_model(unequal, LoraConfig(target_modules=["attention"]))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_model_reads_batch_first_of_an_adapted_attention(batch_first: bool) -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    model: Any = get_peft_model(nn.Sequential(attention), LoraConfig(r=2, target_modules=["0"]))
+    assert model[0] is not attention
+    assert model[0].batch_first is batch_first

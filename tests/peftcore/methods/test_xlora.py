@@ -63,12 +63,17 @@ def llama() -> Any:
 
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return trained_loras(tmp_path_factory.mktemp("loras"), "llama")
+
+
+def trained_loras(folder: Path, family: str) -> dict[str, str]:
+    """{class: directory} of three LoRAs on one base."""
     found = {}
     for n, targets in enumerate(TARGETS):
         config = LoraConfig(r=2 + n, lora_alpha=6, target_modules=targets)
-        model = get_peft_model(llama(), config)
+        model = get_peft_model(build(family), config)
         randomise(model, 0.3, seed=n)
-        directory = tmp_path_factory.mktemp(f"lora{n}")
+        directory = folder / str(n)
         model.save_pretrained(directory)
         found[str(n)] = str(directory)
     return found
@@ -235,8 +240,8 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "family, case", [*(("llama", case) for case in CASES), ("mistral", "plain"), ("qwen2", "plain")]
 )
-def test_parity_both_ways(family: str, case: str, loras: dict[str, str], tmp_path: Path) -> None:
-    options = CASES[case]
+def test_parity_both_ways(family: str, case: str, tmp_path: Path) -> None:
+    options, loras = CASES[case], trained_loras(tmp_path / "loras", family)
     theirs = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters=dict(loras), **options)
     hf = peft.get_peft_model(build(family), theirs).eval()
     randomise(hf, 0.5)
@@ -308,6 +313,14 @@ def test_impossible_options(options: dict, message: str) -> None:
 def test_two_softmaxes_warn() -> None:
     with pytest.warns(UserWarning, match="softmax over a softmax"):
         XLoraConfig(hidden_size=8, adapters={"0": "x"}, top_k_lora=1, enable_softmax_topk=True)
+
+
+def test_loras_of_a_base_with_other_embeddings_are_refused(loras: dict[str, str]) -> None:
+    other = llama()
+    with torch.no_grad():
+        other.model.embed_tokens.weight[5] += 1
+    with pytest.raises(CheckpointError, match=r"holds embeddings of model\.embed_tokens that differ from the model's"):
+        get_peft_model(other, config(loras))
 
 
 def test_loras_that_do_not_fit(loras: dict[str, str], tmp_path: Path) -> None:

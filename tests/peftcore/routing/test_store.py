@@ -16,6 +16,7 @@ from peftcore import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peftcore.composition import Stack
 from peftcore.errors import AdapterNameError, AdapterStoreError, CheckpointError, RoutingError
 from peftcore.files import MANIFEST
+from peftcore.fingerprint import unchanging_weights
 from peftcore.routing import AdapterStore
 from peftcore.tensors import WEIGHTS_NAME
 
@@ -38,9 +39,10 @@ def llama() -> Any:
 
 def write(folder: Path, name: str, config: Any = None, seed: int | None = None) -> Path:
     """A saved adapter with random weights."""
-    torch.manual_seed(len(name) + sum(map(ord, name)) if seed is None else seed)
     config = config or LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(llama(), config)
+    base = llama()  # which has a seed of its own
+    torch.manual_seed(len(name) + sum(map(ord, name)) if seed is None else seed)
+    model = get_peft_model(base, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -83,6 +85,14 @@ def test_every_adapter_is_itself_whatever_was_in_its_place_before(folder: Path) 
     counts = store.statistics()
     assert (counts["hits"], counts["misses"], counts["evictions"], counts["loaded"]) == (0, 9, 7, 2)
     assert counts["registered"] == 6 and counts["hit_rate"] == 0 and counts["load_seconds_median"] > 0
+
+
+def test_a_reused_place_is_noticed_where_weights_are_taken_to_stay_as_they_are(folder: Path) -> None:
+    model, store = store_of(folder, max_loaded=1)
+    with unchanging_weights():  # as the server's thread, while others load adapters
+        for name in ("a", "b", "a"):
+            torch.testing.assert_close(through(model, store, name), alone(folder, name), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone(folder, "a"), alone(folder, "b"), atol=1e-2)
 
 
 def test_the_least_recently_used_makes_room(folder: Path) -> None:

@@ -269,6 +269,17 @@ def test_a_composition_that_never_fits_is_refused(serving: Callable[..., Any]) -
     assert served.begin("sql", [5], 3).result()[0] == served.world.expected("sql", [5], 3)
 
 
+def test_a_request_is_always_counted_between_the_queue_and_its_row(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving()
+    engine = served.service.engine
+    take, idle = engine._admission.take, []
+    monkeypatch.setattr(engine._admission, "take", lambda generations: (take(generations), idle.append(engine.idle)))
+    assert served.begin("sql", [5, 6, 7], 3).result()[0] == served.world.expected("sql", [5, 6, 7], 3)
+    assert idle == [False]
+
+
 def test_a_long_prompt_is_read_in_parts_between_which_others_decode(
     serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

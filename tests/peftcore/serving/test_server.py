@@ -95,6 +95,13 @@ def test_an_answer_that_takes_long_is_not_ended_by_the_read_timeout(serving: Cal
             assert answer.json()["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_request_behind_another_on_one_connection_has_to_arrive_too(serving: Callable[..., Any]) -> None:
+    served = serving(http=True, limits=Limits(read_timeout=0.2))
+    with half_sent(served.url, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" + HALF["half a body"]) as connection:
+        answers = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answers.count(b"HTTP/1.1 ") == 2 and b"HTTP/1.1 408 " in answers
+
+
 @pytest.mark.parametrize("sent", HALF.values(), ids=HALF)
 def test_half_sent_requests_keep_nobody_out(
     serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, sent: bytes

@@ -1,5 +1,7 @@
 """transformers' own Trainer and accelerate's own loop on adapted models, without a line for them."""
 
+import copy
+import importlib
 import json
 import math
 import sys
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import HfApi, ModelCard
@@ -141,6 +144,22 @@ def test_trainer_treats_other_models_as_ever(tmp_path: Path) -> None:
     resumed = plain(tiny_llama(), tmp_path, **(SAVING | {"max_steps": 5}))
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 5
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_trainer_that_is_imported_after_the_model_was_adapted_reads_checkpoints_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
+) -> None:
+    plain(adapted(), tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    model = adapted()
+    monkeypatch.setattr(transformers, "trainer", sys.modules["transformers.trainer"], raising=False)
+    monkeypatch.delitem(sys.modules, "transformers.trainer")
+    model = copy.deepcopy(model) if copied else get_peft_model(adapted().unload(), model.peft_config["default"])
+    later = importlib.import_module("transformers.trainer").Trainer
+    assert later is not Trainer
+    plain(model, tmp_path / "again", later, max_steps=1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    saved = load_file(tmp_path / "checkpoint-1" / "adapter_model.safetensors")
+    assert_same(model.get_adapter_state_dict(), {key.removeprefix("base_model.model."): t for key, t in saved.items()})
 
 
 def test_the_mixin_reads_what_trainer_has_written(tmp_path: Path) -> None:
