@@ -1,4 +1,4 @@
-"""What a version's commit must hold to be built again, and what it must never hold: its input data, and secrets."""
+"""Files of a version's commit: the input data, which it must hold to be built again, and credentials, which it must not."""
 
 import configparser
 import re
