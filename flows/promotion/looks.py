@@ -1,4 +1,4 @@
-"""How many tries a version is the best or the last of.
+"""The number of tries that a version is the best or the last of.
 
 A gate that passes 3 % of the candidates that are no better passes one of many with a far higher probability. Nothing
 here corrects for that; the numbers are recorded and shown, so that people can.
@@ -12,6 +12,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from flows.locks import exclusive
 from flows.paths import Paths
 from flows.promotion.candidate import Looks
 from flows.promotion.registry import Assignment, Registry, Version
@@ -50,10 +51,12 @@ def note_trial(paths: Paths, lock: str, parameters: str) -> None:
     data = data_digest(YAML(typ="safe").load(lock), paths)
     if data is None:
         return
-    noted, digest = _noted(paths), hashlib.sha256(parameters.encode()).hexdigest()
-    noted[data] = sorted({*noted.get(data, []), digest})
-    paths.trials.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(paths.trials, json.dumps(noted, indent=2) + "\n")
+    digest = hashlib.sha256(parameters.encode()).hexdigest()
+    with exclusive(paths.root / ".dvc" / "tmp" / "peftcore-trials.lock"):  # agents of a sweep end at the same time
+        noted = _noted(paths)
+        noted[data] = sorted({*noted.get(data, []), digest})
+        paths.trials.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(paths.trials, json.dumps(noted, indent=2) + "\n")
 
 
 def _noted(paths: Paths) -> dict[str, list[str]]:
