@@ -1,4 +1,4 @@
-"""Files of a version's commit: the input data, which it must hold to be built again, and credentials, which it must not."""
+"""Files of a version's commit: input data, which a later build needs, and credentials, which it must never hold."""
 
 import configparser
 import re
