@@ -1,5 +1,6 @@
-"""The command `peftcore serve`: a base, a folder of adapters, compositions of adapters, and the promoted version of this
-project, which the next one replaces while requests run.
+"""The command `peftcore serve`: a base, a folder of adapters, compositions, and the promoted version.
+
+The next promoted version replaces that one while requests run.
 """
 
 import contextlib
