@@ -10,7 +10,7 @@ a version can be pushed for a pull request to be judged, and is promoted once th
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -170,25 +170,37 @@ def judge(
     on the push of a version's tag and in a job of the default branch. remote: the git remote that decides between jobs.
     Raises GateError if the gate refuses all, RegistryConflict if other jobs promoted first each time.
     """
-    tell = partial(_tell, environment, report)
+    tell, told = partial(_tell, environment, report), list[str]()
     event, number = Event.of(environment), version or None  # an input that is left empty names none
     try:
-        registry = registry_of(params, paths.root)
+        registry = registry_of(params, paths.root, sign=True)
         dry = not _promotes(registry.git, event, environment, remote) if dry_run is None else dry_run
         if not dry:
             number = synchronise(registry, remote).get(number or "", number)
         if not dry and number is None and event.tag is None and event.base is None:
             default = default_branch(registry.git, environment, remote)
-            verdict = _catch_up(params, paths, registry, default, remote, tell)
+            verdict = _catch_up(params, paths, registry, default, remote, tell, told)
         else:
-            verdict = _judge_one(params, paths, registry, environment, number, dry, remote, tell)
+            verdict = _judge_one(params, paths, registry, environment, number, dry, remote, tell, told)
     except PipelineError as error:
-        word = "conflict" if isinstance(error, RegistryConflict) else "error"
-        tell(word, number, f"## ❌ No verdict\n\n{escape(str(error), quote=False)}\n")
+        tell_error(environment, report, error, number, told)
         raise
     if verdict.promotion is not None and not verdict.promotion.accepted:
         raise GateError(verdict.promotion.sentence)
     return verdict
+
+
+def tell_error(
+    environment: Mapping[str, str],
+    report: Path,
+    error: PipelineError,
+    version: str | None = None,
+    earlier: Sequence[str] = (),
+) -> None:
+    """Tell that a job came to no verdict. earlier: reports (Markdown) of the versions that it judged before."""
+    word = "conflict" if isinstance(error, RegistryConflict) else "error"
+    section = f"## ❌ No verdict\n\n{escape(str(error), quote=False)}\n"
+    _tell(environment, report, word, version, "\n".join([*earlier, section]))
 
 
 def _judge_one(
@@ -200,8 +212,12 @@ def _judge_one(
     dry: bool,
     remote: str,
     tell: Callable[[str, str | None, str], None],
+    told: list[str],
 ) -> Verdict:
-    """Judge one version: `number`, or that of the event, which is promoted only if it is in the default branch."""
+    """Judge one version: `number`, or that of the event, which is promoted only if it is in the default branch.
+
+    told: gets the report of the version, also where noting its refusal fails.
+    """
     chosen = registry.version(number) if number else _version_of(registry, Event.of(environment), remote)
     if chosen is None:
         return _none(registry, tell)
@@ -211,9 +227,10 @@ def _judge_one(
             tell(NOT_MERGED, chosen.number, f"## {_not_merged(registry, chosen, default)}\n")
             return Verdict(NOT_MERGED, chosen.number, None)
     promotion = _promote(params, paths, chosen.number, dry, remote)
+    told.append(as_markdown(promotion))
     if not dry and not promotion.accepted:
         note_judged(registry, params, chosen, remote)
-    tell(promotion.outcome, chosen.number, as_markdown(promotion))
+    tell(promotion.outcome, chosen.number, told[0])
     return Verdict(promotion.outcome, chosen.number, promotion, (promotion,))
 
 
@@ -236,9 +253,14 @@ def _catch_up(
     default: DefaultBranch,
     remote: str,
     tell: Callable[[str, str | None, str], None],
+    told: list[str],
 ) -> Verdict:
-    """Judge what waits, the newest first, until one is promoted; a refusal is noted at the remote, for later jobs."""
-    judged, failures = list[Promotion](), list[PipelineError]()
+    """Judge the waiting versions, the newest first, until one is promoted.
+
+    A refusal is noted at the remote, so no later job judges the version again, and only this one can tell of it. So
+    `told` gets the reports also where another version cannot be judged, whose error is raised if none is promoted.
+    """
+    judged, failures = list[Promotion](), dict[Version, PipelineError]()
     waiting = pending_versions(registry, params, judged_versions(registry, remote))
     for version in (version for version in waiting if _is_merged(registry, version, default)):
         try:
@@ -247,24 +269,25 @@ def _catch_up(
             raise
         except PipelineError as error:  # a version that cannot be judged must not keep older ones from it
             logger.warning("%s could not be judged: %s", version.tag, error)
-            failures.append(error)
+            failures[version] = error
             continue
         judged.append(promotion)
+        told.append(as_markdown(promotion))
         if promotion.accepted:
             break
         note_judged(registry, params, version, remote)
+    told += [f"## ❌ {one.tag} was not judged\n\n{escape(str(why), quote=False)}\n" for one, why in failures.items()]
     if failures and not any(promotion.accepted for promotion in judged):
-        raise failures[0]
+        raise next(iter(failures.values()))
     if not registry.versions():
         return _none(registry, tell)
     if not judged:
         others = [_not_merged(registry, version, default) for version in waiting]
         tell(NOTHING, None, "\n".join(["## Nothing to judge\n", *others]) + "\n")
         return Verdict(NOTHING, None, None)
-    told = next((one for one in judged if one.accepted), judged[0])
-    failed = [f"## ❌ Not judged\n\n{escape(str(error), quote=False)}\n" for error in failures]
-    tell(told.outcome, told.version, "\n".join([*map(as_markdown, judged), *failed]))
-    return Verdict(told.outcome, told.version, told, tuple(judged))
+    decisive = next((one for one in judged if one.accepted), judged[0])
+    tell(decisive.outcome, decisive.version, "\n".join(told))
+    return Verdict(decisive.outcome, decisive.version, decisive, tuple(judged))
 
 
 def _promote(params: Params, paths: Paths, version: str, dry_run: bool, remote: str) -> Promotion:

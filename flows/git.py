@@ -74,6 +74,10 @@ class Git:
         """The commit that is checked out (40 hex digits)."""
         return self.run("rev-parse", "HEAD").strip()
 
+    def common_folder(self) -> Path:
+        """Return git's own folder, which all working trees of the repository share."""
+        return self.root / self.run("rev-parse", "--git-common-dir").strip()
+
     def uncommitted(self, leaving_out: Sequence[str] = ()) -> list[str]:
         """Tracked files that differ from HEAD, and new ones that are not ignored; sorted."""
         excluded = [f":(exclude){name}" for name in leaving_out]

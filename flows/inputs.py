@@ -1,10 +1,10 @@
-"""What a run is made of, and how much of it git and DVC know: the rest is not seen by what works on commits."""
+"""Inputs of a run that git and DVC do not have. Commands that work on commits do not see them."""
 
 from flows.errors import DataError
 from flows.git import Git, GitError
 
 INPUTS = ("params.yaml", "dvc.yaml", "data", "flows", "peftcore")
-"""What of a repository can change what is trained."""
+"""Files and folders of a repository that can change the trained adapter."""
 SHOWN = 5
 
 

@@ -1,5 +1,7 @@
-"""What `peftcore serve` serves: a base, a folder of adapters, compositions of them, and the promoted version of this
-project, whose place the next one takes while requests run."""
+"""The command `peftcore serve`: a base, a folder of adapters, compositions, and the promoted version.
+
+The next promoted version replaces that one while requests run.
+"""
 
 import contextlib
 import json
@@ -14,6 +16,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from flows.base.identity import base_identity, have_same_base
 from flows.errors import BaseModelError, PipelineError, RegistryError, RepositoryError
@@ -51,8 +55,14 @@ class ServedBase:
 
     @classmethod
     def judged(cls, record: Mapping[str, Any]) -> "ServedBase":
-        """Return the base on which a registered version was evaluated."""
-        quantization = Quantization(**record["params"]["quantization"])
+        """Return the base on which a registered version was evaluated. Raises RegistryError if its record has none."""
+        try:
+            quantization = Quantization.model_validate(record["params"].get("quantization"))
+        except ValidationError as error:
+            raise RegistryError(
+                f"the record of {record['name']} {record['version']} does not tell how its base was stored: {error}; "
+                "register it again with `peftcore run`"
+            ) from error
         return cls(record["base_model"], quantization, record.get("base_manifest"))
 
     def is_same(self, other: "ServedBase") -> bool:
@@ -95,6 +105,8 @@ class StageWatch:
     ):
         self.version: str | None = None
         """The one that is served."""
+        self._commit: str | None = None
+        """Its commit: after a fetch the same number may be another version's."""
         self.warnings: dict[str, str] = {}
         """{stage: why its version is not served, "fetch": why the tags of the remote are not known}; {} normally."""
         self._paths, self._stage, self._store, self._base = paths, stage, store, base
@@ -116,8 +128,8 @@ class StageWatch:
             PeftError: it cannot be loaded or served. In all cases the old version is served on.
         """
         holder, name = self._registry.stages().get(self._stage), self._registry.name
-        number = None if holder is None else holder.version
-        if number == self.version:
+        number, commit = (None, None) if holder is None else (holder.version, holder.commit)
+        if number == self.version and (number is None or commit == self._commit):
             return False
         if number is None:
             self._store.remove(name)
@@ -133,7 +145,7 @@ class StageWatch:
             )
         self._store.swap(name, self._files(version), (self._stage,), self._check)
         logger.info("%s is now %s, the %s", name, version.number, self._stage)
-        self.version = version.number
+        self.version, self._commit = version.number, version.commit
         return True
 
     @contextmanager
@@ -171,7 +183,7 @@ class StageWatch:
 
     def _files(self, version: Version) -> Path:
         """The version's adapter directory, checked against its record."""
-        kept = self._folder / version.number
+        kept = self._folder / version.commit / version.number
         name = self._paths.adapter.relative_to(self._paths.root).as_posix()
         with files_at(self._paths.root, version.commit, [name]) as fetched:
             for file, digest in self._registry.record(version)["adapter"]["files"].items():

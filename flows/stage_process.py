@@ -88,20 +88,22 @@ def _at_work(root: Path) -> Iterator[None]:
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            fcntl.flock(file, fcntl.LOCK_SH)  # waits where another process here looks at DVC's note just now
-            file.seek(0)
-            host = file.read().strip()
-            if host != this_host():
-                raise BusyError(
-                    f"{host or 'another host'} is at work in {root}; wait for it, or work in a clone of your own"
-                ) from error
+        except BlockingIOError:
+            pass  # somebody is at work here; who, the file says
         else:
             file.truncate(0)
             file.write(f"{this_host()}\n")
             file.flush()
             forget_dead_locks(root)
-            fcntl.flock(file, fcntl.LOCK_SH)
+        # This waits while another process looks at DVC's note. A lock becomes a shared one in two steps: another host
+        # may take it in between, and the file then has that host's name.
+        fcntl.flock(file, fcntl.LOCK_SH)
+        file.seek(0)
+        host = file.read().strip()
+        if host != this_host():
+            raise BusyError(
+                f"{host or 'another host'} is at work in {root}; wait for it, or work in a clone of your own"
+            )
         yield
 
 

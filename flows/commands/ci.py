@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from flows import completion
 from flows.commands.common import AsJson, at_stage, errors, project
+from flows.errors import PipelineError
 
 
 def ci(
@@ -60,10 +62,15 @@ def ci(
     each time.
     """
     with errors(), project() as (params, paths):
-        from flows.ci import judge, rules_for
+        from flows.ci import judge, rules_for, tell_error
 
         where = report or paths.review.with_name("gate.md")
-        with rules_for(params, paths, os.environ, rules or None, remote) as by:
+        with ExitStack() as stack:
+            try:
+                by = stack.enter_context(rules_for(params, paths, os.environ, rules or None, remote))
+            except PipelineError as error:
+                tell_error(os.environ, where, error, version or None)
+                raise
             verdict = judge(at_stage(by, stage), paths, os.environ, where, version, dry_run, remote)
         if as_json:
             promotion = verdict.promotion.as_dict() if verdict.promotion else None

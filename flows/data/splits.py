@@ -104,7 +104,7 @@ def without_learned(
     splits: dict[Split, list[Row]], learned: Collection[str]
 ) -> tuple[dict[Split, list[Row]], Counter[str]]:
     """Leave out of test and validation the rows with a learned prompt, and count them; they may be trained on again."""
-    known = {" ".join(prompt.split()) for prompt in learned}
+    known = set(map(canonical, learned))
     kept: dict[Split, list[Row]] = {
         split: [row for row in rows if split == "train" or row.prompt_key not in known]
         for split, rows in splits.items()

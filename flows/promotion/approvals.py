@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.errors import RegistryConflict, RegistryError
-from flows.git import Git, GitError, Tag
+from flows.git import Git, Tag
 from flows.promotion.registry import Registry, Version
 from flows.promotion.signatures import VARIABLE, signature_of
 
@@ -60,7 +60,7 @@ def approve(
     """Approve a version by a tag, signed with the registry's key if it has one; push_to: a git remote to send it to.
 
     Raises RegistryError without a note, where git knows no e-mail, or where the approval would not count;
-    RegistryConflict if the remote has another.
+    RegistryConflict if the remote has another. After an error there is no approval here.
     """
     git, email = registry.git, registry.git.email()
     if not note.strip():
@@ -83,13 +83,9 @@ def approve(
         if made is None:
             raise RegistryError(_why_not(registry, version, tag, allowed))
         if push_to is not None:
-            git.push_tags(push_to, [version.tag, tag])
-    except GitError as error:
-        git.delete_tag(tag)
-        kind = RegistryConflict if "rejected" in str(error) else RegistryError
-        raise kind(f"{error}; the approval was taken back") from error
-    except RegistryError:
-        git.delete_tag(tag)
+            registry.push(push_to, [version.tag, tag])
+    except BaseException:
+        git.delete_tag(tag)  # where the remote has it all the same, the next fetch brings it
         raise
     return made
 

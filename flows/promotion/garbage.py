@@ -85,7 +85,7 @@ def collect_garbage(
     Raises RepositoryError if DVC is at work, cannot tell what is used, or the remote holds objects of others.
     """
     git = Git(paths.root)
-    registry = registry_of(params, paths.root)
+    registry = registry_of(params, paths.root, sign=push_to is not None)
     if push_to is not None:
         synchronise(registry, push_to)
     leftovers = _leftovers(dry_run, git)

@@ -1,4 +1,4 @@
-"""How many tries a version is the best or the last of.
+"""The number of tries that a version is the best or the last of.
 
 A gate that passes 3 % of the candidates that are no better passes one of many with a far higher probability. Nothing
 here corrects for that; the numbers are recorded and shown, so that people can.
@@ -12,6 +12,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from flows.git import Git
+from flows.locks import exclusive
 from flows.paths import Paths
 from flows.promotion.candidate import Looks
 from flows.promotion.registry import Assignment, Registry, Version
@@ -41,8 +43,8 @@ def data_digest(lock: Mapping[str, Any], paths: Paths) -> str | None:
 
 
 def trials_on(paths: Paths, data: str | None) -> int:
-    """How many different parameters were tried on prepared data with this digest, in this clone."""
-    return len(_noted(paths).get(data or "", []))
+    """Return how many different parameters were tried on prepared data with this digest, in this clone."""
+    return len(_noted(_of_the_clone(paths)).get(data or "", []))
 
 
 def note_trial(paths: Paths, lock: str, parameters: str) -> None:
@@ -50,10 +52,18 @@ def note_trial(paths: Paths, lock: str, parameters: str) -> None:
     data = data_digest(YAML(typ="safe").load(lock), paths)
     if data is None:
         return
-    noted, digest = _noted(paths), hashlib.sha256(parameters.encode()).hexdigest()
-    noted[data] = sorted({*noted.get(data, []), digest})
-    paths.trials.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(paths.trials, json.dumps(noted, indent=2) + "\n")
+    digest, paths = hashlib.sha256(parameters.encode()).hexdigest(), _of_the_clone(paths)
+    with exclusive(paths.root / ".dvc" / "tmp" / "peftcore-trials.lock"):  # agents of a sweep end at the same time
+        noted = _noted(paths)
+        noted[data] = sorted({*noted.get(data, []), digest})
+        paths.trials.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(paths.trials, json.dumps(noted, indent=2) + "\n")
+
+
+def _of_the_clone(paths: Paths) -> Paths:
+    """Return the paths of the clone's first working tree. A retraining has a tree of its own, without the counts."""
+    git_folder = Git(paths.root).common_folder().resolve()
+    return Paths(git_folder.parent) if git_folder.name == ".git" else paths
 
 
 def _noted(paths: Paths) -> dict[str, list[str]]:

@@ -260,7 +260,7 @@ class Registry:
 
     def push_version(self, remote: str, version: Version) -> None:
         """Push a version's tag, by which its number is its own. Raises RegistryConflict if the remote has another."""
-        self._push(remote, [version.tag])
+        self.push(remote, [version.tag])
 
     def push_again(self, remote: str, version: Version, held: Assignment) -> None:
         """Push an assignment that was killed before it could be; where the remote has it, nothing happens.
@@ -269,23 +269,23 @@ class Registry:
         """
         tag = f"{self.name}#{held.stage}#{held.event}"
         try:
-            self._push(remote, [version.tag, tag])
+            self.push(remote, [version.tag, tag])
         except RegistryConflict:
             self.git.delete_tag(tag)
             raise
 
     def _push_or_delete(self, remote: str, names: Sequence[str]) -> None:
-        """Push tags as `_push`; where that fails or is interrupted, delete the last of them here.
+        """Push tags as `push`; where that fails or is interrupted, delete the last of them here.
 
         If the remote has it all the same, the next fetch brings it.
         """
         try:
-            self._push(remote, names)
+            self.push(remote, names)
         except BaseException:
             self.git.delete_tag(names[-1])
             raise
 
-    def _push(self, remote: str, names: Sequence[str]) -> None:
+    def push(self, remote: str, names: Sequence[str]) -> None:
         """Push tags, all or none.
 
         Whether the remote has the tags is asked of the remote: an answer may be lost after the tags have arrived.
@@ -321,7 +321,7 @@ class Registry:
 
     def _conflict(self, tag: str, why: str = "") -> RegistryConflict:
         return RegistryConflict(
-            f"{tag}: {why}another registration or promotion of {self.name} came first; "
+            f"{tag}: {why}another registration, promotion or approval of {self.name} came first; "
             "take the remote's in with `peftcore registry fetch`, look at `peftcore registry list`, then run this again"
         )
 

@@ -19,6 +19,7 @@ from pyarrow import parquet
 from pydantic import ValidationError
 
 from flows.base.identity import is_base
+from flows.data.canonical import canonical
 from flows.errors import GateError, StageError
 from flows.params import Params
 from flows.paths import Paths
@@ -107,7 +108,7 @@ def _same_labels(params: Params, registry: Registry, champion: Version, ours: Pa
 def _not_learned(paths: Paths, registry: Registry, version: Version, at: Paths, rows: list[dict[str, Any]]) -> set[str]:
     """Ids of the rows that neither a version nor what its training started from was trained or validated on."""
     known = {one for data in data_of(paths, registry, version, at) for one in learned(data)}
-    return {row["id"] for row in rows if row["id"] not in known and row["text"] not in known}
+    return {row["id"] for row in rows if row["id"] not in known and canonical(row["text"]) not in known}
 
 
 def _base(stack: ExitStack, paths: Paths, registry: Registry, champion: Version, candidate: Candidate) -> Path:
@@ -154,9 +155,9 @@ def data_of(paths: Paths, registry: Registry, version: Version, at: Paths) -> It
 
 
 def learned(data: Paths) -> set[str]:
-    """Ids and texts of the rows that were trained on, or decided when training ended."""
+    """Return ids and canonical texts of the rows that were trained on, or decided when training ended."""
     rows = [*_texts(data.split("train")), *_texts(data.split("validation"))]
-    return {row[name] for row in rows for name in ("id", "text")}
+    return {key for row in rows for key in (row["id"], canonical(row["text"]))}
 
 
 def _texts(path: Path) -> list[dict[str, Any]]:

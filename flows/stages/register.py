@@ -17,7 +17,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.project import dvc
 from flows.promotion.card import CARD, model_card
-from flows.promotion.inputs import check_no_secrets, data_files
+from flows.promotion.commit_files import check_no_secrets, data_files
 from flows.promotion.lineage import (
     LOCK,
     adapter_files,

@@ -223,6 +223,8 @@ class Engine:
         for row, failure in step.failures.items():
             logger.error("%s", failure, exc_info=failure.__cause__)
             generations[row].fail(failure)
+        if step.failures:  # requests may wait for the adapters of those that have failed
+            self._admission.released()
 
     def _push(self, generations: Sequence[Generation], step: Step) -> None:
         """Give the requests that are left after a step their next token."""

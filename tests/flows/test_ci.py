@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from flows.ci import default_branch, judge, rules_for
+from flows.cli import app
 from flows.errors import RegistryError
 from flows.git import Git
 from flows.params import Params
 from flows.paths import Paths
+from flows.promotion.gate import Check, GateReport
 from flows.promotion.promote import Promotion
 
 GATE = Path(__file__).parents[2] / ".ci" / "gate"
@@ -151,6 +154,41 @@ def test_a_job_of_the_default_branch_catches_up_newest_first_and_judges_nothing_
     status, _, summary, outputs = origin.job("third", "refs/heads/main").end()
     assert (status, outputs["verdict"], outputs["version"]) == (0, "nothing to judge", "")
     assert "docstrings v0.1.3 waits" in summary and origin.tags() == ["docstrings#champion#1"]
+
+
+def test_a_refusal_is_told_also_where_another_version_cannot_be_judged(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal is noted, so no later job would tell of it."""
+    project.register()
+    project.register(loss=3.7, weight=3.0)
+    project.git("remote", "add", "origin", str(project.root))
+
+    def promote(params: Params, paths: Paths, version: str, dry_run: bool, push_to: str | None) -> Promotion:
+        if version == "v0.1.0":
+            raise RegistryError("its files cannot be had")
+        failed = Check("gain in loss", False, "0.100 nats, at least 0.5")
+        return Promotion("docstrings", version, "champion", "refused", None, GateReport(version, None, (failed,)))
+
+    monkeypatch.setattr("flows.ci.promote", promote)
+    report, environment = tmp_path / "gate.md", {"CI_COMMIT_BRANCH": "main", "CI_DEFAULT_BRANCH": "main"}
+    with pytest.raises(RegistryError, match="its files cannot be had"):
+        judge(project.params, project.paths, environment, report)
+    assert "docstrings v0.1.1 is not promoted" in report.read_text()
+    assert "docstrings@v0.1.0 was not judged\n\nits files cannot be had" in report.read_text()
+
+
+def test_rules_that_cannot_be_read_are_told_in_the_report(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.root)
+    report, output = tmp_path / "gate.md", tmp_path / "output"
+    done = CliRunner().invoke(
+        app, ["ci", "--rules", "gone", "--report", str(report)], env={"GITHUB_OUTPUT": str(output)}
+    )
+    assert done.exit_code == 1
+    assert "the rules could not be read from gone" in report.read_text()
+    assert "verdict=error\n" in output.read_text()
 
 
 def test_another_branch_is_judged_only(origin: Origin) -> None:

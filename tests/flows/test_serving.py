@@ -26,6 +26,7 @@ from flows.errors import BaseModelError, RegistryError
 from flows.params import Quantization
 from flows.project import dvc
 from flows.promotion.promote import promote
+from flows.promotion.registry import Registry
 from flows.serving import ServedBase, StageWatch, compositions, register_adapters
 from peftcore import LoraConfig, get_peft_model
 from peftcore.errors import CheckpointError, ConfigError
@@ -141,6 +142,32 @@ def test_a_version_that_loses_the_stage_is_served_no_longer(project: Any, follow
     subprocess.run(["gto", "deprecate", "docstrings", "v0.1.0", "champion"], cwd=project.root, check=True)
     assert watch.check() and not watch.check()
     assert store.asked[-1] == ("remove", "docstrings") and watch.version is None
+
+
+def test_another_version_under_the_same_number_takes_the_place_too(project: Any, followed: Any) -> None:
+    """As after a fetch, where the remote has given the number to another version."""
+    watch, store = followed
+    project.register()
+    promote(project.params, project.paths)
+    assert watch.check()
+    project.git("tag", "--delete", "docstrings@v0.1.0", "docstrings#champion#1")
+    project.register(weight=2.0)
+    promote(project.params, project.paths)
+    assert watch.check() and not watch.check() and watch.version == "v0.1.0"
+    assert store.weights[1] == (project.paths.adapter / "adapter_model.safetensors").read_bytes() != store.weights[0]
+
+
+@pytest.mark.parametrize("quantization", [{}, {"quantization": {"storage": "of another release"}}])
+def test_a_record_of_another_storage_is_a_warning_and_the_watch_goes_on(
+    project: Any, followed: Any, monkeypatch: pytest.MonkeyPatch, quantization: dict[str, Any]
+) -> None:
+    watch, store = followed
+    record = project.register()
+    promote(project.params, project.paths)
+    params = {key: value for key, value in record["params"].items() if key != "quantization"} | quantization
+    monkeypatch.setattr(Registry, "record", lambda *_: record | {"params": params})
+    watch.look()
+    assert "does not tell how its base was stored" in watch.warnings["champion"] and store.asked == []
 
 
 @pytest.mark.parametrize(

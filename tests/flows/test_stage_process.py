@@ -161,3 +161,19 @@ def test_the_note_of_another_host_on_a_shared_disk_is_not_judged_by_processes_he
     (root / "go").touch()
     run_stage(root, "wait", 60)  # the lock went with the process that held it
     assert (root / "out.txt").read_text() == "whole" and lock.read_text() == f"{this_host()}\n"
+
+
+def test_a_host_that_takes_the_lock_while_it_becomes_a_shared_one_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, lock = fcntl.flock, root / ".dvc" / "tmp" / "peftcore.lock"
+
+    def in_two_steps(file: Any, how: int) -> None:
+        if how == fcntl.LOCK_SH:
+            flock(file, fcntl.LOCK_UN)
+            lock.write_text("far/12345678\n")
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", in_two_steps)
+    with pytest.raises(BusyError, match=r"far/12345678 is at work in"):
+        run_stage(root, "wait", 60)

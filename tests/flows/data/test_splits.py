@@ -13,6 +13,7 @@ from flows.data.splits import (
     replayed,
     sample,
     without_duplicates,
+    without_learned,
     without_near_duplicates,
 )
 from flows.errors import DataError
@@ -107,6 +108,17 @@ def test_a_prompt_that_is_typed_otherwise_is_the_same_prompt(prompt: str) -> Non
     assert ([len(of) for of in kept.values()], dropped) == ([0, 0, 1], {"duplicate of another split": 1})
     splits: dict[Split, list[Row]] = {"train": rows[1:], "validation": [], "test": rows[:1]}
     assert leakage(splits)["train-test"]["prompts"] == 1
+
+
+def test_a_learned_prompt_that_is_typed_otherwise_judges_nothing() -> None:
+    splits: dict[Split, list[Row]] = {
+        "test": [row("What is \u201cNaN\u201d?"), row("else")],
+        "validation": [row("cafe\u0301  au lait")],
+        "train": [row('What is "NaN"?')],
+    }
+    kept, dropped = without_learned(splits, ['What is "NaN"?', "caf\u00e9 au\u200b lait", "what \u2019else\u2019"])
+    assert kept == {"test": [row("else")], "validation": [], "train": splits["train"]}
+    assert sum(dropped.values()) == 2
 
 
 def test_a_row_with_one_word_changed_stays_in_one_split() -> None:

@@ -8,9 +8,12 @@ import pytest
 from flows.errors import RegistryError, StageError
 from flows.git import Git
 from flows.params import Params
-from flows.promotion.looks import note_trial
+from flows.paths import Paths
+from flows.promotion.lineage import read_lock
+from flows.promotion.looks import data_digest, note_trial, trials_on
 from flows.promotion.promote import promote, read_promotion, roll_back
 from flows.promotion.registry import Registry, RegistryConflict
+from flows.worktree import worktree_at
 from peftcore.files import write_manifest
 
 
@@ -302,6 +305,9 @@ def test_versions_and_trials_on_the_same_rows_are_counted(project: Any) -> None:
         note_trial(project.paths, (project.root / "dvc.lock").read_text(), parameters)
     record = project.register(loss=2.6, weight=2.0)
     assert record["looks"] == {"test_rows": 2, "trials": 2}
+    digest = data_digest(read_lock(project.root, "register"), project.paths)
+    with worktree_at(project.root, "HEAD") as tree:
+        assert trials_on(Paths(tree), digest) == 2, "a retraining of this clone knows of them"
     report = promote(project.params, project.paths).report
     assert report is not None
     detail = next(check.detail for check in report.checks if check.name == "against the champion")

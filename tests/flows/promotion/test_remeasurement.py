@@ -251,6 +251,8 @@ def test_what_it_started_from_has_taught_it_too(tmp_path: Path, monkeypatch: pyt
 
 def test_a_classified_text_is_what_is_asked(tmp_path: Path) -> None:
     assert "cold" in remeasurement.learned(prepared_rows(tmp_path / "a", {"train": ["cold"]}, "text"))
+    typed = prepared_rows(tmp_path / "b", {"train": ["\u201ccold\u201d"]}, "text")
+    assert '"cold"' in remeasurement.learned(typed), "in the spelling in which rows are compared"
     (tmp_path / "a" / "artifacts" / "data" / "train.parquet").write_bytes(b"no table")
     with pytest.raises(StageError, match=r"train\.parquet cannot be read as prepared rows"):
         remeasurement.learned(Paths(tmp_path / "a"))

@@ -252,8 +252,16 @@ def test_promotion_waits_for_approvals(project: Any, tmp_path: Path) -> None:
     there = Registry(Git(tmp_path / "clone"), "docstrings")
     made = approve(there, there.version("v0.1.0"), "fine", None, push_to="origin")
     there.git.delete_tag(made.tag)
-    with pytest.raises(RegistryConflict, match="the approval was taken back"):
+    with pytest.raises(RegistryConflict, match=r"the remote origin has another approved/docstrings/v0\.1\.0/grace-"):
         approve(there, there.version("v0.1.0"), "another note", None, push_to="origin")
+    assert there.git.tags("approved/*") == []
+    hook = remote / "hooks" / "pre-receive"
+    hook.write_text("#!/bin/sh\necho 'only on Mondays' >&2\nexit 1\n")
+    hook.chmod(0o755)
+    project.git("config", "user.email", "alan@example.org", root=tmp_path / "clone")
+    with pytest.raises(RegistryError, match="only on Mondays") as caught:
+        approve(there, there.version("v0.1.0"), "fine", None, push_to="origin")
+    assert not isinstance(caught.value, RegistryConflict), "a hook that refuses is nobody who was faster"
     assert there.git.tags("approved/*") == []
     project.git("fetch", "--quiet", "--tags", "origin")
     promotion = promote(project.params, project.paths)

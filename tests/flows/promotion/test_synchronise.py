@@ -3,11 +3,13 @@
 import json
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.errors import RegistryError
 from flows.git import Git
 from flows.promotion.card import CARD
 from flows.promotion.promote import promote
@@ -76,6 +78,51 @@ def test_a_stage_that_was_given_here_and_not_pushed_makes_way(two: Any, caplog: 
     register.run(second.params, second.paths)  # the same run again is the same version, by its new number
     assert set(numbers(second)) == {"v0.1.0", "v0.2.0"}
     assert json.loads(second.paths.version.read_text())["version"] == "v0.2.0"
+
+
+def test_a_version_outlives_a_kill_while_it_makes_way(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = two
+    first.register(weight=1.0)
+    content = second.register(weight=2.0)["adapter"]["content"]
+    first.git("push", "--quiet", "origin", "docstrings@v0.1.0")
+    registry, point = registry_of(second), Git.set_reference
+
+    def before(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def after(*arguments: Any, **options: Any) -> None:
+        point(*arguments, **options)
+        raise KeyboardInterrupt
+
+    for name, killed in (("create_tag", before), ("set_reference", before), ("set_reference", after)):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Git, name, killed)
+            synchronise(registry, "origin")
+        assert content[:8] in numbers(second).values(), name
+    synchronise(registry, "origin")
+    assert numbers(second) == {**numbers(first), "v0.2.0": content[:8]}, "it is registered anew once"
+
+
+def test_a_version_that_cannot_be_registered_anew_keeps_its_tag(two: Any) -> None:
+    first, second = two
+    first.register(weight=1.0)
+    first.git("push", "--quiet", "origin", "docstrings@v0.1.0")
+    second.git("-c", "user.name=a", "-c", "user.email=a@b", "tag", "-a", "-m", "by hand", "docstrings@v0.1.0")
+    before = second.git("rev-parse", "docstrings@v0.1.0")
+    with pytest.raises(RegistryError, match=r"give it up with `git tag --delete docstrings@v0\.1\.0`"):
+        synchronise(registry_of(second), "origin")
+    assert second.git("rev-parse", "docstrings@v0.1.0") == before
+
+
+def test_two_that_synchronise_at_once_register_a_version_anew_once(two: Any) -> None:
+    first, second = two
+    first.register(weight=1.0)
+    content = second.register(weight=2.0)["adapter"]["content"]
+    first.git("push", "--quiet", "origin", "docstrings@v0.1.0")
+    with ThreadPoolExecutor() as threads:
+        done = [threads.submit(synchronise, registry_of(second), "origin") for _ in range(4)]
+        assert sorted(map(len, (one.result() for one in done))) == [0, 0, 0, 1]
+    assert numbers(second) == {**numbers(first), "v0.2.0": content[:8]}
 
 
 def test_tags_of_other_names_stay_as_they_are(two: Any) -> None:

@@ -172,6 +172,29 @@ def test_an_adapter_that_fails_in_the_middle_leaves_and_the_others_go_on(
     assert max(calls) > 1
 
 
+def test_a_request_gets_the_place_of_an_adapter_that_fails_in_the_middle(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving(max_loaded=1)
+    original, waits = RoutedForward._logits, threading.Event()
+
+    def failing(self: Any, cache: Any, tokens: Any, mask: Any, routes: Any) -> Any:
+        logits = original(self, cache, tokens, mask, routes)
+        if cache.length > 20 and any("chat" in name for one in routes for name in one.names()):
+            until = time.monotonic() + 30
+            while not (waits.is_set() or time.monotonic() > until):
+                time.sleep(0.01)
+            raise RuntimeError("too much for it")
+        return logits
+
+    monkeypatch.setattr(RoutedForward, "_logits", failing)
+    chat = served.begin("chat", [5, 6, 7], 40)
+    sql = served.begin("sql", [5, 6, 7], 4)  # there is no room for its adapter until chat's has gone
+    waits.set()
+    assert isinstance(chat.result(), AdapterFailedError)
+    assert sql.result()[0] == served.world.expected("sql", [5, 6, 7], 4)
+
+
 def test_adapters_that_cannot_share_a_batch_are_computed_one_after_another(
     serving: Callable[..., Any], world: Any
 ) -> None:

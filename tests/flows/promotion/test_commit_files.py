@@ -9,8 +9,8 @@ import pytest
 from flows.errors import RepositoryError
 from flows.git import Git
 from flows.project import dvc
-from flows.promotion import inputs
-from flows.promotion.inputs import check_no_secrets
+from flows.promotion import commit_files
+from flows.promotion.commit_files import check_no_secrets
 from flows.promotion.registry import Registry
 
 S3 = "['remote \"extra\"']\n    url = s3://bucket\n"
@@ -83,6 +83,6 @@ def test_data_of_dvc_add_are_pushed_and_their_pointer_is_in_the_commit(project: 
 
 def test_large_untracked_data_belong_to_dvc(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own_data(project)
-    monkeypatch.setattr(inputs, "LARGEST", 10)
+    monkeypatch.setattr(commit_files, "LARGEST", 10)
     with pytest.raises(RepositoryError, match=r"run `dvc add data/qa\.jsonl`"):
         project.register(weight=2.0)

@@ -1,4 +1,4 @@
-"""What a version's commit must hold to be built again, and what it must never hold: its input data, and secrets."""
+"""Files of a version's commit: input data, which a later build needs, and credentials, which it must never hold."""
 
 import configparser
 import re
