@@ -6,10 +6,13 @@ STAMP := $(VENV)/.installed
 # commands of dvc.yaml say `python`
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test slow proof faults lint format install clean audit fuzz
-.DEFAULT_GOAL := run
+.PHONY: help run test slow proof faults lint format install clean audit fuzz
+.DEFAULT_GOAL := help
 
-run: install            ## bring the pipeline up to date, promote, write reports/review.html
+help:                   ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+run: install            ## run what changed in the pipeline, promote, write reports/review.html
 	@$(BIN)/peftcore run
 
 # one thread a test process: several on a core wait for one another at every operation
@@ -18,38 +21,38 @@ test: install           ## quick tests, on all cores
 	@$(BIN)/pytest --numprocesses auto --dist worksteal
 
 faults: export OMP_NUM_THREADS ?= 1
-faults: install         ## every fault that a run must survive, really made, and a table; PEFTCORE_FAULTS=N: N times the rounds
+faults: install         ## fault tests (kill -9, full disk, damaged files, ...) and their table; PEFTCORE_FAULTS=N repeats the random ones N times
 	@$(BIN)/pytest tests/faults tests/flows tests/peftcore/train tests/peftcore/test_checkpoint.py -m faults
 
 slow: export OMP_NUM_THREADS ?= 1
-slow: install           ## whole-pipeline tests, a file on a core
+slow: install           ## tests of the whole pipeline
 	@$(BIN)/pytest -m slow --numprocesses auto --dist loadfile
 
 proof: export OMP_NUM_THREADS ?= 1
-proof: install          ## the longest tests: faults, work pool with PostgreSQL, sweeps, nodes, benchmarks; PEFTCORE_LONG=1: those that wait for minutes too
+proof: install          ## longest tests: faults, work pool with PostgreSQL, sweeps, nodes, benchmarks; PEFTCORE_LONG=1 adds those that wait for minutes
 	@$(BIN)/pytest -m proof
 
-lint: install           ## format, lint, types, floors
+lint: install           ## check format, lint, types and import layers
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
 # --strict: a package of which nothing could be found out is an error, not a pass
-audit: install          ## known vulnerabilities of what is installed (asks PyPI)
+audit: install          ## look for known vulnerabilities of installed packages (asks PyPI)
 	@$(BIN)/python -m pip list --format=freeze --exclude-editable --disable-pip-version-check | sed 's/+[a-z0-9.]*$$//' > $(VENV)/audited.txt
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement $(VENV)/audited.txt
 
 fuzz: export PEFTCORE_FUZZ ?= 100000
 fuzz: export OMP_NUM_THREADS ?= 1
-fuzz: install           ## the loaders, on that many hostile inputs (a quarter of an hour on one core)
+fuzz: install           ## fuzz the loaders with PEFTCORE_FUZZ hostile inputs (15 minutes on one core)
 	@$(BIN)/pytest tests/security/test_fuzz.py --hypothesis-show-statistics --timeout 7200
 
-format: install
+format: install         ## format the code and fix lint errors
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-install: $(STAMP)
+install: $(STAMP)       ## create .venv with everything
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older or absent; use make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -57,5 +60,5 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-clean:                  ## forget outputs and checkpoints; DVC's cache, the registry and .venv stay
+clean:                  ## delete outputs and checkpoints; DVC's cache, the registry and .venv stay
 	rm -rf artifacts checkpoints reports wandb .prefect build .pytest_cache .ruff_cache .import_linter_cache

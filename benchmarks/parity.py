@@ -1,4 +1,4 @@
-"""How closely this library and HF PEFT agree, method by method, written into the README.
+"""How closely this library and HF PEFT agree, method by method, written into docs/methods.md.
 
     python -m benchmarks.parity
 
@@ -27,9 +27,9 @@ def main() -> None:
         command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", "parity or peft"]
         subprocess.run(command, cwd=ROOT, env={**os.environ, "PEFTCORE_PARITY_LOG": str(log)}, check=True)
         text = table([json.loads(line) for line in log.read_text().splitlines()])
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+    page = ROOT / "docs" / "methods.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
     print(text)
 
 

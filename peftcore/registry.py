@@ -94,7 +94,7 @@ def line_count(method: Method) -> int:
 
 
 def method_table() -> str:
-    """A Markdown table of the registered methods; the README's is this one."""
+    """Return a Markdown table of the registered methods, the one in docs/methods.md."""
     lines = ["| method | configuration | adapts | lines | what |", "|---|---|---|---|---|"]
     for method in methods().values():
         module = importlib.import_module(method.adapter.__module__)
