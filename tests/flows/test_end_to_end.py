@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ SMALL = {
     "gate": {"min_loss_gain": -5.0, "min_rouge_l_gain": -1.0, "min_ended": 0.0},
 }
 """What differs from params.yaml: two optimiser steps, and a gate that lets nearly everything through."""
-SECONDS_FOR_NOTHING = 20
 
 
 class Clone:
@@ -108,14 +106,11 @@ def test_dvc_answers_about_metrics_parameters_and_plots(clone: Clone, first: str
     assert {"loss", "learning rate"} <= {name.rpartition("::")[2] for name in plots["data"]}
 
 
-def test_a_second_run_does_nothing_and_quickly(clone: Clone, first: str) -> None:
-    started = time.monotonic()
+def test_a_second_run_does_nothing(clone: Clone, first: str) -> None:
     output = clone.run("peftcore", "run")
-    seconds = time.monotonic() - started
     assert ran(output) == []
     assert "docstrings v0.1.0 is champion already" in output
     assert len(clone.tags()) == 2
-    assert seconds < SECONDS_FOR_NOTHING
 
 
 def test_dvc_alone_agrees_that_there_is_nothing_to_do(clone: Clone, first: str) -> None:
@@ -126,7 +121,7 @@ def test_a_changed_parameter_reruns_what_depends_on_it_and_a_refusal_exits_with_
     clone.change(evaluate={"max_new_tokens": 6})
     output = clone.run("peftcore", "run")
     assert ran(output) == ["evaluate", "register"]
-    assert "docstrings v0.1.0 is champion already" in output, "it is the same adapter"
+    assert "docstrings v0.1.1 is champion" in output, "the same adapter with another evaluation is a version of its own"
 
     clone.change(train={"learning_rate": 2.0e-3}, gate={"min_rouge_l_gain": 0.99})
     output = clone.run("peftcore", "run", status=3)
@@ -136,6 +131,7 @@ def test_a_changed_parameter_reruns_what_depends_on_it_and_a_refusal_exits_with_
         "evaluate",
         "register",
     ]
-    assert "error: docstrings v0.1.1 is not promoted to champion: gain in ROUGE-L" in output
-    assert clone.tags() == ["docstrings#champion#1", "docstrings@v0.1.0", "docstrings@v0.1.1"]
+    assert "error: docstrings v0.1.2 is not promoted to champion: gain in ROUGE-L" in output
+    stages = [f"docstrings#champion#{number}" for number in (1, 2)]
+    assert clone.tags() == [*stages, *(f"docstrings@v0.1.{number}" for number in (0, 1, 2))]
     assert "is not promoted" in (clone.root / "reports" / "review.html").read_text()
