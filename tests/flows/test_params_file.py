@@ -47,7 +47,7 @@ def test_all_problems_are_reported_together_in_the_order_of_the_file(tmp_path: P
 def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> None:
     assert (
         said(tmp_path, "register: {zzz: 1}")
-        == "params.yaml:1: register.zzz: unknown key; give one of remote, signing_key"
+        == "params.yaml:1: register.zzz: unknown key; give one of remote, git_remote, signing_key"
     )
 
 
