@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from peftcore.tensors import is_sharded
 from peftcore.train.head_rows import flat_indices
 from peftcore.train.out_of_memory import parts_of
 from peftcore.train.supervised_head import supervised_losses
@@ -50,6 +51,8 @@ class OwnLossCheck:
             inputs: The forward's keyword arguments, without labels.
             labels: (B, T), -100 where not supervised.
         """
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            return True  # every forward pass gathers, so all processes would have to make this one, and agree
         key = (model.training, frozenset(inputs))
         if key not in self._verdicts and not self.differs:
             self._verdicts[key] = _own_loss_is_cross_entropy(model, inputs, labels)

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from peftcore.detection.head import LogitTransform, logit_transforms, output_head
 from peftcore.errors import PeftError
+from peftcore.tensors import is_sharded
 from peftcore.train.head_rows import HeadResult, HeadRows, flat_indices
 
 _LOG = logging.getLogger(__name__)
@@ -82,7 +83,9 @@ _TAILS: WeakKeyDictionary[nn.Module, dict[Any, _Tail]] = WeakKeyDictionary()
 
 def _forward(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, targets: Tensor | None) -> HeadResult:
     bare = getattr(model, "module", model)
-    head = None if is_compiled(model) else output_head(bare)
+    # of a sharded model every forward pass gathers, and only processes with labels would make that of the first batch
+    sharded = any(is_sharded(parameter) for parameter in bare.parameters())
+    head = None if sharded or is_compiled(model) else output_head(bare)
     if head is None or inputs.get("past_key_values") is not None:  # a cache would not stand a second forward
         return _all_logits(model, inputs, mask)
     transforms = logit_transforms(bare)

@@ -139,7 +139,11 @@ def test_a_version_that_loses_the_stage_is_served_no_longer(project: Any, follow
     project.register()
     promote(project.params, project.paths)
     assert watch.check()
-    subprocess.run(["gto", "deprecate", "docstrings", "v0.1.0", "champion"], cwd=project.root, check=True)
+    subprocess.run(
+        [str(Path(sys.executable).with_name("gto")), "deprecate", "docstrings", "v0.1.0", "champion"],
+        cwd=project.root,
+        check=True,
+    )
     assert watch.check() and not watch.check()
     assert store.asked[-1] == ("remove", "docstrings") and watch.version is None
 
