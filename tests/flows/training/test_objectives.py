@@ -77,7 +77,11 @@ def test_each_objective_has_its_trainer(tmp_path: Path) -> None:
     labels = rows["train"]
     assert trainer_of(params("sft"), labels, None) == (AdapterTrainer, {})
     kind, options = trainer_of(params("dpo", preference={"precompute_reference": False}), labels, None)
-    assert kind is PreferenceTrainer and options == {"objective": Dpo(), "precompute_reference": False}
+    assert kind is PreferenceTrainer and options == {
+        "objective": Dpo(),
+        "reference": "base",
+        "precompute_reference": False,
+    }
     kind, options = trainer_of(
         params("classification", classification={"class_weights": "balanced"}), labels, ["a", "b"]
     )
