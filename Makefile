@@ -22,7 +22,7 @@ test: install           ## quick tests, on all cores
 
 faults: export OMP_NUM_THREADS ?= 1
 faults: install         ## fault tests (kill -9, full disk, damaged files, ...) and their table; PEFTCORE_FAULTS=N repeats the random ones N times
-	@$(BIN)/pytest tests/faults tests/flows tests/peftcore/train tests/peftcore/test_checkpoint.py -m faults
+	@$(BIN)/pytest tests/faults tests/flows tests/peftcore/train tests/peftcore/storage/test_checkpoint.py -m faults
 
 slow: export OMP_NUM_THREADS ?= 1
 slow: install           ## tests of the whole pipeline

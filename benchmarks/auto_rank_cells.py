@@ -25,11 +25,11 @@ from transformers import (
 
 from flows.base.model import load_for_training, padding_id
 from flows.data.docstrings import pairs
-from flows.judging.scoring import by_length, row_losses
-from flows.params import Quantization
-from flows.rows import read_rows
+from flows.data.rows import read_rows
+from flows.evaluation.scoring import by_length, row_losses
+from flows.params.model import Quantization
 from peftcore import AdaLoraConfig, LoraConfig, PeftConfig, TaskType, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.train import AdapterTrainer, RightPaddingCollator
 from peftcore.train.rank_search import RankSearch, find_ranks
 

@@ -31,11 +31,11 @@ from benchmarks.auto_rank_cells import ALPHA, BATCH, RANK
 from benchmarks.machine import machine
 from benchmarks.steps import quiet
 from flows.base.model import load_for_training, padding_id
-from flows.params import Quantization
-from flows.rows import read_rows
+from flows.data.rows import read_rows
+from flows.params.model import Quantization
 from peftcore import LoraConfig, get_peft_model
-from peftcore.adapter_set import adapter_set
 from peftcore.init.eva import PrincipalComponents
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora import Lora
 from peftcore.train import RightPaddingCollator
 from peftcore.train.losses import IGNORED, OwnLossCheck

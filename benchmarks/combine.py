@@ -26,7 +26,7 @@ import peftcore
 from benchmarks.lifecycle_rounds import smollm
 from benchmarks.machine import machine
 from benchmarks.steps import quiet
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 
 RESULTS = Path(__file__).parent / "results"
 RANK = 8

@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.memory import peak_rss
 from flows.base.model import padding_id
-from flows.rows import read_rows
+from flows.data.rows import read_rows
 from peftcore.train import RightPaddingCollator
 
 OURS, TRL, TRL_NO_CHECKPOINTING = "ours", "TRL", "TRL, no checkpointing"

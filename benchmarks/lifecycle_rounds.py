@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peftcore
 from benchmarks.machine import machine
-from peftcore.checkpoint import adapter_tensors
+from peftcore.storage.checkpoint import adapter_tensors
 
 RANK = 8
 MANY = 20

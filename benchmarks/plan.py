@@ -18,9 +18,9 @@ import torch
 from ruamel.yaml import YAML
 
 from benchmarks.machine import machine
-from flows.params import load_params
+from flows.params.model import load_params
 from flows.paths import Paths
-from flows.planning.plan import plan
+from flows.resources.plan import plan
 from flows.stages import prepare
 
 MIB = 2**20

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 from flows.base.model import device
-from flows.machine_memory import peak_memory
-from flows.params import load_params
+from flows.params.model import load_params
 from flows.paths import Paths
-from flows.stage import set_seed
+from flows.runtime.machine_memory import peak_memory
+from flows.runtime.stage import set_seed
 from flows.stages import train
 
 

@@ -32,8 +32,8 @@ from benchmarks.machine import machine
 from benchmarks.routing import load
 from benchmarks.steps import quiet, random_base
 from benchmarks.store_picture import draw
+from peftcore._util.tensors import WEIGHTS_NAME
 from peftcore.routing import AdapterStore
-from peftcore.tensors import WEIGHTS_NAME
 
 RESULTS = Path(__file__).parent / "results"
 RANK, GROWN = 8, 64

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from flows.commands import ci, models, output, pipeline, promotion, registry, retraining, review, sweep
-from flows.stage import exit_on_signal, set_quiet_environment
+from flows.runtime.stage import exit_on_signal, set_quiet_environment
 
 app = typer.Typer(
     no_args_is_help=True,

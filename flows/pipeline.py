@@ -14,19 +14,19 @@ import httpx
 from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 
-from flows.demonstration import left_over
 from flows.errors import GateError
-from flows.git import Git
-from flows.last_run import RunRecord, recorded
-from flows.params import load_params
+from flows.gate.promote import Promotion, promote
+from flows.params.demonstration import left_over
+from flows.params.model import load_params
 from flows.paths import Paths
-from flows.prefect_server import tie_temporary_server
-from flows.project import stage_order
-from flows.promotion.lineage import check_artifact_name
-from flows.promotion.promote import Promotion, promote
+from flows.registry.lineage import check_artifact_name
 from flows.review.page import write_review
 from flows.review.summary import print_summary
-from flows.stage_process import run_stage
+from flows.runtime.git import Git
+from flows.runtime.last_run import RunRecord, recorded
+from flows.runtime.prefect_server import tie_temporary_server
+from flows.runtime.project import stage_order
+from flows.runtime.stage_process import run_stage
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from flows.git import Git
-from flows.last_run import last_run, running
-from flows.params import Params
+from flows.params.model import Params
 from flows.paths import Paths
-from flows.processes import is_alive, is_noted_alive
-from flows.promotion.project_registry import registry_of
-from flows.promotion.registry import Registry
-from flows.worktree import leftovers
+from flows.registry.project_registry import registry_of
+from flows.registry.registry import Registry
+from flows.runtime.git import Git
+from flows.runtime.last_run import last_run, running
+from flows.runtime.processes import is_alive, is_noted_alive
+from flows.runtime.worktree import leftovers
 
 
 def status(params: Params, paths: Paths) -> dict[str, Any]:

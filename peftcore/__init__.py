@@ -8,8 +8,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftcore.activation import refresh_adapters
-    from peftcore.combine import Recipe
     from peftcore.composition import Average, Gate, Only, Parallel, Split, Stack, Weighted
     from peftcore.config import PeftConfig, TaskType
     from peftcore.conversion import convert_directory_to_lora, convert_to_lora, save_as_lora
@@ -34,7 +32,9 @@ if TYPE_CHECKING:
         merge_streaming,
     )
     from peftcore.init import initialize_from_data, replace_lora_weights_loftq
-    from peftcore.inject import inject_adapter_in_model
+    from peftcore.injection.activation import refresh_adapters
+    from peftcore.injection.inject import inject_adapter_in_model
+    from peftcore.merging import Recipe
     from peftcore.methods.adalora import AdaLoraConfig
     from peftcore.methods.lora import LoraConfig
     from peftcore.model import PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -57,7 +57,7 @@ _HOMES = {
     "PeftConfig": "peftcore.config",
     "PeftError": "peftcore.errors",
     "PeftModel": "peftcore.model",
-    "Recipe": "peftcore.combine",
+    "Recipe": "peftcore.merging",
     "RoutingError": "peftcore.errors",
     "Split": "peftcore.composition",
     "Stack": "peftcore.composition",
@@ -74,10 +74,10 @@ _HOMES = {
     "export_vllm": "peftcore.export",
     "get_peft_model": "peftcore.model",
     "initialize_from_data": "peftcore.init",
-    "inject_adapter_in_model": "peftcore.inject",
+    "inject_adapter_in_model": "peftcore.injection.inject",
     "merge_streaming": "peftcore.export",
     "prepare_model_for_kbit_training": "peftcore.model",
-    "refresh_adapters": "peftcore.activation",
+    "refresh_adapters": "peftcore.injection.activation",
     "replace_lora_weights_loftq": "peftcore.init",
     "save_as_lora": "peftcore.conversion",
 }

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin
 
+from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.files import CONFIG_NAME, read_limited, whole_files, write_atomically
-from peftcore.patterns import SEGMENTS, branches, compiled, is_suffix
 
 LARGEST_CONFIG = 16 << 20
 """Bytes; a rank of its own for each of 100,000 experts takes about half of it."""

@@ -15,15 +15,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import activation, checkpoint, combine, forwarding, inject, merge
-from peftcore.adapter_set import adapter_set, untouched_names
-from peftcore.combine import MergeReport, Recipe
+from peftcore import merging as combine
 from peftcore.composition.algebra import Composition, Spec, weights_of
+from peftcore.composition.fingerprint import unchanging_weights
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError
-from peftcore.fingerprint import unchanging_weights
-from peftcore.trainer_checkpoints import teach_trainer
+from peftcore.injection import activation, inject, merge
+from peftcore.injection import forward_hooks as forwarding
+from peftcore.injection.adapter_set import adapter_set, untouched_names
+from peftcore.merging import MergeReport, Recipe
+from peftcore.storage import checkpoint
+from peftcore.storage.trainer_checkpoints import teach_trainer
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
 
@@ -145,7 +148,7 @@ class PeftModel:
 
     def refresh_adapters(self) -> None:
         """Have what was computed from the weights computed anew: after edits in place through `.data`, which nothing
-        shows. See `peftcore.activation.refresh_adapters`."""
+        shows. See `peftcore.injection.activation.refresh_adapters`."""
         activation.refresh_adapters(self._module)
 
     def disable_adapters(self) -> None:
@@ -194,7 +197,7 @@ class PeftModel:
     # -- merging -------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters into the base weights; undone bit for bit by `unmerge_adapter`. See `peftcore.merge`."""
+        """Fold adapters into the base weights; undone bit for bit by `unmerge_adapter`. See `peftcore.injection.merge`."""
         merge.merge_adapter(self._module, adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
@@ -225,7 +228,7 @@ class PeftModel:
     ) -> MergeReport:
         """Add a LoRA that is a weighted combination of other adapters: `add_merged("m", {"a": 0.7, "b": 0.3},
         Recipe.ties(density=0.3), rank=16)`, or of a sum such as `0.7 * Only("a") + 0.3 * Only("b")`.
-        See `peftcore.combine.add_merged`."""
+        See `peftcore.merging.add_merged`."""
         given = weights_of(weights) if isinstance(weights, Composition) else weights
         return combine.add_merged(self._module, adapter_name, given, recipe, rank)
 
@@ -242,7 +245,7 @@ class PeftModel:
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> MergeReport:
-        """The same by PEFT's names and with PEFT's meaning. See `peftcore.combine.add_weighted_adapter`."""
+        """The same by PEFT's names and with PEFT's meaning. See `peftcore.merging.add_weighted_adapter`."""
         svd = (svd_rank, svd_clamp, svd_full_matrices, svd_driver)
         return combine.add_weighted_adapter(
             self._module, adapters, weights, adapter_name, combination_type, *svd, density, majority_sign_method

@@ -8,8 +8,8 @@ import grimp
 import pytest
 from ruamel.yaml import YAML
 
-from flows.params import Params
-from flows.project import stage_order
+from flows.params.model import Params
+from flows.runtime.project import stage_order
 
 ROOT = Path(__file__).parents[1]
 STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
@@ -17,20 +17,20 @@ NOT_IN_RESULTS = {
     "flows",
     "flows.errors",
     "flows.base.hub",
-    "flows.logs",
-    "flows.method_fields",  # what it says of a method's options is in the train stage's dependencies
-    "flows.processes",
-    "flows.params",
-    "flows.params_file",
+    "flows.runtime.logs",
+    "flows.params.method_fields",  # what it says of a method's options is in the train stage's dependencies
+    "flows.runtime.processes",
+    "flows.params.model",
+    "flows.params.file",
     "flows.paths",
-    "flows.progress",
-    "flows.stage",
+    "flows.runtime.progress",
+    "flows.runtime.stage",
     "flows.stages",
-    "flows.tracking",
+    "flows.runtime.tracking",
     "peftcore.config",
     "peftcore.errors",
     "peftcore.files",
-    "peftcore.patterns",
+    "peftcore._util.patterns",
     "peftcore.registry",
 }
 """Modules that start a stage, show what it does or say what is wrong: they cannot change what a stage writes."""
@@ -66,7 +66,7 @@ def test_a_stage_takes_the_place_of_its_shell(stage: str) -> None:
 
 
 def test_training_depends_on_what_an_option_of_a_method_means() -> None:
-    assert "flows/method_fields.py" in STAGES["train"]["deps"]
+    assert "flows/params/method_fields.py" in STAGES["train"]["deps"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from flows.base.hub import DownloadError, download, run_downloader
 from flows.errors import BaseModelError
-from flows.stage import is_disk_full
+from flows.runtime.stage import is_disk_full
 from peftcore.files import sha256
 
 LARGEST_MEMBER = 1 << 40

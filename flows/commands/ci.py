@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows import completion
+from flows.commands import completion
 from flows.commands.common import AsJson, at_stage, errors, project
 from flows.errors import PipelineError
 
@@ -62,7 +62,7 @@ def ci(
     each time.
     """
     with errors(), project() as (params, paths):
-        from flows.ci import judge, rules_for, tell_error
+        from flows.gate.ci import judge, rules_for, tell_error
 
         where = report or paths.review.with_name("gate.md")
         with ExitStack() as stack:

@@ -10,13 +10,13 @@ import typer
 
 from flows.errors import PipelineError, RegistryError
 from flows.paths import Paths
-from flows.project import find_root
-from flows.stage import fail, is_disk_full
+from flows.runtime.project import find_root
+from flows.runtime.stage import fail, is_disk_full
 from peftcore.errors import PeftError
 
 if TYPE_CHECKING:
-    from flows.params import Params
-    from flows.promotion.registry import Registry
+    from flows.params.model import Params
+    from flows.registry.registry import Registry
 
 SIX_HOURS = 6 * 3600.0
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -76,14 +76,14 @@ def one_document(as_json: bool) -> Iterator[None]:
 @contextmanager
 def project() -> Iterator[tuple["Params", Paths]]:
     """Parameters and paths of the pipeline that the current folder belongs to."""
-    from flows.params import load_params
+    from flows.params.model import load_params
 
     root = find_root()
     yield load_params(Paths(root).params), Paths(root)
 
 
 def holders(params: "Params", paths: Paths) -> dict[str, str | None]:
-    from flows.promotion.project_registry import registry_of
+    from flows.registry.project_registry import registry_of
 
     stages = registry_of(params, paths.root).stages()
     return {stage: holder.version for stage, holder in stages.items()}
@@ -93,7 +93,7 @@ def at_stage(params: "Params", stage: str | None) -> "Params":
     """The parameters with another stage to promote to; typer's error, with exit status 2, for an impossible name."""
     from pydantic import ValidationError
 
-    from flows.params import Gate
+    from flows.params.model import Gate
 
     if stage is None:
         return params

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from flows import logs
 from flows.commands.common import AdapterFolder, AsJson, BaseFolder, adapter_and_base, errors, one_document
-from flows.exporting import Format
+from flows.commands.exporting import Format
 from flows.paths import Paths
-from flows.project import find_root
+from flows.runtime import logs
+from flows.runtime.project import find_root
 
 
 def export(
@@ -38,7 +38,7 @@ def export(
     Without options it is the adapter and the base of the pipeline in this folder.
     """
     with errors():
-        from flows.exporting import export as write
+        from flows.commands.exporting import export as write
 
         with one_document(as_json):
             written = write(form, *adapter_and_base(adapter, base), out, gguf, dtype, rank, tolerance)
@@ -120,8 +120,8 @@ def serve(
     batch. `/health`, `/ready` and `/metrics` (Prometheus) are for whoever watches it. SIGTERM ends it after what runs.
     """
     with errors():
-        from flows.serving import ServeOptions
-        from flows.serving import serve as run
+        from flows.serving.serve import ServeOptions
+        from flows.serving.serve import serve as run
         from peftcore.serving import Limits
 
         watched = None
@@ -130,7 +130,7 @@ def serve(
                 "it says where --watch fetches from; give --watch too", param_hint="--watch-remote"
             )
         if watch:
-            from flows.params import load_params
+            from flows.params.model import load_params
 
             paths = Paths(find_root())
             watched = (paths, load_params(paths.params))

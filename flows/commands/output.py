@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import logs
-from flows.logs import LogFormat
+from flows.runtime import logs
+from flows.runtime.logs import LogFormat
 
 Form = Annotated[
     LogFormat | None,

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flows import completion
+from flows.commands import completion
 from flows.commands.common import SIX_HOURS, AsJson, PushTo, StageTimeout, errors, one_document, project
 from flows.errors import StageError
-from flows.project import set_prefect_environment, stage_order, stage_states
-from flows.stage import fail
+from flows.runtime.project import set_prefect_environment, stage_order, stage_states
+from flows.runtime.stage import fail
 
 
 def run(
@@ -29,8 +29,8 @@ def run(
     """
     with errors(), project() as (_, paths):
         set_prefect_environment(paths.root)
-        from flows.last_run import last_run
         from flows.pipeline import run_pipeline
+        from flows.runtime.last_run import last_run
 
         before = last_run(paths)
         try:
@@ -51,7 +51,7 @@ def stage(
     as_json: AsJson = False,
 ) -> None:
     """Run one stage on what the stages before it have left, if its parameters, code or inputs changed."""
-    from flows.stage_process import run_stage
+    from flows.runtime.stage_process import run_stage
 
     with errors(), project() as (_, paths):
         stages = stage_order(paths.root)
@@ -75,7 +75,7 @@ def status(
     left behind.
     """
     with errors(), project() as (params, paths):
-        from flows.commands.standing import print_status
+        from flows.commands.status import print_status
         from flows.status import status as look
 
         found = ({"stages": stage_states(paths.root)} if states else {}) | look(params, paths)
@@ -107,8 +107,8 @@ def plan(
     the run will not fit this machine.
     """
     with errors(), project() as (params, paths):
-        from flows.planning.plan import plan as make_plan
-        from flows.planning.table import print_plan
+        from flows.resources.plan import plan as make_plan
+        from flows.resources.table import print_plan
 
         planned = make_plan(params, paths, config, probe, probe_timeout)
         if as_json:
@@ -129,9 +129,9 @@ def doctor(
     and, where something is wrong, what to do. The train stage refuses rows with an error. Exits with 1 if there is one.
     """
     with errors(), project() as (params, paths):
-        from flows.demonstration import left_over
-        from flows.doctor.examination import examine, load_tokenizer
-        from flows.doctor.preview import findings_table, preview
+        from flows.params.demonstration import left_over
+        from flows.validation.examination import examine, load_tokenizer
+        from flows.validation.preview import findings_table, preview
 
         findings, demonstration = examine(paths, params), left_over(params)
         if as_json:

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows import completion
+from flows.commands import completion
 from flows.commands.common import AsJson, PushTo, at_stage, errors, newest, project
 from flows.errors import GateError
-from flows.stage import fail
+from flows.runtime.stage import fail
 from peftcore.files import write_atomically
 
 if TYPE_CHECKING:
-    from flows.promotion.gate import Check
+    from flows.gate.gate import Check
 
 Stage = Annotated[
     str | None, typer.Option("--stage", metavar="NAME", help="`gate.stage` of `params.yaml` if left out.")
@@ -57,8 +57,8 @@ def promote(
     with 4 if somebody else promoted meanwhile.
     """
     with errors(), project() as (params, paths):
-        from flows.promotion.promote import promote as promote_version
-        from flows.promotion.report import as_markdown
+        from flows.gate.promote import promote as promote_version
+        from flows.gate.report import as_markdown
 
         promotion = promote_version(at_stage(params, stage), paths, version, dry_run, push_to, again)
         if markdown is not None:
@@ -93,7 +93,7 @@ def rollback(
     what the gate had said. Exits with 1 if there is none, with 4 if somebody else promoted meanwhile.
     """
     with errors(), project() as (params, paths):
-        from flows.promotion.promote import roll_back
+        from flows.gate.promote import roll_back
 
         promotion = roll_back(at_stage(params, stage), paths, reason, to, push_to)
         print(json.dumps(promotion.as_dict(), indent=2) if as_json else promotion.sentence)
@@ -115,9 +115,9 @@ def approve(
     approved it already.
     """
     with errors(), project() as (params, paths):
-        from flows.promotion.approvals import approve as approve_version
-        from flows.promotion.project_registry import registry_of
-        from flows.promotion.signatures import allowed_signers
+        from flows.registry.approvals import approve as approve_version
+        from flows.registry.project_registry import registry_of
+        from flows.registry.signatures import allowed_signers
 
         registry = registry_of(params, paths.root, sign=True)
         chosen = registry.version(version or newest(registry))

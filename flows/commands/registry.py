@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows import completion
+from flows.commands import completion
 from flows.commands.common import SIX_HOURS, AsJson, PushTo, StageTimeout, errors, newest, project
 from flows.paths import Paths
-from flows.stage import fail
+from flows.runtime.stage import fail
 
 if TYPE_CHECKING:
-    from flows.params import Params
-    from flows.promotion.garbage import Collection
-    from flows.promotion.registry import Registry, Version
-    from flows.promotion.reproduction import Reproduction
+    from flows.params.model import Params
+    from flows.registry.gc import Collection
+    from flows.registry.registry import Registry, Version
+    from flows.registry.reproduction import Reproduction
 
 Chosen = Annotated[
     str | None,
@@ -90,7 +90,7 @@ def diff(
 ) -> None:
     """What differs between two versions: figures, parameters, ranks, data, base, code, software and machine."""
     with errors(), project() as (params, paths):
-        from flows.promotion.comparison import differences
+        from flows.registry.comparison import differences
 
         registry = _registry(params, paths)
         one, other = (_version(registry, name) for name in (before, after))
@@ -111,8 +111,8 @@ def diff(
 def card(version: Chosen = None) -> None:
     """The model card of one version, as its commit has it: Markdown that the Hugging Face hub reads."""
     with errors(), project() as (params, paths):
-        from flows.git import GitError
-        from flows.promotion.card import CARD, model_card
+        from flows.registry.card import CARD, model_card
+        from flows.runtime.git import GitError
 
         registry = _registry(params, paths)
         chosen = _version(registry, version)
@@ -132,8 +132,8 @@ def fetch(
     number. A stage that was given here and never pushed makes way for the remote's.
     """
     with errors(), project() as (params, paths):
-        from flows.promotion.project_registry import registry_of
-        from flows.promotion.synchronise import synchronise
+        from flows.registry.project_registry import registry_of
+        from flows.registry.synchronise import synchronise
 
         renumbered = synchronise(registry_of(params, paths.root, sign=True), remote)
         if as_json:
@@ -169,7 +169,7 @@ def gc(
     nobody's.
     """
     with errors(), project() as (params, paths):
-        from flows.promotion.garbage import collect_garbage
+        from flows.registry.gc import collect_garbage
 
         found = collect_garbage(params, paths, keep, remote, forget_past, dry_run, push_to, exclusive)
         if as_json:
@@ -197,7 +197,7 @@ def reproduce(
     parameters. Your files and DVC's cache stay as they are. Exits with 1 if a file of the adapter is another.
     """
     with errors(), project() as (params, paths):
-        from flows.promotion.reproduction import reproduce as make_again
+        from flows.registry.reproduction import reproduce as make_again
 
         number = _version(_registry(params, paths), version).number
         found = make_again(params, paths, number, stage_timeout, until)
@@ -210,7 +210,7 @@ def reproduce(
 
 
 def _registry(params: "Params", paths: Paths) -> "Registry":
-    from flows.promotion.project_registry import registry_of
+    from flows.registry.project_registry import registry_of
 
     return registry_of(params, paths.root)
 
@@ -268,7 +268,7 @@ def _print_collection(found: "Collection") -> None:
 
 
 def _print_reproduction(found: "Reproduction") -> None:
-    from flows.promotion.reproduction import PARTS
+    from flows.registry.reproduction import PARTS
 
     table = Table("", title=found.version, title_justify="left")
     table.add_column("what", overflow="fold", min_width=24)

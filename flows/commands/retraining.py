@@ -9,8 +9,8 @@ import typer
 from flows.commands.common import AsJson, PushTo, errors, one_document
 from flows.errors import GateError
 from flows.paths import Paths
-from flows.project import find_root, set_prefect_environment
-from flows.stage import fail
+from flows.runtime.project import find_root, set_prefect_environment
+from flows.runtime.stage import fail
 
 
 def retrain(
@@ -36,9 +36,9 @@ def retrain(
         paths = Paths(find_root())
         set_prefect_environment(paths.root)
         if release is not None:
-            from flows.git import Git
             from flows.retraining.committed import committed_params
             from flows.retraining.trust import vouch
+            from flows.runtime.git import Git
 
             released = vouch(committed_params(Git(paths.root)), paths, release)
             told = f"{release} is taken by the next retraining, and judged by as well"

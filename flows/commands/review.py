@@ -71,7 +71,7 @@ def trial(
     `dvc exp apply NAME` takes one over.
     """
     with errors(), project() as (_, paths):
-        from flows.experiment import run_experiment
+        from flows.scaling.experiment import run_experiment
 
         with one_document(as_json):
             made = run_experiment(paths.root, overrides, name)

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows import completion
+from flows.commands import completion
 from flows.commands.common import SIX_HOURS, AsJson, StageTimeout, errors, project
-from flows.project import set_prefect_environment
-from flows.stage import fail
+from flows.runtime.project import set_prefect_environment
+from flows.runtime.stage import fail
 
 
 class Runner(StrEnum):

@@ -12,7 +12,7 @@ import pyarrow
 from pyarrow import parquet
 
 from flows.errors import DataError
-from flows.stage import is_disk_full
+from flows.runtime.stage import is_disk_full
 
 logger = logging.getLogger("flows.data")
 LONGEST_ROW = 16 << 20

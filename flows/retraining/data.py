@@ -17,12 +17,12 @@ from platform import python_version
 from flows.base.hub import DownloadError, download
 from flows.data.files import is_of_rows, why_unread
 from flows.errors import DataError
-from flows.git import Git, GitError
-from flows.inputs import check_source_is_tracked
-from flows.params import Params
+from flows.params.model import Params
 from flows.paths import Paths
-from flows.project import dvc
-from flows.promotion.registry import Registry, Version
+from flows.registry.registry import Registry, Version
+from flows.runtime.git import Git, GitError
+from flows.runtime.inputs import check_source_is_tracked
+from flows.runtime.project import dvc
 from peftcore.files import sha256, write_atomically
 
 logger = logging.getLogger(__name__)

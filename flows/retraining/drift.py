@@ -11,10 +11,10 @@ from typing import Any
 import numpy
 from pyarrow import parquet
 
-from flows import logs
 from flows.errors import StageError
-from flows.params import Drift
-from flows.project import stage_environment
+from flows.params.model import Drift
+from flows.runtime import logs
+from flows.runtime.project import stage_environment
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,17 @@ from prefect.cache_policies import NO_CACHE
 from ruamel.yaml import YAML
 
 from flows.base.identity import is_base
-from flows.demonstration import left_over
 from flows.errors import ParamsError, PipelineError, RegistryConflict
-from flows.git import Git
-from flows.inputs import unused_changes
-from flows.params import Params, load_params
+from flows.gate.promote import Promotion, last_version, promote
+from flows.gate.reevaluation import measured_with
+from flows.params.demonstration import left_over
+from flows.params.model import Params, load_params
 from flows.paths import Paths
 from flows.pipeline import is_without_server
-from flows.prefect_server import tie_temporary_server
-from flows.project import changed_stages, files_at, find_root, stage_order
-from flows.promotion.lineage import LOCK, check_artifact_name, headline_metrics
-from flows.promotion.project_registry import registry_of
-from flows.promotion.promote import Promotion, last_version, promote
-from flows.promotion.registry import Version
-from flows.promotion.remeasurement import measured_with
-from flows.promotion.synchronise import synchronise
+from flows.registry.lineage import LOCK, check_artifact_name, headline_metrics
+from flows.registry.project_registry import registry_of
+from flows.registry.registry import Version
+from flows.registry.synchronise import synchronise
 from flows.retraining.committed import committed_params, last_readable_params
 from flows.retraining.data import Collected, Files, Source, champion_of, has_been_tried, note_tried, versions_before
 from flows.retraining.drift import DriftReport, Known, measure_drift, spread_of
@@ -45,7 +41,11 @@ from flows.retraining.page import write_history_page
 from flows.retraining.tree import is_unfinished, note_unfinished, only_one, remove_working_tree, working_tree
 from flows.retraining.trust import read_set_aside, read_vouched, set_aside
 from flows.review.page import write_review
-from flows.stage_process import run_stage
+from flows.runtime.git import Git
+from flows.runtime.inputs import unused_changes
+from flows.runtime.prefect_server import tie_temporary_server
+from flows.runtime.project import changed_stages, files_at, find_root, stage_order
+from flows.runtime.stage_process import run_stage
 from peftcore.files import write_atomically
 
 logger = logging.getLogger(__name__)

@@ -22,16 +22,16 @@ from scipy.stats import ks_2samp
 from flows.base.model import load_dequantized, load_tokenizer, padding_id
 from flows.data.encoders import encoder_of, label_names
 from flows.data.examples import AnyExample
+from flows.data.rows import Row
 from flows.data.sources import comes_from, read_examples
 from flows.data.splits import rank
 from flows.data.tokens import AnyTokens, length
 from flows.errors import DataError
-from flows.judging.remeasure import adapter_losses
-from flows.params import Params
+from flows.stages.reevaluate import adapter_losses
+from flows.params.model import Params
 from flows.paths import Paths
-from flows.progress import progress
-from flows.rows import Row
-from flows.stage import start
+from flows.runtime.progress import progress
+from flows.runtime.stage import start
 from flows.training.objectives import class_names
 from peftcore import PeftModel
 from peftcore.files import write_atomically

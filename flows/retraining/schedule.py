@@ -19,7 +19,7 @@ import httpx
 
 from flows.errors import ParamsError, StageError
 from flows.paths import Paths
-from flows.processes import die_with_parent, this_host
+from flows.runtime.processes import die_with_parent, this_host
 from peftcore.files import write_atomically
 
 SECONDS_TO_START = 180.0

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows.errors import BusyError
-from flows.git import Git
 from flows.paths import Paths
-from flows.processes import this_host
-from flows.worktree import add_worktree, remove_worktree
+from flows.runtime.git import Git
+from flows.runtime.processes import this_host
+from flows.runtime.worktree import add_worktree, remove_worktree
 from peftcore.files import write_atomically
 
 

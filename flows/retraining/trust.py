@@ -8,9 +8,9 @@ import json
 from collections.abc import Mapping
 
 from flows.errors import DataError
-from flows.params import Params
+from flows.params.model import Params
 from flows.paths import Paths
-from flows.promotion.project_registry import registry_of
+from flows.registry.project_registry import registry_of
 from flows.retraining.data import Source, versions_before
 from peftcore.files import write_atomically
 

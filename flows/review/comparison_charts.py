@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from flows.review.charts import INK, LINE, SOFT, STYLE, bare, smoothed, svg
+from flows.charts.curves import INK, LINE, SOFT, STYLE, bare, smoothed, svg
 from flows.review.comparison import Comparison
 from flows.review.run import number
 

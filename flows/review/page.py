@@ -10,12 +10,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flows.params import Params
+from flows.charts.curves import headline_bars, largest, loss_curves, slice_dumbbells
+from flows.charts.ranks import HEAT_MAP
+from flows.gate.promote import last_record, read_promotion
+from flows.params.model import Params
 from flows.paths import Paths
-from flows.promotion.lineage import read_json
-from flows.promotion.promote import last_record, read_promotion
-from flows.review.charts import headline_bars, largest, loss_curves, slice_dumbbells
-from flows.training.rank_chart import HEAT_MAP
+from flows.registry.lineage import read_json
 from peftcore.files import write_atomically
 
 

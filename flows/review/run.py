@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from flows.tracking import EVALUATES
+from flows.runtime.tracking import EVALUATES
 
 Point = tuple[int, float]
 Sample = Mapping[str, str]

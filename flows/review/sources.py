@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flows.errors import RepositoryError, ReviewError
-from flows.params import load_params
+from flows.params.model import load_params
 from flows.paths import Paths
-from flows.project import find_root
 from flows.review import offline, online
 from flows.review.run import Run, joined
 from flows.review.versions import Versions
+from flows.runtime.project import find_root
 
 ONLINE, EXPERIMENT = "wandb:", "exp:"
 

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flows.gate.promote import Promotion
 from flows.paths import Paths
-from flows.promotion.lineage import read_json
-from flows.promotion.promote import Promotion
+from flows.registry.lineage import read_json
 
 FIGURES = (
     ("test loss (nats a token)", "loss", "{:.3f}"),

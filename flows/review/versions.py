@@ -14,13 +14,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from flows.errors import RegistryError, ReviewError
-from flows.experiment import EXPERIMENTS
-from flows.git import Git, GitError
-from flows.params import Params
+from flows.params.model import Params
 from flows.paths import Paths
-from flows.promotion.project_registry import registry_of
-from flows.promotion.registry import Version
+from flows.registry.project_registry import registry_of
+from flows.registry.registry import Version
 from flows.review.run import Point, Run, Sample, flat, series
+from flows.runtime.git import Git, GitError
+from flows.scaling.experiment import EXPERIMENTS
 
 
 class Versions:

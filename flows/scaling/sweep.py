@@ -9,12 +9,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.errors import StageError
-from flows.git import Git
-from flows.inputs import check_source_is_tracked
-from flows.overrides import check_overrides, parameter_sets
-from flows.params import load_params
+from flows.gate.looks import note_trial
+from flows.params.model import load_params
+from flows.params.overrides import check_overrides, parameter_sets
 from flows.paths import Paths
-from flows.promotion.looks import note_trial
+from flows.runtime.git import Git
+from flows.runtime.inputs import check_source_is_tracked
 from flows.scaling.ranking import ranked, write_ranking
 from flows.scaling.trial import Plan, Trial, run_trial, snapshot
 

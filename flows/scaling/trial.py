@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import PipelineError, RepositoryError
-from flows.git import Git
-from flows.overrides import apply_overrides
+from flows.params.overrides import apply_overrides
 from flows.paths import Paths
-from flows.project import dvc, stage_order
-from flows.stage_process import run_stage
-from flows.worktree import worktree_at
+from flows.runtime.git import Git
+from flows.runtime.project import dvc, stage_order
+from flows.runtime.stage_process import run_stage
+from flows.runtime.worktree import worktree_at
 from peftcore.errors import PeftError
 
 

@@ -4,6 +4,6 @@ Importing this package makes the environment quiet, because the libraries that t
 read it on import.
 """
 
-from flows.stage import set_quiet_environment
+from flows.runtime.stage import set_quiet_environment
 
 set_quiet_environment()

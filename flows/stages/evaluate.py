@@ -14,16 +14,16 @@ import pyarrow.parquet as parquet
 
 from flows.base.identity import base_identity
 from flows.base.model import check_base, load_dequantized, load_tokenizer
-from flows.judging.chats import judge_chats
-from flows.judging.classes import judge_classes
-from flows.judging.control import judge_control
-from flows.judging.judgement import Judgement
-from flows.judging.latency import measure_latency
-from flows.judging.pairs import judge_pairs
-from flows.params import Params
+from flows.data.rows import Row, read_rows
+from flows.evaluation.chats import judge_chats
+from flows.evaluation.classes import judge_classes
+from flows.evaluation.control import judge_control
+from flows.evaluation.latency import measure_latency
+from flows.evaluation.pairs import judge_pairs
+from flows.evaluation.result import Judgement
+from flows.params.model import Params
 from flows.paths import Paths
-from flows.rows import Row, read_rows
-from flows.stage import start
+from flows.runtime.stage import start
 from flows.training.objectives import check_split, class_names, loss_function
 from peftcore import PeftModel
 from peftcore.files import directory_written_atomically, sha256, write_atomically

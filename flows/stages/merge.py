@@ -22,11 +22,11 @@ from flows.base.model import (
     padding_id,
 )
 from flows.errors import StageError
-from flows.judging.fidelity import Fidelity, class_fidelity, fidelity
-from flows.params import Merge, Params
+from flows.evaluation.fidelity import Fidelity, class_fidelity, fidelity
+from flows.params.model import Merge, Params
 from flows.paths import Paths
-from flows.progress import progress
-from flows.stage import start
+from flows.runtime.progress import progress
+from flows.runtime.stage import start
 from flows.training.objectives import class_names, merged_rows
 from peftcore import PeftModel
 from peftcore.bases.quantized import keep_quantized_weights_trainable

@@ -25,12 +25,12 @@ from flows.data.splits import (
     without_near_duplicates,
 )
 from flows.data.tokens import length
-from flows.doctor.examination import examine_folder
 from flows.errors import DataError
-from flows.params import Data, Params
+from flows.params.model import Data, Params
 from flows.paths import SPLITS, Paths, Split
-from flows.progress import progress
-from flows.stage import start
+from flows.runtime.progress import progress
+from flows.runtime.stage import start
+from flows.validation.examination import examine_folder
 from peftcore.files import directory_written_atomically
 
 logger = logging.getLogger("flows.prepare")

@@ -12,13 +12,12 @@ from typing import Any
 
 from flows.base.identity import have_same_base
 from flows.errors import RegistryConflict
-from flows.git import Git
-from flows.params import Params
+from flows.gate.looks import data_digest, evaluated_on, trials_on
+from flows.params.model import Params
 from flows.paths import Paths
-from flows.project import dvc
-from flows.promotion.card import CARD, model_card
-from flows.promotion.commit_files import check_no_secrets, data_files
-from flows.promotion.lineage import (
+from flows.registry.card import CARD, model_card
+from flows.registry.commit_files import check_no_secrets, data_files
+from flows.registry.lineage import (
     LOCK,
     adapter_files,
     check_artifact_name,
@@ -29,12 +28,13 @@ from flows.promotion.lineage import (
     lock_text,
     read_lock,
 )
-from flows.promotion.looks import data_digest, evaluated_on, trials_on
-from flows.promotion.registry import Registry, Version
-from flows.promotion.signatures import signing_key
-from flows.promotion.synchronise import synchronise
-from flows.stage import start
-from flows.tracking import mirror_version
+from flows.registry.registry import Registry, Version
+from flows.registry.signatures import signing_key
+from flows.registry.synchronise import synchronise
+from flows.runtime.git import Git
+from flows.runtime.project import dvc
+from flows.runtime.stage import start
+from flows.runtime.tracking import mirror_version
 from peftcore.files import write_atomically
 
 logger = logging.getLogger(__name__)

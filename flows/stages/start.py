@@ -13,12 +13,12 @@ import pyarrow
 from pyarrow import parquet
 
 from flows.errors import RegistryError
-from flows.git import Git
-from flows.params import Params
+from flows.params.model import Params
 from flows.paths import Paths, Split
-from flows.project import files_at
-from flows.promotion.registry import Registry
-from flows.stage import start
+from flows.registry.registry import Registry
+from flows.runtime.git import Git
+from flows.runtime.project import files_at
+from flows.runtime.stage import start
 from peftcore.files import damaged_files, directory_written_atomically, read_manifest
 
 logger = logging.getLogger("flows.start")

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, Tra
 from transformers.trainer_callback import PrinterCallback
 
 from flows.base.model import check_base, load_for_training, load_tokenizer, padding_id
-from flows.doctor.findings import require_sound
+from flows.charts.ranks import HEAT_MAP, rank_heat_map, rank_picture
 from flows.errors import StageError
-from flows.params import Params
+from flows.params.model import Params
 from flows.paths import Paths
-from flows.progress import bars_closed
-from flows.stage import set_seed, start
-from flows.tracking import Tracker
+from flows.runtime.progress import bars_closed
+from flows.runtime.stage import set_seed, start
+from flows.runtime.tracking import Tracker
 from flows.training.adapter_choice import adapter_config
 from flows.training.arguments import fault_policy, training_arguments
 from flows.training.automatic_rank import FILE as RANKS
@@ -53,13 +53,13 @@ from flows.training.objectives import (
     training_rows,
     unweighted_chats,
 )
-from flows.training.rank_chart import HEAT_MAP, rank_heat_map, rank_picture
 from flows.training.run import Run, optimizer_steps, run_key
 from flows.training.warm_start import continue_adapter, starts_warm
+from flows.validation.findings import require_sound
 from peftcore import LoraConfig, TrainingError, initialize_from_data
 from peftcore.files import directory_written_atomically, write_atomically
 from peftcore.init import DATA_STARTS
-from peftcore.merge import check_mergeable
+from peftcore.injection.merge import check_mergeable
 from peftcore.train import (
     AdapterTrainer,
     Packs,

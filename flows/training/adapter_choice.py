@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from flows.method_fields import FIELDS
-from flows.params import AdaLora, Params
+from flows.params.method_fields import FIELDS
+from flows.params.model import AdaLora, Params
 from flows.training.objectives import rows_of
 from peftcore import PeftConfig
 from peftcore.registry import method_named

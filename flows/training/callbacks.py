@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from flows.machine_memory import peak_memory
-from flows.progress import progress
+from flows.runtime.machine_memory import peak_memory
+from flows.runtime.progress import progress
 from flows.training.log import Record, TrainingLog
 from peftcore import PeftModel
 

@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from flows.errors import PipelineError, StageError
-from flows.stage import is_disk_full
+from flows.runtime.stage import is_disk_full
 from flows.training.nodes import ADDRESS, Node
 from peftcore.errors import PeftError
 from peftcore.files import write_atomically

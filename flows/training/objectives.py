@@ -16,10 +16,10 @@ import pyarrow
 import pyarrow.parquet as parquet
 from datasets import Dataset
 
+from flows.data.rows import Row, read_rows
 from flows.errors import StageError
-from flows.params import Params
+from flows.params.model import Params
 from flows.paths import Paths, Split
-from flows.rows import Row, read_rows
 from peftcore import TaskType
 from peftcore.train import (
     AdapterTrainer,

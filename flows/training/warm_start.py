@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 from flows.errors import StageError
-from flows.params import Params
+from flows.params.model import Params
 from flows.paths import Paths
 from peftcore import PeftConfig, PeftModel
 

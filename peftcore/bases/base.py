@@ -223,7 +223,7 @@ class BaseWeight(ABC):
     def computes_in(self, x: Tensor) -> torch.dtype | None:
         """The type in which the layer's output for x is x Wᵀ + b, all frozen; None where it is more than that.
 
-        Then `product` gives that output for an x of this type, and `peftcore.low_rank` may take the layer's place.
+        Then `product` gives that output for an x of this type, and `peftcore.kernels.low_rank` may take the layer's place.
         """
         return None
 

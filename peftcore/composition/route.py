@@ -110,7 +110,7 @@ class Route:
         self.stretches = 0 if self.uniform is not None or self.depends_on_tokens else len(self._stretches())
         """Rows one after another with one composition (count); 0 where these are not what is to be computed."""
         self.plans: dict[Any, Any] = {}
-        """What `peftcore.fast_path` knows of each layer under these compositions."""
+        """What `peftcore.layers.fast_path` knows of each layer under these compositions."""
         self.model: nn.Module | None = None
         """The model that is routed, to look at the surroundings of a layer."""
         self.is_final = False

@@ -1,11 +1,11 @@
 """Many low-rank adapters over the rows of one batch in two products: y = W x + ((x Aᵀ) ∘ G) Bᵀ. No gradients.
 
 A and B are the adapters' own, one below and one beside the other; G is 0 where a row is not an adapter's (whatever
-x Aᵀ is there), and its weight elsewhere. Layers of one input go through it together, as in `peftcore.low_rank`.
+x Aᵀ is there), and its weight elsewhere. Layers of one input go through it together, as in `peftcore.kernels.low_rank`.
 Where every adapter has as many rows, the products are batched by adapter, and nothing is computed to be dropped.
 
 The stacks are kept, in the activations' type, until another set of adapters acts or their fingerprint has changed
-(`peftcore.fingerprint`). Those of adapters that train are kept for the length of one `generate` only.
+(`peftcore.composition.fingerprint`). Those of adapters that train are kept for the length of one `generate` only.
 
 Shapes: n tokens, i in_features, o out_features, R the ranks of all adapters, of all layers together.
 """
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
+from peftcore.composition.fingerprint import Fingerprint
 from peftcore.composition.route import Blocks, Mask, Run
-from peftcore.fingerprint import Fingerprint
-from peftcore.low_rank import LowRank
+from peftcore.kernels.low_rank import LowRank
 
 LONG = 64
 """Tokens (count) of a stretch with one composition, on average, from which each is computed by itself."""

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.config import PeftConfig
 from peftcore.conversion.convert import write_lora
 from peftcore.conversion.factors import Factors
 from peftcore.conversion.lora import lora_config, lora_tensors
 from peftcore.errors import ConfigError
 from peftcore.methods.adalora import AdaLoraConfig, scaling_of
-from peftcore.tensors import PREFIX, read_tensors
 
 
 def convert_directory_to_lora(source: str | Path, directory: str | Path) -> None:

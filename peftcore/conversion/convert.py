@@ -6,17 +6,17 @@ from typing import NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftcore.adapter_set import adapter_set
+from peftcore._util.tensors import PREFIX, WEIGHTS_NAME
 from peftcore.config import CONFIG_NAME
-from peftcore.content import Content, content_of
 from peftcore.conversion.lora import lora_config, lora_tensors
 from peftcore.conversion.low_rank_form import Conversion, low_rank_forms
-from peftcore.embedding_rows import embeddings_to_save
 from peftcore.files import directory_written_atomically, write_manifest
-from peftcore.inject import commit_injection
+from peftcore.injection.adapter_set import adapter_set
+from peftcore.injection.inject import commit_injection
+from peftcore.injection.preparation import prepare_injection
 from peftcore.methods.lora import LoraConfig
-from peftcore.preparation import prepare_injection
-from peftcore.tensors import PREFIX, WEIGHTS_NAME
+from peftcore.storage.adapter_state import Content, content_of
+from peftcore.storage.embedding_rows import embeddings_to_save
 
 
 class _PlainLora(NamedTuple):

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from peftcore._util.tensors import PREFIX
 from peftcore.config import PeftConfig
 from peftcore.conversion.factors import Factors
 from peftcore.errors import ConfigError
 from peftcore.methods.lora import LoraConfig
-from peftcore.tensors import PREFIX
 
 
 def lora_config(config: PeftConfig, layers: Mapping[str, Factors]) -> LoraConfig:

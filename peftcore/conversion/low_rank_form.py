@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
-from peftcore.adapter_set import adapter_set
 from peftcore.conversion.factors import Factors, Shortened, factorised, shortened
 from peftcore.errors import ConfigError, MergeError
-from peftcore.merge import check_mergeable
+from peftcore.injection.adapter_set import adapter_set
+from peftcore.injection.merge import check_mergeable
 from peftcore.methods.lora import Lora
 
 KINDS = ("linear", "conv", "embedding")

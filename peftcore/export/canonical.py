@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapter_set import adapter_set
+from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.config import PeftConfig
 from peftcore.conversion.adalora import adalora_factors
 from peftcore.conversion.factors import Factors
 from peftcore.conversion.low_rank_form import check_convertible, exact_factors
 from peftcore.errors import CheckpointError
 from peftcore.export.errors import ExportError
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.adalora import AdaLoraConfig
 from peftcore.methods.lora import LoraConfig
-from peftcore.tensors import PREFIX, read_tensors
 
 _EMBEDDING = ".lora_embedding_A"
 _TARGETED_ROWS, _ROWS = ".base_layer.weight", ("embed_tokens.weight", "lm_head.weight")

@@ -16,13 +16,13 @@ import torch
 from gguf.quants import dequantize, quantize
 from torch import Tensor, nn
 
-from peftcore.adapter_set import adapter_set
 from peftcore.export.canonical import canonicalise
 from peftcore.export.errors import ExportError
 from peftcore.export.gguf_base import BaseTensor, GgufBase, gguf_base
 from peftcore.export.gguf_layout import EMBEDDINGS, HEAD, GgufLayout, layout_of
 from peftcore.export.whole_file import written_whole
-from peftcore.merge import check_mergeable
+from peftcore.injection.adapter_set import adapter_set
+from peftcore.injection.merge import check_mergeable
 
 F32 = gguf.GGMLQuantizationType.F32
 DTYPES = {

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
-from peftcore.adapter_set import AdapterSet
 from peftcore.errors import MergeError
 from peftcore.export.mapped_model import key_of
 from peftcore.export.safetensors_stream import Header
-from peftcore.host import with_trained_biases
+from peftcore.injection.adapter_set import AdapterSet
+from peftcore.layers.host import with_trained_biases
 
 
 class Output(NamedTuple):

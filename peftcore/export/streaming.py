@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from peftcore.checkpoint import load_adapter
+from peftcore._util.tensors import PICKLES
 from peftcore.export.errors import ExportError
 from peftcore.export.four_bit import SCRATCH, STORAGES, dequantised_tensors
 from peftcore.export.mapped_model import mapped_model
 from peftcore.export.merged_tensors import Output, merged_tensors
 from peftcore.export.safetensors_stream import Header, aligned, mapped_tensors, shards_of, write_index, write_shard
 from peftcore.files import MANIFEST, damaged_files, directory_written_atomically, write_manifest
-from peftcore.merge import check_mergeable
-from peftcore.tensors import PICKLES
+from peftcore.injection.merge import check_mergeable
+from peftcore.storage.checkpoint import load_adapter
 
 _WEIGHTS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"} | PICKLES
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from peftcore._util.tensors import PREFIX
 from peftcore.bases import base_weight, is_adaptable
 from peftcore.conversion.convert import write_lora
 from peftcore.export.canonical import CanonicalLora, canonicalise
 from peftcore.export.errors import ExportError
 from peftcore.export.vllm_rules import RANKS, check_vllm
-from peftcore.host import unhosted
+from peftcore.injection.module_index import Places
+from peftcore.layers.host import unhosted
 from peftcore.methods.lora import LoraConfig
-from peftcore.places import Places
-from peftcore.tensors import PREFIX
 
 
 def export_vllm(model: nn.Module, adapter_name: str, folder: str | Path) -> int:

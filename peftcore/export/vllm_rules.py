@@ -12,9 +12,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from peftcore._util.tensors import PREFIX, WEIGHTS_NAME
 from peftcore.config import CONFIG_NAME
 from peftcore.files import damaged_files
-from peftcore.tensors import PREFIX, WEIGHTS_NAME
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks above 1 that `--max-lora-rank` may be."""

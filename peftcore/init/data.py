@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from peftcore import activation, inject
-from peftcore.adapter_set import adapter_set
 from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import ConfigError
 from peftcore.init.corda import Corda
 from peftcore.init.eva import Eva
 from peftcore.init.lora_ga import LoraGa
 from peftcore.init.observer import Observer
+from peftcore.injection import activation, inject
+from peftcore.injection.adapter_set import adapter_set
+from peftcore.layers.training_flags import training_flags_restored
 from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.methods.lora.starts import put, taken_out
-from peftcore.training_flags import training_flags_restored
 
 _OBSERVERS: dict[str, type[Observer]] = {"eva": Eva, "corda": Corda, "lora_ga": LoraGa}
 

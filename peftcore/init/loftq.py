@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftcore.adapter_set import adapter_set
 from peftcore.errors import CheckpointError, ConfigError
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora import Lora
 from peftcore.methods.lora.starts import Factors, low_rank, put
 

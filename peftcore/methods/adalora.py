@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftcore._util.state_pruning import can_shrink, shrunk
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig
 from peftcore.errors import ConfigError, TrainingError
-from peftcore.low_rank import Factors, LowRank
+from peftcore.kernels.low_rank import Factors, LowRank
 from peftcore.registry import register
-from peftcore.shrinking import can_shrink, shrunk
 
 _NAMES = ("lora_A", "lora_B", "lora_E")
 

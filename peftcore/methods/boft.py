@@ -15,7 +15,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
-from peftcore.maths import cayley, drop_blocks, rotate_blocks, scaled, weight_shape, widened
+from peftcore.kernels.maths import cayley, drop_blocks, rotate_blocks, scaled, weight_shape, widened
 from peftcore.registry import register
 
 

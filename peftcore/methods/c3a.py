@@ -15,7 +15,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
-from peftcore.maths import widened
+from peftcore.kernels.maths import widened
 from peftcore.registry import register
 
 _STARTS = (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")

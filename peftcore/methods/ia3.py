@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftcore._util.patterns import matched
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.detection import detect
 from peftcore.errors import ConfigError, TargetError
-from peftcore.maths import scaled
-from peftcore.patterns import matched
+from peftcore.kernels.maths import scaled
 from peftcore.registry import register
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
-from peftcore.maths import keep_rows, weight_shape
+from peftcore.kernels.maths import keep_rows, weight_shape
 from peftcore.registry import register
 
 

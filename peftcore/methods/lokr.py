@@ -14,7 +14,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
-from peftcore.maths import keep_rows, weight_shape
+from peftcore.kernels.maths import keep_rows, weight_shape
 from peftcore.registry import register
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import RelaxedBernoulli
 
+from peftcore._util.per_thread import PerThread
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError, MergeError
-from peftcore.per_thread import PerThread
 from peftcore.registry import register
 
 

@@ -14,7 +14,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
-from peftcore.maths import scaled
+from peftcore.kernels.maths import scaled
 from peftcore.registry import register
 
 SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}

@@ -16,7 +16,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
-from peftcore.maths import random_places, weight_shape
+from peftcore.kernels.maths import random_places, weight_shape
 from peftcore.registry import register
 
 

@@ -21,7 +21,7 @@ from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
-from peftcore.maths import random_places, weight_shape, widened
+from peftcore.kernels.maths import random_places, weight_shape, widened
 from peftcore.registry import register
 
 _SYMLETS = {2: 0, 3: 0, 4: 1, 5: 2, 6: 5, 7: 4, 8: 5, 9: 6, 10: 21}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftcore._util.per_thread import PerThread
 from peftcore.config import PromptLearningConfig, TaskType
 from peftcore.errors import ConfigError
-from peftcore.per_thread import PerThread
 from peftcore.prompts.placement import mask_of, placement
 from peftcore.prompts.virtual_tokens import IGNORED, VirtualTokens
 from peftcore.prompts.vocabulary import embeddings_of

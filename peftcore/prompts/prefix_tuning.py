@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from peftcore._util.per_thread import PerThread
 from peftcore.config import PromptLearningConfig
 from peftcore.errors import ConfigError, TrainingError
-from peftcore.per_thread import PerThread
 from peftcore.prompts.cache import (
     cache_name,
     cache_of,

@@ -20,10 +20,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.adapter_set import adapter_set
 from peftcore.composition.algebra import Gate
 from peftcore.errors import CheckpointError, RoutingError
 from peftcore.files import write_atomically
+from peftcore.injection.adapter_set import adapter_set
 
 
 class Fusion(nn.Module):

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.composition.algebra import Gate
+from peftcore.composition.fingerprint import Fingerprint
 from peftcore.errors import RoutingError
-from peftcore.fingerprint import Fingerprint
 
 
 def arrow_gate(names: Sequence[str], top_k: int | None = None, temperature: float = 1.0) -> Gate:

@@ -18,13 +18,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore import activation, checkpoint, inject
-from peftcore.adapter_set import adapter_set
 from peftcore.composition.algebra import Spec, composition
 from peftcore.composition.route import Route
 from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.errors import AdapterNameError, AdapterStoreError, CheckpointError
+from peftcore.injection import activation, inject
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.routing.entries import Counts, Entry, Slot, Source, takes_the_place_of
+from peftcore.storage import checkpoint
 
 TIMES_KEPT = 1000
 """Loads of which the seconds are kept for the statistics."""

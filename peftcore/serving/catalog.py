@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peftcore.adapter_set import adapter_set
 from peftcore.composition import BASE, Composition, Only
 from peftcore.errors import AdapterNameError, AdapterStoreError, ConfigError, PeftError
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.routing import AdapterStore, Lease
 from peftcore.serving.errors import AdapterFailedError, BadRequestError, NoRoomError, ServingError, UnknownModelError
 

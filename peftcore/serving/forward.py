@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from peftcore import activation
-from peftcore.adapter_set import ATTRIBUTE
 from peftcore.composition import Composition
 from peftcore.errors import ConfigError
+from peftcore.injection import activation
+from peftcore.injection.adapter_set import ATTRIBUTE
 from peftcore.serving.errors import AdapterFailedError
 from peftcore.serving.row_cache import RowCache
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from peftcore.detection.head import LogitTransform
 from peftcore.errors import TrainingError
-from peftcore.fast_path import contiguous_input
-from peftcore.host import AdaptedLayer, SavedModule
+from peftcore.layers.fast_path import contiguous_input
+from peftcore.layers.host import AdaptedLayer, SavedModule
 from peftcore.train.linear_cross_entropy import linear_cross_entropy
 
 _PROBE_FACTORS = (1, 8, 64, 512)

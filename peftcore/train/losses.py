@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from peftcore.tensors import is_sharded
+from peftcore._util.tensors import is_sharded
 from peftcore.train.head_rows import flat_indices
 from peftcore.train.out_of_memory import parts_of
 from peftcore.train.supervised_head import supervised_losses

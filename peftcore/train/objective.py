@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from peftcore.adapter_set import adapter_set
 from peftcore.errors import TrainingError
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.model import PeftModel
 from peftcore.train.losses import OwnLossCheck, has_causal_loss, row_sums, token_losses
 from peftcore.train.supervised_head import is_compiled

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from peftcore.adapter_set import adapter_set
 from peftcore.errors import ConfigError, TrainingError
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora import Lora
 from peftcore.train.adamw import FusedAdamW
 

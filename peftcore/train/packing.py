@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from peftcore.adapter_set import adapter_set
 from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.detection import detect
 from peftcore.errors import TrainingError
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.model import PeftModel
 from peftcore.train.losses import IGNORED, has_causal_loss
 

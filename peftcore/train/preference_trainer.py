@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Trainer
 
-from peftcore.adapter_set import adapter_set
 from peftcore.errors import TrainingError
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.train.batches import REFERENCE_COLUMNS, LengthGroupedSampler
 from peftcore.train.example_objective import ExampleObjectiveMixin
 from peftcore.train.losses import has_causal_loss

@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from peftcore.adapter import Adapter
-from peftcore.adapter_set import adapter_set
 from peftcore.errors import TrainingError
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.train.losses import IGNORED
 from peftcore.train.resume import ResumeMixin
 

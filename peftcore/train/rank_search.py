@@ -16,17 +16,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from peftcore import inject, merge
-from peftcore.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.bases import base_weight
 from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import ConfigError, TrainingError
+from peftcore.injection import inject, merge
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
+from peftcore.injection.targets import find_targets
+from peftcore.layers.training_flags import training_flags_restored
 from peftcore.methods.lora import Lora, LoraConfig
-from peftcore.targets import find_targets
 from peftcore.train.losses import OwnLossCheck
 from peftcore.train.rank_allocation import allocate_ranks
 from peftcore.train.singular_credit import Batch, credited, mean_loss, scaled, summed_loss, to_singular_directions
-from peftcore.training_flags import training_flags_restored
 
 NAME = "rank_search"
 """The adapter's name while the search runs."""

@@ -7,7 +7,7 @@
 Recomputation is non-reentrant: gradients pass through a frozen base whatever requires a gradient, and dropout's mask
 comes back from the random state that is put back.
 
-Why every second block, and no policy of operations to keep: the fused operation of `peftcore.low_rank` adds the
+Why every second block, and no policy of operations to keep: the fused operation of `peftcore.kernels.low_rank` adds the
 adapter's product onto the base's in place, so a kept product has been changed when the backward asks for it, and
 PyTorch refuses it. Keeping what attention gives alone saves the backward little and costs a Python call an operation.
 """

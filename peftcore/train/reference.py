@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapter_set import adapter_set
 from peftcore.errors import TrainingError
+from peftcore.injection.adapter_set import adapter_set
+from peftcore.layers.training_flags import training_flags_restored
 from peftcore.train.batches import REFERENCE_COLUMNS
 from peftcore.train.losses import row_sums, token_losses
 from peftcore.train.preference import PairLogProbs
 from peftcore.train.weights import WEIGHT
-from peftcore.training_flags import training_flags_restored
 
 _NOT_OF_THE_FORWARD = ("labels", WEIGHT, *REFERENCE_COLUMNS)
 

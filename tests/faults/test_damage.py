@@ -12,9 +12,9 @@ import pytest
 from torch import nn
 
 from flows.errors import PipelineError, StageError
+from flows.gate.promote import promote
 from flows.paths import Paths
-from flows.project import dvc
-from flows.promotion.promote import promote
+from flows.runtime.project import dvc
 from flows.stages import evaluate, merge, register, train
 from peftcore import LoraConfig, PeftError, PeftModel, get_peft_model
 from peftcore.files import write_manifest

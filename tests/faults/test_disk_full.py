@@ -11,11 +11,11 @@ from processes import PEFTCORE, done
 from stage_nursery import Nursery, said
 from torch import nn
 
-from flows.git import Git
+from flows.gate.promote import promote
 from flows.paths import Paths
-from flows.promotion.promote import promote
-from flows.promotion.registry import Registry
-from flows.stage import is_disk_full
+from flows.registry.registry import Registry
+from flows.runtime.git import Git
+from flows.runtime.stage import is_disk_full
 from peftcore import LoraConfig, PeftModel, get_peft_model
 from peftcore.files import damaged_files
 

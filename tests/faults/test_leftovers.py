@@ -13,9 +13,9 @@ import pytest
 from processes import DVC, PEFTCORE, done
 
 from flows.errors import PipelineError
-from flows.git import Git
-from flows.promotion.promote import promote
-from flows.promotion.registry import Registry
+from flows.gate.promote import promote
+from flows.registry.registry import Registry
+from flows.runtime.git import Git
 
 LOCK, LOST = "lock left by a crash", "lost DVC cache or remote"
 
@@ -33,7 +33,7 @@ def test_the_clock_goes_backwards_between_two_promotions(
     now = time.time
     with fault("clock going backwards"):
         with monkeypatch.context() as ahead:
-            ahead.setattr("flows.git.time.time", lambda: now() + back)
+            ahead.setattr("flows.runtime.git.time.time", lambda: now() + back)
             project.register()
             promote(project.params, project.paths)
         project.register(loss=2.6, weight=2.0)

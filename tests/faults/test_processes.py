@@ -12,8 +12,8 @@ from processes import PEFTCORE, done, eventually, left_in, started, told
 
 MAKE = """\
 import pathlib, shutil, signal, time
-from flows.processes import die_with_parent
-from flows.stage import exit_on_signal
+from flows.runtime.processes import die_with_parent
+from flows.runtime.stage import exit_on_signal
 die_with_parent()
 signal.signal(signal.SIGTERM, exit_on_signal)
 shutil.copytree("source/adapter", "artifacts/adapter")

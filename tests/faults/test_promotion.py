@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from processes import PEFTCORE, done, started, told
 
-from flows.git import Git
-from flows.promotion.promote import promote
-from flows.promotion.registry import Registry
+from flows.gate.promote import promote
+from flows.registry.registry import Registry
+from flows.runtime.git import Git
 
 TAGS = {0: ["docstrings@v0.1.0"], 1: ["docstrings#champion#1", "docstrings@v0.1.0"]}
 

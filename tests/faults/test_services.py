@@ -35,7 +35,7 @@ sys.meta_path.insert(0, Blocked())
 
 DYING = """\
 import json, pathlib, psutil, sys, time
-from flows.tracking import Tracker
+from flows.runtime.tracking import Tracker
 
 tracker = Tracker("p", "offline", {}, pathlib.Path.cwd())
 tracker.log({"step": 1, "loss": 2.0})

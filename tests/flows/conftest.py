@@ -15,9 +15,9 @@ import pytest
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
-from flows.params import Params, load_params
+from flows.params.model import Params, load_params
 from flows.paths import Paths
-from flows.project import dvc
+from flows.runtime.project import dvc
 from flows.stages import register
 from peftcore.files import write_manifest
 

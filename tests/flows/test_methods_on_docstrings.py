@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import peftcore
 from flows.base.model import load_tokenizer, padding_id
-from flows.rows import read_rows
+from flows.data.rows import read_rows
 from peftcore import get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator
 

@@ -11,7 +11,7 @@ import pytest
 
 from flows import pipeline
 from flows.errors import GateError, RegistryError
-from flows.stage_process import run_stage
+from flows.runtime.stage_process import run_stage
 
 HEAVY = ("torch", "transformers", "datasets", "wandb")
 

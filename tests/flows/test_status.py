@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.errors import GateError, StageError
-from flows.last_run import last_run, recorded, running, running_file
-from flows.promotion.promote import promote
+from flows.gate.promote import promote
+from flows.runtime.last_run import last_run, recorded, running, running_file
 from flows.status import status
 
 

@@ -8,7 +8,7 @@ from method_example import examples, randomise
 from torch import Tensor, nn
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
 LAYERS: dict[str, tuple[str, Any, Any]] = {

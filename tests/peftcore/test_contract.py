@@ -24,7 +24,7 @@ from peftcore import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
 LAYERS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]] = {

@@ -26,9 +26,9 @@ from peftcore import (
     VeraConfig,
     get_peft_model,
 )
-from peftcore.adapter_set import adapter_set
 from peftcore.conversion import convert_directory_to_lora, convert_to_lora, save_as_lora
 from peftcore.files import damaged_files
+from peftcore.injection.adapter_set import adapter_set
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the oracle warns of on import is its own affair

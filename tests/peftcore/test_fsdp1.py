@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
 LAYERS: dict[str, tuple[str, Any, Any]] = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
 LAYERS: dict[str, tuple[str, Any, Any]] = {

@@ -27,7 +27,7 @@ from peftcore import (
     inject_adapter_in_model,
     prepare_model_for_kbit_training,
 )
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.adalora import AdaLoraConfig
 from peftcore.methods.ia3 import IA3Config
 from peftcore.prompts.prefix_tuning import PrefixTuningConfig

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from peftcore import LoraConfig, PeftModel, checkpoint, get_peft_model, places
-from peftcore.checkpoint import adapter_tensors
+from peftcore import LoraConfig, PeftModel, get_peft_model
+from peftcore.injection import module_index as places
+from peftcore.storage import checkpoint
+from peftcore.storage.checkpoint import adapter_tensors
 
 
 def net(layers: int = 4) -> nn.Sequential:

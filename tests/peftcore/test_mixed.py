@@ -9,7 +9,7 @@ from method_example import examples, randomise
 from torch import nn
 
 from peftcore import PeftModel, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
 EXAMPLES = {

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peftcore import LoraConfig, MergeError, PeftConfig, RoutingError, get_peft_model
-from peftcore.adapter_set import adapter_set
-from peftcore.content import content_of
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
+from peftcore.storage.adapter_state import content_of
 from peftcore.train.adamw import FusedAdamW
 
 SEQUENCES = int(os.environ.get("PEFTCORE_SEQUENCES", "0"))

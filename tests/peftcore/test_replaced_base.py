@@ -9,8 +9,8 @@ from method_example import randomise
 from torch import Tensor, nn
 
 from peftcore import ConfigError, LoraConfig, MergeError, PeftModel, get_peft_model
-from peftcore.adapter_set import adapter_set
 from peftcore.init import initialize_from_data
+from peftcore.injection.adapter_set import adapter_set
 
 WEIGHTS_ALONE = ["gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "loftq"]
 FROM_DATA = ["eva", "corda", "lora_ga"]

@@ -19,7 +19,7 @@ from peftcore import (
     PromptTuningConfig,
     get_peft_model,
 )
-from peftcore.tensors import PREFIX
+from peftcore._util.tensors import PREFIX
 
 
 @pytest.fixture(params=[True, False], ids=["with peft", "without"], autouse=True)

@@ -25,13 +25,13 @@ from torch import nn
 from flows.base import source as base_source
 from flows.data.sources import read_examples
 from flows.errors import PipelineError
-from flows.params import Data, load_params
-from flows.promotion.adapter_files import foreign_files, non_finite_tensors
+from flows.params.model import Data, load_params
+from flows.registry.adapter_files import foreign_files, non_finite_tensors
 from peftcore import PeftConfig, PeftModel
+from peftcore._util.tensors import parsed
 from peftcore.errors import PeftError
 from peftcore.files import damaged_files
 from peftcore.registry import methods
-from peftcore.tensors import parsed
 
 INPUTS = int(os.environ.get("PEFTCORE_FUZZ", "0"))
 """How many in all; 0: a few of each."""

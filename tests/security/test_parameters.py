@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from flows.errors import ParamsError, RepositoryError
-from flows.git import Git
-from flows.params import load_params
-from flows.promotion.registry import Registry
+from flows.params.model import load_params
+from flows.registry.registry import Registry
+from flows.runtime.git import Git
 
 
 def said(tmp_path: Path, text: str) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from flows.errors import RegistryError
-from flows.git import Git
-from flows.promotion.promote import promote
-from flows.promotion.registry import RECORD, Registry
+from flows.gate.promote import promote
+from flows.registry.registry import RECORD, Registry
+from flows.runtime.git import Git
 
 DIGEST = "0" * 64
 

@@ -21,7 +21,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, ParameterWeight
 from peftcore.bases.base import WeightVersion
 from peftcore.errors import ConfigError, MergeError
-from peftcore.low_rank import Factors, LowRank
+from peftcore.kernels.low_rank import Factors, LowRank
 from peftcore.methods.lora import invocation, starts
 from peftcore.methods.lora.config import LoraConfig
 from peftcore.registry import register

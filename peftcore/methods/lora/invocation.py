@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftcore._util.per_thread import PerThread
 from peftcore.adapter import Shared
-from peftcore.per_thread import PerThread
 
 
 class Invocation(Shared):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.bases import BaseWeight
 from peftcore.config import PeftConfig
 from peftcore.errors import CheckpointError, ConfigError, TargetError
 from peftcore.registry import method_named
-from peftcore.tensors import PREFIX, read_tensors
 
 NOT_PLAIN = (
     "use_dora",

@@ -7,13 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peftcore._util.per_thread import PerThread
 from peftcore.adapter import Shared
 from peftcore.bases import BaseWeight
 from peftcore.bases.own_tensors import call_with
 from peftcore.errors import ConfigError
 from peftcore.methods.xlora.config import XLoraConfig
 from peftcore.methods.xlora.experts import frozen, read_lora
-from peftcore.per_thread import PerThread
 
 
 class Classifier(nn.Module):

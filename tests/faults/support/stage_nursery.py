@@ -91,7 +91,7 @@ def serve() -> None:
 
 
 def _become(root: Path, module: Any, answers: Any) -> None:
-    from flows.stage import start
+    from flows.runtime.stage import start
 
     status = 70
     try:

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 from flows.errors import BusyError, DataError, ParamsError, RegistryConflict, StageError
-from flows.git import Git
-from flows.params import load_params
-from flows.project import dvc
-from flows.promotion.registry import Registry, Version
+from flows.params.model import load_params
+from flows.registry.registry import Registry, Version
 from flows.retraining import flow
 from flows.retraining.data import Collected, Source
 from flows.retraining.drift import DriftReport
 from flows.retraining.history import Entry, append, entries
 from flows.retraining.tree import home, only_one
 from flows.retraining.trust import read_set_aside, set_aside, vouch
+from flows.runtime.git import Git
+from flows.runtime.project import dvc
 from peftcore.files import sha256
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from flows.charts.ranks import HEAT_MAP, rank_heat_map
 from flows.errors import StageError
-from flows.promotion.promote import promote
+from flows.gate.promote import promote
 from flows.review.page import write_review
-from flows.training.rank_chart import HEAT_MAP, rank_heat_map
 
 VOID = {"meta", "br", "hr", "img", "link"}
 

@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.errors import RegistryError, ReviewError
-from flows.experiment import EXPERIMENTS, run_experiment
-from flows.project import dvc
-from flows.promotion.promote import promote
+from flows.gate.promote import promote
 from flows.review.run import Run
 from flows.review.sources import read_runs
 from flows.review.versions import Versions
+from flows.runtime.project import dvc
+from flows.scaling.experiment import EXPERIMENTS, run_experiment
 
 
 def test_versions_and_stages(project: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flows.errors import RepositoryError
-from flows.project import dvc
+from flows.runtime.project import dvc
 
 pytest.importorskip("dvc_s3", reason="needs `pip install 'peftcore[scale]'`")
 boto3 = pytest.importorskip("boto3")

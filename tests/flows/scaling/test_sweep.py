@@ -11,7 +11,7 @@ import pytest
 
 from flows.errors import StageError
 from flows.paths import Paths
-from flows.project import dvc, stage_order
+from flows.runtime.project import dvc, stage_order
 from flows.scaling import sweep
 from flows.scaling.ranking import ranked, rows, write_ranking
 from flows.scaling.trial import Plan, Trial, run_trial, snapshot

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from flows.base.identity import base_identity
 from flows.errors import StageError
-from flows.judging.scoring import row_losses
+from flows.evaluation.scoring import row_losses
 from flows.paths import Paths
-from flows.promotion.lineage import evidence
+from flows.registry.lineage import evidence
 from flows.stages import evaluate
 from peftcore import CheckpointError
 from peftcore.files import sha256, write_manifest

@@ -10,7 +10,7 @@ from flows.errors import StageError
 from flows.paths import Paths
 from flows.stages import train
 from peftcore import PeftModel
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 
 STANDING_STILL = {"max_steps": 1, "learning_rate": 1e-12, "evaluations": 1}
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification
 
 from flows.base.model import load_dequantized, load_tokenizer
 from flows.errors import StageError
-from flows.judging.remeasure import measure
-from flows.params import Params
+from flows.stages.reevaluate import measure
+from flows.params.model import Params
 from flows.paths import Paths
 from flows.stages import evaluate, merge, prepare, train
 from peftcore import PeftConfig, PeftModel

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from flows.errors import PipelineError, RegistryError, RepositoryError, StageError
-from flows.git import Git
-from flows.project import dvc, stage_environment
-from flows.promotion.registry import Registry, RegistryConflict
+from flows.registry.registry import Registry, RegistryConflict
+from flows.runtime.git import Git
+from flows.runtime.project import dvc, stage_environment
 from flows.stages import register
 
 

@@ -9,8 +9,8 @@ from pyarrow import parquet
 
 from flows.errors import RegistryError
 from flows.paths import Paths
+from flows.runtime.worktree import worktree_at
 from flows.stages import start
-from flows.worktree import worktree_at
 from peftcore.files import read_manifest
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from flows.data.rows import read_rows
 from flows.errors import BaseModelError, StageError
-from flows.params import Params
+from flows.params.model import Params
 from flows.paths import Paths
-from flows.rows import read_rows
 from flows.stages import train
 from flows.training.log import FIELDS, TrainingLog
 from peftcore import MergeError, PeftConfig, TrainingError

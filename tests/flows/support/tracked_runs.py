@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from flows.tracking import Tracker
+from flows.runtime.tracking import Tracker
 
 RATES = {"slow": 2e-4, "right": 5e-4, "fast": 2e-3}
 LOSSES = {"slow": 2.9, "right": 2.5, "fast": 2.7}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import IA3Config, LoraConfig, get_peft_model
-from peftcore.adapter_set import adapter_set
 from peftcore.bases import base_weight
 from peftcore.bases.quantized import FEW_TOKENS
+from peftcore.injection.adapter_set import adapter_set
 
 needs_packed_product = pytest.mark.skipif(
     not bnb_functional.has_avx512bf16(), reason="this CPU has no bfloat16 instructions, so there is one product only"

@@ -25,9 +25,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peftcore import IA3Config, LoraConfig, OFTConfig, PolyConfig, PromptTuningConfig, fast_path, get_peft_model
+from peftcore import IA3Config, LoraConfig, OFTConfig, PolyConfig, PromptTuningConfig, get_peft_model
 from peftcore.composition import Average, Gate, Only, Parallel, Split, Stack, Weighted
 from peftcore.errors import AdapterNameError, RoutingError
+from peftcore.layers import fast_path
 from peftcore.registry import methods
 
 SIZES: dict[str, Any] = {

@@ -13,8 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from peftcore import LoraConfig, TargetError
 from peftcore.detection import Architecture, detect
 from peftcore.detection.defaults import PRACTICE
+from peftcore.injection.targets import completed, find_targets
 from peftcore.methods.ln_tuning import LNTuningConfig
-from peftcore.targets import completed, find_targets
 
 _HEAD, _TAIL = "TRANSFORMERS_MODELS_TO_", "_TARGET_MODULES_MAPPING"
 TABLES: dict[str, dict[str, Any]] = {

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftcore import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
-from peftcore.adapter_set import adapter_set
 from peftcore.export import CanonicalLora, ExportError, canonicalise
+from peftcore.injection.adapter_set import adapter_set
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the oracle warns of on import is its own affair

@@ -21,8 +21,8 @@ from peftcore import (
     PeftConfig,
     get_peft_model,
 )
-from peftcore.adapter_set import adapter_set
 from peftcore.export import ExportError, export_gguf_lora, export_gguf_merged
+from peftcore.injection.adapter_set import adapter_set
 
 CLOSE = 1e-3
 """Log-probabilities; llama.cpp's GELU is a table of float16, the other families agree to 1e-5."""

@@ -14,7 +14,7 @@ from quantised_layers import quantised
 from torch import nn
 
 from peftcore import AdaLoraConfig, ConfigError, PeftConfig, PeftModel, TargetError, TrainingError, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 
 EXAMPLE = Example(
     AdaLoraConfig,

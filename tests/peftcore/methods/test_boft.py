@@ -10,7 +10,7 @@ from method_example import Example, randomise
 from torch import nn
 
 from peftcore import ConfigError, LoraConfig, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.boft import BOFTConfig
 from peftcore.methods.ia3 import IA3Config
 

@@ -9,8 +9,8 @@ from method_example import Example, randomise
 from torch import nn
 
 from peftcore import ConfigError, PeftModel, get_peft_model
-from peftcore.adapter_set import adapter_set
 from peftcore.config import PeftConfig
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.ia3 import IA3Config
 
 INPUTS = r".*(mlp\.c_proj|down_proj|intermediate\.dense|wo|fc1)"

@@ -9,7 +9,7 @@ from method_example import Example, randomise
 from torch import nn
 
 from peftcore import ConfigError, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.loha import LoHaConfig
 
 PATTERNS = {"rank_pattern": {"q_proj|query": 3, "lm_head": 1}, "alpha_pattern": {r".*(down_proj|dense)": 20}}

@@ -10,7 +10,7 @@ from method_example import Example
 from torch import nn
 
 from peftcore import ConfigError, LoraConfig, MergeError, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 
 EXAMPLE = Example(
     LoraConfig,

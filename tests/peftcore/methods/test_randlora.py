@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peftcore import ConfigError, PeftModel, get_peft_model
-from peftcore.adapter_set import adapter_set
 from peftcore.files import MANIFEST
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.randlora import RandLoraConfig
 
 EXAMPLE = Example(

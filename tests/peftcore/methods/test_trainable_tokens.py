@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peftcore import ConfigError, PeftModel, TargetError, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.trainable_tokens import TrainableTokensConfig
 
 EXAMPLE = Example(

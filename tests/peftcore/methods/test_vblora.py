@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peftcore import ConfigError, PeftModel, TrainingError, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.vblora import VBLoRAConfig
 
 EXAMPLE = Example(

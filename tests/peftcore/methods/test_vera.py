@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peftcore import CheckpointError, ConfigError, PeftModel, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.vera import VeraConfig
 
 EXAMPLE = Example(

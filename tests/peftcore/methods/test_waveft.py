@@ -11,7 +11,7 @@ from method_example import Example, randomise
 from torch import nn
 
 from peftcore import ConfigError, PeftModel, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.waveft import FAMILIES, WaveFTConfig, scaling_filter
 
 with warnings.catch_warnings():

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from peftcore import CheckpointError, ConfigError, LoraConfig, MergeError, PeftModel, TargetError, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.xlora import Mixture, XLoraConfig
 
 EXAMPLE = Example(XLoraConfig, options={"hidden_size": 32, "adapters": {"0": "unread"}}, whole_model=True)

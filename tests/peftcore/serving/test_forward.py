@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from peftcore import LoraConfig, activation, get_peft_model
+from peftcore import LoraConfig, get_peft_model
 from peftcore.composition import BASE, Average, Only, Split
 from peftcore.errors import ConfigError
+from peftcore.injection import activation
 from peftcore.serving.forward import RoutedForward
 from peftcore.serving.row_cache import RowCache
 

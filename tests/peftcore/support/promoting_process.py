@@ -13,7 +13,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.promotion import promote
+from flows.gate import promote
 
 SECONDS_TO_WAIT = 60.0
 

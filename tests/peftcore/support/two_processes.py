@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftcore import LoraConfig, fast_path, get_peft_model
-from peftcore.low_rank import low_rank_linears
+from peftcore import LoraConfig, get_peft_model
+from peftcore.kernels.low_rank import low_rank_linears
+from peftcore.layers import fast_path
 
 PROCESSES = 2
 TOKENS = torch.arange(2, 30).view(4, 7)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from peftcore import ConfigError, LoraConfig, TrainingError, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.train import AdapterTrainer, FusedAdamW
 from peftcore.train.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from peftcore import ConfigError, LoraConfig, TargetError, get_peft_model
-from peftcore.adapter_set import adapter_set
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.train.rank_search import find_ranks
 
 SHAPE: dict[str, Any] = {

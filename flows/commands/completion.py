@@ -1,0 +1,91 @@
+"""What the shell completes: stages, versions, keys of parameters and metrics, of the pipeline in the current folder.
+
+Asked for at every press of Tab, so it reads dvc.yaml, params.yaml and git's tags itself: no DVC, no torch. Outside of
+a pipeline, and where a file cannot be read, there is nothing to complete.
+"""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_VERSION = re.compile(r"v\d+\.\d+\.\d+")
+
+
+def stages(incomplete: str) -> list[str]:
+    """Stages of dvc.yaml."""
+    return _fitting(_yaml("dvc.yaml").get("stages") or {}, incomplete)
+
+
+def versions(incomplete: str) -> list[str]:
+    """Registered versions, the newest tag first; those that were taken back are left out."""
+    tags = _git("tag", "--list", "--sort=-creatordate", f"{_name()}@*")
+    words = [tag.partition("@")[2] for tag in tags]
+    gone = {word.partition("!")[0] for word in words if "!" in word}
+    return _fitting([word for word in words if _VERSION.fullmatch(word) and word not in gone], incomplete)
+
+
+def versions_and_holders(incomplete: str) -> list[str]:
+    """Stages of the registry, such as champion, then versions."""
+    tags = _git("tag", "--list", f"{_name()}#*")
+    held = dict.fromkeys(tag.split("#")[1].removesuffix("!") for tag in tags)
+    return [*_fitting(held, incomplete), *versions(incomplete)]
+
+
+def params(incomplete: str) -> list[str]:
+    """Keys of params.yaml with dots, as `train.learning_rate=`."""
+    return _fitting((f"{key}=" for key in _keys(_yaml("params.yaml"))), incomplete)
+
+
+def metrics(incomplete: str) -> list[str]:
+    """Keys of metrics.json with dots, as `adapter.loss`."""
+    root = _root()
+    path = root / "metrics.json" if root else None
+    try:
+        found = json.loads(path.read_text()) if path and path.exists() else {}
+    except ValueError:
+        found = {}
+    return _fitting(_keys(found), incomplete)
+
+
+def _root() -> Path | None:
+    from flows.errors import RepositoryError
+    from flows.runtime.project import find_root
+
+    try:
+        return find_root()
+    except RepositoryError:
+        return None
+
+
+def _yaml(name: str) -> Mapping[str, Any]:
+    from ruamel.yaml import YAML, YAMLError
+
+    root = _root()
+    try:
+        return (YAML(typ="safe").load(root / name) if root else None) or {}
+    except (OSError, YAMLError):
+        return {}
+
+
+def _name() -> str:
+    return (_yaml("params.yaml").get("project") or {}).get("name", "docstrings")
+
+
+def _git(*arguments: str) -> list[str]:
+    done = subprocess.run(["git", *arguments], cwd=_root(), capture_output=True, text=True, check=False)
+    return done.stdout.split()
+
+
+def _keys(tree: Any, before: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _keys(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}"
+
+
+def _fitting(words: Any, incomplete: str) -> list[str]:
+    return [word for word in words if word.startswith(incomplete)]

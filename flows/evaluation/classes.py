@@ -1,0 +1,78 @@
+"""Labelled texts: loss, accuracy and macro-F1 of the classifier.
+
+A base has no head for these classes, so what stands in its place is what can be said without reading a text: every
+class as often as among the training rows, and the most frequent as the answer.
+"""
+
+import math
+from collections.abc import Sequence
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from flows.base.model import padding_id
+from flows.data.rows import Row
+from flows.evaluation.result import COMMON, Judgement, common_columns, common_metrics
+from flows.evaluation.scoring import RowLosses, class_log_probs
+from flows.params.model import Params
+from flows.runtime.progress import progress
+from peftcore.train.classification import macro_f1
+
+CLASSES = (
+    ("label", pa.string()),
+    ("base_prediction", pa.string()),
+    ("adapter_prediction", pa.string()),
+    ("adapter_confidence", pa.float64()),
+)
+"""Columns beside the common ones: names of classes, and the probability of the one that is predicted."""
+
+
+def judge_classes(
+    params: Params,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    names: list[str],
+    train_labels: Sequence[int],
+) -> Judgement:
+    """The classifier beside the frequencies of the classes; names: of the classes, in the order of their numbers."""
+    labels = torch.tensor([row["label"] for row in rows])
+    with progress(len(rows), "evaluate", "row") as bar:
+        adapter = class_log_probs(model, rows, padding_id(tokenizer), params.evaluate.batch_size, bar)
+    log_probs = {"base": frequencies(train_labels, len(names)).expand(len(rows), -1), "adapter": adapter}
+    tokens, weights = [len(row["input_ids"]) for row in rows], [row.get("weight", 1.0) for row in rows]
+    losses, sides, predictions = {}, {}, {}
+    for name, of_classes in log_probs.items():
+        losses[name] = RowLosses((-of_classes.gather(1, labels[:, None])[:, 0]).tolist(), tokens, weights)
+        predictions[name] = of_classes.argmax(1)
+        sides[name] = {
+            "loss": losses[name].loss,
+            "accuracy": (predictions[name] == labels).double().mean().item(),
+            "macro_f1": macro_f1(labels, predictions[name]),
+        }
+    metrics = common_metrics(rows, losses, sides["base"], sides["adapter"], ["accuracy", "macro_f1"])
+    table = common_columns(rows, losses["base"], losses["adapter"])
+    confidences = adapter.amax(1).exp().tolist()
+    for i, row in enumerate(table):
+        row |= {"label": names[int(labels[i])], "adapter_confidence": confidences[i]}
+        row |= {f"{name}_prediction": names[int(predictions[name][i])] for name in predictions}
+    samples = [
+        {
+            "id": row["id"],
+            "slice": row["slice"],
+            "prompt": rows[i]["text"],
+            "reference": row["label"],
+            "base": row["base_prediction"],
+            "adapter": row["adapter_prediction"],
+        }
+        for i, row in enumerate(table[: params.evaluate.samples])
+    ]
+    return Judgement(metrics, pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *CLASSES])), samples)
+
+
+def frequencies(labels: Sequence[int], classes: int) -> Tensor:
+    """Log-probabilities (C,) of the classes by how often they occur, one occurrence added to each (Laplace)."""
+    counts = torch.bincount(torch.as_tensor(labels), minlength=classes).double()
+    return (counts + 1).log() - math.log(len(labels) + classes)

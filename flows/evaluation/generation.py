@@ -1,0 +1,100 @@
+"""Greedy answers to many prompts at once: batched by length, padded on the left, with a key-value cache."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from flows.base.model import padding_id
+from flows.data.chat import end_of_turn
+from flows.evaluation.scoring import by_length
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: without special tokens; ended: whether the model ended its turn itself, within the tokens allowed."""
+
+    text: str
+    ended: bool
+    tokens: int
+    """Tokens generated, the end of the turn included."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers in the order of their prompts, and how long they took together."""
+
+    answers: list[Answer]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens by wall-clock seconds, the prompts' own pass included."""
+        return sum(answer.tokens for answer in self.answers) / self.seconds
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    bar: Any = None,
+) -> Answers:
+    """Answer each prompt (token ids, ending with the template's prompt for the turn). bar: moved on by rows."""
+    end = end_of_turn(tokenizer)
+    pad = padding_id(tokenizer)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad, use_cache=True
+    )
+    answers: list[Answer | None] = [None] * len(prompts)
+    started = time.perf_counter()
+    with contiguous_head(model):
+        for batch in by_length([len(prompt) for prompt in prompts], batch_size):
+            inputs = _left_padded([prompts[i] for i in batch], pad, model.device)
+            with torch.no_grad():
+                output = cast(Tensor, model.generate(**inputs, generation_config=config))  # pyright: ignore
+            for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                answers[i] = _answer(tokenizer, ids, end)
+            if bar is not None:
+                made = sum(answer.tokens for answer in answers if answer) / (time.perf_counter() - started)
+                bar.set_postfix({"tokens/s": f"{made:,.0f}"}, refresh=False)
+                bar.update(len(batch))
+    return Answers(cast(list[Answer], answers), time.perf_counter() - started)
+
+
+@contextmanager
+def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which the output head reads contiguous rows, which is faster on a CPU and gives the same."""
+    hook = cast(nn.Module, model.get_output_embeddings()).register_forward_pre_hook(_contiguous)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _contiguous(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # The last position of each prompt is a strided view, for which a bf16 head on the CPU copies its whole weight.
+    return (inputs[0].contiguous(), *inputs[1:])
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad)
+    attention_mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, width - len(prompt) :] = torch.as_tensor(prompt)
+        attention_mask[i, width - len(prompt) :] = 1
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], end: int) -> Answer:
+    ended = end in ids
+    kept = ids[: ids.index(end)] if ended else ids
+    text = cast(str, tokenizer.decode(kept, skip_special_tokens=True)).strip()
+    return Answer(text, ended, len(kept) + ended)

@@ -1,0 +1,80 @@
+"""Pairs of answers: whether the chosen one is the likelier, by how much, and answers of the models' own.
+
+`accuracy` is the share of pairs whose chosen answer has the higher log-probability, `margin` the mean difference
+(nats), in sums over an answer's tokens or in means, as the objective compares them. `reward_accuracy` and
+`reward_margin` are the adapter's against the base: whether it has moved towards what was chosen. The base is DPO's
+reference, so its own DPO loss is that of no preference, log 2.
+"""
+
+import contextlib
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from flows.base.model import padding_id
+from flows.data.rows import Row
+from flows.evaluation.answers import ANSWERS, Answered, Prompt, add_answers, answer, known_lengths, sampled, samples
+from flows.evaluation.result import COMMON, Judgement, common_columns, common_metrics
+from flows.evaluation.scoring import RowLosses, pairs_log_probs
+from flows.params.model import Params
+from flows.runtime.progress import progress
+from flows.training.objectives import preference_objective
+from peftcore.train import Dpo, PairLogProbs
+
+PAIRS = (
+    ("base_margin", pa.float64()),
+    ("adapter_margin", pa.float64()),
+    ("reward_margin", pa.float64()),
+)
+"""Columns beside the common ones: nats by which the chosen answer is the likelier, and the adapter's reward margin."""
+
+
+def judge_pairs(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> Judgement:
+    """Both sides on the same rows and weights, the adapter switched on and off; model: a PeftModel."""
+    evaluate, objective = params.evaluate, preference_objective(params)
+    prompts = [
+        Prompt(i, rows[i]["chosen_input_ids"][: rows[i]["prompt_length"]], rows[i]["chosen"])
+        for i in sampled(len(rows), evaluate, params.project.seed)
+    ]
+    log_probs: dict[str, PairLogProbs] = {}
+    answered: dict[str, Answered] = {}
+    with progress(2 * (len(rows) + len(prompts)), "evaluate", "row") as bar:
+        for name, context in (("base", model.disable_adapter()), ("adapter", contextlib.nullcontext())):
+            with context:
+                with progress(len(rows), f"pairs under the {name}", "row", part_of=bar) as part:
+                    log_probs[name] = pairs_log_probs(model, rows, padding_id(tokenizer), evaluate.batch_size, part)
+                with progress(len(prompts), f"answers of the {name}", "row", part_of=bar) as part:
+                    answered[name] = answer(model, tokenizer, prompts, evaluate, part)
+    tokens = (log_probs["base"].chosen_tokens + log_probs["base"].rejected_tokens).int().tolist()
+    weights = [row.get("weight", 1.0) for row in rows]
+    losses, margins, sides = {}, {}, {}
+    rewards: dict[str, Any] = {}
+    sums = isinstance(objective, Dpo) and not (objective.length_normalized or objective.loss == "ipo")
+    for name, found in log_probs.items():
+        values, rewards = objective.losses(found, log_probs["base"])
+        losses[name] = RowLosses(values.tolist(), tokens, weights)
+        compared = found if sums else found.per_token()
+        margins[name] = compared.chosen - compared.rejected
+        sides[name] = {
+            "loss": losses[name].loss,
+            "accuracy": (margins[name] > 0).double().mean().item(),
+            "margin": margins[name].mean().item(),
+            **answered[name].metrics(),
+        }
+    if objective.uses_reference:  # the last rewards are the adapter's
+        sides["adapter"]["reward_accuracy"] = rewards["rewards/accuracies"].mean().item()
+        sides["adapter"]["reward_margin"] = rewards["rewards/margins"].mean().item()
+    gains = ["accuracy", "margin", "rouge_l"]
+    metrics = common_metrics(rows, losses, sides["base"], sides["adapter"], gains) | {"generated_rows": len(prompts)}
+    metrics["answers"] = known_lengths(rows, prompts, "chosen_input_ids", evaluate)
+    table = common_columns(rows, losses["base"], losses["adapter"])
+    for i, row in enumerate(table):
+        row |= {f"{name}_margin": margins[name][i].item() for name in margins}
+        row["reward_margin"] = rewards["rewards/margins"][i].item()
+    add_answers(table, prompts, answered)
+    return Judgement(
+        metrics,
+        pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *PAIRS, *ANSWERS])),
+        samples(rows, prompts, answered, evaluate.samples),
+    )

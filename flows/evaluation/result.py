@@ -1,0 +1,75 @@
+"""What every judgement comes to, whatever the rows are: metrics, a table of rows and samples side by side."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from flows.data.rows import Row
+from flows.evaluation.scoring import RowLosses
+
+COMMON = (
+    ("id", pa.string()),
+    ("slice", pa.string()),
+    ("tokens", pa.int32()),
+    ("weight", pa.float64()),
+    ("base_loss", pa.float64()),
+    ("adapter_loss", pa.float64()),
+)
+"""Columns that every table begins with; weight: what a row's loss weighs in the mean over rows."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """metrics: what metrics.json holds; table: rows.parquet; samples: samples.json."""
+
+    metrics: dict[str, Any]
+    table: pa.Table
+    samples: list[dict[str, str]]
+
+
+def common_columns(rows: Sequence[Row], base: RowLosses, adapter: RowLosses) -> list[dict[str, Any]]:
+    """The COMMON columns, row by row."""
+    return [
+        {
+            "id": row["id"],
+            "slice": row["slice"],
+            "tokens": base.tokens[i],
+            "weight": base.weights[i],
+            "base_loss": base.means[i],
+            "adapter_loss": adapter.means[i],
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+def common_metrics(
+    rows: Sequence[Row],
+    losses: Mapping[str, RowLosses],
+    base: Mapping[str, float],
+    adapter: Mapping[str, float],
+    gains: Sequence[str],
+) -> dict[str, Any]:
+    """Figures of either side, what the adapter gains, and the losses by slice; losses: {"base", "adapter"}.
+
+    gains: keys of which more is better; of the loss, less is.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        members[row["slice"]].append(i)
+    return {
+        "base": dict(base),
+        "adapter": dict(adapter),
+        "gain": {"loss": base["loss"] - adapter["loss"], **{name: adapter[name] - base[name] for name in gains}},
+        "rows": len(rows),
+        "slices": {
+            name: {
+                "rows": len(indices),
+                "base_loss": losses["base"].of(indices).loss,
+                "adapter_loss": losses["adapter"].of(indices).loss,
+            }
+            for name, indices in sorted(members.items())
+        },
+    }

@@ -1,0 +1,1 @@
+"""The promotion gate: its checks, its statistics, and promotion."""

@@ -1,0 +1,46 @@
+"""The adapter's files: which they are, that they are those that were registered, that they hold numbers, their size."""
+
+from flows.gate.candidate import Candidate, Outcome
+from flows.params.model import Gate
+from flows.registry.adapter_files import foreign_files, non_finite_tensors
+from peftcore.files import read_manifest, sha256
+
+
+def allowed_files(candidate: Candidate) -> Outcome:
+    foreign = foreign_files(candidate.adapter)
+    if foreign:
+        return False, f"{', '.join(foreign)} may not be in an adapter folder; only safetensors weights are allowed"
+    return True, "safetensors weights, their configuration and notes only"
+
+
+def manifest(candidate: Candidate) -> Outcome:
+    if not candidate.files:
+        return False, "the version was registered without the SHA-256 of its files; register it again"
+    folder = candidate.adapter
+    # the folder's own manifest could have been rewritten with its files; the registered one could not
+    damaged = [
+        name
+        for name, digest in candidate.files.items()
+        if not (folder / name).is_file() or sha256(folder / name) != digest
+    ]
+    if damaged or read_manifest(folder) != dict(candidate.files):
+        names = ", ".join(damaged) or "SHA256SUMS"
+        return False, f"{names} is not what was registered as {candidate.version}; run the pipeline again"
+    return True, f"{len(candidate.files)} files have their registered SHA-256"
+
+
+def finite_weights(candidate: Candidate) -> Outcome:
+    bad, count = non_finite_tensors(candidate.adapter)
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        return False, f"NaN or infinity in {', '.join(bad[:3])}{more}"
+    if count == 0:
+        return False, "the adapter folder holds no weights"
+    return True, f"{count} tensors"
+
+
+def adapter_size(candidate: Candidate, gate: Gate) -> Outcome:
+    size = sum(file.stat().st_size for file in candidate.adapter.rglob("*") if file.is_file()) / 1e6
+    if gate.max_adapter_mb is None:
+        return True, f"{size:.1f} MB, no limit set"
+    return size <= gate.max_adapter_mb, f"{size:.1f} MB, at most {gate.max_adapter_mb:g}"

@@ -1,0 +1,1 @@
+"""`params.yaml`: its types, its file, its overrides."""

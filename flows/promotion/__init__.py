@@ -1,1 +1,0 @@
-"""Registry, lineage and the gate between a version and production."""

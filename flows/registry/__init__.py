@@ -1,0 +1,1 @@
+"""The registry of adapter versions, kept in git tags and DVC."""

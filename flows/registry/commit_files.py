@@ -1,0 +1,102 @@
+"""Files of a version's commit: input data, which a later build needs, and credentials, which it must never hold."""
+
+import configparser
+import re
+from pathlib import Path
+
+from flows.errors import RepositoryError
+from flows.paths import Paths
+from flows.registry.lineage import read_json
+from flows.runtime.git import Git, GitError
+
+DATA = "data"
+"""Folder of training data, which the prepare stage depends on."""
+DVC_CONFIG = ".dvc/config"
+LARGEST = 8 << 20
+"""Untracked data files together (bytes) that a version's commit may take; larger ones belong to DVC."""
+SECRETS = frozenset(
+    [
+        "access_key_id",
+        "secret_access_key",
+        "session_token",
+        "account_key",
+        "connection_string",
+        "sas_token",
+        "client_secret",
+        "oss_key_id",
+        "oss_key_secret",
+        "gdrive_client_secret",
+        "password",
+        "passphrase",
+        "token",
+        "custom_auth_header",
+    ]
+)
+"""Options of DVC's configuration that hold credentials."""
+
+
+def check_no_secrets(git: Git, root: Path) -> None:
+    """Check that `.dvc/config`, which every version's commit takes, has no credentials that are not committed yet.
+
+    Raises:
+        RepositoryError: an option holds a credential; the error names the option and says where it belongs.
+    """
+    path = root / DVC_CONFIG
+    if not path.exists():
+        return
+    try:
+        committed = _credentials(git.show("HEAD", DVC_CONFIG))
+    except GitError:  # not committed yet
+        committed = {}
+    present = _credentials(path.read_text())
+    if leaking := sorted(name for name, value in present.items() if committed.get(name) != value):
+        raise RepositoryError(
+            f"{DVC_CONFIG} holds {', '.join(leaking)}, and registering a version would commit and push it; move it to "
+            f"{DVC_CONFIG}.local, which git ignores (`dvc remote modify --local REMOTE OPTION VALUE`), and remove it "
+            f"from {DVC_CONFIG}"
+        )
+
+
+def _credentials(text: str) -> dict[str, str]:
+    """Return {section.option: value} of what a DVC configuration holds of credentials."""
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        parser.read_string(text)
+    except configparser.Error as error:
+        raise RepositoryError(f"{DVC_CONFIG} cannot be read: {error}") from error
+    found = {}
+    for section in parser.sections():
+        for option, value in parser.items(section):
+            if option in SECRETS or re.search(r"://[^/@\s]*:[^/@\s]+@", value):
+                found[f"{section.strip(chr(39))}.{option}"] = value
+    return found
+
+
+def data_files(paths: Paths, git: Git) -> tuple[list[str], list[str]]:
+    """Return the data files that the version's commit takes beside tracked ones, and the files of `dvc add` to push.
+
+    Both are paths relative to the repository. The first are files that git neither tracks nor ignores, `.dvc` files
+    among them; the second are the `.dvc` files of the data.
+
+    Raises:
+        RepositoryError: the untracked files are too large for a git commit.
+    """
+    places = [DATA] if (paths.root / DATA).is_dir() else []
+    source = paths.root / Path(read_json(paths.data_report)["source"]).expanduser()
+    if source.exists() and source.resolve().is_relative_to(paths.root.resolve()):
+        places.append(source.resolve().relative_to(paths.root.resolve()).as_posix())
+    if not places:
+        return [], []
+    listed = git.run("ls-files", "-z", "--others", "--exclude-standard", "--", *places)
+    untracked = sorted({name for name in listed.split("\0") if name})
+    sizes = {name: (paths.root / name).lstat().st_size for name in untracked}
+    if sum(sizes.values()) > LARGEST:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise RepositoryError(
+            f"git does not track {len(sizes)} data files with {sum(sizes.values()) / 2**20:.0f} MiB (the largest is "
+            f"{largest}), and a version's commit takes {LARGEST >> 20} MiB at most; run `dvc add {largest}`, so that "
+            "DVC keeps it and the version can be built again"
+        )
+    pointers = [place for folder in places for place in sorted((paths.root / folder).rglob("*.dvc"))]
+    pointers += [place for folder in places if (place := paths.root / f"{folder}.dvc").exists()]
+    return untracked, sorted({place.relative_to(paths.root).as_posix() for place in pointers if place.is_file()})

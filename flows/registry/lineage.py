@@ -1,0 +1,192 @@
+"""What a version came from: its record, and the headline metrics beside it.
+
+Everything is read from the files of the run; nothing is computed again.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from datetime import UTC, datetime
+from importlib.metadata import version as installed
+from pathlib import Path
+from platform import machine, processor, python_version, system
+from typing import Any
+
+from ruamel.yaml import YAML
+from safetensors import SafetensorError, safe_open
+
+from flows.errors import RegistryError, RepositoryError, StageError
+from flows.params.model import Params
+from flows.paths import Paths
+from flows.runtime.git import Git
+from flows.runtime.project import changed_stages, stage_order
+from peftcore.files import MANIFEST, damaged_files, read_manifest, sha256
+
+LOCK = "dvc.lock"
+PARTS = ("objective", "loss_function", "control", "latency")
+"""Of an evaluation, what some have: versions registered before these were written down have none."""
+SOFTWARE = ("torch", "transformers", "bitsandbytes", "peftcore")
+
+
+def read_json(path: Path) -> Any:
+    """Parse one JSON file of the run. Raises StageError naming the file if it is absent or broken."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise StageError(f"{path} is missing; run the stages before this one with `peftcore run`") from error
+    except json.JSONDecodeError as error:
+        raise StageError(f"{path} is not valid JSON ({error}); remove it and run `peftcore run`") from error
+
+
+def check_artifact_name(root: Path, name: str) -> None:
+    """Raises RegistryError unless dvc.yaml declares `name` as the adapter, as `dvc artifacts get` needs."""
+    declared = YAML(typ="safe").load(root / "dvc.yaml").get("artifacts") or {}
+    if declared.get(name, {}).get("path") != "artifacts/adapter":
+        there = ", ".join(declared) or "none"
+        raise RegistryError(
+            f"project.name is {name!r}, but `artifacts:` in dvc.yaml has no {name!r} with path artifacts/adapter "
+            f"(declared: {there}); rename the one or add the other"
+        )
+
+
+def read_lock(root: Path, without: str) -> dict[str, Any]:
+    """dvc.lock of this run, without the entry of stage `without`, which is still that of the run before.
+
+    Raises RepositoryError if it is missing, or does not tell how the files of another stage came about.
+    """
+    path = root / LOCK
+    if not path.exists():
+        raise RepositoryError(f"{path} is missing, so nothing says what was run; use `peftcore run`")
+    stale = changed_stages(root, [stage for stage in stage_order(root) if stage != without])
+    if stale:
+        changes = "; ".join(f"{stage} ({', '.join(what)})" for stage, what in stale.items())
+        raise RepositoryError(
+            f"dvc.lock does not match the files of: {changes}; something was changed since they ran, "
+            "so run the whole pipeline again with `peftcore run`"
+        )
+    lock = YAML(typ="safe").load(path)
+    lock["stages"].pop(without, None)
+    return lock
+
+
+def lock_text(lock: dict[str, Any]) -> str:
+    """A dvc.lock as the text of a file."""
+    yaml = YAML(typ="safe")
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    text = io.StringIO()
+    yaml.dump(lock, text)
+    return text.getvalue()
+
+
+def adapter_files(adapter: Path) -> dict[str, str]:
+    """{file: SHA-256} of the adapter's manifest, which its files still match. Raises StageError otherwise."""
+    files = read_manifest(adapter)
+    damaged = damaged_files(adapter)
+    if not files or damaged:
+        what = f"{', '.join(damaged)} is damaged or gone" if files else f"it has no {MANIFEST}"
+        raise StageError(f"{adapter}: {what}; train it again with `peftcore run`")
+    return files
+
+
+def content_digest(files: dict[str, str]) -> str:
+    """One SHA-256 for a whole adapter, from {file: SHA-256}; prose (README.md) does not count."""
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(files.items()) if not name.endswith(".md")]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def headline_metrics(paths: Paths) -> dict[str, Any]:
+    """What metrics.json holds: the figures of evaluate, merge and train that two runs are compared by."""
+    evaluation = read_json(paths.evaluation_metrics)
+    merge = read_json(paths.merge_report)
+    summary = read_json(paths.training_summary)
+    training = ("steps", "best_step", "best_validation_loss", "seconds", "tokens", "trainable_parameters")
+    return {
+        **{part: evaluation[part] for part in PARTS if evaluation.get(part) is not None},
+        **{part: evaluation[part] for part in ("base", "adapter", "gain")},
+        "merge": {name: merge[name] for name in ("kl", "top1_agreement")},
+        "training": {name: summary[name] for name in training},
+    }
+
+
+def adapter_ranks(adapter: Path) -> dict[str, Any]:
+    """What rank each adapted layer has, by the shapes of lora_A; nothing for a method without such matrices.
+
+    layers: how many there are; usual: the rank that most have; others: {layer: rank} of the rest.
+    """
+    found: dict[str, int] = {}
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                layer, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+                if rest.startswith(("A", "embedding_A")):
+                    found[layer] = file.get_slice(name).get_shape()[0]
+    except (OSError, SafetensorError) as error:
+        raise StageError(f"{adapter} cannot be read ({error}); train it again with `peftcore run`") from error
+    if not found:
+        return {}
+    usual = max(Counter(found.values()).items(), key=lambda pair: (pair[1], pair[0]))[0]
+    others = {layer: rank for layer, rank in sorted(found.items()) if rank != usual}
+    return {"layers": len(found), "usual": usual, "others": others}
+
+
+def data_summary(paths: Paths) -> dict[str, Any]:
+    """Where the rows came from, how many each split has, and how many were dropped for what."""
+    report = read_json(paths.data_report)
+    rows = {name: split["rows"] for name, split in report["splits"].items()}
+    return {"source": report["source"], "examples": report["examples"], "dropped": report["dropped"], "rows": rows}
+
+
+def this_machine() -> dict[str, Any]:
+    """What of a machine can change a result's last bits."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor())
+    return {"system": system(), "architecture": machine(), "processor": named, "cores": os.cpu_count()}
+
+
+def this_software() -> dict[str, str]:
+    return {"python": python_version(), **{name: installed(name) for name in SOFTWARE}}
+
+
+def evidence(paths: Paths) -> tuple[Path, ...]:
+    """The files, beside the adapter, that a version is judged by."""
+    control = (paths.evaluation_control,) if paths.evaluation_control.exists() else ()
+    return (paths.evaluation_metrics, paths.evaluation_rows, *control, paths.merge_report)
+
+
+def evidence_digests(paths: Paths) -> dict[str, str]:
+    """{file that a version is judged by, relative to the root: its SHA-256}"""
+    return {path.relative_to(paths.root).as_posix(): sha256(path) for path in evidence(paths)}
+
+
+def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number: str) -> dict[str, Any]:
+    """The lineage record of version `number`. Digests are hex SHA-256; DVC's own are MD5."""
+    evaluation = read_json(paths.evaluation_metrics)
+    outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
+    files = adapter_files(paths.adapter)
+    return {
+        "name": params.project.name,
+        "version": number,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": {
+            "commit": git.head(),
+            "uncommitted": git.uncommitted(leaving_out=(LOCK, paths.metrics.name)),
+        },
+        "adapter": {"content": content_digest(files), "files": files},
+        "evidence": evidence_digests(paths),
+        "evaluation_set": evaluation["evaluation_set"],
+        "base_model": evaluation["base_model"],
+        "base_manifest": evaluation.get("base_manifest"),
+        "dvc": {out["path"]: out["md5"] for out in outs if "md5" in out},
+        "params": params.model_dump(),
+        "metrics": headline_metrics(paths),
+        "wandb_run_id": read_json(paths.training_summary).get("wandb_run_id"),
+        "slices": evaluation.get("slices", {}),
+        "data": data_summary(paths),
+        "ranks": adapter_ranks(paths.adapter),
+        "software": this_software(),
+        "machine": this_machine(),
+    }

@@ -1,0 +1,66 @@
+"""What a version's lineage record has to hold to be used. It comes out of git, so whoever may push can have made it.
+
+`flows.registry.lineage` writes it; later releases may add to it, so what is not named here is passed over.
+"""
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise ValueError("leads out of its folder; names are relative and without ..")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_inside)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Adapter(BaseModel):
+    content: Sha256
+    files: dict[Name, Sha256]
+
+
+class _Side(BaseModel):
+    loss: float
+
+
+class _Metrics(BaseModel):
+    base: _Side
+    adapter: _Side
+
+
+class _Params(BaseModel):
+    data: dict[str, Any]
+    method: dict[str, Any]
+    train: dict[str, Any]
+
+
+class _Git(BaseModel):
+    commit: str
+    uncommitted: list[str]
+
+
+class _Record(BaseModel):
+    name: str
+    version: str
+    created: str
+    git: _Git
+    adapter: _Adapter
+    evidence: dict[Name, Sha256]
+    evaluation_set: str
+    base_model: str
+    dvc: dict[Name, str]
+    params: _Params
+    metrics: _Metrics
+    software: dict[str, str]
+
+
+def check_record(record: Any) -> dict[str, Any]:
+    """The record as it was given. Raises pydantic.ValidationError, a ValueError, for one that is not usable."""
+    _Record.model_validate(record)
+    return record

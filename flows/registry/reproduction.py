@@ -1,0 +1,283 @@
+"""Rebuild a version from what its commit holds, in a working tree of its own, and compare what comes out.
+
+The commit has the code, the parameters and a dvc.lock of the run. What the lock says was fetched (the base, files that
+DVC tracks) is taken by its hash; every stage after that really runs, with the commit's own code, and nothing of it
+enters DVC's cache. Times are no results, so they are left out of every comparison.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+from ruamel.yaml import YAML
+from safetensors import SafetensorError, deserialize
+
+from flows.errors import RegistryError, RepositoryError, StageError
+from flows.params.model import Params
+from flows.paths import Paths
+from flows.registry.comparison import differences
+from flows.registry.lineage import LOCK, headline_metrics, this_machine, this_software
+from flows.registry.registry import ADDED, RAN, Registry, Version
+from flows.runtime.git import Git
+from flows.runtime.inputs import check_source_is_tracked
+from flows.runtime.project import dvc, files_at, stage_order
+from flows.runtime.stage_process import run_stage
+from flows.runtime.worktree import worktree_at
+from peftcore.files import sha256
+
+logger = logging.getLogger(__name__)
+
+INPUT, LAST = "fetch", "register"
+"""The stage whose outs are taken as they were, and the one that has side effects; neither runs again."""
+TIMES = ("seconds", "tokens_per_second", "token_ms", "first_token_ms", "peak_memory", "wandb_run_id")
+"""Keys of the stages' JSON files that are another at every run: times, memory, the number of a run."""
+PARTS = ("adapter", "evidence", "outs", "metrics")
+"""What of a reproduction is compared, in the order in which it is told."""
+_OPTIONS = ("--no-run-cache", "--no-commit")
+_FLOATS = {"F64": numpy.float64, "F32": numpy.float32, "F16": numpy.float16, "BF16": numpy.uint16}
+
+
+class Compared(NamedTuple):
+    """One thing that was registered, and what it is now. detail: where it differs, as far as can be said."""
+
+    what: str
+    registered: Any
+    rebuilt: Any
+    same: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What a rebuilt version is beside the registered one."""
+
+    version: str
+    stages: list[str]
+    """Those that ran again."""
+    adapter: list[Compared]
+    """Its files; empty if the rebuild ended before it."""
+    evidence: list[Compared]
+    """The files that it was judged by, as far as they were made."""
+    outs: list[Compared]
+    metrics: list[Compared]
+    other: list[tuple[str, Any, Any]]
+    """What of software and machine was another then: (name, then, now)."""
+
+    @property
+    def same(self) -> bool:
+        """Whether the adapter is the same in every byte; of a rebuild that ended before it, every file it made."""
+        return all(one.same for one in self.adapter or self.outs)
+
+    @property
+    def sentence(self) -> str:
+        what = "adapter" if self.adapter else "files"
+        if self.same:
+            return f"{self.version} is reproduced: the same {what}, byte for byte"
+        other = ", ".join(f"{name} was {then}, is {now}" for name, then, now in self.other)
+        reason = f"; what was another then: {other}" if other else "; software and machine are the same, so a stage "
+        return f"{self.version} is not reproduced: other {what}{reason}" + ("" if other else "is not deterministic")
+
+    def as_dict(self) -> dict[str, Any]:
+        parts = {name: [one._asdict() for one in getattr(self, name)] for name in PARTS}
+        other = [{"name": name, "then": then, "now": now} for name, then, now in self.other]
+        return {"version": self.version, "same": self.same, "stages": self.stages, **parts, "other": other}
+
+
+def reproduce(params: Params, paths: Paths, number: str, timeout: float, until: str | None = None) -> Reproduction:
+    """Rebuild version `number` and compare it; the user's files stay as they are.
+
+    timeout: seconds for each stage. until: the last stage to run; None runs all.
+    Raises RegistryError, StageError, RepositoryError if it cannot be rebuilt.
+    """
+    registry = Registry(Git(paths.root), params.project.name)
+    version = registry.version(number)
+    record = registry.record(version)
+    source = record["params"]["data"]["source"]
+    check_source_is_tracked(registry.git, source, f"{version.tag}, which was registered without it,", version.commit)
+    with worktree_at(paths.root, version.commit) as tree:
+        at = Paths(tree)
+        registered = _outs(at)
+        ran = _stages(at, registered, until)
+        _take_inputs(at, registered)
+        if lost := [path for path in record["git"]["uncommitted"] if not (tree / path).exists() or not _is_held(path)]:
+            logger.warning("when %s ran these were not as git has them: %s", version.tag, ", ".join(lost))
+        for done, stage in enumerate(ran):
+            run_stage(tree, stage, timeout, True, f"{done}/{len(ran)}", _OPTIONS)
+        rebuilt = _outs(at)
+        names = [path for stage in ran for path in rebuilt[stage]]
+        before = {path: digest for outs in registered.values() for path, digest in outs.items()}
+        after = {path: digest for outs in rebuilt.values() for path, digest in outs.items()}
+        changed = [path for path in names if before.get(path) != after[path]]
+        found = {path: _differing_files(paths, version, at, path) for path in changed}
+        outs = [_out(path, before.get(path), after[path], found.get(path, [])) for path in names]
+        adapter = _adapter(paths, version, record, at) if at.adapter.relative_to(tree).as_posix() in names else []
+        evidence = _evidence(record, at, found)
+        metrics = _metrics(record, at)
+    now = {"software": this_software(), "machine": this_machine()}
+    then = {part: record.get(part) or now[part] for part in now}
+    other = [(one.key, one.before, one.after) for one in differences(then, now)]
+    return Reproduction(version.number, ran, adapter, evidence, outs, metrics, other)
+
+
+def _outs(at: Paths) -> dict[str, dict[str, str]]:
+    """{stage: {out: DVC's hash}} of dvc.lock."""
+    stages = YAML(typ="safe").load(at.root / LOCK)["stages"]
+    return {
+        stage: {out["path"]: out["md5"] for out in entry.get("outs", []) if "md5" in out}
+        for stage, entry in stages.items()
+    }
+
+
+def _is_held(path: str) -> bool:
+    """Whether a version's commit has a tracked file as it was when the version ran, even if it was not committed."""
+    return path in ADDED or any(path.startswith(f"{folder}/") for folder in RAN)
+
+
+def _stages(at: Paths, registered: dict[str, Any], until: str | None) -> list[str]:
+    """The stages to run, in order. Raises StageError for an `until` that is none of them."""
+    order = [stage for stage in stage_order(at.root) if stage in registered and stage not in (INPUT, LAST)]
+    if until is None:
+        return order
+    if until not in order:
+        raise StageError(f"--until {until}: the version has no such stage to run again; it has: {', '.join(order)}")
+    return order[: order.index(until) + 1]
+
+
+def _take_inputs(at: Paths, registered: dict[str, Any]) -> None:
+    """Bring what was fetched, and the files that DVC tracks, from DVC's cache or remote."""
+    tracked = Git(at.root).run("ls-files", "*.dvc").split("\n")
+    inputs = [name for name in (*([INPUT] if INPUT in registered else []), *tracked) if name]
+    try:
+        if inputs:
+            dvc(at.root, "pull", *inputs)
+    except RepositoryError as error:
+        raise RegistryError(
+            f"what the version was made from cannot be had ({error}); `dvc push` it from a machine that has it"
+        ) from error
+
+
+def _differing_files(paths: Paths, version: Version, at: Paths, out: str) -> list[Compared]:
+    """The files of one out that are not what was registered, times left aside; one entry if that cannot be had."""
+    try:
+        with files_at(paths.root, version.commit, [out]) as folder:
+            return list(_compare_folders(folder / out, at.root / out))
+    except RepositoryError as error:
+        return [Compared(out, "cannot be had any more", "", False, str(error).strip().splitlines()[-1])]
+
+
+def _compare_folders(then: Path, now: Path) -> Iterator[Compared]:
+    if then.is_file():
+        pairs = {then.name: (then, now)}
+    else:
+        names = {path.relative_to(top).as_posix() for top in (then, now) for path in top.rglob("*") if path.is_file()}
+        pairs = {name: (then / name, now / name) for name in sorted(names)}
+    for name, both in pairs.items():
+        digests = [sha256(path) if path.is_file() else None for path in both]
+        if digests[0] == digests[1] or (None not in digests and without_times(both[0]) == without_times(both[1])):
+            continue
+        detail = largest_difference(*both) if None not in digests else "only on one side"
+        yield Compared(name, digests[0], digests[1], False, detail)
+
+
+def without_times(path: Path) -> Any:
+    """A file's content without what is another at every run: bytes, or parsed if it is .json or .jsonl."""
+    content = path.read_bytes()
+    try:
+        if path.suffix == ".json":
+            return _timeless(json.loads(content))
+        if path.suffix == ".jsonl":
+            return [_timeless(json.loads(line)) for line in content.splitlines()]
+    except ValueError:
+        return content
+    return content
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _timeless(inner) for key, inner in value.items() if key not in TIMES}
+    return [_timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def largest_difference(then: Path, now: Path) -> str:
+    """Between two safetensors files: the largest absolute difference of a value, and in which tensor; else nothing."""
+    if then.suffix != ".safetensors":
+        return ""
+    try:
+        tensors = [dict(deserialize(path.read_bytes())) for path in (then, now)]
+    except SafetensorError as error:
+        return f"not readable: {error}"
+    before, after = ({name: (t["dtype"], t["shape"]) for name, t in side.items()} for side in tensors)
+    if before != after:
+        return "other tensors, or of other shapes"
+    largest = [(_largest(*(side[name] for side in tensors)), name) for name in before]
+    value, name = max(largest, default=(0.0, ""))
+    return f"largest difference {value:.3g}, in {name}"
+
+
+def _largest(then: Any, now: Any) -> float:
+    """Of two tensors as safetensors holds them; infinite where a value is no number, or of a type numpy lacks."""
+    if then["data"] == now["data"]:
+        return 0.0
+    if then["dtype"] not in _FLOATS:
+        return float("inf")
+    left, right = (numpy.frombuffer(side["data"], _FLOATS[side["dtype"]]) for side in (then, now))
+    if then["dtype"] == "BF16":  # the upper half of a float32
+        left, right = ((side.astype(numpy.uint32) << 16).view(numpy.float32) for side in (left, right))
+    difference = float(numpy.abs(left.astype(numpy.float64) - right.astype(numpy.float64)).max())
+    return difference if numpy.isfinite(difference) else float("inf")
+
+
+def _out(path: str, then: str | None, now: str, files: Sequence[Compared]) -> Compared:
+    same = then == now or (then is not None and not files)
+    told = [f"{one.what} ({one.detail or 'another content'})" for one in files]
+    detail = ", ".join(told) or ("" if then == now else "the same but for times")
+    return Compared(path, then, now, same, detail)
+
+
+def _adapter(paths: Paths, version: Version, record: dict[str, Any], at: Paths) -> list[Compared]:
+    """Each file of the registered manifest; prose (README.md) is no result."""
+    files = {name: digest for name, digest in record["adapter"]["files"].items() if not name.endswith(".md")}
+    rebuilt = {name: sha256(at.adapter / name) if (at.adapter / name).is_file() else None for name in files}
+    if files == rebuilt:
+        told: dict[str, str] = {}
+    else:
+        out = at.adapter.relative_to(at.root).as_posix()
+        told = {one.what: one.detail for one in _differing_files(paths, version, at, out)}
+    return [
+        Compared(name, files[name], rebuilt[name], files[name] == rebuilt[name], told.get(name, "")) for name in files
+    ]
+
+
+def _evidence(record: dict[str, Any], at: Paths, found: Mapping[str, list[Compared]]) -> list[Compared]:
+    """The files that a version is judged by; found: {out: its files that differ}."""
+    differing = {
+        out if one.what in (out, Path(out).name) else f"{out}/{one.what}": one.detail or "another content"
+        for out, files in found.items()
+        for one in files
+    }
+    return [
+        Compared(name, digest, now := sha256(at.root / name), name not in differing,
+                 differing.get(name, "" if now == digest else "the same but for times"))
+        for name, digest in record["evidence"].items()
+        if (at.root / name).is_file()
+    ]  # fmt: skip
+
+
+def _metrics(record: dict[str, Any], at: Paths) -> list[Compared]:
+    """Each figure of the headline metrics; none if the rebuild ended before they are there."""
+    if not (at.evaluation_metrics.exists() and at.merge_report.exists() and at.training_summary.exists()):
+        return []
+    then, now = (dict(_figures(metrics)) for metrics in (record["metrics"], headline_metrics(at)))
+    return [Compared(key, then.get(key), now.get(key), then.get(key) == now.get(key)) for key in {**then, **now}]
+
+
+def _figures(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in _timeless(value).items():
+        if isinstance(inner, dict):
+            yield from _figures(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner

@@ -1,0 +1,1 @@
+"""What runs stages: git, processes, logs, locks, DVC and Prefect."""

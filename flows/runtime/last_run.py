@@ -1,0 +1,130 @@
+"""What the pipeline is at, and what its last run came to: two small files that `status` and `run --json` read.
+
+Both are written whole. The first goes when the run ends; one that a killed run has left tells so by its process.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.errors import GateError
+from flows.paths import Paths
+from flows.runtime.processes import is_noted_alive, this_host
+from peftcore.files import write_atomically
+
+INTERRUPTED = 130
+FAILED = 1
+
+
+@dataclass
+class RunRecord:
+    """A run as it goes on. started: ISO 8601, UTC; seconds: {task: wall clock}; promotion: as JSON has it."""
+
+    paths: Paths
+    started: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    task: str | None = None
+    promotion: dict[str, Any] | None = None
+    page: str | None = None
+
+    @contextmanager
+    def at(self, task: str) -> Iterator[None]:
+        """Context of one task: noted before, its seconds after, also where it fails."""
+        self.task = task
+        self._note()
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[task] = time.monotonic() - began
+
+    def end(self, error: BaseException | None) -> None:
+        """Write what came of it. error: what ended it, if anything did."""
+        promoted = self.promotion["outcome"] if self.promotion else "failed"
+        told = {
+            "outcome": promoted if error is None or isinstance(error, GateError) else _outcome(error),
+            "status": _status(error),
+            "started": self.started,
+            "finished": _now(),
+            "seconds": self.seconds,
+            "failed_task": self.task if error is not None and not isinstance(error, GateError) else None,
+            "error": None if error is None else str(error) or type(error).__name__,
+            "version": self.promotion["version"] if self.promotion else None,
+            "promotion": self.promotion,
+            "page": self.page,
+        }
+        write_atomically(last_run_file(self.paths), json.dumps(told, indent=2) + "\n")
+        running_file(self.paths).unlink(missing_ok=True)
+
+    def _note(self) -> None:
+        process = psutil.Process()
+        note = {"pid": process.pid, "created": process.create_time(), "host": this_host()}
+        note |= {"started": self.started, "task": self.task}
+        write_atomically(running_file(self.paths), json.dumps(note) + "\n")
+
+
+@contextmanager
+def recorded(paths: Paths) -> Iterator[RunRecord]:
+    """Context of one run, which is written down however it ends."""
+    record = RunRecord(paths, _now())
+    try:
+        yield record
+    except BaseException as error:
+        record.end(error)
+        raise
+    record.end(None)
+
+
+def last_run(paths: Paths) -> dict[str, Any] | None:
+    """What the last run that ended came to; None where there was none."""
+    return _read(last_run_file(paths))
+
+
+def running(paths: Paths) -> dict[str, Any] | None:
+    """The run's note: pid, host, started, task, and whether its process still lives (`alive`; None: it is of another
+    host, so that is not known). None where none is noted."""
+    note = _read(running_file(paths))
+    if note is None:
+        return None
+    alive = is_noted_alive(note)
+    note.pop("created")
+    return note | {"alive": alive}
+
+
+def last_run_file(paths: Paths) -> Path:
+    return paths.review.with_name("last_run.json")
+
+
+def running_file(paths: Paths) -> Path:
+    return paths.review.with_name("running.json")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _status(error: BaseException | None) -> int:
+    """The exit status that `peftcore run` ends with."""
+    if error is None:
+        return 0
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "status", FAILED)
+
+
+def _outcome(error: BaseException) -> str:
+    return "failed" if isinstance(error, Exception) else "interrupted"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

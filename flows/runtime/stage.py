@@ -1,0 +1,114 @@
+"""How a stage starts: a quiet environment, one seed, and errors that end in one message and exit 1.
+
+Nothing heavy is imported at the top, because `flows.stages` imports this first to set the environment that
+those libraries read.
+"""
+
+import errno
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from flows.errors import PipelineError
+from flows.paths import Paths
+from flows.runtime import logs
+from flows.runtime.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from flows.params.model import Params
+
+QUIET_ENVIRONMENT = {
+    "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+"""No service is looked up unless somebody asks for it; a variable that is already set stays."""
+
+logger = logging.getLogger(__name__)
+
+
+def start(run: Callable[["Params", Paths], None]) -> NoReturn:
+    """Run a stage in the current directory, which holds params.yaml, and exit the process.
+
+    Exit status: 0 when done; 1 with one `error: ...` message on stderr for anything refused and for a full
+    disk; 130 on Ctrl-C; 143 on SIGTERM, upon which training first saves where it is. Any other exception is a bug and
+    keeps its traceback.
+    """
+    set_quiet_environment()
+    from flows.params.model import load_params
+    from peftcore.errors import PeftError
+
+    die_with_parent()
+    signal.signal(signal.SIGTERM, exit_on_signal)
+    logs.set_up()
+    paths = Paths(Path.cwd())
+    try:
+        params = load_params(paths.params)
+        set_seed(params.project.seed)
+        run(params, paths)
+    except KeyboardInterrupt:
+        fail("interrupted; run it again to go on", status=130)
+    except (PeftError, PipelineError) as error:
+        fail(str(error))
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        fail(f"the disk is full ({error}); free some space and run it again, what was there before is intact")
+    sys.exit(0)
+
+
+def set_quiet_environment() -> None:
+    """Set each variable of QUIET_ENVIRONMENT that is not set yet; in a log, progress bars are redrawn rarely."""
+    bars = {} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "10"}
+    for name, value in (QUIET_ENVIRONMENT | bars).items():
+        os.environ.setdefault(name, value)
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and, where it is loaded, torch (all devices); a stage without it need not wait for it."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception, or one that it came from, says that no space (or quota) is left.
+
+    Rust libraries (safetensors) raise their own type and keep only the text of the system's error.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return any(
+        (isinstance(one, OSError) and one.errno in full) or os.strerror(errno.ENOSPC) in str(one)
+        for one in _chain(error)
+    )
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Write one `error: ...` message to stderr, or a record where the log is JSON, and exit."""
+    if logs.is_json():
+        logger.error("%s", message, extra={"status": status})
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def exit_on_signal(number: int, _frame: object) -> NoReturn:
+    """Leave by an exception, so that temporary files are removed on the way out."""
+    sys.exit(128 + number)

@@ -1,0 +1,86 @@
+"""A second working tree of the repository at some commit, with the same git store, DVC cache and DVC remotes.
+
+What runs in it sees the commit's code, parameters and data, and nothing of what the user is editing meanwhile. Tags
+that it makes are the repository's own.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
+
+from flows.errors import RepositoryError
+from flows.runtime.git import Git, GitError
+from flows.runtime.processes import is_noted_alive, this_host
+
+PREFIX = "peftcore-worktree-"
+"""How the temporary folder of a working tree begins; its process's id and a digest of its host follow, so
+that leftovers can be told where several hosts share the temporary folder."""
+
+
+@contextmanager
+def worktree_at(root: Path, commit: str) -> Iterator[Path]:
+    """A temporary working tree at `commit`; it is gone afterwards, whatever happens."""
+    with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-{_host()}-") as parent:
+        folder = Path(parent) / "tree"
+        add_worktree(root, folder, commit)
+        try:
+            yield folder
+        finally:
+            remove_worktree(root, folder)
+
+
+def add_worktree(root: Path, folder: Path, commit: str) -> None:
+    """Check `commit` out in `folder`, which is new, on no branch. Raises RepositoryError."""
+    git = Git(root)
+    git.run("worktree", "prune")
+    try:
+        git.run("worktree", "add", "--quiet", "--detach", str(folder), commit)
+    except GitError as error:
+        raise RepositoryError(f"no working tree of {commit[:10]} could be made in {folder}: {error}") from error
+    _share_dvc(root, folder)
+
+
+def remove_worktree(root: Path, folder: Path) -> None:
+    """Remove a working tree and git's note of it, and what was written in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    Git(root).run("worktree", "prune")
+
+
+def leftovers() -> list[Path]:
+    """Temporary folders of this user's working trees whose process was killed."""
+    found = []
+    for folder in sorted(Path(gettempdir()).glob(f"{PREFIX}*")):
+        process, *rest = folder.name.removeprefix(PREFIX).split("-")
+        own = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+        here = len(rest) == 1 or rest[0] == _host()  # earlier releases noted no host
+        if own and here and process.isdigit() and is_noted_alive({"pid": process}) is False:
+            found.append(folder)
+    return found
+
+
+def _host() -> str:
+    return this_host().rpartition("/")[2]
+
+
+def _share_dvc(root: Path, folder: Path) -> None:
+    """Point the working tree's DVC to the cache and remotes of `root`, where paths are relative to that one's folder.
+
+    Settings of this machine alone (.dvc/config.local, with passwords perhaps) hold there as well.
+    """
+    from dvc.config import Config
+
+    local = root / ".dvc" / "config.local"
+    target = folder / ".dvc" / "config.local"
+    if local.exists():
+        shutil.copyfile(local, target)
+        target.chmod(0o600)
+    here: Any = Config(str(root / ".dvc"), validate=False)
+    there: Any
+    with Config(str(folder / ".dvc"), validate=False).edit("local") as there:
+        there.setdefault("cache", {})["dir"] = here["cache"].get("dir") or str(root / ".dvc" / "cache")
+        for name, remote in here["remote"].items():
+            there.setdefault("remote", {}).setdefault(name, {})["url"] = str(remote["url"])

@@ -1,0 +1,1 @@
+"""`peftcore serve`: the promoted adapters of a project behind HTTP."""

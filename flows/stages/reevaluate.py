@@ -1,0 +1,81 @@
+"""An adapter's losses on given test rows, as the evaluate stage finds them; no answers, no figures of the base.
+
+python -m flows.stages.reevaluate TASK.json ROWS.parquet
+
+TASK.json: {"version", "params", "base", "adapter", "test", "rows", "labels"}: parameters of the adapter's run, folders,
+the split and how many of its first rows, and the names of the classes if it has any. Why it is refused goes to
+ROWS.txt, with exit status 1, and progress to stderr.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import torch
+from pyarrow import parquet
+
+import flows.stages  # noqa: F401 - makes the environment quiet before libraries read it
+from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
+from flows.data.rows import Row, read_rows
+from flows.errors import PipelineError
+from flows.evaluation.scoring import RowLosses, class_log_probs, pairs_log_probs, row_losses
+from flows.params.model import Params
+from flows.runtime.processes import die_with_parent
+from flows.runtime.progress import progress
+from flows.runtime.stage import set_seed
+from flows.training.objectives import check_split, preference_objective
+from peftcore import PeftModel
+from peftcore.errors import PeftError
+
+
+def main() -> None:
+    """Measure what the task says."""
+    die_with_parent()
+    task, found = map(Path, sys.argv[1:])
+    try:
+        table = measure(json.loads(task.read_text()))
+    except (PeftError, PipelineError) as error:
+        found.with_suffix(".txt").write_text(str(error))
+        sys.exit(1)
+    parquet.write_table(table, found)
+
+
+def measure(task: dict[str, Any]) -> pyarrow.Table:
+    """One row a test row: id, tokens, weight, adapter_loss (nats)."""
+    params, base, test = Params.model_validate(task["params"]), Path(task["base"]), Path(task["test"])
+    set_seed(params.project.seed)
+    check_base(base)
+    check_split(params, test)
+    rows = read_rows(test, limit=task["rows"])
+    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, task["labels"]), task["adapter"])
+    with progress(len(rows), f"measure {task['version']} again", "row") as bar:
+        losses = adapter_losses(params, model, rows, padding_id(load_tokenizer(base)), bar)
+    columns = {"id": [row["id"] for row in rows], "tokens": losses.tokens, "weight": losses.weights}
+    return pyarrow.table(columns | {"adapter_loss": losses.means})
+
+
+def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: Any = None) -> RowLosses:
+    """The loss of each row that the objective judges by; model: a PeftModel. bar: moved on by rows."""
+    size = params.evaluate.batch_size
+    if params.train.objective == "sft":
+        return row_losses(model, rows, pad, size, bar)
+    if params.train.objective == "classification":
+        labels = torch.tensor([row["label"] for row in rows])[:, None]
+        means = -class_log_probs(model, rows, pad, size, bar).gather(1, labels)[:, 0]
+        return RowLosses(means.tolist(), [len(row["input_ids"]) for row in rows], _weights(rows))
+    found = pairs_log_probs(model, rows, pad, size, bar)
+    with model.disable_adapter():
+        reference = pairs_log_probs(model, rows, pad, size)
+    losses, _ = preference_objective(params).losses(found, reference)
+    tokens = (reference.chosen_tokens + reference.rejected_tokens).int().tolist()
+    return RowLosses(losses.tolist(), tokens, _weights(rows))
+
+
+def _weights(rows: list[Row]) -> list[float]:
+    return [row.get("weight", 1.0) for row in rows]
+
+
+if __name__ == "__main__":
+    main()

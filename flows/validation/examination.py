@@ -1,0 +1,73 @@
+"""All checks of a kind on prepared rows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flows.errors import DataError, StageError
+from flows.params.model import Data, Params
+from flows.paths import SPLITS, Paths
+from flows.validation import balance, contents, duplicates, lengths, masks, template
+from flows.validation.findings import Finding, Findings
+from flows.validation.prepared import Prepared, read_prepared
+from peftcore.files import sha256
+
+Check = Callable[[Prepared], Finding]
+_ANY: tuple[Check, ...] = (
+    lengths.lengths,
+    lengths.too_long,
+    duplicates.shared_rows,
+    duplicates.near_duplicates_between_splits,
+    duplicates.near_duplicates_in_train,
+    balance.weights,
+    contents.vocabulary,
+    contents.characters,
+)
+_CHAT: tuple[Check, ...] = (
+    masks.supervised,
+    masks.mask,
+    masks.end_of_turns,
+    template.special_tokens,
+    template.generation_prompt,
+    template.round_trip,
+)
+CHECKS: dict[str, tuple[Check, ...]] = {
+    "chat": (*_CHAT, *_ANY),
+    "preference": (*_CHAT, balance.equal_pairs, balance.pair_lengths, *_ANY),
+    "classification": (template.special_tokens, template.round_trip, balance.classes, balance.contradictions, *_ANY),
+}
+"""{data.kind: what is looked at, in this order}"""
+
+
+def examine(paths: Paths, params: Params) -> Findings:
+    """Look at the rows that prepare left, in seconds. Raises StageError if there are none of `data.kind`."""
+    return examine_folder(paths.data, read_report(paths), load_tokenizer(paths), params.data)
+
+
+def examine_folder(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTokenizerBase, data: Data) -> Findings:
+    """The same for a folder of splits; report: what `data_report` said of them."""
+    prepared = read_prepared(folder, report, tokenizer, data)
+    findings = tuple(_found(check, prepared) for check in CHECKS[data.kind])
+    return Findings(findings, {split: sha256(folder / f"{split}.parquet") for split in SPLITS})
+
+
+def read_report(paths: Paths) -> dict[str, Any]:
+    """What prepare says of its rows."""
+    if not paths.data_report.exists():
+        raise StageError(f"there is no {paths.data_report}; run the prepare stage first")
+    return json.loads(paths.data_report.read_text())
+
+
+def load_tokenizer(paths: Paths) -> PreTrainedTokenizerBase:
+    """The base's."""
+    return AutoTokenizer.from_pretrained(paths.base)
+
+
+def _found(check: Check, prepared: Prepared) -> Finding:
+    try:
+        return check(prepared)
+    except DataError as error:  # of a template that cannot be used at all
+        return Finding(check.__name__.replace("_", " "), "error", str(error), 1, "give the tokenizer another template")

@@ -1,0 +1,150 @@
+"""Prepared splits as the checks read them: ragged arrays rather than lists, so that a million tokens take no time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from transformers import PreTrainedTokenizerBase
+
+from flows.data.near_duplicates import NearDuplicates
+from flows.data.tokens import IGNORED
+from flows.errors import StageError
+from flows.params.model import Data
+from flows.paths import SPLITS, Split
+
+SHOWN = 5
+"""Rows that a finding gives as examples."""
+_QUESTION = {"chat": "prompt", "preference": "prompt", "classification": "text"}
+_ANSWERS = {"chat": ("completion",), "preference": ("chosen", "rejected"), "classification": ("label_name",)}
+_SEQUENCES = {"chat": ("",), "preference": ("chosen_", "rejected_"), "classification": ("",)}
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token ids of many rows end to end, their labels (None: the kind has none), and where each row starts.
+
+    ids, labels: (tokens,); starts: (rows + 1,), the last one past the end. answers: the texts that they end with.
+    """
+
+    ids: numpy.ndarray
+    labels: numpy.ndarray | None
+    starts: numpy.ndarray
+    answers: list[str]
+
+    @property
+    def lengths(self) -> numpy.ndarray:
+        return numpy.diff(self.starts)
+
+    @cached_property
+    def supervised(self) -> numpy.ndarray:
+        """Which tokens are; (tokens,)."""
+        return numpy.zeros(len(self.ids), bool) if self.labels is None else self.labels != IGNORED
+
+    def per_row(self, tokens: numpy.ndarray) -> numpy.ndarray:
+        """How many of a row's tokens a mask holds; (rows,)."""
+        before = numpy.concatenate([[0], numpy.cumsum(tokens)])
+        return before[self.starts[1:]] - before[self.starts[:-1]]
+
+    def row(self, number: int) -> list[int]:
+        """The token ids of one row."""
+        return self.ids[self.starts[number] : self.starts[number + 1]].tolist()
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split. questions, answers, ids and groups are texts by row; sequences: one a row, or chosen and rejected."""
+
+    ids: list[str]
+    groups: list[str]
+    questions: list[str]
+    answers: list[str]
+    weights: numpy.ndarray
+    sequences: list[Sequences]
+    columns: dict[str, Any]
+    """Columns that a kind has besides: prompt_length, label."""
+
+    def named(self, rows: numpy.ndarray) -> tuple[str, ...]:
+        """The first rows that a mask holds, by their id."""
+        return tuple(self.ids[number] for number in numpy.flatnonzero(rows)[:SHOWN])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What prepare left: its splits, its report, and what it made them with."""
+
+    splits: dict[Split, Table]
+    report: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+
+    @property
+    def rows(self) -> int:
+        return sum(len(table.ids) for table in self.splits.values())
+
+    @property
+    def sequences(self) -> Iterator[tuple[Table, Sequences]]:
+        """Every sequence with its table."""
+        for table in self.splits.values():
+            for sequences in table.sequences:
+                yield table, sequences
+
+    @cached_property
+    def row_splits(self) -> list[tuple[Split, int]]:
+        """(split, row) of every row, in the order of `near`."""
+        return [(split, row) for split, table in self.splits.items() for row in range(len(table.ids))]
+
+    @cached_property
+    def near(self) -> NearDuplicates:
+        """An index of every row's text."""
+        texts = [f"{q}\n{a}" for t in self.splits.values() for q, a in zip(t.questions, t.answers, strict=True)]
+        return NearDuplicates(texts, self.data.similarity)
+
+
+def read_prepared(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTokenizerBase, data: Data) -> Prepared:
+    """The splits of a folder. Raises StageError if they are not of `data.kind`."""
+    splits: dict[Split, Table] = {}
+    for split in SPLITS:
+        table = parquet.read_table(folder / f"{split}.parquet")
+        try:
+            splits[split] = _table(table, data)
+        except KeyError as error:
+            raise StageError(
+                f"{split}.parquet has no column {error}, which data.kind {data.kind} has; run the prepare stage again"
+            ) from error
+    return Prepared(splits, report, tokenizer, data)
+
+
+def _table(table: pa.Table, data: Data) -> Table:
+    answers = {column: _texts(table, column) for column in _ANSWERS[data.kind]}
+    sequences = [
+        _sequences(table, prefix, list(of)) for prefix, of in zip(_SEQUENCES[data.kind], answers.values(), strict=True)
+    ]
+    others = ("label",) if data.kind == "classification" else ("prompt_length",)
+    return Table(
+        ids=_texts(table, "id"),
+        groups=_texts(table, "group"),
+        questions=_texts(table, _QUESTION[data.kind]),
+        answers=["\n".join(of) for of in zip(*answers.values(), strict=True)],
+        weights=table["weight"].to_numpy(),
+        sequences=sequences,
+        columns={name: table[name].to_numpy() for name in others},
+    )
+
+
+def _texts(table: pa.Table, column: str) -> list[str]:
+    return table[column].to_pylist()
+
+
+def _sequences(table: pa.Table, prefix: str, answers: list[str]) -> Sequences:
+    ids = table[f"{prefix}input_ids"].combine_chunks()
+    starts = numpy.concatenate([[0], numpy.cumsum(ids.value_lengths().to_numpy())])
+    labels = None
+    if f"{prefix}labels" in table.column_names:
+        flat = table[f"{prefix}labels"].combine_chunks()
+        labels = flat.flatten().to_numpy()
+    return Sequences(ids.flatten().to_numpy(), labels, starts, answers)

@@ -1,0 +1,1 @@
+"""Helpers of the library itself that know no adapter."""

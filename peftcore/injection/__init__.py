@@ -1,0 +1,1 @@
+"""Putting adapters into a model, choosing which of them act, merging them into the weights."""

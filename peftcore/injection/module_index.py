@@ -1,0 +1,54 @@
+"""Where the modules of a model stand: the one walk that an operation makes, however many adapters are loaded."""
+
+from functools import cached_property
+
+from torch import nn
+
+from peftcore.layers.host import modules_outside_hosts, unhosted
+
+
+class Places:
+    """The modules of a model by path, from one walk that goes into no host; right while only `replace` changes it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.modules: dict[str, nn.Module] = dict(modules_outside_hosts(model))
+        """Every module but the model itself, at each path where it stands; a host for what it stands for."""
+
+    def at(self, path: str) -> nn.Module:
+        """The module at a path; "" is the model itself."""
+        return self.modules[path] if path else self.model
+
+    def parent(self, path: str) -> nn.Module:
+        """What holds the module at a path."""
+        return unhosted(self.at(path.rpartition(".")[0]))
+
+    @cached_property
+    def paths(self) -> dict[int, list[str]]:
+        """{id of a module: every path where it stands}."""
+        paths: dict[int, list[str]] = {}
+        for path, module in self.modules.items():
+            paths.setdefault(id(module), []).append(path)
+        return paths
+
+    def freeze(self) -> None:
+        """No parameter outside of hosts gets a gradient."""
+        for module in (self.model, *self.modules.values()):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.requires_grad_(False)
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new` wherever `old` stands; nothing happens where that is nowhere."""
+        for path in self.paths.pop(id(old), []):
+            self.parent(path)._modules[path.rpartition(".")[2]] = new
+            self._note(path, new)
+            if unhosted(new) is new:  # a host has gone: what it stood for shows again, with all that is in it
+                for below, module in modules_outside_hosts(new, f"{path}."):
+                    self._note(below, module)
+
+    def _note(self, path: str, module: nn.Module) -> None:
+        self.modules[path] = module
+        known = self.paths.setdefault(id(module), [])
+        if path not in known:
+            known.append(path)

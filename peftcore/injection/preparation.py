@@ -1,0 +1,292 @@
+"""Making an adapter for a model and checking it, without touching the model."""
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from peftcore.adapter import Adapter, Shared
+from peftcore.bases import BaseWeight, BiasParameter, ParameterWeight, base_weight, is_adaptable, raw_projections
+from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
+from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
+from peftcore.injection.module_index import Places
+from peftcore.injection.targets import (
+    completed,
+    find_parameters,
+    find_saved_modules,
+    find_targets,
+    is_within,
+    tied_paths,
+    with_heads,
+)
+from peftcore.layers.host import AdaptedLayer, AdaptedParameters, SavedModule, unhosted
+from peftcore.layers.trained_bias import TrainedBias, TrainedBiasParameter
+from peftcore.prompts.learner import PromptLearner
+from peftcore.registry import method_named, method_of
+
+
+@dataclasses.dataclass
+class Injection:
+    """An adapter that is made and checked but not in the model yet."""
+
+    name: str
+    config: PeftConfig
+    adapters: dict[str, Adapter]
+    copies: dict[str, nn.Module]
+    biases: dict[str, TrainedBias]
+    """By the path of a layer, or of a raw bias."""
+    places: Places
+    """Where the model's modules stood when this was made."""
+    prompt: PromptLearner | None = None
+
+
+def prepare_injection(model: nn.Module, config: PeftConfig, name: str, fresh: bool = True) -> Injection:
+    """Make an adapter's modules without touching the model.
+
+    fresh: False spares them their start, where the caller reads every tensor from disk.
+    Raises AdapterNameError, ConfigError, TargetError for a name, an option or targets that cannot be.
+    """
+    if issubclass(kind := method_of(config).adapter, PromptLearner):
+        return _prepare_prompt(model, kind, config, name, fresh)
+    if not isinstance(config, TunerConfig):
+        raise ConfigError(f"{type(config).__name__} does not adapt layers; use one of the tuner configurations")
+    _check_name(model, name)
+    _check_not_compiled(model)
+    places = Places(model)
+    config = completed(model, config, places)
+    saved = find_saved_modules(places, config)
+    adapters = _adapters_for(places, config, fresh)
+    adapters |= _token_adapters(places, config, adapters, fresh)
+    _check_new_bases(places, adapters)
+    biases = _trained_biases(places, config, adapters, saved)
+    return Injection(name, config, adapters, _copies_of(places, config, saved), biases, places)
+
+
+def _prepare_prompt(
+    model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, fresh: bool
+) -> Injection:
+    _check_name(model, name)
+    _check_not_compiled(model)
+    config, copies, places = kind.completed(config, model), {}, Places(model)
+    if isinstance(config, PromptLearningConfig):
+        config = with_heads(places, config)
+        copies = {path: _copy_of(module) for path, module in find_saved_modules(places, config).items()}
+    weight = next(model.parameters())
+    with torch.device(weight.device):
+        prompt = kind(config, model)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    prompt.to(wide)
+    if fresh:
+        prompt.reset_parameters(model)
+    return Injection(name, config, {}, copies, {}, places, prompt)
+
+
+def _adapters_for(places: Places, config: TunerConfig, fresh: bool) -> dict[str, Adapter]:
+    """{path: adapter} for the targets of a configuration, made and set to their start."""
+    kind = method_of(config).adapter
+    targets = find_targets(places.model, config, places)
+    if kind.follows_ties or getattr(config, "ensure_weight_tying", False):
+        targets |= {path: places.modules[path] for path in tied_paths(places, targets)}
+    bases: dict[str, BaseWeight] = {}
+    for path, layer in targets.items():
+        for base in _bases_of(kind, config, layer, path):
+            bases[f"{path}.{base.name}" if isinstance(base, ParameterWeight) else path] = base
+    bases |= _parameter_bases(places, config)
+    adapters = _make_adapters(kind, config, bases, fresh)
+    kind.link(config, adapters)
+    _set_parameter_prefixes(adapters)
+    return adapters
+
+
+def _set_parameter_prefixes(adapters: Mapping[str, Adapter]) -> None:
+    """PEFT wraps a module once for each of its raw parameters, the last one outermost."""
+    inside: Counter[str] = Counter()
+    for path, adapter in reversed(list(adapters.items())):
+        if adapter.base.kind == "parameter":
+            owner = path.rpartition(".")[0]
+            adapter.disk_prefix = "base_layer." * inside[owner]
+            inside[owner] += 1
+
+
+def _parameter_bases(places: Places, config: TunerConfig) -> dict[str, BaseWeight]:
+    found = find_parameters(places, config)
+    return {path: ParameterWeight(module, name) for path, (module, name) in found.items()}
+
+
+def _token_adapters(
+    places: Places, config: TunerConfig, taken: Mapping[str, Adapter], fresh: bool
+) -> dict[str, Adapter]:
+    """Adapters of single embedding rows, for methods whose configuration has `trainable_token_indices`."""
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return {}
+    made: dict[str, Adapter] = {}
+    for target, tokens in wanted.items() if isinstance(wanted, dict) else [(None, wanted)]:
+        options: dict[str, Any] = {"token_indices": list(tokens), "target_modules": target and [target]}
+        made |= _adapters_for(places, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)), fresh)
+    if both := sorted(made.keys() & taken.keys()):
+        raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
+    for adapter in made.values():
+        adapter.disk_prefix = "token_adapter."
+    return made
+
+
+def _bases_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str) -> list[BaseWeight]:
+    """The weights that one target is adapted at: one, or the two projections of an nn.MultiheadAttention."""
+    if isinstance(layer, AdaptedLayer):
+        bases: list[BaseWeight] = [layer.base]
+    else:
+        layer = unhosted(layer)
+        bases = [ParameterWeight(layer, name) for name in raw_projections(layer)] or [base_weight(layer, path)]
+    if bases[0].kind not in kind.layer_kinds:
+        word = type(layer).__name__ if isinstance(layer, nn.MultiheadAttention) else bases[0].kind
+        fits = ", ".join(sorted(kind.layer_kinds))
+        raise TargetError(f"{config.peft_type} does not adapt {word} layers such as {path}; it adapts {fits}")
+    return bases
+
+
+def _make_adapters(
+    kind: type[Adapter], config: TunerConfig, bases: dict[str, BaseWeight], fresh: bool
+) -> dict[str, Adapter]:
+    first = next(iter(bases.values()), None)
+    if first is None:
+        return {}
+    default = torch.get_default_device()
+    with _made_on(first.device, default):
+        shared = kind.make_shared(config, bases)
+        if shared is not None:
+            shared.to(_wide(first.dtype))
+    made = {}
+    for path, base in bases.items():
+        with _made_on(base.device, default):
+            made[path] = adapter = _make(kind, config, base, path, shared)
+            if fresh:
+                adapter.reset_parameters()
+            else:
+                adapter.prepare_to_read()
+                vars(adapter).update(is_unread=config.inference_mode)
+    return made
+
+
+def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str, shared: Shared | None) -> Adapter:
+    if isinstance(base, ParameterWeight) and raw_projections(base.layer):
+        path = path.removesuffix(f".{base.name}")  # patterns name the module that is the target
+    adapter = kind(config, base, path)
+    _widen(adapter, _wide(base.dtype))
+    if shared is not None:
+        adapter.shared = shared
+    return adapter
+
+
+def _made_on(device: torch.device, default: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """New tensors on `device`; nothing is entered where they come there by default, for it slows every call inside."""
+    return contextlib.nullcontext() if device == default else torch.device(device)
+
+
+@cache
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which adapters of such a base are kept."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _widen(adapter: Adapter, dtype: torch.dtype) -> None:
+    """`adapter.to(dtype)`, which costs more than to look whether it has anything to do."""
+    tensors = itertools.chain(adapter._parameters.values(), adapter._buffers.values())
+    if adapter._modules or any(t is not None and t.dtype != dtype for t in tensors):
+        adapter.to(dtype)
+
+
+def _copies_of(places: Places, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Trainable copies; with `ensure_weight_tying`, of both sides of a tied pair, and these share their weight too."""
+    copies = {path: _copy_of(module) for path, module in saved.items()}
+    if getattr(config, "ensure_weight_tying", False):
+        for path, other in tied_paths(places, saved).items():
+            copies[path] = _copy_of(places.modules[path])
+            copies[path].weight = copies[other].weight
+    return copies
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    original = module.base_layer if isinstance(module, SavedModule) else module
+    return copy.deepcopy(original).requires_grad_(True)
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not name or not isinstance(name, str) or "." in name or "/" in name:
+        raise AdapterNameError(f"an adapter's name is a word without '.' or '/'; got {name!r}")
+    if ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
+        raise AdapterNameError(f"there is already an adapter named {name!r}; delete it first or take another name")
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    classes = {c.__name__ for c in type(model).__mro__}
+    for wrapper, call in (("OptimizedModule", "torch.compile"), ("FSDPModule", "fully_shard")):
+        if wrapper in classes:
+            raise ConfigError(f"adapters must be attached before {call}; attach first, then call {call}")
+
+
+def _check_new_bases(places: Places, adapters: Mapping[str, Adapter]) -> None:
+    """Raise MergeError or ConfigError where a start brings a base weight that cannot stand there now."""
+    for path, adapter in adapters.items():
+        host = places.modules.get(path)
+        if adapter.new_base is None or not isinstance(host, AdaptedLayer):
+            continue
+        if host.merged:
+            raise MergeError(
+                f"the start replaces the weight of {path} (LoftQ), and {list(host.merged)} are merged into it; call "
+                "unmerge_adapter first"
+            )
+        if host.has_replaced_base and not torch.equal(host.base.read(), adapter.new_base.to(host.base.dtype)):
+            raise ConfigError(
+                f"{path} stands with the weight that {list(host.replaced_by)} brought (LoftQ), and this adapter brings "
+                "another one; give both the same loftq_config and r, or delete the first"
+            )
+
+
+def _trained_biases(
+    places: Places, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
+) -> dict[str, TrainedBias]:
+    """Biases that train with the adapter: those of its layers, or of all modules that it does not train whole."""
+    mode = getattr(config, "bias", "none")
+    if mode == "none":
+        return {}
+    paths = [path for path in (adapters if mode.endswith("_only") else places.modules) if path in places.modules]
+    paths = [path for path in paths if not is_within(path, saved)]
+    biases: dict[str, TrainedBias] = {}
+    first: dict[int, nn.Parameter] = {}
+    """{id of a bias of the base: what trains in its place}: tied biases stay tied"""
+    for path in paths:
+        module = places.modules[path]
+        if isinstance(module, SavedModule) and any(
+            name.endswith("bias") for name, _ in module.base_layer.named_parameters()
+        ):
+            raise ConfigError(
+                f"bias={mode!r}: {path} is trained whole (modules_to_save) by another adapter; use bias='none', or "
+                f"name {path} in this adapter's modules_to_save too"
+            )
+        own = unhosted(module)._parameters.get("bias")
+        if own is None:
+            continue
+        made = _trained_bias(path, module, adapters.get(path), first.get(id(own)))
+        first[id(own)] = made.bias
+        biases[f"{path}.bias" if isinstance(made, TrainedBiasParameter) else path] = made
+    return biases
+
+
+def _trained_bias(path: str, module: nn.Module, adapter: Adapter | None, tied: nn.Parameter | None) -> TrainedBias:
+    layer = unhosted(module)
+    if adapter is not None:
+        return TrainedBias(adapter.base, path, tied)
+    if isinstance(module, AdaptedLayer):
+        return TrainedBias(module.base, path, tied)
+    if is_adaptable(layer) and not isinstance(module, AdaptedParameters):
+        return TrainedBias(base_weight(layer, path), path, tied)
+    return TrainedBiasParameter(BiasParameter(layer, "bias"), path, tied)

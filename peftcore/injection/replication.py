@@ -1,0 +1,71 @@
+"""A deeper model from ranges of its own blocks, base weights shared, adapters not. Depth up-scaling: arXiv:2312.15166.
+
+[(0, 4), (2, 5)] makes blocks 0 1 2 3 2 3 4.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from peftcore.errors import ConfigError, TargetError
+from peftcore.injection.module_index import Places
+
+
+@dataclass
+class Replication:
+    """What to put back when the adapter that asked for a deeper model goes."""
+
+    parent: nn.Module
+    name: str
+    blocks: nn.ModuleList
+    config: Any
+    """The model's configuration, whose num_hidden_layers says the depth; None where there is none."""
+    depth: int
+
+    def undo(self) -> None:
+        """Give the model its own blocks again."""
+        self.parent._modules[self.name] = self.blocks
+        if self.config is not None:
+            self.config.num_hidden_layers = self.depth
+
+
+def replicate(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
+    """Make the model deeper, in place. Raises TargetError or ConfigError before anything is changed."""
+    path, blocks = _block_list(model)
+    for start, end in ranges:
+        if not 0 <= start < end <= len(blocks):
+            raise ConfigError(f"layer_replication: [{start}, {end}) is no range of the model's {len(blocks)} blocks")
+    parent_path, _, name = path.rpartition(".")
+    config = getattr(model, "config", None)
+    config = config if hasattr(config, "num_hidden_layers") else None
+    before = Replication(model.get_submodule(parent_path), name, blocks, config, len(blocks))
+    numbers = [n for start, end in ranges for n in range(start, end)]
+    before.parent._modules[name] = nn.ModuleList(_twin(blocks[n], place) for place, n in enumerate(numbers))
+    if config is not None:
+        config.num_hidden_layers = len(numbers)
+    return before
+
+
+def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    lists = [(p, m) for p, m in Places(model).modules.items() if isinstance(m, nn.ModuleList) and len(m)]
+    fitting = [(p, m) for p, m in lists if depth is None or len(m) == depth]
+    outermost = [(p, m) for p, m in fitting if not any(p.startswith(f"{other}.") for other, _ in fitting)]
+    if len(outermost) != 1:
+        raise TargetError(
+            f"layer_replication needs a model with one stack of blocks; {type(model).__name__} has {len(outermost)}"
+        )
+    return outermost[0]
+
+
+def _twin(block: nn.Module, place: int) -> nn.Module:
+    """A copy of a block's modules that shares its parameters and buffers, and knows its own place in the cache."""
+    tensors = [*block.parameters(), *block.buffers()]
+    twin = copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
+    for module in twin.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = place  # type: ignore[assignment]
+    return twin

@@ -1,0 +1,1 @@
+"""Computations that layers share: low-rank products, seeded dropout, matrix functions."""

@@ -1,0 +1,220 @@
+"""Embeddings that a directory holds beside its adapter: rows of the base, for example of a resized vocabulary.
+
+They are PEFT's `save_embedding_layers`. On disk they have the base's own keys: `<path>.weight` of an embedding or an
+output head that the adapter leaves alone, `<path>.base_layer.weight` of one that it adapts.
+
+When such a directory is loaded, the saved rows replace the model's own, for every adapter and for the base, as in PEFT.
+`unload`, and deleting the last adapter, put the model's own rows back.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftcore._util.tensors import is_sharded, whole
+from peftcore.bases import base_weight, is_adaptable
+from peftcore.bases.base import UNMERGED_STATE
+from peftcore.config import PeftConfig
+from peftcore.errors import CheckpointError, ConfigError
+from peftcore.injection.adapter_set import AdapterSet, ReplacedRows, adapter_set
+from peftcore.injection.module_index import Places
+from peftcore.layers.host import unhosted
+from peftcore.storage.adapter_state import Content
+
+SaveEmbeddings = bool | Literal["auto"]
+"""Value of `save_embedding_layers`."""
+_NAMES = ("embed_tokens", "lm_head")
+"""Names of embeddings whose rows PEFT saves because an adapter targets them."""
+_KEY = re.compile(r"(?P<path>.+?)(\.token_adapter)?(?P<inside>\.base_layer|\.original_module)?\.(?P<name>weight|bias)")
+
+
+# -- saving ----------------------------------------------------------------------------------------------------------
+
+
+def embeddings_to_save(model: nn.Module, content: Content, name: str, choice: SaveEmbeddings) -> dict[str, Tensor]:
+    """Return {PEFT's key: tensor} of the embeddings that belong into an adapter's directory.
+
+    Args:
+        choice: `save_embedding_layers`. "auto" saves embeddings that the adapter targets, and all of them if the
+            vocabulary's size differs from the one of `base_model_name_or_path`, or if a directory brought rows.
+    """
+    if choice not in (True, False, "auto"):
+        raise ConfigError(f"save_embedding_layers must be True, False or 'auto'; got {choice!r}")
+    if choice is False:
+        return {}
+    adapters = adapter_set(model)
+    config = adapters.configs[name]
+    by_tokens = config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None) is not None
+    paths = adapters.adapters(name) if not by_tokens else {}
+    targeted = {path for path in paths if path.rpartition(".")[2] in _NAMES}
+    resized = choice is True and bool(adapters.replaced_rows)
+    if choice == "auto":
+        resized = bool(adapters.replaced_rows) or _was_resized(model, config)
+        if not resized and not targeted:
+            return {}
+    places = Places(model)
+    ends = embedding_paths(places)
+    if not ends:
+        if choice is True:
+            raise ConfigError(
+                f"save_embedding_layers=True: this {type(model).__name__} names no embeddings (get_input_embeddings, "
+                "get_output_embeddings); leave it at 'auto', or train them as modules_to_save"
+            )
+        return {}
+    copies, targeted = adapters.copies(name), targeted & ends.keys()
+    found: dict[str, Tensor] = {}
+    saved: set[int] = set()
+    for path, module in sorted(ends.items(), key=lambda end: end[0] not in targeted):
+        weight = id(unhosted(module)._parameters.get("weight"))
+        # as in PEFT an embedding beside a targeted one is left out, unless its rows would be lost
+        if path in copies or (targeted and path not in targeted and (not resized or weight in saved)):
+            continue
+        saved.add(weight)
+        found |= {f"{content.base_prefix(path)}{key}": tensor for key, tensor in _own_tensors(unhosted(module)).items()}
+    return found
+
+
+def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """Weight and bias of a layer without what is merged into them, as the layer stores them, dense."""
+    own = {name: p.detach() for name, p in layer._parameters.items() if p is not None}
+    if is_adaptable(layer):
+        base, aside = base_weight(layer), layer.__dict__.get(UNMERGED_STATE, {})
+        own |= {name: base.stored(aside, name).detach() for name in own if name in aside}
+        if base.quantized:
+            own["weight"] = base.read_unmerged().detach()
+    return own
+
+
+def _can_be_looked_up(base: str | None) -> bool:
+    """Whether a base model's name is a folder or could be the hub's, and not another system's, such as "wheel:NAME"."""
+    return bool(base) and (Path(base).is_dir() or ":" not in base)
+
+
+def _was_resized(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether the vocabulary has another size than that of the base model that the configuration names."""
+    own = getattr(model, "config", None)
+    base = config.base_model_name_or_path or getattr(model, "name_or_path", None)
+    if getattr(own, "vocab_size", None) is None or not hasattr(own, "from_pretrained") or not _can_be_looked_up(base):
+        return False
+    try:
+        original = type(own).from_pretrained(base, revision=config.revision, local_files_only=True)  # type: ignore[union-attr]
+    except (OSError, ValueError):
+        warnings.warn(
+            f"the base model's config.json is not found at {base!r}, so its vocabulary is taken to have its original "
+            "size; if you have resized it, save with save_embedding_layers=True",
+            stacklevel=6,
+        )
+        return False
+    return original.vocab_size != own.vocab_size  # type: ignore[union-attr]
+
+
+def embedding_paths(places: Places) -> dict[str, nn.Module]:
+    """{path: module} of the model's input and output embeddings, each at the first path where it stands."""
+    ends: dict[str, nn.Module] = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            end = getattr(places.model, getter)()
+        except (AttributeError, NotImplementedError):  # no transformers model, or one without such an end
+            continue
+        path = next((path for path, module in places.modules.items() if module is end), None)
+        if path is not None:
+            ends[path] = end
+    return ends
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+class Embeddings:
+    """The base's embeddings out of a directory, on their way into a model.
+
+    places: gives the model's, which takes a walk over it and is asked for where a directory holds embeddings only.
+    adapters: those in the model, None for a plain one. name: the adapter that is being loaded.
+    may_replace: False where the model's own have to stay.
+    """
+
+    def __init__(self, places: Callable[[], Places], adapters: AdapterSet | None, name: str, may_replace: bool):
+        self._walk, self._may_replace = places, may_replace
+        self._others = [] if adapters is None else [other for other in adapters.configs if other != name]
+        self._new: dict[int, nn.Parameter] = {}
+        """{id of a parameter: the one to replace it by}"""
+
+    @cached_property
+    def _places(self) -> Places:
+        return self._walk()
+
+    def take(self, content: Content, tensors: Mapping[str, Tensor], file: Path) -> set[str]:
+        """Note what has to be replaced, and return the keys that are no embeddings; the model is not changed yet.
+
+        Raises CheckpointError for rows of another shape, or where replacing them would change other adapters.
+        """
+        ends = embedding_paths(self._places)
+        wrapped, foreign = content.paths() | ends.keys(), set()
+        for key, saved in tensors.items():
+            match = _KEY.fullmatch(key.removeprefix(content.path_prefix))
+            if match is None or match["path"] not in (wrapped if match["inside"] else ends):
+                foreign.add(key)
+                continue
+            try:
+                self._take_one(match["path"], match["name"], saved)
+            except CheckpointError as error:
+                raise CheckpointError(f"{file}: {error}") from error
+        return foreign
+
+    def _take_one(self, path: str, name: str, saved: Tensor) -> None:
+        layer = unhosted(self._places.at(path))
+        parameter = layer._parameters.get(name)
+        if parameter is None:
+            raise CheckpointError(f"{path}.{name} is saved, and the model's {path} has none; load it onto its own base")
+        own = _own_tensors(layer)[name]
+        if own.shape != saved.shape:
+            raise CheckpointError(_other_shape(path, saved, own))
+        if torch.equal(whole(own), saved.to(own.device, own.dtype)):
+            return
+        cannot = "the saved embeddings differ from the model's at " + path
+        if not self._may_replace:
+            raise CheckpointError(f"{cannot}, which every other adapter of this base would have too; merge it instead")
+        if self._others:
+            raise CheckpointError(
+                f"{cannot}, and replacing them would change adapters {self._others}; load this directory first, or "
+                "onto a model of its own"
+            )
+        if type(parameter) is not nn.Parameter or is_sharded(parameter):
+            raise CheckpointError(
+                f"{cannot}, and quantised or sharded ones cannot be replaced; load the adapter before that is done"
+            )
+        if UNMERGED_STATE in vars(layer):
+            raise CheckpointError(f"{cannot}, and an adapter is merged into that layer; call unmerge_adapter first")
+        earlier = self._new.get(id(parameter))
+        if earlier is not None and not torch.equal(earlier, saved.to(parameter)):
+            raise CheckpointError(
+                f"{cannot}; the model has one weight for input and output embeddings, and the directory two that differ"
+            )
+        self._new[id(parameter)] = nn.Parameter(saved.to(parameter), requires_grad=False)
+
+    def replace(self, adapters: AdapterSet) -> None:
+        """Put the new embeddings wherever the old ones stand; `AdapterSet.restore_rows` puts the old ones back."""
+        if not self._new:
+            return
+        for path, module in self._places.modules.items():
+            layer = unhosted(module)
+            for name, parameter in layer._parameters.items():
+                if parameter is not None and id(parameter) in self._new:
+                    adapters.replaced_rows.setdefault(f"{path}.{name}", ReplacedRows(layer, name, parameter))
+                    layer._parameters[name] = self._new[id(parameter)]
+        adapters.selection.forget()
+
+
+def _other_shape(path: str, saved: Tensor, own: Tensor) -> str:
+    if saved.dim() == own.dim() == 2 and saved.shape[1] == own.shape[1]:
+        return (
+            f"it holds {len(saved)} rows for {path}, and the model has {len(own)}, because the vocabulary was resized; "
+            f"call model.resize_token_embeddings({len(saved)}) before loading"
+        )
+    return f"made for another base model: {path} is {list(saved.shape)} there, here {list(own.shape)}"

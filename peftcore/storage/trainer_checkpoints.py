@@ -1,0 +1,96 @@
+"""Resuming and `load_best_model_at_end` of plain `transformers.Trainer` for models with adapters.
+
+Trainer saves adapters through `save_pretrained`, but where it reads a checkpoint it asks for HF PEFT's class and
+otherwise for whole models' files: without this module a run with `load_best_model_at_end` fails after its last step.
+transformers has no hook there, so its two methods that read a checkpoint are wrapped. For any other model they do what
+they did. `peftcore.train.AdapterTrainerMixin` has methods of its own, which also resume exactly what Trainer does not
+keep.
+
+Trainer is not imported for this, because it takes long and serving needs none of it: the methods are wrapped when a
+model gets its adapters, or when Trainer is imported later.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from peftcore.errors import CheckpointError
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
+from peftcore.storage import checkpoint
+
+_MODULE = "transformers.trainer"
+_WRAPPED = "reads_adapters"
+"""Attribute of a method that is wrapped already."""
+
+
+def teach_trainer() -> None:
+    """Let transformers' Trainer read checkpoints of adapters, now or as soon as it is imported; once is enough."""
+    if hasattr(module := sys.modules.get(_MODULE), "Trainer"):
+        _wrap_methods(module)
+    elif not any(isinstance(finder, _TrainerFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TrainerFinder())
+
+
+class _TrainerFinder:
+    """A finder of Python's import system that finds Trainer's module, once, and has it wrapped when it has run."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the module's own spec; None for every other module."""
+        if name != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            run = loader.exec_module
+            loader.exec_module = lambda module: (run(module), _wrap_methods(module))
+        return spec
+
+
+def _wrap_methods(module: Any) -> None:
+    trainer = module.Trainer
+    if not hasattr(trainer._load_best_model, _WRAPPED):
+        trainer._load_best_model = _wrapped(trainer._load_best_model, _load_best)
+        trainer._load_from_checkpoint = _wrapped(trainer._load_from_checkpoint, _resume)
+
+
+def _wrapped(original: Callable[..., Any], ours: Callable[..., None]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self.accelerator.unwrap_model(self.model)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or not isinstance(model, nn.Module) or ATTRIBUTE not in model.__dict__:
+            return original(self, *args, **kwargs)
+        return ours(self, model, *args, **kwargs)
+
+    setattr(method, _WRAPPED, True)
+    return method
+
+
+def _load_best(trainer: Any, model: nn.Module) -> None:
+    _read(model, Path(str(trainer.state.best_model_checkpoint)))
+
+
+def _resume(trainer: Any, adapted: nn.Module, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    with_state = sorted(name for name in adapter_set(adapted).configs if _has_training_state(adapted, name))
+    if with_state:
+        raise CheckpointError(
+            f"{', '.join(with_state)}: this method has training state that Trainer does not save, so training cannot "
+            "go on from its checkpoint; use peftcore.train.AdapterTrainer, or AdapterTrainerMixin over your trainer"
+        )
+    _read(adapted, Path(resume_from_checkpoint))
+
+
+def _has_training_state(model: nn.Module, name: str) -> bool:
+    return any(adapter.training_state() for adapter in adapter_set(model).adapters(name).values())
+
+
+def _read(model: nn.Module, folder: Path) -> None:
+    for name in adapter_set(model).configs:
+        checkpoint.load_adapter_weights(model, folder if name == "default" else folder / name, name)

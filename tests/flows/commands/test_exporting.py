@@ -1,0 +1,72 @@
+"""The commands that write an adapter for other runtimes, or merge it, and one message for what they refuse."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from flows.cli import app
+from peftcore import LoHaConfig, LoraConfig, get_peft_model
+from peftcore.export import check_vllm
+
+
+def peftcore(*arguments: str) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
+
+
+def trained(base: Path, config: Any, directory: Path) -> list[str]:
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(directory)
+    return ["--adapter", str(directory), "--base", str(base)]
+
+
+def test_an_adapter_for_each_runtime(tiny_base: Path, tmp_path: Path) -> None:
+    config = LoHaConfig(target_modules=["q_proj", "up_proj"], r=2, init_weights=False)
+    options = trained(tiny_base, config, tmp_path / "adapter")
+    done = peftcore("export", "vllm", str(tmp_path / "vllm"), *options, "--rank", "4")
+    assert done.exit_code == 0 and "--max-lora-rank 8; as LoRA of rank 4 it misses 0.00%" in done.stdout
+    assert check_vllm(tmp_path / "vllm") == []
+    done = peftcore("export", "gguf-lora", str(tmp_path / "lora.gguf"), *options, "--tolerance", "0.5")
+    assert done.exit_code == 0 and (tmp_path / "lora.gguf").read_bytes()[:4] == b"GGUF"
+    refused = peftcore("export", "vllm", str(tmp_path / "no"), *options)
+    assert refused.exit_code == 1 and "error: LoHa is no product of two factors" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_whole_gguf_is_made_of_the_bases_folder_or_refused_before_work(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = trained(tiny_base, LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    done = peftcore("export", "gguf-merged", str(tmp_path / "whole.gguf"), *options)
+    assert done.exit_code == 0, done.stderr
+    refused = peftcore("export", "gguf-lora", str(tmp_path / "no"), *options, "--gguf", str(tmp_path / "whole.gguf"))
+    assert refused.exit_code == 1 and "gguf-lora has no use for it" in refused.stderr
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
+    monkeypatch.setattr("flows.commands.exporting._adapted", lambda *_: pytest.fail("the model was loaded"))
+    refused = peftcore("export", "gguf-merged", str(tmp_path / "no"), "--adapter", options[1], "--base", str(other))
+    assert refused.exit_code == 1 and "give the base's own GGUF file (--gguf)" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_streamed_merge(tiny_base: Path, tmp_path: Path) -> None:
+    options = trained(tiny_base, LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    done = peftcore("merge", str(tmp_path / "out"), *options, "--dtype", "float32")
+    assert done.exit_code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    refused = peftcore("merge", str(tmp_path / "no"), *options, "--storage", "int3")
+    assert refused.exit_code == 1 and refused.stderr.startswith("error: storage must be one of nf4, fp4")
+
+
+@pytest.mark.parametrize("command", ["export", "merge"])
+def test_each_command_has_help(command: str) -> None:
+    result = peftcore(command, "--help")
+    assert result.exit_code == 0 and len(result.stdout) > 300

@@ -1,0 +1,49 @@
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flows.data.rows import Row
+from flows.evaluation.fidelity import fidelity
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    ids = [torch.randint(40, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (6, 9)]
+    return [{"input_ids": one, "labels": [-100, -100, *one[2:]]} for one in ids]
+
+
+def test_a_model_agrees_with_itself(model: LlamaForCausalLM, rows: list[Row]) -> None:
+    found = fidelity(model, model, rows, pad=0, batch_size=2)
+    assert found.kl == pytest.approx(0, abs=1e-7) and found.top1_agreement == 1.0
+    assert found.tokens == 4 + 7 and found.loss == found.reference_loss
+
+
+def test_divergence_is_that_from_the_reference_to_the_candidate(model: LlamaForCausalLM, rows: list[Row]) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.add_(0.3 * torch.randn_like(other.lm_head.weight))
+    total, agreed, tokens, losses = 0.0, 0, 0, [0.0, 0.0]
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            p, q = (m(ids).logits[0, 1:-1].double().log_softmax(-1) for m in (model, other))
+        total += float((p.exp() * (p - q)).sum())
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        answers = ids[0, 2:, None]
+        losses = [loss - float(m.gather(1, answers).sum()) for loss, m in zip(losses, (p, q), strict=True)]
+        tokens += len(p)
+    found = fidelity(model, other, rows, pad=0, batch_size=1)
+    assert found.kl == pytest.approx(total / tokens, rel=1e-4) and found.kl > 0.01
+    assert found.top1_agreement == agreed / tokens
+    assert [found.reference_loss, found.loss] == pytest.approx([loss / tokens for loss in losses], rel=1e-5)

@@ -1,0 +1,58 @@
+"""The rules say what has to be measured; a version that was measured by less is refused, whatever its author chose."""
+
+from typing import Any
+
+import pytest
+
+from flows.gate.checks.measured import unmeasured
+from flows.params.model import Params
+
+CONTROL = {"base_loss": 3.0, "adapter_loss": 2.9, "rows": 48}
+
+
+def found(metrics: dict[str, Any] | None = None, rules: dict[str, Any] | None = None, **changes: dict[str, Any]) -> str:
+    """What is missing from a version whose parameters are the defaults but for `changes`."""
+    params = Params.model_validate({"data": {"source": "rows.jsonl", "slice_column": "lang"}} | (rules or {}))
+    record = {"params": params.model_dump()}
+    for section, keys in changes.items():
+        record["params"][section] |= keys
+    return "; ".join(unmeasured(record, {"control": CONTROL} if metrics is None else metrics, params))
+
+
+def test_a_version_measured_by_the_rules_is() -> None:
+    assert found() == ""
+    assert found(evaluate={"rows": None, "generate_rows": 200, "batch_size": 1}, data={"similarity": 0.5}) == ""
+
+
+def test_a_null_control_set_does_not_skip_the_limit_on_forgetting() -> None:
+    nothing = {"source": None, "rows": 48, "max_length": 128}
+    told = "evaluate.control.source null, and the rules have stdlib:topics"
+    assert told in found({"control": None}, evaluate={"control": nothing})
+    assert "no losses on the control set" in found({"control": None})
+    few = {"source": "stdlib:topics", "rows": 2, "max_length": 8}
+    assert "evaluate.control.rows 2, and the rules have at least 48" in found(evaluate={"control": few})
+    assert "evaluate.control.source null" in found({}, evaluate={"control": None}), "a version from before control sets"
+    assert found({"control": None}, {"gate": {"max_forgetting": None}}, evaluate={"control": nothing}) == ""
+
+
+def test_a_null_slice_column_does_not_hide_a_minority() -> None:
+    assert "data.slice_column null, and the rules have" in found(
+        rules={"data": {"source": "rows.jsonl", "slice_column": "lang"}}, data={"slice_column": None}
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("data", "test_rows", 5),
+        ("evaluate", "rows", 20),
+        ("evaluate", "generate_rows", 2),
+        ("merge", "rows", 1),
+        ("data", "near_duplicates", "keep"),
+        ("data", "max_leakage", 0.9),
+        ("data", "similarity", 1.0),
+        ("train", "objective", "classification"),
+    ],
+)
+def test_nor_do_fewer_rows_leaks_or_another_objective(section: str, key: str, value: Any) -> None:
+    assert f"{section}.{key} {value}, and the rules have" in found(**{section: {key: value}})

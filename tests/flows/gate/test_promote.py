@@ -1,0 +1,314 @@
+"""Promotion: the gate's verdict becomes a tag, once, and only for what was compared with the present champion."""
+
+import json
+from typing import Any
+
+import pytest
+
+from flows.errors import RegistryError, StageError
+from flows.gate.looks import data_digest, note_trial, trials_on
+from flows.gate.promote import promote, read_promotion, roll_back
+from flows.params.model import Params
+from flows.paths import Paths
+from flows.registry.lineage import read_lock
+from flows.registry.registry import Registry, RegistryConflict
+from flows.runtime.git import Git
+from flows.runtime.worktree import worktree_at
+from peftcore.files import write_manifest
+
+
+def champion(project: Any) -> str | None:
+    holder = Registry(Git(project.root), "docstrings").stages().get("champion")
+    return holder.version if holder else None
+
+
+def test_the_first_good_version_becomes_champion_and_promoting_it_again_changes_nothing(project: Any) -> None:
+    project.register()
+    first = promote(project.params, project.paths)
+    assert (first.outcome, first.tag, champion(project)) == ("promoted", "docstrings#champion#1", "v0.1.0")
+    again = promote(project.params, project.paths)
+    assert (again.outcome, again.tag) == ("already", None)
+    assert again.report == first.report, "the stage's tag tells how it was judged"
+    assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
+    assert read_promotion(project.paths, "v0.1.0") == again
+    assert read_promotion(project.paths, "v0.1.1") is None
+
+
+def test_a_better_version_takes_over_and_a_worse_one_does_not(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.register(loss=2.6, weight=2.0)
+    assert promote(project.params, project.paths, dry_run=True).outcome == "would promote"
+    assert champion(project) == "v0.1.0"
+    assert promote(project.params, project.paths).outcome == "promoted"
+    project.register(loss=2.65, weight=3.0)
+    refused = promote(project.params, project.paths)
+    assert refused.outcome == "refused"
+    assert not refused.accepted
+    assert "loss +0.0500 nats against v0.1.1" in refused.sentence
+    assert champion(project) == "v0.1.1"
+    assert read_promotion(project.paths, "v0.1.2") == refused
+
+
+def test_an_older_version_is_judged_by_its_own_files(project: Any) -> None:
+    project.register(loss=2.5)
+    project.register(loss=3.7, weight=2.0)
+    assert promote(project.params, project.paths).outcome == "refused"
+    promotion = promote(project.params, project.paths, version="v0.1.0")
+    assert (promotion.outcome, promotion.version) == ("promoted", "v0.1.0")
+
+
+@pytest.mark.faults("lost DVC cache or remote")
+def test_the_champions_rows_come_from_the_remote_where_the_cache_is_gone(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.register(loss=2.6, weight=2.0)
+    cache = project.root / ".dvc" / "cache"
+    cache.rename(project.root / ".dvc" / "gone")
+    assert promote(project.params, project.paths).outcome == "promoted"
+
+
+@pytest.mark.faults("corrupt remote object")
+def test_a_corrupt_object_of_the_remote_is_noticed(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.register(loss=2.6, weight=2.0)
+    (project.root / ".dvc" / "cache").rename(project.root / ".dvc" / "gone")
+    for path in (project.root / ".dvc-remote").rglob("*"):
+        if path.is_file() and not path.name.endswith(".dir"):
+            path.chmod(0o644)
+            path.write_bytes(b"corrupt")
+    with pytest.raises(RegistryError, match=r"rows\.parquet of docstrings@v0\.1\.0 is not what was registered"):
+        promote(project.params, project.paths)
+    assert champion(project) == "v0.1.0"
+
+
+@pytest.mark.faults("flipped bit, truncated file, NaN")
+def test_an_adapter_changed_after_it_was_registered_is_refused(project: Any) -> None:
+    project.register()
+    config = project.paths.adapter / "adapter_config.json"
+    config.unlink()  # a link into DVC's cache, perhaps
+    config.write_text("{}")
+    write_manifest(project.paths.adapter)
+    assert "adapter_config.json is not what was registered" in promote(project.params, project.paths).sentence
+    assert champion(project) is None
+
+
+def test_whoever_is_second_loses(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.register()
+    registry = Registry(Git(project.root), "docstrings")
+    monkeypatch.setattr(
+        "flows.gate.promote.evaluate_gate",
+        lambda *arguments: registry.assign("champion", registry.version("v0.1.0"), 0, "first") and GOOD,
+    )
+    with pytest.raises(RegistryConflict):
+        promote(project.params, project.paths)
+    assert project.git("tag", "--list", "*champion*").split() == ["docstrings#champion#1"]
+
+
+class _Good:
+    passed = True
+    checks = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {}
+
+
+GOOD = _Good()
+
+
+def test_a_stage_given_by_hand_has_no_report(project: Any) -> None:
+    project.register()
+    project.git("tag", "--annotate", "--message=by hand", "docstrings#champion#1", "docstrings@v0.1.0^{}")
+    promotion = promote(project.params, project.paths)
+    assert (promotion.outcome, promotion.report) == ("already", None)
+
+
+def test_nothing_registered_says_what_to_do(project: Any) -> None:
+    with pytest.raises(StageError, match="no version was registered yet; use `peftcore run`"):
+        promote(project.params, project.paths)
+
+
+def test_a_version_without_its_tag_says_what_to_do(project: Any) -> None:
+    project.register()
+    project.git("tag", "--delete", "docstrings@v0.1.0")
+    with pytest.raises(RegistryError, match=r"no version v0\.1\.0; there is: none yet.*registry fetch"):
+        promote(project.params, project.paths)
+
+
+def test_a_champion_whose_version_was_taken_back_cannot_be_compared_with(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.git("tag", "--delete", "docstrings@v0.1.0")
+    project.register(loss=2.6, weight=2.0)
+    with pytest.raises(RegistryError, match="git tag --delete 'docstrings#champion#1'"):
+        promote(project.params, project.paths)
+
+
+def test_the_result_is_plain_json(project: Any) -> None:
+    project.register()
+    promotion = promote(project.params, project.paths, dry_run=True)
+    assert json.loads(json.dumps(promotion.as_dict()))["report"]["passed"] is True
+    assert not project.paths.promotion.exists()
+
+
+# -- slices and size -------------------------------------------------------------------------------------------------
+
+
+def test_a_better_version_that_fails_a_slice_is_refused(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    worse = [0.9] * 12 + [-0.6] * 28
+    project.register(loss=2.4, weight=2.0, row_changes=worse, row_slices=["rare"] * 12 + ["common"] * 28)
+    refused = promote(project.params, project.paths)
+    assert refused.outcome == "refused" and champion(project) == "v0.1.0"
+    assert "slices: worse than v0.1.0 in rare" in refused.sentence and "on 12 rows" in refused.sentence
+
+
+# -- rolling back ----------------------------------------------------------------------------------------------------
+
+
+def three_champions(project: Any) -> None:
+    for loss in (2.7, 2.6, 2.5):
+        project.register(loss=loss, weight=loss)
+        assert promote(project.params, project.paths).outcome == "promoted"
+
+
+def test_the_last_champion_comes_back_with_its_report_and_the_reason(project: Any) -> None:
+    three_champions(project)
+    back = roll_back(project.params, project.paths, "answers in\ncapitals")
+    assert (back.outcome, back.version, back.tag) == ("rolled back", "v0.1.1", "docstrings#champion#4")
+    assert champion(project) == "v0.1.1" and back.accepted and back.sentence == "docstrings v0.1.1 is champion again"
+    assert back.report is not None and back.report.version == "v0.1.1" and back.report.passed
+    message = Registry(Git(project.root), "docstrings").stages()["champion"].message
+    assert "docstrings v0.1.1 becomes champion again, in place of v0.1.2" in message
+    assert "Reason: answers in capitals" in message
+    assert read_promotion(project.paths, "v0.1.1") == back
+    assert promote(project.params, project.paths, version="v0.1.1").outcome == "already"
+    assert promote(project.params, project.paths, version="v0.1.1").report == back.report
+
+
+def test_an_earlier_one_by_number_and_back_again(project: Any) -> None:
+    three_champions(project)
+    assert roll_back(project.params, project.paths, "why", "v0.1.0").version == "v0.1.0"
+    assert roll_back(project.params, project.paths, "why").version == "v0.1.2"  # who had it before that
+    assert champion(project) == "v0.1.2"
+
+
+def test_what_cannot_be_rolled_back_to_is_named(project: Any) -> None:
+    with pytest.raises(RegistryError, match="nothing is champion"):
+        roll_back(project.params, project.paths, "why")
+    project.register()
+    promote(project.params, project.paths)
+    with pytest.raises(RegistryError, match=r"no version was champion before v0\.1\.0, so .*; these were: none"):
+        roll_back(project.params, project.paths, "why")
+    project.register(loss=2.6, weight=2.0)
+    promote(project.params, project.paths)
+    with pytest.raises(RegistryError, match="needs a reason"):
+        roll_back(project.params, project.paths, "  ")
+    with pytest.raises(RegistryError, match=r"v0\.9\.0 was never champion.*these were: v0\.1\.0"):
+        roll_back(project.params, project.paths, "why", "v0.9.0")
+    assert champion(project) == "v0.1.1"
+
+
+def test_a_damaged_version_does_not_come_back(project: Any) -> None:
+    three_champions(project)
+    (project.root / ".dvc" / "cache").rename(project.root / ".dvc" / "gone")
+    for path in (project.root / ".dvc-remote").rglob("*"):
+        if path.is_file() and not path.name.endswith(".dir"):
+            path.chmod(0o644)
+            path.write_bytes(b"corrupt")
+    with pytest.raises(RegistryError, match="is not what was registered"):
+        roll_back(project.params, project.paths, "why")
+    assert champion(project) == "v0.1.2"
+
+
+def test_a_rolled_back_version_needs_an_explicit_act(project: Any) -> None:
+    """`peftcore run` with nothing changed judges the version of the last run, which was rolled back."""
+    three_champions(project)
+    roll_back(project.params, project.paths, "wrong answers")
+    refused = promote(project.params, project.paths)
+    assert refused.outcome == "refused" and champion(project) == "v0.1.1"
+    assert "not taken back: docstrings#champion#4 rolled it back (wrong answers)" in refused.sentence
+    write = project.register(loss=2.45, weight=2.5)  # the same adapter, evaluated again
+    assert write["version"] == "v0.1.3"
+    assert "it has the adapter of v0.1.2: docstrings#champion#4" in promote(project.params, project.paths).sentence
+    again = promote(project.params, project.paths, version="v0.1.2", again=True)
+    assert again.outcome == "promoted" and champion(project) == "v0.1.2"
+    assert Registry(Git(project.root), "docstrings").taken_back("champion") == {}
+
+
+def test_so_does_one_whose_stage_was_taken_back(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.git("tag", "--annotate", "--message=bad", "docstrings#champion!#2", "docstrings@v0.1.0^{}")
+    refused = promote(project.params, project.paths)
+    assert "docstrings#champion!#2 took champion back from it" in refused.sentence
+    assert promote(project.params, project.paths, again=True).outcome == "promoted"
+
+
+# -- evidence --------------------------------------------------------------------------------------------------------
+
+
+def test_an_edited_evaluation_makes_no_champion(project: Any) -> None:
+    project.register(loss=3.7)
+    assert "gain in loss: 0.100 nats" in promote(project.params, project.paths).sentence
+    path = project.paths.evaluation_metrics
+    metrics = json.loads(path.read_text())
+    metrics["adapter"]["loss"], metrics["gain"]["loss"] = 2.0, 1.8
+    path.unlink()  # a link into DVC's cache, perhaps
+    path.write_text(json.dumps(metrics))
+    refused = promote(project.params, project.paths)
+    assert "evidence: metrics.json is not what was registered as v0.1.0" in refused.sentence
+    assert champion(project) is None
+
+
+def test_an_adapter_that_is_evaluated_again_is_promoted_with_its_new_figures(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.register(loss=2.75, weight=1.0)
+    assert promote(project.params, project.paths).outcome == "promoted"
+    registry = Registry(Git(project.root), "docstrings")
+    assert champion(project) == "v0.1.1"
+    assert registry.record(registry.version("v0.1.1"))["metrics"]["adapter"]["loss"] == 2.75
+
+
+# -- the rules and the record ----------------------------------------------------------------------------------------
+
+
+def test_what_the_rules_ask_for_has_to_be_measured(project: Any) -> None:
+    """The judged version's author set the control set to null; the rules have one, and a limit on what it shows."""
+    (project.root / "params.yaml").write_text(
+        (project.root / "params.yaml").read_text() + "evaluate: {control: {source: null}}\n"
+    )
+    project.register(control=None)
+    assert promote(project.params, project.paths, dry_run=True).outcome == "would promote"
+    rules = Params.model_validate({"project": {"name": "docstrings"}, "register": {"remote": "local"}})
+    refused = promote(rules, project.paths, version="v0.1.0")
+    assert "measured as asked: it was evaluated with evaluate.control.source null" in refused.sentence
+    assert champion(project) is None
+
+
+def test_a_tag_whose_record_is_of_another_version_is_no_version(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.git("tag", "--annotate", "--message=x", "docstrings@v9.0.0", "docstrings@v0.1.0^{}")
+    with pytest.raises(RegistryError, match=r"docstrings@v9\.0\.0 is at the commit of docstrings@v0\.1\.0"):
+        promote(project.params, project.paths, version="v9.0.0")
+    assert champion(project) == "v0.1.0"
+
+
+def test_versions_and_trials_on_the_same_rows_are_counted(project: Any) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    for parameters in ("a: 1", "a: 2", "a: 2"):
+        note_trial(project.paths, (project.root / "dvc.lock").read_text(), parameters)
+    record = project.register(loss=2.6, weight=2.0)
+    assert record["looks"] == {"test_rows": 2, "trials": 2}
+    digest = data_digest(read_lock(project.root, "register"), project.paths)
+    with worktree_at(project.root, "HEAD") as tree:
+        assert trials_on(Paths(tree), digest) == 2, "a retraining of this clone knows of them"
+    report = promote(project.params, project.paths).report
+    assert report is not None
+    detail = next(check.detail for check in report.checks if check.name == "against the champion")
+    assert "version 2 that was evaluated on these test rows" in detail and "2 trials of sweeps" in detail

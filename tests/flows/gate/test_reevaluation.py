@@ -1,0 +1,258 @@
+"""A champion that was measured on other test rows: measured again on the candidate's, by the real evaluation."""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from flows.base.model import load_dequantized
+from flows.data.rows import read_rows
+from flows.errors import RegistryError, StageError
+from flows.evaluation.scoring import row_losses
+from flows.gate import reevaluation as remeasurement
+from flows.gate.candidate import Remeasured
+from flows.gate.promote import promote
+from flows.params.model import Params, load_params
+from flows.paths import Paths
+from flows.registry.registered_files import dvc_digest
+from flows.registry.registry import Registry
+from flows.runtime.git import Git
+from flows.runtime.project import dvc, files_at
+from flows.runtime.worktree import worktree_at
+from flows.stages import evaluate, prepare, register
+from peftcore import LoraConfig, PeftModel, get_peft_model
+from peftcore.files import sha256
+
+PARAMS = """\
+project: {name: docstrings}
+data: {source: rows.jsonl, group_column: book, test_rows: 12, test_share: 0.3, validation_share: 0.15}
+evaluate: {rows: 10, batch_size: 4, generate_rows: 2, max_new_tokens: 4, samples: 1}
+register: {remote: local}
+gate:
+  min_loss_gain: -10
+  min_rouge_l_gain: -1
+  min_ended: 0
+  champion: {max_loss_regression_on_its_rows: 9.0, max_loss_regression: 9.0}
+  slices: {max_loss_regression: 9.0}
+tracking: {mode: disabled}
+"""
+FIRST, SECOND = range(0, 60), range(30, 90)
+"""Numbers whose sums the two versions are about."""
+
+
+@pytest.fixture(scope="module")
+def registered(
+    template: Path, tmp_path_factory: pytest.TempPathFactory, write_tiny_base: Callable[[Path], Path]
+) -> Path:
+    """A repository whose v0.1.0 is champion and whose last run registered v0.2.0, which has other test rows."""
+    parent = tmp_path_factory.mktemp("weeks")
+    root = shutil.copytree(template, parent / "project", symlinks=True)
+    dvc_yaml = root / "dvc.yaml"
+    dvc_yaml.write_text(dvc_yaml.read_text().replace("artifacts/data,", "artifacts/data, artifacts/base,", 1))
+    (root / "params.yaml").write_text(PARAMS)
+    params, scratch = load_params(root / "params.yaml"), Paths(parent / "run")
+    write_tiny_base(scratch.base)
+    for numbers in (FIRST, SECOND):
+        write_results_of(scratch, params, numbers)
+        for name in ("adapter", "base", "data", "evaluation"):
+            shutil.copytree(scratch.artifacts / name, root / "source" / name, dirs_exist_ok=True)
+        dvc(root, "repro", "--quiet", "make")
+        register.run(params, Paths(root))
+        if numbers is FIRST:
+            assert promote(params, Paths(root)).outcome == "promoted"
+    return root
+
+
+@pytest.fixture
+def weeks(registered: Path, tmp_path: Path) -> Paths:
+    """A copy of `registered` of one's own."""
+    return Paths(Path(shutil.copytree(registered, tmp_path / "project", symlinks=True)))
+
+
+def write_results_of(at: Paths, params: Params, numbers: range) -> None:
+    """Prepared sums of these numbers, and an adapter of random weights, evaluated."""
+    rows = [{"prompt": f"How much is {n} and 1?", "completion": f"{n + 1}.", "book": f"book{n // 4}"} for n in numbers]
+    (at.root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare.run(params, at)
+    torch.manual_seed(numbers.start)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(load_dequantized(at.base, params.quantization), config).save_pretrained(at.adapter)
+    evaluate.run(params, at)
+
+
+def champion_losses(params: Params, adapter: Path, base: Path, test: Path) -> dict[str, float]:
+    """By hand: the loss of each of the first rows of `test` under an adapter."""
+    rows = read_rows(test, limit=params.evaluate.rows)
+    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization), adapter)
+    return dict(zip([r["id"] for r in rows], row_losses(model, rows, 0, params.evaluate.batch_size).means, strict=True))
+
+
+def detail(promotion: Any) -> str:
+    return {check.name: check.detail for check in promotion.report.checks}["against the champion"]
+
+
+def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
+    weeks: Paths, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    params, found, there = load_params(weeks.params), list[Remeasured](), list[Remeasured]()
+
+    def noted(*arguments: Any) -> Remeasured:
+        found.append(remeasurement.measure_again(*arguments))
+        return found[-1]
+
+    def noted_there(*arguments: Any) -> Remeasured:
+        there.append(remeasurement.measure_candidate(*arguments))
+        return there[-1]
+
+    monkeypatch.setattr("flows.gate.promote.measure_again", noted)
+    monkeypatch.setattr("flows.gate.promote.measure_candidate", noted_there)
+    promotion = promote(params, weeks, dry_run=True)
+    assert promotion.outcome == "would promote", promotion.sentence
+    registry = Registry(Git(weeks.root), "docstrings")
+    first = registry.version("v0.1.0").commit
+    with files_at(weeks.root, first, ["artifacts/adapter", "artifacts/data"]) as folder:
+        before = Paths(folder)
+        expected = champion_losses(params, before.adapter, weeks.base, weeks.split("test"))
+        splits = [parquet.read_table(before.split(split)).to_pylist() for split in ("train", "validation")]
+        theirs = parquet.read_table(before.split("test")).to_pylist()[:10]
+        on_theirs = champion_losses(params, weeks.adapter, weeks.base, before.split("test"))
+    learned = {row["prompt"] for rows in splits for row in rows}
+    rows = parquet.read_table(weeks.split("test")).to_pylist()[:10]
+    kept = [row["id"] for row in rows if row["prompt"] not in learned]
+    assert 0 < len(kept) < 10, "the test needs both kinds of rows"
+    losses = dict(zip(*(found[0].rows.column(name).to_pylist() for name in ("id", "adapter_loss")), strict=True))
+    assert losses == {name: pytest.approx(expected[name], abs=1e-6) for name in kept}
+    assert f"on {len(kept)} rows" in detail(promotion)
+    assert f"v0.1.0 was measured again on these 10 test rows, and {10 - len(kept)} left out" in detail(promotion)
+    # and the candidate on the champion's
+    ours = [parquet.read_table(weeks.split(split)).to_pylist() for split in ("train", "validation")]
+    learned = {row["prompt"] for rows in ours for row in rows}
+    new = [row["id"] for row in theirs if row["prompt"] not in learned]
+    assert there[0].rows.column("id").to_pylist() == new and there[0].left_out == 10 - len(new)
+    assert there[0].all_rows is not None
+    losses = zip(*(there[0].all_rows.column(name).to_pylist() for name in ("id", "adapter_loss")), strict=True)
+    assert dict(losses) == {row["id"]: pytest.approx(on_theirs[row["id"]], abs=1e-6) for row in theirs}
+    checks = {check.name: check.detail for check in promotion.report.checks} if promotion.report else {}
+    assert "on 10 of that one's test rows" in checks["the champion's rows"]
+    assert "measure v0.1.0 again" in capfd.readouterr().err
+
+
+@pytest.mark.proof
+def test_a_measurement_that_fails_says_why(weeks: Paths) -> None:
+    (weeks.base / "config.json").unlink()
+    with pytest.raises(StageError, match=r"v0\.1\.0 could not be measured again: .*config\.json is damaged or gone"):
+        promote(load_params(weeks.params), weeks)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The tasks that would be measured, with digests of their files; every row then has a loss of 1 nat."""
+    tasks: list[dict[str, Any]] = []
+
+    def run(task: dict[str, Any]) -> pyarrow.Table:
+        files = ("base", "model.safetensors"), ("adapter", "adapter_model.safetensors"), ("test", "")
+        tasks.append(task | {name: sha256(Path(task[name]) / file) for name, file in files})
+        ids = [row["id"] for row in read_rows(Path(task["test"]), ["id"], task["rows"])]
+        return pyarrow.table({"id": ids, "tokens": [1] * len(ids), "adapter_loss": [1.0] * len(ids)})
+
+    monkeypatch.setattr(remeasurement, "_run", run)
+    return tasks
+
+
+def test_a_working_tree_without_any_files_measures_the_same(weeks: Paths, pretended: list[dict[str, Any]]) -> None:
+    params = load_params(weeks.params)
+    here = promote(params, weeks, dry_run=True)
+    with worktree_at(weeks.root, "HEAD") as tree:
+        assert not (tree / "artifacts").exists()
+        there = promote(params, Paths(tree), version="v0.2.0")
+    assert (there.outcome, detail(there)) == ("promoted", detail(here))
+    assert [task["version"] for task in pretended] == ["v0.1.0", "v0.2.0"] * 2
+    assert pretended[:2] == pretended[2:]
+
+
+def test_unless_it_may_be_it_is_refused(weeks: Paths, pretended: list[dict[str, Any]]) -> None:
+    weeks.params.write_text(PARAMS.replace("9.0}", "9.0, remeasure: false}", 1))
+    refused = promote(load_params(weeks.params), weeks)
+    assert "v0.1.0 was measured on another test set" in refused.sentence
+    assert pretended == []
+
+
+def test_test_rows_of_another_run_are_refused(weeks: Paths, pretended: list[dict[str, Any]]) -> None:
+    replace_file(weeks.split("test"), weeks.split("train").read_bytes())
+    with pytest.raises(StageError, match=r"is not what v0\.2\.0 was measured on"):
+        promote(load_params(weeks.params), weeks)
+    assert pretended == []
+
+
+def test_data_that_are_not_what_was_registered_are_refused(weeks: Paths, pretended: list[dict[str, Any]]) -> None:
+    """With other training rows, others would be left out."""
+    registry = Registry(Git(weeks.root), "docstrings")
+    digest = registry.record(registry.version("v0.2.0"))["dvc"]["artifacts/data"]
+    assert dvc_digest(weeks.data) == digest, "as DVC computes it"
+    digest = registry.record(registry.version("v0.1.0"))["dvc"]["artifacts/data"]
+    cache = weeks.root / ".dvc" / "cache" / "files" / "md5"
+    listed = json.loads((cache / digest[:2] / digest[2:]).read_text())
+    train = next(one["md5"] for one in listed if one["relpath"] == "train.parquet")
+    replace_file(cache / train[:2] / train[2:], weeks.split("validation").read_bytes())
+    with pytest.raises(RegistryError, match=r"artifacts/data of docstrings@v0\.1\.0 is not what was registered"):
+        promote(load_params(weeks.params), weeks)
+    assert pretended == []
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    path.unlink()  # a link into DVC's cache, perhaps
+    path.write_bytes(content)
+
+
+# -- which rows it has learned, without a repository -----------------------------------------------------------------
+
+
+def prepared_rows(folder: Path, texts: dict[str, list[str]], column: str = "prompt") -> Paths:
+    paths = Paths(folder)
+    paths.data.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        rows = {"id": [f"{folder.name}-{text}" for text in texts.get(split, [])], column: texts.get(split, [])}
+        parquet.write_table(pyarrow.table(rows), paths.data / f"{split}.parquet")
+    return paths
+
+
+class Versions:
+    """A registry of records alone."""
+
+    def __init__(self, started_from: dict[str, str | None]) -> None:
+        self.started_from = started_from
+
+    def version(self, number: str) -> str:
+        return number
+
+    def record(self, number: str) -> dict[str, Any]:
+        return {"params": {"train": {"start_from": self.started_from[number]}}}
+
+
+def test_what_it_started_from_has_taught_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {
+        number: prepared_rows(tmp_path / number, {"train": [f"train {number}"], "validation": [f"val {number}"]})
+        for number in ("v0.1.0", "v0.2.0", "v0.3.0")
+    }
+    monkeypatch.setattr(remeasurement, "files_of", lambda paths, registry, number, wanted: nullcontext(data[number]))
+    registry: Any = Versions({"v0.3.0": "v0.2.0", "v0.2.0": "v0.1.0", "v0.1.0": None})
+    found = list(remeasurement.data_of(data["v0.3.0"], registry, registry.version("v0.3.0"), data["v0.3.0"]))
+    assert [paths.root.name for paths in found] == ["v0.3.0", "v0.2.0", "v0.1.0"]
+    known = remeasurement.learned(found[0]) | remeasurement.learned(found[2])
+    assert {"train v0.3.0", "val v0.3.0", "train v0.1.0", "val v0.1.0", "v0.1.0-val v0.1.0"} <= known
+
+
+def test_a_classified_text_is_what_is_asked(tmp_path: Path) -> None:
+    assert "cold" in remeasurement.learned(prepared_rows(tmp_path / "a", {"train": ["cold"]}, "text"))
+    typed = prepared_rows(tmp_path / "b", {"train": ["\u201ccold\u201d"]}, "text")
+    assert '"cold"' in remeasurement.learned(typed), "in the spelling in which rows are compared"
+    (tmp_path / "a" / "artifacts" / "data" / "train.parquet").write_bytes(b"no table")
+    with pytest.raises(StageError, match=r"train\.parquet cannot be read as prepared rows"):
+        remeasurement.learned(Paths(tmp_path / "a"))

@@ -1,0 +1,73 @@
+"""What is said of a wrong params.yaml: the line, what was given, what fits, a suggestion; all of it at once."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.errors import ParamsError
+from flows.params.model import load_params
+
+
+def said(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError) as refused:
+        load_params(path)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data:\n  max_lenght: 5\n", "2: data.max_lenght: unknown key; did you mean max_length?"),
+        ("train:\n\n  epochs: '2'\n", "3: train.epochs: '2' does not fit; give a number, without quotes: 2"),
+        ("data: {max_length: 2.5}", "1: data.max_length: 2.5 does not fit; give a whole number"),
+        ("quantization: {double_quant: 1}", "1: quantization.double_quant: 1 does not fit; give true or false"),
+        ("method:\n  name: lorra", "2: method.name: 'lorra' does not fit; did you mean 'lora'?"),
+        ("merge: {into: x}", "1: merge.into: 'x' does not fit; give one of best, dequantized, original, requantized"),
+        (
+            "method: {lora_dropout: 1}",
+            "1: method.lora_dropout: 1 does not fit; give a number of at least 0 and below 1",
+        ),
+        ("gate: 5", "1: gate: 5 does not fit; give a section: keys, indented below it"),
+        ("gate: null", "1: gate: nothing (null) does not fit; give a section: keys, indented below it"),
+        ("method:\n  r: 8\n  r: 9\n", "3: method.r: given before, in line 2; remove one"),
+        ("register: {remote: ''}", "1: register.remote: '' does not fit; give text that is not empty"),
+    ],
+)
+def test_one_problem_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    assert said(tmp_path, text) == f"params.yaml:{message}"
+
+
+def test_all_problems_are_reported_together_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = "zebra: 1\ndata:\n  max_lenght: 5\n  overlong: chop\ntrain: {epochs: 0}\nmethod: {r: 1, r: 2}\n"
+    assert [line.split(":")[1] for line in said(tmp_path, text).splitlines()] == ["1", "3", "4", "5", "6"]
+
+
+def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> None:
+    assert (
+        said(tmp_path, "register: {zzz: 1}")
+        == "params.yaml:1: register.zzz: unknown key; give one of remote, git_remote, signing_key"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a: [1", 1), ("data:\n  x: 1\n y: 2", 3), ("\tdata: 1", 1), ("data: *x", 1), ("data: !tag 3", 1)],
+)
+def test_invalid_yaml_is_refused_with_its_line(tmp_path: Path, text: str, line: int) -> None:
+    assert said(tmp_path, text).startswith(f"params.yaml:{line}: not valid YAML: ")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- 1", "seven"])
+def test_a_file_without_sections_is_refused(tmp_path: Path, text: str) -> None:
+    assert said(tmp_path, text).startswith("params.yaml:1: expected sections")
+
+
+def test_a_section_within_itself_is_refused(tmp_path: Path) -> None:
+    assert "nested too deeply" in said(tmp_path, "data: &a {max_length: *a}")
+
+
+def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"params\.yaml: cannot be read"):
+        load_params(tmp_path / "params.yaml")

@@ -1,0 +1,138 @@
+"""Git by plumbing: commits and tags that leave the user's branch, index and uncommitted work alone."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.errors import RepositoryError
+from flows.runtime.git import Git, GitError
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    for command in (["init", "--quiet"], ["config", "user.name", "Ada"], ["config", "user.email", "ada@example.org"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "kept.py").write_text("1\n")
+    (tmp_path / "code" / "gone.py").write_text("2\n")
+    (tmp_path / "notes.txt").write_text("3\n")
+    subprocess.run(["git", "add", "--all"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "commit", "--quiet", "--message=Start"], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def state(root: Path) -> dict[str, Any]:
+    """All that a user would notice."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
+
+    index = (root / ".git" / "index").read_bytes()
+    return {
+        "index": index,
+        "head": (root / ".git" / "HEAD").read_text(),
+        "branches": git("for-each-ref", "refs/heads"),
+        "status": git("--no-optional-locks", "status", "--porcelain"),
+        "stash": git("stash", "list"),
+        "files": {
+            str(path): path.read_bytes() for path in root.rglob("*") if path.is_file() and ".git" not in path.parts
+        },
+    }
+
+
+def test_snapshot_holds_the_working_tree_and_leaves_everything_as_it_was(repository: Path) -> None:
+    git = Git(repository)
+    (repository / "code" / "kept.py").write_text("changed\n")
+    (repository / "code" / "gone.py").unlink()
+    (repository / "code" / "untracked.py").write_text("new\n")
+    (repository / "notes.txt").write_text("staged\n")
+    subprocess.run(["git", "add", "notes.txt"], cwd=repository, check=True)
+    (repository / "result.json").write_text("{}")
+    before = state(repository)
+
+    commit = git.snapshot(["code", "absent"], ["result.json"], {"deep/record.json": "text"}, "A run\n")
+
+    assert state(repository) == before
+    names = git.run("ls-tree", "-r", "--name-only", commit).split()
+    assert names == ["code/kept.py", "deep/record.json", "notes.txt", "result.json"]
+    assert git.show(commit, "code/kept.py") == "changed\n"
+    assert git.show(commit, "notes.txt") == "3\n", "what was only staged is not part of the run"
+    assert git.run("rev-parse", f"{commit}^").strip() == git.head()
+
+
+def test_snapshot_takes_ignored_files_that_are_asked_for(repository: Path) -> None:
+    (repository / ".gitignore").write_text("result.json\n")
+    (repository / "result.json").write_text("{}")
+    git = Git(repository)
+    assert git.show(git.snapshot([], ["result.json"], {}, "m"), "result.json") == "{}"
+
+
+def test_uncommitted_names_changed_and_new_files_and_leaves_the_index_alone(repository: Path) -> None:
+    (repository / "code" / "kept.py").write_text("changed\n")
+    (repository / "new name.txt").write_text("")
+    os.utime(repository / "notes.txt", (1, 1))  # git would want to refresh this in the index
+    index = (repository / ".git" / "index").read_bytes()
+    assert Git(repository).uncommitted(leaving_out=["notes.txt"]) == ["code/kept.py", "new name.txt"]
+    assert Git(repository).uncommitted(leaving_out=["code"]) == ["new name.txt"]
+    assert (repository / ".git" / "index").read_bytes() == index
+
+
+def test_tags_are_dated_strictly_later_and_a_name_is_given_once(repository: Path) -> None:
+    git = Git(repository)
+    future = 4_000_000_000
+    git.create_tag("one", git.head(), "first\n\nbody", after=0)
+    git.create_tag("two", git.head(), "second", after=future)
+    first, second = git.tags("*")
+    assert (first.name, first.commit, first.message.strip()) == ("one", git.head(), "first\n\nbody")
+    assert second.created == future + 1
+    with pytest.raises(GitError, match="already exists"):
+        git.create_tag("one", git.head(), "again", after=0)
+
+
+def test_lightweight_tags_are_no_events(repository: Path) -> None:
+    subprocess.run(["git", "tag", "light"], cwd=repository, check=True)
+    assert Git(repository).tags("*") == []
+
+
+def test_a_machine_without_identity_gets_one_for_these_commits_only(repository: Path) -> None:
+    for key in ("user.name", "user.email"):
+        subprocess.run(["git", "config", "--unset", key], cwd=repository, check=True)
+    git = Git(repository)
+    commit = git.snapshot([], [], {"a": "b"}, "m")
+    git.create_tag("t", commit, "m", after=0)
+    assert git.run("show", "--no-patch", "--format=%an <%ae>", commit).strip() == "peftcore <peftcore@localhost>"
+    assert "user.name" not in git.run("config", "--list")
+
+
+def test_identity_of_the_configuration_and_of_the_environment_wins(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = Git(repository)
+    assert git.run("show", "--no-patch", "--format=%an", git.snapshot([], [], {"a": "b"}, "m")).strip() == "Ada"
+    monkeypatch.setenv("GIT_AUTHOR_NAME", "Grace")
+    assert git.run("show", "--no-patch", "--format=%an", git.snapshot([], [], {"a": "c"}, "m")).strip() == "Grace"
+
+
+def test_no_repository_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RepositoryError, match=r"not in a git repository.*git init"):
+        Git(tmp_path)
+
+
+def test_no_commit_says_what_to_do(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    with pytest.raises(RepositoryError, match=r"no git commit yet.*git commit"):
+        Git(tmp_path)
+
+
+def test_a_sub_folder_of_a_repository_is_refused(repository: Path) -> None:
+    with pytest.raises(RepositoryError, match="its git repository begins at"):
+        Git(repository / "code")
+
+
+def test_no_git_says_so(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(repository))
+    with pytest.raises(RepositoryError, match="git is not installed"):
+        Git(repository)

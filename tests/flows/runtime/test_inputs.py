@@ -1,0 +1,66 @@
+"""What git and DVC have of a run's inputs, and what is said of the rest."""
+
+from typing import Any
+
+import pytest
+
+from flows.errors import DataError
+from flows.registry.reproduction import reproduce
+from flows.runtime.git import Git
+from flows.runtime.inputs import check_source_is_tracked, unused_changes
+from flows.scaling.experiment import run_experiment
+from flows.scaling.sweep import run_sweep
+
+
+@pytest.fixture
+def own(project: Any) -> Any:
+    """A project whose data git does not have."""
+    project.paths.params.write_text(project.paths.params.read_text() + "data: {source: data/qa.jsonl}\n")
+    (project.root / "data").mkdir()
+    (project.root / "data" / "qa.jsonl").write_text("{}\n")
+    return project
+
+
+def test_what_is_not_committed_is_listed(own: Any) -> None:
+    (own.root / "notes.txt").touch()
+    assert unused_changes(Git(own.root)) == "data/qa.jsonl, params.yaml"
+    for number in range(9):
+        (own.root / "data" / f"{number}.jsonl").touch()
+    assert unused_changes(Git(own.root)).endswith(" and 6 more")
+    own.git("add", "--all")
+    own.git("commit", "--quiet", "--message=All")
+    assert unused_changes(Git(own.root)) == ""
+
+
+def test_a_trial_and_a_sweep_say_that_git_does_not_have_the_data(own: Any) -> None:
+    words = r"data\.source data/qa\.jsonl is committed neither to git nor by DVC, so a (trial|sweep).*`git add data/qa"
+    with pytest.raises(DataError, match=words):
+        run_experiment(own.root, [])
+    with pytest.raises(DataError, match=words):
+        run_sweep(own.root, ["train.batch_size=2,4"], "thread", 1, 60.0)
+
+
+def test_reproducing_says_that_a_version_was_registered_without_its_data(own: Any) -> None:
+    number = own.register()["version"]
+    own.git("tag", "--list")
+    commit = Git(own.root).run("rev-parse", f"docstrings@{number}^{{commit}}").strip()
+    if "data/qa.jsonl" in own.git("ls-tree", "-r", "--name-only", commit).split():
+        pytest.skip("registering takes untracked data along")
+    with pytest.raises(DataError, match=rf"so docstrings@{number}, which was registered without it, does not have it"):
+        reproduce(own.params, own.paths, number, 60.0)
+
+
+@pytest.mark.parametrize(
+    "source", ["data/qa.jsonl", "data/rows", "data/rows/", "data/kept/a.jsonl", "/elsewhere/a.jsonl"]
+)
+def test_what_git_or_dvc_has_is_enough(own: Any, source: str) -> None:
+    git = Git(own.root)
+    (own.root / "data" / "rows").mkdir()
+    (own.root / "data" / "rows" / "a.jsonl").touch()
+    (own.root / "data" / "kept.dvc").touch()
+    own.git("add", "--all")
+    check_source_is_tracked(git, source, "a test")
+    own.git("commit", "--quiet", "--message=All")
+    check_source_is_tracked(git, source, "a test", "HEAD")
+    with pytest.raises(DataError):
+        check_source_is_tracked(git, "data/other.jsonl", "a test", "HEAD")

@@ -1,0 +1,70 @@
+"""The repository as DVC sees it: its root, its order, what changed, files of another commit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.errors import RepositoryError
+from flows.runtime.project import changed_stages, dvc, files_at, find_root, stage_order
+
+DIAMOND = """\
+stages:
+  last: {cmd: "true", deps: [left.txt, right.txt]}
+  right: {cmd: touch right.txt, deps: [first.txt], outs: [right.txt]}
+  left: {cmd: touch left.txt, deps: [first.txt], outs: [left.txt]}
+  first: {cmd: touch first.txt, outs: [first.txt]}
+"""
+
+
+def test_the_root_is_found_from_a_folder_within(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_root(project.root / "artifacts" / "adapter") == project.root
+    monkeypatch.chdir(project.root / "source")
+    assert find_root() == project.root
+
+
+def test_no_pipeline_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RepositoryError, match=r"no pipeline in .*`dvc init`"):
+        find_root(tmp_path)
+
+
+def test_each_stage_comes_after_what_it_depends_on_wherever_one_is(
+    project: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project.root / "dvc.yaml").write_text(DIAMOND)
+    monkeypatch.chdir(project.root / "source")
+    order = stage_order(project.root)
+    assert (order[0], order[-1]) == ("first", "last")
+    assert set(order[1:3]) == {"left", "right"}
+
+
+def test_a_broken_dvc_yaml_is_named(project: Any) -> None:
+    (project.root / "dvc.yaml").write_text("stages: {one: {outs: [a]}}\n")
+    with pytest.raises(RepositoryError, match=r"dvc\.yaml"):
+        stage_order(project.root)
+
+
+def test_changes_are_told_in_words(project: Any) -> None:
+    assert changed_stages(project.root, ["make"]) == {}
+    source = project.root / "source" / "merge.json"
+    source.write_text(source.read_text() + " ")
+    changed = changed_stages(project.root)
+    assert changed["make"] == ["modified source"]
+    assert changed.keys() == {"make", "register"}
+
+
+def test_a_failing_command_gives_dvcs_reason(project: Any) -> None:
+    with pytest.raises(RepositoryError, match=r"`dvc get .*nothing.* failed"):
+        dvc(project.root, "get", ".", "nothing")
+
+
+def test_files_of_another_commit_come_at_their_paths_and_go_again(project: Any) -> None:
+    project.git("add", "dvc.lock")
+    project.git("commit", "--quiet", "--message=Lock")
+    commit = project.git("rev-parse", "HEAD").strip()
+    before = project.paths.merge_report.read_text()
+    project.make(loss=2.0)
+    with files_at(project.root, commit, ["artifacts/merge.json", "artifacts/adapter"]) as folder:
+        assert (folder / "artifacts" / "merge.json").read_text() == before
+        assert (folder / "artifacts" / "adapter" / "adapter_config.json").is_file()
+    assert not folder.exists()

@@ -1,0 +1,154 @@
+"""How a stage starts and ends: quiet, seeded, one message and exit status 1 for what is refused."""
+
+import errno
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows.errors import DataError
+from flows.params.model import Params
+from flows.paths import Paths
+from flows.runtime import stage
+from peftcore.errors import TrainingError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def started_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process running the tests must not die with its parent, nor keep a stage's handlers."""
+    (tmp_path / "params.yaml").write_text("project: {seed: 7}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage, "die_with_parent", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+
+
+def ends(capsys: pytest.CaptureFixture[str], error: BaseException | None) -> tuple[int | str | None, str]:
+    def run(params: Params, paths: Paths) -> None:
+        if error:
+            raise error
+
+    with pytest.raises(SystemExit) as exited:
+        stage.start(run)
+    return exited.value.code, capsys.readouterr().err
+
+
+def test_a_stage_that_is_done_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ends(capsys, None) == (0, "")
+
+
+@pytest.mark.parametrize("error", [DataError("no rows"), TrainingError("no rows")])
+def test_what_is_refused_is_one_message(capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    assert ends(capsys, error) == (1, "error: no rows\n")
+
+
+def test_a_full_disk_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    status, message = ends(capsys, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert status == 1
+    assert message.startswith("error: the disk is full")
+
+
+def test_ctrl_c_exits_with_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ends(capsys, KeyboardInterrupt())[0] == 130
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def run(params: Params, paths: Paths) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stage.start(run)
+
+
+def test_wrong_params_stop_before_the_stage_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("zebra: 1\n")
+    status, message = ends(capsys, AssertionError("it ran"))
+    assert status == 1
+    assert message.startswith("error: params.yaml:1: zebra: unknown key")
+
+
+def test_the_stage_gets_the_current_folder_and_the_seed(tmp_path: Path) -> None:
+    got = []
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            stage.start(lambda params, paths: got.append((paths.root, random.random(), torch.rand(1).item())))
+    assert got[0] == got[1]
+    assert got[0][0] == tmp_path
+
+
+def test_a_full_disk_is_known_by_its_text_and_through_other_errors() -> None:
+    from_rust = RuntimeError("I/O error: No space left on device (os error 28)")
+    assert stage.is_disk_full(from_rust)
+    wrapped = ValueError("cannot write")
+    wrapped.__cause__ = OSError(errno.EDQUOT, "quota")
+    assert stage.is_disk_full(wrapped)
+    assert not stage.is_disk_full(OSError(errno.ENOENT, "no such file"))
+
+
+def test_a_variable_that_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv("DO_NOT_TRACK", raising=False)
+    stage.set_quiet_environment()
+    assert os.environ["WANDB_MODE"] == "online"
+    assert os.environ["DO_NOT_TRACK"] == "1"
+
+
+def test_importing_the_stages_sets_the_environment_before_anything_heavy() -> None:
+    code = (
+        "import os, sys, flows.stages; "
+        "print(os.environ['HF_HUB_OFFLINE'], {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    clean = {key: value for key, value in os.environ.items() if key not in stage.QUIET_ENVIRONMENT}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "set()"], done.stderr
+
+
+def test_a_stage_without_torch_does_not_wait_for_it() -> None:
+    code = (
+        "import random, sys, flows.stages.register; from flows.runtime.stage import set_seed; set_seed(7); "
+        "print(random.random(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [str(random.Random(7).random()), "False"], done.stderr
+
+
+@pytest.mark.faults("kill -9 of dvc, flow or stage")
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
+    marker = tmp_path / "pid"
+    child = (
+        "import os, time; from pathlib import Path; from flows.runtime.processes import die_with_parent; die_with_parent(); "
+        f"Path({str(marker)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT)
+    try:
+        wait_until(lambda: marker.exists() and marker.read_text() != "")
+    finally:
+        process.kill()
+        process.wait()
+    pid = int(marker.read_text())
+    wait_until(lambda: not is_alive(pid))
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,179 @@
+"""A stage as a subprocess: whatever kills its parents, it is not left behind, and the next run is clean."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.errors import BusyError, StageError
+from flows.runtime.processes import this_host
+from flows.runtime.project import dvc
+from flows.runtime.stage_process import forget_dead_locks, run_stage
+
+STAGE = """\
+import os, pathlib, time
+from flows.runtime.processes import die_with_parent
+die_with_parent()
+pathlib.Path("stage.pid").write_text(str(os.getpid()))
+while not pathlib.Path("go").exists():
+    time.sleep(0.05)
+pathlib.Path("out.txt").write_text("whole")
+"""
+DRIVER = """\
+from pathlib import Path
+from flows.runtime.stage_process import run_stage
+run_stage(Path.cwd(), "wait", 60)
+"""
+
+
+@pytest.fixture(params=["/bin/sh", "/bin/bash"])
+def root(project: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    if not Path(request.param).exists():
+        pytest.skip(f"{request.param} is not installed")
+    # DVC starts commands with it; bash gives its place to a lone command by itself, dash does not
+    monkeypatch.setenv("SHELL", request.param)
+    (project.root / "dvc.yaml").write_text("stages: {wait: {cmd: exec python wait.py, outs: [out.txt]}}\n")
+    (project.root / "wait.py").write_text(STAGE)
+    return project.root
+
+
+def _heed_interrupts() -> None:
+    # a test run that a shell put into the background ignores them, and its children would too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def driver(root: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that waits for the stage, in a process group of its own, as a terminal gives it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER], cwd=root, start_new_session=True, preexec_fn=_heed_interrupts
+    ) as process:
+        yield process
+        process.kill()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def stage_pid(root: Path) -> int:
+    path = root / "stage.pid"
+    assert eventually(lambda: path.exists() and path.read_text() != "")
+    return int(path.read_text())
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state == "Z"
+
+
+def test_a_stage_runs_once_and_again_only_by_force(root: Path) -> None:
+    (root / "go").touch()
+    run_stage(root, "wait", 60)
+    (root / "stage.pid").unlink()
+    run_stage(root, "wait", 60)
+    assert not (root / "stage.pid").exists()
+    run_stage(root, "wait", 60, force=True)
+    assert (root / "stage.pid").exists()
+
+
+def test_a_failing_stage_is_named(root: Path) -> None:
+    (root / "wait.py").write_text("raise SystemExit(3)")
+    with pytest.raises(StageError, match="stage wait failed"):
+        run_stage(root, "wait", 60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
+def test_a_stage_that_takes_too_long_is_stopped_with_all_below_it(root: Path) -> None:
+    with pytest.raises(StageError, match=r"wait took longer than 4 seconds.*--stage-timeout"):
+        run_stage(root, "wait", 4)
+    assert eventually(lambda: is_gone(stage_pid(root)))
+
+
+@pytest.mark.faults("kill -9 of dvc, flow or stage")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
+def test_kill_9_of_the_parent_leaves_no_orphan_and_a_rerun_is_clean(
+    root: Path, driver: subprocess.Popen[bytes]
+) -> None:
+    pid = stage_pid(root)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert eventually(lambda: is_gone(pid))
+    (root / "go").touch()
+    run_stage(root, "wait", 60)
+    assert (root / "out.txt").read_text() == "whole"
+    assert dvc(root, "status", "--json").strip() == "{}"
+
+
+@pytest.mark.faults("Ctrl-C")
+def test_ctrl_c_stops_the_stage_and_a_rerun_is_clean(root: Path, driver: subprocess.Popen[bytes]) -> None:
+    pid = stage_pid(root)
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to all of its foreground group
+    assert driver.wait(30) != 0
+    assert eventually(lambda: is_gone(pid))
+    (root / "go").touch()
+    run_stage(root, "wait", 60)
+    assert (root / "out.txt").read_text() == "whole"
+
+
+def test_files_in_use_by_the_living_stay_so_and_those_of_a_zombie_do_not(
+    root: Path, request: pytest.FixtureRequest
+) -> None:
+    path = root / ".dvc" / "tmp" / "rwlock"
+    zombie = subprocess.Popen(["true"])
+    request.addfinalizer(zombie.wait)
+    assert eventually(lambda: is_gone(zombie.pid))  # dead, but not waited for yet
+    dead, alive = ({"pid": pid, "cmd": "dvc repro"} for pid in (zombie.pid, os.getpid()))
+    path.write_text(json.dumps({"write": {"a": dead}, "read": {"b": [alive]}}))
+    forget_dead_locks(root)
+    assert path.exists()
+    path.write_text(json.dumps({"write": {"a": dead}, "read": {"b": [dead]}}))
+    forget_dead_locks(root)
+    assert not path.exists()
+
+
+def test_the_note_of_another_host_on_a_shared_disk_is_not_judged_by_processes_here(root: Path) -> None:
+    """The other host's process is unknown here, so DVC's note of it would be taken for that of a killed one."""
+    folder = root / ".dvc" / "tmp"
+    note = json.dumps({"write": {"a": {"pid": 2**22 + 1, "cmd": "dvc repro"}}, "read": {}})
+    (folder / "rwlock").write_text(note)
+    lock = folder / "peftcore.lock"
+    lock.write_text("far/12345678\n")
+    with lock.open() as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_SH)
+        with pytest.raises(BusyError, match=r"far/12345678 is at work in .*; wait for it, or work in a clone"):
+            run_stage(root, "wait", 60)
+        assert (folder / "rwlock").read_text() == note
+    (root / "go").touch()
+    run_stage(root, "wait", 60)  # the lock went with the process that held it
+    assert (root / "out.txt").read_text() == "whole" and lock.read_text() == f"{this_host()}\n"
+
+
+def test_a_host_that_takes_the_lock_while_it_becomes_a_shared_one_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, lock = fcntl.flock, root / ".dvc" / "tmp" / "peftcore.lock"
+
+    def in_two_steps(file: Any, how: int) -> None:
+        if how == fcntl.LOCK_SH:
+            flock(file, fcntl.LOCK_UN)
+            lock.write_text("far/12345678\n")
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", in_two_steps)
+    with pytest.raises(BusyError, match=r"far/12345678 is at work in"):
+        run_stage(root, "wait", 60)

@@ -1,0 +1,47 @@
+"""A second working tree: the commit's files, the same cache and remote, and nothing left behind."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.errors import RepositoryError
+from flows.runtime.git import Git
+from flows.runtime.project import dvc
+from flows.runtime.worktree import worktree_at
+
+
+def test_it_has_the_commits_files_and_shares_cache_and_remote(project: Any) -> None:
+    project.register()
+    head = Git(project.root).head()
+    (project.root / "params.yaml").write_text("edited: and not committed\n")
+    with worktree_at(project.root, head) as tree:
+        assert "docstrings" in (tree / "params.yaml").read_text()
+        assert not (tree / "artifacts").exists()
+        (tree / "dvc.lock").write_text((project.root / "dvc.lock").read_text())
+        dvc(tree, "checkout", "make")  # from the cache
+        assert (tree / "artifacts/adapter/adapter_model.safetensors").exists()
+        assert Path(dvc(tree, "config", "cache.dir").strip()) == project.root / ".dvc" / "cache"
+        (project.root / ".dvc" / "cache").rename(project.root / "cache-away")
+        dvc(tree, "pull", "make")  # from the remote, whose url is relative in the repository
+        Git(tree).run("tag", "made-there")
+    assert "made-there" in project.git("tag")
+    assert not tree.exists()
+    assert project.git("worktree", "list").count("\n") == 1
+
+
+def test_it_is_gone_after_an_error_and_a_wrong_commit_is_named(project: Any) -> None:
+    with pytest.raises(ZeroDivisionError), worktree_at(project.root, "HEAD") as tree:
+        raise ZeroDivisionError
+    assert not tree.exists()
+    with pytest.raises(RepositoryError, match="no working tree of nowhere"), worktree_at(project.root, "nowhere"):
+        pass
+    assert project.git("worktree", "list").count("\n") == 1
+
+
+def test_local_settings_hold_there_too(project: Any) -> None:
+    (project.root / ".dvc" / "config.local").write_text("['remote \"local\"']\n    jobs = 3\n")
+    with worktree_at(project.root, "HEAD") as tree:
+        assert dvc(tree, "config", "remote.local.jobs").strip() == "3"
+        assert Path(dvc(tree, "config", "remote.local.url").strip()).resolve() == project.root / ".dvc-remote"
+        assert (tree / ".dvc" / "config.local").stat().st_mode & 0o077 == 0

@@ -1,0 +1,79 @@
+"""Weights, classes and pairs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flows.validation.balance import classes, contradictions, equal_pairs, pair_lengths, weights
+
+
+@pytest.mark.parametrize(
+    ("change", "severity"),
+    [
+        (lambda rows: [float("nan"), *rows[1:]], "error"),
+        (lambda rows: [-1.0, *rows[1:]], "error"),
+        (lambda rows: [0.0] * len(rows), "error"),
+        (lambda rows: [0.0, *rows[1:]], "warning"),
+        (lambda rows: [1000.0, *rows[1:]], "warning"),
+        (lambda rows: [2.0, *rows[1:]], "ok"),
+    ],
+)
+def test_weights(patient: Any, change: Callable[[list[float]], list[float]], severity: str) -> None:
+    ill = patient()
+    ill.change("train", "weight", change)
+    assert ill.look(weights).severity == severity
+
+
+def test_the_effective_rows_are_kishs(patient: Any) -> None:
+    ill = patient()
+    ill.change("train", "weight", lambda rows: [1.0] * 20 + [0.0] * 20)
+    assert ill.look(weights).value == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "severity"),
+    [
+        (lambda rows: [0] * len(rows), "error"),
+        (lambda rows: [2, *rows[1:]], "error"),
+        (lambda rows: [1] + [0] * (len(rows) - 1), "warning"),
+    ],
+)
+def test_classes(patient: Any, change: Callable[[list[int]], list[int]], severity: str) -> None:
+    ill = patient("classification")
+    ill.change("train", "label", change)
+    assert ill.look(classes).severity == severity
+
+
+def test_a_class_that_train_lacks_is_named(patient: Any) -> None:
+    ill = patient("classification")
+    ill.report["labels"].append("rare")
+    ill.change("test", "label", lambda rows: [2, *rows[1:]])
+    found = ill.look(classes)
+    assert found.severity == "error"
+    assert "never in train: rare" in found.figure
+
+
+def test_one_text_of_two_classes_is_a_warning(patient: Any) -> None:
+    ill = patient("classification")
+    ill.change("train", "text", lambda rows: ["the same", "the  same", *rows[2:]])
+    found = ill.look(contradictions)
+    assert (found.severity, found.examples) == ("warning", ("the same",))
+
+
+def test_equal_chosen_and_rejected_are_an_error(patient: Any) -> None:
+    ill = patient("preference")
+    ids: list[list[int]] = []
+    ill.change("train", "chosen_input_ids", lambda rows: ids.extend(rows) or rows)
+    ill.change("train", "rejected_input_ids", lambda rows: [ids[0], *rows[1:]])
+    ill.change("train", "rejected_labels", lambda rows: [[-100] * len(ids[0]), *rows[1:]])
+    found = ill.look(equal_pairs)
+    assert (found.severity, found.value) == ("error", 1)
+
+
+def test_always_longer_chosen_answers_are_a_warning(patient: Any) -> None:
+    ill = patient("preference")
+    for column in ("chosen_input_ids", "chosen_labels"):
+        ill.change("train", column, lambda rows: [row + [70] * 30 for row in rows])
+    found = ill.look(pair_lengths)
+    assert (found.severity, found.value) == ("warning", 1.0)

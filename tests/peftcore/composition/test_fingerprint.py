@@ -1,0 +1,279 @@
+"""Without gradients, outputs follow the adapters' weights, however these were changed: each state is compared with the
+same model computed with gradients, which keeps nothing between forwards."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from method_example import randomise
+from torch import Tensor, nn
+
+from peftcore import LoraConfig, get_peft_model, inject_adapter_in_model, refresh_adapters
+from peftcore.composition import Gate
+from peftcore.composition.fingerprint import Fingerprint, unchanging_weights
+from peftcore.injection.adapter_set import adapter_set
+from peftcore.routing.gates import arrow_gate
+from peftcore.train.adamw import FusedAdamW
+
+X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+
+
+def adapted() -> Any:
+    """A linear layer with two frozen adapters, of which "a" acts."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["0"], inference_mode=True)
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(16, 16)), config, "a")
+    model.add_adapter("b", config)
+    for name in ("a", "b"):
+        model.set_requires_grad(name, True)
+        randomise(model, 0.3)
+        model.set_requires_grad(name, False)
+    return model.eval()
+
+
+def adapter_of(model: Any, name: str = "a") -> Any:
+    return adapter_set(model).adapters(name)["0"]
+
+
+def outputs(model: Any, **given: Any) -> tuple[Tensor, Tensor]:
+    """Without gradients, and with."""
+    with torch.no_grad():
+        fast = model(X, **given)
+    return fast, model(X, **given).detach()
+
+
+def trained(model: Any, make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    """One step, the adapter frozen before and after."""
+    model.set_requires_grad("a", True)
+    optimizer = make(adapter_of(model).parameters())
+    model(X).square().sum().backward()
+    optimizer.step()
+    model.set_requires_grad("a", False)
+    model.zero_grad()
+
+
+def replaced(model: Any) -> None:
+    adapter_of(model).lora_B = nn.Parameter(torch.randn(16, 4), requires_grad=False)
+
+
+def assigned(model: Any) -> None:
+    adapter = adapter_of(model)
+    adapter.load_state_dict({name: 2 * value for name, value in adapter.state_dict().items()}, assign=True)
+
+
+def swapped(model: Any) -> None:
+    adapter = adapter_of(model)
+    torch.utils.swap_tensors(adapter.lora_B, nn.Parameter(torch.randn(16, 4), requires_grad=False))
+
+
+def pointed_elsewhere(model: Any) -> None:
+    adapter_of(model).lora_B.data = torch.randn(16, 4)
+
+
+def pointed_elsewhere_often(model: Any) -> None:
+    """As gradient-free search does; memory that was freed is given out again."""
+    for _ in range(20):
+        parameter = adapter_of(model).lora_B
+        parameter.data = parameter.data * 1.1
+
+
+def scaled(model: Any) -> None:
+    adapter_of(model).scaling *= 3
+
+
+def replaced_whole(model: Any) -> None:
+    other = copy.deepcopy(adapter_of(model))
+    with torch.no_grad():
+        other.lora_B.mul_(2.0)
+    model.set_submodule("0.adapters.a", other)
+
+
+def edited_and_evaluated(model: Any) -> None:
+    adapter_of(model).lora_B.data.mul_(2.0)
+    model.eval()
+
+
+def edited_and_refreshed(model: Any) -> None:
+    adapter_of(model).lora_B.data.mul_(2.0)
+    model.refresh_adapters()
+
+
+def edited_and_made_trainable(model: Any) -> None:
+    adapter_of(model).lora_B.data.mul_(2.0)
+    model.set_requires_grad("a", True)
+
+
+def sharpened(model: Any) -> None:
+    with torch.no_grad():
+        adapter_of(model).lora_B.mul_(2.0)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "torch's fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "our AdamW": lambda p: FusedAdamW(p, lr=0.1),
+    "torch's fused SGD": lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
+    "bitsandbytes' AdamW": lambda p: bnb.optim.AdamW8bit(p, lr=0.1, min_8bit_size=1),
+    "bitsandbytes' Lion": lambda p: bnb.optim.Lion8bit(p, lr=0.1, min_8bit_size=1),
+}
+CHANGES: dict[str, Callable[[Any], None]] = {
+    **{name: lambda model, make=make: trained(model, make) for name, make in OPTIMIZERS.items()},
+    "a new parameter": replaced,
+    "load_state_dict(assign=True)": assigned,
+    "swap_tensors": swapped,
+    ".data =": pointed_elsewhere,
+    ".data = many times": pointed_elsewhere_often,
+    "scaling": scaled,
+    "set_submodule": replaced_whole,
+    ".data in place, eval()": edited_and_evaluated,
+    ".data in place, refresh_adapters()": edited_and_refreshed,
+    ".data in place, then trainable": edited_and_made_trainable,
+    "in place": sharpened,
+}
+
+
+@pytest.mark.parametrize("given", [{}, {"adapter_names": ["a", "b", None, "a", "b"]}], ids=["active", "by rows"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_outputs_follow_a_change(change: str, given: dict[str, Any]) -> None:
+    model = adapted()
+    before, general = outputs(model, **given)
+    torch.testing.assert_close(before, general)
+    for _ in range(3):  # each epoch trains, freezes and evaluates
+        CHANGES[change](model)
+        after, general = outputs(model, **given)
+        torch.testing.assert_close(after, general)
+        assert not torch.allclose(after, before, atol=1e-3)
+        before = after
+
+
+def test_functional_call_computes_with_what_it_is_given() -> None:
+    model = adapted()
+    before = outputs(model)[0]
+    given = {name: 2 * value for name, value in model.named_parameters() if "lora_B" in name}
+    with torch.no_grad():
+        inside = torch.func.functional_call(model, given, (X,))
+    torch.testing.assert_close(inside, torch.func.functional_call(model, given, (X,)))
+    assert not torch.allclose(inside, before, atol=1e-3)
+    torch.testing.assert_close(outputs(model)[0], before)
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "scaling"])  # of which directions know nothing
+def test_arrow_follows_a_change(change: str) -> None:
+    model, gate = adapted(), arrow_gate(["a", "b"], temperature=0.05)
+    with torch.no_grad():
+        before = model(X, adapter_names=gate)
+    CHANGES[change](model)
+    with torch.no_grad():
+        after, fresh = model(X, adapter_names=gate), model(X, adapter_names=arrow_gate(["a", "b"], temperature=0.05))
+    torch.testing.assert_close(after, fresh)
+    assert not torch.allclose(after, before, atol=1e-4)
+
+
+def test_prototypes_go_with_their_adapter() -> None:
+    model, gate = adapted(), arrow_gate(["a", "b"])
+    with torch.no_grad():
+        model(X, adapter_names=gate)
+    adapter = weakref.ref(adapter_of(model, "b"))
+    model.delete_adapter("b")
+    gc.collect()
+    assert adapter() is None and len(_prototypes(gate)) == 1
+
+
+def _prototypes(gate: Gate) -> Any:
+    weigh: Any = gate.gating
+    return weigh.prototypes
+
+
+@pytest.fixture
+def stacked_anew(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each stack that is made."""
+    from peftcore.composition import stacked
+
+    seen: list[int] = []
+    original = stacked.stack
+    monkeypatch.setattr(stacked, "stack", lambda *given: seen.append(1) or original(*given))
+    return seen
+
+
+def test_frozen_weights_are_stacked_once_and_learning_ones_once_in_a_scope(stacked_anew: list[int]) -> None:
+    model = adapted()
+    with torch.no_grad():
+        for _ in range(3):
+            model(X)
+        assert len(stacked_anew) == 1
+        model.set_requires_grad("a", True)
+        for _ in range(3):  # a loop by hand may edit them through `.data` between any two forwards
+            model(X)
+        assert len(stacked_anew) == 4
+        for _ in range(2):
+            with unchanging_weights():
+                for _ in range(3):
+                    model(X)
+        assert len(stacked_anew) == 6
+
+
+def test_generate_stacks_learning_weights_once(stacked_anew: list[int]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    net = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).eval()
+    model: Any = get_peft_model(net, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    randomise(model, 0.3)
+    tokens = torch.arange(3, 9)[None]
+    before = model.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True,
+                            return_dict_in_generate=True)  # fmt: skip
+    assert len(stacked_anew) == 2  # of two layers
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(3.0)
+    after = model.generate(tokens, max_new_tokens=1, do_sample=False, pad_token_id=0, output_logits=True,
+                           return_dict_in_generate=True)  # fmt: skip
+    torch.testing.assert_close(after.logits[0], model(tokens).logits[:, -1])
+    assert not torch.allclose(after.logits[0], before.logits[0], atol=1e-4)
+
+
+def test_a_step_between_forward_and_backward_is_an_error_as_with_other_optimisers() -> None:
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = FusedAdamW([a, b], lr=0.1)
+    (a * b).sum().backward()
+    loss = (a * b).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_plain_models_are_refreshed_by_the_function() -> None:
+    torch.manual_seed(0)
+    model = inject_adapter_in_model(
+        LoraConfig(target_modules=["0"], init_lora_weights=False, inference_mode=True),
+        nn.Sequential(nn.Linear(16, 16)),
+    ).eval()
+    before = outputs(model)[0]
+    adapter_of(model, "default").lora_B.data.mul_(2.0)
+    refresh_adapters(model)
+    after, general = outputs(model)
+    torch.testing.assert_close(after, general)
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_copies_have_fingerprints_of_their_own() -> None:
+    model = adapted()
+    before = outputs(model)[0]
+    twin = copy.deepcopy(model)
+    scaled(twin)
+    assert not torch.allclose(outputs(twin)[0], before, atol=1e-3)
+    torch.testing.assert_close(outputs(model)[0], before)
+
+
+def test_weights_that_count_no_changes_are_never_trusted() -> None:
+    model = adapted()
+    with torch.inference_mode():
+        adapter_of(model).lora_B = nn.Parameter(torch.ones(16, 4), requires_grad=False)
+        before = model(X)
+        adapter_of(model).lora_B.mul_(2.0)
+        assert not torch.allclose(model(X), before, atol=1e-3)
+    assert not Fingerprint([adapter_of(model)]).holds()

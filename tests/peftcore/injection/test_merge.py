@@ -1,0 +1,240 @@
+"""What merging writes, in which type, what it keeps, and what it does to tied weights."""
+
+import copy
+import gc
+import logging
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from method_example import examples, randomise
+from quantised_layers import quantised
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peftcore import LoraConfig, MergeError, get_peft_model
+from peftcore.injection.adapter_set import adapter_set
+from peftcore.registry import methods
+
+EXAMPLES = {
+    method: example
+    for method, example in examples().items()
+    if "linear" in methods()[method].adapter.layer_kinds and example.merges and not example.whole_model
+}
+
+
+def adapt(net: nn.Module, method: str = "LORA", **options: Any) -> Any:
+    net = get_peft_model(net, EXAMPLES[method].make(**{"target_modules": ["0"], **options}))
+    randomise(net, EXAMPLES[method].spread)
+    return net
+
+
+# -- types ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", EXAMPLES)
+def test_half_precision_is_merged_in_float32_and_rounded_once(method: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = adapt(nn.Sequential(nn.Linear(12, 8)).to(dtype), method)
+    net.set_requires_grad("default", False)
+    net.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    net.set_adapter(["default", "b"])
+    weight = net[0].base_layer.weight.float()
+    for name in ("default", "b"):
+        weight = adapter_set(net).adapters(name)["0"].merged_weight(weight)
+    net.merge_adapter()
+    assert net[0].base_layer.weight.dtype == dtype and torch.equal(net[0].base_layer.weight, weight.to(dtype))
+
+
+def test_safe_merge_sees_what_overflows_in_the_bases_own_type() -> None:
+    """65504 is float16's largest number; float32, in which the sum is made, holds it easily."""
+    for dtype, fits in ((torch.float16, False), (torch.bfloat16, True)):
+        net = adapt(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)).to(dtype), target_modules=["0", "1"])
+        with torch.no_grad():
+            adapter_set(net).adapters("default")["1"].lora_B.fill_(1e5)
+        before = {key: value.clone() for key, value in net.state_dict().items()}
+        if fits:
+            net.merge_adapter(safe_merge=True)
+            continue
+        with pytest.raises(MergeError, match=r"merging 'default' into 1 gives NaN or Inf in torch\.float16"):
+            net.merge_adapter(safe_merge=True)
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_safe_merge_names_the_adapter_that_breaks_a_mixture() -> None:
+    net = adapt(nn.Sequential(nn.Linear(12, 12)).half())
+    net.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    net.set_adapter(["default", "b"])
+    for name in ("default", "b"):  # 40,000 each: either alone fits
+        adapter = adapter_set(net).adapters(name)["0"]
+        with torch.no_grad():
+            adapter.lora_A.fill_(1.0)
+            adapter.lora_B.fill_(40000 / adapter.r / adapter.scaling)
+        net.merge_adapter([name], safe_merge=True)
+        net.unmerge_adapter()
+    with pytest.raises(MergeError, match="merging 'b' into 0 gives NaN or Inf"):
+        net.merge_adapter(safe_merge=True)
+
+
+def test_safe_merge_looks_at_biases_too() -> None:
+    net = adapt(nn.Sequential(nn.Linear(12, 12)), lora_bias=True)
+    with torch.no_grad():
+        adapter_set(net).adapters("default")["0"].lora_bias[3] = float("nan")
+    bias = net[0].bias
+    with pytest.raises(MergeError, match="NaN or Inf"):
+        net.merge_adapter(safe_merge=True)
+    assert net[0].bias is bias
+
+
+def test_one_name_need_not_be_a_list() -> None:
+    net = adapt(nn.Sequential(nn.Linear(12, 12)))
+    net.merge_adapter("default")
+    assert net[0].merged == ("default",)
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_lora_bias_merges_with_its_scale_into_a_quantised_layer(storage: str) -> None:
+    torch.manual_seed(0)
+    net = adapt(nn.Sequential(quantised(storage)), r=2, lora_alpha=6, lora_bias=True)
+    bias, own = net[0].bias.clone(), adapter_set(net).adapters("default")["0"].lora_bias.detach()
+    net.merge_adapter()
+    torch.testing.assert_close(net[0].bias, bias + 3 * own)
+    net.unmerge_adapter()
+    assert torch.equal(net[0].bias, bias)
+
+
+# -- what is merged ------------------------------------------------------------------------------------------------
+
+
+def two_layers() -> tuple[nn.Module, Any, torch.Tensor]:
+    """A base, the same with two adapters of which "b" sits on the second layer only, and an input."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    net = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    net.add_adapter("b", LoraConfig(r=2, target_modules=["1"], init_lora_weights=False))
+    return base, net, torch.randn(3, 6)
+
+
+@pytest.mark.parametrize("twin", [lambda net: net, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_merged_model_and_its_copies_can_be_disabled_and_unmerged_on_their_own(twin: Callable[[Any], Any]) -> None:
+    base, net, x = two_layers()
+    net.merge_adapter(["default"])
+    net.merge_adapter(["b"])
+    expected, other = net(x), twin(net)
+    for _ in range(2):
+        with pytest.raises(RuntimeError), other.disable_adapter():
+            torch.testing.assert_close(other(x), base(x), rtol=0, atol=0)
+            raise RuntimeError
+        torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+    with pytest.raises(MergeError, match="'b' is merged into the base; call unmerge_adapter first"):
+        other.delete_adapter("b")
+    other.unmerge_adapter()
+    other.delete_adapter("b")
+    with other.disable_adapter():
+        torch.testing.assert_close(other(x), base(x), rtol=0, atol=0)
+    torch.testing.assert_close(other.unload()(x), base(x), rtol=0, atol=0)
+    if other is not net:
+        assert net[1].merged == ("default", "b")
+        torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_an_error_in_the_middle_of_a_merge_puts_back_what_was_written(
+    merged_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, net, x = two_layers()
+    if merged_before:
+        net.merge_adapter(["default"])
+    before, state = net(x), {name: id(parameter) for name, parameter in net.named_parameters()}
+    last = adapter_set(net).adapters("b")["1"]
+
+    def fails(_weight: torch.Tensor) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(last, "merged_weight", fails, raising=False)
+    with pytest.raises(MemoryError):
+        net.merge_adapter(["default", "b"])
+    assert {name: id(parameter) for name, parameter in net.named_parameters()} == state
+    assert [host.merged for host in net] == [("default",) if merged_before else ()] * 2
+    torch.testing.assert_close(net(x), before, rtol=0, atol=0)
+    with net.disable_adapter():
+        torch.testing.assert_close(net(x), base(x), rtol=0, atol=0)
+    monkeypatch.undo()
+    net.merge_adapter(["default", "b"])
+    torch.testing.assert_close(net.unload()(x), base(x), rtol=0, atol=0)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", EXAMPLES)
+def test_merging_keeps_one_copy_of_the_old_weight_and_unloading_none(method: str) -> None:
+    net = adapt(nn.Sequential(nn.Linear(12, 8)), method)
+    old, adapter = weakref.ref(net[0].base_layer.weight), weakref.ref(adapter_set(net).adapters("default")["0"])
+    net.merge_adapter()
+    gc.collect()
+    assert old() is not None and net[0].unmerged_state["weight"] is old()
+    plain = net.merge_and_unload()
+    del net
+    gc.collect()
+    assert old() is None and adapter() is None
+    assert set(vars(plain[0])) == set(vars(nn.Linear(12, 8))), "no attribute of ours is left on the layer"
+
+
+# -- tied weights --------------------------------------------------------------------------------------------------
+
+
+def tied() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=30,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+TOKENS = torch.tensor([[1, 5, 7, 29, 2]])
+
+
+@pytest.mark.parametrize("side, other", [("lm_head", "model.embed_tokens"), ("embed_tokens", "lm_head")])
+def test_merging_one_side_of_a_tied_pair_leaves_the_other(
+    side: str, other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = get_peft_model(tied(), LoraConfig(r=2, target_modules=[side]))
+    randomise(model, 0.3)
+    adapted, weight = model(TOKENS).logits, tied().get_submodule(other).weight
+    assert (adapted - tied()(TOKENS).logits).abs().max() > 0.1
+    model.merge_adapter()
+    torch.testing.assert_close(model(TOKENS).logits, adapted)
+    assert torch.equal(model.get_submodule(other).weight, weight)
+    model.unmerge_adapter()
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "one weight again"
+    with caplog.at_level(logging.INFO):
+        merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is False and "tie_word_embeddings is now False" in caplog.text
+    assert torch.equal(merged.get_submodule(other).weight, weight)
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(LlamaForCausalLM.from_pretrained(tmp_path)(TOKENS).logits, adapted)
+
+
+def test_a_pair_that_is_merged_alike_stays_tied(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(tied(), config)
+    randomise(model, 0.3)
+    adapted = model(TOKENS).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(TOKENS).logits, adapted)
+    torch.testing.assert_close(merged.lm_head.weight, merged.model.embed_tokens.weight)
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(LlamaForCausalLM.from_pretrained(tmp_path)(TOKENS).logits, adapted)
+
+
+def test_a_tied_base_that_keeps_its_weights_stays_tied() -> None:
+    model = get_peft_model(tied(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings and merged.lm_head.weight is merged.model.embed_tokens.weight

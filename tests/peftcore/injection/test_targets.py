@@ -1,0 +1,140 @@
+"""Which layers a configuration means."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from peftcore import IA3Config, LoraConfig, TargetError, TaskType, get_peft_model
+from peftcore.injection.targets import find_targets
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+        self.overhead = nn.Linear(4, 4)
+        self.block = nn.ModuleDict({"head": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+
+
+def targets(**options: Any) -> list[str]:
+    return sorted(find_targets(Heads(), LoraConfig(**options)))
+
+
+def test_names_match_whole_segments() -> None:
+    assert targets(target_modules=["head"]) == ["block.head", "head"]
+    assert targets(target_modules=["block.head"]) == ["block.head"]
+    assert targets(target_modules=r".*head") == ["block.head", "head", "overhead"]
+    assert targets(target_modules="all-linear", exclude_modules=["head"]) == ["overhead"]
+
+
+def test_modules_to_save_match_whole_segments() -> None:
+    model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["head"]))
+    trained = {n.split(".copies.")[0] for n, p in model.named_parameters() if p.requires_grad and ".copies." in n}
+    assert trained == {"head", "block.head"}
+    model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["block.head"]))
+    assert isinstance(model.head, nn.Linear) and type(model.head) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target_modules": ["haed"]}, "match no layer.*did you mean 'head'"),
+        ({"target_modules": ["norm"]}, "LORA does not adapt norm layers such as block.norm"),
+        ({"target_modules": ["head"], "exclude_modules": ["head"]}, "left none"),
+        ({"target_modules": ["head"], "layers_to_transform": [7]}, "left none"),
+        ({"target_modules": ["head"], "modules_to_save": ["tail"]}, "modules_to_save"),
+    ],
+)
+def test_what_cannot_be_is_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        get_peft_model(Heads(), LoraConfig(**options))
+
+
+def test_a_sequence_classifier_keeps_its_head_out_of_all_linear() -> None:
+    config = BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    model = BertForSequenceClassification(config)
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type=TaskType.SEQ_CLS))
+    trained = {n for n, p in adapted.named_parameters() if p.requires_grad and "adapters" not in n}
+    assert trained == {"classifier.copies.default.weight", "classifier.copies.default.bias"}
+
+
+def test_attention_that_reads_weights_directly_is_refused() -> None:
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(TargetError, match="never calls the layer"):
+        get_peft_model(net, LoraConfig(target_modules=["out_proj"]))
+
+
+def test_all_linear_leaves_such_attention_out() -> None:
+    model = get_peft_model(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)), LoraConfig(target_modules="all-linear"))
+    assert model.peft_config["default"].target_modules == {"linear1", "linear2"}
+
+
+def test_transformer_encoder_layer_does_not_pass_its_adapter_by() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    x = torch.randn(2, 3, 8)
+    net = get_peft_model(net, LoraConfig(r=2, target_modules=["linear1"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        fast = net(x)
+    torch.testing.assert_close(fast, net(x).detach())
+    with net.disable_adapter(), torch.no_grad():
+        assert (net(x) - fast).abs().max() > 1e-4
+
+
+def test_one_module_at_two_paths_is_adapted_at_both() -> None:
+    shared = nn.Linear(4, 4)
+    net = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    net = get_peft_model(net, LoraConfig(r=2, target_modules=["a"]))
+    assert net["a"] is net["b"][0]
+    assert net.unload()["b"][0] is shared
+
+
+def test_tied_head_merges_without_changing_the_embedding() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=30,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = get_peft_model(
+        LlamaForCausalLM(config).eval(), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    )
+    x = torch.randint(0, 30, (1, 5))
+    adapted = model(x).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x).logits, adapted)
+    assert merged.config.tie_word_embeddings is False
+
+
+def test_the_saved_configuration_names_its_targets() -> None:
+    """Readers such as vLLM know no architecture table."""
+    config = LoraConfig(target_modules="all-linear", exclude_modules=["overhead"])
+    model = get_peft_model(Heads(), config)
+    assert model.peft_config["default"].target_modules == {"head", "overhead"}
+    assert config.target_modules == "all-linear"
+
+
+class Unknown(nn.Module):
+    """Neither attention nor a feed-forward layer, and nothing that says which layer is its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.middle = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.head = nn.Linear(8, 3)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(), IA3Config()], ids=["lora", "ia3"])
+def test_no_default_reaches_into_a_model_of_unknown_structure(config: Any) -> None:
+    model = Unknown()
+    modules = dict(model.named_modules())
+    with pytest.raises(TargetError, match=r"tells its inner layers from its head; give target_modules.*'head', 'stem'"):
+        get_peft_model(model, config)
+    assert dict(model.named_modules()) == modules
+
+
+def test_whoever_says_all_linear_gets_all() -> None:
+    model = get_peft_model(Unknown(), LoraConfig(target_modules="all-linear"))
+    assert model.peft_config["default"].target_modules == {"stem", "0", "1", "head"}
