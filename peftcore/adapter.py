@@ -1,4 +1,4 @@
-"""What an adapter method writes: a little mathematics. Everything else is the host's.
+"""What an adapter method writes: a little mathematics. Everything else is the wrapper's.
 
 One `Adapter` is the adapter of one name at one layer. A method defines `delta_weight` (or `merged_weight`), and
 `before`/`after` where it can do better than rebuilding ΔW in every forward.
@@ -77,7 +77,7 @@ class Adapter(_Constants):
     shared: Any
     """What `make_shared` gave, in every adapter of one name; set after `__init__`, before `reset_parameters`."""
     trained_bias: Any
-    """The layer's bias that trains with this adapter (`peftcore.layers.trained_bias`), or None; the host adds it after."""
+    """The layer's bias that trains with this adapter (`peftcore.layers.trained_bias`), or None; the wrapper adds it after."""
 
     def __init__(self, config: Any, base: BaseWeight, path: str):
         """Make the parameters for `base`, the layer at module `path`; raise ConfigError for what cannot be."""
@@ -144,7 +144,7 @@ class Adapter(_Constants):
 
     def low_rank(self) -> LowRank | None:
         """The adapter as two factors, where they and nothing else act on the input in this forward and `before`
-        changes nothing; the host then takes the fast path of `peftcore.kernels.low_rank` wherever that is exact."""
+        changes nothing; the wrapper then takes the fast path of `peftcore.kernels.low_rank` wherever that is exact."""
         return None
 
     through_weight: bool = False

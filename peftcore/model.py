@@ -93,8 +93,8 @@ class PeftModel:
         As with PEFT, the whole model is then in evaluation mode, unless is_trainable: the new adapter's dropout acts.
         """
         checkpoint.load_adapter(self._module, Path(model_id), adapter_name, is_trainable, config)
-        hosts = adapter_set(self._module).layers.values()
-        if not is_trainable and (self._module.training or any(host.training for host in hosts)):
+        wrappers = adapter_set(self._module).layers.values()
+        if not is_trainable and (self._module.training or any(wrapper.training for wrapper in wrappers)):
             self._module.eval()  # looks at every adapter that is loaded
 
     def load_adapter_weights(self, directory: str | Path, adapter_name: str = "default") -> None:

@@ -23,7 +23,7 @@ from flows.errors import PlanError
 from flows.params.model import Params
 from flows.training.adapter_choice import adapter_config
 from peftcore import PeftConfig, PeftError, get_peft_model
-from peftcore.layers.host import AdaptedLayer
+from peftcore.layers.adapter_layer import AdapterLayer
 
 SCALED_TOGETHER = 64
 """4-bit weights that share a scale (count)."""
@@ -167,7 +167,7 @@ def _read_together(model: nn.Module, codes: dict[int, int], width: int) -> int:
     """Bytes of the largest group of layers that share an input and are computed, and so dequantised, together."""
     most = 0
     for host in model.modules():
-        if isinstance(host, AdaptedLayer):
+        if isinstance(host, AdapterLayer):
             group = [getattr(each.base_layer, "weight", None) for each in (host, *host.sharing)]
             most = max(most, sum(width * weight.numel() for weight in group if id(weight) in codes))  # type: ignore
     return most

@@ -27,11 +27,11 @@ from flows.data.sources import comes_from, read_examples
 from flows.data.splits import rank
 from flows.data.tokens import AnyTokens, length
 from flows.errors import DataError
-from flows.stages.reevaluate import adapter_losses
 from flows.params.model import Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
+from flows.stages.reevaluate import adapter_losses
 from flows.training.objectives import class_names
 from peftcore import PeftModel
 from peftcore.files import write_atomically

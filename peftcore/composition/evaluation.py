@@ -24,12 +24,12 @@ Below = Callable[[Tensor], Tensor]
 class Layer(RoutedLayer, Protocol):
     """What is wanted of an adapted layer."""
 
-    def at_work(self) -> Mapping[str, Adapter]:
+    def unmerged(self) -> Mapping[str, Adapter]:
         """{name: adapter} of the layer's adapters that are not merged."""
         ...
 
     def in_order(self, names: Sequence[str]) -> list[Adapter]:
-        """Those of `at_work` with these names, in this order, each one's trained bias after it."""
+        """Those of `unmerged` with these names, in this order, each one's trained bias after it."""
         ...
 
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -111,7 +111,7 @@ class _Site:
             places = [self.route.inside(tokens, self.layer.path, a, b, self.rows) for _, a, b in one.segments]
             weighted = [torch.where(p.unsqueeze(-1), change, 0) for p, (_, change) in zip(places, changes, strict=True)]
         elif isinstance(one, Gate):
-            weights = one.weights(self.layer.path, self.layer.at_work(), x, tokens).to(y.dtype)
+            weights = one.weights(self.layer.path, self.layer.unmerged(), x, tokens).to(y.dtype)
             weighted = [weights[..., number, None] * change for number, (_, change) in enumerate(changes)]
         else:
             raise TypeError(f"{type(one).__name__} is a composition that cannot be evaluated")

@@ -10,7 +10,7 @@ import re
 from torch import nn
 
 from peftcore.detection.feed_forward import mlp_roles
-from peftcore.detection.module_tree import ModuleTree, Site, ancestors, width_of
+from peftcore.detection.module_tree import AdapterSlot, ModuleTree, ancestors, width_of
 from peftcore.detection.roles import NOT_CONTENT, Role, Roles, word_role, words_of
 
 _SELECTS_TOKENS = "indexer"
@@ -54,7 +54,7 @@ def _is_named_attention(tree: ModuleTree, path: str) -> bool:
     return ("attention" in name or "attn" in name) and not re.search("norm|encoderlayer|decoderlayer", name)
 
 
-def _has_attention_shapes(siblings: list[Site], width: int | None) -> bool:
+def _has_attention_shapes(siblings: list[AdapterSlot], width: int | None) -> bool:
     """Query, key and value by word, of one input; else three readers of the block's width and a way back to it."""
     said = {word_role(site.path.rpartition(".")[2]): site.in_features for site in siblings}
     if {"query", "key", "value"} <= set(said):
@@ -64,7 +64,7 @@ def _has_attention_shapes(siblings: list[Site], width: int | None) -> bool:
     return len(readers) >= 3 and any(b.in_features == r.out_features for b in backs for r in readers if r is not b)
 
 
-def _unit_roles(unit: str, sites: list[Site], width: int) -> Roles:
+def _unit_roles(unit: str, sites: list[AdapterSlot], width: int) -> Roles:
     """Words first, then shapes for the layers whose names say nothing (c_attn, c_proj, dense, in_proj)."""
     roles = _known({site.path: word_role(site.path.removeprefix(unit).lstrip(".")) for site in sites})
     silent = [s for s in sites if s.path not in roles and not NOT_CONTENT & words_of(s.path.rpartition(".")[2])]
@@ -82,16 +82,16 @@ def _unit_roles(unit: str, sites: list[Site], width: int) -> Roles:
     return roles if heads is None or content else roles | _unnamed_roles(silent, heads, "query" in roles.values())
 
 
-def _by_parent(sites: list[Site]) -> list[list[Site]]:
+def _by_parent(sites: list[AdapterSlot]) -> list[list[AdapterSlot]]:
     """Siblings together; layers alone in their parent form one group."""
-    by_parent: dict[str, list[Site]] = {}
+    by_parent: dict[str, list[AdapterSlot]] = {}
     for site in sites:
         by_parent.setdefault(site.parent, []).append(site)
     alone = [group[0] for group in by_parent.values() if len(group) == 1]
     return [*(group for group in by_parent.values() if len(group) > 1), alone]
 
 
-def _unnamed_roles(silent: list[Site], heads: int, has_query: bool) -> Roles:
+def _unnamed_roles(silent: list[AdapterSlot], heads: int, has_query: bool) -> Roles:
     """Roles by shape; three layers alike that no word tells apart are query, key and value as declared."""
     roles = _known({site.path: _fused_role(site, heads, has_query) for site in silent})
     unnamed = [site for site in silent if site.path not in roles]
@@ -105,7 +105,7 @@ def _known(roles: dict[str, Role | None]) -> Roles:
     return {path: role for path, role in roles.items() if role is not None}
 
 
-def _fused_role(site: Site, heads: int, has_query: bool) -> Role | None:
+def _fused_role(site: AdapterSlot, heads: int, has_query: bool) -> Role | None:
     """`heads`: total size of the query heads, which the output projection reads."""
     if has_query:
         return "fused_kv" if site.out_features % 2 == 0 else None

@@ -15,7 +15,7 @@ from peftcore.detection.attention import attention_roles
 from peftcore.detection.experts import find_experts
 from peftcore.detection.feed_forward import feed_forward_roles
 from peftcore.detection.kind import head_paths, model_kind, vocab_size
-from peftcore.detection.module_tree import ModuleTree, Site, pattern_of
+from peftcore.detection.module_tree import AdapterSlot, ModuleTree, pattern_of
 from peftcore.detection.names import shortest_names
 from peftcore.detection.norms import find_norms
 from peftcore.detection.parameters import expert_stacks, shared_parameters, unique_parameters
@@ -89,7 +89,7 @@ def _all_roles(model: nn.Module, tree: ModuleTree) -> Roles:
     return {site.path: roles.get(site.path, _kind_role(site)) for site in tree.sites.values()}
 
 
-def _kind_role(site: Site) -> Role:
+def _kind_role(site: AdapterSlot) -> Role:
     if getattr(site.layer, "groups", 1) > 1:
         return "grouped_convolution"
     other: dict[str, Role] = {"linear": "unknown", "conv": "convolution", "embedding": "embedding"}
@@ -126,7 +126,7 @@ def _require_something_adaptable(model: nn.Module, tree: ModuleTree, roles: Role
 # -- names -------------------------------------------------------------------------------------------------------
 
 
-def _linear_info(sites: list[Site], roles: Roles, fixed: set[str]) -> LinearInfo:
+def _linear_info(sites: list[AdapterSlot], roles: Roles, fixed: set[str]) -> LinearInfo:
     shapes = Counter((site.in_features, site.out_features) for site in sites).most_common()
     role = roles[sites[0].path]
     fits = all(_is_plain_linear(site) and site.in_features % 64 == 0 for site in sites)
@@ -141,7 +141,7 @@ def _linear_info(sites: list[Site], roles: Roles, fixed: set[str]) -> LinearInfo
     )
 
 
-def _is_plain_linear(site: Site) -> bool:
+def _is_plain_linear(site: AdapterSlot) -> bool:
     # transformers exchanges exactly these for bitsandbytes' linears; a subclass has a forward of its own
     return site.kind == "linear" and (
         type(site.layer) is nn.Linear

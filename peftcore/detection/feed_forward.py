@@ -4,7 +4,7 @@ one of size 2m is both at once.
 Shapes: m inner size of an MLP.
 """
 
-from peftcore.detection.module_tree import ModuleTree, Site, ancestors
+from peftcore.detection.module_tree import AdapterSlot, ModuleTree, ancestors
 from peftcore.detection.roles import Roles, words_of
 
 _NO_MLP = {"bottleneck", "adapter"}
@@ -12,7 +12,7 @@ _NO_MLP = {"bottleneck", "adapter"}
 _MLP_WORDS = {"mlp", "ffn", "ff", "feed", "feedforward", "forward", "expert", "experts", "intermediate"}
 
 
-def feed_forward_roles(tree: ModuleTree, root: str, sites: list[Site], width: int) -> Roles:
+def feed_forward_roles(tree: ModuleTree, root: str, sites: list[AdapterSlot], width: int) -> Roles:
     """Roles of those of the block's `sites` whose shapes are an MLP's.
 
     Siblings are tried first, then what ever larger parts of the block hold (CPM-Ant keeps gate and up one module
@@ -28,7 +28,7 @@ def feed_forward_roles(tree: ModuleTree, root: str, sites: list[Site], width: in
     return roles
 
 
-def mlp_roles(group: list[Site], block_width: int, gated: bool = True) -> Roles:
+def mlp_roles(group: list[AdapterSlot], block_width: int, gated: bool = True) -> Roles:
     """Roles of layers that may be one MLP; nothing where their shapes are no MLP's."""
     roles: Roles = {}
     for position, down in reversed(list(enumerate(group))):
@@ -51,7 +51,7 @@ def mlp_roles(group: list[Site], block_width: int, gated: bool = True) -> Roles:
     return roles
 
 
-def _named_mlp(part: str, group: list[Site]) -> Roles:
+def _named_mlp(part: str, group: list[AdapterSlot]) -> Roles:
     """Up and down of a two-layer MLP that says so itself and widens or narrows the stream (LightGlue, Perceiver)."""
     first, last = group[0], group[-1]
     if (
@@ -68,6 +68,6 @@ def _says(words: set[str], path: str) -> bool:
     return any(words & words_of(name) for name in path.split("."))
 
 
-def _gate_first(pair: list[Site]) -> list[Site]:
+def _gate_first(pair: list[AdapterSlot]) -> list[AdapterSlot]:
     """Gate, then up: by the word, else in order of declaration, which every known gated MLP keeps."""
     return sorted(pair, key=lambda site: "gate" not in site.path.rpartition(".")[2])

@@ -85,7 +85,7 @@ def head_paths(model: nn.Module, tree: ModuleTree) -> list[str]:
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:
-    """The module that holds `path`'s place, an adapter's host included."""
+    """The module that holds `path`'s place, an adapter's wrapper included."""
     try:
         return model.get_submodule(path)
     except AttributeError:

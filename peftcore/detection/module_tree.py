@@ -1,6 +1,6 @@
 """The module tree of a model as adapters see it: sites, norms and repeated blocks.
 
-Every path is the one the model had before any adapter: a host's `base_layer` is looked through, so a model reads the
+Every path is the one the model had before any adapter: a wrapper's `base_layer` is looked through, so a model reads the
 same with adapters and without.
 """
 
@@ -17,7 +17,7 @@ from peftcore.bases import base_weight, calls_its_layers, is_adaptable
 
 
 @dataclass(frozen=True)
-class Site:
+class AdapterSlot:
     """One layer that an adapter can sit on."""
 
     path: str
@@ -48,7 +48,7 @@ class BlockList:
 
 
 def look_through(module: nn.Module) -> nn.Module:
-    """The layer under any number of adapter hosts."""
+    """The layer under any number of adapter wrappers."""
     while isinstance(base := getattr(module, "base_layer", None), nn.Module):
         module = base
     return module
@@ -85,7 +85,7 @@ class ModuleTree:
 
     def __init__(self, model: nn.Module):
         self.modules: dict[str, nn.Module] = {}
-        self.sites: dict[str, Site] = {}
+        self.sites: dict[str, AdapterSlot] = {}
         self.norms: dict[str, int] = {}
         """{path of a norm that can be adapted: its size}"""
         seen: set[int] = set()
@@ -98,7 +98,9 @@ class ModuleTree:
                     if base.kind == "norm":
                         self.norms[path] = int(base.in_features)
                     else:
-                        self.sites[path] = Site(path, module, base.kind, int(base.in_features), int(base.out_features))
+                        self.sites[path] = AdapterSlot(
+                            path, module, base.kind, int(base.in_features), int(base.out_features)
+                        )
         self._order = list(self.modules)
         self._position = {path: position for position, path in enumerate(self._order)}
         self._block_kinds = {"linear"}
@@ -113,12 +115,12 @@ class ModuleTree:
         later = itertools.islice(self._order, self._position[root] + 1, None)
         return itertools.takewhile(lambda path: is_below(path, root), later)
 
-    def linears(self, root: str = "") -> list[Site]:
+    def linears(self, root: str = "") -> list[AdapterSlot]:
         """Linear sites strictly inside `root`, in order of declaration."""
         sites = (self.sites[path] for path in self.below(root) if path in self.sites)
         return [site for site in sites if _mixes_features_only(site) in self._block_kinds]
 
-    def parent_of(self, site: Site) -> nn.Module:
+    def parent_of(self, site: AdapterSlot) -> nn.Module:
         return self.modules[site.parent]
 
     def block_of(self, path: str) -> str | None:
@@ -222,16 +224,16 @@ class ModuleTree:
         return members if same and len(members) == len(module) >= least else []
 
 
-def _mixes_features_only(site: Site) -> str:
+def _mixes_features_only(site: AdapterSlot) -> str:
     """The site's kind, "pointwise" for a convolution of kernel 1."""
     return "pointwise" if isinstance(site.layer, nn.Conv1d) and site.layer.kernel_size == (1,) else site.kind
 
 
-def _patterns(sites: Iterable[Site]) -> set[str]:
+def _patterns(sites: Iterable[AdapterSlot]) -> set[str]:
     return {pattern_of(site.path) for site in sites}
 
 
-def width_of(sites: Iterable[Site], norms: Iterable[int] = ()) -> int:
+def width_of(sites: Iterable[AdapterSlot], norms: Iterable[int] = ()) -> int:
     """Size of the residual stream through some layers; 0 for no layers.
 
     It is what most of them read or write, and what the norms around them have; a norm counts twice, because in a

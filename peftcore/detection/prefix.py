@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.detection.module_tree import BlockList, ModuleTree, Site, walk
+from peftcore.detection.module_tree import AdapterSlot, BlockList, ModuleTree, walk
 from peftcore.detection.roles import ATTENTION, Role, Roles
 from peftcore.detection.trunk import STATE, own_name, text_config
 
@@ -63,7 +63,7 @@ class PrefixGeometry:
 class _Attention:
     """The layers of one block's self-attention by role, and the module that computes with them."""
 
-    sites: dict[Role, Site]
+    sites: dict[Role, AdapterSlot]
     module: Any
 
     def measure(self, config: Any) -> tuple[LayerCache, int]:
@@ -150,10 +150,10 @@ def _takes_cache(tree: ModuleTree, block: str) -> bool:
     return any(names & set(inspect.signature(m.forward).parameters) for m in around if m is not None)
 
 
-def _attention(block: nn.Module, by_layer: dict[int, Site], roles: Roles, family: str) -> _Attention | None:
+def _attention(block: nn.Module, by_layer: dict[int, AdapterSlot], roles: Roles, family: str) -> _Attention | None:
     """Self-attention of a block; looked for by identity, because Zamba's blocks share one and the same."""
     modules = dict(walk(block))
-    sites: dict[Role, Site] = {}
+    sites: dict[Role, AdapterSlot] = {}
     module: nn.Module | None = None
     for path, layer in modules.items():
         site = by_layer.get(id(layer))

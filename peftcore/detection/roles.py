@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore.detection.module_tree import ModuleTree, Site
+from peftcore.detection.module_tree import AdapterSlot, ModuleTree
 from peftcore.detection.parameters import expert_count
 
 Role = Literal[
@@ -76,7 +76,7 @@ def word_role(path: str) -> Role | None:
     return None
 
 
-def mixer_sites(tree: ModuleTree, root: str) -> list[Site]:
+def mixer_sites(tree: ModuleTree, root: str) -> list[AdapterSlot]:
     """Layers in the block at `root` that stand beside a depthwise convolution over time."""
     return [site for site in tree.linears(root) if any(map(is_depthwise, tree.parent_of(site).children()))]
 
@@ -86,12 +86,12 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
 
 
-def router_sites(tree: ModuleTree, root: str) -> list[Site]:
+def router_sites(tree: ModuleTree, root: str) -> list[AdapterSlot]:
     """Layers in the block at `root` that choose experts."""
     return [site for site in tree.linears(root) if _chooses_experts(tree, site)]
 
 
-def _chooses_experts(tree: ModuleTree, site: Site) -> bool:
+def _chooses_experts(tree: ModuleTree, site: AdapterSlot) -> bool:
     """A layer with one output per expert (or one gate for the shared expert), next to the experts."""
     around = [tree.parent_of(site), tree.modules[site.parent.rpartition(".")[0]]]
     counts = [expert_count(child) for module in around for child in module.children()]

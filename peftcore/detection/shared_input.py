@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcore.bases import base_weight, is_adaptable
 from peftcore.detection.feed_forward import mlp_roles
-from peftcore.detection.module_tree import Site, look_through
+from peftcore.detection.module_tree import AdapterSlot, look_through
 from peftcore.detection.roles import Role, word_role
 
 _TOGETHER: tuple[tuple[Role, ...], ...] = (("query", "key", "value", "fused_kv"), ("gate", "up"))
@@ -32,10 +32,10 @@ def shared_inputs(parent: nn.Module) -> list[list[str]]:
     return [sorted(names, key=order.index) for names in groups.values() if len(names) > 1]
 
 
-def _linear_children(parent: nn.Module) -> list[Site]:
+def _linear_children(parent: nn.Module) -> list[AdapterSlot]:
     found = []
     for name, child in parent.named_children():
         layer = look_through(child)
         if is_adaptable(layer) and (base := base_weight(layer)).kind == "linear":
-            found.append(Site(name, layer, base.kind, base.in_features, base.out_features))
+            found.append(AdapterSlot(name, layer, base.kind, base.in_features, base.out_features))
     return found

@@ -11,7 +11,7 @@ from peftcore.errors import MergeError
 from peftcore.export.mapped_model import key_of
 from peftcore.export.safetensors_stream import Header
 from peftcore.injection.adapter_set import AdapterSet
-from peftcore.layers.host import with_trained_biases
+from peftcore.layers.adapter_slot import with_trained_biases
 
 
 class Output(NamedTuple):

@@ -18,8 +18,8 @@ from peftcore.conversion.convert import write_lora
 from peftcore.export.canonical import CanonicalLora, canonicalise
 from peftcore.export.errors import ExportError
 from peftcore.export.vllm_rules import RANKS, check_vllm
-from peftcore.injection.module_index import Places
-from peftcore.layers.host import unhosted
+from peftcore.injection.module_index import ModuleIndex
+from peftcore.layers.wrapper import unwrapped
 from peftcore.methods.lora import LoraConfig
 
 
@@ -67,8 +67,8 @@ def _tensors(model: nn.Module, lora: CanonicalLora) -> dict[str, tuple[Tensor, T
     """{path: (A, B)} of every layer that has an adapted one's name, in the model's order."""
     names = {_name(path) for path in lora.layers}
     tensors = {}
-    for path, module in Places(model).modules.items():
-        layer = unhosted(module)
+    for path, module in ModuleIndex(model).modules.items():
+        layer = unwrapped(module)
         if _name(path) not in names or not is_adaptable(layer):
             continue
         if path in lora.layers:

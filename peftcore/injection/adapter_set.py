@@ -11,8 +11,10 @@ from peftcore.config import PeftConfig
 from peftcore.errors import AdapterNameError
 from peftcore.injection.replication import Replication
 from peftcore.layers.active import Selection
-from peftcore.layers.host import Prompts, SavedModule, Site
+from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.saved_module import SavedModule
 from peftcore.layers.trained_bias import TrainedBias
+from peftcore.layers.wrapper import Prompts
 from peftcore.prompts.learner import PromptLearner
 
 ATTRIBUTE = "_adapter_set"
@@ -45,7 +47,7 @@ class AdapterSet:
         """Adapter or prompt classes by adapter name."""
         self.listening: dict[str, frozenset[str]] = {}
         """{adapter that is told of each forward: the arguments it takes of it}"""
-        self.layers: dict[str, Site] = {}
+        self.layers: dict[str, AdapterSlot] = {}
         """Sites by the path of their layer or raw parameter."""
         self.merged: tuple[str, ...] = ()
         """Adapters that are merged into a base weight now, in the order in which they were."""
@@ -79,7 +81,7 @@ class AdapterSet:
 
     def copies(self, name: str) -> dict[str, nn.Module]:
         """{path: copy} of the modules that one adapter trains whole."""
-        return {path: host.copies[name] for path, host in self.saved.items() if name in host.copies}
+        return {path: wrapper.copies[name] for path, wrapper in self.saved.items() if name in wrapper.copies}
 
     def prompt(self, name: str) -> PromptLearner | None:
         """The prompt learner of one name, if that is what it is."""

@@ -20,7 +20,7 @@ from peftcore.errors import ConfigError, RoutingError
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, shared_by
 from peftcore.layers.active import in_compiled_call
 from peftcore.layers.fast_path import contiguous_input
-from peftcore.layers.host import unhosted
+from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
 from peftcore.prompts.mixed import mixed
 
@@ -38,7 +38,7 @@ def install(model: nn.Module) -> None:
 def _head(model: nn.Module) -> nn.Module | None:
     """The linear layer that gives a transformers model's logits; None where there is none."""
     try:
-        found = unhosted(model.get_output_embeddings())  # type: ignore[operator]
+        found = unwrapped(model.get_output_embeddings())  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Linear) else None

@@ -15,11 +15,15 @@ from peftcore.errors import AdapterNameError, ConfigError, MergeError
 from peftcore.injection import forward_hooks as forwarding
 from peftcore.injection import torch_encoders as fused_paths
 from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
-from peftcore.injection.module_index import Places
+from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.preparation import Injection, prepare_injection
 from peftcore.injection.replication import Replication, replicate
-from peftcore.injection.shared_inputs import link_sharing
-from peftcore.layers.host import AdaptedLayer, AdaptedParameters, SavedModule, Site, unhosted
+from peftcore.injection.shared_inputs import link_shared_inputs
+from peftcore.layers.adapter_layer import AdapterLayer
+from peftcore.layers.adapter_parameters import AdapterParameters
+from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.saved_module import SavedModule
+from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_of
 
@@ -29,15 +33,15 @@ def commit_injection(
 ) -> AdapterSet:
     """Put a prepared adapter into the model; the first one freezes the base. Which adapters act stays as it is."""
     if ATTRIBUTE not in model.__dict__:
-        injection.places.freeze()
+        injection.module_index.freeze()
         model.__dict__[ATTRIBUTE] = AdapterSet()
         forwarding.install(model)
-    adapters, places = adapter_set(model), injection.places
+    adapters, module_index = adapter_set(model), injection.module_index
     name = injection.name
     parts = _with_biases(injection)
-    hosted = [p for p, a in parts.items() if a.base.kind == "linear" and p not in adapters.layers]
+    wrapped = [p for p, a in parts.items() if a.base.kind == "linear" and p not in adapters.layers]
     for path, adapter in parts.items():
-        site = _site_at(path, adapter, adapters, places)
+        site = _site_at(path, adapter, adapters, module_index)
         if trainable:
             site.training = True  # as with PEFT, its dropout acts at once, also on a base in evaluation mode
         elif adapter.training != site.training:
@@ -50,12 +54,12 @@ def commit_injection(
             adapter.new_base = None
         adapters.layers[path] = site
     for path, module in injection.copies.items():
-        host = _host_at(path, SavedModule, adapters, places)
-        host.copies[name] = module.requires_grad_(trainable).train(host.training)
-        adapters.saved[path] = host
-    fused_paths.switch(places)
-    for parent in {places.parent(path) for path in hosted}:
-        link_sharing(parent)
+        wrapper = _wrapper_at(path, SavedModule, adapters, module_index)
+        wrapper.copies[name] = module.requires_grad_(trainable).train(wrapper.training)
+        adapters.saved[path] = wrapper
+    fused_paths.switch(module_index)
+    for parent in {module_index.parent(path) for path in wrapped}:
+        link_shared_inputs(parent)
     adapters.configs[name] = injection.config
     adapters.kinds[name] = method_of(injection.config).adapter
     taken = adapters.kinds[name].forward_arguments(injection.config)
@@ -106,24 +110,24 @@ def _take_prompt(model: nn.Module, adapters: AdapterSet, name: str) -> None:
         forwarding.remove_prompts(model)
 
 
-def _site_at(path: str, adapter: Adapter, adapters: AdapterSet, places: Places) -> Site:
+def _site_at(path: str, adapter: Adapter, adapters: AdapterSet, module_index: ModuleIndex) -> AdapterSlot:
     if isinstance(adapter.base, ParameterWeight):
         owner = path.removesuffix(f".{adapter.base.name}")
-        return _host_at(owner, AdaptedParameters, adapters, places).site(adapter.base)
-    host: AdaptedLayer = _host_at(path, AdaptedLayer, adapters, places)
-    host.take_view(adapter.base)
-    return host
+        return _wrapper_at(owner, AdapterParameters, adapters, module_index).site(adapter.base)
+    wrapper: AdapterLayer = _wrapper_at(path, AdapterLayer, adapters, module_index)
+    wrapper.take_view(adapter.base)
+    return wrapper
 
 
-def _host_at(path: str, kind: type[Any], adapters: AdapterSet, places: Places) -> Any:
-    """The host at `path`, made if need be and put at every path where the same module stands."""
-    present = places.modules[path]
+def _wrapper_at(path: str, kind: type[Any], adapters: AdapterSet, module_index: ModuleIndex) -> Any:
+    """The wrapper at `path`, made if need be and put at every path where the same module stands."""
+    present = module_index.modules[path]
     if isinstance(present, kind):
         return present
-    host = kind(present, adapters.selection)
-    host.path = path
-    places.replace(present, host)
-    return host
+    wrapper = kind(present, adapters.selection)
+    wrapper.path = path
+    module_index.replace(present, wrapper)
+    return wrapper
 
 
 def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
@@ -170,7 +174,7 @@ def deepened(model: nn.Module, config: PeftConfig) -> Iterator[Replication | Non
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove an adapter, from the active ones too; hosts that keep none become the plain layer again."""
+    """Remove an adapter, from the active ones too; wrappers that keep none become the plain layer again."""
     adapters = adapter_set(model)
     adapters.require(name)
     if name in adapters.merged:
@@ -202,7 +206,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
                 del adapters.saved[path]
                 emptied = True
     if emptied:
-        _remove_empty_hosts(Places(model))
+        _remove_empty_hosts(ModuleIndex(model))
     del adapters.configs[name]
     del adapters.kinds[name]
     adapters.listening = {other: taken for other, taken in adapters.listening.items() if other != name}
@@ -218,25 +222,25 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def _is_empty_host(module: nn.Module) -> bool:
     if isinstance(module, SavedModule):
         return not len(module.copies)
-    return isinstance(module, AdaptedLayer | AdaptedParameters) and module.is_empty()
+    return isinstance(module, AdapterLayer | AdapterParameters) and module.is_empty()
 
 
-def _remove_empty_hosts(places: Places) -> None:
-    """Put back what hosts without an adapter stand for, also inside of what is put back."""
-    while empty := [m for m in places.modules.values() if _is_empty_host(m)]:
-        for host in empty:
-            places.replace(host, unhosted(host))
-    fused_paths.switch(places)
+def _remove_empty_hosts(module_index: ModuleIndex) -> None:
+    """Put back what wrappers without an adapter stand for, also inside of what is put back."""
+    while empty := [m for m in module_index.modules.values() if _is_empty_host(m)]:
+        for wrapper in empty:
+            module_index.replace(wrapper, unwrapped(wrapper))
+    fused_paths.switch(module_index)
 
 
 def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
-    """Take every host out; keep_trained leaves the active adapters' whole modules in place."""
+    """Take every wrapper out; keep_trained leaves the active adapters' whole modules in place."""
     adapters = adapter_set(model)
     for name in list(adapters.prompts):
         _take_prompt(model, adapters, name)
-    places = Places(model)
-    for host in adapters.saved.values():
-        places.replace(host, host.current() if keep_trained else host.base_layer)
+    module_index = ModuleIndex(model)
+    for wrapper in adapters.saved.values():
+        module_index.replace(wrapper, wrapper.current() if keep_trained else wrapper.base_layer)
     for site in adapters.layers.values():
         if keep_trained:
             site.keep_base()
@@ -244,7 +248,7 @@ def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
             site.restore_base(*site.replaced_by)
         site.adapters._modules.clear()
     adapters.layers.clear()
-    _remove_empty_hosts(places)
+    _remove_empty_hosts(module_index)
     if adapters.replication is not None and not keep_trained:
         adapters.replication[1].undo()
     if not keep_trained:

@@ -19,18 +19,18 @@ from peftcore.bases import BaseWeight
 from peftcore.errors import MergeError, RoutingError
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.injection.inject import remove_hosts
-from peftcore.layers.host import Site, with_trained_biases
+from peftcore.layers.adapter_slot import AdapterSlot, with_trained_biases
 
 logger = logging.getLogger(__name__)
 _LOCK = threading.Lock()
-"""Held while merged weights and the base's own change places."""
+"""Held while merged weights and the base's own change module_index."""
 
 
 class _Folding(NamedTuple):
     """Adapters that are to be folded into one base weight."""
 
     path: str
-    host: Site
+    slot: AdapterSlot
     base: BaseWeight
     adapters: dict[str, Adapter]
 
@@ -76,11 +76,11 @@ def _checked_foldings(adapters: AdapterSet, names: list[str], check_values: bool
             f"{prompts} are prompts, which no weight can hold; nothing was merged: name the others in adapter_names"
         )
     foldings = []
-    for path, host in adapters.layers.items():
-        at_site = host.adapters
-        new = {name: at_site[name] for name in names if name in at_site and name not in host.merged}
+    for path, slot in adapters.layers.items():
+        adapters_here = slot.adapters
+        new = {name: adapters_here[name] for name in names if name in adapters_here and name not in slot.merged}
         if new:
-            foldings.append(_Folding(path, host, host.base, new))
+            foldings.append(_Folding(path, slot, slot.base, new))
     for folding in foldings:
         _check(folding)
         if check_values:
@@ -146,12 +146,12 @@ def _fold(foldings: list[_Folding], progressbar: bool) -> None:
     scratch: dict[Any, Tensor] = {}
     try:
         for folding in tqdm(foldings, desc="merge", unit="layer", disable=not progressbar):
-            before.append((folding.base.state(), folding.host.merged))
+            before.append((folding.base.state(), folding.slot.merged))
             _fold_one(folding, before[-1][0], scratch)
     except BaseException:
-        for (_, host, base, _), (state, merged) in zip(foldings, before, strict=False):
+        for (_, slot, base, _), (state, merged) in zip(foldings, before, strict=False):
             base.restore(state)
-            host.merged = merged
+            slot.merged = merged
             if not merged:
                 base.layer.__dict__.pop(base.unmerged_attribute, None)
         raise
@@ -166,22 +166,22 @@ def _fold_one(folding: _Folding, before: dict[str, Any], scratch: dict[Any, Tens
         base.write(weight)
     if bias is not None and bias is not old_bias:
         base.write_bias(bias)
-    folding.host.merged += tuple(folding.adapters)
+    folding.slot.merged += tuple(folding.adapters)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Put the base's own weights back, bit for bit; the adapters act again."""
     adapters = adapter_set(model)
-    for host in _merged_hosts(adapters):
-        base = host.base
+    for slot in _merged_slots(adapters):
+        base = slot.base
         base.restore(base.layer.__dict__.pop(base.unmerged_attribute))
-        host.merged = ()
+        slot.merged = ()
     adapters.merged = ()
 
 
-def _merged_hosts(adapters: AdapterSet) -> list[Site]:
+def _merged_slots(adapters: AdapterSet) -> list[AdapterSlot]:
     """None of them is looked at while no adapter is merged, so that disabling costs nothing then."""
-    return list(dict.fromkeys(host for host in adapters.layers.values() if host.merged)) if adapters.merged else []
+    return list(dict.fromkeys(slot for slot in adapters.layers.values() if slot.merged)) if adapters.merged else []
 
 
 @contextlib.contextmanager
@@ -199,9 +199,9 @@ def original_weights(model: nn.Module) -> Iterator[None]:
                 "become the base's own now; call unmerge_adapter() first, then each thread has its own adapters"
             )
         if not adapters.unmerged_by:
-            for host in _merged_hosts(adapters):
-                base = host.base
-                host.merged_state = base.state()
+            for slot in _merged_slots(adapters):
+                base = slot.base
+                slot.merged_state = base.state()
                 base.restore(base.layer.__dict__[base.unmerged_attribute])
         adapters.unmerged_by += 1
     try:
@@ -210,10 +210,10 @@ def original_weights(model: nn.Module) -> Iterator[None]:
         with _LOCK:
             adapters.unmerged_by -= 1
             if not adapters.unmerged_by:
-                for host in adapters.layers.values():
-                    state, host.merged_state = host.merged_state, None
-                    if state is not None and host.merged:  # not those that were unmerged inside
-                        host.base.restore(state)
+                for slot in adapters.layers.values():
+                    state, slot.merged_state = slot.merged_state, None
+                    if state is not None and slot.merged:  # not those that were unmerged inside
+                        slot.base.restore(state)
 
 
 def merge_and_unload(
@@ -222,7 +222,7 @@ def merge_and_unload(
     adapter_names: str | list[str] | None = None,
     progressbar: bool = False,
 ) -> nn.Module:
-    """Fold adapters in for good and take the hosts out: the plain model remains, and no copy of the old weights.
+    """Fold adapters in for good and take the slots out: the plain model remains, and no copy of the old weights.
 
     Modules that the active adapter trained whole take the originals' place. Raises MergeError as `merge_adapter`.
     """
@@ -230,8 +230,8 @@ def merge_and_unload(
     if adapter_names is not None:
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         adapter_set(model).selection.active = names
-    for host in adapter_set(model).layers.values():
-        host.unmerged_state = None
+    for slot in adapter_set(model).layers.values():
+        slot.unmerged_state = None
     remove_hosts(model, keep_trained=True)
     _note_untied_embeddings(model)
     return model

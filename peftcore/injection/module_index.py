@@ -4,16 +4,16 @@ from functools import cached_property
 
 from torch import nn
 
-from peftcore.layers.host import modules_outside_hosts, unhosted
+from peftcore.layers.wrapper import original_modules, unwrapped
 
 
-class Places:
-    """The modules of a model by path, from one walk that goes into no host; right while only `replace` changes it."""
+class ModuleIndex:
+    """The modules of a model by path, from one walk that goes into no wrapper; right while only `replace` changes it."""
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.modules: dict[str, nn.Module] = dict(modules_outside_hosts(model))
-        """Every module but the model itself, at each path where it stands; a host for what it stands for."""
+        self.modules: dict[str, nn.Module] = dict(original_modules(model))
+        """Every module but the model itself, at each path where it stands; a wrapper for what it stands for."""
 
     def at(self, path: str) -> nn.Module:
         """The module at a path; "" is the model itself."""
@@ -21,7 +21,7 @@ class Places:
 
     def parent(self, path: str) -> nn.Module:
         """What holds the module at a path."""
-        return unhosted(self.at(path.rpartition(".")[0]))
+        return unwrapped(self.at(path.rpartition(".")[0]))
 
     @cached_property
     def paths(self) -> dict[int, list[str]]:
@@ -32,7 +32,7 @@ class Places:
         return paths
 
     def freeze(self) -> None:
-        """No parameter outside of hosts gets a gradient."""
+        """No parameter outside of wrappers gets a gradient."""
         for module in (self.model, *self.modules.values()):
             for parameter in module._parameters.values():
                 if parameter is not None:
@@ -43,8 +43,8 @@ class Places:
         for path in self.paths.pop(id(old), []):
             self.parent(path)._modules[path.rpartition(".")[2]] = new
             self._note(path, new)
-            if unhosted(new) is new:  # a host has gone: what it stood for shows again, with all that is in it
-                for below, module in modules_outside_hosts(new, f"{path}."):
+            if unwrapped(new) is new:  # a wrapper has gone: what it stood for shows again, with all that is in it
+                for below, module in original_modules(new, f"{path}."):
                     self._note(below, module)
 
     def _note(self, path: str, module: nn.Module) -> None:

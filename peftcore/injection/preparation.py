@@ -17,7 +17,7 @@ from peftcore.bases import BaseWeight, BiasParameter, ParameterWeight, base_weig
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
-from peftcore.injection.module_index import Places
+from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.targets import (
     completed,
     find_parameters,
@@ -27,8 +27,11 @@ from peftcore.injection.targets import (
     tied_paths,
     with_heads,
 )
-from peftcore.layers.host import AdaptedLayer, AdaptedParameters, SavedModule, unhosted
+from peftcore.layers.adapter_layer import AdapterLayer
+from peftcore.layers.adapter_parameters import AdapterParameters
+from peftcore.layers.saved_module import SavedModule
 from peftcore.layers.trained_bias import TrainedBias, TrainedBiasParameter
+from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_named, method_of
 
@@ -43,7 +46,7 @@ class Injection:
     copies: dict[str, nn.Module]
     biases: dict[str, TrainedBias]
     """By the path of a layer, or of a raw bias."""
-    places: Places
+    module_index: ModuleIndex
     """Where the model's modules stood when this was made."""
     prompt: PromptLearner | None = None
 
@@ -60,14 +63,14 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str, fresh: bo
         raise ConfigError(f"{type(config).__name__} does not adapt layers; use one of the tuner configurations")
     _check_name(model, name)
     _check_not_compiled(model)
-    places = Places(model)
-    config = completed(model, config, places)
-    saved = find_saved_modules(places, config)
-    adapters = _adapters_for(places, config, fresh)
-    adapters |= _token_adapters(places, config, adapters, fresh)
-    _check_new_bases(places, adapters)
-    biases = _trained_biases(places, config, adapters, saved)
-    return Injection(name, config, adapters, _copies_of(places, config, saved), biases, places)
+    module_index = ModuleIndex(model)
+    config = completed(model, config, module_index)
+    saved = find_saved_modules(module_index, config)
+    adapters = _adapters_for(module_index, config, fresh)
+    adapters |= _token_adapters(module_index, config, adapters, fresh)
+    _check_new_bases(module_index, adapters)
+    biases = _trained_biases(module_index, config, adapters, saved)
+    return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
 def _prepare_prompt(
@@ -75,10 +78,10 @@ def _prepare_prompt(
 ) -> Injection:
     _check_name(model, name)
     _check_not_compiled(model)
-    config, copies, places = kind.completed(config, model), {}, Places(model)
+    config, copies, module_index = kind.completed(config, model), {}, ModuleIndex(model)
     if isinstance(config, PromptLearningConfig):
-        config = with_heads(places, config)
-        copies = {path: _copy_of(module) for path, module in find_saved_modules(places, config).items()}
+        config = with_heads(module_index, config)
+        copies = {path: _copy_of(module) for path, module in find_saved_modules(module_index, config).items()}
     weight = next(model.parameters())
     with torch.device(weight.device):
         prompt = kind(config, model)
@@ -86,20 +89,20 @@ def _prepare_prompt(
     prompt.to(wide)
     if fresh:
         prompt.reset_parameters(model)
-    return Injection(name, config, {}, copies, {}, places, prompt)
+    return Injection(name, config, {}, copies, {}, module_index, prompt)
 
 
-def _adapters_for(places: Places, config: TunerConfig, fresh: bool) -> dict[str, Adapter]:
+def _adapters_for(module_index: ModuleIndex, config: TunerConfig, fresh: bool) -> dict[str, Adapter]:
     """{path: adapter} for the targets of a configuration, made and set to their start."""
     kind = method_of(config).adapter
-    targets = find_targets(places.model, config, places)
+    targets = find_targets(module_index.model, config, module_index)
     if kind.follows_ties or getattr(config, "ensure_weight_tying", False):
-        targets |= {path: places.modules[path] for path in tied_paths(places, targets)}
+        targets |= {path: module_index.modules[path] for path in tied_paths(module_index, targets)}
     bases: dict[str, BaseWeight] = {}
     for path, layer in targets.items():
         for base in _bases_of(kind, config, layer, path):
             bases[f"{path}.{base.name}" if isinstance(base, ParameterWeight) else path] = base
-    bases |= _parameter_bases(places, config)
+    bases |= _parameter_bases(module_index, config)
     adapters = _make_adapters(kind, config, bases, fresh)
     kind.link(config, adapters)
     _set_parameter_prefixes(adapters)
@@ -116,13 +119,13 @@ def _set_parameter_prefixes(adapters: Mapping[str, Adapter]) -> None:
             inside[owner] += 1
 
 
-def _parameter_bases(places: Places, config: TunerConfig) -> dict[str, BaseWeight]:
-    found = find_parameters(places, config)
+def _parameter_bases(module_index: ModuleIndex, config: TunerConfig) -> dict[str, BaseWeight]:
+    found = find_parameters(module_index, config)
     return {path: ParameterWeight(module, name) for path, (module, name) in found.items()}
 
 
 def _token_adapters(
-    places: Places, config: TunerConfig, taken: Mapping[str, Adapter], fresh: bool
+    module_index: ModuleIndex, config: TunerConfig, taken: Mapping[str, Adapter], fresh: bool
 ) -> dict[str, Adapter]:
     """Adapters of single embedding rows, for methods whose configuration has `trainable_token_indices`."""
     wanted = getattr(config, "trainable_token_indices", None)
@@ -131,7 +134,9 @@ def _token_adapters(
     made: dict[str, Adapter] = {}
     for target, tokens in wanted.items() if isinstance(wanted, dict) else [(None, wanted)]:
         options: dict[str, Any] = {"token_indices": list(tokens), "target_modules": target and [target]}
-        made |= _adapters_for(places, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)), fresh)
+        made |= _adapters_for(
+            module_index, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)), fresh
+        )
     if both := sorted(made.keys() & taken.keys()):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
     for adapter in made.values():
@@ -141,10 +146,10 @@ def _token_adapters(
 
 def _bases_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str) -> list[BaseWeight]:
     """The weights that one target is adapted at: one, or the two projections of an nn.MultiheadAttention."""
-    if isinstance(layer, AdaptedLayer):
+    if isinstance(layer, AdapterLayer):
         bases: list[BaseWeight] = [layer.base]
     else:
-        layer = unhosted(layer)
+        layer = unwrapped(layer)
         bases = [ParameterWeight(layer, name) for name in raw_projections(layer)] or [base_weight(layer, path)]
     if bases[0].kind not in kind.layer_kinds:
         word = type(layer).__name__ if isinstance(layer, nn.MultiheadAttention) else bases[0].kind
@@ -204,12 +209,12 @@ def _widen(adapter: Adapter, dtype: torch.dtype) -> None:
         adapter.to(dtype)
 
 
-def _copies_of(places: Places, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _copies_of(module_index: ModuleIndex, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Trainable copies; with `ensure_weight_tying`, of both sides of a tied pair, and these share their weight too."""
     copies = {path: _copy_of(module) for path, module in saved.items()}
     if getattr(config, "ensure_weight_tying", False):
-        for path, other in tied_paths(places, saved).items():
-            copies[path] = _copy_of(places.modules[path])
+        for path, other in tied_paths(module_index, saved).items():
+            copies[path] = _copy_of(module_index.modules[path])
             copies[path].weight = copies[other].weight
     return copies
 
@@ -233,38 +238,40 @@ def _check_not_compiled(model: nn.Module) -> None:
             raise ConfigError(f"adapters must be attached before {call}; attach first, then call {call}")
 
 
-def _check_new_bases(places: Places, adapters: Mapping[str, Adapter]) -> None:
+def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter]) -> None:
     """Raise MergeError or ConfigError where a start brings a base weight that cannot stand there now."""
     for path, adapter in adapters.items():
-        host = places.modules.get(path)
-        if adapter.new_base is None or not isinstance(host, AdaptedLayer):
+        wrapper = module_index.modules.get(path)
+        if adapter.new_base is None or not isinstance(wrapper, AdapterLayer):
             continue
-        if host.merged:
+        if wrapper.merged:
             raise MergeError(
-                f"the start replaces the weight of {path} (LoftQ), and {list(host.merged)} are merged into it; call "
+                f"the start replaces the weight of {path} (LoftQ), and {list(wrapper.merged)} are merged into it; call "
                 "unmerge_adapter first"
             )
-        if host.has_replaced_base and not torch.equal(host.base.read(), adapter.new_base.to(host.base.dtype)):
+        if wrapper.has_replaced_base and not torch.equal(wrapper.base.read(), adapter.new_base.to(wrapper.base.dtype)):
             raise ConfigError(
-                f"{path} stands with the weight that {list(host.replaced_by)} brought (LoftQ), and this adapter brings "
+                f"{path} stands with the weight that {list(wrapper.replaced_by)} brought (LoftQ), and this adapter brings "
                 "another one; give both the same loftq_config and r, or delete the first"
             )
 
 
 def _trained_biases(
-    places: Places, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
+    module_index: ModuleIndex, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
 ) -> dict[str, TrainedBias]:
     """Biases that train with the adapter: those of its layers, or of all modules that it does not train whole."""
     mode = getattr(config, "bias", "none")
     if mode == "none":
         return {}
-    paths = [path for path in (adapters if mode.endswith("_only") else places.modules) if path in places.modules]
+    paths = [
+        path for path in (adapters if mode.endswith("_only") else module_index.modules) if path in module_index.modules
+    ]
     paths = [path for path in paths if not is_within(path, saved)]
     biases: dict[str, TrainedBias] = {}
     first: dict[int, nn.Parameter] = {}
     """{id of a bias of the base: what trains in its place}: tied biases stay tied"""
     for path in paths:
-        module = places.modules[path]
+        module = module_index.modules[path]
         if isinstance(module, SavedModule) and any(
             name.endswith("bias") for name, _ in module.base_layer.named_parameters()
         ):
@@ -272,7 +279,7 @@ def _trained_biases(
                 f"bias={mode!r}: {path} is trained whole (modules_to_save) by another adapter; use bias='none', or "
                 f"name {path} in this adapter's modules_to_save too"
             )
-        own = unhosted(module)._parameters.get("bias")
+        own = unwrapped(module)._parameters.get("bias")
         if own is None:
             continue
         made = _trained_bias(path, module, adapters.get(path), first.get(id(own)))
@@ -282,11 +289,11 @@ def _trained_biases(
 
 
 def _trained_bias(path: str, module: nn.Module, adapter: Adapter | None, tied: nn.Parameter | None) -> TrainedBias:
-    layer = unhosted(module)
+    layer = unwrapped(module)
     if adapter is not None:
         return TrainedBias(adapter.base, path, tied)
-    if isinstance(module, AdaptedLayer):
+    if isinstance(module, AdapterLayer):
         return TrainedBias(module.base, path, tied)
-    if is_adaptable(layer) and not isinstance(module, AdaptedParameters):
+    if is_adaptable(layer) and not isinstance(module, AdapterParameters):
         return TrainedBias(base_weight(layer, path), path, tied)
     return TrainedBiasParameter(BiasParameter(layer, "bias"), path, tied)

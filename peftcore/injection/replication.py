@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.errors import ConfigError, TargetError
-from peftcore.injection.module_index import Places
+from peftcore.injection.module_index import ModuleIndex
 
 
 @dataclass
@@ -51,7 +51,7 @@ def replicate(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replicatio
 
 def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = [(p, m) for p, m in Places(model).modules.items() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [(p, m) for p, m in ModuleIndex(model).modules.items() if isinstance(m, nn.ModuleList) and len(m)]
     fitting = [(p, m) for p, m in lists if depth is None or len(m) == depth]
     outermost = [(p, m) for p, m in fitting if not any(p.startswith(f"{other}.") for other, _ in fitting)]
     if len(outermost) != 1:

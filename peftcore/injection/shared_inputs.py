@@ -3,12 +3,12 @@
 from torch import nn
 
 from peftcore.detection.shared_input import shared_inputs
-from peftcore.layers.host import AdaptedLayer
+from peftcore.layers.adapter_layer import AdapterLayer
 
 
-def link_sharing(parent: nn.Module) -> None:
-    """Tell the hosts among a module's children which of those that come later read what they read."""
+def link_shared_inputs(parent: nn.Module) -> None:
+    """Tell the layers among a module's children which of those that come later read what they read."""
     for names in shared_inputs(parent):
-        hosts = [child for name in names if isinstance(child := parent._modules[name], AdaptedLayer)]
-        for position, host in enumerate(hosts, 1):
-            host.sharing = hosts[position:]
+        layers = [child for name in names if isinstance(child := parent._modules[name], AdapterLayer)]
+        for position, layer in enumerate(layers, 1):
+            layer.sharing = layers[position:]

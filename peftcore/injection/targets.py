@@ -14,8 +14,10 @@ from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_proj
 from peftcore.config import BLOCK, PromptLearningConfig, TaskType, TunerConfig, suggestion
 from peftcore.detection import detect
 from peftcore.errors import TargetError
-from peftcore.injection.module_index import Places
-from peftcore.layers.host import AdaptedLayer, SavedModule, unhosted
+from peftcore.injection.module_index import ModuleIndex
+from peftcore.layers.adapter_layer import AdapterLayer
+from peftcore.layers.saved_module import SavedModule
+from peftcore.layers.wrapper import unwrapped
 from peftcore.registry import method_of
 
 ALL_LINEAR = "all-linear"
@@ -47,27 +49,29 @@ def named(path: str, names: Collection[str] | None) -> bool:
     return False
 
 
-def find_targets(model: nn.Module, config: TunerConfig, places: Places | None = None) -> dict[str, nn.Module]:
-    """{path: layer} to adapt; a layer that is a host already is given as it is.
+def find_targets(
+    model: nn.Module, config: TunerConfig, module_index: ModuleIndex | None = None
+) -> dict[str, nn.Module]:
+    """{path: layer} to adapt; a layer that is a wrapper already is given as it is.
 
-    places: the model's, where the caller has them.
+    module_index: the model's, where the caller has them.
     Raises TargetError when nothing matches, or when a match cannot be adapted.
     """
-    places = places or Places(model)
-    wanted = _wanted_paths(places, config)
-    saved = {path for path in places.modules if named(path, config.modules_to_save)}
+    module_index = module_index or ModuleIndex(model)
+    wanted = _wanted_paths(module_index, config)
+    saved = {path for path in module_index.modules if named(path, config.modules_to_save)}
     targets = {
-        path: places.modules[path]
+        path: module_index.modules[path]
         for path in wanted
         if not named(path, config.exclude_modules)
         and not (saved and is_within(path, saved))
         and _in_chosen_block(path, config)
     }
     if not targets and not parameter_names(config):
-        raise TargetError(_nothing_matched(places.modules, wanted, config))
+        raise TargetError(_nothing_matched(module_index.modules, wanted, config))
     for path, layer in targets.items():
         _check_kind(path, layer)
-    _check_called(places, targets)
+    _check_called(module_index, targets)
     return targets
 
 
@@ -85,33 +89,33 @@ def parameter_names(config: TunerConfig) -> list[str]:
     return getattr(config, "target_parameters", None) or []
 
 
-def find_parameters(places: Places, config: TunerConfig) -> dict[str, tuple[nn.Module, str]]:
+def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str, tuple[nn.Module, str]]:
     """{path of a raw parameter: (its module, its name)} for `target_parameters`; TargetError for a name of none."""
     names = parameter_names(config)
     if not names:
         return {}
-    owners = {path: unhosted(module) for path, module in places.modules.items()}
+    owners = {path: unwrapped(module) for path, module in module_index.modules.items()}
     every = {f"{p}.{name}": (m, name) for p, m in owners.items() for name, q in m._parameters.items() if q is not None}
     found = {path: place for path, place in every.items() if named(path, names)}
     for name in names:
         if not any(named(path, [name]) for path in found):
             raise TargetError(f"target_parameters: {name!r} is no parameter{suggestion(name, list(every))}")
-    if hosted := [path for path, (m, _) in found.items() if is_adaptable(m)]:
-        raise TargetError(f"target_parameters: {hosted[0]} belongs to a layer; name that layer in target_modules")
+    if wrapped := [path for path, (m, _) in found.items() if is_adaptable(m)]:
+        raise TargetError(f"target_parameters: {wrapped[0]} belongs to a layer; name that layer in target_modules")
     return found
 
 
-def tied_paths(places: Places, paths: Iterable[str]) -> dict[str, str]:
+def tied_paths(module_index: ModuleIndex, paths: Iterable[str]) -> dict[str, str]:
     """{path of a layer that is not among `paths`: the one among them whose weight it shares}."""
-    modules = {path: unhosted(module) for path, module in places.modules.items()}
+    modules = {path: unwrapped(module) for path, module in module_index.modules.items()}
     weights = {id(w): path for path in paths if (w := modules[path]._parameters.get("weight")) is not None}
     sharing = ((path, weights.get(id(module._parameters.get("weight")))) for path, module in modules.items())
     known = set(weights.values())
     return {path: other for path, other in sharing if other is not None and path not in known}
 
 
-def _wanted_paths(places: Places, config: TunerConfig) -> list[str]:
-    model, modules = places.model, places.modules
+def _wanted_paths(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
+    model, modules = module_index.model, module_index.modules
     if config.target_modules == ALL_LINEAR:
         heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
         output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -121,12 +125,12 @@ def _wanted_paths(places: Places, config: TunerConfig) -> list[str]:
             if _is_linear(module)
             and module is not output
             and not named(path, heads)
-            and calls_its_layers(places.parent(path))
+            and calls_its_layers(module_index.parent(path))
         ]
     if config.target_modules is None and parameter_names(config):
         return []
     if config.target_modules is None:
-        layers = {path: m.base_layer if isinstance(m, AdaptedLayer) else m for path, m in modules.items()}
+        layers = {path: m.base_layer if isinstance(m, AdapterLayer) else m for path, m in modules.items()}
         if (own := method_of(config).adapter.default_targets(config, model, layers)) is not None:
             return own
         architecture = detect(model)
@@ -152,7 +156,7 @@ def _wanted_paths(places: Places, config: TunerConfig) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    layer = module.base_layer if isinstance(module, AdaptedLayer) else module
+    layer = module.base_layer if isinstance(module, AdapterLayer) else module
     return is_adaptable(layer) and base_weight(layer).kind == "linear"
 
 
@@ -175,13 +179,13 @@ def _in_chosen_block(path: str, config: TunerConfig) -> bool:
 def _check_kind(path: str, layer: nn.Module) -> None:
     if isinstance(layer, SavedModule):
         raise TargetError(f"{path} is already trained whole as one of modules_to_save; exclude it")
-    if not isinstance(layer, AdaptedLayer) and not raw_projections(unhosted(layer)):
+    if not isinstance(layer, AdapterLayer) and not raw_projections(unwrapped(layer)):
         base_weight(layer, path)
 
 
-def _check_called(places: Places, targets: Iterable[str]) -> None:
+def _check_called(module_index: ModuleIndex, targets: Iterable[str]) -> None:
     for path in {path.rpartition(".")[0]: path for path in targets}.values():  # one of each parent's
-        owner = places.parent(path)
+        owner = module_index.parent(path)
         if not calls_its_layers(owner):
             raise TargetError(
                 f"{path} belongs to {type(owner).__name__}, whose forward reads the weight and never calls the layer, "
@@ -201,37 +205,39 @@ def _nothing_matched(modules: Mapping[str, nn.Module], wanted: list[str], config
     return f"target_modules {given!r} match no layer of this model{suggestion(word, names)}"
 
 
-def find_saved_modules(places: Places, config: TunerConfig | PromptLearningConfig) -> dict[str, nn.Module]:
+def find_saved_modules(module_index: ModuleIndex, config: TunerConfig | PromptLearningConfig) -> dict[str, nn.Module]:
     """{path: module} of `modules_to_save` and of the heads that the task type adds; TargetError if none is there."""
-    found = {path: module for path, module in places.modules.items() if named(path, config.modules_to_save)}
+    found = {path: module for path, module in module_index.modules.items() if named(path, config.modules_to_save)}
     if config.modules_to_save and not found:
         raise TargetError(
             f"modules_to_save {config.modules_to_save!r} match no module"
-            f"{suggestion(config.modules_to_save[0], [p.rsplit('.', 1)[-1] for p in places.modules])}"
+            f"{suggestion(config.modules_to_save[0], [p.rsplit('.', 1)[-1] for p in module_index.modules])}"
         )
-    hosts = [path for path, m in places.modules.items() if m is not unhosted(m) and not isinstance(m, SavedModule)]
-    if adapted := [path for path in found if any(is_within(host, {path}) for host in hosts)]:
+    wrappers = [
+        path for path, m in module_index.modules.items() if m is not unwrapped(m) and not isinstance(m, SavedModule)
+    ]
+    if adapted := [path for path in found if any(is_within(wrapper, {path}) for wrapper in wrappers)]:
         raise TargetError(f"modules_to_save {adapted} already carry an adapter; target them or save them, not both")
     return found
 
 
-def completed(model: nn.Module, config: TunerConfig, places: Places | None = None) -> TunerConfig:
+def completed(model: nn.Module, config: TunerConfig, module_index: ModuleIndex | None = None) -> TunerConfig:
     """A copy with what the model decides written out: default targets, "all-linear" as names, heads to train, and
     what the method itself adds.
 
     Readers of the saved file (PEFT, vLLM) then need no architecture table. The given configuration stays as it is.
     """
-    places = places or Places(model)
-    wanted, config = _wanted_paths(places, config), with_heads(places, config)
+    module_index = module_index or ModuleIndex(model)
+    wanted, config = _wanted_paths(module_index, config), with_heads(module_index, config)
     if wanted and (config.target_modules is None or config.target_modules == ALL_LINEAR):
-        config = dataclasses.replace(config, target_modules=_shortest_names(wanted, places.modules))
+        config = dataclasses.replace(config, target_modules=_shortest_names(wanted, module_index.modules))
     return method_of(config).adapter.completed(config, model, wanted)
 
 
-def with_heads(places: Places, config: C) -> C:
+def with_heads(module_index: ModuleIndex, config: C) -> C:
     """A copy whose `modules_to_save` names the heads that the task type trains."""
     heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
-    if not any(named(path, heads) for path in places.modules):
+    if not any(named(path, heads) for path in module_index.modules):
         return config
     given = config.modules_to_save or []
     return dataclasses.replace(config, modules_to_save=[*given, *(head for head in heads if head not in given)])

@@ -1,12 +1,12 @@
 """PyTorch's transformer encoders fuse a whole layer when they evaluate, and read its weights past any adapter.
 
-That is off while something inside is hosted, and on again once nothing is.
+That is off while something inside is wrapped, and on again once nothing is.
 """
 
 from torch import nn
 
-from peftcore.injection.module_index import Places
-from peftcore.layers.host import unhosted
+from peftcore.injection.module_index import ModuleIndex
+from peftcore.layers.wrapper import unwrapped
 
 _SWITCHES = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
@@ -16,16 +16,16 @@ _BEFORE = "_fused_before"
 """Attribute of an encoder whose switch is off: what it was."""
 
 
-def switch(places: Places) -> None:
-    """Off in every encoder with a host inside, on in every other."""
-    modules = {"": places.model, **places.modules}
+def switch(module_index: ModuleIndex) -> None:
+    """Off in every encoder with a wrapper inside, on in every other."""
+    modules = {"": module_index.model, **module_index.modules}
     found = {path: module for path, module in modules.items() if isinstance(module, tuple(_SWITCHES))}
     if not found:
         return
-    hosts = [path for path, module in places.modules.items() if unhosted(module) is not module]
+    wrappers = [path for path, module in module_index.modules.items() if unwrapped(module) is not module]
     for path, encoder in found.items():
         prefix = f"{path}." if path else ""
-        _set(encoder, off=any(host.startswith(prefix) for host in hosts))
+        _set(encoder, off=any(wrapper.startswith(prefix) for wrapper in wrappers))
 
 
 def _set(encoder: nn.Module, off: bool) -> None:

@@ -34,7 +34,7 @@ _ROUTES: ContextVar[Mapping[int, _Opened]] = ContextVar("peftcore_routes", defau
 
 
 class Selection:
-    """Which adapters act; one object shared by every host of a model, so that switching is one assignment.
+    """Which adapters act; one object shared by every wrapper of a model, so that switching is one assignment.
 
     `active` holds for the model. Over it stands the route of the thread that asks, where it has opened one. Layers that
     activation checkpointing computes again see what held in their own forward pass.
@@ -127,7 +127,7 @@ class Selection:
         return ForwardRecord(self, acting, values, is_call)
 
     def plans_of(self, acting: tuple[Any, ...]) -> dict[Any, Any]:
-        """{layer: what `peftcore.layers.fast_path` knows of it} while these act: names in order, or compositions of rows."""
+        """{layer: what `peftcore.layers.fast_path` remembers} while these act: names in order, or compositions of rows."""
         found = self._plans.get(acting)
         if found is None:
             found = {}

@@ -47,14 +47,14 @@ class Layer(RoutedLayer, Protocol):
         """Adapters that act and are not merged, in order."""
         ...
 
-    def at_work(self) -> Mapping[str, Adapter]:
+    def unmerged(self) -> Mapping[str, Adapter]:
         """{name: adapter} of those that are not merged."""
         ...
 
 
 def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
     """The base layer and the first of its adapters as one operation, or None where that would not be exact."""
-    dtype = None if is_traced() or not only_computes(layer.base_layer) else layer.base.computes_in(x)
+    dtype = None if is_traced() or not has_no_hooks(layer.base_layer) else layer.base.computes_in(x)
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:
         return None
@@ -87,7 +87,7 @@ class Member(NamedTuple):
             and layer.merged == self.merged
             and layer.training == self.training
             and layer.base is base
-            and only_computes(base.layer)
+            and has_no_hooks(base.layer)
             and base.computes_in(x) == dtype
         )
 
@@ -154,7 +154,7 @@ def stacked(layer: Layer, x: Tensor, route: Route | None = None) -> Tensor | Non
 
 def _plan(layer: Layer, x: Tensor, route: Route | None) -> Plan | None:
     """What `stacked` does at a layer; None where it is nothing for it."""
-    dtype = layer.base.computes_in(x) if only_computes(layer.base_layer) else None
+    dtype = layer.base.computes_in(x) if has_no_hooks(layer.base_layer) else None
     if dtype is None:
         return None
     own, around = _acting(layer, route), neighbours(layer, x)
@@ -191,13 +191,13 @@ def _keep(layer: Layer) -> dict[Any, Any]:
 
 def _computing(layers: Iterable[Any], x: Tensor, dtype: torch.dtype) -> list[Any]:
     """Those that do their own arithmetic alone, in this type for an x like this."""
-    return [each for each in layers if only_computes(each.base_layer) and each.base.computes_in(x) == dtype]
+    return [each for each in layers if has_no_hooks(each.base_layer) and each.base.computes_in(x) == dtype]
 
 
 def _acting(layer: Layer, route: Route | None) -> dict[str, Adapter]:
-    at_work = layer.at_work()
+    unmerged = layer.unmerged()
     names = layer.selection.acting if route is None else route.names
-    return {name: at_work[name] for name in names if name in at_work}
+    return {name: unmerged[name] for name in names if name in unmerged}
 
 
 def contiguous_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -207,7 +207,7 @@ def contiguous_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     return None if not isinstance(x, Tensor) or x.is_contiguous() else (x.contiguous(), *args[1:])
 
 
-def only_computes(layer: nn.Module) -> bool:
+def has_no_hooks(layer: nn.Module) -> bool:
     """Whether calling the layer does its own arithmetic alone."""
     before = layer._forward_pre_hooks
     return not (

@@ -14,7 +14,7 @@ from torch import nn
 from peftcore.bases import BaseWeight, ParameterWeight, raw_projections
 from peftcore.errors import MergeError
 from peftcore.injection.inject import commit_injection
-from peftcore.injection.module_index import Places
+from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.preparation import Injection, prepare_injection
 from peftcore.injection.targets import named
 from peftcore.merging.factors import padded
@@ -69,7 +69,7 @@ def _config(model: nn.Module, sources: Sources, layers: Mapping[str, Combined]) 
         base_model_name_or_path=first.base_model_name_or_path,
         revision=first.revision,
         inference_mode=True,
-        target_modules=_names_of(wanted, Places(model).modules) if wanted else None,
+        target_modules=_names_of(wanted, ModuleIndex(model).modules) if wanted else None,
         target_parameters=raw or None,
         r=usual,
         lora_alpha=usual,

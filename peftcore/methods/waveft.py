@@ -164,7 +164,7 @@ class WaveFT(Adapter):
         self.make_constants()
 
     def _chosen(self, count: int) -> Tensor:
-        """Places (count,) of the coefficients, on the CPU."""
+        """ModuleIndex (count,) of the coefficients, on the CPU."""
         rows, size = self.shape[0], math.prod(self.shape)
         columns = size // rows
         places = random_places(size, count, self.config.random_loc_seed)

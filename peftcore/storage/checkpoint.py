@@ -34,7 +34,7 @@ from peftcore.errors import CheckpointError, PeftError, TargetError
 from peftcore.files import MANIFEST, damaged_files, files_written_together, manifest_text, sha256, whole_files
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.inject import commit_injection, deepened
-from peftcore.injection.module_index import Places
+from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.preparation import prepare_injection
 from peftcore.storage.adapter_state import Content, content_of
 from peftcore.storage.embedding_rows import Embeddings, SaveEmbeddings, embeddings_to_save
@@ -201,7 +201,7 @@ def load_adapter(
             injection = prepare_injection(model, config, name, fresh=False)
             content = Content(injection.adapters, injection.biases, injection.copies, injection.prompt)
             given = (tensors or {}) if read is None else parsed(read, directory)
-            rows = Embeddings(lambda: injection.places, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings)
+            rows = Embeddings(lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings)
             _take_tensors(content, rows, given, directory, trainable)
         except PeftError as error:
             if hashed is not None:
@@ -262,7 +262,7 @@ def load_adapter_weights(
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
     with writing_shards(adapters.parameters(name)), torch.no_grad():
         given = read_tensors(directory) if tensors is None else tensors
-        rows = Embeddings(lambda: Places(model), adapters, name, replaces_embeddings)
+        rows = Embeddings(lambda: ModuleIndex(model), adapters, name, replaces_embeddings)
         _take_tensors(content_of(adapters, name), rows, given, directory, trains)
         rows.replace(adapters)
 

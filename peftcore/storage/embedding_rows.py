@@ -23,8 +23,8 @@ from peftcore.bases.base import UNMERGED_STATE
 from peftcore.config import PeftConfig
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.injection.adapter_set import AdapterSet, ReplacedRows, adapter_set
-from peftcore.injection.module_index import Places
-from peftcore.layers.host import unhosted
+from peftcore.injection.module_index import ModuleIndex
+from peftcore.layers.wrapper import unwrapped
 from peftcore.storage.adapter_state import Content
 
 SaveEmbeddings = bool | Literal["auto"]
@@ -58,8 +58,8 @@ def embeddings_to_save(model: nn.Module, content: Content, name: str, choice: Sa
         resized = bool(adapters.replaced_rows) or _was_resized(model, config)
         if not resized and not targeted:
             return {}
-    places = Places(model)
-    ends = embedding_paths(places)
+    module_index = ModuleIndex(model)
+    ends = embedding_paths(module_index)
     if not ends:
         if choice is True:
             raise ConfigError(
@@ -71,12 +71,14 @@ def embeddings_to_save(model: nn.Module, content: Content, name: str, choice: Sa
     found: dict[str, Tensor] = {}
     saved: set[int] = set()
     for path, module in sorted(ends.items(), key=lambda end: end[0] not in targeted):
-        weight = id(unhosted(module)._parameters.get("weight"))
+        weight = id(unwrapped(module)._parameters.get("weight"))
         # as in PEFT an embedding beside a targeted one is left out, unless its rows would be lost
         if path in copies or (targeted and path not in targeted and (not resized or weight in saved)):
             continue
         saved.add(weight)
-        found |= {f"{content.base_prefix(path)}{key}": tensor for key, tensor in _own_tensors(unhosted(module)).items()}
+        found |= {
+            f"{content.base_prefix(path)}{key}": tensor for key, tensor in _own_tensors(unwrapped(module)).items()
+        }
     return found
 
 
@@ -114,15 +116,15 @@ def _was_resized(model: nn.Module, config: PeftConfig) -> bool:
     return original.vocab_size != own.vocab_size  # type: ignore[union-attr]
 
 
-def embedding_paths(places: Places) -> dict[str, nn.Module]:
+def embedding_paths(module_index: ModuleIndex) -> dict[str, nn.Module]:
     """{path: module} of the model's input and output embeddings, each at the first path where it stands."""
     ends: dict[str, nn.Module] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            end = getattr(places.model, getter)()
+            end = getattr(module_index.model, getter)()
         except (AttributeError, NotImplementedError):  # no transformers model, or one without such an end
             continue
-        path = next((path for path, module in places.modules.items() if module is end), None)
+        path = next((path for path, module in module_index.modules.items() if module is end), None)
         if path is not None:
             ends[path] = end
     return ends
@@ -134,19 +136,21 @@ def embedding_paths(places: Places) -> dict[str, nn.Module]:
 class Embeddings:
     """The base's embeddings out of a directory, on their way into a model.
 
-    places: gives the model's, which takes a walk over it and is asked for where a directory holds embeddings only.
+    module_index: gives the model's, which takes a walk over it and is asked for where a directory holds embeddings only.
     adapters: those in the model, None for a plain one. name: the adapter that is being loaded.
     may_replace: False where the model's own have to stay.
     """
 
-    def __init__(self, places: Callable[[], Places], adapters: AdapterSet | None, name: str, may_replace: bool):
-        self._walk, self._may_replace = places, may_replace
+    def __init__(
+        self, module_index: Callable[[], ModuleIndex], adapters: AdapterSet | None, name: str, may_replace: bool
+    ):
+        self._walk, self._may_replace = module_index, may_replace
         self._others = [] if adapters is None else [other for other in adapters.configs if other != name]
         self._new: dict[int, nn.Parameter] = {}
         """{id of a parameter: the one to replace it by}"""
 
     @cached_property
-    def _places(self) -> Places:
+    def _places(self) -> ModuleIndex:
         return self._walk()
 
     def take(self, content: Content, tensors: Mapping[str, Tensor], file: Path) -> set[str]:
@@ -168,7 +172,7 @@ class Embeddings:
         return foreign
 
     def _take_one(self, path: str, name: str, saved: Tensor) -> None:
-        layer = unhosted(self._places.at(path))
+        layer = unwrapped(self._places.at(path))
         parameter = layer._parameters.get(name)
         if parameter is None:
             raise CheckpointError(f"{path}.{name} is saved, and the model's {path} has none; load it onto its own base")
@@ -203,7 +207,7 @@ class Embeddings:
         if not self._new:
             return
         for path, module in self._places.modules.items():
-            layer = unhosted(module)
+            layer = unwrapped(module)
             for name, parameter in layer._parameters.items():
                 if parameter is not None and id(parameter) in self._new:
                     adapters.replaced_rows.setdefault(f"{path}.{name}", ReplacedRows(layer, name, parameter))

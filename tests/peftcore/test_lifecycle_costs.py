@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peftcore import LoraConfig, PeftModel, get_peft_model
-from peftcore.injection import module_index as places
+from peftcore.injection import module_index as module_index
 from peftcore.storage import checkpoint
 from peftcore.storage.checkpoint import adapter_tensors
 
@@ -130,7 +130,7 @@ def test_one_walk_at_the_first_injection_and_when_the_last_adapter_goes(monkeypa
 
 def watch(model: nn.Module, walks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Note every walk that begins at the model."""
-    own, torchs = places.modules_outside_hosts, nn.Module.named_modules
+    own, torchs = module_index.original_modules, nn.Module.named_modules
 
     def ours(module: nn.Module, prefix: str = "") -> Any:
         walks.extend(["ours"] * (module is model))
@@ -140,7 +140,7 @@ def watch(model: nn.Module, walks: list[str], monkeypatch: pytest.MonkeyPatch) -
         walks.extend(["torch's"] * (self is model))
         return torchs(self, *args, **kwargs)
 
-    monkeypatch.setattr(places, "modules_outside_hosts", ours)
+    monkeypatch.setattr(module_index, "original_modules", ours)
     monkeypatch.setattr(nn.Module, "named_modules", theirs)
 
 

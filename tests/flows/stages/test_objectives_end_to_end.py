@@ -13,10 +13,10 @@ from transformers import AutoModelForSequenceClassification
 
 from flows.base.model import load_dequantized, load_tokenizer
 from flows.errors import StageError
-from flows.stages.reevaluate import measure
 from flows.params.model import Params
 from flows.paths import Paths
 from flows.stages import evaluate, merge, prepare, train
+from flows.stages.reevaluate import measure
 from peftcore import PeftConfig, PeftModel
 
 PAIRS: dict[str, Any] = {"kind": "preference", "near_duplicates": "keep"}

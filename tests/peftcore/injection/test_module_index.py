@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore.injection.module_index import Places
+from peftcore.injection.module_index import ModuleIndex
 
 
 class Experts(nn.Module):
@@ -62,13 +62,13 @@ def test_a_host_inside_of_what_another_stands_for_goes_with_it(end: str) -> None
 
 def test_replacing_keeps_every_path_and_knows_what_shows_again() -> None:
     model = Twice()
-    places = Places(model)
+    module_index = ModuleIndex(model)
     block, layer, other = model.first, model.first[0], nn.Sequential(nn.Linear(4, 4))
-    assert places.paths[id(layer)] == ["first.0", "second.0"]
-    places.replace(block, other)
+    assert module_index.paths[id(layer)] == ["first.0", "second.0"]
+    module_index.replace(block, other)
     assert model.first is model.second is other
-    assert places.paths[id(other[0])] == ["first.0", "second.0"] and places.parent("second.0") is other
-    places.replace(block, nn.Identity())  # it stands nowhere any more
+    assert module_index.paths[id(other[0])] == ["first.0", "second.0"] and module_index.parent("second.0") is other
+    module_index.replace(block, nn.Identity())  # it stands nowhere any more
     assert model.first is other
 
 

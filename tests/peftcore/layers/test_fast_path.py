@@ -83,7 +83,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @contextlib.contextmanager
 def general_path() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_path, "only_computes", lambda layer: False)
+        patch.setattr(fast_path, "has_no_hooks", lambda layer: False)
         yield
 
 
