@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from peftcore.bases import BaseWeight
 from peftcore.config import options_at
-from peftcore.kernels.low_rank import Factors, LowRank
+from peftcore.kernels.factors import Factors
+from peftcore.kernels.low_rank import LowRankBranch
 
 
 class _Constants(nn.Module):
@@ -142,7 +143,7 @@ class Adapter(_Constants):
         """Rank (count) that ΔW has at most now, where the method bounds it by one that differs between layers."""
         return None
 
-    def low_rank(self) -> LowRank | None:
+    def low_rank(self) -> LowRankBranch | None:
         """The adapter as two factors, where they and nothing else act on the input in this forward and `before`
         changes nothing; the wrapper then takes the fast path of `peftcore.kernels.low_rank` wherever that is exact."""
         return None

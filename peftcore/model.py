@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import merging as combine
+from peftcore import merging
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.fingerprint import unchanging_weights
 from peftcore.composition.route import Route
@@ -24,7 +24,7 @@ from peftcore.errors import ConfigError
 from peftcore.injection import activation, inject, merge
 from peftcore.injection import forward_hooks as forwarding
 from peftcore.injection.adapter_set import adapter_set, untouched_names
-from peftcore.merging import MergeReport, Recipe
+from peftcore.merging import LowRankReport, Recipe
 from peftcore.storage import checkpoint
 from peftcore.storage.trainer_checkpoints import teach_trainer
 
@@ -225,12 +225,12 @@ class PeftModel:
 
     def add_merged(
         self, adapter_name: str, weights: Mapping[str, float] | Composition, recipe: Recipe, rank: int | None = None
-    ) -> MergeReport:
+    ) -> LowRankReport:
         """Add a LoRA that is a weighted combination of other adapters: `add_merged("m", {"a": 0.7, "b": 0.3},
         Recipe.ties(density=0.3), rank=16)`, or of a sum such as `0.7 * Only("a") + 0.3 * Only("b")`.
         See `peftcore.merging.add_merged`."""
         given = weights_of(weights) if isinstance(weights, Composition) else weights
-        return combine.add_merged(self._module, adapter_name, given, recipe, rank)
+        return merging.add_merged(self._module, adapter_name, given, recipe, rank)
 
     def add_weighted_adapter(
         self,
@@ -244,10 +244,10 @@ class PeftModel:
         svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
-    ) -> MergeReport:
+    ) -> LowRankReport:
         """The same by PEFT's names and with PEFT's meaning. See `peftcore.merging.add_weighted_adapter`."""
         svd = (svd_rank, svd_clamp, svd_full_matrices, svd_driver)
-        return combine.add_weighted_adapter(
+        return merging.add_weighted_adapter(
             self._module, adapters, weights, adapter_name, combination_type, *svd, density, majority_sign_method
         )
 

@@ -21,7 +21,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.composition.fingerprint import Fingerprint
 from peftcore.composition.route import Blocks, Mask, Run
-from peftcore.kernels.low_rank import LowRank
+from peftcore.kernels.low_rank import LowRankBranch
 
 LONG = 64
 """Tokens (count) of a stretch with one composition, on average, from which each is computed by itself."""
@@ -63,7 +63,7 @@ def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | 
     factors = [[_factors(adapter) for adapter in adapters] for adapters in layers]
     if not all(_is_plain(one) for own in factors for one in own):
         return None
-    plain: list[list[LowRank]] = factors  # type: ignore[assignment]
+    plain: list[list[LowRankBranch]] = factors  # type: ignore[assignment]
     ranks = tuple(len(one.a) for own in plain for one in own)
     a = torch.cat([one.a.to(dtype) for own in plain for one in own])
     b = [torch.cat([(one.b * one.scaling).to(dtype).T for one in own]) for own in plain]
@@ -102,12 +102,12 @@ def can_be_stacked(adapters: Iterable[Adapter]) -> bool:
     return all(_is_plain(_factors(adapter)) for adapter in adapters)
 
 
-def _factors(adapter: Adapter) -> LowRank | None:
+def _factors(adapter: Adapter) -> LowRankBranch | None:
     """An adapter as two factors, where these are all that it adds."""
     return adapter.low_rank() if adapter.trained_bias is None else None
 
 
-def _is_plain(one: LowRank | None) -> bool:
+def _is_plain(one: LowRankBranch | None) -> bool:
     return one is not None and one.gain is None and not one.dropout
 
 

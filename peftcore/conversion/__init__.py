@@ -1,11 +1,21 @@
-"""Any adapter of weights as plain LoRA, which every reader and every server takes.
+"""Conversion of an adapter of any mergeable method to plain LoRA, the method that every runtime supports.
 
-`factors.py` the algebra, `low_rank_form.py` an adapter's change as two factors, `lora.py` its configuration and
-tensors, `convert.py` the same in a model or a directory, `adalora.py` a directory of AdaLoRA without its model.
+`convert.py` converts an adapter of a model, `adalora.py` a directory of AdaLoRA without its model. `layer_factors.py`
+computes the factors of each layer, `lora.py` the LoRA's configuration and tensors.
 """
+
+import warnings
+from typing import Any
 
 from peftcore.conversion.adalora import convert_directory_to_lora
 from peftcore.conversion.convert import convert_to_lora, save_as_lora
-from peftcore.conversion.low_rank_form import Conversion
+from peftcore.kernels.factors import LowRankReport
 
-__all__ = ["Conversion", "convert_directory_to_lora", "convert_to_lora", "save_as_lora"]
+__all__ = ["LowRankReport", "convert_directory_to_lora", "convert_to_lora", "save_as_lora"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Conversion":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("peftcore.conversion.Conversion is now called LowRankReport", DeprecationWarning, stacklevel=2)
+    return LowRankReport

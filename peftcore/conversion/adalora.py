@@ -1,7 +1,7 @@
-"""A directory of AdaLoRA as one of plain LoRA, without the model, to the bit.
+"""Conversion of a directory of AdaLoRA to plain LoRA, without the model and bit for bit.
 
-ΔW = s·P Λ Q is LoRA's s·BA with A = ΛQ and B = P: AdaLoRA's own forward multiplies these two first, so nothing is
-rounded that it does not round.
+ΔW = s·P Λ Q is LoRA's s·BA with A = ΛQ and B = P. AdaLoRA's own forward pass computes ΛQ first too, so the conversion
+adds no rounding.
 
 Shapes: i in_features, o out_features, r rank; lora_A (r, i), lora_E (r, 1), lora_B (o, r).
 """
@@ -13,17 +13,22 @@ from torch import Tensor
 from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.config import PeftConfig
 from peftcore.conversion.convert import write_lora
-from peftcore.conversion.factors import Factors
 from peftcore.conversion.lora import lora_config, lora_tensors
 from peftcore.errors import ConfigError
+from peftcore.kernels.factors import Factors
 from peftcore.methods.adalora import AdaLoraConfig, scaling_of
 
 
 def convert_directory_to_lora(source: str | Path, directory: str | Path) -> None:
-    """Write the AdaLoRA adapter of one directory, HF PEFT's or ours, into another as plain LoRA.
+    """Write the AdaLoRA adapter of one directory into another directory as plain LoRA.
 
-    What was at `directory` is replaced. Raises CheckpointError for a damaged source, ConfigError for another method
-    or where no layer has a triplet left.
+    Args:
+        source: an AdaLoRA directory, written by peftcore or by HF PEFT.
+        directory: where to write the LoRA; an existing directory is replaced.
+
+    Raises:
+        CheckpointError: the source is damaged.
+        ConfigError: the source holds another method, or every layer has rank 0.
     """
     config = PeftConfig.from_pretrained(source)
     if not isinstance(config, AdaLoraConfig):
@@ -33,13 +38,13 @@ def convert_directory_to_lora(source: str | Path, directory: str | Path) -> None
         )
     tensors = read_tensors(Path(source))
     layers = adalora_factors(config, tensors)
-    own = {f"{PREFIX}{path}.{name}" for path in layers for name in ("lora_A", "lora_B", "lora_E")}
-    rest = {key: tensor for key, tensor in tensors.items() if key not in own}
+    converted = {f"{PREFIX}{path}.{name}" for path in layers for name in ("lora_A", "lora_B", "lora_E")}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in converted}
     write_lora(lora_config(config, layers), lora_tensors(layers, {}) | rest, Path(directory))
 
 
 def adalora_factors(config: AdaLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Factors]:
-    """{path: factors} of a directory's tensors."""
+    """Return {path: factors} of an AdaLoRA directory's tensors."""
     paths = [key.removeprefix(PREFIX).removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]
     a, b, e = ({path: tensors[f"{PREFIX}{path}.lora_{letter}"] for path in paths} for letter in "ABE")
-    return {path: Factors(a[path] * e[path], b[path], scaling_of(config)) for path in paths}
+    return {path: Factors((a[path] * e[path])[None], b[path][None], scaling_of(config)) for path in paths}

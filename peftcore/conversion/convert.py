@@ -1,4 +1,4 @@
-"""An adapter of a model as a plain LoRA: a second adapter of that model, or a directory."""
+"""Conversion of a model's adapter to plain LoRA: as a second adapter of that model, or as a directory."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,23 +8,24 @@ from torch import Tensor, nn
 
 from peftcore._util.tensors import PREFIX, WEIGHTS_NAME
 from peftcore.config import CONFIG_NAME
+from peftcore.conversion.layer_factors import factors_by_layer
 from peftcore.conversion.lora import lora_config, lora_tensors
-from peftcore.conversion.low_rank_form import Conversion, low_rank_forms
 from peftcore.files import directory_written_atomically, write_manifest
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.inject import commit_injection
 from peftcore.injection.preparation import prepare_injection
+from peftcore.kernels.factors import LowRankReport
 from peftcore.methods.lora import LoraConfig
 from peftcore.storage.adapter_state import Content, content_of
 from peftcore.storage.embedding_rows import embeddings_to_save
 
 
 class _PlainLora(NamedTuple):
-    """A LoRA that is in no model yet."""
+    """A LoRA that is not in a model yet."""
 
     config: LoraConfig
     tensors: dict[str, Tensor]
-    report: Conversion
+    report: LowRankReport
 
 
 def convert_to_lora(
@@ -34,13 +35,26 @@ def convert_to_lora(
     rank: int | None = None,
     tolerance: float | None = None,
     is_trainable: bool = False,
-) -> Conversion:
-    """Give a model a plain LoRA that computes what another of its adapters does; says how nearly.
+) -> LowRankReport:
+    """Add a plain LoRA to a model that computes the same as another of its adapters, exactly or approximately.
 
-    rank: of each layer at most. tolerance: relative error of each layer's change, for the least rank that meets it.
-    With neither, only methods that are low-rank themselves convert (LoRA, rsLoRA, AdaLoRA, VeRA), and exactly.
-    Modules that the adapter trains whole and its trained biases are copied too. `set_adapter(new_name)` makes it act.
-    Raises ConfigError or MergeError for what no LoRA can stand for; the model is then as it was.
+    Without `rank` and `tolerance` the conversion is exact, which only low-rank methods allow (LoRA, rsLoRA, AdaLoRA,
+    VeRA). Saved modules and trained biases are copied. Call `set_adapter(new_name)` to make the new adapter active.
+
+    Args:
+        model: a model with adapters.
+        adapter_name: the adapter to convert; it stays unchanged.
+        new_name: the new adapter's name.
+        rank: largest rank of a layer (count).
+        tolerance: largest relative error of a layer's change, in Frobenius norm; each layer gets the smallest rank
+            that meets it.
+        is_trainable: True to leave the new adapter trainable, False to freeze it.
+
+    Returns:
+        Rank and error of each layer.
+
+    Raises:
+        ConfigError, MergeError: no LoRA can replace the adapter; the model is unchanged.
     """
     plain = _plain_lora(model, adapter_name, rank, tolerance)
     injection = prepare_injection(model, plain.config, new_name, fresh=False)
@@ -56,11 +70,21 @@ def save_as_lora(
     adapter_name: str = "default",
     rank: int | None = None,
     tolerance: float | None = None,
-) -> Conversion:
-    """Write a model's adapter as a directory of plain LoRA; the adapter itself stays as it is.
+) -> LowRankReport:
+    """Write a model's adapter as a directory of plain LoRA; the adapter itself stays unchanged.
 
-    Options and errors are those of `convert_to_lora`. Biases that the adapter trains are written too. What was at
-    `directory` is replaced, and stays on an error.
+    Args:
+        model: a model with adapters.
+        directory: where to write; an existing directory is replaced, and stays if an error occurs.
+        adapter_name: the adapter to convert; its trained biases are written too.
+        rank: as in `convert_to_lora`.
+        tolerance: as in `convert_to_lora`.
+
+    Returns:
+        Rank and error of each layer.
+
+    Raises:
+        ConfigError, MergeError: no LoRA can replace the adapter.
     """
     plain = _plain_lora(model, adapter_name, rank, tolerance)
     rows = embeddings_to_save(model, content_of(adapter_set(model), adapter_name), adapter_name, "auto")
@@ -71,9 +95,9 @@ def save_as_lora(
 
 
 def write_lora(config: LoraConfig, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Write PEFT's directory with its manifest; what was there is replaced."""
+    """Write an adapter directory in PEFT's format with a manifest; an existing directory is replaced."""
     with directory_written_atomically(directory) as fresh:
-        # a tensor may be a view or shared with another: cloned, so that safetensors gets plain memory of its own
+        # safetensors refuses views and tensors that share memory, so each tensor is cloned
         plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
         save_file(plain, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
         (fresh / CONFIG_NAME).write_text(config.to_json())
@@ -82,7 +106,7 @@ def write_lora(config: LoraConfig, tensors: dict[str, Tensor], directory: Path) 
 
 def _plain_lora(model: nn.Module, name: str, rank: int | None, tolerance: float | None) -> _PlainLora:
     adapters = adapter_set(model)
-    layers, report = low_rank_forms(model, name, rank, tolerance)
+    layers, report = factors_by_layer(model, name, rank, tolerance)
     bases = {path: adapter.base for path, adapter in adapters.adapters(name).items()}
     tensors = lora_tensors(layers, {path: (base.kind, base.kernel) for path, base in bases.items()})
     for path, module in adapters.copies(name).items():

@@ -1,7 +1,7 @@
 """The configuration and the tensors of a plain LoRA, from the factors of its layers.
 
-Each layer keeps its rank (`rank_pattern`) and its scaling s (`alpha_pattern`, α_layer = s·r); layers of rank 0 are no
-targets.
+Each layer keeps its rank (`rank_pattern`) and its scaling s (`alpha_pattern`, α of the layer = s·r). Layers of rank 0
+are not targeted.
 """
 
 import re
@@ -12,52 +12,65 @@ from torch import Tensor
 
 from peftcore._util.tensors import PREFIX
 from peftcore.config import PeftConfig
-from peftcore.conversion.factors import Factors
 from peftcore.errors import ConfigError
+from peftcore.kernels.factors import Factors
 from peftcore.methods.lora import LoraConfig
 
 
 def lora_config(config: PeftConfig, layers: Mapping[str, Factors]) -> LoraConfig:
-    """Of a LoRA with these factors by path, in place of an adapter with `config`. Raises ConfigError."""
+    """Return the configuration of a LoRA that replaces an adapter.
+
+    Args:
+        config: the adapter's configuration.
+        layers: {path: factors of the LoRA}.
+
+    Raises:
+        ConfigError: every layer has rank 0, or trained biases would have no place.
+    """
     source: Any = config
-    kept = {path: own for path, own in layers.items() if own.rank}
-    if not kept:
+    targets = {path: own for path, own in layers.items() if own.rank}
+    if not targets:
         raise ConfigError(
             f"every layer of this {config.peft_type} adapter has rank 0, so no LoRA equals it; there is nothing to save"
         )
     bias = getattr(source, "bias", "none")
     bias = "lora_only" if bias.endswith("_only") else bias
-    if bias == "lora_only" and len(kept) < len(layers):
+    if bias == "lora_only" and len(targets) < len(layers):
         raise ConfigError(
             f"bias={source.bias!r} has trained biases of layers whose rank fell to 0, which a LoRA without these "
             "layers cannot hold; merge the adapter instead"
         )
-    names = {path: re.escape(path) for path in kept}
-    # A name means every path that it ends, so where one path ends another they are written as regular expressions.
-    ambiguous = any(other.endswith(f".{path}") for path in kept for other in layers)
-    key = {path: f"^{names[path]}" if ambiguous else path for path in kept}
-    most = max(own.rank for own in kept.values())
-    scaling = next(own.scaling for own in kept.values() if own.rank == most)
-    alphas = {path: own.scaling * own.rank for path, own in kept.items()}
+    patterns = {path: re.escape(path) for path in targets}
+    # a name matches every path that ends with it, so names that would match other paths become regular expressions
+    ambiguous = any(other.endswith(f".{path}") for path in targets for other in layers)
+    key = {path: f"^{patterns[path]}" if ambiguous else path for path in targets}
+    largest = max(own.rank for own in targets.values())
+    scaling = next(own.scaling for own in targets.values() if own.rank == largest)
+    alphas = {path: own.scaling * own.rank for path, own in targets.items()}
     return LoraConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=True,
-        target_modules="|".join(sorted(names.values())) if ambiguous else sorted(kept),
+        target_modules="|".join(sorted(patterns.values())) if ambiguous else sorted(targets),
         modules_to_save=source.modules_to_save,
-        r=most,
-        lora_alpha=scaling * most,
+        r=largest,
+        lora_alpha=scaling * largest,
         lora_dropout=getattr(source, "lora_dropout", 0.0),
         bias=bias,
-        rank_pattern={key[path]: own.rank for path, own in kept.items() if own.rank != most},
-        alpha_pattern={key[path]: alpha for path, alpha in alphas.items() if alpha != scaling * most},
+        rank_pattern={key[path]: own.rank for path, own in targets.items() if own.rank != largest},
+        alpha_pattern={key[path]: alpha for path, alpha in alphas.items() if alpha != scaling * largest},
         fan_in_fan_out=getattr(source, "fan_in_fan_out", False),
     )
 
 
 def lora_tensors(layers: Mapping[str, Factors], shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-    """{PEFT's key: tensor} of the layers that have a rank. shapes: {path: (kind of layer, kernel)}."""
+    """Return {PEFT's key: tensor} of the layers whose rank is not 0.
+
+    Args:
+        layers: {path: factors}.
+        shapes: {path: (kind of layer, kernel size)}; a missing path is a linear layer.
+    """
     tensors = {}
     for path, own in layers.items():
         kind, kernel = shapes.get(path, ("linear", ()))

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.config import PeftConfig
 from peftcore.conversion.adalora import adalora_factors
-from peftcore.conversion.factors import Factors
-from peftcore.conversion.low_rank_form import check_convertible, exact_factors
+from peftcore.conversion.layer_factors import check_convertible, exact_factors
 from peftcore.errors import CheckpointError
 from peftcore.export.errors import ExportError
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.kernels.factors import Factors, padded
 from peftcore.methods.adalora import AdaLoraConfig
 from peftcore.methods.lora import LoraConfig
 
@@ -66,7 +66,7 @@ def canonicalise(
         config = PeftConfig.from_pretrained(source)
         layers, embeddings = _of_directory(config, Path(source))
     assert config is not None
-    layers = {path: own for path, own in layers.items() if own.rank}
+    layers = {path: _unscaled(own) for path, own in layers.items() if own.rank}
     if not layers:
         raise ExportError("every layer of this adapter has rank 0, so it changes nothing; there is nothing to export")
     most = max(own.rank for own in layers.values())
@@ -74,10 +74,11 @@ def canonicalise(
         raise ExportError(
             f"rank {rank} is below the adapter's {most}; give at least that, or convert_to_lora(rank=...)"
         )
-    padded = {path: _padded(own, rank or most) for path, own in layers.items()}
+    layers = {path: padded(own, rank or most) for path, own in layers.items()}
+    tensors = {path: (own.a[0].contiguous(), own.b[0].contiguous()) for path, own in layers.items()}
     task = None if config.task_type is None else str(config.task_type)
     base = config.base_model_name_or_path or getattr(source, "name_or_path", None) or None
-    return CanonicalLora(padded, rank or most, frozenset(embeddings), task, base, config.revision)
+    return CanonicalLora(tensors, rank or most, frozenset(embeddings), task, base, config.revision)
 
 
 def _of_model(model: nn.Module, name: str) -> tuple[dict[str, Factors], set[str]]:
@@ -164,7 +165,9 @@ def _lora_factors(
             raise ExportError(f"{directory}: {path} {what}; merge the adapter into the base instead")
         read |= {key, other}
         alpha = config.at(path)[1]
-        layers[path] = Factors(a, tensors[other], alpha / (math.sqrt(len(a)) if config.use_rslora else len(a)))
+        layers[path] = Factors(
+            a[None], tensors[other][None], alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))
+        )
         embeddings |= {path} if ending == _EMBEDDING else set()
     left = sorted(key for key in tensors if key not in read and not key.endswith(_TARGETED_ROWS))
     if left and all(key.endswith(_ROWS) for key in left):
@@ -185,10 +188,6 @@ def _lora_factors(
     return layers, embeddings
 
 
-def _padded(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:
-    missing = rank - factors.rank
-    a, b = factors.a.detach().float().cpu(), factors.b.detach().float().cpu() * factors.scaling
-    return (
-        nn.functional.pad(a, (0, 0, 0, missing)).contiguous(),
-        nn.functional.pad(b, (0, missing)).contiguous(),
-    )
+def _unscaled(factors: Factors) -> Factors:
+    """Return the factors in float32 on the CPU, with the scaling in B."""
+    return Factors(factors.a.detach().float().cpu(), factors.b.detach().float().cpu() * factors.scaling)

@@ -1,14 +1,15 @@
-"""Linear layers and their low-rank adapters as one operation: y = W x + b + s·B(A d(x)), d dropout.
+"""Fused forward of linear layers with a low-rank adapter: y = W x + b + s·B(A d(x)), d dropout.
 
-Whatever method gives the factors, this is its fast path: the adapter's product is added onto the base's output in
-place, the factors are cast to the type of the activations and never the reverse, dropout's mask is kept as bits, and
-what else is kept for the backward is x and A d(x), nothing of the output's size. With a gain, y = g∘(W x + s·BA x), the
-output before the gain is kept too.
+This is the fast path of every method whose forward is a low-rank branch:
+- The adapter's product is added to the base's output in place.
+- The factors are cast to the type of the activations, never the reverse.
+- The backward pass needs x, A d(x) and the dropout mask as bits; nothing of the output's size is saved. Only with a
+  gain, y = g∘(W x + s·BA x), the output before the gain is saved too.
 
-Layers that read the same x go through it together: one product with all A stacked, one mask, and one buffer in which
-x's gradient is summed up.
+Layers with a common input x are computed together: one product with all A stacked, one dropout mask, and one buffer for
+the gradient of x.
 
-Shapes: n tokens, i in_features, o out_features, r rank, R the ranks of all layers together.
+Shapes: n tokens, i in_features, o out_features, r rank, R sum of the ranks of all layers.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,11 @@ from peftcore.kernels.maths import scaled
 from peftcore.kernels.seeded_dropout import Dropout, mask_, masked
 
 
-class LowRank(NamedTuple):
-    """What an adapter computes, as two factors."""
+class LowRankBranch(NamedTuple):
+    """The low-rank branch of one forward pass: y = g∘(W x + s·B(A d(x))), d dropout, g gain.
+
+    For the fixed weight change of an adapter, see `peftcore.kernels.factors.Factors`.
+    """
 
     a: Tensor
     """A (r, i), of any floating type."""
@@ -32,83 +36,76 @@ class LowRank(NamedTuple):
     """B (o, r)."""
     scaling: float
     dropout: float = 0.0
-    """Probability of dropping an element of the input in this forward."""
+    """Probability of dropping an element of the input in this forward pass."""
     gain: Tensor | None = None
-    """g (o,); not with dropout, nor on a layer with bias."""
+    """g (o,); requires dropout 0 and a layer without bias."""
 
 
-class Factors(NamedTuple):
-    """ΔW = s·BA of a layer, or of each of its e experts (1 for every other layer); i counts a kernel's size too."""
+def low_rank_linears(x: Tensor, layers: Sequence[tuple[BaseWeight, LowRankBranch]]) -> Sequence[Tensor]:
+    """Compute several adapted linear layers for their common input.
 
-    a: Tensor
-    """A (e, r, i)."""
-    b: Tensor
-    """B (e, o, r)."""
-    scaling: float = 1.0
+    Args:
+        x: input (..., i), in the type in which the layers compute.
+        layers: (base weight, low-rank branch) of each layer; all branches have the same dropout probability, and share
+            one mask.
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[1]
-
-    def dense(self) -> Tensor:
-        """ΔW (e, o, i)."""
-        return self.scaling * self.b @ self.a
-
-
-def low_rank_linears(x: Tensor, layers: Sequence[tuple[BaseWeight, LowRank]]) -> Sequence[Tensor]:
-    """y (..., o) of each layer for their common x (..., i), of the type they compute in; all drop alike."""
+    Returns:
+        Output (..., o) of each layer.
+    """
     dropout = Dropout(layers[0][1].dropout) if layers[0][1].dropout else None
     scale = 1.0 if dropout is None else dropout.scale
-    call = _Call([base for base, _ in layers], [own.scaling * scale for _, own in layers], dropout)
+    call = _Call([base for base, _ in layers], [branch.scaling * scale for _, branch in layers], dropout)
     if torch.is_grad_enabled():
-        tensors = [t for base, own in layers for t in (own.a, own.b, own.gain, base.weight_to_keep())]
+        tensors = [t for base, branch in layers for t in (branch.a, branch.b, branch.gain, base.weight_to_keep())]
         ys: Any = _LowRankLinears.apply(x, call, *tensors)
     else:
-        ys = _forward(x, call, [(own.a, own.b, own.gain) for _, own in layers]).outputs()
-    # Shaped here, because models change projections in place, and autograd forbids it of views from a custom function.
+        ys = _forward(x, call, [(branch.a, branch.b, branch.gain) for _, branch in layers]).outputs()
+    # reshaped outside of the custom function: models change outputs in place, which autograd forbids for its views
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 class _Call(NamedTuple):
-    """What of one call is no tensor that has a gradient."""
+    """Arguments of one call that have no gradient."""
 
     bases: list[BaseWeight]
     scalings: list[float]
-    """s of each layer, with dropout's scale in it, so that no large tensor has to be scaled."""
+    """s of each layer times dropout's scale, so that no large tensor has to be scaled."""
     dropout: Dropout | None
 
 
-_Gained = tuple[Tensor, Tensor, Tensor | None]
+_Branch = tuple[Tensor, Tensor, Tensor | None]
 """A, B and gain of a layer."""
 
 
 class _Forward(NamedTuple):
+    """Results of the forward pass, for the outputs and for the backward pass."""
+
     h: Tensor
     """A d(x) (n, R) of all layers."""
     bits: Tensor | None
-    """What dropout's mask comes back from."""
+    """Packed bits of the dropout mask, saved for the backward pass."""
     a: Tensor
-    """The stacked A (R, i) in the activations' type."""
+    """Stacked A (R, i) in the type of the activations."""
     b: list[Tensor]
-    """s·B of each layer in that type."""
+    """s·B of each layer in the same type."""
     ys: list[Tensor]
     """(n, o), before the gain."""
     gains: list[Tensor | None]
 
     def outputs(self) -> tuple[Tensor, ...]:
-        """y (n, o) of each layer."""
+        """Return y (n, o) of each layer."""
         return tuple(y if g is None else scaled(y, g) for y, g in zip(self.ys, self.gains, strict=True))
 
 
-def _forward(x: Tensor, call: _Call, factors: list[_Gained]) -> _Forward:
+def _forward(x: Tensor, call: _Call, branches: list[_Branch]) -> _Forward:
     flat = x.reshape(-1, x.shape[-1])
-    a = _stacked([a.to(x.dtype) for a, _, _ in factors], 0)
+    a = _stacked([a.to(x.dtype) for a, _, _ in branches], 0)
     keep, bits = (None, None) if call.dropout is None else call.dropout.draw(flat)
     h = F.linear(flat if keep is None else masked(flat, keep), a)
-    scaled = [(b * s).to(x.dtype) for (_, b, _), s in zip(factors, call.scalings, strict=True)]
-    parts = zip(call.bases, _parts(h, scaled), scaled, strict=True)
-    ys = [base.product(flat).addmm_(own, b.T) for base, own, b in parts]
-    return _Forward(h, bits, a, scaled, ys, [gain for _, _, gain in factors])
+    scaled_b = [(b * s).to(x.dtype) for (_, b, _), s in zip(branches, call.scalings, strict=True)]
+    parts = zip(call.bases, _parts(h, scaled_b), scaled_b, strict=True)
+    ys = [base.product(flat).addmm_(part, b.T) for base, part, b in parts]
+    return _Forward(h, bits, a, scaled_b, ys, [gain for _, _, gain in branches])
 
 
 def _stacked(tensors: list[Tensor], axis: int) -> Tensor:
@@ -116,20 +113,23 @@ def _stacked(tensors: list[Tensor], axis: int) -> Tensor:
 
 
 def _parts(h: Tensor, b: list[Tensor]) -> Sequence[Tensor]:
-    """Each layer's own columns of h (n, R)."""
+    """Split h (n, R) into the columns of each layer."""
     return (h,) if len(b) == 1 else h.split([each.shape[1] for each in b], 1)
 
 
 class _LowRankLinears(torch.autograd.Function):
-    """The ys from x and, of each layer, A, B, gain or None, and its weight or None where it is read again."""
+    """Autograd function of the outputs.
+
+    Inputs: x, and for each layer A, B, the gain or None, and the weight, or None if the backward pass reads it again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        made = _forward(x, call, _factors(tensors))
-        before_gain = [None if gain is None else y for y, gain in zip(made.ys, made.gains, strict=True)]
-        ctx.call, ctx.count = call, len(made.ys)
-        ctx.save_for_backward(x, made.h, made.bits, made.a, *tensors, *made.b, *before_gain)
-        return made.outputs()
+        result = _forward(x, call, _branches(tensors))
+        before_gain = [None if gain is None else y for y, gain in zip(result.ys, result.gains, strict=True)]
+        ctx.call, ctx.count = call, len(result.ys)
+        ctx.save_for_backward(x, result.h, result.bits, result.a, *tensors, *result.b, *before_gain)
+        return result.outputs()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -142,31 +142,31 @@ class _LowRankLinears(torch.autograd.Function):
         ]
         flat = x.reshape(-1, x.shape[-1])
         keep = None if call.dropout is None else call.dropout.again(flat, bits)
-        if torch.is_grad_enabled():  # for a second derivative, through operations that have one
+        if torch.is_grad_enabled():  # a second derivative is wanted
             return _plain_gradients(x, keep, call, tensors, weights, gradients, needed)
-        found: list[Tensor | None] = [None] * len(tensors)
+        grads: list[Tensor | None] = [None] * len(tensors)
         through_gain: list[Tensor] = []
         through_b: list[Tensor] = []
-        for k, own in enumerate(_parts(h, b)):
+        for k, part in enumerate(_parts(h, b)):
             g = gradients[k]
             if (gain := tensors[4 * k + 2]) is not None:
-                found[4 * k + 2] = (g * before_gain[k]).sum(0, dtype=gain.dtype)
+                grads[4 * k + 2] = (g * before_gain[k]).sum(0, dtype=gain.dtype)
                 g = scaled(g, gain)
             through_b.append(g @ b[k])
-            found[4 * k + 1] = (own.T @ g).mul_(call.scalings[k]).T.to(tensors[4 * k + 1].dtype)
+            grads[4 * k + 1] = (part.T @ g).mul_(call.scalings[k]).T.to(tensors[4 * k + 1].dtype)
             through_gain.append(g)
         g_h = _stacked(through_b, 1)
         g_a = (g_h.T @ (flat if keep is None else masked(flat, keep))).split([each.shape[1] for each in b])
-        found[0::4] = [part.to(factor.dtype) for part, factor in zip(g_a, tensors[0::4], strict=True)]
+        grads[0::4] = [grad.to(factor.dtype) for grad, factor in zip(g_a, tensors[0::4], strict=True)]
         if not needed[0]:
-            return None, None, *found
+            return None, None, *grads
         g_x = g_h @ a if keep is None else mask_(g_h @ a, keep)
         for g, weight in zip(through_gain, weights, strict=True):
             g_x.addmm_(g, weight)
-        return g_x.view(x.shape), None, *found
+        return g_x.view(x.shape), None, *grads
 
 
-def _factors(tensors: Sequence[Any]) -> list[_Gained]:
+def _branches(tensors: Sequence[Any]) -> list[_Branch]:
     return list(zip(tensors[0::4], tensors[1::4], tensors[2::4], strict=True))
 
 
@@ -179,13 +179,13 @@ def _plain_gradients(
     gradients: tuple[Tensor, ...],
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of all inputs by plain autograd, which can be differentiated again."""
+    """Return the gradients of all inputs by plain autograd, which can be differentiated again."""
     flat = x.reshape(-1, x.shape[-1])
     dropped, outputs = flat if keep is None else masked(flat, keep), []
-    for (a, b, gain), weight, scaling in zip(_factors(tensors), weights, call.scalings, strict=True):
+    for (a, b, gain), weight, scaling in zip(_branches(tensors), weights, call.scalings, strict=True):
         y = flat @ weight.T + scaling * dropped @ a.to(x.dtype).T @ b.to(x.dtype).T
         outputs.append(y if gain is None else scaled(y, gain))
     inputs = [x, None, *tensors]
     wanted = [tensor for tensor, wants in zip(inputs, needed, strict=True) if wants and tensor is not None]
-    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
-    return tuple(next(found) if wants else None for wants in needed)
+    grads = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+    return tuple(next(grads) if wants else None for wants in needed)

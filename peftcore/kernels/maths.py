@@ -1,4 +1,4 @@
-"""Pure functions that several methods share."""
+"""Mathematical functions that several methods share."""
 
 from functools import lru_cache
 
@@ -9,38 +9,48 @@ from peftcore.bases import BaseWeight
 
 
 def weight_shape(base: BaseWeight) -> tuple[int, ...]:
-    """Shape of the canonical weight: (o, i), (o, i/groups, *kernel), or (d, v) for an embedding."""
+    """Return the shape of the canonical weight: (o, i), (o, i/groups, *kernel), or (d, v) for an embedding."""
     groups = base.layer.groups if base.kind == "conv" else 1
     return (base.out_features, base.in_features // groups, *base.kernel)
 
 
 @lru_cache(maxsize=64)
 def random_places(size: int, count: int, seed: int | None) -> Tensor:
-    """`count` of the numbers below `size` without repeats (count,), on the CPU, as PEFT draws them from a seed.
+    """Draw distinct indices below `size`, on the CPU, by the same random numbers as HF PEFT.
 
-    seed: None is the default seed of a fresh generator, so the same places every time.
-    Layers of one shape get one tensor, since permuting a whole weight takes seconds: do not write into it.
+    The result is cached, because the permutation of a whole weight takes seconds. All callers share one tensor, so it
+    must not be modified.
+
+    Args:
+        size: number of elements to choose from.
+        count: number of indices.
+        seed: seed of the draw; None: the default seed of a new generator, a constant.
+
+    Returns:
+        Indices (count,).
     """
     generator = torch.Generator(device="cpu")
     if seed is not None:
         generator.manual_seed(seed)
-    return torch.randperm(size, generator=generator, device="cpu")[:count].clone()  # a view would keep them all
+    return torch.randperm(size, generator=generator, device="cpu")[
+        :count
+    ].clone()  # a view would keep the whole permutation in memory
 
 
 def widened(parameter: Tensor) -> Tensor:
-    """The parameter in float32, or as it is if it is in float32 or float64.
+    """Return the parameter in float32, or unchanged in float64.
 
-    For factors that are orthogonal or a spectrum: no solver and no FFT takes 16 bits on CPUs, and rounding to 16 bits
-    leaves factors that are not orthogonal.
+    For orthogonal factors and spectra: on CPUs no solver and no FFT supports 16-bit types, and a matrix that is rounded
+    to 16 bits is not orthogonal.
     """
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def scaled(y: Tensor, scale: Tensor) -> Tensor:
-    """y·scale, where `scale`, in float32, broadcasts against y of any type.
+    """Return y·scale for y of any type; `scale` is float32 and broadcasts against y.
 
-    In 16 bits it is y + y·(scale − 1): rounded to bfloat16, 1.003 is 1, but 0.003 is not 0. So changes smaller than the
-    type's precision act, and the error stays within half a unit in the last place of y.
+    In 16-bit types the result is y + y·(scale − 1). In bfloat16, 1.003 rounds to 1, but 0.003 does not round to 0. So a
+    scale near 1 has an effect, and the error is at most half a unit in the last place of y.
     """
     if y.dtype.itemsize > 2:
         return y * scale.to(y.dtype)
@@ -48,15 +58,22 @@ def scaled(y: Tensor, scale: Tensor) -> Tensor:
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """(I − S)(I + S)⁻¹: orthogonal, without eigenvalue −1, for skew-symmetric S (..., n, n) in float32 or float64."""
+    """Return the Cayley transform (I − S)(I + S)⁻¹ of skew-symmetric S (..., n, n), in float32 or float64.
+
+    The result is orthogonal and has no eigenvalue −1.
+    """
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     return torch.linalg.solve(eye + skew, eye - skew, left=False)
 
 
 def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x R for R = diag(blocks): x (..., n·b), blocks (n, b, b), or (1, b, b) for one that all n share.
+    """Return x R for the block-diagonal matrix R.
 
-    In 16 bits it is x + x (R − I), so that rotations smaller than the type's precision act, as in `scaled`.
+    In 16-bit types the result is x + x (R − I), so that small rotations have an effect, as in `scaled`.
+
+    Args:
+        x: input (..., n·b).
+        blocks: diagonal blocks (n, b, b), or (1, b, b) for one block that is repeated n times.
     """
     narrow = x.dtype.itemsize <= 2
     if narrow:
@@ -67,18 +84,28 @@ def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 def drop_blocks(blocks: Tensor, probability: float) -> Tensor:
-    """Multiplicative dropout: ⌊p·n⌋ of n blocks (n, b, b), chosen at random, become the identity."""
+    """Apply multiplicative dropout: ⌊p·n⌋ of n blocks (n, b, b), chosen at random, become the identity."""
     chosen = torch.randperm(len(blocks), device=blocks.device) < int(probability * len(blocks))
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     return torch.where(chosen.view(-1, 1, 1), eye, blocks)
 
 
 def keep_rows(rows: int, like: Tensor, row_dropout: float, module_dropout: float, rescale: bool) -> Tensor:
-    """LyCORIS's dropouts as factors (rows,) of ΔW's rows, in the type of `like`: single rows, or all at once.
+    """Draw LyCORIS's row dropout and module dropout as factors of the rows of ΔW.
 
-    All at once gives zeros instead of leaving ΔW out: every parameter still gets a gradient, which DDP waits for.
+    Module dropout gives zeros for all rows instead of skipping ΔW: DDP needs a gradient of every parameter.
+
+    Args:
+        rows: number of rows.
+        like: tensor whose type and device the result has.
+        row_dropout: probability of dropping a row.
+        module_dropout: probability of dropping all rows.
+        rescale: True to divide by the share of rows that are kept.
+
+    Returns:
+        Factors (rows,).
     """
-    kept = (torch.rand(rows, device=like.device) >= row_dropout).to(like.dtype)
+    factors = (torch.rand(rows, device=like.device) >= row_dropout).to(like.dtype)
     if rescale:
-        kept = kept / kept.mean().clamp(min=1 / rows)
-    return kept * (torch.rand((), device=like.device) >= module_dropout)
+        factors = factors / factors.mean().clamp(min=1 / rows)
+    return factors * (torch.rand((), device=like.device) >= module_dropout)

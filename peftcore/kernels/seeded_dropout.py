@@ -1,9 +1,11 @@
-"""Dropout whose mask is made twice or kept as bits, never as numbers: nothing of the input's size stays in memory.
+"""Dropout with a compact mask: between forward and backward pass the mask is one bit per element, or only a seed.
 
-An element is dropped where its random byte is below a threshold t. Where p·256 is no whole number, each call takes the
-one below or above by a coin, so that every element's chance is p, and scales by 1/(1 − t/256), so that its mean is the
-input. On a CPU the bytes come from numpy's SFC64, whose raw words cost a twentieth of PyTorch's Bernoulli numbers, and
-the mask is kept as one bit an element; elsewhere PyTorch's generator of that device makes it again from the seed.
+An element is dropped if its random byte is below a threshold t. If p·256 is not an integer, each call rounds it up or
+down at random, so that the drop probability of every element is p. The scale is 1/(1 − t/256), so that the mean of the
+output is the input.
+
+On a CPU the bytes come from NumPy's SFC64, which costs a twentieth of PyTorch's Bernoulli numbers. The mask is saved as
+one bit per element. On other devices PyTorch's generator of that device draws the mask again from the seed.
 
 Shapes: n rows, i features.
 """
@@ -14,13 +16,13 @@ from torch import Tensor
 
 _COIN = 2**15
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers of an element's size: its bits times 0 or 1 are exact, and infinities and NaN are dropped too."""
+"""{bytes per element: integer type}. Multiplying the bits by 0 or 1 is exact, and drops infinities and NaN too."""
 
 
 class Dropout:
-    """One drawing of a mask, for as many rows as the input has.
+    """One draw of a dropout mask with probability p.
 
-    The seed is out of PyTorch's default generator, so that `manual_seed` and checkpointing's state reach it.
+    The seed is drawn from PyTorch's default generator: `manual_seed` and gradient checkpointing reproduce the mask.
     """
 
     def __init__(self, p: float):
@@ -28,23 +30,23 @@ class Dropout:
         coin, self.seed = drawn % _COIN, drawn // _COIN
         least = int(p * 256)
         self.threshold = least + (coin < round((p * 256 - least) * _COIN))
-        """Bytes below it drop their element; of 0 to 256."""
+        """Bytes below the threshold (0 to 256) drop their element."""
 
     @property
     def scale(self) -> float:
-        """What kept elements are multiplied with; 0 where everything is dropped."""
+        """Factor of the elements that are not dropped; 0 if all are dropped."""
         return 256 / (256 - self.threshold) if self.threshold < 256 else 0.0
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(the mask for x (n, i), what `again` makes it from): 1 where an element is kept, else 0."""
+        """Return the mask for x (n, i), 1 for kept elements and 0 for dropped ones, and its packed bits for `again`."""
         if x.device.type != "cpu":
             return self.again(x, None), None
         random = np.random.SFC64(self.seed).random_raw(-(-x.numel() // 8)).view(np.uint8)[: x.numel()]
-        kept = np.greater_equal(random, self.threshold, out=random.view(np.bool_))
-        return torch.from_numpy(random).view(x.shape), torch.from_numpy(np.packbits(kept))
+        keep = np.greater_equal(random, self.threshold, out=random.view(np.bool_))
+        return torch.from_numpy(random).view(x.shape), torch.from_numpy(np.packbits(keep))
 
     def again(self, x: Tensor, bits: Tensor | None) -> Tensor:
-        """The mask that `draw` made for this x."""
+        """Return the mask that `draw` returned for this x."""
         if bits is not None:
             return torch.from_numpy(np.unpackbits(bits.numpy(), count=x.numel())).view(x.shape)
         generator = torch.Generator(x.device).manual_seed(self.seed)
@@ -53,13 +55,13 @@ class Dropout:
 
 
 def masked(x: Tensor, keep: Tensor) -> Tensor:
-    """x (n, i) where `keep`, else 0, unscaled; differentiable in x."""
+    """Return x (n, i) with 0 for dropped elements, not scaled; differentiable in x."""
     if torch.is_grad_enabled() and x.requires_grad:
         return x.masked_fill(keep == 0, 0)
     return (x.contiguous().view(_BITS[x.element_size()]) * keep).view(x.dtype)
 
 
 def mask_(x: Tensor, keep: Tensor) -> Tensor:
-    """`masked` in place, for contiguous memory of the caller's own; it is given back."""
+    """Apply `masked` in place to a contiguous tensor, and return the tensor."""
     x.view(_BITS[x.element_size()]).mul_(keep)
     return x

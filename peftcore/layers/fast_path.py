@@ -25,7 +25,7 @@ from peftcore.composition.stacked import (
     stacked_outputs,
     stretched_outputs,
 )
-from peftcore.kernels.low_rank import LowRank, low_rank_linears
+from peftcore.kernels.low_rank import LowRankBranch, low_rank_linears
 from peftcore.layers.shared_inputs import give, is_replica, neighbours
 
 
@@ -58,7 +58,7 @@ def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:
         return None
-    found: dict[Any, tuple[BaseWeight, LowRank]] = {}
+    found: dict[Any, tuple[BaseWeight, LowRankBranch]] = {}
     for other in _computing(neighbours(layer, x), x, dtype):
         acting = other.acting()
         theirs = acting[0].low_rank() if len(acting) == 1 else None

@@ -1,7 +1,7 @@
-"""What adapters bring besides changes of weights: modules that train whole, and trained rows of embeddings.
+"""Extra trained modules of the adapters to merge: `modules_to_save` and trained rows of embeddings.
 
-They have no change that could be weighed, so they go along as they are, and at one place from one adapter only, as in
-HF PEFT (which makes a fresh copy of the base's module, though, and drops the trained one).
+They are no weight changes that a recipe could weigh. They are copied into the merged adapter unchanged, and at most one
+of the adapters may have them at one path. (HF PEFT drops the trained module and copies the base's.)
 """
 
 import copy
@@ -20,30 +20,34 @@ from peftcore.methods.trainable_tokens import TrainableTokens
 
 
 @dataclass(frozen=True)
-class Companions:
-    """By path."""
+class ExtraModules:
+    """The extra trained modules of several adapters, by path."""
 
     copies: dict[str, nn.Module]
     tokens: dict[str, TrainableTokens]
     names: list[str]
-    """`modules_to_save` of the adapters that the copies are from."""
+    """`modules_to_save` of the adapters that the copies come from."""
 
     def options(self) -> dict[str, Any]:
-        """What of a configuration asks for them."""
+        """Return the configuration fields that make an adapter have these modules."""
         unnamed = [path for path in self.copies if not named(path, self.names)]
         rows = {path: own.tokens.tolist() for path, own in self.tokens.items() if not own.follows}
         return {"modules_to_save": [*self.names, *unnamed] or None, "trainable_token_indices": rows or None}
 
     @torch.no_grad()
-    def take_to(self, injection: Injection) -> None:
-        """Put copies of them into an adapter that `options` has asked for."""
-        injection.copies |= copy.deepcopy(self.copies)  # at once, so that copies that share a weight go on doing so
+    def copy_to(self, injection: Injection) -> None:
+        """Copy the modules into an adapter whose configuration has the fields of `options`."""
+        injection.copies |= copy.deepcopy(self.copies)  # in one call, so that modules that share a weight still do
         for path, own in self.tokens.items():
             cast(TrainableTokens, injection.adapters[path]).trainable_tokens_delta.copy_(own.trainable_tokens_delta)
 
 
-def companions_of(adapters: AdapterSet, names: Sequence[str]) -> Companions:
-    """Those of several adapters; MergeError where two have them at one place, or one trains the base's biases."""
+def extra_modules_of(adapters: AdapterSet, names: Sequence[str]) -> ExtraModules:
+    """Collect the extra trained modules of several adapters.
+
+    Raises:
+        MergeError: two adapters have such a module at one path, or one adapter trains the base's biases.
+    """
     copies: dict[str, nn.Module] = {}
     tokens: dict[str, TrainableTokens] = {}
     saved: list[str] = []
@@ -51,20 +55,20 @@ def companions_of(adapters: AdapterSet, names: Sequence[str]) -> Companions:
         if adapters.biases(name):
             raise MergeError(
                 f"adapter {name!r} trains the base's own biases (bias={_bias_mode(adapters, name)!r}), which no recipe "
-                "combines; train it with bias='none' to combine it"
+                "merges; train it with bias='none' to merge it"
             )
         own, rows = adapters.copies(name), adapters.adapters(name)
         for path in adapters.of_method(name):
             del rows[path]
-        if twice := sorted((own.keys() & copies.keys()) | (rows.keys() & tokens.keys())):
+        if conflicts := sorted((own.keys() & copies.keys()) | (rows.keys() & tokens.keys())):
             raise MergeError(
-                f"{twice[0]} is trained whole (modules_to_save or trainable_token_indices) by more than one of "
-                f"{list(names)}, and such modules cannot be combined; leave all but one of these adapters out"
+                f"{conflicts[0]} is trained whole (modules_to_save or trainable_token_indices) by more than one of "
+                f"{list(names)}, and such modules cannot be merged; leave all but one of these adapters out"
             )
         copies |= own
         tokens |= cast(dict[str, TrainableTokens], rows)
         saved += [n for n in getattr(adapters.configs[name], "modules_to_save", None) or [] if own and n not in saved]
-    return Companions(copies, tokens, saved)
+    return ExtraModules(copies, tokens, saved)
 
 
 def _bias_mode(adapters: AdapterSet, name: str) -> str:

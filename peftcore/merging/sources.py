@@ -1,4 +1,4 @@
-"""The adapters that are to be combined, checked before anything is computed."""
+"""The adapters to merge, checked before anything is computed."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,15 +9,17 @@ from torch import nn
 from peftcore.adapter import Adapter
 from peftcore.errors import AdapterNameError, ConfigError, MergeError
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.merging.changes import Change, change_of, check_combinable, rank_of
-from peftcore.merging.extra_modules import companions_of
+from peftcore.merging.extra_modules import extra_modules_of
+from peftcore.merging.weight_changes import Change, change_of, check_replaceable, rank_of
 from peftcore.methods.lora import LoraConfig
 
 
 class Sources:
-    """Adapters of one model by name; the same name may be given twice.
+    """The source adapters of a merge, by name; a name may occur twice.
 
-    Raises AdapterNameError if one is not there or the new name is taken, MergeError if one cannot be combined.
+    Raises:
+        AdapterNameError: an adapter does not exist, or the new name is taken.
+        MergeError: an adapter cannot be merged.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], new_name: str):
@@ -25,44 +27,42 @@ class Sources:
         self.set = adapter_set(model)
         self.set.require(*self.names)
         if new_name in self.set.configs:
-            raise AdapterNameError(
-                f"there is already an adapter named {new_name!r}; delete it first or take another name"
-            )
+            raise AdapterNameError(f"an adapter named {new_name!r} exists already; delete it or take another name")
         for name in self.names:
             if name in self.set.prompts:
-                raise MergeError(f"adapter {name!r} is a prompt, which no weight can hold; leave it out")
-        self.companions = companions_of(self.set, self.names)
+                raise MergeError(f"adapter {name!r} is a prompt, which changes no weight; leave it out")
+        self.extra_modules = extra_modules_of(self.set, self.names)
         self.adapters = {name: self.set.of_method(name) for name in self.names}
-        for name, own in self.adapters.items():
-            for path, adapter in own.items():
-                check_combinable(adapter, name, path)
+        for name, by_path in self.adapters.items():
+            for path, adapter in by_path.items():
+                check_replaceable(adapter, name, path)
         self.paths = [path for path in self.set.layers if any(path in own for own in self.adapters.values())]
         if not self.paths:
-            raise MergeError(f"{self.names} change no layer, so there is nothing to combine")
+            raise MergeError(f"{self.names} change no layer, so there is nothing to merge")
 
     def at(self, path: str) -> list[Adapter | None]:
-        """Each adapter's at one layer, in order."""
+        """Return the adapters at one layer, in the order of `names`; None for an adapter that is not there."""
         return [self.adapters[name].get(path) for name in self.names]
 
     def changes(self) -> Iterator[tuple[str, list[Change | None]]]:
-        """What each changes, layer by layer; read only as one asks for the next."""
+        """Yield (path, one change for each adapter) layer by layer; a layer is read when it is asked for."""
         for path in self.paths:
             yield path, [None if adapter is None else change_of(adapter) for adapter in self.at(path)]
 
     def config(self, name: str) -> Any:
-        """The configuration of one."""
+        """Return the configuration of one adapter."""
         return self.set.configs[name]
 
     def largest_rank(self, path: str | None = None) -> int:
-        """The largest rank (count) among the adapters, at one layer or in all; ConfigError if a method has none."""
+        """Return the largest rank (count) of the adapters, at one layer or at all; ConfigError if one has no rank."""
         ranks: list[int] = []
-        for place in self.paths if path is None else [path]:
-            for name, adapter in zip(self.names, self.at(place), strict=True):
+        for layer in self.paths if path is None else [path]:
+            for name, adapter in zip(self.names, self.at(layer), strict=True):
                 rank = 0 if adapter is None else rank_of(adapter)
                 if rank is None:
                     raise ConfigError(
-                        f"adapter {name!r} ({self.config(name).peft_type}) has no rank that the new one could take; "
-                        "give the rank to keep, such as 16"
+                        f"adapter {name!r} ({self.config(name).peft_type}) has no rank that the new adapter could "
+                        "take; give a rank, such as 16"
                     )
                 ranks.append(rank)
         for config in map(self.config, self.names if path is None else []):
@@ -70,14 +70,14 @@ class Sources:
                 ranks += [config.r, *(config.rank_pattern or {}).values()]
         return max(ranks)
 
-    def check_rank(self, what: str, rank: int | None) -> None:
-        """Raise ConfigError for a rank (count) that no layer can have; None is fine."""
+    def check_rank(self, option: str, rank: int | None) -> None:
+        """Raise ConfigError for a rank (count) that no layer can have; None is valid."""
         if rank is None:
             return
         bases = [self.set.layers[path].base for path in self.paths]
-        most = max(min(b.out_features, b.in_features * math.prod(b.kernel)) for b in bases)
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
+        largest = max(min(b.out_features, b.in_features * math.prod(b.kernel)) for b in bases)
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
             raise ConfigError(
-                f"{what} must be an integer from 1 to {most}, the most that a layer of these adapters can have; got "
+                f"{option} must be an integer from 1 to {largest}, the largest rank of a layer of these adapters; got "
                 f"{rank!r}"
             )

@@ -1,8 +1,9 @@
-"""HF PEFT's `add_weighted_adapter`: its names and what they mean there.
+"""`add_weighted_adapter`: adapter merging by HF PEFT's names and semantics.
 
-svd, cat and the *_svd kinds combine ΔW; cat is exact. The others combine the factors A and B apart, each with the
-weight √|ws|, and the sign on A: cheap, and not the sum of the changes, since (B₁ + B₂)(A₁ + A₂) has cross terms.
-TIES is PEFT's: signs are elected before weights, and sums divided by how many agree (`Recipe.ties` is the paper's).
+svd, cat and the *_svd types merge ΔW; cat is exact. The other types merge the factors A and B separately, each with the
+weight √|ws|, and the sign on A. That is cheap, but not the sum of the changes: (B₁ + B₂)(A₁ + A₂) has cross terms.
+TIES is PEFT's variant: signs are elected before the weights apply, and sums are divided by the number of agreeing
+changes. `Recipe.ties` is the paper's variant.
 """
 
 import math
@@ -14,19 +15,18 @@ from torch import Tensor, nn
 
 from peftcore.config import suggestion
 from peftcore.errors import ConfigError
-from peftcore.kernels.low_rank import Factors
-from peftcore.merging.changes import Change
-from peftcore.merging.factors import inner, reduced
-from peftcore.merging.layer import Combined, combined
-from peftcore.merging.merging import MergeReport, finish, refusing_what_is_not_finite
-from peftcore.merging.mixing import mixed
+from peftcore.kernels.factors import Factors, LowRankReport, inner, svd_of_factors
+from peftcore.merging.elementwise import merged_elements
+from peftcore.merging.layer import MergedLayer, merged_layer
+from peftcore.merging.merge import add_layers, decomposition_errors_as_merge_errors
 from peftcore.merging.recipe import Elect, Recipe, check_density
 from peftcore.merging.sources import Sources
+from peftcore.merging.weight_changes import Change
 
-APART = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-"""Kinds that combine A and B apart."""
-KINDS = ("svd", "cat", *APART, *(f"{kind}_svd" for kind in APART[1:]))
-"""What `combination_type` may be."""
+SEPARATE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""Combination types that merge A and B separately."""
+KINDS = ("svd", "cat", *SEPARATE, *(f"{kind}_svd" for kind in SEPARATE[1:]))
+"""Values of `combination_type`."""
 SIGN_METHODS: dict[str, Elect] = {"total": "sum", "frequency": "count"}
 DRIVERS = (None, "gesvd", "gesvdj", "gesvda")
 
@@ -44,17 +44,31 @@ def add_weighted_adapter(
     svd_driver: str | None = None,
     density: float | None = None,
     majority_sign_method: str = "total",
-) -> MergeReport:
-    """Add a LoRA that is a weighted combination of others, frozen and not active.
+) -> LowRankReport:
+    """Add a LoRA that is a weighted combination of other adapters; it is frozen and not active.
 
-    svd_rank: rank (count) of svd and *_svd; None: the largest among the adapters. A layer gets no more than it needs.
-    svd_clamp: quantile of the elements of B = U·S and A = Vᵀ that they are clamped to; not counted as an error.
-    svd_full_matrices, svd_driver: taken for PEFT's sake; the result does not depend on them.
-    density: share of elements kept, in (0, 1], for kinds that prune; others do not look at it.
-    majority_sign_method: "total", the sign of the sum, or "frequency", that of most changes.
-    Different from PEFT: a name that is taken is an error; one adapter alone is combined as is asked for, not by
-    "linear"; `cat` and `svd` take adapters of any method that can be merged, DoRA as what it computes.
-    Raises AdapterNameError, ConfigError or MergeError; the model is then as it was.
+    Differences from PEFT: a name that exists is an error. A single adapter is merged by the type that was asked for,
+    not by "linear". `cat` and `svd` take adapters of every mergeable method, and DoRA with its magnitude.
+
+    Args:
+        model: a model with adapters.
+        adapters: names of the source adapters.
+        weights: one weight for each of them.
+        adapter_name: the new adapter's name.
+        combination_type: one of `KINDS`.
+        svd_rank: largest rank (count) of svd and *_svd; None: the largest of the adapters.
+        svd_clamp: quantile of the elements of B = U·S and A = Vᵀ to which they are clamped; the report does not count
+            the clamping as an error.
+        svd_full_matrices: accepted for compatibility; the result does not depend on it.
+        svd_driver: accepted for compatibility; the result does not depend on it.
+        density: share of elements to keep, in (0, 1], for types that prune; other types ignore it.
+        majority_sign_method: "total", the sign of the sum, or "frequency", the sign of the majority of changes.
+
+    Returns:
+        Rank and error of each layer.
+
+    Raises:
+        AdapterNameError, ConfigError, MergeError: the arguments or the adapters do not fit; the model is unchanged.
     """
     recipe = _recipe(combination_type, density, majority_sign_method)
     _check_svd(svd_clamp, svd_driver)
@@ -65,19 +79,19 @@ def add_weighted_adapter(
     by_svd = combination_type.endswith("svd")
     sources.check_rank("svd_rank", svd_rank)
     rank = (svd_rank or sources.largest_rank()) if by_svd else None
-    layers: dict[str, Combined] = {}
-    with refusing_what_is_not_finite():
+    layers: dict[str, MergedLayer] = {}
+    with decomposition_errors_as_merge_errors():
         for path, changes in sources.changes():
             if not by_svd:
                 _check_factors(combination_type, sources, path, changes)
-            if combination_type in APART:
-                layers[path] = _apart(changes, weights, recipe)
+            if combination_type in SEPARATE:
+                layers[path] = _merged_separately(changes, weights, recipe)
                 continue
-            own = combined(changes, weights, recipe, rank, None)
-            layers[path] = (
-                own if svd_clamp is None or not by_svd else own._replace(factors=_clamped(own.factors, svd_clamp))
-            )
-    return finish(model, adapter_name, sources, layers)
+            layer = merged_layer(changes, weights, recipe, rank, None)
+            if by_svd and svd_clamp is not None:
+                layer = layer._replace(factors=_clamped(layer.factors, svd_clamp))
+            layers[path] = layer
+    return add_layers(model, adapter_name, sources, layers)
 
 
 def _recipe(kind: str, density: float | None, majority: str) -> Recipe:
@@ -88,11 +102,11 @@ def _recipe(kind: str, density: float | None, majority: str) -> Recipe:
     if kind in ("svd", "cat", "linear"):
         return Recipe()
     check_density(f"density for combination_type={kind!r}", density)
-    how = "random" if kind.startswith("dare") else "magnitude"
+    sparsify = "random" if kind.startswith("dare") else "magnitude"
     if "ties" not in kind:
-        return Recipe(how, cast(float, density), seed=None)
+        return Recipe(sparsify, cast(float, density), seed=None)
     elect = SIGN_METHODS[majority]
-    return Recipe(how, cast(float, density), elect=elect, elect_weighted=False, normalise="count", seed=None)
+    return Recipe(sparsify, cast(float, density), elect=elect, elect_weighted=False, normalise="count", seed=None)
 
 
 def _check_svd(clamp: float | None, driver: str | None) -> None:
@@ -103,45 +117,49 @@ def _check_svd(clamp: float | None, driver: str | None) -> None:
 
 
 def _check_factors(kind: str, sources: Sources, path: str, changes: Sequence[Change | None]) -> None:
-    """Raise ConfigError unless every change has factors, and of the same rank where A and B are combined apart."""
+    """Raise ConfigError unless every change has factors, of one rank if A and B are merged separately."""
     ranks = {}
     for name, change in zip(sources.names, changes, strict=True):
         if change is not None and not isinstance(change.weight, Factors):
             raise ConfigError(
-                f"combination_type={kind!r} takes the factors A and B, and adapter {name!r} at {path} is not these "
-                "alone; take 'svd', which combines ΔW"
+                f"combination_type={kind!r} needs the factors A and B, and the change of adapter {name!r} at {path} is "
+                "not their product; take 'svd', which merges ΔW"
             )
         if change is not None:
             ranks[name] = cast(Factors, change.weight).rank
-    if kind in APART and len(set(ranks.values())) > 1:
+    if kind in SEPARATE and len(set(ranks.values())) > 1:
         raise ConfigError(
             f"combination_type={kind!r} adds factors of the same rank; at {path} they are {ranks}; take 'cat' or 'svd'"
         )
 
 
-def _apart(changes: Sequence[Change | None], weights: Sequence[float], recipe: Recipe) -> Combined:
+def _merged_separately(changes: Sequence[Change | None], weights: Sequence[float], recipe: Recipe) -> MergedLayer:
     factors = [None if change is None else cast(Factors, change.weight) for change in changes]
-    scaled = [0.0 if own is None else w * own.scaling for own, w in zip(factors, weights, strict=True)]
-    sizes = [math.sqrt(abs(value)) for value in scaled]
-    signed = [math.copysign(size, value) for size, value in zip(sizes, scaled, strict=True)]
-    a = mixed([own and own.a for own in factors], signed, recipe, None)
-    b = mixed([own and own.b for own in factors], sizes, recipe, None)
+    scales = [0.0 if own is None else w * own.scaling for own, w in zip(factors, weights, strict=True)]
+    sizes = [math.sqrt(abs(scale)) for scale in scales]
+    signed = [math.copysign(size, scale) for size, scale in zip(sizes, scales, strict=True)]
+    a = merged_elements([own and own.a for own in factors], signed, recipe, None)
+    b = merged_elements([own and own.b for own in factors], sizes, recipe, None)
     biases = [w * c.bias for c, w in zip(changes, weights, strict=True) if c is not None and c.bias is not None]
-    made = Factors(a, b)
-    return Combined(made, sum(biases[1:], biases[0]) if biases else None, 0.0, inner(made, made))
+    merged = Factors(a, b)
+    return MergedLayer(merged, sum(biases[1:], biases[0]) if biases else None, 0.0, inner(merged, merged))
 
 
 def _clamped(change: Factors, quantile: float) -> Factors:
-    """Singular vectors have any sign, on which the quantile depends: here each of A's is largest where it is > 0."""
-    a, b, _ = reduced(change, change.rank).factors
+    """Clamp B = U·S and A = Vᵀ to ± a quantile of their elements.
+
+    The quantile depends on the signs of the singular vectors, which an SVD leaves open. Here the largest element of
+    each row of A is positive.
+    """
+    a, b, _ = svd_of_factors(change, change.rank).factors()
     signs = a.gather(2, a.abs().argmax(2, keepdim=True)).sign()
     a, b = a * signs, b * signs.mT
-    most = _quantile(torch.cat([b.flatten(), a.flatten()]), quantile)
-    return Factors(a.clamp(-most, most), b.clamp(-most, most))
+    limit = _quantile(torch.cat([b.flatten(), a.flatten()]), quantile)
+    return Factors(a.clamp(-limit, limit), b.clamp(-limit, limit))
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
-    """Between the two elements next to it; `torch.quantile` takes 16 million elements at most."""
-    place = share * (len(values) - 1)
+    """Interpolate between the two nearest elements; `torch.quantile` takes 16 million elements at most."""
+    position = share * (len(values) - 1)
     ordered = values.sort().values
-    return torch.lerp(ordered[math.floor(place)], ordered[math.ceil(place)], place - math.floor(place))
+    return torch.lerp(ordered[math.floor(position)], ordered[math.ceil(position)], position - math.floor(position))

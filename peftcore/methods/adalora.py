@@ -21,7 +21,8 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig
 from peftcore.errors import ConfigError, TrainingError
-from peftcore.kernels.low_rank import Factors, LowRank
+from peftcore.kernels.factors import Factors
+from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.registry import register
 
 _NAMES = ("lora_A", "lora_B", "lora_E")
@@ -136,8 +137,10 @@ class AdaLora(Adapter):
     def rank(self) -> int:
         return int(self.kept.sum())
 
-    def low_rank(self) -> LowRank:
-        return LowRank(self.lora_A * self.lora_E, self.lora_B, self.scaling, self.dropout if self.training else 0.0)
+    def low_rank(self) -> LowRankBranch:
+        return LowRankBranch(
+            self.lora_A * self.lora_E, self.lora_B, self.scaling, self.dropout if self.training else 0.0
+        )
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if self.dropout and self.training:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
-from peftcore.kernels.low_rank import Factors
+from peftcore.kernels.factors import Factors
 from peftcore.registry import register
 
 

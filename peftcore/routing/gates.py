@@ -16,6 +16,7 @@ from peftcore.adapter import Adapter
 from peftcore.composition.algebra import Gate
 from peftcore.composition.fingerprint import Fingerprint
 from peftcore.errors import RoutingError
+from peftcore.kernels.factors import Factors, svd_of_factors
 
 
 def arrow_gate(names: Sequence[str], top_k: int | None = None, temperature: float = 1.0) -> Gate:
@@ -59,10 +60,5 @@ class _Arrow:
 
 
 def prototype(a: Tensor, b: Tensor) -> Tensor:
-    """(i,): the unit vector that B A stretches most, from A (r, i) and B (o, r), without B A itself.
-
-    B A = Q_b (R_b R_aᵀ) Q_aᵀ, so its first right singular vector is Q_a times that of the small core.
-    """
-    q_a, r_a = torch.linalg.qr(a.T)
-    r_b = torch.linalg.qr(b)[1]
-    return q_a @ torch.linalg.svd(r_b @ r_a.T)[2][0]
+    """Return the first right singular vector (i,) of BA, from A (r, i) and B (o, r), without forming BA."""
+    return svd_of_factors(Factors(a[None], b[None]), 1).vh[0, 0]

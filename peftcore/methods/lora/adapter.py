@@ -21,7 +21,8 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, ParameterWeight
 from peftcore.bases.base import WeightVersion
 from peftcore.errors import ConfigError, MergeError
-from peftcore.kernels.low_rank import Factors, LowRank
+from peftcore.kernels.factors import Factors
+from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.methods.lora import invocation, starts
 from peftcore.methods.lora.config import LoraConfig
 from peftcore.registry import register
@@ -127,7 +128,7 @@ class Lora(Adapter):
     def rank(self) -> int:
         return self.r
 
-    def low_rank(self) -> LowRank | None:
+    def low_rank(self) -> LowRankBranch | None:
         if self.lora_bias is not None or self.config.alora_invocation_tokens is not None:
             return None
         dropout, start = self.dropout if self.training else 0.0, self.start
@@ -137,8 +138,8 @@ class Lora(Adapter):
         if start is not None:
             a, b = torch.cat([a, start[0]]), torch.cat([b, -start[1]], 1)
         if self.magnitude is None:
-            return LowRank(a, b, self.scaling, dropout)
-        return None if self.base.bias is not None else LowRank(a, b, self.scaling, gain=self._ratio())
+            return LowRankBranch(a, b, self.scaling, dropout)
+        return None if self.base.bias is not None else LowRankBranch(a, b, self.scaling, gain=self._ratio())
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x

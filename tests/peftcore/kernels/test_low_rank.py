@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases import BaseWeight, base_weight
-from peftcore.kernels.low_rank import LowRank, low_rank_linears
+from peftcore.kernels.low_rank import LowRankBranch, low_rank_linears
 from peftcore.kernels.seeded_dropout import Dropout
 
 IN, OUT, RANK, ROWS = 12, 9, 3, 7
 
 
-def low_rank_linear(base: BaseWeight, x: Tensor, own: LowRank) -> Tensor:
+def low_rank_linear(base: BaseWeight, x: Tensor, own: LowRankBranch) -> Tensor:
     (y,) = low_rank_linears(x, [(base, own)])
     return y
 
@@ -30,7 +30,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype).requires_grad_()
 
 
-def plain(layer: nn.Module, x: Tensor, own: LowRank, dropping: Tensor | None = None) -> Tensor:
+def plain(layer: nn.Module, x: Tensor, own: LowRankBranch, dropping: Tensor | None = None) -> Tensor:
     """The formula as anyone would write it; dropping: what dropout multiplies each element with."""
     dropped = x if dropping is None else x * dropping.to(x)
     low_rank = own.scaling * F.linear(F.linear(dropped, own.a), own.b)
@@ -47,7 +47,7 @@ def gradients(y: Tensor, inputs: list[Tensor], g: Tensor) -> list[Tensor]:
 def test_equals_plain_autograd(kind: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     layer, x = layer_of(kind), tensor(*shape)
-    own = LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.7, 0.0, tensor(OUT) if kind == "gain" else None)
+    own = LowRankBranch(tensor(RANK, IN), tensor(OUT, RANK), 1.7, 0.0, tensor(OUT) if kind == "gain" else None)
     inputs = [x, own.a, own.b] + ([] if own.gain is None else [own.gain])
     y = low_rank_linear(base_weight(layer), x, own)
     expected = plain(layer, x, own)
@@ -65,7 +65,7 @@ def test_gradcheck_once_and_twice(gain: bool) -> None:
     inputs = (x, a, b, *([tensor(OUT)] if gain else []))
 
     def run(x: Tensor, a: Tensor, b: Tensor, gain: Tensor | None = None) -> Tensor:
-        return low_rank_linear(base, x, LowRank(a, b, 0.7, 0.0, gain))
+        return low_rank_linear(base, x, LowRankBranch(a, b, 0.7, 0.0, gain))
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
@@ -85,8 +85,8 @@ def test_sharing_layers_gradcheck_once_and_twice(gain: bool) -> None:
     )
 
     def run(x: Tensor, a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, gain: Tensor | None = None) -> Tensor:
-        other = LowRank(a2, b2, 1.3, 0.0, gain)
-        return torch.stack([*low_rank_linears(x, [(first, LowRank(a, b, 0.7, 0.0, gain)), (second, other)])])
+        other = LowRankBranch(a2, b2, 1.3, 0.0, gain)
+        return torch.stack([*low_rank_linears(x, [(first, LowRankBranch(a, b, 0.7, 0.0, gain)), (second, other)])])
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
@@ -95,7 +95,7 @@ def test_sharing_layers_gradcheck_once_and_twice(gain: bool) -> None:
 def test_sharing_layers_equal_layers_apart() -> None:
     torch.manual_seed(0)
     layers, x = [layer_of("plain"), layer_of("bias"), layer_of("Conv1D")], tensor(2, ROWS, IN)
-    owns = [LowRank(tensor(r, IN), tensor(OUT, r), s) for r, s in ((3, 1.0), (1, 0.5), (4, 2.0))]
+    owns = [LowRankBranch(tensor(r, IN), tensor(OUT, r), s) for r, s in ((3, 1.0), (1, 0.5), (4, 2.0))]
     inputs = [x, *(t for own in owns for t in own[:2])]
     ys = list(low_rank_linears(x, [(base_weight(layer), own) for layer, own in zip(layers, owns, strict=True)]))
     expected = [plain(layer, x, own) for layer, own in zip(layers, owns, strict=True)]
@@ -109,7 +109,7 @@ def test_sharing_layers_equal_layers_apart() -> None:
 def test_an_output_that_nobody_uses_gives_no_gradient() -> None:
     torch.manual_seed(0)
     layer, x = layer_of("plain"), tensor(ROWS, IN)
-    own, other = (LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.0) for _ in range(2))
+    own, other = (LowRankBranch(tensor(RANK, IN), tensor(OUT, RANK), 1.0) for _ in range(2))
     y, _ = low_rank_linears(x, [(base_weight(layer), own), (base_weight(layer), other)])
     y.sum().backward()
     assert not other.a.grad.any() and not other.b.grad.any()
@@ -121,7 +121,9 @@ def test_an_output_that_nobody_uses_gives_no_gradient() -> None:
 def test_outputs_may_be_changed_in_place(gain: bool) -> None:
     torch.manual_seed(0)
     layer, x = layer_of("plain"), tensor(2, ROWS, IN)
-    owns = [LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.0, 0.0, tensor(OUT) if gain else None) for _ in range(2)]
+    owns = [
+        LowRankBranch(tensor(RANK, IN), tensor(OUT, RANK), 1.0, 0.0, tensor(OUT) if gain else None) for _ in range(2)
+    ]
     first, second = low_rank_linears(x, [(base_weight(layer), own) for own in owns])
     first *= 3
     second[..., 0] += first[..., 1]
@@ -150,7 +152,7 @@ def next_factors(x: Tensor, p: float) -> Tensor:
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_dropout_equals_plain_autograd_with_the_same_mask(p: float) -> None:
     torch.manual_seed(0)
-    layer, x, own = layer_of("bias"), tensor(2, ROWS, IN), LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.7, p)
+    layer, x, own = layer_of("bias"), tensor(2, ROWS, IN), LowRankBranch(tensor(RANK, IN), tensor(OUT, RANK), 1.7, p)
     dropping = next_factors(x, p)
     assert 0 < dropping.count_nonzero() < dropping.numel()
     y = low_rank_linear(base_weight(layer), x, own)
@@ -166,7 +168,7 @@ def test_dropout_has_a_second_derivative() -> None:
 
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         torch.manual_seed(0)  # the same mask each time
-        return low_rank_linear(base, x, LowRank(a, b, 0.7, 0.3))
+        return low_rank_linear(base, x, LowRankBranch(a, b, 0.7, 0.3))
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
@@ -175,7 +177,7 @@ def test_dropout_has_a_second_derivative() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dropout_of_everything_leaves_the_base(dtype: torch.dtype) -> None:
     layer, x = layer_of("bias", dtype), tensor(ROWS, IN, dtype=dtype)
-    y = low_rank_linear(base_weight(layer), x, LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.0, 1.0))
+    y = low_rank_linear(base_weight(layer), x, LowRankBranch(tensor(RANK, IN), tensor(OUT, RANK), 1.0, 1.0))
     assert torch.equal(y, layer(x))
     y.sum().backward()
     assert torch.equal(x.grad, torch.autograd.grad(layer(x).sum(), x)[0])
@@ -211,11 +213,13 @@ def test_the_mask_drops_each_element_with_its_probability(p: float) -> None:
 def test_half_precision_is_within_its_rounding(dtype: torch.dtype, dropout: float) -> None:
     torch.manual_seed(0)
     layer, x = layer_of("bias", dtype), tensor(64, IN, dtype=dtype)
-    own = LowRank(tensor(RANK, IN, dtype=torch.float32), tensor(OUT, RANK, dtype=torch.float32), 0.5, dropout)
+    own = LowRankBranch(tensor(RANK, IN, dtype=torch.float32), tensor(OUT, RANK, dtype=torch.float32), 0.5, dropout)
     dropping = next_factors(x, dropout) if dropout else None
     y = low_rank_linear(base_weight(layer), x, own)
     wide_layer = copy.deepcopy(layer).double()
-    wide = LowRank(own.a.detach().double().requires_grad_(), own.b.detach().double().requires_grad_(), 0.5, dropout)
+    wide = LowRankBranch(
+        own.a.detach().double().requires_grad_(), own.b.detach().double().requires_grad_(), 0.5, dropout
+    )
     wide_x = x.detach().double().requires_grad_()
     expected = plain(wide_layer, wide_x, wide, dropping)
     g = torch.randn_like(y)
@@ -237,7 +241,7 @@ def test_quantised_bases_equal_the_layers_own_autograd(kind: str) -> None:
     dtype = base.computes_in(x)
     assert dtype == torch.float32
     a, b = tensor(RANK, base.in_features, dtype=dtype), tensor(base.out_features, RANK, dtype=dtype)
-    own = LowRank(a, b, 0.5)
+    own = LowRankBranch(a, b, 0.5)
     y = low_rank_linear(base, x, own)
     expected, g = plain(layer, x, own), torch.randn(5, base.out_features)
     torch.testing.assert_close(y, expected, atol=2e-5, rtol=1e-5)
@@ -247,7 +251,7 @@ def test_quantised_bases_equal_the_layers_own_autograd(kind: str) -> None:
 
 def test_what_is_kept_is_the_input_and_the_ranks_product() -> None:
     layer, x = nn.Linear(64, 512, bias=False).requires_grad_(False), tensor(128, 64, dtype=torch.float32)
-    own = LowRank(tensor(4, 64, dtype=torch.float32), tensor(512, 4, dtype=torch.float32), 1.0, 0.1)
+    own = LowRankBranch(tensor(4, 64, dtype=torch.float32), tensor(512, 4, dtype=torch.float32), 1.0, 0.1)
     kept: list[Tensor] = []
 
     def pack(saved: Tensor) -> Tensor:
@@ -263,7 +267,7 @@ def test_what_is_kept_is_the_input_and_the_ranks_product() -> None:
 
 
 def test_without_gradient_nothing_is_traced() -> None:
-    layer, x, own = layer_of("bias"), tensor(ROWS, IN), LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.0)
+    layer, x, own = layer_of("bias"), tensor(ROWS, IN), LowRankBranch(tensor(RANK, IN), tensor(OUT, RANK), 1.0)
     with torch.no_grad():
         y = low_rank_linear(base_weight(layer), x, own)
     assert not y.requires_grad
@@ -271,7 +275,7 @@ def test_without_gradient_nothing_is_traced() -> None:
 
 
 def test_an_input_that_needs_no_gradient_gets_none() -> None:
-    layer, x, own = layer_of("bias"), tensor(ROWS, IN).detach(), LowRank(tensor(RANK, IN), tensor(OUT, RANK), 1.0)
+    layer, x, own = layer_of("bias"), tensor(ROWS, IN).detach(), LowRankBranch(tensor(RANK, IN), tensor(OUT, RANK), 1.0)
     low_rank_linear(base_weight(layer), x, own).sum().backward()
     assert x.grad is None
     expected = torch.autograd.grad(plain(layer, x, own).sum(), [own.a, own.b])
@@ -280,7 +284,7 @@ def test_an_input_that_needs_no_gradient_gets_none() -> None:
 
 def test_rank_zero_is_the_base() -> None:
     layer, x = layer_of("bias"), tensor(ROWS, IN)
-    y = low_rank_linear(base_weight(layer), x, LowRank(tensor(0, IN), tensor(OUT, 0), 1.0))
+    y = low_rank_linear(base_weight(layer), x, LowRankBranch(tensor(0, IN), tensor(OUT, 0), 1.0))
     assert torch.equal(y, layer(x))
     y.sum().backward()
     torch.testing.assert_close(x.grad, torch.autograd.grad(layer(x).sum(), x)[0], atol=1e-12, rtol=0)

@@ -13,7 +13,7 @@ from peftcore.composition import Only, Stack
 from peftcore.errors import RoutingError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.merging import Recipe
-from peftcore.merging.mixing import mixed
+from peftcore.merging.elementwise import merged_elements
 from peftcore.merging.sparsify import sparsified
 
 FULL = 8
@@ -191,7 +191,7 @@ def test_chance_comes_before_the_election(recipe: Recipe) -> None:
     weights = [1.0, 0.5, 2.0]
     again = torch.Generator().manual_seed(3)
     kept = [sparsified(own, recipe, again) for own in x]
-    found = mixed(x, weights, recipe, torch.Generator().manual_seed(3))
+    found = merged_elements(x, weights, recipe, torch.Generator().manual_seed(3))
     weighed = torch.stack([w * k for w, k in zip(weights, kept, strict=True)])
     agrees = weighed.sign() == weighed.sum(0).sign()
     n = (torch.tensor(weights).view(3, 1, 1) * agrees * (weighed != 0)).sum(0)

@@ -23,10 +23,10 @@ def unchanged(model: Any, snapshot: Any, kind: type[PeftError], message: str, ca
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        ({"adapter_name": "b"}, AdapterNameError, "already an adapter named 'b'"),
+        ({"adapter_name": "b"}, AdapterNameError, "an adapter named .b. exists already"),
         ({"adapter_name": "x.y"}, AdapterNameError, r"a word without '\.'"),
         ({"adapters": ["a", "z"]}, AdapterNameError, "no adapter named 'z'; loaded: a, b"),
-        ({"adapters": [], "weights": []}, ConfigError, "no adapters to combine"),
+        ({"adapters": [], "weights": []}, ConfigError, "no adapters to merge"),
         ({"weights": [1.0]}, ConfigError, "got 2 adapters and 1 weights"),
         ({"weights": [1.0, float("nan")]}, ConfigError, "weights must be finite numbers; got nan"),
         ({"weights": [1.0, "1"]}, ConfigError, "weights must be finite numbers; got '1'"),
@@ -58,7 +58,7 @@ def test_a_name_that_is_taken_keeps_its_adapter(linears: Any, changes: Any) -> N
         lambda: model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "b", "cat"),
         lambda: model.add_merged("b", {"a": 1.0, "b": 1.0}, SUM),
     ):
-        with pytest.raises(AdapterNameError, match="delete it first or take another name"):
+        with pytest.raises(AdapterNameError, match="delete it or take another name"):
             call()
     assert all(torch.equal(before[path], change) for path, change in changes(model, "b").items())
 
@@ -66,15 +66,15 @@ def test_a_name_that_is_taken_keeps_its_adapter(linears: Any, changes: Any) -> N
 @pytest.mark.parametrize(
     ("weights", "recipe", "message"),
     [
-        ({}, SUM, "no adapters to combine"),
+        ({}, SUM, "no adapters to merge"),
         ({"a": float("inf")}, SUM, "finite numbers; got inf"),
         ({"a": 1.0, "b": -1.0}, Recipe.linear(), "average needs weights of at least 0.*task_arithmetic"),
         ({"a": 0.0, "b": 0.0}, Recipe.linear(), "average needs weights"),
         ({"a": 1.0}, Recipe.slerp(), "two weights of at least 0"),
         ({"a": 1.0, "b": -0.5}, Recipe.slerp(), "two weights of at least 0"),
-        ({"a": 1.0}, Recipe.model_stock(), "two adapters or more"),
-        ({"a": 1.0, "b": 2.0}, Recipe.model_stock(), "each is given the same"),
-        ({"a": 1.0, "b": 2.0}, "ties", "a recipe such as Recipe.ties.* got 'ties'"),
+        ({"a": 1.0}, Recipe.model_stock(), "two or more adapters"),
+        ({"a": 1.0, "b": 2.0}, Recipe.model_stock(), "give each the same weight"),
+        ({"a": 1.0, "b": 2.0}, "ties", "such as Recipe.ties.* got 'ties'"),
     ],
     ids=str,
 )
@@ -97,7 +97,7 @@ def test_of_weights(weights: dict[str, float], recipe: Any, message: str, linear
         ({"sparsify": "row_rank", "density": 0.2, "epsilon": 0.2}, "density - epsilon must be above 0"),
         ({"sparsify": "outliers", "density": 0.9, "gamma": 0.2}, r"from 0 to 1 - density = 0\.1"),
         ({"sparsify": "outliers", "density": 0.9, "gamma": -0.1}, "gamma must be from 0"),
-        ({"weigh": "slerp", "sparsify": "random", "density": 0.5}, "makes its own weights of whole changes"),
+        ({"weigh": "slerp", "sparsify": "random", "density": 0.5}, "computes its own weights of whole changes"),
     ],
     ids=str,
 )

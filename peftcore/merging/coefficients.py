@@ -1,21 +1,21 @@
-"""The recipes that are one number for each change of a layer: sums, averages, SLERP and model stock."""
+"""Recipes with one coefficient for each change of a layer: sums, averages, SLERP and model stock."""
 
 import itertools
 import math
 from collections.abc import Sequence
 
-from peftcore.merging.changes import Change
 from peftcore.merging.recipe import Recipe
+from peftcore.merging.weight_changes import Change
 
 _PARALLEL = 1 - 1e-6
-"""|cos θ| from which on SLERP is the straight line that it tends to: sin θ would divide by almost nothing."""
+"""|cos θ| above which SLERP becomes linear interpolation, its limit; the division by sin θ would lose all digits."""
 
 
 def coefficients(changes: Sequence[Change | None], weights: Sequence[float], recipe: Recipe) -> list[float]:
-    """c with ΔW = Σ cᵢΔᵢ at one layer; None stands for a change that is zero.
+    """Return the coefficients c with ΔW = Σ cᵢΔᵢ at one layer; a change None stands for zero.
 
-    A zero change has no angle: SLERP is then a straight line, and model stock takes the cosine as 0, as it takes a
-    mean below 0, of which its paper says nothing.
+    A zero change has no angle: SLERP is then linear interpolation, and model stock takes its cosine as 0. Model stock
+    takes a negative mean cosine as 0 too, a case that the paper does not treat.
     """
     if recipe.weigh == "given":
         share = recipe.scale / (sum(weights) if recipe.normalise == "weights" else 1)
@@ -35,7 +35,7 @@ def _slerp(cosine: float | None, t: float) -> tuple[float, float]:
 
 
 def _cosine(one: Change | None, other: Change | None) -> float | None:
-    """None where one of the two is zero."""
+    """Return the cosine of the angle between two changes; None if one of them is zero."""
     if one is None or other is None:
         return None
     lengths = one.inner(one).double().sqrt() * other.inner(other).double().sqrt()
