@@ -1,6 +1,8 @@
-"""CorDA: W is decomposed as the data sees it, SVD(W·C) with C the covariance of the input. arXiv:2406.05223.
+"""CorDA (arXiv:2406.05223): the initial factors come from the SVD of W·C, with C the covariance of the layer's input.
 
-"ipm" trains the r directions that matter most to the data, "kpm" the r that matter least, so that knowledge stays.
+"ipm" (instruction-previewed) trains the r directions that are most important for the data. "kpm"
+(knowledge-preserved) trains the r least important ones, so that the model keeps its knowledge.
+
 Shapes: i in_features; C (i, i).
 """
 
@@ -16,14 +18,14 @@ from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.methods.lora.starts import Factors
 
 _STORAGE = {"cache_file", "covariance_file", "verbose", "use_float16_for_covariance", "prune_temporary_fields"}
-"""Options of PEFT that say where it keeps intermediate results; they change no number here."""
+"""HF PEFT's options for intermediate files; accepted, and without effect on the result."""
 
 
 class Corda(Observer):
     """`init_lora_weights="corda"`."""
 
     title = "CorDA"
-    taken_out = True
+    subtracts_residual = True
 
     def __init__(self, config: LoraConfig, layers: Mapping[str, Lora]):
         super().__init__(config, layers)
@@ -36,7 +38,7 @@ class Corda(Observer):
         self.covariance: dict[str, Tensor] = {}
         self.samples: dict[str, int] = {}
 
-    def see(self, path: str, x: Tensor, y: Tensor) -> None:
+    def observe(self, path: str, x: Tensor, y: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()
         rows = rows / rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         self.covariance[path] = self.covariance.get(path, torch.zeros(())) + rows.T @ rows
@@ -53,7 +55,7 @@ class Corda(Observer):
 
 
 def _invertible(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """The covariance with enough added to its diagonal to be inverted, and the inverse."""
+    """Return the covariance, with enough added to its diagonal to be invertible, and its inverse."""
     identity = torch.eye(len(covariance), device=covariance.device)
     damp, mean = 0.01, covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     while True:

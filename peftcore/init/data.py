@@ -1,4 +1,4 @@
-"""One call for the starts that look at data: `initialize_from_data(model, batches)`."""
+"""`initialize_from_data`: data-driven initialisation of a LoRA adapter (EVA, CorDA, LoRA-GA)."""
 
 import dataclasses
 import math
@@ -23,8 +23,8 @@ from peftcore.methods.lora.starts import put, taken_out
 
 _OBSERVERS: dict[str, type[Observer]] = {"eva": Eva, "corda": Corda, "lora_ga": LoraGa}
 
-DATA_STARTS = tuple(_OBSERVERS)
-"""Values of `init_lora_weights` that look at data."""
+DATA_INITIALISATIONS = tuple(_OBSERVERS)
+"""Values of `init_lora_weights` that need data."""
 
 
 def initialize_from_data(
@@ -34,34 +34,42 @@ def initialize_from_data(
     forward: Callable[[Any, Mapping[str, Any]], Any] | None = None,
     progress: bool = True,
 ) -> None:
-    """Set the start of a LoRA adapter whose `init_lora_weights` is "eva", "corda" or "lora_ga", in place.
+    """Initialise a LoRA adapter whose `init_lora_weights` is "eva", "corda" or "lora_ga", in place.
 
-    batches: keyword arguments of the model, as tensors on its device; a few hundred rows of the training data do.
-    "lora_ga" needs labels, so that the model gives a loss. forward: what to call instead of `model(**batch)`.
-    "eva" may give layers other ranks, and drop layers that get none.
-    Raises ConfigError for another start or when there is no batch; the adapter is then as it was.
+    "eva" may change the ranks of layers, and removes the adapter from layers of rank 0.
+
+    Args:
+        model: a model with the adapter.
+        batches: keyword arguments of the model, as tensors on its device; a few hundred rows of the training data are
+            enough. "lora_ga" needs labels, so that the model returns a loss.
+        adapter_name: the adapter.
+        forward: called as forward(model, batch) instead of `model(**batch)`.
+        progress: True to show a progress bar.
+
+    Raises:
+        ConfigError: the adapter has another initialisation, or there is no batch; the adapter is unchanged.
     """
     adapters = adapter_set(model)
     adapters.require(adapter_name)
     config = adapters.configs[adapter_name]
-    start = getattr(config, "init_lora_weights", None)
-    if start not in _OBSERVERS:
+    initialisation = getattr(config, "init_lora_weights", None)
+    if initialisation not in _OBSERVERS:
         raise ConfigError(
-            f"adapter {adapter_name!r} has init_lora_weights={start!r}; only {', '.join(_OBSERVERS)} look at data"
+            f"adapter {adapter_name!r} has init_lora_weights={initialisation!r}; only {', '.join(_OBSERVERS)} need data"
         )
     assert isinstance(config, LoraConfig)
     layers = cast(dict[str, Lora], adapters.of_method(adapter_name))
-    if odd := [path for path, adapter in layers.items() if adapter.base.kind != "linear"]:
-        raise ConfigError(f"init_lora_weights={start!r} fits linear layers only; exclude {odd[0]}")
-    observer = _OBSERVERS[str(start)](config, layers)
-    seen = _observe(model, observer, batches, forward, progress)
-    if not seen:
+    if others := [path for path, adapter in layers.items() if adapter.base.kind != "linear"]:
+        raise ConfigError(f"init_lora_weights={initialisation!r} fits linear layers only; exclude {others[0]}")
+    observer = _OBSERVERS[str(initialisation)](config, layers)
+    if not _observe(model, observer, batches, forward, progress):
         raise ConfigError("initialize_from_data got no batch; give an iterable of the model's keyword arguments")
     _apply(model, adapter_name, config, observer)
 
 
 def _observe(model: Any, observer: Observer, batches: Iterable[Any], forward: Any, progress: bool) -> int:
-    seen = 0
+    """Run the base model over the batches, and return their number."""
+    count = 0
     keep_quantized_weights_trainable(model)
     handles = [
         adapter.base.layer.register_forward_hook(observer.hook(path)) for path, adapter in observer.layers.items()
@@ -76,15 +84,17 @@ def _observe(model: Any, observer: Observer, batches: Iterable[Any], forward: An
                 if observer.needs_loss:
                     loss = output if isinstance(output, Tensor) else output.loss
                     if loss is None:
-                        raise ConfigError("lora_ga needs the loss: give batches with labels, or forward")
+                        raise ConfigError(
+                            "lora_ga needs a loss: give batches with labels, or a forward that returns the loss"
+                        )
                     loss.backward()
-                seen += 1
+                count += 1
                 if observer.is_done():
                     break
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return count
 
 
 @torch.no_grad()
@@ -95,23 +105,22 @@ def _apply(model: nn.Module, name: str, config: LoraConfig, observer: Observer) 
     for path, adapter in cast(dict[str, Lora], adapter_set(model).of_method(name)).items():
         a, b = observer.factors(path, adapter)
         put(adapter, (a, b))
-        if observer.taken_out:
+        if observer.subtracts_residual:
             adapter.start_A, adapter.start_B = taken_out(adapter)
 
 
 def _change_ranks(model: nn.Module, name: str, config: LoraConfig, ranks: dict[str, int], keep_scaling: bool) -> None:
-    """The same adapter with other ranks; layers whose rank is 0 lose theirs."""
+    """Replace the adapter by one with other ranks; layers of rank 0 lose the adapter."""
     adapters = adapter_set(model)
     active = adapters.selection.active
-    kept = {path: rank for path, rank in ranks.items() if rank}
+    ranks = {path: rank for path, rank in ranks.items() if rank}
     alphas = {}
-    for path, rank in kept.items():
+    for path, rank in ranks.items():
         old_rank, alpha = config.at(path)
         ratio = rank / old_rank
-        kept_alpha = alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
-        alphas[path] = kept_alpha if keep_scaling else alpha
+        alphas[path] = alpha * (math.sqrt(ratio) if config.use_rslora else ratio) if keep_scaling else alpha
     changed = dataclasses.replace(
-        config, target_modules=sorted(kept), exclude_modules=None, rank_pattern=kept, alpha_pattern=alphas
+        config, target_modules=sorted(ranks), exclude_modules=None, rank_pattern=ranks, alpha_pattern=alphas
     )
     trainable = any(p.requires_grad for p in adapters.parameters(name))
     inject.delete_adapter(model, name)

@@ -1,7 +1,9 @@
-"""EVA: A holds the main directions of a layer's input, and ranks go where these explain most. arXiv:2410.07170.
+"""EVA (arXiv:2410.07170): A holds the principal components of a layer's input.
 
-Directions come from an incremental principal component analysis (Ross et al. 2008). B stays zero.
-Shapes: n rows of x, i in_features, c components kept.
+Layers whose components explain more variance get a higher rank. B is zero. The components come from an incremental
+principal component analysis (Ross et al. 2008, doi:10.1007/s11263-007-0075-7).
+
+Shapes: n rows of x, i in_features, c components.
 """
 
 from collections.abc import Mapping
@@ -23,21 +25,29 @@ DEFAULTS: dict[str, Any] = {
     "whiten": False,
     "adjust_scaling_factors": True,
 }
-"""`eva_config` under PEFT's names. A layer's rank is at most rho·r; tau is the cosine of a settled direction."""
+"""Defaults of `eva_config`, by PEFT's names.
+
+A layer's rank is at most rho·r. A component has converged if its cosine to the component before the batch reaches tau.
+"""
 
 
 class PrincipalComponents:
-    """The main directions of all rows seen, without keeping the rows."""
+    """Principal components of a stream of rows; the rows themselves are not stored."""
 
     def __init__(self, count: int):
         self.count, self.rows = count, 0
         self.mean = self.scatter = torch.zeros(())
         self.components: Tensor | None = None  # (c, i), orthonormal
         self.values = torch.zeros(0)  # (c,) singular values of the centred rows
-        self.settled = torch.zeros(count, dtype=torch.bool)
+        self.converged = torch.zeros(count, dtype=torch.bool)
 
     def add(self, x: Tensor, tau: float) -> None:
-        """x (n, i)."""
+        """Update the components by the rows x (n, i).
+
+        Args:
+            x: rows of a layer's input.
+            tau: cosine between a component before and after the update at which the component has converged.
+        """
         x = x.float()
         n, mean = len(x), x.mean(0)
         total = self.rows + n
@@ -50,13 +60,13 @@ class PrincipalComponents:
         _, values, directions = torch.linalg.svd(torch.cat(parts), full_matrices=False)
         self.values, directions = values[: self.count], directions[: self.count]
         if self.components is not None and self.components.shape == directions.shape:
-            self.settled = (self.components * directions).sum(1).abs() >= tau
+            self.converged = (self.components * directions).sum(1).abs() >= tau
         self.components = directions
         self.mean = (self.rows * self.mean + n * mean) / total
         self.rows = total
 
     def explained(self) -> Tensor:
-        """(c,): the share of the variance along each direction."""
+        """Return the share of the variance that each component explains, (c,)."""
         return self.values.square() / self.scatter.clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -74,7 +84,7 @@ class Eva(Observer):
             raise ConfigError(f"eva_config: rho must be at least 1 and tau in [0, 1]; got {self.options}")
         self.adjusts_scaling = not self.options["adjust_scaling_factors"]
         rho = self.options["rho"]
-        self.found = {
+        self.components = {
             path: PrincipalComponents(min(round(a.r * rho), a.base.in_features, a.base.out_features))
             for path, a in layers.items()
         }
@@ -88,26 +98,26 @@ class Eva(Observer):
             counted = labels != self.options["label_mask_value"]
             self.mask = counted if self.mask is None else self.mask & counted
 
-    def see(self, path: str, x: Tensor, y: Tensor) -> None:
+    def observe(self, path: str, x: Tensor, y: Tensor) -> None:
         fits = self.mask is not None and self.mask.shape == x.shape[:-1]
         rows = x[self.mask] if fits else x.reshape(-1, x.shape[-1])
         if len(rows):
-            self.found[path].add(rows, self.options["tau"])
+            self.components[path].add(rows, self.options["tau"])
 
     def is_done(self) -> bool:
         ranks = self.ranks()
-        return all(bool(found.settled[: ranks[path]].all()) for path, found in self.found.items())
+        return all(bool(own.converged[: ranks[path]].all()) for path, own in self.components.items())
 
     def ranks(self) -> dict[str, int]:
         budget = sum(adapter.r for adapter in self.layers.values())
-        shares = [(float(s), path) for path, found in self.found.items() for s in found.explained()]
+        shares = [(float(s), path) for path, own in self.components.items() for s in own.explained()]
         best = sorted(shares, key=lambda share: -share[0])[:budget]
         return {path: sum(chosen == path for _, chosen in best) for path in self.layers}
 
     def factors(self, path: str, adapter: Lora) -> Factors:
-        found = self.found[path]
-        assert found.components is not None
-        a = found.components[: adapter.r]
+        own = self.components[path]
+        assert own.components is not None
+        a = own.components[: adapter.r]
         if self.options["whiten"]:
-            a = a / found.values[: adapter.r, None].clamp_min(torch.finfo(torch.float32).tiny)
+            a = a / own.values[: adapter.r, None].clamp_min(torch.finfo(torch.float32).tiny)
         return a, torch.zeros_like(adapter.lora_B)

@@ -1,4 +1,4 @@
-"""LoftQ on a base that is quantised already: the adapter takes up what quantising lost. arXiv:2310.08659."""
+"""LoftQ (arXiv:2310.08659) on a quantised base: the initial adapter corrects the quantisation error."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,30 +21,38 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[Any, str], bool] | None = None,
 ) -> None:
-    """Set A and B so that quantised weight + s·BA is as near to the original as rank r allows, in place.
+    """Set A and B so that quantised weight + s·BA is the best approximation of the original weight, in place.
 
-    DoRA's magnitudes become the lengths of that sum's rows. The base stays as it is.
+    DoRA's magnitudes become the norms of the rows of that sum. The base is not changed.
 
-    weights: the original model's directory of safetensors, or {parameter path: tensor}.
-    callback: called as callback(model, path) after each layer; False puts that layer's factors back.
-    Raises ConfigError if a layer is not quantised, CheckpointError for a weight that is not there.
+    Args:
+        model: a model with a LoRA adapter on a quantised base.
+        weights: the original model's directory of safetensors, or {parameter path: tensor}.
+        adapter_name: the adapter.
+        callback: called as callback(model, path) after each layer; if it returns False, the layer's factors are reset.
+
+    Raises:
+        ConfigError: a layer is not quantised.
+        CheckpointError: an original weight is missing.
     """
     adapters = cast(dict[str, Lora], adapter_set(model).of_method(adapter_name))
     plain = [path for path, adapter in adapters.items() if not adapter.base.quantized]
     if plain or not adapters:
-        raise ConfigError(f"replace_lora_weights_loftq needs 4- or 8-bit layers; plain: {plain[:1]}")
+        raise ConfigError(f"replace_lora_weights_loftq needs layers in 4 or 8 bits; not quantised: {plain[:1]}")
     original = weights if isinstance(weights, Mapping) else _originals(Path(weights), adapters)
     for path, adapter in adapters.items():
         if (weight := original.get(f"{path}.weight")) is None:
-            raise CheckpointError(f"no {path}.weight among the original weights; give those this model was made from")
+            raise CheckpointError(
+                f"no {path}.weight in the original weights; give the weights of the model that was quantised"
+            )
         before = adapter.lora_A.clone(), adapter.lora_B.clone()
         residual = weight.float().to(adapter.base.device) - adapter.base.read_unmerged().float()
-        _start_at(adapter, low_rank(residual, adapter.r, adapter.scaling))
+        _set_factors(adapter, low_rank(residual, adapter.r, adapter.scaling))
         if callback is not None and not callback(model, path):
-            _start_at(adapter, before)
+            _set_factors(adapter, before)
 
 
-def _start_at(adapter: Lora, factors: Factors) -> None:
+def _set_factors(adapter: Lora, factors: Factors) -> None:
     put(adapter, factors)
     adapter.reset_magnitude()
 
@@ -53,8 +61,8 @@ def _originals(directory: Path, adapters: Mapping[str, Lora]) -> dict[str, Tenso
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"no safetensors in {directory}; give the original model's directory")
-    wanted, found = {f"{path}.weight" for path in adapters}, {}
+    wanted, weights = {f"{path}.weight" for path in adapters}, {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            found |= {key: tensors.get_tensor(key) for key in tensors.keys() if key in wanted}  # noqa: SIM118
-    return found
+            weights |= {key: tensors.get_tensor(key) for key in tensors.keys() if key in wanted}  # noqa: SIM118
+    return weights

@@ -1,7 +1,8 @@
-"""LoRA-GA: the first step of LoRA follows the gradient of the full weight. arXiv:2407.05000.
+"""LoRA-GA (arXiv:2407.05000): the first training step of LoRA follows the gradient of the full weight.
 
-A and B come from different singular directions of G, the gradient of W, found without training W.
-G is the mean over the batches, so more data make it more exact and no larger.
+A and B are different singular vectors of G, the gradient of the loss in W, averaged over the batches. W itself is not
+trained.
+
 Shapes: i in_features, o out_features; G (o, i).
 """
 
@@ -17,7 +18,7 @@ from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.methods.lora.starts import Factors
 
 DEFAULTS: dict[str, Any] = {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16}
-"""`lora_ga_config` under PEFT's names: which directions go to A and to B, and how long they are."""
+"""Defaults of `lora_ga_config`, by PEFT's names: the singular vectors of A and B, and their scale."""
 _DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
 _SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
@@ -27,7 +28,7 @@ class LoraGa(Observer):
 
     title = "LoRA-GA"
     needs_loss = True
-    taken_out = True
+    subtracts_residual = True
 
     def __init__(self, config: LoraConfig, layers: Mapping[str, Lora]):
         super().__init__(config, layers)
@@ -39,7 +40,7 @@ class LoraGa(Observer):
                 raise ConfigError(f"lora_ga_config: {key} must be one of {fits}; got {self.options[key]!r}")
         for path, adapter in layers.items():
             if 2 * adapter.r > (most := min(adapter.base.in_features, adapter.base.out_features)):
-                raise ConfigError(f"lora_ga needs 2r directions: r at {path} must be at most {most // 2}")
+                raise ConfigError(f"lora_ga needs 2r singular vectors: r at {path} must be at most {most // 2}")
         self.gradient: dict[str, Tensor] = {}
         """{path: sum over the batches of the gradient of W}"""
         self.batches = 0
@@ -47,14 +48,14 @@ class LoraGa(Observer):
     def begin(self, batch: Mapping[str, Any]) -> None:
         self.batches += 1
 
-    def see(self, path: str, x: Tensor, y: Tensor) -> Tensor:
+    def observe(self, path: str, x: Tensor, y: Tensor) -> Tensor:
         if not y.requires_grad:
             y = y.detach().requires_grad_()
         rows = x.detach().reshape(-1, x.shape[-1]).float()
 
         def add(gradient: Tensor) -> None:
-            whole = gradient.reshape(-1, gradient.shape[-1]).float().T @ rows
-            self.gradient[path] = self.gradient.get(path, torch.zeros(())) + whole
+            of_weight = gradient.reshape(-1, gradient.shape[-1]).float().T @ rows
+            self.gradient[path] = self.gradient.get(path, torch.zeros(())) + of_weight
 
         y.register_hook(add)
         return y

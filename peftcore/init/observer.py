@@ -1,4 +1,4 @@
-"""What the data-driven starts have in common: they watch the layers of an adapter while the base runs."""
+"""The interface of data-driven initialisations: they observe an adapter's layers while the base model runs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -10,41 +10,51 @@ from peftcore.methods.lora.starts import Factors
 
 
 class Observer:
-    """Sees each forward of each layer, and then gives every layer its factors A (r, i) and B (o, r)."""
+    """An initialisation that observes every forward pass of each layer, and then computes A (r, i) and B (o, r)."""
 
     title: ClassVar[str]
     needs_loss: ClassVar[bool] = False
-    taken_out: ClassVar[bool] = False
-    """Whether s·BA leaves the base, so that training begins at the base's own output."""
+    """True if the model has to compute a loss and its gradients."""
+    subtracts_residual: ClassVar[bool] = False
+    """True if s·BA is subtracted from the base weight, so that training starts at the base's own output."""
     adjusts_scaling: bool = False
-    """Whether a layer whose rank changes keeps its α, so that its scale changes."""
+    """True if a layer whose rank changes keeps its α, so that its scaling changes."""
 
     def __init__(self, config: LoraConfig, layers: Mapping[str, Lora]):
         self.config, self.layers = config, layers
 
     def begin(self, batch: Mapping[str, Any]) -> None:
-        """A batch is about to run."""
+        """Prepare for a batch; called before the model runs it."""
 
     def hook(self, path: str) -> Callable[..., Any]:
-        """A forward hook for the layer at `path`."""
+        """Return a forward hook for the layer at `path`."""
 
-        def watch(_layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return self.see(path, inputs[0], output)
+        def observe(_layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            return self.observe(path, inputs[0], output)
 
-        return watch
+        return observe
 
-    def see(self, path: str, x: Tensor, y: Tensor) -> Tensor | None:
-        """One forward of one layer: x (..., i), y (..., o); may give another output."""
+    def observe(self, path: str, x: Tensor, y: Tensor) -> Tensor | None:
+        """Observe one forward pass of one layer.
+
+        Args:
+            path: the layer.
+            x: its input (..., i).
+            y: its output (..., o).
+
+        Returns:
+            A tensor that replaces the output, or None.
+        """
         raise NotImplementedError
 
     def is_done(self) -> bool:
-        """Whether further batches would change nothing."""
+        """Return True if further batches would change nothing."""
         return False
 
     def ranks(self) -> dict[str, int]:
-        """{path: rank} that the data asks for."""
+        """Return {path: rank (count)} that the data asks for."""
         return {path: adapter.r for path, adapter in self.layers.items()}
 
     def factors(self, path: str, adapter: Lora) -> Factors:
-        """A and B for one layer."""
+        """Return A (r, i) and B (o, r) of one layer."""
         raise NotImplementedError

@@ -93,8 +93,8 @@ class Recipe:
             )
         if self.weigh == "stock" and (len(weights) < 2 or len(set(weights)) > 1):
             raise ConfigError(
-                "model stock computes its own weights for two or more adapters; give each the same weight, such as 1; got "
-                f"{list(weights)}"
+                "model stock computes its own weights for two or more adapters; give each the same weight, such as 1; "
+                f"got {list(weights)}"
             )
         if self.normalise == "weights" and (min(weights) < 0 or not sum(weights)):
             raise ConfigError(

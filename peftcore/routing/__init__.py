@@ -1,6 +1,9 @@
-"""Serving many adapters from one base: `store.py` thousands on disk and some in the model, `routers.py` which of them a
-request gets, `gates.py` mixtures that a function weighs token by token,
-`fusion.py` those that attention is trained to weigh."""
+"""Serving many adapters from one base model.
+
+`store.py` keeps thousands of adapters on disk and the used ones in the model. `routers.py` chooses the adapter of a
+request. `gates.py` mixes adapters token by token without training (Arrow), `fusion.py` by trained attention
+(AdapterFusion).
+"""
 
 from peftcore.routing.fusion import Fusion
 from peftcore.routing.gates import arrow_gate

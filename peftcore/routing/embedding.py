@@ -1,4 +1,4 @@
-"""Text embeddings from an encoder of transformers, such as MiniLM: the mean of its last hidden states over the text."""
+"""Text embeddings from a transformers encoder such as MiniLM: the mean of the last hidden states over the text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,13 @@ from torch import Tensor
 
 
 class TextEmbedder:
-    """Texts -> vectors (n, d), in batches; the encoder is read from a folder (transformers' format)."""
+    """An encoder that turns texts into vectors.
+
+    Args:
+        folder: encoder and tokenizer in transformers' format.
+        batch_size: texts per forward pass (count).
+        max_length: tokens per text (count); longer texts are truncated.
+    """
 
     def __init__(self, folder: str | Path, batch_size: int = 32, max_length: int = 256):
         from transformers import AutoModel, AutoTokenizer
@@ -20,16 +26,17 @@ class TextEmbedder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        found = []
+        """Return one vector of size d for each of n texts, (n, d)."""
+        vectors = []
         for first in range(0, len(texts), self._batch_size):
-            given = self._tokenizer(
+            inputs = self._tokenizer(
                 list(texts[first : first + self._batch_size]),
                 padding=True,
                 truncation=True,
                 max_length=self._max_length,
                 return_tensors="pt",
             )
-            hidden = self._model(**given).last_hidden_state
-            mask = given["attention_mask"][..., None].to(hidden)
-            found.append((hidden * mask).sum(1) / mask.sum(1))
-        return torch.cat(found) if found else torch.empty(0, self._model.config.hidden_size)
+            hidden = self._model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"][..., None].to(hidden)
+            vectors.append((hidden * mask).sum(1) / mask.sum(1))
+        return torch.cat(vectors) if vectors else torch.empty(0, self._model.config.hidden_size)

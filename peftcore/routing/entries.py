@@ -1,4 +1,4 @@
-"""What an adapter store knows of each adapter: where it comes from, what it holds, and where it is in the model."""
+"""Records of an adapter store: registered adapters (`Entry`), adapters in the model (`Slot`) and counters."""
 
 import threading
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from peftcore.config import PeftConfig
 from peftcore.errors import CheckpointError
 
 Source = Path | str | Callable[[], Path]
-"""A directory in PEFT's format, or what fetches one, such as from a DVC remote."""
+"""A directory in PEFT's format, or a function that fetches one and returns its path, such as from a DVC remote."""
 
 
 @dataclass
 class Entry:
-    """One registered adapter, in its current version."""
+    """A registered adapter, in its current version."""
 
     name: str
     source: Source
@@ -26,86 +26,99 @@ class Entry:
     version: int = 1
     slot: "Slot | None" = None
     directory: Path | None = None
-    """Where it lies, once it has been fetched."""
+    """The fetched directory; None before `fetch`."""
     config: PeftConfig | None = None
-    """Once it has been read; the manifest has then been checked too."""
+    """The configuration; None before the first successful load, which checks the manifest too."""
     fetching: threading.Lock = field(default_factory=threading.Lock)
 
     def fetch(self) -> Path:
-        """Where it lies, fetched if it has not been yet."""
+        """Return the adapter's directory; the first call fetches it."""
         with self.fetching:
             if self.directory is None:
                 self.directory = Path(self.source() if callable(self.source) else self.source)
             return self.directory
 
     def read(self, base: str | None) -> tuple[PeftConfig, dict[str, Tensor]]:
-        """Configuration and tensors, fetched if need be and checked; base: the one that it must have been trained on.
+        """Fetch and check the adapter, and return its configuration and tensors.
 
-        Raises CheckpointError for what is damaged, changes the base, or is of another one.
+        Args:
+            base: value that the adapter's `base_model_name_or_path` must have; None: any.
+
+        Raises:
+            CheckpointError: the directory is damaged, changes the base, or is of another base.
         """
         directory = self.fetch()
         config = self.config or PeftConfig.from_pretrained(directory)
-        if unfit := _changes_the_base(config):
-            raise CheckpointError(f"{directory} {unfit}, which every other adapter of the base would have too")
+        if change := _change_of_base(config):
+            raise CheckpointError(f"{directory} {change}, which would affect every other adapter of the base")
         if base is not None and config.base_model_name_or_path != base:
             raise CheckpointError(
                 f"{directory} was trained on {config.base_model_name_or_path!r}, and this store is for {base!r}; train "
-                "it on that, or give the store no base"
+                "the adapter on that base, or make the store with base=None"
             )
         tensors = read_tensors(directory, check_manifest=self.config is None)
-        if wrong := _not_finite(tensors):
-            raise CheckpointError(f"{directory / WEIGHTS_NAME}: {wrong} is not finite; load an earlier version")
+        if key := _not_finite(tensors):
+            raise CheckpointError(f"{directory / WEIGHTS_NAME}: {key} is not finite; load an earlier version")
         return config, tensors
 
 
 @dataclass
 class Slot:
-    """An adapter in the model."""
+    """A place in the model that holds one adapter."""
 
     name: str
-    """Its name in the model."""
+    """The adapter's name in the model."""
     config: PeftConfig
     size: int
     """Bytes of its parameters."""
     leases: int = 0
     entry: Entry | None = None
-    """What it holds; None for an old version, or for nothing."""
+    """The registered adapter in this slot; None if the slot holds an old version or nothing."""
 
 
 @dataclass
 class Counts:
-    """What has happened since the store was made."""
+    """Counters of an adapter store since its creation."""
 
     hits: int = 0
     misses: int = 0
     evictions: int = 0
     failures: int = 0
     seconds: list[float] = field(default_factory=list)
-    """Of the last loads."""
+    """Durations of the last loads."""
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The key of a tensor that holds NaN or Inf; None where all are numbers."""
+    """Return the key of a tensor that holds NaN or Inf; None if there is none."""
     every = [tensor.flatten() for tensor in tensors.values()]
-    if not every or bool(torch.cat(every).isfinite().all()):  # at once, for there are hundreds of small ones
+    if not every or bool(torch.cat(every).isfinite().all()):  # one check for hundreds of small tensors
         return None
     return next(key for key, tensor in tensors.items() if not bool(tensor.isfinite().all()))
 
 
-def _changes_the_base(config: PeftConfig) -> str:
-    """What a configuration does to the base itself; "" for nothing."""
+def _change_of_base(config: PeftConfig) -> str:
+    """Return a description of how an adapter changes the base itself; "" if it does not."""
     if getattr(config, "init_lora_weights", None) == "loftq":
         return "replaces the base's weights (init_lora_weights='loftq')"
-    return "makes the base deeper (layer_replication)" if getattr(config, "layer_replication", None) else ""
+    return "adds layers to the base (layer_replication)" if getattr(config, "layer_replication", None) else ""
 
 
-def takes_the_place_of(one: PeftConfig, other: PeftConfig) -> bool:
-    """Whether an adapter's weights can be copied into another's place: plain LoRA of one configuration."""
+def can_share_slot(one: PeftConfig, other: PeftConfig) -> bool:
+    """Return True if one adapter's weights can replace the other's in its slot: plain LoRAs of equal configuration."""
     if one.peft_type != "LORA" or other.peft_type != "LORA":
         return False
-    ours, theirs = one.to_dict(), other.to_dict()
-    kept = ("modules_to_save", "trainable_token_indices", "layer_replication")
-    if any(ours.get(key) for key in kept) or ours["bias"] != "none" or not isinstance(ours["init_lora_weights"], bool):
+    fields, others = one.to_dict(), other.to_dict()
+    extras = ("modules_to_save", "trainable_token_indices", "layer_replication")
+    if any(fields.get(key) for key in extras) or fields["bias"] != "none":
         return False
-    said = {"inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "init_lora_weights", "task_type"}
-    return all(ours[key] == theirs.get(key) for key in ours.keys() - said)
+    if not isinstance(fields["init_lora_weights"], bool):
+        return False
+    ignored = {
+        "inference_mode",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "init_lora_weights",
+        "task_type",
+    }
+    return all(fields[key] == others.get(key) for key in fields.keys() - ignored)

@@ -1,9 +1,9 @@
-"""AdapterFusion (arXiv:2005.00247) over low-rank adapters: attention that is trained to weigh them for every token.
+"""AdapterFusion (arXiv:2005.00247) over low-rank adapters: trained attention that weighs adapters for every token.
 
-At each layer a token's input x asks, every adapter's change Δᵢ = s BᵢAᵢ x answers, and f(x) + Σ softmax(q·kᵢ / √w)ᵢ Δᵢ
-comes out, with q = Q x and kᵢ = K Δᵢ. Values are the changes themselves (in the paper a matrix that starts as the
-identity and is held near it), so that a fusion of adapters never says what none of them does. K starts at zero: all
-weigh the same, as `Average` does.
+At each layer the output is f(x) + Σ softmax(q·kᵢ / √w)ᵢ Δᵢ. The query q = Q x comes from the token's input x, and the
+keys kᵢ = K Δᵢ from the adapters' outputs Δᵢ = s BᵢAᵢ x. The values are the Δᵢ themselves, so the result is always a
+weighted mean of them; the paper multiplies them by a matrix that is regularised towards the identity. K starts at zero,
+where all adapters have the same weight, as with `Average`.
 
 Shapes: w width of queries and keys, i in_features, o out_features, m members.
 """
@@ -27,14 +27,22 @@ from peftcore.injection.adapter_set import adapter_set
 
 
 class Fusion(nn.Module):
-    """Attention over some adapters of a model. Train its parameters with `with model.route(fusion.gate):` around the
-    forward; the adapters and the base stay frozen. Nothing of it is part of the model."""
+    """Attention over adapters of a model.
+
+    Train its parameters with `with model.route(fusion.gate):` around the forward pass; adapters and base stay frozen.
+    The fusion's parameters are not part of the model.
+
+    Args:
+        model: a model with adapters.
+        members: names of two or more adapters of low-rank methods.
+        width: size of queries and keys.
+
+    Raises:
+        AdapterNameError: a member does not exist.
+        RoutingError: an argument is not valid, or a member is not low-rank.
+    """
 
     def __init__(self, model: nn.Module, members: Sequence[str], width: int = 16):
-        """members: adapters by name, of methods with two factors; width: of queries and keys (count).
-
-        Raises AdapterNameError, RoutingError.
-        """
         super().__init__()
         adapters = adapter_set(model)
         adapters.require(*members)
@@ -42,62 +50,74 @@ class Fusion(nn.Module):
             raise RoutingError(f"Fusion: give two adapters or more and a width of at least 1; got {members}, {width}")
         self.members, self.width = tuple(members), width
         self.gate = Gate(self.members, self)
-        """What to route by; names may be any that `Gate.renamed` gives."""
+        """The gate for `model.route`; `Gate.renamed` gives one for other adapter names."""
         self.queries, self.keys = nn.ParameterDict(), nn.ParameterDict()
         for path, site in adapters.layers.items():
-            own = [site.adapters[name] for name in members if name in site.adapters]
-            if not own:
+            present, base = [site.adapters[name] for name in members if name in site.adapters], site.base
+            if not present:
                 continue
-            if unfit := next((a for a in own if a.low_rank() is None or site.base.kind != "linear"), None):
-                raise RoutingError(f"Fusion needs adapters of two factors; {type(unfit).__name__} at {path} has none")
-            wide = torch.promote_types(site.base.dtype, torch.float32)
-            query = torch.empty(width, site.base.in_features, dtype=wide, device=site.base.device)
-            nn.init.normal_(query, std=1 / math.sqrt(site.base.in_features))
+            if other := next((a for a in present if a.low_rank() is None or base.kind != "linear"), None):
+                raise _not_low_rank(other, path)
+            wide = torch.promote_types(base.dtype, torch.float32)
+            query = torch.empty(width, base.in_features, dtype=wide, device=base.device)
+            nn.init.normal_(query, std=1 / math.sqrt(base.in_features))
             self.queries[_key(path)] = nn.Parameter(query)
-            self.keys[_key(path)] = nn.Parameter(query.new_zeros(width, site.base.out_features))
+            self.keys[_key(path)] = nn.Parameter(query.new_zeros(width, base.out_features))
 
     def forward(self, path: str, adapters: Mapping[str, Any], x: Tensor) -> Tensor:
-        """(..., m) for x (..., i): the weights at one layer of those members that it has."""
+        """Return the weights (..., m) of the members at one layer for x (..., i); m counts those that the layer has."""
         if _key(path) not in self.queries:
-            raise RoutingError(f"this fusion was made without {path}; make it for the model as it is now")
+            raise RoutingError(f"this fusion has no parameters for {path}; make a fusion of the current model")
         query, key = self.queries[_key(path)], self.keys[_key(path)]
-        asked = x.to(query.dtype)
-        answers = []
+        x_wide = x.to(query.dtype)
+        keys = []
         for adapter in adapters.values():
-            factors = adapter.low_rank()
-            if factors is None:
-                raise RoutingError(f"Fusion needs adapters of two factors; {type(adapter).__name__} at {path} has none")
-            b = key @ factors.b.to(key.dtype)  # (w, r): K B, so that no Δ of the output's size is formed
-            b = b if factors.gain is None else (key * factors.gain.to(key.dtype)) @ factors.b.to(key.dtype)
-            answers.append(factors.scaling * F.linear(F.linear(asked, factors.a.to(key.dtype)), b))
-        scores = (F.linear(asked, query).unsqueeze(-2) * torch.stack(answers, -2)).sum(-1)
+            branch = adapter.low_rank()
+            if branch is None:
+                raise _not_low_rank(adapter, path)
+            k = key if branch.gain is None else key * branch.gain.to(key.dtype)
+            k_b = k @ branch.b.to(key.dtype)  # (w, r), so that no Δᵢ of the output's size is formed
+            keys.append(branch.scaling * F.linear(F.linear(x_wide, branch.a.to(key.dtype)), k_b))
+        scores = (F.linear(x_wide, query).unsqueeze(-2) * torch.stack(keys, -2)).sum(-1)
         return F.softmax(scores / math.sqrt(self.width), -1).to(x.dtype)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; whole or not at all."""
-        about = {"members": json.dumps(self.members), "width": str(self.width)}
+        """Write the parameters to one safetensors file, atomically."""
+        metadata = {"members": json.dumps(self.members), "width": str(self.width)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(Path(path), save(tensors, metadata=about))
+        write_atomically(Path(path), save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, model: nn.Module, path: str | Path) -> "Fusion":
-        """What `save` wrote, for a model with these adapters. Raises AdapterNameError, CheckpointError."""
+        """Read a file that `save` wrote, for a model with the same adapters.
+
+        Raises:
+            AdapterNameError: the model lacks a member.
+            CheckpointError: the file is damaged, or was made for other layers or another base.
+        """
         try:
             with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            members, width = json.loads(about["members"]), int(about["width"])
+            members, width = json.loads(metadata["members"]), int(metadata["width"])
         except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise CheckpointError(f"{path} is no fusion that was saved whole ({error}); take another copy") from error
-        made = cls(model, members, width)
-        own = made.state_dict()
-        if wrong := [n for n in own.keys() | tensors.keys() if n not in own or n not in tensors]:
-            raise CheckpointError(f"{path} was made for other layers: {sorted(wrong)[0]} ({len(wrong)} in all)")
-        if wrong := [name for name in own if own[name].shape != tensors[name].shape]:
+            raise CheckpointError(
+                f"{path} is not a complete file of Fusion.save ({error}); take another copy"
+            ) from error
+        fusion = cls(model, members, width)
+        expected = fusion.state_dict()
+        if wrong := sorted(expected.keys() ^ tensors.keys()):
+            raise CheckpointError(f"{path} was made for other layers: {wrong[0]} ({len(wrong)} in all)")
+        if wrong := [name for name in expected if expected[name].shape != tensors[name].shape]:
             raise CheckpointError(f"{path} was made for another base: {wrong[0]} is {list(tensors[wrong[0]].shape)}")
-        made.load_state_dict(tensors)
-        return made
+        fusion.load_state_dict(tensors)
+        return fusion
 
 
 def _key(path: str) -> str:
+    """Return a layer's name in a ParameterDict, which allows no dots."""
     return path.replace(".", "/")
+
+
+def _not_low_rank(adapter: Any, path: str) -> RoutingError:
+    return RoutingError(f"Fusion needs low-rank adapters; {type(adapter).__name__} at {path} is not low-rank")

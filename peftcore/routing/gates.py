@@ -1,7 +1,7 @@
-"""Mixtures weighed token by token.
+"""Arrow (arXiv:2405.11157): a mixture of adapters with weights for every token, without training.
 
-Arrow (arXiv:2405.11157): an adapter's prototype at a layer is the direction that its ΔW = B A stretches most, and a
-token's weights are a softmax over the top k of |⟨x, prototype⟩| / temperature.
+An adapter's prototype at a layer is the first right singular vector of its ΔW = B A. A token's weights are a softmax
+over the top k of |⟨x, prototype⟩| / temperature.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -20,9 +20,17 @@ from peftcore.kernels.factors import Factors, svd_of_factors
 
 
 def arrow_gate(names: Sequence[str], top_k: int | None = None, temperature: float = 1.0) -> Gate:
-    """Arrow over these adapters, of methods with two factors; top_k: of each token (count), None: all.
+    """Return a gate that weighs adapters by Arrow.
 
-    Prototypes are computed when a token first comes to a layer, and anew when an adapter's weights have changed.
+    Prototypes are computed at the first forward pass of a layer, and again if an adapter's weights have changed.
+
+    Args:
+        names: the adapters, of low-rank methods.
+        top_k: adapters per token (count); None: all.
+        temperature: temperature of the softmax, above 0.
+
+    Raises:
+        RoutingError: `top_k` or `temperature` is out of range.
     """
     if temperature <= 0:
         raise RoutingError(f"arrow_gate: temperature must be above 0, got {temperature}")
@@ -35,25 +43,25 @@ class _Arrow:
     def __init__(self, top_k: int | None, temperature: float):
         self.top_k, self.temperature = top_k, temperature
         self.prototypes: MutableMapping[Adapter, tuple[Fingerprint, Tensor]] = WeakKeyDictionary()
-        """With the fingerprint of the weights that they were computed from."""
+        """{adapter: (fingerprint of its weights, prototype)}"""
 
     def __call__(self, path: str, adapters: Mapping[str, Any], x: Tensor) -> Tensor:
-        """(..., k)"""
+        """Return the weights (..., m) of m adapters for x (..., i)."""
         prototypes = torch.stack([self._prototype(path, adapter) for adapter in adapters.values()])
         scores = (x.to(prototypes.dtype) @ prototypes.T).abs() / self.temperature
         if self.top_k is not None and self.top_k < len(adapters):
-            kept, places = scores.topk(self.top_k, dim=-1)
-            scores = torch.full_like(scores, -torch.inf).scatter(-1, places, kept)
+            best, indices = scores.topk(self.top_k, dim=-1)
+            scores = torch.full_like(scores, -torch.inf).scatter(-1, indices, best)
         return F.softmax(scores, dim=-1).to(x.dtype)
 
     @torch.no_grad()
     def _prototype(self, path: str, adapter: Adapter) -> Tensor:
-        kept = self.prototypes.get(adapter)
-        if kept is not None and kept[0].holds():
-            return kept[1]
+        cached = self.prototypes.get(adapter)
+        if cached is not None and cached[0].holds():
+            return cached[1]
         fingerprint, factors = Fingerprint([adapter]), adapter.low_rank()
         if factors is None or adapter.base.kind != "linear":
-            raise RoutingError(f"Arrow needs adapters of two factors; {type(adapter).__name__} at {path} has none")
+            raise RoutingError(f"Arrow needs low-rank adapters; {type(adapter).__name__} at {path} is not low-rank")
         direction = prototype(factors.a, factors.b)
         self.prototypes[adapter] = fingerprint, direction
         return direction

@@ -1,7 +1,7 @@
-"""Which adapter a request gets: by name, tag, rule, shares of traffic, or what its text resembles.
+"""Routers: the choice of a request's adapter by name, tag, rule, share of traffic, or similarity of its text.
 
-A router looks at a request and gives what `PeftModel.route` takes, or None where it has no opinion. `FirstOf` asks one
-after another; what nobody decides is the base's.
+A router returns a composition for `PeftModel.route`, or None if it does not decide. `FirstOf` asks several routers in
+order. A request that no router decides is computed by the base model.
 """
 
 import hashlib
@@ -17,35 +17,35 @@ from peftcore.composition.algebra import Spec
 from peftcore.errors import RoutingError
 
 Embed = Callable[[Sequence[str]], Tensor]
-"""Texts -> vectors (n, d)."""
+"""A function from n texts to vectors (n, d)."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What routers look at."""
+    """The properties of a request that routers use."""
 
     text: str = ""
     adapter: str | None = None
-    """The name that the caller asks for."""
+    """The adapter that the caller asks for."""
     tags: frozenset[str] = frozenset()
-    """Such as the tenant."""
+    """Labels, such as the tenant."""
     key: str = ""
-    """Who asks; the same key always gets the same share of an A/B split."""
+    """The caller's identity; an A/B split gives the same adapter to the same key."""
     facts: Mapping[str, object] = field(default_factory=dict)
-    """Anything else that a rule looks at."""
+    """Further properties for rules."""
 
 
 class Router(Protocol):
-    """Anything that can be asked."""
+    """The interface of routers."""
 
     def route(self, request: Request) -> Spec:
-        """What computes the request; None for no opinion."""
+        """Return the adapter or composition that computes the request; None if this router does not decide."""
         ...
 
 
 @dataclass(frozen=True)
 class ByName:
-    """The adapter that the request names, if it is one of these."""
+    """Routing to the adapter that the request names, if it is one of `names`."""
 
     names: frozenset[str]
 
@@ -58,7 +58,7 @@ class ByName:
 
 @dataclass(frozen=True)
 class ByTag:
-    """{tag: what its requests get}; of several tags, the first in this order."""
+    """Routing by {tag: adapter or composition}; a request with several tags gets the first entry that matches."""
 
     adapters: Mapping[str, Spec]
 
@@ -68,7 +68,7 @@ class ByTag:
 
 @dataclass(frozen=True)
 class ByRule:
-    """(condition, what fits it), the first that holds."""
+    """Routing by (condition, adapter or composition); the first condition that holds decides."""
 
     rules: Sequence[tuple[Callable[[Request], bool], Spec]]
 
@@ -77,32 +77,45 @@ class ByRule:
 
 
 class Shares:
-    """An A/B split: {adapter: weight}. A key's share is a hash of it, so it stays; another salt deals anew.
+    """An A/B split by a hash of the request's key: the same key always gets the same adapter.
 
-    Growing one weight moves keys to that adapter alone: its share of the line from 0 to 1 is widened, as far as the
-    others' order allows.
+    Each adapter owns an interval of [0, 1), in the order of `weights` and as long as its share. The hash places a key
+    in one of them.
+
+    Args:
+        weights: {adapter, or None for the base: weight}.
+        salt: text that is hashed too; another salt gives another assignment of keys.
+
+    Raises:
+        RoutingError: a weight is negative, or all are 0.
     """
 
     def __init__(self, weights: Mapping[str | None, float], salt: str = ""):
         total = sum(weights.values())
         if not weights or any(weight < 0 for weight in weights.values()) or total <= 0:
-            raise RoutingError(f"Shares: give weights of at least 0, and one above; got {dict(weights)}")
+            raise RoutingError(f"Shares: give weights of at least 0, and one above 0; got {dict(weights)}")
         self.salt, self.shares = salt, [(name, weight / total) for name, weight in weights.items()]
 
     def route(self, request: Request) -> Spec:
         digest = hashlib.sha256(f"{self.salt}\0{request.key}".encode()).digest()
-        place, last = int.from_bytes(digest[:8], "big") / 2**64, self.shares[-1][0]
+        position, last = int.from_bytes(digest[:8], "big") / 2**64, self.shares[-1][0]
         for name, share in self.shares:
-            if place < share:
+            if position < share:
                 return "__base__" if name is None else name
-            place -= share
+            position -= share
         return "__base__" if last is None else last
 
 
 class Centroids:
-    """The adapter whose training texts a request's text resembles most, by the cosine of their embeddings.
+    """Routing to the adapter whose training texts are most similar to the request's text, by cosine of embeddings.
 
-    at_least: cosine below which there is no opinion. centroids: {adapter: (d,)}, or make them from texts by `of`.
+    Args:
+        embed: function from texts to vectors.
+        centroids: {adapter: vector (d,)}; `Centroids.of` computes them from texts.
+        at_least: cosine below which this router does not decide.
+
+    Raises:
+        RoutingError: there is no centroid.
     """
 
     def __init__(self, embed: Embed, centroids: Mapping[str, Tensor], at_least: float = -1.0):
@@ -113,30 +126,30 @@ class Centroids:
 
     @classmethod
     def of(cls, embed: Embed, texts: Mapping[str, Sequence[str]], at_least: float = -1.0) -> "Centroids":
-        """From {adapter: texts it was trained on}: the mean of their directions."""
+        """Compute the centroids from {adapter: its training texts}: the mean of the normalised vectors of its texts."""
         empty = [name for name, own in texts.items() if not own]
         if empty:
             raise RoutingError(f"Centroids: {empty} have no texts; give some, or leave them out")
         return cls(embed, {n: F.normalize(embed(own).float(), dim=-1).mean(0) for n, own in texts.items()}, at_least)
 
     def similarities(self, texts: Sequence[str]) -> Tensor:
-        """Cosines (n, adapters), in the order of `names`."""
+        """Return the cosines (n, adapters) of n texts, in the order of `names`."""
         return F.normalize(self.embed(texts).float(), dim=-1) @ self.centroids.T
 
     def route(self, request: Request) -> Spec:
-        best, number = self.similarities([request.text])[0].max(0)
-        return self.names[int(number)] if float(best) >= self.at_least else None
+        best, index = self.similarities([request.text])[0].max(0)
+        return self.names[int(index)] if float(best) >= self.at_least else None
 
 
 @dataclass(frozen=True)
 class FirstOf:
-    """The first opinion of several routers, else the fallback (None: the base)."""
+    """Routing by the first of several routers that decides, else to the fallback (None: the base)."""
 
     routers: Sequence[Router]
     fallback: Spec = None
 
     def route(self, request: Request) -> Spec:
         for router in self.routers:
-            if (found := router.route(request)) is not None:
-                return found
+            if (decision := router.route(request)) is not None:
+                return decision
         return self.fallback

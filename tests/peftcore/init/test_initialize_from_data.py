@@ -41,14 +41,14 @@ TOKENS = torch.tensor([[1, 5, 7, 30, 2, 9]])
 def test_principal_components_are_those_of_all_rows_at_once() -> None:
     torch.manual_seed(0)
     x = torch.randn(200, 8) @ torch.diag(torch.arange(8, 0, -1.0)) + 3
-    found = PrincipalComponents(8)
+    pca = PrincipalComponents(8)
     for part in x.split(40):
-        found.add(part, tau=0.99)
+        pca.add(part, tau=0.99)
     _, s, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    torch.testing.assert_close(found.values, s, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close((found.components @ v.T).abs(), torch.eye(8), rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(found.explained().sum(), torch.tensor(1.0))
-    assert found.rows == 200
+    torch.testing.assert_close(pca.values, s, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((pca.components @ v.T).abs(), torch.eye(8), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(pca.explained().sum(), torch.tensor(1.0))
+    assert pca.rows == 200
 
 
 def test_eva_spends_the_ranks_where_they_explain_most() -> None:
@@ -242,7 +242,7 @@ def test_what_does_not_fit_changes_nothing() -> None:
         initialize_from_data(model, [], progress=False)
     with pytest.raises(ConfigError, match="give batches with labels"):
         initialize_from_data(lora("lora_ga"), [{"input_ids": TOKENS}], progress=False)
-    with pytest.raises(ConfigError, match="only eva, corda, lora_ga look at data"):
+    with pytest.raises(ConfigError, match="only eva, corda, lora_ga need data"):
         initialize_from_data(lora("gaussian"), batches(), progress=False)
     with pytest.raises(ConfigError, match="unknown"):
         initialize_from_data(lora("corda", corda_config={"corda_methd": "ipm"}), batches(), progress=False)

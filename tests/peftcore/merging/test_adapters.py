@@ -62,7 +62,7 @@ def test_a_method_without_ranks_needs_one_and_says_what_it_lost(snapshot: Any) -
         nn.Sequential(nn.Linear(12, 8)).double(), EXAMPLES["LOHA"].make(target_modules=["0"]), "a"
     )
     randomise(net, 0.3)
-    with pytest.raises(ConfigError, match=r"'a' \(LOHA\) has no rank .* give the rank"):
+    with pytest.raises(ConfigError, match=r"'a' \(LOHA\) has no rank .* give a rank"):
         net.add_merged("m", {"a": 1.0}, SUM)
     report = net.add_merged("m", {"a": 1.0}, SUM, rank=1)
     own = adapter_set(net).adapters("a")["0"].delta_weight().detach()
@@ -233,8 +233,8 @@ def test_refused_with_the_reason_and_nothing_half_made(llama: Any, snapshot: Any
     names = {"target_modules": ["q_proj"]}
     cases = {
         "aLoRA acts at some positions only": LoraConfig(alora_invocation_tokens=[1], task_type="CAUSAL_LM", **names),
-        "is a prompt, which no weight can hold": methods()["PROMPT_TUNING"].config(num_virtual_tokens=2),
-        "norm layer, and a LoRA has no place there": methods()["LN_TUNING"].config(),
+        "is a prompt, which changes no weight": methods()["PROMPT_TUNING"].config(num_virtual_tokens=2),
+        "norm layer, which LoRA does not support": methods()["LN_TUNING"].config(),
     }
     for message, config in cases.items():
         model: Any = get_peft_model(llama(), LoraConfig(r=2, **names), "a")
@@ -257,17 +257,17 @@ def test_a_convolution_with_groups(with_adapters: Any) -> None:
         model.add_merged("m", {"a": 1.0}, SUM)
 
 
-def test_an_adapter_that_is_spread_over_processes(linears: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_that_is_sharded_over_processes(linears: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = linears(a={})
-    monkeypatch.setattr("peftcore.merging.changes.is_sharded", lambda _tensor: True)
-    with pytest.raises(MergeError, match=r"'a' is spread over processes \(FSDP\); save it"):
+    monkeypatch.setattr("peftcore.merging.weight_changes.is_sharded", lambda _tensor: True)
+    with pytest.raises(MergeError, match=r"'a' is sharded over processes \(FSDP\); save it"):
         model.add_merged("m", {"a": 1.0}, SUM)
 
 
 def test_biases_where_a_lora_with_biases_does_not_fit(kinds: Any, with_adapters: Any, snapshot: Any) -> None:
     a, b = LoraConfig(r=2, target_modules=["linear"], lora_bias=True), LoraConfig(r=2, target_modules=["embedding"])
     model = with_adapters(kinds(), a=a, b=b)
-    with pytest.raises(MergeError, match=r"the bias of linear changes, .* does not fit embedding"):
+    with pytest.raises(MergeError, match=r"the bias of linear changes, .* cannot target embedding"):
         model.add_merged("m", {"a": 1.0, "b": 1.0}, SUM)
     assert list(model.peft_config) == ["a", "b"]
 

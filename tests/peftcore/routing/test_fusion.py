@@ -126,7 +126,7 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(AdapterNameError, match="'z'"):
         Fusion(model, ["a", "z"])
     model.add_adapter("ia3", IA3Config(target_modules=["0"], feedforward_modules=[], inference_mode=True))
-    with pytest.raises(RoutingError, match="two factors; IA3 at 0"):
+    with pytest.raises(RoutingError, match="low-rank adapters; IA3 at 0"):
         Fusion(model, ["a", "ia3"])
     fusion = Fusion(model, ["a", "c"])
     model.add_adapter("d", LoraConfig(r=2, target_modules=["2"]))

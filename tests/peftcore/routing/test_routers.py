@@ -128,7 +128,7 @@ def test_what_arrow_cannot_do_is_refused() -> None:
         arrow_gate(["a"], top_k=2)
     model = experts()
     model.add_adapter("ia3", IA3Config(target_modules=["0"], feedforward_modules=[]))
-    with pytest.raises(RoutingError, match="Arrow needs adapters of two factors; IA3 at 0 has none"):
+    with pytest.raises(RoutingError, match="Arrow needs low-rank adapters; IA3 at 0 is not low-rank"):
         model(torch.randn(2, 12, dtype=torch.float64), adapter_names=arrow_gate(["a", "ia3"]))
 
 
