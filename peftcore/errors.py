@@ -35,3 +35,7 @@ class RoutingError(PeftError, ValueError):
 
 class AdapterStoreError(PeftError, RuntimeError):
     """An adapter that a store cannot give now: no room that is free, or one that can never fit."""
+
+
+class ExportError(PeftError, ValueError):
+    """An adapter or a base model that a file format or its runtime does not support; nothing has been written."""

@@ -61,18 +61,24 @@ def flush_to_disk(path: Path) -> None:
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Replace `path` by `content`; on any failure the old file stays and no temporary file is left."""
+    with file_written_atomically(path) as fresh:
+        fresh.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def file_written_atomically(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file to fill; on success it becomes `path`, on an exception `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    fresh = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        yield fresh
+        fresh.chmod(0o644)
+        flush_to_disk(fresh)
+        fresh.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
         raise
     flush_to_disk(path.parent)
 

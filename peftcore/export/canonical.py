@@ -20,8 +20,7 @@ from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.config import PeftConfig
 from peftcore.conversion.adalora import adalora_factors
 from peftcore.conversion.layer_factors import check_convertible, exact_factors
-from peftcore.errors import CheckpointError
-from peftcore.export.errors import ExportError
+from peftcore.errors import CheckpointError, ExportError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.kernels.factors import Factors, padded
 from peftcore.methods.adalora import AdaLoraConfig

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from gguf.quants import dequantize
 
-from peftcore.export.errors import ExportError
+from peftcore.errors import ExportError
 from peftcore.export.gguf_folder import ModelFolder
 from peftcore.export.gguf_layout import GgufLayout, layout_of_file
 

@@ -12,7 +12,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from peftcore.export.errors import ExportError
+from peftcore.errors import ExportError
 from peftcore.export.gguf_layout import HEAD, layout_of
 from peftcore.export.gguf_tokenizer import Tokenizer
 from peftcore.export.safetensors_stream import mapped_tensors

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import gguf
 from torch import Tensor
 
-from peftcore.export.errors import ExportError
+from peftcore.errors import ExportError
 
 
 class _Family(NamedTuple):

@@ -12,10 +12,10 @@ import gguf
 import numpy as np
 from torch import Tensor, nn
 
+from peftcore.errors import ExportError
 from peftcore.export.canonical import CanonicalLora, canonicalise
-from peftcore.export.errors import ExportError
 from peftcore.export.gguf_layout import EMBEDDINGS, HEAD, GgufLayout, layout_of
-from peftcore.export.whole_file import written_whole
+from peftcore.files import file_written_atomically
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
@@ -38,7 +38,7 @@ def export_gguf_lora(
     lora = canonicalise(source, adapter_name)
     layout = layout_of(model_config(source, base, lora))
     tensors = _tensors(lora, layout)
-    with written_whole(Path(file)) as fresh, closing(gguf.GGUFWriter(fresh, layout.architecture)) as writer:
+    with file_written_atomically(Path(file)) as fresh, closing(gguf.GGUFWriter(fresh, layout.architecture)) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 0.0)

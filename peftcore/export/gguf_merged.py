@@ -16,11 +16,11 @@ import torch
 from gguf.quants import dequantize, quantize
 from torch import Tensor, nn
 
+from peftcore.errors import ExportError
 from peftcore.export.canonical import canonicalise
-from peftcore.export.errors import ExportError
 from peftcore.export.gguf_base import BaseTensor, GgufBase, gguf_base
 from peftcore.export.gguf_layout import EMBEDDINGS, HEAD, GgufLayout, layout_of
-from peftcore.export.whole_file import written_whole
+from peftcore.files import file_written_atomically
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.merge import check_mergeable
 
@@ -81,7 +81,7 @@ def export_gguf_merged(
     types = {p.name: F32 if len(p.source.shape) == 1 or p.name in _FLOAT32 else wanted for p in places}
     with (
         torch.no_grad(),
-        written_whole(Path(file)) as fresh,
+        file_written_atomically(Path(file)) as fresh,
         closing(gguf.GGUFWriter(fresh, layout.architecture)) as writer,
     ):
         origin.write_keys(writer)

@@ -10,7 +10,7 @@ from typing import Any
 
 import gguf
 
-from peftcore.export.errors import ExportError
+from peftcore.errors import ExportError
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from peftcore.export.errors import ExportError
+from peftcore.errors import ExportError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {
