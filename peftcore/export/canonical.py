@@ -1,7 +1,7 @@
-"""The one form that every runtime reads the same: y = Wx + BAx with one rank for all layers.
+"""The canonical LoRA, which every runtime reads alike: y = Wx + BAx with one rank for all layers, and α = rank.
 
-Ranks are made equal by rows of zeros in A and columns of zeros in B, α is the rank, and the true scale (α/r, α/√r, by
-pattern, or of AdaLoRA) is in B. So nothing is lost where a reader knows neither rsLoRA nor patterns.
+Smaller ranks are padded by rows of zeros in A and columns of zeros in B. The scaling (α/r, α/√r, a layer's pattern, or
+AdaLoRA's) is multiplied into B. So the result is correct in a runtime that knows neither rsLoRA nor patterns.
 
 Shapes: i in_features, o out_features, r rank; on an embedding of v rows of size d: A (r, v), B (d, r).
 """
@@ -28,14 +28,14 @@ from peftcore.methods.lora import LoraConfig
 
 _EMBEDDING = ".lora_embedding_A"
 _TARGETED_ROWS, _ROWS = ".base_layer.weight", ("embed_tokens.weight", "lm_head.weight")
-"""Endings of what `save_embedding_layers` saves: of layers that the adapter targets, and of others."""
-_BASE_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Starts of HF PEFT that take something out of the base, which the directory does not say."""
+"""Key endings of embeddings that `save_embedding_layers` saves: of layers that the adapter targets, and of others."""
+_RESIDUAL_INITIALISATIONS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Initialisations that subtract a residual from the base; HF PEFT's directories do not contain the residual."""
 
 
 @dataclass(frozen=True)
 class CanonicalLora:
-    """A LoRA with α = rank: each layer adds BA to its weight."""
+    """A LoRA with α = rank, so that each layer adds BA to its weight."""
 
     layers: dict[str, tuple[Tensor, Tensor]]
     """{path: (A (r, i), B (o, r))}, float32 on the CPU."""
@@ -52,10 +52,16 @@ class CanonicalLora:
 def canonicalise(
     source: nn.Module | str | Path, adapter_name: str = "default", rank: int | None = None
 ) -> CanonicalLora:
-    """The canonical form of a LoRA, AdaLoRA or VeRA adapter of a model, or of a directory of LoRA or AdaLoRA.
+    """Return the canonical LoRA of an adapter.
 
-    rank: to pad to; None: the largest of a layer. Raises ExportError for what the form cannot hold (DoRA, aLoRA,
-    saved modules, trained biases, experts, convolutions, other methods), and says what to do instead.
+    Args:
+        source: a model with a LoRA, AdaLoRA or VeRA adapter, or a directory of LoRA or AdaLoRA.
+        adapter_name: the model's adapter; ignored for a directory.
+        rank: rank of all layers (count); None: the largest rank of a layer.
+
+    Raises:
+        ExportError: the adapter is not a LoRA of linear layers and embeddings alone (DoRA, aLoRA, saved modules,
+            trained biases, experts, convolutions, other methods). The message says what to do instead.
     """
     if isinstance(source, nn.Module):
         config = adapter_set(source).configs.get(adapter_name)
@@ -84,8 +90,8 @@ def _of_model(model: nn.Module, name: str) -> tuple[dict[str, Factors], set[str]
     adapters = adapter_set(model)
     if adapters.replaced_rows:
         raise ExportError(
-            "the adapter's directory brought embeddings of the base that differ from the base's own, and a LoRA alone "
-            "cannot hold them; merge the adapter into the base instead"
+            "the adapter's directory holds embeddings of the base that differ from the base's own, and a LoRA cannot "
+            "hold them; merge the adapter into the base instead"
         )
     config: Any = adapters.configs[name]
     own = adapters.adapters(name)
@@ -105,12 +111,12 @@ def _of_model(model: nn.Module, name: str) -> tuple[dict[str, Factors], set[str]
 
 
 def check_plain(config: PeftConfig) -> None:
-    """Raise ExportError where a configuration asks for more than products of two factors."""
+    """Raise ExportError if a configuration has options that a plain LoRA lacks."""
     own: Any = config
     if getattr(own, "use_dora", False):
         raise ExportError(_not_low_rank("DoRA"))
     if getattr(own, "alora_invocation_tokens", None) is not None:
-        raise ExportError("aLoRA acts at some positions only, which this format does not say; train a plain LoRA")
+        raise ExportError("aLoRA acts at some positions only, which this format cannot express; train a plain LoRA")
     if getattr(own, "modules_to_save", None):
         raise ExportError(_SAVED_MODULES)
     if getattr(own, "bias", "none") != "none" or getattr(own, "lora_bias", False):
@@ -121,15 +127,15 @@ def check_plain(config: PeftConfig) -> None:
 
 
 _SAVED_MODULES = (
-    "the adapter holds whole modules or biases (modules_to_save, a task's head), which LoRA runtimes do not read; "
+    "the adapter holds trained modules or biases (modules_to_save, a task head), which LoRA runtimes do not read; "
     "merge it into the base instead"
 )
 
 
 def _not_low_rank(method: str) -> str:
     return (
-        f"{method} is no product of two factors; make it one by convert_to_lora(model, name, new_name, rank=...) and "
-        "export that, or merge it into the base"
+        f"{method} is not low-rank; convert it by convert_to_lora(model, name, new_name, rank=...) and export the "
+        "result, or merge it into the base"
     )
 
 
@@ -140,11 +146,11 @@ def _of_directory(config: PeftConfig, directory: Path) -> tuple[dict[str, Factor
         return adalora_factors(config, tensors), set()
     if not isinstance(config, LoraConfig):
         raise ExportError(f"{directory} holds a {config.peft_type} adapter. {_not_low_rank(config.peft_type)}")
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.startswith(_BASE_STARTS):
+    initialisation = config.init_lora_weights
+    if isinstance(initialisation, str) and initialisation.startswith(_RESIDUAL_INITIALISATIONS):
         raise ExportError(
-            f"{directory}: init_lora_weights={start!r} takes its start out of the base; load it onto the model and "
-            "export it from there"
+            f"{directory}: init_lora_weights={initialisation!r} subtracts a residual from the base; load the adapter "
+            "onto the model and export it from there"
         )
     return _lora_factors(config, read_tensors(directory), directory)
 
@@ -160,8 +166,8 @@ def _lora_factors(
         path = key.removeprefix(PREFIX).removesuffix(ending)
         other = key.removesuffix(ending) + ending.replace("A", "B")
         if other not in tensors or a.dim() != 2:
-            what = "has no B" if other not in tensors else "is a convolution, which LoRA runtimes do not adapt"
-            raise ExportError(f"{directory}: {path} {what}; merge the adapter into the base instead")
+            problem = "has no B" if other not in tensors else "is a convolution, which LoRA runtimes do not adapt"
+            raise ExportError(f"{directory}: {path} {problem}; merge the adapter into the base instead")
         read |= {key, other}
         alpha = config.at(path)[1]
         layers[path] = Factors(
@@ -171,17 +177,17 @@ def _lora_factors(
     left = sorted(key for key in tensors if key not in read and not key.endswith(_TARGETED_ROWS))
     if left and all(key.endswith(_ROWS) for key in left):
         raise ExportError(
-            f"{directory} holds embeddings of the base ({left[0]}), as of a resized vocabulary; load it onto the model "
-            "and export it from there, which compares them"
+            f"{directory} holds embeddings of the base ({left[0]}), which may differ from the base's own (a resized "
+            "vocabulary); load the adapter onto the model and export it from there, which compares them"
         )
     if targeted := sorted(key for key in tensors if key.endswith(_TARGETED_ROWS)):
         warnings.warn(
             f"{directory} holds embeddings of the base ({targeted[0]}), which are not exported and not compared; if "
-            "the base's own may be others, load it onto the model and export it from there",
+            "the base's own may differ, load the adapter onto the model and export it from there",
             stacklevel=4,
         )
     if left:
-        raise ExportError(f"{directory} holds {left[0]}, which is no factor of a LoRA; {_SAVED_MODULES}")
+        raise ExportError(f"{directory} holds {left[0]}, which is not a factor of a LoRA; {_SAVED_MODULES}")
     if not layers:
         raise CheckpointError(f"{directory} holds no LoRA tensors; give the directory that save_pretrained wrote")
     return layers, embeddings

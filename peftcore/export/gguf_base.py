@@ -1,4 +1,4 @@
-"""The base model of a merged GGUF: key/values to write, and weights by GGUF's names, each read when it is needed."""
+"""The base model of a merged GGUF file: its metadata, and its weights by GGUF names, each read when it is needed."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from peftcore.export.gguf_folder import ModelFolder
 from peftcore.export.gguf_layout import GgufLayout, layout_of_file
 
 _NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version")
-"""Keys that are written anew, or not true of the new file."""
+"""Metadata keys that are written anew, or do not apply to the new file."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class BaseTensor:
 
     name: str
     shape: tuple[int, ...]
-    """As torch and numpy have it; GGUF has it the other way round."""
+    """Shape in the order of torch and NumPy; GGUF stores it reversed."""
     values: Callable[[], np.ndarray]
-    """In float32 and the file's order of rows."""
+    """Reads the values, in float32 and in the file's order of rows."""
 
 
 class GgufBase(Protocol):
@@ -33,22 +33,22 @@ class GgufBase(Protocol):
 
     layout: GgufLayout
     tensors: list[BaseTensor]
-    what: str
-    """Words for it in errors."""
+    label: str
+    """Name of the kind of base in errors."""
 
     def write_keys(self, writer: gguf.GGUFWriter) -> None:
-        """Write everything but weights, `general.architecture` and `general.file_type`."""
+        """Write all metadata but `general.architecture` and `general.file_type`."""
 
 
 def gguf_base(path: str | Path) -> GgufBase:
-    """The base at a path, a GGUF file or a transformers folder. Raises ExportError for what cannot be written."""
+    """Open the base model at a path, a GGUF file or a transformers folder; ExportError if it is not supported."""
     return _OfFolder(Path(path)) if Path(path).is_dir() else _OfFile(Path(path))
 
 
 class _OfFile:
-    """A GGUF model: its key/values are copied."""
+    """A GGUF file, whose metadata is copied."""
 
-    what = "the file"
+    label = "the file"
 
     def __init__(self, path: Path):
         self._reader = gguf.GGUFReader(path)
@@ -56,6 +56,7 @@ class _OfFile:
         self.tensors = [_of_reader(tensor) for tensor in self._reader.tensors]
 
     def write_keys(self, writer: gguf.GGUFWriter) -> None:
+        """See `GgufBase`."""
         for field in self._fields():
             kind = field.types[0]
             inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
@@ -73,9 +74,9 @@ def _of_reader(tensor: Any) -> BaseTensor:
 
 
 class _OfFolder:
-    """A transformers folder: key/values and tokenizer are made from its JSON files."""
+    """A transformers folder, from whose JSON files the metadata is computed."""
 
-    what = "the folder"
+    label = "the folder"
 
     def __init__(self, path: Path):
         self._folder = ModelFolder(path)
@@ -89,11 +90,12 @@ class _OfFolder:
         ]  # fmt: skip
 
     def write_keys(self, writer: gguf.GGUFWriter) -> None:
+        """See `GgufBase`."""
         self._folder.write_keys(writer)
 
 
 def check_gguf_base(path: str | Path) -> None:
-    """Raise ExportError where no GGUF model can be made of a transformers folder; no weight is read."""
+    """Raise ExportError if a transformers folder cannot be exported as a GGUF model; no weight is read."""
     if not Path(path).is_dir():
-        raise ExportError(f"{path} is no folder; give the transformers folder of the base, or its GGUF file")
+        raise ExportError(f"{path} is not a folder; give the transformers folder of the base, or its GGUF file")
     ModelFolder(Path(path))

@@ -1,7 +1,8 @@
-"""A transformers folder as a GGUF model: the Llama-like families, whose computation llama.cpp's own keys can say.
+"""A transformers folder as a GGUF model: metadata, tensor names and tokenizer, for Llama-like model families.
 
-What a key cannot say is refused before any weight is read: another activation, partial or YaRN rotary embeddings,
-quantised weights, a tokenizer of an unknown kind.
+Metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A model that the keys cannot describe is
+refused before any weight is read: other activations, partial or YaRN rotary embeddings, quantised weights, unknown
+tokenizers.
 """
 
 import math
@@ -18,14 +19,18 @@ from peftcore.export.gguf_tokenizer import Tokenizer
 from peftcore.export.safetensors_stream import mapped_tensors
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""`model_type`s of which a whole GGUF can be written."""
+"""Values of `model_type` whose folders can be exported as a GGUF model."""
 _INSTEAD = "give the base's own GGUF file (--gguf), or merge and use llama.cpp's convert_hf_to_gguf.py"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
-"""Endings of buffers that old folders hold."""
+"""Key endings of buffers in folders of old transformers versions."""
 
 
 class ModelFolder:
-    """Raises ExportError where no GGUF can be made of the folder; weights are read by `tensors` only."""
+    """A transformers folder to export as a GGUF model; only `tensors` reads weights.
+
+    Raises:
+        ExportError: the model is not supported.
+    """
 
     def __init__(self, folder: Path):
         from transformers import AutoConfig
@@ -36,8 +41,8 @@ class ModelFolder:
         self.config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
         if self.config.model_type not in FAMILIES:
             raise ExportError(
-                f"{folder}: a whole GGUF of a {self.config.model_type!r} model cannot be written from its folder; "
-                f"known are {', '.join(FAMILIES)}. Here {_INSTEAD}"
+                f"{folder}: a {self.config.model_type!r} model cannot be exported as GGUF from its folder; supported: "
+                f"{', '.join(FAMILIES)}. Instead, {_INSTEAD}"
             )
         self.layout = layout_of(self.config)
         self._check()
@@ -46,15 +51,15 @@ class ModelFolder:
 
     def _check(self) -> None:
         config, rope = self.config, self.config.rope_parameters
-        asked: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        options: dict[str, tuple[Any, tuple[Any, ...]]] = {
             "hidden_act": (config.hidden_act, ("silu", "swish")),
             "quantization_config": (getattr(config, "quantization_config", None), (None,)),
             "rope_type": (rope.get("rope_type", "default"), ("default", "linear", "llama3")),
             "partial_rotary_factor": (rope.get("partial_rotary_factor", 1), (1,)),
         }
-        for name, (value, fits) in asked.items():
-            if value not in fits:
-                raise ExportError(f"{self._folder}: {name}={value!r:.100} has no GGUF here; {_INSTEAD}")
+        for name, (value, supported) in options.items():
+            if value not in supported:
+                raise ExportError(f"{self._folder}: {name}={value!r:.100} is not supported by this export; {_INSTEAD}")
 
     @property
     def _head_size(self) -> int:
@@ -63,14 +68,14 @@ class ModelFolder:
 
     @property
     def _context(self) -> int:
-        """Positions (count) within which llama.cpp, which attends to all of them, computes what the model does."""
+        """Context length (tokens), at most the sliding window: llama.cpp attends to the whole context."""
         config = self.config
         windowed = getattr(config, "use_sliding_window", True)
         window = getattr(config, "sliding_window", None) if windowed else None
         return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
     def write_keys(self, writer: gguf.GGUFWriter) -> None:
-        """Write the model's key/values and its tokenizer."""
+        """Write the model's metadata and its tokenizer."""
         config = self.config
         writer.add_name(self._folder.resolve().name)
         writer.add_context_length(self._context)
@@ -91,24 +96,24 @@ class ModelFolder:
         self._tokenizer.write_keys(writer)
 
     def tensors(self) -> dict[str, Tensor]:
-        """{GGUF's name: weight, mapped from the file}"""
-        found = {}
+        """Return {GGUF name: memory-mapped weight}."""
+        tensors = {}
         for key, tensor in mapped_tensors(self._folder).items():
             if key.endswith(_NOT_WEIGHTS):
                 continue
             name = self.layout.names.get_name(key, (".weight", ".bias"))
             if name is None:
                 raise ExportError(
-                    f"{self._folder}: {key} has no name in a GGUF of {self.layout.architecture}; {_INSTEAD}"
+                    f"{self._folder}: {key} has no GGUF name in a {self.layout.architecture} model; {_INSTEAD}"
                 )
             if not (self.layout.tied and name == f"{HEAD}.weight"):
-                found[name] = tensor
+                tensors[name] = tensor
         if self._rope.get("rope_type") == "llama3":
-            found["rope_freqs.weight"] = self._rope_factors()
-        return found
+            tensors["rope_freqs.weight"] = self._rope_factors()
+        return tensors
 
     def _rope_factors(self) -> Tensor:
-        """What llama.cpp divides each frequency by: Llama 3's smooth step from 1 to `factor`."""
+        """Return the divisor of each rotary frequency in llama.cpp: Llama 3's smooth step from 1 to `factor`."""
         rope, size = self._rope, self._head_size
         frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
         turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)

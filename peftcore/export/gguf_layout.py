@@ -1,8 +1,11 @@
-"""How GGUF names a model's weights, and in which order it keeps the rows of query and key.
+"""GGUF's tensor names, and its order of the rows of query and key.
 
-Llama's rotary embedding turns a head's first half against its second in transformers, and even rows against odd ones
-in llama.cpp. So a file for llama.cpp keeps each head's rows interleaved: row 2j + k of the file is row k·d/2 + j, d
-rows a head. The families that llama.cpp turns by halves keep their rows.
+Rotary embeddings rotate pairs of rows of a head. In transformers a pair is a row of the head's first half and one of
+its second half. In llama.cpp's Llama architecture a pair is an even row and the next odd row. So a Llama file
+interleaves the rows of each head: row 2j + k of the file is row k·d/2 + j of the model, with d rows per head.
+Architectures in which llama.cpp pairs the halves keep the order of the model.
+
+Names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#standardized-tensor-names.
 """
 
 from dataclasses import dataclass
@@ -15,13 +18,13 @@ from peftcore.errors import ExportError
 
 
 class _Family(NamedTuple):
-    """What transformers calls `model_type`."""
+    """GGUF properties of a model family, transformers' `model_type`."""
 
     architecture: gguf.MODEL_ARCH
     interleaved: bool = False
-    """Whether the file keeps q's and k's rows interleaved."""
+    """True if the file interleaves the rows of query and key."""
     has_own_head: bool = True
-    """Whether llama.cpp takes an output head that is not the embeddings."""
+    """True if llama.cpp supports an output head that is not tied to the embeddings."""
 
 
 _FAMILIES = {
@@ -34,7 +37,7 @@ _FAMILIES = {
     "qwen2": _Family(gguf.MODEL_ARCH.QWEN2),
     "qwen3": _Family(gguf.MODEL_ARCH.QWEN3),
 }
-"""Families whose files were compared with transformers, log-probability by log-probability, in llama.cpp."""
+"""Families whose exported files were tested: llama.cpp gives the same log-probabilities as transformers."""
 
 EMBEDDINGS, HEAD = "token_embd", "output"
 _BY_ARCHITECTURE = {gguf.MODEL_ARCH_NAMES[family.architecture]: family for family in _FAMILIES.values()}
@@ -42,35 +45,35 @@ _BY_ARCHITECTURE = {gguf.MODEL_ARCH_NAMES[family.architecture]: family for famil
 
 @dataclass(frozen=True)
 class GgufLayout:
-    """The layout of one model's file."""
+    """Tensor names and order of rows of one model's GGUF file."""
 
     architecture: str
     """`general.architecture`."""
     query_heads: int
     key_heads: int
     tied: bool
-    """Whether embeddings and output head share a weight, which the file then holds once."""
+    """True if embeddings and output head share a weight, which the file then holds once."""
     interleaved: bool
     has_own_head: bool
     names: gguf.TensorNameMap
 
     def name(self, path: str) -> str:
-        """GGUF's name, without `.weight`, of the layer at a module path; ExportError where it has none."""
-        found = self.names.get_name(path)
-        if found is None:
+        """Return the GGUF name, without `.weight`, of the layer at a module path; ExportError if it has none."""
+        name = self.names.get_name(path)
+        if name is None:
             raise ExportError(
-                f"{path} has no name in this GGUF of {self.architecture}; give the adapter's own base, leave the layer "
-                "out of the adapter, or merge the adapter and convert the whole model"
+                f"{path} has no GGUF name in a {self.architecture} model; give the adapter's own base, train the "
+                "adapter without this layer, or merge it and convert the whole model"
             )
-        return found
+        return name
 
     def to_file(self, name: str, rows: Tensor) -> Tensor:
-        """Rows (o, ...) of a weight, of B or of a bias, in the file's order."""
+        """Return the rows (o, ...) of a weight, of B or of a bias in the file's order."""
         heads = self._heads(name)
         return rows if heads is None else rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
     def from_file(self, name: str, rows: Tensor) -> Tensor:
-        """Rows of the file in the model's order."""
+        """Return the rows of the file in the model's order."""
         heads = self._heads(name)
         return rows if heads is None else rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
@@ -81,12 +84,12 @@ class GgufLayout:
 
 
 def layout_of(config: Any) -> GgufLayout:
-    """Of a transformers configuration; ExportError names the families that fit when this one does not."""
+    """Return the layout for a transformers configuration; ExportError if its family is not supported."""
     family = _FAMILIES.get(config.model_type)
     if family is None:
         raise ExportError(
-            f"a GGUF of a {config.model_type!r} model is not known here; known: {', '.join(sorted(_FAMILIES))}. Merge "
-            "the adapter, save the model and convert it with llama.cpp's convert_hf_to_gguf.py"
+            f"GGUF export of a {config.model_type!r} model is not supported; supported: {', '.join(sorted(_FAMILIES))}; "
+            "merge the adapter, save the model and convert it with llama.cpp's convert_hf_to_gguf.py"
         )
     heads = config.num_attention_heads
     return _layout(
@@ -99,12 +102,12 @@ def layout_of(config: Any) -> GgufLayout:
 
 
 def layout_of_file(reader: gguf.GGUFReader) -> GgufLayout:
-    """Of a GGUF model; ExportError as `layout_of`."""
+    """Return the layout of a GGUF model; ExportError if its architecture is not supported."""
     architecture = _value(reader, "general.architecture")
     family = _BY_ARCHITECTURE.get(architecture)
     if family is None:
         raise ExportError(
-            f"a GGUF of architecture {architecture!r} is not known here; known: {', '.join(sorted(_BY_ARCHITECTURE))}"
+            f"GGUF architecture {architecture!r} is not supported; supported: {', '.join(sorted(_BY_ARCHITECTURE))}"
         )
     heads = _value(reader, f"{architecture}.attention.head_count")
     keys = _value(reader, f"{architecture}.attention.head_count_kv") or heads

@@ -1,7 +1,11 @@
-"""A LoRA as a GGUF file that llama.cpp puts onto its own copy of the base.
+"""`export_gguf_lora`: a LoRA as a GGUF file, which llama.cpp applies to its own copy of the base model.
 
-Tensors `<name>.weight.lora_a` (r, i) and `.lora_b` (o, r); for `token_embd` lora_a is (v, r). llama.cpp scales by
-α/r, and not at all where α is 0; the true scale is in B, so α = 0 is written.
+The file has the metadata of an adapter (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, `general.type`), and
+tensors as llama.cpp's convert_lora_to_gguf.py writes them (https://github.com/ggml-org/llama.cpp):
+`<name>.weight.lora_a` (r, i) and `<name>.weight.lora_b` (o, r), and for `token_embd` lora_a (v, r). llama.cpp scales by
+α/r, or by 1 if α is 0. Since B contains the scaling, α is 0.
+
+Shapes: i in_features, o out_features, r rank, v vocabulary.
 """
 
 from contextlib import closing
@@ -27,11 +31,20 @@ def export_gguf_lora(
     base: str | Path | None = None,
     dtype: str = "float32",
 ) -> Path:
-    """Write one adapter of a model, or of a directory, as a GGUF LoRA; gives the file's path.
+    """Write an adapter as a GGUF LoRA file, for `llama-cli -m base.gguf --lora file`.
 
-    base: of a directory's adapter, the transformers folder of the model it is for; None: where its configuration
-    says. dtype: "float32" or "float16". Use it as `llama-cli -m base.gguf --lora file`.
-    Raises ExportError for an adapter, a layer or an architecture that llama.cpp cannot take; nothing is then written.
+    Args:
+        source: a model with a LoRA, AdaLoRA or VeRA adapter, or a directory of LoRA or AdaLoRA.
+        adapter_name: the model's adapter; ignored for a directory.
+        file: where to write.
+        base: transformers folder of the base model of a directory; None: the directory's `base_model_name_or_path`.
+        dtype: "float32" or "float16".
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ExportError: llama.cpp does not support the adapter, a layer or the architecture; nothing has been written.
     """
     if dtype not in DTYPES:
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
@@ -51,18 +64,18 @@ def export_gguf_lora(
 
 
 def model_config(source: nn.Module | str | Path, base: str | Path | None, lora: CanonicalLora) -> Any:
-    """The transformers configuration of the model that an adapter is for; ExportError where there is none."""
+    """Return the transformers configuration of an adapter's base model; ExportError if it is not known."""
     if isinstance(source, nn.Module):
         config: Any = getattr(source, "config", None)
         if not hasattr(config, "model_type"):
-            raise ExportError(f"this {type(source).__name__} has no transformers configuration, so GGUF has no names")
+            raise ExportError(f"this {type(source).__name__} has no transformers configuration, which GGUF names need")
         return config
     from transformers import AutoConfig
 
     folder = base or lora.base
     if folder is None or not (Path(folder) / "config.json").is_file():
         raise ExportError(
-            f"{source}: its base model's folder is not known ({folder}); give base=, a folder with config.json"
+            f"{source}: the folder of its base model is not known (got {folder}); give base=, a folder with config.json"
         )
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
@@ -73,8 +86,8 @@ def _tensors(lora: CanonicalLora, layout: GgufLayout) -> dict[str, Tensor]:
         name = layout.name(path)
         if layout.tied and name in (EMBEDDINGS, HEAD):
             raise ExportError(
-                f"{path} shares its weight with the other end of the model, and llama.cpp cannot change one of the "
-                "two: it refuses the file, or aborts. Leave the layer out, or use export_gguf_merged"
+                f"{path} is one of two tied layers (embeddings and output head), and llama.cpp cannot adapt one of the "
+                "two: it refuses the file, or aborts. Train without this layer, or use export_gguf_merged"
             )
         tensors[f"{name}.weight.lora_a"] = a.T if path in lora.embeddings else a
         tensors[f"{name}.weight.lora_b"] = layout.to_file(name, b)

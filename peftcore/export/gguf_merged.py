@@ -1,8 +1,11 @@
-"""An adapter merged into its base, as a GGUF model: of the base's own GGUF file, or of its transformers folder.
+"""`export_gguf_merged`: a GGUF model with an adapter merged into the base.
 
-Of a file, key/values and tokenizer are copied. Each weight is dequantised, put into the model's orientation and order
-of rows, merged, put back and written, one after another, so that the peak is one weight in float32 a few times over.
-What the adapter is merged into are the dequantised weights, whatever the file held.
+The base is a GGUF file, whose metadata and tokenizer are copied, or a transformers folder. One weight after another is
+dequantised, brought to the model's orientation and order of rows, merged, brought back and written. So the peak of
+memory is a few copies of one weight in float32. If the base file is quantised, the adapter is merged into dequantised
+weights.
+
+File format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from collections.abc import Callable
@@ -31,26 +34,26 @@ DTYPES = {
     "bfloat16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
 }
 _FLOAT32 = ("position_embd.weight",)
-"""Matrices that llama.cpp's converter keeps in float32, as it does vectors."""
+"""Matrices that llama.cpp's converter writes in float32, like vectors."""
 
 Merge = Callable[[Tensor], Tensor]
-"""From a weight (canonical) or bias of the model, in float32, to the merged one."""
+"""A function from a weight (in canonical orientation) or bias of the model, in float32, to the merged one."""
 
 
 class _Change(NamedTuple):
-    """What an adapter does to one tensor."""
+    """The merge of one tensor."""
 
     merge: Merge
     shape: tuple[int, ...]
-    """As the file should hold it."""
+    """Expected shape in the file."""
 
 
-class _Place(NamedTuple):
+class _OutputTensor(NamedTuple):
     """One tensor of the new file."""
 
     name: str
     source: BaseTensor
-    """That of the base."""
+    """The base's tensor."""
     change: _Change | None
 
 
@@ -61,12 +64,21 @@ def export_gguf_merged(
     adapter_name: str = "default",
     dtype: str = "float16",
 ) -> Path:
-    """Write a GGUF model with an adapter merged into it; gives the file's path.
+    """Write a GGUF model with an adapter merged into the base.
 
-    base: the base's own GGUF file; or its transformers folder, of one of the families of `gguf_folder`.
-    source: a model with an adapter of any mergeable method, or a directory of LoRA or AdaLoRA.
-    dtype: of matrices, "float32", "float16" or "bfloat16"; vectors are float32.
-    Raises ExportError for what the file cannot hold, MergeError for what has no merged weight; nothing is then written.
+    Args:
+        base: the base's GGUF file, or its transformers folder for a family of `gguf_folder.FAMILIES`.
+        source: a model with an adapter of any mergeable method, or a directory of LoRA or AdaLoRA.
+        file: where to write.
+        adapter_name: the model's adapter; ignored for a directory.
+        dtype: type of matrices, "float32", "float16" or "bfloat16"; vectors are float32.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ExportError: a GGUF file cannot hold the result.
+        MergeError: the adapter has no merged weight. After every error nothing has been written.
     """
     if dtype not in DTYPES:
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
@@ -76,9 +88,9 @@ def export_gguf_merged(
         merges = _merges_of_model(source, adapter_name, layout)
     else:
         merges = _merges_of_directory(source, layout)
-    places = _places(origin, merges)
-    wanted, file_type = DTYPES[dtype]
-    types = {p.name: F32 if len(p.source.shape) == 1 or p.name in _FLOAT32 else wanted for p in places}
+    outputs = _output_tensors(origin, merges)
+    matrix_type, file_type = DTYPES[dtype]
+    types = {t.name: F32 if len(t.source.shape) == 1 or t.name in _FLOAT32 else matrix_type for t in outputs}
     with (
         torch.no_grad(),
         file_written_atomically(Path(file)) as fresh,
@@ -86,32 +98,34 @@ def export_gguf_merged(
     ):
         origin.write_keys(writer)
         writer.add_file_type(file_type)
-        for place in places:
-            _announce(writer, place, types[place.name])
+        for output in outputs:
+            _write_header(writer, output, types[output.name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for place in places:
-            writer.write_tensor_data(_written(place, layout, types[place.name]))
+        for output in outputs:
+            writer.write_tensor_data(_values(output, layout, types[output.name]))
     return Path(file)
 
 
 def _merges_of_model(model: nn.Module, adapter_name: str, layout: GgufLayout) -> dict[str, _Change]:
-    """{tensor's name: merge}"""
+    """Return {tensor name: merge}."""
     adapters = adapter_set(model)
     adapters.require(adapter_name)
     if adapters.replaced_rows:
         raise ExportError(
-            "the adapter's directory brought embeddings of the base that differ from the base's own; use "
-            "merge_and_unload, save_pretrained and export_gguf_merged or convert_hf_to_gguf.py for what is saved"
+            "the adapter's directory holds embeddings of the base that differ from the base's own; use "
+            "merge_and_unload and save_pretrained, and export the saved model by llama.cpp's convert_hf_to_gguf.py"
         )
     config: Any = getattr(model, "config", None)
     if layout_of(config).architecture != layout.architecture:
-        raise ExportError(f"the model is a {config.model_type}, the file a {layout.architecture}; give the model's own")
+        raise ExportError(
+            f"the model is a {config.model_type}, the base a {layout.architecture}; give the model's own base"
+        )
     check_mergeable(model, [adapter_name])
     if adapters.copies(adapter_name) or adapters.biases(adapter_name):
         raise ExportError(
-            "the adapter holds whole modules or biases; use merge_and_unload, save_pretrained and llama.cpp's "
+            "the adapter holds trained modules or biases; use merge_and_unload, save_pretrained and llama.cpp's "
             "convert_hf_to_gguf.py"
         )
     merges: dict[str, _Change] = {}
@@ -138,48 +152,50 @@ def _merges_of_directory(directory: str | Path, layout: GgufLayout) -> dict[str,
     return merges
 
 
-def _places(origin: GgufBase, merges: dict[str, _Change]) -> list[_Place]:
-    """The tensors of the new file, in order. Embeddings that are also the head become two if only one is changed."""
+def _output_tensors(origin: GgufBase, merges: dict[str, _Change]) -> list[_OutputTensor]:
+    """List the tensors of the new file, in order; tied embeddings become two tensors if the adapter changes one end."""
     left, head, embeddings, layout = dict(merges), f"{HEAD}.weight", f"{EMBEDDINGS}.weight", origin.layout
-    places = [_Place(tensor.name, tensor, left.pop(tensor.name, None)) for tensor in origin.tensors]
+    outputs = [_OutputTensor(tensor.name, tensor, left.pop(tensor.name, None)) for tensor in origin.tensors]
     if layout.tied and (head in left or embeddings in merges):
         if not layout.has_own_head:
             raise ExportError(
-                f"the adapter changes one of embeddings and head, and llama.cpp's {layout.architecture} has one weight "
-                "for both; leave that layer out of the adapter"
+                f"the adapter changes embeddings or output head, and llama.cpp's {layout.architecture} has one weight "
+                "for both; train the adapter without that layer"
             )
         source = next(tensor for tensor in origin.tensors if tensor.name == embeddings)
-        places.append(_Place(head, source, left.pop(head, None)))
+        outputs.append(_OutputTensor(head, source, left.pop(head, None)))
     if left:
-        raise ExportError(f"{origin.what} has no {', '.join(sorted(left)[:3])}; give the adapter's own base")
-    for name, source, change in places:
+        raise ExportError(f"{origin.label} has no {', '.join(sorted(left)[:3])}; give the adapter's own base")
+    for name, source, change in outputs:
         if change is not None and change.shape != source.shape:
             raise ExportError(
-                f"{name} is {list(source.shape)} in {origin.what}, and the adapter is for {list(change.shape)}; give "
+                f"{name} is {list(source.shape)} in {origin.label}, and the adapter is for {list(change.shape)}; give "
                 "the adapter's own base"
             )
-    return places
+    return outputs
 
 
-def _announce(writer: gguf.GGUFWriter, place: _Place, kind: gguf.GGMLQuantizationType) -> None:
-    shape = place.source.shape
+def _write_header(writer: gguf.GGUFWriter, output: _OutputTensor, kind: gguf.GGMLQuantizationType) -> None:
+    shape = output.source.shape
     block, size = gguf.GGML_QUANT_SIZES[kind]
     count = int(np.prod(shape)) // block * size
-    # a raw type stands for bytes, so the shape it goes with counts them
-    held = gguf.quant_shape_to_byte_shape(shape, kind)
-    writer.add_tensor_info(place.name, held, np.dtype(np.uint8), count, raw_dtype=kind)
+    # with `raw_dtype` the writer expects bytes, and a shape that counts bytes
+    byte_shape = gguf.quant_shape_to_byte_shape(shape, kind)
+    writer.add_tensor_info(output.name, byte_shape, np.dtype(np.uint8), count, raw_dtype=kind)
 
 
-def _written(place: _Place, layout: GgufLayout, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """The tensor's values as the file holds them."""
-    values = place.source.values()
-    if place.change is not None:
-        merged = _merged(place.name, torch.from_numpy(np.array(values, np.float32)), place.change.merge, layout)
+def _values(output: _OutputTensor, layout: GgufLayout, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Return the tensor's values in the file's type."""
+    values = output.source.values()
+    if output.change is not None:
+        merged = _merged(output.name, torch.from_numpy(np.array(values, np.float32)), output.change.merge, layout)
         values = merged.float().contiguous().numpy()
     with np.errstate(over="ignore"):
         data = quantize(np.ascontiguousarray(values, np.float32), kind)
-    if place.change is not None and not np.isfinite(dequantize(data, kind)).all():
-        raise ExportError(f"{place.name}, merged, is NaN or infinite in {kind.name}; check the adapter, or use float32")
+    if output.change is not None and not np.isfinite(dequantize(data, kind)).all():
+        raise ExportError(
+            f"the merged {output.name} has NaN or infinite values in {kind.name}; check the adapter, or use float32"
+        )
     return data
 
 

@@ -1,7 +1,7 @@
 """A model whose parameters are memory-mapped from its safetensors files, so that it needs almost no memory.
 
-Adapters are loaded onto it like onto any other model. With `dequantised_tensors` its linear layers hold the weights that
-training in 4 bits computed with.
+Adapters are loaded onto it like onto any other model. `dequantised_tensors` gives its linear layers the weights with
+which training in 4 bits computes.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a merged model's files hold: {key: its header, and what makes its tensor when it is time to write it}."""
+"""The tensors of a merged model's files: headers now, and values when they are written."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,35 +18,45 @@ class Output(NamedTuple):
     """One tensor to write."""
 
     header: Header
-    make: Callable[[], Tensor]
+    compute: Callable[[], Tensor]
 
 
 def merged_tensors(
     model: Any, adapters: AdapterSet, name: str, tensors: dict[str, Tensor], dtype: torch.dtype | None
 ) -> dict[str, Output]:
-    """{key: what to write}: the base's own keys, and the head's where a merge parts it from the embeddings."""
+    """Return {key: tensor to write} of a model with one adapter merged.
+
+    The keys are those of the base's files, plus the output head's if the merge unties it from the embeddings.
+
+    Args:
+        model: a model of `mapped_model` with the adapter.
+        adapters: the model's adapters.
+        name: the adapter.
+        tensors: the base's tensors by key.
+        dtype: type to round to; None: the base's types.
+    """
     changes = _changes(model, adapters, name, dtype)
     outputs = {key: _unchanged(tensor, dtype) for key, tensor in tensors.items()}
     for target, source in model.all_tied_weights_keys.items():
         key = key_of(source, model, tensors)
         if target not in tensors and key is not None and (target in changes or source in changes):
             outputs[target] = outputs[key]
-    for path, make in changes.items():
+    for path, compute in changes.items():
         key = path if path in outputs else key_of(path, model, tensors)
         assert key is not None
-        outputs[key] = Output(outputs[key].header, lambda key=key, make=make: _finite(key, make()))
+        outputs[key] = Output(outputs[key].header, lambda key=key, compute=compute: _finite(key, compute()))
     return outputs
 
 
 def _unchanged(tensor: Tensor, dtype: torch.dtype | None) -> Output:
-    kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return Output(Header(kept, tuple(tensor.shape)), lambda: tensor.to(kept))
+    target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return Output(Header(target, tuple(tensor.shape)), lambda: tensor.to(target))
 
 
 def _changes(
     model: nn.Module, adapters: AdapterSet, name: str, dtype: torch.dtype | None
 ) -> dict[str, Callable[[], Tensor]]:
-    """{path of a parameter: what makes it} of all that the adapter changes."""
+    """Return {path: function that computes the merged parameter} of every parameter that the adapter changes."""
     changes: dict[str, Callable[[], Tensor]] = {}
     for path, (layer, leaf, _) in adapters.replaced_rows.items():
         parameter = layer._parameters[leaf]
@@ -68,14 +78,14 @@ def _changes(
 
 
 def _merged(adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
-    """The merged weight as the layer stores it, in `dtype`; the layer is left as it was."""
+    """Return the merged weight in the layer's storage layout and in `dtype`; the layer itself is not changed."""
     base, before = adapter.base, adapter.base.state()
     leaf = getattr(base, "leaf", "weight")
     weight = base.read()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     weight = adapter.merged_weight(weight)
-    stands_in = torch.zeros((), dtype=dtype or before[leaf].dtype).expand(before[leaf].shape)
-    base.restore({leaf: nn.Parameter(stands_in, requires_grad=False)})  # `write` keeps the type that it finds
+    placeholder = torch.zeros((), dtype=dtype or before[leaf].dtype).expand(before[leaf].shape)
+    base.restore({leaf: nn.Parameter(placeholder, requires_grad=False)})  # `write` keeps the type of this parameter
     try:
         base.write(weight)
         return base.state()[leaf]
@@ -94,6 +104,6 @@ def _merged_bias(adapter: Adapter) -> Tensor:
 def _finite(key: str, tensor: Tensor) -> Tensor:
     if not tensor.isfinite().all():
         raise MergeError(
-            f"{key}, merged, is NaN or infinite in {tensor.dtype}, so nothing was written; check the adapter"
+            f"the merged {key} has NaN or infinite values in {tensor.dtype}, so nothing was written; check the adapter"
         )
     return tensor

@@ -1,7 +1,10 @@
-"""safetensors files, a tensor at a time: 8 bytes that say the header's length, the header as JSON, then the bytes.
+"""Reading and writing of safetensors files one tensor at a time.
 
-Reading maps the file into memory: a tensor costs none of its own until it is looked at, and pages that were looked at
-belong to the file, so the system may take them back at any time.
+A file consists of 8 bytes with the header's length, the header as JSON, and the tensors' bytes
+(https://github.com/huggingface/safetensors#format).
+
+Files are read by memory mapping: a tensor needs memory only when its values are used, and the operating system can free
+those pages at any time.
 """
 
 import json
@@ -31,19 +34,23 @@ _NAMES = {
 
 
 class Header(NamedTuple):
-    """What is known of a tensor before it is there."""
+    """Type and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def mapped_tensors(folder: Path) -> dict[str, Tensor]:
-    """{key: tensor} of a model folder, one file or shards, mapped into memory. Raises ExportError."""
+    """Return {key: memory-mapped tensor} of a model folder, of one file or of shards.
+
+    Raises:
+        ExportError: a file is missing or damaged.
+    """
     index = folder / INDEX
     files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [SINGLE]
     tensors: dict[str, Tensor] = {}
@@ -59,7 +66,7 @@ def mapped_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def shards_of(headers: Mapping[str, Header], max_bytes: int) -> dict[str, list[str]]:
-    """{file: keys in order}: as many in each as fit into `max_bytes`, at least one."""
+    """Return {file name: keys in order}; each file has as many tensors as fit into `max_bytes`, and at least one."""
     shards: list[list[str]] = [[]]
     filled = 0
     for key, header in headers.items():
@@ -74,7 +81,7 @@ def shards_of(headers: Mapping[str, Header], max_bytes: int) -> dict[str, list[s
 
 
 def write_index(folder: Path, shards: Mapping[str, list[str]], headers: Mapping[str, Header]) -> None:
-    """Say which file holds what, as transformers reads it."""
+    """Write the index file that tells transformers which file holds which tensor."""
     weight_map = {key: name for name, keys in shards.items() for key in keys}
     elements = sum(torch.Size(header.shape).numel() for header in headers.values())
     metadata = {"total_parameters": elements, "total_size": sum(header.size for header in headers.values())}
@@ -83,16 +90,16 @@ def write_index(folder: Path, shards: Mapping[str, list[str]], headers: Mapping[
 
 
 def write_shard(path: Path, headers: Mapping[str, Header], tensors: Iterable[Tensor]) -> None:
-    """Write tensors, in the order of their headers, each as it comes."""
+    """Write one file; the tensors come in the order of their headers, and are computed one at a time."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    offset = 0
     for key, header in headers.items():
         entries[key] = {
             "dtype": _NAMES[header.dtype],
             "shape": list(header.shape),
-            "data_offsets": [place, place + header.size],
+            "data_offsets": [offset, offset + header.size],
         }
-        place += header.size
+        offset += header.size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -101,7 +108,7 @@ def write_shard(path: Path, headers: Mapping[str, Header], tensors: Iterable[Ten
         for header, data in zip(headers.values(), map(_bytes, tensors), strict=True):
             assert len(data) == header.size, f"{path}: a tensor is {len(data)} bytes, not {header.size}"
             file.write(data)
-            del data  # or it would still be in memory while the next one is made
+            del data  # otherwise it stays in memory while the next tensor is computed
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -109,5 +116,5 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def aligned(headers: Mapping[str, Header]) -> Iterator[tuple[str, Header]]:
-    """The order in which safetensors itself writes: wide types first, so that all are aligned, then by name."""
+    """Yield the headers in safetensors' own order: wide types first, so that all tensors are aligned, then by name."""
     yield from sorted(headers.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))

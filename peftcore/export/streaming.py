@@ -1,9 +1,12 @@
-"""An adapter merged into a model folder, from safetensors to safetensors, without the model in memory.
+"""`merge_streaming`: merge an adapter into a model folder, from safetensors to safetensors, with little memory.
 
-The model's structure is made without weights, and its parameters are then the files themselves, mapped into memory;
-the adapter is loaded onto that like onto any model. So every method that merges does so here, and what is written has
-the bits of `merge_and_unload` and `save_pretrained`. One merged weight is in memory at a time: the peak is the adapter
-and the largest weight a few times over in float32 (twice for LoRA; more where a method builds ΔW).
+The model is made without weights; its parameters are the memory-mapped files, and the adapter is loaded onto it like
+onto any model. So every mergeable method works, and the result equals `merge_and_unload` and `save_pretrained` bit for
+bit. One merged weight is in memory at a time. The peak is the adapter plus a few float32 copies of the largest weight
+(two for LoRA, more for a method that computes ΔW).
+
+File formats: safetensors (https://github.com/huggingface/safetensors#format), and for shards the index file of
+transformers (https://huggingface.co/docs/transformers/big_models).
 """
 
 import json
@@ -41,16 +44,28 @@ def merge_streaming(
     double_quant: bool = False,
     progressbar: bool = False,
 ) -> Path:
-    """Write a transformers folder with an adapter merged into it; gives `out_folder`, which is replaced whole.
+    """Write a transformers folder with an adapter merged into the base; tokenizer and other files are copied.
 
-    max_shard_bytes: of one file, at most; a larger tensor has one of its own. dtype: "float32", "float16" or
-    "bfloat16", rounded to once, after the merge; None: what the base has. Tokenizer, templates and generation
-    settings are copied, a manifest is written.
-    storage: "nf4" or "fp4" for an adapter that was trained on the base in 4 bits: it is then merged into what training
-    saw, the base quantised and dequantised again (a copy of its linear layers on the disk for as long as this runs).
-    double_quant: as in training.
-    Raises ExportError for a base that cannot be streamed, CheckpointError for an adapter that does not fit it,
-    MergeError for one that has no merged weight or whose merged weight is not finite; nothing is then written.
+    Args:
+        base_folder: the base model's transformers folder, with safetensors.
+        adapter_directory: an adapter directory in PEFT's format, of any mergeable method.
+        out_folder: where to write; an existing folder is replaced. A manifest is written too.
+        max_shard_bytes: largest size of one file (bytes); a larger tensor gets a file of its own.
+        dtype: "float32", "float16" or "bfloat16", rounded once after the merge; None: the base's type.
+        storage: "nf4" or "fp4" for an adapter that was trained on the base in 4 bits. The adapter is then merged into
+            the weights with which training computed: the base's, quantised and dequantised again. That needs disk space
+            for a temporary copy of the linear layers.
+        double_quant: the option of the same name in training.
+        progressbar: True to show a progress bar.
+
+    Returns:
+        `out_folder`.
+
+    Raises:
+        ExportError: the base cannot be streamed.
+        CheckpointError: the adapter does not fit the base.
+        MergeError: the adapter has no merged weight, or a merged weight is not finite. After every error nothing has
+            been written.
     """
     base, out = Path(base_folder), Path(out_folder)
     if dtype is not None and dtype not in DTYPES:
@@ -82,19 +97,19 @@ def _write(folder: Path, outputs: Mapping[str, Output], max_shard_bytes: int, pr
     with tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=not progressbar) as bar:
         for name, keys in shards.items():
             own = dict(aligned({key: headers[key] for key in keys}))
-            write_shard(folder / name, own, _made(outputs, own, bar))
+            write_shard(folder / name, own, _computed(outputs, own, bar))
     if len(shards) > 1:
         write_index(folder, shards, headers)
 
 
-def _made(outputs: Mapping[str, Output], keys: Mapping[str, Header], bar: Any) -> Iterator[Tensor]:
+def _computed(outputs: Mapping[str, Output], keys: Mapping[str, Header], bar: Any) -> Iterator[Tensor]:
     for key, header in keys.items():
-        yield outputs[key].make()  # kept by no name here, or two would be in memory
+        yield outputs[key].compute()  # not bound to a name: a second tensor would stay in memory
         bar.update(header.size)
 
 
 def _copy_rest(base: Path, fresh: Path, untied: bool, dtype: str | None) -> None:
-    """Everything of the folder that is no weight, the configuration with what is no longer true set right."""
+    """Copy every file that holds no weights, and update the configuration's `tie_word_embeddings` and `dtype`."""
     for file in base.iterdir():
         if (
             file.is_file()

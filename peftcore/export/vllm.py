@@ -1,8 +1,11 @@
-"""A LoRA directory as vLLM and LoRAX take it, and HF PEFT and we too.
+"""`export_vllm`: a LoRA directory for vLLM and LoRAX, which HF PEFT and peftcore read too.
 
-One rank for all layers, of those that vLLM has buffers for, by rows and columns of zeros; α = r, the true scale in B;
-no patterns, no biases, no saved modules. LoRAX leaves out a kind of layer that some block lacks, so every layer of an
-adapted name is there, the others with zeros.
+The directory has PEFT's format (https://huggingface.co/docs/peft/developer_guides/checkpoint), restricted to the subset
+of vLLM (https://docs.vllm.ai/en/latest/features/lora.html):
+- One rank for all layers, of those for which vLLM has buffers, by padding with zeros.
+- α = r, with the scaling in B; no patterns, no biases, no saved modules.
+- Every layer with a targeted name, layers that are not adapted with zeros: LoRAX ignores a layer name that is missing
+  in some block.
 
 Shapes: i in_features, o out_features, r rank.
 """
@@ -24,9 +27,18 @@ from peftcore.methods.lora import LoraConfig
 
 
 def export_vllm(model: nn.Module, adapter_name: str, folder: str | Path) -> int:
-    """Write one LoRA adapter for vLLM and LoRAX; gives its rank, which `--max-lora-rank` must reach.
+    """Write one LoRA adapter of a model for vLLM and LoRAX.
 
-    What was at `folder` is replaced. Raises ExportError for an adapter that they cannot take; nothing is then written.
+    Args:
+        model: a model with the adapter.
+        adapter_name: a LoRA, AdaLoRA or VeRA of linear layers.
+        folder: where to write; an existing folder is replaced.
+
+    Returns:
+        The rank of the written adapter; vLLM's `--max-lora-rank` must be at least that.
+
+    Raises:
+        ExportError: the runtimes do not support the adapter; nothing has been written.
     """
     lora = canonicalise(model, adapter_name)
     if lora.embeddings:
@@ -64,7 +76,7 @@ def _name(path: str) -> str:
 
 
 def _tensors(model: nn.Module, lora: CanonicalLora) -> dict[str, tuple[Tensor, Tensor]]:
-    """{path: (A, B)} of every layer that has an adapted one's name, in the model's order."""
+    """Return {path: (A, B)} of every linear layer with a targeted name, in the model's order."""
     names = {_name(path) for path in lora.layers}
     tensors = {}
     for path, module in ModuleIndex(model).modules.items():

@@ -1,7 +1,8 @@
-"""What vLLM and LoRAX ask of an adapter directory, checked without either.
+"""`check_vllm`: the requirements of vLLM and LoRAX on an adapter directory, checked without these runtimes.
 
-vLLM: `vllm/lora/peft_helper.py` and `utils.py` (r, lora_alpha, target_modules; no modules_to_save, no DoRA; every
-tensor a factor; r up to max_lora_rank). LoRAX: a name of layers that some block lacks is left out whole.
+vLLM (`vllm/lora/peft_helper.py` and `utils.py`): r, lora_alpha and target_modules are given; no modules_to_save, no
+DoRA; every tensor is a factor; r is at most max_lora_rank. LoRAX: a layer name that is missing in some block is ignored
+in all blocks.
 """
 
 import json
@@ -17,25 +18,30 @@ from peftcore.config import CONFIG_NAME
 from peftcore.files import damaged_files
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks above 1 that `--max-lora-rank` may be."""
+"""Values of `--max-lora-rank`, apart from 1."""
 _KEY = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
-_OFF = {
-    "use_dora": "DoRA is not read",
-    "modules_to_save": "whole modules are not read",
-    "rank_pattern": "patterns are not read, so these layers would have another rank",
-    "alpha_pattern": "patterns are not read, so these layers would be scaled wrongly",
-    "lora_bias": "biases are not read",
-    "alora_invocation_tokens": "aLoRA is not read, so the adapter would act everywhere",
-    "layer_replication": "a deeper model is not made",
-    "target_parameters": "raw parameters are not adapted",
-    "trainable_token_indices": "token rows are not read",
+_UNSUPPORTED = {
+    "use_dora": "DoRA is not supported",
+    "modules_to_save": "trained modules are not supported",
+    "rank_pattern": "patterns are ignored, so these layers would have a wrong rank",
+    "alpha_pattern": "patterns are ignored, so these layers would have a wrong scaling",
+    "lora_bias": "biases are not supported",
+    "alora_invocation_tokens": "aLoRA is ignored, so the adapter would act at every position",
+    "layer_replication": "replicated layers are not supported",
+    "target_parameters": "raw parameters are not supported",
+    "trainable_token_indices": "trained token rows are not supported",
 }
 
 
 def check_vllm(folder: str | Path, max_lora_rank: int = 16) -> list[str]:
-    """Every reason for which vLLM or LoRAX would refuse this directory or compute something else; [] for none.
+    """List the reasons for which vLLM or LoRAX would refuse an adapter directory, or compute wrong outputs.
 
-    max_lora_rank: vLLM's option of that name; 16 is its default.
+    Args:
+        folder: the adapter directory.
+        max_lora_rank: value of vLLM's option; 16 is its default.
+
+    Returns:
+        One message for each problem; [] if there is none.
     """
     folder = Path(folder)
     try:
@@ -43,9 +49,9 @@ def check_vllm(folder: str | Path, max_lora_rank: int = 16) -> list[str]:
         with safe_open(folder / WEIGHTS_NAME, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        return [f"{folder} is no readable adapter directory: {error}"]
+        return [f"{folder} is not a readable adapter directory: {error}"]
     if not isinstance(config, dict):
-        return [f"{CONFIG_NAME} holds a {type(config).__name__}, not the fields of a configuration"]
+        return [f"{CONFIG_NAME} must hold a JSON object; got a {type(config).__name__}"]
     problems = [f"{name} is not what the manifest says" for name in damaged_files(folder)]
     problems += _of_configuration(config, max_lora_rank)
     return problems + _of_tensors(shapes, config)
@@ -54,14 +60,14 @@ def check_vllm(folder: str | Path, max_lora_rank: int = 16) -> list[str]:
 def _of_configuration(config: Mapping[str, Any], max_lora_rank: int) -> list[str]:
     problems = [f"{name} is missing" for name in ("r", "lora_alpha", "target_modules") if config.get(name) is None]
     if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA is read")
+        problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA is supported")
     if isinstance(rank := config.get("r"), int) and rank > max_lora_rank:
         problems.append(f"r={rank} is above max_lora_rank={max_lora_rank}")
     if config.get("bias", "none") != "none":
-        problems.append(f"bias={config['bias']!r}: trained biases are not read")
+        problems.append(f"bias={config['bias']!r}: trained biases are not supported")
     if isinstance(config.get("target_modules"), str):
         problems.append(f"target_modules is the expression {config['target_modules']!r}; write a list of names")
-    return problems + [f"{name}: {why}" for name, why in _OFF.items() if config.get(name)]
+    return problems + [f"{name}: {why}" for name, why in _UNSUPPORTED.items() if config.get(name)]
 
 
 def _of_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[str]:
@@ -71,7 +77,7 @@ def _of_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
         if match := _KEY.fullmatch(key):
             factors.setdefault(match[1], {})[match[2]] = shape
         else:
-            problems.append(f"{key} is no factor of a linear layer")
+            problems.append(f"{key} is not a factor of a linear layer")
     if not factors:
         problems.append("there are no lora_A and lora_B")
     targets = config.get("target_modules")
@@ -87,14 +93,14 @@ def _of_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
 
 
 def _of_blocks(paths: Mapping[str, Any]) -> list[str]:
-    """Layers that some blocks have and others lack."""
+    """List the layer names that some blocks have and others lack."""
     blocks: dict[str, set[int]] = {}
     for path in paths:
         if match := re.match(r"(.*?)\.(\d+)\.(.+)", path):
             blocks.setdefault(f"{match[1]}.*.{match[3]}", set()).add(int(match[2]))
     every = set().union(*blocks.values())
     return [
-        f"{name} is missing in block {min(every - own)}, for which LoRAX leaves all of them out"
+        f"{name} is missing in block {min(every - own)}, so LoRAX ignores it in all blocks"
         for name, own in blocks.items()
         if own != every
     ]

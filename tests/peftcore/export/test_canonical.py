@@ -94,19 +94,19 @@ def test_hf_pefts_own_directory(tmp_path: Path) -> None:
         torch.testing.assert_close(b @ a, layer.get_delta_weight("default").detach(), rtol=1e-5, atol=1e-6)
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
     theirs.save_pretrained(str(tmp_path / "pissa"))
-    with pytest.raises(ExportError, match="takes its start out of the base; load it onto the model"):
+    with pytest.raises(ExportError, match="subtracts a residual from the base; load the adapter onto the model"):
         canonicalise(tmp_path / "pissa")
 
 
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (LoraConfig(target_modules=["q_proj"], use_dora=True), r"DoRA is no product of two factors; make it one by"),
-        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save, a task's head"),
+        (LoraConfig(target_modules=["q_proj"], use_dora=True), r"DoRA is not low-rank; convert it by"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save, a task head"),
         (LoraConfig(target_modules=["q_proj"], lora_bias=True), "trains biases"),
         (LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3]), "aLoRA acts at some positions only"),
         (LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]), "trainable_token_indices is not read"),
-        (LoHaConfig(target_modules=["q_proj"]), "is no product of two factors"),
+        (LoHaConfig(target_modules=["q_proj"]), "is not low-rank"),
     ],
 )
 def test_what_it_cannot_hold_is_refused_with_advice(config: PeftConfig, match: str, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_merge_into_one_end_of_tied_embeddings_makes_them_two(family: str, end
     base = write_gguf(tiny(family, tie_word_embeddings=True), tmp_path / "base.gguf")
     file = export_gguf_merged(base, model, tmp_path / "merged.gguf", dtype="float32")
     assert furthest(LlamaCpp(file).log_probs, partial(log_probs, model)) < CLOSE
-    with pytest.raises(ExportError, match="shares its weight with the other end"):
+    with pytest.raises(ExportError, match="is one of two tied layers"):
         export_gguf_lora(model, "default", tmp_path / "lora.gguf")
 
 
@@ -169,22 +169,22 @@ def test_what_llama_cpp_cannot_take_is_refused_and_nothing_is_written(tmp_path: 
                 export_gguf_lora(model, "default", out)
         assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
 
-    refused("DoRA is no product", adapted("llama", LoraConfig(target_modules=["q_proj"], use_dora=True)))
+    refused("DoRA is not low-rank", adapted("llama", LoraConfig(target_modules=["q_proj"], use_dora=True)))
     norms = LNTuningConfig(target_modules=["input_layernorm"])
     refused("is a norm", adapted("llama", norms), merged=True)
     refused("is a norm", adapted("llama", norms), error=ValueError)
-    refused("the file a llama", adapted("qwen2"), merged=True)
+    refused("the base a llama", adapted("qwen2"), merged=True)
     alora = LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3])
     refused("aLoRA", adapted("llama", alora), merged=True, error=MergeError)
     saved = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
-    refused("holds whole modules", adapted("llama", saved), merged=True)
+    refused("holds trained modules", adapted("llama", saved), merged=True)
     config = AutoConfig.for_model(
         "gpt_neox", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=30
     )
     neox = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(target_modules=["dense"]))
-    refused("'gpt_neox' model is not known here; known: gemma", neox)
+    refused("'gpt_neox' model is not supported; supported: gemma", neox)
     deeper = adapted("llama", num_hidden_layers=3)
-    refused("layers.2.self_attn.q_proj has no name in this GGUF of llama", deeper, merged=True)
+    refused("layers.2.self_attn.q_proj has no GGUF name in a llama model", deeper, merged=True)
     wider = adapted("llama", intermediate_size=64)
     refused(r"blk.0.ffn_gate.weight is \[48, 32\] in the file, and the adapter is for \[64, 32\]", wider, merged=True)
 

@@ -164,7 +164,7 @@ def test_what_cannot_be_written_is_said_before_a_weight_is_read(tmp_path: Path) 
         saved(tmp_path / name, family, tokenizer or byte_level("gpt-2"), **options)
         return tmp_path / name
 
-    refused("'gemma' model cannot be written.*llama, mistral, qwen2, qwen3.*--gguf", folder("gemma", "gemma"))
+    refused("'gemma' model cannot be exported.*llama, mistral, qwen2, qwen3.*--gguf", folder("gemma", "gemma"))
     refused("hidden_act='gelu'", folder("gelu", hidden_act="gelu"))
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 16}
     refused("rope_type='yarn'", folder("yarn", rope_parameters=yarn))
@@ -174,13 +174,13 @@ def test_what_cannot_be_written_is_said_before_a_weight_is_read(tmp_path: Path) 
     refused("no tokenizer.json", lone)
     pieces = byte_level("gpt-2")
     pieces.pre_tokenizer = pre_tokenizers.Whitespace()
-    refused("does not end in ByteLevel", folder("whitespace", tokenizer=pieces))
+    refused("must end with ByteLevel", folder("whitespace", tokenizer=pieces))
     other = byte_level("qwen2")
     split = pre_tokenizers.Split(Regex(r"\d+"), "isolated")
     other.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    refused("no known name for its way to words", folder("other", tokenizer=other))
+    refused("no known name for its pre-tokenizer", folder("other", tokenizer=other))
     refused("its model is 'WordLevel'", folder("words", tokenizer=Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}))))
-    with pytest.raises(ExportError, match="is no folder"):
+    with pytest.raises(ExportError, match="is not a folder"):
         check_gguf_base(tmp_path / "nowhere")
 
 

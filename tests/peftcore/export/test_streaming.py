@@ -227,6 +227,6 @@ def test_nothing_is_left_of_what_is_refused(tmp_path: Path) -> None:
 def test_a_merged_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     base = saved(tmp_path / "base", dtype=torch.float16)
     adapter = trained(base, LoraConfig(target_modules=["q_proj"], lora_alpha=1e9), tmp_path / "adapter")
-    with pytest.raises(MergeError, match=r"q_proj.weight, merged, is NaN or infinite in torch.float16"):
+    with pytest.raises(MergeError, match=r"q_proj.weight has NaN or infinite values in torch.float16"):
         merge_streaming(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -71,16 +71,16 @@ def test_each_broken_rule_is_listed(tmp_path: Path) -> None:
     found = "\n".join(check_vllm(tmp_path, max_lora_rank=4))
     for problem in (
         "r=6 is above max_lora_rank=4",
-        "modules_to_save: whole modules are not read",
-        "rank_pattern: patterns are not read",
+        "modules_to_save: trained modules are not supported",
+        "rank_pattern: patterns are ignored",
         "alpha_pattern: patterns",
-        "base_model.model.model.norm.weight is no factor",
+        "base_model.model.model.norm.weight is not a factor",
         "up_proj has rank 3, not r=6",
     ):
         assert problem in found
     adapted(use_dora=True, layers_to_transform=[0, 1], target_modules=".*q_proj").save_pretrained(tmp_path / "dora")
     found = "\n".join(check_vllm(tmp_path / "dora"))
-    assert "DoRA is not read" in found and "lora_magnitude_vector is no factor" in found
+    assert "DoRA is not supported" in found and "lora_magnitude_vector is not a factor" in found
     assert "target_modules is the expression '.*q_proj'" in found
 
 
@@ -93,22 +93,22 @@ def test_what_a_directory_lacks_is_listed(tmp_path: Path) -> None:
     assert any("q_proj has only lora_A" in problem for problem in check_vllm(tmp_path))
     assert any("is not what the manifest says" in problem for problem in check_vllm(tmp_path))
     save_file({k: v for k, v in tensors.items() if "layers.1.self_attn" not in k}, weights)
-    assert any("missing in block 1, for which LoRAX" in problem for problem in check_vllm(tmp_path))
+    assert any("missing in block 1, so LoRAX" in problem for problem in check_vllm(tmp_path))
     weights.write_bytes(b"no tensors")
-    assert "is no readable adapter directory" in check_vllm(tmp_path)[0]
-    assert "is no readable adapter directory" in check_vllm(tmp_path / "absent")[0]
+    assert "is not a readable adapter directory" in check_vllm(tmp_path)[0]
+    assert "is not a readable adapter directory" in check_vllm(tmp_path / "absent")[0]
 
 
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA is no product of two factors"),
+        (LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA is not low-rank"),
         (LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]), "merge it into the base"),
         (LoraConfig(target_modules=["q_proj"], bias="all"), "trains biases"),
         (LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3]), "aLoRA acts at some positions"),
         (LoraConfig(target_modules=["embed_tokens"]), "embed_tokens: these runtimes adapt linear layers only"),
         (LoraConfig(target_modules=["q_proj"], r=513), "above vLLM's largest, 512"),
-        (LoHaConfig(target_modules=["q_proj"]), "LoHa is no product of two factors"),
+        (LoHaConfig(target_modules=["q_proj"]), "LoHa is not low-rank"),
     ],
 )
 def test_what_they_cannot_take_is_refused(config: PeftConfig, match: str, tmp_path: Path) -> None:
