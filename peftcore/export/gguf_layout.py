@@ -88,7 +88,7 @@ def layout_of(config: Any) -> GgufLayout:
     family = _FAMILIES.get(config.model_type)
     if family is None:
         raise ExportError(
-            f"GGUF export of a {config.model_type!r} model is not supported; supported: {', '.join(sorted(_FAMILIES))}; "
+            f"a {config.model_type!r} model cannot be exported as GGUF; supported: {', '.join(sorted(_FAMILIES))}; "
             "merge the adapter, save the model and convert it with llama.cpp's convert_hf_to_gguf.py"
         )
     heads = config.num_attention_heads

@@ -1,4 +1,4 @@
-"""The fused low-rank linear: equal to plain autograd in float64, keeps nothing of the output's size."""
+"""The fused low-rank forward equals plain autograd in float64, and saves nothing of the size of the output."""
 
 import copy
 
@@ -40,6 +40,15 @@ def plain(layer: nn.Module, x: Tensor, own: LowRankBranch, dropping: Tensor | No
 
 def gradients(y: Tensor, inputs: list[Tensor], g: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(y, inputs, g, retain_graph=True))
+
+
+def next_factors(x: Tensor, p: float) -> Tensor:
+    """What the next dropout will multiply the elements of x with."""
+    state = torch.get_rng_state()
+    dropout = Dropout(p)
+    keep, _ = dropout.draw(x.detach().flatten(0, -2))
+    torch.set_rng_state(state)
+    return (keep != 0).double().view(x.shape) * dropout.scale
 
 
 @pytest.mark.parametrize("shape", [(ROWS, IN), (2, ROWS, IN), (1, 2, ROWS, IN)])
@@ -137,18 +146,6 @@ def test_outputs_may_be_changed_in_place(gain: bool) -> None:
         torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
 
 
-# -- dropout -------------------------------------------------------------------------------------------------------
-
-
-def next_factors(x: Tensor, p: float) -> Tensor:
-    """What the next dropout will multiply the elements of x with."""
-    state = torch.get_rng_state()
-    dropout = Dropout(p)
-    keep, _ = dropout.draw(x.detach().flatten(0, -2))
-    torch.set_rng_state(state)
-    return (keep != 0).double().view(x.shape) * dropout.scale
-
-
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_dropout_equals_plain_autograd_with_the_same_mask(p: float) -> None:
     torch.manual_seed(0)
@@ -181,31 +178,6 @@ def test_dropout_of_everything_leaves_the_base(dtype: torch.dtype) -> None:
     assert torch.equal(y, layer(x))
     y.sum().backward()
     assert torch.equal(x.grad, torch.autograd.grad(layer(x).sum(), x)[0])
-
-
-@pytest.mark.parametrize("p", [0.01, 0.05, 0.1, 0.5])
-def test_the_mask_drops_each_element_with_its_probability(p: float) -> None:
-    torch.manual_seed(0)
-    x = torch.zeros(1000, 1000)
-    dropout = Dropout(p)
-    keep, bits = dropout.draw(x)
-    assert set(keep.unique().tolist()) == {0, 1} and torch.equal(keep, dropout.again(x, bits))
-    here = dropout.threshold / 256
-    assert abs(here - p) < 1 / 256 and dropout.scale == pytest.approx(1 / (1 - here))
-    dropped, spread = (keep == 0).double(), (here * (1 - here)) ** 0.5
-    assert abs(dropped.mean() - here) < 4 * spread / 1000  # four standard deviations
-    for axis in (0, 1):  # and by itself: rows and columns vary as independent draws do
-        assert abs(dropped.mean(axis).std() / (spread / 1000**0.5) - 1) < 0.1
-    neighbours = ((dropped[:, 1:] - here) * (dropped[:, :-1] - here)).mean() / spread**2
-    assert abs(neighbours) < 5e-3
-    assert not torch.equal(keep, Dropout(p).draw(x)[0])
-    thresholds = torch.tensor([Dropout(p).threshold / 256 for _ in range(20_000)])
-    assert abs(thresholds.mean() - p) < 1e-4
-    torch.manual_seed(0)
-    assert torch.equal(keep, Dropout(p).draw(x)[0])
-
-
-# -- types and storages --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

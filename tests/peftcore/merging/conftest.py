@@ -118,3 +118,22 @@ def snapshot() -> Callable[[Any], tuple[Any, ...]]:
         return list(adapters.configs), adapters.selection.active, names, list(state), list(state.values())
 
     return take
+
+
+@pytest.fixture
+def refused(snapshot: Any) -> Callable[..., None]:
+    """Checks that a call raises an error with a message, and leaves the model unchanged."""
+
+    def check(model: Any, kind: type[Exception], message: str, call: Callable[[], Any]) -> None:
+        before = snapshot(model)
+        with pytest.raises(kind, match=message):
+            call()
+        after = snapshot(model)
+        assert before[:-1] == after[:-1] and all(map(torch.equal, before[-1], after[-1]))
+
+    return check
+
+
+@pytest.fixture
+def model(linears: Any) -> Any:
+    return linears(a={"lora_alpha": 6}, b={"r": 3, "use_rslora": True}, c={"r": 2})

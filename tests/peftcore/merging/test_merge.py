@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftcore import merging
+from peftcore import AdapterNameError, ConfigError, merging
 from peftcore.kernels.factors import Factors, LowRankReport
 from peftcore.merging import Recipe
+
+SUM = Recipe.task_arithmetic()
 
 
 @pytest.mark.parametrize("recipe", [Recipe.linear(), Recipe.slerp(), Recipe.model_stock(), Recipe.task_arithmetic()])
@@ -47,3 +49,36 @@ def test_the_error_is_what_the_rank_cuts_off(linears: Any, changes: Any) -> None
 def test_the_old_name_of_the_report_warns() -> None:
     with pytest.warns(DeprecationWarning, match="now called LowRankReport"):
         assert merging.MergeReport is LowRankReport
+
+
+def test_a_name_that_is_taken_keeps_its_adapter(linears: Any, changes: Any) -> None:
+    """PEFT returns without a word, and what one goes on with is the old adapter."""
+    model = linears(a={}, b={})
+    before = changes(model, "b")
+    for call in (
+        lambda: model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "b", "cat"),
+        lambda: model.add_merged("b", {"a": 1.0, "b": 1.0}, SUM),
+    ):
+        with pytest.raises(AdapterNameError, match="delete it or take another name"):
+            call()
+    assert all(torch.equal(before[path], change) for path, change in changes(model, "b").items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "recipe", "message"),
+    [
+        ({}, SUM, "no adapters to merge"),
+        ({"a": float("inf")}, SUM, "finite numbers; got inf"),
+        ({"a": 1.0, "b": -1.0}, Recipe.linear(), "average needs weights of at least 0.*task_arithmetic"),
+        ({"a": 0.0, "b": 0.0}, Recipe.linear(), "average needs weights"),
+        ({"a": 1.0}, Recipe.slerp(), "two weights of at least 0"),
+        ({"a": 1.0, "b": -0.5}, Recipe.slerp(), "two weights of at least 0"),
+        ({"a": 1.0}, Recipe.model_stock(), "two or more adapters"),
+        ({"a": 1.0, "b": 2.0}, Recipe.model_stock(), "give each the same weight"),
+        ({"a": 1.0, "b": 2.0}, "ties", "such as Recipe.ties.* got 'ties'"),
+    ],
+    ids=str,
+)
+def test_of_weights(weights: dict[str, float], recipe: Any, message: str, linears: Any, refused: Any) -> None:
+    model = linears(a={}, b={})
+    refused(model, ConfigError, message, lambda: model.add_merged("m", weights, recipe))

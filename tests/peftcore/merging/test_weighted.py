@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftcore import LoraConfig, PeftModel
+from peftcore import AdapterNameError, ConfigError, LoraConfig, PeftError, PeftModel
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.merging.weighted import KINDS
 
@@ -233,3 +233,33 @@ def test_svd_does_not_depend_on_the_order(order: tuple[int, ...], linears: Any) 
     for path, one in adapter_set(model).adapters("one").items():
         other = adapter_set(model).adapters("other")[path]
         assert torch.allclose(one.delta_weight(), other.delta_weight(), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ({"adapter_name": "b"}, AdapterNameError, "an adapter named .b. exists already"),
+        ({"adapter_name": "x.y"}, AdapterNameError, r"a word without '\.'"),
+        ({"adapters": ["a", "z"]}, AdapterNameError, "no adapter named 'z'; loaded: a, b"),
+        ({"adapters": [], "weights": []}, ConfigError, "no adapters to merge"),
+        ({"weights": [1.0]}, ConfigError, "got 2 adapters and 1 weights"),
+        ({"weights": [1.0, float("nan")]}, ConfigError, "weights must be finite numbers; got nan"),
+        ({"weights": [1.0, "1"]}, ConfigError, "weights must be finite numbers; got '1'"),
+        ({"combination_type": "tie"}, ConfigError, "'tie' is unknown; did you mean 'ties'"),
+        ({"combination_type": "ties"}, ConfigError, "density .* must be above 0 and at most 1, .* got None"),
+        ({"combination_type": "ties_svd", "density": 0.0}, ConfigError, r"got 0\.0; try"),
+        ({"combination_type": "dare_linear", "density": 1.1}, ConfigError, r"got 1\.1; try"),
+        ({"combination_type": "ties", "density": 0.5, "majority_sign_method": "most"}, ConfigError, "got 'most'"),
+        ({"combination_type": "linear"}, ConfigError, "factors of the same rank; at 0 they are {'a': 4, 'b': 3}"),
+        ({"svd_rank": 0}, ConfigError, "svd_rank must be an integer from 1 to 8, .* got 0"),
+        ({"svd_rank": 9}, ConfigError, "svd_rank must be an integer from 1 to 8, .* got 9"),
+        ({"svd_rank": 2.0}, ConfigError, r"svd_rank must be an integer .* got 2\.0"),
+        ({"svd_clamp": 0.3}, ConfigError, r"svd_clamp is a quantile above 0\.5 .* got 0\.3"),
+        ({"svd_driver": "fast"}, ConfigError, "svd_driver must be .* got 'fast'"),
+    ],
+    ids=str,
+)
+def test_of_weighted(given: dict[str, Any], kind: type[PeftError], message: str, linears: Any, refused: Any) -> None:
+    model = linears(a={}, b={"r": 3})
+    options = {"adapters": ["a", "b"], "weights": [1.0, 0.5], "adapter_name": "m", **given}
+    refused(model, kind, message, lambda: model.add_weighted_adapter(**options))

@@ -15,6 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from peftcore import (
+    LoraConfig,
+    PeftConfig,
+    get_peft_model,
+)
+
 VOCABULARY = 64
 CONTEXT = 64
 PROMPTS = ([5], [7, 3, 11], [2, 60, 33, 9, 14, 14, 20], list(range(1, 31)))
@@ -171,3 +177,23 @@ def log_probs(model: Any, prompt: Sequence[int]) -> Tensor:
 def furthest(one: Callable[[Sequence[int]], Tensor], other: Callable[[Sequence[int]], Tensor]) -> float:
     """The largest difference of two models' log-probabilities over the prompts."""
     return max(float((one(prompt) - other(prompt)).abs().max()) for prompt in PROMPTS)
+
+
+def adapted(family: str, config: PeftConfig | None = None, **options: Any) -> Any:
+    """A tiny model with a random adapter that changes what it says."""
+    model = tiny(family, **options)
+    torch.manual_seed(1)
+    config = config or LoraConfig(
+        r=4,
+        lora_alpha=7,
+        use_rslora=True,
+        target_modules="all-linear",
+        rank_pattern={"down_proj": 2},
+        alpha_pattern={"down_proj": 3},
+        init_lora_weights=False,
+    )
+    model = get_peft_model(model, config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model

@@ -1,4 +1,4 @@
-"""What was combined is an ordinary LoRA: frozen, not active, and the same when it is loaded, here and in PEFT."""
+"""A merged adapter is an ordinary LoRA: frozen, not active, and equal after loading, here and in PEFT."""
 
 import copy
 import json
@@ -18,7 +18,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the oracle warns of on import is its own affair
     import peft
 
+
 TOKENS = torch.arange(1, 25).view(2, 12)
+
+
 SUM = Recipe.task_arithmetic()
 
 
@@ -95,31 +98,6 @@ def test_names_that_end_other_names(with_adapters: Any, tmp_path: Path) -> None:
     model.set_adapter("m")
     x = torch.randn(3, 8).double()
     assert torch.equal(loaded.eval()(x), model.eval()(x))
-
-
-def test_a_module_that_one_of_them_trains_whole_goes_along(llama: Any, with_adapters: Any, tmp_path: Path) -> None:
-    """PEFT makes a copy of the base's module, or none, so that what was trained is gone."""
-    plain, saving = {"r": 2, "target_modules": ["q_proj"]}, {"modules_to_save": ["lm_head"]}
-    for first in ({"a": saving, "b": {}}, {"a": {}, "b": saving}):
-        model = with_adapters(llama(), **{name: LoraConfig(**{**plain, **own}) for name, own in first.items()})
-        owner = "a" if first["a"] else "b"
-        with torch.no_grad():
-            model.lm_head.copies[owner].weight += 1
-        model.add_weighted_adapter(["a", "b"], [0.7, 0.4], "m", "cat")
-        copies = model.lm_head.copies
-        assert torch.equal(copies["m"].weight, copies[owner].weight) and copies["m"].weight is not copies[owner].weight
-        same_everywhere(model, llama(), tmp_path / owner)
-
-
-def test_trained_rows_of_one_of_them_go_along(llama: Any, with_adapters: Any, tmp_path: Path) -> None:
-    for tied in (False, True):
-        a = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 7])
-        model = with_adapters(llama(tie_word_embeddings=tied), a=a, b=LoraConfig(r=2, target_modules=["q_proj"]))
-        model.add_merged("m", {"a": 0.7, "b": 0.4}, SUM)
-        ours = adapter_set(model).adapters("m")["model.embed_tokens"]
-        theirs = adapter_set(model).adapters("a")["model.embed_tokens"]
-        assert torch.equal(ours.trainable_tokens_delta, theirs.trainable_tokens_delta)
-        assert same_everywhere(model, llama(tie_word_embeddings=tied), tmp_path / str(tied))
 
 
 def test_a_model_made_deeper(llama: Any, with_adapters: Any, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""Factors are exact, or the best of their rank, with a true error."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peftcore import (
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftError,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from peftcore.conversion import convert_to_lora
+from peftcore.injection.adapter_set import adapter_set
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "vocab_size": 40,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE))
+
+
+OTHERS: dict[str, tuple[PeftConfig, int]] = {
+    "dora": (LoraConfig(target_modules=["q_proj", "up_proj"], use_dora=True, init_lora_weights=False), 16),
+    "loha": (LoHaConfig(target_modules=["q_proj", "up_proj"], r=2, init_weights=False), 4),
+    "lokr": (LoKrConfig(target_modules=["q_proj", "up_proj"], r=2, init_weights=False), 16),
+    "oft": (OFTConfig(target_modules=["q_proj", "up_proj"], oft_block_size=4, r=0), 16),
+    "ia3": (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), 16),
+    "tokens": (LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=[3, 5]), 2),
+    "embedding": (LoHaConfig(target_modules=["embed_tokens", "q_proj"], r=2, init_weights=False), 4),
+}
+"""Methods, and the rank at which two factors are all of their change."""
+
+
+def random_adapter(config: PeftConfig, base: Any = None) -> Any:
+    model = get_peft_model(base or llama(), config).eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("config", [LoraConfig(target_modules=["q_proj", "v_proj"], r=6), OTHERS["loha"][0]])
+def test_a_smaller_rank_is_the_best_there_is_and_its_error_is_told(config: PeftConfig) -> None:
+    model = random_adapter(config)
+    report = convert_to_lora(model, "default", "plain", rank=2)
+    layers: Any = adapter_set(model).adapters("plain")
+    whole = missing = 0.0
+    for path, adapter in adapter_set(model).adapters("default").items():
+        delta, kept = adapter.delta_weight().detach(), layers[path].delta_weight().detach()
+        best = torch.linalg.svdvals(delta.double())[2:].norm()
+        assert (delta - kept).norm().item() == pytest.approx(best.item(), rel=1e-4)
+        assert report.errors[path] == pytest.approx((best / delta.norm()).item(), rel=1e-4)
+        whole, missing = whole + delta.square().sum().item(), missing + best.square().item()
+    assert report.error == pytest.approx((missing / whole) ** 0.5, rel=1e-4)
+
+
+def test_a_tolerance_gives_each_layer_the_least_rank_that_meets_it() -> None:
+    model = random_adapter(LoHaConfig(target_modules="all-linear", r=3, init_weights=False))
+    report = convert_to_lora(model, "default", "plain", tolerance=0.2)
+    layers: Any = adapter_set(model).adapters("plain")
+    assert len(set(report.ranks.values())) > 1 and 0 < report.error <= 0.2
+    for path, adapter in adapter_set(model).adapters("default").items():
+        sigma = torch.linalg.svdvals(adapter.delta_weight().detach().double())
+        missing = [sigma[rank:].norm() / sigma.norm() for rank in range(len(sigma) + 1)]
+        least = next(rank for rank, error in enumerate(missing) if error <= 0.2)
+        assert report.ranks[path] == layers[path].r == least
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "is a prompt"),
+        (LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3]), "aLoRA acts at some positions only"),
+        (LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias is a change of the bias"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3 changes the layer's bias too"),
+        (LNTuningConfig(target_modules=["norm"]), "is a norm, which plain LoRA does not change"),
+        (LoHaConfig(target_modules=["q_proj"]), "give rank=16, or tolerance="),
+    ],
+)
+def test_what_two_factors_cannot_be_is_refused_and_nothing_is_half_made(config: PeftConfig, match: str) -> None:
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True))
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model = random_adapter(config, base)
+    before = list(model.state_dict())
+    limits = {} if isinstance(config, LoHaConfig) else {"rank": 4}
+    with pytest.raises(PeftError, match=match):
+        convert_to_lora(model, "default", "plain", **limits)
+    assert list(model.state_dict()) == before and list(model.peft_config) == ["default"]

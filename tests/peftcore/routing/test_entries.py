@@ -1,0 +1,27 @@
+"""Adapters share a slot of the store only if their weights alone differ."""
+
+import pytest
+
+from peftcore import IA3Config, LoraConfig, PeftConfig
+from peftcore.routing.entries import can_share_slot
+
+PLAIN = {"r": 4, "target_modules": ["q_proj"]}
+
+
+def test_equal_plain_loras_share_a_slot_whatever_their_base_is_called() -> None:
+    assert can_share_slot(LoraConfig(**PLAIN), LoraConfig(**PLAIN, base_model_name_or_path="here", inference_mode=True))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        LoraConfig(r=8, target_modules=["q_proj"]),
+        LoraConfig(**PLAIN, use_rslora=True),
+        LoraConfig(**PLAIN, modules_to_save=["norm"]),
+        LoraConfig(**PLAIN, bias="all"),
+        LoraConfig(**PLAIN, init_lora_weights="pissa"),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    ],
+)
+def test_other_adapters_get_a_slot_of_their_own(other: PeftConfig) -> None:
+    assert not can_share_slot(other, LoraConfig(**PLAIN))
