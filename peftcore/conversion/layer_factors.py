@@ -38,19 +38,9 @@ class _Approximation(NamedTuple):
 def factors_by_layer(
     model: nn.Module, name: str, rank: int | None, tolerance: float | None
 ) -> tuple[dict[str, Factors], LowRankReport]:
-    """Compute the factors of every layer of one adapter, which stays unchanged.
+    """Compute {path: factors} of one adapter, and their report; see `convert_to_lora` for rank, tolerance and errors.
 
-    Args:
-        model: a model with adapters.
-        name: the adapter.
-        rank: largest rank of a layer (count); None: no limit.
-        tolerance: largest relative error of a layer; None: as small as `rank` allows.
-
-    Returns:
-        {path: factors A (1, r, i) and B (1, o, r)}, with rank 0 for a layer without a change, and the report.
-
-    Raises:
-        ConfigError, MergeError: no LoRA can replace the adapter.
+    A layer whose weight does not change has factors of rank 0.
     """
     _check_limits(rank, tolerance)
     check_convertible(model, name)

@@ -18,11 +18,7 @@ from peftcore.methods.lora import LoraConfig
 
 
 def lora_config(config: PeftConfig, layers: Mapping[str, Factors]) -> LoraConfig:
-    """Return the configuration of a LoRA that replaces an adapter.
-
-    Args:
-        config: the adapter's configuration.
-        layers: {path: factors of the LoRA}.
+    """Return the configuration of a LoRA with the factors `layers` (by path) that replaces an adapter with `config`.
 
     Raises:
         ConfigError: every layer has rank 0, or trained biases would have no place.
@@ -67,9 +63,7 @@ def lora_config(config: PeftConfig, layers: Mapping[str, Factors]) -> LoraConfig
 def lora_tensors(layers: Mapping[str, Factors], shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
     """Return {PEFT's key: tensor} of the layers whose rank is not 0.
 
-    Args:
-        layers: {path: factors}.
-        shapes: {path: (kind of layer, kernel size)}; a missing path is a linear layer.
+    `shapes` has (kind of layer, kernel size) by path; a layer without an entry is linear.
     """
     tensors = {}
     for path, own in layers.items():

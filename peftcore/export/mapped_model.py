@@ -23,11 +23,7 @@ SCRATCH = "dequantised.safetensors"
 
 
 def mapped_model(folder: Path, tensors: dict[str, Tensor]) -> Any:
-    """Make the model of a transformers folder with memory-mapped parameters.
-
-    Args:
-        folder: a transformers model folder.
-        tensors: {key: memory-mapped tensor} of its files, see `mapped_tensors`.
+    """Make the model of a transformers folder, with the tensors of `mapped_tensors` as its parameters.
 
     Raises:
         ExportError: the model is quantised, is of an unknown class, or does not fit its files.
@@ -65,18 +61,9 @@ def dequantised_tensors(
 ) -> dict[str, Tensor]:
     """Quantise and dequantise the linear layers of a mapped model, as bitsandbytes' `load_in_4bit` rounds them.
 
-    The rounded weights are written to the file `SCRATCH`, one at a time, and mapped from there into the model. Output
-    head and tied weights are not rounded, as in transformers.
-
-    Args:
-        model: a model of `mapped_model`.
-        tensors: its tensors by key.
-        storage: "nf4" or "fp4".
-        double_quant: True if the quantisation constants are quantised too.
-        scratch: folder for the file.
-
-    Returns:
-        All tensors by key, the rounded ones replaced.
+    The rounded weights are written to the file `SCRATCH` in the folder `scratch`, one at a time, and mapped from there
+    into the model. Output head and tied weights are not rounded, as in transformers. Returns the tensors by key, with
+    the rounded ones in place of the base's.
     """
     unconverted = set(get_keys_to_not_convert(model))
     layers = {

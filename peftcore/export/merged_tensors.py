@@ -24,16 +24,9 @@ class Output(NamedTuple):
 def merged_tensors(
     model: Any, adapters: AdapterSet, name: str, tensors: dict[str, Tensor], dtype: torch.dtype | None
 ) -> dict[str, Output]:
-    """Return {key: tensor to write} of a model with one adapter merged.
+    """Return {key: tensor to write} of a mapped model with one adapter merged, rounded to `dtype` if it is not None.
 
-    The keys are those of the base's files, plus the output head's if the merge unties it from the embeddings.
-
-    Args:
-        model: a model of `mapped_model` with the adapter.
-        adapters: the model's adapters.
-        name: the adapter.
-        tensors: the base's tensors by key.
-        dtype: type to round to; None: the base's types.
+    The result has the keys of the base's `tensors`, plus the output head's if the merge unties it from the embeddings.
     """
     changes = _changes(model, adapters, name, dtype)
     outputs = {key: _unchanged(tensor, dtype) for key, tensor in tensors.items()}

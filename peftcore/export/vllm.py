@@ -27,12 +27,7 @@ from peftcore.methods.lora import LoraConfig
 
 
 def export_vllm(model: nn.Module, adapter_name: str, folder: str | Path) -> int:
-    """Write one LoRA adapter of a model for vLLM and LoRAX.
-
-    Args:
-        model: a model with the adapter.
-        adapter_name: a LoRA, AdaLoRA or VeRA of linear layers.
-        folder: where to write; an existing folder is replaced.
+    """Write a model's LoRA, AdaLoRA or VeRA adapter for vLLM and LoRAX; an existing folder is replaced.
 
     Returns:
         The rank of the written adapter; vLLM's `--max-lora-rank` must be at least that.

@@ -15,7 +15,6 @@ from torch import Tensor
 from peftcore.errors import ConfigError
 from peftcore.init.observer import Observer
 from peftcore.methods.lora import Lora, LoraConfig
-from peftcore.methods.lora.starts import Factors
 
 _STORAGE = {"cache_file", "covariance_file", "verbose", "use_float16_for_covariance", "prune_temporary_fields"}
 """HF PEFT's options for intermediate files; accepted, and without effect on the result."""
@@ -44,7 +43,7 @@ class Corda(Observer):
         self.covariance[path] = self.covariance.get(path, torch.zeros(())) + rows.T @ rows
         self.samples[path] = self.samples.get(path, 0) + 1
 
-    def factors(self, path: str, adapter: Lora) -> Factors:
+    def factors(self, path: str, adapter: Lora) -> tuple[Tensor, Tensor]:
         weight = adapter.base.read_unmerged().float()
         covariance, inverse = _invertible(self.covariance[path] / self.samples[path])
         u, s, vh = torch.linalg.svd(weight @ covariance, full_matrices=False)

@@ -15,7 +15,6 @@ from torch import Tensor
 from peftcore.errors import ConfigError
 from peftcore.init.observer import Observer
 from peftcore.methods.lora import Lora, LoraConfig
-from peftcore.methods.lora.starts import Factors
 
 DEFAULTS: dict[str, Any] = {
     "rho": 2.0,
@@ -42,12 +41,7 @@ class PrincipalComponents:
         self.converged = torch.zeros(count, dtype=torch.bool)
 
     def add(self, x: Tensor, tau: float) -> None:
-        """Update the components by the rows x (n, i).
-
-        Args:
-            x: rows of a layer's input.
-            tau: cosine between a component before and after the update at which the component has converged.
-        """
+        """Update the components by rows x (n, i); a component whose cosine to its update reaches tau has converged."""
         x = x.float()
         n, mean = len(x), x.mean(0)
         total = self.rows + n
@@ -114,7 +108,7 @@ class Eva(Observer):
         best = sorted(shares, key=lambda share: -share[0])[:budget]
         return {path: sum(chosen == path for _, chosen in best) for path in self.layers}
 
-    def factors(self, path: str, adapter: Lora) -> Factors:
+    def factors(self, path: str, adapter: Lora) -> tuple[Tensor, Tensor]:
         own = self.components[path]
         assert own.components is not None
         a = own.components[: adapter.r]

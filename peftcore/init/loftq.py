@@ -11,7 +11,7 @@ from torch import Tensor
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora import Lora
-from peftcore.methods.lora.starts import Factors, low_rank, put
+from peftcore.methods.lora.starts import low_rank, put
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def replace_lora_weights_loftq(
             _set_factors(adapter, before)
 
 
-def _set_factors(adapter: Lora, factors: Factors) -> None:
+def _set_factors(adapter: Lora, factors: tuple[Tensor, Tensor]) -> None:
     put(adapter, factors)
     adapter.reset_magnitude()
 

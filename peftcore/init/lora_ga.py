@@ -15,7 +15,6 @@ from torch import Tensor
 from peftcore.errors import ConfigError
 from peftcore.init.observer import Observer
 from peftcore.methods.lora import Lora, LoraConfig
-from peftcore.methods.lora.starts import Factors
 
 DEFAULTS: dict[str, Any] = {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16}
 """Defaults of `lora_ga_config`, by PEFT's names: the singular vectors of A and B, and their scale."""
@@ -60,7 +59,7 @@ class LoraGa(Observer):
         y.register_hook(add)
         return y
 
-    def factors(self, path: str, adapter: Lora) -> Factors:
+    def factors(self, path: str, adapter: Lora) -> tuple[Tensor, Tensor]:
         gradient, r = self.gradient[path] / self.batches, adapter.r
         u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
         of_a, of_b = self._directions(r)

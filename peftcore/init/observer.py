@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from peftcore.methods.lora import Lora, LoraConfig
-from peftcore.methods.lora.starts import Factors
 
 
 class Observer:
@@ -35,16 +34,7 @@ class Observer:
         return observe
 
     def observe(self, path: str, x: Tensor, y: Tensor) -> Tensor | None:
-        """Observe one forward pass of one layer.
-
-        Args:
-            path: the layer.
-            x: its input (..., i).
-            y: its output (..., o).
-
-        Returns:
-            A tensor that replaces the output, or None.
-        """
+        """Observe a layer's input x (..., i) and output y (..., o); may return a tensor that replaces the output."""
         raise NotImplementedError
 
     def is_done(self) -> bool:
@@ -55,6 +45,6 @@ class Observer:
         """Return {path: rank (count)} that the data asks for."""
         return {path: adapter.r for path, adapter in self.layers.items()}
 
-    def factors(self, path: str, adapter: Lora) -> Factors:
+    def factors(self, path: str, adapter: Lora) -> tuple[Tensor, Tensor]:
         """Return A (r, i) and B (o, r) of one layer."""
         raise NotImplementedError

@@ -43,11 +43,7 @@ class ExtraModules:
 
 
 def extra_modules_of(adapters: AdapterSet, names: Sequence[str]) -> ExtraModules:
-    """Collect the extra trained modules of several adapters.
-
-    Raises:
-        MergeError: two adapters have such a module at one path, or one adapter trains the base's biases.
-    """
+    """Collect the extra trained modules; MergeError if two share a path, or an adapter trains the base's biases."""
     copies: dict[str, nn.Module] = {}
     tokens: dict[str, TrainableTokens] = {}
     saved: list[str] = []

@@ -24,10 +24,7 @@ from peftcore.methods.lora import Lora, LoraConfig
 
 
 def insert_lora(model: nn.Module, name: str, sources: Sources, layers: Mapping[str, MergedLayer]) -> dict[str, int]:
-    """Add a LoRA with the merged layers to the model.
-
-    Returns:
-        Rank (count) by path of the layer.
+    """Add a LoRA with the merged layers to the model, and return its ranks by path.
 
     Raises:
         ConfigError, MergeError: one LoRA cannot hold all layers; the model is unchanged.

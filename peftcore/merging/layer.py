@@ -30,15 +30,10 @@ def merged_layer(
     rank: int | None,
     generator: Generator | None,
 ) -> MergedLayer:
-    """Merge the changes of several adapters at one layer.
+    """Merge the changes of several adapters at one layer; a change is None if its adapter does not change the layer.
 
-    Args:
-        changes: one change for each adapter; None if the adapter does not change this layer.
-        weights: one weight for each adapter.
-        recipe: how to merge.
-        rank: largest rank (count) of the result. None: the rank of the exact result, which needs factors of every
-            change and a recipe that needs no dense ΔW.
-        generator: source of random numbers for recipes that drop elements at random; None: PyTorch's default generator.
+    The result has at most the given rank. None gives the exact result, which needs factors of every change and a recipe
+    without dense ΔW. The generator serves recipes that drop elements at random; None is PyTorch's default generator.
     """
     present = [change for change in changes if change is not None]
     if recipe.needs_dense:

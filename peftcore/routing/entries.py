@@ -41,11 +41,8 @@ class Entry:
     def read(self, base: str | None) -> tuple[PeftConfig, dict[str, Tensor]]:
         """Fetch and check the adapter, and return its configuration and tensors.
 
-        Args:
-            base: value that the adapter's `base_model_name_or_path` must have; None: any.
-
         Raises:
-            CheckpointError: the directory is damaged, changes the base, or is of another base.
+            CheckpointError: the directory is damaged, changes the base, or is not of `base` (None: any base).
         """
         directory = self.fetch()
         config = self.config or PeftConfig.from_pretrained(directory)

@@ -119,7 +119,7 @@ def test_dora_is_combined_as_what_it_computes(linears: Any) -> None:
     assert model.add_merged("thin", {"a": 1.0}, SUM).ranks == {"0": 4}
     assert model.add_merged("thinner", {"a": 1.0}, SUM, rank=2).error > 0.01
     for kind in ("linear", "cat", "ties"):
-        with pytest.raises(ConfigError, match=f"'{kind}' takes the factors A and B, and adapter 'a' at 0 .*take 'svd'"):
+        with pytest.raises(ConfigError, match=f"'{kind}' needs the factors A and B, .* adapter 'a' at 0 .*take 'svd'"):
             model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "n", kind, density=0.5)
 
 
