@@ -17,6 +17,7 @@ from peftcore import (
     PeftConfig,
     PeftModel,
     VeraConfig,
+    conversion,
     get_peft_model,
 )
 from peftcore.conversion import convert_to_lora, save_as_lora
@@ -109,3 +110,8 @@ def test_saved_modules_come_along_in_the_model() -> None:
     convert_to_lora(model, "default", "plain", tolerance=1e-6)
     model.set_adapter("plain")
     torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_old_name_of_the_report_warns() -> None:
+    with pytest.warns(DeprecationWarning, match="now called LowRankReport"):
+        assert conversion.Conversion is conversion.LowRankReport
