@@ -78,7 +78,7 @@ class Eva(Observer):
             raise ConfigError(f"eva_config: rho must be at least 1 and tau in [0, 1]; got {self.options}")
         self.adjusts_scaling = not self.options["adjust_scaling_factors"]
         rho = self.options["rho"]
-        self.components = {
+        self.analyses = {
             path: PrincipalComponents(min(round(a.r * rho), a.base.in_features, a.base.out_features))
             for path, a in layers.items()
         }
@@ -96,20 +96,20 @@ class Eva(Observer):
         fits = self.mask is not None and self.mask.shape == x.shape[:-1]
         rows = x[self.mask] if fits else x.reshape(-1, x.shape[-1])
         if len(rows):
-            self.components[path].add(rows, self.options["tau"])
+            self.analyses[path].add(rows, self.options["tau"])
 
     def is_done(self) -> bool:
         ranks = self.ranks()
-        return all(bool(own.converged[: ranks[path]].all()) for path, own in self.components.items())
+        return all(bool(own.converged[: ranks[path]].all()) for path, own in self.analyses.items())
 
     def ranks(self) -> dict[str, int]:
         budget = sum(adapter.r for adapter in self.layers.values())
-        shares = [(float(s), path) for path, own in self.components.items() for s in own.explained()]
+        shares = [(float(s), path) for path, own in self.analyses.items() for s in own.explained()]
         best = sorted(shares, key=lambda share: -share[0])[:budget]
         return {path: sum(chosen == path for _, chosen in best) for path in self.layers}
 
     def factors(self, path: str, adapter: Lora) -> tuple[Tensor, Tensor]:
-        own = self.components[path]
+        own = self.analyses[path]
         assert own.components is not None
         a = own.components[: adapter.r]
         if self.options["whiten"]:
