@@ -74,3 +74,12 @@ def test_a_dense_change_that_is_not_finite_is_refused() -> None:
 def test_a_report_weighs_layers_by_their_norm() -> None:
     report = LowRankReport.of({"a": 1, "b": 2, "c": 0}, {"a": (9.0, 25.0), "b": (0.0, 11.0), "c": (0.0, 0.0)})
     assert report.errors == {"a": 0.6, "b": 0.0, "c": 0.0} and report.error == 0.5
+
+
+def test_without_scipy_all_eigenvectors_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    change = torch.randn(2, 12, 9).double()
+    one = svd_of_dense(change, 3)
+    monkeypatch.setattr("peftcore.kernels.factors.find_spec", lambda _name: None)
+    other = svd_of_dense(change, 3)
+    torch.testing.assert_close(other.factors().dense(), one.factors().dense())
+    torch.testing.assert_close(other.lost, one.lost)
