@@ -4,6 +4,11 @@
 `vllm.py`, `vllm_rules.py` vLLM and LoRAX; `streaming.py` a merge from safetensors to safetensors.
 """
 
+# ruff: noqa: E402 (the check has to come before the imports that need the packages)
+from peftcore.errors import require_extra
+
+require_extra("export", "peftcore.export", "gguf")
+
 from peftcore.export.canonical import CanonicalLora, canonicalise
 from peftcore.export.errors import ExportError
 from peftcore.export.gguf_base import check_gguf_base

@@ -7,6 +7,7 @@ Shapes: e experts (1 for every other layer), o out_features, i in_features times
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,8 @@ def reduced_dense(change: Tensor, rank: int) -> Reduced:
 def _leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues (e, r) and their eigenvectors (e, n, r) of (e, n, n), the largest first."""
     size = gram.shape[-1]
-    if gram.is_cpu:  # LAPACK finds some of the vectors in a third of the time of all, but PyTorch has no name for it
+    # LAPACK finds some of the vectors in a third of the time of all, but PyTorch has no name for it; SciPy is optional
+    if gram.is_cpu and find_spec("scipy") is not None:
         from scipy.linalg import eigh
 
         found = [eigh(one.numpy(), subset_by_index=(size - rank, size - 1)) for one in gram]
