@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # commands of dvc.yaml say `python`
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help run test slow proof faults lint format install clean audit fuzz
+.PHONY: help run check test slow proof faults lint format install clean audit fuzz dist
 .DEFAULT_GOAL := help
 
 help:                   ## this list
@@ -14,6 +14,10 @@ help:                   ## this list
 
 run: install            ## run what changed in the pipeline, promote, write reports/review.html
 	@$(BIN)/peftcore run
+
+check: export OMP_NUM_THREADS ?= 1
+check: install          ## within a minute: lint, types and tests of what changed since the main branch; BASE=COMMIT names another start
+	@$(BIN)/python .ci/check $(BASE)
 
 # one thread a test process: several on a core wait for one another at every operation
 test: export OMP_NUM_THREADS ?= 1
@@ -32,11 +36,12 @@ proof: export OMP_NUM_THREADS ?= 1
 proof: install          ## longest tests: faults, work pool with PostgreSQL, sweeps, nodes, benchmarks; PEFTCORE_LONG=1 adds those that wait for minutes
 	@$(BIN)/pytest -m proof
 
-lint: install           ## check format, lint, types and import layers
+lint: install           ## check format, lint, types, import layers and declared dependencies
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	.ci/imports
 
 # --strict: a package of which nothing could be found out is an error, not a pass
 audit: install          ## look for known vulnerabilities of installed packages (asks PyPI)
@@ -60,5 +65,10 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+dist: install           ## build dist/*.whl and dist/*.tar.gz, and check that PyPI would take them
+	rm -rf dist build
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+
 clean:                  ## delete outputs and checkpoints; DVC's cache, the registry and .venv stay
-	rm -rf artifacts checkpoints reports wandb .prefect build .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf artifacts checkpoints reports wandb .prefect build dist .pytest_cache .ruff_cache .import_linter_cache
