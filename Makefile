@@ -17,7 +17,7 @@ run: install            ## run what changed in the pipeline, promote, write repo
 
 check: export OMP_NUM_THREADS ?= 1
 check: install          ## within a minute: lint, types and tests of what changed since the main branch; BASE=COMMIT names another start
-	@$(BIN)/python .ci/check $(BASE)
+	@$(BIN)/python .ci/check.py $(BASE)
 
 # one thread a test process: several on a core wait for one another at every operation
 test: export OMP_NUM_THREADS ?= 1

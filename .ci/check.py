@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check what changed since the main branch, within a minute on two cores: `.ci/check [COMMIT]`, or `make check`.
+"""Check what changed since the main branch, within a minute on two cores: `make check`, or `.ci/check.py [COMMIT]`.
 
 Format, lint, import layers and the types of the changed files run beside the tests. The tests are, in this order: the
 changed test files, the test files that mirror a changed module, those that name one, and a smoke set. Tests that
@@ -29,6 +29,7 @@ SMOKE = (
 
 
 def git(*arguments: str) -> list[str]:
+    """Return the lines that git prints, none if git fails."""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
 
@@ -73,6 +74,7 @@ class Deadline:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:
+        """Skip a test that begins after the end."""
         if time.monotonic() > self.end:
             self.skipped += 1
             pytest.skip("no time left; `make test` runs it")
@@ -89,6 +91,7 @@ def lint(changed: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def main(base: str | None = None) -> int:
+    """Run all checks; return 0 if nothing failed."""
     changed = changed_files(base)
     tests = select_tests(changed)
     print(f"{len(changed)} changed files, {len(tests)} test files", flush=True)
