@@ -67,6 +67,7 @@ def test_every_extra_is_a_part_of_the_ones_above_it() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -81,6 +82,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_library_runs_with_its_own_dependencies_alone(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "fresh", cwd=tmp_path)
     python = tmp_path / "fresh" / "bin" / "python"
@@ -105,6 +107,7 @@ def test_the_library_runs_with_its_own_dependencies_alone(wheel: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_command_runs_with_the_extra_pipeline(wheel: Path, tmp_path: Path) -> None:
     """The environment of the tests stands for a fresh one: pip finds nothing in it that the extra still needs."""
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index")

@@ -4,8 +4,10 @@ import importlib
 import sys
 
 import pytest
+import torch
 
 from peftcore.errors import MissingExtraError, PeftError, require_extra
+from peftcore.methods.lora.starts import _quantise_and_back
 
 
 def test_what_is_installed_is_not_imported() -> None:
@@ -41,3 +43,12 @@ def test_a_package_without_its_extra(module: str, package: str, extra: str, monk
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(MissingExtraError, match=rf"^{module} needs {package}; .*'peftcore\[{extra}\]'$"):
         importlib.import_module(module)
+
+
+def test_loftq_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftcore.errors.find_spec", lambda name: None)
+    with pytest.raises(
+        MissingExtraError, match=r"^init_lora_weights='loftq' needs bitsandbytes; .*'peftcore\[quant\]'$"
+    ):
+        _quantise_and_back(torch.ones(4, 4), bits=4)
+    assert torch.equal(_quantise_and_back(torch.ones(4, 4), bits=8), torch.ones(4, 4)), "int8 needs no package"

@@ -49,6 +49,15 @@ def test_a_dense_change_of_lower_rank_than_asked_for(wide: bool) -> None:
     assert not nothing.factors.dense().any() and float(nothing.total) == 0
 
 
+def test_without_scipy_all_eigenvectors_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    change = torch.randn(2, 12, 9, dtype=torch.float64)
+    one = reduced_dense(change, 3)
+    monkeypatch.setattr(factors, "find_spec", lambda name: None)
+    other = reduced_dense(change, 3)
+    torch.testing.assert_close(other.factors.dense(), one.factors.dense())
+    torch.testing.assert_close(other.lost, one.lost)
+
+
 def test_inner_products_stacks_and_padding() -> None:
     one, other = random_factors(2, 9, 14, 5), random_factors(2, 9, 14, 3, -1.5)
     assert float(inner(one, other)) == pytest.approx(float((one.dense() * other.dense()).sum()), rel=1e-12)
