@@ -3,19 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
-# commands of dvc.yaml say `python`
+# the commands in dvc.yaml call `python`
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help run test slow proof faults lint format install clean audit fuzz
+.PHONY: help run check test slow proof faults lint format install clean audit fuzz dist
 .DEFAULT_GOAL := help
 
-help:                   ## this list
+help:                   ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-run: install            ## run what changed in the pipeline, promote, write reports/review.html
+run: install            ## run the stages that changed, promote, write reports/review.html
 	@$(BIN)/peftcore run
 
-# one thread a test process: several on a core wait for one another at every operation
+check: export OMP_NUM_THREADS ?= 1
+check: install          ## within a minute: lint, types and tests of what changed since the main branch; BASE=COMMIT names another start
+	@$(BIN)/python .ci/check.py $(BASE)
+
+# one thread per test process: more threads than cores slow every operation down
 test: export OMP_NUM_THREADS ?= 1
 test: install           ## quick tests, on all cores
 	@$(BIN)/pytest --numprocesses auto --dist worksteal
@@ -32,13 +36,14 @@ proof: export OMP_NUM_THREADS ?= 1
 proof: install          ## longest tests: faults, work pool with PostgreSQL, sweeps, nodes, benchmarks; PEFTCORE_LONG=1 adds those that wait for minutes
 	@$(BIN)/pytest -m proof
 
-lint: install           ## check format, lint, types and import layers
+lint: install           ## check format, lint, types, import layers and declared dependencies
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	.ci/imports
 
-# --strict: a package of which nothing could be found out is an error, not a pass
+# --strict: a package that cannot be audited is an error
 audit: install          ## look for known vulnerabilities of installed packages (asks PyPI)
 	@$(BIN)/python -m pip list --format=freeze --exclude-editable --disable-pip-version-check | sed 's/+[a-z0-9.]*$$//' > $(VENV)/audited.txt
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement $(VENV)/audited.txt
@@ -60,5 +65,10 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-clean:                  ## delete outputs and checkpoints; DVC's cache, the registry and .venv stay
-	rm -rf artifacts checkpoints reports wandb .prefect build .pytest_cache .ruff_cache .import_linter_cache
+dist: install           ## build dist/*.whl and dist/*.tar.gz, and check that PyPI would take them
+	rm -rf dist build
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+
+clean:                  ## delete outputs, checkpoints and builds; keep DVC's cache, the registry and .venv
+	rm -rf artifacts checkpoints reports wandb .prefect build dist .pytest_cache .ruff_cache .import_linter_cache

@@ -1,5 +1,7 @@
 """The tree of typed errors. Each message says what was given, what fits and what to do next."""
 
+from importlib.util import find_spec
+
 
 class PeftError(Exception):
     """Anything that peftcore refuses; catch this to catch them all."""
@@ -39,3 +41,24 @@ class AdapterStoreError(PeftError, RuntimeError):
 
 class ExportError(PeftError, ValueError):
     """An adapter or a base model that a file format or its runtime does not support; nothing has been written."""
+
+
+class MissingExtraError(PeftError, ImportError):
+    """A feature whose optional packages are not installed; the message has the command that installs them."""
+
+
+def require_extra(extra: str, feature: str, *modules: str) -> None:
+    """Check that the optional packages of a feature are installed, without importing them.
+
+    Args:
+        extra: The extra of this distribution that brings the packages, e.g. "train".
+        feature: Who needs the packages, the subject of the message, e.g. "peftcore.train".
+        modules: Top-level modules of the packages.
+
+    Raises:
+        MissingExtraError: At least one of the modules cannot be found.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more packages" if len(missing) > 4 else "")
+        raise MissingExtraError(f"{feature} needs {names}; install with: pip install 'peftcore[{extra}]'")

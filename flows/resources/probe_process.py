@@ -28,7 +28,7 @@ from flows.resources.batches import BatchSize
 from flows.resources.probe import Measured, Task, Timings
 from flows.resources.sizes import without_start
 from flows.runtime.machine_memory import forget_peak, peak_memory
-from flows.runtime.processes import die_with_parent
+from flows.runtime.processes import watch_parent
 from flows.runtime.stage import fail, set_seed
 from flows.training.adapter_choice import adapter_config
 from peftcore import get_peft_model
@@ -81,7 +81,7 @@ class WholeBatch:
 def main() -> None:
     """Measure what the task says; one `error: ...` message and exit status 1 for anything refused."""
     imported = time.time() - psutil.Process(os.getpid()).create_time()
-    die_with_parent()
+    watch_parent()
     try:
         found = measure(Task.read(Path(sys.argv[1])), imported)
     except (PeftError, PipelineError) as error:

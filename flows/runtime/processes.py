@@ -6,9 +6,12 @@ names the host as well.
 
 import ctypes
 import hashlib
+import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -22,7 +25,7 @@ _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent (the thread that started it) dies; elsewhere nothing.
+    """Ask Linux to kill this process when its parent (the thread that started it) dies; elsewhere do nothing.
 
     Otherwise a killed flow or `dvc repro` leaves what it started running, and its late output overwrites the next
     run's. A shell between the two would live on as the parent, so dvc.yaml starts each stage with `exec`. The signal is
@@ -30,6 +33,25 @@ def die_with_parent() -> None:
     """
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def watch_parent(seconds: float = 1.0) -> None:
+    """Kill this process when its parent dies: by `die_with_parent`, or by a thread where there is no `prctl`.
+
+    Args:
+        seconds: How often the thread looks who the parent is.
+    """
+    if _PRCTL is not None:
+        die_with_parent()
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
 def is_alive(pid: int, created: float | None = None) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from flows.errors import PipelineError
 from flows.paths import Paths
 from flows.runtime import logs
-from flows.runtime.processes import die_with_parent
+from flows.runtime.processes import watch_parent
 
 if TYPE_CHECKING:
     from flows.params.model import Params
@@ -46,7 +46,7 @@ def start(run: Callable[["Params", Paths], None]) -> NoReturn:
     from flows.params.model import load_params
     from peftcore.errors import PeftError
 
-    die_with_parent()
+    watch_parent()
     signal.signal(signal.SIGTERM, exit_on_signal)
     logs.set_up()
     paths = Paths(Path.cwd())

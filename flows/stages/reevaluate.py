@@ -22,7 +22,7 @@ from flows.data.rows import Row, read_rows
 from flows.errors import PipelineError
 from flows.evaluation.scoring import RowLosses, class_log_probs, pairs_log_probs, row_losses
 from flows.params.model import Params
-from flows.runtime.processes import die_with_parent
+from flows.runtime.processes import watch_parent
 from flows.runtime.progress import progress
 from flows.runtime.stage import set_seed
 from flows.training.objectives import check_split, preference_objective
@@ -32,7 +32,7 @@ from peftcore.errors import PeftError
 
 def main() -> None:
     """Measure what the task says."""
-    die_with_parent()
+    watch_parent()
     task, found = map(Path, sys.argv[1:])
     try:
         table = measure(json.loads(task.read_text()))

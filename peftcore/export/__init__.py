@@ -15,7 +15,11 @@ Streaming uses `mapped_model` (a model whose weights stay on disk), `merged_tens
 `gguf_folder` and `gguf_tokenizer` (a transformers folder as GGUF).
 """
 
-from peftcore.errors import ExportError
+# ruff: noqa: E402 (the check has to come before the imports that need the packages)
+from peftcore.errors import ExportError, require_extra
+
+require_extra("export", "peftcore.export", "gguf")
+
 from peftcore.export.canonical import CanonicalLora, canonicalise
 from peftcore.export.gguf_base import check_gguf_base
 from peftcore.export.gguf_lora import export_gguf_lora

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from peftcore.errors import ExportError
+from peftcore.errors import ExportError, require_extra
 from peftcore.export.safetensors_stream import Header, write_shard
 
 STORAGES = ("nf4", "fp4")
@@ -86,6 +86,7 @@ def dequantised_tensors(
 def _rounded(
     tensors: dict[str, Tensor], headers: dict[str, Header], storage: str, double_quant: bool
 ) -> Iterator[Tensor]:
+    require_extra("quant", "rounding to 4 bits", "bitsandbytes")
     import bitsandbytes.functional as bnb
 
     for key in headers:

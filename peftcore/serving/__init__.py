@@ -1,5 +1,10 @@
 """One base model with many adapters behind OpenAI's HTTP interface; README.md says why it is built so."""
 
+# ruff: noqa: E402 (the check has to come before the imports that need the packages)
+from peftcore.errors import require_extra
+
+require_extra("serve", "peftcore.serving", "fastapi", "jinja2", "prometheus_client", "uvicorn")
+
 from peftcore.serving.catalog import check_servable
 from peftcore.serving.guard import checked_keys
 from peftcore.serving.limits import Limits

@@ -1,5 +1,10 @@
 """Training adapters: transformers' Trainer with what adapters need, and the pieces by themselves."""
 
+# ruff: noqa: E402 (the check has to come before the imports that need the packages)
+from peftcore.errors import require_extra
+
+require_extra("train", "peftcore.train", "accelerate")
+
 from peftcore.train.adamw import FusedAdamW
 from peftcore.train.batches import (
     ClassificationCollator,

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def test_a_job_may_do_no_more_than_it_needs(path: Path) -> None:
     wanted = {
         "gate": {("comment", "pull-requests")},
         "promote": {("promote", "contents")},
+        "release": {("attach", "contents"), ("publish", "id-token")},
         "versions": {("ask", "actions")},
     }
     assert writes == wanted.get(path.stem, set())
@@ -134,3 +136,25 @@ def test_the_action_passes_what_the_command_reads() -> None:
     read = {option.envvar for option in command.params if getattr(option, "envvar", None)}
     passed = {name for step in steps(ACTIONS[0]) for name in step.get("env", {}) if name.startswith("PEFTCORE_")}
     assert passed and passed <= read
+
+
+def test_every_supported_python_and_both_systems_are_tested() -> None:
+    project = tomllib.loads((GITHUB.parent / "pyproject.toml").read_text())["project"]
+    supported = {one.rsplit(" ", 1)[1] for one in project["classifiers"] if ":: Python :: 3." in one}
+    jobs = load(GITHUB / "workflows" / "test.yml")["jobs"]
+    matrix = jobs["quick"]["strategy"]["matrix"]
+    (setup,) = [step for step in jobs["test"]["steps"] if "setup-python" in step.get("uses", "")]
+    assert {*matrix["python-version"], setup["with"]["python-version"]} == supported
+    assert {*matrix["os"], *(one["os"] for one in matrix["include"])} == {"ubuntu-latest", "macos-latest"}
+
+
+def test_jobs_that_write_a_release_run_nothing_of_the_repository() -> None:
+    jobs = load(GITHUB / "workflows" / "release.yml")["jobs"]
+    for name in ("attach", "publish"):
+        assert not any("checkout" in step.get("uses", "") for step in jobs[name]["steps"])
+        assert jobs[name]["needs"] == "build"
+
+
+def test_the_gates_action_installs_the_pipeline() -> None:
+    (install,) = [step["run"] for step in steps(ACTIONS[0]) if "pip install" in step.get("run", "")]
+    assert install.endswith('[pipeline]"')

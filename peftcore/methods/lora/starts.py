@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import ConfigError, TargetError
+from peftcore.errors import ConfigError, TargetError, require_extra
 
 if TYPE_CHECKING:
     from peftcore.methods.lora.adapter import Lora
@@ -122,9 +122,10 @@ def _loftq(adapter: "Lora", weight: Tensor) -> Tensor:
 
 
 def _quantise_and_back(weight: Tensor, bits: int) -> Tensor:
-    import bitsandbytes.functional as bnb
-
     if bits == 4:
+        require_extra("quant", "init_lora_weights='loftq'", "bitsandbytes")
+        import bitsandbytes.functional as bnb
+
         codes, state = bnb.quantize_4bit(weight.contiguous(), quant_type="nf4")
         return bnb.dequantize_4bit(codes, state).to(weight)
     scale = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)

@@ -27,7 +27,7 @@ def started_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """The process running the tests must not die with its parent, nor keep a stage's handlers."""
     (tmp_path / "params.yaml").write_text("project: {seed: 7}\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage, "die_with_parent", lambda: None)
+    monkeypatch.setattr(stage, "watch_parent", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
