@@ -81,7 +81,7 @@ _MODULES = {
     "CheckpointError": "peftcore.errors",
     "ConfigError": "peftcore.errors",
     "DeloraConfig": "peftcore.methods.delora",
-    "ExportError": "peftcore.export",
+    "ExportError": "peftcore.errors",
     "FourierFTConfig": "peftcore.methods.fourierft",
     "GraloraConfig": "peftcore.methods.gralora",
     "HRAConfig": "peftcore.methods.hra",
