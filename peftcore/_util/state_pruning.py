@@ -16,7 +16,7 @@ _BLOCK = 256
 
 
 @torch.no_grad()
-def shrunk(parameter: nn.Parameter, axis: int, kept: Tensor, optimizer: Optimizer) -> nn.Parameter:
+def pruned(parameter: nn.Parameter, axis: int, kept: Tensor, optimizer: Optimizer) -> nn.Parameter:
     """A new parameter of the indices `kept` along `axis`, in the old one's place in the optimiser and its state."""
     new = nn.Parameter(parameter.detach().index_select(axis, kept), requires_grad=parameter.requires_grad)
     for group in optimizer.param_groups:
@@ -26,7 +26,7 @@ def shrunk(parameter: nn.Parameter, axis: int, kept: Tensor, optimizer: Optimize
     return new
 
 
-def can_shrink(parameter: nn.Parameter, optimizer: Optimizer) -> bool:
+def can_prune(parameter: nn.Parameter, optimizer: Optimizer) -> bool:
     """Whether everything that the optimiser keeps of the parameter is in a form known here."""
     state = optimizer.state.get(parameter, {})
     known = {name for moment in _packed(state) for name in (f"absmax{moment}", f"qmap{moment}")} | {"unorm_vec"}

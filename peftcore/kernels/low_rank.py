@@ -61,7 +61,7 @@ def low_rank_linears(x: Tensor, layers: Sequence[tuple[BaseWeight, LowRank]]) ->
     scale = 1.0 if dropout is None else dropout.scale
     call = _Call([base for base, _ in layers], [own.scaling * scale for _, own in layers], dropout)
     if torch.is_grad_enabled():
-        tensors = [t for base, own in layers for t in (own.a, own.b, own.gain, base.weight_to_keep())]
+        tensors = [t for base, own in layers for t in (own.a, own.b, own.gain, base.weight_for_backward())]
         ys: Any = _LowRankLinears.apply(x, call, *tensors)
     else:
         ys = _forward(x, call, [(own.a, own.b, own.gain) for _, own in layers]).outputs()
