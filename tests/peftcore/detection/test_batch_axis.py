@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore.detection.batch_axis import rows_come_first
+from peftcore.detection.layer_inputs import rows_come_first
 from peftcore.errors import RoutingError
 
 
