@@ -34,7 +34,7 @@ class LogitTransform:
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
     def explains(self, product: Tensor, logits: Tensor) -> bool:
-        """Return True if this transform maps `product` to `logits`, both (n, V), within the rounding of their dtypes."""
+        """Return True if this transform maps `product` to `logits`, both (n, V), up to rounding."""
         if product.shape != logits.shape:
             return False
         coarse = max(torch.finfo(product.dtype).eps, torch.finfo(logits.dtype).eps)

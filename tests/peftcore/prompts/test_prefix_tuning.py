@@ -203,7 +203,7 @@ def test_projection_is_two_layers_with_tanh() -> None:
 def test_peft_saves_no_encoder_to_train_on_with(tmp_path: Path) -> None:
     hf = peft.get_peft_model(build("llama"), peft.PrefixTuningConfig(**CAUSAL, prefix_projection=True))
     hf.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="training cannot go on"):
+    with pytest.raises(CheckpointError, match="training cannot continue"):
         PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True)
     assert not any(p.requires_grad for p in PeftModel.from_pretrained(build("llama"), tmp_path).parameters())
 
@@ -267,6 +267,6 @@ def test_configurations_that_cannot_be(options: dict[str, Any], words: str) -> N
 
 
 def test_models_that_cannot_have_one() -> None:
-    with pytest.raises(ConfigError, match="takes no cache"):
+    with pytest.raises(ConfigError, match="accepts no cache"):
         get_peft_model(nn.Linear(2, 2), PrefixTuningConfig(num_virtual_tokens=2))
     assert Gemma3TextConfig().num_key_value_heads  # hybrid caches of sliding windows keep keys and values too
