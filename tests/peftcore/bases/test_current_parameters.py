@@ -21,5 +21,7 @@ def test_every_tensor_is_replaced_and_put_back(aside: tuple[str, ...]) -> None:
     for names in itertools.chain(itertools.combinations(own, 1), [tuple(own)]):
         new = {name: torch.randn_like(getattr(layer, name)) for name in names}
         now = {**own, **new}
-        torch.testing.assert_close(call_with_parameters(layer, new, (x,)), nn.functional.linear(x, now["weight"], now["bias"]))
+        torch.testing.assert_close(
+            call_with_parameters(layer, new, (x,)), nn.functional.linear(x, now["weight"], now["bias"])
+        )
         assert all(current_parameter(layer, name) is tensor for name, tensor in own.items())
