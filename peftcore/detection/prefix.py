@@ -119,12 +119,12 @@ def find_prefix(
     if not _takes_cache(tree, trunk.paths[0]):
         return None
     config = text_config(model)
-    kinds = getattr(config, "layer_types", None) or []
-    kinds = list(kinds) if len(kinds) == trunk.count else [""] * trunk.count
+    layer_types = getattr(config, "layer_types", None) or []
+    layer_types = list(layer_types) if len(layer_types) == trunk.count else [""] * trunk.count
     by_module = {id(layer.module): layer for layer in tree.layers.values()}
     attentions = [
-        None if STATE.search(kind) else _attention(tree.modules[path], by_module, roles, family_prefix(config))
-        for path, kind in zip(trunk.paths, kinds, strict=True)
+        None if STATE.search(layer_type) else _attention(tree.modules[path], by_module, roles, family_prefix(config))
+        for path, layer_type in zip(trunk.paths, layer_types, strict=True)
     ]
     shared = tuple(i for i, attention in enumerate(attentions) if attention and _reads_another(attention))
     measured = [

@@ -97,7 +97,11 @@ def is_packable(model: nn.Module, tree: ModuleTree, roles: Roles, trunk: BlockLi
     config = getattr(model, "config", None)
     if trunk is None or token_embedding(model, tree) is None or getattr(config, "is_encoder_decoder", False):
         return False
-    if getattr(model, "_is_stateful", False) or family in SPARSE_OR_APPROXIMATE or _state_by_type(text_config(model)):
+    if (
+        getattr(model, "_is_stateful", False)
+        or family in SPARSE_OR_APPROXIMATE
+        or _names_recurrent_layers(text_config(model))
+    ):
         return False
     inside = [tree.modules[path] for path in tree.modules if any(is_below(path, root) for root in trunk.paths)]
     if any(isinstance(m, nn.RNNBase) or is_depthwise(m) or _keeps_state(m, model) for m in inside):
@@ -117,6 +121,6 @@ def family_prefix(config: Any) -> str:
     return type(config).__name__.removesuffix("Config").removesuffix("Text")
 
 
-def _state_by_type(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None) or []
-    return any(isinstance(kind, str) and STATE.search(kind) for kind in kinds)
+def _names_recurrent_layers(config: Any) -> bool:
+    layer_types = getattr(config, "layer_types", None) or []
+    return any(isinstance(each, str) and STATE.search(each) for each in layer_types)

@@ -129,9 +129,8 @@ class Cpt(VirtualTokens):
             return
         text = torch.full_like(labels, 4) if types is None else types.to(labels.device).long()
         prompt_types = self.types.to(labels.device).expand(len(labels), -1)
-        before = (
-            prompt_types.max().clamp(min=0).add(3) // 4 * 4
-        )  # type numbers of the text continue after those of the examples
+        # the type numbers of the text continue after those of the examples
+        before = prompt_types.max().clamp(min=0).add(3) // 4 * 4
         types = place.insert(prompt_types, torch.where(text > 0, text + before, text))
         tokens = torch.tensor(self.config.cpt_token_ids, device=labels.device).expand(len(labels), -1)
         targets = place.insert(tokens, labels).masked_fill((types <= 0) | (types % 4 != 0), IGNORED)

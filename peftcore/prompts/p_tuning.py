@@ -30,8 +30,8 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kind = self.encoder_reparameterization_type
-        self.encoder_reparameterization_type = str(getattr(kind, "value", kind))
+        encoder = self.encoder_reparameterization_type
+        self.encoder_reparameterization_type = str(getattr(encoder, "value", encoder))
         self.one_of("encoder_reparameterization_type", self.encoder_reparameterization_type, ("MLP", "LSTM"))
         self.positive("encoder_num_layers", *(["encoder_hidden_size"] if self.encoder_hidden_size is not None else []))
         self.probability("encoder_dropout")
