@@ -97,11 +97,9 @@ def is_packable(model: nn.Module, tree: ModuleTree, roles: Roles, trunk: BlockLi
     config = getattr(model, "config", None)
     if trunk is None or token_embedding(model, tree) is None or getattr(config, "is_encoder_decoder", False):
         return False
-    if (
-        getattr(model, "_is_stateful", False)
-        or family in SPARSE_OR_APPROXIMATE
-        or _names_recurrent_layers(text_config(model))
-    ):
+    if getattr(model, "_is_stateful", False) or family in SPARSE_OR_APPROXIMATE:
+        return False
+    if _names_recurrent_layers(text_config(model)):
         return False
     inside = [tree.modules[path] for path in tree.modules if any(is_below(path, root) for root in trunk.paths)]
     if any(isinstance(m, nn.RNNBase) or is_depthwise(m) or _keeps_state(m, model) for m in inside):
