@@ -1,42 +1,42 @@
-"""The tree of typed errors. Each message says what was given, what fits and what to do next."""
+"""The library's exceptions. Each message says which value was given, which values fit and what to do next."""
 
 from importlib.util import find_spec
 
 
 class PeftError(Exception):
-    """Anything that peftcore refuses; catch this to catch them all."""
+    """Base class of all exceptions of peftcore."""
 
 
 class ConfigError(PeftError, ValueError):
-    """A configuration that cannot be: unknown key, wrong type, impossible value."""
+    """An invalid configuration: an unknown key, a wrong type or an impossible value."""
 
 
 class TargetError(PeftError, ValueError):
-    """Targets that match nothing, or match layers that cannot be adapted."""
+    """Target modules that match no layer, or match layers that cannot be adapted."""
 
 
 class AdapterNameError(PeftError, ValueError):
-    """An adapter name that is taken, unknown or not allowed."""
+    """An adapter name that is in use, unknown or not allowed."""
 
 
 class CheckpointError(PeftError, ValueError):
-    """An adapter directory that is corrupt, foreign, incomplete or made for another base."""
+    """An adapter directory that is damaged, incomplete, of a foreign format or made for another base model."""
 
 
 class MergeError(PeftError, RuntimeError):
-    """A merge that would write something wrong; nothing has been changed."""
+    """A merge that would write wrong weights; the model is unchanged."""
 
 
 class TrainingError(PeftError, RuntimeError):
-    """Training that cannot go on: nothing to train, a loss that is not finite, a broken checkpoint."""
+    """Training that cannot continue: no trainable parameter, a non-finite loss or a damaged checkpoint."""
 
 
 class RoutingError(PeftError, ValueError):
-    """A batch whose rows cannot be computed by the adapters that were asked for."""
+    """A mixed batch that cannot be computed with the requested adapters."""
 
 
 class AdapterStoreError(PeftError, RuntimeError):
-    """An adapter that a store cannot give now: no room that is free, or one that can never fit."""
+    """An adapter that the store cannot load: all slots are in use, or the adapter exceeds the memory budget."""
 
 
 class ExportError(PeftError, ValueError):

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: atomic writes, and SHA-256 manifests that say what a directory held.
+"""Atomic writes of files and directories, and SHA-256 manifests of directories.
 
-A write goes to a temporary file in the same directory, is flushed to the disk, then renamed over its target, so
-a crash or a full disk leaves the old file or the new one and never half of either.
+A write goes to a temporary file in the same directory, is flushed to the disk, and is then renamed over the target. So
+a crash or a full disk leaves either the complete old file or the complete new file.
 """
 
 import contextlib
@@ -19,31 +19,36 @@ from pathlib import Path, PurePath
 from typing import Any
 
 MANIFEST = "SHA256SUMS"
-"""Manifest's file name; its lines are what `sha256sum --check` reads."""
+"""File name of the manifest, in the format of `sha256sum --check`."""
 CONFIG_NAME = "adapter_config.json"
 """File name of an adapter's configuration."""
 _COMPLETE = ".saved"
-"""Folder inside of a directory: its new files, all whole, while they replace the old ones."""
+"""Folder inside a directory that holds the complete new files while they replace the old ones."""
 _LARGEST_MANIFEST = 16 << 20
-"""Bytes; about 100,000 files."""
+"""Limit in bytes, enough for 100,000 files."""
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of one file's bytes."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_limited(path: Path, most: int) -> bytes:
-    """The bytes of an ordinary file, or of what a link to one leads to.
+    """Return the bytes of an ordinary file, following symbolic links.
 
-    Raises ValueError for one of more than `most` bytes, and for a device or a pipe, which might never end.
+    Args:
+        path: The file.
+        most: Largest accepted size in bytes.
+
+    Raises:
+        ValueError: The file is larger, or is a device or a pipe.
     """
-    # without O_NONBLOCK the opening of a pipe waits for somebody to write
+    # O_NONBLOCK: opening a named pipe must not wait for a writer
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path.name} is no ordinary file")
+            raise ValueError(f"{path.name} is not an ordinary file")
         content = file.read(most + 1) if status.st_size <= most else b""
         if max(status.st_size, len(content)) > most:
             raise ValueError(f"{path.name} has more than {most:,} bytes")
@@ -51,7 +56,7 @@ def read_limited(path: Path, most: int) -> bytes:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Make a file's bytes, or a directory's entries, survive a power cut."""
+    """Flush a file's bytes, or a directory's entries, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,7 +65,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replace `path` by `content`; on any failure the old file stays and no temporary file is left."""
+    """Replace the file `path` by `content`; on any failure the old file stays and no temporary file is left."""
     with file_written_atomically(path) as fresh:
         fresh.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -85,38 +90,38 @@ def file_written_atomically(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def directory_written_atomically(path: Path) -> Iterator[Path]:
-    """Yield an empty directory to fill; on success it becomes `path`, on an exception `path` is as it was.
+    """Yield an empty directory to fill; on success it replaces `path`, on an exception `path` stays unchanged.
 
-    A directory that stood at `path` before is replaced whole, and on Linux in one step: a process that is killed leaves
-    the old one or the new one there.
+    On Linux an existing directory at `path` is replaced in one step: if the process is killed, `path` is either the
+    complete old directory or the complete new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    old = fresh.with_name(fresh.name + ".old")
+    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    previous = new.with_name(new.name + ".old")
     try:
-        fresh.chmod(0o755)
-        yield fresh
-        for file in sorted(fresh.rglob("*")):
-            file.chmod(0o755 if file.is_dir() else 0o644)  # some writers make files that only their owner can read
+        new.chmod(0o755)
+        yield new
+        for file in sorted(new.rglob("*")):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # some writers create files that only their owner can read
             flush_to_disk(file)
-        flush_to_disk(fresh)
-        if path.exists() and _exchanged(fresh, path):
-            old = fresh
+        flush_to_disk(new)
+        if path.exists() and _exchanged(new, path):
+            previous = new
         else:
             if path.exists():
-                path.rename(old)
-            fresh.rename(path)
+                path.rename(previous)
+            new.rename(path)
     except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(fresh, ignore_errors=True)
+        if previous.exists() and not path.exists():
+            previous.rename(path)
+        shutil.rmtree(new, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
     flush_to_disk(path.parent)
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Swap the names of two directories in one step; False where the system or the file system cannot."""
+    """Exchange two directories in one step; return False if the system or the file system does not support it."""
     swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if swap is None:
         return False
@@ -131,43 +136,46 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def files_written_together(directory: Path, owned: Collection[str]) -> Iterator[Path]:
-    """Yield an empty folder to fill; its files then replace those of the same names in `directory`, all or none.
+    """Yield an empty folder to fill; its files then replace the files of the same names in `directory`, all or none.
 
-    Other files of `directory` stay. On an exception `directory` is as it was. If the process is killed, `whole_files`
-    gives either all old files or all new ones, and the next call of this function finishes the replacement.
+    Other files of `directory` stay. On an exception `directory` stays unchanged. If the process is killed,
+    `whole_files` returns either all old files or all new ones, and the next call of this function finishes the
+    replacement.
 
-    owned: names that are removed from `directory` if the new files lack them.
+    Args:
+        directory: The directory to update; created if it does not exist.
+        owned: File names that are removed from `directory` if the new files lack them.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _finish_replacement(directory, owned)
-    fresh = Path(tempfile.mkdtemp(dir=directory, prefix=".saving-"))
+    new = Path(tempfile.mkdtemp(dir=directory, prefix=".saving-"))
     try:
-        fresh.chmod(0o755)
-        yield fresh
-        for file in sorted(fresh.iterdir()):
+        new.chmod(0o755)
+        yield new
+        for file in sorted(new.iterdir()):
             file.chmod(0o644)
             flush_to_disk(file)
-        flush_to_disk(fresh)
-        while not _renamed(fresh, directory / _COMPLETE):
-            _finish_replacement(directory, owned)  # another process has just saved here
+        flush_to_disk(new)
+        while not _renamed(new, directory / _COMPLETE):
+            _finish_replacement(directory, owned)  # another process is saving here too
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         raise
     flush_to_disk(directory)
     _finish_replacement(directory, owned)
 
 
 def whole_files(directory: Path) -> Path:
-    """Where to read the files that `files_written_together` wrote into `directory`.
+    """Return the folder with a complete set of the files that `files_written_together` wrote.
 
-    It is `directory` itself, unless the process that wrote them was killed while they replaced the old ones.
+    The folder is `directory` itself, except after a process was killed during the replacement.
     """
     complete = directory / _COMPLETE
     return complete if complete.is_dir() else directory
 
 
 def _renamed(folder: Path, new: Path) -> bool:
-    """Rename a folder; False if there is one of that name that holds files."""
+    """Rename a folder; return False if the new name is a folder with files."""
     try:
         folder.rename(new)
     except OSError as error:
@@ -178,7 +186,7 @@ def _renamed(folder: Path, new: Path) -> bool:
 
 
 def _finish_replacement(directory: Path, owned: Collection[str]) -> None:
-    """Give the complete new files their names in `directory`, if there are such, and then drop their folder."""
+    """Move complete new files, if there are any, into `directory`, and remove their folder."""
     complete = directory / _COMPLETE
     try:
         names = sorted(file.name for file in complete.iterdir())
@@ -189,14 +197,14 @@ def _finish_replacement(directory: Path, owned: Collection[str]) -> None:
         flush_to_disk(directory)
         done = directory / f".saving-{uuid.uuid4().hex}"
         complete.rename(done)
-    except FileNotFoundError:  # no new files, or another process has finished their replacement
+    except FileNotFoundError:  # no new files, or another process has finished the replacement
         return
     flush_to_disk(directory)
     shutil.rmtree(done, ignore_errors=True)
 
 
 def _put_second_name(file: Path, target: Path) -> None:
-    """Replace `target` by `file` and keep `file`: a hard link, or a copy where the file system has no links."""
+    """Replace `target` by a hard link to `file`, or by a copy if the file system has no links."""
     second = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         os.link(file, second)
@@ -210,9 +218,14 @@ def _put_second_name(file: Path, target: Path) -> None:
 
 
 def write_manifest(directory: Path, names: list[str] | None = None) -> dict[str, str]:
-    """Hash files of `directory` into its `SHA256SUMS`; returns {name: hex}.
+    """Write the manifest of a directory.
 
-    names: paths relative to `directory`; None means every file below it but the manifest itself.
+    Args:
+        directory: The directory.
+        names: Paths relative to `directory`; None for every file below it except the manifest.
+
+    Returns:
+        {name: SHA-256 in hexadecimal}.
     """
     if names is None:
         files = (file for file in directory.rglob("*") if file.is_file() and file.name != MANIFEST)
@@ -223,14 +236,17 @@ def write_manifest(directory: Path, names: list[str] | None = None) -> dict[str,
 
 
 def manifest_text(entries: Mapping[str, str]) -> str:
-    """What a manifest of {name: hex} says."""
+    """Return the text of a manifest of {name: SHA-256 in hexadecimal}."""
     return "".join(f"{digest}  {name}\n" for name, digest in entries.items())
 
 
 def read_manifest(directory: Path) -> dict[str, str]:
-    """{name: hex} of a manifest, empty where the directory has none.
+    """Return {name: SHA-256 in hexadecimal} of a directory's manifest.
 
-    What it says may be anything: of a manifest that is none, {its own name: ""}.
+    The content is untrusted: names and hashes may be any text.
+
+    Returns:
+        The entries; {} if there is no manifest; {manifest's name: ""} if the manifest is unreadable.
     """
     path = directory / MANIFEST
     if not os.path.lexists(path):
@@ -238,26 +254,30 @@ def read_manifest(directory: Path) -> dict[str, str]:
     try:
         lines = read_limited(path, _LARGEST_MANIFEST).decode().splitlines()
         return {name: digest for digest, name in (line.split("  ", 1) for line in lines if line.strip())}
-    except (OSError, ValueError):  # a broken link, bytes that are no text, a line without a name
+    except (OSError, ValueError):  # a broken link, bytes that are not text, a line without a name
         return {MANIFEST: ""}
 
 
 def damaged_files(directory: Path, read: Mapping[str, Any] | None = None) -> list[str]:
-    """Names in the manifest whose file is gone, has other bytes or would not be in the directory (it is not looked at);
-    empty when all is well.
+    """Return the names of files that do not match the directory's manifest.
 
-    read: {name: content, bytes or the like} of files that have been read already.
+    A file does not match if it is missing, has other bytes, or has a path outside of the directory; files outside are
+    not opened.
+
+    Args:
+        directory: The directory.
+        read: {name: content as a bytes-like object} of files that have already been read.
     """
-    held = read or {}
+    contents = read or {}
 
-    def is_whole(name: str, digest: str) -> bool:
-        if name in held:
-            return hashlib.sha256(held[name]).hexdigest() == digest
+    def matches(name: str, digest: str) -> bool:
+        if name in contents:
+            return hashlib.sha256(contents[name]).hexdigest() == digest
         if "\0" in name or ".." in (path := PurePath(name)).parts or path.is_absolute():
             return False
         try:
             return (directory / name).is_file() and sha256(directory / name) == digest
-        except OSError:  # a name longer than any file's, or a file that cannot be read
+        except OSError:  # the name is too long, or the file cannot be read
             return False
 
-    return [name for name, digest in read_manifest(directory).items() if not is_whole(name, digest)]
+    return [name for name, digest in read_manifest(directory).items() if not matches(name, digest)]

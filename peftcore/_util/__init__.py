@@ -1,1 +1,1 @@
-"""Helpers of the library itself that know no adapter."""
+"""Modules for the library itself that do not depend on adapters."""

@@ -1,7 +1,8 @@
-"""Regular expressions that come with an adapter, from whoever made it: matched with a limit on the time they may take.
+"""Time-limited matching of regular expressions from untrusted adapter configurations.
 
-`(a+)+$` against a long module path takes longer than anybody lives, in `re` and so in PEFT. What repeats or branches is
-therefore matched by `regex`, which can stop; everything else by `re`, whose time for it is bounded.
+Matching `(a+)+$` against a long module path takes exponential time in `re`, and therefore in HF PEFT. Patterns with
+repetitions or branches are matched by `regex`, which has a timeout. All other patterns are matched by `re`, in time
+that is bounded by their length.
 """
 
 import math
@@ -15,68 +16,93 @@ import regex
 from peftcore.errors import ConfigError
 
 LONGEST = 20_000
-"""Characters of one pattern."""
+"""Largest number of characters in a pattern."""
 MOST_COPIES = 10_000
-"""Product of all counts such as {3,5} in one pattern; `regex` writes out what they repeat."""
+"""Largest product of all repetition counts such as {3,5} in a pattern; `regex` expands these repetitions."""
 SECONDS = 0.5
-"""Processor time that all the slow matches of one pattern may take; a match of an honest one takes microseconds."""
+"""Limit of the CPU time of all slow matches of one pattern together; an ordinary match takes microseconds."""
 _SLOW = 1e-3
+"""Seconds above which a match is slow."""
 _MOST_SLOW = 1000
-"""Slow patterns that are remembered."""
+"""Largest number of slow patterns whose time is recorded."""
 _BRANCHES = re.compile(r"[*+?{|]")
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 _PLAIN = re.compile(r"[\w.]+")
 SEGMENTS = r"(?:.*\.)?"
-"""What may stand before a pattern that means the end of a path."""
+"""Pattern for the path segments before a suffix."""
 _spent: dict[str, float] = {}
 _lock = threading.Lock()
 
 
 @lru_cache(maxsize=4096)
 def compiled(pattern: str, before: str = "", after: str = "") -> "re.Pattern[str] | regex.Pattern[str]":
-    """A pattern ready to match, between two of ours. Raises ValueError, with the reason, for one that cannot be."""
+    """Compile a pattern, with trusted patterns before and after it.
+
+    Args:
+        pattern: The untrusted pattern.
+        before: A trusted pattern that must match in front.
+        after: A trusted pattern that must match behind.
+
+    Raises:
+        ValueError: The pattern is invalid or too large; the message says why.
+    """
     if len(pattern) > LONGEST:
-        raise ValueError(f"it has {len(pattern):,} characters, and {LONGEST:,} are the most")
+        raise ValueError(f"it has {len(pattern):,} characters; the limit is {LONGEST:,}")
     whole = f"{before}(?:{pattern}){after}" if before or after else pattern
     try:
-        re.compile(pattern)  # alone, or it could end ours
+        re.compile(pattern)  # alone, because an unbalanced parenthesis could close the group around it
         plain = re.compile(whole)
         if math.prod(max(int(n or 1) for n in counts) or 1 for counts in _COUNT.findall(pattern)) > MOST_COPIES:
-            raise ValueError(f"its counted repetitions make more than {MOST_COPIES:,} copies")
+            raise ValueError(f"its repetition counts expand to more than {MOST_COPIES:,} copies")
         return regex.compile(whole) if branches(pattern) else plain
     except (re.error, regex.error, OverflowError, RecursionError, MemoryError, FutureWarning) as error:
         raise ValueError(str(error)) from error
 
 
 def matched(pattern: str, path: str, before: str = "", after: str = "") -> "re.Match[str] | regex.Match[str] | None":
-    """The match of a pattern, between two of ours, with the whole of a path, if it is one.
+    """Match a pattern against a whole path.
 
-    Raises ConfigError for what is no pattern, and for one whose matches take too long.
+    Args:
+        pattern: The untrusted pattern.
+        path: The module path to match.
+        before: A trusted pattern that must match in front.
+        after: A trusted pattern that must match behind.
+
+    Returns:
+        The match, or None.
+
+    Raises:
+        ConfigError: The pattern is invalid, or its matches take too long.
     """
     try:
-        ready = compiled(pattern, before, after)
+        expression = compiled(pattern, before, after)
     except ValueError as error:
-        raise ConfigError(f"{pattern!r:.200} is no regular expression ({error}); give a list of names") from error
-    if isinstance(ready, re.Pattern):
-        return ready.fullmatch(path)
-    begun = time.thread_time()
+        raise ConfigError(
+            f"{pattern!r:.200} is not a valid regular expression ({error}); give a list of names"
+        ) from error
+    if isinstance(expression, re.Pattern):
+        return expression.fullmatch(path)
+    start = time.thread_time()
     try:
-        found = ready.fullmatch(path, timeout=SECONDS)
+        match = expression.fullmatch(path, timeout=SECONDS)
     except TimeoutError as error:
-        raise _takes_too_long(pattern) from error
-    took = time.thread_time() - begun
-    if took > _SLOW and _total(pattern, took) > SECONDS:
-        raise _takes_too_long(pattern)
-    return found
+        raise _too_slow(pattern) from error
+    seconds = time.thread_time() - start
+    if seconds > _SLOW and _total_seconds(pattern, seconds) > SECONDS:
+        raise _too_slow(pattern)
+    return match
 
 
 def branches(pattern: str) -> bool:
-    """Whether a pattern repeats anything or chooses between branches, so that matching it may take long."""
+    """Return True if a pattern has repetitions or branches, so that matching it may be slow."""
     return _BRANCHES.search(pattern) is not None
 
 
 def is_suffix(pattern: str, path: str) -> bool:
-    """Whether a path ends in whole segments that match the pattern, in which a dot is any character."""
+    """Return True if the pattern matches one or more whole segments at the end of the path.
+
+    As in a regular expression, a dot in the pattern matches any character.
+    """
     if not _PLAIN.fullmatch(pattern):
         return matched(pattern, path, before=SEGMENTS) is not None
     length = len(pattern)
@@ -86,16 +112,17 @@ def is_suffix(pattern: str, path: str) -> bool:
     return tail == pattern or ("." in pattern and all(p in (c, ".") for p, c in zip(pattern, tail, strict=True)))
 
 
-def _total(pattern: str, took: float) -> float:
+def _total_seconds(pattern: str, seconds: float) -> float:
+    """Add the seconds of a slow match to the pattern's total, and return the total."""
     with _lock:
         if len(_spent) >= _MOST_SLOW:
             _spent.clear()
-        _spent[pattern] = _spent.get(pattern, 0.0) + took
+        _spent[pattern] = _spent.get(pattern, 0.0) + seconds
         return _spent[pattern]
 
 
-def _takes_too_long(pattern: str) -> ConfigError:
+def _too_slow(pattern: str) -> ConfigError:
     return ConfigError(
-        f"the regular expression {pattern!r:.200} takes more than {SECONDS} s to match the modules' paths; "
-        "write it without repetitions of repetitions, or give a list of names"
+        f"the regular expression {pattern!r:.200} takes more than {SECONDS} s to match the module paths; "
+        "remove nested repetitions, or give a list of names"
     )

@@ -1,4 +1,4 @@
-"""What one call of the model tells its layers, kept apart for each thread that calls it."""
+"""Attributes with a separate value for each thread, for adapter arguments of the current model call."""
 
 import threading
 from typing import Any
@@ -9,58 +9,61 @@ from peftcore._util.forward_records import recomputed_values
 
 
 class PerThread:
-    """An attribute of which every thread sees the value that it has set itself.
+    """A descriptor for a thread-local attribute.
 
-    Layers that activation checkpointing computes again see the value of their own forward pass. A thread that has set
-    none sees the last one. Copies and pickles have the default.
+    A thread reads the value that it has set. A thread that has set no value reads the last value of any thread. Layers
+    that activation checkpointing recomputes read the value of their own forward pass. Copies and pickles start with the
+    default.
     """
 
     def __init__(self, default: Any = None):
         self.default = default
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.attribute, self.name = name, f"_{name}_of_threads"
+        self.attribute, self.storage = name, f"_{name}_of_threads"
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
-        held: _Held | None = instance.__dict__.get(self.name)
-        if held is None:
+        values: _ThreadValues | None = instance.__dict__.get(self.storage)
+        if values is None:
             return self.default
-        if torch.compiler.is_compiling():  # which traces no threads
-            return held.last[0]
-        own = getattr(held, "own", held.last)
+        if torch.compiler.is_compiling():  # the compiler cannot trace thread-local storage
+            return values.last[0]
+        current = getattr(values, "current", values.last)
         backward = torch._C._current_graph_task_id()
-        if backward != -1 and (own is held.last or held.backward != backward):
-            values = recomputed_values(instance)
-            if values is not None and self.attribute in values:
-                return values[self.attribute]
-        return own[0]
+        if backward != -1 and (current is values.last or values.backward != backward):
+            recomputed = recomputed_values(instance)
+            if recomputed is not None and self.attribute in recomputed:
+                return recomputed[self.attribute]
+        return current[0]
 
     def __set__(self, instance: Any, value: Any) -> None:
-        held = instance.__dict__.get(self.name)
-        if held is None:
-            held = instance.__dict__[self.name] = _Held([self.default], self.default)
-        held.own = [value]
-        held.last[0] = value
+        values = instance.__dict__.get(self.storage)
+        if values is None:
+            values = instance.__dict__[self.storage] = _ThreadValues([self.default], self.default)
+        values.current = [value]
+        values.last[0] = value
         if not torch.compiler.is_compiling():
-            held.backward = torch._C._current_graph_task_id()
+            values.backward = torch._C._current_graph_task_id()
 
 
 def values_of(instance: Any) -> dict[str, Any]:
-    """The attributes of this kind that an object has, as this thread sees them."""
-    names = [name for kind in type(instance).__mro__ for name, own in vars(kind).items() if isinstance(own, PerThread)]
+    """Return the current thread's values of all `PerThread` attributes of an object, by attribute name."""
+    classes = type(instance).__mro__
+    names = [name for each in classes for name, value in vars(each).items() if isinstance(value, PerThread)]
     return {name: getattr(instance, name) for name in names}
 
 
-class _Held(threading.local):
-    own: list[Any]
+class _ThreadValues(threading.local):
+    current: list[Any]
+    """The value that this thread has set, as a list of one element; absent before that."""
     backward: int = -1
-    """The backward pass inside of which this thread has set its own; -1: none."""
+    """Id of the backward pass in which this thread has set its value; -1 outside of a backward pass."""
 
     def __init__(self, last: list[Any], default: Any):
         self.last, self.default = last, default
-        """last: one element, the same list in every thread."""
+        """last: the last value of any thread, as a list of one element that all threads share."""
 
     def __reduce__(self) -> Any:
-        return _Held, ([self.default], self.default)
+        return _ThreadValues, ([self.default], self.default)

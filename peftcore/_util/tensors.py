@@ -1,4 +1,4 @@
-"""The tensors of an adapter: read from its directory with every check that needs no model, and whole or in shards."""
+"""Adapter tensors: reading from a directory, with all checks that need no model, and access to sharded tensors."""
 
 import json
 import math
@@ -23,27 +23,31 @@ from peftcore.files import CONFIG_NAME, MANIFEST, damaged_files, whole_files
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PROMPT_STATE = "prompt_encoder.safetensors"
-"""What a prompt is computed from; PEFT keeps the computed prompt alone, and reads past this file."""
+"""File of a prompt encoder's training state; HF PEFT stores the computed prompt only and ignores this file."""
 PREFIX = "base_model.model."
-"""What stands before the path of a layer in every key."""
+"""Prefix of every checkpoint key, in front of the layer's path."""
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _TRAINER_STATE = "trainer_state.json"
 _TRAINER_ARGUMENTS = "training_args.bin"
-"""A pickle that Trainer puts beside whatever it saves; it is never opened here."""
+"""A pickle that Trainer writes into each checkpoint; never opened here."""
 _LONGEST_HEADER = 32 << 20
-"""Bytes, of about 200,000 tensors; safetensors itself reads 100 MB, which take gigabytes once they are parsed."""
+"""Limit in bytes, enough for 200,000 tensors; a header of safetensors' own limit, 100 MB, parses into gigabytes."""
 _MOST_DIMENSIONS = 16
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-"""Types of adapters' tensors by their name in a file."""
+"""{dtype name in a safetensors header: dtype}"""
 _FIELDS = (b'"data_offsets":', b'"dtype":', b'"shape":')
-"""As they stand in a header that a library wrote, once for each tensor."""
+"""Fields that a header contains once for each tensor, as libraries write them."""
 
 
 def read_tensors(directory: Path, check_manifest: bool = True) -> dict[str, Tensor]:
-    """The tensors of an adapter directory, on the CPU, in memory of their own.
+    """Return the tensors of an adapter directory by key, on the CPU and in newly allocated memory.
 
-    check_manifest: hash what is read, as whoever reads a directory for the first time should.
-    Raises CheckpointError as `read_weights` and `parsed` do.
+    Args:
+        directory: An adapter directory.
+        check_manifest: Compare the files with the directory's SHA-256 manifest, if there is one.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, a pickle, or differs from the manifest.
     """
     directory = whole_files(directory)
     content = read_weights(directory)
@@ -53,9 +57,12 @@ def read_tensors(directory: Path, check_manifest: bool = True) -> dict[str, Tens
 
 
 def read_weights(directory: Path) -> memoryview:
-    """The bytes of an adapter directory's tensors; read into memory of their own.
+    """Return the bytes of an adapter directory's tensor file, in newly allocated memory.
 
-    Raises CheckpointError for a missing or truncated file. Warns of pickles beside the file; none is ever opened.
+    Warns about pickles in the directory; they are never opened.
+
+    Raises:
+        CheckpointError: The file is missing, a pickle, or too large.
     """
     if not directory.is_dir():
         raise CheckpointError(f"no adapter directory {directory}; give the one that save_pretrained wrote")
@@ -63,24 +70,24 @@ def read_weights(directory: Path) -> memoryview:
     refuse_pickles(directory)
     if pickles := _pickles(directory):
         warnings.warn(
-            f"{directory} holds {', '.join(pickles)} beside {WEIGHTS_NAME}: pickles can run code when they are read; "
-            "they are not read here",
+            f"{directory} holds {', '.join(pickles)} beside {WEIGHTS_NAME}: pickles can run code when they are loaded, "
+            "so they are not read",
             stacklevel=5,
         )
     return read_file(directory / WEIGHTS_NAME)
 
 
 def refuse_pickles(directory: Path) -> None:
-    """CheckpointError for a directory whose tensors are in a pickle only."""
+    """Raise CheckpointError if the directory has tensors in a pickle only."""
     if (pickles := _pickles(directory)) and not os.path.lexists(directory / WEIGHTS_NAME):
         raise CheckpointError(
-            f"{directory} holds no {WEIGHTS_NAME} but {', '.join(pickles)}: a pickle can run code when it is read; "
-            "convert it to safetensors where you trust it"
+            f"{directory} holds no {WEIGHTS_NAME} but {', '.join(pickles)}: a pickle can run code when it is loaded; "
+            "convert it to safetensors if you trust its source"
         )
 
 
 def _pickles(directory: Path) -> list[str]:
-    """Names of pickles in a directory, but those that Trainer puts into a checkpoint."""
+    """Return the names of pickles in a directory, except those that Trainer writes into a checkpoint."""
     if not directory.is_dir():
         return []
     names = [file.name for file in directory.iterdir() if file.suffix in PICKLES and file.name != _TRAINER_ARGUMENTS]
@@ -90,27 +97,31 @@ def _pickles(directory: Path) -> list[str]:
 
 
 def read_file(path: Path) -> memoryview:
-    """The bytes of one file of tensors, in memory of their own. Raises CheckpointError for none, or one too large."""
+    """Return the bytes of one tensor file, in newly allocated memory.
+
+    Raises:
+        CheckpointError: The file is missing, not an ordinary file, or larger than the available memory.
+    """
     if not path.is_file():
-        raise CheckpointError(f"no {path.name} in {path.parent}; the adapter was not saved whole")
-    # without O_NONBLOCK opening a pipe, should one have taken the file's place, waits for somebody to write
+        raise CheckpointError(f"no {path.name} in {path.parent}; the adapter is incomplete, save it again")
+    # O_NONBLOCK: opening a named pipe must not wait for a writer
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is no ordinary file; take another copy")
-        # a hole of terabytes takes no room on a disk
+            raise CheckpointError(f"{path} is not an ordinary file; take another copy")
+        # a sparse file can claim terabytes
         if status.st_size > _machine_memory():
-            raise CheckpointError(f"{path} has {status.st_size:,} bytes, which is more than this machine's memory")
+            raise CheckpointError(f"{path} has {status.st_size:,} bytes, more than this machine's memory")
         try:
             content = _memory(status.st_size)
         except (OSError, ValueError, MemoryError) as error:
-            raise CheckpointError(f"{path}: no memory for its {status.st_size:,} bytes ({error})") from error
+            raise CheckpointError(f"{path}: not enough memory for {status.st_size:,} bytes ({error})") from error
         return content[: file.readinto(content)]
 
 
 @cache
 def _machine_memory() -> int:
-    """Bytes; without limit where the system does not say."""
+    """Return the machine's physical memory in bytes; the largest integer if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -118,31 +129,37 @@ def _machine_memory() -> int:
 
 
 def changed_files(directory: Path, content: memoryview) -> list[str]:
-    """Names in the directory's manifest of files that have changed since, and that may be read all the same.
+    """Return the names of files that differ from the directory's manifest and may still be read.
 
-    These are a configuration that was edited, files that no adapter is read from, and everything where weights and
-    configuration have both changed: another program has then saved an adapter there and left our manifest as it was.
-    Raises CheckpointError for weights that changed alone, which is damage, and for a manifest that is none.
+    An edited configuration may be read, and so may files that are not part of an adapter. If weights and configuration
+    have both changed, another program has saved an adapter here without updating the manifest.
+
+    Args:
+        directory: The adapter directory.
+        content: The bytes of its tensor file.
+
+    Raises:
+        CheckpointError: Only the weights differ, which means damage, or the manifest is unreadable.
     """
     changed = damaged_files(directory, {WEIGHTS_NAME: content})
     read = [name for name in changed if name in (WEIGHTS_NAME, PROMPT_STATE, MANIFEST)]
     if read and (MANIFEST in read or CONFIG_NAME not in changed):
-        raise CheckpointError(f"{directory}: {', '.join(changed)} is not what {MANIFEST} says; take another copy")
+        raise CheckpointError(f"{directory}: {', '.join(changed)} does not match {MANIFEST}; take another copy")
     return changed
 
 
 def warn_of_changes(directory: Path, names: list[str]) -> None:
-    """Warn that files are not what the manifest says."""
+    """Warn that files differ from the manifest."""
     if names:
         warnings.warn(
-            f"{directory}: {', '.join(sorted(names))} is not what {MANIFEST} says, because somebody has edited it or "
-            f"another program has saved here; it is loaded all the same. If that is right, save the adapter again",
+            f"{directory}: {', '.join(sorted(names))} does not match {MANIFEST}: it was edited, or another program "
+            "has saved here. The adapter is loaded anyway; if the change is intended, save the adapter again",
             stacklevel=5,
         )
 
 
 def _memory(size: int) -> memoryview:
-    """Fresh memory of so many bytes; mapped at once where the system can, for touching it page by page is slow."""
+    """Allocate memory of `size` bytes; on Linux all pages at once, because page faults are slow."""
     if not size:
         return memoryview(bytearray())
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE} if sys.platform == "linux" else {}
@@ -150,45 +167,54 @@ def _memory(size: int) -> memoryview:
 
 
 def parsed(content: memoryview, directory: Path, name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
-    """The tensors in what `read_weights` gave for a directory; CheckpointError where it holds none that are whole."""
+    """Return the tensors in the bytes of a safetensors file, by key.
+
+    Args:
+        content: The bytes that `read_weights` returned.
+        directory: The directory of the file, for error messages.
+        name: The file's name, for error messages.
+
+    Raises:
+        CheckpointError: The bytes are damaged or truncated.
+    """
     if (views := _views(content)) is not None:
         return views
     path = directory / name
     length = int.from_bytes(content[:8], "little")
     if _LONGEST_HEADER < length <= len(content):
-        raise CheckpointError(f"{path} has a header of {length:,} bytes; more than {_LONGEST_HEADER:,} are not read")
+        raise CheckpointError(f"{path} has a header of {length:,} bytes; the limit is {_LONGEST_HEADER:,}")
     try:
         tensors = load(bytes(content))
         _refuse_repeated_names(content[8 : 8 + length])
         return tensors
-    # the library judges most; torch what is left, such as sizes of no tensor
+    # safetensors checks most of the header; torch rejects the rest, such as impossible tensor sizes
     except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); take another copy") from error
 
 
 def _refuse_repeated_names(header: memoryview) -> None:
-    """ValueError for a name or a field given twice, of which readers choose differently."""
+    """Raise ValueError for a repeated name or field, which different readers resolve differently."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a name is given twice")
-        return found
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            raise ValueError("a name is repeated in the header")
+        return entries
 
-    json.loads(bytes(header), object_pairs_hook=once)
+    json.loads(bytes(header), object_pairs_hook=unique)
 
 
 def _views(content: memoryview) -> dict[str, Tensor] | None:
-    """The tensors of a safetensors file where they lie in its bytes; None where the library has to judge.
+    """Return tensors that are views of a safetensors file's bytes; None if the file needs safetensors' own parser.
 
-    It copies each, which takes as long as all else that loading an adapter does.
+    safetensors copies each tensor, which takes as long as the rest of loading an adapter.
     """
     start = 8 + int.from_bytes(content[:8], "little")
     if not 8 < start <= min(len(content), _LONGEST_HEADER):
         return None
     text = bytes(content[8:start])
     count = text.count(_FIELDS[0])
-    # what nests otherwise takes gigabytes once it is parsed here; a field given twice is the library's to judge
+    # deeper nesting could take gigabytes to parse; repeated fields are left to safetensors' parser
     if text.count(b"[") != 2 * count or not count < text.count(b"{") < count + 3:
         return None
     if any(text.count(field) != count for field in _FIELDS):
@@ -196,31 +222,34 @@ def _views(content: memoryview) -> dict[str, Tensor] | None:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        if len(header) != count:  # a name given twice
+        if len(header) != count:  # a repeated name
             return None
         entries = sorted(
-            (*e["data_offsets"], name, tuple(e["shape"]), _DTYPES[e["dtype"]]) for name, e in header.items()
+            (*entry["data_offsets"], name, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+            for name, entry in header.items()
         )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    at = 0
+    offset = 0
     for entry in entries:
         if len(entry) != 5 or {*map(type, entry[:2]), *map(type, entry[3])} - {int}:
             return None
         begin, end, _, shape, dtype = entry
         size = dtype.itemsize
-        if len(shape) > _MOST_DIMENSIONS:  # the product of a million numbers takes hours
+        if len(shape) > _MOST_DIMENSIONS:  # multiplying a million sizes would take hours
             return None
-        if begin != at or min(shape, default=0) < 0 or end - begin != math.prod(shape) * size or (start + begin) % size:
+        if begin != offset or min(shape, default=0) < 0 or end - begin != math.prod(shape) * size:
             return None
-        at = end
-    if not entries or start + at != len(content):
+        if (start + begin) % size:  # not aligned
+            return None
+        offset = end
+    if not entries or start + offset != len(content):
         return None
     parts = torch.frombuffer(content, dtype=torch.uint8)[start:].split([end - begin for begin, end, *_ in entries])
     named = zip(entries, parts, strict=True)
     try:
         return {name: part.view(dtype).view(shape) for (_, _, name, shape, dtype), part in named}
-    except (RuntimeError, TypeError, OverflowError):  # empty, and yet of sizes that no tensor has
+    except (RuntimeError, TypeError, OverflowError):  # an empty tensor with impossible sizes
         return None
 
 
@@ -228,17 +257,17 @@ def _views(content: memoryview) -> dict[str, Tensor] | None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is a DTensor, of which each process may hold a part."""
-    return hasattr(tensor, "full_tensor")  # no import of torch.distributed.tensor where nothing is distributed
+    """Return True for a DTensor, of which each process may hold a shard."""
+    return hasattr(tensor, "full_tensor")  # avoids importing torch.distributed.tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor put together from all processes' parts, which all have to ask; any other tensor as it is."""
+    """Return the full tensor of a DTensor, and any other tensor unchanged; all processes must call this together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def writing_shards(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
-    """Context in which a whole tensor can be copied into each of these, sharded or not."""
+    """Return a context in which a full tensor can be copied into each parameter, sharded or not."""
     if not any(is_sharded(parameter) for parameter in parameters):
         return nullcontext()
     from torch.distributed.tensor.experimental import implicit_replication

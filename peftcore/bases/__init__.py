@@ -1,4 +1,4 @@
-"""Base layers: one small class per kind of layer and storage, found from the layer itself."""
+"""Views of base layers: one small class for each kind of layer and weight storage."""
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -35,45 +35,60 @@ def _class_for(layer: nn.Module) -> type[BaseWeight] | None:
     weight = getattr(layer, "weight", None)
     if type(weight).__name__ in _QUANTIZED:
         return _QUANTIZED[type(weight).__name__]
-    plain = next((view for kind, view in _PLAIN.items() if isinstance(layer, kind)), None)
+    plain = next((view for layer_class, view in _PLAIN.items() if isinstance(layer, layer_class)), None)
     return NormWeight if plain is None and is_norm(layer) else plain
 
 
 def is_adaptable(layer: nn.Module) -> bool:
-    """Whether `base_weight` knows this kind of layer."""
+    """Return True if `base_weight` has a view for this layer."""
     return _class_for(layer) is not None
 
 
 _READS_WEIGHTS = {"MultiheadAttention", "WavLMAttention"}
-"""Classes whose forward hands the weights of their layers to one function and never calls the layers."""
+"""Classes whose forward passes the weights of their child layers to one function and never calls the children."""
 
 
 def calls_its_layers(parent: nn.Module) -> bool:
-    """Whether a module calls its child layers, so that an adapter on one of them acts."""
-    return not _READS_WEIGHTS & {kind.__name__ for kind in type(parent).__mro__}
+    """Return True if a module calls its child layers; otherwise an adapter on a child would have no effect."""
+    return not _READS_WEIGHTS & {base.__name__ for base in type(parent).__mro__}
 
 
 def raw_projections(layer: nn.Module) -> tuple[str, ...]:
-    """Parameters that stand for an nn.MultiheadAttention when it is a target; () for any other module.
+    """Return the parameters that are adapted if an nn.MultiheadAttention is a target.
 
-    Raises TargetError where query, key and value have sizes of their own.
+    Args:
+        layer: Any module.
+
+    Returns:
+        Parameter paths relative to the module; () for a module of another class.
+
+    Raises:
+        TargetError: Query, key and value have different sizes, so the module has no fused `in_proj_weight`.
     """
     if not isinstance(layer, nn.MultiheadAttention):
         return ()
     if layer.in_proj_weight is None:
         raise TargetError(
-            "an nn.MultiheadAttention with other sizes for key or value keeps three matrices; name them in "
-            "target_parameters: q_proj_weight, k_proj_weight, v_proj_weight"
+            "this nn.MultiheadAttention has three separate matrices, because key or value has another size than the "
+            "query; name them in target_parameters: q_proj_weight, k_proj_weight, v_proj_weight"
         )
     return "in_proj_weight", "out_proj.weight"
 
 
 def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:
-    """The view on `layer`; TargetError names the kinds that fit when this one does not."""
+    """Return the view of a base layer.
+
+    Args:
+        layer: The layer to adapt.
+        path: The layer's path, for the error message.
+
+    Raises:
+        TargetError: Layers of this class cannot be adapted.
+    """
     view = _class_for(layer)
     if view is None:
         raise TargetError(
             f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; "
-            "Linear, Conv1D, Conv1d/2d/3d, Embedding, norms and bitsandbytes' 4- and 8-bit linears can"
+            "adapters support Linear, Conv1D, Conv1d/2d/3d, Embedding, norms and bitsandbytes' 4- and 8-bit linears"
         )
     return view(layer)

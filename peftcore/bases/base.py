@@ -1,9 +1,9 @@
-"""How an adapter reads and writes a base layer, whatever its kind and storage.
+"""The view through which adapters read and write a base layer, independent of the layer's class and storage.
 
-Weights are seen in one canonical orientation, whatever the layer keeps: (o, i) for linear-like layers, (o, i/groups,
-*kernel) for convolutions, (d, v) for embeddings, which are linear maps of one-hot rows.
+A view presents the weight in one canonical orientation, whatever the layer stores: (o, i) for linear layers, (o,
+i/groups, *kernel) for convolutions, (d, v) for embeddings, which are linear maps of one-hot rows.
 
-Shapes: o out_features, i in_features, d embedding dimension, v vocabulary, r rank.
+Shapes: o out_features, i in_features, d embedding dimension, v vocabulary size, r rank, n flattened tokens.
 """
 
 import copy
@@ -20,9 +20,10 @@ from peftcore.errors import MergeError
 
 
 class WeightVersion:
-    """A stored weight at one time. Equal until it is replaced, moved or changed.
+    """A stored weight at one point in time, for comparison.
 
-    An edit through `.data` is not seen.
+    Two versions are equal as long as the weight is not replaced, moved or changed in place. Edits through `.data` are
+    not detected.
     """
 
     __slots__ = ("memory", "pointer", "version", "weight")
@@ -30,7 +31,7 @@ class WeightVersion:
     def __init__(self, weight: Tensor):
         self.weight, self.pointer, self.version = weight, weight.data_ptr(), weight._version
         self.memory = weakref.ref(weight.untyped_storage())
-        """The address of freed memory can come back with another weight in it."""
+        """Freed memory can be reused at the same address by another weight, so the address alone is not enough."""
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -42,39 +43,43 @@ class WeightVersion:
         )
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return type(None), ()  # a copy is of no weight
+        return type(None), ()  # a copied model has another weight
 
 
-OWN_STATE = "_own_state"
-"""Attribute of a layer whose weight an adapter's start has replaced (LoftQ): what was there before."""
+ORIGINAL_STATE = "_original_state"
+"""Attribute of a layer whose weight an initialisation has replaced (LoftQ); holds the state before."""
 
 UNMERGED_STATE = "_unmerged_state"
-"""Attribute of a layer that holds its own parameters while merged ones stand in their place."""
+"""Attribute of a layer with merged adapters; holds the state before the merge."""
 
 
 class BaseWeight(ABC):
-    """A view on one base layer; holds no weight of its own."""
+    """A view of one base layer.
+
+    The view stores no weight. A "state" is the dictionary that `state()` returns: the layer's stored parameters by
+    name. `merge` keeps the state from before the merge, and unmerging puts that state back.
+    """
 
     kind: ClassVar[str]
-    """"linear", "conv", "embedding", "norm" or "parameter" (raw): what the layer does with its input."""
+    """Kind of layer: "linear", "conv", "embedding", "norm" or "parameter" (a raw parameter)."""
 
     def __init__(self, layer: nn.Module):
         self.layer: Any = layer
         self._storage = type(layer._parameters.get("weight"))
 
     def still_fits(self, layer: nn.Module | None) -> bool:
-        """Whether this is the view on `layer`, and its weight is stored as it was."""
+        """Return True if this is a view of `layer` and the storage class of its weight has not changed."""
         return layer is self.layer and type(self.layer._parameters.get("weight")) is self._storage
 
-    def forget(self) -> None:  # noqa: B027
-        """Let go of what was computed from the weight, which may be another one now."""
+    def clear_cache(self) -> None:  # noqa: B027
+        """Drop values that were computed from the weight, because the weight may have changed."""
 
     # -- geometry ------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def in_features(self) -> int:
-        """i: size of the input's feature axis (vocabulary size for an embedding)."""
+        """i: size of the input's feature axis; vocabulary size for an embedding, channels for a convolution."""
 
     @property
     @abstractmethod
@@ -88,72 +93,89 @@ class BaseWeight(ABC):
 
     @property
     def count(self) -> int:
-        """How many weights are stacked: the experts of a raw expert parameter, 1 for every other layer."""
+        """Number of stacked weights: the number of experts of a raw expert parameter, 1 for every other layer."""
         return 1
 
     # -- storage -------------------------------------------------------------------------------------------------
 
     quantized: ClassVar[bool] = False
-    """Whether the layer keeps its weight in 4 or 8 bits."""
+    """True if the layer stores its weight in 4 or 8 bits."""
 
     @property
     def device(self) -> torch.device:
+        """Device of the weight."""
         return self.layer.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the dense weight that `read` gives."""
+        """Dtype of the dense weight that `read` returns."""
         return self.layer.weight.dtype
 
     @property
     def bias(self) -> Tensor | None:
+        """The layer's current bias (o,), merged changes included; None if the layer has no bias."""
         return self.layer.bias if hasattr(self.layer, "bias") else None
 
     @property
     def unmerged_bias(self) -> Tensor | None:
-        """The bias without what is merged into it."""
-        own = self.layer.__dict__.get(self.unmerged_attribute)
-        return self.bias if own is None else self.stored(own, "bias")
+        """The bias (o,) without merged changes; None if the layer has no bias."""
+        unmerged = self.layer.__dict__.get(self.unmerged_attribute)
+        return self.bias if unmerged is None else self.stored(unmerged, "bias")
 
     def read(self) -> Tensor:
-        """The dense weight in canonical orientation; may share memory with the layer."""
+        """Return the current dense weight in canonical orientation; it may share memory with the layer."""
         return self.read_from({"weight": self.layer.weight})
 
     @abstractmethod
     def read_from(self, state: Mapping[str, Any]) -> Tensor:
-        """The same of what `state` returned, now or before something was written."""
+        """Return the dense weight of a state in canonical orientation.
+
+        Args:
+            state: A value that `state()` returned, now or before a `write`.
+        """
 
     def stored(self, state: Mapping[str, Any], name: str = "weight") -> Any:
-        """The weight, or the bias if there is one, as the layer stores it, in what `state` returned."""
-        kept = state.get(name)
-        if not isinstance(kept, dict):
-            return kept
-        twin = copy.copy(self.layer.parametrizations[name])
-        vars(twin)["_parameters"] = kept
-        return twin()
+        """Return a parameter of a state in the form that the layer stores, such as packed 4-bit codes.
+
+        Args:
+            state: A value that `state()` returned.
+            name: "weight" or "bias".
+
+        Returns:
+            The stored tensor; None if the state has no such parameter.
+        """
+        value = state.get(name)
+        if not isinstance(value, dict):
+            return value
+        parametrization = copy.copy(self.layer.parametrizations[name])
+        vars(parametrization)["_parameters"] = value
+        return parametrization()
 
     @property
     def unmerged_attribute(self) -> str:
-        """Attribute of the layer that holds its own parameters while merged ones stand in their place."""
+        """Name of the layer's attribute that holds the state from before a merge."""
         return UNMERGED_STATE
 
     def read_unmerged(self) -> Tensor:
-        """The dense weight without what is merged into it."""
-        return self._read_aside(self.unmerged_attribute)
+        """Return the dense canonical weight without merged changes."""
+        return self._read_saved(self.unmerged_attribute)
 
-    def read_own(self) -> Tensor:
-        """The dense weight without what is merged into it, and before an adapter's start replaced it."""
-        replaced = OWN_STATE in self.layer.__dict__
-        return self._read_aside(OWN_STATE if replaced else self.unmerged_attribute)
+    def read_original(self) -> Tensor:
+        """Return the dense canonical weight without merged changes and from before LoftQ replaced the weight."""
+        replaced = ORIGINAL_STATE in self.layer.__dict__
+        return self._read_saved(ORIGINAL_STATE if replaced else self.unmerged_attribute)
 
-    def _read_aside(self, attribute: str) -> Tensor:
-        """The dense weight of the state that stands aside under an attribute, or the weight in place if none does."""
-        own = self.layer.__dict__.get(attribute)
-        return self.read() if own is None else self.read_from(own)
+    def _read_saved(self, attribute: str) -> Tensor:
+        """Return the dense weight of the state saved under an attribute; the current weight if none is saved."""
+        state = self.layer.__dict__.get(attribute)
+        return self.read() if state is None else self.read_from(state)
 
     def unmerged_version(self) -> "WeightVersion | None":
-        """The state of the weight that `read_unmerged` gives, to compare later; None if it cannot be told, as while
-        `torch.compile` traces."""
+        """Return the version of the weight that `read_unmerged` reads.
+
+        Returns:
+            A value to compare with a later version; None if the version is unknown, as during `torch.compile`.
+        """
         if torch.compiler.is_compiling():
             return None
         state = self.layer.__dict__.get(self.unmerged_attribute)
@@ -164,42 +186,52 @@ class BaseWeight(ABC):
 
     @abstractmethod
     def write(self, weight: Tensor) -> None:
-        """Give the layer a new weight (canonical, any float type); the old parameter object is left intact."""
+        """Give the layer a new weight; the previous parameter object is not modified.
+
+        Args:
+            weight: The new dense weight in canonical orientation, of any floating-point dtype.
+
+        Raises:
+            MergeError: The layer's parametrisation cannot represent this weight.
+        """
 
     def write_bias(self, bias: Tensor) -> None:
-        """Give the layer a new bias (o,); the old parameter object is left intact."""
-        self._put("bias", bias.to(self.layer.bias))
+        """Give the layer a new bias (o,); the previous parameter object is not modified."""
+        self._replace("bias", bias.to(self.layer.bias))
 
-    def _put(self, name: str, values: Tensor) -> None:
+    def _replace(self, name: str, values: Tensor) -> None:
         """Give the layer a new parameter `name`; MergeError if the layer cannot hold these values."""
-        kept = _kept(self.layer, name)
-        if isinstance(kept, ParametrizationList):
-            _put_parametrized(kept, values, f"{type(self.layer).__name__}.{name}")
-        elif kept is None:
+        stored = _stored_parameter(self.layer, name)
+        if isinstance(stored, ParametrizationList):
+            _replace_originals(stored, values, f"{type(self.layer).__name__}.{name}")
+        elif stored is None:
             raise MergeError(
-                f"{name} of this {type(self.layer).__name__} is no parameter but is computed before each forward, as "
-                "torch.nn.utils.weight_norm does; call remove_weight_norm before get_peft_model, or keep the adapter "
-                "unmerged"
+                f"{name} of this {type(self.layer).__name__} is not a parameter: torch.nn.utils.weight_norm or a "
+                "similar hook computes it before each forward. Call remove_weight_norm before get_peft_model, or keep "
+                "the adapter unmerged"
             )
         else:
             self.layer._parameters[name] = nn.Parameter(values.contiguous(), requires_grad=False)
 
     def state(self) -> dict[str, Any]:
-        """References to what `write` replaces: restoring them is exact to the bit and copies nothing."""
+        """Return references to the parameters that `write` and `write_bias` replace, by name.
+
+        Nothing is copied, and `restore` of this value is exact to the bit.
+        """
         state: dict[str, Any] = {}
         for name in ("weight", "bias"):
-            kept = _kept(self.layer, name)
-            if isinstance(kept, ParametrizationList):
-                state[name] = dict(kept._parameters)
+            stored = _stored_parameter(self.layer, name)
+            if isinstance(stored, ParametrizationList):
+                state[name] = dict(stored._parameters)
             elif name in self.layer._parameters:
-                state[name] = kept
+                state[name] = stored
         return state
 
-    def follow(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Bring what `state` returned, once its parameters have been moved, to where they are now."""
+    def move_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Move the tensors of a state that are not parameters to the device of its weight."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what `state` returned."""
+        """Put the parameters of a state back into the layer."""
         for name, value in state.items():
             if isinstance(value, dict):
                 self.layer.parametrizations[name]._parameters.update(value)
@@ -207,70 +239,111 @@ class BaseWeight(ABC):
                 self.layer._parameters[name] = value
 
     def per_output(self, values: Tensor) -> Tensor:
-        """Values (o,) in the shape that broadcasts over the feature axis of this layer's output."""
+        """Reshape values (o,) so that they broadcast over the feature axis of the layer's output."""
         return values.view(-1, *(1 for _ in self.kernel))
 
     # -- mathematics ---------------------------------------------------------------------------------------------
 
     @abstractmethod
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's own map with another weight (canonical) and no bias, in x's floating type."""
+        """Return the layer's output for another weight and without bias.
+
+        Args:
+            x: The layer's input.
+            weight: A dense weight in canonical orientation.
+
+        Returns:
+            The output in x's floating-point dtype; in the weight's dtype for an embedding.
+        """
 
     @abstractmethod
     def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
-        """A map (o, r) over the feature axis of what `apply` gave."""
+        """Return a linear map of the feature axis of `h`.
 
-    def computes_in(self, x: Tensor) -> torch.dtype | None:
-        """The type in which the layer's output for x is x Wᵀ + b, all frozen; None where it is more than that.
+        Args:
+            h: A tensor with r features, laid out like an output of `apply`.
+            weight: The map (o, r); (o, r/groups, 1, ...) for a convolution.
 
-        Then `product` gives that output for an x of this type, and `peftcore.kernels.low_rank` may take the layer's place.
+        Returns:
+            A tensor like `h` with o features.
+        """
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype | None:
+        """Return the dtype in which the layer computes its output, if that output is exactly x Wᵀ + b.
+
+        Then `product` gives the layer's output, and `peftcore.kernels.low_rank` may compute in place of the layer.
+
+        Args:
+            x: The layer's input (..., i).
+
+        Returns:
+            The dtype; None if weight or bias is trainable, if the layer's class computes more than x Wᵀ + b, or if it
+            rounds x.
         """
         return None
 
     def product(self, x: Tensor) -> Tensor:
-        """x Wᵀ + b (n, o) in fresh memory and without gradient, for x (n, i) of the type that `computes_in` gave."""
+        """Return x Wᵀ + b (n, o) in newly allocated memory and without gradient.
+
+        Args:
+            x: The input (n, i), of the dtype that `compute_dtype` returned.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no product")
 
     def prefers_product(self, x: Tensor) -> bool:
-        """Whether `product`, for x (..., i) flattened, is a faster way to the layer's own output."""
+        """Return True if `product` is a faster way to the layer's output than its own forward.
+
+        Args:
+            x: The layer's input (..., i).
+        """
         return False
 
-    def weight_to_keep(self) -> Tensor | None:
-        """What autograd keeps to form x's gradient: the layer's own weight, or None where `read` makes it again."""
+    def weight_for_backward(self) -> Tensor | None:
+        """Return the tensor that autograd saves to compute the gradient of x.
+
+        Returns:
+            The layer's weight (o, i); None for a quantised layer, whose weight is dequantised again in the backward.
+        """
         return self.read()
 
     @abstractmethod
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
-        """y + pointwise(h, weight), in one pass over y where the layer allows it."""
+        """Return y + pointwise(h, weight) in y's dtype, in one pass over y if the layer allows it."""
 
 
-def _kept(layer: nn.Module, name: str) -> nn.Parameter | ParametrizationList | None:
-    """What a layer keeps its parameter `name` as; None for a tensor that is no parameter."""
+def _stored_parameter(layer: nn.Module, name: str) -> nn.Parameter | ParametrizationList | None:
+    """Return a layer's parameter or its parametrisation; None if `name` is a tensor but not a parameter."""
     if (parametrizations := layer._modules.get("parametrizations")) is not None and name in parametrizations._modules:
         return parametrizations._modules[name]  # type: ignore[return-value]
     return layer._parameters.get(name)
 
 
 @torch.no_grad()
-def _put_parametrized(kept: ParametrizationList, values: Tensor, name: str) -> None:
-    """Give a parametrised tensor new values by new originals; MergeError if the parametrisation cannot make them."""
-    steps = ", ".join(type(step).__name__ for step in kept)
-    refused = MergeError(
-        f"the parametrisation {steps} of {name} cannot hold the merged "
-        "values; call torch.nn.utils.parametrize.remove_parametrizations before get_peft_model, or keep the adapter "
-        "unmerged"
+def _replace_originals(parametrization: ParametrizationList, values: Tensor, name: str) -> None:
+    """Give a parametrised tensor new values by replacing its originals.
+
+    Raises:
+        MergeError: The parametrisation has no right inverse for these values.
+    """
+    steps = ", ".join(type(step).__name__ for step in parametrization)
+    error = MergeError(
+        f"the parametrisation {steps} of {name} cannot hold the merged values; call "
+        "torch.nn.utils.parametrize.remove_parametrizations before get_peft_model, or keep the adapter unmerged"
     )
-    before, originals = dict(kept._parameters), values
-    for step in reversed(list(copy.deepcopy(kept))):  # some right inverses change the step itself
+    before, originals = dict(parametrization._parameters), values
+    for step in reversed(list(copy.deepcopy(parametrization))):  # some right inverses change the step itself
         if not hasattr(step, "right_inverse"):
-            raise refused
+            raise error
         try:
             originals = step.right_inverse(originals)  # type: ignore[operator]
-        except ValueError as error:  # such as: the matrix is not orthogonal
-            raise refused from error
-    many = {"original": originals} if kept.is_tensor else {f"original{n}": part for n, part in enumerate(originals)}
-    kept._parameters.update({key: nn.Parameter(part.clone(), requires_grad=False) for key, part in many.items()})
+        except ValueError as reason:  # for example: the matrix is not orthogonal
+            raise error from reason
+    tensors = [originals] if parametrization.is_tensor else list(originals)
+    names = ["original"] if parametrization.is_tensor else [f"original{number}" for number in range(len(tensors))]
+    for key, tensor in zip(names, tensors, strict=True):
+        parametrization._parameters[key] = nn.Parameter(tensor.clone(), requires_grad=False)
     precision = torch.finfo(values.dtype).eps
-    if not torch.allclose(kept(), values, rtol=16 * precision, atol=16 * precision * float(values.abs().max())):
-        kept._parameters.update(before)
-        raise refused
+    tolerance = 16 * precision * float(values.abs().max())
+    if not torch.allclose(parametrization(), values, rtol=16 * precision, atol=tolerance):
+        parametrization._parameters.update(before)
+        raise error

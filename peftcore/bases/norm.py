@@ -1,4 +1,4 @@
-"""Normalisation layers: LayerNorm, GroupNorm, and what looks like an RMSNorm, whoever wrote it."""
+"""Normalisation layers: LayerNorm, GroupNorm, and any class whose name ends in "Norm", such as RMSNorm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,21 +9,22 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from peftcore.bases.base import BaseWeight
-from peftcore.bases.own_tensors import call_with, own_tensor
+from peftcore.bases.current_parameters import call_with_parameters, current_parameter
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Whether `layer` scales each of its features by a weight (d,) of its own and keeps no running statistics."""
-    weight = own_tensor(layer, "weight")
+    """Return True if `layer` scales each feature by its own weight (d,) and keeps no running statistics."""
+    weight = current_parameter(layer, "weight")
     named = isinstance(layer, nn.LayerNorm | nn.GroupNorm) or type(layer).__name__.endswith("Norm")
     inside = any(True for child in layer.children() for _ in child.parameters())
     return named and weight is not None and weight.ndim == 1 and not inside and not isinstance(layer, _NormBase)
 
 
 class NormWeight(BaseWeight):
-    """A normalisation with weight (d,) and perhaps bias (d,).
+    """A normalisation layer with weight (d,) and an optional bias (d,).
 
-    The layer itself is called with the other weight, so what is its own stays so: Gemma's 1 + w, T5's float32.
+    `apply` calls the layer itself with the other weight, so details of the layer's forward are kept: Gemma scales by
+    1 + w, T5 computes in float32.
     """
 
     kind = "norm"
@@ -40,14 +41,14 @@ class NormWeight(BaseWeight):
         return self.stored(state).detach()
 
     def write(self, weight: Tensor) -> None:
-        self._put("weight", weight.to(self.dtype))
+        self._replace("weight", weight.to(self.dtype))
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        own, wide = own_tensor(self.layer, "bias"), torch.promote_types(x.dtype, weight.dtype)
-        tensors = {"weight": weight.to(wide)}  # in 16 bits its changes below the type's precision would do nothing
-        if own is not None:
-            tensors["bias"] = torch.zeros_like(own, dtype=wide) if bias is None else bias.to(wide)
-        return call_with(self.layer, tensors, (x.to(wide),)).to(x.dtype)
+        base_bias, wide = current_parameter(self.layer, "bias"), torch.promote_types(x.dtype, weight.dtype)
+        tensors = {"weight": weight.to(wide)}  # rounding to 16 bits would lose small changes of the weight
+        if base_bias is not None:
+            tensors["bias"] = torch.zeros_like(base_bias, dtype=wide) if bias is None else bias.to(wide)
+        return call_with_parameters(self.layer, tensors, (x.to(wide),)).to(x.dtype)
 
     def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
         axis = 1 if isinstance(self.layer, nn.GroupNorm) else -1

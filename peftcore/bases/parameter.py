@@ -1,7 +1,9 @@
-"""A raw parameter of a module, such as the stacked experts of an MoE block or the projections of
-nn.MultiheadAttention: no layer of its own ever sees its input.
+"""Raw parameters of a module that are not the weight of a layer.
 
-So an adapter there is folded into the parameter for the length of the module's forward.
+Examples are the stacked experts of an MoE block and the projections of nn.MultiheadAttention. No layer receives the
+input of such a parameter, so an adapter replaces the parameter by its merged value during the module's forward.
+
+Shapes: e experts, o out_features, i in_features.
 """
 
 from collections.abc import Mapping
@@ -15,31 +17,34 @@ from peftcore.errors import TargetError
 
 
 class ParameterWeight(BaseWeight):
-    """A parameter (e, o, i) or, where the module says `is_transposed`, (e, i, o); or a single (o, i).
+    """A parameter of shape (o, i) or (e, o, i); (e, i, o) if the module has a true attribute `is_transposed`.
 
-    name: its path from the module: "gate_up_proj", "out_proj.weight".
+    Args:
+        layer: The module that holds the parameter.
+        name: The parameter's path, relative to the module, such as "gate_up_proj" or "out_proj.weight".
     """
 
     kind = "parameter"
     dimensions: ClassVar[tuple[int, ...]] = (2, 3)
+    """Numbers of dimensions that the parameter may have."""
 
     def __init__(self, layer: nn.Module, name: str):
         super().__init__(layer)
         self.name = name
-        self.inside, _, self.leaf = name.rpartition(".")
+        self.owner_path, _, self.leaf = name.rpartition(".")
         shape = self._parameter.shape
         if len(shape) not in self.dimensions:
             raise TargetError(f"target_parameters: {name} has shape {tuple(shape)}; only (o, i) and (e, o, i) fit")
         self.transposed = len(shape) == 3 and bool(getattr(layer, "is_transposed", False))
 
     @property
-    def _kept(self) -> dict[str, Any]:
-        """Where the parameter is registered, under `leaf`."""
-        return self.layer.get_submodule(self.inside)._parameters
+    def _registered(self) -> dict[str, Any]:
+        """The parameter dictionary of the submodule that owns the parameter."""
+        return self.layer.get_submodule(self.owner_path)._parameters
 
     @property
     def _parameter(self) -> Tensor:
-        return getattr(self.layer.get_submodule(self.inside), self.leaf)
+        return getattr(self.layer.get_submodule(self.owner_path), self.leaf)
 
     @property
     def in_features(self) -> int:
@@ -70,7 +75,7 @@ class ParameterWeight(BaseWeight):
         return f"_unmerged_state_of_{self.name.replace('.', '_')}"
 
     def oriented(self, weight: Tensor) -> Tensor:
-        """Canonical to stored orientation, or back."""
+        """Convert a weight from canonical to stored orientation, or back."""
         return weight.transpose(-1, -2) if self.transposed else weight
 
     def read(self) -> Tensor:
@@ -81,26 +86,26 @@ class ParameterWeight(BaseWeight):
 
     def write(self, weight: Tensor) -> None:
         stored = self.oriented(weight).to(self.dtype).contiguous()
-        self._kept[self.leaf] = nn.Parameter(stored, requires_grad=False)
+        self._registered[self.leaf] = nn.Parameter(stored, requires_grad=False)
 
     def state(self) -> dict[str, Any]:
         return {self.leaf: self._parameter}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._kept.update(state)
+        self._registered.update(state)
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        raise TypeError(f"{self.name} is a raw parameter: its input is not seen")
+        raise TypeError(f"{self.name} is a raw parameter: no layer receives its input")
 
     def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
-        raise TypeError(f"{self.name} is a raw parameter: its output is not seen")
+        raise TypeError(f"{self.name} is a raw parameter: no layer returns its output")
 
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
-        raise TypeError(f"{self.name} is a raw parameter: its output is not seen")
+        raise TypeError(f"{self.name} is a raw parameter: no layer returns its output")
 
 
 class BiasParameter(ParameterWeight):
-    """A bias (o,) of a module of unknown kind, seen as a parameter of its own."""
+    """The bias (o,) of a module that has no view of its own, as a raw parameter."""
 
     dimensions = (1,)
 

@@ -1,4 +1,4 @@
-"""Base layers whose weight is an ordinary tensor: Linear, Conv1D, Conv1d/2d/3d and Embedding."""
+"""Unquantised base layers: Linear, Conv1D, Conv1d/2d/3d and Embedding."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
-from peftcore.bases.own_tensors import own_tensor
+from peftcore.bases.current_parameters import current_parameter
 
 
 def _is_plain_and_frozen(parameter: Tensor | None) -> bool:
-    """Whether a parameter needs no gradient, is whole and is where it seems to be."""
+    """Return True if a parameter is absent, or an ordinary tensor in memory that needs no gradient."""
     return parameter is None or (
         type(parameter) in (nn.Parameter, Tensor) and not parameter.requires_grad and not parameter.is_meta
     )
@@ -24,7 +24,7 @@ class LinearWeight(BaseWeight):
 
     kind = "linear"
     layer_class: ClassVar[type[nn.Module]] = nn.Linear
-    """The class whose forward is known; a subclass may have another."""
+    """The class whose forward is x Wᵀ + b; a subclass may compute something else."""
 
     @property
     def in_features(self) -> int:
@@ -38,7 +38,7 @@ class LinearWeight(BaseWeight):
         return self.stored(state).detach()
 
     def write(self, weight: Tensor) -> None:
-        self._put("weight", weight.to(self.dtype))
+        self._replace("weight", weight.to(self.dtype))
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
@@ -46,10 +46,10 @@ class LinearWeight(BaseWeight):
     def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
         return F.linear(h, weight.to(h.dtype))
 
-    def computes_in(self, x: Tensor) -> torch.dtype | None:
+    def compute_dtype(self, x: Tensor) -> torch.dtype | None:
         if type(self.layer) is not self.layer_class:
             return None
-        weight, bias = own_tensor(self.layer, "weight"), own_tensor(self.layer, "bias")
+        weight, bias = current_parameter(self.layer, "weight"), current_parameter(self.layer, "bias")
         if not (_is_plain_and_frozen(weight) and _is_plain_and_frozen(bias)):
             return None
         device = x.device.type
@@ -58,28 +58,28 @@ class LinearWeight(BaseWeight):
         return x.dtype if weight is not None and x.dtype == weight.dtype else None
 
     def product(self, x: Tensor) -> Tensor:
-        bias = own_tensor(self.layer, "bias")
+        bias = current_parameter(self.layer, "bias")
         return F.linear(x, self._weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def weight_to_keep(self) -> Tensor | None:
+    def weight_for_backward(self) -> Tensor | None:
         return self._weight()
 
     def _weight(self) -> Tensor:
-        """The layer's own weight (o, i), as autograd knows it."""
-        weight = own_tensor(self.layer, "weight")
+        """Return the layer's weight (o, i) as autograd tracks it."""
+        weight = current_parameter(self.layer, "weight")
         assert weight is not None
         return weight
 
     def add_pointwise(self, y: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         if y.dtype != h.dtype or torch.is_autocast_enabled(y.device.type):
             return y + self.pointwise(h, weight).to(y.dtype)
-        rows = y.numel() // y.shape[-1]  # not -1, which says nothing of a rank that was pruned to 0
+        rows = y.numel() // y.shape[-1]  # reshape cannot infer -1 if the rank is 0
         flat = torch.addmm(y.reshape(rows, y.shape[-1]), h.reshape(rows, h.shape[-1]), weight.to(h.dtype).T)
         return flat.view(y.shape)
 
 
 class Conv1DWeight(LinearWeight):
-    """transformers' `Conv1D` (GPT-2): a linear layer that keeps its weight as (i, o)."""
+    """transformers' `Conv1D` (GPT-2): a linear layer that stores its weight as (i, o)."""
 
     layer_class = Conv1D
 
@@ -122,7 +122,7 @@ class ConvWeight(BaseWeight):
         return self.stored(state).detach()
 
     def write(self, weight: Tensor) -> None:
-        self._put("weight", weight.to(self.dtype))
+        self._replace("weight", weight.to(self.dtype))
 
     def _convolve(self, x: Tensor, weight: Tensor, **geometry: Any) -> Tensor:
         function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.kernel)]
@@ -144,7 +144,7 @@ class ConvWeight(BaseWeight):
 
 
 class EmbeddingWeight(BaseWeight):
-    """`nn.Embedding`, also the scaled ones: y = scale · Wᵀ[x]; canonical weight (d, v), the layer keeps (v, d)."""
+    """`nn.Embedding` and scaled embeddings: y = scale · Wᵀ[x]; canonical weight (d, v), stored as (v, d)."""
 
     kind = "embedding"
 
@@ -160,7 +160,7 @@ class EmbeddingWeight(BaseWeight):
         return self.stored(state).detach().T
 
     def write(self, weight: Tensor) -> None:
-        self._put("weight", weight.T.to(self.dtype))
+        self._replace("weight", weight.T.to(self.dtype))
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         rows = F.embedding(x, weight.T, padding_idx=self.layer.padding_idx)

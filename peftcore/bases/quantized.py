@@ -1,9 +1,10 @@
-"""Base layers that bitsandbytes keeps in 4 or 8 bits; linear maps like any other once their weight is read.
+"""Linear layers that bitsandbytes stores in 4 or 8 bits.
 
-On CPUs with bfloat16 instructions bitsandbytes has a second product for 4 bits, over codes in an order of its own: for
-a token or two several times faster than dequantising the weight, for a prompt ten times slower. Its layers change
-over to that order in place, for good, at their first forward in eval mode. Here the layer keeps its own order, so that
-saving, merging and training stay exact to the bit, and a copy in the other order exists only while it pays.
+On CPUs with bfloat16 instructions, bitsandbytes has a second 4-bit matrix product that reads codes in a packed order.
+For one or two tokens that product is several times faster than dequantising the weight; for a long prompt it is ten
+times slower. A bitsandbytes layer repacks itself permanently at its first forward in eval mode. The view here prevents
+the repacking, so that saving, merging and training stay exact to the bit. The view makes a packed copy of the codes for
+short inputs and drops the copy at the next long input.
 """
 
 import copy
@@ -19,14 +20,14 @@ from torch import Tensor, nn
 from peftcore.bases.plain import LinearWeight
 from peftcore.errors import TrainingError
 
-FEW_TOKENS = 16
-"""Tokens of a forward up to which the packed product is the faster one, as `benchmarks.quantised_forward` measured it.
+MAX_PACKED_TOKENS = 16
+"""Largest number of tokens for which the packed product is faster, measured by `benchmarks.quantised_forward`.
 
-Its time grows with the tokens, that of dequantising hardly does: in bf16 they met at 16 to 26 tokens for layers of
-192 x 576 to 1536 x 576.
+The packed product's time grows with the number of tokens; dequantisation takes nearly constant time. In bfloat16 both
+took equal time at 16 to 26 tokens, for layers of 192 x 576 to 1536 x 576.
 """
 PACKED_OUTPUTS = 32
-"""Outputs whose codes the packed order keeps side by side."""
+"""Number of outputs whose codes are interleaved in the packed order."""
 
 
 class FourBitWeight(LinearWeight):
@@ -36,33 +37,33 @@ class FourBitWeight(LinearWeight):
 
     def __init__(self, layer: nn.Module):
         super().__init__(layer)
-        self.layer.support_avx512bf16_for_cpu = False  # else it repacks itself for good, as said above
-        self._packed: _Packed | None = None
+        self.layer.support_avx512bf16_for_cpu = False  # prevents the permanent repacking
+        self._packed: _PackedWeight | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         self._packed = None
 
     @property
     def dtype(self) -> torch.dtype:
         return self.layer.weight.quant_state.dtype
 
-    def computes_in(self, x: Tensor) -> torch.dtype | None:
+    def compute_dtype(self, x: Tensor) -> torch.dtype | None:
         dtype = self.layer.compute_dtype
         if x.dtype != dtype or (self.layer.bias is not None and self.layer.bias.requires_grad):
-            return None  # the layer casts x there and back, and adapters act on x as it is
+            return None  # the layer would cast x to its compute dtype and the output back
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
         return None if autocast else dtype
 
     def product(self, x: Tensor) -> Tensor:
-        if not self._is_for_packed(x, len(x)):
+        if not self._can_use_packed(x, len(x)):
             self._packed = None
             return self.layer(x)
         weight = self.layer.weight
-        if self._packed is None or not self._packed.is_of(weight):
+        if self._packed is None or not self._packed.is_current(weight):
             self._packed = _packed(weight)
         codes, scales, *_ = self._packed
         state = weight.quant_state
@@ -73,17 +74,22 @@ class FourBitWeight(LinearWeight):
     def prefers_product(self, x: Tensor) -> bool:
         rows = x.numel() // x.shape[-1]
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        return not wants_gradient and self._is_for_packed(x, rows) and self.computes_in(x) is not None
+        return not wants_gradient and self._can_use_packed(x, rows) and self.compute_dtype(x) is not None
 
-    def _is_for_packed(self, x: Tensor, rows: int) -> bool:
-        """Only in bfloat16, which is what the packed product computes in; float32 keeps its precision."""
-        if self.layer.training or not 0 < rows <= FEW_TOKENS or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+    def _can_use_packed(self, x: Tensor, rows: int) -> bool:
+        """Return True for few bfloat16 tokens on the CPU; the packed product would round float32 inputs to bfloat16."""
+        if (
+            self.layer.training
+            or not 0 < rows <= MAX_PACKED_TOKENS
+            or x.dtype != torch.bfloat16
+            or x.device.type != "cpu"
+        ):
             return False
         state = self.layer.weight.quant_state
-        whole = state.shape[0] % PACKED_OUTPUTS == 0 and state.shape[1] % state.blocksize == 0
-        return whole and not _is_packed(state) and _has_packed_product()
+        has_whole_blocks = state.shape[0] % PACKED_OUTPUTS == 0 and state.shape[1] % state.blocksize == 0
+        return has_whole_blocks and not _is_packed(state) and _has_packed_product()
 
-    def weight_to_keep(self) -> None:
+    def weight_for_backward(self) -> None:
         return None
 
     def read_from(self, state: Mapping[str, Any]) -> Tensor:
@@ -95,7 +101,7 @@ class FourBitWeight(LinearWeight):
         make: Any = import_module("bitsandbytes.nn").Params4bit  # its stubs hide the constructor
 
         old = self.layer.weight
-        fresh = make(
+        parameter = make(
             weight.to(self.dtype).contiguous(),
             requires_grad=False,
             blocksize=old.blocksize,
@@ -103,33 +109,35 @@ class FourBitWeight(LinearWeight):
             quant_type=old.quant_type,
             quant_storage=old.quant_storage,
         )
-        self.restore({"weight": fresh.to(old.device)})
+        self.restore({"weight": parameter.to(old.device)})
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self.layer.quant_state = state["weight"].quant_state
 
 
-class _Packed(NamedTuple):
+class _PackedWeight(NamedTuple):
     """A 4-bit weight in the order of bitsandbytes' CPU kernel."""
 
     codes: Tensor
-    """(o, i/2) bytes: of 32 outputs the first input pair, the second, ...; a byte's halves are 16 outputs apart."""
+    """(o, i/2) bytes: for each group of 32 outputs, input pair by input pair; a byte holds outputs 16 apart."""
     scales: Tensor
     """(i/blocksize, o) in bfloat16."""
     memory: "weakref.ref[torch.UntypedStorage]"
-    """Of the codes that it was made of; a reference that would keep it alive could hold a merged weight for ever."""
+    """Memory of the original codes; weak, because a strong reference could keep a merged weight alive for ever."""
     state: Any
-    """The scales that it was made of."""
+    """Quantisation state of the original weight."""
     version: int
+    """Version counter of the original weight."""
 
-    def is_of(self, weight: Any) -> bool:
-        """Whether it was made of this weight as it is now."""
-        same = self.memory() is weight.untyped_storage() and self.state is weight.quant_state
-        return same and self.version == _version(weight)
+    def is_current(self, weight: Any) -> bool:
+        """Return True if the copy was made from this weight and the weight has not changed since."""
+        same_weight = self.memory() is weight.untyped_storage() and self.state is weight.quant_state
+        return same_weight and self.version == _version(weight)
 
 
-def _packed(weight: Any) -> _Packed:
+def _packed(weight: Any) -> _PackedWeight:
+    """Return a packed copy of a 4-bit weight."""
     import bitsandbytes.functional as bnb
 
     state = weight.quant_state
@@ -140,11 +148,11 @@ def _packed(weight: Any) -> _Packed:
     codes = torch.stack(halves, -1).transpose(1, 2).reshape(outputs, inputs // 2)
     scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     scales = scales.view(outputs, -1).T.to(torch.bfloat16).contiguous()
-    return _Packed(codes, scales, weakref.ref(weight.untyped_storage()), state, _version(weight))
+    return _PackedWeight(codes, scales, weakref.ref(weight.untyped_storage()), state, _version(weight))
 
 
 def _version(weight: Tensor) -> int:
-    """How often the codes have been changed in place, as far as autograd has seen it."""
+    """Return autograd's count of in-place changes; 0 for an inference tensor, which has no count."""
     return 0 if weight.is_inference() else weight._version
 
 
@@ -156,12 +164,12 @@ def _has_packed_product() -> bool:
 
 
 def _is_packed(state: Any) -> bool:
-    """Whether bitsandbytes has packed a layer in place."""
+    """Return True if bitsandbytes has packed the weight of this quantisation state in place."""
     return getattr(state, "packing_format_for_cpu", False)
 
 
 def _unpacked(weight: Any) -> tuple[Tensor, Any]:
-    """Undo, in a copy, the repacking that an eval forward before there were adapters leaves behind."""
+    """Return codes and quantisation state in the usual order, as copies if bitsandbytes has packed the weight."""
     if not _is_packed(weight.quant_state):
         return weight.data, weight.quant_state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -178,15 +186,15 @@ class EightBitWeight(LinearWeight):
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def computes_in(self, x: Tensor) -> torch.dtype | None:
-        """Its product rounds x to 8 bits; the gradient takes no notice of that."""
-        learns = self.layer.bias is not None and self.layer.bias.requires_grad
-        return None if learns or torch.is_autocast_enabled(x.device.type) else x.dtype
+    def compute_dtype(self, x: Tensor) -> torch.dtype | None:
+        # the product rounds x to 8 bits, but the gradient is that of x Wᵀ + b
+        trains_bias = self.layer.bias is not None and self.layer.bias.requires_grad
+        return None if trains_bias or torch.is_autocast_enabled(x.device.type) else x.dtype
 
     def product(self, x: Tensor) -> Tensor:
         return self.layer(x)
 
-    def weight_to_keep(self) -> None:
+    def weight_for_backward(self) -> None:
         return None
 
     def read(self) -> Tensor:
@@ -199,20 +207,20 @@ class EightBitWeight(LinearWeight):
 
     def write(self, weight: Tensor) -> None:
         make: Any = import_module("bitsandbytes.nn").Int8Params
-        fresh = make(weight.to(torch.float16).contiguous(), requires_grad=False, has_fp16_weights=False)
+        parameter = make(weight.to(torch.float16).contiguous(), requires_grad=False, has_fp16_weights=False)
         self.layer.state = copy.copy(self.layer.state)
         self.layer.state.CB = self.layer.state.SCB = None
-        self.layer._parameters["weight"] = fresh.to(self.device)
+        self.layer._parameters["weight"] = parameter.to(self.device)
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "state": self.layer.state}
 
-    def follow(self, state: dict[str, Any]) -> None:
-        # bitsandbytes moves these where a layer's own `to` is called, and never casts them
-        device, kept = state["weight"].device, state["state"]
+    def move_state(self, state: dict[str, Any]) -> None:
+        # like bitsandbytes' own `to`: these tensors are moved and never cast
+        device, matmul_state = state["weight"].device, state["state"]
         for name in ("CB", "SCB"):
-            if (tensor := getattr(kept, name)) is not None:
-                setattr(kept, name, tensor.to(device))
+            if (tensor := getattr(matmul_state, name)) is not None:
+                setattr(matmul_state, name, tensor.to(device))
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore({name: value for name, value in state.items() if name != "state"})
@@ -220,10 +228,16 @@ class EightBitWeight(LinearWeight):
 
 
 def keep_quantized_weights_trainable(model: nn.Module) -> None:
-    """Forbid bitsandbytes to repack 4-bit weights for inference on the CPU, which an evaluation would do.
+    """Prevent bitsandbytes from repacking 4-bit weights for inference on the CPU.
 
-    The packed form has no backward pass (layers below get no gradient through it, with a warning only) and rounds
-    the blocks' scales, and nothing packs them back. Raises TrainingError for a model that is packed already.
+    Without this call, the first evaluation during training repacks them. The packed form has no backward pass (layers
+    below get no gradient, and bitsandbytes only warns) and rounds the blocks' scales. The repacking cannot be undone.
+
+    Args:
+        model: The model to train; changed in place.
+
+    Raises:
+        TrainingError: A layer of the model is already packed.
     """
     for path, module in model.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
@@ -232,6 +246,6 @@ def keep_quantized_weights_trainable(model: nn.Module) -> None:
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if _is_packed(state):
             raise TrainingError(
-                f"{path} has been packed for inference by a forward pass in eval mode and gives no gradients any "
-                "more; load the base model again and train before evaluating it"
+                f"{path}: a forward pass in eval mode has packed this 4-bit layer for inference, so it has no "
+                "gradients; load the base model again and train before evaluating it"
             )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.composition.algebra import Composition, Gate, Spec, Split, composition
-from peftcore.detection.batch_axis import rows_come_first
+from peftcore.detection.layer_inputs import rows_come_first
 from peftcore.errors import RoutingError
 
 

@@ -1,4 +1,4 @@
-"""What a model is and where adapters go, read from its structure."""
+"""Architecture detection: read from a model's structure what the model is and which layers adapters can target."""
 
 from peftcore.detection.architecture import Architecture, ExpertInfo, LinearInfo, NormInfo
 from peftcore.detection.detect import detect

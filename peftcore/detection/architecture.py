@@ -1,4 +1,4 @@
-"""What `detect` says of a model: frozen records that turn into plain JSON."""
+"""Result types of `detect`: frozen records that convert to JSON."""
 
 import re
 from collections.abc import Iterable
@@ -13,24 +13,24 @@ from peftcore.detection.roles import Role
 
 @dataclass(frozen=True)
 class LinearInfo:
-    """Layers that one name in `target_modules` reaches."""
+    """The layers that one name in `target_modules` matches."""
 
     role: Role
     in_features: int
-    """Of the most frequent shape; vocabulary size for an embedding, channels for a convolution."""
+    """Input features of the most frequent shape; vocabulary size for an embedding, channels for a convolution."""
     out_features: int
     count: int
     shapes: tuple[tuple[int, int, int], ...]
-    """(in_features, out_features, count) of every shape, the most frequent first."""
+    """(in_features, out_features, count) of each shape, the most frequent first."""
     patterns: tuple[str, ...]
-    """Full paths, `*` for an index."""
+    """Full paths with `*` for an index."""
     quantizable: bool
-    """Whether 4-bit storage can hold all of them."""
+    """True if all of the layers can be stored in 4 bits."""
 
 
 @dataclass(frozen=True)
 class ExpertInfo:
-    """Raw expert weights, (experts, out, in) or transposed (experts, in, out): parameters, not layers."""
+    """Raw parameters that stack the weights of all experts: (experts, out, in), or (experts, in, out) if transposed."""
 
     role: Role
     experts: int
@@ -38,80 +38,86 @@ class ExpertInfo:
     out_features: int
     transposed: bool
     count: int
-    """Parameters with this name; one per block that has experts."""
+    """Number of parameters with this name: one for each block with experts."""
 
 
 @dataclass(frozen=True)
 class NormInfo:
-    """Norms that one name in `target_modules` reaches."""
+    """The norms that one name in `target_modules` matches."""
 
     features: int
-    """Of the first of them."""
+    """Size of the first norm's weight."""
     count: int
     patterns: tuple[str, ...]
-    """Full paths, `*` for an index."""
+    """Full paths with `*` for an index."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What `detect` found. Sizes are counts; memory is in bytes."""
+    """The architecture of a model. Sizes are counts; memory is in bytes."""
 
     family: str
-    """`config.model_type`, or the class name of a model without one."""
+    """`config.model_type`; the class name if the model has no `model_type`."""
     class_name: str
     kind: str
-    """"causal decoder", "encoder", "encoder-decoder", "vision encoder" or "other"."""
+    """Kind of model: "causal decoder", "encoder", "encoder-decoder", "vision encoder" or "other"."""
     num_blocks: int
-    """Blocks of the largest list; 0 for a model without repeated blocks."""
+    """Number of blocks in the largest block list; 0 for a model without repeated blocks."""
     block_pattern: str | None
-    """Path of one such block, `*` for its index."""
+    """Path of a block in that list, with `*` for its index."""
     blocks: tuple[BlockList, ...]
     hidden_size: int | None
-    """Width of the main stack: the one its tokens go through, else the largest."""
+    """Width of the main stack: the stack that processes tokens, or the largest stack."""
     vocab_size: int | None
     target_modules: dict[str, LinearInfo]
-    """{name for `target_modules`: what it reaches}; a name with `*` works through `target_regex` only."""
+    """{name for `target_modules`: matched layers}; pass a name with `*` through `target_regex`."""
     experts: dict[str, ExpertInfo]
     tied_weights: tuple[tuple[str, ...], ...]
-    """Groups of names that are one parameter."""
+    """Groups of parameter names that share one parameter."""
     norms: dict[str, NormInfo]
-    """{name for `target_modules`: what it reaches} of the norms on the stream from block to block."""
+    """{name for `target_modules`: matched norms}, for norms of the residual stream."""
     prefix: PrefixGeometry | None
-    """What a key/value prefix must fit; None for a model that takes no keys and values from its caller."""
+    """Geometry of a key/value prefix; None for a model whose forward accepts no cache."""
     packable: bool
-    """Whether several documents may share a row, given a mask that keeps them apart and positions that start anew.
+    """True if several documents can share a row, given a block-diagonal mask and restarted positions.
 
-    False for recurrent and linear attention, convolutions over time and attention without such a mask, because they
-    carry one document into the next; also for encoder-decoders and models without tokens.
+    False for recurrent and linear attention, convolutions over time and attention without a pair mask, because they
+    mix neighbouring documents. Also False for encoder-decoders and models without tokens.
     """
     default_targets: tuple[str, ...]
-    """`targets_for("LORA")`: query and value, or the fused projection."""
+    """`targets_for("LORA")`: query and value layers, or the fused projection."""
     all_linear: tuple[str, ...]
     """Every linear-like layer except the head."""
     feed_forward: tuple[str, ...]
-    """The MLPs' layers."""
+    """Layers of the MLPs."""
     feedforward_modules: tuple[str, ...]
-    """Those of `targets_for("IA3")` that IA3 scales at their input: the MLPs' last layers."""
+    """Names in `targets_for("IA3")` whose input IA3 scales: the last layers of the MLPs."""
     quantizable: tuple[str, ...]
-    """Names that 4-bit storage can hold: neither head nor tied, whole blocks of 64 weights per input row."""
+    """Layers that can be stored in 4 bits: not the head, not tied, and in_features divisible by 64."""
     parameters: int
-    """Weights of the base model, tied ones once."""
+    """Number of weights of the base model; tied weights count once."""
     dtypes: dict[str, int]
-    """{dtype of the storage: weights kept in it}"""
+    """{storage dtype: number of weights}"""
     memory_bfloat16: int
+    """Bytes if all weights are in bfloat16."""
     memory_nf4: int
-    """All quantisable layers in NF4 with double quantisation (4.127 bits a weight), the rest in bfloat16."""
+    """Bytes if quantisable layers are in NF4 with double quantisation (4.127 bits a weight), the rest in bfloat16."""
     unreached: dict[str, int]
-    """{class: weights} of matrices that no adapter reaches, experts aside (routers, nn.MultiheadAttention)."""
+    """{class: number of weights} of matrices that no adapter can target, expert stacks excepted."""
 
     def targets(self, *roles: Role) -> tuple[str, ...]:
-        """Names of the layers with these roles."""
+        """Return the names of the layers with one of these roles."""
         return tuple(name for name, info in self.target_modules.items() if info.role in roles)
 
     def targets_for(self, method: str) -> list[str]:
-        """Names that `method`, a `peft_type` such as "IA3", adapts where the user names none; LoRA's if it is unknown.
+        """Return the default targets of a method.
 
-        A name with `*` works through `target_regex` only. Empty where no layer inside the model can be adapted.
+        Args:
+            method: A `peft_type` such as "IA3"; LoRA's targets are returned for an unknown method.
+
+        Returns:
+            Names for `target_modules`; pass a name with `*` through `target_regex`. Empty if no layer inside the model
+            can be adapted.
         """
         if method == NORMS:
             return list(self.norms)
@@ -121,11 +127,11 @@ class Architecture:
         return target_names(method, self.family, roles, readers)
 
     def target_regex(self, names: Iterable[str]) -> str:
-        """One regular expression for `target_modules` that matches exactly these names' layers."""
+        """Return a regular expression for `target_modules` that matches exactly the layers of these names."""
         known = self.norms | self.target_modules
         patterns = [pattern for name in names for pattern in known[name].patterns]
         return "|".join(re.escape(pattern).replace(r"\*", r"\d+") for pattern in patterns)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and scalars, for JSON."""
+        """Return the record as dictionaries, lists and scalars, for JSON."""
         return asdict(self)

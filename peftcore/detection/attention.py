@@ -1,8 +1,8 @@
-"""Roles in attention: the layers inside a module that calls itself attention, or siblings that read the same input,
-three or more, and one that writes back to the block's width.
+"""Roles of attention layers: query, key, value, output and fused projections.
 
-Which of them is fused follows from shapes (out = q + 2 kv); which is query, key or value only from the word in the
-layer's own name, because their shapes are equal.
+An attention is a module named so, or a group of siblings in which at least three layers read the block's width and one
+layer projects back to that width. Fused projections are recognised by shape (out = q + 2 kv). Query, key and value
+have equal shapes, so the words in their names decide.
 """
 
 import re
@@ -10,106 +10,110 @@ import re
 from torch import nn
 
 from peftcore.detection.feed_forward import mlp_roles
-from peftcore.detection.module_tree import AdapterSlot, ModuleTree, ancestors, width_of
+from peftcore.detection.module_tree import AdaptableLayer, ModuleTree, ancestors, width_of
 from peftcore.detection.roles import NOT_CONTENT, Role, Roles, word_role, words_of
 
 _SELECTS_TOKENS = "indexer"
-"""The part of sparse attention that chooses the tokens to attend to; it has queries and keys, but no gradient."""
+"""Name of the part of sparse attention that selects tokens; its queries and keys receive no gradient."""
 
 
 def attention_roles(tree: ModuleTree, root: str, width: int | None = None) -> Roles:
-    """Roles inside every attention module at or below `root`, a block of that width.
+    """Return the roles of the layers in all attentions at or below `root`.
 
-    Without a width, outside blocks, an attention must say so itself: there shapes alone would take a projector's MLP
-    for one.
+    Args:
+        tree: The model's module tree.
+        root: Path of a block, or "" for the model.
+        width: The block's width. None outside of blocks, where only modules named attention count, because by shape
+            alone a projector's MLP looks like attention.
     """
     roles: Roles = {}
     for unit in attention_units(tree, root, width):
-        sites = [site for site in tree.linears(unit) if site.path not in roles]
-        sites = [site for site in sites if _SELECTS_TOKENS not in site.path.split(".")]
-        roles |= _unit_roles(unit, sites, width or width_of(sites))
+        layers = [layer for layer in tree.linears(unit) if layer.path not in roles]
+        layers = [layer for layer in layers if _SELECTS_TOKENS not in layer.path.split(".")]
+        roles |= _unit_roles(unit, layers, width or width_of(layers))
     return roles
 
 
 def attention_units(tree: ModuleTree, root: str, width: int | None) -> list[str]:
-    """Outermost modules below `root` named attention, else `root` or its parts with an attention's shapes."""
+    """Return the outermost modules below `root` that are attentions, by name or else by the shapes of their layers."""
     units: dict[str, None] = {}
-    for site in tree.linears(root):
-        named = (path for path in ancestors(site.path, root) if _is_named_attention(tree, path))
+    for layer in tree.linears(root):
+        named = (path for path in ancestors(layer.path, root) if _is_named_attention(tree, path))
         if (unit := next(named, None)) is not None:
             units[unit] = None
-        elif _has_attention_shapes([s for s in tree.linears(site.parent) if s.parent == site.parent], width):
-            units[site.parent] = None
+        elif _has_attention_shapes([s for s in tree.linears(layer.parent) if s.parent == layer.parent], width):
+            units[layer.parent] = None
     if not units and width and _is_named_attention(tree, root):
         return [root]
     return list(units)
 
 
 def _is_named_attention(tree: ModuleTree, path: str) -> bool:
+    """Return True if the module's name or class contains "attention" or "attn"."""
     if isinstance(tree.modules[path], nn.ModuleList):
         return False
     part = next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
     name = f"{part} {type(tree.modules[path]).__name__}".lower().replace("prelayernorm", "")
-    # a whole "AttentionDecoderLayer" has its attention inside
+    # an "AttentionDecoderLayer" is a block that contains an attention
     return ("attention" in name or "attn" in name) and not re.search("norm|encoderlayer|decoderlayer", name)
 
 
-def _has_attention_shapes(siblings: list[AdapterSlot], width: int | None) -> bool:
-    """Query, key and value by word, of one input; else three readers of the block's width and a way back to it."""
-    said = {word_role(site.path.rpartition(".")[2]): site.in_features for site in siblings}
-    if {"query", "key", "value"} <= set(said):
-        return len({said["query"], said["key"], said["value"]}) == 1
-    readers = [site for site in siblings if site.in_features == width]
-    backs = [site for site in siblings if site.out_features == width and site not in readers[:3]]
-    return len(readers) >= 3 and any(b.in_features == r.out_features for b in backs for r in readers if r is not b)
+def _has_attention_shapes(siblings: list[AdaptableLayer], width: int | None) -> bool:
+    """Return True for query, key and value by name, or for three readers of the width and one layer back to it."""
+    width_of_role = {word_role(layer.path.rpartition(".")[2]): layer.in_features for layer in siblings}
+    if {"query", "key", "value"} <= set(width_of_role):
+        return len({width_of_role[role] for role in ("query", "key", "value")}) == 1
+    readers = [layer for layer in siblings if layer.in_features == width]
+    returns = [layer for layer in siblings if layer.out_features == width and layer not in readers[:3]]
+    return len(readers) >= 3 and any(b.in_features == r.out_features for b in returns for r in readers if r is not b)
 
 
-def _unit_roles(unit: str, sites: list[AdapterSlot], width: int) -> Roles:
-    """Words first, then shapes for the layers whose names say nothing (c_attn, c_proj, dense, in_proj)."""
-    roles = _known({site.path: word_role(site.path.removeprefix(unit).lstrip(".")) for site in sites})
-    silent = [s for s in sites if s.path not in roles and not NOT_CONTENT & words_of(s.path.rpartition(".")[2])]
-    mlp = [pair for pair in _by_parent(silent) if len(pair) == 2 and max(s.out_features for s in pair) > width]
+def _unit_roles(unit: str, layers: list[AdaptableLayer], width: int) -> Roles:
+    """Return roles by name, and by shape for layers without an informative name (c_attn, c_proj, dense, in_proj)."""
+    roles = _without_none({layer.path: word_role(layer.path.removeprefix(unit).lstrip(".")) for layer in layers})
+    unnamed = [s for s in layers if s.path not in roles and not NOT_CONTENT & words_of(s.path.rpartition(".")[2])]
+    mlp = [pair for pair in _by_parent(unnamed) if len(pair) == 2 and max(s.out_features for s in pair) > width]
     for pair in mlp:
-        roles |= mlp_roles([site for site in pair if site.path not in roles], width, gated=False)
-    silent = [site for site in silent if site.path not in roles]
-    heads = next((site.in_features for site in sites if roles.get(site.path) == "output"), None)
+        roles |= mlp_roles([layer for layer in pair if layer.path not in roles], width, gated=False)
+    unnamed = [layer for layer in unnamed if layer.path not in roles]
+    heads = next((layer.in_features for layer in layers if roles.get(layer.path) == "output"), None)
     if heads is None:
-        back = [site for site in silent if site.out_features == width]
+        back = [layer for layer in unnamed if layer.out_features == width]
         if back:
             roles[back[-1].path], heads = "output", back[-1].in_features
-            silent.remove(back[-1])
+            unnamed.remove(back[-1])
     content = set(roles.values()) & {"key", "value", "fused_qkv", "fused_kv"}
-    return roles if heads is None or content else roles | _unnamed_roles(silent, heads, "query" in roles.values())
+    return roles if heads is None or content else roles | _unnamed_roles(unnamed, heads, "query" in roles.values())
 
 
-def _by_parent(sites: list[AdapterSlot]) -> list[list[AdapterSlot]]:
-    """Siblings together; layers alone in their parent form one group."""
-    by_parent: dict[str, list[AdapterSlot]] = {}
-    for site in sites:
-        by_parent.setdefault(site.parent, []).append(site)
+def _by_parent(layers: list[AdaptableLayer]) -> list[list[AdaptableLayer]]:
+    """Group layers by parent; layers without siblings form one group."""
+    by_parent: dict[str, list[AdaptableLayer]] = {}
+    for layer in layers:
+        by_parent.setdefault(layer.parent, []).append(layer)
     alone = [group[0] for group in by_parent.values() if len(group) == 1]
     return [*(group for group in by_parent.values() if len(group) > 1), alone]
 
 
-def _unnamed_roles(silent: list[AdapterSlot], heads: int, has_query: bool) -> Roles:
-    """Roles by shape; three layers alike that no word tells apart are query, key and value as declared."""
-    roles = _known({site.path: _fused_role(site, heads, has_query) for site in silent})
-    unnamed = [site for site in silent if site.path not in roles]
-    if len(unnamed) == 3 and len({site.in_features for site in unnamed}) == 1:
+def _unnamed_roles(unnamed: list[AdaptableLayer], heads: int, has_query: bool) -> Roles:
+    """Return roles by shape; three equal layers are query, key and value in order of declaration."""
+    roles = _without_none({layer.path: _fused_role(layer, heads, has_query) for layer in unnamed})
+    rest = [layer for layer in unnamed if layer.path not in roles]
+    if len(rest) == 3 and len({layer.in_features for layer in rest}) == 1:
         order: tuple[Role, ...] = ("query", "key", "value")
-        roles |= {site.path: role for site, role in zip(unnamed, order, strict=True)}
+        roles |= {layer.path: role for layer, role in zip(rest, order, strict=True)}
     return roles
 
 
-def _known(roles: dict[str, Role | None]) -> Roles:
+def _without_none(roles: dict[str, Role | None]) -> Roles:
     return {path: role for path, role in roles.items() if role is not None}
 
 
-def _fused_role(site: AdapterSlot, heads: int, has_query: bool) -> Role | None:
-    """`heads`: total size of the query heads, which the output projection reads."""
+def _fused_role(layer: AdaptableLayer, heads: int, has_query: bool) -> Role | None:
+    """Return the fused role that fits a layer's size; `heads`: total size of the query heads."""
     if has_query:
-        return "fused_kv" if site.out_features % 2 == 0 else None
-    keys_and_values = site.out_features - heads
+        return "fused_kv" if layer.out_features % 2 == 0 else None
+    keys_and_values = layer.out_features - heads
     if keys_and_values > 0 and keys_and_values % 2 == 0 and heads % (keys_and_values // 2) == 0:
         return "fused_qkv"
     return None

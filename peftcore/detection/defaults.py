@@ -1,6 +1,6 @@
-"""Which layers a method adapts when nobody names any: rules over roles, and a small table where practice differs.
+"""Default targets of a method: rules over layer roles, and a table of families with other defaults.
 
-The practice is HF PEFT's, so that a default means the same layers in both.
+The defaults are HF PEFT's for the families that HF PEFT knows.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,35 +9,47 @@ from typing import NamedTuple
 from peftcore.detection.roles import ATTENTION, FEED_FORWARD, Role
 
 NORMS = "LN_TUNING"
-"""The method that adapts norms and no other layer."""
+"""`peft_type` of the method that adapts norms only."""
 
 
 class Practice(NamedTuple):
-    """Families in which practice differs from the rule."""
+    """An exception from the rules for some families and methods."""
 
     families: str
+    """Values of `config.model_type`, separated by spaces."""
     methods: str
-    """Values of `peft_type`; "" for every method without a rule or an earlier entry of its own."""
+    """Values of `peft_type`, separated by spaces; "" for every method without a rule or an earlier entry."""
     roles: tuple[Role, ...]
     reason: str
 
 
 PRACTICE = (
-    Practice("phi", "VERA PVERA FROD SHIRA", ("query", "value"), "matrices shared by layers want equal shapes"),
+    Practice("phi", "VERA PVERA FROD SHIRA", ("query", "value"), "matrices shared by layers need equal shapes"),
     Practice("phi", "", ("query", "value", "up", "down"), "Phi's own fine-tuning recipe adapts the MLP as well"),
-    Practice("nemotron_h", "", ("query", "key", "value", "output"), "few blocks attend, so those are adapted whole"),
     Practice(
-        "rwkv", "", ("query", "key", "value", "output", "up", "down", "unknown"), "its channel mix is no MLP by shape"
+        "nemotron_h",
+        "",
+        ("query", "key", "value", "output"),
+        "few blocks have attention, so all their projections are adapted",
+    ),
+    Practice(
+        "rwkv",
+        "",
+        ("query", "key", "value", "output", "up", "down", "unknown"),
+        "its channel mix does not have an MLP's shapes",
     ),
     Practice(
         "t5 mt5 bart opt deberta-v2",
         "ADALORA VBLORA",
         (*ATTENTION, *FEED_FORWARD),
-        "AdaLoRA's paper spreads the budget over every matrix; PEFT's defaults do so for these only",
+        "AdaLoRA's paper spreads the budget over every matrix; HF PEFT does so for these families only",
     ),
-    Practice("roberta", "ADALORA", (*ATTENTION, *FEED_FORWARD), "the same"),
+    Practice("roberta", "ADALORA", (*ATTENTION, *FEED_FORWARD), "as for t5 and the other families above"),
     Practice(
-        "gpt2 gpt_bigcode", "FOURIERFT C3A WAVEFT", ("down",), "one spectrum over a fused projection mixes its parts"
+        "gpt2 gpt_bigcode",
+        "FOURIERFT C3A WAVEFT",
+        ("down",),
+        "one spectrum over a fused projection would mix query, key and value",
     ),
     Practice("opt", "IA3", ("query", "key", "down"), "PEFT's default; the paper scales key and value"),
     Practice(
@@ -53,17 +65,21 @@ RULES: dict[str, tuple[Role, ...]] = {
     "BEFT": ("value", "fused_qkv", "fused_kv"),
     "OSF": (*ATTENTION, *FEED_FORWARD),
 }
-"""{peft_type: roles} of the methods whose papers do not adapt what LoRA adapts."""
+"""{peft_type: roles} of methods whose papers target other layers than LoRA."""
 
 
 def target_names(method: str, family: str, roles: Mapping[str, Role], readers: Collection[str]) -> list[str]:
-    """Names out of `roles` {name: role} that `method` adapts in a model of this family.
+    """Return the names that a method adapts by default.
 
-    readers: names of the layers that read the block's own width.
+    Args:
+        method: A `peft_type`.
+        family: The model's `config.model_type`.
+        roles: {name for `target_modules`: role}.
+        readers: Names of the layers whose input has the block's width.
     """
     for practice in PRACTICE:
-        ours = method in practice.methods.split() or (not practice.methods and method not in RULES)
-        if family in practice.families.split() and ours:
+        applies = method in practice.methods.split() or (not practice.methods and method not in RULES)
+        if family in practice.families.split() and applies:
             return _having(roles, *practice.roles)
     ruled = _having(roles, *RULES.get(method, ()))
     return ruled if any(roles[name] in ATTENTION for name in ruled) else _like_lora(roles, readers) + ruled
@@ -74,10 +90,10 @@ def _having(roles: Mapping[str, Role], *wanted: Role) -> list[str]:
 
 
 def _like_lora(roles: Mapping[str, Role], readers: Collection[str]) -> list[str]:
-    """Query and value; in a model without attention what reads the block's width in a mixer, else all inside."""
+    """Return query and value; without attention the mixer layers that read the block's width, else all inner layers."""
     attention = _having(roles, "query", "value", "fused_qkv")
     if not any(roles[name] in ("value", "fused_qkv") for name in attention):
         attention += _having(roles, "fused_kv") or _having(roles, "key")
-    # fused kernels read the weights of a mixer's later layers without calling them
+    # fused kernels use the weights of a mixer's later layers without calling the layers
     mixers = [name for name in _having(roles, "mixer") if name in readers]
     return attention or mixers or _having(roles, *FEED_FORWARD, "unknown") or _having(roles, "convolution")

@@ -1,7 +1,8 @@
-"""Expert weights that are raw parameters, one stack for all experts of a block (Mixtral, Qwen-MoE, GPT-OSS, JetMoE).
+"""Experts whose weights are raw parameters, one stack for all experts of a block (Mixtral, Qwen-MoE, GPT-OSS, JetMoE).
 
-Shapes: e experts, d width of the block, m inner size of one expert. A stack is (e, out, in), or (e, in, out) where
-the module says `is_transposed`; out is 2m for gate and up in one.
+Roles follow from shapes: the parameter with inner size 2m is a fused gate-up, those with m are gate, up and down.
+Shapes: e experts, d width of the block, m inner size of one expert. A stack is (e, out, in); it is (e, in, out) if the
+module has a true attribute `is_transposed`.
 """
 
 from dataclasses import replace
@@ -15,8 +16,8 @@ from peftcore.detection.roles import Role
 
 
 def find_experts(tree: ModuleTree) -> dict[str, ExpertInfo]:
-    """{name of the parameter, `experts.down_proj`: what it holds}, alike in every block."""
-    found: dict[str, list[ExpertInfo]] = {}
+    """Return {name such as `experts.down_proj`: description}, with one entry for the same parameter of all blocks."""
+    infos_by_name: dict[str, list[ExpertInfo]] = {}
     for path, module in tree.modules.items():
         block = tree.block_of(path)
         stacks = expert_stacks(module)
@@ -24,8 +25,8 @@ def find_experts(tree: ModuleTree) -> dict[str, ExpertInfo]:
             continue
         attends = any("attention" in part.lower() or "attn" in part.lower() for part in path.split("."))
         for name, info in _expert_infos(module, stacks, tree.width(block), attends).items():
-            found.setdefault(f"{path.rpartition('.')[2]}.{name}", []).append(info)
-    return {name: replace(infos[0], count=len(infos)) for name, infos in found.items()}
+            infos_by_name.setdefault(f"{path.rpartition('.')[2]}.{name}", []).append(info)
+    return {name: replace(infos[0], count=len(infos)) for name, infos in infos_by_name.items()}
 
 
 def _expert_infos(
@@ -43,7 +44,7 @@ def _expert_infos(
 
 
 def _inner_size(stack: Tensor, width: int) -> int | None:
-    """m or 2m; None where the stack has no side of the block's width."""
+    """Return m or 2m; None if no axis of the stack has the block's width."""
     sides = list(stack.shape[1:])
     if width not in sides:
         return None

@@ -1,7 +1,7 @@
-"""The module tree of a model as adapters see it: sites, norms and repeated blocks.
+"""The module tree of a model: adaptable layers, norms and repeated blocks.
 
-Every path is the one the model had before any adapter: a wrapper's `base_layer` is looked through, so a model reads the
-same with adapters and without.
+Adapter layers are skipped: each path and module is that of the base model, so a model with adapters has the same tree
+as without.
 """
 
 import itertools
@@ -17,11 +17,11 @@ from peftcore.bases import base_weight, calls_its_layers, is_adaptable
 
 
 @dataclass(frozen=True)
-class AdapterSlot:
-    """One layer that an adapter can sit on."""
+class AdaptableLayer:
+    """A layer of the base model that an adapter can change."""
 
     path: str
-    layer: nn.Module
+    module: nn.Module
     kind: str
     """"linear", "conv" or "embedding"."""
     in_features: int
@@ -29,33 +29,34 @@ class AdapterSlot:
 
     @property
     def parent(self) -> str:
+        """Path of the parent module."""
         return self.path.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class BlockList:
-    """Repeated blocks of one place in the model."""
+    """A list of repeated blocks in the model."""
 
     pattern: str
-    """Path of one block, `*` for an index: "model.layers.*"."""
+    """Path of a block with `*` for its index: "model.layers.*"."""
     count: int
     class_name: str
     """Class of the most frequent block."""
     hidden_size: int
-    """Width of the stream through most of the blocks (the stages of a pyramid differ)."""
+    """Width of the residual stream in most of the blocks (the stages of a pyramid differ)."""
     paths: tuple[str, ...] = field(repr=False)
-    """The blocks, in order of declaration."""
+    """Paths of the blocks, in order of declaration."""
 
 
 def look_through(module: nn.Module) -> nn.Module:
-    """The layer under any number of adapter wrappers."""
+    """Return the base layer inside any number of adapter layers."""
     while isinstance(base := getattr(module, "base_layer", None), nn.Module):
         module = base
     return module
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the whole tree in order of declaration; a module registered twice comes twice."""
+    """Yield (path, module) of the whole tree in order of declaration; a module registered twice is yielded twice."""
     module = look_through(module)
     yield path, module
     for name, child in module.named_children():
@@ -64,30 +65,30 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_below(path: str, root: str) -> bool:
-    """Whether `path` lies strictly inside `root`."""
+    """Return True if `path` lies strictly inside `root`."""
     return path != root and (not root or path.startswith(root + "."))
 
 
 def ancestors(path: str, root: str = "") -> list[str]:
-    """Paths strictly between `root` and `path`, outermost first."""
+    """Return the paths strictly between `root` and `path`, outermost first."""
     skip = root.count(".") + 1 if root else 0
     parts = path.split(".")
     return [".".join(parts[:end]) for end in range(skip + 1, len(parts))]
 
 
 def pattern_of(path: str) -> str:
-    """`path` with every index but a last one as `*`: layers that differ only in their block are one pattern."""
+    """Return `path` with `*` for each index except a final one, so that all blocks have the same patterns."""
     return re.sub(r"(?<![^.])\d+(?=\.)", "*", path)
 
 
 class ModuleTree:
-    """A model's modules by path (the first path of a shared module), its sites and its blocks."""
+    """A model's modules, adaptable layers, norms and blocks by path; a shared module has its first path."""
 
     def __init__(self, model: nn.Module):
         self.modules: dict[str, nn.Module] = {}
-        self.sites: dict[str, AdapterSlot] = {}
+        self.layers: dict[str, AdaptableLayer] = {}
         self.norms: dict[str, int] = {}
-        """{path of a norm that can be adapted: its size}"""
+        """{path of an adaptable norm: its size}"""
         seen: set[int] = set()
         for path, module in walk(model):
             if id(module) not in seen:
@@ -98,36 +99,38 @@ class ModuleTree:
                     if base.kind == "norm":
                         self.norms[path] = int(base.in_features)
                     else:
-                        self.sites[path] = AdapterSlot(
+                        self.layers[path] = AdaptableLayer(
                             path, module, base.kind, int(base.in_features), int(base.out_features)
                         )
         self._order = list(self.modules)
         self._position = {path: position for position, path in enumerate(self._order)}
         self._block_kinds = {"linear"}
         self.blocks: dict[str, str] = self._find_blocks()
-        """{path of one block: pattern of its list}"""
-        if not self.blocks:  # SqueezeBERT's blocks have convolutions of kernel 1 in the place of linear layers
+        """{path of a block: pattern of its list}"""
+        if not self.blocks:  # SqueezeBERT's blocks have convolutions of kernel size 1 in place of linear layers
             self._block_kinds = {"linear", "pointwise"}
             self.blocks = self._find_blocks()
 
     def below(self, root: str) -> Iterator[str]:
-        """Paths strictly inside `root`, in order of declaration."""
+        """Yield the paths strictly inside `root`, in order of declaration."""
         later = itertools.islice(self._order, self._position[root] + 1, None)
         return itertools.takewhile(lambda path: is_below(path, root), later)
 
-    def linears(self, root: str = "") -> list[AdapterSlot]:
-        """Linear sites strictly inside `root`, in order of declaration."""
-        sites = (self.sites[path] for path in self.below(root) if path in self.sites)
-        return [site for site in sites if _mixes_features_only(site) in self._block_kinds]
+    def linears(self, root: str = "") -> list[AdaptableLayer]:
+        """Return the linear layers strictly inside `root`, in order of declaration."""
+        layers = (self.layers[path] for path in self.below(root) if path in self.layers)
+        return [layer for layer in layers if _kind_or_pointwise(layer) in self._block_kinds]
 
-    def parent_of(self, site: AdapterSlot) -> nn.Module:
-        return self.modules[site.parent]
+    def parent_of(self, layer: AdaptableLayer) -> nn.Module:
+        """Return the parent module of a layer."""
+        return self.modules[layer.parent]
 
     def block_of(self, path: str) -> str | None:
+        """Return the path of the block that contains `path`; None outside of the blocks."""
         return next((root for root in ancestors(path) if root in self.blocks), None)
 
     def width(self, root: str) -> int:
-        """Size of the residual stream through the block at `root`; 0 for a block without linear sites."""
+        """Return the most likely width of the residual stream in the block at `root`; 0 without linear layers."""
         norms = []
         for path in self.below(root):
             weight = getattr(self.modules[path], "weight", None)
@@ -136,7 +139,7 @@ class ModuleTree:
         return width_of(self.linears(root), norms)
 
     def block_lists(self) -> list[BlockList]:
-        """Every list of repeated blocks, the one with most weights first."""
+        """Return the lists of repeated blocks, the list with most weights first."""
         members: dict[str, list[str]] = {}
         for path, pattern in self.blocks.items():
             members.setdefault(pattern, []).append(path)
@@ -152,13 +155,14 @@ class ModuleTree:
         return BlockList(pattern, len(paths), classes.most_common(1)[0][0], widths.most_common(1)[0][0], tuple(paths))
 
     def stream(self, root: str) -> int:
-        """`width`, but where several sizes go in and out of the block's layers, the one that also stands outside.
+        """Return the width of the residual stream between blocks.
 
-        The layers inside a bottleneck (MobileBERT) or on several streams at once (hyper-connections) are not as wide
-        as what passes from block to block.
+        The result is `width`, unless another size of the block's layers is more frequent outside of the blocks. The
+        layers inside a bottleneck (MobileBERT), or across several streams (hyper-connections), are not as wide as the
+        stream between blocks.
         """
-        sites, width = self.linears(root), self.width(root)
-        both = {site.in_features for site in sites} & {site.out_features for site in sites}
+        layers, width = self.linears(root), self.width(root)
+        both = {layer.in_features for layer in layers} & {layer.out_features for layer in layers}
         outside = self._sizes_around(root.rpartition(".")[0])
         votes = {size: count for size, count in outside.items() if size in both}
         most = max(votes.values(), default=0)
@@ -166,35 +170,35 @@ class ModuleTree:
 
     @cache  # noqa: B019 - a tree lives as long as one call of `detect`
     def _sizes_around(self, path: str) -> Counter[int]:
-        """How often each size is that of an embedding or a norm outside the blocks, in the tower of a list of blocks.
+        """Count the sizes of embeddings and norms outside of the blocks, in the tower around a block list.
 
-        The tower is the smallest part of the model around it with an input layer of its own.
+        The tower is the smallest part of the model that contains the list and its own input layer.
         """
         for tower in [*reversed(ancestors(f"{path}.*")), ""]:
             inside = [p for p in self._outside if is_below(p, tower)]
-            if any(p in self.sites and self.sites[p].kind != "linear" for p in inside):
-                tables = [p for p in inside if p in self.sites and self.sites[p].kind == "embedding"]
-                # a norm may stand where several streams lie side by side, so a table counts for more
+            if any(p in self.layers and self.layers[p].kind != "linear" for p in inside):
+                tables = [p for p in inside if p in self.layers and self.layers[p].kind == "embedding"]
+                # a norm may span several streams, so an embedding table counts twice
                 return Counter(self._outside[p] for p in [*tables, *tables, *(p for p in inside if p in self.norms)])
         return Counter()
 
     @cached_property
     def _outside(self) -> dict[str, int]:
-        """{path: output size} of what lies in no block."""
-        sizes = {path: site.out_features for path, site in self.sites.items()} | self.norms
+        """{path: output size} of layers and norms outside of the blocks."""
+        sizes = {path: layer.out_features for path, layer in self.layers.items()} | self.norms
         return {path: size for path, size in sizes.items() if self.block_of(path) is None}
 
     def _find_blocks(self) -> dict[str, str]:
-        holders = {root for site in self.linears() for root in ancestors(site.path)}
-        found: dict[str, str] = {}
+        holders = {root for layer in self.linears() for root in ancestors(layer.path)}
+        blocks: dict[str, str] = {}
         for path in self.modules:
-            if not any(root in found for root in ancestors(path + ".*")):
+            if not any(root in blocks for root in ancestors(path + ".*")):
                 for block in self._innermost(path, holders):
-                    found[block] = re.sub(r"(?<![^.])\d+(?![^.])", "*", block)
-        return found
+                    blocks[block] = re.sub(r"(?<![^.])\d+(?![^.])", "*", block)
+        return blocks
 
     def _innermost(self, path: str, holders: set[str]) -> list[str]:
-        """Blocks of the list at `path`; of its stages' own lists where the members are stages (Swin, SegFormer)."""
+        """Return the blocks of the list at `path`; if its members are stages (Swin, SegFormer), the stages' blocks."""
         members = self._members(path, holders)
         nested = [below for member in members for below in self.below(member)]
         lists = [p for p in nested if len({type(self.modules[m]) for m in self._members(p, holders)}) == 1]
@@ -203,15 +207,18 @@ class ModuleTree:
         inner = [block for p in lists for block in self._members(p, holders, least=1)]
         if len({pattern_of(f"{block.rpartition('.')[0]}.*") for block in inner}) != 1:
             return members
-        own = _patterns(s for m in members for s in self.linears(m))
-        nested_own = _patterns(s for b in inner for s in self.linears(b))
-        # a block keeps more layers beside its list (of experts) than in it; a stage is little but its list
-        return inner if len(own - nested_own) < len(nested_own) else members
+        patterns = _patterns(layer for member in members for layer in self.linears(member))
+        inner_patterns = _patterns(layer for block in inner for layer in self.linears(block))
+        # a block has more layers outside of its (expert) list than inside; a stage has nearly all layers in its list
+        return inner if len(patterns - inner_patterns) < len(inner_patterns) else members
 
     def _members(self, path: str, holders: set[str], least: int = 2) -> list[str]:
-        """Paths of the blocks in the list at `path`; empty where it is no list of blocks.
+        """Return the paths of the blocks in the list at `path`; empty if it is not a block list.
 
-        least: how many a Sequential needs to be taken for a list.
+        Args:
+            path: Path of a module.
+            holders: Paths of modules with linear layers.
+            least: Smallest number of members for a Sequential to count as a list.
         """
         module = self.modules.get(path)
         if not isinstance(module, nn.ModuleList | nn.Sequential):
@@ -224,22 +231,24 @@ class ModuleTree:
         return members if same and len(members) == len(module) >= least else []
 
 
-def _mixes_features_only(site: AdapterSlot) -> str:
-    """The site's kind, "pointwise" for a convolution of kernel 1."""
-    return "pointwise" if isinstance(site.layer, nn.Conv1d) and site.layer.kernel_size == (1,) else site.kind
+def _kind_or_pointwise(layer: AdaptableLayer) -> str:
+    """Return the layer's kind; "pointwise" for a convolution with kernel size 1."""
+    return "pointwise" if isinstance(layer.module, nn.Conv1d) and layer.module.kernel_size == (1,) else layer.kind
 
 
-def _patterns(sites: Iterable[AdapterSlot]) -> set[str]:
-    return {pattern_of(site.path) for site in sites}
+def _patterns(layers: Iterable[AdaptableLayer]) -> set[str]:
+    return {pattern_of(layer.path) for layer in layers}
 
 
-def width_of(sites: Iterable[AdapterSlot], norms: Iterable[int] = ()) -> int:
-    """Size of the residual stream through some layers; 0 for no layers.
+def width_of(layers: Iterable[AdaptableLayer], norms: Iterable[int] = ()) -> int:
+    """Return the most frequent input or output size of some layers, their likely residual width; 0 for no layers.
 
-    It is what most of them read or write, and what the norms around them have; a norm counts twice, because in a
-    Mamba block more layers have the inner size than the outer.
+    Args:
+        layers: The layers.
+        norms: Sizes of norms among them; a norm counts twice, because in a Mamba block more layers have the inner size
+            than the residual width.
     """
-    sizes = Counter(size for site in sites for size in (site.in_features, site.out_features))
+    sizes = Counter(size for layer in layers for size in (layer.in_features, layer.out_features))
     if sizes:
         sizes.update({size: 2 * count for size, count in Counter(norms).items() if size in sizes})
     return sizes.most_common(1)[0][0] if sizes else 0

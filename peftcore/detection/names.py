@@ -1,14 +1,23 @@
-"""The shortest names for `target_modules` that reach layers of one role and nothing else."""
+"""Names for `target_modules`: the shortest path suffix that matches layers of one role only, and names of norms.
+
+The norms are those of the residual stream, which LN tuning trains (arXiv:2312.11420).
+"""
 
 from collections.abc import Mapping
+
+from torch import nn
 
 from peftcore.detection.module_tree import ModuleTree, pattern_of
 
 
 def shortest_names(tree: ModuleTree, roles: Mapping[str, str]) -> dict[str, list[str]]:
-    """{name: paths}: for each path with a role the shortest end of it that reaches paths of that role only.
+    """Return {name: paths}, where a name is the shortest suffix that matches paths of one role only.
 
-    A path that only its whole pattern tells apart keeps that as its name, `*` for an index.
+    If every suffix also matches other paths, the name is the whole pattern, with `*` for an index.
+
+    Args:
+        tree: The model's module tree.
+        roles: {path: role} of the layers to name.
     """
     patterns: dict[str, list[str]] = {}
     for path in roles:
@@ -16,18 +25,45 @@ def shortest_names(tree: ModuleTree, roles: Mapping[str, str]) -> dict[str, list
     role_of: dict[str, set[str | None]] = {}
     for path in tree.modules:
         role_of.setdefault(pattern_of(path), set()).add(roles.get(path))
-    by_end: dict[str, set[str | None]] = {}
-    for pattern, found in role_of.items():
-        for end in _ends(pattern):
-            by_end.setdefault(end, set()).update(found)
+    by_suffix: dict[str, set[str | None]] = {}
+    for pattern, pattern_roles in role_of.items():
+        for suffix in _suffixes(pattern):
+            by_suffix.setdefault(suffix, set()).update(pattern_roles)
     names: dict[str, list[str]] = {}
     for pattern, paths in patterns.items():
-        name = next((end for end in _ends(pattern) if by_end[end] == role_of[pattern]), pattern)
+        name = next((each for each in _suffixes(pattern) if by_suffix[each] == role_of[pattern]), pattern)
         names.setdefault(name, []).extend(paths)
     return names
 
 
-def _ends(pattern: str) -> list[str]:
-    """Every end of a path, shortest first: `a.b.c` → `c`, `b.c`, `a.b.c`."""
+def norm_names(tree: ModuleTree) -> dict[str, list[str]]:
+    """Return {name for `target_modules`: paths} of the norms of the residual stream, in blocks and after them.
+
+    Norms of queries and keys, of embeddings and inside a head are excluded. If nothing remains, all norms are returned.
+    """
+    widths = {block: {tree.width(block), tree.stream(block)} for block in tree.blocks}
+    lists = {_parent(block) for block in tree.blocks}
+    holders = {_parent(path) for path in lists} | lists
+    # XLM has its blocks' norms in separate lists
+    holders |= {path for path, m in tree.modules.items() if isinstance(m, nn.ModuleList) and _parent(path) in holders}
+    wide = {width for both in widths.values() for width in both}
+    chosen = {
+        path: "norm"
+        for path, size in tree.norms.items()
+        if (
+            size in widths[block]
+            if (block := tree.block_of(path))
+            else size in wide and _parent(path) in holders and "emb" not in path.rpartition(".")[2]
+        )
+    }
+    return shortest_names(tree, chosen or dict.fromkeys(tree.norms, "norm"))
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _suffixes(pattern: str) -> list[str]:
+    """Return every suffix of a path, shortest first: `a.b.c` → `c`, `b.c`, `a.b.c`."""
     parts = pattern.split(".")
     return [".".join(parts[start:]) for start in reversed(range(len(parts))) if parts[start] != "*"]

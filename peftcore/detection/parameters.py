@@ -1,4 +1,4 @@
-"""The weights of a model under the names they had before any adapter: shared ones, expert stacks."""
+"""Parameters of the base model: each parameter once, tied parameters, and stacked expert weights."""
 
 from collections.abc import Iterator
 
@@ -8,14 +8,14 @@ from peftcore.detection.module_tree import walk
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(path of the module, name in it, parameter), a shared one once for each of its names."""
+    """Yield (module path, name, parameter); a tied parameter is yielded once for each of its names."""
     for path, module in walk(model):
         for name, parameter in module.named_parameters(recurse=False):
             yield path, name, parameter
 
 
 def unique_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(path of the module, name in it, parameter) of the base model, a shared one under its first name."""
+    """Yield (module path, name, parameter) of the base model; a tied parameter is yielded under its first name only."""
     seen: set[int] = set()
     for path, name, parameter in _named_parameters(model):
         if id(parameter) not in seen:
@@ -23,8 +23,8 @@ def unique_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter
             yield path, name, parameter
 
 
-def shared_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups of names that are one and the same parameter (tied weights), names as before any adapter."""
+def tied_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Return groups of base-model parameter names that share one parameter (tied weights)."""
     names: dict[int, list[str]] = {}
     for path, name, parameter in _named_parameters(model):
         names.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
@@ -32,13 +32,17 @@ def shared_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 
 def expert_stacks(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Raw expert weights: two or more parameters (experts, ·, ·) of a module, or of children that hold one each.
+    """Return the stacked expert weights of a module.
 
-    {} for a module without; names are paths from the module (`gate_up_proj`; JetMoE's `input_linear.weight`).
+    These are two or more parameters (experts, ·, ·) of the module itself, or of children with one such parameter each.
+
+    Returns:
+        {path relative to the module: parameter}, such as `gate_up_proj` or JetMoE's `input_linear.weight`; {} if the
+        module has no experts.
     """
     if any(isinstance(child, nn.Conv1d) for child in module.children()):
-        return {}  # a mixer with heads in the place of experts
-    own = {name: p for name, p in module.named_parameters(recurse=False) if _is_stack(p)}
+        return {}  # a mixer: the first axis counts heads, not experts
+    direct = {name: p for name, p in module.named_parameters(recurse=False) if _is_stack(p)}
     in_children = {
         f"{name}.{parameter}": stack
         for name, child in module.named_children()
@@ -46,7 +50,7 @@ def expert_stacks(module: nn.Module) -> dict[str, nn.Parameter]:
         for parameter, stack in child.named_parameters()
         if _is_stack(stack)
     }
-    for stacks in (own, in_children):
+    for stacks in (direct, in_children):
         if len(stacks) > 1 and len({p.shape[0] for p in stacks.values()}) == 1:
             return stacks
     return {}
@@ -57,7 +61,7 @@ def _is_stack(parameter: nn.Parameter) -> bool:
 
 
 def expert_count(module: nn.Module) -> int:
-    """Experts that a module holds, as raw stacks or as a list of MLPs; 0 for any other module."""
+    """Return the number of experts in a module, as stacked weights or as a list of MLPs; 0 for any other module."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         experts = list(module.children())
         same = len({type(expert) for expert in experts}) == 1

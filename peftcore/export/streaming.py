@@ -73,7 +73,7 @@ def merge_streaming(
     if storage is not None and storage not in STORAGES:
         raise ExportError(f"storage must be one of {', '.join(STORAGES)} or None; got {storage!r}")
     if damaged := damaged_files(base):
-        raise ExportError(f"{base}: {', '.join(damaged)} is not what {MANIFEST} says; take another copy")
+        raise ExportError(f"{base}: {', '.join(damaged)} does not match {MANIFEST}; take another copy")
     tensors = mapped_tensors(base)
     model = mapped_model(base, tensors)
     with directory_written_atomically(out) as fresh:

@@ -68,7 +68,7 @@ def refresh_adapters(model: nn.Module) -> None:
     adapters = adapter_set(model)
     adapters.selection.forget()
     for site in adapters.layers.values():
-        site.base.forget()
+        site.base.clear_cache()
         for name in site.adapters:
             site.adapters[name].mark_changed()
 

@@ -22,7 +22,7 @@ from peftcore.layers.active import in_compiled_call
 from peftcore.layers.fast_path import contiguous_input
 from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
-from peftcore.prompts.mixed import mixed
+from peftcore.prompts.mixed import mixed_learners
 
 _TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -257,7 +257,7 @@ def _mixed_prompts(adapters: AdapterSet, route: Route, has_encoder: bool) -> lis
         if feeding and (one.chain() is None or len(feeding) > 1):
             raise RoutingError(f"{one!r} weighs or splits a prompt, which is read or not; give it a row of its own")
         learners.append(feeding)
-    return mixed(learners, partial(_of_rows, route=route), has_encoder) if any(learners) else []
+    return mixed_learners(learners, partial(_of_rows, route=route), has_encoder) if any(learners) else []
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -56,7 +56,7 @@ def low_rank_linears(x: Tensor, layers: Sequence[tuple[BaseWeight, LowRankBranch
     scale = 1.0 if dropout is None else dropout.scale
     call = _Call([base for base, _ in layers], [branch.scaling * scale for _, branch in layers], dropout)
     if torch.is_grad_enabled():
-        tensors = [t for base, branch in layers for t in (branch.a, branch.b, branch.gain, base.weight_to_keep())]
+        tensors = [t for base, branch in layers for t in (branch.a, branch.b, branch.gain, base.weight_for_backward())]
         ys: Any = _LowRankLinears.apply(x, call, *tensors)
     else:
         ys = _forward(x, call, [(branch.a, branch.b, branch.gain) for _, branch in layers]).outputs()

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.bases.own_tensors import call_with
+from peftcore.bases.current_parameters import call_with_parameters
 from peftcore.bases.parameter import ParameterWeight
 from peftcore.composition.evaluation import composed_weight
 from peftcore.errors import RoutingError
@@ -46,7 +46,7 @@ class AdapterParameters(LayerWrapper):
         changed = {site.base.name: site.changed() for site in sites if site.acting()}
         if not changed:
             return self.base_layer(*args, **kwargs)
-        return call_with(self.base_layer, changed, args, kwargs)
+        return call_with_parameters(self.base_layer, changed, args, kwargs)
 
 
 class ParameterSlot(nn.Module, AdapterSlot):

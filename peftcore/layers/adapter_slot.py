@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.bases.base import OWN_STATE
+from peftcore.bases.base import ORIGINAL_STATE
 from peftcore.errors import MergeError
 from peftcore.layers.active import Selection
 from peftcore.layers.wrapper import NamedModules
@@ -56,32 +56,32 @@ class AdapterSlot:
         """Give the base the weight that an adapter brings; `restore_base` gives its own back, to the bit."""
         base = self.base
         if not self.has_replaced_base:
-            base.layer.__dict__[OWN_STATE] = base.state()
+            base.layer.__dict__[ORIGINAL_STATE] = base.state()
             base.write(weight)
         self.replaced_by = (*self.replaced_by, name)
 
     @property
     def has_replaced_base(self) -> bool:
         """Whether the base stands now with a weight that `replace_base` gave it."""
-        return OWN_STATE in self.base.layer.__dict__
+        return ORIGINAL_STATE in self.base.layer.__dict__
 
     def restore_base(self, *names: str) -> None:
         """Undo `replace_base` for these adapters; the base has its own weight again when none is left."""
         base = self.base
         before, self.replaced_by = self.replaced_by, tuple(name for name in self.replaced_by if name not in names)
         if before and not self.replaced_by:
-            base.restore(base.layer.__dict__.pop(OWN_STATE))
+            base.restore(base.layer.__dict__.pop(ORIGINAL_STATE))
 
     def keep_base(self) -> None:
         """Leave the base as it stands now, for good."""
         self.replaced_by = ()
-        self.base.layer.__dict__.pop(OWN_STATE, None)
+        self.base.layer.__dict__.pop(ORIGINAL_STATE, None)
 
     def apply_to_set_aside(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Do to the parameters that stand aside what `nn.Module._apply` has done to those in their place."""
         base = self.base
         attributes = base.layer.__dict__
-        states = [attributes[name] for name in (base.unmerged_attribute, OWN_STATE) if name in attributes]
+        states = [attributes[name] for name in (base.unmerged_attribute, ORIGINAL_STATE) if name in attributes]
         if self.merged_state is not None:
             states.append(self.merged_state)
         if not states:
@@ -93,7 +93,7 @@ class AdapterSlot:
         holder._apply(fn)
         for state in states:
             _exchange(state, {key: holder._parameters[str(key)] for key in aside})
-            base.follow(state)
+            base.move_state(state)
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of one name, on the base as it is now."""

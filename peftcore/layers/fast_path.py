@@ -54,7 +54,7 @@ class Layer(RoutedLayer, Protocol):
 
 def fused(layer: Layer, adapter: Adapter, x: Tensor) -> Tensor | None:
     """The base layer and the first of its adapters as one operation, or None where that would not be exact."""
-    dtype = None if is_traced() or not has_no_hooks(layer.base_layer) else layer.base.computes_in(x)
+    dtype = None if is_traced() or not has_no_hooks(layer.base_layer) else layer.base.compute_dtype(x)
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:
         return None
@@ -88,7 +88,7 @@ class Member(NamedTuple):
             and layer.training == self.training
             and layer.base is base
             and has_no_hooks(base.layer)
-            and base.computes_in(x) == dtype
+            and base.compute_dtype(x) == dtype
         )
 
 
@@ -154,7 +154,7 @@ def stacked(layer: Layer, x: Tensor, route: Route | None = None) -> Tensor | Non
 
 def _plan(layer: Layer, x: Tensor, route: Route | None) -> Plan | None:
     """What `stacked` does at a layer; None where it is nothing for it."""
-    dtype = layer.base.computes_in(x) if has_no_hooks(layer.base_layer) else None
+    dtype = layer.base.compute_dtype(x) if has_no_hooks(layer.base_layer) else None
     if dtype is None:
         return None
     own, around = _acting(layer, route), neighbours(layer, x)
@@ -191,7 +191,7 @@ def _keep(layer: Layer) -> dict[Any, Any]:
 
 def _computing(layers: Iterable[Any], x: Tensor, dtype: torch.dtype) -> list[Any]:
     """Those that do their own arithmetic alone, in this type for an x like this."""
-    return [each for each in layers if has_no_hooks(each.base_layer) and each.base.computes_in(x) == dtype]
+    return [each for each in layers if has_no_hooks(each.base_layer) and each.base.compute_dtype(x) == dtype]
 
 
 def _acting(layer: Layer, route: Route | None) -> dict[str, Adapter]:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.bases.own_tensors import call_with
+from peftcore.bases.current_parameters import call_with_parameters
 from peftcore.errors import RoutingError
 
 _ADDS_ITS_BIAS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, Conv1D)}
@@ -55,7 +55,7 @@ class TrainedBias(Adapter):
             return y + self.base.per_output(self.change()).to(y.dtype)
         layer = self.base.layer  # of a class whose forward may scale the bias, or put it on another axis
         bias = (layer.bias + self.change()).to(layer.bias)
-        changed, plain = call_with(layer, {"bias": bias}, (x,)), layer(x)
+        changed, plain = call_with_parameters(layer, {"bias": bias}, (x,)), layer(x)
         if not isinstance(plain, Tensor):
             raise RoutingError(
                 f"{self.path} is a {type(layer).__name__}, which gives more than a tensor, so what its bias adds is "

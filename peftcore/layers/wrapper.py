@@ -59,7 +59,7 @@ class LayerWrapper(nn.Module):
     rows_first: bool | None = (
         None  # not `batch_first`: models read that one of nn.MultiheadAttention, through this wrapper
     )
-    """Whether its rows come before their tokens; None: not known yet, see `peftcore.detection.batch_axis`."""
+    """Whether its rows come before their tokens; None: not known yet, see `peftcore.detection.layer_inputs`."""
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore._util.state_pruning import can_shrink, shrunk
+from peftcore._util.state_pruning import can_prune, pruned
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig
@@ -245,11 +245,11 @@ class AdaLora(Adapter):
 
         A moment in a form that is not known stays with the masked tensors.
         """
-        if not all(can_shrink(getattr(self, name), optimizer) for name in _NAMES):
+        if not all(can_prune(getattr(self, name), optimizer) for name in _NAMES):
             return
         rows = self._kept_rows().to(self.lora_E.device)
         for name in _NAMES:
-            setattr(self, name, shrunk(getattr(self, name), _triplet_axis(name), rows, optimizer))
+            setattr(self, name, pruned(getattr(self, name), _triplet_axis(name), rows, optimizer))
         self.importance = {}
 
     def training_state(self) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""Prompt learners, one file each; importing one registers it. They adapt what the model reads, not its layers."""
+"""Prompt methods, one file each; importing a file registers its method. They change a model's input, not its layers."""

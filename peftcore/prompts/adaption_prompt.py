@@ -1,7 +1,8 @@
-"""Adaption prompt: gated attention to learned tokens in top layers, y + g·W_o softmax(q K_Pᵀ/√w) V_P. arXiv:2303.16199.
+"""Adaption prompt (LLaMA-Adapter): gated attention to learned tokens in the top layers. arXiv:2303.16199.
 
-LLaMA-Adapter. The gate g starts at zero, and K_P = W_k P, V_P = W_v P with the layer's own frozen weights. PEFT leaves
-W_o out for gpt2. Shapes: P (1, n, d), h query heads of width w, k key/value heads, B rows, T tokens.
+y' = y + g·W_o softmax(q K_Pᵀ/√w) V_P, where K_P = W_k P and V_P = W_v P use the layer's frozen weights and the gate g
+starts at zero. For gpt2, HF PEFT omits W_o. Shapes: P (1, n, d), h query heads of width w, k key/value heads, B rows, T
+tokens.
 """
 
 import dataclasses
@@ -26,14 +27,14 @@ _SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass
 class AdaptionPromptConfig(PeftConfig):
-    """Adaption prompt's options under PEFT's names."""
+    """Options of the adaption prompt, with HF PEFT's names."""
 
     target_modules: str | None = None
-    """Name of the attention modules; None: every one whose form is known."""
+    """Name of the attention modules; None: all attention modules of a supported form."""
     adapter_len: int | None = None
-    """n, for each layer."""
+    """n: number of learned tokens in each layer."""
     adapter_layers: int | None = None
-    """How many layers, from the top."""
+    """Number of layers with a prompt, counted from the top."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +43,8 @@ class AdaptionPromptConfig(PeftConfig):
 
 @register("ADAPTION_PROMPT", AdaptionPromptConfig)
 class AdaptionPrompt(PromptLearner):
+    """Learned tokens and a gate for each of the top attention layers."""
+
     exclusive = False
 
     def __init__(self, config: AdaptionPromptConfig, model: nn.Module):
@@ -57,17 +60,17 @@ class AdaptionPrompt(PromptLearner):
 
     @classmethod
     def completed(cls, config: AdaptionPromptConfig, model: nn.Module) -> Any:
-        found = _attentions(model, config)
-        names = {path.rpartition(".")[2] for path, _ in found}
-        if not found:
+        attentions = _attentions(model, config)
+        names = {path.rpartition(".")[2] for path, _ in attentions}
+        if not attentions:
             raise TargetError(
-                f"{type(model).__name__} has no attention that an adaption prompt knows"
+                f"{type(model).__name__} has no attention module that an adaption prompt supports"
                 f"{f' named {config.target_modules!r}' if config.target_modules else ''}; it needs "
                 "q_proj, k_proj, v_proj and o_proj with rotary positions (llama, mistral), or gpt2's c_attn"
             )
-        if len(found) < (config.adapter_layers or 0):
+        if len(attentions) < (config.adapter_layers or 0):
             raise ConfigError(
-                f"adapter_layers={config.adapter_layers}, but the model has {len(found)} such layers; take fewer"
+                f"adapter_layers={config.adapter_layers}, but the model has {len(attentions)} such layers; give fewer"
             )
         return dataclasses.replace(config, target_modules=config.target_modules or names.pop())
 
@@ -77,7 +80,7 @@ class AdaptionPrompt(PromptLearner):
             prompt.normal_()
             gate.zero_()
 
-    # -- forward: a hook on each attention, so that its own code and cache stay as they are ---------------------
+    # -- forward: a hook on each attention module, whose own code and cache are unchanged --------------------
 
     def attach(self, model: nn.Module, share: Callable[[int], float | Tensor]) -> None:
         for number, path in enumerate(self.paths):
@@ -95,9 +98,14 @@ class AdaptionPrompt(PromptLearner):
     def attended(
         self, number: int, attention: Any, hidden: Tensor, arguments: Mapping[str, Any], by_row: bool = False
     ) -> Tensor:
-        """What to add to the output (B, T, d) of an attention that read `hidden` (B, T, d).
+        """Return the term (B, T, d) that is added to the output of an attention module.
 
-        by_row: project the prompt for each row, because rows have different adapters on the projections.
+        Args:
+            number: Index of the prompt.
+            attention: The attention module.
+            hidden: Its input (B, T, d).
+            arguments: Its keyword arguments.
+            by_row: Project the prompt separately for each row, because rows have different adapters on the projections.
         """
         prompt, gate = self.prompts[number].to(hidden.dtype), self.gates[number]
         prompt = prompt.repeat(len(hidden), 1, 1) if by_row else prompt
@@ -122,8 +130,8 @@ class AdaptionPrompt(PromptLearner):
 
     @torch.no_grad()
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        for key, own in self._by_key().items():
-            own.copy_(tensors[key])
+        for key, parameter in self._by_key().items():
+            parameter.copy_(tensors[key])
 
 
 def _attend(
@@ -135,6 +143,7 @@ def _attend(
     kwargs: dict[str, Any],
     output: Any,
 ) -> Any:
+    """Run as forward hook of an attention module: return the output plus the prompt's term; None if inactive."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     part = share(len(hidden))
     if not isinstance(part, Tensor) and not part:
@@ -146,7 +155,7 @@ def _attend(
 
 
 def _attentions(model: nn.Module, config: AdaptionPromptConfig) -> list[tuple[str, nn.Module]]:
-    """(path, attention) of the layers that can have a prompt, from the bottom."""
+    """Return (path, attention module) of the layers that can have a prompt, from bottom to top."""
     name = config.target_modules
     return [
         (path, module)
@@ -156,13 +165,13 @@ def _attentions(model: nn.Module, config: AdaptionPromptConfig) -> list[tuple[st
 
 
 def _is_separate(module: nn.Module) -> bool:
-    """Llama's form; with queries and keys normalised before they meet, the prompt's keys would not fit."""
+    """Return True for attention like Llama's; query-key normalisation (`q_norm`) is not supported."""
     rotary = hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb")
     return rotary and all(hasattr(module, name) for name in (*_SEPARATE, "head_dim")) and not hasattr(module, "q_norm")
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """gpt2's form."""
+    """Return True for attention like gpt2's."""
     return all(hasattr(module, name) for name in ("c_attn", "c_proj", "split_size", "head_dim")) and not getattr(
         module, "is_cross_attention", False
     )
@@ -175,7 +184,7 @@ def _width(attention: Any) -> int:
 def _projected(
     attention: Any, hidden: Tensor, prompt: Tensor, arguments: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, h, T, w) of the text, keys and values (1 or B, h, n, w) of the prompt."""
+    """Return the queries (B, h, T, w) of the text and the keys and values (1 or B, h, n, w) of the prompt."""
 
     def heads(states: Tensor) -> Tensor:
         return states.view(*states.shape[:-1], -1, attention.head_dim).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The model's key/value cache as prompts meet it: its name, what is in it, room in it, the shapes of its layers."""
+"""Access to a model's key/value cache: its argument name, length, capacity and layer shapes."""
 
 import inspect
 from typing import Any
@@ -12,78 +12,94 @@ from peftcore.errors import ConfigError
 from peftcore.prompts.learner import is_encoder_decoder
 
 _NAMES = ("cache", "past_key_values")
-"""What transformers calls it, and what it and older model code called it before 5.24."""
+"""Names of the cache argument: in transformers 5.24 and later, and before."""
 
 
 def cache_name(model: nn.Module) -> str | None:
-    """The argument that gives the model its cache; None for a model that takes none."""
+    """Return the name of the model's cache argument; None if the model accepts no cache."""
     parameters = inspect.signature(model.forward).parameters
-    open_to_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    backbone = getattr(model, "base_model", None) if open_to_more else None
+    accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    backbone = getattr(model, "base_model", None) if accepts_any else None
     inner = inspect.signature(backbone.forward).parameters if isinstance(backbone, nn.Module) else {}
     return next((name for names in (parameters, inner) for name in _NAMES if name in names), None)
 
 
 def cache_of(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    """The call's cache, put under the name that the model knows; None when there is none."""
-    given = [inputs.pop(name) for name in _NAMES if name in inputs]
-    cache = next((cache for cache in given if cache is not None), None)
+    """Return the call's cache, or None; in `inputs` it is renamed to the model's argument name."""
+    caches = [inputs.pop(name) for name in _NAMES if name in inputs]
+    cache = next((cache for cache in caches if cache is not None), None)
     if cache is not None:
         inputs[cache_name(model) or _NAMES[0]] = cache
     return cache
 
 
 def is_empty(cache: Any) -> bool:
-    """Whether nothing has been read yet, so that this call is the first of its text."""
+    """Return True if there is no cache or the cache is empty, so that this call is the first of its text."""
     return cache is None or bool(cache.get_seq_length() == 0)
 
 
 def lacks_prompt(mask: Tensor, cache: Any, new: int) -> bool:
-    """Whether a mask (B, ·) of a later call counts the text alone; `new`: tokens of this call."""
+    """Return True if the mask of a later call does not cover the prompt.
+
+    Args:
+        mask: The mask (B, ·).
+        cache: The cache, which contains the prompt.
+        new: Number of tokens of this call.
+    """
     past = cache.get_seq_length()
-    return not isinstance(past, int) or mask.shape[1] < past + new  # a static cache's tensor is not waited for
+    return not isinstance(past, int) or mask.shape[1] < past + new  # a tensor (static cache) is not read: no GPU sync
 
 
 def make_room(cache: Any, count: int, tokens: int) -> None:
-    """Let a cache of fixed size hold `count` entries more than it was made for.
+    """Enlarge a cache of fixed size by the length of the prompt.
 
-    tokens: what it is about to take, these included. Raises ConfigError if its memory is there and too small.
+    Args:
+        cache: A cache of any class; only static layers are changed.
+        count: Number of entries of the prompt.
+        tokens: Number of entries that the call adds, prompt included.
+
+    Raises:
+        ConfigError: The cache's memory is already allocated and too small.
     """
-    own = getattr(cache, "self_attention_cache", cache)
-    for layer in getattr(own, "layers", ()):
+    self_attention = getattr(cache, "self_attention_cache", cache)
+    for layer in getattr(self_attention, "layers", ()):
         if not isinstance(layer, StaticLayer):
             continue
         if not layer.is_initialized:
             layer.max_cache_len += count
         elif not layer.is_sliding and layer.max_cache_len < tokens:
             raise ConfigError(
-                f"the static cache holds {layer.max_cache_len} tokens and this call needs {tokens}, {count} of them "
-                f"for the prompt; make it with max_cache_len larger by {count}"
+                f"the static cache has room for {layer.max_cache_len} tokens and this call needs {tokens}, {count} of "
+                f"them for the prompt; create the cache with max_cache_len larger by {count}"
             )
 
 
 def decoder_config(model: nn.Module) -> Any:
-    """The configuration of the part that keeps a cache."""
+    """Return the configuration of the model, or of its decoder, which has the cache."""
     owner: Any = model
     return (owner.get_decoder() if is_encoder_decoder(model) else owner).config.get_text_config(decoder=True)
 
 
 def kv_shapes(model: nn.Module) -> list[tuple[int, int] | None]:
-    """(key/value heads, their width) of each layer; None for one that keeps none of its own. [] for no such layer.
+    """Return (number of key/value heads, their width) of each layer.
 
-    Raises ConfigError where keys and values have other widths.
+    Returns:
+        One entry for each layer, None for a layer without its own keys and values; [] if the model has no such layers.
+
+    Raises:
+        ConfigError: Keys and values have different widths.
     """
     geometry = detect(model).prefix
     layers = geometry.layers if geometry else ()
     if any(layer and layer.head_dim != layer.value_dim for layer in layers):
         raise ConfigError(
-            "prefix tuning does not fit latent attention, whose cache holds no heads; use PromptTuningConfig"
+            "prefix tuning does not support latent attention, whose cache has no heads; use PromptTuningConfig"
         )
     return [layer and (layer.kv_heads, layer.head_dim) for layer in layers]
 
 
 def new_cache(model: nn.Module) -> Any:
-    """An empty cache that grows."""
+    """Return an empty cache of variable length."""
     config = decoder_config(model)
     if is_encoder_decoder(model):
         return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
@@ -91,7 +107,7 @@ def new_cache(model: nn.Module) -> Any:
 
 
 def layer_devices(model: nn.Module, count: int, default: torch.device) -> list[torch.device]:
-    """Where each layer's keys and values live; layers of a dispatched model are on several devices."""
+    """Return the device of each layer's keys and values; a dispatched model has several devices."""
     blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not blocks or len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         return [default] * count

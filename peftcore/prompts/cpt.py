@@ -1,8 +1,9 @@
-"""CPT: example tokens as a prompt whose embeddings may move by ε, [E(c) + δ; E(x)], ‖δ_i‖ ≤ ε_i. arXiv:2410.17222.
+"""CPT: a prompt of example tokens with bounded changes δ of their embeddings, [E(c) + δ; E(x)]. arXiv:2410.17222.
 
-Token types, modulo 4: 1 and 3 are templates (ε of the format), 2 an example's input (ε of the input), 0 a label, which
-stays. The loss is over the labels of examples and text, those of earlier examples weighing less with "decay":
-(1/N) Σ w_t nll_t. Both ε are for a width of 2048 and scaled by √(d/2048). Shapes: c (n,), δ (n, d), B rows, T text.
+The bound is ‖δ_i‖ ≤ ε_i. Token types, modulo 4: 1 and 3 are templates (ε of the format), 2 is an example's input (ε of
+the input), 0 is a label, whose embedding is fixed. The loss covers the labels of examples and text, (1/N) Σ w_t nll_t;
+with "decay" earlier examples weigh less. Both ε apply to a width of 2048 and are scaled by √(d/2048).
+Shapes: c (n,), δ (n, d), B rows, T text tokens.
 """
 
 import math
@@ -22,24 +23,26 @@ from peftcore.prompts.vocabulary import embeddings_of
 from peftcore.registry import register
 
 _FIXED = 1e-10
-"""ε of a label token, PEFT's."""
+"""ε of a label token, as in HF PEFT."""
 
 
 @dataclass
 class CPTConfig(PromptLearningConfig):
-    """CPT's options under PEFT's names."""
+    """Options of CPT, with HF PEFT's names."""
 
     cpt_token_ids: list[int] | None = None
-    """The examples' tokens; None: token 0."""
+    """Token ids of the examples; None: [0]."""
     cpt_mask: list[int] | None = None
-    """Read for PEFT's sake, which does not use it either."""
+    """Accepted for compatibility; unused, as in HF PEFT."""
     cpt_tokens_type_mask: list[int] | None = None
-    """The type of each token; None: templates."""
+    """Type of each token; None: templates."""
     opt_weighted_loss_type: str = "none"
-    """"decay": each label's weight is opt_loss_decay_factor times that of the next label."""
+    """"none", or "decay": an example's label weighs opt_loss_decay_factor times the next example's label."""
     opt_loss_decay_factor: float = 1.0
     opt_projection_epsilon: float = 0.1
+    """ε of input tokens."""
     opt_projection_format_epsilon: float = 0.1
+    """ε of template tokens."""
     tokenizer_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
@@ -60,8 +63,10 @@ class CPTConfig(PromptLearningConfig):
 
 @register("CPT", CPTConfig)
 class Cpt(VirtualTokens):
-    _answers = PerThread()
-    """What the loss of this call needs besides the logits; None for a call without labels."""
+    """A prompt of example tokens whose embeddings move within small balls."""
+
+    _targets = PerThread()
+    """Arguments of `_loss` besides the logits, for this call; None for a call without labels."""
 
     def __init__(self, config: CPTConfig, model: nn.Module):
         super().__init__(config, model)
@@ -76,17 +81,18 @@ class Cpt(VirtualTokens):
 
     @property
     def types(self) -> Tensor:
+        """Token types of the prompt (n,)."""
         return torch.tensor(self.config.cpt_tokens_type_mask, device=self.embedding.device)
 
     def radii(self) -> Tensor:
-        """ε of each token (n, 1)."""
+        """Return ε of each token (n, 1)."""
         scale = math.sqrt(self.embedding.shape[1] / 2048)
         of_format, of_input = self.config.opt_projection_format_epsilon, self.config.opt_projection_epsilon
         by_type = torch.tensor([_FIXED, of_format * scale, of_input * scale, of_format * scale])
         return by_type.to(self.embedding)[self.types.clamp(min=0) % 4].unsqueeze(1)
 
     def projected(self) -> Tensor:
-        """δ inside its balls (n, d)."""
+        """Return δ (n, d), projected into the balls."""
         assert self.delta_embedding is not None
         delta, radii = self.delta_embedding.detach(), self.radii()
         return delta * (radii / delta.norm(dim=1, keepdim=True).clamp(min=radii))
@@ -95,7 +101,7 @@ class Cpt(VirtualTokens):
         if self.delta_embedding is None:
             return self.embedding
         if torch.is_grad_enabled() and self.delta_embedding.requires_grad:
-            with torch.no_grad():  # projected gradient descent: the step before may have left the ball
+            with torch.no_grad():  # projected gradient descent: the last optimiser step may have left the ball
                 self.delta_embedding.copy_(self.projected())
             free = (self.types % 4 != 0).unsqueeze(1)
             return self.embedding + torch.where(free, self.delta_embedding, self.delta_embedding.detach())
@@ -118,29 +124,30 @@ class Cpt(VirtualTokens):
         labels, types = inputs.get("labels"), inputs.get("input_type_mask")
         place = placement(mask_of(inputs, "attention_mask"), self.count)
         super().before_forward(model, inputs)
-        self._answers = None
+        self._targets = None
         if labels is None:
             return
         text = torch.full_like(labels, 4) if types is None else types.to(labels.device).long()
-        own = self.types.to(labels.device).expand(len(labels), -1)
-        before = own.max().clamp(min=0).add(3) // 4 * 4  # the text's numbers go on after the examples'
-        types = place.insert(own, torch.where(text > 0, text + before, text))
+        prompt_types = self.types.to(labels.device).expand(len(labels), -1)
+        # the type numbers of the text continue after those of the examples
+        before = prompt_types.max().clamp(min=0).add(3) // 4 * 4
+        types = place.insert(prompt_types, torch.where(text > 0, text + before, text))
         tokens = torch.tensor(self.config.cpt_token_ids, device=labels.device).expand(len(labels), -1)
-        answers = place.insert(tokens, labels).masked_fill((types <= 0) | (types % 4 != 0), IGNORED)
-        inputs["labels"] = answers
-        self._answers = {"labels": answers, "types": types, "items": inputs.get("num_items_in_batch"), "text": labels}
+        targets = place.insert(tokens, labels).masked_fill((types <= 0) | (types % 4 != 0), IGNORED)
+        inputs["labels"] = targets
+        self._targets = {"labels": targets, "types": types, "items": inputs.get("num_items_in_batch"), "text": labels}
 
     def after_forward(self, outputs: Any) -> Any:
-        answers, self._answers = self._answers, None
-        if not answers:
+        targets, self._targets = self._targets, None
+        if not targets:
             return outputs
         if isinstance(outputs, tuple):
-            return (self._loss(outputs[1], **answers), *outputs[1:])
-        outputs["loss"] = self._loss(outputs["logits"], **answers)
+            return (self._loss(outputs[1], **targets), *outputs[1:])
+        outputs["loss"] = self._loss(outputs["logits"], **targets)
         return outputs
 
     def _loss(self, logits: Tensor, labels: Tensor, types: Tensor, items: Any, text: Tensor) -> Tensor:
-        """The weighted mean; of an accumulated batch of `items` text labels, this call's share of it."""
+        """Return the weighted mean loss; with gradient accumulation, this call's share of `items` text labels."""
         labels, types = labels[:, 1:].to(logits.device), types[:, 1:].to(logits.device)
         losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         supervised = labels != IGNORED
@@ -148,11 +155,13 @@ class Cpt(VirtualTokens):
         return loss if items is None else loss * (text[:, 1:] != IGNORED).sum() / items
 
     def weights(self, types: Tensor) -> Tensor:
-        """The weight of each token (B, ·): the last label of a row 1, each one before times the decay factor."""
+        """Return the weight of each token (B, ·): 1 for the last label, times the decay factor per earlier label."""
         weights = torch.ones(types.shape, device=types.device)
         if self.config.opt_weighted_loss_type == "decay":
-            for row, own in zip(weights, types, strict=True):
-                labels = own[(own > 0) & (own % 4 == 0)].unique()  # in ascending order: one number a label
+            for row, row_types in zip(weights, types, strict=True):
+                labels = row_types[
+                    (row_types > 0) & (row_types % 4 == 0)
+                ].unique()  # in ascending order, one number for each label
                 for age, label in enumerate(labels.flip(0)):
-                    row[own == label] = self.config.opt_loss_decay_factor**age
+                    row[row_types == label] = self.config.opt_loss_decay_factor**age
         return weights

@@ -1,8 +1,10 @@
-"""The contract of a prompt learner: what the model reads besides its text is learned, the model stays as it is.
+"""The contract of a prompt learner, which learns additional model input and leaves the model's weights unchanged.
 
-A learner trains `embedding`, from which `encoded` computes what the model reads. PEFT's directory holds that result
-alone. So a learner with an encoder between the two keeps what training goes on with in `training_state`, a file of
-its own; a directory without that file can be read, but not trained further.
+A learner trains `embedding`, and `encoded` computes the prompt from it. HF PEFT stores only the computed prompt. A
+learner with an encoder between the two, such as P-tuning's MLP, also saves `training_state` in a separate file. Without
+that file the prompt can be loaded for inference, but not trained further.
+
+Shapes: n virtual tokens, d embedding width, B rows.
 """
 
 import inspect
@@ -16,81 +18,113 @@ from peftcore.config import TaskType, options_at
 from peftcore.errors import CheckpointError
 
 EMBEDDINGS = "prompt_embeddings"
-"""PEFT's name for what the model reads."""
+"""HF PEFT's checkpoint key of the computed prompt."""
 
 
 class PromptLearner(nn.Module):
-    """One prompt of one name for a whole model. Shapes: n virtual tokens, d their width."""
+    """The prompt of one adapter name, for the whole model.
+
+    Args:
+        config: The configuration that `completed` returned.
+        model: The model that the prompt is for.
+    """
 
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"model"})
     exclusive: ClassVar[bool] = True
-    """Whether it feeds the model's input, which one adapter at a time can do."""
+    """True if the prompt is part of the model's input; only one such prompt can be active per row."""
     defines_loss: ClassVar[bool] = False
-    """Whether the loss is more than that of predicting each word of the text from those before it."""
+    """True if the loss is not only next-token prediction on the text, so that shortcuts for that loss do not apply."""
 
     generate_arguments: ClassVar[dict[str, Any]] = {}
-    """Arguments that `generate` is given while this acts."""
+    """Arguments that `generate` receives while the prompt is active."""
 
     embedding: Tensor
+    """The trained tensor, (n, d) for virtual tokens."""
 
     def __init__(self, config: Any, model: nn.Module):
-        """Make the parameters for `model`; `config` is what `completed` gave."""
         super().__init__()
         self.config = config
 
     def extra_repr(self) -> str:
-        """The method's options: numbers that are not zero, and what is not at its default."""
+        """Return the options of the configuration that differ from their defaults, for `repr`."""
         return ", ".join(f"{name}={value}" for name, value in options_at(self.config).items())
 
     @classmethod
     def completed(cls, config: Any, model: nn.Module) -> Any:
-        """A copy of the configuration with the model's sizes; raises ConfigError for a model that cannot have it."""
+        """Return a copy of the configuration with the model's sizes filled in.
+
+        Args:
+            config: The user's configuration.
+            model: The model that the prompt is for.
+
+        Raises:
+            ConfigError: The model does not support this prompt method.
+        """
         raise NotImplementedError(f"{cls.__name__} must define completed")
 
     def reset_parameters(self, model: nn.Module) -> None:
-        """Set the start state of a prompt that is not read from disk."""
+        """Set the initial values of a new prompt."""
         raise NotImplementedError(f"{type(self).__name__} must define reset_parameters")
 
     def attach(self, model: nn.Module, share: Any) -> None:
-        """Called when the prompt is put into the model; `share(rows)` tells how much of it acts at that moment: a
-        number, or (rows,)."""
+        """Register hooks when the prompt is added to a model; the default does nothing.
+
+        Args:
+            model: The model.
+            share: A function of the number of rows B that returns the prompt's current weight: a number, or a tensor
+                (B,).
+        """
 
     def detach(self, model: nn.Module) -> None:
-        """Undo `attach`."""
+        """Remove the hooks of `attach`."""
 
     # -- forward ---------------------------------------------------------------------------------------------
 
     @classmethod
     def forward_arguments(cls, config: Any) -> frozenset[str] | None:
-        """Further arguments, such as "task_ids", that the adapted model's call and `generate` take."""
+        """Return additional arguments, such as "task_ids", that the adapted model's call and `generate` accept."""
         return frozenset()
 
     def before_forward(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Change the model's arguments, given by name, before its forward."""
+        """Add the prompt to the arguments of a model call.
+
+        Args:
+            model: The model.
+            inputs: The call's arguments by name; changed in place.
+        """
 
     def before_encoder(self, encoder: nn.Module, inputs: dict[str, Any]) -> None:
-        """The same for the encoder of an encoder-decoder model, which `generate` calls alone."""
+        """Add the prompt to a separate call of an encoder, as `generate` makes for encoder-decoder models.
+
+        Args:
+            encoder: The model's encoder.
+            inputs: The call's arguments by name; changed in place.
+        """
 
     def after_forward(self, outputs: Any) -> Any:
-        """The outputs that the caller gets."""
+        """Return the outputs for the caller, given the model's outputs; the default returns them unchanged."""
         return outputs
 
     # -- disk ------------------------------------------------------------------------------------------------
 
     def encoded(self) -> Tensor:
-        """What the model reads, as it stands on PEFT's disk."""
+        """Return the prompt in HF PEFT's checkpoint layout: (n, d) for virtual tokens."""
         return self.embedding
 
     def has_encoder(self) -> bool:
-        """Whether training needs more than `encoded`."""
+        """Return True if the prompt is computed by an encoder whose state is needed for training."""
         return False
 
     def drop_encoder(self, encoded: Tensor) -> None:
-        """Keep what the model reads and nothing to train it with."""
+        """Remove the encoder and use a computed prompt.
+
+        Args:
+            encoded: A prompt as `encoded` returned it.
+        """
         raise NotImplementedError(f"{type(self).__name__} has an encoder and must define drop_encoder")
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """What is saved: {PEFT's whole key: tensor}; without dropout, also in the middle of training."""
+        """Return the tensors to save, {HF PEFT's full key: tensor}, computed without dropout."""
         training = self.training
         self.eval()
         try:
@@ -101,17 +135,27 @@ class PromptLearner(nn.Module):
 
     @torch.no_grad()
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors in, where there is no encoder; names and shapes have been checked."""
+        """Load saved tensors into a prompt without encoder.
+
+        Args:
+            tensors: Tensors by key, as `checkpoint_tensors` returned them; keys and shapes are already checked.
+        """
         self.embedding.copy_(tensors[EMBEDDINGS])
 
     def training_state(self) -> dict[str, Tensor]:
-        """What resuming needs beyond `checkpoint_tensors`."""
+        """Return the tensors that training needs in addition to `checkpoint_tensors`; {} without an encoder."""
         return dict(self.state_dict()) if self.has_encoder() else {}
 
     def read(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], trainable: bool) -> None:
-        """Take a directory's tensors; `state` is {} where it holds no training state.
+        """Load the tensors of a directory.
 
-        Raises CheckpointError if that is what training needs, or is not what the tensors were computed from.
+        Args:
+            tensors: The saved prompt by key.
+            state: The saved training state; {} if the directory has none.
+            trainable: The prompt will be trained further.
+
+        Raises:
+            CheckpointError: The training state is needed and missing, or does not belong to the saved prompt.
         """
         if not self.has_encoder():
             self.load_checkpoint_tensors(tensors)
@@ -119,59 +163,62 @@ class PromptLearner(nn.Module):
             self._load_encoder(tensors, state)
         elif trainable:
             raise CheckpointError(
-                f"{type(self).__name__}: this directory holds the computed prompt without the encoder it comes from, "
-                "so training cannot go on; load it with is_trainable=False, or save it with peftcore"
+                f"{type(self).__name__}: this directory holds the computed prompt without its encoder, so training "
+                "cannot continue; load it with is_trainable=False, or save the adapter again with peftcore"
             )
         else:
             self.drop_encoder(tensors[EMBEDDINGS])
 
     def _load_encoder(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        own = self.state_dict()
-        if {k: t.shape for k, t in own.items()} != {k: t.shape for k, t in state.items()}:
-            raise CheckpointError(f"the saved training state is not that of this {type(self).__name__} configuration")
-        before = {key: tensor.clone() for key, tensor in own.items()}
+        current = self.state_dict()
+        if {k: t.shape for k, t in current.items()} != {k: t.shape for k, t in state.items()}:
+            raise CheckpointError(f"the saved training state does not fit this {type(self).__name__} configuration")
+        before = {key: tensor.clone() for key, tensor in current.items()}
         self.load_state_dict(dict(state))
-        ours, saved = self.checkpoint_tensors()[EMBEDDINGS], tensors[EMBEDDINGS]
-        if (ours.cpu() - saved).abs().max() > 1e-2 * saved.abs().max():
+        computed, saved = self.checkpoint_tensors()[EMBEDDINGS], tensors[EMBEDDINGS]
+        if (computed.cpu() - saved).abs().max() > 1e-2 * saved.abs().max():
             self.load_state_dict(before)
-            raise CheckpointError(f"the saved training state does not belong to the {EMBEDDINGS} beside it")
+            raise CheckpointError(f"the saved training state does not belong to the saved {EMBEDDINGS}")
 
-    # -- what adapters of layers have and prompts do without -------------------------------------------------
+    # -- hooks of `peftcore.adapter.Adapter` that prompts do not use -----------------------------------------
 
     @classmethod
     def config_to_save(cls, config: Any, adapters: Mapping[str, Any]) -> Any:
-        """The configuration to write."""
+        """Return the configuration to save."""
         return config
 
     @classmethod
     def regularizer(cls, config: Any, adapters: Mapping[str, Any]) -> Tensor | None:
-        """A scalar to add to the loss; None for none."""
+        """Return a scalar to add to the loss, or None."""
         return None
 
     @classmethod
     def on_step(cls, config: Any, adapters: Mapping[str, Any], step: int, optimizer: Any) -> None:
-        """Work between optimiser steps."""
+        """Run work after an optimiser step; the default does nothing."""
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a transformers model has an encoder and a decoder."""
+    """Return True for a transformers model with an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether tokens attend to those before them only."""
+    """Return True if tokens attend to earlier tokens only."""
     generates = getattr(model, "can_generate", None)
-    said = any(getattr(module, "is_causal", False) is True for module in model.modules())
-    return said or (callable(generates) and bool(generates()))
+    causal_attention = any(getattr(module, "is_causal", False) is True for module in model.modules())
+    return causal_attention or (callable(generates) and bool(generates()))
 
 
-def takes(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward has an argument of this name."""
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Return True if the model's forward has an argument of this name."""
     return argument in inspect.signature(model.forward).parameters
 
 
 def model_sizes(config: Any, model: nn.Module) -> dict[str, int]:
-    """The sizes that PEFT writes for every prompt: layers, heads, and 2 submodules for an encoder and a decoder."""
+    """Return the sizes that HF PEFT saves for every prompt method, by option name; unknown sizes are left out.
+
+    `num_transformer_submodules` is 2 for encoder-decoder models, otherwise 1.
+    """
     text = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[operator,union-attr]
     submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
     sizes = {

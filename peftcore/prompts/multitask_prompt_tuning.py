@@ -1,7 +1,7 @@
-"""Multitask prompt tuning: one prompt times a rank-r matrix for each task, [P ∘ (u_t v_t); E(x)]. arXiv:2303.02861.
+"""Multitask prompt tuning: a prompt times a rank-r matrix for each task, [P ∘ (u_t v_t); E(x)]. arXiv:2303.02861.
 
-The call and `generate` take `task_ids`, the task t of each row. An encoder-decoder model has the second half of P
-before the decoder's text. Shapes: P (n, d), u (tasks, n, r), v (tasks, r, d), B rows.
+The model call and `generate` accept `task_ids`, the task t of each row. In an encoder-decoder model, the second half of
+P stands before the decoder's text. Shapes: P (n, d), u (tasks, n, r), v (tasks, r, d), B rows.
 """
 
 from collections.abc import Mapping
@@ -17,23 +17,23 @@ from torch import Tensor, nn
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.prompts.learner import EMBEDDINGS
 from peftcore.prompts.virtual_tokens import VirtualTokens
-from peftcore.prompts.vocabulary import VocabularyPromptConfig, start_of
+from peftcore.prompts.vocabulary import VocabularyPromptConfig, initial_embeddings
 from peftcore.registry import register
 
 FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
-"""Starts that read the prompt of a training on source tasks."""
+"""Initialisations that read a prompt trained on source tasks."""
 
 
 @dataclass
 class MultitaskPromptTuningConfig(VocabularyPromptConfig):
-    """Multitask prompt tuning's options under PEFT's names."""
+    """Options of multitask prompt tuning, with HF PEFT's names."""
 
-    starts: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT", *FROM_SOURCE)
+    initialisations: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT", *FROM_SOURCE)
 
     prompt_tuning_init_state_dict_path: str | None = None
-    """The `adapter_model.safetensors` of the source tasks."""
+    """Path of the source tasks' `adapter_model.safetensors`."""
     prompt_tuning_init_task: int = 0
-    """Which source task "EXACT_SOURCE_TASK" takes."""
+    """Index of the source task for "EXACT_SOURCE_TASK"."""
     num_ranks: int = 1
     """r."""
     num_tasks: int = 1
@@ -50,6 +50,8 @@ class MultitaskPromptTuningConfig(VocabularyPromptConfig):
 
 @register("MULTITASK_PROMPT_TUNING", MultitaskPromptTuningConfig)
 class MultitaskPromptTuning(VirtualTokens):
+    """A shared prompt and a low-rank factor for each task."""
+
     prompts_decoder = True
 
     def __init__(self, config: MultitaskPromptTuningConfig, model: nn.Module):
@@ -61,8 +63,8 @@ class MultitaskPromptTuning(VirtualTokens):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
-        start = start_of(self.config, model, self.total)
-        self.embedding.normal_() if start is None else self.embedding.copy_(start)
+        initial = initial_embeddings(self.config, model, self.total)
+        self.embedding.normal_() if initial is None else self.embedding.copy_(initial)
         self.prefix_task_cols.normal_(std=0.02)
         self.prefix_task_rows.normal_(std=0.02)
         if self.config.prompt_tuning_init in FROM_SOURCE:
@@ -70,29 +72,32 @@ class MultitaskPromptTuning(VirtualTokens):
 
     def _start_from_source(self, path: Path) -> None:
         if path.suffix != ".safetensors":
-            raise ConfigError(f"{path} is no safetensors file; a pickle can run code when it is read: convert it first")
+            raise ConfigError(
+                f"{path} is not a safetensors file; a pickle can run code when it is loaded: convert it first"
+            )
         try:
             source = load_file(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the source prompt {path} cannot be read: {error}") from error
-        start = self.config.prompt_tuning_init
-        wanted = {EMBEDDINGS: self.embedding}
-        if start != "ONLY_SOURCE_SHARED":
-            wanted |= {"prefix_task_cols": self.prefix_task_cols, "prefix_task_rows": self.prefix_task_rows}
-        for key, own in wanted.items():
+        initialisation = self.config.prompt_tuning_init
+        parameters = {EMBEDDINGS: self.embedding}
+        if initialisation != "ONLY_SOURCE_SHARED":
+            parameters |= {"prefix_task_cols": self.prefix_task_cols, "prefix_task_rows": self.prefix_task_rows}
+        for key, parameter in parameters.items():
             if key not in source:
-                raise CheckpointError(f"the source prompt {path} has no {key}; give one of multitask prompt tuning")
+                raise CheckpointError(
+                    f"the source prompt {path} has no {key}; give a prompt of multitask prompt tuning"
+                )
             value = source[key]
             if key != EMBEDDINGS:
-                value = _one_task(
-                    value, None if start == "AVERAGE_SOURCE_TASKS" else self.config.prompt_tuning_init_task
-                )
-            if value.shape != own.shape:
+                average = initialisation == "AVERAGE_SOURCE_TASKS"
+                value = _one_task(value, None if average else self.config.prompt_tuning_init_task)
+            if value.shape != parameter.shape:
                 raise ConfigError(
-                    f"the source prompt's {key} is {list(value.shape)}, here {list(own.shape)}; "
-                    "take its num_virtual_tokens and num_ranks, and num_tasks=1"
+                    f"the source prompt's {key} has shape {list(value.shape)}, this prompt needs "
+                    f"{list(parameter.shape)}; use the source's num_virtual_tokens and num_ranks, and num_tasks=1"
                 )
-            own.copy_(value)
+            parameter.copy_(value)
 
     @classmethod
     def forward_arguments(cls, config: Any) -> frozenset[str]:
@@ -101,24 +106,26 @@ class MultitaskPromptTuning(VirtualTokens):
     def prompts(self, inputs: dict[str, Any], rows: int) -> Tensor:
         tasks = inputs.get("task_ids")
         if tasks is None:
-            raise ConfigError("multitask prompt tuning needs task_ids, the number of each row's task")
+            raise ConfigError("multitask prompt tuning needs task_ids, the task index of each row")
         if rows % len(tasks):
             raise ConfigError(f"task_ids has {len(tasks)} entries for {rows} rows; give one for each row")
-        tasks = tasks.to(self.embedding.device).repeat_interleave(rows // len(tasks))  # rows may be beams
+        tasks = tasks.to(self.embedding.device).repeat_interleave(
+            rows // len(tasks)
+        )  # with beam search a row has several beams
         return self.embedding * (self.prefix_task_cols[tasks] @ self.prefix_task_rows[tasks])
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        own = {key: tensor.detach() for key, tensor in self.named_parameters()}
-        return {EMBEDDINGS: own.pop("embedding"), **own}
+        tensors = {key: tensor.detach() for key, tensor in self.named_parameters()}
+        return {EMBEDDINGS: tensors.pop("embedding"), **tensors}
 
     @torch.no_grad()
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        for key, own in self.checkpoint_tensors().items():
-            own.copy_(tensors[key])
+        for key, parameter in self.checkpoint_tensors().items():
+            parameter.copy_(tensors[key])
 
 
 def _one_task(values: Tensor, task: int | None) -> Tensor:
-    """(tasks, ...) -> (1, ...): the mean, or one task's."""
+    """Return the mean of (tasks, ...), or one task's value, as (1, ...)."""
     if task is None:
         return values.mean(0, keepdim=True)
     if not 0 <= task < len(values):

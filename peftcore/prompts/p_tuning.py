@@ -1,7 +1,6 @@
-"""P-tuning: virtual tokens that an MLP or an LSTM computes from learned ones, [f(P); E(x)]. arXiv:2103.10385.
+"""P-tuning: virtual tokens that an MLP or an LSTM computes from learned embeddings, [f(P); E(x)]. arXiv:2103.10385.
 
-MLP: f(P) = W₃ relu(W₂ relu(W₁ P)); LSTM, in both directions: f(P) = W₂ relu(W₁ lstm(P)). Shapes: P (n, d), hidden
-size h.
+MLP: f(P) = W₃ relu(W₂ relu(W₁ P)). Bidirectional LSTM: f(P) = W₂ relu(W₁ lstm(P)). Shapes: P (n, d), hidden size h.
 """
 
 import dataclasses
@@ -18,21 +17,21 @@ from peftcore.registry import register
 
 @dataclass
 class PromptEncoderConfig(PromptLearningConfig):
-    """P-tuning's options under PEFT's names."""
+    """Options of P-tuning, with HF PEFT's names."""
 
     encoder_reparameterization_type: str = "MLP"
-    """"MLP" of three layers, or "LSTM"."""
+    """"MLP" (three layers) or "LSTM"."""
     encoder_hidden_size: int | None = None
-    """h; None: the embeddings' width."""
+    """h; None: the embedding width."""
     encoder_num_layers: int = 2
-    """Of the LSTM."""
+    """Number of LSTM layers."""
     encoder_dropout: float = 0.0
-    """Between the LSTM's layers, while training."""
+    """Dropout between the LSTM layers during training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.encoder_reparameterization_type
-        self.encoder_reparameterization_type = str(getattr(given, "value", given))
+        encoder = self.encoder_reparameterization_type
+        self.encoder_reparameterization_type = str(getattr(encoder, "value", encoder))
         self.one_of("encoder_reparameterization_type", self.encoder_reparameterization_type, ("MLP", "LSTM"))
         self.positive("encoder_num_layers", *(["encoder_hidden_size"] if self.encoder_hidden_size is not None else []))
         self.probability("encoder_dropout")
@@ -40,6 +39,8 @@ class PromptEncoderConfig(PromptLearningConfig):
 
 @register("P_TUNING", PromptEncoderConfig)
 class PTuning(VirtualTokens):
+    """Virtual tokens computed by a prompt encoder."""
+
     lstm_head: nn.LSTM | None
     mlp_head: nn.Sequential | None
 
@@ -64,7 +65,7 @@ class PTuning(VirtualTokens):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
-        self.embedding.normal_()  # the encoder's layers have set themselves
+        self.embedding.normal_()  # the encoder has PyTorch's default initialisation
 
     def encoded(self) -> Tensor:
         if self.mlp_head is None:

@@ -1,8 +1,8 @@
-"""Prefix tuning: n learned keys and values before each attention's, softmax(q [K_P; K]ᵀ) [V_P; V]. arXiv:2101.00190.
+"""Prefix tuning: n learned keys and values in each attention, softmax(q [K_P; K]ᵀ) [V_P; V]. arXiv:2101.00190.
 
-With projection, [K_P, V_P] of all layers = W₂ tanh(W₁ P). They are written into the cache before the first call of a
-text, and stay in the decoder of an encoder-decoder model. On disk: (n, 2·L·k·w), layer by layer, key before value.
-Shapes: L layers, k key/value heads of width w, B rows, P (n, k·w).
+With projection, [K_P, V_P] of all layers = W₂ tanh(W₁ P). The prefix is written into the cache before the first call of
+a text; in encoder-decoder models into the decoder's cache. The checkpoint has (n, 2·L·k·w), layer by layer, key before
+value. Shapes: L layers, k key/value heads of width w, B rows, T text tokens, P (n, k·w).
 """
 
 import dataclasses
@@ -27,26 +27,26 @@ from peftcore.prompts.cache import (
     make_room,
     new_cache,
 )
-from peftcore.prompts.learner import PromptLearner, is_causal, is_encoder_decoder, model_sizes, takes
+from peftcore.prompts.learner import PromptLearner, accepts, is_causal, is_encoder_decoder, model_sizes
 from peftcore.prompts.placement import Placement, check_not_packed, mask_of, text_positions, tokens_of
 from peftcore.registry import register
 
 _CHECKPOINTING = (
-    "prefix tuning needs a cache and activation checkpointing does without one; turn checkpointing off "
+    "prefix tuning needs a cache, and activation checkpointing disables the cache; turn checkpointing off "
     "(model.activation_checkpointing_disable()) or use PromptTuningConfig"
 )
 
 
 @dataclass
 class PrefixTuningConfig(PromptLearningConfig):
-    """Prefix tuning's options under PEFT's names. token_dim is k·w and num_attention_heads k."""
+    """Options of prefix tuning, with HF PEFT's names; token_dim is k·w and num_attention_heads is k."""
 
     prefix_projection: bool = False
-    """Compute the prefix by a two-layer MLP while training."""
+    """Compute the prefix by a two-layer MLP during training."""
     encoder_hidden_size: int | None = None
-    """Of that MLP; None: token_dim."""
+    """Hidden size of that MLP; None: token_dim."""
     init_weights: str | None = None
-    """"zero": keys and values start at zero; None: at random."""
+    """"zero": keys and values start at zero; None: normal random numbers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,9 +57,11 @@ class PrefixTuningConfig(PromptLearningConfig):
 
 @register("PREFIX_TUNING", PrefixTuningConfig)
 class PrefixTuning(PromptLearner):
+    """A learned prefix of the keys and values of every layer."""
+
     transform: nn.Sequential | None
     _drops_cache = PerThread(False)
-    """Whether the cache of this call was made for the prefix alone, and its caller wants none."""
+    """True if this call's cache was created for the prefix only and is removed from the outputs."""
 
     def __init__(self, config: PrefixTuningConfig, model: nn.Module):
         super().__init__(config, model)
@@ -69,7 +71,7 @@ class PrefixTuning(PromptLearner):
         self.count, self.heads, self.width = n, config.num_attention_heads, width // config.num_attention_heads
         self.shapes = kv_shapes(model)
         self.is_causal = is_encoder_decoder(model) or is_causal(model)
-        self.counts_text = is_causal(model) and takes(model, "position_ids")
+        self.counts_text = is_causal(model) and accepts(model, "position_ids")
         self.transform = None
         if config.prefix_projection:
             self.embedding = nn.Parameter(torch.empty(n, width))
@@ -81,19 +83,19 @@ class PrefixTuning(PromptLearner):
     def completed(cls, config: PrefixTuningConfig, model: nn.Module) -> Any:
         if not hasattr(model, "config") or cache_name(model) is None:
             raise ConfigError(
-                f"{type(model).__name__} takes no cache, which prefix tuning needs; use PromptTuningConfig"
+                f"{type(model).__name__} accepts no cache, which prefix tuning needs; use PromptTuningConfig"
             )
         if _checkpoints(model):
             raise ConfigError(_CHECKPOINTING)
         shapes = [shape for shape in kv_shapes(model) if shape is not None]
         if not shapes:
-            raise ConfigError("no layer of this model keeps keys and values of its own; use PromptTuningConfig")
+            raise ConfigError("no layer of this model caches keys and values; use PromptTuningConfig")
         heads, width = max(shapes, key=lambda shape: shape[1])
         if any(shape[0] > heads for shape in shapes):
-            raise ConfigError(f"the layers' keys and values are too different for one prefix: {sorted(set(shapes))}")
-        own = {"token_dim": heads * width, "num_attention_heads": heads, "num_layers": len(kv_shapes(model))}
+            raise ConfigError(f"one prefix cannot fit these key/value shapes (heads, width): {sorted(set(shapes))}")
+        sizes = {"token_dim": heads * width, "num_attention_heads": heads, "num_layers": len(kv_shapes(model))}
         hidden = config.encoder_hidden_size or heads * width
-        return dataclasses.replace(config, **{**model_sizes(config, model), **own, "encoder_hidden_size": hidden})
+        return dataclasses.replace(config, **{**model_sizes(config, model), **sizes, "encoder_hidden_size": hidden})
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
@@ -111,7 +113,7 @@ class PrefixTuning(PromptLearner):
         mask, positions = mask_of(inputs, f"{side}attention_mask"), inputs.get(f"{side}position_ids")
         cache = cache_of(model, inputs)
         tokens = tokens_read(inputs, side)
-        missing = self.missing(len(tokens))
+        filler_count = self.filler_count(len(tokens))
         self._drops_cache = False
         if is_empty(cache):
             check_not_packed(inputs)
@@ -121,21 +123,23 @@ class PrefixTuning(PromptLearner):
             self._drops_cache = cache is None and not _wants_cache(model, inputs)
             if positions is None and self.counts_text and mask is not None and bool((mask[:, 0] == 0).any()):
                 positions = self.first_positions(mask)
-            elif positions is None and self.counts_text and missing is not None:
+            elif positions is None and self.counts_text and filler_count is not None:
                 positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-            if mask is None and not self.is_causal:  # an encoder reads off its mask how many keys there are
+            if mask is None and not self.is_causal:  # an encoder takes the number of keys from its mask
                 mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         elif mask is not None and not lacks_prompt(mask, cache, tokens.shape[1]):
-            mask = None  # the caller counts the prefix
+            mask = None  # the caller's mask covers the prefix
         if mask is not None:
-            inputs[f"{side}attention_mask"] = Placement(self.count, None, missing).extend(mask, 1)
+            inputs[f"{side}attention_mask"] = Placement(self.count, None, filler_count).extend(mask, 1)
         if positions is not None:
-            inputs[f"{side}position_ids"] = positions + (self.count if missing is None else self.count - missing)
+            inputs[f"{side}position_ids"] = positions + (
+                self.count if filler_count is None else self.count - filler_count
+            )
 
     def _fill(self, model: nn.Module, cache: Any, tokens: Tensor) -> Any:
-        """Write the prefix into an empty cache, for each row of the call."""
+        """Write the prefix into an empty cache, for each row of the call, and return the cache."""
         make_room(cache, self.count, self.count + tokens.shape[1])
-        own: Cache = getattr(cache, "self_attention_cache", cache)
+        self_attention: Cache = getattr(cache, "self_attention_cache", cache)
         devices = layer_devices(model, len(self.shapes), tokens.device)
         dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else None
         dtype = dtype or getattr(model, "dtype", self.embedding.dtype)
@@ -144,31 +148,32 @@ class PrefixTuning(PromptLearner):
             if shape is not None:
                 key, value = states[2 * layer], states[2 * layer + 1]
                 heads, width = shape
-                own.update(key[:, :heads, :, :width].to(device), value[:, :heads, :, :width].to(device), layer)
+                key, value = (each[:, :heads, :, :width].to(device) for each in (key, value))
+                self_attention.update(key, value, layer)
         return cache
 
     def key_values(self) -> Tensor:
-        """(n, 2·L·k·w) on disk -> (2·L, k, n, w)."""
+        """Return the prefix (2·L, k, n, w), from (n, 2·L·k·w) in the checkpoint's layout."""
         return self.encoded().view(self.count, -1, self.heads, self.width).permute(1, 2, 0, 3)
 
     def states(self, rows: int) -> Tensor:
-        """(2·L, B, k, n, w): keys and values, layer by layer, for the rows of a call."""
-        read = [row for layer in range(len(self.shapes)) for row in self.rows_of(layer)]
-        return self.key_values()[read].unsqueeze(1).expand(-1, rows, -1, -1, -1)
+        """Return keys and values (2·L, B, k, n, w), layer by layer, for the B rows of a call."""
+        indices = [index for layer in range(len(self.shapes)) for index in self.indices_of(layer)]
+        return self.key_values()[indices].unsqueeze(1).expand(-1, rows, -1, -1, -1)
 
     def first_positions(self, mask: Tensor) -> Tensor:
-        """(B, T): the positions of a first call that gave none, for padding in front."""
+        """Return the positions (B, T) of a first call without position_ids, for a mask (B, T) with left padding."""
         return text_positions(mask)
 
-    def missing(self, rows: int) -> Tensor | None:
-        """(B, 1): how many entries of the prefix each row of a call has not; None where all have all."""
+    def filler_count(self, rows: int) -> Tensor | None:
+        """Return the number of filler entries in each row (B, 1); None if all rows have the whole prefix."""
         return None
 
-    def rows_of(self, layer: int) -> tuple[int, int]:
-        """Which of the 2·L rows are a layer's key and value.
+    def indices_of(self, layer: int) -> tuple[int, int]:
+        """Return the indices of a layer's key and value among the 2·L tensors of the checkpoint.
 
-        With two submodules PEFT lays the rows out twice, for the decoder's attention to itself and to the encoder, and
-        then leaves the second out: its layers take every other pair, and go round.
+        With two submodules, HF PEFT groups the tensors in fours (self-attention and cross-attention) and ignores the
+        second pair of each group. So a layer takes every other pair, and the index wraps around at 2·L.
         """
         submodules = self.config.num_transformer_submodules
         first = 2 * submodules * layer % (2 * len(self.shapes))
@@ -195,9 +200,14 @@ class PrefixTuning(PromptLearner):
 
 
 def tokens_read(inputs: dict[str, Any], side: str) -> Tensor:
-    """What the attention with the prefix reads: an encoder-decoder model makes it from the labels if need be."""
-    given = [inputs.get(f"{side}input_ids"), inputs.get(f"{side}inputs_embeds")]
-    if side and all(tokens is None for tokens in given) and inputs.get("labels") is not None:
+    """Return the input tokens of the decoder; an encoder-decoder model derives missing decoder tokens from the labels.
+
+    Args:
+        inputs: The call's arguments by name.
+        side: "decoder_" for an encoder-decoder model, else "".
+    """
+    tokens = [inputs.get(f"{side}input_ids"), inputs.get(f"{side}inputs_embeds")]
+    if side and all(each is None for each in tokens) and inputs.get("labels") is not None:
         return inputs["labels"]
     return tokens_of(inputs, side)
 
@@ -207,5 +217,5 @@ def _checkpoints(model: nn.Module) -> bool:
 
 
 def _wants_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    given = inputs.get("use_cache")
-    return bool(getattr(decoder_config(model), "use_cache", False) if given is None else given)
+    use_cache = inputs.get("use_cache")
+    return bool(getattr(decoder_config(model), "use_cache", False) if use_cache is None else use_cache)

@@ -1,7 +1,7 @@
-"""Virtual tokens: learned embeddings that stand before the text's, fed into the model's own forward.
+"""Virtual tokens: learned embeddings before the embeddings of the text, in the input of the model's own forward.
 
-The first call of a text (an empty cache, or none) gets the prompt; a later call finds it in the cache, and only the
-mask and the positions are told of it. Encoder-decoder models have it before the encoder's text.
+The first call of a text, with an empty cache or none, receives the prompt. Later calls find the prompt in the cache,
+and only their mask and positions are extended. In encoder-decoder models the prompt stands before the encoder's text.
 """
 
 import dataclasses
@@ -14,18 +14,19 @@ from torch.nn import functional as F
 from peftcore.config import TaskType
 from peftcore.errors import ConfigError
 from peftcore.prompts.cache import cache_of, is_empty, lacks_prompt, make_room
-from peftcore.prompts.learner import PromptLearner, is_causal, is_encoder_decoder, model_sizes, takes
+from peftcore.prompts.learner import PromptLearner, accepts, is_causal, is_encoder_decoder, model_sizes
 from peftcore.prompts.placement import Placement, check_not_packed, mask_of, placement, text_positions, tokens_of
 
 IGNORED = -100
+"""Label of tokens without loss."""
 
 
 class VirtualTokens(PromptLearner):
-    """A prompt of n tokens. Shapes: B rows, T text tokens, d embedding width."""
+    """A prompt of n virtual tokens. Shapes: B rows, T text tokens, N = n + T, d embedding width."""
 
-    defines_loss = True  # the last virtual token predicts the text's first
+    defines_loss = True  # the last virtual token predicts the text's first token
     prompts_decoder: bool = False
-    """Whether the second half of the tokens stands before the decoder's text, if there are two halves."""
+    """True if the second n tokens of an encoder-decoder model stand before the decoder's text."""
 
     def __init__(self, config: Any, model: nn.Module):
         super().__init__(config, model)
@@ -35,7 +36,7 @@ class VirtualTokens(PromptLearner):
         self.total: int = self.count * config.num_transformer_submodules
         self.is_causal = is_causal(model)
         self.classifies_rows = task == TaskType.SEQ_CLS or "SequenceClassification" in name
-        self.takes_positions = takes(model, "position_ids")
+        self.accepts_positions = accepts(model, "position_ids")
 
     @classmethod
     def completed(cls, config: Any, model: nn.Module) -> Any:
@@ -43,8 +44,7 @@ class VirtualTokens(PromptLearner):
             width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
         except (AttributeError, NotImplementedError) as error:
             raise ConfigError(
-                f"{type(model).__name__} has no token embeddings (get_input_embeddings), so {config.peft_type} has "
-                "nothing to stand beside"
+                f"{type(model).__name__} has no token embeddings (get_input_embeddings), which {config.peft_type} needs"
             ) from error
         if config.token_dim not in (None, width):
             raise ConfigError(
@@ -53,19 +53,31 @@ class VirtualTokens(PromptLearner):
         return dataclasses.replace(config, token_dim=width, **model_sizes(config, model))
 
     def prompts(self, inputs: dict[str, Any], rows: int) -> Tensor:
-        """Every virtual token (B, total, d) for the rows of a call."""
+        """Return the virtual tokens (B, total, d) for the rows of a call.
+
+        Args:
+            inputs: The call's arguments by name.
+            rows: B.
+        """
         return self.encoded().expand(rows, -1, -1)
 
-    def missing(self, rows: int, decoder: bool = False) -> Tensor | None:
-        """(B, 1): how many of the virtual tokens each row of a call has not; None where all have all."""
+    def filler_count(self, rows: int, decoder: bool = False) -> Tensor | None:
+        """Return the number of filler tokens in each row (B, 1); None if all rows have all virtual tokens."""
         return None
 
     def place(self, mask: Tensor | None, rows: int, all_pads_first: bool = False, decoder: bool = False) -> Placement:
-        """Where the tokens stand in a call; decoder: of an encoder-decoder model's."""
-        return placement(mask, self.count, all_pads_first, self.missing(rows, decoder))
+        """Return the placement for a call; see `peftcore.prompts.placement.placement`.
+
+        Args:
+            mask: The mask of padding (B, T), or None.
+            rows: B.
+            all_pads_first: Also move right padding to the front.
+            decoder: The call is to the decoder of an encoder-decoder model.
+        """
+        return placement(mask, self.count, all_pads_first, self.filler_count(rows, decoder))
 
     def first_positions(self, mask: Tensor, place: Placement) -> Tensor:
-        """(B, N): the positions of a first call that gave none; mask: (B, N)."""
+        """Return the positions (B, N) of a first call without position_ids, for its extended mask (B, N)."""
         return text_positions(mask)
 
     # -- decoders and encoders -------------------------------------------------------------------------------
@@ -82,14 +94,14 @@ class VirtualTokens(PromptLearner):
         if mask is not None and lacks_prompt(mask, cache, tokens_of(inputs).shape[1]):
             inputs["attention_mask"] = self.place(mask, len(mask)).extend(mask, 1)
         if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + self.place(None, len(tokens_of(inputs))).own_count
+            inputs["position_ids"] = inputs["position_ids"] + self.place(None, len(tokens_of(inputs))).count_by_row
 
     def _read_first(self, model: Any, inputs: dict[str, Any], mask: Tensor | None, cache: Any) -> None:
         text = tokens_of(inputs)
         place = self.place(mask, len(text), all_pads_first=self.classifies_rows and self.is_causal)
         if cache is not None and place.pads is not None and bool(place.pads.all(1).any()):
             raise ConfigError(
-                "a row's first call is padding only, so its prompt has no place next to the text; make "
+                "the first call of a row has padding only, so the prompt cannot be placed before the text; make "
                 "prefill_chunk_size larger than the padding"
             )
         length = tokens_of(inputs).shape[1]
@@ -98,16 +110,16 @@ class VirtualTokens(PromptLearner):
             inputs["attention_mask"] = place.extend(mask, 1)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = place.extend_positions(inputs["position_ids"])
-        elif self.takes_positions and self.is_causal and (place.pads is not None or place.missing is not None):
+        elif self.accepts_positions and self.is_causal and (place.pads is not None or place.filler_count is not None):
             inputs["position_ids"] = self.first_positions(inputs["attention_mask"], place)
         for key in ("token_type_ids", "mm_token_type_ids"):
             if inputs.get(key) is not None:
                 inputs[key] = place.extend(inputs[key], 0)
-        self._shift_answers(inputs, place, length)
+        self._shift_targets(inputs, place, length)
         make_room(cache, self.count, self.count + length)
 
     def _insert(self, inputs: dict[str, Any], reader: Any, place: Placement, part: slice, prefix: str = "") -> None:
-        """Put `part` of the virtual tokens into the embeddings that `reader` is given."""
+        """Insert some of the virtual tokens into the input embeddings of `reader`, the model, encoder or decoder."""
         embedded = inputs.get(f"{prefix}inputs_embeds")
         if embedded is None:
             embedded = reader.get_input_embeddings()(inputs[f"{prefix}input_ids"])
@@ -115,15 +127,15 @@ class VirtualTokens(PromptLearner):
         inputs.pop(f"{prefix}input_ids", None)
         inputs[f"{prefix}inputs_embeds"] = place.insert(prompts, embedded)
 
-    def _shift_answers(self, inputs: dict[str, Any], place: Placement, length: int) -> None:
-        """Text token t is token n + t now; padding, the only one that may be elsewhere, is never an answer."""
+    def _shift_targets(self, inputs: dict[str, Any], place: Placement, length: int) -> None:
+        """Shift labels, span positions and `logits_to_keep` by the prompt: text token t is now token n + t."""
         labels = inputs.get("labels")
         if labels is not None and labels.shape[1:] == (length,) and not labels.is_floating_point():
             inputs["labels"] = labels if self.classifies_rows else place.shift(labels, IGNORED)
-        own = place.own_count if place.behind else self.count
+        shift = place.count_by_row if place.filler_behind else self.count
         for key in ("start_positions", "end_positions"):
             if inputs.get(key) is not None:
-                inputs[key] = inputs[key] + (own if isinstance(own, int) else own[:, 0])
+                inputs[key] = inputs[key] + (shift if isinstance(shift, int) else shift[:, 0])
         keep = inputs.get("logits_to_keep")
         if isinstance(keep, Tensor):
             inputs["logits_to_keep"] = F.pad(keep, (self.count, 0)) if keep.dim() == 2 else keep + self.count
@@ -132,8 +144,8 @@ class VirtualTokens(PromptLearner):
 
     def before_encoder(self, encoder: nn.Module, inputs: dict[str, Any]) -> None:
         length = tokens_of(inputs).shape[1]
-        mask, missing = mask_of(inputs, "attention_mask"), self.missing(len(tokens_of(inputs)))
-        if mask is None and missing is not None:
+        mask, filler_count = mask_of(inputs, "attention_mask"), self.filler_count(len(tokens_of(inputs)))
+        if mask is None and filler_count is not None:
             mask = torch.ones(tokens_of(inputs).shape[:2], dtype=torch.long, device=tokens_of(inputs).device)
         if mask is not None and mask.shape[1] == self.count + length:  # the whole model's forward has extended it
             place = self.place(mask, len(mask))
@@ -156,11 +168,11 @@ class VirtualTokens(PromptLearner):
             if mask is not None and lacks_prompt(mask, cache, tokens_of(inputs, "decoder_").shape[1]):
                 inputs["decoder_attention_mask"] = self.place(mask, len(mask), decoder=True).extend(mask, 1)
             if inputs.get("decoder_position_ids") is not None:
-                own = self.place(None, len(tokens_of(inputs, "decoder_")), decoder=True).own_count
-                inputs["decoder_position_ids"] = inputs["decoder_position_ids"] + own
+                shift = self.place(None, len(tokens_of(inputs, "decoder_")), decoder=True).count_by_row
+                inputs["decoder_position_ids"] = inputs["decoder_position_ids"] + shift
             return
-        given = [inputs.get(key) for key in ("decoder_input_ids", "decoder_inputs_embeds")]
-        if all(tokens is None for tokens in given) and inputs.get("labels") is not None:
+        tokens = [inputs.get(key) for key in ("decoder_input_ids", "decoder_inputs_embeds")]
+        if all(each is None for each in tokens) and inputs.get("labels") is not None:
             inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
         text = tokens_of(inputs, "decoder_")
         length, place = text.shape[1], self.place(mask, len(text), decoder=True)

@@ -1,4 +1,4 @@
-"""Prompts that start from the model's own vocabulary: at random, at sampled tokens, or at a text."""
+"""Initial values of virtual tokens: random numbers, sampled tokens of the vocabulary, or the tokens of a text."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,9 +12,9 @@ from peftcore.errors import ConfigError
 
 @dataclass
 class VocabularyPromptConfig(PromptLearningConfig):
-    """Options of prompts that can start from a text."""
+    """Options of prompts that can be initialised from the vocabulary."""
 
-    starts: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+    initialisations: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
     prompt_tuning_init: str = "RANDOM"
     """"RANDOM": normal numbers; "SAMPLE_VOCAB": tokens drawn from the vocabulary; "TEXT": prompt_tuning_init_text."""
@@ -22,22 +22,22 @@ class VocabularyPromptConfig(PromptLearningConfig):
     """Repeated or cut to the number of virtual tokens."""
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
-    """Further arguments of the tokenizer; code from its repository is never run."""
+    """Additional arguments of the tokenizer; `trust_remote_code` is ignored, so no code of its repository runs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.prompt_tuning_init = str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init))
-        self.one_of("prompt_tuning_init", self.prompt_tuning_init, self.starts)
-        name, starts_at_text = type(self).__name__, self.prompt_tuning_init == "TEXT"
+        self.one_of("prompt_tuning_init", self.prompt_tuning_init, self.initialisations)
+        name, from_text = type(self).__name__, self.prompt_tuning_init == "TEXT"
         for needed in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
-            if starts_at_text and not getattr(self, needed):
+            if from_text and not getattr(self, needed):
                 raise ConfigError(f"{name}: prompt_tuning_init='TEXT' needs {needed}; give it or use 'RANDOM'")
-        if self.tokenizer_kwargs and not starts_at_text:
+        if self.tokenizer_kwargs and not from_text:
             raise ConfigError(f"{name}: tokenizer_kwargs are for prompt_tuning_init='TEXT' only; leave them out")
 
 
-def start_of(config: VocabularyPromptConfig, model: nn.Module, total: int) -> Tensor | None:
-    """Embeddings (total, d) that the configuration asks to start at; None for a random start."""
+def initial_embeddings(config: VocabularyPromptConfig, model: nn.Module, total: int) -> Tensor | None:
+    """Return the initial embeddings (total, d) that the configuration asks for; None for random numbers."""
     if config.prompt_tuning_init == "SAMPLE_VOCAB":
         size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         return embeddings_of(model, torch.randint(size, (total,)))
@@ -47,11 +47,11 @@ def start_of(config: VocabularyPromptConfig, model: nn.Module, total: int) -> Te
 
 
 def embeddings_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The model's embeddings (n, d) of tokens (n,), in float32 or wider."""
+    """Return the model's embeddings (n, d) of tokens (n,), in float32 or float64."""
     table: Any = model.get_input_embeddings()  # type: ignore[operator]
     with torch.no_grad():
-        found = table(tokens.to(table.weight.device))
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+        embeddings = table(tokens.to(table.weight.device))
+    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
 def _text_tokens(config: VocabularyPromptConfig, total: int) -> Tensor:

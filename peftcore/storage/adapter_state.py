@@ -124,7 +124,7 @@ def _prefix(path: str, adapter: Adapter) -> str:
     """What stands before an adapter's own keys; a raw parameter's adapter is kept under the module it belongs to."""
     if isinstance(base := adapter.base, ParameterWeight):
         path = path.removesuffix(f".{base.name}")
-        path = f"{path}.base_layer.{base.inside}" if base.inside else path
+        path = f"{path}.base_layer.{base.owner_path}" if base.owner_path else path
     return f"{PREFIX}{path}.{adapter.disk_prefix}"
 
 

@@ -134,7 +134,7 @@ def test_a_pickle_in_an_adapters_folder_never_runs(tmp_path: Path, fault: Any) -
                 with pytest.raises(PeftError, match=name):
                     PeftModel.from_pretrained(base(), folder)
             else:  # beside the adapter's own file it is not read, and the library says so
-                with pytest.warns(UserWarning, match=rf"holds {name} beside .*they are not read here"):
+                with pytest.warns(UserWarning, match=rf"holds {name} beside .*so they are not read"):
                     PeftModel.from_pretrained(base(), folder)
             assert not marker.exists()
 

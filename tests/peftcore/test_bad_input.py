@@ -323,7 +323,7 @@ def test_a_kind_of_layer_that_the_method_does_not_adapt(method: str, kind: str) 
 @pytest.mark.parametrize("method", EXAMPLES)
 def test_a_layer_that_nothing_adapts(method: str, layer: str) -> None:
     model, config = with_one_that_fits(method, UNKNOWN[layer]())
-    with refused(model, TargetError, f"1 is a {layer}, which cannot be adapted; Linear, "):
+    with refused(model, TargetError, f"1 is a {layer}, which cannot be adapted; adapters support Linear, "):
         get_peft_model(model, config)
 
 

@@ -532,7 +532,7 @@ def test_preparing_for_few_bits_lets_gradients_through_checkpointed_layers(reent
 
 
 def test_generate_reads_the_prefix() -> None:
-    """With transformers 5.24 PEFT's `generate` gives what the base gives; test_generate.py asks more of peftcore."""
+    """With transformers 5.24 PEFT's `generate` gives what the base gives; test_learner.py asks more of peftcore."""
     config: dict[str, Any] = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
     greedy: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     given = {"input_ids": TOKENS[:1], "attention_mask": torch.ones_like(TOKENS[:1])}

@@ -48,7 +48,7 @@ def test_yaml_that_is_a_bomb_or_asks_for_code(text: str, what: str, tmp_path: Pa
 
 def test_a_device_is_no_parameters(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").symlink_to("/dev/zero")
-    with pytest.raises(ParamsError, match="no ordinary file"):
+    with pytest.raises(ParamsError, match="not an ordinary file"):
         load_params(tmp_path / "params.yaml")
 
 

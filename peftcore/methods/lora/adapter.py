@@ -51,7 +51,7 @@ class Lora(Adapter):
         super().__init__(config, base, path)
         r, alpha = config.at(path)
         scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        if isinstance(base, ParameterWeight) and base.inside == "out_proj":
+        if isinstance(base, ParameterWeight) and base.owner_path == "out_proj":
             scaling *= 2  # HF PEFT adds the change of nn.MultiheadAttention's output twice, so its files mean that
         dropout = 0.0 if base.kind == "embedding" else config.lora_dropout
         groups = base.layer.groups if base.kind == "conv" else 1

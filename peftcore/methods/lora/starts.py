@@ -31,7 +31,7 @@ def begin(adapter: "Lora") -> tuple[Factors | None, Tensor | None]:
         put(adapter, orthogonal(adapter.r, adapter.base.in_features, adapter.base.out_features))
         return None, None
     loftq = start == "loftq"
-    weight = (adapter.base.read_own() if loftq else adapter.base.read_unmerged()).float()
+    weight = (adapter.base.read_original() if loftq else adapter.base.read_unmerged()).float()
     if adapter.r > min(weight.shape):
         raise ConfigError(f"r={adapter.r} exceeds the weight's {min(weight.shape)} singular vectors; take a smaller r")
     if loftq:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftcore._util.per_thread import PerThread
 from peftcore.adapter import Shared
 from peftcore.bases import BaseWeight
-from peftcore.bases.own_tensors import call_with
+from peftcore.bases.current_parameters import call_with_parameters
 from peftcore.errors import ConfigError
 from peftcore.methods.xlora.config import XLoraConfig
 from peftcore.methods.xlora.experts import frozen, read_lora
@@ -32,7 +32,7 @@ class Classifier(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         own = {name: parameter.to(hidden.dtype) for name, parameter in self.layers.named_parameters()}
-        logits = call_with(self.layers, own, (hidden,)).unflatten(-1, self.shape)
+        logits = call_with_parameters(self.layers, own, (hidden,)).unflatten(-1, self.shape)
         return (logits / self.config.softmax_temperature).softmax(-1) if self.config.enable_softmax else logits
 
 

@@ -71,7 +71,7 @@ def test_what_the_library_loads_with_a_warning_is_not_registered(edited: str, tm
     if edited == "both":
         weights = tmp_path / "adapter_model.safetensors"
         save_file({key: tensor + 1 for key, tensor in load_file(weights).items()}, weights)
-    with pytest.warns(UserWarning, match="is not what SHA256SUMS says"):
+    with pytest.warns(UserWarning, match="does not match SHA256SUMS"):
         PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path)
     with pytest.raises(StageError, match=r"adapter_config\.json.* is damaged or gone"):
         adapter_files(tmp_path)

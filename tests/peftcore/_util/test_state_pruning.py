@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftcore._util.state_pruning import can_shrink, shrunk
+from peftcore._util.state_pruning import can_prune, pruned
 from peftcore.train import FusedAdamW
 
 KEPT = torch.tensor([0, 3, 4, 9])
@@ -32,12 +32,12 @@ def test_training_goes_on_as_for_the_whole_parameter(kind: Any, axis: int) -> No
     """AdamW treats each element by itself, so the kept ones must get the numbers that they would have got."""
     parameter, other, optimizer = made(kind)
     if kind is torch.optim.Adafactor:
-        assert not can_shrink(parameter, optimizer), "its moments are factors of the whole matrix"
+        assert not can_prune(parameter, optimizer), "its moments are factors of the whole matrix"
         return
-    assert can_shrink(parameter, optimizer)
+    assert can_prune(parameter, optimizer)
     whole, _, reference = made(kind)
     gradient = torch.randn_like(parameter)
-    small = shrunk(parameter, axis, KEPT, optimizer)
+    small = pruned(parameter, axis, KEPT, optimizer)
     assert torch.equal(small, whole.index_select(axis, KEPT))
     assert small.requires_grad and parameter not in optimizer.state
     assert optimizer.param_groups[0]["params"][0] is small and optimizer.param_groups[0]["params"][1] is other
@@ -56,7 +56,7 @@ def test_training_goes_on_as_for_the_whole_parameter(kind: Any, axis: int) -> No
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, bnb.optim.AdamW8bit])
 def test_nothing_may_be_left(kind: Any) -> None:
     parameter, _, optimizer = made(kind)
-    small = shrunk(parameter, 0, torch.tensor([], dtype=torch.long), optimizer)
+    small = pruned(parameter, 0, torch.tensor([], dtype=torch.long), optimizer)
     small.grad = torch.zeros_like(small)
     optimizer.step()
     assert small.shape == (0, 640)
@@ -65,5 +65,5 @@ def test_nothing_may_be_left(kind: Any) -> None:
 def test_a_parameter_without_moments_yet_takes_its_place() -> None:
     parameter = nn.Parameter(torch.randn(12, 4))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    small = shrunk(parameter, 0, KEPT, optimizer)
+    small = pruned(parameter, 0, KEPT, optimizer)
     assert optimizer.param_groups[0]["params"] == [small] and not optimizer.state

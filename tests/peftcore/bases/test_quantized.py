@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftcore import IA3Config, LoraConfig, get_peft_model
 from peftcore.bases import base_weight
-from peftcore.bases.quantized import FEW_TOKENS
+from peftcore.bases.quantized import MAX_PACKED_TOKENS
 from peftcore.injection.adapter_set import adapter_set
 
 needs_packed_product = pytest.mark.skipif(
@@ -65,7 +65,7 @@ def test_the_packed_order_is_bitsandbytes_own(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [1, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, MAX_PACKED_TOKENS, MAX_PACKED_TOKENS + 1])
 def test_either_product_is_the_layer_within_the_rounding_of_bfloat16(kind: str, tokens: int) -> None:
     layer = four_bit(kind)
     base, x = base_weight(layer), inputs(tokens)
@@ -105,7 +105,7 @@ def test_the_copy_lives_while_tokens_come_one_by_one() -> None:
     codes = weakref.ref(base._packed.codes)
     base.product(inputs(2))
     assert base._packed.codes is codes()  # made once
-    base.product(inputs(FEW_TOKENS + 1))
+    base.product(inputs(MAX_PACKED_TOKENS + 1))
     gc.collect()
     assert base._packed is None and codes() is None
     base.product(inputs(1))

@@ -5,7 +5,10 @@ from functools import cache
 from typing import Any
 
 import pytest
+from detection_models import CASES as TINY_MODELS
+from detection_models import CAUSAL, MASKED, SEQ2SEQ, build
 from peft.utils import constants
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from tiny_models import tiny
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -133,3 +136,20 @@ def test_ia3_writes_down_what_it_scales_at_the_input() -> None:
 def test_a_model_without_targets_for_a_method_says_which_method() -> None:
     with pytest.raises(TargetError, match="LN_TUNING"):
         find_targets(nn.Sequential(nn.Linear(4, 4)), LNTuningConfig())
+
+
+@pytest.mark.parametrize("family", sorted(set(TINY_MODELS) & set(PEFT_TARGETS)))
+def test_default_targets_are_those_of_peft(family: str, architectures: dict[str, Architecture]) -> None:
+    assert set(architectures[family].default_targets) == set(PEFT_TARGETS[family])
+
+
+@pytest.mark.parametrize("family", ["bart", "mpt", "gptj", "codegen", "gpt_bigcode", "gpt_neo", "deberta", "electra"])
+def test_default_targets_are_those_of_peft_for_whole_size_configurations(family: str) -> None:
+    auto_class = {"bart": SEQ2SEQ, "deberta": MASKED, "electra": MASKED}.get(family, CAUSAL)
+    assert set(detect(build(family, auto_class)).default_targets) == set(PEFT_TARGETS[family])
+
+
+def test_a_convolutional_network_defaults_to_its_convolutions() -> None:
+    found = detect(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)))
+    assert found.default_targets == ("0", "2")
+    assert found.all_linear == ()

@@ -2,9 +2,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny
 from torch import nn
 from transformers import BertConfig, BertModel, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
+from peftcore.detection import detect
 from peftcore.detection.head import LogitTransform, logit_transforms, output_head
 
 
@@ -59,3 +61,21 @@ def test_the_head_is_what_the_model_names() -> None:
         BertConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     )
     assert output_head(bert) is None and output_head(nn.Linear(2, 2)) is None
+
+
+class Classifier(nn.Module):
+    """Two blocks of one MLP each, and a layer after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)) for _ in range(2))
+        self.answer = nn.Linear(16, 7)
+
+
+def test_a_classifier_after_the_blocks_is_the_head() -> None:
+    assert detect(Classifier()).target_modules["answer"].role == "head"
+
+
+def test_layers_that_feed_the_base_model_are_no_heads() -> None:
+    roles = {name: info.role for name, info in detect(tiny("pi0")).target_modules.items()}
+    assert (roles["action_in_proj"], roles["action_out_proj"]) == ("unknown", "head")

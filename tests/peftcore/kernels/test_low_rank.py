@@ -210,7 +210,7 @@ def test_quantised_bases_equal_the_layers_own_autograd(kind: str) -> None:
     layer.bias.requires_grad_(False)
     base = base_weight(layer)
     x = tensor(5, base.in_features, dtype=torch.float32)
-    dtype = base.computes_in(x)
+    dtype = base.compute_dtype(x)
     assert dtype == torch.float32
     a, b = tensor(RANK, base.in_features, dtype=dtype), tensor(base.out_features, RANK, dtype=dtype)
     own = LowRankBranch(a, b, 0.5)

@@ -141,7 +141,7 @@ def test_training_goes_on_around_the_same_examples(tmp_path: Path) -> None:
     assert [name for name, p in again.named_parameters() if p.requires_grad] == ["delta_embedding"]
     (tmp_path / "prompt_encoder.safetensors").unlink()
     (tmp_path / "SHA256SUMS").unlink()
-    with pytest.raises(CheckpointError, match="training cannot go on"):
+    with pytest.raises(CheckpointError, match="training cannot continue"):
         PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True)
 
 

@@ -102,7 +102,7 @@ def test_sources_that_do_not_fit(source: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="tasks 0 to 3"):
         start(prompt_tuning_init_task=4)
-    with pytest.raises(ConfigError, match="take its num_virtual_tokens and num_ranks"):
+    with pytest.raises(ConfigError, match=r"use the source.s num_virtual_tokens and num_ranks"):
         start(num_virtual_tokens=5)
     with pytest.raises(ConfigError, match="pickle"):
         start(path=tmp_path / "adapter_model.bin")

@@ -61,7 +61,7 @@ def test_without_its_encoder_a_prompt_can_be_read_and_saved_but_not_trained(tmp_
     model.save_pretrained(tmp_path / "whole")
     (tmp_path / "whole" / "prompt_encoder.safetensors").unlink()
     (tmp_path / "whole" / "SHA256SUMS").unlink()
-    with pytest.raises(CheckpointError, match="training cannot go on"):
+    with pytest.raises(CheckpointError, match="training cannot continue"):
         PeftModel.from_pretrained(build("llama"), tmp_path / "whole", is_trainable=True)
     folded = PeftModel.from_pretrained(build("llama"), tmp_path / "whole")
     torch.testing.assert_close(call("llama", folded), call("llama", model), rtol=0, atol=1e-6)
@@ -77,7 +77,7 @@ def test_an_encoder_of_another_prompt_is_refused(tmp_path: Path) -> None:
         config = PromptEncoderConfig(num_virtual_tokens=3, **KINDS[kind])
         attach("llama", config, spread=number).save_pretrained(tmp_path / str(number))
         (tmp_path / str(number) / "SHA256SUMS").unlink()
-    for other, words in (("1", "does not belong to"), ("2", "not that of this PTuning configuration")):
+    for other, words in (("1", "does not belong to"), ("2", "does not fit this PTuning configuration")):
         (tmp_path / other / "prompt_encoder.safetensors").replace(tmp_path / "0" / "prompt_encoder.safetensors")
         with pytest.raises(CheckpointError, match=words):
             PeftModel.from_pretrained(build("llama"), tmp_path / "0")

@@ -60,7 +60,7 @@ def test_a_flipped_bit(saved: Path) -> None:
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    refused(saved, r"adapter_model\.safetensors is not what SHA256SUMS says")
+    refused(saved, r"adapter_model\.safetensors does not match SHA256SUMS")
 
 
 @pytest.mark.faults("pickle or foreign files")
@@ -83,7 +83,7 @@ def test_pickles_beside_the_weights_are_warned_of_and_not_read(name: str, saved:
 def test_an_edited_configuration_is_warned_of(saved: Path) -> None:
     config = saved / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/elsewhere"}))
-    with pytest.warns(UserWarning, match=r"adapter_config.json is not what SHA256SUMS says, because somebody has edit"):
+    with pytest.warns(UserWarning, match=r"adapter_config.json does not match SHA256SUMS: it was edited"):
         loaded = PeftModel.from_pretrained(net(), saved)
     assert loaded.peft_config["default"].base_model_name_or_path == "/elsewhere"
 
@@ -91,7 +91,7 @@ def test_an_edited_configuration_is_warned_of(saved: Path) -> None:
 def test_files_that_no_adapter_is_read_from_are_warned_of(saved: Path) -> None:
     write_manifest(saved)  # of all files, as a Trainer's checkpoint and a conversion have it
     (saved / "README.md").write_text("my own words")
-    with pytest.warns(UserWarning, match=r"README.md is not what SHA256SUMS says"):
+    with pytest.warns(UserWarning, match=r"README.md does not match SHA256SUMS"):
         PeftModel.from_pretrained(net(), saved)
 
 
@@ -126,10 +126,12 @@ def test_missing_and_unexpected_keys_are_named(saved: Path) -> None:
 def test_absent_directory_and_absent_weights(tmp_path: Path, saved: Path) -> None:
     refused(tmp_path / "nowhere", "no adapter_config")
     (saved / "adapter_model.safetensors").unlink()
-    refused(saved, "not saved whole")
+    refused(saved, "the adapter is incomplete")
 
 
-@pytest.mark.parametrize("step", ["checkpoint.save_file", "checkpoint.manifest_text", "files.flush_to_disk"])
+@pytest.mark.parametrize(
+    "step", ["storage.checkpoint.save_file", "storage.checkpoint.manifest_text", "files.flush_to_disk"]
+)
 def test_a_failed_save_leaves_the_old_adapter_whole(step: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
     before = {f.name: f.read_bytes() for f in saved.iterdir()}

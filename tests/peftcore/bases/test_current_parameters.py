@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftcore.bases.own_tensors import call_with, own_tensor
+from peftcore.bases.current_parameters import call_with_parameters, current_parameter
 
 
 @pytest.mark.parametrize("aside", [(), ("weight",), ("bias",), ("weight", "bias")])
@@ -17,9 +17,11 @@ def test_every_tensor_is_replaced_and_put_back(aside: tuple[str, ...]) -> None:
         tensor = getattr(layer, name).detach()
         del layer._parameters[name]
         layer.__dict__[name] = tensor
-    own = {name: own_tensor(layer, name) for name in ("weight", "bias")}
+    own = {name: current_parameter(layer, name) for name in ("weight", "bias")}
     for names in itertools.chain(itertools.combinations(own, 1), [tuple(own)]):
         new = {name: torch.randn_like(getattr(layer, name)) for name in names}
         now = {**own, **new}
-        torch.testing.assert_close(call_with(layer, new, (x,)), nn.functional.linear(x, now["weight"], now["bias"]))
-        assert all(own_tensor(layer, name) is tensor for name, tensor in own.items())
+        torch.testing.assert_close(
+            call_with_parameters(layer, new, (x,)), nn.functional.linear(x, now["weight"], now["bias"])
+        )
+        assert all(current_parameter(layer, name) is tensor for name, tensor in own.items())

@@ -1,4 +1,4 @@
-"""Target layers whose weight is no plain parameter: parametrised, or computed by a hook before each forward."""
+"""Views of base layers: weight versions, and weights that are parametrised or that a hook computes."""
 
 import copy
 from collections import OrderedDict
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from peftcore import LoraConfig, MergeError, PeftModel, get_peft_model
+from peftcore.bases import base_weight
 from peftcore.registry import methods
 
 LAYERS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]] = {
@@ -107,3 +108,16 @@ def test_the_unmerged_weight_and_bias_are_read_from_what_stands_aside() -> None:
     torch.testing.assert_close(base.unmerged_bias, bias)
     model.double()
     assert base.read_unmerged().dtype == torch.float64
+
+
+def test_a_version_changes_when_the_weight_does() -> None:
+    layer = nn.Linear(4, 4)
+    base = base_weight(layer)
+    version = base.unmerged_version()
+    assert version is not None and version == base.unmerged_version()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert version != base.unmerged_version()
+    version = base.unmerged_version()
+    base.write(base.read().clone())
+    assert version != base.unmerged_version()

@@ -148,7 +148,7 @@ def test_labels_are_those_of_the_text() -> None:
 
 def test_positions_that_a_model_counts_by_itself_are_not_put_wrong() -> None:
     inputs = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :4], "task_ids": torch.tensor([0, 1, 2, 0, 1, 2])}
-    with pytest.raises(RoutingError, match="counts positions by itself"):
+    with pytest.raises(RoutingError, match="computes positions itself"):
         prompted("t5")(**inputs, adapter_names=["tasks", "prefix", None, "lora", "three", None])
 
 
@@ -160,5 +160,5 @@ def test_what_a_prompt_cannot_be_part_of_is_refused() -> None:
     ):
         with pytest.raises(RoutingError, match=said):
             model(TOKENS, adapter_names=names)
-    with pytest.raises(RoutingError, match="has a loss of its own, so it cannot train in mixed rows"):
+    with pytest.raises(RoutingError, match="has its own loss, so it cannot train in mixed batches"):
         model(TOKENS, labels=TOKENS, adapter_names=["examples", *["three"] * 5])

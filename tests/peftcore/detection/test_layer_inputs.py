@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore.detection.batch_axis import rows_come_first
+from peftcore.detection.layer_inputs import rows_come_first, shared_input_groups
 from peftcore.errors import RoutingError
 
 
@@ -119,3 +119,13 @@ def test_models_of_transformers_with_as_many_tokens_as_rows() -> None:
     xlnet = adapted(XLNetModel(XLNetConfig(vocab_size=20, d_model=16, n_layer=1, n_head=2, d_inner=16)), "layer_1")
     with pytest.raises(RoutingError, match="first or the second axis"):
         xlnet(tokens, adapter_names=names)
+
+
+def test_siblings_that_read_one_input() -> None:
+    sizes = {"q_proj": (16, 16), "k_proj": (16, 8), "v_proj": (16, 8), "o_proj": (16, 16)}
+    attention = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
+    assert shared_input_groups(attention) == [["q_proj", "k_proj", "v_proj"]]
+    cross = nn.ModuleDict({"q": nn.Linear(16, 16), "k": nn.Linear(8, 16), "v": nn.Linear(8, 16)})
+    assert shared_input_groups(cross) == [["k", "v"]]
+    mlp = nn.ModuleDict({"gate": nn.Linear(16, 48), "up": nn.Linear(16, 48), "down": nn.Linear(48, 16)})
+    assert shared_input_groups(mlp) == [["gate", "up"]]

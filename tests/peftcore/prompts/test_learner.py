@@ -164,7 +164,7 @@ def test_static_caches_of_the_caller(method: str) -> None:
     with model.disable_adapter():
         call("llama", model, cache=small)
     small.reset()
-    with pytest.raises(ConfigError, match="holds 6 tokens and this call needs 9, 3 of them for the prompt"):
+    with pytest.raises(ConfigError, match="room for 6 tokens and this call needs 9, 3 of them for the prompt"):
         call("llama", model, cache=small)
 
 
@@ -269,9 +269,9 @@ def test_rows_with_no_place_for_a_prompt_are_refused(method: str) -> None:
     model = prompted(method, "llama")
     with pytest.raises(ConfigError, match="documents are packed"):
         model(batch(), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
-    with pytest.raises(ConfigError, match="leaves no room for a prompt"):
+    with pytest.raises(ConfigError, match="cannot be extended by a prompt"):
         model(batch(), attention_mask=torch.ones(2, 1, 6, 6))
-    with pytest.raises(ConfigError, match="needs text"):
+    with pytest.raises(ConfigError, match="needs a text"):
         model(attention_mask=torch.ones(2, 6))
 
 

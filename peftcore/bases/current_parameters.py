@@ -1,0 +1,48 @@
+"""Read and replace the tensors that a module uses as its parameters in the current forward pass.
+
+Usually these tensors are the registered parameters. FSDP version 1 (`use_orig_params=True`) replaces them during a
+forward pass by views of its flat parameter, which are plain attributes of the module. When a backward pass recomputes
+that forward pass, only the attributes exist.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def current_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return the tensor that the module uses as its parameter `name`; None if the module has no such parameter."""
+    parameter = module._parameters.get(name)  # several times faster than attribute access
+    return module.__dict__.get(name) if parameter is None else parameter
+
+
+def call_with_parameters(
+    module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> Any:
+    """Call the module with other tensors in place of some parameters.
+
+    Args:
+        module: The module to call.
+        tensors: Replacement tensors by parameter path, relative to the module.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        The module's output.
+    """
+    parameters = dict(tensors)
+    attributes_before: list[tuple[dict[str, Any], str, Tensor]] = []
+    for path in tensors:
+        owner, _, name = path.rpartition(".")
+        attributes = module.get_submodule(owner).__dict__
+        if name in attributes:
+            attributes_before.append((attributes, name, attributes[name]))
+            attributes[name] = parameters.pop(path)
+    try:
+        # tie_weights=False: another name of a tied tensor may have an adapter slot of its own
+        return torch.func.functional_call(module, parameters, args, dict(kwargs or {}), tie_weights=False)
+    finally:
+        for attributes, name, tensor in attributes_before:
+            attributes[name] = tensor
