@@ -468,7 +468,7 @@ def _generate(self: Any, *args: Any, adapter_names: Spec | Sequence[Spec] = None
 
 def _masks(self: Any, **given: Any) -> Any:
     """What `generate` makes for a static cache. Where a prompt is to come in, the forward makes it afterwards."""
-    if adapter_set(self).acting_prompts():
+    if adapter_set(self).prompts_in_effect():
         return given["attention_mask"]
     from transformers.masking_utils import create_masks_for_generate
 

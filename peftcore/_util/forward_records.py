@@ -26,13 +26,13 @@ from peftcore.errors import RoutingError
 class ForwardRecord:
     """One forward pass, or a stretch of code inside of which the same adapters act."""
 
-    def __init__(self, owner: Any, acting: Any, values: Mapping[Any, Mapping[str, Any]], is_call: bool):
-        self.owner, self.acting, self.values = owner, acting, values
-        """owner: the selection of the model; acting: its route or active names; values: {shared module of an adapter:
+    def __init__(self, owner: Any, in_effect: Any, values: Mapping[Any, Mapping[str, Any]], is_call: bool):
+        self.owner, self.in_effect, self.values = owner, in_effect, values
+        """owner: the selection of the model; in_effect: its route or active names; values: {shared module of an adapter:
         {attribute: value}}, what the adapter arguments of this pass came to."""
         self.is_call = is_call
         """Whether it is one call of the model, inside of which layers share inputs."""
-        self.sharing: dict[Any, Sequence[Any]] = {}
+        self.siblings: dict[Any, Sequence[Any]] = {}
         """{layer: the layers that it computed for}, where these have become others since."""
         self.thread, _HERE.records = _HERE.number, True
         self.order = next(_ORDER)
@@ -94,7 +94,7 @@ _HERE = _ThisThread()
 
 def recomputed(owner: Any) -> ForwardRecord | None:
     """The record, of this owner, of the forward pass that the current backward computes again; None outside of that."""
-    return _looked_up(id(owner), lambda record: record.owner is owner, lambda record: (record.acting, record.sharing))
+    return _looked_up(id(owner), lambda record: record.owner is owner, lambda record: (record.in_effect, record.siblings))
 
 
 def recomputed_values(shared: Any) -> Mapping[str, Any] | None:

@@ -35,9 +35,9 @@ class ReplacedRows(NamedTuple):
 class AdapterSet:
     """The adapters of one model."""
 
-    generating = PerThread({})
+    generate_arguments = PerThread({})
     """What `generate` was given for the adapters, such as task_ids, while it runs."""
-    passing = PerThread({})
+    call_arguments = PerThread({})
     """The same of the forward that runs now."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class AdapterSet:
         self.configs: dict[str, PeftConfig] = {}
         self.kinds: dict[str, type[Any]] = {}
         """Adapter or prompt classes by adapter name."""
-        self.listening: dict[str, frozenset[str]] = {}
+        self.forward_arguments: dict[str, frozenset[str]] = {}
         """{adapter that is told of each forward: the arguments it takes of it}"""
         self.layers: dict[str, AdapterSlot] = {}
         """Sites by the path of their layer or raw parameter."""
@@ -87,9 +87,9 @@ class AdapterSet:
         """The prompt learner of one name, if that is what it is."""
         return self.prompts.get(name)
 
-    def acting_prompts(self) -> list[PromptLearner]:
+    def prompts_in_effect(self) -> list[PromptLearner]:
         """Prompt learners that act, in order."""
-        return [self.prompts[name] for name in self.selection.acting if name in self.prompts]
+        return [self.prompts[name] for name in self.selection.in_effect if name in self.prompts]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Everything that training this adapter trains."""

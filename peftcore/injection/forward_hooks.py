@@ -19,7 +19,7 @@ from peftcore.composition.route import Route
 from peftcore.errors import ConfigError, RoutingError
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, shared_by
 from peftcore.layers.active import in_compiled_call
-from peftcore.layers.fast_path import contiguous_input
+from peftcore.layers.forward_paths import contiguous_input
 from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
 from peftcore.prompts.mixed import mixed
@@ -88,7 +88,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     route, values = selection.route, {}
     _check_weights_are_here(adapters, route)
     changed = None
-    if route is not None or adapters.listening:
+    if route is not None or adapters.forward_arguments:
         changed, values = _told(model, adapters, route, args, kwargs)
     if not in_compiled_call():
         selection.begin_call(values)
@@ -98,11 +98,11 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def needs_call(model: nn.Module, arguments: dict[str, Any]) -> bool:
     """Whether a `forward` with these arguments is not inside of a call of the model, and adapters are to be told."""
     adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
-    if adapters is None or in_compiled_call() or adapters.selection.here.calls:
+    if adapters is None or in_compiled_call() or adapters.selection.cache.calls:
         return False
     if "adapter_names" in arguments or adapters.selection.route is not None:
         return True
-    return any(name in adapters.listening for name in adapters.selection.acting)
+    return any(name in adapters.forward_arguments for name in adapters.selection.in_effect)
 
 
 def _end_call(model: nn.Module, _args: Any, outputs: Any) -> None:
@@ -125,14 +125,14 @@ def _told(
 ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], dict[Any, dict[str, Any]]]:
     """Tell the route and the acting adapters of a call: (its arguments, what adapter arguments came to)."""
     args, inputs = _by_name(model, args, kwargs)
-    inputs = {**adapters.generating, **inputs}
-    taken = frozenset().union(*adapters.listening.values())
+    inputs = {**adapters.generate_arguments, **inputs}
+    taken = frozenset().union(*adapters.forward_arguments.values())
     for key in taken & inputs.keys():
         inputs[key] = _for_each_row(inputs[key], inputs)
-    adapters.passing = {key: inputs[key] for key in taken & inputs.keys()}
+    adapters.call_arguments = {key: inputs[key] for key in taken & inputs.keys()}
     if route is not None:
         _begin(route, args, inputs)
-    values = _tell(model, adapters, list(adapters.listening), inputs)
+    values = _tell(model, adapters, list(adapters.forward_arguments), inputs)
     for learner in _prompts(adapters, is_encoder_decoder(model)):  # last, because others may look for words in the text
         learner.before_forward(model, inputs)
     if route is not None:
@@ -175,7 +175,7 @@ def _tell(
     model: nn.Module, adapters: AdapterSet, names: list[str], inputs: dict[str, Any]
 ) -> dict[Any, dict[str, Any]]:
     """Tell acting adapters of a call: {shared module of an adapter: what its arguments came to}."""
-    acting, route = adapters.selection.acting, adapters.selection.route
+    acting, route = adapters.selection.in_effect, adapters.selection.route
     values: dict[Any, dict[str, Any]] = {}
     for name in names:
         if name not in acting or name in adapters.prompts:
@@ -221,7 +221,7 @@ def _before_encoder(
     learners = _prompts(adapters, True)
     if not learners:
         return None
-    for_adapters = {**adapters.passing, **adapters.generating}
+    for_adapters = {**adapters.call_arguments, **adapters.generate_arguments}
     args, inputs = _by_name(encoder, args, kwargs)
     inputs = {**for_adapters, **inputs}
     for learner in learners:
@@ -233,7 +233,7 @@ def _after_forward(model: nn.Module, _args: Any, outputs: Any) -> Any:
     adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
     if adapters is None:
         return None
-    adapters.passing = {}
+    adapters.call_arguments = {}
     for learner in _prompts(adapters, is_encoder_decoder(model)):
         outputs = learner.after_forward(outputs)
     return outputs
@@ -243,7 +243,7 @@ def _prompts(adapters: AdapterSet, has_encoder: bool) -> list[PromptLearner]:
     """The prompts that act; where rows have different ones, what stands for them all."""
     route = adapters.selection.route
     if route is None or route.chain is not None:
-        return adapters.acting_prompts()
+        return adapters.prompts_in_effect()
     if route.prompts is None:
         route.prompts = _mixed_prompts(adapters, route, has_encoder)
     return route.prompts
@@ -281,21 +281,21 @@ def _for_each_row(value: Any, inputs: dict[str, Any]) -> Any:
 def generation(model: nn.Module, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Gives `given`, the arguments of `generate`, without those that belong to adapters; these hold while inside."""
     adapters: AdapterSet = model.__dict__[ATTRIBUTE]
-    taken = frozenset().union(*adapters.listening.values())
+    taken = frozenset().union(*adapters.forward_arguments.values())
     _check_cache(model, adapters, given)
-    before, route = adapters.generating, adapters.selection.route
+    before, route = adapters.generate_arguments, adapters.selection.route
     if route is not None:
         route.rows = None  # an encoder runs before the model's own forward tells of them
         route.repeats = True
-    adapters.generating = {key: value for key, value in given.items() if key in taken}
-    kinds = (adapters.kinds[name] for name in adapters.selection.acting)
+    adapters.generate_arguments = {key: value for key, value in given.items() if key in taken}
+    kinds = (adapters.kinds[name] for name in adapters.selection.in_effect)
     fixed = {key: value for kind in kinds for key, value in kind.generate_arguments.items()}
     try:  # an encoder runs by itself, before the first forward of the model
-        told = [name for name, own in adapters.listening.items() if own & given.keys()]
-        _tell(model, adapters, told, dict(adapters.generating))
+        told = [name for name, own in adapters.forward_arguments.items() if own & given.keys()]
+        _tell(model, adapters, told, dict(adapters.generate_arguments))
         yield {**{key: value for key, value in given.items() if key not in taken}, **fixed}
     finally:
-        adapters.generating = before
+        adapters.generate_arguments = before
         if route is not None:
             route.repeats = False
 

@@ -11,6 +11,7 @@ from torch import nn
 from peftcore.adapter import Adapter
 from peftcore.bases import ParameterWeight
 from peftcore.config import PeftConfig
+from peftcore.detection.shared_input import shared_inputs
 from peftcore.errors import AdapterNameError, ConfigError, MergeError
 from peftcore.injection import forward_hooks as forwarding
 from peftcore.injection import torch_encoders as fused_paths
@@ -18,7 +19,6 @@ from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapt
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.preparation import Injection, prepare_injection
 from peftcore.injection.replication import Replication, replicate
-from peftcore.injection.shared_inputs import link_shared_inputs
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.adapter_parameters import AdapterParameters
 from peftcore.layers.adapter_slot import AdapterSlot
@@ -59,12 +59,12 @@ def commit_injection(
         adapters.saved[path] = wrapper
     fused_paths.switch(module_index)
     for parent in {module_index.parent(path) for path in wrapped}:
-        link_shared_inputs(parent)
+        _link_siblings(parent)
     adapters.configs[name] = injection.config
     adapters.kinds[name] = method_of(injection.config).adapter
     taken = adapters.kinds[name].forward_arguments(injection.config)
     if taken is not None:  # a new dictionary, because a forward in another thread may be going through the old one
-        adapters.listening = {**adapters.listening, name: taken}
+        adapters.forward_arguments = {**adapters.forward_arguments, name: taken}
     if injection.prompt is not None:
         _put_prompt(
             model, adapters, name, injection.prompt.requires_grad_(trainable).train(trainable or model.training)
@@ -113,7 +113,7 @@ def _take_prompt(model: nn.Module, adapters: AdapterSet, name: str) -> None:
 def _site_at(path: str, adapter: Adapter, adapters: AdapterSet, module_index: ModuleIndex) -> AdapterSlot:
     if isinstance(adapter.base, ParameterWeight):
         owner = path.removesuffix(f".{adapter.base.name}")
-        return _wrapper_at(owner, AdapterParameters, adapters, module_index).site(adapter.base)
+        return _wrapper_at(owner, AdapterParameters, adapters, module_index).slot(adapter.base)
     wrapper: AdapterLayer = _wrapper_at(path, AdapterLayer, adapters, module_index)
     wrapper.take_view(adapter.base)
     return wrapper
@@ -128,6 +128,14 @@ def _wrapper_at(path: str, kind: type[Any], adapters: AdapterSet, module_index: 
     wrapper.path = path
     module_index.replace(present, wrapper)
     return wrapper
+
+
+def _link_siblings(parent: nn.Module) -> None:
+    """Tell each adapter layer among a module's children which later ones may read the same input."""
+    for names in shared_inputs(parent):
+        layers = [child for name in names if isinstance(child := parent._modules[name], AdapterLayer)]
+        for position, layer in enumerate(layers, 1):
+            layer.siblings = layers[position:]
 
 
 def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
@@ -209,7 +217,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         _remove_empty_hosts(ModuleIndex(model))
     del adapters.configs[name]
     del adapters.kinds[name]
-    adapters.listening = {other: taken for other, taken in adapters.listening.items() if other != name}
+    adapters.forward_arguments = {other: taken for other, taken in adapters.forward_arguments.items() if other != name}
     if deepens and adapters.replication is not None:
         adapters.replication[1].undo()
         adapters.replication = None

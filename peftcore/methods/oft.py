@@ -102,7 +102,7 @@ class OFT(Adapter):
     def __init__(self, config: OFTConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         self.config = config
-        self.through_weight = base.kind == "conv"
+        self.weight_space_forward = base.kind == "conv"
         features = base.out_features if base.kind == "embedding" else math.prod(weight_shape(base)[1:])
         size = config.block_size(features, path)
         blocks = 1 if config.block_share else features // size

@@ -54,7 +54,7 @@ def test_splits_meet_inside_of_splits() -> None:
         (lambda: composition(3), "3 is no composition of adapters; give a name"),  # type: ignore[arg-type]
         (lambda: Weighted({"a": math.nan}), r"the weight of Only\(name='a'\) is nan"),
         (lambda: Average(), "give at least one adapter"),
-        (lambda: Split(a=0), "gets 0 tokens; give at least 1, or ... for the rest"),
+        (lambda: Split(a=0), "has 0 tokens; give at least 1, or ... for the rest"),
         (lambda: Split(a=..., b=3), "comes after `...`, which took the rest"),
         (lambda: Gate((), lambda path, adapters, x: x), "give at least one adapter"),
         (lambda: Gate(("a", "b"), lambda path, adapters, x: x, top_k=3), "top_k must be from 1 to 2, got 3"),

@@ -28,7 +28,7 @@ from transformers import (
 from peftcore import IA3Config, LoraConfig, OFTConfig, PolyConfig, PromptTuningConfig, get_peft_model
 from peftcore.composition import Average, Gate, Only, Parallel, Split, Stack, Weighted
 from peftcore.errors import AdapterNameError, RoutingError
-from peftcore.layers import fast_path
+from peftcore.layers import forward_paths
 from peftcore.registry import methods
 
 SIZES: dict[str, Any] = {
@@ -348,13 +348,13 @@ def test_each_adapter_learns_from_its_own_rows(checkpointing: bool) -> None:
 def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many layers each stacked product has computed."""
     seen: list[int] = []
-    original = fast_path.stacked_outputs
+    original = forward_paths.stacked_outputs
 
     def counted(x: Tensor, bases: Any, *others: Any) -> Any:
         seen.append(len(bases))
         return original(x, bases, *others)
 
-    monkeypatch.setattr(fast_path, "stacked_outputs", counted)
+    monkeypatch.setattr(forward_paths, "stacked_outputs", counted)
     return seen  # type: ignore[return-value]
 
 
@@ -368,7 +368,7 @@ def test_low_rank_rows_go_through_two_products_for_all_layers_of_one_input(stack
             model.zero_grad()
         stacks.clear()
         model(TOKENS, adapter_names=["a", "c", None, "a", "b", "a"])
-        assert stacks == [2, 1, 1, 1] * 2 and not model._adapter_set.selection.here.by_layer
+        assert stacks == [2, 1, 1, 1] * 2 and not model._adapter_set.selection.cache.outputs
     stacks.clear()
     model(TOKENS, adapter_names=["a", "b", None, "a", "b", "a"])  # with gradients
     assert not stacks
@@ -423,8 +423,8 @@ def test_many_adapters_with_as_many_rows(ranks: list[int], monkeypatch: pytest.M
     names: list[Any] = [f"a{n}" for n in (4, 0, 8, 1, 7, 2, 6, 3, 5)]
     tokens = torch.arange(3, 39).view(18, 2)
     batched: list[int] = []
-    original = fast_path.batched_outputs
-    monkeypatch.setattr(fast_path, "batched_outputs", lambda *given: batched.append(1) or original(*given))
+    original = forward_paths.batched_outputs
+    monkeypatch.setattr(forward_paths, "batched_outputs", lambda *given: batched.append(1) or original(*given))
     for given in (names, sorted(names), names * 2, [name for name in names for _ in range(2)]):
         batched.clear()
         assert_rows_as_alone(model, given, tokens)
@@ -768,11 +768,11 @@ def test_layers_where_rows_cannot_be_told_are_refused() -> None:
     for gradients in (False, True):
         with (
             torch.set_grad_enabled(gradients),
-            pytest.raises(RoutingError, match="mixed sees 5 rows where the batch has 2"),
+            pytest.raises(RoutingError, match="mixed sees 5 rows and the batch has 2"),
         ):
             model(x, adapter_names=["b", None])
     model.kept = 4  # two for each row, or so it seems
-    with pytest.raises(RoutingError, match="mixed sees 4 rows where the batch has 2"):
+    with pytest.raises(RoutingError, match="mixed sees 4 rows and the batch has 2"):
         model(x, adapter_names=["b", None])
     assert model(x, adapter_names=["a", "a"]).shape == (4, 12)
     model.kept = 8  # every token of the batch

@@ -103,7 +103,7 @@ def test_a_module_that_says_nothing_is_known_by_an_attribute_or_by_another_batch
     seen = adapted(Unknown(False), "linear")
     seen(torch.randn(3, 5, 6, dtype=torch.float64), adapter_names=names)
     rows_as_alone(seen, x, names)
-    with pytest.raises(RoutingError, match="sees 5 rows where the batch has 3"):
+    with pytest.raises(RoutingError, match="sees 5 rows and the batch has 3"):
         adapted(Unknown(True), "linear")(torch.randn(3, 5, 6, dtype=torch.float64), adapter_names=names)
 
 
