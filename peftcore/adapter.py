@@ -113,7 +113,7 @@ class Adapter(_Constants):
     shared: Any
     """The `Shared` of this adapter name, or None; set after `__init__` and before `reset_parameters`."""
     new_base: Tensor | None = None
-    """A weight that replaces the base's (LoftQ). A method sets it in `reset_parameters`; unloading restores the base."""
+    """A weight that replaces the base's (LoftQ), set in `reset_parameters`; unloading restores the original."""
     is_unread: bool = False
     """True while the parameters are placeholders, because a saved adapter is about to be read into them."""
     disk_prefix: str = ""
@@ -298,7 +298,7 @@ class Adapter(_Constants):
         raise NotImplementedError(f"{type(self).__name__} must define delta_weight or merged_weight")
 
     def exact_factors(self) -> Factors | None:
-        """Return ΔW as two factors if it equals their product exactly, else None; may return the parameters themselves."""
+        """Return ΔW as two factors if it equals their product exactly, else None; they may be the parameters."""
         return None
 
     def merged_weight(self, weight: Tensor) -> Tensor:

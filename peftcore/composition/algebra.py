@@ -333,7 +333,9 @@ def weights_of(one: Composition) -> dict[str, float]:
     if isinstance(one, Only):
         return {one.name: 1.0}
     if not isinstance(one, Weighted):
-        raise RoutingError(f"{one!r} is not a weighted sum, and only those can be merged into one adapter; use it in a route")
+        raise RoutingError(
+            f"{one!r} is not a weighted sum, and only those can be merged into one adapter; use it in a route"
+        )
     weights: dict[str, float] = {}
     for child, weight in one.summands:
         for name, inner in weights_of(child).items():

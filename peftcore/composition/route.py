@@ -171,7 +171,9 @@ class Route:
         for number, one in enumerate(self.compositions):
             for term in one.terms():
                 if term.name == name and (term.gates or (term.start, term.stop) != (0, math.inf)):
-                    raise RoutingError(f"{name!r} acts on whole rows, and {one!r} weights tokens; compose {name!r} without Split and Gate")
+                    raise RoutingError(
+                        f"{name!r} acts on whole rows, and {one!r} weights tokens; compose it without Split and Gate"
+                    )
                 weights[number] += term.weight if term.name == name else 0
         return weights.repeat_interleave(rows // len(self.compositions))
 
@@ -227,7 +229,15 @@ class Route:
         return mask
 
     def blocks(self, columns: Columns, device: torch.device) -> Blocks | None:
-        """Return the rows grouped by adapter; None unless each row has one adapter, with weight 1, and all equally many rows."""
+        """Return the rows grouped by adapter.
+
+        Args:
+            columns: the adapters of the stack.
+            device: where the indices are made.
+
+        Returns:
+            None unless each row has one adapter, with weight 1, and every adapter has the same number of rows.
+        """
         names, weights = list(columns.adapters), [_weights(one) for one in self.compositions]
         if self.uniform is not None or self.depends_on_tokens or any(list(one.values()) != [1] for one in weights):
             return None

@@ -26,7 +26,7 @@ from peftcore.kernels.low_rank import LowRank
 LONG_STRETCH = 64
 """Mean length of a stretch with one composition (tokens) from which each stretch is computed separately."""
 MANY_ADAPTERS = 8
-"""Adapters (count) from which products batched by adapter pay for sorting the rows; on CPUs in 16 bits they never do."""
+"""Adapters (count) from which products batched by adapter pay for sorting the rows; never in 16 bits, on CPUs."""
 STACKS_PER_LAYER = 2
 """Cached stacks per layer (count): one for prompts that are read, one for the batch that is decoded."""
 

@@ -43,7 +43,7 @@ def convert_to_lora(
     Raises ConfigError or MergeError for what no LoRA can stand for; the model is then as it was.
     """
     plain = _plain_lora(model, adapter_name, rank, tolerance)
-    injection = prepare_injection(model, plain.config, new_name, fresh=False)
+    injection = prepare_injection(model, plain.config, new_name, initialise=False)
     content = Content(injection.adapters, injection.biases, injection.copies, None)
     content.read(content.spelled(plain.tensors))
     commit_injection(model, injection, is_trainable)

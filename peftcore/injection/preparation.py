@@ -72,7 +72,9 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str, initialis
     if issubclass(kind := method_of(config).adapter, PromptLearner):
         return _prepare_prompt(model, kind, config, name, initialise)
     if not isinstance(config, TunerConfig):
-        raise ConfigError(f"{type(config).__name__} does not adapt layers; use a configuration of an adapter method, such as LoraConfig")
+        raise ConfigError(
+            f"{type(config).__name__} does not adapt layers; use that of an adapter method, such as LoraConfig"
+        )
     _check_name(model, name)
     _check_not_compiled(model)
     module_index = ModuleIndex(model)
@@ -148,9 +150,8 @@ def _token_adapters(
     adapters: dict[str, Adapter] = {}
     for target, tokens in indices.items() if isinstance(indices, dict) else [(None, indices)]:
         options: dict[str, Any] = {"token_indices": list(tokens), "target_modules": target and [target]}
-        made |= _adapters_for(
-            module_index, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)), fresh
-        )
+        rows = cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options))
+        adapters |= _adapters_for(module_index, rows, target_paths(module_index, rows), initialise)
     if both := sorted(adapters.keys() & taken.keys()):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
     for adapter in adapters.values():
@@ -206,7 +207,7 @@ def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str,
 
 
 def _made_on(device: torch.device, default: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make new tensors on `device`; does nothing for the default device, because the context slows every call inside."""
+    """Make new tensors on `device`; does nothing for the default device, because the context slows calls inside."""
     return contextlib.nullcontext() if device == default else torch.device(device)
 
 
@@ -224,7 +225,7 @@ def _widen(adapter: Adapter, dtype: torch.dtype) -> None:
 
 
 def _copies_of(module_index: ModuleIndex, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Make the trainable copies; with `ensure_weight_tying`, copies of both sides of a tied pair that share one weight."""
+    """Make the trainable copies; with `ensure_weight_tying`, both sides of a tied pair, with one weight."""
     copies = {path: _copy_of(module) for path, module in saved.items()}
     if getattr(config, "ensure_weight_tying", False):
         for path, other in tied_paths(module_index, saved).items():
@@ -260,13 +261,13 @@ def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter])
             continue
         if wrapper.merged:
             raise MergeError(
-                f"the initialisation replaces the weight of {path} (LoftQ), and {list(wrapper.merged)} are merged into it; call "
-                "unmerge_adapter first"
+                f"the initialisation replaces the weight of {path} (LoftQ), and {list(wrapper.merged)} are merged into it; "
+                "call unmerge_adapter first"
             )
         if wrapper.has_replaced_base and not torch.equal(wrapper.base.read(), adapter.new_base.to(wrapper.base.dtype)):
             raise ConfigError(
-                f"{list(wrapper.replaced_by)} replaced the weight of {path} (LoftQ), and this adapter requires another weight "
-                "there; give both the same loftq_config and r, or delete the first"
+                f"{list(wrapper.replaced_by)} replaced the weight of {path} (LoftQ), and this adapter requires another "
+                "weight there; give both the same loftq_config and r, or delete the first"
             )
 
 

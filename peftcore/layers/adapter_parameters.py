@@ -25,7 +25,7 @@ class AdapterParameters(LayerWrapper):
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__(base_layer, selection)
         self.sites = NamedModules()
-        """{name of a parameter, "/" for ".": its slot}; the attribute is part of the paths in the model's state dict."""
+        """{name of a parameter, "/" for ".": its slot}; the attribute's name is part of paths in the state dict."""
 
     def is_empty(self) -> bool:
         """Return True if no slot holds an adapter."""

@@ -95,7 +95,7 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
 
 
 def _fused(layer: "AdapterLayer", adapter: Adapter, x: Tensor) -> Tensor | None:
-    """Return base and first adapter as one operation, and cache the siblings' outputs; None if the path does not apply."""
+    """Compute base and first adapter as one operation, and the siblings with them; None if that does not apply."""
     dtype = None if is_traced() or not has_no_hooks(layer.base_layer) else layer.base.computes_in(x)
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:

@@ -626,7 +626,7 @@ def test_nothing_switches_adapters_on_inside_of_disable_adapter() -> None:
     """There the model is its base, as the context promises; naming an adapter all the same is an error."""
     model = mixture(llama())
     base = model(TOKENS, adapter_names="__base__").logits
-    said = r"\['b'\] are to act inside of disable_adapter\(\), where the model is its base; leave it first"
+    said = r"\['b'\] cannot be used inside of disable_adapter\(\), where the model is its base; leave that context"
     with model.disable_adapter():
         for call in (model, model.forward, model.generate):
             with pytest.raises(RoutingError, match=said):
@@ -741,10 +741,10 @@ def test_bad_input_is_named() -> None:
         with pytest.raises(error, match=said):
             model(TOKENS[:3], adapter_names=names)
     model.merge_adapter(["a"])
-    with pytest.raises(RoutingError, match=r"\['a'\] are merged into the base, where every row would have them"):
+    with pytest.raises(RoutingError, match=r"\['a'\] are merged into the base, so every row would use them"):
         model(TOKENS, adapter_names=["b"] * 6)
     model.unmerge_adapter()
-    with model.route(["b"] * 6), pytest.raises(AdapterNameError, match="in use by a route that is open"):
+    with model.route(["b"] * 6), pytest.raises(AdapterNameError, match="in use by an open route"):
         model.delete_adapter("b")
     assert torch.equal(model(TOKENS).logits, expected)
 
@@ -763,7 +763,7 @@ def test_layers_where_rows_cannot_be_told_are_refused() -> None:
 
     model = adapted(Mixing().double(), a=lora(target_modules=["experts.0"]), b=lora(target_modules=["mixed"]))
     x = torch.randn(2, 4, 12, dtype=torch.float64)
-    with pytest.raises(RoutingError, match=r"experts\.0 is one expert of many and sees tokens without their rows"):
+    with pytest.raises(RoutingError, match=r"experts\.0 is a single expert and gets tokens without their rows"):
         model(x, adapter_names=["a", None])
     for gradients in (False, True):
         with (

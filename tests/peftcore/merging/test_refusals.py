@@ -24,7 +24,7 @@ def unchanged(model: Any, snapshot: Any, kind: type[PeftError], message: str, ca
     ("given", "kind", "message"),
     [
         ({"adapter_name": "b"}, AdapterNameError, "already an adapter named 'b'"),
-        ({"adapter_name": "x.y"}, AdapterNameError, r"a word without '\.'"),
+        ({"adapter_name": "x.y"}, AdapterNameError, r"must not be empty or contain '\.'"),
         ({"adapters": ["a", "z"]}, AdapterNameError, "no adapter named 'z'; loaded: a, b"),
         ({"adapters": [], "weights": []}, ConfigError, "no adapters to combine"),
         ({"weights": [1.0]}, ConfigError, "got 2 adapters and 1 weights"),
