@@ -127,8 +127,8 @@ def routed(model: nn.Module, specs: Spec | Sequence[Spec]) -> Iterator[Route]:
     if outer is not None and outer.is_final:
         if route.names:
             raise RoutingError(
-                f"{list(route.names)} cannot be used inside of disable_adapter(), where the model is its base; leave that "
-                "context first, or give None"
+                f"{list(route.names)} cannot be used inside of disable_adapter(), where the model is its base; leave "
+                "that context first, or give None"
             )
         route.is_final = True
     if adapters.merged:

@@ -19,7 +19,7 @@ class ModuleIndex:
     def __init__(self, model: nn.Module):
         self.model = model
         self.modules: dict[str, nn.Module] = dict(original_modules(model))
-        """{path: module}, a wrapper in place of its base layer, without the model itself; a module may have several paths."""
+        """{path: module} below the model, a wrapper in place of its base layer; a module may have several paths."""
 
     def at(self, path: str) -> nn.Module:
         """Return the module at a path; "" is the model itself."""

@@ -261,8 +261,8 @@ def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter])
             continue
         if wrapper.merged:
             raise MergeError(
-                f"the initialisation replaces the weight of {path} (LoftQ), and {list(wrapper.merged)} are merged into it; "
-                "call unmerge_adapter first"
+                f"the initialisation replaces the weight of {path} (LoftQ), and {list(wrapper.merged)} are merged into "
+                "it; call unmerge_adapter first"
             )
         if wrapper.has_replaced_base and not torch.equal(wrapper.base.read(), adapter.new_base.to(wrapper.base.dtype)):
             raise ConfigError(

@@ -264,7 +264,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
         ({"safe_serialization": ["default"]}, ConfigError, "selected_adapters="),
         ({"path_initial_model_for_weight_conversion": "x"}, ConfigError, "convert_to_lora"),
         ({"push_to_hub": True}, ConfigError, "push_to_hub is a method of its own"),
-        ({"variant": "fp16"}, ConfigError, "variant='fp16' cannot be had"),
+        ({"variant": "fp16"}, ConfigError, "variant='fp16' is not supported"),
         ({"max_shard_size": "1MB"}, ConfigError, "one local file"),
         ({"save_embedding_layer": True}, TypeError, "no option 'save_embedding_layer'"),
         ({"selected_adapters": ["none"]}, AdapterNameError, "none"),
