@@ -429,7 +429,7 @@ class PeftModel:
     # -- training ------------------------------------------------------------------------------------------------
 
     def adapter_regularizer(self) -> Tensor | None:
-        """Return the sum of the active adapters' regularisers, to add to the loss of each optimiser step; None for none."""
+        """Return the sum of the active adapters' regularisers, to add to the loss of each step; None for none."""
         adapters = adapter_set(self._module)
         terms = [
             term

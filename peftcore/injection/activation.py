@@ -91,9 +91,6 @@ def refresh_adapters(model: nn.Module) -> None:
 
     Call this after edits that cannot be noticed: in place through `parameter.data`, through memory shared with NumPy,
     by the replay of a CUDA graph. Every other change is noticed (`peftcore.composition.fingerprint`).
-
-    Args:
-        model: the model with adapters.
     """
     adapters = adapter_set(model)
     adapters.selection.forget()
@@ -159,9 +156,6 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
     The context is a route to the base, so other threads keep their adapters. No route with adapters can be opened
     inside. All threads share one set of weights: while adapters are merged, calls by other threads are refused.
-
-    Args:
-        model: the model with adapters.
 
     Raises:
         RoutingError: adapters are merged, and another thread is calling the model.

@@ -31,11 +31,7 @@ _TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_emb
 
 
 def install(model: nn.Module) -> None:
-    """Install the hooks on the model and on its output head.
-
-    Args:
-        model: the model.
-    """
+    """Install the hooks on the model and on its output head."""
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_end_call, always_call=True)
     if (head := _head(model)) is not None and contiguous_input not in head._forward_pre_hooks.values():
@@ -64,11 +60,7 @@ def install_prompts(model: Any, adapters: AdapterSet) -> None:
 
 
 def remove(model: nn.Module) -> None:
-    """Undo `install`.
-
-    Args:
-        model: the model.
-    """
+    """Undo `install`."""
     if (head := _head(model)) is not None:
         for key, hook in list(head._forward_pre_hooks.items()):
             if hook is contiguous_input:
@@ -84,11 +76,7 @@ def remove(model: nn.Module) -> None:
 
 
 def remove_prompts(model: Any) -> None:
-    """Undo `install_prompts`.
-
-    Args:
-        model: the model.
-    """
+    """Undo `install_prompts`."""
     for key, hook in list(model._forward_hooks.items()):
         if hook is _after_forward:
             del model._forward_hooks[key]

@@ -183,11 +183,7 @@ def _write_one(merge: _LayerMerge, before: dict[str, Any], scratch: dict[Any, Te
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Restore the unmerged base weights, bit for bit; the active adapters are in effect again.
-
-    Args:
-        model: the model with adapters.
-    """
+    """Restore the unmerged base weights, bit for bit; the active adapters are in effect again."""
     adapters = adapter_set(model)
     for slot in _merged_slots(adapters):
         base = slot.base
@@ -204,9 +200,6 @@ def _merged_slots(adapters: AdapterSet) -> list[AdapterSlot]:
 @contextlib.contextmanager
 def original_weights(model: nn.Module) -> Iterator[None]:
     """Put the unmerged weights in place inside of the context; the last context to end restores the merged ones.
-
-    Args:
-        model: the model with adapters.
 
     Raises:
         RoutingError: adapters are merged, and another thread is calling the model.
@@ -274,9 +267,6 @@ def merge_and_unload(
 
 def unload(model: nn.Module) -> nn.Module:
     """Remove all adapters and restore the base exactly as it was before the first one.
-
-    Args:
-        model: the model with adapters; changed in place.
 
     Returns:
         The model.

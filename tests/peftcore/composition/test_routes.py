@@ -781,26 +781,6 @@ def test_layers_where_rows_cannot_be_told_are_refused() -> None:
     torch.testing.assert_close(mixed[4:], model(x, adapter_names="__base__")[4:])
 
 
-def test_whole_weights_are_one_for_the_batch() -> None:
-    class Raw(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.matrix = nn.Parameter(torch.randn(8, 12))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.matrix.T
-
-    net = nn.Sequential(Raw()).double()
-    one: dict[str, Any] = {"target_modules": [], "target_parameters": ["0.matrix"], "init_lora_weights": False}
-    model = adapted(net, a=LoraConfig(r=2, **one), b=LoraConfig(r=2, **one))
-    x = torch.randn(2, 12, dtype=torch.float64)
-    base = _base(model, x)
-    a, b = (model(x, adapter_names=name) - base for name in "ab")
-    torch.testing.assert_close(model(x, adapter_names={"a": 0.5, "b": -1.0}), base + 0.5 * a - b)
-    with pytest.raises(RoutingError, match="is one weight for all rows of a batch"):
-        model(x, adapter_names=["a", "b"])
-
-
 # -- other ways to compute -----------------------------------------------------------------------------------------
 
 
