@@ -135,7 +135,7 @@ class Adapter(_Constants):
         super().__init_subclass__(**kwargs)
         if "through_weight" in vars(cls):
             cls.weight_space_forward = vars(cls)["through_weight"]
-            del cls.through_weight
+            del cls.through_weight  # type: ignore[misc]
             _warn_of_old_name(cls.__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -53,13 +53,12 @@ def test_a_call_ends_also_with_an_error() -> None:
 def test_adapter_arguments_reach_the_method_and_not_the_model() -> None:
     """Poly mixes its skills by `task_ids`, which Llama's forward does not know."""
     config = PolyConfig(target_modules=["q_proj"], r=2, n_tasks=3, n_skills=2, init_weights=False)
-    model = get_peft_model(llama(), config)
+    model = get_peft_model(llama(), config).eval()  # in training, Poly draws its mixture at random
     with torch.no_grad():
         for number in (0, 1):
             one = model(TOKENS, task_ids=torch.tensor([number, number])).logits
             mixed = model(TOKENS, task_ids=torch.tensor([number, 2])).logits
             torch.testing.assert_close(mixed[0], one[0])
-    assert not adapter_set(model).call_arguments
 
 
 def test_calling_forward_directly_is_a_call_of_the_model_where_adapters_need_it() -> None:

@@ -20,7 +20,6 @@ def test_the_model_is_not_touched() -> None:
     injection = prepare_injection(net, CONFIG, "a")
     assert net.target is target and target.weight.requires_grad and ATTRIBUTE not in vars(net)
     assert list(injection.adapters) == ["target"] and injection.adapters["target"].lora_A.shape == (2, 6)
-    assert injection.config is not CONFIG or injection.config == CONFIG
 
 
 @pytest.mark.parametrize(
@@ -50,6 +49,7 @@ def test_names_that_cannot_be_part_of_a_path_are_refused(name: str) -> None:
         prepare_injection(Net(nn.Linear(6, 4)), CONFIG, name)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")  # inside of torch.compile
 def test_a_taken_name_and_a_compiled_model_are_refused() -> None:
     model = get_peft_model(Net(nn.Linear(6, 4)), CONFIG, "a")
     with pytest.raises(AdapterNameError, match="already an adapter named 'a'"):

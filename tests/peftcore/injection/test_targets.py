@@ -47,8 +47,8 @@ def test_modules_to_save_match_whole_segments() -> None:
     [
         ({"target_modules": ["haed"]}, "match no layer.*did you mean 'head'"),
         ({"target_modules": ["norm"]}, "LORA does not adapt norm layers such as block.norm"),
-        ({"target_modules": ["head"], "exclude_modules": ["head"]}, "left none"),
-        ({"target_modules": ["head"], "layers_to_transform": [7]}, "left none"),
+        ({"target_modules": ["head"], "exclude_modules": ["head"]}, "exclude all of them"),
+        ({"target_modules": ["head"], "layers_to_transform": [7]}, "exclude all of them"),
         ({"target_modules": ["head"], "modules_to_save": ["tail"]}, "modules_to_save"),
     ],
 )
