@@ -77,5 +77,5 @@ def test_a_gate_gives_nothing_to_members_that_a_layer_has_not() -> None:
     gate = Gate(("a", "b"), lambda path, adapters, x: torch.ones(*x.shape[:-1], len(adapters)))
     assert gate.weights("layer", {"b": None}, torch.zeros(3, 4), (3,)).tolist() == [[0.0, 1.0]] * 3
     wrong = Gate(("a", "b"), lambda path, adapters, x: torch.ones(1))
-    with pytest.raises(RoutingError, match=r"weights \(1,\) at layer for x \(3, 4\) and 2 adapters; give \(3, 2\)"):
+    with pytest.raises(RoutingError, match=r"weights \(1,\) at layer for x \(3, 4\) and 2 adapters; return \(3, 2\)"):
         wrong.weights("layer", {"a": None, "b": None}, torch.zeros(3, 4), (3,))

@@ -256,7 +256,7 @@ def test_alora_acts_where_its_row_was_invoked() -> None:
     tokens = TOKENS.clone()
     tokens[0, 2:4] = tokens[3, 4:6] = torch.tensor([20, 21])
     assert_rows_as_alone(model, ["a", "b", None, "a", "a", "b"], tokens)
-    with pytest.raises(RoutingError, match="it can be in one composition of a batch"):
+    with pytest.raises(RoutingError, match="only one composition of a batch can have it"):
         model(tokens, adapter_names=["a", Stack("a", "b"), None, None, None, None])
 
 
