@@ -65,7 +65,7 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
         mixed, names = in_effect, in_effect.names
     plans: Any = None
     can_stack = only_x and not torch.is_grad_enabled() and not is_traced()
-    if can_stack and names:
+    if can_stack and names:  # stacked, by the plan of an earlier forward
         plans = selection.plans_of(names) if mixed is None else mixed.plans
         plan: Plan | None = plans.get(layer)
         if plan is not None and plan.holds(layer, x) and (stack := plan.stack(layer)) is not None:
@@ -74,18 +74,18 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
     if not adapters:
         return layer.base_output(x, *args, **kwargs)
     in_weight_space = any(adapter.weight_space_forward for adapter in adapters)
-    if can_stack and not (mixed is None and in_weight_space):
+    if can_stack and not (mixed is None and in_weight_space):  # stacked, by a new plan
         plan = _make_plan(layer, x, names, mixed)
         if plan is not None and (stack := plan.stack(layer)) is not None:
             if not is_replica(layer):
                 plans[layer] = plan
             return _stacked(layer, x, plan, stack, mixed)
     layer.follow_base()
-    if mixed is not None:
+    if mixed is not None:  # the general path of a mixed batch
         return composed_output(layer, mixed, x, args, kwargs)
     if in_weight_space or not only_x:
         return layer.chain_output(adapters, x, *args, **kwargs)
-    inputs, base_input = descend(adapters, x)
+    inputs, base_input = descend(adapters, x)  # fused, or else the general path of a chain
     if (y := _fused(layer, adapters[0], base_input)) is not None:
         return ascend(adapters[1:], inputs[:-1], y)
     return ascend(adapters, inputs, layer.base_output(base_input))
