@@ -375,7 +375,7 @@ def test_a_deeper_model_is_undone_by_a_later_error() -> None:
 def test_two_prompts_before_one_text() -> None:
     model = get_peft_model(build("llama"), PromptTuningConfig(num_virtual_tokens=3))
     model.add_adapter("two", PrefixTuningConfig(num_virtual_tokens=3))
-    with refused(model, AdapterNameError, "['default', 'two'] are prompts", "one at a time"):
+    with refused(model, AdapterNameError, "['default', 'two'] are prompts", "only one prompt can be active"):
         model.set_adapter(["default", "two"])
 
 

@@ -90,7 +90,7 @@ def test_as_many_tokens_as_rows(gradients: bool) -> None:
     with torch.set_grad_enabled(gradients):
         rows_as_alone(adapted(encoder(True), "linear1", "linear2"), x, names)
         for model in (adapted(encoder(False), "linear1"), adapted(Unknown(True), "linear")):
-            with pytest.raises(RoutingError, match=r"sees \(3, 3\) where the batch has 3 rows.*batch_first=True"):
+            with pytest.raises(RoutingError, match=r"sees \(3, 3\) and the batch has 3 rows.*batch_first=True"):
                 model(x, adapter_names=names)
             model(x, adapter_names=["b", "b", "b"])  # all alike
 
