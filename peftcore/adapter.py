@@ -1,9 +1,27 @@
-"""What an adapter method writes: a little mathematics. Everything else is the wrapper's.
+"""The method contract: a method subclasses `Adapter` and writes its mathematics there.
 
-One `Adapter` is the adapter of one name at one layer. A method defines `delta_weight` (or `merged_weight`), and
-`before`/`after` where it can do better than rebuilding ΔW in every forward.
+One `Adapter` object belongs to one layer and one adapter name. Its parameters are plain attributes (`self.lora_A`).
+The layer calls these methods:
+
+    reset_parameters()    initialise the parameters
+    before(x)             change the layer's input     (OFT, HRA, feed-forward IA3)
+    after(x, y)           change the layer's output    (LoRA, IA3, RoAd)
+    delta_weight()        ΔW, for merging, export, and the default `after`; or
+    merged_weight(W)      W', if the method does not add to the weight
+
+A method must define `reset_parameters`, and one of `delta_weight` and `merged_weight`. All other members have defaults.
+With adapters 1..n at a layer, the output is f_n(x), where f_0 is the base layer and
+f_k(x) = after_k(x, f_{k-1}(before_k(x))). Merging adapters 1..n into the weight in this order must give the same
+function. So the y that `after` gets may hold the work of other adapters.
+
+The layer does all else for every method: target modules, switching, mixed batches, merging, dtypes, quantised bases,
+saving. `peftcore/methods/README.md` shows a complete method, step by step.
+
+Shapes: o out_features, i in_features, r rank; x (..., i), y (..., o). A weight is canonical if it has the shape
+(o, i, *kernel), however the layer stores it; `base` (`peftcore.bases.BaseWeight`) converts.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,10 +35,10 @@ from peftcore.kernels.low_rank import LowRankBranch
 
 
 class _Constants(nn.Module):
-    """A module with buffers that stand in no state dict, because they follow from the configuration."""
+    """A module whose non-persistent buffers follow from the configuration, and so are in no state dict."""
 
     def make_constants(self) -> None:
-        """Set these buffers; called again when `to_empty` has put memory in the place of the meta device."""
+        """Compute these buffers; called again after `to_empty` has moved them from the meta device."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         constants = [self._buffers[name] for name in self._non_persistent_buffers_set]
@@ -32,219 +50,349 @@ class _Constants(nn.Module):
 
 
 class Shared(_Constants):
-    """What all layers of one adapter share: parameters that train, buffers that do not.
+    """Tensors that all layers of one adapter share: trainable parameters and fixed buffers.
 
-    On disk each stands once, as `base_model.<name>`. It may also hold what one forward of the whole model tells its
-    layers (see `Adapter.before_forward`).
+    On disk each tensor is stored once, as `base_model.<name>`. A method's own subclass may also hold values of the
+    current forward pass, which `Adapter.before_forward` sets.
     """
 
     optional: frozenset[str] = frozenset()
-    """Names that a directory may leave out, because they can be made again."""
+    """Names that a saved adapter may lack, because they can be recomputed."""
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """What is saved: {name on disk: tensor}."""
+        """Return the tensors to save, {name on disk: tensor}."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     @torch.no_grad()
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors in; names and shapes have been checked, only `optional` ones may be absent."""
-        own = self.state_dict()
+        """Copy saved tensors in.
+
+        Args:
+            tensors: {name on disk: tensor}; names and shapes are already checked. Only `optional` names may be absent.
+        """
+        state_dict = self.state_dict()
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            state_dict[name].copy_(tensor)
 
 
 class Adapter(_Constants):
-    """One adapter at one layer. Shapes: o out_features, i in_features, y (..., o), x (..., i)."""
+    """The adapter of one name at one layer.
+
+    Args:
+        config: the adapter's configuration. Options may differ by layer, as with `rank_pattern`.
+        base: the view on the layer's weight: sizes, kind, device, and products in canonical orientation.
+        path: the layer's path in the model.
+
+    Raises:
+        ConfigError: an option does not fit this layer.
+
+    Parameters are created in float32 or wider, on the layer's device. A subclass creates them in its `__init__` and
+    initialises them in `reset_parameters`.
+    """
+
+    # -- set by a method's class -----------------------------------------------------------------------------------
 
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
-    """Kinds of base layer that the method can adapt: "linear", "conv", "embedding", "norm", "parameter"."""
+    """Kinds of layer that the method can adapt: "linear", "conv", "embedding", "norm", "parameter"."""
     follows_ties: ClassVar[bool] = False
-    """Whether layers that share a target's weight are adapted too; `link` then makes them alike."""
+    """True if layers that share the weight of a target are adapted, too; `link` then makes their adapters equal."""
     changes_weight: ClassVar[bool] = True
-    """Whether `merged_weight` gives anything but W; False spares a 4-bit weight a second rounding."""
+    """False if `merged_weight` returns W itself; spares a quantised weight a second rounding."""
     generate_arguments: ClassVar[Mapping[str, Any]] = {}
-    """Arguments that `generate` gets while adapters of this method act, whatever its caller says."""
-    new_base: Tensor | None = None
-    """A weight to put in the base's place when the adapter is injected; unloading puts the base's own back."""
+    """Arguments that `generate` always gets while adapters of this method are active."""
+    weight_space_forward: bool = False
+    """True if the layer computes with the weight `forward_weight(W)` in place of `before` and `after`.
+
+    For methods whose forward needs the weight itself, such as a rotation of the patches of a convolution. A class or a
+    single adapter may set it.
+    """
+
+    # -- set by the layer, to be read by a method --------------------------------------------------------------------
+
     base: BaseWeight
-    is_unread: bool = False
-    """Whether its parameters hold nothing yet, because the tensors of a directory are about to be read."""
-    disk_prefix: str = ""
-    """What stands on disk between the layer's path and the adapter's own keys."""
-    changes: int = 0
-    """How often an attribute was set, such as a parameter, `scaling` or `training` (count)."""
-    printed: tuple[Any, str]
-    """(configuration, path): what `extra_repr` shows of."""
+    """The view on the layer's weight."""
     shared: Any
-    """What `make_shared` gave, in every adapter of one name; set after `__init__`, before `reset_parameters`."""
+    """The `Shared` of this adapter name, or None; set after `__init__` and before `reset_parameters`."""
+    new_base: Tensor | None = None
+    """A weight that replaces the base's (LoftQ), set in `reset_parameters`; unloading restores the original."""
+    is_unread: bool = False
+    """True while the parameters are placeholders, because a saved adapter is about to be read into them."""
+    disk_prefix: str = ""
+    """Text between the layer's path and the adapter's keys in a saved adapter."""
+    changes: int = 0
+    """Assignments of attributes so far (count), such as a parameter, `scaling` or `training`."""
+    printed: tuple[Any, str]
+    """(configuration, path), for `extra_repr`."""
     trained_bias: Any
-    """The layer's bias that trains with this adapter (`peftcore.layers.trained_bias`), or None; the wrapper adds it after."""
+    """The layer's bias that trains with this adapter (`peftcore.layers.trained_bias`), or None."""
 
     def __init__(self, config: Any, base: BaseWeight, path: str):
-        """Make the parameters for `base`, the layer at module `path`; raise ConfigError for what cannot be."""
         super().__init__()
-        # modules in the instance: as an attribute of the class, None would hide the module of that name
-        vars(self).update(
-            base=base, shared=None, trained_bias=None, printed=(config, path)
-        )  # nn.Module's own assignment takes longer than a small adapter does
+        # written to the instance directly: nn.Module's own assignment takes longer than a small adapter's forward,
+        # and a class attribute None would hide a submodule of the same name
+        vars(self).update(base=base, shared=None, trained_bias=None, printed=(config, path))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "through_weight" in vars(cls):
+            cls.weight_space_forward = vars(cls)["through_weight"]
+            del cls.through_weight  # type: ignore[misc]
+            _warn_of_old_name(cls.__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         self.mark_changed()
 
+    @property
+    def through_weight(self) -> bool:
+        """Deprecated name of `weight_space_forward`."""
+        _warn_of_old_name(type(self).__name__)
+        return self.weight_space_forward
+
+    @through_weight.setter
+    def through_weight(self, value: bool) -> None:
+        _warn_of_old_name(type(self).__name__)
+        self.weight_space_forward = value
+
     def mark_changed(self) -> None:
-        """Have whatever was computed from the weights computed anew. Setting an attribute does so by itself."""
-        vars(self)["changes"] = self.changes + 1  # not by nn.Module's own assignment, which is slow
+        """Invalidate everything that was computed from the weights; assigning an attribute does this, too."""
+        vars(self)["changes"] = self.changes + 1  # nn.Module's own assignment is slow
 
     def extra_repr(self) -> str:
-        """The method's options at this layer: numbers that are not zero, and what is not at its default."""
+        """Return the method's options at this layer that are not at their defaults, and all non-zero numbers."""
         config, path = self.printed
         return ", ".join(f"{name}={value}" for name, value in options_at(config, path).items())
 
+    # -- making an adapter -----------------------------------------------------------------------------------------
+
     @classmethod
     def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str] | None:
-        """Paths to adapt where `target_modules` is None, out of all base layers by path; None: those LoRA adapts."""
+        """Return the layers to adapt if the configuration names none.
+
+        Args:
+            config: a configuration with `target_modules=None`.
+            model: the model.
+            layers: {path: layer} of all modules, without wrappers.
+
+        Returns:
+            Paths; None for the layers that LoRA adapts in this architecture.
+        """
         return None
 
     @classmethod
     def completed(cls, config: Any, model: nn.Module, targets: Sequence[str]) -> Any:
-        """A copy of the configuration with what the model decides, such as which of the targets end an MLP."""
+        """Return a copy of the configuration with options filled in that depend on the model.
+
+        IA3, for example, writes down which targets are the last layer of a feed-forward block.
+
+        Args:
+            config: the user's configuration, which is never changed.
+            model: the model.
+            targets: paths of the layers to adapt.
+        """
         return config
 
     @classmethod
     def link(cls, config: Any, adapters: Mapping[str, "Adapter"]) -> None:
-        """Called once when the adapters of one name are made, by path: to share parameters between layers."""
+        """Share parameters between layers; called once, when all adapters of one name are made.
+
+        Args:
+            config: the configuration.
+            adapters: {path: adapter}.
+        """
 
     @classmethod
     def make_shared(cls, config: Any, bases: Mapping[str, BaseWeight]) -> Shared | None:
-        """What the layers at these paths share; made once for each adapter name."""
+        """Make the tensors that all layers of one adapter share; None if there are none.
+
+        Args:
+            config: the configuration.
+            bases: {path: view on the layer's weight}.
+        """
         return None
 
     def reset_parameters(self) -> None:
-        """Set the start state; the adapted layer then computes what its base does unless the paper says otherwise."""
+        """Initialise the parameters; unless the paper says otherwise, the layer then equals its base."""
         raise NotImplementedError(f"{type(self).__name__} must define reset_parameters")
 
     def prepare_to_read(self) -> None:
-        """Set what a directory does not hold, where every tensor of `checkpoint_tensors` is about to be read."""
+        """Initialise only what a saved adapter does not hold; called before all of `checkpoint_tensors` is read."""
         self.reset_parameters()
 
-    # -- forward ---------------------------------------------------------------------------------------------
+    # -- forward ---------------------------------------------------------------------------------------------------
 
     def before(self, x: Tensor) -> Tensor:
-        """The input that the base layer sees, for the adapter's own input x."""
+        """Return the input of the layer below.
+
+        Args:
+            x: the adapter's input (..., i).
+        """
         return x
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """The output, for the adapter's own input x and the base's output y (bias included)."""
+        """Return the output (..., o).
+
+        Parameters are cast to the type of the activations, never the activations to theirs.
+
+        Args:
+            x: the adapter's input (..., i), the one that `before` got.
+            y: the output of the layer below (..., o), bias included.
+        """
         return y + self.base.apply(x, self.delta_weight()).to(y.dtype)
 
     @property
     def rank(self) -> int | None:
-        """Rank (count) that ΔW has at most now, where the method bounds it by one that differs between layers."""
+        """Current upper bound of the rank of ΔW (count), for methods in which it differs between layers; else None."""
         return None
 
     def low_rank(self) -> LowRankBranch | None:
-        """The adapter as two factors, where they and nothing else act on the input in this forward and `before`
-        changes nothing; the wrapper then takes the fast path of `peftcore.kernels.low_rank` wherever that is exact."""
+        """Return the adapter as two factors, so that the layer can take its fast paths; None for the general path.
+
+        Return factors only if they are all that the adapter does in this forward pass, and `before` returns x.
+        """
         return None
 
-    through_weight: bool = False
-    """Whether the layer computes with `forward_weight` in place of `before` and `after`: for what they cannot do
-    without knowing the weight below, such as turning the patches of a convolution."""
-
     def forward_weight(self, weight: Tensor) -> Tensor:
-        """W' as the forward uses it, dropout included, for a canonical W in float32 or float64."""
+        """Return W' for a forward pass, dropout included; used with `weight_space_forward`.
+
+        Args:
+            weight: the canonical weight (o, i, *kernel), in float32 or float64.
+        """
         return self.merged_weight(weight)
 
     @classmethod
     def forward_arguments(cls, config: Any) -> frozenset[str] | None:
-        """None: `before_forward` is not wanted. Else the further arguments, such as "task_ids", that the adapted
-        model's call and `generate` take for this method."""
+        """Return the names of further arguments of the model's call and of `generate`, such as "task_ids".
+
+        Returns:
+            Names, possibly none; `before_forward` is then called. None if the method has no `before_forward`.
+        """
         return None
 
     @classmethod
     def before_forward(
         cls, config: Any, adapters: Mapping[str, "Adapter"], model: nn.Module, inputs: dict[str, Any]
     ) -> None:
-        """Called before each forward of the whole model while an adapter of this name acts.
+        """Prepare a forward pass of the whole model; called while an adapter of this name is active.
 
-        inputs: the call's arguments by name, with those of `forward_arguments`; may be changed. Keep what the
-        layers need in `shared` until the next call: gradient checkpointing runs layers again in the backward pass.
+        Store what the layers need in `shared`, and leave it there until the next call: gradient checkpointing runs
+        layers again in the backward pass.
+
+        Args:
+            config: the configuration.
+            adapters: {path: adapter} of one name.
+            model: the model that is called.
+            inputs: the call's arguments by name, including `forward_arguments`; may be changed in place.
         """
 
-    # -- merged ----------------------------------------------------------------------------------------------
+    # -- merging ---------------------------------------------------------------------------------------------------
 
     def check_mergeable(self) -> None:
-        """Raise MergeError if no fixed weight equals this adapter, for example because it depends on the input."""
+        """Check that a fixed weight can equal this adapter.
+
+        Raises:
+            MergeError: no weight can, for example because the adapter depends on the input.
+        """
 
     def delta_weight(self) -> Tensor:
-        """ΔW in canonical orientation, in the parameters' type; for methods where W' = W + ΔW."""
+        """Return ΔW = W' − W in canonical orientation (o, i, *kernel), in the parameters' type."""
         raise NotImplementedError(f"{type(self).__name__} must define delta_weight or merged_weight")
 
     def exact_factors(self) -> Factors | None:
-        """ΔW as two factors, where it is exactly these; they may be the parameters themselves."""
+        """Return ΔW as two factors if it equals their product exactly, else None; they may be the parameters."""
         return None
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """W' for a canonical W given in float32 or float64."""
+        """Return W'.
+
+        Args:
+            weight: the canonical weight W (o, i, *kernel), in float32 or float64; must not be changed in place.
+        """
         return weight + self.delta_weight().to(weight)
 
     def merge_into(self, weight: Tensor) -> Tensor:
-        """The same for a W that may be written over."""
+        """Return W' as `merged_weight` does, for a weight that may be overwritten.
+
+        Args:
+            weight: the canonical weight W; its memory may hold the result.
+        """
         return self.merged_weight(weight)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
-        """b' for the layer's bias (o,); None where there is none."""
+        """Return the bias after merging.
+
+        Args:
+            bias: the layer's bias (o,), or None if it has none.
+
+        Raises:
+            MergeError: the adapter adds a bias, and the layer has none.
+        """
         return bias
 
-    # -- disk ------------------------------------------------------------------------------------------------
+    # -- saving and loading ----------------------------------------------------------------------------------------
 
     def checkpoint_keys(self) -> dict[str, str]:
-        """{parameter name: its suffix on PEFT's disk}; the same word unless the method says otherwise."""
+        """Return {parameter name: its key suffix in PEFT's format}; by default both are equal."""
         return {name: name for name, _ in self.named_parameters() if not name.startswith(("shared.", "trained_bias."))}
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """What is saved: {suffix on disk: tensor}."""
+        """Return the tensors to save, {key suffix: tensor}."""
         return {key: self._parameter(name).detach() for name, key in self.checkpoint_keys().items()}
 
     def repeated_keys(self) -> set[str]:
-        """Suffixes that a directory may hold and that are not read, because they repeat what stands elsewhere in it."""
+        """Return key suffixes that a saved adapter may hold and that are ignored, because they repeat other tensors."""
         return set() if self.shared is None else set(self.shared.checkpoint_tensors())
 
     def fits(self, key: str, tensor: Tensor) -> bool:
-        """Whether a saved tensor can be loaded for one of `checkpoint_tensors`' keys."""
+        """Return True if a saved tensor can be loaded.
+
+        Args:
+            key: a key of `checkpoint_tensors`.
+            tensor: the saved tensor; its shape may differ if the method can adjust.
+        """
         return tensor.shape == self.checkpoint_tensors()[key].shape
 
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors in; names and shapes have been checked against `checkpoint_tensors` and `fits`.
+        """Copy saved tensors in; runs without gradients.
 
-        Called where no gradients are recorded.
+        Args:
+            tensors: {key suffix: tensor}; keys and shapes are already checked by `checkpoint_tensors` and `fits`.
         """
         for name, key in self.checkpoint_keys().items():
             self._put(self._parameter(name), tensors[key])
 
     def _parameter(self, name: str) -> nn.Parameter:
-        own = self._parameters.get(name)
-        return self.get_parameter(name) if own is None else own
+        parameter = self._parameters.get(name)
+        return self.get_parameter(name) if parameter is None else parameter
 
     def _put(self, parameter: nn.Parameter, saved: Tensor) -> None:
-        """Give a parameter its saved values; one that holds nothing yet takes the tensor's memory where it can."""
-        alike = saved.dtype == parameter.dtype and saved.device == parameter.device and saved.shape == parameter.shape
-        if self.is_unread and alike and saved.is_contiguous():
+        """Write saved values into a parameter; an unread parameter takes over the saved tensor's memory if possible."""
+        same = saved.dtype == parameter.dtype and saved.device == parameter.device and saved.shape == parameter.shape
+        if self.is_unread and same and saved.is_contiguous():
             parameter.data = saved
         else:
             parameter.copy_(saved)
 
     @classmethod
     def config_to_save(cls, config: Any, adapters: Mapping[str, "Adapter"]) -> Any:
-        """The configuration to write beside the tensors, for the adapters of one name by path."""
+        """Return the configuration to save beside the tensors, for example with the ranks after pruning.
+
+        Args:
+            config: the configuration.
+            adapters: {path: adapter} of one name.
+        """
         return config
 
-    # -- training --------------------------------------------------------------------------------------------
+    # -- training --------------------------------------------------------------------------------------------------
 
     @classmethod
     def regularizer(cls, config: Any, adapters: Mapping[str, "Adapter"]) -> Tensor | None:
-        """A scalar to add to the loss once per optimiser step, for the adapters of one name; None for none."""
+        """Return a scalar to add to the loss once per optimiser step; None if the method has no regulariser.
+
+        Args:
+            config: the configuration.
+            adapters: {path: adapter} of one name.
+        """
         return None
 
     @classmethod
@@ -255,11 +403,30 @@ class Adapter(_Constants):
         step: int,
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
-        """Work after the optimiser's step and before its gradients are cleared; step counts from 1."""
+        """Update the adapters after an optimiser step, while the gradients are still there.
+
+        Args:
+            config: the configuration.
+            adapters: {path: adapter} of one name.
+            step: number of the step, from 1.
+            optimizer: the optimiser, whose state must follow if parameters change size; None if it is not known.
+        """
 
     def training_state(self) -> dict[str, Tensor]:
-        """What resuming needs beyond `checkpoint_tensors`, such as moving averages."""
+        """Return tensors that resuming needs beside `checkpoint_tensors`, such as moving averages."""
         return {}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `training_state` gave."""
+        """Restore the state that `training_state` returned.
+
+        Args:
+            state: {key: tensor}.
+        """
+
+
+def _warn_of_old_name(name: str) -> None:
+    warnings.warn(
+        f"{name}: `through_weight` is now `weight_space_forward`; the old name will be removed in the next version",
+        DeprecationWarning,
+        stacklevel=3,
+    )

@@ -1,7 +1,7 @@
-"""`PeftModel`: the model itself with adapters in it, not a wrapper around it.
+"""`PeftModel`: a model with adapters. The model is not wrapped: only its class changes.
 
-`get_peft_model` gives the model object a subclass `(PeftModel, its class)` of the same name, so its signature, paths,
-`generate`, `config` and the code that looks at its class all stay as they were.
+`get_peft_model` sets the class of the model object to a subclass `(PeftModel, its class)` of the same name. So its
+signature, module paths, `generate`, `config` and `isinstance` checks work as before.
 """
 
 import contextlib
@@ -21,10 +21,9 @@ from peftcore.composition.fingerprint import unchanging_weights
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError
-from peftcore.injection import activation, inject, merge
-from peftcore.injection import forward_hooks as forwarding
+from peftcore.injection import activation, forward_hooks, inject, merge
 from peftcore.injection.adapter_set import adapter_set, untouched_names
-from peftcore.merging import LowRankReport, Recipe
+from peftcore.merging import Recipe
 from peftcore.storage import checkpoint
 from peftcore.storage.trainer_checkpoints import teach_trainer
 
@@ -32,53 +31,79 @@ __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
 
 
 _CALLERS_ROUTE = "_callers_route"
-"""Attribute of a replica that DataParallel made inside of a route: what opens it."""
+"""Attribute of a DataParallel replica that was made inside of a route: a function that opens the route."""
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
-"""Attribute of a model where DistributedDataParallel keeps the names of what it need not send."""
+"""Attribute of a model in which DistributedDataParallel stores the names of tensors that it does not send."""
 
 
 class _ActiveAdapters(list[str]):
-    """A list, as in PEFT, that can also be called, as transformers does with its own method of this name."""
+    """A list, as in PEFT, that is also callable, because transformers has a method of this name."""
 
     def __call__(self) -> list[str]:
         return list(self)
 
 
 class PeftModel:
-    """What a model with adapters can do. Made by `get_peft_model` or `PeftModel.from_pretrained`, never directly."""
+    """The methods of a model with adapters; made by `get_peft_model` or `PeftModel.from_pretrained`, never directly."""
 
     # -- making ------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Put a saved adapter onto a model: `from_pretrained(model, directory, adapter_name="default",
-        is_trainable=False, config=None)`.
+        """Load a saved adapter into a model, and make it the active one.
 
-        As with PEFT, the model is then in evaluation mode; with is_trainable, the adapter is in training mode, so its
-        dropout acts, and the base stays in the mode it was in.
+        `from_pretrained(model, directory, adapter_name="default", is_trainable=False, config=None)`. As with PEFT, the
+        model is then in evaluation mode. With `is_trainable` the adapter is in training mode, so its dropout is on, and
+        the base keeps its mode. On an error the model stays as it was.
 
-        Called on an adapted model's own class with a path instead, it loads that class's base model as ever.
-        Raises CheckpointError for a damaged directory or one made for another base; the model is then as it was.
+        Called with a path in place of a model, on the class of a model with adapters, the class's own `from_pretrained`
+        loads the base model.
+
+        Args:
+            model: the base model; changed in place.
+            args: the directory, then `adapter_name`, `is_trainable` and `config`: a configuration in place of the
+                saved one.
+            kwargs: the same by name.
+
+        Returns:
+            The model, as a `PeftModel`.
+
+        Raises:
+            CheckpointError: the directory is damaged, or was made for another base model.
+            AdapterNameError: the name is not valid, or taken.
         """
         if isinstance(model, nn.Module):
             return _load_onto(model, *args, **kwargs)
         return super().from_pretrained(model, *args, **kwargs)  # type: ignore[misc]
 
     def add_adapter(self, adapter_name: str | PeftConfig, peft_config: PeftConfig | str | None = None) -> None:
-        """Add an untrained adapter; it trains unless `inference_mode`, and acts once `set_adapter` names it.
+        """Add an untrained adapter, without making it active.
 
-        In transformers' order, `add_adapter(config, name="default")`, it is made the active one, as transformers does.
+        In transformers' order, `add_adapter(config, name="default")`, the adapter becomes the active one, as in
+        transformers. On an error the model stays as it was.
+
+        Args:
+            adapter_name: the adapter's name.
+            peft_config: the configuration; the adapter is trainable unless it says `inference_mode`.
+
+        Raises:
+            ConfigError: an option does not fit the model, or the arguments are not a name and a configuration.
+            TargetError: no layer matches, or a matching layer cannot be adapted.
+            AdapterNameError: the name is not valid, or taken.
         """
-        by_transformers = isinstance(adapter_name, PeftConfig)
+        in_transformers_order = isinstance(adapter_name, PeftConfig)
         name: Any
-        name, config = (peft_config or "default", adapter_name) if by_transformers else (adapter_name, peft_config)
+        if in_transformers_order:
+            name, config = peft_config or "default", adapter_name
+        else:
+            name, config = adapter_name, peft_config
         if not isinstance(config, PeftConfig):
             raise ConfigError(
                 f"add_adapter takes a name and a configuration, such as LoraConfig(); got {adapter_name!r:.200} and "
                 f"{peft_config!r:.200}"
             )
         inject.add_adapter(self._module, config, name)
-        if by_transformers:
+        if in_transformers_order:
             self.set_adapter(name)
 
     def load_adapter(
@@ -88,23 +113,50 @@ class PeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
     ) -> None:
-        """Add an adapter from its directory; see `from_pretrained`. It acts once `set_adapter` names it.
+        """Load a further adapter from its directory, without making it active.
 
-        As with PEFT, the whole model is then in evaluation mode, unless is_trainable: the new adapter's dropout acts.
+        As with PEFT, the whole model is then in evaluation mode. With `is_trainable` modes stay as they are, and the
+        new adapter is in training mode. On an error the model stays as it was.
+
+        Args:
+            model_id: the directory.
+            adapter_name: the adapter's name in this model.
+            is_trainable: whether its parameters get gradients.
+            config: a configuration in place of the saved one.
+
+        Raises:
+            CheckpointError: the directory is damaged, or was made for another base model.
+            AdapterNameError: the name is not valid, or taken.
         """
         checkpoint.load_adapter(self._module, Path(model_id), adapter_name, is_trainable, config)
         wrappers = adapter_set(self._module).layers.values()
         if not is_trainable and (self._module.training or any(wrapper.training for wrapper in wrappers)):
-            self._module.eval()  # looks at every adapter that is loaded
+            self._module.eval()  # slow: visits every adapter that is loaded
 
     def load_adapter_weights(self, directory: str | Path, adapter_name: str = "default") -> None:
-        """Read a saved adapter's tensors into one that is there already and has the same configuration."""
+        """Read the tensors of a saved adapter into a loaded adapter with the same configuration.
+
+        Args:
+            directory: the saved adapter.
+            adapter_name: the loaded adapter, whose weights are overwritten.
+
+        Raises:
+            CheckpointError: the directory is damaged, or its tensors do not fit.
+            AdapterNameError: the adapter is not loaded.
+        """
         checkpoint.load_adapter_weights(self._module, Path(directory), adapter_name)
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
-        """Remove an adapter, or several; layers that carry no other become plain again.
+        """Delete adapters; layers without an adapter become plain layers again.
 
-        If no active one is left, the first adapter that is left becomes active, with a warning.
+        If all active adapters are deleted, the first remaining one becomes active, with a warning.
+
+        Args:
+            adapter_name: one name or several.
+
+        Raises:
+            AdapterNameError: an adapter is not loaded, or in use by an open route.
+            MergeError: an adapter is merged.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         activation.delete_adapter(self._module, *names)
@@ -112,83 +164,126 @@ class PeftModel:
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Return the tensors that `save_pretrained` writes of one adapter, by PEFT's keys without `base_model.model.`.
+        """Return the tensors that `save_pretrained` writes for one adapter.
 
         Args:
-            adapter_name: None: the first active one.
-            state_dict: the model's, to take the values from; None: its own parameters.
+            adapter_name: the adapter; None for the first active one.
+            state_dict: a state dict of the model to take the values from; None for the model's own parameters.
+
+        Returns:
+            {PEFT's key without `base_model.model.`: tensor}, without embeddings of the base.
+
+        Raises:
+            AdapterNameError: the adapter is not loaded.
+            CheckpointError: the state dict lacks parameters of the adapter.
         """
         name = self.active_adapter if adapter_name is None else adapter_name
         return checkpoint.adapter_state_dict(self._module, name, state_dict)
 
-    # -- which act -----------------------------------------------------------------------------------------------
+    # -- activation ------------------------------------------------------------------------------------------------
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        """Configurations by adapter name."""
+        """{adapter: configuration}."""
         return adapter_set(self._module).configs
 
     @property
     def active_adapters(self) -> Any:
-        """Names of the adapters that act, in order (a list; calling it gives the list too)."""
+        """Names of the active adapters, in order: a list that is also callable, as in transformers."""
         return _ActiveAdapters(adapter_set(self._module).selection.active)
 
     @property
     def active_adapter(self) -> str:
-        """Name of the first active adapter, or '' when none is."""
+        """Name of the first active adapter; '' if none is active."""
         return next(iter(adapter_set(self._module).selection.active), "")
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """Make adapters the active ones, in order, in constant time; see `set_requires_grad` for which train."""
+        """Make adapters the active ones; `requires_grad` stays as it is (see `set_requires_grad`).
+
+        Args:
+            adapter_name: one name or several, in order; [] for none.
+
+        Raises:
+            AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
+        """
         activation.set_adapter(self._module, adapter_name)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """Let adapters train, or freeze them."""
+        """Set `requires_grad` of all parameters of adapters.
+
+        Args:
+            adapter_names: one name or several.
+            requires_grad: False freezes the adapters.
+
+        Raises:
+            AdapterNameError: a name is not loaded.
+        """
         activation.set_requires_grad(self._module, adapter_names, requires_grad)
 
     def refresh_adapters(self) -> None:
-        """Have what was computed from the weights computed anew: after edits in place through `.data`, which nothing
-        shows. See `peftcore.injection.activation.refresh_adapters`."""
+        """Drop all values that were computed from weights; call this after edits in place through `.data`.
+
+        Other changes are noticed without this call. See `peftcore.injection.activation.refresh_adapters`.
+        """
         activation.refresh_adapters(self._module)
 
     def disable_adapters(self) -> None:
-        """Let no adapter act, in any thread, until `enable_adapters`: transformers' method of this name.
+        """Disable the active adapters, in every thread, until `enable_adapters`; a method of transformers.
 
-        Active adapters stay named by `active_adapters`, and an explicit route acts all the same. Raises MergeError
-        while adapters are merged.
+        `active_adapters` stays the same, and an open route has precedence.
+
+        Raises:
+            MergeError: adapters are merged; use the context `disable_adapter()`, or unmerge first.
         """
         activation.switch_adapters(self._module, on=False)
 
     def enable_adapters(self) -> None:
-        """Let the active adapters act again after `disable_adapters`."""
+        """Enable the active adapters again after `disable_adapters`."""
         activation.switch_adapters(self._module, on=True)
 
     def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: transformers' way of swapping adapters needs HF PEFT's layers."""
+        """Raise ConfigError: transformers' hot-swapping needs HF PEFT's layers."""
         raise ConfigError(
             "enable_peft_hotswap prepares HF PEFT's layers, which this model does not have; read another adapter's "
             "weights into a loaded one by load_adapter_weights(directory, adapter_name), or use AdapterStore"
         )
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which this thread's calls compute the base, merged or not.
+        """Return a context in which this thread's calls compute the base model, even if adapters are merged.
 
-        Raises RoutingError inside for `route` and `adapter_names` that name an adapter; and, with merged adapters,
-        where another thread calls the model at the same time.
+        Raises:
+            RoutingError: a route with adapters is opened inside; or adapters are merged, and another thread calls the
+                model.
         """
         return activation.adapters_disabled(self._module)
 
     def route(self, adapters: Spec | Sequence[Spec]) -> contextlib.AbstractContextManager[Route]:
-        """Context in which this thread's calls of the model go by a composition of adapters, or by one for each row.
+        """Return a context in which this thread's calls use a composition of adapters, or one for each row.
 
-        adapters: a name, None for the base, {name: weight}, a composition of `peftcore.composition`; or a list of these
-        with one for each row of the batch (of `generate`, for each prompt). Other threads see nothing of it.
-        Raises AdapterNameError, RoutingError.
+        Args:
+            adapters: a name, None for the base, {name: weight}, or a composition of `peftcore.composition`; or a list
+                of these with one for each row of the batch (for `generate`, one for each prompt).
+
+        Returns:
+            A context that yields the route. Other threads are not affected.
+
+        Raises:
+            AdapterNameError: a name is not loaded.
+            RoutingError: adapters are merged, `disable_adapter()` is open, or the model's rows cannot be routed.
         """
         return activation.routed(self._module, adapters)
 
     def __call__(self, *args: Any, adapter_names: Spec | Sequence[Spec] = None, **kwargs: Any) -> Any:
-        """The model's own call, and so is `forward`; adapter_names: what `route` takes, for this call alone."""
+        """Call the model.
+
+        Args:
+            args: arguments of the model.
+            adapter_names: the adapters for this call alone; see `route`.
+            kwargs: arguments of the model, and of adapter methods, such as `task_ids`.
+
+        Returns:
+            The model's output.
+        """
         if adapter_names is None and _CALLERS_ROUTE not in self.__dict__:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with self.route(adapter_names) if adapter_names is not None else self.__dict__[_CALLERS_ROUTE]():
@@ -197,40 +292,70 @@ class PeftModel:
     # -- merging -------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters into the base weights; undone bit for bit by `unmerge_adapter`. See `peftcore.injection.merge`."""
+        """Merge adapters into the base weights, in place; `unmerge_adapter` restores them bit for bit.
+
+        Args:
+            adapter_names: the adapters, in order; None for the active ones.
+            safe_merge: check each merged weight for NaN and Inf before any weight is written.
+
+        Raises:
+            MergeError: an adapter cannot be merged, or a merged weight is not finite; nothing is changed then.
+            AdapterNameError: a name is not loaded.
+        """
         merge.merge_adapter(self._module, adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Put the base's own weights back, bit for bit."""
+        """Restore the unmerged base weights, bit for bit."""
         merge.unmerge_adapter(self._module)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
-        """Fold adapters in for good; gives the plain model, with its own class again.
+        """Merge adapters for good, and return the plain model with its original class.
 
-        progressbar: show one, layer by layer. safe_merge, adapter_names: see `merge_adapter`.
+        Args:
+            progressbar: show a progress bar over the layers.
+            safe_merge: see `merge_adapter`.
+            adapter_names: see `merge_adapter`.
+
+        Raises:
+            MergeError: see `merge_adapter`.
         """
         return _as_plain(merge.merge_and_unload(self._module, safe_merge, adapter_names, progressbar))
 
     def unload(self) -> Any:
-        """Take the adapters out; gives the base model, with its own class and its own weights."""
+        """Remove all adapters, and return the base model with its original class and weights."""
         return _as_plain(merge.unload(self._module))
 
     def get_base_model(self) -> Any:
-        """The model itself: adapters live inside it. (`unload` gives it without them.)"""
+        """Return the model itself, with its adapters; `unload` returns the model without them."""
         return self
 
-    # -- combining -----------------------------------------------------------------------------------------------
+    # -- merging adapters into a new one ---------------------------------------------------------------------------
 
     def add_merged(
         self, adapter_name: str, weights: Mapping[str, float] | Composition, recipe: Recipe, rank: int | None = None
-    ) -> LowRankReport:
-        """Add a LoRA that is a weighted combination of other adapters: `add_merged("m", {"a": 0.7, "b": 0.3},
-        Recipe.ties(density=0.3), rank=16)`, or of a sum such as `0.7 * Only("a") + 0.3 * Only("b")`.
-        See `peftcore.merging.add_merged`."""
-        given = weights_of(weights) if isinstance(weights, Composition) else weights
-        return merging.add_merged(self._module, adapter_name, given, recipe, rank)
+    ) -> MergeReport:
+        """Add a LoRA that is a weighted combination of other adapters; see `peftcore.merging.add_merged`.
+
+        For example `add_merged("m", {"a": 0.7, "b": 0.3}, Recipe.ties(density=0.3), rank=16)`.
+
+        Args:
+            adapter_name: name of the new adapter.
+            weights: {adapter: weight}, or a sum such as `0.7 * Only("a") + 0.3 * Only("b")`.
+            recipe: the merging method.
+            rank: the largest rank of a layer (count); None for no loss, or for the adapters' largest rank at the layer
+                if the recipe needs dense weights.
+
+        Returns:
+            The rank and the relative error of each layer.
+
+        Raises:
+            MergeError: the adapters cannot be merged by this recipe.
+            AdapterNameError: a name is not loaded, or the new name is taken.
+        """
+        by_name = weights_of(weights) if isinstance(weights, Composition) else weights
+        return merging.add_merged(self._module, adapter_name, by_name, recipe, rank)
 
     def add_weighted_adapter(
         self,
@@ -244,8 +369,8 @@ class PeftModel:
         svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
-    ) -> LowRankReport:
-        """The same by PEFT's names and with PEFT's meaning. See `peftcore.merging.add_weighted_adapter`."""
+    ) -> MergeReport:
+        """Do `add_merged` with PEFT's arguments and meaning; see `peftcore.merging.add_weighted_adapter`."""
         svd = (svd_rank, svd_clamp, svd_full_matrices, svd_driver)
         return merging.add_weighted_adapter(
             self._module, adapters, weights, adapter_name, combination_type, *svd, density, majority_sign_method
@@ -264,22 +389,24 @@ class PeftModel:
         state_dict: Mapping[str, Tensor] | None = None,
         **other: Any,
     ) -> None:
-        """Write each adapter in PEFT's format: "default" into the directory itself, others into `<name>/`.
+        """Save each adapter in PEFT's format: "default" in the directory itself, others in `<name>/`.
 
         Args:
-            save_directory: made if need be. Each adapter's files replace its old ones together.
-            safe_serialization: only True; other formats can run code when they are read.
-            selected_adapters: names to save; None: all.
-            save_embedding_layers: whether the base's input and output embeddings are saved too. "auto": those that
-                the adapter targets by the names `embed_tokens` or `lm_head`, and both if the vocabulary was resized.
+            save_directory: the directory; created if it does not exist. An adapter's files are replaced together.
+            safe_serialization: only True; other formats can run code when they are loaded.
+            selected_adapters: names of the adapters to save; None for all.
+            save_embedding_layers: whether to save the base's input and output embeddings, too. "auto": those that the
+                adapter targets by the names `embed_tokens` or `lm_head`, and both if the vocabulary was resized.
             is_main_process: False writes nothing, and only takes part in gathering sharded tensors.
-            path_initial_model_for_weight_conversion: only None; see `peftcore.conversion.convert_to_lora`.
-            state_dict: the model's, to take the values from; None: its own parameters.
-            other: transformers' further options, at the values that mean one whole local file.
+            path_initial_model_for_weight_conversion: only None; use `peftcore.conversion.convert_to_lora`.
+            state_dict: a state dict of the model to take the values from; None for the model's own parameters.
+            other: further options of transformers, only with values that mean one whole local file.
 
         Raises:
-            ConfigError: a value that cannot be honoured. TypeError: an unknown option. CheckpointError: a state
-                dictionary that is not this model's.
+            ConfigError: an option has a value that is not supported.
+            TypeError: an option is unknown.
+            CheckpointError: the state dict lacks parameters of an adapter.
+            AdapterNameError: a name is not loaded.
         """
         _check_saving(safe_serialization, path_initial_model_for_weight_conversion, other)
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
@@ -292,13 +419,17 @@ class PeftModel:
             )
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
-        """Say in a directory's model card that it holds an adapter, and of which base; Trainer's push asks for it."""
+        """Write library, base model and tags of the adapters into a directory's model card; used by Trainer's push.
+
+        Args:
+            output_dir: the directory with the model card.
+        """
         checkpoint.update_model_card(self._module, Path(output_dir))
 
     # -- training ------------------------------------------------------------------------------------------------
 
     def adapter_regularizer(self) -> Tensor | None:
-        """Sum of the active adapters' regularisers, to add to the loss once per optimiser step; None for none."""
+        """Return the sum of the active adapters' regularisers, to add to the loss of each step; None for none."""
         adapters = adapter_set(self._module)
         terms = [
             term
@@ -308,19 +439,21 @@ class PeftModel:
         return torch.stack(terms).sum() if terms else None
 
     def on_optimizer_step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """To be called after each optimiser step and before zero_grad; step counts from 1.
+        """Let the active adapters do their work of a training step, such as AdaLoRA's rank allocation.
 
-        optimizer: given, a method may shrink parameters together with their moments (AdaLoRA's final budget). Under
-        DistributedDataParallel, which averages the gradients of those it was made with, the model has to be wrapped
-        anew after that, as AdapterTrainer does; a loop of one's own gives None, and what is dropped is masked.
+        Call it after each optimiser step and before `zero_grad`; `AdapterTrainer` does so by itself.
+
+        Args:
+            step: number of the step, from 1.
+            optimizer: the optimiser; a method may then prune parameters together with their optimiser state. After
+                that a model in DistributedDataParallel must be wrapped again. None masks values instead of pruning.
         """
         adapters = adapter_set(self._module)
         for name in adapters.selection.active:
-            own = adapters.of_method(name)
-            adapters.kinds[name].on_step(adapters.configs[name], own, step, optimizer)
+            adapters.kinds[name].on_step(adapters.configs[name], adapters.of_method(name), step, optimizer)
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Training state that is not in the saved adapter, for checkpoints: {"name/path/key": tensor}."""
+        """Return the training state that a saved adapter does not hold, for checkpoints: {"name/path/key": tensor}."""
         adapters = adapter_set(self._module)
         return {
             f"{name}/{path}/{key}": tensor
@@ -330,24 +463,34 @@ class PeftModel:
         }
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `adapter_state` gave."""
+        """Restore the state that `adapter_state` returned.
+
+        Args:
+            state: {"name/path/key": tensor}.
+        """
         parts: dict[tuple[str, str], dict[str, Tensor]] = {}
-        for whole, tensor in state.items():
-            name, path, key = whole.split("/")
+        for full_key, tensor in state.items():
+            name, path, key = full_key.split("/")
             parts.setdefault((name, path), {})[key] = tensor
         for (name, path), values in parts.items():
             adapter_set(self._module).adapters(name)[path].load_training_state(values)
 
     def adapter_ranks(self, adapter_name: str | None = None) -> dict[str, int]:
-        """{path of a layer: its adapter's rank now}; of one adapter, the first active one if None. Layers of methods
-        without ranks are left out."""
+        """Return the current ranks of one adapter.
+
+        Args:
+            adapter_name: the adapter; None for the first active one.
+
+        Returns:
+            {path of a layer: rank}, without layers of methods that have no rank.
+        """
         adapters = adapter_set(self._module)
         names = adapters.selection.active[:1] if adapter_name is None else (adapter_name,)
-        found = {path: adapter.rank for name in names for path, adapter in adapters.adapters(name).items()}
-        return {path: rank for path, rank in found.items() if rank is not None}
+        ranks = {path: adapter.rank for name in names for path, adapter in adapters.adapters(name).items()}
+        return {path: rank for path, rank in ranks.items() if rank is not None}
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameter counts; of the adapters, trainable ones count while they are active."""
+        """Return the numbers of (trainable, all) parameters; inactive adapters do not count as trainable."""
         adapters = adapter_set(self._module)
         idle = [n for n in adapters.configs if n not in adapters.selection.active]
         unused = {id(p) for name in idle for p in adapters.parameters(name)}
@@ -355,13 +498,13 @@ class PeftModel:
         return sum(count for trains, count in counts if trains), sum(count for _, count in counts)
 
     def print_trainable_parameters(self) -> None:
-        """Print the counts of `get_nb_trainable_parameters` in PEFT's words."""
+        """Print the numbers of `get_nb_trainable_parameters` in PEFT's format."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
-    # -- being a model ---------------------------------------------------------------------------------------------
+    # -- integration with PyTorch ----------------------------------------------------------------------------------
 
     @property
     def _module(self) -> nn.Module:
@@ -370,9 +513,10 @@ class PeftModel:
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Names that DistributedDataParallel, which reads this, need not send: each process has the same base.
+        """Names of tensors that DistributedDataParallel does not send, because every process has the same base.
 
-        Those that `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` was given are among them.
+        DistributedDataParallel reads this attribute. The names that a user gave to
+        `_set_params_and_buffers_to_ignore_for_model` are included.
         """
         return [*untouched_names(self._module), *vars(self).get(_DDP_IGNORED, ())]
 
@@ -381,7 +525,7 @@ class PeftModel:
         vars(self)[_DDP_IGNORED] = list(names)
 
     def _replicate_for_data_parallel(self) -> Any:
-        """A replica, which DataParallel calls in a thread of its own, computes by the route that is open here."""
+        """Make a replica, which opens the route of this thread in the thread that calls it."""
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
         selection = adapter_set(self._module).selection
         if (route := selection.route) is not None:
@@ -389,8 +533,8 @@ class PeftModel:
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # the class is made at run time, so a pickle names the class below it and makes ours again
-        return _remade, (_plain_class(type(self)),), self.__dict__
+        # the class is made at run time, so a pickle stores the plain class, and unpickling makes the subclass
+        return _unpickled, (_plain_class(type(self)),), self.__dict__
 
 
 _WHOLE_LOCAL_FILE: dict[str, tuple[Any, ...]] = {
@@ -402,7 +546,7 @@ _WHOLE_LOCAL_FILE: dict[str, tuple[Any, ...]] = {
     "save_original_format": (True,),
     "distributed_checkpoint": (False,),
 }
-"""{option of transformers' `save_pretrained`: values at which it asks for nothing but what is done anyway}."""
+"""{option of transformers' `save_pretrained`: supported values, which change nothing}"""
 
 
 def _check_saving(safe_serialization: Any, initial: Any, other: Mapping[str, Any]) -> None:
@@ -413,7 +557,7 @@ def _check_saving(safe_serialization: Any, initial: Any, other: Mapping[str, Any
         )
     if initial is not None:
         raise ConfigError(
-            "save_pretrained: path_initial_model_for_weight_conversion is not read; to get a plain LoRA for the "
+            "save_pretrained: path_initial_model_for_weight_conversion is not supported; to get a plain LoRA for the "
             "original base, use peftcore.conversion.convert_to_lora and save its result"
         )
     for name, value in other.items():
@@ -421,13 +565,13 @@ def _check_saving(safe_serialization: Any, initial: Any, other: Mapping[str, Any
             raise TypeError(f"save_pretrained() has no option {name!r}")
         if value not in _WHOLE_LOCAL_FILE[name]:
             raise ConfigError(
-                f"save_pretrained: {name}={value!r:.200} cannot be had: an adapter is saved as one local file in "
+                f"save_pretrained: {name}={value!r:.200} is not supported: an adapter is saved as one local file in "
                 "PEFT's format; leave it out (push_to_hub is a method of its own)"
             )
 
 
 def _count(parameter: nn.Parameter) -> int:
-    """Elements of a parameter; a 4-bit one packs two into each byte."""
+    """Return the number of elements of a parameter; a 4-bit parameter packs two into each byte."""
     if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8:
         return 2 * parameter.numel()
     return parameter.numel()
@@ -445,15 +589,15 @@ def _adapted_class(plain: type) -> type:
 
 
 def _forward_of(plain: Any) -> Any:
-    """The class's own `forward`, under its own signature, for an adapted model.
+    """Return the class's own `forward`, with its own signature, for a model with adapters.
 
-    PyTorch leaves hooks out where `forward` is called directly. What adapters are told of by hooks would then be lost
-    in silence, so such a call becomes the model's own call.
+    PyTorch does not run hooks if `forward` is called directly. Adapters may need the hooks, so such a call becomes a
+    call of the model.
     """
 
     @wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if forwarding.needs_call(self, kwargs):
+        if forward_hooks.needs_call(self, kwargs):
             return self(*args, **kwargs)
         return plain.forward(self, *args, **kwargs)
 
@@ -462,24 +606,24 @@ def _forward_of(plain: Any) -> Any:
 
 def _generate(self: Any, *args: Any, adapter_names: Spec | Sequence[Spec] = None, **kwargs: Any) -> Any:
     route = contextlib.nullcontext() if adapter_names is None else self.route(adapter_names)
-    with route, unchanging_weights(), forwarding.generation(self, kwargs) as own:
-        return _plain_class(type(self)).generate(self, *args, **own)
+    with route, unchanging_weights(), forward_hooks.generation(self, kwargs) as arguments:
+        return _plain_class(type(self)).generate(self, *args, **arguments)
 
 
-def _masks(self: Any, **given: Any) -> Any:
-    """What `generate` makes for a static cache. Where a prompt is to come in, the forward makes it afterwards."""
-    if adapter_set(self).acting_prompts():
-        return given["attention_mask"]
+def _masks(self: Any, **kwargs: Any) -> Any:
+    """Make the masks of a static cache for `generate`; with a prompt, the forward makes them later."""
+    if adapter_set(self).prompts_in_effect():
+        return kwargs["attention_mask"]
     from transformers.masking_utils import create_masks_for_generate
 
-    return getattr(super(type(self), self), "create_masks_for_generate", create_masks_for_generate)(**given)
+    return getattr(super(type(self), self), "create_masks_for_generate", create_masks_for_generate)(**kwargs)
 
 
 def _plain_class(adapted: type) -> type:
     return adapted.__mro__[adapted.__mro__.index(PeftModel) + 1]
 
 
-def _remade(plain: type) -> Any:
+def _unpickled(plain: type) -> Any:
     teach_trainer()
     return object.__new__(_adapted_class(plain))
 
@@ -498,12 +642,23 @@ def _as_plain(model: nn.Module) -> Any:
 
 
 def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> Any:
-    """Add an adapter to a model, in place, make it the active one, and give the model back as a `PeftModel`.
+    """Add an untrained adapter to a model, and make it the active one.
 
-    The base is frozen and the adapter trains (unless `inference_mode`). An adapter that has this name is
-    replaced, with a warning. On an error the model is as it was.
-    As with PEFT, the adapter is in training mode, so its dropout acts at once; the base stays in the mode it was in.
-    Raises ConfigError, TargetError or AdapterNameError.
+    The base is frozen, and the adapter is trainable. As with PEFT, the adapter is in training mode, so its dropout is
+    on at once, and the base keeps its mode. On an error the model stays as it was.
+
+    Args:
+        model: the base model; changed in place.
+        peft_config: the configuration; with `inference_mode` the adapter is not trainable.
+        adapter_name: the adapter's name. A loaded adapter of this name is replaced, with a warning.
+
+    Returns:
+        The model, as a `PeftModel`.
+
+    Raises:
+        ConfigError: an option does not fit the model.
+        TargetError: no layer matches, or a matching layer cannot be adapted.
+        AdapterNameError: the name is not valid.
     """
     inject.inject_adapter_in_model(peft_config, model, adapter_name)
     return _as_peft_model(model)
@@ -527,9 +682,18 @@ def prepare_model_for_kbit_training(
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Make a 4- or 8-bit model ready to train adapters on: frozen, 16-bit remainders in float32, checkpointing on.
+    """Prepare a 4- or 8-bit model for training adapters.
 
-    Checkpointing is non-reentrant, and the embeddings' output requires grad so that it reaches the adapters.
+    All parameters are frozen, 16-bit ones are cast to float32, and gradient checkpointing is enabled. Checkpointing is
+    non-reentrant, and the output of the embeddings requires grad, so that gradients reach the adapters.
+
+    Args:
+        model: the quantised model; changed in place.
+        use_gradient_checkpointing: whether to enable gradient checkpointing.
+        gradient_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`.
+
+    Returns:
+        The model.
     """
     for parameter in model.parameters():
         parameter.requires_grad = False

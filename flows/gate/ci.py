@@ -43,7 +43,8 @@ FETCHED = "refs/peftcore/default-branch"
 @dataclass(frozen=True)
 class Event:
     """What triggered a job. tag: the one that was pushed; base: the branch that a pull request is to change; branch:
-    the one that the job is of, None for tags and pull requests."""
+    the one that the job is of, None for tags and pull requests.
+    """
 
     tag: str | None
     base: str | None

@@ -29,7 +29,7 @@ class Difference(NamedTuple):
 
     @property
     def change(self) -> float | None:
-        """after - before, where both are numbers."""
+        """After - before, where both are numbers."""
         numbers = [value for value in (self.before, self.after) if type(value) in (int, float)]
         return self.after - self.before if len(numbers) == 2 else None
 

@@ -90,7 +90,8 @@ class Registry:
 
     def __init__(self, git: Git, name: str, signing_key: Path | None = None, decides: Decides | None = None) -> None:
         """signing_key: of ssh, which signs the tags that are made here. decides: which tags give or take back a stage
-        or take back a version; None: all of them. `flows.registry.project_registry` has that of a project."""
+        or take back a version; None: all of them. `flows.registry.project_registry` has that of a project.
+        """
         self.git = git
         self.name = name
         self.signing_key = signing_key
@@ -121,7 +122,8 @@ class Registry:
 
     def registered(self, content: str, evidence: Mapping[str, str]) -> Version | None:
         """The version whose adapter has this digest and whose record names this evidence ({file: SHA-256}), if there
-        is one whose files are not collected."""
+        is one whose files are not collected.
+        """
         collected = self.collected()
         same = [version for version in reversed(self.versions()) if version.content == content]
         alive = self.records([version for version in same if version.number not in collected])
@@ -168,7 +170,8 @@ class Registry:
 
     def taken_back(self, stage: str) -> dict[str, str]:
         """{version: by which tag, and why} of those that lost a stage by a rollback, or by a tag that takes it back,
-        and have not been given it since."""
+        and have not been given it since.
+        """
         numbers, found = self._numbers(), dict[str, str]()
         for event in self._deciding():
             number = numbers.get(event.tag.commit)

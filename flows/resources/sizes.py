@@ -168,6 +168,6 @@ def _read_together(model: nn.Module, codes: dict[int, int], width: int) -> int:
     most = 0
     for host in model.modules():
         if isinstance(host, AdapterLayer):
-            group = [getattr(each.base_layer, "weight", None) for each in (host, *host.sharing)]
+            group = [getattr(each.base_layer, "weight", None) for each in (host, *host.siblings)]
             most = max(most, sum(width * weight.numel() for weight in group if id(weight) in codes))  # type: ignore
     return most

@@ -42,7 +42,8 @@ class Plan:
 @dataclass(frozen=True)
 class Trial:
     """What came of one set of parameters. summary: of its training; error: why there is none; lock, params: the texts
-    of its dvc.lock and params.yaml."""
+    of its dvc.lock and params.yaml.
+    """
 
     overrides: tuple[str, ...]
     seconds: float

@@ -28,15 +28,15 @@ class ForwardRecord:
 
     Args:
         owner: The model's selection of adapters.
-        acting: The route or the names of the active adapters.
+        in_effect: The route or the names of the active adapters.
         values: Adapter arguments of this pass: {shared module of an adapter: {attribute: value}}.
         is_call: True for one call of the model; layers share inputs only inside one call.
     """
 
-    def __init__(self, owner: Any, acting: Any, values: Mapping[Any, Mapping[str, Any]], is_call: bool):
-        self.owner, self.acting, self.values = owner, acting, values
+    def __init__(self, owner: Any, in_effect: Any, values: Mapping[Any, Mapping[str, Any]], is_call: bool):
+        self.owner, self.in_effect, self.values = owner, in_effect, values
         self.is_call = is_call
-        self.sharing: dict[Any, Sequence[Any]] = {}
+        self.siblings: dict[Any, Sequence[Any]] = {}
         """{layer: sibling layers that it computed for in this pass}, for layers whose siblings have changed since."""
         self.thread, _HERE.records = _HERE.number, True
         self.order = next(_ORDER)
@@ -105,7 +105,9 @@ def recomputed(owner: Any) -> ForwardRecord | None:
     Raises:
         RoutingError: Forward passes of several threads with different adapters fit.
     """
-    return _looked_up(id(owner), lambda record: record.owner is owner, lambda record: (record.acting, record.sharing))
+    return _looked_up(
+        id(owner), lambda record: record.owner is owner, lambda record: (record.in_effect, record.siblings)
+    )
 
 
 def recomputed_values(shared: Any) -> Mapping[str, Any] | None:

@@ -1,14 +1,14 @@
-"""What adapters can be composed to. A composition turns a layer f into another; f is the base, or what acts below.
+"""Compositions of adapters. A composition turns a layer f into another layer; f is the base, or the composition below.
 
     Only(a)          a on top of f: after_a(x, f(before_a(x)))
-    Stack(a, b)      b on top of a on top of f, as `set_adapter([a, b])`
+    Stack(a, b)      b on top of a on top of f, like `set_adapter([a, b])`
     Weighted         f(x) + Σ wᵢ (cᵢ(x) − f(x)), weights of any sign; for LoRA exactly the weighted sum of the ΔW
-    Parallel(a, b)   Weighted with every weight 1: each sees f and not the other
+    Parallel(a, b)   Weighted with every weight 1: each adapter sees f and not the other
     Average(a, b)    Weighted with every weight 1/n
-    Split            by position in the text: the first n tokens by one, the next by another
-    Gate             Weighted whose weights a function gives for each token at each layer
+    Split            by position in the text: the first n tokens use one adapter, the next tokens another
+    Gate             Weighted with weights from a function, for each token at each layer
 
-They nest, and compare and hash by what they hold. For pairs of them `0.7 * Only("sql") - 0.2 * Only("toxic")` does.
+Compositions nest, compare and hash by value. `0.7 * Only("sql") - 0.2 * Only("toxic")` is a Weighted.
 """
 
 import math
@@ -23,36 +23,40 @@ from torch import Tensor
 from peftcore.errors import RoutingError
 
 BASE_NAME = "__base__"
-"""PEFT's name for the base model, which None stands for too."""
+"""PEFT's name for the base model; None means the base model too."""
 Spec = Union["Composition", str, None, Mapping[Any, float]]
-"""What may be given for a composition: one, an adapter's name, None for the base, or weights by name."""
+"""A composition, or short for one: an adapter's name, None for the base, or {name: weight}."""
 Gating = Callable[[str, Mapping[str, Any], Tensor], Tensor]
-"""(path of a layer, {name: its adapter there}, x (..., i)) -> weights (..., k), in the order of the names."""
+"""(path of a layer, {name: the layer's adapter}, x (..., i)) -> weights (..., k), in the order of the names."""
 
 
 class Composition(ABC):
-    """One of the forms above; immutable."""
+    """Base class of the forms above; immutable."""
 
     def names(self) -> Iterator[str]:
-        """Adapters in it, in order; one that is in it twice comes twice."""
+        """Yield the names of its adapters, in order; an adapter that occurs twice is yielded twice."""
         for child in self.children():
             yield from child.names()
 
     def children(self) -> Sequence["Composition"]:
-        """What it is made of."""
+        """Return the compositions that it is made of."""
         return ()
 
     def chain(self) -> tuple[str, ...] | None:
-        """The adapters that act one on top of another, where that is all it says; else None."""
+        """Return the adapters in order, if the composition is a plain chain of them; else None."""
         return None
 
     @abstractmethod
     def renamed(self, names: Mapping[str, str]) -> "Composition":
-        """The same of adapters by other names: {name here: name there}; others keep theirs."""
+        """Return the composition with other adapter names.
+
+        Args:
+            names: {old name: new name}; other names stay.
+        """
 
     @abstractmethod
     def terms(self) -> Iterator["Term"]:
-        """Σ over adapters of weight x ΔW x, which it is where every one of them only adds ΔW x to the output."""
+        """Yield the terms of Σ weight x ΔW x, which the composition equals if its adapters only add ΔW x."""
 
     def __add__(self, other: "Composition") -> "Weighted":
         return Weighted([*_summands(self), *_summands(other)])
@@ -67,13 +71,14 @@ class Composition(ABC):
 
 
 class Term(NamedTuple):
-    """weight x ΔW x of one adapter, at tokens from `start` to before `stop` of the text, times what gates say."""
+    """One summand: weight x ΔW x of an adapter, at tokens from `start` to before `stop`, times the gates' weights."""
 
     name: str
     weight: float
     start: float = 0
     stop: float = math.inf
     gates: tuple[tuple["Gate", int], ...] = ()
+    """(gate, index of the adapter among its members)"""
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,11 @@ class Only(Composition):
     name: str
 
     def names(self) -> Iterator[str]:
+        """Yield the name."""
         yield self.name
 
     def chain(self) -> tuple[str, ...]:
+        """Return the name alone."""
         return (self.name,)
 
     def renamed(self, names: Mapping[str, str]) -> Composition:
@@ -96,7 +103,11 @@ class Only(Composition):
 
 
 class Stack(Composition):
-    """Each on top of the one before; without any, the base."""
+    """Each composition on top of the one before; an empty stack is the base.
+
+    Args:
+        children: the compositions, the lowest first.
+    """
 
     def __init__(self, *children: Spec):
         self._parts = tuple(composition(child) for child in children)
@@ -106,8 +117,8 @@ class Stack(Composition):
 
     def chain(self) -> tuple[str, ...] | None:
         chains = [child.chain() for child in self._parts]
-        found = [name for chain in chains for name in chain or ()]
-        return None if None in chains or len(set(found)) < len(found) else tuple(found)
+        names = [name for chain in chains for name in chain or ()]
+        return None if None in chains or len(set(names)) < len(names) else tuple(names)
 
     def renamed(self, names: Mapping[str, str]) -> Composition:
         return Stack(*[child.renamed(names) for child in self._parts])
@@ -127,7 +138,14 @@ class Stack(Composition):
 
 
 class Weighted(Composition):
-    """f(x) + Σ wᵢ (cᵢ(x) − f(x)); given as {name or composition: weight}, or as pairs."""
+    """The weighted sum f(x) + Σ wᵢ (cᵢ(x) − f(x)).
+
+    Args:
+        weights: {name or composition: weight}, or pairs of these; weights of any sign.
+
+    Raises:
+        RoutingError: a weight is not finite.
+    """
 
     def __init__(self, weights: Mapping[Any, float] | Sequence[tuple[Any, float]]):
         pairs = weights.items() if isinstance(weights, Mapping) else weights
@@ -158,32 +176,42 @@ class Weighted(Composition):
 
 
 def Parallel(*children: Spec) -> Weighted:
-    """All side by side: each sees what is below and not the others, and their changes are added."""
+    """Return the sum of the adapters' changes: each adapter sees the layer below and not the other adapters."""
     return Weighted([(child, 1.0) for child in children])
 
 
 def Average(*children: Spec) -> Weighted:
-    """The mean of what each gives alone."""
+    """Return the mean of the outputs of each adapter alone.
+
+    Raises:
+        RoutingError: no adapter is given.
+    """
     if not children:
         raise RoutingError("Average: give at least one adapter")
     return Weighted([(child, 1.0 / len(children)) for child in children])
 
 
 class Split(Composition):
-    """By position: `Split(sql=64, chat=...)` or `Split(("sql", 64), ("chat", ...))`.
+    """Adapters by position in the text: `Split(sql=64, chat=...)` or `Split(("sql", 64), ("chat", ...))`.
 
-    Each takes its number of tokens (count) of every row's text, from the first one that is no padding; `...` takes
-    the rest. Positions that nobody takes are the base's. A decoded token counts on from the text before it.
+    Positions count from the first token of a row that is not padding, and go on for decoded tokens. Positions in no
+    segment use the base.
+
+    Args:
+        parts: (composition, its number of tokens); `...` as the number takes the rest.
+        named: the same by adapter name.
+
+    Raises:
+        RoutingError: a number below 1, or a segment after `...`.
     """
 
     def __init__(self, *parts: tuple[Spec, int | EllipsisType], **named: int | EllipsisType):
-        given = [*parts, *named.items()]
         self.segments: tuple[tuple[Composition, float, float], ...] = ()
         """(composition, first position, position after the last)"""
         start = 0.0
-        for child, length in given:
+        for child, length in [*parts, *named.items()]:
             if not isinstance(length, EllipsisType) and (isinstance(length, bool) or length < 1):
-                raise RoutingError(f"Split: {child!r} gets {length!r} tokens; give at least 1, or ... for the rest")
+                raise RoutingError(f"Split: {child!r} has {length!r} tokens; give at least 1, or ... for the rest")
             stop = math.inf if isinstance(length, EllipsisType) else start + length
             if start == math.inf:
                 raise RoutingError(f"Split: {child!r} comes after `...`, which took the rest; put `...` last")
@@ -194,9 +222,9 @@ class Split(Composition):
         return [child for child, _, _ in self.segments]
 
     def renamed(self, names: Mapping[str, str]) -> Composition:
-        same = Split()
-        same.segments = tuple((child.renamed(names), start, stop) for child, start, stop in self.segments)
-        return same
+        split = Split()
+        split.segments = tuple((child.renamed(names), start, stop) for child, start, stop in self.segments)
+        return split
 
     def terms(self) -> Iterator[Term]:
         for child, start, stop in self.segments:
@@ -216,10 +244,12 @@ class Split(Composition):
 
 @dataclass(frozen=True)
 class Gate(Composition):
-    """f(x) + Σ gᵢ(x) (cᵢ(x) − f(x)): weights for each token at each layer, from a function of what the layer reads.
+    """The gated sum f(x) + Σ gᵢ(x) (cᵢ(x) − f(x)): weights for each token at each layer, from the layer's input.
 
-    members: adapters by name. top_k: only so many (count) of the largest weights stay, and are made to sum to what
-    all summed to; None: all stay.
+    Attributes:
+        members: names of the adapters.
+        gating: the function that computes the weights; see `Gating`.
+        top_k: number of the largest weights that are kept (count), rescaled to the sum of all; None keeps all.
     """
 
     members: tuple[str, ...]
@@ -243,54 +273,74 @@ class Gate(Composition):
             yield Term(name, 1.0, gates=((self, number),))
 
     def weights(self, path: str, adapters: Mapping[str, Any], x: Tensor, tokens: Sequence[int]) -> Tensor:
-        """(*tokens, k): of every member, 0 for those that the layer at `path` has not; x (*tokens, i), or its ids."""
+        """Return the weight (*tokens, k) of every member; 0 for members that the layer does not have.
+
+        Args:
+            path: the layer's path.
+            adapters: {name: adapter} of the layer.
+            x: the layer's input (*tokens, i), or token ids (*tokens).
+            tokens: the shape of the input without its features.
+
+        Raises:
+            RoutingError: the gating function returned weights of another shape.
+        """
         present = [name for name in self.members if name in adapters]
-        given = self.gating(path, {name: adapters[name] for name in present}, x)
-        if given.shape != (*tokens, len(present)):
+        weights = self.gating(path, {name: adapters[name] for name in present}, x)
+        if weights.shape != (*tokens, len(present)):
             raise RoutingError(
-                f"the gate gave weights {tuple(given.shape)} at {path} for x {tuple(x.shape)} and {len(present)} "
-                f"adapters; give {(*tokens, len(present))}"
+                f"the gate returned weights {tuple(weights.shape)} at {path} for x {tuple(x.shape)} and {len(present)} "
+                f"adapters; return {(*tokens, len(present))}"
             )
         if self.top_k is not None and self.top_k < len(present):
-            kept, places = given.topk(self.top_k, dim=-1)
-            total = given.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
-            given = given.new_zeros(given.shape).scatter(-1, places, kept * total)
-        whole = given.new_zeros(*given.shape[:-1], len(self.members))
-        whole[..., [self.members.index(name) for name in present]] = given
-        return whole
+            largest, indices = weights.topk(self.top_k, dim=-1)
+            total = weights.sum(-1, keepdim=True) / largest.sum(-1, keepdim=True)
+            weights = weights.new_zeros(weights.shape).scatter(-1, indices, largest * total)
+        of_members = weights.new_zeros(*weights.shape[:-1], len(self.members))
+        of_members[..., [self.members.index(name) for name in present]] = weights
+        return of_members
 
 
 BASE = Stack()
-"""The base model alone."""
+"""The composition of the base model alone."""
 
 
-def composition(given: Spec) -> Composition:
-    """A composition from what may be given for one; RoutingError for anything else."""
-    if isinstance(given, Composition):
-        return given
-    if given is None or given == BASE_NAME:
+def composition(spec: Spec) -> Composition:
+    """Return the composition that a specification stands for.
+
+    Raises:
+        RoutingError: the specification is of another type.
+    """
+    if isinstance(spec, Composition):
+        return spec
+    if spec is None or spec == BASE_NAME:
         return BASE
-    if isinstance(given, str):
-        return Only(given)
-    if isinstance(given, Mapping):
-        return Weighted(given)
+    if isinstance(spec, str):
+        return Only(spec)
+    if isinstance(spec, Mapping):
+        return Weighted(spec)
     raise RoutingError(
-        f"{given!r} is no composition of adapters; give a name, None for the base, {{name: weight}}, or "
+        f"{spec!r} is no composition of adapters; give a name, None for the base, {{name: weight}}, or "
         "Stack, Weighted, Parallel, Average, Split or Gate"
     )
 
 
 def weights_of(one: Composition) -> dict[str, float]:
-    """{adapter: weight} of a weighted sum, however nested; RoutingError where it says more than that."""
+    """Return {adapter: weight} of a weighted sum, nested ones included.
+
+    Raises:
+        RoutingError: the composition is not a weighted sum.
+    """
     if isinstance(one, Only):
         return {one.name: 1.0}
     if not isinstance(one, Weighted):
-        raise RoutingError(f"{one!r} is no weighted sum, which alone can be merged into one adapter; use it in a route")
-    found: dict[str, float] = {}
+        raise RoutingError(
+            f"{one!r} is not a weighted sum, and only those can be merged into one adapter; use it in a route"
+        )
+    weights: dict[str, float] = {}
     for child, weight in one.summands:
-        for name, own in weights_of(child).items():
-            found[name] = found.get(name, 0.0) + weight * own
-    return found
+        for name, inner in weights_of(child).items():
+            weights[name] = weights.get(name, 0.0) + weight * inner
+    return weights
 
 
 def _summands(one: Composition) -> Sequence[tuple[Composition, float]]:

@@ -1,15 +1,15 @@
-"""Whether adapters are still as they were when something was computed from their weights.
+"""Fingerprints of adapters: a cheap check that cached values were computed from the current weights.
 
-A cache cannot be told of every change, so a fingerprint is compared before each use. It notices:
+Nothing tells a cache of every change of a weight, so a fingerprint is compared before each use. It notices:
 
 - in-place operations that autograd counts (`_version`), such as `copy_` under `no_grad` and unfused optimisers;
 - another tensor, or other memory, in a parameter's place: assignment, `load_state_dict(assign=True)`,
   `functional_call`, `swap_tensors`, `parameter.data = ...`, `to`;
-- a step of any `torch.optim.Optimizer` in this process: fused and 8-bit kernels write weights that no version counts,
-  and sharding optimisers write other tensors than the ones they step;
-- an attribute set on an adapter, such as `scaling`, and with it `train()` and `eval()` of a module around it.
+- a step of any `torch.optim.Optimizer` in this process: fused and 8-bit kernels write weights without changing their
+  version, and sharded optimisers write other tensors than the ones they step;
+- an attribute set on an adapter, such as `scaling`; `train()` and `eval()` of a module around it set one too.
 
-An edit in place through `.data`, or of memory shared with NumPy, shows nowhere; `Adapter.mark_changed` tells of it.
+Edits in place through `.data`, or of memory shared with NumPy, are not noticed; call `Adapter.mark_changed` after them.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from peftcore.adapter import Adapter
 _optimizer_steps = 0
 """Steps that optimisers have taken in this process (count)."""
 _SCOPE: ContextVar[object | None] = ContextVar("peftcore_unchanging_weights", default=None)
-"""The `unchanging_weights` that this thread is in."""
+"""The `unchanging_weights` context that this thread is in."""
 
 
 def _count_step(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
@@ -38,9 +38,9 @@ register_optimizer_step_post_hook(_count_step)
 
 @contextlib.contextmanager
 def unchanging_weights() -> Iterator[None]:
-    """Promise that no weight is edited while this thread is inside, so that it need be looked at once only.
+    """Promise that no weight is edited inside of the context, so each fingerprint reads the tensors only once.
 
-    That is `generate`'s own promise. Optimisers' steps and attributes that are set count inside as ever.
+    `generate` makes this promise. Optimiser steps and attribute assignments are noticed inside, too.
     """
     token = _SCOPE.set(object())
     try:
@@ -50,7 +50,7 @@ def unchanging_weights() -> Iterator[None]:
 
 
 class Fingerprint:
-    """What identifies the present weights of some adapters, without reading them."""
+    """The identity of the current weights of some adapters, without their values."""
 
     __slots__ = (
         "_attributes",
@@ -72,20 +72,21 @@ class Fingerprint:
         self._tables = [table for table in tables if any(tensor is not None for tensor in table.values())]
         tensors = [tensor for table in self._tables for tensor in table.values() if tensor is not None]
         self.countable = all(type(each) in (nn.Parameter, Tensor) and not each.is_inference() for each in tensors)
-        """Whether changes can be noticed: inference tensors count no versions, and sharded ones lie elsewhere."""
+        """True if changes can be noticed: inference tensors have no version, and sharded ones lie elsewhere."""
         self.trains = any(tensor.requires_grad for tensor in tensors)
-        """Whether a weight learns: loops by hand edit such weights, often through `.data`."""
+        """True if a weight is trainable: hand-written training loops often edit such weights through `.data`."""
         self._steps, self._scope = _optimizer_steps, _SCOPE.get()
         self._changes = [attributes.get("changes") for attributes in self._attributes]
-        self._tensors = self._looked_at() if self.countable else []
-        # held, because the address of freed memory can come back with other weights in it
+        self._tensors = self._identities() if self.countable else []
+        # kept alive, because the address of freed memory can be reused for other weights
         self._storages = [tensor.untyped_storage() for tensor in tensors] if self.countable else []
 
     def holds(self, trusts_learning: bool = True) -> bool:
-        """Whether no change can be noticed since.
+        """Return True if no change is noticed since the fingerprint was made.
 
-        trusts_learning: False for what is cheap to make again: then weights that learn hold for the length of one
-        `unchanging_weights` only.
+        Args:
+            trusts_learning: False for values that are cheap to recompute: a fingerprint of trainable weights then
+                holds only inside of one `unchanging_weights` context.
         """
         if (
             not self.countable
@@ -96,12 +97,12 @@ class Fingerprint:
         scope = _SCOPE.get()
         if scope is not None and scope is self._scope:
             return True
-        if (self.trains and not trusts_learning) or self._tensors != self._looked_at():
+        if (self.trains and not trusts_learning) or self._tensors != self._identities():
             return False
         self._scope = scope
         return True
 
-    def _looked_at(self) -> list[tuple[int, int, bool]]:
+    def _identities(self) -> list[tuple[int, int, bool]]:
         return [
             (tensor.data_ptr(), tensor._version, tensor.requires_grad)
             for table in self._tables

@@ -57,7 +57,7 @@ def convert_to_lora(
         ConfigError, MergeError: no LoRA can replace the adapter; the model is unchanged.
     """
     plain = _plain_lora(model, adapter_name, rank, tolerance)
-    injection = prepare_injection(model, plain.config, new_name, fresh=False)
+    injection = prepare_injection(model, plain.config, new_name, initialise=False)
     content = Content(injection.adapters, injection.biases, injection.copies, None)
     content.read(content.spelled(plain.tensors))
     commit_injection(model, injection, is_trainable)

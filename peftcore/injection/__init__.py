@@ -1,1 +1,1 @@
-"""Putting adapters into a model, choosing which of them act, merging them into the weights."""
+"""Putting adapters into a model, choosing the active ones, merging them into the weights."""

@@ -1,4 +1,4 @@
-"""Which adapters act, and which train. Switching is one assignment, whatever the numbers of layers and adapters."""
+"""Activation: which adapters are active, and which train. Switching takes constant time."""
 
 import contextlib
 import re
@@ -19,25 +19,43 @@ _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 
 
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
-    """Make these adapters the active ones, in order.
+    """Make adapters the active ones.
 
-    Which adapters train does not change: that is `is_trainable` when one is added, or `set_requires_grad`.
-    Raises AdapterNameError for a name that is not loaded or given twice.
+    Unlike in HF PEFT, `requires_grad` does not change: `is_trainable` sets it when an adapter is loaded, and
+    `set_requires_grad` later.
+
+    Args:
+        model: the model with adapters.
+        names: one name or several, in order.
+
+    Raises:
+        AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
     """
     adapters = adapter_set(model)
-    chosen = (names,) if isinstance(names, str) else tuple(names)
-    adapters.require(*chosen)
-    if len(set(chosen)) < len(chosen):
-        raise AdapterNameError(f"set_adapter: each adapter at most once; got {list(chosen)}")
-    kinds = {name: adapters.kinds[name] for name in chosen}
-    feeding = [name for name, kind in kinds.items() if issubclass(kind, PromptLearner) and kind.exclusive]
-    if len(feeding) > 1:
-        raise AdapterNameError(f"set_adapter: {feeding} are prompts, and one at a time can stand before the text")
-    adapters.selection.active = chosen
+    active = (names,) if isinstance(names, str) else tuple(names)
+    adapters.require(*active)
+    if len(set(active)) < len(active):
+        raise AdapterNameError(f"set_adapter: each adapter at most once; got {list(active)}")
+    kinds = {name: adapters.kinds[name] for name in active}
+    prompts = [name for name, kind in kinds.items() if issubclass(kind, PromptLearner) and kind.exclusive]
+    if len(prompts) > 1:
+        raise AdapterNameError(
+            f"set_adapter: {prompts} are prompts, and only one prompt can be active; name one of them"
+        )
+    adapters.selection.active = active
 
 
 def delete_adapter(model: nn.Module, *names: str) -> None:
-    """Remove adapters. If no active one is left, the first that is left becomes active, as in HF PEFT."""
+    """Delete adapters. If all active ones are deleted, the first remaining adapter becomes active, as in HF PEFT.
+
+    Args:
+        model: the model with adapters.
+        names: the adapters.
+
+    Raises:
+        AdapterNameError: an adapter is not loaded, or in use by an open route.
+        MergeError: an adapter is merged.
+    """
     adapters = adapter_set(model)
     adapters.require(*names)
     active = [name for name in names if name in adapters.selection.active]
@@ -50,75 +68,97 @@ def delete_adapter(model: nn.Module, *names: str) -> None:
 
 
 def set_requires_grad(model: nn.Module, names: str | list[str], requires_grad: bool = True) -> None:
-    """Let adapters train, or freeze them; every other adapter stays as it is."""
+    """Set `requires_grad` of all parameters of adapters; other adapters stay as they are.
+
+    Args:
+        model: the model with adapters.
+        names: one name or several.
+        requires_grad: False freezes the adapters.
+
+    Raises:
+        AdapterNameError: a name is not loaded.
+    """
     adapters = adapter_set(model)
-    chosen = [names] if isinstance(names, str) else names
-    adapters.require(*chosen)
-    for name in chosen:
+    names = [names] if isinstance(names, str) else names
+    adapters.require(*names)
+    for name in names:
         for parameter in adapters.parameters(name):
             parameter.requires_grad_(requires_grad)
 
 
 def refresh_adapters(model: nn.Module) -> None:
-    """Have everything that was computed from the weights computed anew at the next forward.
+    """Drop all values that were computed from weights, so the next forward computes them again.
 
-    Needed after edits that nothing shows: in place through `parameter.data`, through memory shared with NumPy, by a
-    CUDA graph that is replayed. Every other change is noticed (`peftcore.composition.fingerprint`).
+    Call this after edits that cannot be noticed: in place through `parameter.data`, through memory shared with NumPy,
+    by the replay of a CUDA graph. Every other change is noticed (`peftcore.composition.fingerprint`).
     """
     adapters = adapter_set(model)
     adapters.selection.forget()
-    for site in adapters.layers.values():
-        site.base.clear_cache()
-        for name in site.adapters:
-            site.adapters[name].mark_changed()
+    for slot in adapters.layers.values():
+        slot.base.clear_cache()
+        for name in slot.adapters:
+            slot.adapters[name].mark_changed()
 
 
 @contextlib.contextmanager
-def routed(model: nn.Module, given: Spec | Sequence[Spec]) -> Iterator[Route]:
-    """This thread's calls of the model go by a composition, or by a list of them, one for each row of the batch.
+def routed(model: nn.Module, specs: Spec | Sequence[Spec]) -> Iterator[Route]:
+    """Open a route: this thread's calls of the model use a composition, or one composition for each row.
 
-    What `set_adapter` has made active is untouched, and other threads do not see it. Raises AdapterNameError for names
-    that are not loaded, RoutingError for what no batch can be computed by, and for adapters inside `disable_adapter()`.
+    Routes are thread-local, and do not change the active adapters.
+
+    Args:
+        model: the model with adapters.
+        specs: one composition, or a list with one for each row of the batch.
+
+    Yields:
+        The route.
+
+    Raises:
+        AdapterNameError: a name is not loaded.
+        RoutingError: adapters are merged; a name is given inside of `disable_adapter()`; or a mixed batch reaches a
+            single expert.
     """
-    adapters, route = adapter_set(model), Route(given)
+    adapters, route = adapter_set(model), Route(specs)
     adapters.require(*route.names)
     outer = adapters.selection.route
     if outer is not None and outer.is_final:
         if route.names:
             raise RoutingError(
-                f"{list(route.names)} are to act inside of disable_adapter(), where the model is its base; leave it "
-                "first, or name None there"
+                f"{list(route.names)} cannot be used inside of disable_adapter(), where the model is its base; leave "
+                "that context first, or give None"
             )
         route.is_final = True
     if adapters.merged:
         raise RoutingError(
-            f"{list(adapters.merged)} are merged into the base, where every row would have them; unmerge_adapter first"
+            f"{list(adapters.merged)} are merged into the base, so every row would use them; call unmerge_adapter first"
         )
     if route.uniform is None:
         route.model = model
         _check_rows_are_seen(adapters, route)
     with adapters.selection.routed(route):
-        adapters.require(*route.names)  # from here on none of them can be deleted
+        adapters.require(*route.names)  # again, because from here on no other thread can delete them
         yield route
 
 
 def _check_rows_are_seen(adapters: AdapterSet, route: Route) -> None:
-    """RoutingError for layers where tokens of all rows lie mixed: single experts, which get those that chose them."""
-    for path, site in list(adapters.layers.items()):
-        if _EXPERT.search(path) and any(name in site.adapters for name in route.names):
+    """Raise RoutingError for adapters on single experts, which get tokens of all rows mixed."""
+    for path, slot in list(adapters.layers.items()):
+        if _EXPERT.search(path) and any(name in slot.adapters for name in route.names):
             raise RoutingError(
-                f"{path} is one expert of many and sees tokens without their rows; route one adapter for the whole "
-                "batch, or train adapters that leave the experts out"
+                f"{path} is a single expert and gets tokens without their rows; route one adapter for the whole batch, "
+                "or train adapters without the experts among their targets"
             )
 
 
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The base model alone while inside, also when adapters are merged; afterwards everything is as before.
+    """Compute the base model alone inside of the context, even if adapters are merged.
 
-    It is a route to the base that no other may be opened in, so other threads do not see it. Merged adapters are in the
-    one set of weights that all threads have: calls by other threads are then refused while inside. Raises RoutingError
-    if such a call runs already.
+    The context is a route to the base, so other threads keep their adapters. No route with adapters can be opened
+    inside. All threads share one set of weights: while adapters are merged, calls by other threads are refused.
+
+    Raises:
+        RoutingError: adapters are merged, and another thread is calling the model.
     """
     route = Route(None)
     route.is_final = True
@@ -127,14 +167,19 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def switch_adapters(model: nn.Module, on: bool) -> None:
-    """Let the active adapters act or not, for every thread, until the next call. An open route stands over it.
+    """Enable or disable the active adapters, in every thread; an open route has precedence.
 
-    Raises MergeError while adapters are merged into the base, where nothing here could take them out.
+    Args:
+        model: the model with adapters.
+        on: False disables the adapters until the next call.
+
+    Raises:
+        MergeError: adapters are merged, so this function cannot disable them.
     """
     adapters = adapter_set(model)
     if adapters.merged and not on:
         raise MergeError(
             f"disable_adapters: {list(adapters.merged)} are merged into the base; call unmerge_adapter first, or use "
-            "the context disable_adapter(), which sets merged weights aside"
+            "the context disable_adapter(), which puts the unmerged weights in place"
         )
     adapters.selection.switched_off = not on

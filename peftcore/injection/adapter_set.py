@@ -1,4 +1,4 @@
-"""What a model knows of its adapters: who is active, their configurations, and where they sit."""
+"""The adapters of a model: their configurations, their slots, and which of them are active."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,112 +18,121 @@ from peftcore.layers.wrapper import Prompts
 from peftcore.prompts.learner import PromptLearner
 
 ATTRIBUTE = "_adapter_set"
-"""Where a model keeps its `AdapterSet`."""
+"""Attribute of a model that holds its `AdapterSet`."""
 PROMPTS = "peftcore_prompts"
-"""The submodule of a model that holds its prompt learners."""
+"""Name of the submodule that holds a model's prompt learners."""
 
 
 class ReplacedRows(NamedTuple):
-    """An embedding's parameter that a directory's rows stand in for."""
+    """An embedding's parameter that was replaced by rows from a saved adapter."""
 
     layer: nn.Module
     name: str
-    own: nn.Parameter
-    """The model's parameter from before."""
+    original: nn.Parameter
+    """The model's own parameter."""
 
 
 class AdapterSet:
     """The adapters of one model."""
 
-    generating = PerThread({})
-    """What `generate` was given for the adapters, such as task_ids, while it runs."""
-    passing = PerThread({})
-    """The same of the forward that runs now."""
+    generate_arguments = PerThread({})
+    """{name: value} of the adapters' arguments, such as task_ids, in the running `generate`; thread-local."""
+    call_arguments = PerThread({})
+    """{name: value} of the adapters' arguments in the running forward pass; thread-local."""
 
     def __init__(self) -> None:
         self.selection = Selection()
         self.configs: dict[str, PeftConfig] = {}
         self.kinds: dict[str, type[Any]] = {}
         """Adapter or prompt classes by adapter name."""
-        self.listening: dict[str, frozenset[str]] = {}
-        """{adapter that is told of each forward: the arguments it takes of it}"""
+        self.forward_arguments: dict[str, frozenset[str]] = {}
+        """{adapter whose method prepares each forward pass: names of the arguments that it takes}"""
         self.layers: dict[str, AdapterSlot] = {}
-        """Sites by the path of their layer or raw parameter."""
+        """{path of a layer or raw parameter: its slot}"""
         self.merged: tuple[str, ...] = ()
-        """Adapters that are merged into a base weight now, in the order in which they were."""
+        """Adapters that are merged into the base now, in the order of merging."""
         self.unmerged_by = 0
-        """Contexts, of all threads, that have the base's own weights in place of merged ones now (count)."""
+        """Open `disable_adapter` contexts, of all threads, in which the unmerged weights are in place (count)."""
         self.saved: dict[str, SavedModule] = {}
+        """{path: wrapper of a module of `modules_to_save`}"""
         self.prompts = Prompts()
-        """Prompt learners by adapter name."""
+        """{adapter: prompt learner}"""
         self.replaced_rows: dict[str, ReplacedRows] = {}
-        """{path of an embedding's parameter: what stood there before a directory brought rows for it}."""
+        """{path of an embedding's parameter: the original that a saved adapter replaced}"""
         self.replication: tuple[str, Replication] | None = None
-        """The adapter that made the model deeper, and how to undo it."""
+        """(the adapter with `layer_replication`, the state to undo it)"""
 
     def adapters(self, name: str) -> dict[str, Adapter]:
-        """{path: adapter} of one name; a bias alone is in `biases`."""
-        return {path: own for path, own in self._at_sites(name).items() if not isinstance(own, TrainedBias)}
+        """Return {path: adapter} of one name; biases without an adapter are in `biases`."""
+        return {path: part for path, part in self._parts(name).items() if not isinstance(part, TrainedBias)}
 
     def biases(self, name: str) -> dict[str, TrainedBias]:
-        """{path of a layer, or of a raw bias: the bias that trains with one adapter}."""
-        own = {path: a if isinstance(a, TrainedBias) else a.trained_bias for path, a in self._at_sites(name).items()}
-        return {path: bias for path, bias in own.items() if bias is not None}
+        """Return {path of a layer, or of a raw bias: the bias that trains with one adapter}."""
+        biases = {path: p if isinstance(p, TrainedBias) else p.trained_bias for path, p in self._parts(name).items()}
+        return {path: bias for path, bias in biases.items() if bias is not None}
 
-    def _at_sites(self, name: str) -> dict[str, Adapter]:
+    def _parts(self, name: str) -> dict[str, Adapter]:
         self.require(name)
-        return {path: site.adapter(name) for path, site in self.layers.items() if name in site.adapters}
+        return {path: slot.adapter(name) for path, slot in self.layers.items() if name in slot.adapters}
 
     def of_method(self, name: str) -> dict[str, Adapter]:
-        """Those of `adapters` that are of the configuration's own method, not its companions."""
+        """Return {path: adapter} of the configuration's own method, without trained token rows."""
         kind = self.kinds[name]
         return {path: adapter for path, adapter in self.adapters(name).items() if isinstance(adapter, kind)}
 
     def copies(self, name: str) -> dict[str, nn.Module]:
-        """{path: copy} of the modules that one adapter trains whole."""
+        """Return {path: copy} of the modules that one adapter trains whole (`modules_to_save`)."""
         return {path: wrapper.copies[name] for path, wrapper in self.saved.items() if name in wrapper.copies}
 
     def prompt(self, name: str) -> PromptLearner | None:
-        """The prompt learner of one name, if that is what it is."""
+        """Return the prompt learner of this name; None if the adapter is not a prompt."""
         return self.prompts.get(name)
 
-    def acting_prompts(self) -> list[PromptLearner]:
-        """Prompt learners that act, in order."""
-        return [self.prompts[name] for name in self.selection.acting if name in self.prompts]
+    def prompts_in_effect(self) -> list[PromptLearner]:
+        """Return the prompt learners in effect, in order."""
+        return [self.prompts[name] for name in self.selection.in_effect if name in self.prompts]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """Everything that training this adapter trains."""
+        """Return all parameters of one adapter, each once: of its layers, copies, biases and prompt."""
         prompts = [self.prompts[name]] if name in self.prompts else []
-        modules = [*self._at_sites(name).values(), *self.copies(name).values(), *prompts]
+        modules = [*self._parts(name).values(), *self.copies(name).values(), *prompts]
         return list(dict.fromkeys(p for module in modules for p in module.parameters()))
 
     def tensors(self) -> list[Tensor]:
-        """All that adapters brought or changed, trained or not: theirs, their copies', and bases they have moved."""
+        """Return all tensors that adapters have added or replaced, trainable or not."""
         modules: list[nn.Module] = []
         for name in self.configs:
-            modules += [*self._at_sites(name).values(), *self.copies(name).values()]
+            modules += [*self._parts(name).values(), *self.copies(name).values()]
         modules += [self.prompts[name] for name in self.prompts]
-        modules += [site.base.layer for site in self.layers.values() if site.has_replaced_base]
+        modules += [slot.base.layer for slot in self.layers.values() if slot.has_replaced_base]
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     def restore_rows(self) -> None:
-        """Put the model's own embeddings back, to the bit, where the model is on the device and of the type it was."""
+        """Restore the model's own embeddings: bit for bit, unless the model was moved or cast since."""
         moved: dict[int, nn.Parameter] = {}
-        for layer, name, own in self.replaced_rows.values():
-            now = layer._parameters[name]
-            assert now is not None
-            if (now.device, now.dtype) != (own.device, own.dtype):  # one for all that share it
-                own = moved.setdefault(id(own), nn.Parameter(own.to(now), requires_grad=own.requires_grad))
-            layer._parameters[name] = own
+        for layer, name, original in self.replaced_rows.values():
+            current = layer._parameters[name]
+            assert current is not None
+            if (current.device, current.dtype) != (original.device, original.dtype):  # tied parameters stay tied
+                copied = nn.Parameter(original.to(current), requires_grad=original.requires_grad)
+                original = moved.setdefault(id(original), copied)
+            layer._parameters[name] = original
         self.replaced_rows.clear()
         self.selection.forget()
 
     def shared(self, name: str) -> Shared | None:
-        """What the layers of one adapter share, if anything."""
+        """Return the tensors that the layers of one adapter share; None if there are none."""
         return shared_by(self.adapters(name))
 
     def require(self, *names: str) -> None:
-        """Raise AdapterNameError for a name that is not there."""
+        """Check that adapters are loaded.
+
+        Args:
+            names: names of adapters.
+
+        Raises:
+            AdapterNameError: a name is not loaded.
+        """
         for name in names:
             if name not in self.configs:
                 known = ", ".join(self.configs) or "none yet"
@@ -131,20 +140,28 @@ class AdapterSet:
 
 
 def shared_by(adapters: Mapping[str, Adapter]) -> Shared | None:
-    """What the adapters of one name share, if anything."""
+    """Return the tensors that these adapters share; None if there are none.
+
+    Args:
+        adapters: {path: adapter} of one name.
+    """
     return next((adapter.shared for adapter in adapters.values() if adapter.shared is not None), None)
 
 
 def adapter_set(model: nn.Module) -> AdapterSet:
-    """The model's adapters; AdapterNameError when it has none."""
-    found = model.__dict__.get(ATTRIBUTE)
-    if found is None:
+    """Return the adapters of a model.
+
+    Raises:
+        AdapterNameError: the model has none.
+    """
+    adapters = model.__dict__.get(ATTRIBUTE)
+    if adapters is None:
         raise AdapterNameError(f"this {type(model).__name__} has no adapters; call get_peft_model first")
-    return found
+    return adapters
 
 
 def untouched_names(model: nn.Module) -> list[str]:
-    """Names of the base's frozen parameters and buffers, which are what they were before injection."""
-    own = {id(tensor) for tensor in adapter_set(model).tensors()}
+    """Return the names of the base's frozen parameters and buffers, which no adapter has added or replaced."""
+    of_adapters = {id(tensor) for tensor in adapter_set(model).tensors()}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return [name for name, tensor in named if not tensor.requires_grad and id(tensor) not in own]
+    return [name for name, tensor in named if not tensor.requires_grad and id(tensor) not in of_adapters]

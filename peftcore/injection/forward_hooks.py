@@ -1,7 +1,10 @@
-"""What a call of the whole model tells its adapters: a hook before its forward and one after, installed with the first
-adapter. Between the two, layers may share inputs, and the call is recorded for what may be computed again.
+"""Hooks on the whole model: before each forward pass they prepare routes, prompts and methods that need its arguments.
 
-Hooks and not an overridden `forward`, because accelerate and others replace `forward` on the instance.
+The hooks are installed with the first adapter. They also mark the beginning and the end of a call, between which layers
+share outputs, and record the call for activation checkpointing. They are hooks and not an overridden `forward`, because
+accelerate and others replace `forward` on the instance.
+
+"Adapter arguments" are arguments of the model's call for adapters, such as `task_ids` (`Adapter.forward_arguments`).
 """
 
 import contextlib
@@ -19,7 +22,7 @@ from peftcore.composition.route import Route
 from peftcore.errors import ConfigError, RoutingError
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, shared_by
 from peftcore.layers.active import in_compiled_call
-from peftcore.layers.fast_path import contiguous_input
+from peftcore.layers.forward_paths import contiguous_input
 from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
 from peftcore.prompts.mixed import mixed_learners
@@ -28,7 +31,7 @@ _TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_emb
 
 
 def install(model: nn.Module) -> None:
-    """Have acting adapters told of each forward of `model`, and its head given rows that lie together."""
+    """Install the hooks on the model and on its output head."""
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_end_call, always_call=True)
     if (head := _head(model)) is not None and contiguous_input not in head._forward_pre_hooks.values():
@@ -36,16 +39,21 @@ def install(model: nn.Module) -> None:
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    """The linear layer that gives a transformers model's logits; None where there is none."""
+    """Return the linear output head of a transformers model; None if there is none."""
     try:
-        found = unwrapped(model.get_output_embeddings())  # type: ignore[operator]
+        head = unwrapped(model.get_output_embeddings())  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    return found if isinstance(found, nn.Linear) else None
+    return head if isinstance(head, nn.Linear) else None
 
 
 def install_prompts(model: Any, adapters: AdapterSet) -> None:
-    """Have prompt learners told of outputs too, and of the encoder, which `generate` calls without the model."""
+    """Install the hooks of prompt learners: on the outputs, and on the encoder, which `generate` calls by itself.
+
+    Args:
+        model: the model.
+        adapters: its adapters.
+    """
     model.register_forward_hook(_after_forward)
     if is_encoder_decoder(model):
         model.get_encoder().register_forward_pre_hook(partial(_before_encoder, adapters), with_kwargs=True)
@@ -88,21 +96,26 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     route, values = selection.route, {}
     _check_weights_are_here(adapters, route)
     changed = None
-    if route is not None or adapters.listening:
-        changed, values = _told(model, adapters, route, args, kwargs)
+    if route is not None or adapters.forward_arguments:
+        changed, values = _prepare_call(model, adapters, route, args, kwargs)
     if not in_compiled_call():
         selection.begin_call(values)
     return changed
 
 
 def needs_call(model: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether a `forward` with these arguments is not inside of a call of the model, and adapters are to be told."""
+    """Return True if `model.forward` was called directly, without hooks, and adapters need the hooks.
+
+    Args:
+        model: the model.
+        arguments: the keyword arguments of `forward`.
+    """
     adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
-    if adapters is None or in_compiled_call() or adapters.selection.here.calls:
+    if adapters is None or in_compiled_call() or adapters.selection.cache.calls:
         return False
     if "adapter_names" in arguments or adapters.selection.route is not None:
         return True
-    return any(name in adapters.listening for name in adapters.selection.acting)
+    return any(name in adapters.forward_arguments for name in adapters.selection.in_effect)
 
 
 def _end_call(model: nn.Module, _args: Any, outputs: Any) -> None:
@@ -112,45 +125,46 @@ def _end_call(model: nn.Module, _args: Any, outputs: Any) -> None:
 
 
 def _check_weights_are_here(adapters: AdapterSet, route: Route | None) -> None:
-    """RoutingError where another thread has put the base's own weights in place of merged ones."""
+    """Raise RoutingError if another thread has put the unmerged weights in place (`disable_adapter`)."""
     if adapters.unmerged_by and not (route is not None and route.is_final):
         raise RoutingError(
-            f"{list(adapters.merged)} are merged, and another thread is inside of disable_adapter(), where the model's "
-            "one set of weights is the base's own; call unmerge_adapter() first, then each thread has its own adapters"
+            f"{list(adapters.merged)} are merged, and another thread is inside of disable_adapter(), which has put the "
+            "unmerged weights in place for all threads; call unmerge_adapter() first, then each thread has its own "
+            "adapters"
         )
 
 
-def _told(
+def _prepare_call(
     model: nn.Module, adapters: AdapterSet, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], dict[Any, dict[str, Any]]]:
-    """Tell the route and the acting adapters of a call: (its arguments, what adapter arguments came to)."""
+    """Prepare route, methods and prompts for a call: (its arguments for the model, values of the adapter arguments)."""
     args, inputs = _by_name(model, args, kwargs)
-    inputs = {**adapters.generating, **inputs}
-    taken = frozenset().union(*adapters.listening.values())
-    for key in taken & inputs.keys():
+    inputs = {**adapters.generate_arguments, **inputs}
+    names = frozenset().union(*adapters.forward_arguments.values())
+    for key in names & inputs.keys():
         inputs[key] = _for_each_row(inputs[key], inputs)
-    adapters.passing = {key: inputs[key] for key in taken & inputs.keys()}
+    adapters.call_arguments = {key: inputs[key] for key in names & inputs.keys()}
     if route is not None:
         _begin(route, args, inputs)
-    values = _tell(model, adapters, list(adapters.listening), inputs)
-    for learner in _prompts(adapters, is_encoder_decoder(model)):  # last, because others may look for words in the text
+    values = _prepare_methods(model, adapters, list(adapters.forward_arguments), inputs)
+    for learner in _prompts(adapters, is_encoder_decoder(model)):  # last, because methods may search the text
         learner.before_forward(model, inputs)
     if route is not None:
         route.flattened = _flattened(args, inputs)
-    return (args, {key: value for key, value in inputs.items() if key not in taken}), values
+    return (args, {key: value for key, value in inputs.items() if key not in names}), values
 
 
 def _begin(route: Route, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-    """Tell a route of the forward that begins."""
-    given = [inputs[key] for key in _TEXTS if inputs.get(key) is not None]
-    first = next((value for value in (*given, *args, *inputs.values()) if _has_rows(value)), None)
+    """Set the route's rows and positions for a forward pass."""
+    texts = [inputs[key] for key in _TEXTS if inputs.get(key) is not None]
+    first = next((value for value in (*texts, *args, *inputs.values()) if _has_rows(value)), None)
     if first is None:
         raise RoutingError("the model is called without a tensor, so its rows cannot be counted")
     route.begin(len(first), _positions(first, inputs) if route.needs_positions else None)
 
 
 def _flattened(args: tuple[Any, ...], inputs: dict[str, Any]) -> frozenset[int]:
-    """Tokens of the whole batch (count), of each text that a call is given."""
+    """Return the numbers of tokens of the whole batch, of each text among the arguments."""
     texts = [inputs[key] for key in _TEXTS if inputs.get(key) is not None]
     others = [value for value in (*args, *inputs.values()) if isinstance(value, Tensor) and value.dim() > 2]
     return frozenset(value.shape[0] * value.shape[1] for value in (*texts, *others) if value.dim() > 1)
@@ -161,44 +175,44 @@ def _has_rows(value: Any) -> bool:
 
 
 def _positions(tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """(B, T): each token's place in its row's text, padding in front not counted; below 0 for that itself."""
+    """Return the position (B, T) of each token in its row's text, without left padding, which is below 0."""
     cache = inputs.get("cache", inputs.get("past_key_values"))
     past = 0 if cache is None else int(cache.get_seq_length())
-    places = past + torch.arange(tokens.shape[1], device=tokens.device)
+    positions = past + torch.arange(tokens.shape[1], device=tokens.device)
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return places.expand(len(tokens), -1)
-    return places - (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        return positions.expand(len(tokens), -1)
+    return positions - (mask.cumsum(1) == 0).sum(1, keepdim=True)
 
 
-def _tell(
+def _prepare_methods(
     model: nn.Module, adapters: AdapterSet, names: list[str], inputs: dict[str, Any]
 ) -> dict[Any, dict[str, Any]]:
-    """Tell acting adapters of a call: {shared module of an adapter: what its arguments came to}."""
-    acting, route = adapters.selection.acting, adapters.selection.route
+    """Call `before_forward` of the adapters in effect: {their shared module: values of the adapter arguments}."""
+    in_effect, route = adapters.selection.in_effect, adapters.selection.route
     values: dict[Any, dict[str, Any]] = {}
     for name in names:
-        if name not in acting or name in adapters.prompts:
+        if name not in in_effect or name in adapters.prompts:
             continue
         kind, config, own = adapters.kinds[name], adapters.configs[name], adapters.of_method(name)
         if route is None or route.uniform is not None:
             kind.before_forward(config, own, model, inputs)
         else:
-            _tell_of_rows(model, adapters, name, own, route, inputs)
+            _prepare_rows(model, adapters, name, own, route, inputs)
         if (shared := shared_by(own)) is not None and not torch.compiler.is_compiling():
             values[shared] = values_of(shared)
     return values
 
 
-def _tell_of_rows(
+def _prepare_rows(
     model: nn.Module, adapters: AdapterSet, name: str, own: dict[str, Adapter], route: Route, inputs: dict[str, Any]
 ) -> None:
-    """Tell one adapter of its own rows of a batch."""
+    """Call `before_forward` of one adapter, with the rows of the batch that use the adapter."""
     kind, config = adapters.kinds[name], adapters.configs[name]
     if len({one for one in route.compositions if name in one.names()}) > 1:
         raise RoutingError(
-            f"{name!r} looks at the rows of each call ({config.peft_type}), so it can be in one composition of a "
-            "batch; give its rows the same one, or split the batch"
+            f"{name!r} ({config.peft_type}) reads the rows of each call, so only one composition of a batch can have "
+            "it; give its rows the same composition, or split the batch"
         )
     rows = route.rows_of(name)
     with adapters.selection.routed(Route(name)):  # a method may call the model itself
@@ -206,7 +220,7 @@ def _tell_of_rows(
 
 
 def _of_rows(value: Any, numbers: list[int], route: Route) -> Any:
-    """The rows of some of a route's compositions, of an argument that has as many rows as the batch."""
+    """Return the rows of an argument that belong to some compositions of a route; other arguments unchanged."""
     rows = route.rows or len(route.compositions)
     if isinstance(value, Tensor) and value.dim() and len(value) == rows:
         return value[route.expanded(numbers, rows).to(value.device)]
@@ -221,29 +235,29 @@ def _before_encoder(
     learners = _prompts(adapters, True)
     if not learners:
         return None
-    for_adapters = {**adapters.passing, **adapters.generating}
+    adapter_arguments = {**adapters.call_arguments, **adapters.generate_arguments}
     args, inputs = _by_name(encoder, args, kwargs)
-    inputs = {**for_adapters, **inputs}
+    inputs = {**adapter_arguments, **inputs}
     for learner in learners:
         learner.before_encoder(encoder, inputs)
-    return args, {key: value for key, value in inputs.items() if key not in for_adapters}
+    return args, {key: value for key, value in inputs.items() if key not in adapter_arguments}
 
 
 def _after_forward(model: nn.Module, _args: Any, outputs: Any) -> Any:
     adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
     if adapters is None:
         return None
-    adapters.passing = {}
+    adapters.call_arguments = {}
     for learner in _prompts(adapters, is_encoder_decoder(model)):
         outputs = learner.after_forward(outputs)
     return outputs
 
 
 def _prompts(adapters: AdapterSet, has_encoder: bool) -> list[PromptLearner]:
-    """The prompts that act; where rows have different ones, what stands for them all."""
+    """Return the prompts in effect; of a mixed batch, learners that give each row its own prompt."""
     route = adapters.selection.route
     if route is None or route.chain is not None:
-        return adapters.acting_prompts()
+        return adapters.prompts_in_effect()
     if route.prompts is None:
         route.prompts = _mixed_prompts(adapters, route, has_encoder)
     return route.prompts
@@ -253,15 +267,15 @@ def _mixed_prompts(adapters: AdapterSet, route: Route, has_encoder: bool) -> lis
     learners: list[list[PromptLearner]] = []
     for one in route.compositions:
         named = [adapters.prompts[name] for name in one.names() if name in adapters.prompts]
-        feeding = [learner for learner in named if learner.exclusive]
-        if feeding and (one.chain() is None or len(feeding) > 1):
-            raise RoutingError(f"{one!r} weighs or splits a prompt, which is read or not; give it a row of its own")
-        learners.append(feeding)
+        exclusive = [learner for learner in named if learner.exclusive]
+        if exclusive and (one.chain() is None or len(exclusive) > 1):
+            raise RoutingError(f"{one!r} mixes a prompt with others, which is not possible; use one prompt for a row")
+        learners.append(exclusive)
     return mixed_learners(learners, partial(_of_rows, route=route), has_encoder) if any(learners) else []
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call by name; those of a forward that takes any number of them stay in order."""
+    """Return (positional, named) arguments, all by name unless the forward takes `*args`."""
     parameters = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return args, dict(kwargs)
@@ -270,7 +284,7 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _for_each_row(value: Any, inputs: dict[str, Any]) -> Any:
-    """A value given for each row of a batch, repeated for the beams that `generate` makes of a row."""
+    """Repeat a per-row argument for the beams that `generate` makes of each row."""
     tokens = next((inputs[k] for k in ("input_ids", "inputs_embeds") if inputs.get(k) is not None), None)
     if not isinstance(value, torch.Tensor) or tokens is None or not value.dim() or len(tokens) % len(value):
         return value
@@ -278,33 +292,44 @@ def _for_each_row(value: Any, inputs: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def generation(model: nn.Module, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Gives `given`, the arguments of `generate`, without those that belong to adapters; these hold while inside."""
+def generation(model: nn.Module, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Keep the adapter arguments of `generate` for the calls inside of the context.
+
+    Args:
+        model: the model with adapters.
+        arguments: keyword arguments of `generate`.
+
+    Yields:
+        The arguments for the model's own `generate`.
+
+    Raises:
+        ConfigError: a prompt is in effect, and the cache is not empty.
+    """
     adapters: AdapterSet = model.__dict__[ATTRIBUTE]
-    taken = frozenset().union(*adapters.listening.values())
-    _check_cache(model, adapters, given)
-    before, route = adapters.generating, adapters.selection.route
+    names = frozenset().union(*adapters.forward_arguments.values())
+    _check_cache(model, adapters, arguments)
+    before, route = adapters.generate_arguments, adapters.selection.route
     if route is not None:
-        route.rows = None  # an encoder runs before the model's own forward tells of them
+        route.rows = None  # unknown until the model's own forward, and an encoder runs before
         route.repeats = True
-    adapters.generating = {key: value for key, value in given.items() if key in taken}
-    kinds = (adapters.kinds[name] for name in adapters.selection.acting)
+    adapters.generate_arguments = {key: value for key, value in arguments.items() if key in names}
+    kinds = (adapters.kinds[name] for name in adapters.selection.in_effect)
     fixed = {key: value for kind in kinds for key, value in kind.generate_arguments.items()}
     try:  # an encoder runs by itself, before the first forward of the model
-        told = [name for name, own in adapters.listening.items() if own & given.keys()]
-        _tell(model, adapters, told, dict(adapters.generating))
-        yield {**{key: value for key, value in given.items() if key not in taken}, **fixed}
+        prepared = [name for name, own in adapters.forward_arguments.items() if own & arguments.keys()]
+        _prepare_methods(model, adapters, prepared, dict(adapters.generate_arguments))
+        yield {**{key: value for key, value in arguments.items() if key not in names}, **fixed}
     finally:
-        adapters.generating = before
+        adapters.generate_arguments = before
         if route is not None:
             route.repeats = False
 
 
-def _check_cache(model: nn.Module, adapters: AdapterSet, given: dict[str, Any]) -> None:
-    cache = given.get("cache", given.get("past_key_values"))
-    feeding = any(learner.exclusive for learner in _prompts(adapters, is_encoder_decoder(model)))
-    if feeding and cache is not None and cache.get_seq_length():
+def _check_cache(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:
+    cache = arguments.get("cache", arguments.get("past_key_values"))
+    has_prompt = any(learner.exclusive for learner in _prompts(adapters, is_encoder_decoder(model)))
+    if has_prompt and cache is not None and cache.get_seq_length():
         raise ConfigError(
-            "generate counts a cache's entries as tokens of the text, and a prompt is among them; "
-            "give it the whole text and no cache, or an empty one"
+            "generate counts the cache's entries as tokens of the text, and a prompt adds entries; give the whole text "
+            "and no cache, or an empty one"
         )

@@ -1,4 +1,4 @@
-"""Putting prepared adapters into a model, and taking adapters away."""
+"""Injection: putting prepared adapters into a model, and deleting adapters."""
 
 import contextlib
 import warnings
@@ -11,14 +11,14 @@ from torch import nn
 from peftcore.adapter import Adapter
 from peftcore.bases import ParameterWeight
 from peftcore.config import PeftConfig
+from peftcore.detection.layer_inputs import shared_input_groups
 from peftcore.errors import AdapterNameError, ConfigError, MergeError
-from peftcore.injection import forward_hooks as forwarding
-from peftcore.injection import torch_encoders as fused_paths
+from peftcore.injection import forward_hooks
 from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.preparation import Injection, prepare_injection
 from peftcore.injection.replication import Replication, replicate
-from peftcore.injection.shared_inputs import link_shared_inputs
+from peftcore.injection.torch_encoders import update_fused_paths
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.adapter_parameters import AdapterParameters
 from peftcore.layers.adapter_slot import AdapterSlot
@@ -31,42 +31,52 @@ from peftcore.registry import method_of
 def commit_injection(
     model: nn.Module, injection: Injection, trainable: bool, replication: Replication | None = None
 ) -> AdapterSet:
-    """Put a prepared adapter into the model; the first one freezes the base. Which adapters act stays as it is."""
+    """Put a prepared adapter into the model; the first one freezes the base. The active adapters stay the same.
+
+    Args:
+        model: the model that the injection was prepared for.
+        injection: the prepared adapter.
+        trainable: whether its parameters get gradients, and its dropout is on.
+        replication: the state to undo `layer_replication`, if the adapter has made the model deeper.
+
+    Returns:
+        The adapters of the model.
+    """
     if ATTRIBUTE not in model.__dict__:
         injection.module_index.freeze()
         model.__dict__[ATTRIBUTE] = AdapterSet()
-        forwarding.install(model)
+        forward_hooks.install(model)
     adapters, module_index = adapter_set(model), injection.module_index
     name = injection.name
     parts = _with_biases(injection)
     wrapped = [p for p, a in parts.items() if a.base.kind == "linear" and p not in adapters.layers]
     for path, adapter in parts.items():
-        site = _site_at(path, adapter, adapters, module_index)
+        slot = _slot_at(path, adapter, adapters, module_index)
         if trainable:
-            site.training = True  # as with PEFT, its dropout acts at once, also on a base in evaluation mode
-        elif adapter.training != site.training:
-            adapter.train(site.training)
+            slot.training = True  # as with PEFT, its dropout is on at once, also on a base in evaluation mode
+        elif adapter.training != slot.training:
+            adapter.train(slot.training)
         _set_trainable(adapter, trainable)
-        site.adapters[name] = adapter
-        site.has_trained_biases |= path in injection.biases
+        slot.adapters[name] = adapter
+        slot.has_trained_biases |= path in injection.biases
         if adapter.new_base is not None:
-            site.replace_base(adapter.new_base, name)
+            slot.replace_base(adapter.new_base, name)
             adapter.new_base = None
-        adapters.layers[path] = site
+        adapters.layers[path] = slot
     for path, module in injection.copies.items():
         wrapper = _wrapper_at(path, SavedModule, adapters, module_index)
         wrapper.copies[name] = module.requires_grad_(trainable).train(wrapper.training)
         adapters.saved[path] = wrapper
-    fused_paths.switch(module_index)
+    update_fused_paths(module_index)
     for parent in {module_index.parent(path) for path in wrapped}:
-        link_shared_inputs(parent)
+        _link_siblings(parent)
     adapters.configs[name] = injection.config
     adapters.kinds[name] = method_of(injection.config).adapter
-    taken = adapters.kinds[name].forward_arguments(injection.config)
-    if taken is not None:  # a new dictionary, because a forward in another thread may be going through the old one
-        adapters.listening = {**adapters.listening, name: taken}
+    arguments = adapters.kinds[name].forward_arguments(injection.config)
+    if arguments is not None:  # a new dictionary, because a forward in another thread may iterate over the old one
+        adapters.forward_arguments = {**adapters.forward_arguments, name: arguments}
     if injection.prompt is not None:
-        _put_prompt(
+        _add_prompt(
             model, adapters, name, injection.prompt.requires_grad_(trainable).train(trainable or model.training)
         )
     if replication is not None:
@@ -75,7 +85,7 @@ def commit_injection(
 
 
 def _with_biases(injection: Injection) -> dict[str, Adapter]:
-    """{path: adapter} with each trained bias in the adapter of its layer, or alone where there is none."""
+    """Return {path: adapter}, each trained bias in the adapter of its layer, or alone if the layer has none."""
     parts = dict(injection.adapters)
     for path, bias in injection.biases.items():
         if path in parts:
@@ -86,7 +96,7 @@ def _with_biases(injection: Injection) -> dict[str, Adapter]:
 
 
 def _set_trainable(adapter: Adapter, trainable: bool) -> None:
-    """`adapter.requires_grad_(trainable)`, which costs more than to set what is the adapter's own."""
+    """Do `adapter.requires_grad_(trainable)`, faster for adapters without submodules."""
     if adapter._modules:
         adapter.requires_grad_(trainable)
     for parameter in adapter._parameters.values():
@@ -94,33 +104,33 @@ def _set_trainable(adapter: Adapter, trainable: bool) -> None:
             parameter.requires_grad = trainable
 
 
-def _put_prompt(model: nn.Module, adapters: AdapterSet, name: str, prompt: PromptLearner) -> None:
+def _add_prompt(model: nn.Module, adapters: AdapterSet, name: str, prompt: PromptLearner) -> None:
     if not len(adapters.prompts):
         model.add_module(PROMPTS, adapters.prompts)
-        forwarding.install_prompts(model, adapters)
+        forward_hooks.install_prompts(model, adapters)
     adapters.prompts[name] = prompt
     prompt.attach(model, partial(adapters.selection.share, name))
 
 
-def _take_prompt(model: nn.Module, adapters: AdapterSet, name: str) -> None:
+def _remove_prompt(model: nn.Module, adapters: AdapterSet, name: str) -> None:
     adapters.prompts[name].detach(model)
     del adapters.prompts[name]
     if not len(adapters.prompts):
         del model._modules[PROMPTS]
-        forwarding.remove_prompts(model)
+        forward_hooks.remove_prompts(model)
 
 
-def _site_at(path: str, adapter: Adapter, adapters: AdapterSet, module_index: ModuleIndex) -> AdapterSlot:
+def _slot_at(path: str, adapter: Adapter, adapters: AdapterSet, module_index: ModuleIndex) -> AdapterSlot:
     if isinstance(adapter.base, ParameterWeight):
         owner = path.removesuffix(f".{adapter.base.name}")
-        return _wrapper_at(owner, AdapterParameters, adapters, module_index).site(adapter.base)
+        return _wrapper_at(owner, AdapterParameters, adapters, module_index).slot(adapter.base)
     wrapper: AdapterLayer = _wrapper_at(path, AdapterLayer, adapters, module_index)
     wrapper.take_view(adapter.base)
     return wrapper
 
 
 def _wrapper_at(path: str, kind: type[Any], adapters: AdapterSet, module_index: ModuleIndex) -> Any:
-    """The wrapper at `path`, made if need be and put at every path where the same module stands."""
+    """Return the wrapper at a path; a new one is put at every path of the module."""
     present = module_index.modules[path]
     if isinstance(present, kind):
         return present
@@ -130,18 +140,40 @@ def _wrapper_at(path: str, kind: type[Any], adapters: AdapterSet, module_index: 
     return wrapper
 
 
-def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
-    """Put adapters into any `nn.Module`, make them the active ones, and give it back, with its class unchanged.
+def _link_siblings(parent: nn.Module) -> None:
+    """Tell each adapter layer among a module's children which later ones may read the same input."""
+    for names in shared_input_groups(parent):
+        layers = [child for name in names if isinstance(child := parent._modules[name], AdapterLayer)]
+        for position, layer in enumerate(layers, 1):
+            layer.siblings = layers[position:]
 
-    The base is frozen. An adapter that has this name is replaced, with a warning, as in HF PEFT. On an error the model
-    is as it was.
+
+def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
+    """Put an untrained adapter into any `nn.Module`, without changing its class, and make it the active one.
+
+    The base is frozen. On an error the model stays as it was.
+
+    Args:
+        config: the configuration of the adapter.
+        model: the model; changed in place.
+        adapter_name: the adapter's name. A loaded adapter of this name is replaced, with a warning, as in HF PEFT.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: an option does not fit the model.
+        TargetError: no layer matches, or a matching layer cannot be adapted.
+        AdapterNameError: the name is not valid.
     """
     if ATTRIBUTE in model.__dict__ and adapter_name in adapter_set(model).configs:
         with deepened(model, config):
-            prepare_injection(model, config, f"another {adapter_name}")  # errors come before anything is taken away
+            prepare_injection(
+                model, config, f"another {adapter_name}"
+            )  # so that errors come before the old adapter is deleted
         delete_adapter(model, adapter_name)
         warnings.warn(
-            f"adapter {adapter_name!r} was in the model already and is replaced by an untrained one; to keep both, "
+            f"adapter {adapter_name!r} was loaded already and is replaced by an untrained one; to keep both, "
             "give the new one another adapter_name",
             stacklevel=2,
         )
@@ -150,7 +182,21 @@ def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: 
 
 
 def add_adapter(model: nn.Module, config: PeftConfig, name: str) -> AdapterSet:
-    """Put an untrained adapter into the model; it acts once it is made active. On an error the model is as it was."""
+    """Put an untrained adapter into the model, without making it active. On an error the model stays as it was.
+
+    Args:
+        model: the model; changed in place.
+        config: the configuration; the adapter is trainable unless it says `inference_mode`.
+        name: the adapter's name.
+
+    Returns:
+        The adapters of the model.
+
+    Raises:
+        ConfigError: an option does not fit the model.
+        TargetError: no layer matches, or a matching layer cannot be adapted.
+        AdapterNameError: the name is not valid, or taken.
+    """
     with deepened(model, config) as replication:
         injection = prepare_injection(model, config, name)
         return commit_injection(model, injection, not config.inference_mode, replication)
@@ -158,7 +204,18 @@ def add_adapter(model: nn.Module, config: PeftConfig, name: str) -> AdapterSet:
 
 @contextlib.contextmanager
 def deepened(model: nn.Module, config: PeftConfig) -> Iterator[Replication | None]:
-    """The model with `layer_replication` done, if the configuration asks for it; an error inside undoes it."""
+    """Do `layer_replication`, if the configuration asks for it; an error inside of the context undoes it.
+
+    Args:
+        model: the model; changed in place.
+        config: the configuration.
+
+    Yields:
+        The state to undo the replication; None without one.
+
+    Raises:
+        ConfigError: the model has adapters already, or a range does not fit.
+    """
     ranges = getattr(config, "layer_replication", None)
     if not ranges:
         yield None
@@ -174,29 +231,41 @@ def deepened(model: nn.Module, config: PeftConfig) -> Iterator[Replication | Non
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove an adapter, from the active ones too; wrappers that keep none become the plain layer again."""
+    """Delete an adapter; wrappers without an adapter are removed, and the plain layer is in their place again.
+
+    Args:
+        model: the model; changed in place.
+        name: the adapter; also removed from the active ones.
+
+    Raises:
+        AdapterNameError: the adapter is not loaded, or in use by an open route.
+        MergeError: the adapter is merged, or others are merged into a weight that it replaced (LoftQ).
+        ConfigError: the adapter made the model deeper, and others are loaded.
+    """
     adapters = adapter_set(model)
     adapters.require(name)
     if name in adapters.merged:
         raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
-    if merged := [path for path, site in adapters.layers.items() if site.merged and site.replaced_by == (name,)]:
+    if merged := [path for path, slot in adapters.layers.items() if slot.merged and slot.replaced_by == (name,)]:
         raise MergeError(
-            f"adapter {name!r} brought the weight of {merged[0]} (LoftQ), and {list(adapters.merged)} are merged into "
+            f"adapter {name!r} replaced the weight of {merged[0]} (LoftQ), and {list(adapters.merged)} are merged into "
             "it; call unmerge_adapter first"
         )
     if adapters.selection.in_use[name] > 0:
-        raise AdapterNameError(f"adapter {name!r} is in use by a route that is open; leave it, or wait for it, first")
+        raise AdapterNameError(
+            f"adapter {name!r} is in use by an open route; leave the route, or wait for its end, first"
+        )
     deepens = adapters.replication is not None and adapters.replication[0] == name
     if deepens and len(adapters.configs) > 1:
         raise ConfigError(f"adapter {name!r} made the model deeper (layer_replication); delete the others first")
     if name in adapters.prompts:
-        _take_prompt(model, adapters, name)
+        _remove_prompt(model, adapters, name)
     emptied = False
-    for path, site in list(adapters.layers.items()):
-        if name in site.adapters:
-            del site.adapters[name]
-        site.restore_base(name)
-        if not len(site.adapters):  # also the second path of a layer that stands at two
+    for path, slot in list(adapters.layers.items()):
+        if name in slot.adapters:
+            del slot.adapters[name]
+        slot.restore_base(name)
+        if not len(slot.adapters):  # a layer may have two paths
             del adapters.layers[path]
             emptied = True
     for path, saved in list(adapters.saved.items()):
@@ -206,10 +275,10 @@ def delete_adapter(model: nn.Module, name: str) -> None:
                 del adapters.saved[path]
                 emptied = True
     if emptied:
-        _remove_empty_hosts(ModuleIndex(model))
+        _remove_empty_wrappers(ModuleIndex(model))
     del adapters.configs[name]
     del adapters.kinds[name]
-    adapters.listening = {other: taken for other, taken in adapters.listening.items() if other != name}
+    adapters.forward_arguments = {n: arguments for n, arguments in adapters.forward_arguments.items() if n != name}
     if deepens and adapters.replication is not None:
         adapters.replication[1].undo()
         adapters.replication = None
@@ -219,40 +288,46 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     adapters.selection.forget()
 
 
-def _is_empty_host(module: nn.Module) -> bool:
+def _is_empty_wrapper(module: nn.Module) -> bool:
     if isinstance(module, SavedModule):
         return not len(module.copies)
     return isinstance(module, AdapterLayer | AdapterParameters) and module.is_empty()
 
 
-def _remove_empty_hosts(module_index: ModuleIndex) -> None:
-    """Put back what wrappers without an adapter stand for, also inside of what is put back."""
-    while empty := [m for m in module_index.modules.values() if _is_empty_host(m)]:
+def _remove_empty_wrappers(module_index: ModuleIndex) -> None:
+    """Replace wrappers without adapters by their base layers, also wrappers inside of these."""
+    while empty := [m for m in module_index.modules.values() if _is_empty_wrapper(m)]:
         for wrapper in empty:
             module_index.replace(wrapper, unwrapped(wrapper))
-    fused_paths.switch(module_index)
+    update_fused_paths(module_index)
 
 
-def remove_hosts(model: nn.Module, keep_trained: bool) -> None:
-    """Take every wrapper out; keep_trained leaves the active adapters' whole modules in place."""
+def remove_wrappers(model: nn.Module, keep_trained: bool) -> None:
+    """Remove every wrapper.
+
+    Args:
+        model: the model; changed in place.
+        keep_trained: True keeps the trained copies of the active adapters, and base weights that adapters replaced;
+            False restores the model from before the first adapter.
+    """
     adapters = adapter_set(model)
     for name in list(adapters.prompts):
-        _take_prompt(model, adapters, name)
+        _remove_prompt(model, adapters, name)
     module_index = ModuleIndex(model)
     for wrapper in adapters.saved.values():
         module_index.replace(wrapper, wrapper.current() if keep_trained else wrapper.base_layer)
-    for site in adapters.layers.values():
+    for slot in adapters.layers.values():
         if keep_trained:
-            site.keep_base()
+            slot.keep_base()
         else:
-            site.restore_base(*site.replaced_by)
-        site.adapters._modules.clear()
+            slot.restore_base(*slot.replaced_by)
+        slot.adapters._modules.clear()
     adapters.layers.clear()
-    _remove_empty_hosts(module_index)
+    _remove_empty_wrappers(module_index)
     if adapters.replication is not None and not keep_trained:
         adapters.replication[1].undo()
     if not keep_trained:
         adapters.restore_rows()
     model.requires_grad_(False)
     del model.__dict__[ATTRIBUTE]
-    forwarding.remove(model)
+    forward_hooks.remove(model)

@@ -1,7 +1,7 @@
-"""Folding adapters into base weights and taking them out again, exact to the bit.
+"""Merging adapters into base weights, and unmerging bit for bit.
 
-The base's own parameters are set aside while a merged one stands in their place, so unmerging puts back the very
-tensors; the price is one more copy of each merged weight in memory until then. `merge_and_unload` keeps none.
+The unmerged parameters are kept while merged ones are in their place, so unmerging restores the original tensors. Until
+then each merged weight takes one more copy in memory. `merge_and_unload` keeps no copy.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.errors import MergeError, RoutingError
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
-from peftcore.injection.inject import remove_hosts
+from peftcore.injection.inject import remove_wrappers
 from peftcore.layers.adapter_slot import AdapterSlot, with_trained_biases
 
 logger = logging.getLogger(__name__)
 _LOCK = threading.Lock()
-"""Held while merged weights and the base's own change module_index."""
+"""Held while merged and unmerged weights are exchanged."""
 
 
-class _Folding(NamedTuple):
-    """Adapters that are to be folded into one base weight."""
+class _LayerMerge(NamedTuple):
+    """The adapters to merge into one base weight."""
 
     path: str
     slot: AdapterSlot
@@ -42,114 +42,127 @@ def merge_adapter(
     safe_merge: bool = False,
     progressbar: bool = False,
 ) -> None:
-    """Fold adapters into their base weights, in place; the other active ones go on acting.
+    """Merge adapters into their base weights, in place; other active adapters stay in effect.
 
-    Modules that an adapter trains whole act while it is active, merged or not, as in PEFT.
+    Modules that an adapter trains whole (`modules_to_save`) are used while it is active, merged or not, as in PEFT.
 
-    adapter_names: in order; None means the active ones.
-    safe_merge: check each merged weight for NaN/Inf before writing any. progressbar: show one, layer by layer.
-    Raises MergeError if a layer cannot be merged or a merged weight is not finite; nothing is then changed.
+    Args:
+        model: the model with adapters.
+        adapter_names: the adapters, in order; None for the active ones.
+        safe_merge: check each merged weight for NaN and Inf before any weight is written.
+        progressbar: show a progress bar over the layers.
+
+    Raises:
+        MergeError: an adapter cannot be merged, a merged weight is not finite, or adapters are disabled. Nothing is
+            changed then.
+        AdapterNameError: a name is not loaded.
     """
     adapters = adapter_set(model)
     if adapters.selection.switched_off:
-        raise MergeError("the adapters are disabled, and merged ones would act; call enable_adapters first")
+        raise MergeError("the adapters are disabled, and merged ones would be in effect; call enable_adapters first")
     route = adapters.selection.route
     if adapters.unmerged_by or (route is not None and route.is_final):
         raise MergeError("merge_adapter inside of disable_adapter(), where the model is its base; leave it first")
     chosen = adapters.selection.active if adapter_names is None else adapter_names
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)
-    foldings = _checked_foldings(adapters, names, check_values=safe_merge)
-    _fold(foldings, progressbar)
-    folded = (name for folding in foldings for name in folding.adapters)
-    adapters.merged = tuple(dict.fromkeys((*adapters.merged, *folded)))
+    merges = _checked_merges(adapters, names, check_values=safe_merge)
+    _write(merges, progressbar)
+    merged = (name for merge in merges for name in merge.adapters)
+    adapters.merged = tuple(dict.fromkeys((*adapters.merged, *merged)))
 
 
 def check_mergeable(model: nn.Module, adapter_names: list[str]) -> None:
-    """Raise MergeError if an adapter cannot be merged, without computing any weight."""
-    _checked_foldings(adapter_set(model), adapter_names, check_values=False)
+    """Check that adapters can be merged, without computing any weight.
+
+    Args:
+        model: the model with adapters.
+        adapter_names: the adapters.
+
+    Raises:
+        MergeError: an adapter cannot be merged.
+    """
+    _checked_merges(adapter_set(model), adapter_names, check_values=False)
 
 
-def _checked_foldings(adapters: AdapterSet, names: list[str], check_values: bool) -> list[_Folding]:
+def _checked_merges(adapters: AdapterSet, names: list[str], check_values: bool) -> list[_LayerMerge]:
     if prompts := [name for name in names if name in adapters.prompts]:
         raise MergeError(
-            f"{prompts} are prompts, which no weight can hold; nothing was merged: name the others in adapter_names"
+            f"{prompts} are prompts, which cannot be merged into weights, so nothing was merged; name only the others "
+            "in adapter_names"
         )
-    foldings = []
+    merges = []
     for path, slot in adapters.layers.items():
         adapters_here = slot.adapters
         new = {name: adapters_here[name] for name in names if name in adapters_here and name not in slot.merged}
         if new:
-            foldings.append(_Folding(path, slot, slot.base, new))
-    for folding in foldings:
-        _check(folding)
+            merges.append(_LayerMerge(path, slot, slot.base, new))
+    for merge in merges:
+        _check(merge)
         if check_values:
-            _check_values(folding)
-    return foldings
+            _check_values(merge)
+    return merges
 
 
-def _check(folding: _Folding) -> None:
-    bias = folding.base.bias
-    for adapter in with_trained_biases(folding.adapters.values()):
+def _check(merge: _LayerMerge) -> None:
+    bias = merge.base.bias
+    for adapter in with_trained_biases(merge.adapters.values()):
         try:
             adapter.check_mergeable()
             adapter.merged_bias(bias)
         except MergeError as error:
-            raise MergeError(f"{folding.path}: {error}") from error
+            raise MergeError(f"{merge.path}: {error}") from error
 
 
-def _check_values(folding: _Folding) -> None:
-    if _stays_finite(folding):
+def _check_values(merge: _LayerMerge) -> None:
+    if _stays_finite(merge):
         return
-    items = list(folding.adapters.items())
+    items = list(merge.adapters.items())
     firsts = (items[: count + 1] for count in range(len(items)))
-    name = next(first[-1][0] for first in firsts if not _stays_finite(folding._replace(adapters=dict(first))))
+    name = next(first[-1][0] for first in firsts if not _stays_finite(merge._replace(adapters=dict(first))))
     raise MergeError(
-        f"merging {name!r} into {folding.path} gives NaN or Inf in {folding.base.dtype}, so nothing was merged; if the "
+        f"merging {name!r} into {merge.path} gives NaN or Inf in {merge.base.dtype}, so nothing was merged; if the "
         "adapter is broken, train it again at a lower learning rate or load an earlier checkpoint"
     )
 
 
-def _stays_finite(folding: _Folding) -> bool:
-    """Whether what a merge would write is finite in the type that the base keeps: float16 ends at 65504."""
-    weight, bias = _merged(folding)
-    finite = bool(weight.to(folding.base.dtype).isfinite().all())
-    return finite and (bias is None or bool(bias.to(folding.base.bias).isfinite().all()))
+def _stays_finite(merge: _LayerMerge) -> bool:
+    """Return True if the merged weight and bias are finite in the base's type (float16 ends at 65504)."""
+    weight, bias = _merged(merge)
+    finite = bool(weight.to(merge.base.dtype).isfinite().all())
+    return finite and (bias is None or bool(bias.to(merge.base.bias).isfinite().all()))
 
 
-def _merged(folding: _Folding, scratch: dict[Any, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias with the adapters in them.
-
-    scratch: memory that one merge's layers of one shape share; the weight may lie there.
-    """
-    read, bias = folding.base.read(), folding.base.bias
+def _merged(merge: _LayerMerge, scratch: dict[Any, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the merged weight and bias; the weight may be in `scratch`, memory shared by all layers of one shape."""
+    read, bias = merge.base.read(), merge.base.bias
     wide = torch.promote_types(read.dtype, torch.float32)  # half would round after every adapter
-    own = scratch is not None and read.dtype != wide and not folding.base.quantized
-    weight = _copied(read, wide, scratch) if own and scratch is not None else read.to(wide)
-    for adapter in with_trained_biases(folding.adapters.values()):
-        weight = adapter.merge_into(weight) if own else adapter.merged_weight(weight)
+    in_place = scratch is not None and read.dtype != wide and not merge.base.quantized
+    weight = _copied(read, wide, scratch) if in_place and scratch is not None else read.to(wide)
+    for adapter in with_trained_biases(merge.adapters.values()):
+        weight = adapter.merge_into(weight) if in_place else adapter.merged_weight(weight)
         bias = adapter.merged_bias(bias)
     return weight, bias
 
 
 def _copied(weight: Tensor, dtype: torch.dtype, scratch: dict[Any, Tensor]) -> Tensor:
-    """In memory that is used again: fresh pages cost several times what the arithmetic does."""
+    """Copy a weight into reused memory, because allocating new pages takes longer than the arithmetic."""
     key = (weight.shape, weight.device)
     if key not in scratch:
         scratch[key] = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     return scratch[key].copy_(weight)
 
 
-def _fold(foldings: list[_Folding], progressbar: bool) -> None:
-    """Write every merged weight; on an error, such as too little memory, put back those that were written."""
+def _write(merges: list[_LayerMerge], progressbar: bool) -> None:
+    """Write every merged weight; on an error, such as too little memory, restore the weights already written."""
     before = []
     scratch: dict[Any, Tensor] = {}
     try:
-        for folding in tqdm(foldings, desc="merge", unit="layer", disable=not progressbar):
-            before.append((folding.base.state(), folding.slot.merged))
-            _fold_one(folding, before[-1][0], scratch)
+        for merge in tqdm(merges, desc="merge", unit="layer", disable=not progressbar):
+            before.append((merge.base.state(), merge.slot.merged))
+            _write_one(merge, before[-1][0], scratch)
     except BaseException:
-        for (_, slot, base, _), (state, merged) in zip(foldings, before, strict=False):
+        for (_, slot, base, _), (state, merged) in zip(merges, before, strict=False):
             base.restore(state)
             slot.merged = merged
             if not merged:
@@ -157,20 +170,20 @@ def _fold(foldings: list[_Folding], progressbar: bool) -> None:
         raise
 
 
-def _fold_one(folding: _Folding, before: dict[str, Any], scratch: dict[Any, Tensor]) -> None:
-    base = folding.base
+def _write_one(merge: _LayerMerge, before: dict[str, Any], scratch: dict[Any, Tensor]) -> None:
+    base = merge.base
     old_bias = base.bias
-    weight, bias = _merged(folding, scratch)
+    weight, bias = _merged(merge, scratch)
     base.layer.__dict__.setdefault(base.unmerged_attribute, before)
-    if any(adapter.changes_weight for adapter in folding.adapters.values()):
+    if any(adapter.changes_weight for adapter in merge.adapters.values()):
         base.write(weight)
     if bias is not None and bias is not old_bias:
         base.write_bias(bias)
-    folding.slot.merged += tuple(folding.adapters)
+    merge.slot.merged += tuple(merge.adapters)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Put the base's own weights back, bit for bit; the adapters act again."""
+    """Restore the unmerged base weights, bit for bit; the active adapters are in effect again."""
     adapters = adapter_set(model)
     for slot in _merged_slots(adapters):
         base = slot.base
@@ -180,14 +193,17 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def _merged_slots(adapters: AdapterSet) -> list[AdapterSlot]:
-    """None of them is looked at while no adapter is merged, so that disabling costs nothing then."""
+    """Return the slots with merged adapters, without a search if no adapter is merged."""
     return list(dict.fromkeys(slot for slot in adapters.layers.values() if slot.merged)) if adapters.merged else []
 
 
 @contextlib.contextmanager
 def original_weights(model: nn.Module) -> Iterator[None]:
-    """The unmerged weights in place while inside, the merged ones again after; of several inside, the last puts them
-    back. Raises RoutingError where another thread computes with the merged ones."""
+    """Put the unmerged weights in place inside of the context; the last context to end restores the merged ones.
+
+    Raises:
+        RoutingError: adapters are merged, and another thread is calling the model.
+    """
     adapters = adapter_set(model)
     if not adapters.merged:
         yield
@@ -195,8 +211,8 @@ def original_weights(model: nn.Module) -> Iterator[None]:
     with _LOCK:
         if not adapters.unmerged_by and adapters.selection.runs_elsewhere():
             raise RoutingError(
-                f"{list(adapters.merged)} are merged, and another thread is calling the model, so its weights cannot "
-                "become the base's own now; call unmerge_adapter() first, then each thread has its own adapters"
+                f"{list(adapters.merged)} are merged, and another thread is calling the model, so the base weights "
+                "cannot be restored now; call unmerge_adapter() first, then each thread has its own adapters"
             )
         if not adapters.unmerged_by:
             for slot in _merged_slots(adapters):
@@ -212,7 +228,7 @@ def original_weights(model: nn.Module) -> Iterator[None]:
             if not adapters.unmerged_by:
                 for slot in adapters.layers.values():
                     state, slot.merged_state = slot.merged_state, None
-                    if state is not None and slot.merged:  # not those that were unmerged inside
+                    if state is not None and slot.merged:  # not if unmerged inside of the context
                         slot.base.restore(state)
 
 
@@ -222,9 +238,21 @@ def merge_and_unload(
     adapter_names: str | list[str] | None = None,
     progressbar: bool = False,
 ) -> nn.Module:
-    """Fold adapters in for good and take the slots out: the plain model remains, and no copy of the old weights.
+    """Merge adapters for good and return the plain model, without wrappers and copies of the old weights.
 
-    Modules that the active adapter trained whole take the originals' place. Raises MergeError as `merge_adapter`.
+    Modules that the active adapter trained whole (`modules_to_save`) replace the originals.
+
+    Args:
+        model: the model with adapters; changed in place.
+        safe_merge: see `merge_adapter`.
+        adapter_names: the adapters, in order; None for the active ones.
+        progressbar: see `merge_adapter`.
+
+    Returns:
+        The model.
+
+    Raises:
+        MergeError: see `merge_adapter`.
     """
     merge_adapter(model, adapter_names, safe_merge, progressbar)
     if adapter_names is not None:
@@ -232,20 +260,24 @@ def merge_and_unload(
         adapter_set(model).selection.active = names
     for slot in adapter_set(model).layers.values():
         slot.unmerged_state = None
-    remove_hosts(model, keep_trained=True)
+    remove_wrappers(model, keep_trained=True)
     _note_untied_embeddings(model)
     return model
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take the adapters out and leave the base exactly as it was before the first one."""
+    """Remove all adapters and restore the base exactly as it was before the first one.
+
+    Returns:
+        The model.
+    """
     unmerge_adapter(model)
-    remove_hosts(model, keep_trained=False)
+    remove_wrappers(model, keep_trained=False)
     return model
 
 
 def _note_untied_embeddings(model: nn.Module) -> None:
-    """A merge into one side of a tied pair leaves two weights; the configuration must say so, or loading ties them."""
+    """Set `tie_word_embeddings` to False after a merge into one of two tied weights; else loading ties them again."""
     config = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return
@@ -253,4 +285,4 @@ def _note_untied_embeddings(model: nn.Module) -> None:
     source, head = (getattr(module, "weight", None) for module in pair)
     if source is not None and head is not None and source is not head:
         config.tie_word_embeddings = False
-        logger.info("embeddings and output head are two weights after the merge: tie_word_embeddings is now False")
+        logger.info("input embeddings and output head differ after the merge: tie_word_embeddings is now False")

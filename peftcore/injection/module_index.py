@@ -1,4 +1,4 @@
-"""Where the modules of a model stand: the one walk that an operation makes, however many adapters are loaded."""
+"""The index of a model's modules by path: each operation walks the model once, however many adapters are loaded."""
 
 from functools import cached_property
 
@@ -8,47 +8,53 @@ from peftcore.layers.wrapper import original_modules, unwrapped
 
 
 class ModuleIndex:
-    """The modules of a model by path, from one walk that goes into no wrapper; right while only `replace` changes it."""
+    """The modules of a model by path, from one walk that does not enter wrappers.
+
+    The index stays correct as long as modules are replaced by `replace` only.
+
+    Args:
+        model: the model, with or without adapters.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.modules: dict[str, nn.Module] = dict(original_modules(model))
-        """Every module but the model itself, at each path where it stands; a wrapper for what it stands for."""
+        """{path: module} below the model, a wrapper in place of its base layer; a module may have several paths."""
 
     def at(self, path: str) -> nn.Module:
-        """The module at a path; "" is the model itself."""
+        """Return the module at a path; "" is the model itself."""
         return self.modules[path] if path else self.model
 
     def parent(self, path: str) -> nn.Module:
-        """What holds the module at a path."""
+        """Return the module that contains the module at a path, without its wrapper."""
         return unwrapped(self.at(path.rpartition(".")[0]))
 
     @cached_property
     def paths(self) -> dict[int, list[str]]:
-        """{id of a module: every path where it stands}."""
+        """{id of a module: all its paths}."""
         paths: dict[int, list[str]] = {}
         for path, module in self.modules.items():
             paths.setdefault(id(module), []).append(path)
         return paths
 
     def freeze(self) -> None:
-        """No parameter outside of wrappers gets a gradient."""
+        """Set `requires_grad` to False for every parameter outside of wrappers."""
         for module in (self.model, *self.modules.values()):
             for parameter in module._parameters.values():
                 if parameter is not None:
                     parameter.requires_grad_(False)
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Put `new` wherever `old` stands; nothing happens where that is nowhere."""
+        """Put `new` in the place of `old` at all its paths; does nothing if the model does not contain `old`."""
         for path in self.paths.pop(id(old), []):
             self.parent(path)._modules[path.rpartition(".")[2]] = new
             self._note(path, new)
-            if unwrapped(new) is new:  # a wrapper has gone: what it stood for shows again, with all that is in it
+            if unwrapped(new) is new:  # a wrapper was removed: add the modules inside of its base layer
                 for below, module in original_modules(new, f"{path}."):
                     self._note(below, module)
 
     def _note(self, path: str, module: nn.Module) -> None:
         self.modules[path] = module
-        known = self.paths.setdefault(id(module), [])
-        if path not in known:
-            known.append(path)
+        paths = self.paths.setdefault(id(module), [])
+        if path not in paths:
+            paths.append(path)

@@ -1,4 +1,4 @@
-"""Making an adapter for a model and checking it, without touching the model."""
+"""Preparation: making an adapter for a model and checking it, without changing the model."""
 
 import contextlib
 import copy
@@ -19,11 +19,12 @@ from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetErr
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.targets import (
-    completed,
+    checked_targets,
+    complete,
     find_parameters,
     find_saved_modules,
-    find_targets,
     is_within,
+    target_paths,
     tied_paths,
     with_heads,
 )
@@ -38,43 +39,56 @@ from peftcore.registry import method_named, method_of
 
 @dataclasses.dataclass
 class Injection:
-    """An adapter that is made and checked but not in the model yet."""
+    """An adapter that is made and checked, and not in the model yet."""
 
     name: str
     config: PeftConfig
     adapters: dict[str, Adapter]
+    """{path of a layer or raw parameter: adapter}"""
     copies: dict[str, nn.Module]
+    """{path: trainable copy of a module}"""
     biases: dict[str, TrainedBias]
-    """By the path of a layer, or of a raw bias."""
+    """{path of a layer, or of a raw bias: trained bias}"""
     module_index: ModuleIndex
-    """Where the model's modules stood when this was made."""
+    """The model's modules at that time."""
     prompt: PromptLearner | None = None
 
 
-def prepare_injection(model: nn.Module, config: PeftConfig, name: str, fresh: bool = True) -> Injection:
-    """Make an adapter's modules without touching the model.
+def prepare_injection(model: nn.Module, config: PeftConfig, name: str, initialise: bool = True) -> Injection:
+    """Make the modules of an adapter, without changing the model.
 
-    fresh: False spares them their start, where the caller reads every tensor from disk.
-    Raises AdapterNameError, ConfigError, TargetError for a name, an option or targets that cannot be.
+    Args:
+        model: the model, with or without adapters.
+        config: the user's configuration; stays as it is.
+        name: the adapter's name.
+        initialise: False skips the initialisation, for a caller that then reads every tensor from disk.
+
+    Raises:
+        AdapterNameError: the name is not valid, or taken.
+        ConfigError: an option does not fit the model or its adapters.
+        TargetError: no layer matches, or a matching layer cannot be adapted.
+        MergeError: the initialisation replaces a weight into which adapters are merged (LoftQ).
     """
     if issubclass(kind := method_of(config).adapter, PromptLearner):
-        return _prepare_prompt(model, kind, config, name, fresh)
+        return _prepare_prompt(model, kind, config, name, initialise)
     if not isinstance(config, TunerConfig):
-        raise ConfigError(f"{type(config).__name__} does not adapt layers; use one of the tuner configurations")
+        raise ConfigError(
+            f"{type(config).__name__} does not adapt layers; use that of an adapter method, such as LoraConfig"
+        )
     _check_name(model, name)
     _check_not_compiled(model)
     module_index = ModuleIndex(model)
-    config = completed(model, config, module_index)
+    config, paths = complete(module_index, config)
     saved = find_saved_modules(module_index, config)
-    adapters = _adapters_for(module_index, config, fresh)
-    adapters |= _token_adapters(module_index, config, adapters, fresh)
+    adapters = _adapters_for(module_index, config, paths, initialise)
+    adapters |= _token_adapters(module_index, config, adapters, initialise)
     _check_new_bases(module_index, adapters)
     biases = _trained_biases(module_index, config, adapters, saved)
     return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
 def _prepare_prompt(
-    model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, fresh: bool
+    model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, initialise: bool
 ) -> Injection:
     _check_name(model, name)
     _check_not_compiled(model)
@@ -87,15 +101,17 @@ def _prepare_prompt(
         prompt = kind(config, model)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     prompt.to(wide)
-    if fresh:
+    if initialise:
         prompt.reset_parameters(model)
     return Injection(name, config, {}, copies, {}, module_index, prompt)
 
 
-def _adapters_for(module_index: ModuleIndex, config: TunerConfig, fresh: bool) -> dict[str, Adapter]:
-    """{path: adapter} for the targets of a configuration, made and set to their start."""
+def _adapters_for(
+    module_index: ModuleIndex, config: TunerConfig, paths: list[str], initialise: bool
+) -> dict[str, Adapter]:
+    """Make {path: adapter} for the targets of a configuration."""
     kind = method_of(config).adapter
-    targets = find_targets(module_index.model, config, module_index)
+    targets = checked_targets(module_index, config, paths)
     if kind.follows_ties or getattr(config, "ensure_weight_tying", False):
         targets |= {path: module_index.modules[path] for path in tied_paths(module_index, targets)}
     bases: dict[str, BaseWeight] = {}
@@ -103,14 +119,14 @@ def _adapters_for(module_index: ModuleIndex, config: TunerConfig, fresh: bool) -
         for base in _bases_of(kind, config, layer, path):
             bases[f"{path}.{base.name}" if isinstance(base, ParameterWeight) else path] = base
     bases |= _parameter_bases(module_index, config)
-    adapters = _make_adapters(kind, config, bases, fresh)
+    adapters = _make_adapters(kind, config, bases, initialise)
     kind.link(config, adapters)
     _set_parameter_prefixes(adapters)
     return adapters
 
 
 def _set_parameter_prefixes(adapters: Mapping[str, Adapter]) -> None:
-    """PEFT wraps a module once for each of its raw parameters, the last one outermost."""
+    """Set `disk_prefix`: PEFT wraps a module once for each of its raw parameters, the last one outermost."""
     inside: Counter[str] = Counter()
     for path, adapter in reversed(list(adapters.items())):
         if adapter.base.kind == "parameter":
@@ -120,32 +136,31 @@ def _set_parameter_prefixes(adapters: Mapping[str, Adapter]) -> None:
 
 
 def _parameter_bases(module_index: ModuleIndex, config: TunerConfig) -> dict[str, BaseWeight]:
-    found = find_parameters(module_index, config)
-    return {path: ParameterWeight(module, name) for path, (module, name) in found.items()}
+    parameters = find_parameters(module_index, config)
+    return {path: ParameterWeight(module, name) for path, (module, name) in parameters.items()}
 
 
 def _token_adapters(
-    module_index: ModuleIndex, config: TunerConfig, taken: Mapping[str, Adapter], fresh: bool
+    module_index: ModuleIndex, config: TunerConfig, taken: Mapping[str, Adapter], initialise: bool
 ) -> dict[str, Adapter]:
-    """Adapters of single embedding rows, for methods whose configuration has `trainable_token_indices`."""
-    wanted = getattr(config, "trainable_token_indices", None)
-    if not wanted:
+    """Make the adapters of single embedding rows, for configurations with `trainable_token_indices`."""
+    indices = getattr(config, "trainable_token_indices", None)
+    if not indices:
         return {}
-    made: dict[str, Adapter] = {}
-    for target, tokens in wanted.items() if isinstance(wanted, dict) else [(None, wanted)]:
+    adapters: dict[str, Adapter] = {}
+    for target, tokens in indices.items() if isinstance(indices, dict) else [(None, indices)]:
         options: dict[str, Any] = {"token_indices": list(tokens), "target_modules": target and [target]}
-        made |= _adapters_for(
-            module_index, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)), fresh
-        )
-    if both := sorted(made.keys() & taken.keys()):
+        rows = cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options))
+        adapters |= _adapters_for(module_index, rows, target_paths(module_index, rows), initialise)
+    if both := sorted(adapters.keys() & taken.keys()):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
-    for adapter in made.values():
+    for adapter in adapters.values():
         adapter.disk_prefix = "token_adapter."
-    return made
+    return adapters
 
 
 def _bases_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str) -> list[BaseWeight]:
-    """The weights that one target is adapted at: one, or the two projections of an nn.MultiheadAttention."""
+    """Return the weights of one target: one, or the two raw projections of an nn.MultiheadAttention."""
     if isinstance(layer, AdapterLayer):
         bases: list[BaseWeight] = [layer.base]
     else:
@@ -159,7 +174,7 @@ def _bases_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: 
 
 
 def _make_adapters(
-    kind: type[Adapter], config: TunerConfig, bases: dict[str, BaseWeight], fresh: bool
+    kind: type[Adapter], config: TunerConfig, bases: dict[str, BaseWeight], initialise: bool
 ) -> dict[str, Adapter]:
     first = next(iter(bases.values()), None)
     if first is None:
@@ -169,21 +184,21 @@ def _make_adapters(
         shared = kind.make_shared(config, bases)
         if shared is not None:
             shared.to(_wide(first.dtype))
-    made = {}
+    adapters = {}
     for path, base in bases.items():
         with _made_on(base.device, default):
-            made[path] = adapter = _make(kind, config, base, path, shared)
-            if fresh:
+            adapters[path] = adapter = _make(kind, config, base, path, shared)
+            if initialise:
                 adapter.reset_parameters()
             else:
                 adapter.prepare_to_read()
                 vars(adapter).update(is_unread=config.inference_mode)
-    return made
+    return adapters
 
 
 def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str, shared: Shared | None) -> Adapter:
     if isinstance(base, ParameterWeight) and raw_projections(base.layer):
-        path = path.removesuffix(f".{base.name}")  # patterns name the module that is the target
+        path = path.removesuffix(f".{base.name}")  # `rank_pattern` and the like name the target module
     adapter = kind(config, base, path)
     _widen(adapter, _wide(base.dtype))
     if shared is not None:
@@ -192,25 +207,25 @@ def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str,
 
 
 def _made_on(device: torch.device, default: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """New tensors on `device`; nothing is entered where they come there by default, for it slows every call inside."""
+    """Make new tensors on `device`; does nothing for the default device, because the context slows calls inside."""
     return contextlib.nullcontext() if device == default else torch.device(device)
 
 
 @cache
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which adapters of such a base are kept."""
+    """Return the type of an adapter's parameters for a base of this type."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _widen(adapter: Adapter, dtype: torch.dtype) -> None:
-    """`adapter.to(dtype)`, which costs more than to look whether it has anything to do."""
+    """Do `adapter.to(dtype)`, but only if a tensor has another type, because `to` is slow."""
     tensors = itertools.chain(adapter._parameters.values(), adapter._buffers.values())
     if adapter._modules or any(t is not None and t.dtype != dtype for t in tensors):
         adapter.to(dtype)
 
 
 def _copies_of(module_index: ModuleIndex, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Trainable copies; with `ensure_weight_tying`, of both sides of a tied pair, and these share their weight too."""
+    """Make the trainable copies; with `ensure_weight_tying`, both sides of a tied pair, with one weight."""
     copies = {path: _copy_of(module) for path, module in saved.items()}
     if getattr(config, "ensure_weight_tying", False):
         for path, other in tied_paths(module_index, saved).items():
@@ -226,7 +241,7 @@ def _copy_of(module: nn.Module) -> nn.Module:
 
 def _check_name(model: nn.Module, name: str) -> None:
     if not name or not isinstance(name, str) or "." in name or "/" in name:
-        raise AdapterNameError(f"an adapter's name is a word without '.' or '/'; got {name!r}")
+        raise AdapterNameError(f"an adapter's name must not be empty or contain '.' or '/'; got {name!r}")
     if ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
         raise AdapterNameError(f"there is already an adapter named {name!r}; delete it first or take another name")
 
@@ -239,27 +254,27 @@ def _check_not_compiled(model: nn.Module) -> None:
 
 
 def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter]) -> None:
-    """Raise MergeError or ConfigError where a start brings a base weight that cannot stand there now."""
+    """Raise MergeError or ConfigError if an initialisation replaces a base weight that must stay now (LoftQ)."""
     for path, adapter in adapters.items():
         wrapper = module_index.modules.get(path)
         if adapter.new_base is None or not isinstance(wrapper, AdapterLayer):
             continue
         if wrapper.merged:
             raise MergeError(
-                f"the start replaces the weight of {path} (LoftQ), and {list(wrapper.merged)} are merged into it; call "
-                "unmerge_adapter first"
+                f"the initialisation replaces the weight of {path} (LoftQ), and {list(wrapper.merged)} are merged into "
+                "it; call unmerge_adapter first"
             )
         if wrapper.has_replaced_base and not torch.equal(wrapper.base.read(), adapter.new_base.to(wrapper.base.dtype)):
             raise ConfigError(
-                f"{path} stands with the weight that {list(wrapper.replaced_by)} brought (LoftQ), and this adapter brings "
-                "another one; give both the same loftq_config and r, or delete the first"
+                f"{list(wrapper.replaced_by)} replaced the weight of {path} (LoftQ), and this adapter requires another "
+                "weight there; give both the same loftq_config and r, or delete the first"
             )
 
 
 def _trained_biases(
     module_index: ModuleIndex, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
 ) -> dict[str, TrainedBias]:
-    """Biases that train with the adapter: those of its layers, or of all modules that it does not train whole."""
+    """Make the trained biases: of the adapter's layers, or of all modules that it does not train whole."""
     mode = getattr(config, "bias", "none")
     if mode == "none":
         return {}
@@ -269,7 +284,7 @@ def _trained_biases(
     paths = [path for path in paths if not is_within(path, saved)]
     biases: dict[str, TrainedBias] = {}
     first: dict[int, nn.Parameter] = {}
-    """{id of a bias of the base: what trains in its place}: tied biases stay tied"""
+    """{id of a bias of the base: its trained bias}; tied biases stay tied"""
     for path in paths:
         module = module_index.modules[path]
         if isinstance(module, SavedModule) and any(
@@ -279,12 +294,12 @@ def _trained_biases(
                 f"bias={mode!r}: {path} is trained whole (modules_to_save) by another adapter; use bias='none', or "
                 f"name {path} in this adapter's modules_to_save too"
             )
-        own = unwrapped(module)._parameters.get("bias")
-        if own is None:
+        base_bias = unwrapped(module)._parameters.get("bias")
+        if base_bias is None:
             continue
-        made = _trained_bias(path, module, adapters.get(path), first.get(id(own)))
-        first[id(own)] = made.bias
-        biases[f"{path}.bias" if isinstance(made, TrainedBiasParameter) else path] = made
+        trained = _trained_bias(path, module, adapters.get(path), first.get(id(base_bias)))
+        first[id(base_bias)] = trained.bias
+        biases[f"{path}.bias" if isinstance(trained, TrainedBiasParameter) else path] = trained
     return biases
 
 

@@ -1,6 +1,7 @@
-"""A deeper model from ranges of its own blocks, base weights shared, adapters not. Depth up-scaling: arXiv:2312.15166.
+"""`layer_replication`: a deeper model from ranges of its own blocks. Depth up-scaling: arXiv:2312.15166.
 
-[(0, 4), (2, 5)] makes blocks 0 1 2 3 2 3 4.
+The ranges [(0, 4), (2, 5)] give the blocks 0 1 2 3 2 3 4. Replicated blocks share base weights, and each has its own
+adapters.
 """
 
 import copy
@@ -16,34 +17,47 @@ from peftcore.injection.module_index import ModuleIndex
 
 @dataclass
 class Replication:
-    """What to put back when the adapter that asked for a deeper model goes."""
+    """The state from before a replication, to restore when the adapter that asked for it is deleted."""
 
     parent: nn.Module
     name: str
     blocks: nn.ModuleList
     config: Any
-    """The model's configuration, whose num_hidden_layers says the depth; None where there is none."""
+    """The model's configuration; None if it has no `num_hidden_layers`."""
     depth: int
+    """Blocks before the replication (count)."""
 
     def undo(self) -> None:
-        """Give the model its own blocks again."""
+        """Restore the original blocks."""
         self.parent._modules[self.name] = self.blocks
         if self.config is not None:
             self.config.num_hidden_layers = self.depth
 
 
 def replicate(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
-    """Make the model deeper, in place. Raises TargetError or ConfigError before anything is changed."""
+    """Make the model deeper, in place.
+
+    Args:
+        model: a plain model with one list of blocks.
+        ranges: (first block, last block + 1) of each range, in order.
+
+    Returns:
+        The state to undo the change.
+
+    Raises:
+        ConfigError: a range is empty or outside of the model; nothing is changed.
+        TargetError: the model does not have exactly one list of blocks; nothing is changed.
+    """
     path, blocks = _block_list(model)
     for start, end in ranges:
         if not 0 <= start < end <= len(blocks):
-            raise ConfigError(f"layer_replication: [{start}, {end}) is no range of the model's {len(blocks)} blocks")
+            raise ConfigError(f"layer_replication: [{start}, {end}) is not a range of the model's {len(blocks)} blocks")
     parent_path, _, name = path.rpartition(".")
     config = getattr(model, "config", None)
     config = config if hasattr(config, "num_hidden_layers") else None
     before = Replication(model.get_submodule(parent_path), name, blocks, config, len(blocks))
     numbers = [n for start, end in ranges for n in range(start, end)]
-    before.parent._modules[name] = nn.ModuleList(_twin(blocks[n], place) for place, n in enumerate(numbers))
+    before.parent._modules[name] = nn.ModuleList(_twin(blocks[n], index) for index, n in enumerate(numbers))
     if config is not None:
         config.num_hidden_layers = len(numbers)
     return before
@@ -61,11 +75,11 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return outermost[0]
 
 
-def _twin(block: nn.Module, place: int) -> nn.Module:
-    """A copy of a block's modules that shares its parameters and buffers, and knows its own place in the cache."""
+def _twin(block: nn.Module, layer_idx: int) -> nn.Module:
+    """Copy a block's modules, with shared parameters and buffers and its own index in the key-value cache."""
     tensors = [*block.parameters(), *block.buffers()]
     twin = copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
     for module in twin.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = place  # type: ignore[assignment]
+            module.layer_idx = layer_idx  # type: ignore[assignment]
     return twin

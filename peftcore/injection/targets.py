@@ -1,6 +1,6 @@
-"""Which layers a configuration means: path suffixes, a regular expression, or "all-linear".
+"""Target resolution: from `target_modules` (names, a regular expression, or "all-linear") to layers.
 
-Names match by whole path segments: "head" is `head` and `decoder.head`, never `overhead`.
+Names match whole path segments: "head" matches `head` and `decoder.head`, never `overhead`.
 """
 
 import dataclasses
@@ -29,13 +29,15 @@ TASK_HEADS = {
     TaskType.TOKEN_CLS: ["classifier", "score"],
     TaskType.QUESTION_ANS: ["qa_outputs"],
 }
-"""Heads that start untrained, so PEFT trains and saves them with the adapter."""
+"""{task: names of its heads}: PEFT trains and saves these with the adapter, because they start untrained."""
 
 
 def named(path: str, names: Collection[str] | None) -> bool:
-    """Whether `path` matches: a string is a regular expression over the whole path, others hold path suffixes.
+    """Return True if a path matches.
 
-    In a set a name is found in constant time, which counts where every layer is named by its whole path.
+    Args:
+        path: the path of a module or parameter.
+        names: a regular expression for the whole path, or path suffixes. A set is fastest for many names.
     """
     if not names:
         return False
@@ -49,26 +51,47 @@ def named(path: str, names: Collection[str] | None) -> bool:
     return False
 
 
-def find_targets(
-    model: nn.Module, config: TunerConfig, module_index: ModuleIndex | None = None
-) -> dict[str, nn.Module]:
-    """{path: layer} to adapt; a layer that is a wrapper already is given as it is.
+def find_targets(model: nn.Module, config: TunerConfig) -> dict[str, nn.Module]:
+    """Return the layers of a model that a configuration adapts.
 
-    module_index: the model's, where the caller has them.
-    Raises TargetError when nothing matches, or when a match cannot be adapted.
+    Args:
+        model: the model, with or without adapters.
+        config: the configuration, as the user wrote it or as `complete` returned it.
+
+    Returns:
+        {path: layer}; the wrapper in place of a layer that has one.
+
+    Raises:
+        TargetError: nothing matches, or a match cannot be adapted.
     """
-    module_index = module_index or ModuleIndex(model)
-    wanted = _wanted_paths(module_index, config)
+    module_index = ModuleIndex(model)
+    return checked_targets(module_index, config, target_paths(module_index, config))
+
+
+def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[str]) -> dict[str, nn.Module]:
+    """Return the layers at `paths` without the excluded ones, after checking that each can be adapted.
+
+    Args:
+        module_index: the model's modules.
+        config: the configuration.
+        paths: what `target_paths` returned for this configuration.
+
+    Returns:
+        {path: layer}; the wrapper in place of a layer that has one.
+
+    Raises:
+        TargetError: no layer is left, or a layer cannot be adapted.
+    """
     saved = {path for path in module_index.modules if named(path, config.modules_to_save)}
     targets = {
         path: module_index.modules[path]
-        for path in wanted
+        for path in paths
         if not named(path, config.exclude_modules)
         and not (saved and is_within(path, saved))
         and _in_chosen_block(path, config)
     }
     if not targets and not parameter_names(config):
-        raise TargetError(_nothing_matched(module_index.modules, wanted, config))
+        raise TargetError(_nothing_matched(module_index.modules, paths, config))
     for path, layer in targets.items():
         _check_kind(path, layer)
     _check_called(module_index, targets)
@@ -76,7 +99,7 @@ def find_targets(
 
 
 def is_within(path: str, roots: Collection[str]) -> bool:
-    """Whether `path` is one of `roots` or below one."""
+    """Return True if `path` is one of `roots` or inside of one."""
     while path not in roots:
         path, dot, _ = path.rpartition(".")
         if not dot:
@@ -85,28 +108,39 @@ def is_within(path: str, roots: Collection[str]) -> bool:
 
 
 def parameter_names(config: TunerConfig) -> list[str]:
-    """The raw parameters that a configuration names, if its method knows such."""
+    """Return the configuration's `target_parameters`; [] if its method has no such option."""
     return getattr(config, "target_parameters", None) or []
 
 
 def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str, tuple[nn.Module, str]]:
-    """{path of a raw parameter: (its module, its name)} for `target_parameters`; TargetError for a name of none."""
+    """Return the raw parameters that `target_parameters` matches.
+
+    Args:
+        module_index: the model's modules.
+        config: the configuration.
+
+    Returns:
+        {path: (module, name of the parameter)}
+
+    Raises:
+        TargetError: a name matches no parameter, or one of a layer that `target_modules` can adapt.
+    """
     names = parameter_names(config)
     if not names:
         return {}
     owners = {path: unwrapped(module) for path, module in module_index.modules.items()}
     every = {f"{p}.{name}": (m, name) for p, m in owners.items() for name, q in m._parameters.items() if q is not None}
-    found = {path: place for path, place in every.items() if named(path, names)}
+    matches = {path: match for path, match in every.items() if named(path, names)}
     for name in names:
-        if not any(named(path, [name]) for path in found):
+        if not any(named(path, [name]) for path in matches):
             raise TargetError(f"target_parameters: {name!r} is no parameter{suggestion(name, list(every))}")
-    if wrapped := [path for path, (m, _) in found.items() if is_adaptable(m)]:
-        raise TargetError(f"target_parameters: {wrapped[0]} belongs to a layer; name that layer in target_modules")
-    return found
+    if of_layers := [path for path, (m, _) in matches.items() if is_adaptable(m)]:
+        raise TargetError(f"target_parameters: {of_layers[0]} belongs to a layer; name that layer in target_modules")
+    return matches
 
 
 def tied_paths(module_index: ModuleIndex, paths: Iterable[str]) -> dict[str, str]:
-    """{path of a layer that is not among `paths`: the one among them whose weight it shares}."""
+    """Return {path of a layer outside of `paths`: the path in `paths` whose weight it shares}."""
     modules = {path: unwrapped(module) for path, module in module_index.modules.items()}
     weights = {id(w): path for path in paths if (w := modules[path]._parameters.get("weight")) is not None}
     sharing = ((path, weights.get(id(module._parameters.get("weight")))) for path, module in modules.items())
@@ -114,7 +148,16 @@ def tied_paths(module_index: ModuleIndex, paths: Iterable[str]) -> dict[str, str
     return {path: other for path, other in sharing if other is not None and path not in known}
 
 
-def _wanted_paths(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
+def target_paths(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
+    """Return the paths that `target_modules` matches, before exclusions; the defaults if it is None.
+
+    Args:
+        module_index: the model's modules.
+        config: the configuration.
+
+    Raises:
+        TargetError: no default targets are known for this model.
+    """
     model, modules = module_index.model, module_index.modules
     if config.target_modules == ALL_LINEAR:
         heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
@@ -131,8 +174,8 @@ def _wanted_paths(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
         return []
     if config.target_modules is None:
         layers = {path: m.base_layer if isinstance(m, AdapterLayer) else m for path, m in modules.items()}
-        if (own := method_of(config).adapter.default_targets(config, model, layers)) is not None:
-            return own
+        if (defaults := method_of(config).adapter.default_targets(config, model, layers)) is not None:
+            return defaults
         architecture = detect(model)
         if not (names := architecture.targets_for(config.peft_type)):
             raise TargetError(
@@ -144,11 +187,11 @@ def _wanted_paths(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
             for name in names
         ):
             raise TargetError(
-                f"no attention or feed-forward layers were found in this {architecture.family}, so no default "
-                f"tells its inner layers from its head; give target_modules, names among {_linear_names(modules)}, or "
+                f"no attention or feed-forward layers were found in this {architecture.family}, so its inner "
+                f"layers cannot be told from its head; give target_modules, names among {_linear_names(modules)}, or "
                 f"{ALL_LINEAR!r} for all of them"
             )
-        regex = architecture.target_regex(names)  # where some blocks have a layer, others may have an identity
+        regex = architecture.target_regex(names)  # it may match an identity in blocks that lack the layer
         return [path for path, layer in layers.items() if named(path, regex) and is_adaptable(layer)]
     names = config.target_modules
     names = names if isinstance(names, str) else frozenset(names)
@@ -171,8 +214,8 @@ def _in_chosen_block(path: str, config: TunerConfig) -> bool:
     patterns = config.layers_pattern or r"[^.]+"
     patterns = [patterns] if isinstance(patterns, str) else patterns
     numbers = [chosen] if isinstance(chosen, int) else chosen
-    found = (matched(pattern, path, *BLOCK) for pattern in patterns)
-    first = next((match for match in found if match), None)
+    matches = (matched(pattern, path, *BLOCK) for pattern in patterns)
+    first = next((match for match in matches if match), None)
     return first is not None and int(first["block_number"]) in numbers
 
 
@@ -184,7 +227,7 @@ def _check_kind(path: str, layer: nn.Module) -> None:
 
 
 def _check_called(module_index: ModuleIndex, targets: Iterable[str]) -> None:
-    for path in {path.rpartition(".")[0]: path for path in targets}.values():  # one of each parent's
+    for path in {path.rpartition(".")[0]: path for path in targets}.values():  # one path per parent
         owner = module_index.parent(path)
         if not calls_its_layers(owner):
             raise TargetError(
@@ -193,22 +236,32 @@ def _check_called(module_index: ModuleIndex, targets: Iterable[str]) -> None:
             )
 
 
-def _nothing_matched(modules: Mapping[str, nn.Module], wanted: list[str], config: TunerConfig) -> str:
-    given = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
-    if wanted:
+def _nothing_matched(modules: Mapping[str, nn.Module], paths: list[str], config: TunerConfig) -> str:
+    names = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
+    if paths:
         return (
-            f"target_modules {given!r} matched {len(wanted)} layers, but exclude_modules, modules_to_save or "
-            "layers_to_transform left none of them; loosen one"
+            f"target_modules {names!r} matched {len(paths)} layers, but exclude_modules, modules_to_save or "
+            "layers_to_transform exclude all of them; remove one of these options"
         )
-    names = _linear_names(modules)
-    word = given if isinstance(given, str) else (given[0] if given else "")
-    return f"target_modules {given!r} match no layer of this model{suggestion(word, names)}"
+    word = names if isinstance(names, str) else (names[0] if names else "")
+    return f"target_modules {names!r} match no layer of this model{suggestion(word, _linear_names(modules))}"
 
 
 def find_saved_modules(module_index: ModuleIndex, config: TunerConfig | PromptLearningConfig) -> dict[str, nn.Module]:
-    """{path: module} of `modules_to_save` and of the heads that the task type adds; TargetError if none is there."""
-    found = {path: module for path, module in module_index.modules.items() if named(path, config.modules_to_save)}
-    if config.modules_to_save and not found:
+    """Return the modules that `modules_to_save` matches.
+
+    Args:
+        module_index: the model's modules.
+        config: a configuration with the heads of its task filled in; see `with_heads`.
+
+    Returns:
+        {path: module}
+
+    Raises:
+        TargetError: nothing matches, or a match has adapters inside.
+    """
+    matches = {path: module for path, module in module_index.modules.items() if named(path, config.modules_to_save)}
+    if config.modules_to_save and not matches:
         raise TargetError(
             f"modules_to_save {config.modules_to_save!r} match no module"
             f"{suggestion(config.modules_to_save[0], [p.rsplit('.', 1)[-1] for p in module_index.modules])}"
@@ -216,35 +269,52 @@ def find_saved_modules(module_index: ModuleIndex, config: TunerConfig | PromptLe
     wrappers = [
         path for path, m in module_index.modules.items() if m is not unwrapped(m) and not isinstance(m, SavedModule)
     ]
-    if adapted := [path for path in found if any(is_within(wrapper, {path}) for wrapper in wrappers)]:
-        raise TargetError(f"modules_to_save {adapted} already carry an adapter; target them or save them, not both")
-    return found
+    if adapted := [path for path in matches if any(is_within(wrapper, {path}) for wrapper in wrappers)]:
+        raise TargetError(f"modules_to_save {adapted} already have an adapter; target them or save them, not both")
+    return matches
 
 
-def completed(model: nn.Module, config: TunerConfig, module_index: ModuleIndex | None = None) -> TunerConfig:
-    """A copy with what the model decides written out: default targets, "all-linear" as names, heads to train, and
-    what the method itself adds.
+def complete(module_index: ModuleIndex, config: TunerConfig) -> tuple[TunerConfig, list[str]]:
+    """Fill in what the model decides, so that readers of the saved file (PEFT, vLLM) need no architecture table.
 
-    Readers of the saved file (PEFT, vLLM) then need no architecture table. The given configuration stays as it is.
+    Default targets and "all-linear" become names, `modules_to_save` gets the heads of the task, and the method may
+    fill in options of its own.
+
+    Args:
+        module_index: the model's modules.
+        config: the user's configuration; stays as it is.
+
+    Returns:
+        (the completed copy, the paths that its `target_modules` match)
+
+    Raises:
+        TargetError: no default targets are known for this model.
     """
-    module_index = module_index or ModuleIndex(model)
-    wanted, config = _wanted_paths(module_index, config), with_heads(module_index, config)
-    if wanted and (config.target_modules is None or config.target_modules == ALL_LINEAR):
-        config = dataclasses.replace(config, target_modules=_shortest_names(wanted, module_index.modules))
-    return method_of(config).adapter.completed(config, model, wanted)
+    paths, filled = target_paths(module_index, config), with_heads(module_index, config)
+    if paths and (config.target_modules is None or config.target_modules == ALL_LINEAR):
+        filled = dataclasses.replace(filled, target_modules=_shortest_names(paths, module_index.modules))
+    filled = method_of(config).adapter.completed(filled, module_index.model, paths)
+    if filled.target_modules != config.target_modules:  # the names may match more than the paths
+        paths = target_paths(module_index, filled)
+    return filled, paths
 
 
 def with_heads(module_index: ModuleIndex, config: C) -> C:
-    """A copy whose `modules_to_save` names the heads that the task type trains."""
+    """Return a copy whose `modules_to_save` includes the heads of the task type.
+
+    Args:
+        module_index: the model's modules.
+        config: the configuration; returned itself if the model has no such head.
+    """
     heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
     if not any(named(path, heads) for path in module_index.modules):
         return config
-    given = config.modules_to_save or []
-    return dataclasses.replace(config, modules_to_save=[*given, *(head for head in heads if head not in given)])
+    names = config.modules_to_save or []
+    return dataclasses.replace(config, modules_to_save=[*names, *(head for head in heads if head not in names)])
 
 
 def _shortest_names(wanted: list[str], paths: Iterable[str]) -> set[str]:
-    """Last segments of the wanted paths, or whole paths where a segment also names something unwanted."""
+    """Return the last segment of each wanted path; the whole path if the segment also names an unwanted module."""
     chosen = set(wanted)
     unwanted = {path.rsplit(".", 1)[-1] for path in paths if path not in chosen}
     last = {path: path.rsplit(".", 1)[-1] for path in chosen}

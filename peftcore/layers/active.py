@@ -1,4 +1,4 @@
-"""Which adapters of a model act: for everybody, or in the thread that has opened a route."""
+"""Which adapters of a model are in effect: the active ones, or in one thread those of its open route."""
 
 import contextlib
 import copy
@@ -13,52 +13,53 @@ from torch import Tensor
 
 from peftcore._util.forward_records import ForwardRecord, live_records, recomputed
 from peftcore.composition.route import Route
-from peftcore.layers.shared_inputs import ThisThread
+from peftcore.layers.shared_inputs import SharedInputCache
 
-KEPT = 4
-"""Sets of acting adapters (count) of which layers remember how they compute."""
-CONTEXTS = 64
-"""Routes (count), closed ones included, whose layers can be computed again though nobody called the whole model."""
+REMEMBERED_SETS = 4
+"""Sets of adapters in effect (count) for which layers remember their plans."""
+REMEMBERED_CONTEXTS = 64
+"""Routes (count), closed ones included, whose layers can be recomputed although the whole model was not called."""
 
 
-class _Opened(NamedTuple):
+class _OpenRoute(NamedTuple):
     """A route that a context has opened."""
 
     route: Route
     backward: int
-    """The backward pass inside of which it was opened; -1: none."""
+    """The backward pass inside of which the route was opened; -1 for none."""
 
 
-_ROUTES: ContextVar[Mapping[int, _Opened]] = ContextVar("peftcore_routes", default={})  # noqa: B039
-"""{id of a selection: the route that this context has opened}; a new mapping for each."""
+_ROUTES: ContextVar[Mapping[int, _OpenRoute]] = ContextVar("peftcore_routes", default={})  # noqa: B039
+"""{id of a selection: the route that is open in this context}; each change makes a new mapping."""
 
 
 class Selection:
-    """Which adapters act; one object shared by every wrapper of a model, so that switching is one assignment.
+    """The adapters in effect. All wrappers of a model share one selection, so switching is one assignment.
 
-    `active` holds for the model. Over it stands the route of the thread that asks, where it has opened one. Layers that
-    activation checkpointing computes again see what held in their own forward pass.
+    `active` is what `set_adapter` has set, for the whole model. `in_effect` is what holds now in this thread: the
+    adapters of its open route, () while adapters are disabled, else `active`. Layers that activation checkpointing
+    recomputes see what was in effect in their own forward pass.
     """
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.switched_off = False
-        """Whether `disable_adapters` was called last, not `enable_adapters`."""
-        self.here = ThisThread()
-        """The calls of the model that run in this thread, and what layers have computed for others in them."""
+        """True after `disable_adapters`, until `enable_adapters`."""
+        self.cache = SharedInputCache()
+        """The calls of the model that run in this thread, and the outputs that layers have cached in them."""
         self.stacks: dict[Any, Any] = {}
-        """What `peftcore.composition.stacked` keeps for each layer."""
+        """The cache of `peftcore.composition.stacked`, by layer."""
         self._plans: dict[Any, dict[Any, Any]] = {}
         self.in_use: Counter[str] = Counter()
-        """How many routes, of all threads, an adapter is in."""
+        """{adapter: open routes, of all threads, that it is in (count)}"""
         self._open = self._running = 0
-        """How many routes are open, and how many calls of the model run, in all threads."""
+        """Open routes, and running calls of the model, in all threads (counts)."""
         self._lock = threading.Lock()
         self._records = False
-        """Whether there has been a forward pass that may be computed again."""
+        """True once a forward pass has run that may be recomputed."""
         self._latest: ForwardRecord | None = None
-        """Kept for a caller who keeps hidden states that hooks gave him, and not the outputs."""
-        self._contexts: deque[ForwardRecord] = deque(maxlen=CONTEXTS)
+        """Keeps the last record alive if the caller keeps only hidden states from hooks, and not the outputs."""
+        self._contexts: deque[ForwardRecord] = deque(maxlen=REMEMBERED_CONTEXTS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"active": self.active, "switched_off": self.switched_off}
@@ -69,14 +70,21 @@ class Selection:
 
     @contextlib.contextmanager
     def routed(self, route: Route) -> Iterator[Route]:
-        """This thread's calls of the model go by `route` while inside."""
+        """Put a route into effect, for the calls of the model in this thread.
+
+        Args:
+            route: the compositions of the rows.
+
+        Yields:
+            The route.
+        """
         route.plans = self.plans_of(route.compositions if route.chain is None else route.chain)
         with self._lock:
             self._open += 1
             self.in_use.update(route.names)
-        opened = _Opened(route, torch._C._current_graph_task_id())
+        opened = _OpenRoute(route, torch._C._current_graph_task_id())
         token = _ROUTES.set({**_ROUTES.get(), id(self): opened})
-        record = self._record(route, {}, is_call=bool(self.here.calls))
+        record = self._record(route, {}, is_call=bool(self.cache.calls))
         if record is not None:
             self._contexts.append(record)
         try:
@@ -90,60 +98,71 @@ class Selection:
                 self.in_use.subtract(route.names)
 
     def begin_call(self, values: Mapping[Any, Mapping[str, Any]]) -> None:
-        """A call of the model begins in this thread, and its layers may share what they compute.
+        """Note that a call of the model begins in this thread; its layers may share what they compute.
 
-        values: what its adapter arguments came to; see `ForwardRecord`. Of a call that `torch.compile` has made, a part
-        of which may run uncompiled, neither the beginning nor the end is told.
+        Neither this method nor `end_call` is called for a call that `torch.compile` has made, part of which may run
+        uncompiled.
+
+        Args:
+            values: the values of the adapter arguments of this call; see `ForwardRecord`.
         """
         route = self.route
         record = self._record(self._active_now if route is None else copy.copy(route), values, is_call=True)
-        self.here.calls.append(record)
+        self.cache.calls.append(record)
         with self._lock:
             self._running += 1
         if record is not None:
             self._latest = record
 
     def end_call(self, outputs: Any) -> None:
-        """The call that began last is over; outputs: None where it ended with an error."""
-        if not self.here.calls:  # another hook has raised before the call began
+        """Note that the innermost call has ended.
+
+        Args:
+            outputs: what the model returned; None if the call raised an error.
+        """
+        if not self.cache.calls:  # another hook raised before the call began
             return
-        record = self.here.calls.pop()
+        record = self.cache.calls.pop()
         with self._lock:
             self._running -= 1
         if record is not None:
             record.close(outputs)
-        if not self.here.calls:
-            self.here.forget(live_records(self) if self._records else ())
+        if not self.cache.calls:
+            self.cache.clear(live_records(self) if self._records else ())
 
     def runs_elsewhere(self) -> bool:
-        """Whether another thread is calling the model."""
-        return self._running > len(self.here.calls)
+        """Return True if another thread is calling the model."""
+        return self._running > len(self.cache.calls)
 
-    def _record(self, acting: Any, values: Mapping[Any, Any], is_call: bool) -> ForwardRecord | None:
-        """A record that begins here; None without gradients, where nothing is computed again."""
+    def _record(self, in_effect: Any, values: Mapping[Any, Any], is_call: bool) -> ForwardRecord | None:
+        """Begin a record; None without gradients, because nothing is recomputed then."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         self._records = True
-        return ForwardRecord(self, acting, values, is_call)
+        return ForwardRecord(self, in_effect, values, is_call)
 
-    def plans_of(self, acting: tuple[Any, ...]) -> dict[Any, Any]:
-        """{layer: what `peftcore.layers.fast_path` remembers} while these act: names in order, or compositions of rows."""
-        found = self._plans.get(acting)
-        if found is None:
-            found = {}
-            latest = list(self._plans.items())[1 - KEPT :]
-            self._plans = {**dict(latest), acting: found}  # by one assignment, for other threads read it
-        return found
+    def plans_of(self, in_effect: tuple[Any, ...]) -> dict[Any, Any]:
+        """Return {layer: its remembered plan} for a set of adapters in effect.
+
+        Args:
+            in_effect: names in order, or the compositions of the rows.
+        """
+        plans = self._plans.get(in_effect)
+        if plans is None:
+            plans = {}
+            latest = list(self._plans.items())[1 - REMEMBERED_SETS :]
+            self._plans = {**dict(latest), in_effect: plans}  # one assignment, because other threads read it
+        return plans
 
     def forget(self) -> None:
-        """Let go of what was kept of adapters and layers that may be others now."""
+        """Drop everything that was computed from weights, adapters and layers, which may have changed."""
         self.stacks, self._plans = {}, {}
         self._latest = None
         self._contexts.clear()
 
     @property
     def recomputed(self) -> ForwardRecord | None:
-        """The forward pass whose layers are computed again; None where none is."""
+        """The forward pass that is being recomputed; None outside of a recomputation."""
         return recomputed(self) if self._records else None
 
     @property
@@ -152,7 +171,7 @@ class Selection:
 
     @property
     def now(self) -> Route | tuple[str, ...]:
-        """The route that holds now, or the names of the adapters that act."""
+        """The route in effect; without a route, the names of the adapters in effect."""
         if not self._open and (not self._records or torch.compiler.is_compiling()):
             return () if self.switched_off else self.active
         opened = _ROUTES.get().get(id(self)) if self._open else None
@@ -160,32 +179,37 @@ class Selection:
         if opened is not None and opened.backward == backward:  # also inside of a recomputation
             return opened.route
         record = None if backward == -1 else recomputed(self)
-        return self._active_now if record is None else record.acting
+        return self._active_now if record is None else record.in_effect
 
     @property
     def route(self) -> Route | None:
-        """The route that holds now; None where `active` does."""
+        """The route in effect; None without one."""
         now = self.now
         return now if isinstance(now, Route) else None
 
     @property
-    def acting(self) -> tuple[str, ...]:
-        """Names in the order in which they act, of a route every one that has a part in it; () while disabled."""
+    def in_effect(self) -> tuple[str, ...]:
+        """Names of the adapters in effect, in order; with a mixed route, every adapter that is in it."""
         now = self.now
         if isinstance(now, Route):
             return now.names if now.chain is None else now.chain
         return now
 
     def share(self, name: str, rows: int) -> float | Tensor:
-        """How much of what an adapter adds is added: 1 where it acts, 0 where not, or (B,) for each row."""
+        """Return the weight of an adapter whose effect is added: 1 if in effect, 0 if not, or (B,) per row.
+
+        Args:
+            name: the adapter.
+            rows: B, rows of the batch (count).
+        """
         route = self.route
         if route is None or route.chain is not None:
-            return 1.0 if name in self.acting else 0.0
+            return 1.0 if name in self.in_effect else 0.0
         return route.shares(name, rows) if name in route.names else 0.0
 
 
 def in_compiled_call() -> bool:
-    """Whether this is a part, compiled or not, of what `torch.compile` has made."""
+    """Return True inside of a call that `torch.compile` has made, in its compiled and uncompiled parts."""
     return torch.compiler.is_compiling() or _uncompiled_part()
 
 

@@ -1,7 +1,8 @@
-"""A base layer with its adapters.
+"""A base layer with its adapters, the first of the three wrappers (see `peftcore.layers.wrapper`).
 
-With adapters 1..n acting in order, the layer computes f_n, where f_0 is the base layer and
+With the active adapters 1..n in order, the layer computes f_n. f_0 is the base layer, and
 f_k(x) = after_k(x, f_{k-1}(before_k(x))). Merging the adapters one after another into W gives the same function.
+`peftcore.layers.forward_paths` decides how f_n is computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,54 +13,58 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
-from peftcore.composition.evaluation import composed
-from peftcore.composition.route import Route
 from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
 from peftcore.layers.adapter_slot import AdapterSlot
-from peftcore.layers.fast_path import fused, has_no_hooks, is_traced, stacked
-from peftcore.layers.shared_inputs import given
+from peftcore.layers.composed import ascend, descend
+from peftcore.layers.forward_paths import has_no_hooks, is_traced, layer_output
 from peftcore.layers.trained_bias import TrainedBias
 from peftcore.layers.wrapper import LayerWrapper, NamedModules
 
 
 class AdapterLayer(LayerWrapper, AdapterSlot):
-    """A base layer and its adapters."""
+    """A base layer and its adapters by name.
+
+    Args:
+        base_layer: the layer that is adapted; stays the submodule `base_layer`.
+        selection: the adapters in effect, shared by all wrappers of a model.
+    """
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__(base_layer, selection)
         self.adapters = NamedModules()
         self.merged = ()
         self._view: BaseWeight | None = None
-        self.sharing: list[AdapterLayer] = []
-        """Hosts called later that may read the same input as this one."""
+        self.siblings: list[AdapterLayer] = []
+        """Adapter layers that are called later and may read the same input as this one."""
 
     def is_empty(self) -> bool:
-        """Whether no adapter is left here."""
+        """Return True if the layer holds no adapter."""
         return not len(self.adapters)
 
     def sees_tokens(self, x: Tensor) -> bool:
+        """Return True if x has an axis of tokens besides the axis of rows."""
         return super().sees_tokens(x) and self.base.kind != "conv"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self.selection.forget()  # memory on the old device
+        self.selection.forget()  # cached tensors are on the old device
         super()._apply(fn, recurse)
         if recurse:
-            self.apply_to_set_aside(fn)
+            self.apply_to_stored(fn)
         return self
 
     def take_view(self, view: BaseWeight) -> None:
-        """Have a view on the base that was made already, where there is none yet."""
+        """Use a view on the base that was made elsewhere, unless the layer has one already."""
         self._view = self._view or view
 
     def __getattr__(self, name: str) -> Any:
         # some models read a layer's bias and never call the layer
-        return self._bias_now() if name == "bias" and self.has_trained_biases else super().__getattr__(name)
+        return self._trained_bias() if name == "bias" and self.has_trained_biases else super().__getattr__(name)
 
-    def _bias_now(self) -> Tensor | None:
-        """The base's bias as the acting adapters have trained it."""
+    def _trained_bias(self) -> Tensor | None:
+        """Return the base's bias as the active adapters have trained it."""
         route, bias = self.selection.route, self.base.bias
-        trained = [part for part in self.acting() if isinstance(part, TrainedBias)]
+        trained = [part for part in self.in_effect() if isinstance(part, TrainedBias)]
         if trained and route is not None and route.chain is None:
             raise RoutingError(f"{self.path}.bias is read for all rows of a batch at once; route one adapter for all")
         for part in trained:
@@ -68,13 +73,14 @@ class AdapterLayer(LayerWrapper, AdapterSlot):
 
     @property
     def base(self) -> BaseWeight:
-        view = self._view  # kept, because making one takes as long as a small layer
+        """The view on the base layer that is in place now."""
+        view = self._view  # cached, because making one takes as long as a small layer
         if view is None or not view.still_fits(self._modules["base_layer"]):
             view = self._new_view(view)
         return view
 
     def _new_view(self, old: BaseWeight | None) -> BaseWeight:
-        """A view on the base as it is now, for the adapters too."""
+        """Make a view on the current base layer, and move the adapters to it."""
         view = base_weight(self.base_layer, self.path)
         if old is not None:
             self.move_adapters(old, view)
@@ -82,59 +88,47 @@ class AdapterLayer(LayerWrapper, AdapterSlot):
         return view
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        now = self.selection.now
-        if not args and not kwargs and not torch.compiler.is_compiling() and (y := given(self, x, now)) is not None:
-            return y
-        route = now if isinstance(now, Route) else None
-        if route is None or route.chain is not None:
-            return self.chain_output(self.acting(), x, *args, **kwargs)
-        unmerged = self.unmerged()
-        if not any(name in unmerged for name in route.names):
-            return self.base_output(x, *args, **kwargs)
-        if not args and not kwargs and (y := stacked(self, x, route)) is not None:
-            return y
-        self.follow_base()
-        return composed(self, route, x, *args, **kwargs)
+        """Return the output of the base layer with the adapters in effect, of the base layer's shape."""
+        return layer_output(self, x, args, kwargs)
+
+    # -- the general path: what `layer_output` does if neither fast path applies -----------------------------------
 
     def chain_output(self, adapters: Sequence[Adapter], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base with adapters one on top of another gives."""
-        within = len(adapters)
-        while within and not adapters[within - 1].through_weight:
-            within -= 1
-        plain = not within and not args and not kwargs and bool(adapters)
-        if plain and (y := stacked(self, x)) is not None:
-            return y
-        self.follow_base()  # before an adapter looks at it
-        inputs: list[Tensor] = []
-        for adapter in reversed(adapters[within:]):
-            inputs.append(x)
-            x = adapter.before(x)
-        if plain and (y := fused(self, adapters[0], x)) is not None:
-            within, _ = 1, inputs.pop()
-        else:
-            y = self._through_weight(x, adapters[:within]) if within else self.base_output(x, *args, **kwargs)
-        for adapter in adapters[within:]:
-            y = adapter.after(inputs.pop(), y)
-        return y
+        """Return f_n(x) for adapters 1..n in order.
+
+        Args:
+            adapters: adapters of this layer. All up to the last one with a weight-space forward change the weight.
+            x: the layer's input.
+            args: further positional arguments of the base layer.
+            kwargs: further keyword arguments of the base layer.
+        """
+        in_weight = len(adapters)
+        while in_weight and not adapters[in_weight - 1].weight_space_forward:
+            in_weight -= 1
+        self.follow_base()
+        inputs, z = descend(adapters[in_weight:], x)
+        y = self._weight_space_output(z, adapters[:in_weight]) if in_weight else self.base_output(z, *args, **kwargs)
+        return ascend(adapters[in_weight:], inputs, y)
 
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base layer gives."""
+        """Return the output of the base layer alone; of a quantised base, by its faster product if there is one."""
         base = self.base
-        computes = base.quantized and not is_traced() and has_no_hooks(self.base_layer)
-        if computes and not args and not kwargs and base.prefers_product(x):
+        is_product = base.quantized and not is_traced() and has_no_hooks(self.base_layer)
+        if is_product and not args and not kwargs and base.prefers_product(x):
             y = base.product(x.reshape(-1, x.shape[-1]))
             return y.view(*x.shape[:-1], y.shape[-1])
         return self.base_layer(x, *args, **kwargs)
 
-    def _through_weight(self, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    def _weight_space_output(self, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+        """Return the output with the adapted weight W' (and bias), which is built first."""
         base = self.base
         weight, bias = base.read(), base.bias
-        own = weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        unchanged = weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for adapter in adapters:
             adapter.check_mergeable()
             weight, bias = adapter.forward_weight(weight), adapter.merged_bias(bias)
         if x.dtype.itemsize > 2 or base.kind == "norm":
             y = base.apply(x, weight)
         else:  # W' rounded to 16 bits would lose changes below their precision, and W' − W does not
-            y = base.apply(x, own) + base.apply(x, weight - own)
+            y = base.apply(x, unchanged) + base.apply(x, weight - unchanged)
         return y if bias is None else y + base.per_output(bias).to(y.dtype)

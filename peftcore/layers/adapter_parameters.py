@@ -1,4 +1,4 @@
-"""A module with adapters on raw parameters, which no layer of its own holds: experts, `target_parameters`."""
+"""A module with adapters on raw parameters, such as experts (`target_parameters`), the second of the three wrappers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,28 +7,32 @@ from torch import Tensor, nn
 
 from peftcore.bases.current_parameters import call_with_parameters
 from peftcore.bases.parameter import ParameterWeight
-from peftcore.composition.evaluation import composed_weight
 from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
 from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.composed import composed_weight
 from peftcore.layers.wrapper import LayerWrapper, NamedModules
 
 
 class AdapterParameters(LayerWrapper):
-    """A module some of whose raw parameters are adapted: they stand changed while its forward runs."""
+    """A module and the slots of its adapted parameters.
+
+    While the module's forward runs, each adapted parameter is replaced by its adapted value.
+    """
 
     exposes_children = True
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__(base_layer, selection)
         self.sites = NamedModules()
+        """{name of a parameter, "/" for ".": its slot}; the attribute's name is part of paths in the state dict."""
 
     def is_empty(self) -> bool:
-        """Whether no adapter is left here."""
+        """Return True if no slot holds an adapter."""
         return not any(len(self.sites[name].adapters) for name in self.sites)
 
-    def site(self, base: ParameterWeight) -> "ParameterSlot":
-        """The site of a parameter, made if need be."""
+    def slot(self, base: ParameterWeight) -> "ParameterSlot":
+        """Return the slot of a parameter; a new one if there is none."""
         key = base.name.replace(".", "/")  # a module's own name has no dots
         if key not in self.sites:
             self.sites[key] = ParameterSlot(base, self).train(self.training)
@@ -38,15 +42,16 @@ class AdapterParameters(LayerWrapper):
         super()._apply(fn, recurse)
         if recurse:
             for key in self.sites:
-                self.sites[key].apply_to_set_aside(fn)
+                self.sites[key].apply_to_stored(fn)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        sites = (self.sites[key] for key in self.sites)
-        changed = {site.base.name: site.changed() for site in sites if site.acting()}
-        if not changed:
+        """Return the module's output, computed with the adapted parameters."""
+        slots = (self.sites[key] for key in self.sites)
+        adapted = {slot.base.name: slot.adapted() for slot in slots if slot.in_effect()}
+        if not adapted:
             return self.base_layer(*args, **kwargs)
-        return call_with_parameters(self.base_layer, changed, args, kwargs)
+        return call_with_parameters(self.base_layer, adapted, args, kwargs)
 
 
 class ParameterSlot(nn.Module, AdapterSlot):
@@ -55,7 +60,7 @@ class ParameterSlot(nn.Module, AdapterSlot):
     def __init__(self, base: ParameterWeight, owner: AdapterParameters):
         super().__init__()
         self._base = base
-        self._owner = (owner,)  # in a tuple, because it is no part of this module
+        self._owner = (owner,)  # in a tuple, so that the owner is no submodule of its slot
         self.path = f"{owner.path}.{base.name}"
         self.selection = owner.selection
         self.adapters = NamedModules()
@@ -63,6 +68,7 @@ class ParameterSlot(nn.Module, AdapterSlot):
 
     @property
     def base(self) -> ParameterWeight:
+        """The view on the parameter of the module that is in place now."""
         module = self._owner[0].base_layer
         if not self._base.still_fits(module):
             view = type(self._base)(module, self._base.name)
@@ -70,15 +76,15 @@ class ParameterSlot(nn.Module, AdapterSlot):
             self._base = view
         return self._base
 
-    def changed(self) -> Tensor:
-        """The parameter with the acting adapters in it, as the module keeps it."""
+    def adapted(self) -> Tensor:
+        """Return the parameter with the active adapters in it, in the module's own orientation."""
         weight, route = self.base.read(), self.selection.route
         if route is None or route.chain is not None:
-            for adapter in self.acting():
+            for adapter in self.in_effect():
                 weight = adapter.merged_weight(weight)
         elif route.uniform is None:
             raise RoutingError(
-                f"{self.path} is one weight for all rows of a batch, and they are to have different adapters there; "
+                f"{self.path} is one weight for all rows of a batch, so rows with different adapters cannot share it; "
                 "route one adapter for the whole batch, or leave it out of target_parameters (of bias='all')"
             )
         else:

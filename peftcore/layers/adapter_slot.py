@@ -1,4 +1,4 @@
-"""Adapters of one base weight, by name, and the state of its merges."""
+"""Adapters of one base weight, and the record of which of them are merged into it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,12 +14,12 @@ from peftcore.layers.wrapper import NamedModules
 
 
 def with_trained_biases(adapters: Iterable[Adapter]) -> list[Adapter]:
-    """The adapters, and after each one the bias that trains with it, if any."""
+    """Return the adapters, each followed by its trained bias, if any."""
     return [part for adapter in adapters for part in (adapter, adapter.trained_bias) if part is not None]
 
 
 class AdapterSlot:
-    """Where adapters sit: those of one base weight by name, and what of them is merged into it."""
+    """The adapters of one base weight by name, and which of them are merged into the weight."""
 
     adapters: NamedModules
     merged: tuple[str, ...]
@@ -27,11 +27,11 @@ class AdapterSlot:
     training: bool
     path: str
     merged_state: dict[str, Any] | None = None
-    """The base's merged parameters while `disable_adapter` has its own in their place."""
+    """The merged parameters of the base while `disable_adapter` has the unmerged ones in place."""
     replaced_by: tuple[str, ...] = ()
-    """Adapters whose start brought the weight that the base stands with now (LoftQ)."""
+    """Adapters whose initialisation replaced the base weight (LoftQ)."""
     has_trained_biases = False
-    """Whether the base's bias trains, or has trained, with an adapter of this site."""
+    """True if the base's bias trains, or has trained, with an adapter of this slot."""
 
     @property
     def base(self) -> BaseWeight:
@@ -40,7 +40,7 @@ class AdapterSlot:
 
     @property
     def unmerged_state(self) -> dict[str, Any] | None:
-        """The base's own parameters while adapters are merged (one more copy of the weight in memory)."""
+        """The unmerged parameters of the base while adapters are merged: one more copy of the weight in memory."""
         base = self.base
         return base.layer.__dict__.get(base.unmerged_attribute)
 
@@ -53,7 +53,12 @@ class AdapterSlot:
             base.layer.__dict__[base.unmerged_attribute] = state
 
     def replace_base(self, weight: Tensor, name: str) -> None:
-        """Give the base the weight that an adapter brings; `restore_base` gives its own back, to the bit."""
+        """Replace the base weight by the one that an adapter requires (LoftQ).
+
+        Args:
+            weight: the new weight, in canonical orientation.
+            name: the adapter; `restore_base` with this name puts the original back, bit for bit.
+        """
         base = self.base
         if not self.has_replaced_base:
             base.layer.__dict__[ORIGINAL_STATE] = base.state()
@@ -62,23 +67,24 @@ class AdapterSlot:
 
     @property
     def has_replaced_base(self) -> bool:
-        """Whether the base stands now with a weight that `replace_base` gave it."""
+        """True while a weight from `replace_base` is in place."""
         return ORIGINAL_STATE in self.base.layer.__dict__
 
     def restore_base(self, *names: str) -> None:
-        """Undo `replace_base` for these adapters; the base has its own weight again when none is left."""
+        """Undo `replace_base` for these adapters; after the last one, the original weight is in place again."""
         base = self.base
-        before, self.replaced_by = self.replaced_by, tuple(name for name in self.replaced_by if name not in names)
-        if before and not self.replaced_by:
+        was_replaced = bool(self.replaced_by)
+        self.replaced_by = tuple(name for name in self.replaced_by if name not in names)
+        if was_replaced and not self.replaced_by:
             base.restore(base.layer.__dict__.pop(ORIGINAL_STATE))
 
     def keep_base(self) -> None:
-        """Leave the base as it stands now, for good."""
+        """Keep the current base weight for good, and drop the original."""
         self.replaced_by = ()
         self.base.layer.__dict__.pop(ORIGINAL_STATE, None)
 
-    def apply_to_set_aside(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Do to the parameters that stand aside what `nn.Module._apply` has done to those in their place."""
+    def apply_to_stored(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn` (a move or a cast) to the parameters that are stored while others are in their place."""
         base = self.base
         attributes = base.layer.__dict__
         states = [attributes[name] for name in (base.unmerged_attribute, ORIGINAL_STATE) if name in attributes]
@@ -87,25 +93,25 @@ class AdapterSlot:
         if not states:
             return
         in_place = {id(tensor) for tensor in base.layer.parameters()}
-        aside = {id(t): t for state in states for t in _parameters(state) if id(t) not in in_place}
+        stored = {id(t): t for state in states for t in _parameters(state) if id(t) not in in_place}
         holder = nn.Module()
-        holder._parameters.update({str(key): parameter for key, parameter in aside.items()})
+        holder._parameters.update({str(key): parameter for key, parameter in stored.items()})
         holder._apply(fn)
         for state in states:
-            _exchange(state, {key: holder._parameters[str(key)] for key in aside})
+            _exchange(state, {key: holder._parameters[str(key)] for key in stored})
             base.move_state(state)
 
     def adapter(self, name: str) -> Adapter:
-        """The adapter of one name, on the base as it is now."""
+        """Return the adapter of one name, with its view on the current base layer."""
         self.follow_base()
         return self.adapters[name]
 
     def follow_base(self) -> None:
-        """Have the adapters on the base as it is now; somebody may have put another layer in its place."""
+        """Update the adapters' view, in case another layer was put in the base's place."""
         _ = self.base
 
     def move_adapters(self, old: BaseWeight, new: BaseWeight) -> None:
-        """Have the adapters on another view; MergeError where some are merged into a layer that is gone."""
+        """Move the adapters to a new view; raise MergeError if adapters are merged into a layer that was replaced."""
         if self.merged and old.layer is not new.layer:
             raise MergeError(
                 f"{self.path}: the base layer was replaced while {list(self.merged)} are merged into it; put the old "
@@ -120,23 +126,28 @@ class AdapterSlot:
                     module.mark_changed()
 
     def unmerged(self) -> dict[str, Adapter]:
-        """{name: adapter} of those at this site that are not merged."""
+        """Return {name: adapter} of the adapters that are not merged."""
         adapters = self._modules["adapters"]._modules  # type: ignore[attr-defined]
         return {name: a for name, a in adapters.items() if name not in self.merged} if self.merged else adapters
 
-    def acting(self) -> list[Adapter]:
-        """Adapters of this site that act and are not merged, in order."""
-        return self.in_order(self.selection.acting)
+    def unmerged_among(self, names: Iterable[str]) -> dict[str, Adapter]:
+        """Return {name: adapter} of the unmerged adapters with these names, in this order."""
+        unmerged = self.unmerged()
+        return {name: unmerged[name] for name in names if name in unmerged}
+
+    def in_effect(self) -> list[Adapter]:
+        """Return the unmerged adapters that are in effect now, in order, each followed by its trained bias."""
+        return self.in_order(self.selection.in_effect)
 
     def in_order(self, names: Iterable[str]) -> list[Adapter]:
-        """Those of `unmerged` with these names, in this order, each one's trained bias after it."""
+        """Return the unmerged adapters with these names, in this order, each followed by its trained bias."""
         unmerged = self.unmerged()
         adapters = [unmerged[name] for name in names if name in unmerged]
         return with_trained_biases(adapters) if self.has_trained_biases else adapters
 
 
 def _parameters(state: Mapping[str, Any]) -> Iterator[nn.Parameter]:
-    """Parameters among what a base has set aside, also inside of what it keeps together."""
+    """Yield the parameters of a stored state, nested ones too."""
     for value in state.values():
         if isinstance(value, Mapping):
             yield from _parameters(value)
@@ -145,7 +156,7 @@ def _parameters(state: Mapping[str, Any]) -> Iterator[nn.Parameter]:
 
 
 def _exchange(state: dict[str, Any], new: Mapping[int, Any]) -> None:
-    """Put other parameters in the place of those with these ids."""
+    """Replace the parameters of a stored state by `new`, {id of the old one: new one}."""
     for name, value in state.items():
         if isinstance(value, dict):
             _exchange(value, new)

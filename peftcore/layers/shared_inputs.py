@@ -1,13 +1,17 @@
-"""What layers of one input compute for one another, inside of one call of the model.
+"""The shared-input cache: outputs that one layer computes for sibling layers with the same input.
 
-The first layer that sees an input computes for the others that are expected to read it. They take what is theirs only
-if they are called with that very tensor, unchanged, while the same adapters act and PyTorch computes in the same way
-(gradients, autocast, inference mode, training); a layer that was not called so is left out from then on. What nobody
-asked for is forgotten at the end of the call: between two calls weights and adapters change, and within one only what
-is compared here does. Layers that are called by themselves compute for themselves, and so do layers whose input is a
-tensor of inference mode, which counts no changes in place.
+Query, key and value read one tensor. The first layer that is called computes the outputs of all its siblings, and each
+sibling takes its cached output. A sibling reuses the cached output only if all of this holds:
 
-Activation checkpointing computes layers again as they were computed: each for those that it computed for then.
+- it is called with the identical, unchanged tensor, inside of the same call of the model;
+- the same adapters are in effect;
+- PyTorch is in the same mode (gradients, autocast, inference mode, training).
+
+A sibling that did not take its output is left out from the next call on. The cache is emptied at the end of each call
+of the model, because weights and adapters may change between two calls. Layers that are called by themselves share
+nothing, and neither do layers in inference mode, whose tensors do not count in-place changes.
+
+When activation checkpointing computes a layer again, the layer has the siblings of its first computation.
 """
 
 import threading
@@ -20,104 +24,108 @@ from torch import Tensor
 from peftcore._util.forward_records import ForwardRecord
 
 
-class Waiting(NamedTuple):
-    """What the first layer that saw an input has computed for another one."""
+class CachedOutput(NamedTuple):
+    """An output that one layer has computed for a sibling."""
 
-    giver: Any
-    """The first layer."""
+    computed_by: Any
     x: Tensor
     """The input itself, as the first layer got it."""
     version: int
-    """How often it had been changed in place by then."""
-    acting: Any
-    """The route, or the tuple of active names, by which it was computed."""
+    """In-place changes of x until then (count)."""
+    in_effect: Any
+    """`Selection.now` at that time: a route, or names."""
     mode: tuple[Any, ...]
-    """The other's and PyTorch's modes by then."""
+    """Modes of PyTorch and of the sibling at that time."""
     y: Tensor
-    """The other's output."""
 
 
-class ThisThread(threading.local):
-    """The calls of one model that run in a thread, and what waits there, by the layer that it waits for."""
+class SharedInputCache(threading.local):
+    """Running calls of one model and their cached outputs; each thread sees its own."""
 
     def __init__(self) -> None:
         self.calls: list[ForwardRecord | None] = []
-        """Outermost first; None: without gradients."""
-        self.by_layer: dict[Any, Waiting] = {}
-        self.left: list[tuple[Any, Any]] = []
-        """(layer, another one that has not asked for what it was given)"""
+        """Running calls of the model, outermost first; None for a call without gradients."""
+        self.outputs: dict[Any, CachedOutput] = {}
+        """{layer: the output that waits for it}"""
+        self.unused: list[tuple[Any, Any]] = []
+        """(layer that computed, sibling that did not take the output)"""
 
-    def forget(self, records: Iterable[ForwardRecord]) -> None:
-        """Let go of what the call has left, and compute no more for layers that did not ask.
+    def clear(self, records: Iterable[ForwardRecord]) -> None:
+        """Drop all outputs, and remove the siblings that did not take theirs from later calls.
 
-        records: of forward passes that may be computed again, as they were.
+        Args:
+            records: forward passes that may be computed again; they keep the siblings as they were.
         """
-        if self.by_layer:
-            self.left += [(waiting.giver, layer) for layer, waiting in self.by_layer.items()]
-            self.by_layer.clear()
-        for giver, layer in self.left:
+        if self.outputs:
+            self.unused += [(cached.computed_by, layer) for layer, cached in self.outputs.items()]
+            self.outputs.clear()
+        for first, layer in self.unused:
             for record in records:
-                record.sharing.setdefault(giver, giver.sharing)
-            giver.sharing = [other for other in giver.sharing if other is not layer]
-        self.left.clear()
+                record.siblings.setdefault(first, first.siblings)
+            first.siblings = [other for other in first.siblings if other is not layer]
+        self.unused.clear()
 
 
-def given(layer: Any, x: Tensor, acting: Any) -> Tensor | None:
-    """What another layer has computed for this one, if it would compute the same; to be asked first.
+def cached_output(layer: Any, x: Tensor, in_effect: Any) -> Tensor | None:
+    """Return the output that a sibling has computed for this layer; None if there is none that fits.
 
-    acting: `Selection.now`.
+    Args:
+        layer: the layer that is called.
+        x: its input.
+        in_effect: `Selection.now`.
     """
-    here: ThisThread = layer.selection.here
-    if here.by_layer and (waiting := here.by_layer.pop(layer, None)) is not None:
-        unchanged = waiting.x is x and waiting.version == x._version
-        if unchanged and waiting.acting is acting and waiting.mode == _mode(layer, x):
-            return waiting.y
-        _note_left(here, waiting.giver, layer)
+    cache: SharedInputCache = layer.selection.cache
+    if cache.outputs and (cached := cache.outputs.pop(layer, None)) is not None:
+        unchanged = cached.x is x and cached.version == x._version
+        if unchanged and cached.in_effect is in_effect and cached.mode == _mode(layer, x):
+            return cached.y
+        _note_unused(cache, cached.computed_by, layer)
     return None
 
 
-def give(layer: Any, x: Tensor, outputs: Iterable[tuple[Any, Tensor]]) -> None:
-    """Keep what was computed for others until they ask."""
-    acting: Any = None
-    for other, y in outputs:
-        acting = layer.selection.now if acting is None else acting
-        layer.selection.here.by_layer[other] = Waiting(layer, x, x._version, acting, _mode(other, x), y)
+def cache_outputs(layer: Any, x: Tensor, outputs: Iterable[tuple[Any, Tensor]]) -> None:
+    """Cache outputs that `layer` has computed for siblings, as (sibling, output)."""
+    in_effect: Any = None
+    for sibling, y in outputs:
+        in_effect = layer.selection.now if in_effect is None else in_effect
+        cached = CachedOutput(layer, x, x._version, in_effect, _mode(sibling, x), y)
+        layer.selection.cache.outputs[sibling] = cached
 
 
-def neighbours(layer: Any, x: Tensor) -> Sequence[Any]:
-    """Layers expected to be called after this one with the same x, but for those that left what they were given.
+def siblings_of(layer: Any, x: Tensor) -> Sequence[Any]:
+    """Return the layers that are expected to be called after this one with the same x.
 
-    The same object for as long as they stay the same. A replica that DataParallel made has none: it knows the
-    neighbours of its original, not its own.
+    The list is the same object until a sibling joins or leaves. It is empty outside of a call of the model, in
+    inference mode, and for a DataParallel replica, which knows only the siblings of its original.
     """
     if is_replica(layer) or x.is_inference():
         return ()
-    sharing, here = layer.sharing, layer.selection.here
-    if not here.calls:
+    siblings, cache = layer.siblings, layer.selection.cache
+    if not cache.calls:
         record = layer.selection.recomputed
         if record is None or not record.is_call:
             return ()
-        sharing = record.sharing.get(layer, sharing)
-    if here.by_layer:
-        for other in sharing:
-            if (waiting := here.by_layer.pop(other, None)) is not None:
-                _note_left(here, waiting.giver, other)
-    return sharing
+        siblings = record.siblings.get(layer, siblings)
+    if cache.outputs:
+        for sibling in siblings:
+            if (cached := cache.outputs.pop(sibling, None)) is not None:
+                _note_unused(cache, cached.computed_by, sibling)
+    return siblings
 
 
 def is_replica(layer: Any) -> bool:
-    """Whether DataParallel made the layer for one forward."""
+    """Return True if DataParallel made the layer for one forward."""
     return "_is_replica" in layer.__dict__
 
 
-def _note_left(here: ThisThread, giver: Any, layer: Any) -> None:
-    """Have a layer left out from the next call on. A recomputation, which may break off early, shows nothing."""
-    if here.calls:
-        here.left.append((giver, layer))
+def _note_unused(cache: SharedInputCache, first: Any, layer: Any) -> None:
+    """Leave a layer out from the next call on; not in a recomputation, which may stop before the layer is called."""
+    if cache.calls:
+        cache.unused.append((first, layer))
 
 
 def _mode(layer: Any, x: Tensor) -> tuple[Any, ...]:
-    """What a layer's output depends on besides its input, its weights and the adapters that act."""
+    """Return the modes that an output depends on, besides input, weights and adapters."""
     device = x.device.type
     casts = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if casts else None

@@ -1,4 +1,4 @@
-"""Whether modules are in training mode, kept module by module: adapters may train on a base in evaluation mode."""
+"""Saving and restoring the training mode of each module: adapters may train on a base in evaluation mode."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def training_flags_restored(model: nn.Module) -> Iterator[None]:
-    """Context in which `train` and `eval` may be called; afterwards each module is in the mode it was in before."""
+    """Restore each module's training mode at the end of the context, whatever `train` and `eval` changed inside."""
     flags = {module: module.training for module in model.modules()}
     try:
         yield

@@ -272,7 +272,7 @@ class AdaLora(Adapter):
 
 
 def scaling_of(config: AdaLoraConfig) -> float:
-    """s = α/init_r, with PEFT's denominator, so that its adapters read the same."""
+    """S = α/init_r, with PEFT's denominator, so that its adapters read the same."""
     alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
     return alpha / (config.init_r + 1e-5)
 

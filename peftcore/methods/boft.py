@@ -74,7 +74,7 @@ class BOFT(Adapter):
 
     def __init__(self, config: BOFTConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
-        self.through_weight = base.kind == "conv"
+        self.weight_space_forward = base.kind == "conv"
         number, size = config.blocks(math.prod(weight_shape(base)[1:]), path)
         self.dropout = config.boft_dropout
         self.starts_at_base = config.init_weights
@@ -132,7 +132,7 @@ class BOFT(Adapter):
 
 
 def _turned(x: Tensor, blocks: Tensor, j: int) -> Tensor:
-    """x P diag(blocks) Pᵀ; P brings half blocks that lie 2ʲ apart side by side."""
+    """X P diag(blocks) Pᵀ; P brings half blocks that lie 2ʲ apart side by side."""
     if j == 0:
         return rotate_blocks(x, blocks)
     half = blocks.shape[-1] // 2

@@ -47,7 +47,7 @@ class HRA(Adapter):
 
     def __init__(self, config: HRAConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
-        self.through_weight = base.kind == "conv"
+        self.weight_space_forward = base.kind == "conv"
         self.orthogonal = config.apply_GS
         self.starts_at_base = config.init_weights
         features = math.prod(weight_shape(base)[1:])

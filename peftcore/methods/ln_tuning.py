@@ -32,7 +32,7 @@ class LNTuning(Adapter):
         super().__init__(config, base, path)
         self.weight = nn.Parameter(torch.empty(base.out_features))
         self.bias = None if base.bias is None else nn.Parameter(torch.empty(base.out_features))
-        self.through_weight = self.bias is None  # saves one norm; with a bias the layer's own fused sum is exact
+        self.weight_space_forward = self.bias is None  # saves one norm; with a bias the layer's own fused sum is exact
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -58,7 +58,7 @@ class LoKrConfig(TunerConfig):
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """size = m·n: m = factor where that divides, else the largest divisor up to it and to √size."""
+    """Size = m·n: m = factor where that divides, else the largest divisor up to it and to √size."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     limit = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))

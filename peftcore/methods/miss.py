@@ -53,7 +53,7 @@ class Miss(Adapter):
         super().__init__(config, base, path)
         i, o, r = base.in_features, base.out_features, config.r
         self.variant = config.init_weights
-        self.through_weight = self.variant == "bat"
+        self.weight_space_forward = self.variant == "bat"
         self.dropout = config.miss_dropout
         self.r = r
         if r > i:

@@ -69,7 +69,7 @@ class OFTConfig(TunerConfig):
             raise ConfigError(f"OFTConfig: eps must be positive; got {self.eps}; try 6e-5")
 
     def block_size(self, features: int, path: str) -> int:
-        """b for a layer that turns this many features."""
+        """B for a layer that turns this many features."""
         asked = self.oft_block_size or self.r
         divisors = (d for d in range(1, features + 1) if features % d == 0)
         nearest = min(divisors, key=lambda divisor: (abs(divisor - asked), divisor))
@@ -102,7 +102,7 @@ class OFT(Adapter):
     def __init__(self, config: OFTConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         self.config = config
-        self.through_weight = base.kind == "conv"
+        self.weight_space_forward = base.kind == "conv"
         features = base.out_features if base.kind == "embedding" else math.prod(weight_shape(base)[1:])
         size = config.block_size(features, path)
         blocks = 1 if config.block_share else features // size

@@ -58,7 +58,7 @@ class Router(nn.Module):
         self.module_logits = nn.Parameter(torch.empty(config.n_tasks, config.n_splits * config.n_skills))
 
     def forward(self, tasks: Tensor | None, splits: int) -> Tensor:
-        """w (n, q, s); (1, q, s) without tasks."""
+        """W (n, q, s); (1, q, s) without tasks."""
         logits = self.module_logits[:1] if tasks is None else self.module_logits[tasks.to(self.module_logits.device)]
         logits = logits.view(len(logits), splits, -1)
         z = RelaxedBernoulli(logits.new_ones(()), logits=logits).rsample() if self.training else logits.sigmoid()

@@ -78,7 +78,7 @@ def check_servable(model: Any, adapter: str, loaded: str) -> None:
             "text alone; use `generate`",
             "model",
         )
-    if prompt is None and loaded in adapters.listening:
+    if prompt is None and loaded in adapters.forward_arguments:
         raise BadRequestError(
             f"{adapter!r} ({kind}) looks at the whole text in each call, and this server reads it a token at a "
             "time; use `generate`",

@@ -16,7 +16,8 @@ COLD = 1e-6
 @dataclass(frozen=True)
 class Sampling:
     """How a request wants its tokens. max_tokens: count; temperature 0: the likeliest; top_p: of the likeliest tokens
-    that make up this probability; seed: of the generator, None for another one each time; stop: texts that end it."""
+    that make up this probability; seed: of the generator, None for another one each time; stop: texts that end it.
+    """
 
     max_tokens: int
     temperature: float = 1.0

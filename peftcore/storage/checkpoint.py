@@ -198,7 +198,7 @@ def load_adapter(
         hashed = None if read is None else beside.submit(changed_files, directory, read)
         try:
             _refuse_hollow_sizes(config, directory, tensors if read is None else read)
-            injection = prepare_injection(model, config, name, fresh=False)
+            injection = prepare_injection(model, config, name, initialise=False)
             content = Content(injection.adapters, injection.biases, injection.copies, injection.prompt)
             given = (tensors or {}) if read is None else parsed(read, directory)
             rows = Embeddings(lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings)
@@ -295,7 +295,8 @@ def _take_tensors(
 
 def _prompt_state(directory: Path) -> dict[str, Tensor]:
     """What a prompt learner goes on training with; {} where the directory holds none, as PEFT's does not, or where
-    the prompt beside it was saved anew by a program that leaves this file as it was."""
+    the prompt beside it was saved anew by a program that leaves this file as it was.
+    """
     path = directory / PROMPT_STATE
     if not os.path.lexists(path) or WEIGHTS_NAME in damaged_files(directory):
         return {}

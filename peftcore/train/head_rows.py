@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from peftcore.detection.head import LogitTransform
 from peftcore.errors import TrainingError
 from peftcore.layers.adapter_layer import AdapterLayer
-from peftcore.layers.fast_path import contiguous_input
+from peftcore.layers.forward_paths import contiguous_input
 from peftcore.layers.saved_module import SavedModule
 from peftcore.train.linear_cross_entropy import linear_cross_entropy
 
@@ -117,7 +117,7 @@ def plain_linear(head: nn.Module) -> nn.Linear | None:
     """The linear layer that alone makes the head's output now; None where anything else has a hand in it."""
     inner: Any = head
     while isinstance(inner, AdapterLayer | SavedModule):
-        if _is_watched(inner) or (isinstance(inner, AdapterLayer) and inner.acting()):
+        if _is_watched(inner) or (isinstance(inner, AdapterLayer) and inner.in_effect()):
             return None
         inner = inner.current() if isinstance(inner, SavedModule) else inner.base_layer
         if any(hook is not contiguous_input for hook in inner._forward_pre_hooks.values()):

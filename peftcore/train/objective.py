@@ -55,7 +55,7 @@ class ObjectiveMixin(RowWeightsMixin):
             and self.args.n_gpu <= 1
             and getattr(self.accelerator, "parallelism_config", None) is None
             and has_causal_loss(adapted_model(self))
-            and not any(prompt.defines_loss for prompt in adapter_set(adapted_model(self)).acting_prompts())
+            and not any(prompt.defines_loss for prompt in adapter_set(adapted_model(self)).prompts_in_effect())
         )
 
     def _trainer_computes_next_token_loss(self) -> bool:

@@ -164,8 +164,8 @@ def check_packable(model: nn.Module) -> None:
     """
     instead = "train on padded rows, such as RightPaddingCollator makes"
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    acting = adapter_set(model).acting_prompts() if isinstance(model, PeftModel) else []
-    prompts = [type(prompt).__name__ for prompt in acting]
+    active = adapter_set(model).prompts_in_effect() if isinstance(model, PeftModel) else []
+    prompts = [type(prompt).__name__ for prompt in active]
     if prompts:
         raise TrainingError(
             f"{' and '.join(prompts)} puts virtual tokens before a row, and a packed row has many beginnings; {instead}"

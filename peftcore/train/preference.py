@@ -127,7 +127,7 @@ def _check_beta(beta: float) -> None:
 
 
 def _log_odds(log_probability: Tensor) -> Tensor:
-    """log p/(1 − p) from log p, without cancellation where p is near 1, where it is finite up to p's own precision."""
+    """Log p/(1 − p) from log p, without cancellation where p is near 1, where it is finite up to p's own precision."""
     log_p = log_probability.clamp(max=-torch.finfo(log_probability.dtype).eps)
     return log_p - torch.log(-torch.expm1(log_p))
 

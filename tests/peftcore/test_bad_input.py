@@ -342,7 +342,7 @@ def test_a_taken_or_impossible_name() -> None:
     with refused(model, AdapterNameError, "already an adapter named 'default'; delete it first"):
         model.add_adapter("default", lora("2"))
     for name in ("a.b", "a/b", "", 3, None):
-        with refused(model, AdapterNameError, "a word without '.' or '/'", repr(name)):
+        with refused(model, AdapterNameError, "must not be empty or contain '.' or '/'", repr(name)):
             model.add_adapter(name, lora("2"))
 
 
@@ -360,7 +360,7 @@ def test_two_that_make_the_model_deeper() -> None:
 @pytest.mark.parametrize("ranges", [[(0, 3)], [(1, 1)], [(-1, 1)], [(2, 0)]])
 def test_blocks_that_are_not_there(ranges: list[tuple[int, int]]) -> None:
     model = build("llama")
-    with refused(model, ConfigError, "is no range of the model's 2 blocks"):
+    with refused(model, ConfigError, "is not a range of the model's 2 blocks"):
         get_peft_model(model, lora("q_proj", layer_replication=ranges))
 
 
@@ -375,7 +375,7 @@ def test_a_deeper_model_is_undone_by_a_later_error() -> None:
 def test_two_prompts_before_one_text() -> None:
     model = get_peft_model(build("llama"), PromptTuningConfig(num_virtual_tokens=3))
     model.add_adapter("two", PrefixTuningConfig(num_virtual_tokens=3))
-    with refused(model, AdapterNameError, "['default', 'two'] are prompts", "one at a time"):
+    with refused(model, AdapterNameError, "['default', 'two'] are prompts", "only one prompt can be active"):
         model.set_adapter(["default", "two"])
 
 
@@ -383,7 +383,7 @@ def test_a_module_that_is_adapted_and_trained_whole() -> None:
     model = get_peft_model(net(), lora("0", modules_to_save=["2"]))
     with refused(model, TargetError, "2 is already trained whole", "exclude it"):
         model.add_adapter("b", lora("2"))
-    with refused(model, TargetError, "['0'] already carry an adapter", "not both"):
+    with refused(model, TargetError, "['0'] already have an adapter", "not both"):
         model.add_adapter("b", lora("2", modules_to_save=["0"]))
 
 

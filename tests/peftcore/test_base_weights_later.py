@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from method_example import examples, randomise
+from net import Net
 from torch import Tensor, nn
 
 from peftcore import LoraConfig, get_peft_model
@@ -27,19 +28,14 @@ CASES = [
 DORA = pytest.param("DoRA", "Linear", id="DoRA-Linear")
 
 
-class Net(nn.Module):
-    def __init__(self, layer: str):
-        super().__init__()
-        self.target = LAYERS[layer][1]().double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.target(x)
+def net_of(layer: str) -> Net:
+    return Net(LAYERS[layer][1]().double())
 
 
 def adapted(method: str, layer: str) -> Any:
     dora = LoraConfig(target_modules=["target"], r=4, use_dora=True)
     config = dora if method == "DoRA" else EXAMPLES[method].make(layer, target_modules=["target"])
-    return get_peft_model(Net(layer), config)
+    return get_peft_model(net_of(layer), config)
 
 
 def trained(method: str, layer: str) -> tuple[Any, Tensor]:
@@ -60,7 +56,7 @@ def test_a_state_dict_holds_all_that_a_model_computes_with(method: str, layer: s
     torch.manual_seed(1)
     if meta:
         with torch.device("meta"):
-            base = Net(layer)
+            base = net_of(layer)
         other = get_peft_model(base, net.peft_config["default"])
         other.to_empty(device="cpu")
     else:

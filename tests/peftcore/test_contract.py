@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from method_example import examples, randomise
+from net import Net
 from quantised_layers import quantised
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,18 +49,6 @@ CASES = [
 MERGING = [case for case in CASES if EXAMPLES[case.values[0]].merges]  # type: ignore[index]
 METHODS = list(EXAMPLES)
 LINEAR = [method for method in EXAMPLES if "linear" in methods()[method].adapter.layer_kinds]
-
-
-class Net(nn.Module):
-    """A layer to adapt between two that are not, so that paths and gradients have somewhere to go."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.target = layer
-        self.untouched = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.untouched(self.target(x))
 
 
 def adapt(net: nn.Module, method: str, layer: str = "", **options: Any) -> Any:

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from method_example import examples, randomise
+from net import Net
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from peftcore import LoraConfig, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
@@ -30,17 +30,6 @@ CASES = [
     if kind in methods()[method].adapter.layer_kinds
 ]
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of FSDP on a CPU
-
-
-class Net(nn.Module):
-    """A layer to adapt, computed again in the backward pass or not."""
-
-    def __init__(self, target: nn.Module, recomputes: bool):
-        super().__init__()
-        self.target, self.recomputes = target, recomputes
-
-    def forward(self, x: Tensor) -> Any:
-        return checkpoint(self.target, x, use_reentrant=False) if self.recomputes else self.target(x)
 
 
 @pytest.fixture(autouse=True)

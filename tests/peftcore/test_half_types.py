@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from method_example import examples, randomise
+from net import Net
 from torch import Tensor, nn
 
 import peftcore
@@ -40,9 +41,7 @@ def test_a_model_cast_to_16_bits_computes_trains_and_merges(method: str, layer: 
     _, make, inputs = LAYERS[layer]
     example, x = EXAMPLES[method], inputs()
     config = example.make(layer, target_modules=["target"])
-    made: Any = nn.Module()
-    made.target = make()
-    net = get_peft_model(made, config)
+    net = get_peft_model(Net(make()), config)
     randomise(net, example.spread)
     for adapter in adapter_set(net).adapters("default").values():
         adapter.eval()  # Poly draws its mixture anew in each training forward
@@ -65,9 +64,7 @@ class Change:
 
     def __init__(self, config: Any, make: Any, inputs: Any, dtype: torch.dtype, spread: float):
         torch.manual_seed(0)
-        net: Any = nn.Module()
-        net.target = make().to(dtype)
-        net = get_peft_model(net, config)
+        net = get_peft_model(Net(make().to(dtype)), config)
         randomise(net, spread)
         x = inputs().to(dtype)
         self.axis = -1 if x.dim() == 2 else 1

@@ -103,7 +103,7 @@ def test_a_weight_is_not_replaced_under_a_merged_adapter(tmp_path: Any) -> None:
     begin(model, "loftq", "a")
     model.merge_adapter("other")
     before = model(X)
-    with pytest.raises(MergeError, match=r"'a' brought the weight of 0 \(LoftQ\), and \['other'\] are merged into it"):
+    with pytest.raises(MergeError, match=r"'a' replaced the weight of 0 \(LoftQ\), and \['other'\] are merged into it"):
         model.delete_adapter("a")
     assert torch.equal(model(X), before)
     assert torch.equal(model.unload()(X), base(X))
@@ -113,7 +113,7 @@ def test_two_that_bring_one_weight() -> None:
     """Each begins from the true weight, as it would alone, so the second changes nothing of the first."""
     base = net()
     model = get_peft_model(copy.deepcopy(base), lora("loftq"), "a")
-    with pytest.raises(ConfigError, match=r"0 stands with the weight that \['a'\] brought \(LoftQ\), and this adapter"):
+    with pytest.raises(ConfigError, match=r"\['a'\] replaced the weight of 0 \(LoftQ\), and this adapter"):
         model.add_adapter("b", lora("loftq", loftq_config={"loftq_bits": 8}))
     expected = model(X)
     model.add_adapter("b", lora("loftq"))

@@ -126,7 +126,8 @@ def _is_same_adapter(candidate: Candidate, champion: Champion) -> bool:
 
 def _evaluated_again(candidate: Candidate, champion: Champion, gate: Gate) -> Outcome:
     """A new evaluation takes the old one's place; on other test rows, which later versions are then held to, only if
-    somebody vouches for them."""
+    somebody vouches for them.
+    """
     same = f"it is the adapter of {champion.version}, evaluated again"
     if not _has_other_rows(candidate, champion):
         return True, f"{same} on the same test rows"

@@ -1,5 +1,6 @@
 """Figures of the candidate alone against a limit. A limit on what an objective does not have is passed over, and the
-check says so."""
+check says so.
+"""
 
 from flows.gate.candidate import Candidate, Outcome
 from flows.params.model import Gate, Merge

@@ -180,7 +180,7 @@ class Lora(Adapter):
 
     @torch.no_grad()
     def _lengths(self) -> Tensor:
-        """n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is kept while W does not change."""
+        """N (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is kept while W does not change."""
         weight = self.base.read_unmerged() if self.new_base is None else self.new_base
         weight = weight.flatten(1)
         norms = self._square_norms(weight)

@@ -1,5 +1,6 @@
 """X-LoRA: `config.py` the options, `adapter.py` one layer and the two passes, `mixture.py` what the layers share,
-`experts.py` the LoRAs."""
+`experts.py` the LoRAs.
+"""
 
 from peftcore.methods.xlora.adapter import XLora
 from peftcore.methods.xlora.config import XLoraConfig

@@ -363,7 +363,7 @@ def test_a_compiled_call_leaves_nothing_open() -> None:
         expected = model(x, adapter_names=["a", "b", None])["parts"][0][0]
         found = compiled(x, adapter_names=["a", "b", None])["parts"][0][0]
     torch.testing.assert_close(found, expected)
-    assert not model._adapter_set.selection.here.calls
+    assert not model._adapter_set.selection.cache.calls
 
 
 def test_a_backward_that_failed_says_nothing_of_later_ones() -> None:

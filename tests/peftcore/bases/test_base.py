@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from method_example import examples, randomise
+from net import Net
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
@@ -29,16 +30,11 @@ CASES = [
 ]
 
 
-def net_of(layer: nn.Module) -> Any:
-    """A net with one layer, `target`."""
-    return nn.Sequential(OrderedDict(target=layer))
-
-
 def adapted(method: str, layer: str) -> tuple[Any, Tensor, Tensor]:
     """(a net whose weight-normed layer is adapted, an input, the base's output)."""
     torch.manual_seed(0)
     _, make, inputs = LAYERS[layer]
-    net, x = net_of(weight_norm(make())).double(), inputs()
+    net, x = Net(weight_norm(make())).double(), inputs()
     x = x.double() if x.is_floating_point() else x
     base = net(x).detach()
     net = get_peft_model(net, EXAMPLES[method].make(layer, target_modules=["target"]))
@@ -70,7 +66,7 @@ def test_a_weight_normed_layer_is_adapted_merged_and_unmerged(method: str, layer
 def test_what_a_parametrisation_cannot_hold_is_not_merged(parametrize: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 12)
-    net = get_peft_model(net_of(parametrize(nn.Linear(12, 8))).eval(), LoraConfig(target_modules=["target"]))
+    net = get_peft_model(Net(parametrize(nn.Linear(12, 8))).eval(), LoraConfig(target_modules=["target"]))
     randomise(net, 0.3)
     net.eval()
     y = net(x)
@@ -83,7 +79,7 @@ def test_what_a_parametrisation_cannot_hold_is_not_merged(parametrize: Callable[
 def test_a_weight_that_a_hook_computes_is_not_merged() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 12)
-    net = net_of(torch.nn.utils.weight_norm(nn.Linear(12, 8)))
+    net = Net(torch.nn.utils.weight_norm(nn.Linear(12, 8)))
     base = net(x).detach()
     net = get_peft_model(net, LoraConfig(target_modules=["target"]))
     randomise(net, 0.3)

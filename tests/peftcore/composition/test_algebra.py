@@ -54,7 +54,7 @@ def test_splits_meet_inside_of_splits() -> None:
         (lambda: composition(3), "3 is no composition of adapters; give a name"),  # type: ignore[arg-type]
         (lambda: Weighted({"a": math.nan}), r"the weight of Only\(name='a'\) is nan"),
         (lambda: Average(), "give at least one adapter"),
-        (lambda: Split(a=0), "gets 0 tokens; give at least 1, or ... for the rest"),
+        (lambda: Split(a=0), "has 0 tokens; give at least 1, or ... for the rest"),
         (lambda: Split(a=..., b=3), "comes after `...`, which took the rest"),
         (lambda: Gate((), lambda path, adapters, x: x), "give at least one adapter"),
         (lambda: Gate(("a", "b"), lambda path, adapters, x: x, top_k=3), "top_k must be from 1 to 2, got 3"),
@@ -77,5 +77,5 @@ def test_a_gate_gives_nothing_to_members_that_a_layer_has_not() -> None:
     gate = Gate(("a", "b"), lambda path, adapters, x: torch.ones(*x.shape[:-1], len(adapters)))
     assert gate.weights("layer", {"b": None}, torch.zeros(3, 4), (3,)).tolist() == [[0.0, 1.0]] * 3
     wrong = Gate(("a", "b"), lambda path, adapters, x: torch.ones(1))
-    with pytest.raises(RoutingError, match=r"weights \(1,\) at layer for x \(3, 4\) and 2 adapters; give \(3, 2\)"):
+    with pytest.raises(RoutingError, match=r"weights \(1,\) at layer for x \(3, 4\) and 2 adapters; return \(3, 2\)"):
         wrong.weights("layer", {"a": None, "b": None}, torch.zeros(3, 4), (3,))

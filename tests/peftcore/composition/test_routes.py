@@ -28,7 +28,7 @@ from transformers import (
 from peftcore import IA3Config, LoraConfig, OFTConfig, PolyConfig, PromptTuningConfig, get_peft_model
 from peftcore.composition import Average, Gate, Only, Parallel, Split, Stack, Weighted
 from peftcore.errors import AdapterNameError, RoutingError
-from peftcore.layers import fast_path
+from peftcore.layers import forward_paths
 from peftcore.registry import methods
 
 SIZES: dict[str, Any] = {
@@ -256,7 +256,7 @@ def test_alora_acts_where_its_row_was_invoked() -> None:
     tokens = TOKENS.clone()
     tokens[0, 2:4] = tokens[3, 4:6] = torch.tensor([20, 21])
     assert_rows_as_alone(model, ["a", "b", None, "a", "a", "b"], tokens)
-    with pytest.raises(RoutingError, match="it can be in one composition of a batch"):
+    with pytest.raises(RoutingError, match="only one composition of a batch can have it"):
         model(tokens, adapter_names=["a", Stack("a", "b"), None, None, None, None])
 
 
@@ -348,13 +348,13 @@ def test_each_adapter_learns_from_its_own_rows(checkpointing: bool) -> None:
 def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many layers each stacked product has computed."""
     seen: list[int] = []
-    original = fast_path.stacked_outputs
+    original = forward_paths.stacked_outputs
 
     def counted(x: Tensor, bases: Any, *others: Any) -> Any:
         seen.append(len(bases))
         return original(x, bases, *others)
 
-    monkeypatch.setattr(fast_path, "stacked_outputs", counted)
+    monkeypatch.setattr(forward_paths, "stacked_outputs", counted)
     return seen  # type: ignore[return-value]
 
 
@@ -368,7 +368,7 @@ def test_low_rank_rows_go_through_two_products_for_all_layers_of_one_input(stack
             model.zero_grad()
         stacks.clear()
         model(TOKENS, adapter_names=["a", "c", None, "a", "b", "a"])
-        assert stacks == [2, 1, 1, 1] * 2 and not model._adapter_set.selection.here.by_layer
+        assert stacks == [2, 1, 1, 1] * 2 and not model._adapter_set.selection.cache.outputs
     stacks.clear()
     model(TOKENS, adapter_names=["a", "b", None, "a", "b", "a"])  # with gradients
     assert not stacks
@@ -423,8 +423,8 @@ def test_many_adapters_with_as_many_rows(ranks: list[int], monkeypatch: pytest.M
     names: list[Any] = [f"a{n}" for n in (4, 0, 8, 1, 7, 2, 6, 3, 5)]
     tokens = torch.arange(3, 39).view(18, 2)
     batched: list[int] = []
-    original = fast_path.batched_outputs
-    monkeypatch.setattr(fast_path, "batched_outputs", lambda *given: batched.append(1) or original(*given))
+    original = forward_paths.batched_outputs
+    monkeypatch.setattr(forward_paths, "batched_outputs", lambda *given: batched.append(1) or original(*given))
     for given in (names, sorted(names), names * 2, [name for name in names for _ in range(2)]):
         batched.clear()
         assert_rows_as_alone(model, given, tokens)
@@ -626,7 +626,7 @@ def test_nothing_switches_adapters_on_inside_of_disable_adapter() -> None:
     """There the model is its base, as the context promises; naming an adapter all the same is an error."""
     model = mixture(llama())
     base = model(TOKENS, adapter_names="__base__").logits
-    said = r"\['b'\] are to act inside of disable_adapter\(\), where the model is its base; leave it first"
+    said = r"\['b'\] cannot be used inside of disable_adapter\(\), where the model is its base; leave that context"
     with model.disable_adapter():
         for call in (model, model.forward, model.generate):
             with pytest.raises(RoutingError, match=said):
@@ -741,10 +741,10 @@ def test_bad_input_is_named() -> None:
         with pytest.raises(error, match=said):
             model(TOKENS[:3], adapter_names=names)
     model.merge_adapter(["a"])
-    with pytest.raises(RoutingError, match=r"\['a'\] are merged into the base, where every row would have them"):
+    with pytest.raises(RoutingError, match=r"\['a'\] are merged into the base, so every row would use them"):
         model(TOKENS, adapter_names=["b"] * 6)
     model.unmerge_adapter()
-    with model.route(["b"] * 6), pytest.raises(AdapterNameError, match="in use by a route that is open"):
+    with model.route(["b"] * 6), pytest.raises(AdapterNameError, match="in use by an open route"):
         model.delete_adapter("b")
     assert torch.equal(model(TOKENS).logits, expected)
 
@@ -763,42 +763,22 @@ def test_layers_where_rows_cannot_be_told_are_refused() -> None:
 
     model = adapted(Mixing().double(), a=lora(target_modules=["experts.0"]), b=lora(target_modules=["mixed"]))
     x = torch.randn(2, 4, 12, dtype=torch.float64)
-    with pytest.raises(RoutingError, match=r"experts\.0 is one expert of many and sees tokens without their rows"):
+    with pytest.raises(RoutingError, match=r"experts\.0 is a single expert and gets tokens without their rows"):
         model(x, adapter_names=["a", None])
     for gradients in (False, True):
         with (
             torch.set_grad_enabled(gradients),
-            pytest.raises(RoutingError, match="mixed sees 5 rows where the batch has 2"),
+            pytest.raises(RoutingError, match="mixed sees 5 rows and the batch has 2"),
         ):
             model(x, adapter_names=["b", None])
     model.kept = 4  # two for each row, or so it seems
-    with pytest.raises(RoutingError, match="mixed sees 4 rows where the batch has 2"):
+    with pytest.raises(RoutingError, match="mixed sees 4 rows and the batch has 2"):
         model(x, adapter_names=["b", None])
     assert model(x, adapter_names=["a", "a"]).shape == (4, 12)
     model.kept = 8  # every token of the batch
     mixed = model(x, adapter_names=["b", None])
     torch.testing.assert_close(mixed[:4], model(x, adapter_names="b")[:4])
     torch.testing.assert_close(mixed[4:], model(x, adapter_names="__base__")[4:])
-
-
-def test_whole_weights_are_one_for_the_batch() -> None:
-    class Raw(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.matrix = nn.Parameter(torch.randn(8, 12))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.matrix.T
-
-    net = nn.Sequential(Raw()).double()
-    one: dict[str, Any] = {"target_modules": [], "target_parameters": ["0.matrix"], "init_lora_weights": False}
-    model = adapted(net, a=LoraConfig(r=2, **one), b=LoraConfig(r=2, **one))
-    x = torch.randn(2, 12, dtype=torch.float64)
-    base = _base(model, x)
-    a, b = (model(x, adapter_names=name) - base for name in "ab")
-    torch.testing.assert_close(model(x, adapter_names={"a": 0.5, "b": -1.0}), base + 0.5 * a - b)
-    with pytest.raises(RoutingError, match="is one weight for all rows of a batch"):
-        model(x, adapter_names=["a", "b"])
 
 
 # -- other ways to compute -----------------------------------------------------------------------------------------

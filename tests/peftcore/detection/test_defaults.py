@@ -16,7 +16,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from peftcore import LoraConfig, TargetError
 from peftcore.detection import Architecture, detect
 from peftcore.detection.defaults import PRACTICE
-from peftcore.injection.targets import completed, find_targets
+from peftcore.injection.module_index import ModuleIndex
+from peftcore.injection.targets import complete, find_targets
 from peftcore.methods.ln_tuning import LNTuningConfig
 
 _HEAD, _TAIL = "TRANSFORMERS_MODELS_TO_", "_TARGET_MODULES_MAPPING"
@@ -115,7 +116,7 @@ def test_a_method_without_a_rule_adapts_what_lora_does() -> None:
 def test_a_configuration_without_targets_takes_its_methods_own() -> None:
     model = tiny("gpt2", "cpu")
     assert {path.split(".", 3)[3] for path in find_targets(model, LoraConfig())} == {"attn.c_attn"}
-    assert completed(model, LoraConfig()).target_modules == {"c_attn"}
+    assert complete(ModuleIndex(model), LoraConfig())[0].target_modules == {"c_attn"}
 
 
 def test_an_identity_in_a_layers_place_is_left_alone() -> None:
@@ -127,9 +128,10 @@ def test_an_identity_in_a_layers_place_is_left_alone() -> None:
 def test_ia3_writes_down_what_it_scales_at_the_input() -> None:
     from peftcore.methods.ia3 import IA3Config
 
-    whole = completed(tiny("llama", "cpu"), IA3Config())
+    model = tiny("llama", "cpu")
+    whole, _ = complete(ModuleIndex(model), IA3Config())
     assert (whole.target_modules, whole.feedforward_modules) == ({"k_proj", "v_proj", "down_proj"}, {"down_proj"})
-    own = completed(tiny("llama", "cpu"), IA3Config(target_modules=["q_proj", "down_proj"]))
+    own, _ = complete(ModuleIndex(model), IA3Config(target_modules=["q_proj", "down_proj"]))
     assert own.feedforward_modules == {"down_proj"}
 
 

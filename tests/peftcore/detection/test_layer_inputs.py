@@ -90,7 +90,7 @@ def test_as_many_tokens_as_rows(gradients: bool) -> None:
     with torch.set_grad_enabled(gradients):
         rows_as_alone(adapted(encoder(True), "linear1", "linear2"), x, names)
         for model in (adapted(encoder(False), "linear1"), adapted(Unknown(True), "linear")):
-            with pytest.raises(RoutingError, match=r"sees \(3, 3\) where the batch has 3 rows.*batch_first=True"):
+            with pytest.raises(RoutingError, match=r"sees \(3, 3\) and the batch has 3 rows.*batch_first=True"):
                 model(x, adapter_names=names)
             model(x, adapter_names=["b", "b", "b"])  # all alike
 
@@ -103,7 +103,7 @@ def test_a_module_that_says_nothing_is_known_by_an_attribute_or_by_another_batch
     seen = adapted(Unknown(False), "linear")
     seen(torch.randn(3, 5, 6, dtype=torch.float64), adapter_names=names)
     rows_as_alone(seen, x, names)
-    with pytest.raises(RoutingError, match="sees 5 rows where the batch has 3"):
+    with pytest.raises(RoutingError, match="sees 5 rows and the batch has 3"):
         adapted(Unknown(True), "linear")(torch.randn(3, 5, 6, dtype=torch.float64), adapter_names=names)
 
 

@@ -169,7 +169,7 @@ def test_a_second_adapter_of_one_name_takes_the_firsts_place(again: Any) -> None
     with pytest.raises(ConfigError, match="to a plain model"):
         again(model, lora("0", layer_replication=[[0, 1]]))
     assert adapter_set(model).adapters("default")["0"] is old
-    with pytest.warns(UserWarning, match="'default' was in the model already and is replaced by an untrained one"):
+    with pytest.warns(UserWarning, match="'default' was loaded already and is replaced by an untrained one"):
         assert again(model, LoraConfig(r=3, target_modules=["1"])) is model
     assert set(model.peft_config) == {"default", "other"} and model.active_adapters == ["default"]
     assert list(adapter_set(model).adapters("default")) == ["1"]

@@ -1,5 +1,6 @@
 """Which layers a configuration means."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from peftcore import IA3Config, LoraConfig, TargetError, TaskType, get_peft_model
+from peftcore import IA3Config, LoraConfig, PeftModel, TargetError, TaskType, get_peft_model
+from peftcore.config import TunerConfig
+from peftcore.injection import preparation, targets
+from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.targets import find_targets
 
 
@@ -19,15 +23,15 @@ class Heads(nn.Module):
         self.block = nn.ModuleDict({"head": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
 
 
-def targets(**options: Any) -> list[str]:
+def targets_of(**options: Any) -> list[str]:
     return sorted(find_targets(Heads(), LoraConfig(**options)))
 
 
 def test_names_match_whole_segments() -> None:
-    assert targets(target_modules=["head"]) == ["block.head", "head"]
-    assert targets(target_modules=["block.head"]) == ["block.head"]
-    assert targets(target_modules=r".*head") == ["block.head", "head", "overhead"]
-    assert targets(target_modules="all-linear", exclude_modules=["head"]) == ["overhead"]
+    assert targets_of(target_modules=["head"]) == ["block.head", "head"]
+    assert targets_of(target_modules=["block.head"]) == ["block.head"]
+    assert targets_of(target_modules=r".*head") == ["block.head", "head", "overhead"]
+    assert targets_of(target_modules="all-linear", exclude_modules=["head"]) == ["overhead"]
 
 
 def test_modules_to_save_match_whole_segments() -> None:
@@ -43,8 +47,8 @@ def test_modules_to_save_match_whole_segments() -> None:
     [
         ({"target_modules": ["haed"]}, "match no layer.*did you mean 'head'"),
         ({"target_modules": ["norm"]}, "LORA does not adapt norm layers such as block.norm"),
-        ({"target_modules": ["head"], "exclude_modules": ["head"]}, "left none"),
-        ({"target_modules": ["head"], "layers_to_transform": [7]}, "left none"),
+        ({"target_modules": ["head"], "exclude_modules": ["head"]}, "exclude all of them"),
+        ({"target_modules": ["head"], "layers_to_transform": [7]}, "exclude all of them"),
         ({"target_modules": ["head"], "modules_to_save": ["tail"]}, "modules_to_save"),
     ],
 )
@@ -130,7 +134,7 @@ class Unknown(nn.Module):
 def test_no_default_reaches_into_a_model_of_unknown_structure(config: Any) -> None:
     model = Unknown()
     modules = dict(model.named_modules())
-    with pytest.raises(TargetError, match=r"tells its inner layers from its head; give target_modules.*'head', 'stem'"):
+    with pytest.raises(TargetError, match=r"cannot be told from its head; give target_modules.*'head', 'stem'"):
         get_peft_model(model, config)
     assert dict(model.named_modules()) == modules
 
@@ -138,3 +142,18 @@ def test_no_default_reaches_into_a_model_of_unknown_structure(config: Any) -> No
 def test_whoever_says_all_linear_gets_all() -> None:
     model = get_peft_model(Unknown(), LoraConfig(target_modules="all-linear"))
     assert model.peft_config["default"].target_modules == {"stem", "0", "1", "head"}
+
+
+def test_loading_a_directory_resolves_its_targets_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    get_peft_model(Heads(), LoraConfig(target_modules=["head"])).save_pretrained(tmp_path)
+    resolved: list[TunerConfig] = []
+    original = targets.target_paths
+
+    def counted(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
+        resolved.append(config)
+        return original(module_index, config)
+
+    for module in (targets, preparation):
+        monkeypatch.setattr(module, "target_paths", counted)
+    model = PeftModel.from_pretrained(Heads(), tmp_path)
+    assert len(resolved) == 1 and model.peft_config["default"].target_modules == {"head"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore.layers import fast_path
+from peftcore.layers import forward_paths
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 
@@ -57,15 +57,15 @@ def after(work: Callable[[], Any]) -> Any:
 def outputs(model: Any, x: Tensor, sharing: bool = True) -> tuple[Tensor, ...]:
     """Of a call that begins with adapter a; sharing: whether layers may compute for one another."""
     layers = [getattr(model, name) for name in PROJECTIONS]
-    others = [layer.sharing for layer in layers]
+    others = [layer.siblings for layer in layers]
     model.set_adapter("a")
     try:
         for layer in layers if not sharing else []:
-            layer.sharing = []
+            layer.siblings = []
         return model(x)
     finally:
         for layer, own in zip(layers, others, strict=True):
-            layer.sharing = layer.sharing if sharing else own
+            layer.siblings = layer.siblings if sharing else own
 
 
 CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
@@ -182,13 +182,13 @@ def test_layers_share_inside_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes)), lora())
     counts: list[int] = []
     for name in ("low_rank_linears", "stacked_outputs"):
-        original = getattr(fast_path, name)
+        original = getattr(forward_paths, name)
 
         def counted(x: Tensor, layers: Any, *rest: Any, original: Any = original) -> Any:
             counts.append(len(layers))
             return original(x, layers, *rest)
 
-        monkeypatch.setattr(fast_path, name, counted)
+        monkeypatch.setattr(forward_paths, name, counted)
     tokens = torch.arange(6).view(2, 3)
     for context in (torch.enable_grad(), torch.no_grad(), torch.enable_grad()):
         with context:

@@ -335,5 +335,5 @@ def test_modules_trained_whole_exclude_trained_biases_of_another_adapter() -> No
         model.add_adapter("b", lora("0", bias="all"))
     model.add_adapter("b", lora("0", bias="all", modules_to_save=["1"]))
     model = get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6))), lora("0", bias="all"))
-    with pytest.raises(TargetError, match=r"\['1'\] already carry an adapter"):
+    with pytest.raises(TargetError, match=r"\['1'\] already have an adapter"):
         model.add_adapter("b", lora("0", modules_to_save=["1"]))

@@ -95,5 +95,5 @@ def test_a_sum_in_a_route_and_the_same_sum_merged(llama: Callable[..., Any]) -> 
     model.add_merged("m", mix, Recipe.task_arithmetic())
     live = model(tokens, adapter_names=mix).logits
     torch.testing.assert_close(model(tokens, adapter_names="m").logits, live, atol=1e-10, rtol=0)
-    with pytest.raises(RoutingError, match="is no weighted sum, which alone can be merged"):
+    with pytest.raises(RoutingError, match="is not a weighted sum, and only those can be merged"):
         model.add_merged("n", Stack("a", {"b": 0.5}), Recipe.linear())

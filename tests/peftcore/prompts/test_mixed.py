@@ -155,8 +155,8 @@ def test_positions_that_a_model_counts_by_itself_are_not_put_wrong() -> None:
 def test_what_a_prompt_cannot_be_part_of_is_refused() -> None:
     model = prompted("llama")
     for names, said in (
-        ([{"three": 0.5}, *[None] * 5], "weighs or splits a prompt"),
-        ([Stack("three", "five"), *[None] * 5], "weighs or splits a prompt"),
+        ([{"three": 0.5}, *[None] * 5], "mixes a prompt with others"),
+        ([Stack("three", "five"), *[None] * 5], "mixes a prompt with others"),
     ):
         with pytest.raises(RoutingError, match=said):
             model(TOKENS, adapter_names=names)

@@ -266,7 +266,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
         ({"safe_serialization": ["default"]}, ConfigError, "selected_adapters="),
         ({"path_initial_model_for_weight_conversion": "x"}, ConfigError, "convert_to_lora"),
         ({"push_to_hub": True}, ConfigError, "push_to_hub is a method of its own"),
-        ({"variant": "fp16"}, ConfigError, "variant='fp16' cannot be had"),
+        ({"variant": "fp16"}, ConfigError, "variant='fp16' is not supported"),
         ({"max_shard_size": "1MB"}, ConfigError, "one local file"),
         ({"save_embedding_layer": True}, TypeError, "no option 'save_embedding_layer'"),
         ({"selected_adapters": ["none"]}, AdapterNameError, "none"),
@@ -311,7 +311,7 @@ def test_any_word_is_a_name(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.b", "", "../up", "a/b"])
 def test_names_that_cannot_be_paths(name: str) -> None:
-    with pytest.raises(AdapterNameError, match="word without"):
+    with pytest.raises(AdapterNameError, match="must not be empty"):
         inject_adapter_in_model(LoraConfig(target_modules=["0"]), net(), name)
 
 

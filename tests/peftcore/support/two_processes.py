@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftcore import LoraConfig, get_peft_model
 from peftcore.kernels.low_rank import low_rank_linears
-from peftcore.layers import fast_path
+from peftcore.layers import forward_paths
 
 PROCESSES = 2
 TOKENS = torch.arange(2, 30).view(4, 7)
@@ -51,7 +51,7 @@ def step(rank: int, way: str, folder: str) -> None:
         taken.append(len(layers))
         return low_rank_linears(x, layers)
 
-    fast_path.low_rank_linears = counted  # type: ignore[assignment]
+    forward_paths.low_rank_linears = counted  # type: ignore[assignment]
     model = adapted()
     if way == "ddp":
         wrapped: Any = DistributedDataParallel(model)

@@ -1,4 +1,4 @@
-"""A base layer that is replaced, moved or read while adapters sit on it."""
+"""A base layer that is replaced, moved or read while its slot holds adapters."""
 
 import contextlib
 import copy
@@ -11,7 +11,7 @@ import pytest
 import torch
 from method_example import examples, randomise
 from quantised_layers import quantised
-from torch import Tensor, nn
+from torch import nn
 
 from peftcore import LoraConfig, get_peft_model
 from peftcore.errors import MergeError
@@ -101,31 +101,6 @@ def test_trained_biases_are_on_the_base_that_is_there_now() -> None:
             torch.testing.assert_close(model[0](X), expected + adapter.trained_bias.bias)
 
 
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.randn(2, 8, 12, dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("eoi,ni->no", self.weights, x)
-
-
-def test_raw_parameters_of_a_module_that_is_replaced() -> None:
-    model: Any = get_peft_model(
-        nn.Sequential(Experts()), LoraConfig(r=2, target_modules=[], target_parameters=["0.weights"])
-    )
-    randomise(model, 0.3)
-    model(X)
-    other = Experts()
-    model[0].base_layer = other
-    adapter = adapter_set(model).adapters("default")["0.weights"]
-    expected = torch.einsum("eoi,ni->no", adapter.merged_weight(other.weights.detach()), X)
-    torch.testing.assert_close(model(X), expected)
-    model.merge_adapter()
-    torch.testing.assert_close(model(X), expected)
-    assert model.unload()[0] is other
-
-
 def test_a_base_that_is_replaced_under_a_merge_is_an_error() -> None:
     model: Any = get_peft_model(net(), LoraConfig(target_modules=["0"], init_lora_weights=False))
     before, old = model(X), model[0].base_layer
@@ -194,18 +169,6 @@ def test_a_merged_model_moves_while_it_is_disabled(depth: int) -> None:
     )
     model.unmerge_adapter()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
-
-
-def test_raw_parameters_that_are_merged_move_too() -> None:
-    model: Any = get_peft_model(
-        nn.Sequential(Experts()), LoraConfig(r=2, target_modules=[], target_parameters=["0.weights"])
-    )
-    randomise(model, 0.3)
-    before = model[0].base_layer.weights.detach().clone()
-    model.merge_adapter()
-    model.float()
-    model.unmerge_adapter()
-    assert torch.equal(model[0].base_layer.weights, before.float())
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])

@@ -25,7 +25,7 @@ from transformers import (
 from peftcore import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 from peftcore.composition.stacked import stacked_outputs
 from peftcore.kernels.low_rank import low_rank_linears
-from peftcore.layers import fast_path
+from peftcore.layers import forward_paths
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
@@ -76,14 +76,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return call
 
     for operation in (low_rank_linears, stacked_outputs):  # with gradients and without
-        monkeypatch.setattr(fast_path, operation.__name__, counted(operation))
+        monkeypatch.setattr(forward_paths, operation.__name__, counted(operation))
     return seen
 
 
 @contextlib.contextmanager
 def general_path() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_path, "has_no_hooks", lambda layer: False)
+        patch.setattr(forward_paths, "has_no_hooks", lambda layer: False)
         yield
 
 
@@ -190,7 +190,7 @@ def test_gradient_checkpointing(reentrant: bool, calls: list[int]) -> None:
     assert len(calls) > 8  # once more in the backward pass
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-10, rtol=0)
-    assert not model._adapter_set.selection.here.by_layer
+    assert not model._adapter_set.selection.cache.outputs
 
 
 def test_gradient_checkpointing_brings_the_same_mask_back() -> None:
@@ -303,7 +303,7 @@ def test_nothing_is_left_waiting(calls: list[int]) -> None:
     model(TOKENS)
     with torch.no_grad():
         model(TOKENS)
-    assert calls == [3, 1, 2, 1] * 4 and not model._adapter_set.selection.here.by_layer
+    assert calls == [3, 1, 2, 1] * 4 and not model._adapter_set.selection.cache.outputs
 
 
 def test_a_forward_that_breaks_off_leaves_nothing_for_the_next() -> None:
@@ -316,7 +316,7 @@ def test_a_forward_that_breaks_off_leaves_nothing_for_the_next() -> None:
 
     with key.register_forward_pre_hook(refuse), pytest.raises(RuntimeError):
         model(TOKENS)
-    assert not model._adapter_set.selection.here.by_layer and not model._adapter_set.selection.here.calls
+    assert not model._adapter_set.selection.cache.outputs and not model._adapter_set.selection.cache.calls
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-12, rtol=0)
 
 
@@ -327,7 +327,7 @@ def test_cross_attention_learns_whose_input_it_shares(calls: list[int]) -> None:
     assert_as_in_general(model)
     cross = model.decoder.block[0].layer[1].EncDecAttention
     model(input_ids=TOKENS, labels=TOKENS)
-    assert cross.q.sharing == [] and cross.k.sharing == [cross.v]
+    assert cross.q.siblings == [] and cross.k.siblings == [cross.v]
     assert_as_in_general(model)
 
 
@@ -378,7 +378,7 @@ def test_copies_and_pickles_share_among_themselves() -> None:
     expected = model(TOKENS).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         attention = other.model.layers[0].self_attn
-        assert attention.q_proj.sharing == [attention.k_proj, attention.v_proj]
+        assert attention.q_proj.siblings == [attention.k_proj, attention.v_proj]
         torch.testing.assert_close(other(TOKENS).logits, expected, atol=0, rtol=0)
 
 

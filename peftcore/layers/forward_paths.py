@@ -1,0 +1,263 @@
+"""The one place that decides how an adapter layer computes its output: general, fused or stacked.
+
+    general   the base layer, then `before` and `after` of each adapter; right for every method and every layer
+    fused     base and low-rank adapters as one autograd operation (`peftcore.kernels.low_rank`), for training
+    stacked   base and all low-rank adapters in two products (`peftcore.composition.stacked`), without gradients
+
+The fused and the stacked path give the numbers of the general path. They apply only if the adapter is two low-rank
+factors and nothing else, the base weight is frozen, and the base layer has no hook that would be skipped.
+
+A stacked layer remembers its `Plan`. Each forward checks that the plan still holds before it is used again.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from peftcore.adapter import Adapter
+from peftcore.bases import BaseWeight
+from peftcore.composition.route import Blocks, Columns, Mask, Route
+from peftcore.composition.stacked import (
+    LONG_STRETCH,
+    MANY_ADAPTERS,
+    Stacked,
+    StackSpec,
+    batched_outputs,
+    can_be_stacked,
+    current_stack,
+    stacked_outputs,
+    stretched_outputs,
+)
+from peftcore.kernels.low_rank import LowRankBranch, low_rank_linears
+from peftcore.layers.composed import ascend, composed_output, descend
+from peftcore.layers.shared_inputs import cache_outputs, cached_output, is_replica, siblings_of
+
+if TYPE_CHECKING:
+    from peftcore.layers.adapter_layer import AdapterLayer
+
+
+def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the output of a layer with its adapters.
+
+    Args:
+        layer: the adapter layer that is called.
+        x: its input (..., in_features); token ids for an embedding.
+        args: further positional arguments for the base layer; with any, only the general path applies.
+        kwargs: further keyword arguments for the base layer, likewise.
+
+    Returns:
+        The output (..., out_features).
+    """
+    selection = layer.selection
+    in_effect = selection.now
+    only_x = not args and not kwargs
+    if only_x and not torch.compiler.is_compiling() and (y := cached_output(layer, x, in_effect)) is not None:
+        return y
+    mixed: Route | None = None  # stays None if the adapters are one chain for all rows
+    if not isinstance(in_effect, Route):
+        names = in_effect
+    elif in_effect.chain is not None:
+        names = in_effect.chain
+    else:
+        mixed, names = in_effect, in_effect.names
+    plans: Any = None
+    can_stack = only_x and not torch.is_grad_enabled() and not is_traced()
+    if can_stack and names:  # stacked, by the plan of an earlier forward
+        plans = selection.plans_of(names) if mixed is None else mixed.plans
+        plan: Plan | None = plans.get(layer)
+        if plan is not None and plan.holds(layer, x) and (stack := plan.stack(layer)) is not None:
+            return _stacked(layer, x, plan, stack, mixed)
+    adapters = layer.in_order(names)
+    if not adapters:
+        return layer.base_output(x, *args, **kwargs)
+    in_weight_space = any(adapter.weight_space_forward for adapter in adapters)
+    if can_stack and not (mixed is None and in_weight_space):  # stacked, by a new plan
+        plan = _make_plan(layer, x, names, mixed)
+        if plan is not None and (stack := plan.stack(layer)) is not None:
+            if not is_replica(layer):
+                plans[layer] = plan
+            return _stacked(layer, x, plan, stack, mixed)
+    layer.follow_base()
+    if mixed is not None:  # the general path of a mixed batch
+        return composed_output(layer, mixed, x, args, kwargs)
+    if in_weight_space or not only_x:
+        return layer.chain_output(adapters, x, *args, **kwargs)
+    inputs, base_input = descend(adapters, x)  # fused, or else the general path of a chain
+    if (y := _fused(layer, adapters[0], base_input)) is not None:
+        return ascend(adapters[1:], inputs[:-1], y)
+    return ascend(adapters, inputs, layer.base_output(base_input))
+
+
+# -- fused: for training -------------------------------------------------------------------------------------------
+
+
+def _fused(layer: "AdapterLayer", adapter: Adapter, x: Tensor) -> Tensor | None:
+    """Compute base and first adapter as one operation, and the siblings with them; None if that does not apply."""
+    dtype = None if is_traced() or not has_no_hooks(layer.base_layer) else layer.base.compute_dtype(x)
+    low_rank = None if dtype is None else adapter.low_rank()
+    if dtype is None or low_rank is None:
+        return None
+    together: dict[Any, tuple[BaseWeight, LowRankBranch]] = {}
+    for sibling in _products_in(siblings_of(layer, x), x, dtype):
+        adapters = sibling.in_effect()
+        factors = adapters[0].low_rank() if len(adapters) == 1 else None
+        if factors is not None and factors.dropout == low_rank.dropout:
+            together[sibling] = sibling.base, factors
+    y, *outputs = low_rank_linears(x.to(dtype), [(layer.base, low_rank), *together.values()])
+    cache_outputs(layer, x, zip(together, outputs, strict=True))
+    return y
+
+
+# -- stacked: without gradients ------------------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """One layer of a plan, and the state of that layer when the plan was made."""
+
+    layer: Any
+    base: BaseWeight
+    changes: int
+    """`NamedModules.changes` of the layer's adapters."""
+    merged: tuple[str, ...]
+    training: bool
+
+    def is_current(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Return True if the layer is in the same state, and computes in `dtype` for an input like x."""
+        layer, base = self.layer, self.base
+        return (
+            layer.adapters.changes == self.changes
+            and layer.merged == self.merged
+            and layer.training == self.training
+            and layer.base is base
+            and has_no_hooks(base.layer)
+            and base.compute_dtype(x) == dtype
+        )
+
+
+class Plan(NamedTuple):
+    """The stacked computation of a layer and its siblings, for one set of adapters in effect."""
+
+    members: list[Member]
+    """The layer itself, then the siblings that are computed with it."""
+    siblings: Sequence[Any]
+    """All layers that were expected to read the same input."""
+    spec: StackSpec
+    columns: Columns
+    mask: Mask | None
+    """None if no mask is needed, or if the mask must be recomputed in every forward pass."""
+    blocks: Blocks | None
+    """Rows grouped by adapter; if given, used in place of the mask."""
+
+    def holds(self, layer: Any, x: Tensor) -> bool:
+        """Return True if no layer of the plan has changed since the plan was made."""
+        return (
+            siblings_of(layer, x) is self.siblings
+            and x.device == self.spec.device
+            and all(member.is_current(x, self.spec.dtype) for member in self.members)
+        )
+
+    def stack(self, layer: Any) -> Stacked | None:
+        """Return the up-to-date stack; None if there is none, or if ranks have changed (adapters that train)."""
+        stack = current_stack(_stack_cache(layer), layer, self.spec)
+        return stack if stack is not None and stack.ranks == self.columns.ranks else None
+
+
+def _stacked(layer: "AdapterLayer", x: Tensor, plan: Plan, stack: Stacked, mixed: Route | None) -> Tensor:
+    """Compute all layers of a plan in two products, and cache the siblings' outputs."""
+    mask, runs = plan.mask, None
+    if mixed is not None:
+        layer.check_rows(x, mixed)
+        tokens = x.shape[:-1].numel()
+        if 0 < LONG_STRETCH * mixed.stretches <= tokens and len(plan.columns.adapters) > 1:
+            runs = mixed.runs(tokens)
+        elif mixed.depends_on_tokens:
+            mask = mixed.mask(x, layer.path, plan.columns, plan.spec.dtype)
+    inputs, bases = x.to(plan.spec.dtype), [member.base for member in plan.members]
+    if runs is not None:
+        y, *outputs = stretched_outputs(inputs, bases, stack, plan.columns.names, runs)
+    elif plan.blocks is not None:
+        y, *outputs = batched_outputs(inputs, bases, stack, plan.blocks)
+    else:
+        y, *outputs = stacked_outputs(inputs, bases, stack, mask)
+    cache_outputs(layer, x, zip((member.layer for member in plan.members[1:]), outputs, strict=True))
+    return y
+
+
+def _make_plan(layer: "AdapterLayer", x: Tensor, names: Iterable[str], mixed: Route | None) -> Plan | None:
+    """Return a plan for the layer and its siblings; None if stacking does not apply to this layer."""
+    dtype = layer.base.compute_dtype(x) if has_no_hooks(layer.base_layer) else None
+    if dtype is None:
+        return None
+    own, siblings = layer.unmerged_among(names), siblings_of(layer, x)
+    together: dict[Any, Mapping[str, Adapter]] = {layer: own}
+    if mixed is None or not mixed.has_gates:  # a gate reads the adapters of one layer only
+        others = _products_in(siblings, x, dtype)
+        together |= {other: adapters for other in others if (adapters := other.unmerged_among(names))}
+
+    def spec() -> StackSpec:
+        adapters = tuple(tuple(by_name.values()) for by_name in together.values())
+        return StackSpec(dtype, x.device, layer.training, adapters)
+
+    stack = current_stack(_stack_cache(layer), layer, spec())
+    if stack is None and len(together) > 1:
+        alike = [other for other in together if other is layer or can_be_stacked(together[other].values())]
+        together = {other: together[other] for other in alike}
+        stack = current_stack(_stack_cache(layer), layer, spec())
+    if stack is None:
+        return None
+    members = [Member(each, each.base, each.adapters.changes, each.merged, each.training) for each in together]
+    columns = Columns(tuple(name for by_name in together.values() for name in by_name), stack.ranks, own)
+    is_fixed = mixed is not None and not mixed.depends_on_tokens
+    mask = mixed.mask(x, layer.path, columns, dtype) if mixed is not None and is_fixed else None
+    many = stack.batched and len(own) >= MANY_ADAPTERS and dtype.itemsize > 2
+    same_names = many and all(by_name.keys() == own.keys() for by_name in together.values())
+    blocks = mixed.blocks(columns, x.device) if mixed is not None and same_names else None
+    return Plan(members, siblings, spec(), columns, mask, blocks)
+
+
+def _stack_cache(layer: Any) -> dict[Any, Any]:
+    """Return the cache of stacks; an empty one for a DataParallel replica, which lives for one forward."""
+    return {} if is_replica(layer) else layer.selection.stacks
+
+
+# -- conditions of the two fast paths ------------------------------------------------------------------------------
+
+
+def _products_in(layers: Iterable[Any], x: Tensor, dtype: torch.dtype) -> list[Any]:
+    """Return the layers without hooks whose base is a plain product in this type for an input like x."""
+    return [each for each in layers if has_no_hooks(each.base_layer) and each.base.compute_dtype(x) == dtype]
+
+
+def contiguous_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Make the input of an output head contiguous, as a forward pre-hook.
+
+    Models give the head the last token of each row, which is a strided slice. PyTorch multiplies such a slice by a
+    frozen weight row by row, and copies the weight for each row.
+    """
+    x = args[0] if args else None
+    return None if not isinstance(x, Tensor) or x.is_contiguous() else (x.contiguous(), *args[1:])
+
+
+def has_no_hooks(layer: nn.Module) -> bool:
+    """Return True if calling the layer runs its own forward and nothing else."""
+    before = layer._forward_pre_hooks
+    return not (
+        layer._forward_hooks
+        or (before and any(hook is not contiguous_input for hook in before.values()))
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__  # accelerate replaces it on the instance
+    )
+
+
+def is_traced() -> bool:
+    """Return True inside of a trace or a function transform (`torch.compile`, `jit.trace`, `torch.func`)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )

@@ -1,0 +1,68 @@
+"""Hooks on the whole model: installed with the first adapter, removed with the last."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peftcore import LoraConfig, get_peft_model
+from peftcore.injection.adapter_set import adapter_set
+from peftcore.layers.forward_paths import contiguous_input
+from peftcore.methods.poly import PolyConfig
+
+TOKENS = torch.arange(6).view(2, 3)
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 20}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval()
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def test_unloading_removes_every_hook() -> None:
+    model = llama()
+    before = hooks(model)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert hooks(model) > before and contiguous_input in model.lm_head._forward_pre_hooks.values()
+    assert hooks(model.unload()) == before
+
+
+def test_a_call_ends_also_with_an_error() -> None:
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    cache = adapter_set(model).selection.cache
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda *_: seen.append(len(cache.calls)))
+    model(TOKENS)
+    assert seen == [1] and not cache.calls
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        model(TOKENS)
+    assert not cache.calls and not cache.outputs
+
+
+def test_adapter_arguments_reach_the_method_and_not_the_model() -> None:
+    """Poly mixes its skills by `task_ids`, which Llama's forward does not know."""
+    config = PolyConfig(target_modules=["q_proj"], r=2, n_tasks=3, n_skills=2, init_weights=False)
+    model = get_peft_model(llama(), config).eval()  # in training, Poly draws its mixture at random
+    with torch.no_grad():
+        for number in (0, 1):
+            one = model(TOKENS, task_ids=torch.tensor([number, number])).logits
+            mixed = model(TOKENS, task_ids=torch.tensor([number, 2])).logits
+            torch.testing.assert_close(mixed[0], one[0])
+
+
+def test_calling_forward_directly_is_a_call_of_the_model_where_adapters_need_it() -> None:
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "a")
+    model.add_adapter("b", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with torch.no_grad(), model.route(["a", "b"]):
+        torch.testing.assert_close(model.forward(TOKENS).logits, model(TOKENS).logits)

@@ -1,0 +1,79 @@
+"""Putting adapters into a model and deleting them again."""
+
+from typing import Any
+
+import pytest
+import torch
+from net import Net
+from torch import Tensor, nn
+
+from peftcore import AdapterNameError, LoraConfig, TargetError, get_peft_model, inject_adapter_in_model
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
+from peftcore.layers.adapter_layer import AdapterLayer
+from peftcore.layers.wrapper import LayerWrapper
+
+CONFIG = LoraConfig(r=2, target_modules=["target"])
+X = torch.randn(3, 6)
+
+
+class Attention(nn.Module):
+    """Three projections of one input, and one of their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o_proj(self.q_proj(x) + self.k_proj(x) + self.v_proj(x))
+
+
+def test_only_the_adapter_trains_and_the_class_stays() -> None:
+    net = Net(nn.Linear(6, 6))
+    assert inject_adapter_in_model(CONFIG, net) is net and type(net) is Net
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == {
+        "target.adapters.default.lora_A",
+        "target.adapters.default.lora_B",
+    }
+
+
+def test_a_layer_at_two_paths_has_one_wrapper() -> None:
+    layer = nn.Linear(6, 6)
+    net: Any = nn.Sequential(layer, nn.ReLU(), layer)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "2"]), net)
+    assert isinstance(net[0], AdapterLayer) and net[0] is net[2]
+    adapter_set(net)
+
+
+def test_deleting_the_last_adapter_leaves_the_very_layers_of_before() -> None:
+    layer = nn.Linear(6, 6)
+    net = Net(layer)
+    model: Any = get_peft_model(net, CONFIG, "a")
+    model.add_adapter("b", CONFIG)
+    model.delete_adapter(["a", "b"])
+    assert model.target is layer and not any(isinstance(module, LayerWrapper) for module in model.modules())
+
+
+def test_an_error_leaves_the_model_without_a_trace() -> None:
+    net = Net(nn.Linear(6, 6))
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(TargetError, match="match no layer"):
+        inject_adapter_in_model(LoraConfig(target_modules=["elsewhere"]), net)
+    assert ATTRIBUTE not in vars(net) and not net._forward_pre_hooks and not net._forward_hooks
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_layers_that_read_one_input_know_each_other() -> None:
+    model: Any = get_peft_model(nn.ModuleDict({"self_attn": Attention()}), LoraConfig(target_modules="all-linear"))
+    attention = model["self_attn"]
+    assert attention.q_proj.siblings == [attention.k_proj, attention.v_proj]
+    assert attention.v_proj.siblings == attention.o_proj.siblings == []
+
+
+def test_an_adapter_in_use_by_a_route_is_not_deleted() -> None:
+    model: Any = get_peft_model(Net(nn.Linear(6, 6)), CONFIG, "a")
+    model.add_adapter("b", CONFIG)
+    with model.route("b"), pytest.raises(AdapterNameError, match="in use by an open route"):
+        model.delete_adapter("b")
+    model.delete_adapter("b")
+    assert list(model.peft_config) == ["a"]

@@ -1,0 +1,58 @@
+"""An adapter is made and checked before the model is touched."""
+
+from typing import Any
+
+import pytest
+import torch
+from net import Net
+from torch import nn
+
+from peftcore import AdapterNameError, ConfigError, LoraConfig, get_peft_model
+from peftcore.injection.adapter_set import ATTRIBUTE
+from peftcore.injection.preparation import prepare_injection
+
+CONFIG = LoraConfig(r=2, target_modules=["target"])
+
+
+def test_the_model_is_not_touched() -> None:
+    net = Net(nn.Linear(6, 4))
+    target = net.target
+    injection = prepare_injection(net, CONFIG, "a")
+    assert net.target is target and target.weight.requires_grad and ATTRIBUTE not in vars(net)
+    assert list(injection.adapters) == ["target"] and injection.adapters["target"].lora_A.shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+    ids=str,
+)
+def test_parameters_are_in_float32_or_wider(base: torch.dtype, expected: torch.dtype) -> None:
+    injection = prepare_injection(Net(nn.Linear(6, 4).to(base)), CONFIG, "a")
+    assert {parameter.dtype for parameter in injection.adapters["target"].parameters()} == {expected}
+
+
+def test_tied_copies_stay_tied() -> None:
+    net: Any = nn.ModuleDict(
+        {"embed": nn.Embedding(5, 4), "target": nn.Linear(4, 4), "head": nn.Linear(4, 5, bias=False)}
+    )
+    net["head"].weight = net["embed"].weight
+    config = LoraConfig(target_modules=["target"], modules_to_save=["embed"], ensure_weight_tying=True)
+    copies: Any = prepare_injection(net, config, "a").copies
+    assert set(copies) == {"embed", "head"} and copies["embed"].weight is copies["head"].weight
+    assert copies["embed"].weight is not net["embed"].weight
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a/b"])
+def test_names_that_cannot_be_part_of_a_path_are_refused(name: str) -> None:
+    with pytest.raises(AdapterNameError, match=r"must not be empty or contain '\.' or '/'"):
+        prepare_injection(Net(nn.Linear(6, 4)), CONFIG, name)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")  # inside of torch.compile
+def test_a_taken_name_and_a_compiled_model_are_refused() -> None:
+    model = get_peft_model(Net(nn.Linear(6, 4)), CONFIG, "a")
+    with pytest.raises(AdapterNameError, match="already an adapter named 'a'"):
+        prepare_injection(model, CONFIG, "a")
+    with pytest.raises(ConfigError, match=r"attached before torch\.compile"):
+        prepare_injection(torch.compile(Net(nn.Linear(6, 4))), CONFIG, "a")  # type: ignore[arg-type]

@@ -1,0 +1,84 @@
+"""`modules_to_save`: one trainable copy of a module per adapter."""
+
+from typing import Any
+
+import pytest
+import torch
+from net import Net
+from torch import Tensor, nn
+
+from peftcore import LoraConfig, RoutingError, get_peft_model
+from peftcore.composition import Stack
+from peftcore.layers.saved_module import SavedModule
+
+X = torch.randn(4, 6)
+
+
+class Headed(nn.Module):
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), head
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(x))
+
+
+def model_of(head: nn.Module) -> Any:
+    """With adapters a and c, which train the head whole, and b, which does not; the body's adapters do nothing yet."""
+    torch.manual_seed(0)
+    model: Any = get_peft_model(Headed(head), LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["body"]))
+    model.add_adapter("c", LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"]))
+    return model
+
+
+def scaled(model: Any) -> None:
+    """Make the copies different: a's output is twice the original's, c's three times."""
+    with torch.no_grad():
+        for name, factor in (("a", 2), ("c", 3)):
+            for parameter in model.head.copies[name].parameters():
+                parameter.mul_(factor)
+
+
+def test_the_first_active_adapter_with_a_copy_is_used_and_else_the_original() -> None:
+    model = model_of(nn.Linear(6, 3))
+    scaled(model)
+    assert isinstance(model.head, SavedModule)
+    with model.disable_adapter():
+        base = model(X)
+    for active, factor in ((["a"], 2), (["b"], 1), (["b", "c"], 3), (["c", "a"], 3), ([], 1)):
+        model.set_adapter(active)
+        torch.testing.assert_close(model(X), factor * base)
+
+
+def test_each_row_of_a_mixed_batch_uses_its_own_copy() -> None:
+    model = model_of(nn.Linear(6, 3))
+    scaled(model)
+    base = model(X, adapter_names="__base__")
+    mixed = model(X, adapter_names=["c", "a", None, Stack("b", "c")])
+    torch.testing.assert_close(mixed, base * torch.tensor([3.0, 2.0, 1.0, 3.0])[:, None])
+
+
+def test_copies_cannot_be_mixed_and_outputs_of_several_tensors_have_no_rows() -> None:
+    model = model_of(nn.Linear(6, 3))
+    with pytest.raises(RoutingError, match=r"trained whole by \['a', 'c'\]"):
+        model(X, adapter_names={"a": 0.5, "c": 0.5})
+
+    class Two(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), x
+
+    model = model_of(Two(6, 3))
+    with pytest.raises(RoutingError, match="returns more than a tensor"):
+        model(X, adapter_names=["a", "c", None, "b"])
+
+
+def test_only_the_copy_trains() -> None:
+    model = get_peft_model(Net(nn.Linear(6, 6)), LoraConfig(r=2, target_modules=["target"]), "a")
+    model.delete_adapter("a")
+    assert isinstance(model.target, nn.Linear)
+    model = model_of(nn.Linear(6, 3))
+    model.set_adapter(["a"])
+    model(X).sum().backward()
+    assert model.head.base_layer.weight.grad is None and model.head.copies["c"].weight.grad is None
+    assert model.head.copies["a"].weight.grad is not None
