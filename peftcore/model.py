@@ -335,7 +335,7 @@ class PeftModel:
 
     def add_merged(
         self, adapter_name: str, weights: Mapping[str, float] | Composition, recipe: Recipe, rank: int | None = None
-    ) -> MergeReport:
+    ) -> LowRankReport:
         """Add a LoRA that is a weighted combination of other adapters; see `peftcore.merging.add_merged`.
 
         For example `add_merged("m", {"a": 0.7, "b": 0.3}, Recipe.ties(density=0.3), rank=16)`.
@@ -369,7 +369,7 @@ class PeftModel:
         svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
-    ) -> MergeReport:
+    ) -> LowRankReport:
         """Do `add_merged` with PEFT's arguments and meaning; see `peftcore.merging.add_weighted_adapter`."""
         svd = (svd_rank, svd_clamp, svd_full_matrices, svd_driver)
         return merging.add_weighted_adapter(

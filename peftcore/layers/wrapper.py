@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.composition.route import Route
-from peftcore.detection.batch_axis import rows_come_first
+from peftcore.detection.layer_inputs import rows_come_first
 from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
 
