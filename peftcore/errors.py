@@ -1,4 +1,13 @@
-"""The tree of typed errors. Each message says what was given, what fits and what to do next."""
+"""Typed errors of the package. Each message states the given value, the values that fit, and the next step."""
+
+import difflib
+from collections.abc import Collection
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """Return "; did you mean X?" for the end of an error message, or the known words if none is similar."""
+    similar = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {similar[0]!r}?" if similar else f"; known: {', '.join(sorted(known))}"
 
 
 class PeftError(Exception):

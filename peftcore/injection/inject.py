@@ -159,7 +159,8 @@ def add_adapter(model: nn.Module, config: PeftConfig, name: str) -> AdapterSet:
 @contextlib.contextmanager
 def deepened(model: nn.Module, config: PeftConfig) -> Iterator[Replication | None]:
     """The model with `layer_replication` done, if the configuration asks for it; an error inside undoes it."""
-    ranges = getattr(config, "layer_replication", None)
+    method_of(config)  # raises ConfigError for anything but a configuration
+    ranges = config.layer_replication
     if not ranges:
         yield None
         return

@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ from peftcore.layers.saved_module import SavedModule
 from peftcore.layers.trained_bias import TrainedBias, TrainedBiasParameter
 from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner
-from peftcore.registry import method_named, method_of
+from peftcore.registry import method_of
 
 
 @dataclasses.dataclass
@@ -96,7 +96,7 @@ def _adapters_for(module_index: ModuleIndex, config: TunerConfig, fresh: bool) -
     """{path: adapter} for the targets of a configuration, made and set to their start."""
     kind = method_of(config).adapter
     targets = find_targets(module_index.model, config, module_index)
-    if kind.follows_ties or getattr(config, "ensure_weight_tying", False):
+    if kind.follows_ties or config.ensure_weight_tying:
         targets |= {path: module_index.modules[path] for path in tied_paths(module_index, targets)}
     bases: dict[str, BaseWeight] = {}
     for path, layer in targets.items():
@@ -127,21 +127,15 @@ def _parameter_bases(module_index: ModuleIndex, config: TunerConfig) -> dict[str
 def _token_adapters(
     module_index: ModuleIndex, config: TunerConfig, taken: Mapping[str, Adapter], fresh: bool
 ) -> dict[str, Adapter]:
-    """Adapters of single embedding rows, for methods whose configuration has `trainable_token_indices`."""
-    wanted = getattr(config, "trainable_token_indices", None)
-    if not wanted:
-        return {}
-    made: dict[str, Adapter] = {}
-    for target, tokens in wanted.items() if isinstance(wanted, dict) else [(None, wanted)]:
-        options: dict[str, Any] = {"token_indices": list(tokens), "target_modules": target and [target]}
-        made |= _adapters_for(
-            module_index, cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options)), fresh
-        )
-    if both := sorted(made.keys() & taken.keys()):
+    """Return the adapters of single embedding rows (`trainable_token_indices`)."""
+    adapters: dict[str, Adapter] = {}
+    for token_config in config.token_configs():
+        adapters |= _adapters_for(module_index, token_config, fresh)
+    if both := sorted(adapters.keys() & taken.keys()):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
-    for adapter in made.values():
+    for adapter in adapters.values():
         adapter.disk_prefix = "token_adapter."
-    return made
+    return adapters
 
 
 def _bases_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: str) -> list[BaseWeight]:
@@ -212,7 +206,7 @@ def _widen(adapter: Adapter, dtype: torch.dtype) -> None:
 def _copies_of(module_index: ModuleIndex, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Trainable copies; with `ensure_weight_tying`, of both sides of a tied pair, and these share their weight too."""
     copies = {path: _copy_of(module) for path, module in saved.items()}
-    if getattr(config, "ensure_weight_tying", False):
+    if config.ensure_weight_tying:
         for path, other in tied_paths(module_index, saved).items():
             copies[path] = _copy_of(module_index.modules[path])
             copies[path].weight = copies[other].weight
@@ -260,7 +254,7 @@ def _trained_biases(
     module_index: ModuleIndex, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
 ) -> dict[str, TrainedBias]:
     """Biases that train with the adapter: those of its layers, or of all modules that it does not train whole."""
-    mode = getattr(config, "bias", "none")
+    mode = config.bias
     if mode == "none":
         return {}
     paths = [

@@ -12,8 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from peftcore.config import suggestion
-from peftcore.errors import ConfigError
+from peftcore.errors import ConfigError, suggestion
 from peftcore.kernels.low_rank import Factors
 from peftcore.merging.changes import Change
 from peftcore.merging.factors import inner, reduced

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from peftcore._util.state_pruning import can_shrink, shrunk
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig
+from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError, TrainingError
 from peftcore.kernels.low_rank import Factors, LowRank
 from peftcore.registry import register
@@ -32,11 +32,32 @@ class AdaLoraConfig(TunerConfig):
     """AdaLoRA's options under PEFT's names; steps count optimiser steps."""
 
     ignored_on_disk: ClassVar[dict[str, Any]] = {
-        **LORA_FAMILY_NEUTRAL,
+        "alora_invocation_tokens": None,
         "alpha_pattern": {},
+        "arrow_config": None,
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "kasa_config": None,
+        "layer_replication": None,
+        "loftq_config": {},
+        "lora_bias": False,
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "monteclora_config": None,
+        "qalora_group_size": 16,
         "r": 8,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_dora": False,
+        "use_qalora": False,
         "use_rslora": False,
+        "velora_config": None,
     }
+    size_fields: ClassVar[tuple[str, ...]] = ("init_r",)
+    has_schedule: ClassVar[bool] = True
 
     target_r: int = 8
     """Average rank per layer at the end."""
@@ -75,6 +96,14 @@ class AdaLoraConfig(TunerConfig):
                 f"AdaLoraConfig: tinit + tfinal must be below total_step={self.total_step} so that the budget can "
                 f"fall; got {self.tinit} + {self.tfinal}"
             )
+
+    @classmethod
+    def schedule_options(cls, total_steps: int, warmup_share: float, final_share: float) -> dict[str, Any]:
+        return {
+            "tinit": int(warmup_share * total_steps),
+            "tfinal": int(final_share * total_steps),
+            "total_step": total_steps,
+        }
 
     @property
     def final_step(self) -> int:

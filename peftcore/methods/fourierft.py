@@ -8,6 +8,7 @@ counts with the inputs: i/groups · kernel columns.
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from peftcore.registry import register
 @dataclass
 class FourierFTConfig(TunerConfig):
     """FourierFT's options under PEFT's names."""
+
+    size_fields: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
 
     n_frequency: int = 1000
     """Trained entries of each layer's spectrum (count)."""

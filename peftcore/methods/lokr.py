@@ -6,6 +6,7 @@ Shapes: o = a·b out_features, i = c·d in_features (of one group), r rank, k ke
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from peftcore.registry import register
 @dataclass
 class LoKrConfig(TunerConfig):
     """LoKr's options under PEFT's names."""
+
+    size_fields: ClassVar[tuple[str, ...]] = ()  # a rank above all sizes asks for full matrices
 
     r: int = 8
     """Rank of a factor that is decomposed (count); a factor not larger than 2r stays full."""

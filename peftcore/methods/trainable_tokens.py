@@ -36,6 +36,10 @@ class TrainableTokensConfig(TunerConfig):
                 f"TrainableTokensConfig: token_indices must be different token ids, at least one; got {ids!r}"
             )
 
+    @property
+    def trains_single_rows(self) -> bool:
+        return True
+
 
 @register("TRAINABLE_TOKENS", TrainableTokensConfig)
 class TrainableTokens(Adapter):

@@ -8,6 +8,7 @@ Shapes: i in_features, o out_features, r rank, h vectors in the bank, l their le
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ _LOGITS = ("vblora_logits_A", "vblora_logits_B")
 @dataclass
 class VBLoRAConfig(TunerConfig):
     """VB-LoRA's options under PEFT's names."""
+
+    size_fields: ClassVar[tuple[str, ...]] = ("r", "num_vectors")
 
     r: int = 4
     """Rank (count)."""

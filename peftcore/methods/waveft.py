@@ -11,6 +11,7 @@ o' and i' even and at least o + f − 2 and i + f − 2, ΔW (o, i). A convoluti
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 from functools import cache
 
 import torch
@@ -82,6 +83,8 @@ def _daubechies(moments: int, outside: int) -> tuple[float, ...]:
 @dataclass
 class WaveFTConfig(TunerConfig):
     """WaveFT's options under PEFT's names."""
+
+    size_fields: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
 
     n_frequency: int = 2592
     """Trained coefficients of each layer (count)."""

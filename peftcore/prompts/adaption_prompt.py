@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ _SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 @dataclass
 class AdaptionPromptConfig(PeftConfig):
     """Adaption prompt's options under PEFT's names."""
+
+    size_fields: ClassVar[tuple[str, ...]] = ("adapter_len",)
 
     target_modules: str | None = None
     """Name of the attention modules; None: every one whose form is known."""

@@ -94,18 +94,6 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 def _changes_the_base(config: PeftConfig) -> str:
     """What a configuration does to the base itself; "" for nothing."""
-    if getattr(config, "init_lora_weights", None) == "loftq":
-        return "replaces the base's weights (init_lora_weights='loftq')"
-    return "makes the base deeper (layer_replication)" if getattr(config, "layer_replication", None) else ""
-
-
-def takes_the_place_of(one: PeftConfig, other: PeftConfig) -> bool:
-    """Whether an adapter's weights can be copied into another's place: plain LoRA of one configuration."""
-    if one.peft_type != "LORA" or other.peft_type != "LORA":
-        return False
-    ours, theirs = one.to_dict(), other.to_dict()
-    kept = ("modules_to_save", "trainable_token_indices", "layer_replication")
-    if any(ours.get(key) for key in kept) or ours["bias"] != "none" or not isinstance(ours["init_lora_weights"], bool):
-        return False
-    said = {"inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "init_lora_weights", "task_type"}
-    return all(ours[key] == theirs.get(key) for key in ours.keys() - said)
+    if config.replaces_base:
+        return "replaces the base's weights by its initialisation"
+    return "makes the base deeper (layer_replication)" if config.layer_replication else ""

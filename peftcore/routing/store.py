@@ -24,7 +24,7 @@ from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.errors import AdapterNameError, AdapterStoreError, CheckpointError
 from peftcore.injection import activation, inject
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.routing.entries import Counts, Entry, Slot, Source, takes_the_place_of
+from peftcore.routing.entries import Counts, Entry, Slot, Source
 from peftcore.storage import checkpoint
 
 TIMES_KEPT = 1000
@@ -329,7 +329,7 @@ class AdapterStore:
                 slot = free[0]
                 self._counts.evictions += slot.entry is not None
                 self._retire_slot(slot)
-                if takes_the_place_of(slot.config, config) and self._has_room(size, besides=slot):
+                if slot.config.can_be_overwritten_by(config) and self._has_room(size, besides=slot):
                     self._slots.move_to_end(slot.name)
                     return slot
                 self._delete(slot)

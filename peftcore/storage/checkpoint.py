@@ -39,10 +39,8 @@ from peftcore.injection.preparation import prepare_injection
 from peftcore.storage.adapter_state import Content, content_of
 from peftcore.storage.embedding_rows import Embeddings, SaveEmbeddings, embeddings_to_save
 
-_SIZES = ("r", "init_r", "n_frequency", "num_virtual_tokens", "num_vectors", "adapter_len")
-"""Options that a dimension of some saved tensor repeats."""
 _LARGE = 4096
-"""Sizes up to this one are not looked at."""
+"""Sizes up to this one are not checked before memory is allocated."""
 
 MODEL_CARD = "README.md"
 _CARD = """\
@@ -223,13 +221,9 @@ def load_adapter(
 
 
 def _refuse_hollow_sizes(config: PeftConfig, directory: Path, held: memoryview | Mapping[str, Tensor] | None) -> None:
-    """CheckpointError where a rank is said to be larger than all that the weights hold, before memory is taken."""
-    said = {name: size for name in _SIZES if isinstance(size := getattr(config, name, None), int)}
-    for pattern in ("rank_pattern", "n_frequency_pattern"):
-        of_layers = (getattr(config, pattern, None) or {}).items()  # AdaLoRA's are masks
-        said |= {f"{pattern}[{key!r}]": size for key, size in of_layers if isinstance(size, int)}
-    large = {name: size for name, size in said.items() if size > _LARGE}
-    if not large or config.peft_type == "LOKR":  # where a rank above all sizes means full matrices
+    """Raise CheckpointError if a stated size exceeds every dimension of the weights, before memory is allocated."""
+    large = {name: size for name, size in config.sizes().items() if size > _LARGE}
+    if not large:
         return
     tensors = parsed(held, directory) if isinstance(held, memoryview) else held or {}
     most = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)

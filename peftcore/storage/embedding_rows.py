@@ -50,8 +50,7 @@ def embeddings_to_save(model: nn.Module, content: Content, name: str, choice: Sa
         return {}
     adapters = adapter_set(model)
     config = adapters.configs[name]
-    by_tokens = config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None) is not None
-    paths = adapters.adapters(name) if not by_tokens else {}
+    paths = adapters.adapters(name) if not config.trains_single_rows else {}
     targeted = {path for path in paths if path.rpartition(".")[2] in _NAMES}
     resized = choice is True and bool(adapters.replaced_rows)
     if choice == "auto":

@@ -113,7 +113,7 @@ def test_an_unknown_key_on_disk_is_kept_and_warned_of(method: str, tmp_path: Pat
     EXAMPLES[method].make(target_modules=["0"]).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 3}))
-    with pytest.warns(UserWarning, match="'from_the_future' is unknown to this version; kept, not used"):
+    with pytest.warns(UserWarning, match="'from_the_future' is unknown to this version; it is kept"):
         config = PeftConfig.from_pretrained(tmp_path)
     assert config.to_dict()["from_the_future"] == 3
 
@@ -124,11 +124,11 @@ def test_an_unknown_key_on_disk_is_kept_and_warned_of(method: str, tmp_path: Pat
         ("[1, 2]", CheckpointError, "holds a list, not the fields"),
         ('"LORA"', CheckpointError, "holds a str, not the fields"),
         ("{}", ConfigError, "without peft_type"),
-        ('{"peft_type": ["LORA"]}', ConfigError, "no word: ['LORA']; try 'LORA'"),
+        ('{"peft_type": ["LORA"]}', ConfigError, "not a name: ['LORA']; try 'LORA'"),
         ('{"peft_type": "LORRA"}', ConfigError, "unknown adapter method 'LORRA'; did you mean 'LORA'"),
         ('{"peft_type": "LORA", "r": "8"}', ConfigError, "r must be an integer; got '8'"),
         ('{"peft_type": "LORA", "r": 0}', ConfigError, "r must be a positive integer; got 0"),
-        ('{"peft_type": "LORA", "use_qalora": true}', ConfigError, "would give other numbers"),
+        ('{"peft_type": "LORA", "use_qalora": true}', ConfigError, "would change the results"),
     ],
 )
 def test_a_configuration_file_that_cannot_be(text: str, error: type[PeftError], message: str, tmp_path: Path) -> None:
@@ -148,12 +148,12 @@ WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": 3}, "target_modules must be a list of strings or a string or None; got 3"),
     ({"target_modules": {"0": 1}}, "target_modules must be a list"),
     ({"target_modules": [3]}, "target_modules must be a list of strings or a string or None; got [3]"),
-    ({"target_modules": "("}, "target_modules '(' is no regular expression"),
-    ({"exclude_modules": "["}, "exclude_modules '[' is no regular expression"),
-    ({"layers_to_transform": 0, "layers_pattern": "["}, "layers_pattern '[' is no regular expression"),
+    ({"target_modules": "("}, "target_modules '(' is not a regular expression"),
+    ({"exclude_modules": "["}, "exclude_modules '[' is not a regular expression"),
+    ({"layers_to_transform": 0, "layers_pattern": "["}, "layers_pattern '[' is not a regular expression"),
     ({"modules_to_save": "head"}, "modules_to_save must be a list of strings or None; got 'head'"),
     ({"rank_pattern": [("0", 2)]}, "rank_pattern must be a dictionary or None"),
-    ({"rank_pattern": {"[": 2}}, "rank_pattern '[' is no regular expression"),
+    ({"rank_pattern": {"[": 2}}, "rank_pattern '[' is not a regular expression"),
     ({"rank_pattern": {"0": 0}}, "rank_pattern['0'] must be a positive integer; got 0"),
     ({"rank_pattern": {"0": 1.5}}, "rank_pattern['0'] must be a positive integer; got 1.5"),
     ({"alpha_pattern": {"0": "a"}}, "alpha_pattern['0'] must be a number; got 'a'"),

@@ -4,18 +4,38 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig, first_match, suggestion
-from peftcore.errors import ConfigError
+from peftcore.config import PeftConfig, TunerConfig, first_match
+from peftcore.errors import ConfigError, suggestion
+from peftcore.registry import method_named
 
 STARTS = ("gaussian", "orthogonal", "olora", "pissa", "loftq", "eva", "corda", "lora_ga")
 """Names that `init_lora_weights` may have, besides True, False and "pissa_niter_N"."""
+
+_WITHOUT_EFFECT_ON_TENSORS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "revision",
+    "task_type",
+}
 
 
 @dataclass
 class LoraConfig(TunerConfig):
     """LoRA's options under PEFT's names."""
 
-    ignored_on_disk: ClassVar[dict[str, Any]] = LORA_FAMILY_NEUTRAL
+    ignored_on_disk: ClassVar[dict[str, Any]] = {
+        "arrow_config": None,
+        "kasa_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "monteclora_config": None,
+        "qalora_group_size": 16,
+        "use_bdlora": None,
+        "use_qalora": False,
+        "velora_config": None,
+    }
 
     r: int = 8
     """Rank (count)."""
@@ -110,5 +130,30 @@ class LoraConfig(TunerConfig):
             raise ConfigError("LoraConfig: alora_invocation_tokens is empty; give the ids that switch the adapter on")
 
     def at(self, path: str) -> tuple[int, float]:
-        """(rank, alpha) of the layer at `path`, patterns applied."""
+        """Return (rank, alpha) of the layer at `path`, patterns applied."""
         return first_match(self.rank_pattern, path, self.r), first_match(self.alpha_pattern, path, self.lora_alpha)
+
+    def ranks(self) -> list[int]:
+        return [self.r, *(self.rank_pattern or {}).values()]
+
+    def token_configs(self) -> list[TunerConfig]:
+        ids = self.trainable_token_indices or {}
+        kind: Any = method_named("TRAINABLE_TOKENS").config
+        by_target = ids.items() if isinstance(ids, dict) else [(None, ids)]
+        return [kind(token_indices=list(tokens), target_modules=target and [target]) for target, tokens in by_target]
+
+    @property
+    def replaces_base(self) -> bool:
+        return self.init_lora_weights == "loftq"
+
+    @property
+    def needs_data(self) -> bool:
+        return self.init_lora_weights in ("eva", "corda", "lora_ga")
+
+    def can_be_overwritten_by(self, other: PeftConfig) -> bool:
+        if self.bias != "none" or self.modules_to_save or self.trainable_token_indices or self.layer_replication:
+            return False
+        if not isinstance(other, LoraConfig) or not isinstance(self.init_lora_weights, bool):
+            return False
+        ours, theirs = self.to_dict(), other.to_dict()
+        return all(ours[key] == theirs.get(key) for key in ours.keys() - _WITHOUT_EFFECT_ON_TENSORS)

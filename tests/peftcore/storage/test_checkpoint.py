@@ -129,7 +129,7 @@ def test_absent_directory_and_absent_weights(tmp_path: Path, saved: Path) -> Non
     refused(saved, "not saved whole")
 
 
-@pytest.mark.parametrize("step", ["checkpoint.save_file", "checkpoint.manifest_text", "files.flush_to_disk"])
+@pytest.mark.parametrize("step", ["storage.checkpoint.save_file", "storage.checkpoint.manifest_text", "files.flush_to_disk"])
 def test_a_failed_save_leaves_the_old_adapter_whole(step: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
     before = {f.name: f.read_bytes() for f in saved.iterdir()}
