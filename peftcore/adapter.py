@@ -142,6 +142,20 @@ class Adapter(_Constants):
         """Rank (count) that ΔW has at most now, where the method bounds it by one that differs between layers."""
         return None
 
+    @property
+    def change_rank(self) -> int | None:
+        """Rank (count) of ΔW as merging sees it, with a part that the initialisation subtracts from the base."""
+        return self.rank
+
+    @property
+    def is_additive(self) -> bool:
+        """True if `after(x, y)` is y + f(x), with f independent of the arguments of the model's call."""
+        return False
+
+    def trained_factors(self) -> LowRank | None:
+        """Return the parameters A and B of s·BA, for optimisers that treat them differently; None without such."""
+        return None
+
     def low_rank(self) -> LowRank | None:
         """The adapter as two factors, where they and nothing else act on the input in this forward and `before`
         changes nothing; the wrapper then takes the fast path of `peftcore.kernels.low_rank` wherever that is exact."""
@@ -195,6 +209,16 @@ class Adapter(_Constants):
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """b' for the layer's bias (o,); None where there is none."""
         return bias
+
+    def bias_change(self) -> Tensor | None:
+        """Return Δb (o,) of the layer's bias; None if the adapter does not change the bias."""
+        bias = self.base.unmerged_bias
+        changed = self.merged_bias(bias)
+        if changed is None or changed is bias:
+            return None
+        if bias is None:
+            return changed
+        return None if torch.equal(changed.to(bias), bias) else changed.double() - bias.double()
 
     # -- disk ------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ pattern, or of AdaLoRA) is in B. So nothing is lost where a reader knows neither
 Shapes: i in_features, o out_features, r rank; on an embedding of v rows of size d: A (r, v), B (d, r).
 """
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,8 +29,6 @@ from peftcore.methods.lora import LoraConfig
 _EMBEDDING = ".lora_embedding_A"
 _TARGETED_ROWS, _ROWS = ".base_layer.weight", ("embed_tokens.weight", "lm_head.weight")
 """Endings of what `save_embedding_layers` saves: of layers that the adapter targets, and of others."""
-_BASE_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Starts of HF PEFT that take something out of the base, which the directory does not say."""
 
 
 @dataclass(frozen=True)
@@ -106,17 +103,14 @@ def _of_model(model: nn.Module, name: str) -> tuple[dict[str, Factors], set[str]
 
 def check_plain(config: PeftConfig) -> None:
     """Raise ExportError where a configuration asks for more than products of two factors."""
-    own: Any = config
-    if getattr(own, "use_dora", False):
-        raise ExportError(_not_low_rank("DoRA"))
-    if getattr(own, "alora_invocation_tokens", None) is not None:
-        raise ExportError("aLoRA acts at some positions only, which this format does not say; train a plain LoRA")
-    if getattr(own, "modules_to_save", None):
+    if reason := config.beyond_low_rank():
+        raise ExportError(reason)
+    if config.modules_to_save:
         raise ExportError(_SAVED_MODULES)
-    if getattr(own, "bias", "none") != "none" or getattr(own, "lora_bias", False):
+    if config.bias != "none":
         raise ExportError("the adapter trains biases, which LoRA runtimes do not read; merge it into the base instead")
     for option in ("target_parameters", "layer_replication", "trainable_token_indices"):
-        if getattr(own, option, None):
+        if getattr(config, option):
             raise ExportError(f"{option} is not read by LoRA runtimes; merge the adapter into the base instead")
 
 
@@ -140,11 +134,10 @@ def _of_directory(config: PeftConfig, directory: Path) -> tuple[dict[str, Factor
         return adalora_factors(config, tensors), set()
     if not isinstance(config, LoraConfig):
         raise ExportError(f"{directory} holds a {config.peft_type} adapter. {_not_low_rank(config.peft_type)}")
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.startswith(_BASE_STARTS):
+    if config.initialisation().subtracts or config.replaces_base:  # HF PEFT writes the factors, not the changed base
         raise ExportError(
-            f"{directory}: init_lora_weights={start!r} takes its start out of the base; load it onto the model and "
-            "export it from there"
+            f"{directory}: init_lora_weights={config.init_lora_weights!r} takes its start out of the base; load it onto "
+            "the model and export it from there"
         )
     return _lora_factors(config, read_tensors(directory), directory)
 
@@ -163,8 +156,7 @@ def _lora_factors(
             what = "has no B" if other not in tensors else "is a convolution, which LoRA runtimes do not adapt"
             raise ExportError(f"{directory}: {path} {what}; merge the adapter into the base instead")
         read |= {key, other}
-        alpha = config.at(path)[1]
-        layers[path] = Factors(a, tensors[other], alpha / (math.sqrt(len(a)) if config.use_rslora else len(a)))
+        layers[path] = Factors(a, tensors[other], config.at(path)[1] / config.denominator(len(a)))
         embeddings |= {path} if ending == _EMBEDDING else set()
     left = sorted(key for key in tensors if key not in read and not key.endswith(_TARGETED_ROWS))
     if left and all(key.endswith(_ROWS) for key in left):

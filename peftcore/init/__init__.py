@@ -1,6 +1,6 @@
-"""Starts of LoRA that look at data, or at weights the model no longer has: each is one call after `get_peft_model`."""
+"""Initialisations from data, or from weights that the model no longer has: one call after `get_peft_model` each."""
 
-from peftcore.init.data import DATA_STARTS, initialize_from_data
+from peftcore.init.data import initialize_from_data
 from peftcore.init.loftq import replace_lora_weights_loftq
 
-__all__ = ["DATA_STARTS", "initialize_from_data", "replace_lora_weights_loftq"]
+__all__ = ["initialize_from_data", "replace_lora_weights_loftq"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora import Lora
-from peftcore.methods.lora.starts import Factors, low_rank, put
+from peftcore.methods.lora.initialisation import Factors, principal_factors
 
 
 @torch.no_grad()
@@ -39,14 +39,14 @@ def replace_lora_weights_loftq(
             raise CheckpointError(f"no {path}.weight among the original weights; give those this model was made from")
         before = adapter.lora_A.clone(), adapter.lora_B.clone()
         residual = weight.float().to(adapter.base.device) - adapter.base.read_unmerged().float()
-        _start_at(adapter, low_rank(residual, adapter.r, adapter.scaling))
+        _start_at(adapter, principal_factors(residual, adapter.r, adapter.scaling))
         if callback is not None and not callback(model, path):
             _start_at(adapter, before)
 
 
 def _start_at(adapter: Lora, factors: Factors) -> None:
-    put(adapter, factors)
-    adapter.reset_magnitude()
+    adapter.set_factors(*factors)
+    adapter.reset_variants()
 
 
 def _originals(directory: Path, adapters: Mapping[str, Lora]) -> dict[str, Tensor]:

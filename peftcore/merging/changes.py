@@ -43,23 +43,14 @@ def change_of(adapter: Adapter) -> Change:
     weight = adapter.exact_factors()
     if weight is not None:
         weight = Factors(weight.a.to(dtype), weight.b.to(dtype), weight.scaling)
-    return Change(_dense(adapter).to(dtype) if weight is None else weight, _bias(adapter, dtype))
+    bias = adapter.bias_change()
+    return Change(_dense(adapter).to(dtype) if weight is None else weight, None if bias is None else bias.to(dtype))
 
 
 def _dense(adapter: Adapter) -> Tensor:
     weight = adapter.base.read_unmerged().double()
     change = adapter.merged_weight(weight) - weight
     return change.reshape(adapter.base.count, adapter.base.out_features, -1)
-
-
-def _bias(adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-    if isinstance(adapter, Lora):
-        return None if adapter.lora_bias is None else adapter.lora_bias.to(dtype) * adapter.scaling
-    bias = adapter.base.unmerged_bias
-    changed = adapter.merged_bias(bias)
-    if changed is bias or changed is None:
-        return None
-    return (changed if bias is None else changed.double() - bias.double()).to(dtype)
 
 
 def check_combinable(adapter: Adapter, name: str, path: str) -> None:
@@ -75,10 +66,3 @@ def check_combinable(adapter: Adapter, name: str, path: str) -> None:
         adapter.check_mergeable()
     except MergeError as error:
         raise MergeError(f"adapter {name!r} at {path} cannot be combined: {error}") from error
-
-
-def rank_of(adapter: Adapter) -> int | None:
-    """Rank (count) that the adapter's own numbers have at most; None where its method has none."""
-    if isinstance(adapter, Lora) and adapter.magnitude is None:
-        return adapter.r * (1 if adapter.start is None else 2)
-    return adapter.rank

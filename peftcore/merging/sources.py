@@ -9,9 +9,8 @@ from torch import nn
 from peftcore.adapter import Adapter
 from peftcore.errors import AdapterNameError, ConfigError, MergeError
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.merging.changes import Change, change_of, check_combinable, rank_of
+from peftcore.merging.changes import Change, change_of, check_combinable
 from peftcore.merging.extra_modules import companions_of
-from peftcore.methods.lora import LoraConfig
 
 
 class Sources:
@@ -58,7 +57,7 @@ class Sources:
         ranks: list[int] = []
         for place in self.paths if path is None else [path]:
             for name, adapter in zip(self.names, self.at(place), strict=True):
-                rank = 0 if adapter is None else rank_of(adapter)
+                rank = 0 if adapter is None else adapter.change_rank
                 if rank is None:
                     raise ConfigError(
                         f"adapter {name!r} ({self.config(name).peft_type}) has no rank that the new one could take; "
@@ -66,8 +65,7 @@ class Sources:
                     )
                 ranks.append(rank)
         for config in map(self.config, self.names if path is None else []):
-            if isinstance(config, LoraConfig):
-                ranks += [config.r, *(config.rank_pattern or {}).values()]
+            ranks += config.ranks()
         return max(ranks)
 
     def check_rank(self, what: str, rank: int | None) -> None:

@@ -11,8 +11,8 @@ o' and i' even and at least o + f − 2 and i + f − 2, ΔW (o, i). A convoluti
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn

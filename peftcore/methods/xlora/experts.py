@@ -11,11 +11,9 @@ from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.bases import BaseWeight
 from peftcore.config import PeftConfig
 from peftcore.errors import CheckpointError, ConfigError, TargetError
-from peftcore.registry import method_named
+from peftcore.registry import method_of
 
 NOT_PLAIN = (
-    "use_dora",
-    "alora_invocation_tokens",
     "target_parameters",
     "trainable_token_indices",
     "layer_replication",
@@ -31,8 +29,8 @@ _OF_THE_BASE = ".base_layer.weight"
 def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any]:
     """{path: trained LoRA} of one directory."""
     config = PeftConfig.from_pretrained(directory)
-    special = [option for option in NOT_PLAIN if getattr(config, option, None)]
-    if config.peft_type != "LORA" or special or getattr(config, "bias", "none") != "none":
+    special = [option for option in NOT_PLAIN if getattr(config, option)]
+    if config.peft_type != "LORA" or special or config.bias != "none":
         why = ", ".join(special) or (config.peft_type if config.peft_type != "LORA" else "trained biases")
         raise ConfigError(f"XLORA mixes plain LoRAs; {directory} has {why}")
     tensors = read_tensors(directory)
@@ -43,11 +41,13 @@ def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any
         if path not in bases:
             raise TargetError(f"XLORA: {directory} adapts {path}, which target_modules leave out; give none")
         with torch.device(bases[path].device):
-            expert = method_named("LORA").adapter(config, bases[path], path)
+            expert = method_of(config).adapter(config, bases[path], path)
+            if not expert.is_additive:
+                raise ConfigError(f"XLORA mixes plain LoRAs; {directory} has {config.beyond_low_rank()}")
             expert.reset_parameters()
         own = {suffix: tensors.get(f"{PREFIX}{path}.{suffix}") for suffix in expert.checkpoint_tensors()}
         wrong = [suffix for suffix, tensor in own.items() if tensor is None or not expert.fits(suffix, tensor)]
-        if wrong or getattr(expert, "start", None) is not None:
+        if wrong or expert.start is not None:
             raise CheckpointError(f"{directory} does not fit: {path}.{(wrong or ['init_lora_weights'])[0]}")
         with torch.no_grad():
             expert.load_checkpoint_tensors(own)

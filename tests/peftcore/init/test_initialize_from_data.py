@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peftcore import CheckpointError, ConfigError, LoraConfig, PeftModel, get_peft_model
 from peftcore.init import initialize_from_data, replace_lora_weights_loftq
-from peftcore.init.eva import PrincipalComponents
+from peftcore.methods.lora.variants.eva import PrincipalComponents
 from peftcore.injection.adapter_set import adapter_set
 
 SMOLLM2 = Path(__file__).parents[3] / "artifacts" / "base"

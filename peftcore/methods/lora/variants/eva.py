@@ -1,19 +1,23 @@
-"""EVA: A holds the main directions of a layer's input, and ranks go where these explain most. arXiv:2410.07170.
+"""EVA: A starts as the principal components of the layer's input; layers with more variance get more rank.
 
-Directions come from an incremental principal component analysis (Ross et al. 2008). B stays zero.
-Shapes: n rows of x, i in_features, c components kept.
+arXiv:2410.07170. The components come from an incremental analysis (Ross et al. 2008). B starts at zero.
+Shapes: n rows of x, i in_features, c components.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from peftcore.errors import ConfigError
-from peftcore.init.observer import Observer
-from peftcore.methods.lora import Lora, LoraConfig
-from peftcore.methods.lora.starts import Factors
+from peftcore.methods.lora.initialisation import Factors, Initialisation
+from peftcore.methods.lora.observer import Observer
+from peftcore.methods.lora.variant import register_variant
+
+if TYPE_CHECKING:
+    from peftcore.methods.lora.adapter import Lora
+    from peftcore.methods.lora.config import LoraConfig
 
 DEFAULTS: dict[str, Any] = {
     "rho": 2.0,
@@ -23,21 +27,21 @@ DEFAULTS: dict[str, Any] = {
     "whiten": False,
     "adjust_scaling_factors": True,
 }
-"""`eva_config` under PEFT's names. A layer's rank is at most rho·r; tau is the cosine of a settled direction."""
+"""`eva_config` under PEFT's names. A layer's rank is at most rho·r; tau is the cosine of a converged component."""
 
 
 class PrincipalComponents:
-    """The main directions of all rows seen, without keeping the rows."""
+    """Incremental principal components of all rows added so far; the rows are not stored."""
 
     def __init__(self, count: int):
         self.count, self.rows = count, 0
         self.mean = self.scatter = torch.zeros(())
         self.components: Tensor | None = None  # (c, i), orthonormal
         self.values = torch.zeros(0)  # (c,) singular values of the centred rows
-        self.settled = torch.zeros(count, dtype=torch.bool)
+        self.converged = torch.zeros(count, dtype=torch.bool)
 
     def add(self, x: Tensor, tau: float) -> None:
-        """x (n, i)."""
+        """Update the components with rows x (n, i); tau is the cosine from which a component has converged."""
         x = x.float()
         n, mean = len(x), x.mean(0)
         total = self.rows + n
@@ -50,31 +54,31 @@ class PrincipalComponents:
         _, values, directions = torch.linalg.svd(torch.cat(parts), full_matrices=False)
         self.values, directions = values[: self.count], directions[: self.count]
         if self.components is not None and self.components.shape == directions.shape:
-            self.settled = (self.components * directions).sum(1).abs() >= tau
+            self.converged = (self.components * directions).sum(1).abs() >= tau
         self.components = directions
         self.mean = (self.rows * self.mean + n * mean) / total
         self.rows = total
 
     def explained(self) -> Tensor:
-        """(c,): the share of the variance along each direction."""
+        """Return (c,): the share of the variance along each component."""
         return self.values.square() / self.scatter.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class Eva(Observer):
-    """`init_lora_weights="eva"`."""
+    """Principal components of every layer's input."""
 
     title = "EVA"
 
-    def __init__(self, config: LoraConfig, layers: Mapping[str, Lora]):
+    def __init__(self, config: "LoraConfig", layers: "Mapping[str, Lora]"):
         super().__init__(config, layers)
         self.options = {**DEFAULTS, **(config.eva_config or {})}
         if unknown := set(self.options) - set(DEFAULTS):
             raise ConfigError(f"eva_config: unknown {sorted(unknown)}; known: {', '.join(DEFAULTS)}")
         if self.options["rho"] < 1 or not 0 <= self.options["tau"] <= 1:
             raise ConfigError(f"eva_config: rho must be at least 1 and tau in [0, 1]; got {self.options}")
-        self.adjusts_scaling = not self.options["adjust_scaling_factors"]
+        self.keeps_alpha = not self.options["adjust_scaling_factors"]
         rho = self.options["rho"]
-        self.found = {
+        self.components = {
             path: PrincipalComponents(min(round(a.r * rho), a.base.in_features, a.base.out_features))
             for path, a in layers.items()
         }
@@ -92,22 +96,30 @@ class Eva(Observer):
         fits = self.mask is not None and self.mask.shape == x.shape[:-1]
         rows = x[self.mask] if fits else x.reshape(-1, x.shape[-1])
         if len(rows):
-            self.found[path].add(rows, self.options["tau"])
+            self.components[path].add(rows, self.options["tau"])
 
     def is_done(self) -> bool:
         ranks = self.ranks()
-        return all(bool(found.settled[: ranks[path]].all()) for path, found in self.found.items())
+        return all(bool(components.converged[: ranks[path]].all()) for path, components in self.components.items())
 
     def ranks(self) -> dict[str, int]:
         budget = sum(adapter.r for adapter in self.layers.values())
-        shares = [(float(s), path) for path, found in self.found.items() for s in found.explained()]
+        shares = [(float(s), path) for path, components in self.components.items() for s in components.explained()]
         best = sorted(shares, key=lambda share: -share[0])[:budget]
         return {path: sum(chosen == path for _, chosen in best) for path in self.layers}
 
-    def factors(self, path: str, adapter: Lora) -> Factors:
-        found = self.found[path]
-        assert found.components is not None
-        a = found.components[: adapter.r]
+    def factors(self, path: str, adapter: "Lora") -> Factors:
+        analysis = self.components[path]
+        assert analysis.components is not None
+        a = analysis.components[: adapter.r]
         if self.options["whiten"]:
-            a = a / found.values[: adapter.r, None].clamp_min(torch.finfo(torch.float32).tiny)
+            a = a / analysis.values[: adapter.r, None].clamp_min(torch.finfo(torch.float32).tiny)
         return a, torch.zeros_like(adapter.lora_B)
+
+
+@register_variant
+class EvaStart(Initialisation):
+    """`init_lora_weights="eva"`."""
+
+    names = ("eva",)
+    observer = Eva
