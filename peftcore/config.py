@@ -150,6 +150,7 @@ class PeftConfig(SharedOptions):
     """Keys read from disk that this version does not know; saved unchanged."""
 
     def __new__(cls, *_args: Any, **options: Any) -> Self:
+        """Refuse unknown options; the error suggests a similar name."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in options:
             if key not in known:
@@ -251,7 +252,8 @@ class PeftConfig(SharedOptions):
             compiled(text, before, after)
         except (ValueError, TypeError) as error:
             raise ConfigError(
-                f"{type(self).__name__}: {name} {text!r:.200} is not a regular expression ({error}); give a list of names"
+                f"{type(self).__name__}: {name} {text!r:.200} is not a regular expression ({error}); "
+                "give a list of names"
             ) from error
 
     def one_of(self, name: str, value: Any, choices: Any) -> Any:
@@ -412,6 +414,20 @@ class TunerConfig(PeftConfig):
             self.regular_expression("layers_pattern", pattern, *BLOCK)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")
+
+
+@dataclass
+class RandomProjectionConfig(TunerConfig):
+    """Base configuration of methods whose layers share random frozen projections, drawn from a seed."""
+
+    projection_prng_key: int = 0
+    """Seed of the projections."""
+    save_projection: bool = True
+    """False omits the projections from the directory; loading then draws them again from the seed."""
+    init_weights: bool = True
+    """True: the adapter starts at zero; False: random, for tests."""
+    fan_in_fan_out: bool = False
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
 
 _NOT_SHOWN = {"bias", "fan_in_fan_out", "inference_mode"}

@@ -88,8 +88,8 @@ def check_convertible(model: nn.Module, name: str) -> None:
             )
         if adapter.bias_change() is not None:
             raise ConfigError(
-                f"{path}: this {config.peft_type} adapter changes the layer's bias too, which plain LoRA does not; merge "
-                "the adapter instead"
+                f"{path}: {config.peft_type} changes the layer's bias too, which plain LoRA does not; merge the "
+                "adapter instead"
             )
     check_mergeable(model, [name])
 

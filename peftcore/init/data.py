@@ -29,8 +29,8 @@ def initialize_from_data(
 
     Args:
         model: The model with the adapter.
-        batches: Keyword arguments of the model, as tensors on its device. A few hundred rows of training data are enough.
-            "lora_ga" needs labels, so that the model returns a loss.
+        batches: Keyword arguments of the model, as tensors on its device. A few hundred rows of training data are
+            enough. "lora_ga" needs labels, so that the model returns a loss.
         adapter_name: The adapter to initialise.
         forward: Function to call as `forward(model, batch)` instead of `model(**batch)`.
         progress: Show a progress bar.

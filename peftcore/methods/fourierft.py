@@ -32,15 +32,15 @@ class FourierFTConfig(TunerConfig):
     scaling: float = 150.0
     """α."""
     random_loc_seed: int = 777
-    """Seed of the places of the trained entries."""
+    """Seed of the positions of the trained entries."""
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
-    """{path suffix or regular expression: n_frequency}; the first that matches a layer's path wins."""
+    """{path suffix or regular expression: n_frequency}; the first that matches a layer's path applies."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "fourier_only"."""
+    """Biases of the model that train too: "none", "all" or "fourier_only"."""
     init_weights: bool = False
     """True: the spectrum starts at zero; False: standard normal, as in the paper."""
     fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

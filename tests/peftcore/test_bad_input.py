@@ -226,7 +226,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
     "OFT": [
         ({"r": 0, "oft_block_size": 0}, "got r=0, oft_block_size=0"),
         ({"r": 3, "oft_block_size": 4}, "got r=3, oft_block_size=4"),
-        ({"r": 12, "oft_block_size": 0}, "blocks of 1 turn nothing at 0, which has 12 features"),
+        ({"r": 12, "oft_block_size": 0}, "blocks of size 1 rotate nothing at 0, which has 12 features"),
         ({"r": -2, "oft_block_size": 0}, "r must be a positive integer; got -2"),
     ],
     "POLY": [({"r": 0}, POSITIVE), ({"n_splits": 4}, "n_splits must divide 12 and 10 at 2, got 4; try 2")],

@@ -1,6 +1,6 @@
-"""LoRA: `config.py` the options, `adapter.py` the equation, `variant.py` and `initialisation.py` the hooks of its variants.
+"""LoRA: `config.py` the options, `adapter.py` the equation, `variant.py` and `initialisation.py` the variants' hooks.
 
-Each variant (DoRA, aLoRA, PiSSA, ...) is one file of `variants/`; `README.md` in `peftcore/methods` shows how to add one.
+Each variant (DoRA, aLoRA, PiSSA, ...) is one file of `variants/`. `peftcore/methods/README.md` shows how to add one.
 """
 
 from peftcore.methods.lora.adapter import Lora

@@ -95,7 +95,7 @@ class LoraConfig(TunerConfig):
                     raise ConfigError(f"LoraConfig: {variant.option} and {other} exclude each other: {reason}")
         if self.lora_dropout and self.target_parameters:
             raise ConfigError(
-                "LoraConfig: lora_dropout and target_parameters exclude each other: the input of a raw parameter is not "
+                "LoraConfig: lora_dropout and target_parameters exclude each other: a raw parameter's input is not "
                 "seen; set lora_dropout=0"
             )
 

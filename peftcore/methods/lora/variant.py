@@ -1,11 +1,11 @@
 """Variants of LoRA: each is one class, in one file of `peftcore.methods.lora.variants` or of another package.
 
-A field of the configuration chooses a variant (`use_dora=True`, `init_lora_weights="pissa"`). The adapter of every layer
-calls the hooks of the chosen variants in order; plain LoRA has none, so its forward pass calls nothing. A variant is
-stateless: its parameters belong to the adapter, which every hook receives.
+A field of the configuration chooses a variant (`use_dora=True`, `init_lora_weights="pissa"`). The adapter of every
+layer calls the hooks of the chosen variants in order; plain LoRA has none, so its forward pass calls nothing. A variant
+is stateless: its parameters belong to the adapter, which every hook receives.
 
-A variant of another package declares its field in a subclass of `LoraConfig` (`Variant.config`), and names its module in
-an entry point of the group `peftcore.lora_variants`.
+A variant of another package declares its field in a subclass of `LoraConfig` (`Variant.config`). The package names the
+variant's module in an entry point of the group `peftcore.lora_variants`.
 """
 
 from collections.abc import Mapping

@@ -19,15 +19,15 @@ NOT_PLAIN = (
     "layer_replication",
     "modules_to_save",
 )
-"""Options of a LoRA whose effect is no ΔW x at the layer itself, so that it cannot be weighted."""
+"""Options of a LoRA with effects beyond ΔW x at the layer itself, which cannot be weighted."""
 
 
 _OF_THE_BASE = ".base_layer.weight"
-"""End of a base weight's key; PEFT adds those of embeddings that a LoRA targets."""
+"""Suffix of a base weight's key; PEFT saves the weights of targeted embeddings."""
 
 
 def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any]:
-    """{path: trained LoRA} of one directory."""
+    """Return {path: trained LoRA} of one directory."""
     config = PeftConfig.from_pretrained(directory)
     special = [option for option in NOT_PLAIN if getattr(config, option)]
     if config.peft_type != "LORA" or special or config.bias != "none":
@@ -59,7 +59,7 @@ def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any
 
 
 def _check_embeddings(tensors: Mapping[str, Tensor], bases: Mapping[str, BaseWeight], directory: Path) -> None:
-    """CheckpointError where a directory holds other embeddings than the model has: all of its LoRAs would have them."""
+    """Raise CheckpointError if a directory holds embeddings that differ from the model's."""
     for key, saved in tensors.items():
         path = key.removeprefix(PREFIX).removesuffix(_OF_THE_BASE)
         if not key.endswith(_OF_THE_BASE) or path not in bases:
@@ -74,7 +74,7 @@ def _check_embeddings(tensors: Mapping[str, Tensor], bases: Mapping[str, BaseWei
 
 
 def lora_paths(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, None]:
-    """Paths of the layers that a LoRA's tensors adapt, each once."""
+    """Return the paths of the layers that a LoRA's tensors adapt, each once."""
     paths = dict.fromkeys(key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors if ".lora_" in key)
     if not paths:
         raise CheckpointError(f"{directory} holds no LoRA; give the directory of a trained one")
@@ -82,7 +82,7 @@ def lora_paths(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, None
 
 
 def frozen(expert: nn.Module) -> nn.Module:
-    """The same with buffers for parameters, so that nothing that makes an adapter trainable reaches them."""
+    """Turn the parameters into buffers, so that the expert stays frozen when the adapter is made trainable."""
     for name, parameter in list(expert.named_parameters()):
         delattr(expert, name)
         expert.register_buffer(name, parameter.detach())

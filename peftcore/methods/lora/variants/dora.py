@@ -4,7 +4,7 @@ m starts at n, so training begins at the base's own output. The forward pass add
 bias. Shapes: i in_features, o out_features, r rank, k kernel; m, n (o,), A (r, i, *k), B (o, r, *1).
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,12 @@ class Dora(Variant):
 
     option = "use_dora"
     layer_kinds = frozenset({"linear", "conv", "embedding"})
-    excludes = {
+    excludes: ClassVar = {
         "lora_bias": "DoRA rescales rows of W, and a bias is not in them",
         "alora_invocation_tokens": "DoRA changes every position, aLoRA only some",
         "target_parameters": "raw parameters take plain LoRA only",
     }
-    keys = {"magnitude": "lora_magnitude_vector"}
+    keys: ClassVar = {"magnitude": "lora_magnitude_vector"}
     is_additive = False
     beyond_low_rank = (
         "DoRA is no product of two factors; make it one by convert_to_lora(model, name, new_name, rank=...) and export "
@@ -47,7 +47,7 @@ class Dora(Variant):
         lora.magnitude = nn.Parameter(torch.empty(lora.base.out_features))
 
     def reset_parameters(self, lora: "Lora") -> None:
-        _magnitude(lora).copy_(_row_lengths(lora))
+        _magnitude(lora).copy_(row_lengths(lora))
 
     def low_rank(self, lora: "Lora", branch: LowRank) -> LowRank | None:
         if branch.dropout or lora.base.bias is not None:  # with dropout, part of the change sees the whole input
@@ -93,11 +93,11 @@ def _magnitude(lora: "Lora") -> nn.Parameter:
 def _ratio(lora: "Lora") -> Tensor:
     """Return m/n (o,)."""
     magnitude = _magnitude(lora)
-    return magnitude / _row_lengths(lora).to(magnitude).clamp_min(torch.finfo(magnitude.dtype).tiny)
+    return magnitude / row_lengths(lora).to(magnitude).clamp_min(torch.finfo(magnitude.dtype).tiny)
 
 
 @torch.no_grad()
-def _row_lengths(lora: "Lora") -> Tensor:
+def row_lengths(lora: "Lora") -> Tensor:
     """Return n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is cached while W does not change."""
     weight = lora.base.read_unmerged() if lora.new_base is None else lora.new_base
     weight = weight.flatten(1)

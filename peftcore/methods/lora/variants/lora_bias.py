@@ -1,6 +1,6 @@
-"""LoRA with a bias c of its own: y = Wx + b + s·(B A x + c). HF PEFT's option `lora_bias`. Shapes: o out_features, c (o,)."""
+"""LoRA with a bias c of its own: y = Wx + b + s·(B A x + c). HF PEFT's option `lora_bias`. c (out_features,)."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ class LoraBias(Variant):
 
     option = "lora_bias"
     layer_kinds = frozenset({"linear", "conv"})
-    excludes = {"target_parameters": "a raw parameter has no bias"}
-    keys = {"lora_bias": "lora_B.bias"}
+    excludes: ClassVar = {"target_parameters": "a raw parameter has no bias"}
+    keys: ClassVar = {"lora_bias": "lora_B.bias"}
     beyond_low_rank = "the adapter trains biases, which LoRA runtimes do not read; merge it into the base instead"
 
     def add_parameters(self, lora: "Lora") -> None:
