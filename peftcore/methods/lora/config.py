@@ -22,6 +22,8 @@ _WITHOUT_EFFECT_ON_TENSORS = {
     "revision",
     "task_type",
 }
+_CHOSEN = "_chosen_variants"
+"""Attribute with the cached result of `LoraConfig.variants`."""
 
 
 @dataclass
@@ -108,9 +110,16 @@ class LoraConfig(TunerConfig):
 
     # -- variants --------------------------------------------------------------------------------------------
 
-    def variants(self) -> list[Variant]:
+    def variants(self) -> tuple[Variant, ...]:
         """Return the variants that this configuration chooses, the initialisation included."""
-        return [variant for variant in variants() if variant.is_chosen(self)]
+        chosen = vars(self).get(_CHOSEN)
+        if chosen is None:
+            chosen = vars(self)[_CHOSEN] = tuple(variant for variant in variants() if variant.is_chosen(self))
+        return chosen
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        vars(self).pop(_CHOSEN, None)
+        super().__setattr__(name, value)
 
     def initialisation(self) -> Initialisation:
         """Return the initialisation that `init_lora_weights` names.
@@ -118,11 +127,10 @@ class LoraConfig(TunerConfig):
         Raises:
             ConfigError: For an unknown name.
         """
-        known = [variant for variant in variants() if isinstance(variant, Initialisation)]
-        for variant in known:
-            if variant.is_chosen(self):
+        for variant in self.variants():
+            if isinstance(variant, Initialisation):
                 return variant
-        names = ", ".join(str(name) for variant in known for name in variant.names)
+        names = ", ".join(str(name) for v in variants() if isinstance(v, Initialisation) for name in v.names)
         raise ConfigError(f"LoraConfig: init_lora_weights must be one of {names}; got {self.init_lora_weights!r}")
 
     def observer(self, layers: "Mapping[str, Lora]") -> "Observer":

@@ -134,7 +134,8 @@ Class = TypeVar("Class", bound=type[Variant])
 
 def register_variant(kind: Class) -> Class:
     """Register a variant; a class decorator."""
-    _variants.append(kind())
+    variant: Variant = kind()
+    _variants.append(variant)
     return kind
 
 

@@ -81,7 +81,14 @@ def test_plain_lora_calls_no_variant_in_its_forward(options: dict) -> None:
 def test_every_variant_is_chosen_by_a_field_of_the_configuration() -> None:
     fields = LoraConfig().to_dict().keys()
     assert all(variant.option in fields for variant in variants() if variant.config is None)
-    assert LoraConfig().variants() == [LoraConfig().initialisation()]
+    assert LoraConfig().variants() == (LoraConfig().initialisation(),)
+
+
+def test_a_changed_field_changes_the_chosen_variants() -> None:
+    config = LoraConfig()
+    assert config.denominator(4) == 4
+    config.use_rslora = True
+    assert config.denominator(4) == 2
 
 
 def test_every_name_of_an_initialisation_has_one_owner_and_an_unknown_one_lists_them() -> None:
