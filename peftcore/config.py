@@ -13,12 +13,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Self, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_origin
 
 from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
 from peftcore.errors import CheckpointError, ConfigError, suggestion
 from peftcore.files import CONFIG_NAME, read_limited, whole_files, write_atomically
 from peftcore.registry import method_named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peftcore.kernels.low_rank import Factors
 
 LARGEST_CONFIG = 16 << 20
 """Largest configuration file that is read, in bytes. A `rank_pattern` of 100,000 experts takes half of the limit."""
@@ -212,6 +217,14 @@ class PeftConfig(SharedOptions):
     def beyond_low_rank(self) -> str:
         """Return the reason why products of two factors cannot express the adapter; "" if they can."""
         return ""
+
+    def take_factors(self, tensors: "dict[str, Tensor]") -> "dict[str, Factors] | None":
+        """Return {path: factors of ΔW} of a saved adapter, without its model; None if the model is needed.
+
+        Args:
+            tensors: {path and suffix: tensor} of the directory; the adapter's own tensors are removed.
+        """
+        return None
 
     def can_be_overwritten_by(self, other: "PeftConfig") -> bool:
         """Return True if the tensors of an adapter with `other` may be copied over those of this one."""

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.config import PeftConfig
-from peftcore.conversion.adalora import adalora_factors
 from peftcore.conversion.factors import Factors
 from peftcore.conversion.low_rank_form import check_convertible, exact_factors
 from peftcore.errors import CheckpointError
 from peftcore.export.errors import ExportError
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.methods.adalora import AdaLoraConfig
 from peftcore.methods.lora import LoraConfig
 
 _EMBEDDING = ".lora_embedding_A"
@@ -129,9 +127,10 @@ def _not_low_rank(method: str) -> str:
 
 def _of_directory(config: PeftConfig, directory: Path) -> tuple[dict[str, Factors], set[str]]:
     check_plain(config)
-    if isinstance(config, AdaLoraConfig):
-        tensors = read_tensors(directory)
-        return adalora_factors(config, tensors), set()
+    tensors = read_tensors(directory)
+    layers = config.take_factors({key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
+    if layers is not None:
+        return {path: Factors(own.a[0], own.b[0], own.scaling) for path, own in layers.items()}, set()
     if not isinstance(config, LoraConfig):
         raise ExportError(f"{directory} holds a {config.peft_type} adapter. {_not_low_rank(config.peft_type)}")
     if config.initialisation().subtracts or config.replaces_base:  # HF PEFT writes the factors, not the changed base
@@ -139,7 +138,7 @@ def _of_directory(config: PeftConfig, directory: Path) -> tuple[dict[str, Factor
             f"{directory}: init_lora_weights={config.init_lora_weights!r} takes its start out of the base; load it onto "
             "the model and export it from there"
         )
-    return _lora_factors(config, read_tensors(directory), directory)
+    return _lora_factors(config, tensors, directory)
 
 
 def _lora_factors(

@@ -105,6 +105,13 @@ class AdaLoraConfig(TunerConfig):
             "total_step": total_steps,
         }
 
+    def take_factors(self, tensors: dict[str, Tensor]) -> dict[str, Factors]:
+        scaling, layers = scaling_of(self), {}
+        for path in [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]:
+            a, b, e = (tensors.pop(f"{path}.lora_{letter}") for letter in "ABE")
+            layers[path] = Factors((a * e)[None], b[None], scaling)
+        return layers
+
     @property
     def final_step(self) -> int:
         """Step from which the budget is final."""
