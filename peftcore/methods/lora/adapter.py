@@ -8,7 +8,6 @@ d: A (r, v), B (d, r), and A starts at zero instead of B. Of e experts: A (e·r,
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -268,15 +267,14 @@ class Lora(Adapter):
         return tensors
 
     def fits(self, key: str, tensor: Tensor) -> bool:
-        axes = dict(zip(self.checkpoint_keys().values(), (0, 1), strict=False))
-        if super().fits(key, tensor) or key not in axes or self.source is not None:
+        keys = list(self.checkpoint_keys().values())[:2]
+        if key not in keys or self.source is not None:
             return super().fits(key, tensor)
-        axis = axes[key]
-        shape = list((self.lora_A, self.lora_B)[axis].shape)
-        widths = [shape[axis]]
-        if self.start is not None or self.config.initialisation().subtracts:  # with the start stacked below
-            widths.append(2 * shape[axis])
-        return any(tuple(tensor.shape) == (*shape[:axis], width, *shape[axis + 1 :]) for width in widths)
+        axis = keys.index(key)
+        shape = (self.lora_A, self.lora_B)[axis].shape
+        has_start = self.start is not None or self.config.initialisation().subtracts  # then stacked to rank 2r
+        ranks = [shape[axis], 2 * shape[axis]] if has_start else [shape[axis]]
+        return any(tensor.shape == (*shape[:axis], rank, *shape[axis + 1 :]) for rank in ranks)
 
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for name, key in self.checkpoint_keys().items():
@@ -291,20 +289,5 @@ class Lora(Adapter):
 
     @classmethod
     def config_to_save(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> LoraConfig:
-        """Return the configuration; with a subtracted start, of the plain LoRA of rank 2r that equals the adapter."""
-        if all(cast(Lora, adapter).start is None for adapter in adapters.values()):
-            return config
-
-        def wider(r: int, alpha: float) -> float:
-            return alpha * (config.denominator(2 * r) / config.denominator(r))
-
-        return replace(
-            config,
-            r=2 * config.r,
-            lora_alpha=wider(config.r, config.lora_alpha),
-            rank_pattern={key: 2 * r for key, r in (config.rank_pattern or {}).items()},
-            alpha_pattern={key: wider(config.r, alpha) for key, alpha in (config.alpha_pattern or {}).items()},
-            init_lora_weights=True,
-            corda_config=None,
-            lora_ga_config=None,
-        )
+        has_start = any(cast(Lora, adapter).start is not None for adapter in adapters.values())
+        return config.with_stacked_start() if has_start else config

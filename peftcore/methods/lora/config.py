@@ -166,6 +166,20 @@ class LoraConfig(TunerConfig):
             alphas[path] = alpha if keep_alpha else alpha * (self.denominator(rank) / self.denominator(old_rank))
         return replace(self, target_modules=sorted(kept), exclude_modules=None, rank_pattern=kept, alpha_pattern=alphas)
 
+    def with_stacked_start(self) -> Self:
+        """Return the configuration of the plain LoRA of rank 2r that equals an adapter with a subtracted start."""
+        wider = self.denominator(2 * self.r) / self.denominator(self.r)
+        return replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=wider * self.lora_alpha,
+            rank_pattern={key: 2 * r for key, r in (self.rank_pattern or {}).items()},
+            alpha_pattern={key: wider * alpha for key, alpha in (self.alpha_pattern or {}).items()},
+            init_lora_weights=True,
+            corda_config=None,
+            lora_ga_config=None,
+        )
+
     # -- hooks -----------------------------------------------------------------------------------------------
 
     @property
