@@ -129,13 +129,12 @@ class Variant:
 
 _variants: list[Variant] = []
 
-Class = TypeVar("Class", bound=type[Variant])
+Kind = TypeVar("Kind", bound=Variant)
 
 
-def register_variant(kind: Class) -> Class:
+def register_variant(kind: type[Kind]) -> type[Kind]:
     """Register a variant; a class decorator."""
-    variant: Variant = kind()
-    _variants.append(variant)
+    _variants.append(kind())
     return kind
 
 
