@@ -176,7 +176,10 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
     "ADALORA": [
         ({"init_r": 0, "target_r": 0}, POSITIVE),
         ({"init_r": 2, "target_r": 4}, "target_r must not exceed init_r=2; got 4"),
-        ({"rank_pattern": {"2.lora_E": [True, False]}}, "rank_pattern at 2 must say of each of the 4 triplets"),
+        (
+            {"rank_pattern": {"2.lora_E": [True, False]}},
+            "rank_pattern at 2 must have one entry for each of the 4 triplets",
+        ),
         ({"rank_pattern": {"2.lora_E": 2}}, "rank_pattern['2.lora_E'] must be a list; got 2"),
     ],
     "BOFT": [
