@@ -34,9 +34,9 @@ from flows.base.model import load_for_training, padding_id
 from flows.data.rows import read_rows
 from flows.params.model import Quantization
 from peftcore import LoraConfig, get_peft_model
-from peftcore.init.eva import PrincipalComponents
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora import Lora
+from peftcore.methods.lora.variants.eva import PrincipalComponents
 from peftcore.train import RightPaddingCollator
 from peftcore.train.losses import IGNORED, OwnLossCheck
 from peftcore.train.rank_allocation import allocate_ranks

@@ -245,6 +245,20 @@ class Adapter(_Constants):
         """Current upper bound of the rank of ΔW (count), for methods in which it differs between layers; else None."""
         return None
 
+    @property
+    def change_rank(self) -> int | None:
+        """Rank (count) of ΔW as merging sees it, with a part that the initialisation subtracts from the base."""
+        return self.rank
+
+    @property
+    def is_additive(self) -> bool:
+        """True if `after(x, y)` is y + f(x), with f independent of the arguments of the model's call."""
+        return False
+
+    def trained_factors(self) -> LowRankBranch | None:
+        """Return the parameters A and B of s·BA, for optimisers that treat them differently; None without such."""
+        return None
+
     def low_rank(self) -> LowRankBranch | None:
         """Return the adapter as two factors, so that the layer can take its fast paths; None for the general path.
 
@@ -328,6 +342,16 @@ class Adapter(_Constants):
             MergeError: the adapter adds a bias, and the layer has none.
         """
         return bias
+
+    def bias_change(self) -> Tensor | None:
+        """Return Δb (o,) of the layer's bias; None if the adapter does not change the bias."""
+        bias = self.base.unmerged_bias
+        changed = self.merged_bias(bias)
+        if changed is None or changed is bias:
+            return None
+        if bias is None:
+            return changed
+        return None if torch.equal(changed.to(bias), bias) else changed.double() - bias.double()
 
     # -- saving and loading ----------------------------------------------------------------------------------------
 

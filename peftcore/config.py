@@ -1,67 +1,48 @@
-"""Configurations: declarative, checked when made, and the same JSON as PEFT's `adapter_config.json`.
+"""Adapter configurations: dataclasses that are checked on creation and saved as PEFT's `adapter_config.json`.
 
-A person's misspelt key is an error with a suggestion. A key that a newer version wrote to disk is kept and warned
-of. A key whose value asks for mathematics that is not here is refused, since ignoring it would give other numbers.
+A misspelt keyword argument is an error with a suggestion. A key on disk that this version does not know is kept, with a
+warning. A key on disk that asks for unsupported mathematics is refused, because ignoring the key would change results.
 """
 
 import dataclasses
-import difflib
 import json
 import sys
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Self, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_origin
 
 from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
-from peftcore.errors import CheckpointError, ConfigError
+from peftcore.errors import CheckpointError, ConfigError, suggestion
 from peftcore.files import CONFIG_NAME, read_limited, whole_files, write_atomically
+from peftcore.registry import method_named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peftcore.kernels.factors import Factors
 
 LARGEST_CONFIG = 16 << 20
-"""Bytes; a rank of its own for each of 100,000 experts takes about half of it."""
+"""Largest configuration file that is read, in bytes. A `rank_pattern` of 100,000 experts takes half of the limit."""
 _MOST_PATTERNS = 200
-"""Regular expressions among the keys of one field; names of modules are not counted."""
-
-LORA_FAMILY_NEUTRAL: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "loftq_config": {},
-    "lora_bias": False,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "qalora_group_size": 16,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "velora_config": None,
-}
-"""What PEFT writes for LoRA and the methods that extend it, at values that change nothing."""
-
+"""Most regular expressions among the keys of one field. Plain module names do not count."""
 
 BLOCK = (r".*?\b", r"\.(?P<block_number>\d+)\..*")
-"""What stands before and after the name of a block list in a path."""
+"""Regular expressions of the path before and after the name of a block list."""
 
 
 def first_match(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first key, a path suffix or regular expression, that matches `path`."""
+    """Return the value of the first key (path suffix or regular expression) that matches `path`, else `default`."""
     if not pattern:
         return default
     return next((value for key, value in pattern.items() if is_suffix(key, path)), default)
 
 
 class TaskType(StrEnum):
-    """What the adapted model is for, under PEFT's names."""
+    """Task of the adapted model, under PEFT's names."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -72,83 +53,111 @@ class TaskType(StrEnum):
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is of an annotated type, what it holds too; JSON's lists fit."""
+    """Return True if the value and its items have the annotated type. A list fits a set or tuple, as in JSON."""
     if get_origin(annotation) in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(annotation))
     kind = get_origin(annotation) or annotation
-    if kind is Any or not isinstance(kind, type):  # such as the string that a postponed annotation is
+    if kind is Any or not isinstance(kind, type):  # postponed annotations are strings
         return True
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind in (list, set, tuple):
-        inside = [part for part in get_args(annotation) if part is not Ellipsis]
-        held = inside[0] if len(set(inside)) == 1 else Any
-        return isinstance(value, list | set | frozenset | tuple) and all(_fits(item, held) for item in value)
+        item_types = [part for part in get_args(annotation) if part is not Ellipsis]
+        item_type = item_types[0] if len(set(item_types)) == 1 else Any
+        return isinstance(value, list | set | frozenset | tuple) and all(_fits(item, item_type) for item in value)
     return isinstance(value, kind)
 
 
 def _words_for(annotation: Any) -> str:
-    """An annotated type as a person says it."""
+    """Return an annotated type in words, for error messages."""
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(dict.fromkeys(map(_words_for, get_args(annotation))))
     kind = get_origin(annotation) or annotation
     words = {int: "an integer", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
     if kind in (list, set, tuple):
-        many = {int: "integers", float: "numbers", str: "strings"}
-        held = {many[part] for part in get_args(annotation) if part in many}
-        return f"a list of {held.pop()}" if len(held) == 1 else "a list"
+        plural = {int: "integers", float: "numbers", str: "strings"}
+        items = {plural[part] for part in get_args(annotation) if part in plural}
+        return f"a list of {items.pop()}" if len(items) == 1 else "a list"
     return (words | {dict: "a dictionary"}).get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def suggestion(word: str, known: list[str]) -> str:
-    """`; did you mean X?`, or the words that fit when none is near."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
-
-
 def parsed_json(content: bytes) -> Any:
-    """JSON as its standard has it. Raises ValueError for anything else, such as NaN, a key twice, endless nesting."""
+    """Return the value of a JSON document.
+
+    Raises:
+        ValueError: For anything beyond the JSON standard, such as NaN, duplicate keys or endless nesting.
+    """
 
     def refuse(word: str) -> Any:
-        raise ValueError(f"{word} is no number in JSON")
+        raise ValueError(f"{word} is not a JSON number")
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
             raise ValueError("a key is given twice")
-        return found
+        return values
 
     try:
-        return json.loads(content, parse_constant=refuse, object_pairs_hook=once)
+        return json.loads(content, parse_constant=refuse, object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
+class SharedOptions:
+    """Options that several methods have, each with its value for the methods that do not have the option.
+
+    These are plain class attributes, so reading one works for every configuration. A method that has the option
+    declares the dataclass field of the same name; only then is the option accepted and saved.
+    """
+
+    bias: str = "none"
+    """Biases of the base that train too: "none", "all", or "METHOD_only" for those of the adapted layers."""
+    modules_to_save: list[str] | None = None
+    """Modules that train whole, one copy per adapter, and are saved with the adapter."""
+    layer_replication: list[tuple[int, int]] | None = None
+    """Ranges of blocks, such as [(0, 4), (2, 5)], of which the deeper model consists; blocks share base weights."""
+    target_parameters: list[str] | None = None
+    """Path suffixes of raw parameters to adapt, such as "experts.gate_up_proj": (experts, ...) or (out, in)."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Token ids whose embedding rows train whole; {path suffix: ids} for other embeddings."""
+    ensure_weight_tying: bool = False
+    """Adapt or copy both sides of a tied pair of weights alike."""
+
+
 @dataclass
-class PeftConfig:
-    """What every adapter's configuration has. Field names are those of PEFT's `adapter_config.json`."""
+class PeftConfig(SharedOptions):
+    """Base of every adapter configuration. Field names are those of PEFT's `adapter_config.json`.
+
+    The class variables and the methods under "hooks" tell the core about a method, so that the core names no method.
+    """
 
     peft_type: ClassVar[str] = ""
-    """Set when a method registers, such as "LORA"."""
-
+    """Name of the method on disk, such as "LORA"; set by `register`."""
     ignored_on_disk: ClassVar[dict[str, Any]] = {}
-    """Keys that PEFT writes for this method and that change nothing at these values: {key: neutral value}."""
+    """{key that PEFT writes for this method: value at which the key has no effect}."""
+    size_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields with integers (or {pattern: integer}) that never exceed the largest dimension of the saved tensors.
+
+    Loading checks them before it allocates memory."""
+    has_schedule: ClassVar[bool] = False
+    """True if training follows a schedule over one whole run; a finished adapter then cannot be trained further."""
 
     task_type: TaskType | str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    """True freezes the adapter when it is added."""
+    """True: the adapter is frozen when it is added."""
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Keys read from disk that this version does not know; written back as they were."""
+    """Keys read from disk that this version does not know; saved unchanged."""
 
-    def __new__(cls, *_args: Any, **given: Any) -> Self:
+    def __new__(cls, *_args: Any, **options: Any) -> Self:
+        """Refuse unknown options; the error suggests a similar name."""
         known = [f.name for f in dataclasses.fields(cls)]
-        for key in given:
+        for key in options:
             if key not in known:
                 raise ConfigError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
         return object.__new__(cls)
@@ -157,6 +166,69 @@ class PeftConfig:
         self._check_types()
         if self.task_type is not None:
             self.task_type = self.one_of("task_type", self.task_type, TaskType)
+
+    # -- hooks -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def schedule_options(cls, total_steps: int, warmup_share: float, final_share: float) -> dict[str, Any]:
+        """Return the options that fit the method's schedule to a training run; {} for methods without a schedule.
+
+        Args:
+            total_steps: Optimiser steps of the whole run.
+            warmup_share: Share of the steps before the schedule begins.
+            final_share: Share of the steps after the schedule has ended.
+        """
+        return {}
+
+    @property
+    def replaces_base(self) -> bool:
+        """True if the initialisation replaces weights of the base."""
+        return False
+
+    @property
+    def needs_data(self) -> bool:
+        """True if the initialisation needs data: `peftcore.init.initialize_from_data` has to be called."""
+        return False
+
+    @property
+    def trains_single_rows(self) -> bool:
+        """True if the adapter trains chosen rows of embeddings, so that the whole embedding need not be saved."""
+        return self.trainable_token_indices is not None
+
+    def sizes(self) -> dict[str, int]:
+        """Return {name of a size: its value} for the `size_fields`, entries of patterns included."""
+        sizes: dict[str, int] = {}
+        for name in self.size_fields:
+            value = vars(self).get(name)
+            entries = (
+                {f"{name}[{key!r}]": size for key, size in value.items()} if isinstance(value, dict) else {name: value}
+            )
+            sizes |= {key: size for key, size in entries.items() if isinstance(size, int)}
+        return sizes
+
+    def ranks(self) -> list[int]:
+        """Return the ranks (counts) that the configuration states; [] for methods without a stated rank."""
+        return []
+
+    def token_configs(self) -> list["TunerConfig"]:
+        """Return configurations of the adapters of embedding rows that belong to this adapter."""
+        return []
+
+    def beyond_low_rank(self) -> str:
+        """Return the reason why products of two factors cannot express the adapter; "" if they can."""
+        return ""
+
+    def take_factors(self, tensors: "dict[str, Tensor]") -> "dict[str, Factors] | None":
+        """Return {path: factors of ΔW} of a saved adapter, without its model; None if the model is needed.
+
+        Args:
+            tensors: {path and suffix: tensor} of the directory; the adapter's own tensors are removed.
+        """
+        return None
+
+    def can_be_overwritten_by(self, other: "PeftConfig") -> bool:
+        """Return True if the tensors of an adapter with `other` may be copied over those of this one."""
+        return False
 
     # -- checks shared by the methods' configurations ---------------------------------------------------------
 
@@ -171,11 +243,12 @@ class PeftConfig:
                 self._check_pattern(field_.name, value, field_.type)
 
     def _check_pattern(self, name: str, pattern: dict[str, Any], annotation: Any) -> None:
-        values = next((get_args(part)[1] for part in get_args(annotation) if get_origin(part) is dict), Any)
+        value_type = next((get_args(part)[1] for part in get_args(annotation) if get_origin(part) is dict), Any)
         for key, value in pattern.items():
             self.regular_expression(name, key, SEGMENTS)
-            if not _fits(value, values) or (name == "rank_pattern" and values is int and value < 1):
-                kind = "a positive integer" if name == "rank_pattern" and values is int else _words_for(values)
+            is_rank = name == "rank_pattern" and value_type is int
+            if not _fits(value, value_type) or (is_rank and value < 1):
+                kind = "a positive integer" if is_rank else _words_for(value_type)
                 raise ConfigError(f"{type(self).__name__}: {name}[{key!r}] must be {kind}; got {value!r:.200}")
         if len(pattern) > _MOST_PATTERNS and sum(map(branches, pattern)) > _MOST_PATTERNS:
             raise ConfigError(
@@ -183,30 +256,39 @@ class PeftConfig:
             )
 
     def regular_expression(self, name: str, text: str, before: str = "", after: str = "") -> None:
-        """`text`, from the named field, is a regular expression, also between two of ours."""
+        """Check that `text`, from the field `name`, is a regular expression, also between `before` and `after`.
+
+        Raises:
+            ConfigError: If the text is not a regular expression.
+        """
         try:
             compiled(text, before, after)
         except (ValueError, TypeError) as error:
             raise ConfigError(
-                f"{type(self).__name__}: {name} {text!r:.200} is no regular expression ({error}); give a list of names"
+                f"{type(self).__name__}: {name} {text!r:.200} is not a regular expression ({error}); "
+                "give a list of names"
             ) from error
 
     def one_of(self, name: str, value: Any, choices: Any) -> Any:
-        """`value` if it is among `choices`, else a ConfigError that names them."""
+        """Return `value` if it is one of `choices`.
+
+        Raises:
+            ConfigError: For any other value; the message lists the choices.
+        """
         if value not in list(choices):
             fits = ", ".join(repr(str(c)) for c in choices)
             raise ConfigError(f"{type(self).__name__}: {name} must be one of {fits}; got {value!r}")
         return TaskType(value) if choices is TaskType else value
 
     def positive(self, *names: str) -> None:
-        """Each named field is an integer of at least 1."""
+        """Raise ConfigError unless each named field is an integer of at least 1."""
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{type(self).__name__}: {name} must be a positive integer; got {value!r}; try 8")
 
     def probability(self, *names: str) -> None:
-        """Each named field is in [0, 1)."""
+        """Raise ConfigError unless each named field is in [0, 1)."""
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
@@ -215,29 +297,33 @@ class PeftConfig:
     # -- JSON ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, `peft_type` included; sets become sorted lists."""
+        """Return all fields as plain JSON types, `peft_type` included; sets become sorted lists."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
         plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
         return {**self.extra, **plain, "peft_type": self.peft_type}
 
     def to_json(self) -> str:
-        """What stands in `adapter_config.json`."""
+        """Return the text of `adapter_config.json`."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], from_disk: bool = False) -> "PeftConfig":
-        """Build the configuration class that `peft_type` names (or `cls` itself).
+        """Return a configuration of the class that `peft_type` names; without the key, of `cls`.
 
-        from_disk: keep and warn of unknown keys; otherwise they are a ConfigError.
-        Raises ConfigError for an unknown method, a misspelt key or a value that does not fit.
+        Args:
+            values: Fields of the configuration.
+            from_disk: True keeps unknown keys and warns about them; False makes them a ConfigError.
+
+        Raises:
+            ConfigError: For an unknown method, a misspelt key or a value that does not fit.
         """
-        from peftcore.registry import method_named
-
         values = dict(values)
-        named = values.pop("peft_type", None) or cls.peft_type
-        if not named or not isinstance(named, str):
-            raise ConfigError(f"configuration without peft_type, or with one that is no word: {named!r}; try 'LORA'")
-        target = method_named(named).config
+        method = values.pop("peft_type", None) or cls.peft_type
+        if not method or not isinstance(method, str):
+            raise ConfigError(
+                f"configuration without peft_type, or with one that is not a name: {method!r}; try 'LORA'"
+            )
+        target = method_named(method).config.class_for(values)
         if not from_disk:
             return target(**values)
         known = {f.name for f in dataclasses.fields(target)}
@@ -248,20 +334,31 @@ class PeftConfig:
         return config
 
     @classmethod
+    def class_for(cls, keys: Collection[str]) -> type["PeftConfig"]:
+        """Return the configuration class that has these keys: `cls`, or one that extends its method."""
+        return cls
+
+    @classmethod
     def _refuse_other_mathematics(cls, extra: dict[str, Any]) -> None:
         for key, value in extra.items():
             if value == cls.ignored_on_disk.get(key, value) or not value:
                 if key not in cls.ignored_on_disk and value:
-                    warnings.warn(f"{CONFIG_NAME}: {key!r} is unknown to this version; kept, not used", stacklevel=4)
+                    message = f"{CONFIG_NAME}: {key!r} is unknown to this version; it is kept and has no effect"
+                    warnings.warn(message, stacklevel=4)
                 continue
             raise ConfigError(
-                f"{CONFIG_NAME}: {key}={value!r} is not supported by {cls.peft_type} here, and leaving it out "
-                "would give other numbers; merge that adapter with the library that made it"
+                f"{CONFIG_NAME}: {key}={value!r} is not supported by {cls.peft_type} here, and ignoring it would "
+                "change the results; merge that adapter with the library that made it"
             )
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "PeftConfig":
-        """Read `adapter_config.json` from an adapter directory; CheckpointError if it is absent or not JSON."""
+        """Return the configuration in an adapter directory.
+
+        Raises:
+            CheckpointError: If `adapter_config.json` is absent or not valid JSON.
+            ConfigError: If a value does not fit.
+        """
         path = whole_files(Path(directory)) / CONFIG_NAME
         if not path.is_file():
             raise CheckpointError(f"no {CONFIG_NAME} in {directory}; give the directory that save_pretrained wrote")
@@ -274,23 +371,25 @@ class PeftConfig:
         return cls.from_dict(values, from_disk=True)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `adapter_config.json` atomically."""
+        """Write `adapter_config.json` into a directory, atomically."""
         write_atomically(Path(directory) / CONFIG_NAME, self.to_json())
 
 
 @dataclass
 class PromptLearningConfig(PeftConfig):
-    """A method that adapts what the model reads. The sizes that are None are taken from the model."""
+    """Base configuration of prompt methods. Sizes that are None are taken from the model."""
+
+    size_fields: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
-    """Width of a virtual token."""
+    """Size of a virtual token's embedding."""
     num_transformer_submodules: int | None = None
-    """2: one prompt for an encoder and one for a decoder."""
+    """2: one prompt for the encoder and one for the decoder."""
     num_attention_heads: int | None = None
     num_layers: int | None = None
     modules_to_save: list[str] | None = None
-    """Modules trained whole, one copy per adapter, and saved with it."""
+    """Modules that train whole, one copy per adapter, and are saved with the adapter."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -301,16 +400,18 @@ class PromptLearningConfig(PeftConfig):
 
 @dataclass
 class TunerConfig(PeftConfig):
-    """A method that adapts layers: which layers, and what else is trained and saved with them."""
+    """Base configuration of methods that adapt layers: the layers, and the further modules that train."""
+
+    size_fields: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")
 
     target_modules: list[str] | set[str] | str | None = None
-    """Path suffixes, a regular expression over the whole path, or "all-linear"; None: the architecture's default."""
+    """Path suffixes, a regular expression for whole paths, or "all-linear"; None: the architecture's default."""
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
-    """Modules trained whole, one copy per adapter, and saved with it."""
+    """Modules that train whole, one copy per adapter, and are saved with the adapter."""
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    """Name of the block list that layers_to_transform counts in, such as "layers"; None: found in the path."""
+    """Name of the block list that layers_to_transform indexes, such as "layers"; None: derived from the path."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -320,8 +421,7 @@ class TunerConfig(PeftConfig):
                 self.regular_expression(name, value)
             elif value is not None:
                 setattr(self, name, set(value))
-        empty = self.target_modules is not None and not self.target_modules
-        if empty and not getattr(self, "target_parameters", None):
+        if self.target_modules is not None and not self.target_modules and not self.target_parameters:
             raise ConfigError(f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'")
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
             self.regular_expression("layers_pattern", pattern, *BLOCK)
@@ -329,13 +429,27 @@ class TunerConfig(PeftConfig):
             raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")
 
 
+@dataclass
+class RandomProjectionConfig(TunerConfig):
+    """Base configuration of methods whose layers share random frozen projections, drawn from a seed."""
+
+    projection_prng_key: int = 0
+    """Seed of the projections."""
+    save_projection: bool = True
+    """False omits the projections from the directory; loading then draws them again from the seed."""
+    init_weights: bool = True
+    """True: the adapter starts at zero; False: random, for tests."""
+    fan_in_fan_out: bool = False
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
+
+
 _NOT_SHOWN = {"bias", "fan_in_fan_out", "inference_mode"}
 _STEMS = {"rank_pattern": "r"}
-"""Patterns that are not named after the option whose value they change."""
+"""{pattern field: option}, for patterns that are not named after the option."""
 
 
 def options_at(config: PeftConfig, path: str = "") -> dict[str, bool | int | float | str]:
-    """Options of a method at the layer `path`, to print: numbers that are not zero, and what is not at its default."""
+    """Return the options to print for the layer `path`: numbers other than zero, and values other than the default."""
     inherited = {option.name for kind in (PeftConfig, TunerConfig) for option in dataclasses.fields(kind)}
     shown: dict[str, bool | int | float | str] = {}
     for option in dataclasses.fields(config):
@@ -346,7 +460,7 @@ def options_at(config: PeftConfig, path: str = "") -> dict[str, bool | int | flo
             stem = _STEMS.get(pattern, pattern.removesuffix("_pattern"))
             if option.name == stem or (len(stem) > 1 and option.name.endswith(f"_{stem}")):
                 value = first_match(getattr(config, pattern), path, value)
-        counts = not isinstance(value, bool | str) and value != 0
-        if counts or value != option.default:
+        is_nonzero_number = not isinstance(value, bool | str) and value != 0
+        if is_nonzero_number or value != option.default:
             shown[option.name] = value
     return shown

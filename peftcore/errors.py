@@ -1,6 +1,14 @@
 """The library's exceptions. Each message says which value was given, which values fit and what to do next."""
 
+import difflib
+from collections.abc import Collection
 from importlib.util import find_spec
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """Return "; did you mean X?" for the end of an error message, or the known words if none is similar."""
+    similar = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {similar[0]!r}?" if similar else f"; known: {', '.join(sorted(known))}"
 
 
 class PeftError(Exception):

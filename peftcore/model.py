@@ -23,7 +23,7 @@ from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError
 from peftcore.injection import activation, forward_hooks, inject, merge
 from peftcore.injection.adapter_set import adapter_set, untouched_names
-from peftcore.merging import Recipe
+from peftcore.merging import LowRankReport, Recipe
 from peftcore.storage import checkpoint
 from peftcore.storage.trainer_checkpoints import teach_trainer
 

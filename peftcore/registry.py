@@ -1,7 +1,7 @@
-"""Which adapter methods exist: `"LORA" -> (LoraConfig, Lora)`.
+"""Registry of adapter methods: `"LORA" -> (LoraConfig, Lora)`.
 
-Every file of `peftcore.methods` and `peftcore.prompts` registers itself; a third-party package does the same through
-an entry point of the group `peftcore.methods` that names its module and is called like its method.
+Every file of `peftcore.methods` and `peftcore.prompts` registers itself. A third-party package registers its methods
+through entry points of the group `peftcore.methods`: the entry's name is the method's, its value the module to import.
 """
 
 import importlib
@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from peftcore.config import PeftConfig, suggestion
-from peftcore.errors import ConfigError
+from peftcore.errors import ConfigError, suggestion
+
+if TYPE_CHECKING:
+    from peftcore.config import PeftConfig
 
 ENTRY_POINTS = "peftcore.methods"
 
@@ -27,78 +29,97 @@ class Method:
     """A registered method: its name on disk, its configuration class and its adapter class."""
 
     name: str
-    config: type[PeftConfig]
+    config: "type[PeftConfig]"
     adapter: type[Any]
 
 
 _methods: dict[str, Method] = {}
 
 
-def register(name: str, config: type[PeftConfig]) -> Callable[[Class], Class]:
-    """Class decorator: make an adapter class known as `name`, PEFT's `peft_type`."""
+def register(name: str, config: "type[PeftConfig]") -> Callable[[Class], Class]:
+    """Return a class decorator that registers an adapter class.
 
-    def remember(adapter: Class) -> Class:
+    Args:
+        name: The method's name on disk, PEFT's `peft_type`.
+        config: The method's configuration class.
+    """
+
+    def add(adapter: Class) -> Class:
         config.peft_type = name
         _methods[name] = Method(name, config, adapter)
         return adapter
 
-    return remember
+    return add
 
 
 @cache
-def _discover() -> None:
-    for name in ("peftcore.methods", "peftcore.prompts"):
+def import_plugins(packages: tuple[str, ...], group: str) -> None:
+    """Import every module of these packages and every entry point of a group, once; importing registers."""
+    for name in packages:
         package = importlib.import_module(name)
         for module in pkgutil.iter_modules(package.__path__, f"{name}."):
             importlib.import_module(module.name)
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+    for entry in importlib.metadata.entry_points(group=group):
         entry.load()
 
 
+def _discover() -> None:
+    import_plugins(("peftcore.methods", "peftcore.prompts"), ENTRY_POINTS)
+
+
 def methods() -> dict[str, Method]:
-    """All registered methods by name, in alphabetical order."""
+    """Return all registered methods by name, in alphabetical order."""
     _discover()
     return dict(sorted(_methods.items()))
 
 
 def tuner_names() -> list[str]:
-    """Names of the methods that adapt layers, found without importing any: each file is called like its method."""
+    """Return the names of the methods that adapt layers, from file and entry point names, without imports."""
     files = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "methods")])}
-    others = {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-    return sorted(name.upper() for name in files | others)
+    third_party = {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    return sorted(name.upper() for name in files | third_party)
 
 
 def method_named(name: str) -> Method:
-    """The method, or a ConfigError that lists those there are."""
+    """Return the method of this name.
+
+    Raises:
+        ConfigError: For an unknown name; the message suggests a similar one.
+    """
     _discover()
     if name not in _methods:
-        raise ConfigError(f"unknown adapter method {name!r}{suggestion(str(name), list(_methods))}")
+        raise ConfigError(f"unknown adapter method {name!r}{suggestion(str(name), _methods)}")
     return _methods[name]
 
 
-def method_of(config: PeftConfig) -> Method:
-    """The method that a configuration object belongs to."""
-    if not isinstance(config, PeftConfig):
+def method_of(config: "PeftConfig") -> Method:
+    """Return the method of a configuration object.
+
+    Raises:
+        ConfigError: If the object is not a configuration, or its method is unknown.
+    """
+    name = getattr(type(config), "peft_type", None)
+    if not isinstance(name, str):
         raise ConfigError(
             f"an adapter is described by a configuration such as LoraConfig; got {type(config).__name__}; "
-            "PeftConfig.from_dict makes one of a dictionary"
+            "PeftConfig.from_dict creates one from a dictionary"
         )
-    return method_named(config.peft_type)
+    return method_named(name)
 
 
 def line_count(method: Method) -> int:
-    """Lines of the method's own file, or of all files where it has a folder of its own."""
+    """Return the number of lines of the method's file, or of all files of its folder."""
     file = Path(inspect.getfile(method.adapter))
-    alone = file.parent.name in ("methods", "prompts")
-    return sum(len(source.read_text().splitlines()) for source in ([file] if alone else file.parent.glob("*.py")))
+    is_single_file = file.parent.name in ("methods", "prompts")
+    return sum(len(s.read_text().splitlines()) for s in ([file] if is_single_file else file.parent.rglob("*.py")))
 
 
 def method_table() -> str:
     """Return a Markdown table of the registered methods, the one in docs/methods.md."""
-    lines = ["| method | configuration | adapts | lines | what |", "|---|---|---|---|---|"]
+    lines = ["| method | configuration | adapts | lines | equation and paper |", "|---|---|---|---|---|"]
     for method in methods().values():
         module = importlib.import_module(method.adapter.__module__)
-        what = (module.__doc__ or "").strip().splitlines()[0]
+        summary = (module.__doc__ or "").strip().splitlines()[0]
         kinds = ", ".join(sorted(method.adapter.layer_kinds))
-        lines.append(f"| {method.name} | `{method.config.__name__}` | {kinds} | {line_count(method)} | {what} |")
+        lines.append(f"| {method.name} | `{method.config.__name__}` | {kinds} | {line_count(method)} | {summary} |")
     return "\n".join(lines) + "\n"

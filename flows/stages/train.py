@@ -58,7 +58,6 @@ from flows.training.warm_start import continue_adapter, starts_warm
 from flows.validation.findings import require_sound
 from peftcore import LoraConfig, TrainingError, initialize_from_data
 from peftcore.files import directory_written_atomically, write_atomically
-from peftcore.init import DATA_INITIALISATIONS
 from peftcore.injection.merge import check_mergeable
 from peftcore.train import (
     AdapterTrainer,
@@ -201,7 +200,7 @@ def _trainer(
 
 def _start_from_data(params: Params, model: Any, rows: Dataset, pad: int) -> None:
     """Give a LoRA that starts from data (EVA, CorDA, LoRA-GA) that start, from the first training rows."""
-    if getattr(model.peft_config["default"], "init_lora_weights", None) not in DATA_INITIALISATIONS:
+    if not model.peft_config["default"].needs_data:
         return
     size = params.train.batch_size
     firsts = [rows[i] for i in range(min(len(rows), BATCHES_FOR_START * size))]

@@ -8,15 +8,11 @@ Shapes: i in_features, o out_features, r rank; lora_A (r, i), lora_E (r, 1), lor
 
 from pathlib import Path
 
-from torch import Tensor
-
 from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.config import PeftConfig
 from peftcore.conversion.convert import write_lora
 from peftcore.conversion.lora import lora_config, lora_tensors
 from peftcore.errors import ConfigError
-from peftcore.kernels.factors import Factors
-from peftcore.methods.adalora import AdaLoraConfig, scaling_of
 
 
 def convert_directory_to_lora(source: str | Path, directory: str | Path) -> None:
@@ -31,20 +27,12 @@ def convert_directory_to_lora(source: str | Path, directory: str | Path) -> None
         ConfigError: the source holds another method, or every layer has rank 0.
     """
     config = PeftConfig.from_pretrained(source)
-    if not isinstance(config, AdaLoraConfig):
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(Path(source)).items()}
+    layers = config.take_factors(tensors)
+    if layers is None:
         raise ConfigError(
             f"{source} holds a {config.peft_type} adapter; only ADALORA is converted to LORA without its model: load "
             "it onto the model and use save_as_lora"
         )
-    tensors = read_tensors(Path(source))
-    layers = adalora_factors(config, tensors)
-    converted = {f"{PREFIX}{path}.{name}" for path in layers for name in ("lora_A", "lora_B", "lora_E")}
-    rest = {key: tensor for key, tensor in tensors.items() if key not in converted}
+    rest = {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
     write_lora(lora_config(config, layers), lora_tensors(layers, {}) | rest, Path(directory))
-
-
-def adalora_factors(config: AdaLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Factors]:
-    """Return {path: factors} of an AdaLoRA directory's tensors."""
-    paths = [key.removeprefix(PREFIX).removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]
-    a, b, e = ({path: tensors[f"{PREFIX}{path}.lora_{letter}"] for path in paths} for letter in "ABE")
-    return {path: Factors((a[path] * e[path])[None], b[path][None], scaling_of(config)) for path in paths}

@@ -16,7 +16,7 @@ from peftcore.injection.inject import commit_injection
 from peftcore.injection.preparation import prepare_injection
 from peftcore.kernels.factors import LowRankReport
 from peftcore.methods.lora import LoraConfig
-from peftcore.storage.adapter_state import Content, content_of
+from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import embeddings_to_save
 
 
@@ -58,8 +58,8 @@ def convert_to_lora(
     """
     plain = _plain_lora(model, adapter_name, rank, tolerance)
     injection = prepare_injection(model, plain.config, new_name, initialise=False)
-    content = Content(injection.adapters, injection.biases, injection.copies, None)
-    content.read(content.spelled(plain.tensors))
+    state = AdapterState(injection.adapters, injection.biases, injection.copies, None)
+    state.read(state.with_our_keys(plain.tensors))
     commit_injection(model, injection, is_trainable)
     return plain.report
 
@@ -87,7 +87,7 @@ def save_as_lora(
         ConfigError, MergeError: no LoRA can replace the adapter.
     """
     plain = _plain_lora(model, adapter_name, rank, tolerance)
-    rows = embeddings_to_save(model, content_of(adapter_set(model), adapter_name), adapter_name, "auto")
+    rows = embeddings_to_save(model, adapter_state_of(adapter_set(model), adapter_name), adapter_name, "auto")
     base = plain.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     plain.config.base_model_name_or_path = base
     write_lora(plain.config, rows | plain.tensors, Path(directory))

@@ -18,7 +18,6 @@ from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.merge import check_mergeable
 from peftcore.kernels.factors import Factors, LowRankReport, inner, svd_of_dense, svd_of_factors
 from peftcore.merging.weight_changes import dense_change
-from peftcore.methods.lora import Lora
 
 KINDS = ("linear", "conv", "embedding")
 """Kinds of layers whose weight a LoRA can change by two factors."""
@@ -120,19 +119,12 @@ def check_convertible(model: nn.Module, name: str) -> None:
             raise ConfigError(
                 f"{path} is a {adapter.base.kind}, which plain LoRA does not change; merge the adapter instead"
             )
-        if isinstance(adapter, Lora) and adapter.lora_bias is not None:
-            raise ConfigError(
-                f"{path}: lora_bias is a change of the bias, which plain LoRA does not have; merge the adapter instead"
-            )
-    check_mergeable(model, [name])
-    for path, adapter in adapters.adapters(name).items():
-        bias = adapter.base.unmerged_bias
-        changed = adapter.merged_bias(bias)
-        if changed is not bias and (bias is None or changed is None or not torch.equal(changed.to(bias), bias)):
+        if adapter.bias_change() is not None:
             raise ConfigError(
                 f"{path}: {config.peft_type} changes the layer's bias too, which plain LoRA does not; merge the "
                 "adapter instead"
             )
+    check_mergeable(model, [name])
 
 
 def _check_limits(rank: int | None, tolerance: float | None) -> None:

@@ -29,7 +29,7 @@ def lora_config(config: PeftConfig, layers: Mapping[str, Factors]) -> LoraConfig
         raise ConfigError(
             f"every layer of this {config.peft_type} adapter has rank 0, so no LoRA equals it; there is nothing to save"
         )
-    bias = getattr(source, "bias", "none")
+    bias = source.bias
     bias = "lora_only" if bias.endswith("_only") else bias
     if bias == "lora_only" and len(targets) < len(layers):
         raise ConfigError(

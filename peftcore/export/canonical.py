@@ -6,7 +6,6 @@ AdaLoRA's) is multiplied into B. So the result is correct in a runtime that know
 Shapes: i in_features, o out_features, r rank; on an embedding of v rows of size d: A (r, v), B (d, r).
 """
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,19 +17,15 @@ from torch import Tensor, nn
 
 from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.config import PeftConfig
-from peftcore.conversion.adalora import adalora_factors
 from peftcore.conversion.layer_factors import check_convertible, exact_factors
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.kernels.factors import Factors, padded
-from peftcore.methods.adalora import AdaLoraConfig
 from peftcore.methods.lora import LoraConfig
 
 _EMBEDDING = ".lora_embedding_A"
 _TARGETED_ROWS, _ROWS = ".base_layer.weight", ("embed_tokens.weight", "lm_head.weight")
 """Key endings of embeddings that `save_embedding_layers` saves: of layers that the adapter targets, and of others."""
-_RESIDUAL_INITIALISATIONS = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Initialisations that subtract a residual from the base; HF PEFT's directories do not contain the residual."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +107,14 @@ def _of_model(model: nn.Module, name: str) -> tuple[dict[str, Factors], set[str]
 
 def check_plain(config: PeftConfig) -> None:
     """Raise ExportError if a configuration has options that a plain LoRA lacks."""
-    own: Any = config
-    if getattr(own, "use_dora", False):
-        raise ExportError(_not_low_rank("DoRA"))
-    if getattr(own, "alora_invocation_tokens", None) is not None:
-        raise ExportError("aLoRA acts at some positions only, which this format cannot express; train a plain LoRA")
-    if getattr(own, "modules_to_save", None):
+    if reason := config.beyond_low_rank():
+        raise ExportError(reason)
+    if config.modules_to_save:
         raise ExportError(_SAVED_MODULES)
-    if getattr(own, "bias", "none") != "none" or getattr(own, "lora_bias", False):
+    if config.bias != "none":
         raise ExportError("the adapter trains biases, which LoRA runtimes do not read; merge it into the base instead")
     for option in ("target_parameters", "layer_replication", "trainable_token_indices"):
-        if getattr(own, option, None):
+        if getattr(config, option):
             raise ExportError(f"{option} is not read by LoRA runtimes; merge the adapter into the base instead")
 
 
@@ -141,18 +133,18 @@ def _not_low_rank(method: str) -> str:
 
 def _of_directory(config: PeftConfig, directory: Path) -> tuple[dict[str, Factors], set[str]]:
     check_plain(config)
-    if isinstance(config, AdaLoraConfig):
-        tensors = read_tensors(directory)
-        return adalora_factors(config, tensors), set()
+    tensors = read_tensors(directory)
+    layers = config.take_factors({key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
+    if layers is not None:
+        return layers, set()
     if not isinstance(config, LoraConfig):
         raise ExportError(f"{directory} holds a {config.peft_type} adapter. {_not_low_rank(config.peft_type)}")
-    initialisation = config.init_lora_weights
-    if isinstance(initialisation, str) and initialisation.startswith(_RESIDUAL_INITIALISATIONS):
+    if config.initialisation().subtracts or config.replaces_base:  # HF PEFT writes the factors, not the changed base
         raise ExportError(
-            f"{directory}: init_lora_weights={initialisation!r} subtracts a residual from the base; load the adapter "
-            "onto the model and export it from there"
+            f"{directory}: init_lora_weights={config.init_lora_weights!r} subtracts a residual from the base; load "
+            "the adapter onto the model and export it from there"
         )
-    return _lora_factors(config, read_tensors(directory), directory)
+    return _lora_factors(config, tensors, directory)
 
 
 def _lora_factors(
@@ -169,10 +161,7 @@ def _lora_factors(
             problem = "has no B" if other not in tensors else "is a convolution, which LoRA runtimes do not adapt"
             raise ExportError(f"{directory}: {path} {problem}; merge the adapter into the base instead")
         read |= {key, other}
-        alpha = config.at(path)[1]
-        layers[path] = Factors(
-            a[None], tensors[other][None], alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))
-        )
+        layers[path] = Factors(a[None], tensors[other][None], config.at(path)[1] / config.denominator(len(a)))
         embeddings |= {path} if ending == _EMBEDDING else set()
     left = sorted(key for key in tensors if key not in read and not key.endswith(_TARGETED_ROWS))
     if left and all(key.endswith(_ROWS) for key in left):

@@ -1,7 +1,5 @@
-"""`initialize_from_data`: data-driven initialisation of a LoRA adapter (EVA, CorDA, LoRA-GA)."""
+"""Initialisation from data: `initialize_from_data(model, batches)`."""
 
-import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -11,20 +9,11 @@ from tqdm import tqdm
 
 from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import ConfigError
-from peftcore.init.corda import Corda
-from peftcore.init.eva import Eva
-from peftcore.init.lora_ga import LoraGa
-from peftcore.init.observer import Observer
 from peftcore.injection import activation, inject
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.layers.training_flags import training_flags_restored
 from peftcore.methods.lora import Lora, LoraConfig
-from peftcore.methods.lora.starts import put, taken_out
-
-_OBSERVERS: dict[str, type[Observer]] = {"eva": Eva, "corda": Corda, "lora_ga": LoraGa}
-
-DATA_INITIALISATIONS = tuple(_OBSERVERS)
-"""Values of `init_lora_weights` that need data."""
+from peftcore.methods.lora.observer import Observer
 
 
 def initialize_from_data(
@@ -34,42 +23,43 @@ def initialize_from_data(
     forward: Callable[[Any, Mapping[str, Any]], Any] | None = None,
     progress: bool = True,
 ) -> None:
-    """Initialise a LoRA adapter whose `init_lora_weights` is "eva", "corda" or "lora_ga", in place.
+    """Initialise an adapter whose initialisation needs data ("eva", "corda" or "lora_ga"), in place.
 
-    "eva" may change the ranks of layers, and removes the adapter from layers of rank 0.
+    "eva" may change the ranks of layers, and remove the adapter of layers that get no rank.
 
     Args:
-        model: a model with the adapter.
-        batches: keyword arguments of the model, as tensors on its device; a few hundred rows of the training data are
+        model: The model with the adapter.
+        batches: Keyword arguments of the model, as tensors on its device. A few hundred rows of training data are
             enough. "lora_ga" needs labels, so that the model returns a loss.
-        adapter_name: the adapter.
-        forward: called as forward(model, batch) instead of `model(**batch)`.
-        progress: True to show a progress bar.
+        adapter_name: The adapter to initialise.
+        forward: Function to call as `forward(model, batch)` instead of `model(**batch)`.
+        progress: Show a progress bar.
 
     Raises:
-        ConfigError: the adapter has another initialisation, or there is no batch; the adapter is unchanged.
+        ConfigError: If the initialisation needs no data, or there is no batch. The adapter is then unchanged.
     """
     adapters = adapter_set(model)
     adapters.require(adapter_name)
     config = adapters.configs[adapter_name]
-    initialisation = getattr(config, "init_lora_weights", None)
-    if initialisation not in _OBSERVERS:
+    if not config.needs_data:
         raise ConfigError(
-            f"adapter {adapter_name!r} has init_lora_weights={initialisation!r}; only {', '.join(_OBSERVERS)} need data"
+            f"adapter {adapter_name!r} needs no data for its initialisation; use init_lora_weights='eva', 'corda' or "
+            "'lora_ga', or leave this call out"
         )
-    assert isinstance(config, LoraConfig)
+    config = cast(LoraConfig, config)
     layers = cast(dict[str, Lora], adapters.of_method(adapter_name))
     if others := [path for path, adapter in layers.items() if adapter.base.kind != "linear"]:
-        raise ConfigError(f"init_lora_weights={initialisation!r} fits linear layers only; exclude {others[0]}")
-    observer = _OBSERVERS[str(initialisation)](config, layers)
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} fits linear layers only; exclude {others[0]}"
+        )
+    observer = config.observer(layers)
     if not _observe(model, observer, batches, forward, progress):
         raise ConfigError("initialize_from_data got no batch; give an iterable of the model's keyword arguments")
     _apply(model, adapter_name, config, observer)
 
 
 def _observe(model: Any, observer: Observer, batches: Iterable[Any], forward: Any, progress: bool) -> int:
-    """Run the base model over the batches, and return their number."""
-    count = 0
+    batch_count = 0
     keep_quantized_weights_trainable(model)
     handles = [
         adapter.base.layer.register_forward_hook(observer.hook(path)) for path, adapter in observer.layers.items()
@@ -88,41 +78,31 @@ def _observe(model: Any, observer: Observer, batches: Iterable[Any], forward: An
                             "lora_ga needs a loss: give batches with labels, or a forward that returns the loss"
                         )
                     loss.backward()
-                count += 1
+                batch_count += 1
                 if observer.is_done():
                     break
     finally:
         for handle in handles:
             handle.remove()
-    return count
+    return batch_count
 
 
 @torch.no_grad()
 def _apply(model: nn.Module, name: str, config: LoraConfig, observer: Observer) -> None:
     ranks = observer.ranks()
     if any(rank != observer.layers[path].r for path, rank in ranks.items()):
-        _change_ranks(model, name, config, ranks, keep_scaling=not observer.adjusts_scaling)
+        _replace_adapter(model, name, config.with_ranks(ranks, observer.keeps_alpha))
     for path, adapter in cast(dict[str, Lora], adapter_set(model).of_method(name)).items():
-        a, b = observer.factors(path, adapter)
-        put(adapter, (a, b))
-        if observer.subtracts_residual:
-            adapter.start_A, adapter.start_B = taken_out(adapter)
+        adapter.set_factors(*observer.factors(path, adapter))
+        if config.initialisation().subtracts:
+            adapter.subtract_start()
 
 
-def _change_ranks(model: nn.Module, name: str, config: LoraConfig, ranks: dict[str, int], keep_scaling: bool) -> None:
-    """Replace the adapter by one with other ranks; layers of rank 0 lose the adapter."""
+def _replace_adapter(model: nn.Module, name: str, config: LoraConfig) -> None:
+    """Replace an adapter by a new one with another configuration."""
     adapters = adapter_set(model)
     active = adapters.selection.active
-    ranks = {path: rank for path, rank in ranks.items() if rank}
-    alphas = {}
-    for path, rank in ranks.items():
-        old_rank, alpha = config.at(path)
-        ratio = rank / old_rank
-        alphas[path] = alpha * (math.sqrt(ratio) if config.use_rslora else ratio) if keep_scaling else alpha
-    changed = dataclasses.replace(
-        config, target_modules=sorted(ranks), exclude_modules=None, rank_pattern=ranks, alpha_pattern=alphas
-    )
     trainable = any(p.requires_grad for p in adapters.parameters(name))
     inject.delete_adapter(model, name)
-    inject.commit_injection(model, inject.prepare_injection(model, changed, name), trainable)
+    inject.commit_injection(model, inject.prepare_injection(model, config, name), trainable)
     adapters.selection.active = active

@@ -11,7 +11,7 @@ from torch import Tensor
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora import Lora
-from peftcore.methods.lora.starts import low_rank, put
+from peftcore.methods.lora.initialisation import Factors, principal_factors
 
 
 @torch.no_grad()
@@ -47,14 +47,14 @@ def replace_lora_weights_loftq(
             )
         before = adapter.lora_A.clone(), adapter.lora_B.clone()
         residual = weight.float().to(adapter.base.device) - adapter.base.read_unmerged().float()
-        _set_factors(adapter, low_rank(residual, adapter.r, adapter.scaling))
+        _start_at(adapter, principal_factors(residual, adapter.r, adapter.scaling))
         if callback is not None and not callback(model, path):
-            _set_factors(adapter, before)
+            _start_at(adapter, before)
 
 
-def _set_factors(adapter: Lora, factors: tuple[Tensor, Tensor]) -> None:
-    put(adapter, factors)
-    adapter.reset_magnitude()
+def _start_at(adapter: Lora, factors: Factors) -> None:
+    adapter.set_factors(*factors)
+    adapter.reset_variants()
 
 
 def _originals(directory: Path, adapters: Mapping[str, Lora]) -> dict[str, Tensor]:

@@ -216,7 +216,8 @@ def deepened(model: nn.Module, config: PeftConfig) -> Iterator[Replication | Non
     Raises:
         ConfigError: the model has adapters already, or a range does not fit.
     """
-    ranges = getattr(config, "layer_replication", None)
+    method_of(config)  # raises ConfigError for anything but a configuration
+    ranges = config.layer_replication
     if not ranges:
         yield None
         return

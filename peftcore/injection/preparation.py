@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ from peftcore.layers.saved_module import SavedModule
 from peftcore.layers.trained_bias import TrainedBias, TrainedBiasParameter
 from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner
-from peftcore.registry import method_named, method_of
+from peftcore.registry import method_of
 
 
 @dataclasses.dataclass
@@ -112,7 +112,7 @@ def _adapters_for(
     """Make {path: adapter} for the targets of a configuration."""
     kind = method_of(config).adapter
     targets = checked_targets(module_index, config, paths)
-    if kind.follows_ties or getattr(config, "ensure_weight_tying", False):
+    if kind.follows_ties or config.ensure_weight_tying:
         targets |= {path: module_index.modules[path] for path in tied_paths(module_index, targets)}
     bases: dict[str, BaseWeight] = {}
     for path, layer in targets.items():
@@ -143,15 +143,10 @@ def _parameter_bases(module_index: ModuleIndex, config: TunerConfig) -> dict[str
 def _token_adapters(
     module_index: ModuleIndex, config: TunerConfig, taken: Mapping[str, Adapter], initialise: bool
 ) -> dict[str, Adapter]:
-    """Make the adapters of single embedding rows, for configurations with `trainable_token_indices`."""
-    indices = getattr(config, "trainable_token_indices", None)
-    if not indices:
-        return {}
+    """Return the adapters of single embedding rows (`trainable_token_indices`)."""
     adapters: dict[str, Adapter] = {}
-    for target, tokens in indices.items() if isinstance(indices, dict) else [(None, indices)]:
-        options: dict[str, Any] = {"token_indices": list(tokens), "target_modules": target and [target]}
-        rows = cast(TunerConfig, method_named("TRAINABLE_TOKENS").config(**options))
-        adapters |= _adapters_for(module_index, rows, target_paths(module_index, rows), initialise)
+    for token_config in config.token_configs():
+        adapters |= _adapters_for(module_index, token_config, target_paths(module_index, token_config), initialise)
     if both := sorted(adapters.keys() & taken.keys()):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
     for adapter in adapters.values():
@@ -227,7 +222,7 @@ def _widen(adapter: Adapter, dtype: torch.dtype) -> None:
 def _copies_of(module_index: ModuleIndex, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Make the trainable copies; with `ensure_weight_tying`, both sides of a tied pair, with one weight."""
     copies = {path: _copy_of(module) for path, module in saved.items()}
-    if getattr(config, "ensure_weight_tying", False):
+    if config.ensure_weight_tying:
         for path, other in tied_paths(module_index, saved).items():
             copies[path] = _copy_of(module_index.modules[path])
             copies[path].weight = copies[other].weight
@@ -275,7 +270,7 @@ def _trained_biases(
     module_index: ModuleIndex, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
 ) -> dict[str, TrainedBias]:
     """Make the trained biases: of the adapter's layers, or of all modules that it does not train whole."""
-    mode = getattr(config, "bias", "none")
+    mode = config.bias
     if mode == "none":
         return {}
     paths = [

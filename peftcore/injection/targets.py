@@ -11,9 +11,9 @@ from torch import nn
 
 from peftcore._util.patterns import matched
 from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_projections
-from peftcore.config import BLOCK, PromptLearningConfig, TaskType, TunerConfig, suggestion
+from peftcore.config import BLOCK, PromptLearningConfig, TaskType, TunerConfig
 from peftcore.detection import detect
-from peftcore.errors import TargetError
+from peftcore.errors import TargetError, suggestion
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.saved_module import SavedModule
@@ -109,7 +109,7 @@ def is_within(path: str, roots: Collection[str]) -> bool:
 
 def parameter_names(config: TunerConfig) -> list[str]:
     """Return the configuration's `target_parameters`; [] if its method has no such option."""
-    return getattr(config, "target_parameters", None) or []
+    return config.target_parameters or []
 
 
 def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str, tuple[nn.Module, str]]:

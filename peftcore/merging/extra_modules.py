@@ -63,9 +63,9 @@ def extra_modules_of(adapters: AdapterSet, names: Sequence[str]) -> ExtraModules
             )
         copies |= own
         tokens |= cast(dict[str, TrainableTokens], rows)
-        saved += [n for n in getattr(adapters.configs[name], "modules_to_save", None) or [] if own and n not in saved]
+        saved += [n for n in adapters.configs[name].modules_to_save or [] if own and n not in saved]
     return ExtraModules(copies, tokens, saved)
 
 
 def _bias_mode(adapters: AdapterSet, name: str) -> str:
-    return getattr(adapters.configs[name], "bias", "none")
+    return adapters.configs[name].bias

@@ -49,8 +49,7 @@ def _fill(injection: Injection, layers: Mapping[str, MergedLayer]) -> None:
         adapter.lora_A.copy_(a.reshape(adapter.lora_A.shape))
         adapter.lora_B.copy_(b.permute(1, 2, 0).reshape(adapter.lora_B.shape) * (scaling / adapter.scaling))
         if bias is not None:
-            assert adapter.lora_bias is not None
-            adapter.lora_bias.copy_(bias / adapter.scaling)
+            adapter.get_parameter("lora_bias").copy_(bias / adapter.scaling)
 
 
 def _config(model: nn.Module, sources: Sources, layers: Mapping[str, MergedLayer]) -> LoraConfig:

@@ -10,8 +10,7 @@ from peftcore.adapter import Adapter
 from peftcore.errors import AdapterNameError, ConfigError, MergeError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.merging.extra_modules import extra_modules_of
-from peftcore.merging.weight_changes import Change, change_of, check_replaceable, rank_of
-from peftcore.methods.lora import LoraConfig
+from peftcore.merging.weight_changes import Change, change_of, check_replaceable
 
 
 class Sources:
@@ -58,7 +57,7 @@ class Sources:
         ranks: list[int] = []
         for layer in self.paths if path is None else [path]:
             for name, adapter in zip(self.names, self.at(layer), strict=True):
-                rank = 0 if adapter is None else rank_of(adapter)
+                rank = 0 if adapter is None else adapter.change_rank
                 if rank is None:
                     raise ConfigError(
                         f"adapter {name!r} ({self.config(name).peft_type}) has no rank that the new adapter could "
@@ -66,8 +65,7 @@ class Sources:
                     )
                 ranks.append(rank)
         for config in map(self.config, self.names if path is None else []):
-            if isinstance(config, LoraConfig):
-                ranks += [config.r, *(config.rank_pattern or {}).values()]
+            ranks += config.ranks()
         return max(ranks)
 
     def check_rank(self, option: str, rank: int | None) -> None:

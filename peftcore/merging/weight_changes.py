@@ -40,9 +40,11 @@ def change_of(adapter: Adapter) -> Change:
     """Read an adapter's change, in the type of its parameters or in float32 if that is wider."""
     dtype = torch.promote_types(next(adapter.parameters(), torch.empty(0)).dtype, torch.float32)
     factors = adapter.exact_factors()
+    bias = adapter.bias_change()
+    bias = None if bias is None else bias.to(dtype)
     if factors is None:
-        return Change(dense_change(adapter).to(dtype), _bias(adapter, dtype))
-    return Change(Factors(factors.a.to(dtype), factors.b.to(dtype), factors.scaling), _bias(adapter, dtype))
+        return Change(dense_change(adapter).to(dtype), bias)
+    return Change(Factors(factors.a.to(dtype), factors.b.to(dtype), factors.scaling), bias)
 
 
 def dense_change(adapter: Adapter) -> Tensor:
@@ -50,16 +52,6 @@ def dense_change(adapter: Adapter) -> Tensor:
     weight = adapter.base.read_unmerged().double()
     change = adapter.merged_weight(weight) - weight
     return change.reshape(adapter.base.count, adapter.base.out_features, -1)
-
-
-def _bias(adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-    if isinstance(adapter, Lora):
-        return None if adapter.lora_bias is None else adapter.lora_bias.to(dtype) * adapter.scaling
-    bias = adapter.base.unmerged_bias
-    changed = adapter.merged_bias(bias)
-    if changed is bias or changed is None:
-        return None
-    return (changed if bias is None else changed.double() - bias.double()).to(dtype)
 
 
 def check_replaceable(adapter: Adapter, name: str, path: str) -> None:
@@ -80,10 +72,3 @@ def check_replaceable(adapter: Adapter, name: str, path: str) -> None:
         adapter.check_mergeable()
     except MergeError as error:
         raise MergeError(f"adapter {name!r} at {path} cannot be merged: {error}") from error
-
-
-def rank_of(adapter: Adapter) -> int | None:
-    """Return the largest rank (count) that the adapter's ΔW can have; None if its method has no rank."""
-    if isinstance(adapter, Lora) and adapter.magnitude is None:
-        return adapter.r * (1 if adapter.start is None else 2)
-    return adapter.rank

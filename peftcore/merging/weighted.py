@@ -13,8 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from peftcore.config import suggestion
-from peftcore.errors import ConfigError
+from peftcore.errors import ConfigError, suggestion
 from peftcore.kernels.factors import Factors, LowRankReport, inner, svd_of_factors
 from peftcore.merging.elementwise import merged_elements
 from peftcore.merging.layer import MergedLayer, merged_layer

@@ -2,8 +2,8 @@
 
 Each of the r triplets (column of P, λ, row of Q) is scored S = s(λ) + mean s(P·j) + mean s(Q j·), where
 s(w) = Ī·Ū, Ī ← β₁Ī + (1−β₁)|w·∇w| and Ū ← β₂Ū + (1−β₂)|I − Ī|. Every deltaT steps the best b(t) triplets of the
-whole model keep their λ and the others' λ is set to zero; they still get gradients and may come back. The budget is
-b₀ for t ≤ tinit, b_T in the last tfinal steps, and b_T + (b₀ − b_T)(1 − (t − tinit)/(T − tinit − tfinal))³ between.
+whole model keep their λ, and the λ of the others is set to zero; these still get gradients and may return. The budget
+is b₀ for t ≤ tinit, b_T in the last tfinal steps, and b_T + (b₀ − b_T)(1 − (t − tinit)/(T − tinit − tfinal))³ between.
 
 Shapes: i in_features, o out_features, r rank; Q = lora_A (r, i), Λ = lora_E (r, 1), P = lora_B (o, r).
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from peftcore._util.state_pruning import can_prune, pruned
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig
+from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError, TrainingError
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
@@ -33,11 +33,32 @@ class AdaLoraConfig(TunerConfig):
     """AdaLoRA's options under PEFT's names; steps count optimiser steps."""
 
     ignored_on_disk: ClassVar[dict[str, Any]] = {
-        **LORA_FAMILY_NEUTRAL,
+        "alora_invocation_tokens": None,
         "alpha_pattern": {},
+        "arrow_config": None,
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "kasa_config": None,
+        "layer_replication": None,
+        "loftq_config": {},
+        "lora_bias": False,
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "monteclora_config": None,
+        "qalora_group_size": 16,
         "r": 8,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_dora": False,
+        "use_qalora": False,
         "use_rslora": False,
+        "velora_config": None,
     }
+    size_fields: ClassVar[tuple[str, ...]] = ("init_r",)
+    has_schedule: ClassVar[bool] = True
 
     target_r: int = 8
     """Average rank per layer at the end."""
@@ -53,9 +74,9 @@ class AdaLoraConfig(TunerConfig):
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
     total_step: int | None = None
-    """Optimiser steps of the whole training; needed to train, not to load."""
+    """Optimiser steps of the whole training; required for training, not for loading."""
     rank_pattern: dict[str, list[bool]] | None = None
-    """{path.lora_E: which of the init_r triplets are kept}; written when saved, the tensors are then that small."""
+    """{path.lora_E: mask of the init_r triplets}; written on saving, with tensors of the kept triplets only."""
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     bias: str = "none"
@@ -77,15 +98,30 @@ class AdaLoraConfig(TunerConfig):
                 f"fall; got {self.tinit} + {self.tfinal}"
             )
 
+    @classmethod
+    def schedule_options(cls, total_steps: int, warmup_share: float, final_share: float) -> dict[str, Any]:
+        return {
+            "tinit": int(warmup_share * total_steps),
+            "tfinal": int(final_share * total_steps),
+            "total_step": total_steps,
+        }
+
+    def take_factors(self, tensors: dict[str, Tensor]) -> dict[str, Factors]:
+        scaling, layers = scaling_of(self), {}
+        for path in [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]:
+            a, b, e = (tensors.pop(f"{path}.lora_{letter}") for letter in "ABE")
+            layers[path] = Factors((a * e)[None], b[None], scaling)
+        return layers
+
     @property
     def final_step(self) -> int:
-        """The step from which the budget is final."""
+        """Step from which the budget is final."""
         if self.total_step is None:
             raise TrainingError("ADALORA: training needs total_step, the number of optimiser steps; set it")
         return self.total_step - self.tfinal
 
     def budget(self, step: int, layers: int) -> int:
-        """Triplets kept in the whole model at `step` (from 1), for a number of adapted layers."""
+        """Return the number of triplets kept in the whole model at `step` (from 1), for a number of adapted layers."""
         start, end = self.init_r * layers, self.target_r * layers
         if step <= self.tinit:
             return start
@@ -95,7 +131,7 @@ class AdaLoraConfig(TunerConfig):
         return end + int((start - end) * left**3)
 
     def mask_at(self, path: str) -> list[bool] | None:
-        """The saved mask of the layer at `path`, if this configuration was saved with one."""
+        """Return the saved mask of the layer at `path`; None if this configuration has none."""
         return None if self.rank_pattern is None else self.rank_pattern.get(f"{path}.lora_E")
 
 
@@ -109,7 +145,7 @@ class AdaLora(Adapter):
         kept = torch.tensor([True] * config.init_r if mask is None else mask, device="cpu").flatten().bool()
         if len(kept) != config.init_r:
             raise ConfigError(
-                f"ADALORA: rank_pattern at {path} must say of each of the {config.init_r} triplets whether it is kept; "
+                f"ADALORA: rank_pattern at {path} must have one entry for each of the {config.init_r} triplets; "
                 f"got {len(kept)}"
             )
         r = int(kept.sum())
@@ -120,7 +156,7 @@ class AdaLora(Adapter):
         self.lora_B = nn.Parameter(torch.empty(base.out_features, r))
         self.lora_E = nn.Parameter(torch.empty(r, 1))
         self.kept = kept
-        """Which of the init_r triplets the budget keeps; the parameters may still hold all of them."""
+        """Mask of the init_r triplets that the budget keeps; the parameters may still hold all of them."""
         self.importance: dict[str, tuple[Tensor, Tensor]] = {}
         """{parameter: (Ī, Ū)}, float32, from the first gradient on."""
 
@@ -158,7 +194,7 @@ class AdaLora(Adapter):
     # -- disk: PEFT stores the kept triplets only, and the mask in the configuration -----------------------------
 
     def _kept_rows(self) -> Tensor:
-        """Indices, among the triplets held now, of those the budget keeps."""
+        """Return the indices of the kept triplets among those that the parameters hold."""
         if len(self.lora_E) == int(self.kept.sum()):
             return torch.arange(len(self.lora_E))
         return self.kept.nonzero().flatten()
@@ -184,7 +220,7 @@ class AdaLora(Adapter):
 
     @classmethod
     def regularizer(cls, config: AdaLoraConfig, adapters: Mapping[str, Adapter]) -> Tensor | None:
-        """orth_reg_weight · mean over matrices of ‖PᵀP − I‖² and ‖QQᵀ − I‖² (Frobenius, squared as in the paper)."""
+        """Return orth_reg_weight · mean over matrices of ‖PᵀP − I‖² and ‖QQᵀ − I‖² (Frobenius, squared)."""
         if not config.orth_reg_weight:
             return None
         terms = []
@@ -230,7 +266,7 @@ class AdaLora(Adapter):
             self.importance[name] = (mean, spread)
 
     def scores(self) -> Tensor:
-        """S (r,) of each triplet, float32; zeros before the first gradient."""
+        """Return the score S (r,) of each triplet, float32; zeros before the first gradient."""
         if not self.importance:
             return torch.zeros(len(self.lora_E), device=self.lora_E.device)
         score = {name: mean * spread for name, (mean, spread) in self.importance.items()}
@@ -243,7 +279,7 @@ class AdaLora(Adapter):
     def _prune(self, optimizer: torch.optim.Optimizer) -> None:
         """Shrink the parameters and the optimiser's moments to the triplets that are kept.
 
-        A moment in a form that is not known stays with the masked tensors.
+        If the optimiser's state has an unknown form, the tensors stay masked instead.
         """
         if not all(can_prune(getattr(self, name), optimizer) for name in _NAMES):
             return
@@ -253,7 +289,7 @@ class AdaLora(Adapter):
         self.importance = {}
 
     def training_state(self) -> dict[str, Tensor]:
-        """Whole tensors (masked triplets too), the mask, and Ī, Ū by parameter."""
+        """Return the whole tensors (masked triplets too), the mask, and Ī, Ū by parameter."""
         state = {name: getattr(self, name).detach().clone() for name in _NAMES} | {"kept": self.kept}
         for name, (mean, spread) in self.importance.items():
             state |= {f"{name}.mean": mean, f"{name}.spread": spread}
@@ -272,13 +308,13 @@ class AdaLora(Adapter):
 
 
 def scaling_of(config: AdaLoraConfig) -> float:
-    """S = α/init_r, with PEFT's denominator, so that its adapters read the same."""
+    """Return s = α/init_r, with PEFT's denominator."""
     alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
     return alpha / (config.init_r + 1e-5)
 
 
 def _triplet_axis(name: str) -> int:
-    """The axis of a parameter along which its triplets lie."""
+    """Return the axis of a parameter that indexes the triplets."""
     return 1 if name == "lora_B" else 0
 
 

@@ -24,19 +24,19 @@ class BOFTConfig(TunerConfig):
     """BOFT's options under PEFT's names."""
 
     boft_block_size: int = 4
-    """Features that one block turns (count); give this or boft_block_num, and 0 for the other."""
+    """Features that one block rotates (count); give this or boft_block_num, and 0 for the other."""
     boft_block_num: int = 0
     """Blocks in a layer (count)."""
     boft_n_butterfly_factor: int = 1
-    """Factors m (count); 1 is OFT, and each more doubles the features that reach each other."""
+    """Factors m (count); 1 is OFT, and each further factor doubles the number of features that mix."""
     boft_dropout: float = 0.0
-    """Share of one random factor's blocks that are the identity in one forward while training."""
+    """Share of one random factor's blocks that are the identity in one forward pass in training."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "boft_only"."""
+    """Biases of the model that train too: "none", "all" or "boft_only"."""
     init_weights: bool = True
     """True: B starts at the identity and s at one; False: random, for tests."""
     fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,7 @@ class BOFTConfig(TunerConfig):
         self.one_of("bias", self.bias, ("none", "all", "boft_only"))
 
     def blocks(self, features: int, path: str) -> tuple[int, int]:
-        """(number, size) of the blocks of a layer that turns this many features."""
+        """Return (number, size) of the blocks of a layer with this many features to rotate."""
         asked, m = self.boft_block_size or self.boft_block_num, self.boft_n_butterfly_factor
         number, size = features // asked, asked
         if self.boft_block_num:
@@ -61,7 +61,7 @@ class BOFTConfig(TunerConfig):
         if m > 1 and (size % 2 or number % 2 ** (m - 1)):
             raise ConfigError(
                 f"BOFT: {m} butterfly factors need blocks of even size and a multiple of {2 ** (m - 1)} of them; "
-                f"{path} has {number} blocks of {size}; ask for fewer factors or other blocks"
+                f"{path} has {number} blocks of {size}; take fewer factors or other blocks"
             )
         return number, size
 
@@ -91,7 +91,7 @@ class BOFT(Adapter):
             nn.init.normal_(self.boft_s, mean=1, std=0.1)
 
     def factors(self) -> list[Tensor]:
-        """The blocks (n, c, c) of each factor, in float32 or float64."""
+        """Return the blocks (n, c, c) of each factor, in float32 or float64."""
         blocks = widened(self.boft_R)
         return list(cayley(0.5 * (blocks - blocks.mT)))
 
@@ -124,7 +124,7 @@ class BOFT(Adapter):
         return (flat * self.boft_s.view(-1, 1).to(weight)).view(weight.shape)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The layer's own bias is not scaled; what adapters below made of it is, as in the forward."""
+        """Return the bias with the changes by the adapters below scaled by s; the base's own bias is not scaled."""
         own = self.base.unmerged_bias
         if bias is None or own is None or bias is own:
             return bias
@@ -132,7 +132,7 @@ class BOFT(Adapter):
 
 
 def _turned(x: Tensor, blocks: Tensor, j: int) -> Tensor:
-    """X P diag(blocks) Pᵀ; P brings half blocks that lie 2ʲ apart side by side."""
+    """Return x P diag(blocks) Pᵀ, where P places half blocks that are 2ʲ apart side by side."""
     if j == 0:
         return rotate_blocks(x, blocks)
     half = blocks.shape[-1] // 2

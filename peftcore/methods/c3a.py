@@ -26,11 +26,11 @@ class C3AConfig(TunerConfig):
     """C3A's options under PEFT's names."""
 
     block_size: int = 256
-    """β; it must divide the sizes of every adapted layer, and a larger one means fewer parameters."""
+    """β; must divide the sizes of every adapted layer. A larger β means fewer parameters."""
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)
-    """{path suffix or regular expression: block_size}; the first that matches a layer's path wins."""
+    """{path suffix or regular expression: block_size}; the first that matches a layer's path applies."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "c3a_only"."""
+    """Biases of the model that train too: "none", "all" or "c3a_only"."""
     init_weights: bool | str = "xavier_uniform"
     """"xavier_uniform" (also False), "kaiming_uniform" or "gaussian"; True: the adapter starts at zero."""
 

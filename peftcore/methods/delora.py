@@ -19,7 +19,7 @@ from peftcore.config import TunerConfig, first_match
 from peftcore.registry import register
 
 SHORTEST = 1e-4
-"""Lengths below it count as it, so that B = 0 has a gradient."""
+"""Smallest length in the denominator, so that B = 0 has a gradient."""
 
 
 @dataclass
@@ -31,13 +31,13 @@ class DeloraConfig(TunerConfig):
     delora_lambda: float = 15
     """λ at the start; it trains."""
     module_dropout: float = 0.0
-    """Probability of dropping an element of the adapter's input while training."""
+    """Probability of dropping an element of the adapter's input in training."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "delora_only"."""
+    """Biases of the model that train too: "none", "all" or "delora_only"."""
     init_weights: bool = True
     """True: the adapter starts at zero; False: random, for tests."""
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
-    """{path suffix or regular expression: r}; the first that matches a layer's path wins."""
+    """{path suffix or regular expression: r}; the first that matches a layer's path applies."""
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)
     """{path suffix or regular expression: λ at the start}."""
 
@@ -75,7 +75,7 @@ class Delora(Adapter):
         self.w_norm.copy_(self.base.read_unmerged().to(self.w_norm).norm(dim=0))
 
     def _scales(self) -> Tensor:
-        """λ/(r ‖A_k‖ ‖B_k‖), (r)."""
+        """Return λ/(r ‖A_k‖ ‖B_k‖), (r)."""
         lengths = self.delora_A.norm(dim=1).clamp_min(SHORTEST) * self.delora_B.norm(dim=0).clamp_min(SHORTEST)
         return self.delora_lambda / (len(lengths) * lengths)
 

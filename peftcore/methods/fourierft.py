@@ -8,6 +8,7 @@ counts with the inputs: i/groups · kernel columns.
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +25,22 @@ from peftcore.registry import register
 class FourierFTConfig(TunerConfig):
     """FourierFT's options under PEFT's names."""
 
+    size_fields: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
+
     n_frequency: int = 1000
     """Trained entries of each layer's spectrum (count)."""
     scaling: float = 150.0
     """α."""
     random_loc_seed: int = 777
-    """Seed of the places of the trained entries."""
+    """Seed of the positions of the trained entries."""
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
-    """{path suffix or regular expression: n_frequency}; the first that matches a layer's path wins."""
+    """{path suffix or regular expression: n_frequency}; the first that matches a layer's path applies."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "fourier_only"."""
+    """Biases of the model that train too: "none", "all" or "fourier_only"."""
     init_weights: bool = False
     """True: the spectrum starts at zero; False: standard normal, as in the paper."""
     fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

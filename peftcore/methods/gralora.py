@@ -24,20 +24,20 @@ class GraloraConfig(TunerConfig):
     """GraLoRA's options under PEFT's names."""
 
     r: int = 32
-    """Rank (count): as many parameters as a LoRA of it, while ΔW reaches rank r·gralora_k."""
+    """Rank (count): as many parameters as a LoRA of this rank, while ΔW reaches rank r·gralora_k."""
     hybrid_r: int = 0
-    """Rank of the plain LoRA beside it (count); 0 for none."""
+    """Rank of an additional plain LoRA (count); 0 for none."""
     alpha: float = 64
     gralora_dropout: float = 0.0
-    """Probability of dropping an element of the adapter's input while training."""
+    """Probability of dropping an element of the adapter's input in training."""
     gralora_k: int = 2
     """Blocks on each side of W (count); must divide r, in_features and out_features."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "gralora_only"."""
+    """Biases of the model that train too: "none", "all" or "gralora_only"."""
     init_weights: bool = True
     """True: the adapter starts at zero; False: random, for tests."""
     fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,8 +2,8 @@
 
 Shapes: i in_features, o out_features, r rank, g groups, k kernel; A (r, i/g, *k), B (o, r, *1). On an embedding of v
 rows of size d: A (r, v), B (d, r), and A starts at zero instead of B.
-Unlike PEFT it also scales its part on scaled embeddings, and takes convolutions with groups. PEFT forgets rank_pattern
-when it makes a layer's first adapter, so its tensors may have rank r where the pattern says otherwise: both are read.
+Unlike PEFT it also scales its part on scaled embeddings, and takes convolutions with groups. PEFT ignores rank_pattern
+in a layer's first adapter, so its tensors may have rank r where the pattern states another; both are read.
 """
 
 import math
@@ -28,13 +28,13 @@ class HiraConfig(TunerConfig):
     r: int = 32
     """Rank of BA (count)."""
     hira_dropout: float = 0.0
-    """Probability of dropping an element of the adapter's input while training; not on embeddings."""
+    """Probability of dropping an element of the adapter's input in training; not on embeddings."""
     init_weights: bool | str | None = True
     """True: the adapter starts at zero; "gaussian": and A normal with deviation 1/r; False: random, for tests."""
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
-    """{path suffix or regular expression: r}; the first that matches a layer's path wins."""
+    """{path suffix or regular expression: r}; the first that matches a layer's path applies."""
     fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +59,7 @@ class Hira(Adapter):
         self.hira_A, self.hira_B = nn.Parameter(torch.empty(shape_A)), nn.Parameter(torch.empty(shape_B))
 
     def _shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of A and B at rank r."""
+        """Return the shapes of A and B at rank r."""
         base = self.base
         groups = base.layer.groups if base.kind == "conv" else 1
         return (r, base.in_features // groups, *base.kernel), (base.out_features, r, *(1 for _ in base.kernel))

@@ -25,13 +25,13 @@ class HRAConfig(TunerConfig):
     """HRA's options under PEFT's names."""
 
     r: int = 8
-    """Reflections (count); even, or the adapter cannot start at the base's function."""
+    """Reflections (count); must be even for the adapter to start at the base's function."""
     apply_GS: bool = False
     """Orthogonalise the reflections' directions (Gram-Schmidt)."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "hra_only"."""
+    """Biases of the model that train too: "none", "all" or "hra_only"."""
     init_weights: bool = True
-    """True: equal pairs, which cancel; False: random, for tests."""
+    """True: equal pairs of directions, which cancel; False: random, for tests."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ class HRA(Adapter):
         self.hra_u[:, 1::2] = self.hra_u[:, ::2]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(L, U), both (i·k, r), with H₁⋯H_r = I − L Uᵀ; in float32 or float64 also under autocast."""
+        """Return (L, U), both (i·k, r), with H₁⋯H_r = I − L Uᵀ, in float32 or float64 even under autocast."""
         with torch.autocast(self.hra_u.device.type, enabled=False):
             vectors = widened(self.hra_u)
             if self.orthogonal:
@@ -93,7 +93,7 @@ class HRA(Adapter):
 
 
 def _by_pairs(left: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Two factors with the same product, small where the reflections of a pair nearly cancel.
+    """Return two factors with the same product that are small where the reflections of a pair nearly cancel.
 
     l₁u₁ᵀ + l₂u₂ᵀ = (l₁ + l₂)u₁ᵀ + l₂(u₂ − u₁)ᵀ: in 16 bits the sum and the difference keep what l and u would lose.
     """

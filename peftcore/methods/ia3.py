@@ -27,12 +27,11 @@ class IA3Config(TunerConfig):
     """IA3's options under PEFT's names."""
 
     feedforward_modules: list[str] | set[str] | str | None = None
-    """Targets whose input is scaled, named as in target_modules; every other target's output is. None: those that the
-    model's architecture gives, or none."""
+    """Targets whose input is scaled, not the output, named as in target_modules; None: the architecture's default."""
     init_ia3_weights: bool = True
-    """True: l starts at one, so the adapter at nothing; False: random, for tests."""
+    """True: l starts at one, so the adapter changes nothing; False: random, for tests."""
     fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +47,7 @@ class IA3Config(TunerConfig):
                     )
 
     def is_feedforward(self, path: str) -> bool:
-        """Whether the input, not the output, is scaled at the layer at `path`."""
+        """Return True if the input, not the output, is scaled at the layer at `path`."""
         if isinstance(self.feedforward_modules, str):
             return matched(self.feedforward_modules, path) is not None
         return any(_ends_with(path, name) for name in self.feedforward_modules or ())
@@ -68,7 +67,7 @@ class IA3(Adapter):
         super().__init__(config, base, path)
         self.scales_input = config.is_feedforward(path)
         if self.scales_input and base.kind == "embedding":
-            raise ConfigError(f"IA3: the input of {path} is token ids; take it out of feedforward_modules")
+            raise ConfigError(f"IA3: the input of {path} is token ids; remove it from feedforward_modules")
         self.starts_at_one = config.init_ia3_weights
         features = base.in_features if self.scales_input else base.out_features
         shape = (1, features) if self.scales_input or base.kind == "conv" else (features, 1)
@@ -118,7 +117,7 @@ class IA3(Adapter):
 
     @classmethod
     def config_to_save(cls, config: IA3Config, adapters: Mapping[str, Adapter]) -> IA3Config:
-        """Everything written out: PEFT has no `layers_to_transform` here and wants a subset of target_modules."""
+        """Return the configuration with all paths named, because PEFT's IA3 has no `layers_to_transform`."""
         feedforward = config.feedforward_modules or set()
         if config.layers_to_transform is not None:
             chosen = {path for path in adapters if config.is_feedforward(path)}

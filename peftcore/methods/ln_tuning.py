@@ -1,8 +1,8 @@
 """LN tuning: each normalisation trains a weight and bias of its own, copied from the base's. arXiv:2312.11420.
 
-Of several active adapters at a layer the last one's weight holds. PEFT also copies layers that are no norms (LLaVA's
-projector, embeddings, head) under this name; here that is `modules_to_save`.
-Shapes: d features; weight (d), bias (d) where the base has one.
+Of several active adapters at a layer, the last one's weight applies. PEFT also copies other layers (LLaVA's projector,
+embeddings, head) under this name; use `modules_to_save` for those here.
+Shapes: d features; weight (d), bias (d) if the base has one.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from peftcore.registry import register
 
 @dataclass
 class LNTuningConfig(TunerConfig):
-    """LN tuning has no options but its targets, which are norms."""
+    """Options of LN tuning: only the targets, which are norms."""
 
 
 @register("LN_TUNING", LNTuningConfig)

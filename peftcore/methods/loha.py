@@ -25,15 +25,15 @@ class LoHaConfig(TunerConfig):
     """Rank of each of the two products (count)."""
     alpha: float = 8
     rank_dropout: float = 0.0
-    """Probability of dropping a row of ΔW while training."""
+    """Probability of dropping a row of ΔW in training."""
     module_dropout: float = 0.0
-    """Probability of dropping the whole of ΔW in one forward while training."""
+    """Probability of dropping the whole of ΔW in one forward pass in training."""
     use_effective_conv2d: bool = False
     """Decompose convolutions with kernels larger than 1 over the kernel too (FedPara, proposition 3)."""
     init_weights: bool = True
     """True: the adapter starts at zero; False: random, for tests."""
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
-    """{path suffix or regular expression: r}; the first that matches a layer's path wins."""
+    """{path suffix or regular expression: r}; the first that matches a layer's path applies."""
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class LoHaConfig(TunerConfig):
         self.probability("rank_dropout", "module_dropout")
 
     def at(self, path: str) -> tuple[int, float]:
-        """(rank, alpha) of the layer at `path`, patterns applied."""
+        """Return (rank, alpha) of the layer at `path`, patterns applied."""
         return first_match(self.rank_pattern, path, self.r), first_match(self.alpha_pattern, path, self.alpha)
 
 

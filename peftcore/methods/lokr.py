@@ -6,6 +6,7 @@ Shapes: o = a·b out_features, i = c·d in_features (of one group), r rank, k ke
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +23,19 @@ from peftcore.registry import register
 class LoKrConfig(TunerConfig):
     """LoKr's options under PEFT's names."""
 
+    size_fields: ClassVar[tuple[str, ...]] = ()  # a rank above all sizes asks for full matrices
+
     r: int = 8
     """Rank of a factor that is decomposed (count); a factor not larger than 2r stays full."""
     alpha: float = 8
     rank_dropout: float = 0.0
-    """Probability of dropping a row of ΔW while training."""
+    """Probability of dropping a row of ΔW in training."""
     rank_dropout_scale: bool = False
-    """Scale the rows that stay, so that their mean is kept."""
+    """Scale the remaining rows, so that the mean stays the same."""
     module_dropout: float = 0.0
-    """Probability of dropping the whole of ΔW in one forward while training."""
+    """Probability of dropping the whole of ΔW in one forward pass in training."""
     decompose_both: bool = False
-    """Let W₁ be of rank r too."""
+    """Decompose W₁ to rank r too."""
     decompose_factor: int = -1
     """Size to aim at for a and c; -1: the divisor nearest to the square root."""
     use_effective_conv2d: bool = False
@@ -40,7 +43,7 @@ class LoKrConfig(TunerConfig):
     init_weights: bool | str = True
     """True: W₁ starts at zero; "lycoris": W₂ does; False: random, for tests."""
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
-    """{path suffix or regular expression: r}; the first that matches a layer's path wins."""
+    """{path suffix or regular expression: r}; the first that matches a layer's path applies."""
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,12 +56,12 @@ class LoKrConfig(TunerConfig):
             raise ConfigError(f"LoKrConfig: init_weights must be True, False or 'lycoris'; got {self.init_weights!r}")
 
     def at(self, path: str) -> tuple[int, float]:
-        """(rank, alpha) of the layer at `path`, patterns applied."""
+        """Return (rank, alpha) of the layer at `path`, patterns applied."""
         return first_match(self.rank_pattern, path, self.r), first_match(self.alpha_pattern, path, self.alpha)
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """Size = m·n: m = factor where that divides, else the largest divisor up to it and to √size."""
+    """Return (m, n) with m·n = size: m is `factor` if it divides, else the largest divisor up to `factor` and √size."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     limit = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
@@ -102,7 +105,7 @@ class LoKr(Adapter):
         else:
             shapes |= {"w2_a": (b, r), "w2_b": (r, d * math.prod(kernel))}
         self.parts = frozenset(shapes)
-        """Factors that this layer has, by the end of their names."""
+        """Suffixes of the factors that this layer has."""
         for name, shape in shapes.items():
             self.register_parameter(f"lokr_{name}", nn.Parameter(torch.empty(shape)))
 
@@ -115,7 +118,7 @@ class LoKr(Adapter):
             nn.init.zeros_(next(self.get_parameter(name) for name in names if name in self._parameters))
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """(W₁, W₂); W₂ is (b, d·k) where it is a product, else (b, d, *k)."""
+        """Return (W₁, W₂); W₂ is (b, d·k) if it is a product of two factors, else (b, d, *k)."""
         w1 = self.lokr_w1 if "w1" in self.parts else self.lokr_w1_a @ self.lokr_w1_b
         if "w2" in self.parts:
             return w1, self.lokr_w2
@@ -137,6 +140,6 @@ class LoKr(Adapter):
 
     def delta_weight(self) -> Tensor:
         w1, w2 = self._factors()
-        # a full W₂ of a Conv1d stands crosswise in PEFT's files: its torch.kron pairs W₁'s axes with d and k
+        # PEFT's torch.kron pairs W₁'s axes with d and k for the full W₂ of a Conv1d
         axes = "ac,bdk->badck" if w2.ndim == 3 else "ac,bd...->abcd..."
         return self.scaling * torch.einsum(axes, w1, w2).reshape(self.shape)

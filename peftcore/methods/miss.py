@@ -29,13 +29,13 @@ class MissConfig(TunerConfig):
     r: int = 64
     """Features in a shard of the input (count); "bat" needs in_features and out_features to be multiples of it."""
     miss_dropout: float = 0.0
-    """Probability of dropping an element of the adapter's input while training; "bat" drops nothing."""
+    """Probability of dropping an element of the adapter's input in training; "bat" has no dropout."""
     mini_r: int = 1
     """Columns of D with "mini" (count); out_features must be a multiple of it."""
     init_weights: bool | str = True
     """True: D of all outputs; "bat" or "mini": these variants; False: like True but random, for tests."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "MiSS_only"."""
+    """Biases of the model that train too: "none", "all" or "MiSS_only"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +76,7 @@ class Miss(Adapter):
             nn.init.zeros_(self.miss_block)
 
     def _block(self) -> Tensor:
-        """D (r, o)."""
+        """Return D (r, o)."""
         return self.miss_block.repeat(1, self.base.out_features // self.miss_block.shape[1])
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Shapes: i in_features, k kernel, b block size, n blocks: n·b = i·k (a convolution's unrolled patch; an embedding's
 output); oft_R (n, b(b−1)/2) is S above its diagonal, (1, b(b−1)/2) with `block_share`. `use_cayley_neumann` replaces
 the inverse by its first powers (OFTv2, arXiv:2506.19847). Unlike PEFT, `module_dropout` acts, and a convolution
-turns its patches (PEFT adds up overlapping ones); `coft` projects after each step, not in the forward.
+rotates its patches (PEFT adds up overlapping ones); `coft` projects after each step, not in the forward pass.
 """
 
 import dataclasses
@@ -31,24 +31,24 @@ class OFTConfig(TunerConfig):
     r: int = 0
     """Blocks in a layer (count); give this or oft_block_size, and 0 for the other."""
     oft_block_size: int = 32
-    """Features that one block turns (count); the nearest divisor is taken where it does not divide."""
+    """Features that one block rotates (count); the nearest divisor of the layer's features is used."""
     module_dropout: float = 0.0
-    """Share of the blocks that are the identity in one forward while training."""
+    """Share of the blocks that are the identity in one forward pass in training."""
     coft: bool = False
     """Keep ‖S‖ of each block within eps/√n (constrained OFT)."""
     eps: float = 6e-5
     block_share: bool = False
-    """One block for all."""
+    """Share one block among all features."""
     use_cayley_neumann: bool = True
-    """A power series for the inverse: cheaper, and orthogonal only while S is small."""
+    """Use a power series for the inverse: cheaper, and orthogonal only while S is small."""
     num_cayley_neumann_terms: int = 5
     """Powers of S in the series, the identity included (count)."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "oft_only"."""
+    """Biases of the model that train too: "none", "all" or "oft_only"."""
     init_weights: bool = True
     """True: R starts at the identity; False: random, for tests."""
     fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,21 +69,23 @@ class OFTConfig(TunerConfig):
             raise ConfigError(f"OFTConfig: eps must be positive; got {self.eps}; try 6e-5")
 
     def block_size(self, features: int, path: str) -> int:
-        """B for a layer that turns this many features."""
+        """Return the block size b for a layer with this many features to rotate."""
         asked = self.oft_block_size or self.r
         divisors = (d for d in range(1, features + 1) if features % d == 0)
         nearest = min(divisors, key=lambda divisor: (abs(divisor - asked), divisor))
         size = nearest if self.oft_block_size else features // nearest
         if size == 1:
-            raise ConfigError(f"OFT: blocks of 1 turn nothing at {path}, which has {features} features; ask for larger")
+            raise ConfigError(
+                f"OFT: blocks of size 1 rotate nothing at {path}, which has {features} features; take a larger size"
+            )
         if nearest != asked:
             option = "oft_block_size" if self.oft_block_size else "r"
-            warnings.warn(f"OFT: {option}={asked} does not divide {features}; {nearest} is taken", stacklevel=2)
+            warnings.warn(f"OFT: {option}={asked} does not divide {features}; {nearest} is used", stacklevel=2)
         return size
 
 
 def neumann(skew: Tensor, terms: int) -> Tensor:
-    """I + 2S + 2S² + … + Sᵐ, near (I + S)(I − S)⁻¹; m = terms − 1, but never 2, and 2S stays 2S, as in PEFT."""
+    """Return I + 2S + 2S² + … + Sᵐ, near (I + S)(I − S)⁻¹, with PEFT's m = terms − 1, but never 2."""
     last = 1 if terms == 2 else max(terms - 1, 3)
     power = skew
     total = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device) + 2 * skew
@@ -119,16 +121,16 @@ class OFT(Adapter):
         nn.init.zeros_(self.oft_R) if self.config.init_weights else nn.init.normal_(self.oft_R, std=0.1)
 
     def projected(self) -> Tensor:
-        """oft_R with each block's ‖S‖ = √2‖row‖ cut to eps/√n; equal to itself without `coft`."""
+        """Return oft_R with each block's ‖S‖ = √2‖row‖ limited to eps/√n; oft_R itself without `coft`."""
         rows = self.oft_R.detach()
         radius = self.config.eps / math.sqrt(2 * len(rows))
         return rows * (radius / rows.norm(dim=1, keepdim=True)).clamp(max=1) if self.config.coft else rows
 
     def blocks(self) -> Tensor:
-        """R's blocks (n or 1, b, b), in float32 or float64 also under autocast."""
+        """Return the blocks of R (n or 1, b, b), in float32 or float64 even under autocast."""
         rows = widened(self.oft_R)
         if self.config.coft:
-            rows = self.projected() + (rows - rows.detach())  # the gradient passes the projection by
+            rows = self.projected() + (rows - rows.detach())  # the gradient ignores the projection
         with torch.autocast(rows.device.type, enabled=False):
             skew = rows.new_zeros(len(rows), self.size, self.size)
             skew[:, self.upper[0], self.upper[1]] = rows  # type: ignore[index]
@@ -163,12 +165,12 @@ class OFT(Adapter):
 
     @classmethod
     def config_to_save(cls, config: OFTConfig, adapters: Mapping[str, Adapter]) -> OFTConfig:
-        """With the PEFT version whose Neumann series this is; PEFT reads it."""
+        """Return the configuration with a PEFT version whose Neumann series equals this one; PEFT reads the version."""
         return dataclasses.replace(config, peft_version=config.peft_version or "0.18.0")
 
     @classmethod
     @torch.no_grad()
     def on_step(cls, config: OFTConfig, adapters: Mapping[str, Any], step: int, optimizer: Any) -> None:
-        """Project onto COFT's ball."""
+        """Project oft_R onto the ball of constrained OFT."""
         for adapter in adapters.values() if config.coft else ():
             adapter.oft_R.copy_(adapter.projected())

@@ -33,7 +33,7 @@ class PolyConfig(TunerConfig):
     n_skills: int = 4
     """LoRAs that all tasks share (count)."""
     n_splits: int = 1
-    """Slices of the inputs and outputs that are mixed apart (count); must divide in_features and out_features."""
+    """Slices of the inputs and outputs that are mixed separately (count); must divide in_features and out_features."""
     poly_type: str = "poly"
     init_weights: bool = True
     """True: the adapter starts at zero; False: random, for tests."""
@@ -45,20 +45,20 @@ class PolyConfig(TunerConfig):
 
 
 class Tasks(Shared):
-    """The task of each row of the batch that the model computes now, (n); None: the only task there is."""
+    """Task of each row of the current batch, (n); None if there is only one task."""
 
     ids = PerThread()
 
 
 class Router(nn.Module):
-    """How much each task takes of each skill."""
+    """Mixture weights of the tasks over the skills."""
 
     def __init__(self, config: PolyConfig):
         super().__init__()
         self.module_logits = nn.Parameter(torch.empty(config.n_tasks, config.n_splits * config.n_skills))
 
     def forward(self, tasks: Tensor | None, splits: int) -> Tensor:
-        """W (n, q, s); (1, q, s) without tasks."""
+        """Return the mixture weights (n, q, s); (1, q, s) without tasks."""
         logits = self.module_logits[:1] if tasks is None else self.module_logits[tasks.to(self.module_logits.device)]
         logits = logits.view(len(logits), splits, -1)
         z = RelaxedBernoulli(logits.new_ones(()), logits=logits).rsample() if self.training else logits.sigmoid()
@@ -120,4 +120,4 @@ class Poly(Adapter):
         return y + ((h / rank) @ b.to(h.dtype)).reshape(y.shape).to(y.dtype)
 
     def check_mergeable(self) -> None:
-        raise MergeError("POLY mixes its weights anew for each task, so no weight equals it; keep it unmerged")
+        raise MergeError("POLY's weights depend on the task, so no fixed weight equals the adapter; keep it unmerged")

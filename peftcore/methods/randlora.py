@@ -19,33 +19,25 @@ from torch.nn import functional as F
 
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
-from peftcore.config import TunerConfig
+from peftcore.config import RandomProjectionConfig
 from peftcore.registry import register
 
 
 @dataclass
-class RandLoraConfig(TunerConfig):
+class RandLoraConfig(RandomProjectionConfig):
     """RandLoRA's options under PEFT's names."""
 
     r: int = 32
     """Rank of one random basis (count); a smaller one gives more bases and more parameters."""
-    projection_prng_key: int = 0
-    """Seed of A and B."""
-    save_projection: bool = True
-    """False leaves A and B out of the directory; they are then drawn again from the seed."""
     sparse: bool = False
     """Bases of −1, 0 and 1 with probabilities 1/6, 2/3 and 1/6."""
     very_sparse: bool = False
     """As sparse, with −1 and 1 each of probability 1/(2√m)."""
     randlora_dropout: float = 0.0
-    """Probability of dropping an element of the adapter's input while training."""
+    """Probability of dropping an element of the adapter's input in training."""
     randlora_alpha: int = 640
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "randlora_only"."""
-    init_weights: bool = True
-    """True: the adapter starts at zero; False: Λ normal, for tests."""
-    fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Biases of the model that train too: "none", "all" or "randlora_only"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,7 +115,7 @@ class RandLora(Adapter):
             nn.init.constant_(self.randlora_gamma, 1 / self.larger)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """(r·n, i) and (o, r·n), whose product is ΔW."""
+        """Return (r·n, i) and (o, r·n), whose product is ΔW."""
         bases, device = len(self.randlora_gamma), self.randlora_gamma.device
         weights = self.randlora_lambda * (self.config.randlora_alpha / self.config.r)
         a = self.shared.randlora_A[:, :, : self.smaller].to(device)

@@ -1,4 +1,4 @@
-"""RoAd: y = R(Wx + b), R turns and stretches pairs of outputs: (αcosθ, −αsinθ; αsinθ, αcosθ). arXiv:2409.00119.
+"""RoAd: y = R(Wx + b), R rotates and scales pairs of outputs: (αcosθ, −αsinθ; αsinθ, αcosθ). arXiv:2409.00119.
 
 In each group of g outputs, element j of the first half is paired with element j of the second.
 Shapes: o out_features; θ and α (o/2) for "road_1", one angle and scale a pair; (o) for "road_2", one an element;
@@ -26,7 +26,7 @@ class RoadConfig(TunerConfig):
     """RoAd's options under PEFT's names."""
 
     variant: str = "road_1"
-    """How much the four entries of a pair's matrix share: "road_1" all, "road_2" those of a row, "road_4" none."""
+    """Sharing of θ and α in the matrix of a pair: "road_1" by all entries, "road_2" by each row, "road_4" by none."""
     group_size: int = 64
     """Outputs in a group (count, even); out_features must be a multiple of it."""
     init_weights: bool = True
@@ -65,7 +65,7 @@ class Road(Adapter):
         nn.init.normal_(self.road_alpha, mean=1.0, std=deviation)
 
     def _turned(self, values: Tensor, axis: int) -> Tensor:
-        """R applied along `axis`, which has size o."""
+        """Return R times a tensor along `axis`, which has size o."""
         axis %= values.dim()
         theta, alpha = self.road_theta, self.road_alpha
         stay, cross = alpha * theta.cos(), alpha * theta.sin()

@@ -25,17 +25,17 @@ class ShiraConfig(TunerConfig):
     """SHiRA's options under PEFT's names."""
 
     r: int = 32
-    """Sets the number of entries to that of a LoRA of this rank; the rank of the adapter is not bound by it."""
+    """Rank of the LoRA with the same number of trained entries; it does not limit the rank of ΔW."""
     mask_type: str = "random"
-    """"random", or any other name for a mask that `mask_fn` makes."""
+    """"random", or any other name for a mask that `mask_fn` returns."""
     mask_fn: Callable[[nn.Module, int], Tensor] | None = field(default=None, repr=False, compare=False)
-    """(base layer, r) to a mask (o, i) with r(o + i) ones; not saved, since a directory holds the places themselves."""
+    """Function of (base layer, r) that returns a mask (o, i) with r(o + i) ones; not saved."""
     random_seed: int | None = None
     """Seed of the random mask; None: torch's default seed."""
     init_weights: bool = True
     """True: the adapter starts at zero; False: normal, for tests."""
     fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,14 +71,14 @@ class Shira(Adapter):
         self.register_buffer("places", None if places is None else places.to(self.shira_weight.device), False)
 
     def _choose(self) -> Tensor | None:
-        """Flat places of the entries; None where only a directory can tell them."""
+        """Return the flat places of the entries; None if only a directory has them."""
         if self.config.mask_fn is not None:
             mask = self.config.mask_fn(self.base.layer, self.config.r)
             places = mask.reshape(-1).nonzero().flatten()
             if mask.numel() != self.rows * self.columns or len(places) != self.count:
                 raise ConfigError(
-                    f"SHIRA: mask_fn at {self.path} must give a mask of {self.rows} x {self.columns} with {self.count} "
-                    f"ones; got {len(places)} ones in {tuple(mask.shape)}"
+                    f"SHIRA: mask_fn at {self.path} must return a mask of {self.rows} x {self.columns} with "
+                    f"{self.count} ones; got {len(places)} ones in {tuple(mask.shape)}"
                 )
         elif self.config.mask_type == "random":
             places = random_places(self.rows * self.columns, self.count, self.config.random_seed).sort().values
@@ -96,7 +96,7 @@ class Shira(Adapter):
     def _known_places(self) -> Tensor:
         if self.places is None:
             raise ConfigError(
-                f"SHIRA: mask_type={self.config.mask_type!r} needs config.mask_fn, a function that makes the mask; "
+                f"SHIRA: mask_type={self.config.mask_type!r} needs config.mask_fn, a function that returns the mask; "
                 "set it, or take mask_type='random'"
             )
         return self.places
@@ -105,7 +105,7 @@ class Shira(Adapter):
         flat = self.shira_weight.new_zeros(self.rows * self.columns).scatter(0, self._known_places(), self.shira_weight)
         return flat.view(self.shape)
 
-    # -- disk: the places stand beside the weights ---------------------------------------------------------------
+    # -- disk: the places are saved beside the weights ---------------------------------------------------------------
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         places = torch.zeros(self.count, dtype=torch.long) if self.places is None else self.places
@@ -121,5 +121,5 @@ class Shira(Adapter):
     @classmethod
     def config_to_save(cls, config: ShiraConfig, adapters: Mapping[str, Adapter]) -> ShiraConfig:
         for adapter in cast(Mapping[str, Shira], adapters).values():
-            adapter._known_places()  # nothing is written without them
+            adapter._known_places()  # raises before anything is written without places
         return config

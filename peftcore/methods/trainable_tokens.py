@@ -1,4 +1,4 @@
-"""Trainable tokens: chosen rows of an embedding are trained whole, the others stay. HF PEFT's method of this name.
+"""Trainable tokens: chosen rows of an embedding train whole, the others stay fixed. HF PEFT's method of this name.
 
 A head that shares the embedding's weight follows it: one parameter serves both.
 Shapes: t chosen tokens, d embedding dimension; rows (t, d). On a linear layer, such as a head, rows of its weight.
@@ -36,6 +36,10 @@ class TrainableTokensConfig(TunerConfig):
                 f"TrainableTokensConfig: token_indices must be different token ids, at least one; got {ids!r}"
             )
 
+    @property
+    def trains_single_rows(self) -> bool:
+        return True
+
 
 @register("TRAINABLE_TOKENS", TrainableTokensConfig)
 class TrainableTokens(Adapter):
@@ -44,9 +48,9 @@ class TrainableTokens(Adapter):
     layer_kinds = frozenset({"embedding", "linear"})
     follows_ties = True
     tokens: Tensor
-    """(t): the chosen ids."""
+    """Chosen token ids (t)."""
     place: Tensor
-    """(rows of the layer): where each id's row is among the trained ones; -1 for the others."""
+    """Index of each id's row among the trained rows, (rows of the layer); -1 for the others."""
 
     def __init__(self, config: TrainableTokensConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
@@ -81,14 +85,16 @@ class TrainableTokens(Adapter):
         embedding = getattr(embedding, "base_layer", embedding)
         found = next((path for path, layer in layers.items() if layer is embedding), None)
         if found is None:
-            raise TargetError(f"{type(model).__name__} does not say which its input embedding is; give target_modules")
+            raise TargetError(f"{type(model).__name__} has no get_input_embeddings; give target_modules")
         return [found]
 
     @classmethod
     def link(cls, config: Any, adapters: Mapping[str, Adapter]) -> None:
         first: dict[int, TrainableTokens] = {}
         made = list(cast(Mapping[str, TrainableTokens], adapters).values())
-        weights = [adapter.base.layer.weight for adapter in made]  # a parametrised one has no other owner
+        weights = [
+            adapter.base.layer.weight for adapter in made
+        ]  # held here, because a parametrised weight has no other owner
         for adapter, weight in zip(made, weights, strict=True):
             source = first.setdefault(id(weight), adapter)
             if source is not adapter:
@@ -103,7 +109,7 @@ class TrainableTokens(Adapter):
             nn.init.normal_(self.trainable_tokens_delta)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.base.kind == "linear":  # as a change, since what other adapters made of the bias is not known here
+        if self.base.kind == "linear":  # as a change, because other adapters may have changed the bias
             return y.index_add(-1, self.tokens, F.linear(x, self._change().to(x.dtype)).to(y.dtype))
         rows = self.trainable_tokens_delta.to(y.dtype)
         place = self.place[x]
@@ -117,7 +123,7 @@ class TrainableTokens(Adapter):
         return weight.index_copy(1, self.tokens, self.trainable_tokens_delta.to(weight).T)
 
     def _change(self) -> Tensor:
-        """(t, d): the rows of a linear layer minus the base's own."""
+        """Return (t, d): the trained rows of a linear layer minus the base's own."""
         own = self.base.read_unmerged().index_select(0, self.tokens)
         return self.trainable_tokens_delta - own.to(self.trainable_tokens_delta)
 

@@ -8,6 +8,7 @@ Shapes: i in_features, o out_features, r rank, h vectors in the bank, l their le
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ _LOGITS = ("vblora_logits_A", "vblora_logits_B")
 class VBLoRAConfig(TunerConfig):
     """VB-LoRA's options under PEFT's names."""
 
+    size_fields: ClassVar[tuple[str, ...]] = ("r", "num_vectors")
+
     r: int = 4
     """Rank (count)."""
     num_vectors: int = 256
@@ -35,17 +38,17 @@ class VBLoRAConfig(TunerConfig):
     topk: int = 2
     """Vectors mixed into one tile (count)."""
     save_only_topk_weights: bool = False
-    """Save k indices and k − 1 weights per tile instead of h logits; enough to use or merge, not to go on training."""
+    """Save k indices and k − 1 weights per tile instead of h logits: enough to use or merge, not to train further."""
     vblora_dropout: float = 0.0
-    """Probability of dropping an element of the adapter's input while training."""
+    """Probability of dropping an element of the adapter's input in training."""
     init_vector_bank_bound: float = 0.02
-    """The bank starts uniform between minus this and this."""
+    """Bound of the uniform start values of the bank."""
     init_logits_std: float = 0.1
-    """Deviation of the logits at the start."""
+    """Standard deviation of the logits at the start."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "vblora_only"."""
+    """Biases of the model that train too: "none", "all" or "vblora_only"."""
     fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +60,7 @@ class VBLoRAConfig(TunerConfig):
 
 
 class VectorBank(Shared):
-    """The vectors that all layers mix."""
+    """Vectors that all layers share."""
 
     def __init__(self, config: VBLoRAConfig):
         super().__init__()
@@ -85,7 +88,7 @@ class VBLora(Adapter):
         self.vblora_logits_A = nn.Parameter(torch.empty(config.r, tiles[0], config.num_vectors))
         self.vblora_logits_B = nn.Parameter(torch.empty(tiles[1], config.r, config.num_vectors))
         self.choice_is_frozen = False
-        """Whether the logits came from a directory that holds the top k only."""
+        """True if the logits were read from a directory with the top k only."""
 
     @classmethod
     def make_shared(cls, config: VBLoRAConfig, bases: Mapping[str, BaseWeight]) -> VectorBank:
@@ -97,13 +100,13 @@ class VBLora(Adapter):
             nn.init.normal_(getattr(self, name), std=self.config.init_logits_std)
 
     def _tiles(self, logits: Tensor) -> Tensor:
-        """(..., l) for logits (..., h)."""
+        """Return the mixed vectors (..., l) for logits (..., h)."""
         chosen, places = logits.topk(self.config.topk)
         bank = self.shared.vblora_vector_bank.to(logits.device)
         return (chosen.softmax(-1)[..., None] * bank[places]).sum(-2)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, i) and B (o, r)."""
+        """Return A (r, i) and B (o, r)."""
         down = self._tiles(self.vblora_logits_A).flatten(1)
         up = self._tiles(self.vblora_logits_B).transpose(1, 2).flatten(0, 1)
         return down, up
@@ -161,7 +164,7 @@ class VBLora(Adapter):
 
 
 def _index_type(vectors: int) -> torch.dtype:
-    """The smallest integer type that PEFT takes for indices into a bank of this size."""
+    """Return the smallest integer type that PEFT uses for indices into a bank of this size."""
     if vectors < 2**8:
         return torch.uint8
     if vectors < 2**15:

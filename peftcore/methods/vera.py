@@ -14,31 +14,23 @@ from torch.nn import functional as F
 
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
-from peftcore.config import TunerConfig
+from peftcore.config import RandomProjectionConfig
 from peftcore.kernels.factors import Factors
 from peftcore.registry import register
 
 
 @dataclass
-class VeraConfig(TunerConfig):
+class VeraConfig(RandomProjectionConfig):
     """VeRA's options under PEFT's names."""
 
     r: int = 256
     """Rank (count); larger than LoRA's, since only r + o numbers train per layer."""
-    projection_prng_key: int = 0
-    """Seed of A and B."""
-    save_projection: bool = True
-    """False leaves A and B out of the directory; they are then drawn again from the seed."""
     vera_dropout: float = 0.0
-    """Probability of dropping an element of the adapter's input while training."""
+    """Probability of dropping an element of the adapter's input in training."""
     d_initial: float = 0.1
     """Start value of every element of Λ_d."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "vera_only"."""
-    init_weights: bool = True
-    """True: the adapter starts at zero; False: Λ_b one and Λ_d normal, for tests."""
-    fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Biases of the model that train too: "none", "all" or "vera_only"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +92,7 @@ class Vera(Adapter):
             nn.init.normal_(self.vera_lambda_d)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, i) and Λ_b B Λ_d (o, r): both diagonals on the side that is no larger than a LoRA's B."""
+        """Return A (r, i) and Λ_b B Λ_d (o, r)."""
         device = self.vera_lambda_b.device
         down = self.shared.vera_A[:, : self.base.in_features].to(device)
         up = self.shared.vera_B[: self.base.out_features].to(device)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from peftcore.kernels.maths import random_places, weight_shape, widened
 from peftcore.registry import register
 
 _SYMLETS = {2: 0, 3: 0, 4: 1, 5: 2, 6: 5, 7: 4, 8: 5, 9: 6, 10: 21}
-"""{vanishing moments: zeros of the Daubechies filter that go outside the unit circle, as bits}: nearest to symmetry."""
+"""{vanishing moments: zeros of the most symmetric Daubechies filter outside the unit circle, as bits}."""
 # fmt: off
 _COIFLETS = {  # divided by √2 as in Daubechies' "Ten lectures on wavelets", table 8.1
     1: (-0.051429728471, 0.238929728471, 0.602859456942, 0.272140543058, -0.051429728471, -0.011070271529),
@@ -46,7 +47,7 @@ FAMILIES = [*(f"db{n}" for n in range(1, 21)), *(f"sym{n}" for n in _SYMLETS), *
 
 @cache
 def scaling_filter(family: str) -> tuple[float, ...]:
-    """The low-pass reconstruction filter of a wavelet family, with sum √2."""
+    """Return the low-pass reconstruction filter of a wavelet family, with sum √2."""
     name, order = family.rstrip("0123456789"), int(family.lstrip("abcdefghijklmnopqrstuvwxyz"))
     if name == "coif":
         return tuple(math.sqrt(2) * value for value in _COIFLETS[order])
@@ -54,7 +55,7 @@ def scaling_filter(family: str) -> tuple[float, ...]:
 
 
 def _daubechies(moments: int, outside: int) -> tuple[float, ...]:
-    """The filter with `moments` zeros at −1 whose other zeros come from P(y) = Σ_k C(N−1+k, k) yᵏ, y = (2 − z − 1/z)/4.
+    """Return the filter with N = `moments` zeros at −1 and the zeros of Σ_k C(N−1+k, k) yᵏ, y = (2 − z − 1/z)/4.
 
     outside: a bit for each root y (largest first, a conjugate pair counts once) whose zero z is to lie outside the unit
     circle; 0 gives Daubechies' own extremal phase.
@@ -83,6 +84,8 @@ def _daubechies(moments: int, outside: int) -> tuple[float, ...]:
 class WaveFTConfig(TunerConfig):
     """WaveFT's options under PEFT's names."""
 
+    size_fields: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
+
     n_frequency: int = 2592
     """Trained coefficients of each layer (count)."""
     scaling: float = 25.0
@@ -94,15 +97,15 @@ class WaveFTConfig(TunerConfig):
     random_loc_seed: int = 777
     """Seed of the places of the trained coefficients."""
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
-    """{path suffix or regular expression: n_frequency}; the first that matches a layer's path wins."""
+    """{path suffix or regular expression: n_frequency}; the first that matches a layer's path applies."""
     proportional_parameters: bool = False
-    """Share layers · n_frequency coefficients out by the layers' sizes; n_frequency_pattern is then not used."""
+    """Distribute layers · n_frequency coefficients by the layers' sizes; n_frequency_pattern is then not used."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "waveft_only"."""
+    """Biases of the model that train too: "none", "all" or "waveft_only"."""
     init_weights: bool = True
     """True: the adapter starts at zero; False: normal with deviation 0.01."""
     fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,7 +117,7 @@ class WaveFTConfig(TunerConfig):
 
 
 class Budget(Shared):
-    """How many coefficients each layer gets of a budget for all."""
+    """Coefficients of each layer, out of one budget for all layers."""
 
     def __init__(self, counts: Mapping[str, int]):
         super().__init__()
@@ -156,7 +159,7 @@ class WaveFT(Adapter):
         return Budget({path: max(1, round(size / total * budget)) for path, size in sizes.items()})
 
     def _take(self, count: int) -> None:
-        """Make `count` coefficients and choose their places."""
+        """Create `count` coefficients and choose their places."""
         size = math.prod(self.shape)
         if not 1 <= count <= size:
             raise ConfigError(f"WAVEFT: n_frequency at {self.path} must be between 1 and {size} weights; got {count}")
@@ -164,7 +167,7 @@ class WaveFT(Adapter):
         self.make_constants()
 
     def _chosen(self, count: int) -> Tensor:
-        """ModuleIndex (count,) of the coefficients, on the CPU."""
+        """Return the places (count,) of the coefficients, on the CPU."""
         rows, size = self.shape[0], math.prod(self.shape)
         columns = size // rows
         places = random_places(size, count, self.config.random_loc_seed)
@@ -179,7 +182,7 @@ class WaveFT(Adapter):
         return places
 
     def _grid(self, size: int) -> tuple[int, int, int]:
-        """(coefficients, half of them, those before the first that may train) along an axis of ΔW of this size."""
+        """Return (coefficients, half of them, those before the first trained one) along an axis of ΔW of this size."""
         wide = size + self.filters.shape[-1] - 2
         wide += wide % 2
         return wide, wide // 2, (wide - size) // 2
@@ -205,7 +208,7 @@ class WaveFT(Adapter):
             return self._synthesis(by_column, rows).T.reshape(self.shape)
 
     def _synthesis(self, bands: Tensor, size: int) -> Tensor:
-        """(k, size) for k rows of low-pass coefficients followed by as many high-pass ones."""
+        """Return (k, size) for k rows of low-pass coefficients followed by as many high-pass ones."""
         bands = bands.unflatten(-1, (2, -1))
         signal = F.conv_transpose1d(bands, self.filters.to(bands), stride=2, padding=self.filters.shape[-1] - 2)
         return signal[:, 0, :size]

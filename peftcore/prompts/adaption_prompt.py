@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ _SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 @dataclass
 class AdaptionPromptConfig(PeftConfig):
     """Options of the adaption prompt, with HF PEFT's names."""
+
+    size_fields: ClassVar[tuple[str, ...]] = ("adapter_len",)
 
     target_modules: str | None = None
     """Name of the attention modules; None: all attention modules of a supported form."""

@@ -46,7 +46,7 @@ class Entry:
         """
         directory = self.fetch()
         config = self.config or PeftConfig.from_pretrained(directory)
-        if change := _change_of_base(config):
+        if change := _changes_the_base(config):
             raise CheckpointError(f"{directory} {change}, which would affect every other adapter of the base")
         if base is not None and config.base_model_name_or_path != base:
             raise CheckpointError(
@@ -93,29 +93,8 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
     return next(key for key, tensor in tensors.items() if not bool(tensor.isfinite().all()))
 
 
-def _change_of_base(config: PeftConfig) -> str:
+def _changes_the_base(config: PeftConfig) -> str:
     """Return a description of how an adapter changes the base itself; "" if it does not."""
-    if getattr(config, "init_lora_weights", None) == "loftq":
-        return "replaces the base's weights (init_lora_weights='loftq')"
-    return "adds layers to the base (layer_replication)" if getattr(config, "layer_replication", None) else ""
-
-
-def can_share_slot(one: PeftConfig, other: PeftConfig) -> bool:
-    """Return True if one adapter's weights can replace the other's in its slot: plain LoRAs of equal configuration."""
-    if one.peft_type != "LORA" or other.peft_type != "LORA":
-        return False
-    fields, others = one.to_dict(), other.to_dict()
-    extras = ("modules_to_save", "trainable_token_indices", "layer_replication")
-    if any(fields.get(key) for key in extras) or fields["bias"] != "none":
-        return False
-    if not isinstance(fields["init_lora_weights"], bool):
-        return False
-    ignored = {
-        "inference_mode",
-        "base_model_name_or_path",
-        "revision",
-        "auto_mapping",
-        "init_lora_weights",
-        "task_type",
-    }
-    return all(fields[key] == others.get(key) for key in fields.keys() - ignored)
+    if config.replaces_base:
+        return "replaces the base's weights by its initialisation"
+    return "makes the base deeper (layer_replication)" if config.layer_replication else ""

@@ -24,7 +24,7 @@ from peftcore.config import CONFIG_NAME, PeftConfig
 from peftcore.errors import AdapterNameError, AdapterStoreError, CheckpointError
 from peftcore.injection import activation, inject
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.routing.entries import Counts, Entry, Slot, Source, can_share_slot
+from peftcore.routing.entries import Counts, Entry, Slot, Source
 from peftcore.storage import checkpoint
 
 RECORDED_LOADS = 1000
@@ -350,7 +350,7 @@ class AdapterStore:
                 slot = idle[0]
                 self._counts.evictions += slot.entry is not None
                 self._empty(slot)
-                if can_share_slot(slot.config, config) and self._has_room(size, reused=slot):
+                if slot.config.can_be_overwritten_by(config) and self._has_room(size, reused=slot):
                     self._slots.move_to_end(slot.name)
                     return slot
                 self._delete(slot)

@@ -1,4 +1,4 @@
-"""What one adapter is made of, under PEFT's keys: `base_model.model.` + the module's path + the parameter."""
+"""State dict of one adapter under PEFT's keys: `base_model.model.` + the module's path + the parameter."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,17 +18,24 @@ SHARED_PREFIX = "base_model."
 
 
 class _Entry(NamedTuple):
-    """The adapter of one layer."""
+    """The adapter, or trained bias, of one layer."""
 
     prefix: str
-    """What stands before its keys."""
+    """First part of its keys."""
     adapter: Adapter
     tensors: dict[str, Tensor]
     """{key without the prefix: tensor}"""
 
 
-class Content:
-    """What one adapter is made of, asked for its tensors once."""
+class AdapterState:
+    """Modules and tensors of one adapter, by PEFT's keys.
+
+    Args:
+        adapters: {path: adapter of that layer}.
+        biases: {path: trained bias of the base}.
+        copies: {path: module that trains whole} (`modules_to_save`).
+        prompt: The prompt of a prompt method; None for methods that adapt layers.
+    """
 
     def __init__(
         self,
@@ -38,62 +45,62 @@ class Content:
         prompt: PromptLearner | None,
     ):
         self.entries = [_Entry(_prefix(path, a), a, a.checkpoint_tensors()) for path, a in adapters.items()]
-        of_biases = [
+        bias_entries = [
             _Entry(_bias_prefix(path, bias, adapters), bias, bias.checkpoint_tensors()) for path, bias in biases.items()
         ]
-        self.entries += of_biases
-        self.bias_keys = [f"{entry.prefix}bias" for entry in of_biases]
+        self.entries += bias_entries
+        self.bias_keys = [f"{entry.prefix}bias" for entry in bias_entries]
         self.shared = shared_by(adapters)
-        # PEFT wraps a model once more for adapters of layers than for prompts
+        # PEFT wraps the model in one more module for adapters of layers than for prompts
         self.path_prefix = PREFIX if prompt is None else SHARED_PREFIX
-        """What stands before the path of a module."""
+        """First part of every key, before the path of a module."""
         self._adapters, self._copied = adapters, copies.keys()
         self.copies = {f"{self.path_prefix}{path}.": module for path, module in copies.items()}
         self.prompt = prompt
 
     def paths(self) -> set[str]:
-        """Paths of the modules that PEFT wraps for this adapter."""
+        """Return the paths of the modules that PEFT wraps for this adapter."""
         return {*self._adapters, *self._copied}
 
     def base_prefix(self, path: str) -> str:
-        """What stands before the keys of the base's own parameters at a module path."""
+        """Return the first part of the keys of the base's own parameters at a module path."""
         adapter = self._adapters.get(path)
         return f"{self.path_prefix}{path}." if adapter is None else f"{_prefix(path, adapter)}base_layer."
 
     def tensors(self) -> dict[str, Tensor]:
-        """{PEFT's key: tensor}"""
-        keyed = {f"{prefix}{key}": tensor for prefix, _, own in self.entries for key, tensor in own.items()}
+        """Return {PEFT's key: tensor}."""
+        tensors = {f"{prefix}{key}": tensor for prefix, _, own in self.entries for key, tensor in own.items()}
         if self.shared is not None:
-            keyed |= {f"{SHARED_PREFIX}{name}": tensor for name, tensor in self.shared.checkpoint_tensors().items()}
+            tensors |= {f"{SHARED_PREFIX}{name}": tensor for name, tensor in self.shared.checkpoint_tensors().items()}
         for prefix, module in self.copies.items():
-            keyed |= {f"{prefix}{key}": tensor for key, tensor in module.state_dict().items()}
-        return keyed if self.prompt is None else keyed | self.prompt.checkpoint_tensors()
+            tensors |= {f"{prefix}{key}": tensor for key, tensor in module.state_dict().items()}
+        return tensors if self.prompt is None else tensors | self.prompt.checkpoint_tensors()
 
     def optional(self) -> set[str]:
-        """Keys that a directory may lack."""
+        """Return the keys that a directory may omit."""
         return set() if self.shared is None else {f"{SHARED_PREFIX}{name}" for name in self.shared.optional}
 
     def repeated(self) -> set[str]:
-        """Keys that a directory may hold and that are not read."""
+        """Return the keys that a directory may hold and that are not read, because they repeat other tensors."""
         repeated = {f"{prefix}{key}" for prefix, adapter, _ in self.entries for key in adapter.repeated_keys()}
-        # PEFT writes a copy of an embedding twice where it also saves the base's embeddings, and with bias="all" the
-        # biases of a module that trains whole twice more
+        # PEFT saves a trained embedding twice if it also saves the base's embeddings, and with bias="all" it saves the
+        # biases of `modules_to_save` twice more
         for prefix, module in self.copies.items():
-            own = module.state_dict().keys()
-            repeated |= {f"{prefix}modules_to_save.{key}" for key in own}
+            keys = module.state_dict().keys()
+            repeated |= {f"{prefix}modules_to_save.{key}" for key in keys}
             if self.bias_keys:
-                repeated |= {f"{prefix}original_module.{key}" for key in own if key.endswith("bias")}
+                repeated |= {f"{prefix}original_module.{key}" for key in keys if key.endswith("bias")}
         return repeated
 
-    def spelled(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A directory's tensors, each bias under our key: it may stand beside its layer, or as `base_layer`'s."""
-        ours = {_other_spelling(key): key for key in self.bias_keys}
-        if not any(key in ours for key in tensors):
+    def with_our_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a directory's tensors with our keys of trained biases; on disk, `bias` and `base_layer.bias` occur."""
+        our_key = {_other_spelling(key): key for key in self.bias_keys}
+        if not any(key in our_key for key in tensors):
             return tensors
-        return {key if ours.get(key, key) in tensors else ours[key]: tensor for key, tensor in tensors.items()}
+        return {key if our_key.get(key, key) in tensors else our_key[key]: tensor for key, tensor in tensors.items()}
 
     def fits(self, key: str, tensor: Tensor) -> bool:
-        """Whether a tensor of another shape than now can be read all the same."""
+        """Return True if the adapter can read a tensor of another shape than the present one."""
         owner = self._owners.get(key)
         return owner is not None and owner[0].fits(owner[1], tensor)
 
@@ -103,11 +110,11 @@ class Content:
 
     @torch.no_grad()
     def read(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take checked tensors in, all but the prompt's; adapters that hold nothing yet may keep them."""
+        """Read checked tensors, except the prompt's. Adapters without values may keep the tensors instead of copies."""
         for prefix, adapter, own in self.entries:
             adapter.load_checkpoint_tensors({key: tensors[f"{prefix}{key}"] for key in own})
             vars(adapter).pop("is_unread", None)
-            adapter.mark_changed()  # the versions of its tensors are not looked at in a thread that is told of no edits
+            adapter.mark_changed()  # caches do not check tensor versions in threads without edit tracking
         if self.shared is not None:
             names = {name: f"{SHARED_PREFIX}{name}" for name in self.shared.checkpoint_tensors()}
             self.shared.load_checkpoint_tensors({n: tensors[key] for n, key in names.items() if key in tensors})
@@ -115,13 +122,13 @@ class Content:
             module.load_state_dict({key: tensors[f"{prefix}{key}"] for key in module.state_dict()})
 
 
-def content_of(adapters: AdapterSet, name: str) -> Content:
-    """Of an adapter that is in the model."""
-    return Content(adapters.adapters(name), adapters.biases(name), adapters.copies(name), adapters.prompt(name))
+def adapter_state_of(adapters: AdapterSet, name: str) -> AdapterState:
+    """Return the state of an adapter that is in the model."""
+    return AdapterState(adapters.adapters(name), adapters.biases(name), adapters.copies(name), adapters.prompt(name))
 
 
 def _prefix(path: str, adapter: Adapter) -> str:
-    """What stands before an adapter's own keys; a raw parameter's adapter is kept under the module it belongs to."""
+    """Return the first part of an adapter's keys; for a raw parameter, with the path of its module."""
     if isinstance(base := adapter.base, ParameterWeight):
         path = path.removesuffix(f".{base.name}")
         path = f"{path}.base_layer.{base.owner_path}" if base.owner_path else path
@@ -129,7 +136,7 @@ def _prefix(path: str, adapter: Adapter) -> str:
 
 
 def _bias_prefix(path: str, bias: TrainedBias, adapters: Mapping[str, Adapter]) -> str:
-    """What stands before a trained bias's key: PEFT keeps a layer that it adapts as `base_layer`."""
+    """Return the first part of a trained bias's key: PEFT keeps an adapted layer as `base_layer`."""
     return _prefix(path, bias) + ("base_layer." if path in adapters else "")
 
 

@@ -1,6 +1,7 @@
-"""PEFT's adapter directory, both ways: `adapter_config.json`, `adapter_model.safetensors`, a model card, a manifest.
+"""Saving and loading PEFT's adapter directory.
 
-A key on disk is `base_model.model.` + the module's path + the parameter, without the adapter's name.
+The directory holds `adapter_config.json`, `adapter_model.safetensors`, a model card and a manifest of checksums. A key
+on disk is `base_model.model.` + the module's path + the parameter, without the adapter's name.
 """
 
 import dataclasses
@@ -36,13 +37,11 @@ from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.inject import commit_injection, deepened
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.preparation import prepare_injection
-from peftcore.storage.adapter_state import Content, content_of
-from peftcore.storage.embedding_rows import Embeddings, SaveEmbeddings, embeddings_to_save
+from peftcore.storage.adapter_state import AdapterState, adapter_state_of
+from peftcore.storage.embedding_rows import EmbeddingLoader, SaveEmbeddings, embeddings_to_save
 
-_SIZES = ("r", "init_r", "n_frequency", "num_virtual_tokens", "num_vectors", "adapter_len")
-"""Options that a dimension of some saved tensor repeats."""
 _LARGE = 4096
-"""Sizes up to this one are not looked at."""
+"""Sizes up to this one are not checked before memory is allocated."""
 
 MODEL_CARD = "README.md"
 _CARD = """\
@@ -58,21 +57,24 @@ Trained on `{base}`. Load it onto that model with `PeftModel.from_pretrained(mod
 """
 
 
-# -- what is in a checkpoint -----------------------------------------------------------------------------------------
+# -- contents of a checkpoint -----------------------------------------------------------------------------------------
 
 
 def adapter_tensors(model: nn.Module, name: str, save_embedding_layers: SaveEmbeddings = False) -> dict[str, Tensor]:
-    """Everything saved for one adapter: {PEFT's key: tensor}."""
-    content = content_of(adapter_set(model), name)
-    return embeddings_to_save(model, content, name, save_embedding_layers) | content.tensors()
+    """Return everything that is saved for one adapter: {PEFT's key: tensor}."""
+    state = adapter_state_of(adapter_set(model), name)
+    return embeddings_to_save(model, state, name, save_embedding_layers) | state.tensors()
 
 
 def adapter_state_dict(
     model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """`adapter_tensors` without what is saved of the base, by the model's own paths, as transformers has them.
+    """Return the adapter's tensors by the model's own paths, as transformers does; without embeddings of the base.
 
-    state_dict: the model's, to take the values from; None: the model's own parameters.
+    Args:
+        model: The model with the adapter.
+        name: The adapter's name.
+        state_dict: State dict of the model with the values to use; None uses the model's own parameters.
     """
     adapter_set(model).require(name)
     reader = _Reader(model, name, save_embedding_layers=False)
@@ -91,14 +93,20 @@ def save_adapter(
     state_dict: Mapping[str, Tensor] | None = None,
     writes: bool = True,
 ) -> None:
-    """Write one adapter's directory, whole: if the process is killed, the old adapter or the new one is there.
+    """Write one adapter's directory atomically: after a kill, either the old or the new adapter is there.
 
-    Where the adapter is sharded (FSDP2) every process calls this, and the first one writes the whole of it.
+    If the adapter is sharded (FSDP2), every process has to call this function; the first process writes all of it.
 
     Args:
-        save_embedding_layers: see `peftcore.storage.embedding_rows`.
-        state_dict: the model's, to take the values from; None: the model's own parameters.
-        writes: whether this process writes; False only takes part in gathering shards.
+        model: The model with the adapter.
+        name: The adapter's name.
+        directory: Folder to write; an adapter in it is replaced.
+        save_embedding_layers: See `peftcore.storage.embedding_rows`.
+        state_dict: State dict of the model with the values to use; None uses the model's own parameters.
+        writes: False if this process only takes part in gathering shards.
+
+    Raises:
+        CheckpointError: If `directory` is a file, or `state_dict` lacks parameters of the adapter.
     """
     if directory.is_file():
         raise CheckpointError(f"{directory} is a file; give a directory to save the adapter in")
@@ -113,7 +121,7 @@ def save_adapter(
     sharded = any(is_sharded(tensor) for tensor in held.values())
     if not sharded and not writes:
         return
-    # a tensor may be a view or shared with another: cloned, so that safetensors gets plain memory of its own
+    # cloned, because safetensors refuses views and tensors that share memory
     tensors = {k: whole(t.detach()).cpu().clone().contiguous() for k, t in held.items()}
     state = {k: whole(t.detach()).cpu().clone().contiguous() for k, t in held_state.items()}
     if not writes or (sharded and torch.distributed.get_rank()):
@@ -129,7 +137,7 @@ def save_adapter(
 
 
 class _Reader(nn.Module):
-    """What is saved of one adapter: its tensors by PEFT's key, and what a prompt is computed from."""
+    """Module whose forward returns an adapter's saved tensors, by PEFT's key, and a prompt's training state."""
 
     def __init__(self, model: nn.Module, name: str, save_embedding_layers: SaveEmbeddings):
         super().__init__()
@@ -143,21 +151,21 @@ class _Reader(nn.Module):
         return tensors, {} if prompt is None else prompt.training_state()
 
     def with_values(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The same with the values of a state dictionary of the model in place of the model's own."""
-        own = {name for name, _ in self.model.named_parameters()}
+        """Return the same tensors with the values of a state dict of the model."""
+        parameters = {name for name, _ in self.model.named_parameters()}
         trained = {id(p) for p in adapter_set(self.model).parameters(self._name)}
         needed = [name for name, parameter in self.model.named_parameters() if id(parameter) in trained]
         if missing := [name for name in needed if name not in state_dict]:
             raise CheckpointError(
                 f"save_pretrained: state_dict lacks {missing[0]} ({len(missing)} of {len(needed)} of the adapter's "
-                "parameters); give what the model's own state_dict() gives, or leave it out"
+                "parameters); give the result of the model's own state_dict(), or leave the argument out"
             )
-        values = {f"model.{name}": tensor for name, tensor in state_dict.items() if name in own}
+        values = {f"model.{name}": tensor for name, tensor in state_dict.items() if name in parameters}
         return torch.func.functional_call(self, values, ())
 
 
 def update_model_card(model: nn.Module, directory: Path) -> None:
-    """Give a model card that somebody else has written the fields of an adapter's."""
+    """Add an adapter's fields to an existing model card."""
     from huggingface_hub import ModelCard
 
     adapters = adapter_set(model)
@@ -182,30 +190,40 @@ def load_adapter(
     tensors: dict[str, Tensor] | None = None,
     replaces_embeddings: bool = True,
 ) -> AdapterSet:
-    """Make an adapter from its directory and put it into the model; on any error the model is as it was.
+    """Add the adapter of a directory to the model. On an error the model is unchanged.
 
-    tensors: those of the directory, where they have been read already; they are the adapter's from then on.
-    replaces_embeddings: whether the base's embeddings in a directory may replace others in the model; False: an error.
-    Raises CheckpointError for damage, missing or unexpected keys, or shapes of another base.
+    Args:
+        model: The model, with or without adapters.
+        directory: The adapter's directory.
+        name: Name of the adapter in the model.
+        trainable: True to train the adapter further.
+        config: The adapter's configuration; None reads it from the directory.
+        tensors: Tensors of the directory, if they have been read already; the adapter may keep them.
+        replaces_embeddings: True if embeddings in the directory may replace the model's; False makes them an error.
+
+    Raises:
+        CheckpointError: For damage, missing or unexpected keys, or shapes of another base.
     """
     directory = whole_files(directory)
     if config is None:
         refuse_pickles(directory)
         config = PeftConfig.from_pretrained(directory)
     config = dataclasses.replace(config, inference_mode=not trainable)
-    with ThreadPoolExecutor(1, "adapter-reader") as beside, deepened(model, config) as replication:
+    with ThreadPoolExecutor(1, "adapter-reader") as executor, deepened(model, config) as replication:
         read = read_weights(directory) if tensors is None else None
-        hashed = None if read is None else beside.submit(changed_files, directory, read)
+        hashed = None if read is None else executor.submit(changed_files, directory, read)
         try:
-            _refuse_hollow_sizes(config, directory, tensors if read is None else read)
+            _check_sizes(config, directory, tensors if read is None else read)
             injection = prepare_injection(model, config, name, initialise=False)
-            content = Content(injection.adapters, injection.biases, injection.copies, injection.prompt)
-            given = (tensors or {}) if read is None else parsed(read, directory)
-            rows = Embeddings(lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings)
-            _take_tensors(content, rows, given, directory, trainable)
+            state = AdapterState(injection.adapters, injection.biases, injection.copies, injection.prompt)
+            on_disk = (tensors or {}) if read is None else parsed(read, directory)
+            rows = EmbeddingLoader(
+                lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings
+            )
+            _take_tensors(state, rows, on_disk, directory, trainable)
         except PeftError as error:
             if hashed is not None:
-                hashed.result()  # a damaged directory is what has to be said first
+                hashed.result()  # damage of the directory is the more useful error
             if not isinstance(error, TargetError):
                 raise
             raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
@@ -213,7 +231,7 @@ def load_adapter(
             if not _is_out_of_memory(error):
                 raise
             raise CheckpointError(
-                f"{directory}: its {CONFIG_NAME} asks for more memory than there is: {error}"
+                f"{directory}: its {CONFIG_NAME} needs more memory than is available: {error}"
             ) from error
         if hashed is not None:
             warn_of_changes(directory, hashed.result())
@@ -222,21 +240,17 @@ def load_adapter(
     return adapters
 
 
-def _refuse_hollow_sizes(config: PeftConfig, directory: Path, held: memoryview | Mapping[str, Tensor] | None) -> None:
-    """CheckpointError where a rank is said to be larger than all that the weights hold, before memory is taken."""
-    said = {name: size for name in _SIZES if isinstance(size := getattr(config, name, None), int)}
-    for pattern in ("rank_pattern", "n_frequency_pattern"):
-        of_layers = (getattr(config, pattern, None) or {}).items()  # AdaLoRA's are masks
-        said |= {f"{pattern}[{key!r}]": size for key, size in of_layers if isinstance(size, int)}
-    large = {name: size for name, size in said.items() if size > _LARGE}
-    if not large or config.peft_type == "LOKR":  # where a rank above all sizes means full matrices
+def _check_sizes(config: PeftConfig, directory: Path, weights: memoryview | Mapping[str, Tensor] | None) -> None:
+    """Raise CheckpointError if a stated size exceeds every dimension of the weights, before memory is allocated."""
+    large = {name: size for name, size in config.sizes().items() if size > _LARGE}
+    if not large:
         return
-    tensors = parsed(held, directory) if isinstance(held, memoryview) else held or {}
+    tensors = parsed(weights, directory) if isinstance(weights, memoryview) else weights or {}
     most = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     for name, size in large.items():
         if size > most:
             raise CheckpointError(
-                f"{directory / CONFIG_NAME} says {name}={size}, but no tensor in {WEIGHTS_NAME} has more than {most} "
+                f"{directory / CONFIG_NAME} has {name}={size}, but no tensor in {WEIGHTS_NAME} has more than {most} "
                 "rows or columns; the two do not belong together"
             )
 
@@ -252,50 +266,60 @@ def load_adapter_weights(
     tensors: dict[str, Tensor] | None = None,
     replaces_embeddings: bool = True,
 ) -> None:
-    """Read a directory's tensors into an adapter that is there already, made with the same configuration.
+    """Read a directory's tensors into an existing adapter with the same configuration.
 
-    tensors: those of the directory, where they have been read already. replaces_embeddings: see `load_adapter`.
-    Where the adapter is sharded every process calls this, and keeps its own part.
+    If the adapter is sharded, every process has to call this function and keeps its own part.
+
+    Args:
+        model: The model with the adapter.
+        directory: The adapter's directory.
+        name: Name of the adapter in the model.
+        tensors: Tensors of the directory, if they have been read already.
+        replaces_embeddings: See `load_adapter`.
+
+    Raises:
+        CheckpointError: For damage, missing or unexpected keys, or shapes of another base.
     """
     adapters, directory = adapter_set(model), whole_files(directory)
     prompt = adapters.prompt(name)
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
     with writing_shards(adapters.parameters(name)), torch.no_grad():
-        given = read_tensors(directory) if tensors is None else tensors
-        rows = Embeddings(lambda: ModuleIndex(model), adapters, name, replaces_embeddings)
-        _take_tensors(content_of(adapters, name), rows, given, directory, trains)
+        on_disk = read_tensors(directory) if tensors is None else tensors
+        rows = EmbeddingLoader(lambda: ModuleIndex(model), adapters, name, replaces_embeddings)
+        _take_tensors(adapter_state_of(adapters, name), rows, on_disk, directory, trains)
         rows.replace(adapters)
 
 
 def _take_tensors(
-    content: Content, rows: Embeddings, tensors: Mapping[str, Tensor], directory: Path, trainable: bool
+    state: AdapterState, rows: EmbeddingLoader, tensors: Mapping[str, Tensor], directory: Path, trainable: bool
 ) -> None:
-    """Check all keys and shapes, then copy the adapter's own, and let `rows` take those of the base's embeddings."""
-    expected, tensors = content.tensors(), content.spelled(tensors)
-    missing = sorted(expected.keys() - tensors.keys() - content.optional())
+    """Check all keys and shapes, then copy the adapter's tensors; `rows` checks the base's embeddings."""
+    expected, tensors = state.tensors(), state.with_our_keys(tensors)
+    missing = sorted(expected.keys() - tensors.keys() - state.optional())
     others = tensors.keys() - expected.keys()
-    others = others and others - content.repeated()
-    unexpected = sorted(others and rows.take(content, {key: tensors[key] for key in others}, directory / WEIGHTS_NAME))
+    others = others and others - state.repeated()
+    unexpected = sorted(others and rows.take(state, {key: tensors[key] for key in others}, directory / WEIGHTS_NAME))
     if missing or unexpected:
         raise CheckpointError(
             f"{directory / WEIGHTS_NAME} does not fit: {_listed('missing', missing)}{_listed('unexpected', unexpected)}"
-            "it was made for another base model or another configuration"
+            "the adapter belongs to another base model or another configuration"
         )
     wrong = [
         f"{k} is {list(tensors[k].shape)!s:.200}, here {list(t.shape)}"
         for k, t in expected.items()
-        if k in tensors and tensors[k].shape != t.shape and not content.fits(k, tensors[k])
+        if k in tensors and tensors[k].shape != t.shape and not state.fits(k, tensors[k])
     ]
     if wrong:
-        raise CheckpointError(f"{directory} was made for another base model: {wrong[0]} ({len(wrong)} tensors in all)")
-    if content.prompt is not None:
-        content.prompt.read(tensors, _prompt_state(directory), trainable)
-    content.read(tensors)
+        raise CheckpointError(f"{directory} belongs to another base model: {wrong[0]} ({len(wrong)} tensors in all)")
+    if state.prompt is not None:
+        state.prompt.read(tensors, _prompt_state(directory), trainable)
+    state.read(tensors)
 
 
 def _prompt_state(directory: Path) -> dict[str, Tensor]:
-    """What a prompt learner goes on training with; {} where the directory holds none, as PEFT's does not, or where
-    the prompt beside it was saved anew by a program that leaves this file as it was.
+    """Return the training state of a prompt; {} if the directory has none.
+
+    PEFT writes none. The state is also ignored if another program has saved a new prompt beside it.
     """
     path = directory / PROMPT_STATE
     if not os.path.lexists(path) or WEIGHTS_NAME in damaged_files(directory):
@@ -303,8 +327,8 @@ def _prompt_state(directory: Path) -> dict[str, Tensor]:
     return parsed(read_file(path), directory, PROMPT_STATE)
 
 
-def _listed(what: str, keys: list[str]) -> str:
+def _listed(label: str, keys: list[str]) -> str:
     if not keys:
         return ""
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"{what} {', '.join(keys[:3])}{more}; "
+    return f"{label} {', '.join(keys[:3])}{more}; "

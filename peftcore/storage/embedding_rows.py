@@ -1,10 +1,10 @@
-"""Embeddings that a directory holds beside its adapter: rows of the base, for example of a resized vocabulary.
+"""Embeddings of the base that a directory holds beside its adapter, for example of a resized vocabulary.
 
-They are PEFT's `save_embedding_layers`. On disk they have the base's own keys: `<path>.weight` of an embedding or an
-output head that the adapter leaves alone, `<path>.base_layer.weight` of one that it adapts.
+This is PEFT's `save_embedding_layers`. On disk the embeddings have the base's own keys: `<path>.weight` for an
+embedding or output head without adapter, `<path>.base_layer.weight` for one with an adapter.
 
-When such a directory is loaded, the saved rows replace the model's own, for every adapter and for the base, as in PEFT.
-`unload`, and deleting the last adapter, put the model's own rows back.
+When such a directory is loaded, the saved embeddings replace the model's own, for every adapter and for the base, as in
+PEFT. `unload`, and deleting the last adapter, restore the model's own embeddings.
 """
 
 import re
@@ -25,24 +25,27 @@ from peftcore.errors import CheckpointError, ConfigError
 from peftcore.injection.adapter_set import AdapterSet, ReplacedRows, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.wrapper import unwrapped
-from peftcore.storage.adapter_state import Content
+from peftcore.storage.adapter_state import AdapterState
 
 SaveEmbeddings = bool | Literal["auto"]
 """Value of `save_embedding_layers`."""
 _NAMES = ("embed_tokens", "lm_head")
-"""Names of embeddings whose rows PEFT saves because an adapter targets them."""
+"""Names of embeddings that PEFT saves if an adapter targets them."""
 _KEY = re.compile(r"(?P<path>.+?)(\.token_adapter)?(?P<inside>\.base_layer|\.original_module)?\.(?P<name>weight|bias)")
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------
 
 
-def embeddings_to_save(model: nn.Module, content: Content, name: str, choice: SaveEmbeddings) -> dict[str, Tensor]:
-    """Return {PEFT's key: tensor} of the embeddings that belong into an adapter's directory.
+def embeddings_to_save(model: nn.Module, state: AdapterState, name: str, choice: SaveEmbeddings) -> dict[str, Tensor]:
+    """Return {PEFT's key: tensor} of the embeddings to save in an adapter's directory.
 
     Args:
-        choice: `save_embedding_layers`. "auto" saves embeddings that the adapter targets, and all of them if the
-            vocabulary's size differs from the one of `base_model_name_or_path`, or if a directory brought rows.
+        model: The model with the adapter.
+        state: The adapter's state.
+        name: The adapter's name.
+        choice: `save_embedding_layers`. "auto" saves embeddings that the adapter targets. It saves all embeddings if
+            the vocabulary's size differs from that of `base_model_name_or_path`, or if loading replaced embeddings.
     """
     if choice not in (True, False, "auto"):
         raise ConfigError(f"save_embedding_layers must be True, False or 'auto'; got {choice!r}")
@@ -50,8 +53,7 @@ def embeddings_to_save(model: nn.Module, content: Content, name: str, choice: Sa
         return {}
     adapters = adapter_set(model)
     config = adapters.configs[name]
-    by_tokens = config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None) is not None
-    paths = adapters.adapters(name) if not by_tokens else {}
+    paths = adapters.adapters(name) if not config.trains_single_rows else {}
     targeted = {path for path in paths if path.rpartition(".")[2] in _NAMES}
     resized = choice is True and bool(adapters.replaced_rows)
     if choice == "auto":
@@ -68,22 +70,22 @@ def embeddings_to_save(model: nn.Module, content: Content, name: str, choice: Sa
             )
         return {}
     copies, targeted = adapters.copies(name), targeted & ends.keys()
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     saved: set[int] = set()
     for path, module in sorted(ends.items(), key=lambda end: end[0] not in targeted):
         weight = id(unwrapped(module)._parameters.get("weight"))
-        # as in PEFT an embedding beside a targeted one is left out, unless its rows would be lost
+        # as in PEFT, an embedding beside a targeted one is omitted, unless its rows would be lost
         if path in copies or (targeted and path not in targeted and (not resized or weight in saved)):
             continue
         saved.add(weight)
-        found |= {
-            f"{content.base_prefix(path)}{key}": tensor for key, tensor in _own_tensors(unwrapped(module)).items()
+        tensors |= {
+            f"{state.base_prefix(path)}{key}": tensor for key, tensor in _own_tensors(unwrapped(module)).items()
         }
-    return found
+    return tensors
 
 
 def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """Weight and bias of a layer without what is merged into them, as the layer stores them, dense."""
+    """Return the unmerged weight and bias of a layer, as the layer stores them, dense."""
     own = {name: p.detach() for name, p in layer._parameters.items() if p is not None}
     if is_adaptable(layer):
         base, aside = base_weight(layer), layer.__dict__.get(UNMERGED_STATE, {})
@@ -94,12 +96,12 @@ def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _can_be_looked_up(base: str | None) -> bool:
-    """Whether a base model's name is a folder or could be the hub's, and not another system's, such as "wheel:NAME"."""
+    """Return True if a base model's name is a folder or may be on the hub; "wheel:NAME" is neither."""
     return bool(base) and (Path(base).is_dir() or ":" not in base)
 
 
 def _was_resized(model: nn.Module, config: PeftConfig) -> bool:
-    """Whether the vocabulary has another size than that of the base model that the configuration names."""
+    """Return True if the vocabulary's size differs from that of the base model that the configuration names."""
     own = getattr(model, "config", None)
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None)
     if getattr(own, "vocab_size", None) is None or not hasattr(own, "from_pretrained") or not _can_be_looked_up(base):
@@ -108,7 +110,7 @@ def _was_resized(model: nn.Module, config: PeftConfig) -> bool:
         original = type(own).from_pretrained(base, revision=config.revision, local_files_only=True)  # type: ignore[union-attr]
     except (OSError, ValueError):
         warnings.warn(
-            f"the base model's config.json is not found at {base!r}, so its vocabulary is taken to have its original "
+            f"the base model's config.json is not found at {base!r}, so the vocabulary is assumed to have its original "
             "size; if you have resized it, save with save_embedding_layers=True",
             stacklevel=6,
         )
@@ -117,12 +119,12 @@ def _was_resized(model: nn.Module, config: PeftConfig) -> bool:
 
 
 def embedding_paths(module_index: ModuleIndex) -> dict[str, nn.Module]:
-    """{path: module} of the model's input and output embeddings, each at the first path where it stands."""
+    """Return {path: module} of the model's input and output embeddings, each at its first path."""
     ends: dict[str, nn.Module] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             end = getattr(module_index.model, getter)()
-        except (AttributeError, NotImplementedError):  # no transformers model, or one without such an end
+        except (AttributeError, NotImplementedError):  # not a transformers model, or one without this embedding
             continue
         path = next((path for path, module in module_index.modules.items() if module is end), None)
         if path is not None:
@@ -133,12 +135,14 @@ def embedding_paths(module_index: ModuleIndex) -> dict[str, nn.Module]:
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-class Embeddings:
-    """The base's embeddings out of a directory, on their way into a model.
+class EmbeddingLoader:
+    """Check of the base's embeddings in a directory, and their replacement in the model.
 
-    module_index: gives the model's, which takes a walk over it and is asked for where a directory holds embeddings only.
-    adapters: those in the model, None for a plain one. name: the adapter that is being loaded.
-    may_replace: False where the model's own have to stay.
+    Args:
+        module_index: Returns the model's index; called only if a directory holds embeddings.
+        adapters: Adapters in the model; None for a model without adapters.
+        name: Name of the adapter that is being loaded.
+        may_replace: False if the model's own embeddings must stay.
     """
 
     def __init__(
@@ -147,21 +151,25 @@ class Embeddings:
         self._walk, self._may_replace = module_index, may_replace
         self._others = [] if adapters is None else [other for other in adapters.configs if other != name]
         self._new: dict[int, nn.Parameter] = {}
-        """{id of a parameter: the one to replace it by}"""
+        """{id of a parameter: its replacement}"""
 
     @cached_property
     def _places(self) -> ModuleIndex:
         return self._walk()
 
-    def take(self, content: Content, tensors: Mapping[str, Tensor], file: Path) -> set[str]:
-        """Note what has to be replaced, and return the keys that are no embeddings; the model is not changed yet.
+    def take(self, state: AdapterState, tensors: Mapping[str, Tensor], file: Path) -> set[str]:
+        """Check the embeddings among a directory's tensors, without changing the model.
 
-        Raises CheckpointError for rows of another shape, or where replacing them would change other adapters.
+        Returns:
+            The keys that are not embeddings.
+
+        Raises:
+            CheckpointError: For another shape, or if replacing the embeddings would change other adapters.
         """
         ends = embedding_paths(self._places)
-        wrapped, foreign = content.paths() | ends.keys(), set()
+        wrapped, foreign = state.paths() | ends.keys(), set()
         for key, saved in tensors.items():
-            match = _KEY.fullmatch(key.removeprefix(content.path_prefix))
+            match = _KEY.fullmatch(key.removeprefix(state.path_prefix))
             if match is None or match["path"] not in (wrapped if match["inside"] else ends):
                 foreign.add(key)
                 continue
@@ -175,7 +183,9 @@ class Embeddings:
         layer = unwrapped(self._places.at(path))
         parameter = layer._parameters.get(name)
         if parameter is None:
-            raise CheckpointError(f"{path}.{name} is saved, and the model's {path} has none; load it onto its own base")
+            raise CheckpointError(
+                f"{path}.{name} is saved, but the model's {path} has none; load the adapter onto its own base"
+            )
         own = _own_tensors(layer)[name]
         if own.shape != saved.shape:
             raise CheckpointError(_other_shape(path, saved, own))
@@ -203,7 +213,7 @@ class Embeddings:
         self._new[id(parameter)] = nn.Parameter(saved.to(parameter), requires_grad=False)
 
     def replace(self, adapters: AdapterSet) -> None:
-        """Put the new embeddings wherever the old ones stand; `AdapterSet.restore_rows` puts the old ones back."""
+        """Replace the embeddings at all their paths; `AdapterSet.restore_rows` restores the old ones."""
         if not self._new:
             return
         for path, module in self._places.modules.items():

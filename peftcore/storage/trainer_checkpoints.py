@@ -1,13 +1,12 @@
 """Resuming and `load_best_model_at_end` of plain `transformers.Trainer` for models with adapters.
 
-Trainer saves adapters through `save_pretrained`, but where it reads a checkpoint it asks for HF PEFT's class and
-otherwise for whole models' files: without this module a run with `load_best_model_at_end` fails after its last step.
-transformers has no hook there, so its two methods that read a checkpoint are wrapped. For any other model they do what
-they did. `peftcore.train.AdapterTrainerMixin` has methods of its own, which also resume exactly what Trainer does not
-keep.
+Trainer saves adapters through `save_pretrained`. When Trainer reads a checkpoint, it expects HF PEFT's class or the
+files of a whole model, so `load_best_model_at_end` would fail after the last step. transformers has no hook for this.
+Therefore the two methods of Trainer that read a checkpoint are wrapped; for other models they behave as before.
+`peftcore.train.AdapterTrainerMixin` has its own methods, which also restore state that Trainer does not save.
 
-Trainer is not imported for this, because it takes long and serving needs none of it: the methods are wrapped when a
-model gets its adapters, or when Trainer is imported later.
+Importing Trainer takes long, and serving does not need it. The methods are wrapped when a model gets its adapters, or
+when Trainer is imported later.
 """
 
 import functools
@@ -26,11 +25,11 @@ from peftcore.storage import checkpoint
 
 _MODULE = "transformers.trainer"
 _WRAPPED = "reads_adapters"
-"""Attribute of a method that is wrapped already."""
+"""Attribute that marks a wrapped method."""
 
 
 def teach_trainer() -> None:
-    """Let transformers' Trainer read checkpoints of adapters, now or as soon as it is imported; once is enough."""
+    """Let transformers' Trainer read checkpoints of adapters, now or as soon as Trainer is imported."""
     if hasattr(module := sys.modules.get(_MODULE), "Trainer"):
         _wrap_methods(module)
     elif not any(isinstance(finder, _TrainerFinder) for finder in sys.meta_path):
@@ -38,10 +37,10 @@ def teach_trainer() -> None:
 
 
 class _TrainerFinder:
-    """A finder of Python's import system that finds Trainer's module, once, and has it wrapped when it has run."""
+    """Import hook that wraps Trainer's methods after the import of Trainer's module."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the module's own spec; None for every other module."""
+        """Return the import spec of Trainer's module; None for every other module."""
         if name != _MODULE:
             return None
         sys.meta_path.remove(self)
@@ -82,7 +81,7 @@ def _resume(trainer: Any, adapted: nn.Module, resume_from_checkpoint: str, model
     if with_state:
         raise CheckpointError(
             f"{', '.join(with_state)}: this method has training state that Trainer does not save, so training cannot "
-            "go on from its checkpoint; use peftcore.train.AdapterTrainer, or AdapterTrainerMixin over your trainer"
+            "be resumed from its checkpoint; use peftcore.train.AdapterTrainer, or AdapterTrainerMixin in your trainer"
         )
     _read(adapted, Path(resume_from_checkpoint))
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from peftcore.adapter import Adapter
 from peftcore.errors import ConfigError, TrainingError
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.methods.lora import Lora
+from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.train.adamw import FusedAdamW
 
 
@@ -36,9 +37,11 @@ def in_one_call(optimizer_class: Any, options: dict[str, Any]) -> tuple[Any, dic
     return FusedAdamW, {name: value for name, value in options.items() if name != "fused"}
 
 
-def _lora_layers(model: nn.Module) -> list[Lora]:
+def _factored(model: nn.Module) -> list[tuple[Adapter, LowRankBranch]]:
+    """Return the active adapters that train two factors, each with these."""
     adapters = adapter_set(model)
-    layers = [a for name in adapters.selection.active for a in adapters.adapters(name).values() if isinstance(a, Lora)]
+    active = [a for name in adapters.selection.active for a in adapters.adapters(name).values()]
+    layers = [(adapter, factors) for adapter in active if (factors := adapter.trained_factors()) is not None]
     if not layers:
         raise ConfigError("the active adapters have no LoRA factors; this optimiser is for LoRA")
     return layers
@@ -57,9 +60,9 @@ def create_loraplus_optimizer(
 
     options: what `optimizer_cls` takes besides. Biases and other vectors learn at B's rate, without decay.
     """
-    layers = _lora_layers(model)
-    embedding = {p for a in layers if a.base.kind == "embedding" for p in (a.lora_A, a.lora_B)}
-    fast = {a.lora_B for a in layers} - embedding
+    layers = _factored(model)
+    embedding = {p for adapter, own in layers if adapter.base.kind == "embedding" for p in (own.a, own.b)}
+    fast = {own.b for _, own in layers} - embedding
     trained = [p for p in model.parameters() if p.requires_grad]
     decay, high = loraplus_weight_decay, lr * loraplus_lr_ratio
     groups = [
@@ -86,7 +89,7 @@ class LoraFa(torch.optim.AdamW):
     g ← s⁻² g (A Aᵀ)⁻¹. Other trained parameters get plain AdamW.
     """
 
-    def __init__(self, params: Any, layers: list[Lora], **options: Any):
+    def __init__(self, params: Any, layers: list[LowRankBranch], **options: Any):
         super().__init__(params, **options)
         self._layers = layers
 
@@ -98,14 +101,14 @@ class LoraFa(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for layer in self._layers:
-            if layer.lora_B.grad is not None:
-                layer.lora_B.grad.copy_(_projected(layer, layer.lora_B.grad))
+            if layer.b.grad is not None:
+                layer.b.grad.copy_(_projected(layer, layer.b.grad))
         super().step()
         return loss
 
 
-def _projected(layer: Lora, gradient: Tensor) -> Tensor:
-    a = layer.lora_A.flatten(1).float()
+def _projected(layer: LowRankBranch, gradient: Tensor) -> Tensor:
+    a = layer.a.flatten(1).float()
     inverse = torch.linalg.pinv(a @ a.T + 1e-8 * torch.eye(len(a), device=a.device))
     return (gradient.flatten(1).float() @ inverse).view_as(gradient) / layer.scaling**2
 
@@ -115,10 +118,10 @@ def create_lorafa_optimizer(model: nn.Module, lr: float, weight_decay: float = 0
 
     Raises ConfigError for layers whose weight is not linear, or with DoRA.
     """
-    layers = _lora_layers(model)
-    for layer in layers:
-        if layer.base.kind != "linear" or layer.magnitude is not None:
+    layers = _factored(model)
+    for adapter, factors in layers:
+        if adapter.base.kind != "linear" or adapter.exact_factors() is None:
             raise ConfigError("LoRA-FA is for plain LoRA on linear layers; target those only and leave use_dora out")
-        layer.lora_A.requires_grad_(False)
+        factors.a.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    return cast(Any, LoraFa)(trained, layers, lr=lr, weight_decay=weight_decay, **options)
+    return cast(Any, LoraFa)(trained, [factors for _, factors in layers], lr=lr, weight_decay=weight_decay, **options)

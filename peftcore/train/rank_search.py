@@ -73,14 +73,7 @@ class RankSearch:
 
         That scaling is α/r, or α/√r with rsLoRA. Layers of rank 0 are no targets.
         """
-        kept = {path: rank for path, rank in self.ranks.items() if rank}
-        alpha = {
-            path: config.lora_alpha * (math.sqrt(rank / config.r) if config.use_rslora else rank / config.r)
-            for path, rank in kept.items()
-        }
-        return dataclasses.replace(
-            config, target_modules=sorted(kept), exclude_modules=None, rank_pattern=kept, alpha_pattern=alpha
-        )
+        return dataclasses.replace(config, rank_pattern={}, alpha_pattern={}).with_ranks(self.ranks)
 
 
 def find_ranks(

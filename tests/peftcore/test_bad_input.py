@@ -113,7 +113,7 @@ def test_an_unknown_key_on_disk_is_kept_and_warned_of(method: str, tmp_path: Pat
     EXAMPLES[method].make(target_modules=["0"]).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 3}))
-    with pytest.warns(UserWarning, match="'from_the_future' is unknown to this version; kept, not used"):
+    with pytest.warns(UserWarning, match="'from_the_future' is unknown to this version; it is kept"):
         config = PeftConfig.from_pretrained(tmp_path)
     assert config.to_dict()["from_the_future"] == 3
 
@@ -124,11 +124,11 @@ def test_an_unknown_key_on_disk_is_kept_and_warned_of(method: str, tmp_path: Pat
         ("[1, 2]", CheckpointError, "holds a list, not the fields"),
         ('"LORA"', CheckpointError, "holds a str, not the fields"),
         ("{}", ConfigError, "without peft_type"),
-        ('{"peft_type": ["LORA"]}', ConfigError, "no word: ['LORA']; try 'LORA'"),
+        ('{"peft_type": ["LORA"]}', ConfigError, "not a name: ['LORA']; try 'LORA'"),
         ('{"peft_type": "LORRA"}', ConfigError, "unknown adapter method 'LORRA'; did you mean 'LORA'"),
         ('{"peft_type": "LORA", "r": "8"}', ConfigError, "r must be an integer; got '8'"),
         ('{"peft_type": "LORA", "r": 0}', ConfigError, "r must be a positive integer; got 0"),
-        ('{"peft_type": "LORA", "use_qalora": true}', ConfigError, "would give other numbers"),
+        ('{"peft_type": "LORA", "use_qalora": true}', ConfigError, "would change the results"),
     ],
 )
 def test_a_configuration_file_that_cannot_be(text: str, error: type[PeftError], message: str, tmp_path: Path) -> None:
@@ -148,12 +148,12 @@ WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": 3}, "target_modules must be a list of strings or a string or None; got 3"),
     ({"target_modules": {"0": 1}}, "target_modules must be a list"),
     ({"target_modules": [3]}, "target_modules must be a list of strings or a string or None; got [3]"),
-    ({"target_modules": "("}, "target_modules '(' is no regular expression"),
-    ({"exclude_modules": "["}, "exclude_modules '[' is no regular expression"),
-    ({"layers_to_transform": 0, "layers_pattern": "["}, "layers_pattern '[' is no regular expression"),
+    ({"target_modules": "("}, "target_modules '(' is not a regular expression"),
+    ({"exclude_modules": "["}, "exclude_modules '[' is not a regular expression"),
+    ({"layers_to_transform": 0, "layers_pattern": "["}, "layers_pattern '[' is not a regular expression"),
     ({"modules_to_save": "head"}, "modules_to_save must be a list of strings or None; got 'head'"),
     ({"rank_pattern": [("0", 2)]}, "rank_pattern must be a dictionary or None"),
-    ({"rank_pattern": {"[": 2}}, "rank_pattern '[' is no regular expression"),
+    ({"rank_pattern": {"[": 2}}, "rank_pattern '[' is not a regular expression"),
     ({"rank_pattern": {"0": 0}}, "rank_pattern['0'] must be a positive integer; got 0"),
     ({"rank_pattern": {"0": 1.5}}, "rank_pattern['0'] must be a positive integer; got 1.5"),
     ({"alpha_pattern": {"0": "a"}}, "alpha_pattern['0'] must be a number; got 'a'"),
@@ -176,7 +176,10 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
     "ADALORA": [
         ({"init_r": 0, "target_r": 0}, POSITIVE),
         ({"init_r": 2, "target_r": 4}, "target_r must not exceed init_r=2; got 4"),
-        ({"rank_pattern": {"2.lora_E": [True, False]}}, "rank_pattern at 2 must say of each of the 4 triplets"),
+        (
+            {"rank_pattern": {"2.lora_E": [True, False]}},
+            "rank_pattern at 2 must have one entry for each of the 4 triplets",
+        ),
         ({"rank_pattern": {"2.lora_E": 2}}, "rank_pattern['2.lora_E'] must be a list; got 2"),
     ],
     "BOFT": [
@@ -226,7 +229,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
     "OFT": [
         ({"r": 0, "oft_block_size": 0}, "got r=0, oft_block_size=0"),
         ({"r": 3, "oft_block_size": 4}, "got r=3, oft_block_size=4"),
-        ({"r": 12, "oft_block_size": 0}, "blocks of 1 turn nothing at 0, which has 12 features"),
+        ({"r": 12, "oft_block_size": 0}, "blocks of size 1 rotate nothing at 0, which has 12 features"),
         ({"r": -2, "oft_block_size": 0}, "r must be a positive integer; got -2"),
     ],
     "POLY": [({"r": 0}, POSITIVE), ({"n_splits": 4}, "n_splits must divide 12 and 10 at 2, got 4; try 2")],
@@ -457,7 +460,7 @@ def test_a_prompt_of_another_base(method: str, tmp_path: Path) -> None:
     save_file({key: tensor[:, :-1].contiguous() for key, tensor in load_file(weights).items()}, weights)
     (tmp_path / "SHA256SUMS").unlink()
     model = build("gpt2")
-    with refused(model, CheckpointError, "made for another base model"):
+    with refused(model, CheckpointError, "belongs to another base model"):
         PeftModel.from_pretrained(model, tmp_path)
 
 

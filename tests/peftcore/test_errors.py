@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peftcore.errors import MissingExtraError, PeftError, require_extra
-from peftcore.methods.lora.starts import _quantise_and_back
+from peftcore.methods.lora.variants.loftq import _quantised
 
 
 def test_what_is_installed_is_not_imported() -> None:
@@ -50,5 +50,5 @@ def test_loftq_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         MissingExtraError, match=r"^init_lora_weights='loftq' needs bitsandbytes; .*'peftcore\[quant\]'$"
     ):
-        _quantise_and_back(torch.ones(4, 4), bits=4)
-    assert torch.equal(_quantise_and_back(torch.ones(4, 4), bits=8), torch.ones(4, 4)), "int8 needs no package"
+        _quantised(torch.ones(4, 4), bits=4)
+    assert torch.equal(_quantised(torch.ones(4, 4), bits=8), torch.ones(4, 4)), "int8 needs no package"

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from peftcore import LoraConfig, MergeError, PeftConfig, RoutingError, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
-from peftcore.storage.adapter_state import content_of
+from peftcore.storage.adapter_state import adapter_state_of
 from peftcore.train.adamw import FusedAdamW
 
 SEQUENCES = int(os.environ.get("PEFTCORE_SEQUENCES", "0"))
@@ -145,7 +145,7 @@ class Operations(RuleBasedStateMachine):
         live = adapter_set(self.net)
         for name in chain:
             own = adapter_set(net)
-            content_of(own, name).read(content_of(live, name).tensors())
+            adapter_state_of(own, name).read(adapter_state_of(live, name).tensors())
             for path, adapter in own.adapters(name).items():
                 if "scaling" in vars(adapter):
                     adapter.scaling = live.adapters(name)[path].scaling

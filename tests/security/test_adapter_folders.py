@@ -167,8 +167,8 @@ def test_a_rank_below_that_is_refused_by_its_shape(bare: nn.Module, adapter: Pat
     ("content", "said"),
     [
         (b'{"peft_type": "LORA", "x": ' + b"[" * 100_000, "nested too deeply"),
-        (b'{"peft_type": "LORA", "lora_alpha": NaN}', "NaN is no number"),
-        (b'{"peft_type": "LORA", "lora_alpha": -Infinity}', "-Infinity is no number"),
+        (b'{"peft_type": "LORA", "lora_alpha": NaN}', "NaN is not a JSON number"),
+        (b'{"peft_type": "LORA", "lora_alpha": -Infinity}', "-Infinity is not a JSON number"),
         (b'{"peft_type": "LORA", "r": 8, "r": 16}', "a key is given twice"),
         (b'{"peft_type": "LORA", "r": ' + b"9" * 10_000 + b"}", "not valid JSON"),
         (b'{"peft_type": "LORA"}' + b" " * (17 << 20), "more than 16,777,216 bytes"),

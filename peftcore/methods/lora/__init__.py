@@ -1,8 +1,11 @@
-"""LoRA with its variants: `config.py` the options, `adapter.py` the mathematics, `starts.py` where it begins,
-`invocation.py` where in a sequence it acts (aLoRA).
+"""LoRA: `config.py` the options, `adapter.py` the equation, `variant.py` and `initialisation.py` the variants' hooks.
+
+Each variant (DoRA, aLoRA, PiSSA, ...) is one file of `variants/`. `peftcore/methods/README.md` shows how to add one.
 """
 
 from peftcore.methods.lora.adapter import Lora
 from peftcore.methods.lora.config import LoraConfig
+from peftcore.methods.lora.initialisation import Initialisation, WeightInitialisation
+from peftcore.methods.lora.variant import Variant, register_variant
 
-__all__ = ["Lora", "LoraConfig"]
+__all__ = ["Initialisation", "Lora", "LoraConfig", "Variant", "WeightInitialisation", "register_variant"]

@@ -1,30 +1,26 @@
-"""LoRA: y = Wx + b + s·B(A x), s = α/r, or α/√r with rsLoRA. arXiv:2106.09685, arXiv:2312.03732.
+"""LoRA: y = Wx + b + s·B(A x), s = α/r. arXiv:2106.09685. Variants (DoRA, rsLoRA, PiSSA, ...) are in `variants/`.
 
-DoRA (arXiv:2402.09353): W' = m/n·(W + sBA), n the length of each output row of W₀ + sBA, without gradient.
-A start that takes sB₀A₀ out of the base (PiSSA, ...) is kept as ΔW = s(BA − B₀A₀), the base stays as it is: equal
-numbers, and other adapters, disabling and unloading see the true base. On disk that is plain LoRA of rank 2r.
+An initialisation that subtracts its start from the base (PiSSA) is computed as ΔW = s(BA − B₀A₀) on the unchanged base.
+The numbers are the same, and other adapters, disabling and unloading see the true base. On disk it is LoRA of rank 2r.
 
-Shapes: i in_features, o out_features, r rank, k kernel; A (r, i, *k), B (o, r, *1), m (o,). On an embedding of v
-rows of size d: A (r, v), B (d, r), and A starts at zero instead of B. Experts e: A (e·r, i), B (o, r·e).
+Shapes: i in_features, o out_features, r rank, k kernel; A (r, i, *k), B (o, r, *1). On an embedding of v rows of size
+d: A (r, v), B (d, r), and A starts at zero instead of B. Of e experts: A (e·r, i), B (o, r·e).
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.adapter import Adapter
+from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight, ParameterWeight
-from peftcore.bases.base import WeightVersion
 from peftcore.errors import ConfigError, MergeError
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
-from peftcore.methods.lora import invocation, starts
 from peftcore.methods.lora.config import LoraConfig
+from peftcore.methods.lora.variant import Variant
 from peftcore.registry import register
 
 
@@ -38,89 +34,101 @@ class Lora(Adapter):
     scaling: float
     dropout: float
     groups: int
+    """Groups of a convolution; 1 for other layers."""
+    variants: tuple[Variant, ...]
+    """Variants whose hooks this layer calls; empty for plain LoRA, whatever its scaling and initialisation."""
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    lora_bias: nn.Parameter | None
-    magnitude: nn.Parameter | None
     source: "Lora | None"
-    """The embedding's LoRA that this head's follows, transposed, where both share one base weight."""
-    _row_norms: tuple[WeightVersion, Tensor] | None
-    """(the base weight that they were taken of, ‖W‖² by rows (o,))."""
+    """The embedding's LoRA whose factors this head uses, transposed, if both share one base weight."""
 
     def __init__(self, config: LoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         r, alpha = config.at(path)
-        scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        scaling = alpha / config.denominator(r)
         if isinstance(base, ParameterWeight) and base.owner_path == "out_proj":
             scaling *= 2  # HF PEFT adds the change of nn.MultiheadAttention's output twice, so its files mean that
         dropout = 0.0 if base.kind == "embedding" else config.lora_dropout
         groups = base.layer.groups if base.kind == "conv" else 1
-        vars(self).update(config=config, r=r, scaling=scaling, dropout=dropout, groups=groups)
-        vars(self).update(source=None, lora_bias=None, magnitude=None, _row_norms=None)
+        if r % groups:
+            raise ConfigError(f"LORA: r at {path} must be a multiple of its {groups} groups, got {r}; try {groups}")
+        vars(self).update(config=config, r=r, scaling=scaling, dropout=dropout, groups=groups, source=None)
         self._buffers.update(start_A=None, start_B=None)
-        self._check(path)
         rows = r * base.count
         a = torch.empty(rows, base.in_features, *base.kernel)
         b = torch.empty(base.out_features, rows // groups, *(1 for _ in base.kernel))
         self._parameters.update(lora_A=nn.Parameter(a), lora_B=nn.Parameter(b))
-        if config.lora_bias:
-            self.lora_bias = nn.Parameter(torch.zeros(base.out_features))
-        if config.use_dora:
-            self.magnitude = nn.Parameter(torch.empty(base.out_features))
+        vars(self)["variants"] = tuple(self._add_variants(path))
 
-    def _check(self, path: str) -> None:
-        if self.r % self.groups:
-            raise ConfigError(
-                f"LORA: r at {path} must be a multiple of its {self.groups} groups, got {self.r}; try {self.groups}"
-            )
-        if self.base.kind == "parameter":
-            for option in ("use_dora", "lora_bias", "alora_invocation_tokens"):
-                if getattr(self.config, option):
-                    raise ConfigError(f"LORA: {option} does not fit {path}, a raw parameter; exclude it")
-        if self.config.use_dora and self.groups > 1:
-            raise ConfigError(f"LORA: use_dora does not fit {path}, a convolution with groups; exclude it")
-        if self.config.lora_bias and self.base.kind == "embedding":
-            raise ConfigError(f"LORA: lora_bias does not fit {path}, an embedding; exclude it")
+    def _add_variants(self, path: str) -> list[Variant]:
+        variants = [variant for variant in self.config.variants() if variant.changes_layers]
+        for variant in variants:
+            if self.base.kind not in variant.layer_kinds:
+                kind = {"parameter": "a raw parameter", "embedding": "an embedding"}.get(
+                    self.base.kind, f"a {self.base.kind} layer"
+                )
+                raise ConfigError(f"LORA: {variant.option} does not fit {path}, {kind}; exclude it")
+            variant.check_layer(self, path)
+            variant.add_parameters(self)
+        return variants
 
-    @classmethod
-    def link(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> None:
-        if not config.ensure_weight_tying:
-            return
-        layers = list(cast(Mapping[str, Lora], adapters).values())
-        # held, because a parametrised layer makes its weight anew each time, and an id can come back
-        weights = [a.base.layer.weight if a.base.kind in ("embedding", "linear") else None for a in layers]
-        embeddings = {id(w): a for a, w in zip(layers, weights, strict=True) if a.base.kind == "embedding"}
-        for adapter, weight in zip(layers, weights, strict=True):
-            source = embeddings.get(id(weight)) if adapter.base.kind == "linear" else None
-            if source is not None:
-                adapter.source, adapter.lora_A, adapter.lora_B = source, None, None  # type: ignore[assignment]
+    # -- factors ---------------------------------------------------------------------------------------------
 
-    def own_factors(self) -> starts.Factors:
-        """A and B."""
+    def own_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B, without a subtracted start."""
         if self.source is None:
             return self.lora_A, self.lora_B
         return self.source.lora_B.T, self.source.lora_A.T
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        taken_out, self.new_base = starts.begin(self)
-        self.start_A, self.start_B = taken_out or (None, None)
-        self.reset_magnitude()
+    def _all_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B with the subtracted start stacked below, so that their product is all of ΔW / s."""
+        a, b = self.own_factors()
+        start = self.start
+        return (a, b) if start is None else (torch.cat([a, start[0]]), torch.cat([b, -start[1]], 1))
 
-    def prepare_to_read(self) -> None:
-        if not starts.needs_only_factors(self.config.init_lora_weights):
-            self.reset_parameters()
+    def trained_factors(self) -> LowRankBranch | None:
+        return None if self.source is not None else LowRankBranch(self.lora_A, self.lora_B, self.scaling)
 
-    @torch.no_grad()
-    def reset_magnitude(self) -> None:
-        """Start DoRA, where it is used, at the lengths of the rows as they are."""
-        if self.magnitude is not None:
-            self.magnitude.copy_(self._lengths())
+    def set_factors(self, a: Tensor, b: Tensor) -> None:
+        """Copy values into A and B."""
+        self.lora_A.copy_(a.view_as(self.lora_A))
+        self.lora_B.copy_(b.view_as(self.lora_B))
+
+    def follow(self, source: "Lora") -> None:
+        """Use the factors of an embedding's adapter, transposed, in place of parameters of its own."""
+        self.source, self.lora_A, self.lora_B = source, None, None  # type: ignore[assignment]
 
     @property
-    def start(self) -> starts.Factors | None:
-        """A₀ and B₀ that are taken out of the base, if they are."""
-        return None if self.start_A is None else (self.start_A, self.start_B)  # type: ignore[return-value]
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ and B₀ of the start that is subtracted from the base; None for initialisations that subtract nothing."""
+        a, b = self._buffers["start_A"], self._buffers["start_B"]
+        return None if a is None or b is None else (a, b)
+
+    def subtract_start(self) -> None:
+        """Subtract the present s·BA from the base: keep copies of A and B as A₀ and B₀."""
+        copies = (f.detach().clone(memory_format=torch.contiguous_format) for f in (self.lora_A, self.lora_B))
+        self.start_A, self.start_B = copies
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.start_A = self.start_B = self.new_base = None
+        self.config.initialisation().initialise(self)
+        self.reset_variants()
+
+    @torch.no_grad()
+    def reset_variants(self) -> None:
+        """Set the start values of the variants' parameters for the present A and B."""
+        for variant in self.variants:
+            variant.reset_parameters(self)
+
+    def prepare_to_read(self) -> None:
+        if self.config.initialisation().reads_base:
+            self.reset_parameters()
+
+    @classmethod
+    def link(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> None:
+        for variant in config.variants():
+            variant.link(config, cast(Mapping[str, Lora], adapters))
 
     # -- forward ---------------------------------------------------------------------------------------------
 
@@ -128,85 +136,68 @@ class Lora(Adapter):
     def rank(self) -> int:
         return self.r
 
+    @property
+    def change_rank(self) -> int:
+        return self.r if self.start is None or self.exact_factors() is None else 2 * self.r
+
+    @property
+    def is_additive(self) -> bool:
+        return all(variant.is_additive for variant in self.variants)
+
     def low_rank(self) -> LowRankBranch | None:
-        if self.lora_bias is not None or self.config.alora_invocation_tokens is not None:
-            return None
-        dropout, start = self.dropout if self.training else 0.0, self.start
-        if dropout and (start is not None or self.magnitude is not None):
-            return None  # part of the change sees the whole input
-        a, b = self.own_factors()
-        if start is not None:
-            a, b = torch.cat([a, start[0]]), torch.cat([b, -start[1]], 1)
-        if self.magnitude is None:
-            return LowRankBranch(a, b, self.scaling, dropout)
-        return None if self.base.bias is not None else LowRankBranch(a, b, self.scaling, gain=self._ratio())
+        dropout = self.dropout if self.training else 0.0
+        if dropout and self.start is not None:
+            return None  # the subtracted start sees the whole input
+        branch: LowRankBranch | None = LowRankBranch(*self._all_factors(), self.scaling, dropout)
+        for variant in self.variants:
+            if (branch := variant.low_rank(self, branch)) is None:
+                return None
+        return branch
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
         a, b = self.own_factors()
         h = self.base.apply(dropped, a)  # (..., r): scaling this costs less than scaling the output
-        if self.config.alora_invocation_tokens is not None:
-            h = h * invocation.mask(self.shared, h)
+        for variant in self.variants:
+            h = variant.hidden(self, h)
         h = h.to(y.dtype) * self.scaling
-        if self.magnitude is not None:
-            return self._dora(x, dropped, h, y)
         y = self.base.add_pointwise(y, h, b)
-        if self.lora_bias is not None:
-            y = y + self.base.per_output(self.lora_bias * self.scaling).to(y.dtype)
-        return y if self.start is None else y - self._taken_out(x, y.dtype)
+        if self.start is not None:
+            y = y - self.start_output(x, y.dtype)
+        for variant in self.variants:
+            y = variant.output(self, y, x, dropped, h)
+        return y
 
-    def _taken_out(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """s·B₀A₀x."""
+    def start_output(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return s·B₀A₀x (..., o), the output of the subtracted start."""
         assert self.start is not None
         return self.base.pointwise(self.base.apply(x, self.start[0]).to(dtype) * self.scaling, self.start[1])
 
-    def _dora(self, x: Tensor, dropped: Tensor, h: Tensor, y: Tensor) -> Tensor:
-        more = self.base.per_output(self._ratio() - 1).to(y.dtype)  # rounded to 16 bits, a ratio near one is one
-        if self.start is not None:
-            y = y - self._taken_out(x, y.dtype)
-        y = self.base.add_pointwise(y, h, self.lora_B)
-        if dropped is not x:
-            plain = self.base.apply(dropped, self.base.read_unmerged()).to(y.dtype)
-            if self.start is not None:
-                plain = plain - self._taken_out(dropped, y.dtype)
-            return torch.addcmul(y, self.base.add_pointwise(plain, h, self.lora_B), more)
-        bias = self.base.unmerged_bias
-        return torch.addcmul(y, y if bias is None else y - self.base.per_output(bias).to(y.dtype), more)
+    @classmethod
+    def make_shared(cls, config: LoraConfig, bases: Mapping[str, BaseWeight]) -> Shared | None:
+        shared = [state for v in config.variants() if (state := v.make_shared(config, bases)) is not None]
+        if len(shared) > 1:
+            raise ConfigError("LORA: only one of the chosen variants can have state that all layers share")
+        return shared[0] if shared else None
 
-    def _ratio(self) -> Tensor:
-        """m/n (o,)."""
-        assert self.magnitude is not None
-        return self.magnitude / self._lengths().to(self.magnitude).clamp_min(torch.finfo(self.magnitude.dtype).tiny)
+    @classmethod
+    def forward_arguments(cls, config: LoraConfig) -> frozenset[str] | None:
+        names = [own for variant in config.variants() if (own := variant.forward_arguments(config)) is not None]
+        return frozenset().union(*names) if names else None
 
-    @torch.no_grad()
-    def _lengths(self) -> Tensor:
-        """N (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is kept while W does not change."""
-        weight = self.base.read_unmerged() if self.new_base is None else self.new_base
-        weight = weight.flatten(1)
-        norms = self._square_norms(weight)
-        a, b = self.lora_A.flatten(1), self.lora_B.flatten(1) * self.scaling
-        if self.start is not None:
-            a = torch.cat([a, self.start[0].flatten(1)])
-            b = torch.cat([b, self.start[1].flatten(1) * -self.scaling], 1)
-        cross = ((weight @ a.to(weight.dtype).T).to(b) * b).sum(1)  # casting W would cost more than the rest
-        square = norms.to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
-        return square.clamp_min(0).sqrt()
-
-    def _square_norms(self, weight: Tensor) -> Tensor:
-        """‖W‖² by rows (o,) of the base's weight (o, i·k), which is kept with the weight's version if it has one."""
-        version = self.base.unmerged_version() if self.new_base is None else None
-        if version is not None and self._row_norms is not None and self._row_norms[0] == version:
-            return self._row_norms[1]
-        norms = weight.to(self.lora_A).square().sum(1)
-        if version is not None:
-            self._row_norms = version, norms
-        return norms
+    @classmethod
+    def before_forward(
+        cls, config: LoraConfig, adapters: Mapping[str, Adapter], model: nn.Module, inputs: dict[str, Any]
+    ) -> None:
+        shared = next(iter(adapters.values())).shared
+        for variant in config.variants():
+            variant.before_forward(config, shared, inputs)
 
     # -- merged ----------------------------------------------------------------------------------------------
 
     def check_mergeable(self) -> None:
-        if self.config.alora_invocation_tokens is not None:
-            raise MergeError("aLoRA acts at some positions only, so no weight equals it; keep it unmerged")
+        for variant in self.variants:
+            variant.check_mergeable(self)
         if self.groups > 1:
             raise MergeError(
                 "LORA on a convolution with groups has no merged weight: A mixes the groups that W keeps apart; "
@@ -214,17 +205,17 @@ class Lora(Adapter):
             )
 
     def exact_factors(self) -> Factors | None:
-        if self.magnitude is not None:
-            return None
-        a, b = self.own_factors()
-        if self.start is not None:
-            a, b = torch.cat([a, self.start[0]]), torch.cat([b, -self.start[1]], 1)
+        a, b = self._all_factors()
         experts = self.base.count
         a = a.reshape(experts, len(a) // experts, -1)
-        return Factors(a, b.reshape(len(b), -1, experts).permute(2, 0, 1), self.scaling)
+        factors: Factors | None = Factors(a, b.reshape(len(b), -1, experts).permute(2, 0, 1), self.scaling)
+        for variant in self.variants:
+            if (factors := variant.exact_factors(self, factors)) is None:
+                return None
+        return factors
 
     def delta_weight(self) -> Tensor:
-        """s·BA (minus s·B₀A₀), before DoRA's rescaling."""
+        """Return s·BA − s·B₀A₀, before the variants."""
         return self._product(*self.own_factors()) - (0 if self.start is None else self._product(*self.start))
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -240,104 +231,64 @@ class Lora(Adapter):
             merged = torch.addmm(weight, b.to(weight), a.to(weight), alpha=self.scaling)
         else:
             merged = super().merged_weight(weight)
-        if self.magnitude is None:
-            return merged
-        return merged * self._ratio().to(merged).view(-1, *(1 for _ in merged.shape[1:]))
+        for variant in self.variants:
+            merged = variant.merged_weight(self, merged)
+        return merged
 
     def merge_into(self, weight: Tensor) -> Tensor:
-        if self.base.kind != "linear" or self.start is not None or self.magnitude is not None:
+        if self.base.kind != "linear" or self.start is not None or self.variants:
             return self.merged_weight(weight)
         a, b = self.own_factors()
         return weight.addmm_(b.to(weight), a.to(weight), alpha=self.scaling)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
-        own = self.base.unmerged_bias
-        if self.magnitude is not None and bias is not None and own is not None and bias is not own:
-            return own + (bias - own) * self._ratio().to(bias)  # what adapters below made of it, as in the forward
-        if self.lora_bias is None:
-            return bias
-        if bias is None:
-            raise MergeError("lora_bias cannot be merged into a layer that has no bias; keep the adapter unmerged")
-        return bias + (self.lora_bias * self.scaling).to(bias)
+        for variant in self.variants:
+            bias = variant.merged_bias(self, bias)
+        return bias
+
+    def bias_change(self) -> Tensor | None:
+        changes = [change for variant in self.variants if (change := variant.bias_change(self)) is not None]
+        return sum(changes[1:], changes[0]) if changes else None
 
     # -- disk ------------------------------------------------------------------------------------------------
 
     def checkpoint_keys(self) -> dict[str, str]:
         weight = "lora_{}.weight" if self.base.kind != "embedding" else "lora_embedding_{}"
         keys = {"lora_A": weight.format("A"), "lora_B": weight.format("B")}
-        keys |= {"lora_bias": "lora_B.bias"} if self.lora_bias is not None else {}
-        return keys | ({"magnitude": "lora_magnitude_vector"} if self.magnitude is not None else {})
+        for variant in self.variants:
+            keys |= variant.keys
+        return keys
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        if self.source is not None:
-            a, b = self.own_factors()
-            return {"lora_A.weight": a.detach(), "lora_B.weight": b.detach()}
-        tensors = super().checkpoint_tensors()
-        if self.magnitude is not None:
-            tensors["lora_magnitude_vector"] = self._magnitude_on_disk()
-        if self.start is not None:
-            a, b = list(tensors)[:2]
-            tensors[a] = torch.cat([tensors[a], self.start[0]])
-            tensors[b] = torch.cat([tensors[b], -self.start[1]], 1)
+        key_a, key_b, *_ = self.checkpoint_keys().values()
+        a, b = self._all_factors()
+        tensors = {key_a: a.detach(), key_b: b.detach()}
+        for variant in self.variants:
+            tensors |= variant.checkpoint_tensors(self)
         return tensors
 
-    def _magnitude_on_disk(self) -> Tensor:
-        assert self.magnitude is not None
-        ones = (1 for _ in self.base.kernel)
-        return self.magnitude.detach().view(1, -1, *ones) if self.base.kind == "conv" else self.magnitude.detach()
-
     def fits(self, key: str, tensor: Tensor) -> bool:
-        if self.source is not None:
+        keys = list(self.checkpoint_keys().values())[:2]
+        if key not in keys or self.source is not None:
             return super().fits(key, tensor)
-        own = dict(zip(self.checkpoint_keys().values(), self.checkpoint_keys(), strict=True))
-        if key == "lora_magnitude_vector":
-            return super().fits(key, tensor)
-        shapes, axis = [tuple(self.get_parameter(own[key]).shape)], 0 if own[key] == "lora_A" else 1
-        if self.start is not None or self.config.init_lora_weights in ("corda", "lora_ga"):
-            shapes.append((*shapes[0][:axis], 2 * shapes[0][axis], *shapes[0][axis + 1 :]))
-        return tuple(tensor.shape) in shapes
+        axis = keys.index(key)
+        shape = (self.lora_A, self.lora_B)[axis].shape
+        has_start = self.start is not None or self.config.initialisation().subtracts  # then stacked to rank 2r
+        ranks = [shape[axis], 2 * shape[axis]] if has_start else [shape[axis]]
+        return any(tensor.shape == (*shape[:axis], rank, *shape[axis + 1 :]) for rank in ranks)
 
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        if self.source is not None:
-            return  # the embedding's tensors are these
         for name, key in self.checkpoint_keys().items():
+            if self.source is not None and name in ("lora_A", "lora_B"):
+                continue  # these repeat the embedding's tensors
             parameter, saved = self._parameter(name), tensors[key]
             if name in ("lora_A", "lora_B") and saved.shape != parameter.shape:
                 axis, buffer = (0, "start_A") if name == "lora_A" else (1, "start_B")
-                saved, taken_out = saved.split(parameter.shape[axis], axis)
-                setattr(self, buffer, (taken_out if axis == 0 else -taken_out).to(parameter).contiguous())
+                saved, start = saved.split(parameter.shape[axis], axis)
+                setattr(self, buffer, (start if axis == 0 else -start).to(parameter).contiguous())
             self._put(parameter, saved if saved.shape == parameter.shape else saved.reshape(parameter.shape))
 
     @classmethod
     def config_to_save(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> LoraConfig:
-        """Where a start was taken out of the base, the configuration of the plain LoRA of rank 2r that is written."""
-        if all(cast(Lora, adapter).start is None for adapter in adapters.values()):
-            return config
-        wider = math.sqrt(2) if config.use_rslora else 2
-        return replace(
-            config,
-            r=2 * config.r,
-            lora_alpha=wider * config.lora_alpha,
-            rank_pattern={key: 2 * r for key, r in (config.rank_pattern or {}).items()},
-            alpha_pattern={key: wider * alpha for key, alpha in (config.alpha_pattern or {}).items()},
-            init_lora_weights=True,
-            corda_config=None,
-            lora_ga_config=None,
-        )
-
-    # -- aLoRA -----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def make_shared(cls, config: LoraConfig, bases: Mapping[str, BaseWeight]) -> invocation.Invocation | None:
-        return None if config.alora_invocation_tokens is None else invocation.Invocation()
-
-    @classmethod
-    def forward_arguments(cls, config: LoraConfig) -> frozenset[str] | None:
-        return None if config.alora_invocation_tokens is None else frozenset({"alora_offsets"})
-
-    @classmethod
-    def before_forward(
-        cls, config: LoraConfig, adapters: Mapping[str, Adapter], model: nn.Module, inputs: dict[str, Any]
-    ) -> None:
-        assert config.alora_invocation_tokens is not None
-        invocation.locate(next(iter(adapters.values())).shared, config.alora_invocation_tokens, inputs)
+        has_start = any(cast(Lora, adapter).start is not None for adapter in adapters.values())
+        return config.with_stacked_start() if has_start else config

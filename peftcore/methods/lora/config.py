@@ -1,39 +1,65 @@
-"""LoRA's options under PEFT's names, and which of them exclude each other."""
+"""LoRA's options under PEFT's names. The options of variants are checked by the variants."""
 
-import re
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, make_dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-from peftcore.config import LORA_FAMILY_NEUTRAL, TunerConfig, first_match, suggestion
+from peftcore.config import PeftConfig, TunerConfig, first_match
 from peftcore.errors import ConfigError
+from peftcore.methods.lora.initialisation import Initialisation
+from peftcore.methods.lora.variant import Variant, variants
+from peftcore.registry import method_named
 
-STARTS = ("gaussian", "orthogonal", "olora", "pissa", "loftq", "eva", "corda", "lora_ga")
-"""Names that `init_lora_weights` may have, besides True, False and "pissa_niter_N"."""
+if TYPE_CHECKING:
+    from peftcore.methods.lora.adapter import Lora
+    from peftcore.methods.lora.observer import Observer
+
+_WITHOUT_EFFECT_ON_TENSORS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "revision",
+    "task_type",
+}
+_CHOSEN = "_chosen_variants"
+"""Attribute with the cached result of `LoraConfig.variants`."""
 
 
 @dataclass
 class LoraConfig(TunerConfig):
     """LoRA's options under PEFT's names."""
 
-    ignored_on_disk: ClassVar[dict[str, Any]] = LORA_FAMILY_NEUTRAL
+    ignored_on_disk: ClassVar[dict[str, Any]] = {
+        "arrow_config": None,
+        "kasa_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "monteclora_config": None,
+        "qalora_group_size": 16,
+        "use_bdlora": None,
+        "use_qalora": False,
+        "velora_config": None,
+    }
 
     r: int = 8
     """Rank (count)."""
     lora_alpha: float = 8
+    """α of the scaling s = α/r."""
     lora_dropout: float = 0.0
-    """Probability of dropping an element of the adapter's input while training."""
+    """Probability of dropping an element of the adapter's input in training."""
     use_rslora: bool = False
     """Scale by α/√r instead of α/r."""
     use_dora: bool = False
-    """Learn the length of each row of W' apart from its direction (DoRA)."""
+    """Train the length of each row of W' separately from its direction (DoRA)."""
     bias: str = "none"
-    """Which biases of the model train too: "none", "all" or "lora_only"."""
+    """Biases of the model that train too: "none", "all" or "lora_only"."""
     lora_bias: bool = False
     """Give B a bias of its own."""
     init_lora_weights: bool | str = True
-    """Where training begins. True: B is zero; False: random, for tests; or a name among `STARTS`.
+    """Initialisation of A and B. True: B is zero; False: random, for tests; or a name, see `lora/variants`.
 
-    "pissa", "pissa_niter_N", "olora" and "loftq" need only the weights. "eva", "corda" and "lora_ga" look at data:
+    "pissa", "pissa_niter_N", "olora" and "loftq" need only the base weights. "eva", "corda" and "lora_ga" need data:
     call `peftcore.init.initialize_from_data` after `get_peft_model`.
     """
     loftq_config: dict[str, Any] | None = field(default_factory=dict)
@@ -42,73 +68,146 @@ class LoraConfig(TunerConfig):
     corda_config: dict[str, Any] | None = None
     lora_ga_config: dict[str, Any] | None = None
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
-    """{path suffix or regular expression: r}; the first that matches a layer's path wins."""
+    """{path suffix or regular expression: r}; the first that matches a layer's path applies."""
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    """{path suffix or regular expression: lora_alpha}."""
     layer_replication: list[tuple[int, int]] | None = None
-    """Ranges of blocks, such as [(0, 4), (2, 5)], that the deeper model is made of; blocks share base weights."""
+    """Ranges of blocks, such as [(0, 4), (2, 5)], of which the deeper model consists; blocks share base weights."""
     target_parameters: list[str] | None = None
     """Path suffixes of raw parameters to adapt, such as "experts.gate_up_proj": (experts, ...) or (out, in)."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Rows of the embedding that train whole, by token id; {path suffix: ids} for other embeddings."""
+    """Token ids whose embedding rows train whole; {path suffix: ids} for other embeddings."""
     ensure_weight_tying: bool = False
-    """Adapt or copy both sides of a tied pair alike."""
+    """Adapt or copy both sides of a tied pair of weights alike."""
     alora_invocation_tokens: list[int] | None = None
-    """Token ids that switch the adapter on; it acts from the last place where they stand (aLoRA)."""
+    """Token ids that switch the adapter on; it acts from their last occurrence (aLoRA)."""
     fan_in_fan_out: bool = False
-    """Read from disk for PEFT's sake; the orientation is found per layer."""
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.positive("r")
         self.probability("lora_dropout")
         self.one_of("bias", self.bias, ("none", "all", "lora_only"))
-        self._check_start()
-        self._check_exclusions()
-
-    def _check_start(self) -> None:
-        start = self.init_lora_weights
-        if not isinstance(start, bool) and start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", str(start)):
+        self.initialisation()
+        for variant in self.variants():
+            variant.check(self)
+            for other, reason in variant.excludes.items():
+                if getattr(self, other):
+                    raise ConfigError(f"LoraConfig: {variant.option} and {other} exclude each other: {reason}")
+        if self.lora_dropout and self.target_parameters:
             raise ConfigError(
-                f"LoraConfig: init_lora_weights must be True, False, 'pissa_niter_N' or one of {', '.join(STARTS)}; "
-                f"got {start!r}"
-            )
-        if start == "loftq":
-            self._check_loftq(self.loftq_config or {})
-        ranks = [self.r, *(self.rank_pattern or {}).values()]
-        if start == "orthogonal" and any(r % 2 for r in ranks):
-            raise ConfigError(f"LoraConfig: init_lora_weights='orthogonal' needs even ranks; got {ranks}")
-
-    def _check_loftq(self, options: dict[str, Any]) -> None:
-        for key in options:
-            if key not in (known := ["loftq_bits", "loftq_iter"]):
-                raise ConfigError(f"LoraConfig: loftq_config has no {key!r}{suggestion(key, known)}")
-        if (bits := options.get("loftq_bits", 4)) not in (4, 8):
-            raise ConfigError(f"LoraConfig: loftq_config['loftq_bits'] must be 4 or 8; got {bits!r}")
-        if not isinstance(turns := options.get("loftq_iter", 1), int) or turns < 1:
-            raise ConfigError(
-                f"LoraConfig: loftq_config['loftq_iter'] must be a positive integer; got {turns!r}; try 1"
+                "LoraConfig: lora_dropout and target_parameters exclude each other: a raw parameter's input is not "
+                "seen; set lora_dropout=0"
             )
 
-    def _check_exclusions(self) -> None:
-        special = {
-            "use_dora": self.use_dora,
-            "lora_bias": self.lora_bias,
-            "alora_invocation_tokens": self.alora_invocation_tokens is not None,
-            "target_parameters": bool(self.target_parameters),
-            "lora_dropout": self.lora_dropout > 0,
-        }
-        for one, other, why in (
-            ("use_dora", "lora_bias", "DoRA rescales rows of W, and a bias is not in them"),
-            ("use_dora", "alora_invocation_tokens", "DoRA changes every position, aLoRA only some"),
-            ("use_dora", "target_parameters", "raw parameters take plain LoRA only"),
-            ("lora_bias", "target_parameters", "a raw parameter has no bias"),
-            ("lora_dropout", "target_parameters", "its input is not seen; set lora_dropout=0"),
-        ):
-            if special[one] and special[other]:
-                raise ConfigError(f"LoraConfig: {one} and {other} exclude each other: {why}")
-        if self.alora_invocation_tokens is not None and not self.alora_invocation_tokens:
-            raise ConfigError("LoraConfig: alora_invocation_tokens is empty; give the ids that switch the adapter on")
+    @classmethod
+    def class_for(cls, keys: Collection[str]) -> type[PeftConfig]:
+        classes = [v.config for v in variants() if v.config is not None and v.option in keys]
+        if len(classes) < 2:
+            return classes[0] if classes else cls
+        return make_dataclass(cls.__name__, [], bases=tuple(dict.fromkeys(classes)))
+
+    # -- variants --------------------------------------------------------------------------------------------
+
+    def variants(self) -> tuple[Variant, ...]:
+        """Return the variants that this configuration chooses, the initialisation included."""
+        chosen = vars(self).get(_CHOSEN)
+        if chosen is None:
+            chosen = vars(self)[_CHOSEN] = tuple(variant for variant in variants() if variant.is_chosen(self))
+        return chosen
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        vars(self).pop(_CHOSEN, None)
+        super().__setattr__(name, value)
+
+    def initialisation(self) -> Initialisation:
+        """Return the initialisation that `init_lora_weights` names.
+
+        Raises:
+            ConfigError: For an unknown name.
+        """
+        for variant in self.variants():
+            if isinstance(variant, Initialisation):
+                return variant
+        names = ", ".join(str(name) for v in variants() if isinstance(v, Initialisation) for name in v.names)
+        raise ConfigError(f"LoraConfig: init_lora_weights must be one of {names}; got {self.init_lora_weights!r}")
+
+    def observer(self, layers: "Mapping[str, Lora]") -> "Observer":
+        """Return the observer of an initialisation that needs data, for the adapters by path."""
+        kind = self.initialisation().observer
+        assert kind is not None
+        return kind(self, layers)
+
+    def denominator(self, r: int) -> float:
+        """Return d of the scaling s = α/d for rank r."""
+        value: float = r
+        for variant in self.variants():
+            value = variant.denominator(r, value)
+        return value
+
+    # -- ranks -----------------------------------------------------------------------------------------------
 
     def at(self, path: str) -> tuple[int, float]:
-        """(rank, alpha) of the layer at `path`, patterns applied."""
+        """Return (rank, alpha) of the layer at `path`, patterns applied."""
         return first_match(self.rank_pattern, path, self.r), first_match(self.alpha_pattern, path, self.lora_alpha)
+
+    def with_ranks(self, ranks: Mapping[str, int], keep_alpha: bool = False) -> Self:
+        """Return this configuration with a rank for each layer.
+
+        Args:
+            ranks: {path: rank}; layers of rank 0 are no longer targets.
+            keep_alpha: True keeps each layer's α; False keeps each layer's scaling.
+        """
+        kept = {path: rank for path, rank in ranks.items() if rank}
+        alphas: dict[str, float] = {}
+        for path, rank in kept.items():
+            old_rank, alpha = self.at(path)
+            alphas[path] = alpha if keep_alpha else alpha * (self.denominator(rank) / self.denominator(old_rank))
+        return replace(self, target_modules=sorted(kept), exclude_modules=None, rank_pattern=kept, alpha_pattern=alphas)
+
+    def with_stacked_start(self) -> Self:
+        """Return the configuration of the plain LoRA of rank 2r that equals an adapter with a subtracted start."""
+        wider = self.denominator(2 * self.r) / self.denominator(self.r)
+        return replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=wider * self.lora_alpha,
+            rank_pattern={key: 2 * r for key, r in (self.rank_pattern or {}).items()},
+            alpha_pattern={key: wider * alpha for key, alpha in (self.alpha_pattern or {}).items()},
+            init_lora_weights=True,
+            corda_config=None,
+            lora_ga_config=None,
+        )
+
+    # -- hooks -----------------------------------------------------------------------------------------------
+
+    @property
+    def replaces_base(self) -> bool:
+        return self.initialisation().replaces_base
+
+    @property
+    def needs_data(self) -> bool:
+        return self.initialisation().observer is not None
+
+    def ranks(self) -> list[int]:
+        return [self.r, *(self.rank_pattern or {}).values()]
+
+    def token_configs(self) -> list[TunerConfig]:
+        ids = self.trainable_token_indices
+        if not ids:
+            return []
+        kind = cast(Any, method_named("TRAINABLE_TOKENS").config)
+        by_target = ids.items() if isinstance(ids, dict) else [(None, ids)]
+        return [kind(token_indices=list(tokens), target_modules=target and [target]) for target, tokens in by_target]
+
+    def beyond_low_rank(self) -> str:
+        return next((variant.beyond_low_rank for variant in self.variants() if variant.beyond_low_rank), "")
+
+    def can_be_overwritten_by(self, other: PeftConfig) -> bool:
+        if self.bias != "none" or self.modules_to_save or self.trainable_token_indices or self.layer_replication:
+            return False
+        if not isinstance(other, LoraConfig) or not isinstance(self.init_lora_weights, bool):
+            return False
+        ours, theirs = self.to_dict(), other.to_dict()
+        return all(ours[key] == theirs.get(key) for key in ours.keys() - _WITHOUT_EFFECT_ON_TENSORS)

@@ -1,5 +1,6 @@
-"""X-LoRA: `config.py` the options, `adapter.py` one layer and the two passes, `mixture.py` what the layers share,
-`experts.py` the LoRAs.
+"""X-LoRA: `config.py` the options, `adapter.py` one layer and the two passes, `mixture.py` the shared state.
+
+`experts.py` reads the LoRAs.
 """
 
 from peftcore.methods.xlora.adapter import XLora

@@ -1,10 +1,10 @@
 """X-LoRA: y = Wx + b + Σ_n s_tln ΔW_n x, trained LoRAs n weighted for each token t and layer l. arXiv:2402.07148.
 
 The weights s come from a classifier over the last hidden states of a first pass, in which every s is
-`scaling_pass_value`. So each call computes the model twice, and `generate` works without a cache.
+`scaling_pass_value`. So each call runs the model twice, and `generate` works without a cache.
 Shapes: b rows, t tokens, l adapted layers, n LoRAs; s (b, t, l, n).
-PEFT saves no LoRAs, also where they train; here they are saved under the keys of PEFT's model, which it reads too.
-Convolutions, whose positions are no tokens, are not adapted.
+PEFT never saves the LoRAs, even if they train; here they are saved under the keys of PEFT's model, which PEFT reads.
+Convolutions are not adapted, because their positions are not tokens.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class XLora(Adapter):
     def default_targets(cls, config: XLoraConfig, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
         found = {path: d for d in config.directories() for path in lora_paths(read_tensors(d), d)}
         if absent := sorted(found.keys() - layers.keys()):
-            raise TargetError(f"XLORA: {found[absent[0]]} adapts {absent[0]}, which {type(model).__name__} has not")
+            raise TargetError(f"XLORA: {found[absent[0]]} adapts {absent[0]}, which is not in {type(model).__name__}")
         return [path for path in layers if path in found]
 
     @classmethod
@@ -48,7 +48,7 @@ class XLora(Adapter):
         return Mixture(config, bases)
 
     def reset_parameters(self) -> None:
-        """Nothing is this layer's own."""
+        """Do nothing: the layer has no parameters of its own."""
 
     @classmethod
     def forward_arguments(cls, config: XLoraConfig) -> frozenset[str]:
@@ -85,7 +85,7 @@ class XLora(Adapter):
         return y
 
     def _of_tokens(self, scalings: Tensor, x: Tensor) -> Tensor:
-        """This layer's weights (..., n) in the shape of x's tokens, which a model may have flattened."""
+        """Return this layer's weights (..., n) in the shape of x's tokens, which a model may have flattened."""
         layers = scalings.shape[2]
         own = scalings[:, :, self.shared.numbers[self.path] if layers > 1 else 0].flatten(0, 1)
         tokens = x.shape[:-1] if self.base.kind == "linear" else x.shape
@@ -98,7 +98,7 @@ class XLora(Adapter):
         return own.view(*tokens, -1)
 
     def check_mergeable(self) -> None:
-        raise MergeError("XLORA weights its LoRAs anew for each token, so no weight equals it; keep it unmerged")
+        raise MergeError("XLORA's weights depend on the token, so no fixed weight equals the adapter; keep it unmerged")
 
     @classmethod
     def config_to_save(cls, config: XLoraConfig, adapters: Mapping[str, Adapter]) -> XLoraConfig:

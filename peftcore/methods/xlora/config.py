@@ -20,12 +20,12 @@ class XLoraConfig(TunerConfig):
     enable_softmax: bool = True
     """Let the weights of a token and layer sum to 1."""
     enable_softmax_topk: bool = False
-    """The same among those that `top_k_lora` leaves."""
+    """Let the weights sum to 1 among the LoRAs that `top_k_lora` selects."""
     softmax_temperature: float = 1.0
     layerwise_scalings: bool = False
-    """Weights for each layer; False: one set for all."""
+    """Use separate weights for each layer; False: one set for all layers."""
     top_k_lora: int | None = None
-    """How many LoRAs act for a token and layer (count); None: all."""
+    """LoRAs that act for a token and layer (count); None: all."""
     xlora_depth: int = 1
     """Linear layers of the classifier (count)."""
     xlora_size: int = 2048
@@ -57,7 +57,7 @@ class XLoraConfig(TunerConfig):
             )
 
     def directories(self) -> list[Path]:
-        """The LoRAs' directories in the order of their classes. (JSON keeps no order of the names.)"""
+        """Return the LoRAs' directories in the order of their classes; JSON does not keep the order of the names."""
         adapters = self.adapters or {}
         order = sorted(adapters, key=int) if all(name.isdecimal() for name in adapters) else sorted(adapters)
         return [Path(adapters[name]) for name in order]

@@ -11,28 +11,26 @@ from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.bases import BaseWeight
 from peftcore.config import PeftConfig
 from peftcore.errors import CheckpointError, ConfigError, TargetError
-from peftcore.registry import method_named
+from peftcore.registry import method_of
 
 NOT_PLAIN = (
-    "use_dora",
-    "alora_invocation_tokens",
     "target_parameters",
     "trainable_token_indices",
     "layer_replication",
     "modules_to_save",
 )
-"""Options of a LoRA whose effect is no ΔW x at the layer itself, so that it cannot be weighted."""
+"""Options of a LoRA with effects beyond ΔW x at the layer itself, which cannot be weighted."""
 
 
 _OF_THE_BASE = ".base_layer.weight"
-"""End of a base weight's key; PEFT adds those of embeddings that a LoRA targets."""
+"""Suffix of a base weight's key; PEFT saves the weights of targeted embeddings."""
 
 
 def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any]:
-    """{path: trained LoRA} of one directory."""
+    """Return {path: trained LoRA} of one directory."""
     config = PeftConfig.from_pretrained(directory)
-    special = [option for option in NOT_PLAIN if getattr(config, option, None)]
-    if config.peft_type != "LORA" or special or getattr(config, "bias", "none") != "none":
+    special = [option for option in NOT_PLAIN if getattr(config, option)]
+    if config.peft_type != "LORA" or special or config.bias != "none":
         why = ", ".join(special) or (config.peft_type if config.peft_type != "LORA" else "trained biases")
         raise ConfigError(f"XLORA mixes plain LoRAs; {directory} has {why}")
     tensors = read_tensors(directory)
@@ -43,11 +41,13 @@ def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any
         if path not in bases:
             raise TargetError(f"XLORA: {directory} adapts {path}, which target_modules leave out; give none")
         with torch.device(bases[path].device):
-            expert = method_named("LORA").adapter(config, bases[path], path)
+            expert = method_of(config).adapter(config, bases[path], path)
+            if not expert.is_additive:
+                raise ConfigError(f"XLORA mixes plain LoRAs; {directory} has {config.beyond_low_rank()}")
             expert.reset_parameters()
         own = {suffix: tensors.get(f"{PREFIX}{path}.{suffix}") for suffix in expert.checkpoint_tensors()}
         wrong = [suffix for suffix, tensor in own.items() if tensor is None or not expert.fits(suffix, tensor)]
-        if wrong or getattr(expert, "start", None) is not None:
+        if wrong or expert.start is not None:
             raise CheckpointError(f"{directory} does not fit: {path}.{(wrong or ['init_lora_weights'])[0]}")
         with torch.no_grad():
             expert.load_checkpoint_tensors(own)
@@ -59,7 +59,7 @@ def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any
 
 
 def _check_embeddings(tensors: Mapping[str, Tensor], bases: Mapping[str, BaseWeight], directory: Path) -> None:
-    """CheckpointError where a directory holds other embeddings than the model has: all of its LoRAs would have them."""
+    """Raise CheckpointError if a directory holds embeddings that differ from the model's."""
     for key, saved in tensors.items():
         path = key.removeprefix(PREFIX).removesuffix(_OF_THE_BASE)
         if not key.endswith(_OF_THE_BASE) or path not in bases:
@@ -74,7 +74,7 @@ def _check_embeddings(tensors: Mapping[str, Tensor], bases: Mapping[str, BaseWei
 
 
 def lora_paths(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, None]:
-    """Paths of the layers that a LoRA's tensors adapt, each once."""
+    """Return the paths of the layers that a LoRA's tensors adapt, each once."""
     paths = dict.fromkeys(key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors if ".lora_" in key)
     if not paths:
         raise CheckpointError(f"{directory} holds no LoRA; give the directory of a trained one")
@@ -82,7 +82,7 @@ def lora_paths(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, None
 
 
 def frozen(expert: nn.Module) -> nn.Module:
-    """The same with buffers for parameters, so that nothing that makes an adapter trainable reaches them."""
+    """Turn the parameters into buffers, so that the expert stays frozen when the adapter is made trainable."""
     for name, parameter in list(expert.named_parameters()):
         delattr(expert, name)
         expert.register_buffer(name, parameter.detach())

@@ -1,4 +1,4 @@
-"""What all layers of an X-LoRA share: the classifier, the LoRAs, and the weights of the forward that runs now."""
+"""Shared state of an X-LoRA's layers: the classifier, the LoRAs, and the weights of the current forward pass."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -17,7 +17,7 @@ from peftcore.methods.xlora.experts import frozen, read_lora
 
 
 class Classifier(nn.Module):
-    """Hidden states (b, t, hidden_size) to weights (b, t, l, n)."""
+    """Classifier from hidden states (b, t, hidden_size) to weights (b, t, l, n)."""
 
     def __init__(self, config: XLoraConfig, layers: int, experts: int):
         super().__init__()
@@ -37,18 +37,18 @@ class Classifier(nn.Module):
 
 
 class Mixture(Shared):
-    """The classifier, the LoRAs of every layer, and the weights of the forward that runs now."""
+    """The classifier, the LoRAs of every layer, and the weights of the current forward pass."""
 
     scalings = PerThread()
     """(b, t, l or 1, n) as the layers use them; None: no LoRA acts."""
     passing = PerThread(False)
-    """Whether the first pass runs."""
+    """True while the first pass runs."""
 
     def __init__(self, config: XLoraConfig, bases: Mapping[str, BaseWeight]):
         super().__init__()
         self.config, self.numbers = config, {path: number for number, path in enumerate(bases)}
         self.log: list[Tensor] | None = None
-        """A list put here gathers the classifier's weights of every forward."""
+        """If a list is assigned here, the classifier's weights of every forward pass are appended."""
         experts: list[dict[str, nn.Module]] = [{} for _ in bases]
         for n, directory in enumerate(config.directories()):
             for path, expert in read_lora(directory, bases).items():
@@ -83,7 +83,7 @@ class Mixture(Shared):
             own[key].copy_(tensor)
 
     def first_pass(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The model's last hidden states while every weight is `scaling_pass_value`."""
+        """Return the model's last hidden states with every weight at `scaling_pass_value`."""
         value, shape = self.config.scaling_pass_value, self.internal_xlora_classifier.shape
         self.scalings = self.chosen(torch.full((1, 1, *shape), float(value))) if value else None
         given = {key: argument for key, argument in inputs.items() if key != "labels"}
@@ -100,7 +100,7 @@ class Mixture(Shared):
         return states[-1]
 
     def chosen(self, scalings: Tensor) -> Tensor:
-        """The weights after `top_k_lora` and the softmax over what it leaves."""
+        """Return the weights after `top_k_lora` and the softmax over the selected ones."""
         if self.config.top_k_lora is not None:
             _, best = scalings.topk(self.config.top_k_lora, dim=-1)
             scalings = scalings * torch.zeros_like(scalings).scatter_(-1, best, 1.0)

@@ -8,8 +8,8 @@ from observed_lora import TOKENS, batches, llama, lora
 
 from peftcore import PeftModel
 from peftcore.init import initialize_from_data
-from peftcore.init.eva import PrincipalComponents
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.methods.lora.variants.eva import PrincipalComponents
 
 
 def test_principal_components_are_those_of_all_rows_at_once() -> None:

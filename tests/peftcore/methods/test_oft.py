@@ -138,7 +138,7 @@ def test_the_nearest_divisor_is_pefts() -> None:
                 ):
                     if size > 1:
                         assert OFTConfig(**options).block_size(features, "") == size
-    with pytest.warns(UserWarning, match="oft_block_size=32 does not divide 48; 24 is taken"):
+    with pytest.warns(UserWarning, match="oft_block_size=32 does not divide 48; 24 is used"):
         OFTConfig().block_size(48, "fc")
 
 
@@ -199,5 +199,5 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_blocks_of_one_are_refused() -> None:
-    with pytest.raises(ConfigError, match="blocks of 1 turn nothing at 0, which has 6 features"):
+    with pytest.raises(ConfigError, match="blocks of size 1 rotate nothing at 0, which has 6 features"):
         get_peft_model(nn.Sequential(nn.Linear(6, 5)), OFTConfig(r=6, oft_block_size=0, target_modules=["0"]))

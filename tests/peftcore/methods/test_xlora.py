@@ -198,7 +198,7 @@ def test_disabled_deleted_and_unloaded_is_the_base(loras: dict[str, str]) -> Non
     assert (model(tokens()).logits - base).abs().max() > 1e-2
     with model.disable_adapter():
         assert torch.equal(model(tokens()).logits, base)
-    with pytest.raises(MergeError, match="XLORA weights"):
+    with pytest.raises(MergeError, match="XLORA.s weights depend on the token"):
         model.merge_adapter()
     assert torch.equal(copy.deepcopy(model).unload()(tokens()).logits, base)
 
@@ -329,7 +329,7 @@ def test_loras_that_do_not_fit(loras: dict[str, str], tmp_path: Path) -> None:
     bert: Any = BertForSequenceClassification(
         BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
     )
-    with pytest.raises(TargetError, match="which BertForSequenceClassification has not"):
+    with pytest.raises(TargetError, match="which is not in BertForSequenceClassification"):
         get_peft_model(bert, config(loras))
     for name, options in {"use_dora": {"use_dora": True}, "trained biases": {"bias": "all"}}.items():
         get_peft_model(bert, LoraConfig(r=2, target_modules=["query"], **options)).save_pretrained(tmp_path / name)

@@ -227,7 +227,7 @@ def test_one_bad_adapter_leaves_the_others_and_the_model_as_they_were(folder: Pa
     save_file({key: t[:1] for key, t in tensors.items()}, folder / "d" / WEIGHTS_NAME)
     (folder / "d" / MANIFEST).unlink()
     for _ in range(2):  # the second time into the place of an adapter of the same configuration
-        with pytest.raises(CheckpointError, match="made for another base"):
+        with pytest.raises(CheckpointError, match="belongs to another base"):
             store.acquire("d")
         store.acquire("r2").release()
     assert store.statistics()["failures"] == 5

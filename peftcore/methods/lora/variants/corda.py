@@ -1,32 +1,34 @@
-"""CorDA (arXiv:2406.05223): the initial factors come from the SVD of W·C, with C the covariance of the layer's input.
+"""CorDA: A and B start from SVD(W·C), with C the covariance of the layer's input. arXiv:2406.05223.
 
-"ipm" (instruction-previewed) trains the r directions that are most important for the data. "kpm"
-(knowledge-preserved) trains the r least important ones, so that the model keeps its knowledge.
-
-Shapes: i in_features; C (i, i).
+"ipm" trains the r directions that matter most to the data; "kpm" trains the r that matter least, to preserve knowledge.
+Shapes: i in_features, o out_features, r rank; C (i, i), W (o, i).
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from peftcore.errors import ConfigError
-from peftcore.init.observer import Observer
-from peftcore.methods.lora import Lora, LoraConfig
+from peftcore.methods.lora.initialisation import Factors, Initialisation
+from peftcore.methods.lora.observer import Observer
+from peftcore.methods.lora.variant import register_variant
+
+if TYPE_CHECKING:
+    from peftcore.methods.lora.adapter import Lora
+    from peftcore.methods.lora.config import LoraConfig
 
 _STORAGE = {"cache_file", "covariance_file", "verbose", "use_float16_for_covariance", "prune_temporary_fields"}
-"""HF PEFT's options for intermediate files; accepted, and without effect on the result."""
+"""Options for the files of PEFT's intermediate results; no effect here."""
 
 
 class Corda(Observer):
-    """`init_lora_weights="corda"`."""
+    """Input covariances of every layer."""
 
     title = "CorDA"
-    subtracts_residual = True
 
-    def __init__(self, config: LoraConfig, layers: Mapping[str, Lora]):
+    def __init__(self, config: "LoraConfig", layers: "Mapping[str, Lora]"):
         super().__init__(config, layers)
         options: dict[str, Any] = {"corda_method": "ipm", **(config.corda_config or {})}
         if unknown := set(options) - {"corda_method"} - _STORAGE:
@@ -43,7 +45,7 @@ class Corda(Observer):
         self.covariance[path] = self.covariance.get(path, torch.zeros(())) + rows.T @ rows
         self.samples[path] = self.samples.get(path, 0) + 1
 
-    def factors(self, path: str, adapter: Lora) -> tuple[Tensor, Tensor]:
+    def factors(self, path: str, adapter: "Lora") -> Factors:
         weight = adapter.base.read_unmerged().float()
         covariance, inverse = _invertible(self.covariance[path] / self.samples[path])
         u, s, vh = torch.linalg.svd(weight @ covariance, full_matrices=False)
@@ -54,7 +56,7 @@ class Corda(Observer):
 
 
 def _invertible(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the covariance, with enough added to its diagonal to be invertible, and its inverse."""
+    """Return the covariance, with its diagonal raised until it is well conditioned, and the inverse."""
     identity = torch.eye(len(covariance), device=covariance.device)
     damp, mean = 0.01, covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     while True:
@@ -63,3 +65,12 @@ def _invertible(covariance: Tensor) -> tuple[Tensor, Tensor]:
         if torch.dist(damped @ inverse, identity) < 0.05:
             return damped, inverse
         damp *= 2
+
+
+@register_variant
+class CordaStart(Initialisation):
+    """`init_lora_weights="corda"`."""
+
+    names = ("corda",)
+    observer = Corda
+    subtracts = True

@@ -1,35 +1,37 @@
-"""LoRA-GA (arXiv:2407.05000): the first training step of LoRA follows the gradient of the full weight.
+"""LoRA-GA: A and B start so that LoRA's first step follows the gradient of the full weight. arXiv:2407.05000.
 
-A and B are different singular vectors of G, the gradient of the loss in W, averaged over the batches. W itself is not
-trained.
-
-Shapes: i in_features, o out_features; G (o, i).
+A and B take different singular directions of G, the mean gradient of W over the batches.
+Shapes: i in_features, o out_features, r rank; G (o, i).
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from peftcore.errors import ConfigError
-from peftcore.init.observer import Observer
-from peftcore.methods.lora import Lora, LoraConfig
+from peftcore.methods.lora.initialisation import Factors, Initialisation
+from peftcore.methods.lora.observer import Observer
+from peftcore.methods.lora.variant import register_variant
+
+if TYPE_CHECKING:
+    from peftcore.methods.lora.adapter import Lora
+    from peftcore.methods.lora.config import LoraConfig
 
 DEFAULTS: dict[str, Any] = {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16}
-"""Defaults of `lora_ga_config`, by PEFT's names: the singular vectors of A and B, and their scale."""
+"""`lora_ga_config` under PEFT's names: the singular directions for A and B, and their scale."""
 _DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
 _SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 
 class LoraGa(Observer):
-    """`init_lora_weights="lora_ga"`."""
+    """Gradients of every layer's weight."""
 
     title = "LoRA-GA"
     needs_loss = True
-    subtracts_residual = True
 
-    def __init__(self, config: LoraConfig, layers: Mapping[str, Lora]):
+    def __init__(self, config: "LoraConfig", layers: "Mapping[str, Lora]"):
         super().__init__(config, layers)
         self.options = {**DEFAULTS, **(config.lora_ga_config or {})}
         if unknown := set(self.options) - set(DEFAULTS):
@@ -41,7 +43,7 @@ class LoraGa(Observer):
             if 2 * adapter.r > (most := min(adapter.base.in_features, adapter.base.out_features)):
                 raise ConfigError(f"lora_ga needs 2r singular vectors: r at {path} must be at most {most // 2}")
         self.gradient: dict[str, Tensor] = {}
-        """{path: sum over the batches of the gradient of W}"""
+        """{path: sum of the gradients of W over the batches}"""
         self.batches = 0
 
     def begin(self, batch: Mapping[str, Any]) -> None:
@@ -59,7 +61,7 @@ class LoraGa(Observer):
         y.register_hook(add)
         return y
 
-    def factors(self, path: str, adapter: Lora) -> tuple[Tensor, Tensor]:
+    def factors(self, path: str, adapter: "Lora") -> Factors:
         gradient, r = self.gradient[path] / self.batches, adapter.r
         u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
         of_a, of_b = self._directions(r)
@@ -84,3 +86,12 @@ class LoraGa(Observer):
             "A2rBr": (every[r:], every[:r]),
             "ArB2r": (every[:r], every[r:]),
         }[self.options["direction"]]
+
+
+@register_variant
+class LoraGaStart(Initialisation):
+    """`init_lora_weights="lora_ga"`."""
+
+    names = ("lora_ga",)
+    observer = LoraGa
+    subtracts = True

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import LoraConfig
-from peftcore.init.observer import Observer
+from peftcore.methods.lora.observer import Observer
 
 
 def test_the_hook_passes_input_and_output_and_replaces_the_output() -> None:

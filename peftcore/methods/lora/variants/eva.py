@@ -1,20 +1,23 @@
-"""EVA (arXiv:2410.07170): A holds the principal components of a layer's input.
+"""EVA: A starts as the principal components of the layer's input; layers with more variance get more rank.
 
-Layers whose components explain more variance get a higher rank. B is zero. The components come from an incremental
-principal component analysis (Ross et al. 2008, doi:10.1007/s11263-007-0075-7).
-
+arXiv:2410.07170. The components come from an incremental analysis (Ross et al. 2008). B starts at zero.
 Shapes: n rows of x, i in_features, c components.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from peftcore.errors import ConfigError
-from peftcore.init.observer import Observer
-from peftcore.methods.lora import Lora, LoraConfig
+from peftcore.methods.lora.initialisation import Factors, Initialisation
+from peftcore.methods.lora.observer import Observer
+from peftcore.methods.lora.variant import register_variant
+
+if TYPE_CHECKING:
+    from peftcore.methods.lora.adapter import Lora
+    from peftcore.methods.lora.config import LoraConfig
 
 DEFAULTS: dict[str, Any] = {
     "rho": 2.0,
@@ -24,14 +27,11 @@ DEFAULTS: dict[str, Any] = {
     "whiten": False,
     "adjust_scaling_factors": True,
 }
-"""Defaults of `eva_config`, by PEFT's names.
-
-A layer's rank is at most rho·r. A component has converged if its cosine to the component before the batch reaches tau.
-"""
+"""`eva_config` under PEFT's names. A layer's rank is at most rho·r; tau is the cosine of a converged component."""
 
 
 class PrincipalComponents:
-    """Principal components of a stream of rows; the rows themselves are not stored."""
+    """Incremental principal components of all rows added so far; the rows are not stored."""
 
     def __init__(self, count: int):
         self.count, self.rows = count, 0
@@ -41,7 +41,7 @@ class PrincipalComponents:
         self.converged = torch.zeros(count, dtype=torch.bool)
 
     def add(self, x: Tensor, tau: float) -> None:
-        """Update the components by rows x (n, i); a component whose cosine to its update reaches tau has converged."""
+        """Update the components with rows x (n, i); tau is the cosine from which a component has converged."""
         x = x.float()
         n, mean = len(x), x.mean(0)
         total = self.rows + n
@@ -60,25 +60,25 @@ class PrincipalComponents:
         self.rows = total
 
     def explained(self) -> Tensor:
-        """Return the share of the variance that each component explains, (c,)."""
+        """Return (c,): the share of the variance along each component."""
         return self.values.square() / self.scatter.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class Eva(Observer):
-    """`init_lora_weights="eva"`."""
+    """Principal components of every layer's input."""
 
     title = "EVA"
 
-    def __init__(self, config: LoraConfig, layers: Mapping[str, Lora]):
+    def __init__(self, config: "LoraConfig", layers: "Mapping[str, Lora]"):
         super().__init__(config, layers)
         self.options = {**DEFAULTS, **(config.eva_config or {})}
         if unknown := set(self.options) - set(DEFAULTS):
             raise ConfigError(f"eva_config: unknown {sorted(unknown)}; known: {', '.join(DEFAULTS)}")
         if self.options["rho"] < 1 or not 0 <= self.options["tau"] <= 1:
             raise ConfigError(f"eva_config: rho must be at least 1 and tau in [0, 1]; got {self.options}")
-        self.adjusts_scaling = not self.options["adjust_scaling_factors"]
+        self.keeps_alpha = not self.options["adjust_scaling_factors"]
         rho = self.options["rho"]
-        self.analyses = {
+        self.components = {
             path: PrincipalComponents(min(round(a.r * rho), a.base.in_features, a.base.out_features))
             for path, a in layers.items()
         }
@@ -96,22 +96,30 @@ class Eva(Observer):
         fits = self.mask is not None and self.mask.shape == x.shape[:-1]
         rows = x[self.mask] if fits else x.reshape(-1, x.shape[-1])
         if len(rows):
-            self.analyses[path].add(rows, self.options["tau"])
+            self.components[path].add(rows, self.options["tau"])
 
     def is_done(self) -> bool:
         ranks = self.ranks()
-        return all(bool(own.converged[: ranks[path]].all()) for path, own in self.analyses.items())
+        return all(bool(components.converged[: ranks[path]].all()) for path, components in self.components.items())
 
     def ranks(self) -> dict[str, int]:
         budget = sum(adapter.r for adapter in self.layers.values())
-        shares = [(float(s), path) for path, own in self.analyses.items() for s in own.explained()]
+        shares = [(float(s), path) for path, components in self.components.items() for s in components.explained()]
         best = sorted(shares, key=lambda share: -share[0])[:budget]
         return {path: sum(chosen == path for _, chosen in best) for path in self.layers}
 
-    def factors(self, path: str, adapter: Lora) -> tuple[Tensor, Tensor]:
-        own = self.analyses[path]
-        assert own.components is not None
-        a = own.components[: adapter.r]
+    def factors(self, path: str, adapter: "Lora") -> Factors:
+        analysis = self.components[path]
+        assert analysis.components is not None
+        a = analysis.components[: adapter.r]
         if self.options["whiten"]:
-            a = a / own.values[: adapter.r, None].clamp_min(torch.finfo(torch.float32).tiny)
+            a = a / analysis.values[: adapter.r, None].clamp_min(torch.finfo(torch.float32).tiny)
         return a, torch.zeros_like(adapter.lora_B)
+
+
+@register_variant
+class EvaStart(Initialisation):
+    """`init_lora_weights="eva"`."""
+
+    names = ("eva",)
+    observer = Eva

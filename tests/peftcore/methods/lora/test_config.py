@@ -1,15 +1,16 @@
-"""Adapters share a slot of the store only if their weights alone differ."""
+"""An adapter store reuses the slot of an adapter only if nothing but the weights differs."""
 
 import pytest
 
 from peftcore import IA3Config, LoraConfig, PeftConfig
-from peftcore.routing.entries import can_share_slot
 
 PLAIN = {"r": 4, "target_modules": ["q_proj"]}
 
 
 def test_equal_plain_loras_share_a_slot_whatever_their_base_is_called() -> None:
-    assert can_share_slot(LoraConfig(**PLAIN), LoraConfig(**PLAIN, base_model_name_or_path="here", inference_mode=True))
+    assert LoraConfig(**PLAIN).can_be_overwritten_by(
+        LoraConfig(**PLAIN, base_model_name_or_path="here", inference_mode=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -24,4 +25,4 @@ def test_equal_plain_loras_share_a_slot_whatever_their_base_is_called() -> None:
     ],
 )
 def test_other_adapters_get_a_slot_of_their_own(other: PeftConfig) -> None:
-    assert not can_share_slot(other, LoraConfig(**PLAIN))
+    assert not other.can_be_overwritten_by(LoraConfig(**PLAIN))

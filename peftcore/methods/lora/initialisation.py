@@ -1,0 +1,102 @@
+"""Initialisations of A and B, chosen by `init_lora_weights`.
+
+An initialisation sets A and B. It may also subtract the start s·B₀A₀ from the base (PiSSA), so that training begins at
+the base's own output, or replace the base weight (LoftQ).
+"""
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import ConfigError, TargetError
+from peftcore.methods.lora.variant import Variant
+
+if TYPE_CHECKING:
+    from peftcore.methods.lora.adapter import Lora
+    from peftcore.methods.lora.config import LoraConfig
+    from peftcore.methods.lora.observer import Observer
+
+Factors = tuple[Tensor, Tensor]
+"""A (r, i) and B (o, r) of s·BA."""
+
+
+class Initialisation(Variant):
+    """Start values of A and B. By default LoRA's own: one factor random, the other zero."""
+
+    option = "init_lora_weights"
+    changes_layers = False
+    layer_kinds = frozenset({"linear", "conv", "embedding", "parameter"})
+    names: ClassVar[tuple[bool | str, ...]]
+    """Values of `init_lora_weights`, for `is_chosen` and for error messages."""
+    reads_base: ClassVar[bool] = False
+    """True if the initialisation needs the base weight, also when A and B are then read from disk."""
+    subtracts: ClassVar[bool] = False
+    """True if s·B₀A₀ is subtracted from the base."""
+    replaces_base: ClassVar[bool] = False
+    """True if the base weight is replaced by `Lora.new_base`."""
+    observer: ClassVar["type[Observer] | None"] = None
+    """Class that computes the factors from data; `peftcore.init.initialize_from_data` runs it. None: no data needed."""
+
+    def is_chosen(self, config: "LoraConfig") -> bool:
+        return config.init_lora_weights in self.names
+
+    def initialise(self, lora: "Lora") -> None:
+        """Set A and B of one layer; called without gradients."""
+        random, zero = random_and_zero(lora)
+        nn.init.normal_(random) if lora.base.kind == "embedding" else nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+        nn.init.zeros_(zero)
+
+
+def random_and_zero(lora: "Lora") -> tuple[Tensor, Tensor]:
+    """Return the factor that starts at random and the one that starts at zero: A and B, or B and A on an embedding."""
+    return (lora.lora_B, lora.lora_A) if lora.base.kind == "embedding" else (lora.lora_A, lora.lora_B)
+
+
+class WeightInitialisation(Initialisation):
+    """Initialisation from the base weight, with the start subtracted from the base; linear layers only."""
+
+    reads_base = True
+    subtracts = True
+
+    def factors(self, lora: "Lora", weight: Tensor) -> Factors:
+        """Return A (r, i) and B (o, r) for the base weight (o, i) in float32."""
+        raise NotImplementedError(f"{type(self).__name__} must define factors")
+
+    def initialise(self, lora: "Lora") -> None:
+        self.check_linear(lora)
+        weight = lora.base.read_unmerged().float()
+        self.check_rank(lora, weight)
+        lora.set_factors(*self.factors(lora, weight))
+        lora.subtract_start()
+
+    def check_linear(self, lora: "Lora") -> None:
+        """Raise TargetError unless the layer is linear."""
+        if lora.base.kind != "linear":
+            name = lora.config.init_lora_weights
+            raise TargetError(f"init_lora_weights={name!r} fits linear layers only; exclude the {lora.base.kind} ones")
+
+    def check_rank(self, lora: "Lora", weight: Tensor) -> None:
+        """Raise ConfigError if the rank exceeds the number of singular values."""
+        if lora.r > (most := min(weight.shape)):
+            raise ConfigError(f"r={lora.r} exceeds the weight's {most} singular vectors; take a smaller r")
+
+
+def principal_factors(weight: Tensor, r: int, scaling: float, iterations: int | None = None) -> Factors:
+    """Return A and B with s·BA the best rank-r approximation of a weight, singular values shared by both sides.
+
+    Args:
+        weight: W (o, i).
+        r: Rank.
+        scaling: s.
+        iterations: Power iterations of a randomised decomposition; None: an exact one.
+    """
+    if iterations is None:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        u, s, vh = u[:, :r], s[:r], vh[:r]
+    else:
+        u, s, v = torch.svd_lowrank(weight, r, niter=iterations)
+        vh = v.T
+    root = (s / scaling).sqrt()
+    return root[:, None] * vh, u * root

@@ -1,0 +1,67 @@
+"""Base class of the initialisations that need data: an observer sees the layers of an adapter while the base runs."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from peftcore.methods.lora.initialisation import Factors
+
+if TYPE_CHECKING:
+    from peftcore.methods.lora.adapter import Lora
+    from peftcore.methods.lora.config import LoraConfig
+
+
+class Observer:
+    """Statistics of every layer of one adapter. Shapes: i in_features, o out_features, r rank.
+
+    Args:
+        config: The adapter's configuration.
+        layers: {path: adapter of that layer}.
+    """
+
+    title: ClassVar[str]
+    """Label of the progress bar."""
+    needs_loss: ClassVar[bool] = False
+    """True if the loss of every batch is computed and differentiated."""
+    keeps_alpha: bool = False
+    """True if a layer whose rank changes keeps α, so that its scaling changes."""
+
+    def __init__(self, config: "LoraConfig", layers: "Mapping[str, Lora]"):
+        self.config, self.layers = config, layers
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """Prepare for a batch (keyword arguments of the model) that runs next."""
+
+    def hook(self, path: str) -> Callable[..., Any]:
+        """Return a forward hook for the layer at `path`."""
+
+        def observe(_layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            return self.see(path, inputs[0], output)
+
+        return observe
+
+    def see(self, path: str, x: Tensor, y: Tensor) -> Tensor | None:
+        """Record one call of one layer.
+
+        Args:
+            path: The layer's path.
+            x: Input (..., i).
+            y: Output (..., o).
+
+        Returns:
+            A tensor to use in place of the output; None leaves the output as it is.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define see")
+
+    def is_done(self) -> bool:
+        """Return True if further batches would change nothing."""
+        return False
+
+    def ranks(self) -> dict[str, int]:
+        """Return {path: rank} that the data suggest; 0 removes the adapter of that layer."""
+        return {path: adapter.r for path, adapter in self.layers.items()}
+
+    def factors(self, path: str, adapter: "Lora") -> Factors:
+        """Return A (r, i) and B (o, r) for one layer."""
+        raise NotImplementedError(f"{type(self).__name__} must define factors")

@@ -1,0 +1,145 @@
+"""Variants of LoRA: each is one class, in one file of `peftcore.methods.lora.variants` or of another package.
+
+A field of the configuration chooses a variant (`use_dora=True`, `init_lora_weights="pissa"`). The adapter of every
+layer calls the hooks of the chosen variants in order; plain LoRA has none, so its forward pass calls nothing. A variant
+is stateless: its parameters belong to the adapter, which every hook receives.
+
+A variant of another package declares its field in a subclass of `LoraConfig` (`Variant.config`). The package names the
+variant's module in an entry point of the group `peftcore.lora_variants`.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from peftcore.adapter import Shared
+from peftcore.bases import BaseWeight
+from peftcore.kernels.factors import Factors
+from peftcore.kernels.low_rank import LowRankBranch
+from peftcore.registry import import_plugins
+
+if TYPE_CHECKING:
+    from peftcore.methods.lora.adapter import Lora
+    from peftcore.methods.lora.config import LoraConfig
+
+ENTRY_POINTS = "peftcore.lora_variants"
+
+
+class Variant:
+    """One change of plain LoRA. Shapes: i in_features, o out_features, r rank, x (..., i), y (..., o)."""
+
+    option: ClassVar[str]
+    """Field of the configuration that chooses the variant."""
+    config: ClassVar["type[LoraConfig] | None"] = None
+    """Configuration class that declares `option`; None: `LoraConfig` itself."""
+    layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    """Kinds of base layer that the variant fits; see `Adapter.layer_kinds`."""
+    excludes: ClassVar[Mapping[str, str]] = {}
+    """{field that cannot be set together with `option`: reason}."""
+    keys: ClassVar[Mapping[str, str]] = {}
+    """{parameter that the variant adds to the adapter: its suffix on disk}."""
+    changes_layers: ClassVar[bool] = True
+    """False: only the hooks for the configuration are used, so the layers do not keep the variant."""
+    is_additive: ClassVar[bool] = True
+    """True if the adapter still computes y + f(x), with f independent of the arguments of the model's call."""
+    beyond_low_rank: ClassVar[str] = ""
+    """Reason why two factors per layer cannot express the adapter, for export errors; "" if they can."""
+
+    # -- hooks for the configuration -------------------------------------------------------------------------
+
+    def is_chosen(self, config: "LoraConfig") -> bool:
+        """Return True if the configuration asks for this variant."""
+        return bool(getattr(config, self.option, None))
+
+    def check(self, config: "LoraConfig") -> None:
+        """Raise ConfigError for option values that do not fit; called when the configuration is created."""
+
+    def denominator(self, r: int, denominator: float) -> float:
+        """Return d of the scaling s = α/d for rank r; `denominator` is the value so far, r in plain LoRA."""
+        return denominator
+
+    def link(self, config: "LoraConfig", adapters: "Mapping[str, Lora]") -> None:
+        """Share parameters between the layers of one adapter; `adapters` are by path."""
+
+    def make_shared(self, config: "LoraConfig", bases: Mapping[str, BaseWeight]) -> Shared | None:
+        """Return the state that all layers of one adapter share; see `Adapter.make_shared`."""
+        return None
+
+    def forward_arguments(self, config: "LoraConfig") -> frozenset[str] | None:
+        """Return further arguments of the model's call; None if `before_forward` need not be called."""
+        return None
+
+    def before_forward(self, config: "LoraConfig", shared: Any, inputs: dict[str, Any]) -> None:
+        """Read the arguments of the model's call before each forward pass; see `Adapter.before_forward`."""
+
+    # -- hooks for one layer ---------------------------------------------------------------------------------
+
+    def check_layer(self, lora: "Lora", path: str) -> None:
+        """Raise ConfigError if the variant does not fit the layer at `path`."""
+
+    def add_parameters(self, lora: "Lora") -> None:
+        """Register the parameters of `keys` on the adapter."""
+
+    def reset_parameters(self, lora: "Lora") -> None:
+        """Set the start values of the variant's parameters; A and B are set already."""
+
+    def hidden(self, lora: "Lora", h: Tensor) -> Tensor:
+        """Return what replaces h = A x (..., r) in the forward pass."""
+        return h
+
+    def output(self, lora: "Lora", y: Tensor, x: Tensor, dropped: Tensor, h: Tensor) -> Tensor:
+        """Return what replaces the adapted output y.
+
+        Args:
+            lora: The adapter of this layer.
+            y: The base's output plus the low-rank change.
+            x: The layer's input.
+            dropped: The input after dropout; `x` itself without dropout.
+            h: s·A x (..., r), of the dropped input.
+        """
+        return y
+
+    def low_rank(self, lora: "Lora", branch: LowRankBranch) -> LowRankBranch | None:
+        """Return the forward pass in the form of the fused kernel; None if the kernel cannot compute the variant."""
+        return None
+
+    def check_mergeable(self, lora: "Lora") -> None:
+        """Raise MergeError if no fixed weight equals the adapter."""
+
+    def exact_factors(self, lora: "Lora", factors: Factors) -> Factors | None:
+        """Return the factors that ΔW equals exactly; None if ΔW is not a product of two."""
+        return factors
+
+    def merged_weight(self, lora: "Lora", weight: Tensor) -> Tensor:
+        """Return what replaces the merged weight W + s·BA."""
+        return weight
+
+    def merged_bias(self, lora: "Lora", bias: Tensor | None) -> Tensor | None:
+        """Return what replaces the layer's bias (o,)."""
+        return bias
+
+    def bias_change(self, lora: "Lora") -> Tensor | None:
+        """Return Δb (o,) of the layer's bias; None if the variant does not change a bias."""
+        return None
+
+    def checkpoint_tensors(self, lora: "Lora") -> dict[str, Tensor]:
+        """Return {suffix on disk: tensor} of the parameters of `keys`."""
+        return {key: lora.get_parameter(name).detach() for name, key in self.keys.items()}
+
+
+_variants: list[Variant] = []
+
+Kind = TypeVar("Kind", bound=Variant)
+
+
+def register_variant(kind: type[Kind]) -> type[Kind]:
+    """Register a variant; a class decorator."""
+    _variants.append(kind())
+    return kind
+
+
+def variants() -> list[Variant]:
+    """Return one object of every registered variant, third-party ones last."""
+    import_plugins(("peftcore.methods.lora.variants",), ENTRY_POINTS)
+    return _variants

@@ -1,0 +1,1 @@
+"""LoRA's variants, one per file; every file registers itself."""

@@ -1,0 +1,125 @@
+"""DoRA: W' = m/n·(W + s·BA), n the length of each output row of W + s·BA, without gradient. arXiv:2402.09353.
+
+m starts at n, so training begins at the base's own output. The forward pass adds (m/n − 1) times the output without
+bias. Shapes: i in_features, o out_features, r rank, k kernel; m, n (o,), A (r, i, *k), B (o, r, *1).
+"""
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.bases.base import WeightVersion
+from peftcore.errors import ConfigError
+from peftcore.kernels.factors import Factors
+from peftcore.kernels.low_rank import LowRankBranch
+from peftcore.methods.lora.variant import Variant, register_variant
+
+if TYPE_CHECKING:
+    from peftcore.methods.lora.adapter import Lora
+
+_ROW_NORMS = "_dora_row_norms"
+"""Attribute of the adapter: (version of the base weight, ‖W‖² by rows (o,))."""
+
+
+@register_variant
+class Dora(Variant):
+    """`use_dora=True`."""
+
+    option = "use_dora"
+    layer_kinds = frozenset({"linear", "conv", "embedding"})
+    excludes: ClassVar = {
+        "lora_bias": "DoRA rescales rows of W, and a bias is not in them",
+        "alora_invocation_tokens": "DoRA changes every position, aLoRA only some",
+        "target_parameters": "raw parameters take plain LoRA only",
+    }
+    keys: ClassVar = {"magnitude": "lora_magnitude_vector"}
+    is_additive = False
+    beyond_low_rank = (
+        "DoRA is no product of two factors; make it one by convert_to_lora(model, name, new_name, rank=...) and export "
+        "that, or merge it into the base"
+    )
+
+    def check_layer(self, lora: "Lora", path: str) -> None:
+        if lora.groups > 1:
+            raise ConfigError(f"LORA: use_dora does not fit {path}, a convolution with groups; exclude it")
+
+    def add_parameters(self, lora: "Lora") -> None:
+        lora.magnitude = nn.Parameter(torch.empty(lora.base.out_features))
+
+    def reset_parameters(self, lora: "Lora") -> None:
+        _magnitude(lora).copy_(row_lengths(lora))
+
+    def low_rank(self, lora: "Lora", branch: LowRankBranch) -> LowRankBranch | None:
+        if branch.dropout or lora.base.bias is not None:  # with dropout, part of the change sees the whole input
+            return None
+        return branch._replace(gain=_ratio(lora))
+
+    def output(self, lora: "Lora", y: Tensor, x: Tensor, dropped: Tensor, h: Tensor) -> Tensor:
+        base = lora.base
+        more = base.per_output(_ratio(lora) - 1).to(y.dtype)  # minus one before the cast: 16 bits would round it away
+        if dropped is not x:
+            without_bias = base.apply(dropped, base.read_unmerged()).to(y.dtype)
+            if lora.start is not None:
+                without_bias = without_bias - lora.start_output(dropped, y.dtype)
+            return torch.addcmul(y, base.add_pointwise(without_bias, h, lora.own_factors()[1]), more)
+        bias = base.unmerged_bias
+        return torch.addcmul(y, y if bias is None else y - base.per_output(bias).to(y.dtype), more)
+
+    def exact_factors(self, lora: "Lora", factors: Factors) -> None:
+        return None
+
+    def merged_weight(self, lora: "Lora", weight: Tensor) -> Tensor:
+        return weight * _ratio(lora).to(weight).view(-1, *(1 for _ in weight.shape[1:]))
+
+    def merged_bias(self, lora: "Lora", bias: Tensor | None) -> Tensor | None:
+        own = lora.base.unmerged_bias
+        if bias is None or own is None or bias is own:
+            return bias
+        return own + (bias - own) * _ratio(lora).to(bias)  # changes by the adapters below, as in the forward pass
+
+    def checkpoint_tensors(self, lora: "Lora") -> dict[str, Tensor]:
+        magnitude = _magnitude(lora).detach()
+        if lora.base.kind == "conv":
+            magnitude = magnitude.view(1, -1, *(1 for _ in lora.base.kernel))
+        return {"lora_magnitude_vector": magnitude}
+
+
+def _magnitude(lora: "Lora") -> nn.Parameter:
+    magnitude = lora._parameters["magnitude"]
+    assert magnitude is not None
+    return magnitude
+
+
+def _ratio(lora: "Lora") -> Tensor:
+    """Return m/n (o,)."""
+    magnitude = _magnitude(lora)
+    return magnitude / row_lengths(lora).to(magnitude).clamp_min(torch.finfo(magnitude.dtype).tiny)
+
+
+@torch.no_grad()
+def row_lengths(lora: "Lora") -> Tensor:
+    """Return n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is cached while W does not change."""
+    weight = lora.base.read_unmerged() if lora.new_base is None else lora.new_base
+    weight = weight.flatten(1)
+    norms = _square_norms(lora, weight)
+    a, b = lora.own_factors()
+    a, b = a.flatten(1), b.flatten(1) * lora.scaling
+    if lora.start is not None:
+        a = torch.cat([a, lora.start[0].flatten(1)])
+        b = torch.cat([b, lora.start[1].flatten(1) * -lora.scaling], 1)
+    cross = ((weight @ a.to(weight.dtype).T).to(b) * b).sum(1)  # casting W would cost more than the rest
+    square = norms.to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
+    return square.clamp_min(0).sqrt()
+
+
+def _square_norms(lora: "Lora", weight: Tensor) -> Tensor:
+    """Return ‖W‖² by rows (o,) of the base's weight (o, i·k), cached with the weight's version if it has one."""
+    version: WeightVersion | None = lora.base.unmerged_version() if lora.new_base is None else None
+    cached = vars(lora).get(_ROW_NORMS)
+    if version is not None and cached is not None and cached[0] == version:
+        return cached[1]
+    norms = weight.to(_magnitude(lora)).square().sum(1)
+    if version is not None:
+        vars(lora)[_ROW_NORMS] = version, norms
+    return norms

@@ -1,0 +1,37 @@
+"""LoRA with a bias c of its own: y = Wx + b + s·(B A x + c). HF PEFT's option `lora_bias`. c (out_features,)."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import MergeError
+from peftcore.methods.lora.variant import Variant, register_variant
+
+if TYPE_CHECKING:
+    from peftcore.methods.lora.adapter import Lora
+
+
+@register_variant
+class LoraBias(Variant):
+    """`lora_bias=True`."""
+
+    option = "lora_bias"
+    layer_kinds = frozenset({"linear", "conv"})
+    excludes: ClassVar = {"target_parameters": "a raw parameter has no bias"}
+    keys: ClassVar = {"lora_bias": "lora_B.bias"}
+    beyond_low_rank = "the adapter trains biases, which LoRA runtimes do not read; merge it into the base instead"
+
+    def add_parameters(self, lora: "Lora") -> None:
+        lora.lora_bias = nn.Parameter(torch.zeros(lora.base.out_features))
+
+    def output(self, lora: "Lora", y: Tensor, x: Tensor, dropped: Tensor, h: Tensor) -> Tensor:
+        return y + lora.base.per_output(self.bias_change(lora)).to(y.dtype)
+
+    def merged_bias(self, lora: "Lora", bias: Tensor | None) -> Tensor:
+        if bias is None:
+            raise MergeError("lora_bias cannot be merged into a layer that has no bias; keep the adapter unmerged")
+        return bias + self.bias_change(lora).to(bias)
+
+    def bias_change(self, lora: "Lora") -> Tensor:
+        return lora.get_parameter("lora_bias") * lora.scaling

@@ -1,0 +1,58 @@
+"""aLoRA: the positions at which the adapter acts, parity with HF PEFT, and generation."""
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lora_nets import llama
+from method_example import randomise
+
+from peftcore import LoraConfig, MergeError, get_peft_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about its own deprecated calls
+
+
+def alora() -> Any:
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[7, 8])
+    model = get_peft_model(llama(), config)
+    randomise(model, 0.5)
+    return model
+
+
+INVOKED = torch.tensor([[3, 7, 8, 5, 7, 8, 4], [3, 4, 5, 6, 7, 9, 8]])
+
+
+def test_alora_acts_from_the_last_invocation_on() -> None:
+    model, base = alora(), llama()(INVOKED).logits
+    logits = model(INVOKED).logits
+    assert torch.equal(logits[0, :4], base[0, :4])  # the first invocation is not the last
+    assert not torch.allclose(logits[0, 4:], base[0, 4:])
+    torch.testing.assert_close(logits[1], base[1])  # no invocation: the base
+    with pytest.raises(MergeError, match="some positions"):
+        model.merge_adapter()
+
+
+def test_alora_parity(tmp_path: Any) -> None:
+    model = alora()
+    model.save_pretrained(tmp_path)
+    hf = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert isinstance(hf, peft.PeftModelForCausalLM) or hf.peft_config["default"].task_type is None
+    offsets = [3, None]
+    theirs = hf(input_ids=INVOKED, alora_offsets=offsets).logits
+    torch.testing.assert_close(model(INVOKED).logits, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(INVOKED, alora_offsets=offsets).logits, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_alora_generates_what_repeated_forwards_give(beams: int) -> None:
+    model, prompt = alora(), INVOKED
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    cached = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    uncached = model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=False, **options)
+    if beams == 1:
+        assert torch.equal(cached[0], uncached[0])
+    base = llama().generate(prompt[1:], attention_mask=torch.ones_like(prompt[1:]), **options)
+    assert torch.equal(cached[1], base[0])
+    given = model.generate(prompt, attention_mask=torch.ones_like(prompt), alora_offsets=[3, None], **options)
+    assert torch.equal(given, cached)

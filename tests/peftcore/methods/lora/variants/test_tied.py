@@ -1,0 +1,65 @@
+"""Tied weights: both sides of a pair are adapted or copied alike."""
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lora_nets import TOKENS, adapter, llama, lora
+from method_example import randomise
+from torch import Tensor, nn
+
+from peftcore import LoraConfig, PeftModel, get_peft_model
+from peftcore.injection.adapter_set import adapter_set
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about its own deprecated calls
+
+
+def test_a_tied_pair_is_adapted_alike(tmp_path: Any) -> None:
+    options: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(**options))
+    randomise(model, 0.3)
+    layers = adapter_set(model).adapters("default")
+    assert set(layers) == {"model.embed_tokens", "lm_head"}
+    torch.testing.assert_close(layers["lm_head"].delta_weight(), layers["model.embed_tokens"].delta_weight().T)
+    assert sum(p.requires_grad for p in model.parameters()) == 2  # one pair of factors trains
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
+    there = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path).eval()
+    torch.testing.assert_close(there(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_pair_trained_whole_stays_one_weight() -> None:
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(ensure_weight_tying=True, **options))
+    copies = adapter_set(model).copies("default")
+    assert copies["lm_head"].weight is copies["model.embed_tokens"].weight
+    assert copies["lm_head"].weight is not model.lm_head.base_layer.weight
+
+
+def test_a_tied_pair_trained_whole_is_saved_as_two_tensors(tmp_path: Any) -> None:
+    """safetensors refuses memory that is shared, and views that are not whole: what is saved is cloned first."""
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(ensure_weight_tying=True, **options))
+    randomise(model, 0.3)
+    layer = adapter(model, "model.layers.0.self_attn.q_proj")
+    layer.lora_A.data = layer.lora_A.detach().T.contiguous().T
+    assert not layer.lora_A.is_contiguous()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
+    assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
+def test_raw_parameters_beside_layers_that_may_be_tied() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(2, 6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.up[0]
+
+    net = nn.Sequential(nn.Linear(6, 6), Experts())
+    model = lora(net, target_parameters=["1.up"], ensure_weight_tying=True)
+    assert set(adapter_set(model).adapters("default")) == {"0", "1.up"}
