@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftcore.errors import ConfigError, TargetError, suggestion
+from peftcore.errors import ConfigError, TargetError, require_extra, suggestion
 from peftcore.methods.lora.initialisation import WeightInitialisation, principal_factors
 from peftcore.methods.lora.variant import register_variant
 
