@@ -33,9 +33,9 @@ from peftcore.train import (
     RightPaddingCollator,
     balanced_class_weights,
 )
+from peftcore.train.batches import WEIGHT
 from peftcore.train.preference import PreferenceObjective
 from peftcore.train.preference_trainer import PAIR_COLUMNS
-from peftcore.train.weights import WEIGHT
 
 
 @dataclass(frozen=True)

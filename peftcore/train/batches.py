@@ -17,6 +17,8 @@ from peftcore.train.losses import IGNORED
 
 POOL = 16
 """Batches whose rows are sorted together; more pads less and mixes less."""
+WEIGHT = "weight"
+"""Column of a dataset and key of a batch: weights of rows, or of the tokens of a packed row."""
 REFERENCE_COLUMNS = ("reference_chosen", "reference_rejected")
 """Columns of pairs: the reference's log-probabilities (nats) of the chosen and the rejected answer."""
 
@@ -58,7 +60,7 @@ class LengthGroupedSampler(Sampler[int]):
 class RightPaddingCollator:
     """Rows {"input_ids", "labels"} of token ids -> tensors (B, T), T the longest row's length.
 
-    Where rows have a "weight", the batch has it too, (B, 1).
+    Where rows have a WEIGHT, the batch has it too, (B, 1).
 
     pad_token_id: any valid id, masked by attention_mask and labelled -100.
     multiple: T is rounded up to a multiple of it; 8 keeps matrix kernels on their fast path.
@@ -69,8 +71,8 @@ class RightPaddingCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = self._padded(rows)
-        if "weight" in rows[0]:
-            batch["weight"] = torch.tensor([[row["weight"]] for row in rows], dtype=torch.float32)
+        if WEIGHT in rows[0]:
+            batch[WEIGHT] = torch.tensor([[row[WEIGHT]] for row in rows], dtype=torch.float32)
         return batch
 
     def _padded(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -102,7 +104,7 @@ class PreferenceCollator(RightPaddingCollator):
             for side in ("chosen", "rejected")
         ]
         batch = {name: tensor.unflatten(0, (len(rows), 2)) for name, tensor in self._padded(sides).items()}
-        batch["weight"] = _weights(rows)
+        batch[WEIGHT] = _weights(rows)
         for column in REFERENCE_COLUMNS:
             if column in rows[0]:
                 batch[column] = torch.tensor([row[column] for row in rows])
@@ -116,8 +118,8 @@ class ClassificationCollator(RightPaddingCollator):
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = self._padded([{"input_ids": row["input_ids"], "labels": []} for row in rows])
         batch["labels"] = torch.tensor([row["label"] for row in rows], dtype=torch.long)
-        return batch | {"weight": _weights(rows)}
+        return batch | {WEIGHT: _weights(rows)}
 
 
 def _weights(rows: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.tensor([row.get("weight", 1.0) for row in rows], dtype=torch.float32)
+    return torch.tensor([row.get(WEIGHT, 1.0) for row in rows], dtype=torch.float32)

@@ -22,7 +22,9 @@ from peftcore.detection import detect
 from peftcore.errors import TrainingError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.model import PeftModel
-from peftcore.train.losses import IGNORED, has_causal_loss
+from peftcore.train.batches import WEIGHT
+from peftcore.train.losses import IGNORED
+from peftcore.train.model_loss import has_causal_loss
 
 Row = Mapping[str, Any]
 """{"input_ids", "labels"}: token ids of one document; "weight": what its tokens weigh, where documents have weights."""
@@ -51,9 +53,9 @@ class PackedCollator:
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             "use_cache": False,
         }
-        if "weight" in documents[0]:
-            weights = torch.tensor([document["weight"] for document in documents], dtype=torch.float32)
-            made["weight"] = weights.repeat_interleave(torch.tensor(lengths))[None]
+        if WEIGHT in documents[0]:
+            weights = torch.tensor([document[WEIGHT] for document in documents], dtype=torch.float32)
+            made[WEIGHT] = weights.repeat_interleave(torch.tensor(lengths))[None]
         if self.varlen:
             bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
             made |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}

@@ -24,7 +24,7 @@ from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.targets import find_targets
 from peftcore.layers.training_flags import training_flags_restored
 from peftcore.methods.lora import Lora, LoraConfig
-from peftcore.train.losses import OwnLossCheck
+from peftcore.train.model_loss import ModelLossCheck
 from peftcore.train.rank_allocation import allocate_ranks
 from peftcore.train.singular_credit import Batch, credited, mean_loss, scaled, summed_loss, to_singular_directions
 
@@ -114,7 +114,7 @@ def find_ranks(
     multiple = max(1, min(8, config.r // 4)) if multiple is None else multiple
     _check(model, config, batches, held_out, budget, tolerance, multiple)
     started, frozen = time.perf_counter(), [(p, p.requires_grad) for p in model.parameters()]
-    check = OwnLossCheck()
+    check = ModelLossCheck()
     layers = {path: base_weight(layer, path) for path, layer in find_targets(model, config).items()}
     if odd := [path for path, base in layers.items() if base.kind != "linear"]:
         raise ConfigError(f"find_ranks fits linear layers only; exclude {odd[0]}")
@@ -206,7 +206,7 @@ def _search_config(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
 
 
 def _train(
-    model: nn.Module, batches: Sequence[Batch], check: OwnLossCheck, rate: float, max_norm: float, bar: Any
+    model: nn.Module, batches: Sequence[Batch], check: ModelLossCheck, rate: float, max_norm: float, bar: Any
 ) -> None:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -230,7 +230,7 @@ def _least_within(
     scores: Mapping[str, list[float]],
     costs: Mapping[str, int],
     held_out: Sequence[Batch],
-    check: OwnLossCheck,
+    check: ModelLossCheck,
     allowed: float,
     least: int,
     multiple: int,

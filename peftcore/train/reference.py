@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from peftcore.errors import TrainingError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.layers.training_flags import training_flags_restored
-from peftcore.train.batches import REFERENCE_COLUMNS
+from peftcore.train.batches import REFERENCE_COLUMNS, WEIGHT
 from peftcore.train.losses import row_sums, token_losses
 from peftcore.train.preference import PairLogProbs
-from peftcore.train.weights import WEIGHT
 
 _NOT_OF_THE_FORWARD = ("labels", WEIGHT, *REFERENCE_COLUMNS)
 

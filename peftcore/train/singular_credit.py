@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from peftcore.errors import ConfigError
 from peftcore.methods.lora import Lora
-from peftcore.train.losses import OwnLossCheck, has_causal_loss, token_losses
+from peftcore.train.losses import token_losses
+from peftcore.train.model_loss import ModelLossCheck, has_causal_loss
 
 Batch = Mapping[str, Any]
 """Keyword arguments of a model, labels among them."""
@@ -28,7 +29,7 @@ _NODES = ((0.5 - math.sqrt(1 / 12), 0.5), (0.5 + math.sqrt(1 / 12), 0.5))
 """(t, weight) of the two-point Gauss-Legendre rule on [0, 1]."""
 
 
-def summed_loss(model: nn.Module, batch: Batch, check: OwnLossCheck) -> tuple[Tensor, int]:
+def summed_loss(model: nn.Module, batch: Batch, check: ModelLossCheck) -> tuple[Tensor, int]:
     """Return the summed loss, and of how many supervised tokens it is, or rows where the model's loss is another.
 
     check: one for all batches of a search.
@@ -45,7 +46,7 @@ def summed_loss(model: nn.Module, batch: Batch, check: OwnLossCheck) -> tuple[Te
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Batch], check: OwnLossCheck) -> float:
+def mean_loss(model: nn.Module, batches: Sequence[Batch], check: ModelLossCheck) -> float:
     """Return the mean loss (nats) of all batches."""
     sums = [summed_loss(model, batch, check) for batch in batches]
     return sum(total.item() for total, _ in sums) / sum(count for _, count in sums)
@@ -80,7 +81,7 @@ def credited(
     model: nn.Module,
     adapters: Mapping[str, Lora],
     batches: Sequence[Batch],
-    check: OwnLossCheck,
+    check: ModelLossCheck,
     seen: Callable[[], object],
 ) -> dict[str, Tensor]:
     """{path: (r,)}: nats that each piece took off the mean loss."""

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from peftcore._util.tensors import is_sharded
 from peftcore.detection.head import LogitTransform, logit_transforms, output_head
 from peftcore.errors import PeftError
-from peftcore.train.head_rows import HeadResult, HeadRows, flat_indices
+from peftcore.train.head_hooks import HeadResult, HeadRows, flat_indices
 
 _LOG = logging.getLogger(__name__)
 

@@ -120,12 +120,14 @@ def assert_own(model: nn.Module, tolerance: float = 1e-10, forwards: int = 2) ->
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of the hidden states whose losses were computed without logits."""
-    from peftcore.train import head_rows
+    from peftcore.train import head_hooks
 
     seen: list[tuple[int, ...]] = []
-    real = head_rows.linear_cross_entropy
+    real = head_hooks.linear_cross_entropy
     monkeypatch.setattr(
-        head_rows, "linear_cross_entropy", lambda hidden, *rest: seen.append(tuple(hidden.shape)) or real(hidden, *rest)
+        head_hooks,
+        "linear_cross_entropy",
+        lambda hidden, *rest: seen.append(tuple(hidden.shape)) or real(hidden, *rest),
     )
     yield seen
 

@@ -286,7 +286,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no whole checkpoint"):
+    with pytest.raises(TrainingError, match="no complete checkpoint"):
         trainer(adapted(), tmp_path).train(resume_from_checkpoint=True)
 
 

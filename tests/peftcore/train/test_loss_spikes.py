@@ -5,11 +5,11 @@ import pytest
 
 from peftcore import ConfigError
 from peftcore.train import FaultPolicy
-from peftcore.train.bad_loss import LEAST_DEVIATION, LossWatch
+from peftcore.train.loss_spikes import LEAST_DEVIATION, LossSpikeDetector
 
 
-def watch(*losses: float, window: int = 20, deviations: float | None = 10.0) -> LossWatch:
-    made = LossWatch(FaultPolicy(spike_window=window, spike_deviations=deviations))
+def watch(*losses: float, window: int = 20, deviations: float | None = 10.0) -> LossSpikeDetector:
+    made = LossSpikeDetector(FaultPolicy(spike_window=window, spike_deviations=deviations))
     assert [made.fault(loss) for loss in losses] == [None] * len(losses)
     return made
 
