@@ -41,7 +41,7 @@ from peftcore.train import RightPaddingCollator
 from peftcore.train.losses import IGNORED
 from peftcore.train.model_loss import ModelLossCheck
 from peftcore.train.rank_allocation import allocate_ranks
-from peftcore.train.singular_credit import credited, mean_loss, summed_loss, to_singular_directions
+from peftcore.train.rank_attribution import attribute_loss, mean_loss, summed_loss, to_singular_directions
 
 WIDE = 2 * RANK
 TRAINED, SCORED, JUDGED = 96, 32, 64
@@ -89,7 +89,8 @@ def losses(seed: int, base: Path, data: Path) -> dict[str, list[float]]:
     values = {path: to_singular_directions(adapter) for path, adapter in adapters.items()}
     scores = {
         "credit": {
-            path: own.tolist() for path, own in credited(model, adapters, scored, ModelLossCheck(), lambda: None).items()
+            path: own.tolist()
+            for path, own in attribute_loss(model, adapters, scored, ModelLossCheck(), lambda: None).items()
         },
         "change": {path: own.square().tolist() for path, own in values.items()},
         **before,

@@ -1,4 +1,4 @@
-"""Training adapters: transformers' Trainer with what adapters need, and the pieces by themselves."""
+"""Adapter training: trainers on top of transformers' Trainer, and their parts for other training loops."""
 
 from peftcore.train.adamw import FusedAdamW
 from peftcore.train.batches import (

@@ -27,7 +27,7 @@ from peftcore.train.losses import IGNORED
 
 
 class EpochShard(BatchSamplerShard):
-    """accelerate's shard that also passes on the epoch, without which a resumed run would see the first epoch's order."""
+    """accelerate's shard with the epoch passed on; without it, a resumed run would see the first epoch's order."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (from 0) whose order comes next; the trainer calls this method."""

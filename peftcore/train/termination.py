@@ -86,7 +86,7 @@ class Termination:
         self._requested = False  # at this step, and agreed on by all processes
 
     def start_actions(self) -> None:
-        """Postpone the evaluation of this step if a signal has arrived. Called before logging, evaluating and saving."""
+        """Postpone this step's evaluation if a signal has arrived. Called before logging, evaluating and saving."""
         self.saved = False
         self._requested = self.listener.received(self.trainer.accelerator)
         if self._requested:
