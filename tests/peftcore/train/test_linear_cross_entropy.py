@@ -186,7 +186,7 @@ def test_a_second_derivative_is_refused(trained_head: bool) -> None:
     hidden, weight, targets, _ = given()
     hidden.requires_grad_()
     weight.requires_grad_(trained_head)
-    with pytest.raises(TrainingError, match="differentiable once; leave create_graph out"):
+    with pytest.raises(TrainingError, match="differentiable once; leave out create_graph"):
         linear_cross_entropy(hidden, weight, targets).sum().backward(create_graph=True)
 
 

@@ -131,7 +131,7 @@ def test_a_z_loss_is_trained_and_evaluated_and_said_once(tmp_path: Any, caplog: 
             torch.testing.assert_close(made.compute_loss(model, batch()), own)
         assert made.evaluate()["eval_loss"] == pytest.approx(own.item(), rel=1e-5)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "BambaForCausalLM: its own loss is" in caplog.text
+    assert "BambaForCausalLM: the model's own loss is" in caplog.text
 
 
 def test_the_first_thing_may_be_an_evaluation(tmp_path: Any) -> None:
@@ -142,7 +142,7 @@ def test_the_first_thing_may_be_an_evaluation(tmp_path: Any) -> None:
 
 def test_weights_of_rows_are_refused_where_the_loss_has_further_terms(tmp_path: Any) -> None:
     model = adapted(bamba(z_loss_coefficient=0.1))
-    with pytest.raises(TrainingError, match="without further terms"):
+    with pytest.raises(TrainingError, match="no additional loss terms"):
         trainer(model, tmp_path).compute_loss(model, batch(weight=torch.ones(2, 1)))
 
 

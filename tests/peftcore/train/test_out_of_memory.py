@@ -74,8 +74,8 @@ def test_a_batch_that_does_not_fit_trains_in_parts_as_if_it_did(
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
         assert one.get("regularizer") == other.get("regularizer")
     assert [record.get("micro_batch_splits", 0) for record in records(split)] == [2, 0, 0]
-    assert "6 rows at once: from now on 3" in caplog.text
-    assert "divide per_device_train_batch_size by 6 and multiply gradient_accumulation_steps by it" in caplog.text
+    assert "out of memory with 6 rows: from now on a forward pass has 3 rows" in caplog.text
+    assert "divide per_device_train_batch_size by 6 and multiply gradient_accumulation_steps by 6" in caplog.text
 
 
 def test_a_single_row_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
@@ -99,7 +99,9 @@ def test_a_pack_that_does_not_fit_is_an_error_that_names_packs(tmp_path: Path) -
 def test_the_policy_to_stop_says_what_to_lower(tmp_path: Path) -> None:
     model = adapted()
     room = with_room_for(model, 2)
-    with pytest.raises(TrainingError, match=r"lower per_device_train_batch_size and raise gradient_accumulation_steps"):
+    with pytest.raises(
+        TrainingError, match=r"lower per_device_train_batch_size, and raise gradient_accumulation_steps"
+    ):
         trainer(model, tmp_path, faults=FaultPolicy(on_out_of_memory="stop")).train()
     assert room.seen == [1, 4]  # one row is compared with the model's own loss
 
@@ -174,7 +176,7 @@ torch.set_num_threads(1)
 data = Dataset.from_dict({"input_ids": [[1 + i % 40] * 400 for i in range(8)], "labels": [[3] * 400] * 8})
 models = [adapted().double(), adapted().double()]
 warned = []
-logging.getLogger("peftcore.train.steps").addFilter(lambda record: warned.append(record.getMessage()))
+logging.getLogger("peftcore.train.out_of_memory").addFilter(lambda record: warned.append(record.getMessage()))
 for model in models:
     model.set_attn_implementation("eager")  # 400 x 400 probabilities for each head
     made = trainer(model, Path(tempfile.mkdtemp()), data, max_steps=2, per_device_train_batch_size=8)

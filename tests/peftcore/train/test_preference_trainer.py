@@ -183,7 +183,7 @@ def test_the_default_is_the_start_and_other_references_are_refused(tmp_path: Pat
         model=adapted(), args=quiet_arguments(tmp_path), data_collator=PreferenceCollator(0), train_dataset=pairs(2)
     )
     assert made.training_objective.start_model is not None
-    with pytest.raises(TrainingError, match="reference is one of start, base; got 'bare'"):
+    with pytest.raises(TrainingError, match="reference must be one of start, base; got 'bare'"):
         trainer(adapted(), tmp_path, pairs(2), reference="bare")
 
 

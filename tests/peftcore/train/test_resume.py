@@ -213,7 +213,9 @@ def test_a_finished_run_that_is_resumed_takes_no_step_more(tmp_path: Path) -> No
 def test_a_damaged_checkpoint_that_is_named_is_an_error(tmp_path: Path) -> None:
     trainer(adapted(), tmp_path, **SAVING).train()
     (tmp_path / "checkpoint-8" / "optimizer.pt").write_bytes(b"half")
-    with pytest.raises(TrainingError, match=r"checkpoint-8 is damaged \(optimizer.pt\); .*=True takes the last whole"):
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-8 is damaged \(optimizer.pt\); .*=True takes the last complete"
+    ):
         trainer(adapted(), tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 

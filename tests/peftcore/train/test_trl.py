@@ -215,5 +215,5 @@ def test_a_reference_that_follows_the_model_leaves_the_base_as_it_is(tmp_path: P
 def test_a_reference_made_too_late_is_refused(tmp_path: Path) -> None:
     model = trained_before(tmp_path)
     dpo(model, tmp_path, reference_model(model))
-    with pytest.raises(TrainingError, match="call reference_model before the trainer is made"):
+    with pytest.raises(TrainingError, match="call reference_model before you make the trainer"):
         reference_model(model)
