@@ -65,7 +65,7 @@ class EvenShard(EpochShard):
 
 
 class Processes:
-    """What one of several training processes needs; with a single process nothing changes.
+    """Batches, DDP and FSDP of one of several training processes; a single process is not changed.
 
     Args:
         trainer: The `AdapterTrainerMixin` of this process.

@@ -19,7 +19,7 @@ from peftcore.composition import Weighted
 from peftcore.methods.ia3 import IA3Config
 from peftcore.routing import AdapterStore
 from peftcore.serving import Limits, Service, make_service
-from peftcore.serving.generation import Generation, Piece
+from peftcore.serving.generation import Chunk, Generation
 from peftcore.serving.sampling import Sampling
 from peftcore.serving.server import Server
 
@@ -141,7 +141,7 @@ class Asked:
         text = ""
         while True:
             event = self.first()
-            if not isinstance(event, Piece):
+            if not isinstance(event, Chunk):
                 return event
             text += event.text
             if event.finish:
