@@ -320,7 +320,7 @@ def test_folders_without_a_model_or_adapters_are_named(tiny_base: Path, tmp_path
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
     for options, said in (
-        (["--base", empty], "holds no base model that can be served"),
+        (["--base", empty], "contains no base model that can be served"),
         (["--base", str(tiny_base), "--adapters", empty], "holds no adapters"),
     ):
         result = CliRunner().invoke(app, ["serve", *options])

@@ -109,7 +109,7 @@ class Served:
         asked = Asked()
         given = Sampling(tokens, **{"temperature": 0.0, **sampling})
         service = self.service
-        asked.generation = Generation(model, prompt, given, service.tokenizer, service.ends, asked.events.put)
+        asked.generation = Generation(model, prompt, given, service.tokenizer, service.eos_tokens, asked.events.put)
         service.engine.submit(asked.generation)
         return asked
 

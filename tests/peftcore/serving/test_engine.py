@@ -116,7 +116,7 @@ def spoil_with(value: float) -> Callable[[Any], None]:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(float("nan"), "is not finite"), (1e306, "gave logits that are not finite")]
+    ("value", "said"), [(float("nan"), "is not finite"), (1e306, "returned logits that are not finite")]
 )
 def test_a_broken_adapter_hurts_only_its_own_request(serving: Callable[..., Any], world: Any, value: float, said: str):
     """NaN weights are found when it is loaded; weights that overflow would make 0 · ∞ of every row beside them."""
@@ -233,7 +233,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(serving: Callable[...,
     other = served.begin("sql", [5, 6], 30)
     for name, kind, said in (
         ("prompt", BadRequestError, "virtual tokens before the text"),
-        ("alora", BadRequestError, "looks at the whole text"),
+        ("alora", BadRequestError, "needs the whole text"),
         ("damaged", AdapterFailedError, "could not be loaded"),
         ("missing", UnknownModelError, "no adapter 'missing'"),
     ):
@@ -364,7 +364,7 @@ def test_a_bug_in_a_turn_ends_its_requests_and_not_the_engine(
     with monkeypatch.context() as patch:
         patch.setattr("peftcore.serving.engine.next_tokens", lambda *_: 1 / 0)
         found = served.begin("sql", [5, 6], 4).result()
-    assert type(found) is ServingError and "its log says why" in str(found)
+    assert type(found) is ServingError and "see the server's log" in str(found)
     assert served.begin("sql", [5, 6], 4).result()[0] == served.world.expected("sql", [5, 6], 4)
     assert served.service.catalog.store.statistics()["in_use"] == 0
 
