@@ -120,6 +120,19 @@ class Served:
             assert time.monotonic() < until, "it did not come about"
             time.sleep(0.005)
 
+    def slow_down(self, seconds: float) -> None:
+        """Delay each forward of the engine, and let no completion end by itself."""
+        forward: Any = self.service.engine._forward
+        original = forward._logits
+
+        def slow(*args: Any) -> Any:
+            time.sleep(seconds)
+            logits = original(*args)
+            logits[:, 2] = -1e9
+            return logits
+
+        forward._logits = slow
+
     def metric(self, name: str, **labels: str) -> float:
         """One of the counts."""
         return self.service.metrics._registry.get_sample_value(name, labels) or 0.0
@@ -180,3 +193,9 @@ def serving(world: World) -> Iterator[Callable[..., Served]]:
             thread.join(30)
             assert not thread.is_alive()
         served.service.engine.stop()
+
+
+@pytest.fixture
+def served(serving: Callable[..., Served]) -> Served:
+    """Return a service that listens on HTTP."""
+    return serving(http=True)

@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_nothing_half_written(nu
     assert [name for name in listing if name.startswith("checkpoint")] == ["checkpoint-2", "checkpoint-4"]
     said = (tmp_path / "error.txt").read_text()
     assert said.startswith("TrainingError: checkpoint-6 could not be written to ")
-    assert "make room, then resume: checkpoint-4 is intact" in said
+    assert "free disk space, then resume: checkpoint-4 is intact" in said
 
 
 # -- in one process --------------------------------------------------------------------------------------------------
