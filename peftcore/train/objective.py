@@ -31,11 +31,7 @@ from peftcore.train.supervised_head import is_compiled
 
 
 class Objective:
-    """Interface between a trainer and its loss. An item is a supervised token, or an example.
-
-    Args:
-        trainer: The `AdapterTrainerMixin` that minimises this objective.
-    """
+    """Interface between a trainer and its loss. An item is a supervised token, or an example."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

@@ -24,11 +24,7 @@ ComputeGradients = Callable[[nn.Module, dict[str, Any], Any], Tensor]
 
 
 class BatchSplitter:
-    """Forward and backward passes of one run, in parts as soon as a batch has not fitted into memory.
-
-    Args:
-        trainer: The `AdapterTrainerMixin` that computes the gradients.
-    """
+    """Forward and backward passes of one run, in parts as soon as a batch has not fitted into memory."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

@@ -65,11 +65,7 @@ class EvenShard(EpochShard):
 
 
 class Processes:
-    """Batches, DDP and FSDP of one of several training processes; a single process is not changed.
-
-    Args:
-        trainer: The `AdapterTrainerMixin` of this process.
-    """
+    """Batches, DDP and FSDP of one of several training processes; a single process is not changed."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

@@ -7,11 +7,7 @@ from torch import Tensor
 
 
 class Regularizer:
-    """Sum of the adapters' regularisers (orthogonality of AdaLoRA, for example) for one trainer.
-
-    Args:
-        trainer: The `AdapterTrainerMixin` that trains the adapters.
-    """
+    """Sum of the adapters' regularisers (orthogonality of AdaLoRA, for example) for one trainer."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

@@ -30,11 +30,7 @@ FAULT_STATE = "fault_state.json"
 
 
 class Resume:
-    """Saves and restores what a run needs to continue exactly.
-
-    Args:
-        trainer: The `AdapterTrainerMixin` whose run is saved and resumed.
-    """
+    """Saves and restores what a run needs to continue exactly."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

@@ -22,12 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class StepGuard:
-    """Checks of one run's optimiser steps.
-
-    Args:
-        trainer: The `AdapterTrainerMixin` whose steps are checked.
-        policy: The action on a bad loss.
-    """
+    """Checks of the optimiser steps of one run."""
 
     def __init__(self, trainer: Any, policy: FaultPolicy) -> None:
         self.trainer = trainer

@@ -70,11 +70,7 @@ class SignalListener:
 
 
 class Termination:
-    """Decides when a run ends after a signal, and which evaluation the resumed run has to make up for.
-
-    Args:
-        trainer: The `AdapterTrainerMixin` that trains.
-    """
+    """Decides when a run ends after a signal, and which evaluation the resumed run has to make up for."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

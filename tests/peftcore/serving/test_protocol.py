@@ -34,7 +34,7 @@ def test_a_developer_message_is_the_system_s_and_an_answer_can_be_sent_back(serv
     [
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 5000}, "max_tokens", "at most 1,024 on this server, got 5,000"),
+        ({"max_tokens": 5000}, "max_tokens", "at most 1,024 on this server; got 5,000"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"n": 2}, "n", "Input should be 1, got 2"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "less than or equal to 0"),
