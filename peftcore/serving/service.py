@@ -72,8 +72,8 @@ class Service:
             )
         if prompt + (requested or 1) > self.context:
             raise ContextLengthError(
-                f"the context length is {self.context:,} tokens, but the prompt has {prompt:,} tokens and the completion "
-                f"up to {requested or 1:,}; shorten the prompt or lower max_tokens"
+                f"the context length is {self.context:,} tokens, but the prompt has {prompt:,} tokens and the "
+                f"completion up to {requested or 1:,}; shorten the prompt or lower max_tokens"
             )
         return min(most, self.context - prompt) if requested is None else requested
 

@@ -19,7 +19,7 @@ class TextStream:
         self._tokenizer, self._stop = tokenizer, stop
         self._tokens: list[int] = []
         self._context = self._read = 0
-        """Tokens before `_read` were emitted. Decoding starts at `_context`, because spaces depend on earlier tokens."""
+        """Tokens before `_read` were emitted. Decoding starts at `_context`: spaces depend on earlier tokens."""
         self._withheld = ""
         self.stopped = False
         """True after a stop text, which is not part of the text."""
