@@ -12,6 +12,13 @@
 | `resume` | resume.py | complete checkpoints, exact resumption |
 | `processes` | processes.py | DDP and FSDP2 |
 
+Order of calls:
+
+    step     training_step -> splitter -> compute_loss -> regularizer -> backward -> guard -> optimiser -> adapters
+    after    _maybe_log_save_evaluate: log, evaluate, save; after SIGTERM: log, save, exit
+    save     resume.checkpoint: Trainer's files, run state, adapter state, manifest; then delete old checkpoints
+    resume   resume.choose -> load_checkpoint -> restore_run_state, with the evaluation that SIGTERM postponed
+
 Trainer keeps the loop, the schedule, mixed precision and logging.
 """
 
