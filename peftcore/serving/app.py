@@ -58,9 +58,8 @@ async def _answer(service: Service, request: Request, body: GenerationRequest) -
     request.state.response = response
     if not body.stream:
         return JSONResponse(await unless_disconnected(request, response.complete(body)))
-    first = await unless_disconnected(
-        request, response.next()
-    )  # an error before the first chunk is sent with its own HTTP status
+    # an error before the first chunk is sent with its own HTTP status
+    first = await unless_disconnected(request, response.next())
     return StreamingResponse(response.stream(body, first), media_type="text/event-stream")
 
 
