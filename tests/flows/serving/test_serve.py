@@ -301,10 +301,10 @@ def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, st
     ("options", "said"),
     [
         (["--composition", 'mix={"sql": 1, "nope": 1}'], "--composition mix: no adapter 'nope'; there is: chat, sql"),
-        (["--composition", 'sql={"chat": 1}'], "the composition 'sql' has the name of the base or of an adapter"),
+        (["--composition", 'sql={"chat": 1}'], "the composition 'sql' has the name of the base model or of an adapter"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
         (["--watch"], "no pipeline in"),
-        (["--api-key", ""], "an API key is empty; is the variable that it is read from set?"),
+        (["--api-key", ""], "an API key is empty; check that its environment variable is set"),
     ],
 )
 def test_what_cannot_be_served_is_one_message(

@@ -196,8 +196,8 @@ def test_a_second_derivative_is_refused(trained_head: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"targets": torch.full((N,), V)}, r"targets run from 17 to 17, tokens from 0 to 16"),
-        ({"targets": torch.full((N,), -100)}, r"drop the rows that nobody supervises"),
+        ({"targets": torch.full((N,), V)}, r"targets range from 17 to 17, token ids from 0 to 16"),
+        ({"targets": torch.full((N,), -100)}, r"remove rows without a label"),
         ({"targets": torch.zeros(N - 1, dtype=torch.int64)}, r"one token id \(an integer\) a row: \(11,\)"),
         ({"targets": torch.zeros(N)}, r"targets are \(11,\) torch.float32"),
         ({"weight": torch.zeros(V, D + 1)}, r"hidden \(11, 6\) and weight \(17, 7\) do not fit"),

@@ -254,12 +254,12 @@ def bert() -> Any:
     ("model", "options", "fault"),
     [
         (adapted, {"data_collator": PackedCollator()}, "packed rows have no bounds.*PreferenceCollator"),
-        (adapted, {"label_smoothing_factor": 0.1}, "has a loss of its own"),
-        (adapted, {"ref_adapter_name": "default"}, "the reference 'default' trains itself"),
+        (adapted, {"label_smoothing_factor": 0.1}, "defines the loss itself"),
+        (adapted, {"ref_adapter_name": "default"}, "the reference adapter 'default' is trained"),
         (
             lambda: get_peft_model(bert(), LoraConfig(target_modules="all-linear")),
             {},
-            "causal language models, and BertForSequenceClassification is none",
+            "need a causal language model; BertForSequenceClassification is not one",
         ),
     ],
 )
