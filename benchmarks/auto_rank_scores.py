@@ -38,9 +38,10 @@ from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora import Lora
 from peftcore.methods.lora.variants.eva import PrincipalComponents
 from peftcore.train import RightPaddingCollator
-from peftcore.train.losses import IGNORED, OwnLossCheck
+from peftcore.train.losses import IGNORED
+from peftcore.train.model_loss import ModelLossCheck
 from peftcore.train.rank_allocation import allocate_ranks
-from peftcore.train.singular_credit import credited, mean_loss, summed_loss, to_singular_directions
+from peftcore.train.rank_attribution import attribute_loss, mean_loss, summed_loss, to_singular_directions
 
 WIDE = 2 * RANK
 TRAINED, SCORED, JUDGED = 96, 32, 64
@@ -88,13 +89,14 @@ def losses(seed: int, base: Path, data: Path) -> dict[str, list[float]]:
     values = {path: to_singular_directions(adapter) for path, adapter in adapters.items()}
     scores = {
         "credit": {
-            path: own.tolist() for path, own in credited(model, adapters, scored, OwnLossCheck(), lambda: None).items()
+            path: own.tolist()
+            for path, own in attribute_loss(model, adapters, scored, ModelLossCheck(), lambda: None).items()
         },
         "change": {path: own.square().tolist() for path, own in values.items()},
         **before,
         "equal": None,
     }
-    whole = mean_loss(model, judged, OwnLossCheck())
+    whole = mean_loss(model, judged, ModelLossCheck())
     added = {
         name: [loss - whole for loss in cut_down(model, adapters, score, judged, own=name == "credit")]
         for name, score in scores.items()
@@ -110,7 +112,7 @@ def batches(rows: Sequence[Any], pad: int) -> list[dict[str, Tensor]]:
 
 def train(model: Any, data: list[dict[str, Tensor]]) -> None:
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    check = OwnLossCheck()
+    check = ModelLossCheck()
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
     for step in torch.randperm(len(data)).tolist():
         total, count = summed_loss(model, data[step], check)
@@ -130,7 +132,7 @@ def of_gradients(model: Any, adapters: Mapping[str, Lora], data: list[dict[str, 
     weights = {path: adapter.base.layer.weight for path, adapter in adapters.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
-    check = OwnLossCheck()
+    check = ModelLossCheck()
     for batch in data:
         summed_loss(model, batch, check)[0].backward()
     scores = {path: torch.linalg.svdvals(w.grad.float())[:WIDE].square().tolist() for path, w in weights.items()}
@@ -180,7 +182,7 @@ def cut_down(
                 if own and score is not None:
                     order = torch.tensor(score[path]).argsort(descending=True, stable=True)
                 adapter.lora_B.copy_(factors[path]).index_fill_(1, order[ranks[path] :], 0.0)
-        found.append(mean_loss(model, judged, OwnLossCheck()))
+        found.append(mean_loss(model, judged, ModelLossCheck()))
     with torch.no_grad():
         for path, adapter in adapters.items():
             adapter.lora_B.copy_(factors[path])

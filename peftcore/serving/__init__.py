@@ -1,4 +1,4 @@
-"""One base model with many adapters behind OpenAI's HTTP interface; README.md says why it is built so."""
+"""Server of one base model with many adapters, with OpenAI's HTTP API. README.md explains the design."""
 
 # ruff: noqa: E402 (the check has to come before the imports that need the packages)
 from peftcore.errors import require_extra
@@ -6,8 +6,8 @@ from peftcore.errors import require_extra
 require_extra("serve", "peftcore.serving", "fastapi", "jinja2", "prometheus_client", "uvicorn")
 
 from peftcore.serving.catalog import check_servable
-from peftcore.serving.guard import checked_keys
 from peftcore.serving.limits import Limits
+from peftcore.serving.middleware import checked_keys
 from peftcore.serving.service import Service, make_service
 
 __all__ = ["Limits", "Service", "check_servable", "checked_keys", "make_service"]

@@ -1,6 +1,6 @@
-"""Requests before they have a row: they wait, then their adapters are loaded, then they are ready.
+"""Admission of requests to the batch: a request waits, then its adapters are loaded, then it is ready for a row.
 
-Adapters are loaded by other threads while the engine goes on with its rows, so one that loads slowly holds up nobody.
+Worker threads load adapters while the engine decodes, so an adapter that loads slowly delays only its own requests.
 """
 
 import logging
@@ -9,55 +9,64 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from peftcore.serving.catalog import Catalog, Held
+from peftcore.serving.catalog import Catalog, ModelLease
 from peftcore.serving.errors import AdapterFailedError, NoRoomError, QueueFullError, ServingError
 from peftcore.serving.generation import Generation
 
-PATIENCE = 0.005
-"""Seconds that the engine waits for an adapter; one that is in the model already needs no more."""
+LOAD_WAIT = 0.005
+"""Seconds that the engine waits for an adapter; enough for an adapter that is already in the model."""
 
 logger = logging.getLogger(__name__)
 
 
 class Admission:
-    """`add` may be called by any thread, the rest by the engine's. wake: called when there is something to look at."""
+    """Queue of requests that have no row yet. Any thread may call `add`; the engine's thread calls the other methods.
+
+    Args:
+        catalog: The models that requests can name.
+        rows: Most rows of the batch (count).
+        max_queue: Most waiting requests (count).
+        wake: Called when a request may have become ready.
+    """
 
     def __init__(self, catalog: Catalog, rows: int, max_queue: int, wake: Callable[[], None]):
         self._catalog, self._max_queue, self._wake = catalog, max_queue, wake
         self._lock = threading.Lock()
-        """Guards what waits, which alone is touched by several threads."""
+        """Protects the waiting requests, the only state that several threads use."""
         self._waiting: deque[Generation] = deque()
-        self._loading: dict[Generation, Future[Held]] = {}
+        self._loading: dict[Generation, Future[ModelLease]] = {}
         self._loaded: deque[Generation] = deque()
         self._full = False
-        """Whether adapters in use fill the model, and nothing has been released since."""
+        """True if adapters in use fill the model, and none has been released since."""
         self._loaders = ThreadPoolExecutor(2 * rows, "adapter-load")
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._loading) + len(self._loaded)
 
     def add(self, generation: Generation) -> None:
-        """Let a request wait. Raises QueueFullError."""
+        """Append a request to the queue. Raise QueueFullError if the queue is full."""
         with self._lock:
             if len(self._waiting) >= self._max_queue:
-                raise QueueFullError(f"{len(self._waiting)} requests wait already; try again in a little while")
+                raise QueueFullError(f"the queue is full: {len(self._waiting)} requests are waiting; try again later")
             self._waiting.append(generation)
 
     def released(self) -> None:
-        """Told when adapters have been given back."""
+        """Note that adapters have been released, and wake the engine if requests wait for them."""
         if self._full:
             self._full = False
             self._wake()
 
     def ready(self, room: int, alone: bool, others: bool) -> list[Generation]:
-        """Requests that can have a row now, at most `room` (count), each with its adapters; they stay until `take`.
+        """Return requests whose adapters are loaded. They stay in the queue until `take`.
 
-        alone: wait for adapters however long they take. others: whether there are rows now, whose adapters will be
-        released some time.
+        Args:
+            room: Most requests to return (count).
+            alone: Wait until adapters are loaded, without a limit of time.
+            others: True if the batch has rows, whose adapters will be released later.
         """
-        self._forget_gone()
-        fresh = self._start_loading(room) if not self._full else []
-        wait(fresh, None if alone else PATIENCE)
+        self._drop_abandoned()
+        loading = self._start_loading(room) if not self._full else []
+        wait(loading, None if alone else LOAD_WAIT)
         for generation in [one for one, future in self._loading.items() if future.done()]:
             self._settle(generation, self._loading.pop(generation), others)
         if self._full and not others and not self._loading and not self._loaded:
@@ -65,49 +74,49 @@ class Admission:
         return list(self._loaded)[:room]
 
     def take(self, generations: list[Generation]) -> None:
-        """They have rows now."""
+        """Remove requests that have got a row."""
         for generation in generations:
             self._loaded.remove(generation)
 
     def fail(self, error: ServingError) -> None:
-        """End all of them with an error."""
+        """End every request in the queue with an error."""
         with self._lock:
             waiting, self._waiting = self._waiting, deque()
         for generation in waiting:
             generation.fail(error)
         for generation in [*self._loading, *self._loaded]:
-            generation.gone = True
+            generation.abandoned = True
             generation.fail(error)
-        self._forget_gone()
+        self._drop_abandoned()
 
     def close(self) -> None:
-        """Let the loaders end."""
+        """Stop the worker threads."""
         self._loaders.shutdown(wait=False, cancel_futures=True)
 
-    def _forget_gone(self) -> None:
+    def _drop_abandoned(self) -> None:
         with self._lock:
-            self._waiting = deque(one for one in self._waiting if not one.gone)
-        for generation in [one for one in self._loading if one.gone]:
+            self._waiting = deque(one for one in self._waiting if not one.abandoned)
+        for generation in [one for one in self._loading if one.abandoned]:
             self._loading.pop(generation).add_done_callback(_release)
-        for generation in [one for one in self._loaded if one.gone]:
+        for generation in [one for one in self._loaded if one.abandoned]:
             self._loaded.remove(generation)
             generation.release()
 
-    def _start_loading(self, room: int) -> list[Future[Held]]:
-        fresh: list[Future[Held]] = []
+    def _start_loading(self, room: int) -> list[Future[ModelLease]]:
+        loading: list[Future[ModelLease]] = []
         while self._waiting and len(self._loading) + len(self._loaded) < room:
             with self._lock:
                 generation = self._waiting.popleft()
             future = self._loaders.submit(self._catalog.acquire, generation.model)
             self._loading[generation] = future
-            fresh.append(future)
-        for future in fresh:
+            loading.append(future)
+        for future in loading:
             future.add_done_callback(lambda _: self._wake())
-        return fresh
+        return loading
 
-    def _settle(self, generation: Generation, future: "Future[Held]", others: bool) -> None:
+    def _settle(self, generation: Generation, future: "Future[ModelLease]", others: bool) -> None:
         try:
-            generation.held = future.result()
+            generation.lease = future.result()
         except NoRoomError as error:
             if others or self._loading or self._loaded:
                 self._full = True
@@ -126,6 +135,6 @@ class Admission:
             self._loaded.append(generation)
 
 
-def _release(future: "Future[Held]") -> None:
+def _release(future: "Future[ModelLease]") -> None:
     if not future.cancelled() and future.exception() is None:
         future.result().release()

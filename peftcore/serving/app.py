@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's paths, health and metrics."""
+"""HTTP API: OpenAI's endpoints, health, readiness and metrics."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,15 +10,15 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from peftcore.serving.call import Call, ClientGoneError, unless_gone
 from peftcore.serving.errors import BadRequestError, ServingError
-from peftcore.serving.guard import CLIENT_GONE, Guard
+from peftcore.serving.middleware import CLIENT_GONE, AccessMiddleware
 from peftcore.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest, refusal
+from peftcore.serving.response import ClientGoneError, PendingResponse, unless_disconnected
 from peftcore.serving.service import Service
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application; the engine runs as long as it does."""
+    """Return the ASGI application; the engine starts and stops with the application."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -26,10 +26,10 @@ def make_app(service: Service) -> FastAPI:
         yield
         await asyncio.to_thread(service.engine.stop)
 
-    # no generated documentation: it would be open to anybody, and its page loads scripts from other hosts
+    # no generated API documentation: it needs no key, and its page loads scripts from other hosts
     app = FastAPI(title="peftcore", lifespan=lifespan, openapi_url=None)
     app.add_middleware(
-        Guard,
+        AccessMiddleware,
         engine=service.engine,
         metrics=service.metrics,
         keys=service.keys,
@@ -40,26 +40,27 @@ def make_app(service: Service) -> FastAPI:
     _add_health(app, service)
 
     @app.post("/v1/chat/completions")
-    async def chat(request: Request, given: ChatRequest) -> Response:
-        return await _answer(service, request, given)
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        return await _answer(service, request, body)
 
     @app.post("/v1/completions")
-    async def complete(request: Request, given: CompletionRequest) -> Response:
-        return await _answer(service, request, given)
+    async def complete(request: Request, body: CompletionRequest) -> Response:
+        return await _answer(service, request, body)
 
     return app
 
 
-async def _answer(service: Service, request: Request, given: GenerationRequest) -> Response:
-    service.catalog.require(given.model)
-    request.state.model = given.model
-    prompt = await asyncio.to_thread(given.prompt_tokens, service.tokenizer)
-    call = Call(lambda sink: service.generation(given, prompt, sink), service.limits.timeout)
-    request.state.call = call
-    if not given.stream:
-        return JSONResponse(await unless_gone(request, call.whole(given)))
-    first = await unless_gone(request, call.next())  # an error that comes before it has a status of its own
-    return StreamingResponse(call.stream(given, first), media_type="text/event-stream")
+async def _answer(service: Service, request: Request, body: GenerationRequest) -> Response:
+    service.catalog.require(body.model)
+    request.state.model = body.model
+    prompt = await asyncio.to_thread(body.prompt_tokens, service.tokenizer)
+    response = PendingResponse(lambda sink: service.generation(body, prompt, sink), service.limits.timeout)
+    request.state.response = response
+    if not body.stream:
+        return JSONResponse(await unless_disconnected(request, response.complete(body)))
+    # an error before the first chunk is sent with its own HTTP status
+    first = await unless_disconnected(request, response.next())
+    return StreamingResponse(response.stream(body, first), media_type="text/event-stream")
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -81,7 +82,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
-        return _status(service.engine.alive, "the engine runs", "the engine has ended; start the server anew")
+        return _status(service.engine.alive, "ok", "the engine has stopped; restart the server")
 
     @app.get("/ready")
     async def ready() -> Response:
@@ -93,15 +94,15 @@ def _add_health(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _status(good: bool, said: str, otherwise: str, warnings: dict[str, str] | None = None) -> Response:
-    body: dict[str, Any] = {"status": said if good else otherwise}
+def _status(good: bool, good_status: str, bad_status: str, warnings: dict[str, str] | None = None) -> Response:
+    body: dict[str, Any] = {"status": good_status if good else bad_status}
     if warnings:
         body["warnings"] = warnings
     return JSONResponse(body, 200 if good else 503)
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error in OpenAI's shape."""
+    """Return every error as an error object of OpenAI's API."""
 
     @app.exception_handler(ServingError)
     async def refused(_: Request, error: ServingError) -> Response:

@@ -1,4 +1,4 @@
-"""What a request's `model` can name: the base, an adapter, or a composition of adapters that was configured."""
+"""Model names of a server: the base model, each adapter, and each configured composition of adapters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,20 +12,30 @@ from peftcore.serving.errors import AdapterFailedError, BadRequestError, NoRoomE
 
 
 @dataclass(frozen=True)
-class Held:
-    """Adapters that stay in the model until `release`. route: by their names in it."""
+class ModelLease:
+    """Adapters that stay loaded until `release`, and the composition of their loaded names for one row."""
 
     route: Composition
     leases: tuple[Lease, ...] = ()
 
     def release(self) -> None:
-        """Give them back."""
+        """Allow the adapters to be unloaded."""
         for lease in self.leases:
             lease.release()
 
 
 class Catalog:
-    """The models of one server. Raises ConfigError for a composition whose name is taken."""
+    """Models of one server.
+
+    Args:
+        model: The base model that adapters are loaded into.
+        base: Name of the base model.
+        store: The adapters by name.
+        compositions: {name: composition of adapters}.
+
+    Raises:
+        ConfigError: A composition has the name of the base model or of an adapter.
+    """
 
     def __init__(
         self, model: Any, base: str, store: AdapterStore, compositions: Mapping[str, Composition] | None = None
@@ -34,54 +44,65 @@ class Catalog:
         self._model = model
         for name in self.compositions:
             if name == base or name in store.names():
-                raise ConfigError(f"the composition {name!r} has the name of the base or of an adapter; rename it")
+                raise ConfigError(
+                    f"the composition {name!r} has the name of the base model or of an adapter; rename it"
+                )
 
     def names(self) -> list[str]:
-        """The base first, then adapters and compositions."""
+        """Return all model names: the base model, adapters, compositions."""
         return [self.base, *self.store.names(), *self.compositions]
 
     def require(self, name: str) -> None:
-        """UnknownModelError for a name that stands for nothing."""
+        """Raise UnknownModelError if no model has this name."""
         if name != self.base and name not in self.compositions and name not in self.store.names():
             names = self.names()
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            raise UnknownModelError(f"there is no model {name!r}; there is: {', '.join(names[:8])}{more}", "model")
+            raise UnknownModelError(
+                f"the model {name!r} does not exist; available models: {', '.join(names[:8])}{more}", "model"
+            )
 
-    def acquire(self, name: str) -> Held:
-        """What a model's rows are computed by; loads adapters if need be. Raises ServingError."""
+    def acquire(self, name: str) -> ModelLease:
+        """Load the adapters of a model if necessary, and return their lease. Raise ServingError if that fails."""
         if name == self.base:
-            return Held(BASE)
-        one = self.compositions.get(name) or Only(name)
+            return ModelLease(BASE)
+        composition = self.compositions.get(name) or Only(name)
         leases: dict[str, Lease] = {}
         try:
-            for adapter in sorted(set(one.names())):
+            for adapter in sorted(set(composition.names())):
                 leases[adapter] = self.store.acquire(adapter)
                 check_servable(self._model, adapter, leases[adapter].name)
         except Exception as error:
             for lease in leases.values():
                 lease.release()
             raise _as_serving_error(error, name) from error
-        return Held(one.renamed({adapter: lease.name for adapter, lease in leases.items()}), tuple(leases.values()))
+        return ModelLease(
+            composition.renamed({adapter: lease.name for adapter, lease in leases.items()}), tuple(leases.values())
+        )
 
 
 def check_servable(model: Any, adapter: str, loaded: str) -> None:
-    """Check that rows can be decoded token by token with an adapter, whose name in the model is `loaded`.
+    """Check that an adapter supports token-by-token decoding with a cache.
+
+    Args:
+        model: The model that holds the adapter.
+        adapter: Name of the adapter for the error message.
+        loaded: Name of the adapter in the model.
 
     Raises:
-        BadRequestError: its method looks at a whole text at once, or adds virtual tokens to it.
+        BadRequestError: The method needs the whole text in each forward, or adds virtual tokens.
     """
     adapters = adapter_set(model)
     prompt, kind = adapters.prompt(loaded), adapters.configs[loaded].peft_type
     if prompt is not None and prompt.exclusive:
         raise BadRequestError(
-            f"{adapter!r} is {kind}, which puts virtual tokens before the text, and this server's cache holds the "
-            "text alone; use `generate`",
+            f"{adapter!r} cannot be served: {kind} adds virtual tokens before the text, which this server's cache does "
+            "not hold; use `generate` instead",
             "model",
         )
     if prompt is None and loaded in adapters.forward_arguments:
         raise BadRequestError(
-            f"{adapter!r} ({kind}) looks at the whole text in each call, and this server reads it a token at a "
-            "time; use `generate`",
+            f"{adapter!r} cannot be served: {kind} needs the whole text in each forward, and this server decodes one "
+            "token at a time; use `generate` instead",
             "model",
         )
 
@@ -93,5 +114,5 @@ def _as_serving_error(error: Exception, name: str) -> ServingError:
         return NoRoomError(str(error))
     if isinstance(error, AdapterNameError):
         return UnknownModelError(str(error), "model")
-    said = str(error) if isinstance(error, PeftError) else f"{type(error).__name__}: {error}"
-    return AdapterFailedError(f"{name!r} could not be loaded: {said}")
+    reason = str(error) if isinstance(error, PeftError) else f"{type(error).__name__}: {error}"
+    return AdapterFailedError(f"{name!r} could not be loaded: {reason}")

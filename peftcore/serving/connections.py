@@ -1,8 +1,8 @@
-"""HTTP connections with a read deadline, so that clients that send half a request cannot keep others out.
+"""HTTP connections with a read deadline, against clients that open connections and never complete a request.
 
-uvicorn bounds neither the time that a request may take to arrive nor the number of connections. Each connection here
-has a deadline for its whole request, head and body. Where connections would use up the process's file descriptors, the
-one whose request has been incomplete for longest is closed.
+uvicorn limits neither the time for receiving a request nor the number of connections. Here each connection has a
+deadline for its whole request, head and body. If there are more connections than file descriptors allow, the connection
+whose request has been incomplete for the longest time is closed.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ _TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: 
 
 
 class DeadlineProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol with a deadline for reading a request.
+    """uvicorn's HTTP/1.1 protocol with a deadline for receiving a request.
 
     Args:
-        read_timeout: seconds from a connection's start, or from the first byte of a later request on it, to the
-            request's last byte.
-        max_connections: open connections (count) above which the oldest incomplete one is closed.
-        incomplete: connections of this server whose request is incomplete, oldest first; shared by all of them.
+        read_timeout: Seconds from the connection's start, or from the first byte of a later request, to the last
+            byte of the request.
+        max_connections: Open connections (count) above which the oldest incomplete connection is closed.
+        incomplete: Connections of this server whose request is incomplete, oldest first; all connections share it.
     """
 
     def __init__(
@@ -41,17 +41,19 @@ class DeadlineProtocol(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the deadline, and make room if there are too many connections."""
+        """Start the deadline, and close the oldest incomplete connection if there are too many."""
         super().connection_made(transport)
         self._start_deadline()
         if len(self.connections) > self._max_connections:
             oldest = next(iter(self._incomplete))
             if oldest is not self:
-                logger.warning("%d connections are open; the oldest incomplete one is closed", len(self.connections))
+                logger.warning(
+                    "%d connections are open; closing the oldest incomplete connection", len(self.connections)
+                )
                 oldest.close_incomplete()
 
     def data_received(self, data: bytes) -> None:
-        """Read what has come, and end the deadline if that completes the request."""
+        """Process received bytes, and stop the deadline if the request is complete."""
         if self._deadline is None and self.conn.their_state is h11.IDLE:
             self._start_deadline()
         super().data_received(data)
@@ -59,18 +61,18 @@ class DeadlineProtocol(H11Protocol):
             self._stop_deadline()
 
     def on_response_complete(self) -> None:
-        """Go on to the next request, whose head may have come with the last one and whose body may never come."""
+        """Start a deadline for the next request if its head has arrived and its body has not."""
         super().on_response_complete()
         if self._deadline is None and self.conn.their_state is h11.SEND_BODY:
             self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the deadline."""
+        """Stop the deadline."""
         self._stop_deadline()
         super().connection_lost(exc)
 
     def close_incomplete(self) -> None:
-        """Close the connection, with status 408 if no answer has begun."""
+        """Close the connection, with status 408 if no response has been started."""
         self._stop_deadline()
         if not self.transport.is_closing():
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):

@@ -1,7 +1,7 @@
-"""The scheduler: one thread that decodes all running rows together, token by token, whatever adapters they have.
+"""Scheduler of continuous batching: one thread decodes all rows together, token by token, whatever their adapters.
 
-A turn: rows that are over leave, a part of the prompts of requests that are ready is read, all rows get a token. So a
-long prompt holds the other rows up for no longer than one part takes.
+One turn removes finished rows, runs one prefill forward for a part of new prompts, and decodes one token for all rows.
+A long prompt therefore delays the other rows by one part at a time.
 """
 
 import logging
@@ -18,81 +18,94 @@ from peftcore.serving.catalog import Catalog
 from peftcore.serving.errors import ServingError, ShuttingDownError
 from peftcore.serving.forward import RoutedForward, Step
 from peftcore.serving.generation import Generation
+from peftcore.serving.kv_cache import KVCache
 from peftcore.serving.limits import Limits
 from peftcore.serving.metrics import Metrics
-from peftcore.serving.row_cache import RowCache
 from peftcore.serving.sampling import next_tokens
 
 logger = logging.getLogger(__name__)
 
 
-class Reading:
-    """Requests whose prompts are being read together, part by part.
+class Prefill:
+    """Requests whose prompts are processed together, part by part.
 
-    Shapes: B requests, T tokens of the longest prompt. tokens and mask (B, T) hold what has not been read yet.
+    `tokens` and `mask` (B, T) hold the part that is not yet processed.
+
+    Shapes: B requests, T tokens of the longest prompt.
     """
 
     def __init__(self, generations: Sequence[Generation], device: torch.device):
         self.generations = list(generations)
         self.tokens, self.mask = _padded([one.prompt for one in generations], device)
-        self.cache = RowCache.empty(len(generations), device)
+        self.cache = KVCache.empty(len(generations), device)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every token has been read."""
+        """True if all prompt tokens have been processed."""
         return not self.tokens.shape[1]
 
     def part(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Return the next columns of tokens and mask: at most `tokens` elements, one column at least."""
+        """Return the next columns of tokens and mask: at most `tokens` elements, but at least one column."""
         width = max(1, tokens // len(self.generations))
         return self.tokens[:, :width], self.mask[:, :width]
 
-    def advance(self, rows: Sequence[int], width: int, cache: RowCache) -> None:
-        """Keep some requests, whose next `width` columns are in `cache`."""
+    def advance(self, rows: Sequence[int], width: int, cache: KVCache) -> None:
+        """Keep some requests (`rows`), and move on by `width` columns, which are in `cache` now."""
         self.generations = [self.generations[row] for row in rows]
         self.tokens, self.mask, self.cache = self.tokens[list(rows), width:], self.mask[list(rows), width:], cache
 
 
 class Engine:
-    """Answers generations until it is stopped. Every public method may be called by any thread."""
+    """Processes requests in its own thread until it is stopped. Any thread may call the public methods.
+
+    Args:
+        forward: Forwards of the model.
+        catalog: The models that requests can name.
+        limits: Resource limits.
+        metrics: Metrics of the server.
+    """
 
     def __init__(self, forward: RoutedForward, catalog: Catalog, limits: Limits, metrics: Metrics):
         self._forward, self._limits, self._metrics = forward, limits, metrics
         self._changed = threading.Condition()
-        self._news = False
+        self._has_changes = False
         self._admission = Admission(catalog, limits.max_batch, limits.max_queue, self.wake)
         self._rows: list[Generation] = []
-        self._reading: Reading | None = None
-        self._cache = RowCache.empty(0)
+        self._prefill: Prefill | None = None
+        self._cache = KVCache.empty(0)
         self._draining = self._stopping = False
         self._thread = threading.Thread(target=self._run, name="peftcore-engine", daemon=True)
 
-    # -- from outside --------------------------------------------------------------------------------------------
+    # -- public methods -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start the thread."""
         self._thread.start()
 
     def submit(self, generation: Generation) -> None:
-        """Take a request on. Raises QueueFullError or ShuttingDownError."""
+        """Add a request to the queue. Raise QueueFullError or ShuttingDownError if that is not possible."""
         with self._changed:
             if self._draining:
-                raise ShuttingDownError("the server is shutting down; ask another one")
+                raise ShuttingDownError("the server is shutting down; use another server")
             self._admission.add(generation)
         self.wake()
 
     def cancel(self, generation: Generation) -> None:
-        """Nobody waits for it any more; its row leaves before the next token."""
-        generation.gone = True
+        """Cancel a request; its row is removed before the next token."""
+        generation.abandoned = True
         self.wake()
 
     def drain(self) -> None:
-        """Take no more requests; those that there are go on to their end."""
+        """Refuse new requests, and complete the present ones."""
         with self._changed:
             self._draining = True
 
     def stop(self, patience: float = 30.0) -> None:
-        """End after the step that runs; requests that are not over fail. patience: seconds to wait for that."""
+        """Stop after the present step; unfinished requests fail.
+
+        Args:
+            patience: Time to wait for the thread (seconds).
+        """
         self.drain()
         self._stopping = True
         self.wake()
@@ -100,116 +113,118 @@ class Engine:
             self._thread.join(patience)
 
     def wake(self) -> None:
-        """There is something to look at."""
+        """Let the thread look for new requests and other changes."""
         with self._changed:
-            self._news = True
+            self._has_changes = True
             self._changed.notify_all()
 
     @property
     def alive(self) -> bool:
-        """Whether its thread runs."""
+        """True if the thread runs."""
         return self._thread.is_alive()
 
     @property
     def draining(self) -> bool:
-        """Whether it takes no more requests."""
+        """True if new requests are refused."""
         return self._draining
 
     @property
     def idle(self) -> bool:
-        """Whether nothing runs and nothing waits."""
-        return not self._rows and self._reading is None and not len(self._admission)
+        """True if no request is running or waiting."""
+        return not self._rows and self._prefill is None and not len(self._admission)
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with unchanging_weights():  # adapters come and go, and nobody edits one that is served
+        with (
+            unchanging_weights()
+        ):  # adapters are loaded and unloaded, but their weights do not change while they are served
             self._serve()
 
     def _serve(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._news or self._rows)
-                self._news = False
+                self._changed.wait_for(lambda: self._has_changes or self._rows)
+                self._has_changes = False
             if self._stopping:
                 break
             try:
                 self._turn()
             except Exception:
-                logger.exception("the engine failed, and with it the requests that were running")
-                self._fail_rows(ServingError("the server failed on this batch; its log says why"))
-        error = ShuttingDownError("the server was shut down before this was answered; ask another one")
+                logger.exception("the engine failed; all running requests fail")
+                self._fail_rows(ServingError("internal error; see the server's log"))
+        error = ShuttingDownError("the server was shut down before the request was complete; use another server")
         self._fail_rows(error)
         self._admission.fail(error)
         self._admission.close()
 
     def _turn(self) -> None:
-        self._leave()
-        self._join()
+        self._remove_finished()
+        self._prefill_step()
         self._decode()
         self._metrics.queue_depth.set(len(self._admission))
-        self._metrics.running_rows.set(sum(not one.over for one in self._rows))
+        self._metrics.running_rows.set(sum(not one.finished for one in self._rows))
 
-    def _leave(self) -> None:
-        """Rows that are over or whose client has gone make room."""
-        kept = [row for row, one in enumerate(self._rows) if not one.over and not one.gone]
-        if len(kept) == len(self._rows):
+    def _remove_finished(self) -> None:
+        """Remove finished and abandoned rows."""
+        running = [row for row, one in enumerate(self._rows) if not one.finished and not one.abandoned]
+        if len(running) == len(self._rows):
             return
         for generation in self._rows:
-            if generation.gone:
+            if generation.abandoned:
                 generation.release()
-        self._rows = [self._rows[row] for row in kept]
-        self._cache = self._cache.select(kept) if kept else RowCache.empty(0)
+        self._rows = [self._rows[row] for row in running]
+        self._cache = self._cache.select(running) if running else KVCache.empty(0)
         self._admission.released()
 
-    def _join(self) -> None:
-        """Read a part of the prompts of requests that are ready; those read to their end get rows."""
-        self._reading = reading = self._without_gone(self._reading) or self._begin_reading()
-        if reading is None:
+    def _prefill_step(self) -> None:
+        """Process a part of the prompts of ready requests; requests whose prompt is complete get rows."""
+        self._prefill = prefill = self._without_abandoned(self._prefill) or self._start_prefill()
+        if prefill is None:
             return
-        tokens, mask = reading.part(self._limits.prefill_tokens)
-        step = self._forward.step(reading.cache, tokens, mask, [_route(one) for one in reading.generations])
-        self._fail_broken(reading.generations, step)
+        tokens, mask = prefill.part(self._limits.prefill_tokens)
+        step = self._forward.step(prefill.cache, tokens, mask, [_route(one) for one in prefill.generations])
+        self._fail_broken(prefill.generations, step)
         self._metrics.prompt_tokens.inc(int(mask.sum()))
-        reading.advance(step.rows, tokens.shape[1], step.cache)
-        if not reading.generations:
-            self._reading = None
-        elif reading.is_complete:
-            self._push(reading.generations, step)
-            self._cache = RowCache.join([self._cache, reading.cache])
-            self._rows, self._reading = self._rows + reading.generations, None
-            for generation in reading.generations:
+        prefill.advance(step.rows, tokens.shape[1], step.cache)
+        if not prefill.generations:
+            self._prefill = None
+        elif prefill.is_complete:
+            self._push(prefill.generations, step)
+            self._cache = KVCache.join([self._cache, prefill.cache])
+            self._rows, self._prefill = self._rows + prefill.generations, None
+            for generation in prefill.generations:
                 self._metrics.first_token(generation)
-        self.wake()  # more is left to be read, or more may be ready
+        self.wake()  # the prefill is incomplete, or more requests may be ready
 
-    def _begin_reading(self) -> Reading | None:
-        # the first adapter of all changes every layer, so no forward may run meanwhile
+    def _start_prefill(self) -> Prefill | None:
+        # the first adapter replaces layers, so no forward may run at the same time
         alone = not self._forward.can_route
         ready = self._admission.ready(self._limits.max_batch - len(self._rows), alone, bool(self._rows))
         generations = _within(ready, self._limits.prefill_tokens)
         if not generations:
             return None
-        # before they leave the admission, so that `idle` is not true in between, when a server that drains would end
-        reading = self._reading = Reading(generations, self._forward.model.device)
+        # before `take`, so that `idle` is never true in between; a draining server would exit
+        prefill = self._prefill = Prefill(generations, self._forward.model.device)
         self._admission.take(generations)
-        return reading
+        return prefill
 
-    def _without_gone(self, reading: Reading | None) -> Reading | None:
-        """Leave out requests whose clients have gone."""
-        if reading is None:
+    def _without_abandoned(self, prefill: Prefill | None) -> Prefill | None:
+        """Return the prefill without abandoned requests, or None if none is left."""
+        if prefill is None:
             return None
-        rows = [row for row, one in enumerate(reading.generations) if not one.gone and not one.over]
-        if len(rows) < len(reading.generations):
-            for generation in reading.generations:
-                if generation.gone:
+        rows = [row for row, one in enumerate(prefill.generations) if not one.abandoned and not one.finished]
+        if len(rows) < len(prefill.generations):
+            for generation in prefill.generations:
+                if generation.abandoned:
                     generation.release()
-            reading.advance(rows, 0, reading.cache.select(rows))
+            prefill.advance(rows, 0, prefill.cache.select(rows))
             self._admission.released()
-        return reading if rows else None
+        return prefill if rows else None
 
     def _decode(self) -> None:
-        """One more token for every row that is not over."""
-        self._leave()
+        """Decode one token for every row."""
+        self._remove_finished()
         if not self._rows:
             return
         tokens = torch.tensor([[one.last] for one in self._rows], device=self._forward.model.device)
@@ -219,15 +234,15 @@ class Engine:
         self._push(self._rows, step)
 
     def _fail_broken(self, generations: Sequence[Generation], step: Step) -> None:
-        """End the requests that a step has failed for."""
+        """Fail the requests whose rows failed in a step."""
         for row, failure in step.failures.items():
             logger.error("%s", failure, exc_info=failure.__cause__)
             generations[row].fail(failure)
-        if step.failures:  # requests may wait for the adapters of those that have failed
+        if step.failures:  # waiting requests may need the room of the failed ones' adapters
             self._admission.released()
 
     def _push(self, generations: Sequence[Generation], step: Step) -> None:
-        """Give the requests that are left after a step their next token."""
+        """Sample the next token of each request, and append it."""
         if generations:
             chosen = next_tokens(step.logits, [(one.sampling, one.generator) for one in generations])
             for generation, token in zip(generations, chosen, strict=True):
@@ -235,20 +250,20 @@ class Engine:
             self._metrics.generated_tokens.inc(len(generations))
 
     def _fail_rows(self, error: ServingError) -> None:
-        reading = [] if self._reading is None else self._reading.generations
-        for generation in [*self._rows, *reading]:
+        prefill = [] if self._prefill is None else self._prefill.generations
+        for generation in [*self._rows, *prefill]:
             generation.fail(error)
-        self._rows, self._reading, self._cache = [], None, RowCache.empty(0)
+        self._rows, self._prefill, self._cache = [], None, KVCache.empty(0)
         self._admission.released()
 
 
 def _route(generation: Generation) -> Composition:
-    assert generation.held is not None
-    return generation.held.route
+    assert generation.lease is not None
+    return generation.lease.route
 
 
 def _within(generations: list[Generation], tokens: int) -> list[Generation]:
-    """Return the first requests, as many as fit one forward of `tokens` tokens with padding; at least one."""
+    """Return as many first requests as fit into one forward of `tokens` tokens with padding, but at least one."""
     longest = 0
     for number, generation in enumerate(generations):
         longest = max(longest, len(generation.prompt))
@@ -258,7 +273,7 @@ def _within(generations: list[Generation], tokens: int) -> list[Generation]:
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens and mask (B, T) of prompts that end together."""
+    """Return tokens and mask (B, T) of prompts, padded at the left."""
     longest = max(len(prompt) for prompt in prompts)
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(tokens)

@@ -1,4 +1,4 @@
-"""What a request can come to: each with its HTTP status and OpenAI's `type` and `code`, which clients look at."""
+"""Errors of requests, each with its HTTP status and with the `type` and `code` of OpenAI's API."""
 
 from typing import Any, ClassVar
 
@@ -6,7 +6,12 @@ from peftcore.errors import PeftError
 
 
 class ServingError(PeftError, RuntimeError):
-    """A request that is refused or has failed; it is the only one. param: the field of the request that is meant."""
+    """A request was refused or failed; other requests are not affected.
+
+    Args:
+        message: Text for the client.
+        param: Field of the request that caused the error.
+    """
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
@@ -17,25 +22,25 @@ class ServingError(PeftError, RuntimeError):
         self.param = param
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
+        """Return the error object of OpenAI's API."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
 class BadRequestError(ServingError):
-    """A request that no server of this kind can answer as it stands."""
+    """The request is invalid or not supported."""
 
     status = 400
     kind = "invalid_request_error"
 
 
 class ContextLengthError(BadRequestError):
-    """Prompt and answer are longer than the model reads."""
+    """Prompt and completion exceed the context length."""
 
     code = "context_length_exceeded"
 
 
 class ApiKeyError(ServingError):
-    """No key, or one that is not among the server's."""
+    """The API key is missing or wrong."""
 
     status = 401
     kind = "authentication_error"
@@ -43,7 +48,7 @@ class ApiKeyError(ServingError):
 
 
 class UnknownModelError(ServingError):
-    """A model that is neither the base nor an adapter nor a composition here."""
+    """No base model, adapter or composition has the requested name."""
 
     status = 404
     kind = "invalid_request_error"
@@ -51,7 +56,7 @@ class UnknownModelError(ServingError):
 
 
 class QueueFullError(ServingError):
-    """As many requests wait as may."""
+    """The queue of waiting requests is full."""
 
     status = 429
     kind = "rate_limit_error"
@@ -59,27 +64,27 @@ class QueueFullError(ServingError):
 
 
 class AdapterFailedError(ServingError):
-    """An adapter that cannot be loaded, or computes nothing finite."""
+    """An adapter cannot be loaded, or its logits are not finite."""
 
     code = "adapter_failed"
 
 
 class NoRoomError(ServingError):
-    """Adapters in use fill the model."""
+    """The adapters in use leave no room for another one."""
 
     status = 503
     code = "no_room"
 
 
 class ShuttingDownError(ServingError):
-    """The server ends and takes nothing new."""
+    """The server is shutting down and accepts no requests."""
 
     status = 503
     code = "shutting_down"
 
 
 class TimedOutError(ServingError):
-    """Not answered within the server's limit."""
+    """The time limit of the request has passed."""
 
     status = 504
     kind = "timeout_error"

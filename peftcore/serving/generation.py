@@ -1,11 +1,11 @@
-"""One request on its way through the engine, and what its client is told of it."""
+"""One request in the engine, and the events for its client."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from peftcore.serving.catalog import Held
+from peftcore.serving.catalog import ModelLease
 from peftcore.serving.errors import ServingError
 from peftcore.serving.sampling import Sampling
 from peftcore.serving.text import TextStream
@@ -14,19 +14,28 @@ Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Text that has become certain. tokens: generated so far (count); finish: why no more come, None where more do."""
+class Chunk:
+    """Text that will not change any more, tokens generated so far (count), and the finish reason of the last chunk."""
 
     text: str
     tokens: int
     finish: Finish | None = None
 
 
-Event = Piece | ServingError
+Event = Chunk | ServingError
 
 
 class Generation:
-    """prompt: token ids. sink: called by the engine's thread with each event; the last one is an error or finishes."""
+    """State of one request.
+
+    Args:
+        model: Name of the requested model.
+        prompt: Token ids.
+        sampling: Sampling options.
+        tokenizer: Decodes the generated tokens.
+        eos_tokens: Token ids that end the text.
+        sink: The engine's thread calls it with each event; the last event is an error or has a finish reason.
+    """
 
     def __init__(
         self,
@@ -34,51 +43,51 @@ class Generation:
         prompt: Sequence[int],
         sampling: Sampling,
         tokenizer: Any,
-        ends: frozenset[int],
+        eos_tokens: frozenset[int],
         sink: Callable[[Event], None],
     ):
         self.model, self.prompt, self.sampling = model, list(prompt), sampling
         self.generator = sampling.generator()
         self.arrived = time.monotonic()
         self.tokens = 0
-        """Generated so far (count), one that ends the answer included."""
+        """Tokens generated so far (count), the EOS token included."""
         self.last = 0
-        """The last token, which the next step reads."""
-        self.held: Held | None = None
-        self.gone = False
-        """Whether nobody waits for it any more."""
-        self.over = False
-        """Whether its last event has been given."""
-        self._text, self._ends, self._sink = TextStream(tokenizer, sampling.stop), ends, sink
+        """Last generated token, the input of the next step."""
+        self.lease: ModelLease | None = None
+        self.abandoned = False
+        """True if the client has gone or timed out."""
+        self.finished = False
+        """True after the last event."""
+        self._text, self._eos_tokens, self._sink = TextStream(tokenizer, sampling.stop), eos_tokens, sink
 
     def push(self, token: int) -> None:
-        """Take the next token, and tell of the text that it makes certain."""
+        """Append a token, and emit the text that will not change any more."""
         self.tokens, self.last = self.tokens + 1, token
-        ended = token in self._ends
+        ended = token in self._eos_tokens
         text = "" if ended else self._text.push(token)
         full = self.tokens >= self.sampling.max_tokens
         if (ended or full) and not self._text.stopped:
             text += self._text.finish()
         finish: Finish | None = "stop" if ended or self._text.stopped else "length" if full else None
-        self._tell(Piece(text, self.tokens, finish), finish is not None)
+        self._emit(Chunk(text, self.tokens, finish), finish is not None)
 
     def fail(self, error: ServingError) -> None:
-        """Tell of an error, which is the end."""
-        self._tell(error, True)
+        """End the request with an error."""
+        self._emit(error, True)
 
     def release(self) -> None:
-        """Give its adapters back."""
-        if self.held is not None:
-            self.held.release()
-            self.held = None
+        """Release the adapters of this request."""
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
 
-    def _tell(self, event: Event, last: bool) -> None:
-        if self.over:
+    def _emit(self, event: Event, last: bool) -> None:
+        if self.finished:
             return
-        self.over = last
+        self.finished = last
         if last:
-            self.release()  # before the client knows, who may look whether its adapter is free
+            self.release()  # before the client is told, because it may check at once that its adapter is free
         try:
             self._sink(event)
         except RuntimeError:  # the client's event loop is closed
-            self.gone = True
+            self.abandoned = True

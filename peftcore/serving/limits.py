@@ -1,4 +1,4 @@
-"""How much a server takes on at a time."""
+"""Resource limits of a server."""
 
 from dataclasses import dataclass, fields
 
@@ -7,30 +7,34 @@ from peftcore.errors import ConfigError
 
 @dataclass(frozen=True)
 class Limits:
-    """Raises ConfigError for a limit that nothing could keep."""
+    """Resource limits of a server.
+
+    Raises:
+        ConfigError: A limit is not above 0.
+    """
 
     max_batch: int = 16
-    """Rows that are decoded together (count)."""
+    """Rows decoded together (count)."""
     max_queue: int = 256
-    """Requests that wait for a row (count); one more is refused."""
+    """Requests that wait for a row (count); further requests are refused."""
     max_tokens: int = 1024
-    """Tokens that one request may ask for (count)."""
+    """Most tokens of one completion (count)."""
     max_context: int | None = None
-    """Prompt and answer together (tokens); None: what the model was made for."""
+    """Most tokens of prompt and completion together (count). None: the model's own limit."""
     prefill_tokens: int = 256
-    """Tokens of prompts read in one forward (padding counted). A longer prompt is read in several, and running rows
-    decode a token between two of them."""
+    """Prompt tokens, with padding, of one prefill forward (count). A longer prompt takes several forwards, and running
+    rows decode a token between two of them."""
     max_body: int = 4 << 20
-    """Size of a request (bytes)."""
+    """Largest body of a request (bytes)."""
     read_timeout: float = 20.0
-    """From a connection's start to the last byte of its request (seconds)."""
+    """Time from a connection's start to the last byte of its request (seconds)."""
     timeout: float = 300.0
-    """From a request's arrival to its last token (seconds)."""
+    """Time from a request's arrival to its last token (seconds)."""
     grace: float = 30.0
-    """What running requests get to end in when the server is told to (seconds)."""
+    """Time for running requests to complete at shutdown (seconds)."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None and value <= 0:
-                raise ConfigError(f"Limits: {field.name} must be more than 0, got {value}")
+                raise ConfigError(f"Limits: {field.name} must be above 0, got {value}")

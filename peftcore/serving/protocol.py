@@ -1,4 +1,4 @@
-"""OpenAI's requests and answers, as far as they are served. What is not served is refused, never left out silently."""
+"""Requests and responses of OpenAI's API. Fields that are not supported are refused, never ignored."""
 
 import time
 import uuid
@@ -16,13 +16,13 @@ StopText = Annotated[str, Field(min_length=1)]
 
 
 class _Strict(BaseModel):
-    """A part of a request. Unknown fields are refused, and so are values of another type, such as "2" for 2."""
+    """Base of request models: unknown fields and values of another type (such as "2" for 2) are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TextPart(_Strict):
-    """A part of a message; pictures and sound are not served."""
+    """A text part of a message; images and audio are not supported."""
 
     type: Literal["text"]
     text: str
@@ -31,8 +31,8 @@ class TextPart(_Strict):
 class Message(_Strict):
     """One turn of a conversation.
 
-    A chat template is given the role and the text alone. The other fields of OpenAI's messages may be present without
-    a value, as OpenAI's client sends an earlier answer back; with a value they are refused.
+    The chat template gets only role and text. Other fields of OpenAI's messages must be null or empty, as they are in
+    an earlier response that OpenAI's client sends back.
     """
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -45,20 +45,20 @@ class Message(_Strict):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def plain(self) -> dict[str, str]:
-        """Return the message as a chat template takes it; OpenAI's developer messages are system messages."""
+        """Return the message for a chat template; the role developer becomes system."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class StreamOptions(_Strict):
-    """include_usage: whether a last chunk holds the counts."""
+    """Options of a streamed response; `include_usage` adds a last chunk with token counts."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
 class GenerationRequest(_Strict):
-    """What both kinds of request have. Fields of one value are those that would mean something else otherwise."""
+    """Fields of both kinds of request. A field with one allowed value is not supported with other values."""
 
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
@@ -80,35 +80,35 @@ class GenerationRequest(_Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end the answer."""
+        """Texts that end the completion."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """What the request says of its answer's length (tokens); None: nothing."""
+    def requested_tokens(self) -> int | None:
+        """Most tokens of the completion that the request asks for (count), or None."""
         return self.max_tokens
 
     def prompt_tokens(self, tokenizer: Any) -> list[int]:
-        """The prompt as token ids. Raises BadRequestError."""
+        """Return the prompt as token ids. Raise BadRequestError if it is invalid."""
         raise NotImplementedError
 
     def choice(self, text: str, finish: Finish | None) -> dict[str, Any]:
-        """A whole answer."""
+        """Return a choice of a complete response."""
         raise NotImplementedError
 
-    def piece(self, text: str | None, finish: Finish | None) -> dict[str, Any]:
-        """A part of one; text None: the first, which has none yet."""
+    def chunk(self, text: str | None, finish: Finish | None) -> dict[str, Any]:
+        """Return a choice of a streamed chunk. text None: the first chunk, which has no text."""
         raise NotImplementedError
 
     def envelope(self, streamed: bool) -> dict[str, Any]:
-        """What is the same in every part of one answer."""
+        """Return the fields that all chunks of a response share."""
         kind = self.chunk_kind if streamed else self.kind
         identity = f"{self.prefix}-{uuid.uuid4().hex}"
         return {"id": identity, "object": kind, "created": int(time.time()), "model": self.model}
 
 
 class ChatRequest(GenerationRequest):
-    """POST /v1/chat/completions"""
+    """Body of POST /v1/chat/completions."""
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
@@ -121,42 +121,48 @@ class ChatRequest(GenerationRequest):
     store: Literal[False] | None = None
 
     @property
-    def wanted_tokens(self) -> int | None:
+    def requested_tokens(self) -> int | None:
+        """Most tokens of the completion, from either field of OpenAI's API."""
         return self.max_completion_tokens or self.max_tokens
 
     def prompt_tokens(self, tokenizer: Any) -> list[int]:
+        """Return the prompt as token ids. Raise BadRequestError if it is invalid."""
         if not tokenizer.chat_template:
-            raise BadRequestError("this base has no chat template; use /v1/completions")
+            raise BadRequestError("the base model has no chat template; use /v1/completions")
         messages = [message.plain() for message in self.messages]
         control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        if found := sorted(token for token in control if any(token in t for one in messages for t in one.values())):
+        if special_tokens := sorted(
+            token for token in control if any(token in t for one in messages for t in one.values())
+        ):
             raise BadRequestError(
-                f"a message holds {', '.join(found)}, which the model would read as the chat template's own; leave it "
-                "out, or give the whole text to /v1/completions",
+                f"a message contains {', '.join(special_tokens)}, which the model would read as part of the chat "
+                "template; remove it, or send the whole text to /v1/completions",
                 "messages",
             )
         try:
             rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         except TemplateError as error:
-            raise BadRequestError(f"the chat template refuses these messages: {error}", "messages") from error
+            raise BadRequestError(f"the chat template rejects these messages: {error}", "messages") from error
         return list(rendered["input_ids"])
 
     def choice(self, text: str, finish: Finish | None) -> dict[str, Any]:
+        """Return a choice of a complete response."""
         message = {"role": "assistant", "content": text}
         return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
 
-    def piece(self, text: str | None, finish: Finish | None) -> dict[str, Any]:
+    def chunk(self, text: str | None, finish: Finish | None) -> dict[str, Any]:
+        """Return a choice of a streamed chunk."""
         delta = {"role": "assistant", "content": ""} if text is None else {"content": text} if text else {}
         return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
 
 
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions"""
+    """Body of POST /v1/completions."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
     DEFAULT_TOKENS: ClassVar[int] = 16
-    """OpenAI's own, for a request that says nothing."""
+    """OpenAI's default of max_tokens."""
 
     prompt: str | list[int] | Annotated[list[str], Field(min_length=1, max_length=1)]
     echo: Literal[False] | None = None
@@ -165,39 +171,45 @@ class CompletionRequest(GenerationRequest):
     suffix: None = None
 
     @property
-    def wanted_tokens(self) -> int:
+    def requested_tokens(self) -> int:
+        """Most tokens of the completion; OpenAI's default is 16."""
         return self.max_tokens or self.DEFAULT_TOKENS
 
     def prompt_tokens(self, tokenizer: Any) -> list[int]:
+        """Return the prompt as token ids. Raise BadRequestError if it is invalid."""
         if isinstance(self.prompt, str):
             return list(tokenizer(self.prompt)["input_ids"])
         if self.prompt and isinstance(self.prompt[0], str):
             return list(tokenizer(self.prompt[0])["input_ids"])
         tokens = [token for token in self.prompt if isinstance(token, int)]
         if wrong := [token for token in tokens if not 0 <= token < len(tokenizer)]:
-            raise BadRequestError(f"prompt: {wrong[0]} is no token; there are {len(tokenizer)}", "prompt")
+            raise BadRequestError(
+                f"prompt: {wrong[0]} is not a token id; the vocabulary has {len(tokenizer)} tokens", "prompt"
+            )
         return tokens
 
     def choice(self, text: str, finish: Finish | None) -> dict[str, Any]:
+        """Return a choice of a complete response."""
         return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
 
-    def piece(self, text: str | None, finish: Finish | None) -> dict[str, Any]:
+    def chunk(self, text: str | None, finish: Finish | None) -> dict[str, Any]:
+        """Return a choice of a streamed chunk."""
         return self.choice(text or "", finish)
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:
-    """Counts of tokens."""
+    """Return the token counts of a response."""
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def refusal(errors: Sequence[Mapping[str, Any]]) -> BadRequestError:
-    """What a validation has found, as one error."""
-    # of a field that may be of several types, the one that was given is wrong in its value
+    """Return the first error of a validation, as an error for the client."""
+    # for a field with several types, prefer the error about the value over errors about the other types
     first = next((one for one in errors if not one["type"].endswith("_type")), errors[0])
     place = [str(part) for part in first["loc"] if part != "body"]
     param = place[0] if place else None
     named = ".".join(place[:3] if param == "messages" else place[:1]) or "request"
-    said = "is not known here" if first["type"] == "extra_forbidden" else f"{first['msg']}, got {first['input']!r:.100}"
+    problem = "unknown field" if first["type"] == "extra_forbidden" else f"{first['msg']}, got {first['input']!r:.100}"
     if first["type"] == "none_required":
-        said = f"is not served here, got {first['input']!r:.100}; leave it out"
-    return BadRequestError(f"{named}: {said}", param)
+        problem = f"not supported, got {first['input']!r:.100}; remove it"
+    return BadRequestError(f"{named}: {problem}", param)

@@ -1,4 +1,4 @@
-"""The server process: it ends when told to once, after what it has begun, and at once when told to twice."""
+"""Server process. The first SIGTERM or Ctrl-C completes running requests and then exits; the second exits at once."""
 
 import logging
 import socket
@@ -17,11 +17,11 @@ from peftcore.serving.service import Service
 logger = logging.getLogger(__name__)
 
 CONNECTIONS_WITHOUT_LIMIT = 4096
-"""Open connections (count) where the system does not say how many file descriptors a process may have."""
+"""Most open connections (count) if the system does not limit file descriptors."""
 
 
 def max_connections() -> int:
-    """Return how many connections may be open (count): half of the process's file descriptors."""
+    """Return the most connections that may be open (count): half of the process's file descriptors."""
     try:
         import resource
     except ImportError:  # Windows
@@ -31,10 +31,16 @@ def max_connections() -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, that goes on answering (503 to new requests) until the requests that run are over."""
+    """uvicorn server that completes running requests at shutdown; new requests get 503 meanwhile.
+
+    Args:
+        service: The model, its adapters and the engine.
+        host: Address to listen on.
+        port: Port to listen on. 0: any free port.
+    """
 
     def __init__(self, service: Service, host: str, port: int):
-        # h11 bounds headers (64 KiB); httptools, which uvicorn would take where it is installed, does not
+        # h11 limits headers (64 KiB); httptools, which uvicorn prefers if installed, does not
         protocol: Any = partial(
             DeadlineProtocol,
             read_timeout=service.limits.read_timeout,
@@ -47,52 +53,63 @@ class Server(uvicorn.Server):
             )
         )
         self._service = service
-        self._until: float | None = None
+        self._drain_deadline: float | None = None
 
     @property
     def address(self) -> str:
-        """Where it listens, once it has started: http://host:port."""
+        """URL after the start: http://host:port."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def drain(self) -> None:
-        """End when what runs is over, or after the limits' grace."""
+        """Exit once running requests are complete, or after the limits' grace period."""
         self._service.engine.drain()
-        self._until = time.monotonic() + self._service.limits.grace
+        self._drain_deadline = time.monotonic() + self._service.limits.grace
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: the first one drains, the next one ends."""
-        if self._until is None:
+        """Handle a signal: the first one drains, the second one stops the server."""
+        if self._drain_deadline is None:
             self.drain()
         else:
             self._service.engine.stop(0)
             self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Called by uvicorn every 0.1 s: whether to end."""
-        if self._until is not None:
-            late = time.monotonic() > self._until
+        """Return True if the server has to exit. uvicorn calls this method every 0.1 s."""
+        if self._drain_deadline is not None:
+            late = time.monotonic() > self._drain_deadline
             if late:
-                logger.warning("requests still run %g s after the signal; they fail", self._service.limits.grace)
+                logger.warning(
+                    "requests are still running %g s after the signal; cancelling them", self._service.limits.grace
+                )
                 self._service.engine.stop(0)
             self.should_exit = self.should_exit or late or self._service.engine.idle
         return await super().on_tick(counter)
 
     async def startup(self, sockets: list | None = None) -> None:  # type: ignore[type-arg]
-        """Begin to listen, and say where."""
+        """Start to listen, and log the address."""
         await super().startup(sockets)
         if self.started:
             logger.info("serving %s on %s", ", ".join(self._service.catalog.names()[:8]), self.address)
 
 
 def serve(service: Service, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until SIGTERM or Ctrl-C. port 0: any that is free. Raises ConfigError for an address that cannot be had."""
+    """Serve until SIGTERM or Ctrl-C.
+
+    Args:
+        service: The model, its adapters and the engine.
+        host: Address to listen on.
+        port: Port to listen on. 0: any free port.
+
+    Raises:
+        ConfigError: The address cannot be used.
+    """
     if not service.keys and host not in ("127.0.0.1", "::1", "localhost"):
-        logger.warning("%s can be reached by others, and without an API key anybody can ask", host)
+        logger.warning("listening on %s without an API key: everybody in the network can send requests", host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error}; take another --host or --port") from error
+        raise ConfigError(f"cannot listen on {host} port {port}: {error}; choose another --host or --port") from error
     with listening:
         Server(service, host, port).run([listening])

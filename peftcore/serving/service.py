@@ -1,4 +1,4 @@
-"""What one server consists of, put together."""
+"""Assembly of a server from model, adapters, engine and limits."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +15,16 @@ from peftcore.serving.engine import Engine
 from peftcore.serving.errors import BadRequestError, ContextLengthError
 from peftcore.serving.forward import RoutedForward
 from peftcore.serving.generation import Event, Generation
-from peftcore.serving.guard import checked_keys
 from peftcore.serving.limits import Limits
 from peftcore.serving.metrics import Metrics
+from peftcore.serving.middleware import checked_keys
 from peftcore.serving.protocol import GenerationRequest
 from peftcore.serving.sampling import Sampling
 
 
 @dataclass(frozen=True)
 class Service:
-    """One base model, its tokenizer, its adapters and the engine that runs them."""
+    """A base model with its tokenizer, its adapters and the engine that runs them."""
 
     engine: Engine
     catalog: Catalog
@@ -32,39 +32,50 @@ class Service:
     limits: Limits
     metrics: Metrics
     context: int
-    """Tokens that the model reads at most, its own answer included."""
-    ends: frozenset[int]
-    """Tokens that end an answer."""
+    """Context length: most tokens of prompt and completion together (count)."""
+    eos_tokens: frozenset[int]
+    """Token ids that end a completion."""
     keys: tuple[str, ...] = ()
     warnings: Mapping[str, str] = field(default_factory=dict)
-    """{source: what is wrong there now}, such as a new version that could not be loaded; the server goes on."""
+    """{source: text} of present problems, such as a new version that could not be loaded."""
 
-    def generation(self, given: GenerationRequest, prompt: Sequence[int], sink: Callable[[Event], None]) -> Generation:
-        """A request whose prompt has been read as tokens, submitted. Raises ServingError."""
+    def generation(self, body: GenerationRequest, prompt: Sequence[int], sink: Callable[[Event], None]) -> Generation:
+        """Submit a request to the engine, and return its generation.
+
+        Args:
+            body: The request.
+            prompt: Its prompt as token ids.
+            sink: Receives the events, in the engine's thread.
+
+        Raises:
+            ServingError: The request cannot be answered.
+        """
         sampling = Sampling(
-            self._tokens_for(given, len(prompt)),
-            1.0 if given.temperature is None else given.temperature,
-            1.0 if given.top_p is None else given.top_p,
-            given.seed,
-            given.stops,
+            self._completion_tokens(body, len(prompt)),
+            1.0 if body.temperature is None else body.temperature,
+            1.0 if body.top_p is None else body.top_p,
+            body.seed,
+            body.stops,
         )
-        made = Generation(given.model, prompt, sampling, self.tokenizer, self.ends, sink)
-        self.engine.submit(made)
-        return made
+        generation = Generation(body.model, prompt, sampling, self.tokenizer, self.eos_tokens, sink)
+        self.engine.submit(generation)
+        return generation
 
-    def _tokens_for(self, given: GenerationRequest, prompt: int) -> int:
-        """How many tokens the answer may have. Raises BadRequestError."""
-        wanted, most = given.wanted_tokens, self.limits.max_tokens
+    def _completion_tokens(self, body: GenerationRequest, prompt: int) -> int:
+        """Return the most tokens of the completion. Raise BadRequestError if the request exceeds a limit."""
+        requested, most = body.requested_tokens, self.limits.max_tokens
         if not prompt:
-            raise BadRequestError("the prompt is empty; give at least one token")
-        if wanted is not None and wanted > most:
-            raise BadRequestError(f"max_tokens: at most {most:,} on this server, got {wanted:,}", "max_tokens")
-        if prompt + (wanted or 1) > self.context:
-            raise ContextLengthError(
-                f"the prompt has {prompt:,} tokens and the answer up to {wanted or 1:,}, and the model reads "
-                f"{self.context:,} in all; shorten the one or the other"
+            raise BadRequestError("the prompt is empty; send at least one token")
+        if requested is not None and requested > most:
+            raise BadRequestError(
+                f"max_tokens must be at most {most:,} on this server; got {requested:,}", "max_tokens"
             )
-        return min(most, self.context - prompt) if wanted is None else wanted
+        if prompt + (requested or 1) > self.context:
+            raise ContextLengthError(
+                f"the context length is {self.context:,} tokens, but the prompt has {prompt:,} tokens and the "
+                f"completion up to {requested or 1:,}; shorten the prompt or lower max_tokens"
+            )
+        return min(most, self.context - prompt) if requested is None else requested
 
 
 def make_service(
@@ -77,11 +88,20 @@ def make_service(
     keys: Sequence[str] = (),
     warnings: Mapping[str, str] | None = None,
 ) -> Service:
-    """A server of `model`, which is called `name`, with the adapters of `store` and compositions of them by name.
+    """Assemble a server.
 
-    keys: API keys, of which a client has to send one; none: anybody may ask. Raises ConfigError for a model or a
-    composition that cannot be served, and for an empty key. warnings: {source: text}, read at each look; `/ready` and
-    `/metrics` show them.
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        store: The adapters by name.
+        name: Name of the base model for clients.
+        compositions: {name: composition of adapters}.
+        limits: Resource limits. None: the defaults.
+        keys: Accepted API keys. Empty: no key is needed.
+        warnings: {source: text} that `/ready` and `/metrics` show; may change while the server runs.
+
+    Raises:
+        ConfigError: The model or a composition cannot be served, or a key is empty.
     """
     limits = limits or Limits()
     warnings = {} if warnings is None else warnings
@@ -91,25 +111,25 @@ def make_service(
     config = model.config.get_text_config(decoder=True)
     made_for = getattr(config, "max_position_embeddings", None) or limits.max_context or 2048
     context = min(made_for, limits.max_context or made_for)
-    ends = _ends(model, tokenizer)
-    return Service(engine, catalog, tokenizer, limits, metrics, context, ends, checked_keys(keys), warnings)
+    eos_tokens = _eos_tokens(model, tokenizer)
+    return Service(engine, catalog, tokenizer, limits, metrics, context, eos_tokens, checked_keys(keys), warnings)
 
 
 def load_base(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
-    """A base model's folder as (model, tokenizer). Raises CheckpointError if it holds none."""
+    """Load a base model and its tokenizer from a folder. Raise CheckpointError if that fails."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no base model that can be served: {error}") from error
+        raise CheckpointError(f"{folder} contains no base model that can be served: {error}") from error
     placed: Any = model
     return placed.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """As `generate` has them, and the tokenizer's own."""
-    given = model.generation_config.eos_token_id
-    listed = given if isinstance(given, list) else [given]
+def _eos_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the EOS tokens of the generation config and of the tokenizer."""
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)

@@ -1,4 +1,4 @@
-"""Training adapters: transformers' Trainer with what adapters need, and the pieces by themselves."""
+"""Adapter training: trainers on top of transformers' Trainer, and their parts for other training loops."""
 
 # ruff: noqa: E402 (the check has to come before the imports that need the packages)
 from peftcore.errors import require_extra
@@ -7,19 +7,25 @@ require_extra("train", "peftcore.train", "accelerate")
 
 from peftcore.train.adamw import FusedAdamW
 from peftcore.train.batches import (
+    WEIGHT,
     ClassificationCollator,
     LengthGroupedSampler,
     PreferenceCollator,
     RightPaddingCollator,
 )
 from peftcore.train.checkpoints import fault_of_checkpoint, last_good_checkpoint
-from peftcore.train.classification import ClassificationTrainer, ClassificationTrainerMixin, balanced_class_weights
+from peftcore.train.classification import (
+    ClassificationTrainer,
+    ClassificationTrainerMixin,
+    balanced_class_weights,
+    macro_f1,
+)
 from peftcore.train.fault_policy import FaultPolicy
 from peftcore.train.linear_cross_entropy import linear_cross_entropy
 from peftcore.train.losses import row_sums, supervised_positions, token_losses
 from peftcore.train.packing import PackedCollator, Packs, PackSampler, check_packable
-from peftcore.train.preference import Dpo, Orpo, PairLogProbs
-from peftcore.train.preference_trainer import PreferenceTrainer, PreferenceTrainerMixin
+from peftcore.train.preference import Dpo, Orpo, PairLogProbs, PreferenceObjective
+from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, PreferenceTrainerMixin
 from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model
@@ -27,6 +33,8 @@ from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
+    "PAIR_COLUMNS",
+    "WEIGHT",
     "AdapterTrainer",
     "AdapterTrainerMixin",
     "ClassificationCollator",
@@ -42,6 +50,7 @@ __all__ = [
     "Packs",
     "PairLogProbs",
     "PreferenceCollator",
+    "PreferenceObjective",
     "PreferenceTrainer",
     "PreferenceTrainerMixin",
     "RankSearch",
@@ -52,6 +61,7 @@ __all__ = [
     "find_ranks",
     "last_good_checkpoint",
     "linear_cross_entropy",
+    "macro_f1",
     "pair_log_probs",
     "recompute_activations",
     "reference_acting",

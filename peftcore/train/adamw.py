@@ -1,8 +1,8 @@
-"""AdamW in one call of PyTorch's fused kernel for all parameters of a group: adapters are hundreds of small tensors.
+"""AdamW with one call of PyTorch's fused kernel per parameter group, for adapters of hundreds of small tensors.
 
-The same numbers as `torch.optim.AdamW(fused=True)`, bit for bit: the kernel is the same, and parameters that have
-always stepped together share one count of their steps, where PyTorch counts each one's. Parameters, gradients and
-moments stay where they are: copying the gradients into one flat buffer takes longer than it saves (benchmarks/LOG.md).
+The numbers equal those of `torch.optim.AdamW(fused=True)` bit for bit, because the kernel is the same. Parameters that
+have always been updated together share one step counter; PyTorch has one for each parameter. Gradients are not copied
+into one flat buffer, which takes longer than it saves (benchmarks/LOG.md).
 """
 
 from collections import defaultdict
@@ -17,10 +17,16 @@ _fused_adamw: Any = torch._fused_adamw_  # pyright: ignore[reportPrivateImportUs
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW(fused=True), whose state it reads and writes; for plain dense tensors.
+    """Faster torch.optim.AdamW(fused=True) with the same state dict, for plain dense tensors.
 
-    A gradient scaler unscales before the step and leaves it out when gradients overflow, so that whoever asks whether a
-    step was taken is told.
+    A gradient scaler unscales gradients before the step, and skips the step if they overflow.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Term added to the denominator.
+        weight_decay: Decoupled weight decay.
     """
 
     def __init__(
@@ -32,30 +38,30 @@ class FusedAdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
-        self._step_supports_amp_scaling = False  # what torch sets with fused=True
+        self._step_supports_amp_scaling = False  # torch sets True with fused=True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group |= {"fused": True, "foreach": None}  # whatever wrote the state
+            group |= {"fused": True, "foreach": None}  # the state may come from an optimiser with other options
         counts: dict[tuple[torch.device, float], Tensor] = {}
-        for parameter, held in self.state.items():
-            if "step" in held:  # each parameter's own, when it was loaded from a file or from torch.optim.AdamW
-                step = torch.as_tensor(held["step"], dtype=torch.float32, device=parameter.device)
-                held["step"] = counts.setdefault((step.device, step.item()), step.clone())
+        for parameter, state_of_parameter in self.state.items():
+            if "step" in state_of_parameter:  # a file or torch.optim.AdamW has one counter for each parameter
+                step = torch.as_tensor(state_of_parameter["step"], dtype=torch.float32, device=parameter.device)
+                state_of_parameter["step"] = counts.setdefault((step.device, step.item()), step.clone())
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch.optim.AdamW, which counts each parameter's steps by itself."""
-        found = super().state_dict()
+        """Return the state dict of torch.optim.AdamW, with a step counter for each parameter."""
+        state_dict = super().state_dict()
         states = {
             number: {name: value.clone() if name == "step" else value for name, value in state.items()}
-            for number, state in found["state"].items()
+            for number, state in state_dict["state"].items()
         }
-        return found | {"state": states}
+        return state_dict | {"state": states}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; parameters without gradient are left alone, as by PyTorch."""
+        """Update the parameters that have a gradient, and return the loss of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -63,7 +69,7 @@ class FusedAdamW(torch.optim.AdamW):
         self._start_moments()
         self._advance_counts()
         for group in self.param_groups:
-            for parameters in self._alike(group["params"]):
+            for parameters in self._by_device_and_dtype(group["params"]):
                 states = [self.state[parameter] for parameter in parameters]
                 _fused_adamw(
                     parameters,
@@ -80,7 +86,7 @@ class FusedAdamW(torch.optim.AdamW):
                     amsgrad=False,
                     maximize=False,
                 )
-                increment_version(parameters)  # the kernel tells autograd nothing of what it has written
+                increment_version(parameters)  # the kernel does not tell autograd that it writes
         return loss
 
     def _parameters(self) -> Iterator[nn.Parameter]:
@@ -109,15 +115,15 @@ class FusedAdamW(torch.optim.AdamW):
             if count not in waiting:
                 states[0]["step"] += 1
                 continue
-            own = states[0]["step"] + 1  # those without gradient keep the old count
+            advanced = states[0]["step"] + 1  # parameters without gradient keep the old counter
             for state in states:
-                state["step"] = own
+                state["step"] = advanced
 
     @staticmethod
-    def _alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """Those with a gradient, by device and dtype."""
-        found: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = defaultdict(list)
+    def _by_device_and_dtype(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Return groups of the parameters that have a gradient."""
+        groups: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = defaultdict(list)
         for parameter in parameters:
             if parameter.grad is not None:
-                found[parameter.device, parameter.dtype].append(parameter)
-        return list(found.values())
+                groups[parameter.device, parameter.dtype].append(parameter)
+        return list(groups.values())

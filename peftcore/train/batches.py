@@ -1,8 +1,8 @@
-"""Batches of rows of like length, padded on the right: texts, pairs of answers, labelled texts.
+"""Batches of rows of similar length, padded on the right: texts, preference pairs, labelled texts.
 
-Rows of one batch come from the same stretch of a length-sorted pool, so little is padded; the batches then come in
-random order, so that length says nothing of when a row is seen. The order is a function of (seed, epoch) alone: a
-resumed run sees the same batches, whatever has drawn random numbers in between.
+The rows of a batch are neighbours in a length-sorted pool, so there is little padding. The batches come in random
+order, so training does not go from short to long rows. The order depends only on (seed, epoch): a resumed run sees the
+same batches.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +16,20 @@ from torch.utils.data import Sampler
 from peftcore.train.losses import IGNORED
 
 POOL = 16
-"""Batches whose rows are sorted together; more pads less and mixes less."""
+"""Batches (count) in a pool; a larger pool needs less padding and shuffles less."""
+WEIGHT = "weight"
+"""Column of a dataset and key of a batch: weights of rows, or of the tokens of a packed row."""
 REFERENCE_COLUMNS = ("reference_chosen", "reference_rejected")
-"""Columns of pairs: the reference's log-probabilities (nats) of the chosen and the rejected answer."""
+"""Columns of pairs: the reference model's log-probabilities (nats) of the chosen and the rejected answer."""
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Row indices such that each run of `batch_size` of them holds rows of like length.
+    """Row indices of which each `batch_size` successive ones are rows of similar length.
 
-    lengths: tokens per row; batch_size: rows per forward pass; seed: of the order.
+    Args:
+        lengths: Tokens in each row.
+        batch_size: Rows per forward pass.
+        seed: Seed of the order.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
@@ -34,7 +39,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (from 0) whose order is drawn next; the trainer calls it."""
+        """Choose the epoch (from 0) whose order is drawn next; the trainer calls this method."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -47,7 +52,7 @@ class LengthGroupedSampler(Sampler[int]):
         for pool in order.split(self.batch_size * POOL):
             by_length = pool[self.lengths[pool].argsort(stable=True)]
             batches.extend(by_length.split(self.batch_size))
-        # A short batch is only right at the end: the loader cuts by count, and it would shift all after it.
+        # The loader cuts the indices by count, so a short batch before the end would shift all batches after it.
         full = [batch for batch in batches if len(batch) == self.batch_size]
         short = [batch for batch in batches if len(batch) != self.batch_size]
         shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
@@ -56,21 +61,23 @@ class LengthGroupedSampler(Sampler[int]):
 
 @dataclass
 class RightPaddingCollator:
-    """Rows {"input_ids", "labels"} of token ids -> tensors (B, T), T the longest row's length.
+    """Collator of rows {"input_ids", "labels"} into tensors (B, T), T the longest row's length.
 
-    Where rows have a "weight", the batch has it too, (B, 1).
+    If rows have a "weight", the batch has `weight` (B, 1).
 
-    pad_token_id: any valid id, masked by attention_mask and labelled -100.
-    multiple: T is rounded up to a multiple of it; 8 keeps matrix kernels on their fast path.
+    Args:
+        pad_token_id: Any valid token id; padding is masked by attention_mask and labelled -100.
+        multiple: T is rounded up to a multiple of this number; 8 keeps matrix kernels on their fast path.
     """
 
     pad_token_id: int
     multiple: int = 8
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return `input_ids`, `labels`, `attention_mask` (B, T) and, if rows have one, `weight` (B, 1)."""
         batch = self._padded(rows)
-        if "weight" in rows[0]:
-            batch["weight"] = torch.tensor([[row["weight"]] for row in rows], dtype=torch.float32)
+        if WEIGHT in rows[0]:
+            batch[WEIGHT] = torch.tensor([[row[WEIGHT]] for row in rows], dtype=torch.float32)
         return batch
 
     def _padded(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -89,20 +96,21 @@ class RightPaddingCollator:
 
 @dataclass
 class PreferenceCollator(RightPaddingCollator):
-    """P pairs -> tensors (P, 2, T), the chosen answer before the rejected one; T the longest answer's, with its prompt.
+    """Collator of P pairs into tensors (P, 2, T), the chosen answer before the rejected one.
 
     Rows: {"chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels"}, labels -100 on the prompt.
-    The batch also has `weight` (P,), 1 where rows have none, and the reference's log-probabilities where they do.
+    T: length of the longest answer with its prompt.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the padded pairs, `weight` (P,), 1 by default, and the reference columns if rows have them."""
         sides = [
             {"input_ids": row[f"{side}_input_ids"], "labels": row[f"{side}_labels"]}
             for row in rows
             for side in ("chosen", "rejected")
         ]
         batch = {name: tensor.unflatten(0, (len(rows), 2)) for name, tensor in self._padded(sides).items()}
-        batch["weight"] = _weights(rows)
+        batch[WEIGHT] = _weights(rows)
         for column in REFERENCE_COLUMNS:
             if column in rows[0]:
                 batch[column] = torch.tensor([row[column] for row in rows])
@@ -111,13 +119,14 @@ class PreferenceCollator(RightPaddingCollator):
 
 @dataclass
 class ClassificationCollator(RightPaddingCollator):
-    """Rows {"input_ids", "label"} -> `input_ids` and `attention_mask` (B, T), `labels` and `weight` (B,)."""
+    """Collator of rows {"input_ids", "label"} of labelled texts."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask` (B, T), `labels` and `weight` (B,)."""
         batch = self._padded([{"input_ids": row["input_ids"], "labels": []} for row in rows])
         batch["labels"] = torch.tensor([row["label"] for row in rows], dtype=torch.long)
-        return batch | {"weight": _weights(rows)}
+        return batch | {WEIGHT: _weights(rows)}
 
 
 def _weights(rows: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.tensor([row.get("weight", 1.0) for row in rows], dtype=torch.float32)
+    return torch.tensor([row.get(WEIGHT, 1.0) for row in rows], dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""Training checkpoints that are whole or not there.
+"""Complete training checkpoints.
 
-A checkpoint folder counts once its manifest is written, which is the last thing that happens to it, after every other
-file has reached the disk. A folder that a crash left half written has no such manifest, a damaged one disagrees with
-it; both are passed over for the one before. One that is written anew is kept aside until the new one counts.
+A checkpoint is complete once its manifest is written, after all other files have reached the disk. A folder that a
+crash left incomplete has no manifest, and a damaged file disagrees with its manifest; resuming skips both. If a
+checkpoint is written again, the earlier one is kept until the new one is complete.
 """
 
 import contextlib
@@ -31,23 +31,23 @@ from peftcore.storage.checkpoint import MODEL_CARD
 log = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
-"""What the trainer writes last; a manifest without it is that of the adapter alone."""
+"""File that Trainer writes last. A manifest without this file belongs to an adapter, not to a checkpoint."""
 
 _ASIDE = ".replaced"
 _FAILED_WRITER = "inline_container"
-"""Where torch.save fails when a write does; it does not pass the system's error on."""
+"""File name in the error that torch.save raises if a write fails; the system's error is lost."""
 
 
-# -- which count -----------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------------------
 
 
 def fault_of_checkpoint(folder: Path) -> str | None:
-    """Why a checkpoint folder cannot be resumed from, or None if it can."""
+    """Return the reason why a run cannot resume from a checkpoint folder, or None if it can."""
     manifest = read_manifest(folder)
-    if MANIFEST in manifest:  # it lists all but itself, unless it is none
+    if MANIFEST in manifest:  # the manifest lists every file but itself
         return "its manifest is damaged"
     if TRAINER_STATE not in manifest:
-        return "it was never finished"
+        return "it is incomplete"
     damaged = damaged_files(folder)
     if damaged:
         return f"these files are damaged: {', '.join(damaged)}"
@@ -55,7 +55,7 @@ def fault_of_checkpoint(folder: Path) -> str | None:
 
 
 def copy_adapters(checkpoint: Path, directory: Path) -> None:
-    """Copy what a checkpoint holds of its adapters, and nothing of its training state, to where they are published."""
+    """Copy the adapters of a checkpoint to the directory that is published, without the training state."""
     for weights in checkpoint.rglob(WEIGHTS_NAME):
         to = directory / weights.parent.relative_to(checkpoint)
         with files_written_together(to, owned=[PROMPT_STATE]) as fresh:
@@ -66,7 +66,7 @@ def copy_adapters(checkpoint: Path, directory: Path) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end, whatever has happened to its files since."""
+    """Return True if a checkpoint was written completely, even if its files were damaged later."""
     return TRAINER_STATE in read_manifest(folder)
 
 
@@ -84,14 +84,14 @@ def _fault_of_weights(folder: Path) -> str | None:
 
 
 def checkpoints_in(run_directory: Path) -> list[Path]:
-    """The folders `checkpoint-STEP` of a run, latest step first, whole or not."""
+    """Return the folders `checkpoint-STEP` of a run, latest step first, complete or not."""
     return sorted(_folders(run_directory, ""), key=step_of, reverse=True)
 
 
 def last_good_checkpoint(run_directory: Path) -> Path | None:
-    """The latest whole checkpoint of a run; a faulty one before it is passed over with a warning.
+    """Return the latest complete checkpoint of a run, or None; warn of each incomplete or damaged one that is skipped.
 
-    One that was being written anew when the run was killed is first put back as it was.
+    If the run was killed while it wrote a checkpoint again, the earlier checkpoint is restored first.
     """
     for aside in _folders(run_directory, _ASIDE):
         _put_back(aside)
@@ -99,12 +99,12 @@ def last_good_checkpoint(run_directory: Path) -> Path | None:
         fault = fault_of_checkpoint(path)
         if fault is None:
             return path
-        log.warning("checkpoint %s is passed over: %s", path, fault)
+        log.warning("checkpoint %s is skipped: %s", path, fault)
     return None
 
 
 def step_of(folder: Path) -> int:
-    """The optimiser step after which a checkpoint was saved."""
+    """Return the optimiser step after which a checkpoint was saved."""
     return int(folder.name.removesuffix(_ASIDE).removeprefix("checkpoint-"))
 
 
@@ -119,9 +119,10 @@ def _folders(run_directory: Path, suffix: str) -> list[Path]:
 
 @contextlib.contextmanager
 def checkpoint_written(folder: Path) -> Iterator[None]:
-    """Fill a checkpoint folder inside; afterwards it counts. On any failure what stood there before stands again.
+    """Write a checkpoint folder inside, and seal the folder on exit. After an error, the earlier folder is restored.
 
-    Raises TrainingError for a disk that is full or fails, and for weights that are not finite.
+    Raises:
+        TrainingError: A write failed (the disk may be full), or weights are not finite.
     """
     aside = folder.with_name(folder.name + _ASIDE)
     if folder.exists() and fault_of_checkpoint(folder) is None:
@@ -139,13 +140,14 @@ def checkpoint_written(folder: Path) -> Iterator[None]:
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Make a finished checkpoint folder count: flush all its files to the disk, then write their manifest.
+    """Flush all files of a checkpoint folder to the disk, then write their manifest.
 
-    Raises TrainingError for weights that are not finite, with which no run can go on.
+    Raises:
+        TrainingError: Weights are not finite; no run can resume from them.
     """
     fault = _fault_of_weights(folder)
     if fault is not None:
-        raise TrainingError(f"{folder.name} is not kept: {fault}; lower the learning rate or clip gradients")
+        raise TrainingError(f"{folder.name} is deleted: {fault}; lower the learning rate or clip gradients")
     for path in sorted(folder.rglob("*")):
         flush_to_disk(path)
     write_manifest(folder)
@@ -153,10 +155,14 @@ def seal_checkpoint(folder: Path) -> None:
 
 
 def keep_latest(current: Path, limit: int | None, best: Path | None) -> None:
-    """Delete what is beside the checkpoint just written: unfinished ones, and whole ones beyond the limit.
+    """Delete incomplete checkpoints, and complete ones beyond the limit.
 
-    limit: how many may stay, the current and the best always among them; None means all. Those before the current one
-    stay before those of later steps, which another course of the run has left.
+    Checkpoints of later steps come from an earlier course of the run, and are deleted first.
+
+    Args:
+        current: The checkpoint just written; never deleted.
+        limit: Checkpoints to keep (count), the current and the best one among them. None: all.
+        best: The best checkpoint; never deleted.
     """
     others = [path for path in checkpoints_in(current.parent) if path != current]
     for path in others:
@@ -164,10 +170,10 @@ def keep_latest(current: Path, limit: int | None, best: Path | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
     if limit is None or limit <= 0:
         return
-    kept = {current.resolve()} | ({best.resolve()} if best is not None else set())
-    spare = [path for path in others if path.resolve() not in kept and path.exists()]
+    protected = {current.resolve()} | ({best.resolve()} if best is not None else set())
+    spare = [path for path in others if path.resolve() not in protected and path.exists()]
     spare.sort(key=lambda path: (step_of(path) < step_of(current), step_of(path)), reverse=True)
-    for path in spare[max(0, limit - len(kept)) :]:
+    for path in spare[max(0, limit - len(protected)) :]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -191,8 +197,8 @@ def _failed_writes_explained(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder.parent).free / 2**20
         before = next((path.name for path in checkpoints_in(folder.parent) if path != folder), None)
-        kept = f"{before} is intact" if before else "there is none before it"
+        earlier = f"{before} is intact" if before else "there is no earlier checkpoint"
         raise TrainingError(
             f"{folder.name} could not be written to {folder.parent} ({error}; {free:,.0f} MiB are free there); "
-            f"make room, then resume: {kept}"
+            f"free disk space, then resume: {earlier}"
         ) from error

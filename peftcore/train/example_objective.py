@@ -1,8 +1,8 @@
-"""Objectives whose examples count one by one: pairs of answers, labelled texts.
+"""Base of objectives whose examples are weighted one by one: preference pairs, labelled texts.
 
     loss = Σ_e w_e ℓ_e / Σ_e w_e
 
-over all examples e of the accumulated batch, on all processes, and in evaluation over the whole set.
+over all examples e of the accumulated batch, on all processes; in evaluation over the whole set.
 
 Shapes: E examples of one forward pass.
 """
@@ -13,112 +13,101 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import TrainingError
+from peftcore.train.batches import WEIGHT
 from peftcore.train.losses import IGNORED
-from peftcore.train.objective import ObjectiveMixin
+from peftcore.train.objective import Objective
 from peftcore.train.packing import PackedCollator, Packs
-from peftcore.train.weights import WEIGHT
 
 
-class ExampleObjectiveMixin(ObjectiveMixin):
-    """Stands before AdapterTrainerMixin: `class MyTrainer(ExampleObjectiveMixin, AdapterTrainerMixin, Trainer)`.
+class ExampleObjective(Objective):
+    """Weighted mean over examples. A subclass defines `example_losses`; its collator's batches have `weight` (E,)."""
 
-    A subclass gives `_example_losses`; its collator's batches have a `weight` (E,).
-    """
+    collator_name = "RightPaddingCollator"
 
-    loss_is_scaled_for_ga = True
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self._metric_sums: list[dict[str, Tensor]] = []  # of the forward passes since the last training record
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if isinstance(self.data_collator, PackedCollator) or isinstance(self.train_dataset, Packs):
+    def check(self) -> None:
+        """Raise TrainingError for packed rows, label smoothing or a `compute_loss_func`."""
+        trainer, name = self.trainer, type(self.trainer).__name__
+        if isinstance(trainer.data_collator, PackedCollator) or isinstance(trainer.train_dataset, Packs):
             raise TrainingError(
-                f"a {type(self).__name__} counts examples, and packed rows have no bounds between them; give padded "
-                f"batches, such as {self._fitting_collator} makes"
+                f"{name} counts examples, and packed rows have no bounds between examples; use padded batches, with "
+                f"data_collator={self.collator_name}(pad_token_id)"
             )
-        if self.label_smoother is not None or self.compute_loss_func is not None:
-            raise TrainingError(
-                f"a {type(self).__name__} has a loss of its own; leave out label_smoothing_factor and compute_loss_func"
-            )
-        self._figures: list[dict[str, Tensor]] = []
+        if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+            raise TrainingError(f"{name} defines the loss itself; remove label_smoothing_factor and compute_loss_func")
 
-    _fitting_collator = "RightPaddingCollator"
+    def reset(self) -> None:
+        """Forget the metrics of an earlier run."""
+        self._metric_sums.clear()
 
-    def _example_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses (E,), and figures (E,) to log, detached; inputs: on the device."""
+    def example_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return losses (E,), and detached metrics (E,) to log. `inputs` is a batch on the model's device."""
         raise NotImplementedError
 
-    def _weights(self, inputs: dict[str, Any]) -> Tensor:
-        """Weights (E,) of the examples of a batch; one without any label counts for nothing."""
+    def example_weights(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the weights (E,) of a batch's examples; an example without any label weighs 0."""
         if WEIGHT not in inputs:
             raise TrainingError(
-                f"the batch has no {WEIGHT!r} of its examples; give "
-                f"data_collator={self._fitting_collator}(pad_token_id)"
+                f"the batch has no {WEIGHT!r} of its examples; give data_collator={self.collator_name}(pad_token_id)"
             )
         labelled = (inputs["labels"] != IGNORED).view(len(inputs["labels"]), -1).any(1)
         return inputs[WEIGHT] * labelled
 
     # -- training ----------------------------------------------------------------------------------------------
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The batch's share of the mean over the accumulated batch, or its own mean; there are no outputs to return."""
-        losses, figures = self._example_losses(model, inputs)
-        weights = self._weights(inputs).to(losses)
+    def is_sum_over_items(self) -> bool:
+        """Return True: the loss is a weighted sum over examples."""
+        return True
+
+    def loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, return_outputs: bool
+    ) -> Tensor:
+        """Return the batch's share of the mean over the optimiser step, or the batch's own mean. Outputs are empty."""
+        losses, metrics = self.example_losses(model, inputs)
+        weights = self.example_weights(inputs).to(losses)
         total = (losses * weights).sum()
-        loss = total / weights.sum() if num_items_in_batch is None else self._share(total, num_items_in_batch)
         if model.training:
             counts = (weights > 0).to(losses)
-            self._figures.append({name: (figure * counts).sum() for name, figure in figures.items()})
-            self._figures[-1]["examples"] = counts.sum()
-            if self.accelerator.sync_gradients:
-                loss = self._with_regularizer(loss, num_items_in_batch)
-        return (loss, {}) if return_outputs else loss
+            self._metric_sums.append({name: (values * counts).sum() for name, values in metrics.items()})
+            self._metric_sums[-1]["examples"] = counts.sum()
+        return total / weights.sum() if num_items is None else self.share_of_mean(total, num_items)
 
-    def _weight_of(self, batch: Any) -> Tensor:
-        return self._weights(batch).sum()
+    def batch_weight(self, batch: Any) -> Tensor:
+        """Return the summed weight of a batch's examples, a scalar."""
+        return self.example_weights(batch).sum()
 
-    def _computes_label_only_loss(self) -> bool:
-        return True
-
-    def _evaluates_rows(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        return True
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """AdapterTrainerMixin's."""
-        self._figures.clear()
-        return super().train(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with the figures' means over the examples since the last record that weigh anything."""
-        if "loss" in logs and self._figures:
-            names = list(self._figures[0])
-            sums = torch.stack([torch.stack([one[name].float() for name in names]) for one in self._figures]).sum(0)
-            every = cast(Tensor, self.accelerator.reduce(sums, "sum"))
-            totals = dict(zip(names, every.tolist(), strict=True))
-            examples = totals.pop("examples")
-            if examples:
-                logs.update({name: total / examples for name, total in totals.items()})
-            self._figures.clear()
-        super().log(logs, start_time)
+    def record(self) -> dict[str, float]:
+        """Return each metric's mean over the examples since the last training record whose weight is not 0."""
+        if not self._metric_sums:
+            return {}
+        names = list(self._metric_sums[0])
+        sums = torch.stack([torch.stack([each[name].float() for name in names]) for each in self._metric_sums]).sum(0)
+        self._metric_sums.clear()
+        sums = cast(Tensor, self.trainer.accelerator.reduce(sums, "sum"))
+        totals = dict(zip(names, sums.tolist(), strict=True))
+        examples = totals.pop("examples")
+        return {name: total / examples for name, total in totals.items()} if examples else {}
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _row_figures(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        prepared = dict(self._prepare_inputs(inputs))
-        with self.compute_loss_context_manager():
-            losses, figures = self._example_losses(model, prepared)
-        weights = self._weights(prepared).to(losses)
-        return {"loss": losses * weights, WEIGHT: weights, **figures}
+    def evaluates_rows(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Return True: rows are examples."""
+        return True
 
-    def _evaluation_metrics(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
-        every = {name: torch.cat([batch[name].double() for batch in batches]) for name in (batches or [{}])[0]}
-        if not every or not every[WEIGHT].sum():
-            raise TrainingError("the evaluation set is empty, or all its weights are 0; give it rows that count")
-        weights = every.pop(WEIGHT)
-        loss = (every.pop("loss").sum() / weights.sum()).item()
-        return {"loss": loss, **{name: figures[weights > 0].mean().item() for name, figures in every.items()}}
+    def row_metrics(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return weighted `loss`, `weight` and the metrics of each example, (E,)."""
+        losses, metrics = self.example_losses(model, inputs)
+        weights = self.example_weights(inputs).to(losses)
+        return {"loss": losses * weights, WEIGHT: weights, **metrics}
+
+    def set_metrics(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Return the weighted mean `loss`, and each metric's mean over the examples whose weight is not 0."""
+        rows = {name: torch.cat([batch[name].double() for batch in batches]) for name in (batches or [{}])[0]}
+        if not rows or not rows[WEIGHT].sum():
+            raise TrainingError("the evaluation set is empty, or all its weights are 0; add rows with a weight above 0")
+        weights = rows.pop(WEIGHT)
+        loss = (rows.pop("loss").sum() / weights.sum()).item()
+        return {"loss": loss, **{name: values[weights > 0].mean().item() for name, values in rows.items()}}

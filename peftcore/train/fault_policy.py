@@ -1,4 +1,4 @@
-"""What training does when a batch does not fit into memory, or when its loss cannot be right."""
+"""Options for faults in training: a batch that does not fit into memory, and a bad loss."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,24 +11,30 @@ OnBadLoss = Literal["stop", "rollback"]
 
 @dataclass(frozen=True)
 class FaultPolicy:
-    """`AdapterTrainer(..., faults=FaultPolicy(on_bad_loss="rollback"))`; ConfigError for values that cannot be.
+    """Actions of a trainer on out-of-memory errors and bad losses.
 
-    A loss is bad if it is not finite, or if it is a spike: above the median of the last `spike_window` steps' losses by
-    more than `spike_deviations` of their standard deviation, which is taken from their median absolute deviation (so
-    that earlier spikes do not widen it) and is never below `peftcore.train.bad_loss.LEAST_DEVIATION`.
+    A loss is bad if it is not finite, or if it is a spike: more than `spike_deviations` standard deviations above the
+    median of the last `spike_window` steps' losses. The standard deviation is estimated from the median absolute
+    deviation, so that earlier spikes do not widen it, and is at least `peftcore.train.loss_spikes.LEAST_DEVIATION`.
+
+    Example:
+        `AdapterTrainer(..., faults=FaultPolicy(on_bad_loss="rollback"))`
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     on_out_of_memory: OnOutOfMemory = "split"
-    """split: halve the micro-batch and accumulate its parts, one row at least. stop: raise TrainingError."""
+    """split: halve the rows per forward pass, down to one row, and accumulate. stop: raise TrainingError."""
     on_bad_loss: OnBadLoss = "stop"
-    """stop: raise TrainingError before the loss reaches the weights. rollback: go back to the last checkpoint's state
-    and on with the next batches; those since the checkpoint are not seen again."""
+    """stop: raise TrainingError before the loss changes the weights. rollback: restore the state of the last checkpoint
+    and continue with the next batches; the batches since that checkpoint are not repeated."""
     spike_deviations: float | None = 10.0
-    """Standard deviations above the median that make a spike; None: only a loss that is not finite is bad."""
+    """Standard deviations above the median that make a spike. None: only a loss that is not finite is bad."""
     spike_window: int = 50
-    """Optimiser steps that a loss is compared with (count); once half of them are there, losses are judged."""
+    """Optimiser steps that a loss is compared with (count). Spikes are detected once half of the window is filled."""
     max_rollbacks: int = 3
-    """Rollbacks of one run (count); the next bad loss stops it."""
+    """Rollbacks of one run (count); the next bad loss stops the run."""
 
     def __post_init__(self) -> None:
         for name, kinds in (("on_out_of_memory", OnOutOfMemory), ("on_bad_loss", OnBadLoss)):

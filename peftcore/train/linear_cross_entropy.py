@@ -1,11 +1,13 @@
-"""Cross entropy of a linear output head, without the logits: the gradient is formed in the forward, chunk by chunk.
+"""Cross entropy of a linear output head without keeping logits: gradients are computed in the forward, by chunks.
 
     z = f(s (h Wᵀ + b)),  f(u) = c tanh(u / c) or u;   loss_i = log Σ_v exp z_iv − z_{i, y_i}
     ∂loss_i/∂h_i = s [(softmax(z_i) − 1_{y_i}) ∘ f'] W
 
-With a frozen head that gradient (n, d) is all that is kept, as Liger Kernel (arXiv:2410.10989) and cut cross entropy
-(arXiv:2411.09009) do it; the backward multiplies row i by the upstream gradient of loss i. With a trained head the
-backward forms each chunk's logits once more, because W's gradient needs the upstream gradients.
+h: hidden states. W, b: weight and bias of the head. s: logit scale. c: soft-cap. y: targets.
+
+With a frozen head only this gradient (n, d) is kept, as in Liger Kernel (arXiv:2410.10989) and cut cross entropy
+(arXiv:2411.09009); the backward multiplies row i by the upstream gradient of loss i. With a trained head the backward
+computes each chunk's logits again, because W's gradient needs the upstream gradients.
 
 Shapes: n rows, d hidden width, V vocabulary.
 """
@@ -20,12 +22,12 @@ from torch import Tensor
 from peftcore.errors import TrainingError
 
 _CHUNK_ELEMENTS = 2**23
-"""Logits (count) of one matrix product: enough rows that reading W does not dominate it."""
+"""Logits (count) of one matrix product: with fewer rows, reading W would dominate the time."""
 _CACHE_ELEMENTS = 2**21
-"""Logits (count) a CPU thread takes through all passes of the softmax at once: few enough to stay in its caches, and
-enough that threads wait for each other rarely."""
+"""Logits (count) that a CPU thread processes at once in all passes of the softmax: they fit into its caches, and
+threads are rarely synchronised."""
 _SMALLEST = 1e-30
-"""A probability well above where float32 loses digits."""
+"""Least probability whose logarithm is accurate in float32."""
 
 
 def linear_cross_entropy(
@@ -37,12 +39,19 @@ def linear_cross_entropy(
     scale: float = 1.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """Losses (n,) in nats, float32 or wider, of predicting `targets` (n,) from the logits of `hidden` (n, d).
+    """Return the cross entropies (n,) in nats, float32 or wider. Differentiable once.
 
-    weight: (V, d); bias: (V,) or None; scale: what the logits are multiplied with, before they are soft-capped at
-    ±softcap. chunk: rows (count) whose logits exist at a time; by default about 2^23 logits.
-    hidden and weight have one dtype, except under autocast, which casts them as it does for a linear layer.
-    Differentiable once. TrainingError where shapes do not fit, a target is no token, or create_graph is asked for.
+    Args:
+        hidden: (n, d), in the dtype of `weight`. Autocast casts both as for a linear layer.
+        weight: (V, d).
+        targets: (n,) token ids.
+        bias: (V,), or None.
+        softcap: Bound c of the soft-cap. None: no soft-cap.
+        scale: Factor of the logits, applied before the soft-cap.
+        chunk: Rows (count) whose logits exist at a time. None: about 2^23 logits.
+
+    Raises:
+        TrainingError: Shapes do not fit, a target is not a token id, or `create_graph` is used in the backward.
     """
     _check(hidden, weight, targets, bias, softcap, chunk)
     if torch.is_autocast_enabled(hidden.device.type):
@@ -73,23 +82,23 @@ def _check(
         )
     if targets.shape != (n,) or targets.is_floating_point() or targets.is_complex():
         raise TrainingError(
-            f"targets are {tuple(targets.shape)} {targets.dtype}; give one token id (an integer) a row: ({n},)"
+            f"targets are {tuple(targets.shape)} {targets.dtype}; give one token id (an integer) per row: ({n},)"
         )
     if bias is not None and bias.shape != (vocabulary,):
-        raise TrainingError(f"the bias is {tuple(bias.shape)}; one for each of {vocabulary} tokens fits")
+        raise TrainingError(f"the bias has shape {tuple(bias.shape)}; it must be ({vocabulary},), one value per token")
     if (softcap is not None and softcap <= 0) or (chunk is not None and chunk < 1):
-        raise TrainingError(f"softcap={softcap}, chunk={chunk}: leave them out, or give positive numbers")
+        raise TrainingError(f"softcap={softcap}, chunk={chunk}: both must be positive or None")
     least, most = (int(targets.min()), int(targets.max())) if n else (0, 0)
     if least < 0 or most >= vocabulary > 0:
         raise TrainingError(
-            f"targets run from {least} to {most}, tokens from 0 to {vocabulary - 1}; drop the rows that nobody "
-            "supervises, and check that the tokenizer is the model's"
+            f"targets range from {least} to {most}, token ids from 0 to {vocabulary - 1}; remove rows without a label, "
+            "and check that tokenizer and model belong together"
         )
 
 
 @dataclass(frozen=True)
 class _Work:
-    """One call's numbers, and its walks over chunks."""
+    """Options of one call, and its loops over chunks."""
 
     softcap: float | None
     scale: float
@@ -97,7 +106,7 @@ class _Work:
     targets: Tensor
 
     def losses(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor | None = None) -> Tensor:
-        """Losses (n,); their gradients w.r.t. `hidden` are written into `grad` (n, d) if it is given."""
+        """Return losses (n,); write their gradients w.r.t. `hidden` into `grad` (n, d) if given."""
         losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for part, logits in self._chunks(hidden, weight, bias):
             self._softmax(logits, self.targets[part], losses[part], keep=grad is not None)
@@ -110,7 +119,7 @@ class _Work:
     def backward(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: Tensor, needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of Σ upstream_i loss_i w.r.t. hidden, weight and bias where `needed`; logits are formed again."""
+        """Return the gradients of Σ upstream_i loss_i w.r.t. hidden, weight and bias, None if not `needed`."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         grads = [
             torch.zeros_like(x, dtype=dtype) if need and x is not None else None
@@ -132,7 +141,7 @@ class _Work:
         )
 
     def _chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their raw logits), the logits in one buffer that is used again for every chunk."""
+        """Yield (rows, raw logits) of each chunk; all chunks share one buffer of logits."""
         buffer = hidden.new_empty(self.chunk, len(weight))
         for start in range(0, len(hidden), max(1, self.chunk)):
             part = slice(start, min(start + self.chunk, len(hidden)))
@@ -144,7 +153,7 @@ class _Work:
             yield part, logits
 
     def _softmax(self, logits: Tensor, targets: Tensor, losses: Tensor, keep: bool) -> None:
-        """Write the losses of some rows, and over their raw logits the gradient w.r.t. these if it is to be kept."""
+        """Write the losses of some rows; if `keep`, overwrite their raw logits with the gradient w.r.t. the logits."""
         count, vocabulary = logits.shape
         if logits.device.type == "cpu":
             count = min(count, max(1, _CACHE_ELEMENTS * torch.get_num_threads() // vocabulary))
@@ -163,17 +172,17 @@ class _Work:
             losses[part] = loss.squeeze(1)
             if not keep:
                 continue
-            p.scatter_(1, target, (-loss).expm1())  # p - 1 without cancellation, for tokens that are nearly sure
+            p.scatter_(1, target, (-loss).expm1())  # p - 1 without cancellation if p is near 1
             if self.softcap is not None:
                 p.mul_(z.div_(self.softcap).square_().neg_().add_(1))  # f' = 1 - tanh²
             logits[part] = p
 
     def _loss(self, logits: Tensor, probabilities: Tensor, target: Tensor) -> Tensor:
-        """-log p of the targets (n, 1), for any of them."""
+        """Return -log p of the targets (n, 1), accurate for any p."""
         likely = probabilities.gather(1, target)
         if likely.device.type == "cpu" and bool((likely > _SMALLEST).all()):
             return likely.log_().neg_().clamp_(min=0)
-        # The largest probability is 1 / Σ exp(z - max), so the softmax gives the log-sum-exp as well.
+        # The largest probability is 1 / Σ exp(z - max), from which the log-sum-exp follows.
         log_sum = logits.amax(1, True) - probabilities.amax(1, True).log()
         return (log_sum - logits.gather(1, target)).clamp_(min=0)
 
@@ -190,7 +199,7 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         _check_differentiated_once()
         (grad,) = ctx.saved_tensors
-        # float32 upstream: its own rounding would be the same in every row, and so no noise but a bias
+        # float32 upstream gradients: rounding them would give every row the same error, a bias
         return (grad * upstream[0].unsqueeze(1)).to(grad.dtype), None, None, None
 
 
@@ -209,8 +218,7 @@ class _TrainedHead(torch.autograd.Function):
 
 
 def _check_differentiated_once() -> None:
-    if torch.is_grad_enabled():  # the gradient would pass for a constant
+    if torch.is_grad_enabled():  # the computed gradient would be treated as a constant
         raise TrainingError(
-            "linear_cross_entropy is differentiable once; leave create_graph out, or compute the logits and take "
-            "their cross entropy"
+            "linear_cross_entropy is differentiable once; leave out create_graph, or take the cross entropy of logits"
         )

@@ -1,7 +1,7 @@
-"""Which optimiser trains the adapters, and two that treat LoRA's factors differently.
+"""Choice of the optimiser, and two optimisers that treat LoRA's factors A and B differently.
 
-LoRA+: arXiv:2402.12354. LoRA-FA: arXiv:2308.03303. Both find the factors by the adapters in the model, not by
-parameters' names.
+LoRA+: arXiv:2402.12354. LoRA-FA: arXiv:2308.03303. Both find the factors through the model's adapters, not
+through parameter names.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,17 @@ from peftcore.train.adamw import FusedAdamW
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Raise TrainingError for an optimiser that this device has not."""
+    """Raise TrainingError if the optimiser does not run on this device."""
     name = str(getattr(args.optim, "value", args.optim))
     if "paged" in name and args.device.type != "cuda":
         raise TrainingError(
-            f"{name} moves its state between a CUDA device's memory and the host's, and training runs on "
-            f"{args.device.type}; choose {'adamw_bnb_8bit' if '8bit' in name else 'adamw_torch_fused'}"
+            f"{name} pages its state between GPU and CPU memory, but training runs on {args.device.type}; choose "
+            f"{'adamw_bnb_8bit' if '8bit' in name else 'adamw_torch_fused'}"
         )
 
 
 def in_one_call(optimizer_class: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """FusedAdamW and its options in the place of torch's fused AdamW; any other optimiser as it is given."""
+    """Return FusedAdamW and its options instead of torch's fused AdamW; return any other optimiser unchanged."""
     if optimizer_class is not torch.optim.AdamW or set(options) - {"lr", "betas", "eps", "fused"}:
         return optimizer_class, options
     if not options.get("fused"):
@@ -43,7 +43,7 @@ def _factored(model: nn.Module) -> list[tuple[Adapter, LowRankBranch]]:
     active = [a for name in adapters.selection.active for a in adapters.adapters(name).values()]
     layers = [(adapter, factors) for adapter in active if (factors := adapter.trained_factors()) is not None]
     if not layers:
-        raise ConfigError("the active adapters have no LoRA factors; this optimiser is for LoRA")
+        raise ConfigError("no active adapter is a LoRA; this optimiser needs LoRA factors")
     return layers
 
 
@@ -56,9 +56,19 @@ def create_loraplus_optimizer(
     loraplus_weight_decay: float = 0.0,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """LoRA+: B learns `loraplus_lr_ratio` times as fast as A; a LoRA of an embedding has a rate of its own.
+    """Create a LoRA+ optimiser: B's learning rate is `loraplus_lr_ratio` times A's.
 
-    options: what `optimizer_cls` takes besides. Biases and other vectors learn at B's rate, without decay.
+    Args:
+        model: A PeftModel with an active LoRA.
+        optimizer_cls: Class of the optimiser.
+        lr: Learning rate of A.
+        loraplus_lr_ratio: Ratio of B's learning rate to A's. Biases and other vectors get B's rate, without decay.
+        loraplus_lr_embedding: Learning rate of a LoRA on an embedding.
+        loraplus_weight_decay: Weight decay of matrices.
+        options: Further arguments of `optimizer_cls`.
+
+    Raises:
+        ConfigError: No active adapter is a LoRA.
     """
     layers = _factored(model)
     embedding = {p for adapter, own in layers if adapter.base.kind == "embedding" for p in (own.a, own.b)}
@@ -84,9 +94,9 @@ def create_loraplus_optimizer(
 
 
 class LoraFa(torch.optim.AdamW):
-    """AdamW for LoRA with A frozen; B's gradient becomes the one whose step is nearest to the full weight's.
+    """AdamW for LoRA with frozen A: B's gradient is projected so that the step approximates full fine-tuning.
 
-    g ← s⁻² g (A Aᵀ)⁻¹. Other trained parameters get plain AdamW.
+    g ← s⁻² g (A Aᵀ)⁻¹, s: LoRA's scaling. Other trained parameters get plain AdamW.
     """
 
     def __init__(self, params: Any, layers: list[LowRankBranch], **options: Any):
@@ -95,7 +105,7 @@ class LoraFa(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Project the gradients of B, then step as AdamW does."""
+        """Project the gradients of B, then take AdamW's step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -114,14 +124,21 @@ def _projected(layer: LowRankBranch, gradient: Tensor) -> Tensor:
 
 
 def create_lorafa_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0, **options: Any) -> LoraFa:
-    """LoRA-FA: freezes every A of the active adapters and gives the optimiser of what is left.
+    """Freeze A of every active LoRA, and create the LoRA-FA optimiser of the other trained parameters.
 
-    Raises ConfigError for layers whose weight is not linear, or with DoRA.
+    Args:
+        model: A PeftModel with an active LoRA.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        options: Further arguments of torch.optim.AdamW.
+
+    Raises:
+        ConfigError: No active adapter is a LoRA, an adapted layer is not linear, or it uses DoRA.
     """
     layers = _factored(model)
     for adapter, factors in layers:
         if adapter.base.kind != "linear" or adapter.exact_factors() is None:
-            raise ConfigError("LoRA-FA is for plain LoRA on linear layers; target those only and leave use_dora out")
+            raise ConfigError("LoRA-FA needs plain LoRA on linear layers; target linear layers only, without use_dora")
         factors.a.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     return cast(Any, LoraFa)(trained, [factors for _, factors in layers], lr=lr, weight_decay=weight_decay, **options)

@@ -1,8 +1,8 @@
-"""Several documents in one row: nothing is padded, and no document sees another.
+"""Packing: several documents in one row, without padding, and without attention between documents.
 
-A packed row has no attention mask. Its positions start anew at each document, and from them transformers' attention
-interfaces make a block-diagonal causal mask (eager, SDPA, flex) or the bounds of variable-length kernels (flash). They
-do so only without a key/value cache, so a packed row also says `use_cache=False`.
+A packed row has no attention mask. Its position ids restart at 0 in each document. From them transformers derives a
+block-diagonal causal mask (eager, SDPA, flex) or the sequence bounds of variable-length kernels (flash). This works
+only without a key/value cache, so a packed row has `use_cache=False`.
 
 Shapes: T tokens of all documents of a row.
 """
@@ -22,52 +22,62 @@ from peftcore.detection import detect
 from peftcore.errors import TrainingError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.model import PeftModel
-from peftcore.train.losses import IGNORED, has_causal_loss
+from peftcore.train.batches import WEIGHT
+from peftcore.train.losses import IGNORED
+from peftcore.train.model_loss import has_causal_loss
 
 Row = Mapping[str, Any]
-"""{"input_ids", "labels"}: token ids of one document; "weight": what its tokens weigh, where documents have weights."""
+"""{"input_ids", "labels"}: token ids of one document; optional "weight": weight of each of its tokens."""
 
 
 @dataclass
 class PackedCollator:
-    """Rows, or packs of rows, -> one row: `input_ids`, `labels` and `position_ids` (1, T), and `use_cache`.
+    """Collator of documents, or packs of documents, into one row.
 
-    A document's first token gets no label, because the token before it is another document's last. Where documents
-    have a "weight", the row has each token's, (1, T).
-    varlen: also give the documents' bounds, which flash attention would else read from the positions in every layer.
+    A document's first token gets no label, because the token before it belongs to another document.
+
+    Args:
+        varlen: Also return the documents' bounds, which flash attention would else compute in every layer.
     """
 
     varlen: bool = False
 
     def __call__(self, rows: Sequence[Row | Sequence[Row]]) -> dict[str, Any]:
+        """Return `input_ids`, `labels`, `position_ids` and, if documents have one, `weight`, each (1, T)."""
         documents = [one for row in rows for one in ([row] if isinstance(row, Mapping) else row)]
         lengths = [len(document["input_ids"]) for document in documents]
         labels = [torch.tensor(document["labels"]) for document in documents]
         for label in labels:
             label[:1] = IGNORED
-        made: dict[str, Any] = {
+        batch: dict[str, Any] = {
             "input_ids": torch.cat([torch.tensor(document["input_ids"]) for document in documents])[None],
             "labels": torch.cat(labels)[None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             "use_cache": False,
         }
-        if "weight" in documents[0]:
-            weights = torch.tensor([document["weight"] for document in documents], dtype=torch.float32)
-            made["weight"] = weights.repeat_interleave(torch.tensor(lengths))[None]
+        if WEIGHT in documents[0]:
+            weights = torch.tensor([document[WEIGHT] for document in documents], dtype=torch.float32)
+            batch[WEIGHT] = weights.repeat_interleave(torch.tensor(lengths))[None]
         if self.varlen:
             bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-            made |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-            made |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-        return made
+            batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            batch |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        return batch
 
 
 class PackSampler(Sampler[tuple[int, ...]]):
-    """Packs of row indices; each row once an epoch, at most `tokens` tokens a pack, as few packs as best fit gives.
+    """Packs of row indices by best-fit decreasing bin packing; each row occurs once an epoch.
 
-    lengths: tokens per row; seed: of the order. Which rows share a pack and when it comes is a function of
-    (seed, epoch) alone, and the number of packs the same in every epoch, so a resumed run finds its place.
+    Packs and their order depend only on (seed, epoch), and each epoch has the same number of packs, so a resumed run
+    continues at the same pack.
 
-    Raises TrainingError for a row of more than `tokens` tokens.
+    Args:
+        lengths: Tokens in each row.
+        tokens: Most tokens in a pack.
+        seed: Seed of packs and order.
+
+    Raises:
+        TrainingError: A row has more than `tokens` tokens.
     """
 
     def __init__(self, lengths: Sequence[int], tokens: int, seed: int = 0) -> None:
@@ -85,7 +95,7 @@ class PackSampler(Sampler[tuple[int, ...]]):
         self._profiles = _best_fit([n for n in sorted(self._rows_of, reverse=True) for _ in self._rows_of[n]], tokens)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (from 0) whose packs are drawn next; the trainer calls it."""
+        """Choose the epoch (from 0) whose packs are drawn next; the trainer calls this method."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -93,7 +103,7 @@ class PackSampler(Sampler[tuple[int, ...]]):
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        # Rows of one length change places, so packs are as full as in any epoch but hold other rows.
+        # Rows of equal length are exchanged, so packs are as full as in every epoch but hold other rows.
         left = {n: [rows[i] for i in _shuffled(len(rows), generator)] for n, rows in self._rows_of.items()}
         packs = [tuple(left[length].pop() for length in profile) for profile in self._profiles]
         return iter([packs[i] for i in _shuffled(len(packs), generator)])
@@ -104,7 +114,7 @@ def _shuffled(count: int, generator: torch.Generator) -> list[int]:
 
 
 def _best_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Bins of lengths, given from long to short: each goes where it leaves least room, else into a new bin."""
+    """Return bins of lengths (sorted, longest first); each length goes into the fullest bin that has room for it."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, number of the bin), sorted
     for length in lengths:
@@ -121,10 +131,13 @@ def _best_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 class Packs(Dataset[list[Row]]):
-    """A training set for AdapterTrainer, which takes it in packs of at most `tokens` tokens, through PackedCollator.
+    """Training set for AdapterTrainer in packs of at most `tokens` tokens, for use with PackedCollator.
 
-    rows: what can be indexed for rows, such as a list or a datasets.Dataset. With `per_device_train_batch_size=1` each
-    forward pass is one pack; with more, their packs lie in one row.
+    With `per_device_train_batch_size=1` each forward pass is one pack; with more, several packs are one row.
+
+    Args:
+        rows: A sequence of rows, such as a list or a datasets.Dataset.
+        tokens: Most tokens in a pack.
     """
 
     def __init__(self, rows: Any, tokens: int) -> None:
@@ -134,14 +147,14 @@ class Packs(Dataset[list[Row]]):
         self._count = len(PackSampler(self.lengths, tokens))
 
     def __len__(self) -> int:
-        """Packs of an epoch."""
+        """Return the number of packs in an epoch."""
         return self._count
 
     def __getitem__(self, pack: tuple[int, ...]) -> list[Row]:
         return [self.rows[row] for row in pack]
 
     def sampler(self, seed: int) -> PackSampler:
-        """What indexes this set."""
+        """Return the sampler whose packs index this set."""
         return PackSampler(self.lengths, self.tokens, seed)
 
 
@@ -149,45 +162,47 @@ def _column(rows: Any, name: str) -> Any:
     return rows[name] if name in (getattr(rows, "column_names", None) or ()) else [row[name] for row in rows]
 
 
-# -- which models can ------------------------------------------------------------------------------------------------
+# -- packable models -------------------------------------------------------------------------------------------------
 
 
 def uses_flash_attention(model: nn.Module) -> bool:
-    """Whether the model's attention takes the documents' bounds."""
+    """Return True if the model's attention accepts the documents' bounds."""
     return "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
 
 
 def check_packable(model: nn.Module) -> None:
-    """Raise TrainingError unless this model computes of each document in a packed row what it computes of it alone.
+    """Check that a model's outputs for documents in a packed row equal those for each document alone.
 
-    Asks the architecture first, then the model itself: two short documents, together and one by one.
+    The check looks at the architecture, then compares logits of two short documents, packed and one by one.
+
+    Raises:
+        TrainingError: The model does not support packed rows.
     """
-    instead = "train on padded rows, such as RightPaddingCollator makes"
+    instead = "train on padded rows, with RightPaddingCollator"
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     active = adapter_set(model).prompts_in_effect() if isinstance(model, PeftModel) else []
     prompts = [type(prompt).__name__ for prompt in active]
     if prompts:
         raise TrainingError(
-            f"{' and '.join(prompts)} puts virtual tokens before a row, and a packed row has many beginnings; {instead}"
+            f"{' and '.join(prompts)} inserts virtual tokens before a row, not before each packed document; {instead}"
         )
     if not has_causal_loss(model):
-        raise TrainingError(f"packed rows are for causal language models, and {family} is none; {instead}")
+        raise TrainingError(f"packed rows need a causal language model; {family} is not one; {instead}")
     if not detect(model).packable:
         raise TrainingError(
-            f"{family} carries a state from token to token, so one document of a packed row would leak into the next; "
-            f"{instead}"
+            f"{family} has a recurrent state, which would leak from one document of a packed row to the next; {instead}"
         )
     difference, tolerance = _difference_when_packed(model)
     if not difference <= tolerance:
         raise TrainingError(
-            f"{family} does not keep the documents of a packed row apart: its logits differ by {difference:.1%} from "
-            f"those of the documents alone, where rounding explains {tolerance:.1%}; {instead}"
+            f"{family} does not separate the documents of a packed row: its logits differ by {difference:.1%} from "
+            f"those of the documents alone, more than rounding ({tolerance:.1%}); {instead}"
         )
 
 
 @torch.no_grad()
 def _difference_when_packed(model: nn.Module) -> tuple[float, float]:
-    """RMS of the logits' change by packing and the most that rounding explains, both relative to the logits' RMS."""
+    """Return the RMS change of the logits by packing, and its bound from rounding, relative to the logits' RMS."""
     embedding = cast(Any, model).get_input_embeddings()
     words, device = embedding.num_embeddings, next(embedding.parameters()).device
     tokens = [(torch.arange(1, 1 + length) * step) % words for length, step in ((9, 7), (14, 11))]
@@ -199,7 +214,7 @@ def _difference_when_packed(model: nn.Module) -> tuple[float, float]:
         on_device = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
         return model(**on_device).logits
 
-    keep_quantized_weights_trainable(model)  # eval mode would repack them for good
+    keep_quantized_weights_trainable(model)  # eval mode would repack quantised weights permanently
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -208,5 +223,5 @@ def _difference_when_packed(model: nn.Module) -> tuple[float, float]:
         for module, was in training.items():
             module.training = was
     change = (packed - alone).float().square().mean().sqrt() / alone.float().square().mean().sqrt()
-    # Some families compute their attention in float32 whatever they are given.
+    # Some families compute attention in float32 for any dtype of their inputs.
     return change.item(), max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5

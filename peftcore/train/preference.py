@@ -1,6 +1,6 @@
-"""Losses of pairs of answers: DPO and its kin against a reference, ORPO without one.
+"""Losses of preference pairs: DPO, cDPO, IPO, hinge and RPO with a reference model, ORPO without.
 
-With π(y|x) the model's and ρ(y|x) the reference's probability of an answer, y⁺ the chosen and y⁻ the rejected one,
+π(y|x): the model's probability of an answer. ρ(y|x): the reference's. y⁺: the chosen answer. y⁻: the rejected one.
 
     h = log π(y⁺|x)/ρ(y⁺|x) − log π(y⁻|x)/ρ(y⁻|x)
     DPO    −(1 − ε) log σ(βh) − ε log σ(−βh)          arXiv:2305.18290; ε > 0 is cDPO's
@@ -8,8 +8,8 @@ With π(y|x) the model's and ρ(y|x) the reference's probability of an answer, y
     hinge  max(0, 1 − βh)                             arXiv:2305.10425
     ORPO   −log p̄⁺ − β log σ(log odds p̄⁺ − log odds p̄⁻)   arXiv:2403.07691; β is its λ
 
-where h̄ takes means over an answer's tokens in the place of sums, and p̄ is the geometric mean of a token's probability.
-All are per pair; a batch's loss is the weighted mean over pairs.
+h̄: h with means over an answer's tokens instead of sums. p̄: geometric mean of an answer's token probabilities. Each
+loss is per pair; a batch's loss is the weighted mean over pairs.
 
 Shapes: P pairs.
 """
@@ -28,7 +28,7 @@ PairLoss = Literal["sigmoid", "ipo", "hinge"]
 
 @dataclass(frozen=True)
 class PairLogProbs:
-    """Log-probabilities (P,) of both answers, in nats, summed over their tokens; how many tokens those are, (P,)."""
+    """Log-probabilities (P,) of both answers in nats, summed over tokens, and the numbers of tokens (P,)."""
 
     chosen: Tensor
     rejected: Tensor
@@ -36,64 +36,70 @@ class PairLogProbs:
     rejected_tokens: Tensor
 
     def per_token(self) -> "PairLogProbs":
-        """Means over tokens in the place of sums; 0 for an answer without tokens."""
+        """Return means over tokens instead of sums; 0 for an answer without tokens."""
         chosen = self.chosen / self.chosen_tokens.clamp(min=1)
         rejected = self.rejected / self.rejected_tokens.clamp(min=1)
         return PairLogProbs(chosen, rejected, self.chosen_tokens, self.rejected_tokens)
 
 
 class PreferenceObjective(Protocol):
-    """A loss of pairs: `Dpo`, `Orpo`, or one of your own."""
+    """Interface of a loss of pairs, such as `Dpo` and `Orpo`."""
 
     uses_reference: ClassVar[bool]
-    """Whether `losses` is given the reference's log-probabilities."""
+    """True if `losses` needs the reference's log-probabilities."""
 
     def losses(self, policy: PairLogProbs, reference: PairLogProbs | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses (P,), and figures (P,) to log, detached."""
+        """Return losses (P,), and detached metrics (P,) to log, from the log-probabilities of policy and reference."""
         ...
 
 
 @dataclass(frozen=True)
 class Dpo:
-    """DPO, cDPO, IPO or the hinge loss; ConfigError for values that cannot be."""
+    """DPO, cDPO (label_smoothing), IPO or hinge loss, with RPO's additional term if asked for.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
 
     beta: float = 0.1
-    """How dear it is to leave the reference; above 0."""
+    """Strength of the KL penalty against the reference, above 0."""
     loss: PairLoss = "sigmoid"
     label_smoothing: float = 0.0
-    """Share of pairs that are taken to be labelled the wrong way round, below 0.5; of the sigmoid loss."""
+    """Assumed share of pairs with swapped labels, below 0.5. For the sigmoid loss only."""
     length_normalized: bool = False
-    """Compare means over tokens, as IPO always does, so that a long answer counts no more than a short one."""
+    """Compare means over tokens, as IPO always does, so that the length of an answer does not matter."""
     rpo_alpha: float = 0.0
-    """Weight of the chosen answer's mean token loss, which is added (RPO, arXiv:2404.19733)."""
+    """Weight of the additional mean token loss of the chosen answer (RPO, arXiv:2404.19733)."""
     uses_reference: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.loss not in get_args(PairLoss):
-            raise ConfigError(f"loss is one of {', '.join(get_args(PairLoss))}; got {self.loss!r}")
+            raise ConfigError(f"loss must be one of {', '.join(get_args(PairLoss))}; got {self.loss!r}")
         _check_beta(self.beta)
         if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"label_smoothing is at least 0 and below 0.5; got {self.label_smoothing}")
+            raise ConfigError(f"label_smoothing must be at least 0 and below 0.5; got {self.label_smoothing}")
         if self.label_smoothing and self.loss != "sigmoid":
             raise ConfigError(f"label_smoothing is for the sigmoid loss; set it to 0 with loss={self.loss!r}")
         if self.rpo_alpha < 0:
-            raise ConfigError(f"rpo_alpha is at least 0; got {self.rpo_alpha}")
+            raise ConfigError(f"rpo_alpha must be at least 0; got {self.rpo_alpha}")
 
     def losses(self, policy: PairLogProbs, reference: PairLogProbs | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return losses (P,), and detached metrics (P,) under TRL's names."""
         assert reference is not None
         if self.length_normalized or self.loss == "ipo":
-            ours, theirs = policy.per_token(), reference.per_token()
+            policy_terms, reference_terms = policy.per_token(), reference.per_token()
         else:
-            ours, theirs = policy, reference
-        chosen, rejected = ours.chosen - theirs.chosen, ours.rejected - theirs.rejected
-        losses = self._of(chosen - rejected)
+            policy_terms, reference_terms = policy, reference
+        chosen = policy_terms.chosen - reference_terms.chosen
+        rejected = policy_terms.rejected - reference_terms.rejected
+        losses = self._loss_of_ratio(chosen - rejected)
         likelihood = -policy.per_token().chosen
         if self.rpo_alpha:
             losses = losses + self.rpo_alpha * likelihood
-        figures = _rewards(self.beta * chosen, self.beta * rejected) | _log_probs(policy)
-        return losses, figures | {"nll": likelihood.detach()}
+        metrics = _rewards(self.beta * chosen, self.beta * rejected) | _log_probs(policy)
+        return losses, metrics | {"nll": likelihood.detach()}
 
-    def _of(self, ratio: Tensor) -> Tensor:
+    def _loss_of_ratio(self, ratio: Tensor) -> Tensor:
         if self.loss == "ipo":
             return (ratio - 1 / (2 * self.beta)).square()
         if self.loss == "hinge":
@@ -104,30 +110,35 @@ class Dpo:
 
 @dataclass(frozen=True)
 class Orpo:
-    """ORPO, which needs no reference; ConfigError for a beta that cannot be."""
+    """ORPO, which needs no reference.
+
+    Raises:
+        ConfigError: beta is not above 0.
+    """
 
     beta: float = 0.1
-    """Weight of the odds ratio's loss, the paper's λ; above 0."""
+    """Weight of the odds ratio loss, the paper's λ, above 0."""
     uses_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_beta(self.beta)
 
     def losses(self, policy: PairLogProbs, reference: PairLogProbs | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return losses (P,), and detached metrics (P,) under TRL's names; `reference` is not used."""
         means = policy.per_token()
         ratio = _log_odds(means.chosen) - _log_odds(means.rejected)
         losses = -means.chosen - self.beta * F.logsigmoid(ratio)
-        figures = _rewards(self.beta * means.chosen, self.beta * means.rejected) | _log_probs(policy)
-        return losses, figures | {"nll": -means.chosen.detach(), "log_odds_ratio": ratio.detach()}
+        metrics = _rewards(self.beta * means.chosen, self.beta * means.rejected) | _log_probs(policy)
+        return losses, metrics | {"nll": -means.chosen.detach(), "log_odds_ratio": ratio.detach()}
 
 
 def _check_beta(beta: float) -> None:
     if not beta > 0:
-        raise ConfigError(f"beta is above 0; got {beta}")
+        raise ConfigError(f"beta must be above 0; got {beta}")
 
 
 def _log_odds(log_probability: Tensor) -> Tensor:
-    """Log p/(1 − p) from log p, without cancellation where p is near 1, where it is finite up to p's own precision."""
+    """Return log p/(1 − p) from log p; finite, and accurate for p near 1."""
     log_p = log_probability.clamp(max=-torch.finfo(log_probability.dtype).eps)
     return log_p - torch.log(-torch.expm1(log_p))
 

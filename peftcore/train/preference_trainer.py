@@ -1,7 +1,9 @@
-"""A Trainer for pairs of answers: chosen and rejected in one forward, the reference in the same model.
+"""A Trainer for preference pairs: chosen and rejected answers in one forward, the reference on the same base weights.
 
-Every pair counts alike (or by its weight) whatever the accumulation. Logged: the objective's rewards, margins,
-accuracies and log-probabilities, under TRL's names.
+Every pair has the same weight (or its own), whatever the gradient accumulation. Logged under TRL's names: rewards,
+margins, accuracies and log-probabilities.
+
+Shapes: P pairs.
 """
 
 from typing import Any, Literal, get_args
@@ -14,10 +16,9 @@ from transformers import Trainer
 
 from peftcore.errors import TrainingError
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.train.batches import REFERENCE_COLUMNS, LengthGroupedSampler
-from peftcore.train.example_objective import ExampleObjectiveMixin
-from peftcore.train.losses import has_causal_loss
-from peftcore.train.objective import adapted_model
+from peftcore.train.batches import REFERENCE_COLUMNS, WEIGHT, LengthGroupedSampler
+from peftcore.train.example_objective import ExampleObjective
+from peftcore.train.model_loss import has_causal_loss
 from peftcore.train.preference import Dpo, PairLogProbs, PreferenceObjective
 from peftcore.train.reference import (
     pair_log_probs,
@@ -27,26 +28,124 @@ from peftcore.train.reference import (
     with_reference_columns,
 )
 from peftcore.train.trainer import AdapterTrainerMixin
-from peftcore.train.weights import WEIGHT
 
 Reference = Literal["start", "base"]
 PAIR_COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
-"""What a row of pairs has: token ids and labels of either answer behind its prompt."""
+"""Columns of a pair: token ids and labels of both answers, each behind the prompt."""
 
 
-class PreferenceTrainerMixin(ExampleObjectiveMixin):
-    """For any Trainer class: `class MyTrainer(PreferenceTrainerMixin, AdapterTrainerMixin, Trainer)`.
+class PairObjective(ExampleObjective):
+    """Weighted mean of a preference loss over pairs.
 
-    objective: `Dpo(...)`, `Orpo(...)` or one of your own.
-    reference: "start", the model as it is when the trainer is made, of which a frozen copy of the adapters is kept; or
-    "base", the model without adapters. They are the same model for adapters that start at zero.
-    ref_adapter_name: a frozen adapter that is the reference in the place of both.
-    precompute_reference: take the reference's log-probabilities once, before training, rather than in each step.
-    Raises TrainingError for a model without next-token logits, a reference that trains, packed rows, or "start" with
-    FSDP, which would keep the base whole beside its shards.
+    Args:
+        trainer: The trainer that minimises this objective.
+        pair_loss: `Dpo(...)`, `Orpo(...)` or another loss of pairs.
+        reference: "start" or "base"; see `PreferenceTrainerMixin`.
+        ref_adapter_name: A frozen adapter that is the reference instead.
     """
 
-    _fitting_collator = "PreferenceCollator"
+    collator_name = "PreferenceCollator"
+
+    def __init__(
+        self, trainer: Any, pair_loss: PreferenceObjective, reference: Reference, ref_adapter_name: str | None
+    ) -> None:
+        super().__init__(trainer)
+        self.pair_loss = pair_loss
+        self.reference = reference
+        self.ref_adapter_name = ref_adapter_name
+        self.start_model: Any = None
+        """Frozen copy of the model as it was when the trainer was made, if that is the reference."""
+
+    def check(self) -> None:
+        """Raise TrainingError also for a model without next-token logits, or a trained reference adapter."""
+        super().check()
+        model, name = self.trainer.adapted_model, self.ref_adapter_name
+        if not has_causal_loss(model):
+            raise TrainingError(f"preference pairs need a causal language model; {type(model).__name__} is not one")
+        if name is not None:
+            adapters = adapter_set(model)
+            adapters.require(name)
+            if any(parameter.requires_grad for parameter in adapters.parameters(name)):
+                raise TrainingError(
+                    f"the reference adapter {name!r} is trained; load it with is_trainable=False, or freeze it with "
+                    "set_requires_grad"
+                )
+        if self.reference == "start" and name is None and self.pair_loss.uses_reference:
+            if self.trainer.is_fsdp_enabled:
+                raise TrainingError(
+                    "reference='start' keeps a copy of the model that shares the base's weights, and FSDP shards "
+                    "those; give reference='base' if the adapter is new, or ref_adapter_name, a frozen adapter"
+                )
+            self.start_model = reference_model(model)
+
+    def columns(self, signature: list[str]) -> list[str]:
+        """Return the columns of pairs."""
+        return [*PAIR_COLUMNS, *REFERENCE_COLUMNS, WEIGHT]
+
+    def lengths(self, dataset: Any) -> list[int]:
+        """Return the tokens of both answers, prompts included, of each pair."""
+        return [len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) for row in dataset]
+
+    def example_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return losses and metrics of the pairs, (P,)."""
+        policy = pair_log_probs(model, inputs)
+        reference = None
+        if self.pair_loss.uses_reference:
+            reference = stored_log_probs(inputs, policy) or self.reference_log_probs(model, inputs)
+        return self.pair_loss.losses(policy, reference)
+
+    def reference_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> PairLogProbs:
+        """Return the reference's log-probabilities of a batch, without gradients."""
+        if self.start_model is not None:
+            with torch.no_grad():
+                return pair_log_probs(self.start_model, inputs)
+        with reference_acting(self.trainer.adapted_model, self.ref_adapter_name):
+            return pair_log_probs(model, inputs)
+
+    def with_reference(self, rows: Any) -> Any:
+        """Return rows with the reference's log-probabilities as columns; each process computes a part of the batches.
+
+        Args:
+            rows: A dataset, a dictionary of datasets, or None.
+        """
+        if rows is None:
+            return None
+        if isinstance(rows, dict):
+            return {name: self.with_reference(each) for name, each in rows.items()}
+        trainer = self.trainer
+        order = torch.as_tensor(self.lengths(rows)).argsort(descending=True, stable=True)
+        model, results = trainer.adapted_model, []
+        with trainer.accelerator.split_between_processes(list(order.split(trainer.args.eval_batch_size))) as batches:
+            silent = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+            for batch in tqdm(batches, desc="reference", unit="batch", disable=silent):
+                inputs = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in batch.tolist()]))
+                with trainer.compute_loss_context_manager():
+                    log_probs = self.reference_log_probs(model, inputs)
+                results.append((batch, log_probs.chosen.cpu(), log_probs.rejected.cpu()))
+        indices, chosen, rejected = (torch.cat(parts) for parts in zip(*gather_object(results), strict=True))
+        in_row_order = indices.argsort()
+        return with_reference_columns(rows, chosen[in_row_order], rejected[in_row_order])
+
+
+class PreferenceTrainerMixin(AdapterTrainerMixin):
+    """Preference training for any Trainer class: `class MyTrainer(PreferenceTrainerMixin, Trainer): ...`.
+
+    The arguments are those of AdapterTrainerMixin and:
+
+    Args:
+        objective: `Dpo(...)`, `Orpo(...)` or another loss of pairs. None: `Dpo()`.
+        reference: "start": the model as it is when the trainer is made, of which a frozen copy of the adapters is
+            kept. "base": the model without adapters. Both are the same model for adapters that start at zero.
+        ref_adapter_name: A frozen adapter that is the reference instead.
+        precompute_reference: Compute the reference's log-probabilities once before training, not in each step.
+
+    Raises:
+        TrainingError: The model has no next-token logits, the reference is trained, the rows are packed, or
+            reference="start" is used with FSDP, which would keep the whole base beside its shards.
+    """
+
+    loss_is_scaled_for_ga = True
+    training_objective: PairObjective
 
     def __init__(
         self,
@@ -57,93 +156,24 @@ class PreferenceTrainerMixin(ExampleObjectiveMixin):
         precompute_reference: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.objective = Dpo() if objective is None else objective
         if reference not in get_args(Reference):
-            raise TrainingError(f"reference is one of {', '.join(get_args(Reference))}; got {reference!r}")
-        self.ref_adapter_name = ref_adapter_name
-        self._start: Any = None
+            raise TrainingError(f"reference must be one of {', '.join(get_args(Reference))}; got {reference!r}")
+        self.objective = Dpo() if objective is None else objective
+        self._reference_options: tuple[Reference, str | None] = reference, ref_adapter_name
         super().__init__(*args, **kwargs)
-        model = adapted_model(self)
-        if not has_causal_loss(model):
-            raise TrainingError(f"pairs of answers are for causal language models, and {type(model).__name__} is none")
-        if ref_adapter_name is not None:
-            adapters = adapter_set(model)
-            adapters.require(ref_adapter_name)
-            if any(p.requires_grad for p in adapters.parameters(ref_adapter_name)):
-                raise TrainingError(
-                    f"the reference {ref_adapter_name!r} trains itself; load it with is_trainable=False, or freeze it "
-                    "with set_requires_grad"
-                )
-        if reference == "start" and ref_adapter_name is None and self.objective.uses_reference:
-            self._start = self._reference_of_start(model)
         if precompute_reference and self.objective.uses_reference:
-            self.train_dataset = self._with_reference(self.train_dataset)
-            self.eval_dataset = self._with_reference(self.eval_dataset)
+            self.train_dataset = self.training_objective.with_reference(self.train_dataset)
+            self.eval_dataset = self.training_objective.with_reference(self.eval_dataset)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*PAIR_COLUMNS, *REFERENCE_COLUMNS, WEIGHT]
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler(_lengths(dataset), self.args.train_batch_size, seed)
+    def make_objective(self) -> PairObjective:
+        """Return the weighted mean of the pairs' losses."""
+        return PairObjective(self, self.objective, *self._reference_options)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(eval_dataset, "__len__"):
+        if not self.groups_by_length(eval_dataset):
             return super()._get_eval_sampler(eval_dataset)
-        return LengthGroupedSampler(_lengths(eval_dataset), self.args.eval_batch_size)
-
-    # -- loss --------------------------------------------------------------------------------------------------
-
-    def _example_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        policy = pair_log_probs(model, inputs)
-        reference = None
-        if self.objective.uses_reference:
-            reference = stored_log_probs(inputs, policy) or self._reference(model, inputs)
-        return self.objective.losses(policy, reference)
-
-    def _reference_of_start(self, model: Any) -> Any:
-        if self.is_fsdp_enabled:
-            raise TrainingError(
-                "reference='start' keeps a copy of the model that shares the base's weights, and FSDP shards those; "
-                "give reference='base' if the adapter is new, or ref_adapter_name, a frozen adapter"
-            )
-        return reference_model(model)
-
-    def _reference(self, model: nn.Module, inputs: dict[str, Any]) -> PairLogProbs:
-        if self._start is not None:
-            with torch.no_grad():
-                return pair_log_probs(self._start, inputs)
-        with reference_acting(adapted_model(self), self.ref_adapter_name):
-            return pair_log_probs(model, inputs)
-
-    def _with_reference(self, rows: Any) -> Any:
-        """Rows with the reference's log-probabilities as columns; each process computes its share of the batches."""
-        if rows is None:
-            return None
-        if isinstance(rows, dict):
-            return {name: self._with_reference(each) for name, each in rows.items()}
-        collate: Any = self.data_collator
-        order = torch.as_tensor(_lengths(rows)).argsort(descending=True, stable=True)
-        model, found = adapted_model(self), []
-        with self.accelerator.split_between_processes(list(order.split(self.args.eval_batch_size))) as batches:
-            hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-            for batch in tqdm(batches, desc="reference", unit="batch", disable=hidden):
-                inputs = self._prepare_inputs(collate([rows[i] for i in batch.tolist()]))
-                with self.compute_loss_context_manager():
-                    log_probs = self._reference(model, inputs)
-                found.append((batch, log_probs.chosen.cpu(), log_probs.rejected.cpu()))
-        indices, chosen, rejected = (torch.cat(parts) for parts in zip(*gather_object(found), strict=True))
-        back = indices.argsort()
-        return with_reference_columns(rows, chosen[back], rejected[back])
+        return LengthGroupedSampler(self.training_objective.lengths(eval_dataset), self.args.eval_batch_size)
 
 
-class PreferenceTrainer(PreferenceTrainerMixin, AdapterTrainerMixin, Trainer):
-    """transformers' Trainer for a PeftModel and pairs of answers."""
-
-
-def _lengths(rows: Any) -> list[int]:
-    """Tokens of both answers, prompts included, of each pair."""
-    return [len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) for row in rows]
+class PreferenceTrainer(PreferenceTrainerMixin, Trainer):
+    """transformers' Trainer for a PeftModel and preference pairs."""

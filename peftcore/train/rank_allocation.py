@@ -1,8 +1,8 @@
-"""Ranks for a budget of parameters: the knapsack of rank-one pieces, filled by worth per parameter.
+"""Ranks within a parameter budget: a knapsack of rank-one components, filled greedily by value per parameter.
 
-A layer's k-th rank costs as many parameters whatever k is, and brings what its k-th best piece is worth. Worths fall
-within a layer, so taking the best ratio of worth to cost first is optimal for every budget that it fills exactly, and
-at most one piece away from it otherwise (Dantzig 1957).
+Every rank of a layer costs the same number of parameters. A layer's k-th rank adds the value of its k-th best
+component, so values decrease within a layer. Greedy choice by value per cost is then optimal for every budget that it
+fills exactly, and at most one component away from optimal otherwise (Dantzig 1957).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,20 +13,27 @@ from peftcore.errors import ConfigError
 def allocate_ranks(
     worths: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int, least: int = 1, multiple: int = 1
 ) -> dict[str, int]:
-    """{path: rank} of at most `budget` parameters.
+    """Return {path: rank} with at most `budget` parameters in all.
 
-    worths: of each rank-one piece a layer could have, in any unit that is the same for all layers and in any order;
-    their count is the layer's largest rank. costs: parameters of one rank. least: rank that every layer has, if its
-    largest is not below. multiple: of which every rank is one, or the layer's largest, so that pieces go in packs of so
-    many. Equal ratios go to the earlier layer. A pack too dear for what is left is passed over.
-    Raises ConfigError where the budget does not pay for the least ranks.
+    Equal ratios of value to cost go to the earlier layer. A step that exceeds the remaining budget is skipped.
+
+    Args:
+        worths: {path: values of a layer's rank-one components}, in any order and one unit for all layers. The number
+            of values is the layer's largest rank.
+        costs: {path: parameters of one rank}.
+        budget: Parameters in all (count).
+        least: Lowest rank of a layer, unless its largest rank is lower.
+        multiple: Ranks are multiples of this number, or the layer's largest rank.
+
+    Raises:
+        ConfigError: The budget is too small for the lowest ranks.
     """
     ranks = {path: min(-(-least // multiple) * multiple, len(pieces)) for path, pieces in worths.items()}
     left = budget - sum(rank * costs[path] for path, rank in ranks.items())
     if left < 0:
         raise ConfigError(
-            f"a budget of {budget:,} parameters does not pay for rank {max(ranks.values())} at all {len(ranks)} "
-            f"layers, which takes {budget - left:,}; raise the budget or adapt fewer layers"
+            f"a budget of {budget:,} parameters is too small for rank {max(ranks.values())} at all {len(ranks)} "
+            f"layers, which needs {budget - left:,}; raise the budget or adapt fewer layers"
         )
     packs: list[tuple[float, int, str, int]] = []
     for order, path in enumerate(worths):
@@ -34,7 +41,7 @@ def allocate_ranks(
         for first in range(ranks[path], len(best), multiple):
             pack = best[first : first + multiple]
             packs.append((-sum(pack) / (len(pack) * costs[path]), order, path, len(pack)))
-    full: set[str] = set()  # a layer's last pack may be smaller, and does not come before the one that was too dear
+    full: set[str] = set()  # a layer's smaller last pack must not overtake one that was too large
     for _, _, path, count in sorted(packs, key=lambda pack: pack[:2]):
         if path in full or count * costs[path] > left:
             full.add(path)

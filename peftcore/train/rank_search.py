@@ -1,8 +1,8 @@
-"""`find_ranks`: a rank for each layer, from a short LoRA run whose gain is shared out among its singular directions.
+"""Search of a rank for each layer by a short LoRA training.
 
-A LoRA of twice the rank trains for a few steps. Each singular direction of each layer's change is then credited with
-what it took off the loss of rows that it was not trained on (`peftcore.train.singular_credit`), and the budget goes to
-those that took off most per parameter (`peftcore.train.rank_allocation`).
+A LoRA of twice the rank is trained for a few steps. The reduction of the loss on held-out rows is attributed to the
+singular components of the layers' updates (`peftcore.train.rank_attribution`). The parameter budget goes to the
+components with the largest reduction per parameter (`peftcore.train.rank_allocation`).
 """
 
 import dataclasses
@@ -24,21 +24,28 @@ from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.targets import find_targets
 from peftcore.layers.training_flags import training_flags_restored
 from peftcore.methods.lora import Lora, LoraConfig
-from peftcore.train.losses import OwnLossCheck
+from peftcore.train.model_loss import ModelLossCheck
 from peftcore.train.rank_allocation import allocate_ranks
-from peftcore.train.singular_credit import Batch, credited, mean_loss, scaled, summed_loss, to_singular_directions
+from peftcore.train.rank_attribution import (
+    Batch,
+    attribute_loss,
+    mean_loss,
+    scaled,
+    summed_loss,
+    to_singular_directions,
+)
 
 NAME = "rank_search"
 """The adapter's name while the search runs."""
 WIDER = 2
-"""The search's rank, and so the largest rank a layer can get, over that of the configuration."""
+"""Ratio of the search's rank, which is the largest rank of a layer, to the configuration's rank."""
 STEPS_DOWN = 2**0.5
-"""Ratio of one budget to the next of those that a tolerance is tried on."""
+"""Ratio of successive budgets that are tried for a tolerance."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One budget tried for a tolerance, and the loss of the search's adapter cut down to it."""
+    """One budget tried for a tolerance, and the loss of the search's adapter pruned to this budget."""
 
     parameters: int
     loss: float
@@ -46,32 +53,32 @@ class Rung:
 
 @dataclass(frozen=True)
 class RankSearch:
-    """What a search found; losses are those of `held_out`, in nats."""
+    """Result of a rank search. Losses are means over `held_out`, in nats."""
 
     ranks: dict[str, int]
-    """{path: rank}; 0: no adapter there."""
+    """{path: rank}; 0: the layer gets no adapter."""
     scores: dict[str, list[float]]
-    """{path: nats that each singular direction took off the loss, the largest singular value first}."""
+    """{path: reduction of the loss in nats by each singular component, largest singular value first}."""
     singular_values: dict[str, list[float]]
     parameters: int
-    """Of a LoRA with these ranks."""
+    """Parameters of a LoRA with these ranks (count)."""
     loss_before: float
-    """Without the search's adapter's change."""
+    """Loss without the search's adapter."""
     loss_after: float
-    """With all of it."""
+    """Loss with the whole search's adapter."""
     ladder: list[Rung]
     """Budgets tried for a tolerance, the largest first."""
     seconds: float
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> "RankSearch":
-        """What `dataclasses.asdict` made of a search."""
-        return cls(**{**found, "ladder": [Rung(**rung) for rung in found["ladder"]]})
+    def from_dict(cls, fields: Mapping[str, Any]) -> "RankSearch":
+        """Return the result that `dataclasses.asdict` has turned into `fields`."""
+        return cls(**{**fields, "ladder": [Rung(**rung) for rung in fields["ladder"]]})
 
     def config_for(self, config: LoraConfig) -> LoraConfig:
-        """The configuration with these ranks, and at every layer the scaling that it has for its one rank.
+        """Return the configuration with these ranks and an unchanged scaling of every layer.
 
-        That scaling is α/r, or α/√r with rsLoRA. Layers of rank 0 are no targets.
+        The scaling is α/r, or α/√r with rsLoRA. Layers of rank 0 are not targeted.
         """
         return dataclasses.replace(config, rank_pattern={}, alpha_pattern={}).with_ranks(self.ranks)
 
@@ -91,26 +98,37 @@ def find_ranks(
     seed: int = 0,
     progress: bool = True,
 ) -> RankSearch:
-    """Search a rank for each layer that `config` targets; the model, which has no adapter, is left as it was.
+    """Search a rank for each layer that `config` targets. The model is left unchanged.
 
-    batches: training rows; one optimiser step each. held_out: other rows, never those of the final evaluation.
-    budget: parameters of all factors together; None: as many as `config` has with r at every layer.
-    tolerance: in place of a budget, the share of the loss by which the smallest budget may be worse than the whole
-    search, measured with the search's own adapter cut down, so that training at that budget does rather better.
-    least: rank that no layer goes below. multiple: of which every rank is one, or its layer's largest; None: a quarter
-    of the configuration's r, at most 8. With ranks of any number, a CPU's library compiles so many products that it
-    forgets them again, and training took 1.4 times as long. learning_rate: per step, of AdamW, falling to zero over the
-    batches.
-    The same arguments and seed give the same ranks; the caller's random numbers are not drawn from.
-    Raises ConfigError for options that leave no choice of rank, TrainingError where the loss is not finite.
+    The same arguments and seed give the same ranks. The caller's random state is not changed.
+
+    Args:
+        model: A model without adapters.
+        config: The LoRA whose ranks are searched.
+        batches: Training batches; each is one optimiser step.
+        held_out: Other batches, which attribute the loss. Do not use rows of the final evaluation.
+        budget: Parameters of all factors (count). None: those of `config` with rank r at every layer.
+        tolerance: Instead of a budget, the relative increase of the loss that is allowed: the smallest budget within
+            it is chosen. It is measured by pruning the search's adapter; training at that budget gives a lower loss.
+        least: Lowest rank of a layer.
+        multiple: Ranks are multiples of this number, or the layer's largest rank. None: a quarter of r, at most 8.
+            With arbitrary ranks, CPU training took 1.4 times as long, because kernels were compiled again and again.
+        learning_rate: AdamW's learning rate per step, which falls linearly to zero.
+        max_grad_norm: Norm to which gradients are clipped.
+        seed: Seed of the search.
+        progress: Show a progress bar.
+
+    Raises:
+        ConfigError: An option does not fit the search.
+        TrainingError: The loss is not finite.
     """
     multiple = max(1, min(8, config.r // 4)) if multiple is None else multiple
     _check(model, config, batches, held_out, budget, tolerance, multiple)
     started, frozen = time.perf_counter(), [(p, p.requires_grad) for p in model.parameters()]
-    check = OwnLossCheck()
+    check = ModelLossCheck()
     layers = {path: base_weight(layer, path) for path, layer in find_targets(model, config).items()}
     if odd := [path for path, base in layers.items() if base.kind != "linear"]:
-        raise ConfigError(f"find_ranks fits linear layers only; exclude {odd[0]}")
+        raise ConfigError(f"find_ranks supports linear layers only; exclude {odd[0]}")
     costs = {path: base.in_features + base.out_features for path, base in layers.items()}
     widest = {path: min(WIDER * config.r, b.in_features, b.out_features) for path, b in layers.items()}
     device = next(model.parameters()).device
@@ -128,7 +146,7 @@ def find_ranks(
             _train(model, batches, check, learning_rate, max_grad_norm, bar)
             model.eval()
             values = {path: to_singular_directions(adapter) for path, adapter in adapters.items()}
-            scores = credited(model, adapters, held_out, check, bar.update)
+            scores = attribute_loss(model, adapters, held_out, check, bar.update)
             bar.close()
             with scaled(adapters, 0.0):
                 before = mean_loss(model, held_out, check)
@@ -169,23 +187,23 @@ def _check(
     multiple: int,
 ) -> None:
     if ATTRIBUTE in model.__dict__:
-        raise ConfigError("find_ranks needs the model without adapters; call it before get_peft_model")
+        raise ConfigError("find_ranks needs a model without adapters; call it before get_peft_model")
     if config.rank_pattern or config.alpha_pattern:
-        raise ConfigError("find_ranks makes rank_pattern and alpha_pattern itself; leave them out of the configuration")
+        raise ConfigError("find_ranks computes rank_pattern and alpha_pattern; remove them from the configuration")
     if config.layer_replication or config.target_parameters:
-        raise ConfigError("find_ranks does not fit layer_replication or target_parameters; leave them out")
+        raise ConfigError("find_ranks does not support layer_replication or target_parameters; remove them")
     if not batches or not held_out:
         raise ConfigError(f"find_ranks needs batches and held-out batches; got {len(batches)} and {len(held_out)}")
     if budget is not None and tolerance is not None:
-        raise ConfigError("find_ranks takes a budget or a tolerance; give one of them")
+        raise ConfigError("find_ranks takes a budget or a tolerance, not both")
     if multiple < 1:
         raise ConfigError(f"find_ranks: multiple must be 1 or more, such as 4; got {multiple}")
     if tolerance is not None and not tolerance > 0:
-        raise ConfigError(f"find_ranks: tolerance must be above 0, a share of the loss; got {tolerance}; try 0.01")
+        raise ConfigError(f"find_ranks: tolerance must be above 0, relative to the loss; got {tolerance}; try 0.01")
 
 
 def _search_config(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
-    """Plain LoRA at the same layers: a start or a variant says how to train a rank, not which to have."""
+    """Return plain LoRA at the same layers; initialisation and variants do not matter for the choice of ranks."""
     return LoraConfig(
         task_type=config.task_type,
         target_modules=sorted(ranks),
@@ -199,7 +217,7 @@ def _search_config(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
 
 
 def _train(
-    model: nn.Module, batches: Sequence[Batch], check: OwnLossCheck, rate: float, max_norm: float, bar: Any
+    model: nn.Module, batches: Sequence[Batch], check: ModelLossCheck, rate: float, max_norm: float, bar: Any
 ) -> None:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -223,14 +241,14 @@ def _least_within(
     scores: Mapping[str, list[float]],
     costs: Mapping[str, int],
     held_out: Sequence[Batch],
-    check: OwnLossCheck,
+    check: ModelLossCheck,
     allowed: float,
     least: int,
     multiple: int,
 ) -> tuple[dict[str, int], list[Rung]]:
-    """Ranks of the smallest budget at which the adapter, cut down to its best pieces, has a loss of at most `allowed`.
+    """Return the ranks of the smallest budget at which the pruned adapter's loss is at most `allowed`.
 
-    Budgets fall from the whole search's as long as that holds.
+    Budgets are tried from the search's own downwards, until the loss exceeds `allowed`.
     """
     ranks = {path: len(pieces) for path, pieces in scores.items()}
     lowest = -(-least // multiple) * multiple

@@ -1,15 +1,15 @@
-"""Activations that are computed again in the backward pass, so that the forward need not keep them.
+"""Activation checkpointing: activations are recomputed in the backward pass instead of kept. arXiv:1604.06174.
 
-    blocks      every transformer block keeps its input alone, and runs once more in the backward. arXiv:1604.06174
-    selective   so does every second block; the others keep everything
-    offload     as blocks, and the blocks' inputs wait in the CPU's memory, pinned, until the backward comes to them
+    blocks      every transformer block keeps only its input, and runs again in the backward
+    selective   every second block does; the others keep their activations
+    offload     as blocks; the blocks' inputs are moved to pinned CPU memory until the backward needs them
 
-Recomputation is non-reentrant: gradients pass through a frozen base whatever requires a gradient, and dropout's mask
-comes back from the random state that is put back.
+Checkpointing is non-reentrant, so gradients pass through a frozen base. The random state is restored, so the dropout
+mask is the same in both passes.
 
-Why every second block, and no policy of operations to keep: the fused operation of `peftcore.kernels.low_rank` adds the
-adapter's product onto the base's in place, so a kept product has been changed when the backward asks for it, and
-PyTorch refuses it. Keeping what attention gives alone saves the backward little and costs a Python call an operation.
+`selective` skips blocks instead of operations, because the fused operation of `peftcore.kernels.low_rank` adds the
+adapter's output to the base's in place. PyTorch refuses such a changed tensor in the backward. Keeping attention
+outputs alone saves little time, and costs a Python call per operation.
 """
 
 from collections.abc import Callable
@@ -30,28 +30,34 @@ from peftcore.errors import TrainingError
 Mode = Literal["none", "blocks", "selective", "offload"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 SELECTED = 2
-"""Of so many blocks in a row the first is recomputed in `selective`."""
+"""`selective` recomputes the first of so many successive blocks."""
 
 _MARK = "gradient_checkpointing"
-"""Attribute that says of a module, to transformers and to prefix tuning, that it recomputes."""
+"""Attribute by which transformers and prefix tuning recognise a module that recomputes."""
 
 
 def recompute_activations(model: nn.Module, mode: Mode) -> None:
-    """Have the blocks of `model` recompute their activations from now on, in training mode; "none" undoes it.
+    """Set activation checkpointing of a model's blocks in training mode, in place.
 
-    Works in place, on any model with repeated blocks, before or after adapters are added, for plain loops and for
-    any Trainer. Raises TrainingError for a model without blocks, for "selective" on a model that recomputes all or
-    nothing, and for "offload" on a model that lies in the CPU's memory already.
+    Works before or after adapters are added, in plain training loops and in any Trainer.
+
+    Args:
+        model: A model with repeated blocks.
+        mode: "blocks", "selective", "offload", or "none" to switch recomputation off.
+
+    Raises:
+        TrainingError: The model has no repeated blocks, "selective" is used with a model that can only recompute all
+            blocks, or "offload" with a model in CPU memory.
     """
     if mode not in MODES:
-        raise TrainingError(f"there is no recomputation mode {mode!r}; give {', '.join(MODES)}")
+        raise TrainingError(f"unknown recomputation mode {mode!r}; give one of {', '.join(MODES)}")
     if mode == "offload" and not _on_accelerator(model):
         raise TrainingError(
-            "offload moves activations from a GPU into the CPU's memory, and this model is there already; use blocks "
+            "offload moves activations from a GPU to CPU memory, and this model is already in CPU memory; use blocks "
             "(least memory) or selective"
         )
     if isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing:
-        _switch_own(model, mode)
+        _switch_transformers(model, mode)
     else:
         _switch_blocks(model, mode)
 
@@ -60,19 +66,19 @@ def _on_accelerator(model: nn.Module) -> bool:
     return any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters())
 
 
-def _switch_own(model: PreTrainedModel, mode: Mode) -> None:
-    """Use transformers' own switch, which also keeps the blocks from filling a cache twice."""
+def _switch_transformers(model: PreTrainedModel, mode: Mode) -> None:
+    """Use transformers' own switch, which also prevents that blocks fill a cache twice."""
     model.activation_checkpointing_disable()
     if mode == "none":
         return
     if mode == "selective" and not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
-        raise TrainingError(f"the blocks of {type(model).__name__} recompute all or nothing; use blocks")
+        raise TrainingError(f"{type(model).__name__} can only recompute all of its blocks; use blocks")
     every = SELECTED if mode == "selective" else 1
     model.activation_checkpointing_enable({"use_reentrant": False}, every, offload=mode == "offload")
 
 
 def _switch_blocks(model: nn.Module, mode: Mode) -> None:
-    """Give the blocks of a model that knows no recomputation a forward that does."""
+    """Replace the forward of each block in a model without a switch of its own."""
     modules = dict(model.named_modules())
     lists = [[modules[path] for path in blocks.paths] for blocks in detect(model).blocks]
     for block in (block for blocks in lists for block in blocks if _recomputes(block)):
@@ -82,24 +88,24 @@ def _switch_blocks(model: nn.Module, mode: Mode) -> None:
     chosen = [block for blocks in lists for block in blocks[:: SELECTED if mode == "selective" else 1]]
     if not chosen:
         raise TrainingError(
-            f"{type(model).__name__} has no list of repeated blocks to recompute; call torch.utils.checkpoint in it"
+            f"{type(model).__name__} has no list of repeated blocks; call torch.utils.checkpoint in its code"
         )
     taken = next((block for block in chosen if "forward" in block.__dict__), None)
     if taken is not None:
-        raise TrainingError(f"something else has replaced the forward of a {type(taken).__name__} already")
+        raise TrainingError(f"the forward of a {type(taken).__name__} has already been replaced by other code")
     for block in chosen:
         block.__dict__["forward"] = partial(_recomputed, block, type(block).forward, mode == "offload")
         block.__dict__[_MARK] = True
 
 
 def _recomputes(block: nn.Module) -> bool:
-    own = block.__dict__.get("forward")
-    return isinstance(own, partial) and own.func is _recomputed
+    forward = block.__dict__.get("forward")
+    return isinstance(forward, partial) and forward.func is _recomputed
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any], offload: bool, *args: Any, **kwargs: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(block, *args, **kwargs)
-    waiting: AbstractContextManager[Any] = save_on_cpu(pin_memory=True) if offload else nullcontext()
-    with waiting:  # holds for the block's inputs alone: what lies within has hooks of its own
+    offloading: AbstractContextManager[Any] = save_on_cpu(pin_memory=True) if offload else nullcontext()
+    with offloading:  # applies to the block's inputs only; checkpoint installs other hooks inside the block
         return checkpoint(forward, block, *args, use_reentrant=False, **kwargs)

@@ -1,8 +1,7 @@
-"""Log-probabilities of pairs under the model, and under its reference.
+"""Log-probabilities of preference pairs under the model and under its reference.
 
-The reference is the model as it was when training began (`reference_model`), the base with every adapter disabled, or a
-frozen adapter (`reference_acting`). Each way there is one set of base weights, and nothing of the reference's forward
-is kept.
+The reference is the model as it was when training began (`reference_model`), the base without adapters, or a frozen
+adapter (`reference_acting`). All of them share the base weights, and the reference's forward keeps no activations.
 
 Shapes: P pairs of a chosen and a rejected answer.
 """
@@ -18,53 +17,54 @@ from torch import Tensor, nn
 from peftcore.errors import TrainingError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.layers.training_flags import training_flags_restored
-from peftcore.train.batches import REFERENCE_COLUMNS
+from peftcore.train.batches import REFERENCE_COLUMNS, WEIGHT
 from peftcore.train.losses import row_sums, token_losses
 from peftcore.train.preference import PairLogProbs
-from peftcore.train.weights import WEIGHT
 
-_NOT_OF_THE_FORWARD = ("labels", WEIGHT, *REFERENCE_COLUMNS)
+_NO_FORWARD_ARGUMENTS = ("labels", WEIGHT, *REFERENCE_COLUMNS)
 
 
 def reference_model(model: Any, share_base: bool = True) -> Any:
     """Return a frozen copy of an adapted model as it is now, in evaluation mode: the reference of DPO, KTO or GRPO.
 
-    The copy has adapters of its own and the base's own weights, so it costs the adapters' memory once more. Adapters
-    that are a start (LoRA's B = 0) make it the base; trained ones make it the trained model.
+    The copy has its own adapters and shares the base weights, so it needs the adapters' memory once more. With new
+    adapters (LoRA's B = 0) it equals the base; with trained adapters it equals the trained model.
 
     Args:
         model: A PeftModel, before a trainer gets it.
-        share_base: Use the model's frozen base weights, not copies. Give False where those weights will be changed or
-            sharded: FSDP, DeepSpeed, TRL's `sync_ref_model`.
+        share_base: Share the frozen base weights. Give False if they will be changed or sharded: FSDP, DeepSpeed,
+            TRL's `sync_ref_model`.
 
     Raises:
-        TrainingError: Another object's `forward` stands in the model's place, which the copy would call.
+        TrainingError: The model's `forward` has been replaced by a function that would still call the original model.
     """
     adapters = adapter_set(model)
     if _calls(vars(model).get("forward"), model):
         raise TrainingError(
-            "the model's forward has been replaced by a function that holds the model, as TRL's trainers do; call "
-            "reference_model before the trainer is made"
+            "the model's forward has been replaced by a function that calls this model, as TRL's trainers do; call "
+            "reference_model before you make the trainer"
         )
-    own = {id(parameter) for name in adapters.configs for parameter in adapters.parameters(name)}
-    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in own]
-    made = copy.deepcopy(model, {id(parameter): parameter for parameter in frozen} if share_base else {})
-    return made.requires_grad_(False).eval()
+    adapter_ids = {id(parameter) for name in adapters.configs for parameter in adapters.parameters(name)}
+    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in adapter_ids]
+    reference = copy.deepcopy(model, {id(parameter): parameter for parameter in frozen} if share_base else {})
+    return reference.requires_grad_(False).eval()
 
 
 def _calls(function: Any, model: nn.Module) -> bool:
-    """Whether a function holds a method of the model, so that a copy of it would still be the model's."""
+    """Return True if a function refers to a method of the model; a copy of the function would refer to it too."""
     inner: Callable[..., Any] | None = getattr(function, "__func__", function)
     cells = [cell.cell_contents for cell in getattr(inner, "__closure__", None) or ()]
-    held = [value for value in cells if callable(value) and value is not model]
-    return any(getattr(value, "__self__", None) is model or _calls(value, model) for value in held)
+    callables = [value for value in cells if callable(value) and value is not model]
+    return any(getattr(value, "__self__", None) is model or _calls(value, model) for value in callables)
 
 
 @contextlib.contextmanager
 def reference_acting(model: Any, adapter: str | None = None) -> Iterator[None]:
-    """The model as its own reference while inside: in evaluation mode, without gradients.
+    """Let a model act as its own reference inside: in evaluation mode, without gradients. Restored on exit.
 
-    model: a PeftModel; adapter: the one that acts alone, None for no adapter at all. Afterwards all is as before.
+    Args:
+        model: A PeftModel.
+        adapter: Name of the only active adapter. None: no adapter is active.
     """
     active = list(model.active_adapters)
     with contextlib.ExitStack() as stack:
@@ -80,15 +80,15 @@ def reference_acting(model: Any, adapter: str | None = None) -> Iterator[None]:
 
 
 def pair_log_probs(model: nn.Module, batch: Mapping[str, Any]) -> PairLogProbs:
-    """Of a PreferenceCollator's batch, in one forward; only supervised tokens reach the output head."""
-    inputs = {name: value.flatten(0, 1) for name, value in batch.items() if name not in _NOT_OF_THE_FORWARD}
+    """Return the log-probabilities of a PreferenceCollator's batch, from one forward; see `token_losses`."""
+    inputs = {name: value.flatten(0, 1) for name, value in batch.items() if name not in _NO_FORWARD_ARGUMENTS}
     sums, tokens = row_sums(*token_losses(model, inputs, batch["labels"].flatten(0, 1)))
     (chosen, rejected), (chosen_tokens, rejected_tokens) = (each.view(-1, 2).unbind(1) for each in (-sums, tokens))
     return PairLogProbs(chosen, rejected, chosen_tokens, rejected_tokens)
 
 
 def stored_log_probs(batch: Mapping[str, Any], policy: PairLogProbs) -> PairLogProbs | None:
-    """The reference's, where the batch holds them; policy: the model's own of the same batch."""
+    """Return the reference's log-probabilities from the columns of a batch, or None if it has no such columns."""
     if any(column not in batch for column in REFERENCE_COLUMNS):
         return None
     chosen, rejected = (batch[column].to(policy.chosen) for column in REFERENCE_COLUMNS)
@@ -96,7 +96,7 @@ def stored_log_probs(batch: Mapping[str, Any], policy: PairLogProbs) -> PairLogP
 
 
 def with_reference_columns(rows: Any, chosen: Tensor, rejected: Tensor) -> Any:
-    """The rows, a datasets.Dataset or a sequence of mappings, with the reference's log-probabilities beside them."""
+    """Return rows (a datasets.Dataset or a sequence of mappings) with the reference's log-probabilities as columns."""
     columns = dict(zip(REFERENCE_COLUMNS, (chosen.tolist(), rejected.tolist()), strict=True))
     if hasattr(rows, "add_column"):
         for name, values in columns.items():

@@ -1,14 +1,15 @@
-"""A causal model's forward whose output head sees the supervised rows alone, by a hook that stands for one forward.
+"""Forward of a causal model whose output head runs at supervised positions only.
 
-The hook sees the hidden states before the head and takes one of three ways:
+Hooks on the head (`head_hooks.py`) take one of three ways:
 
-- a plain linear head: the losses are computed right there (so that gathered weights are there too), chunk by chunk
-  and without logits; the head then runs on no row at all, so that the model's own code behind it still works;
-- any other head (adapted, quantised): it gets the n rows, and the model's code makes its n logits of them;
-- a model whose head is not named, not called once, or does not take rows alone: all logits, of which n are taken.
+- plain linear head: the hook computes the losses from the head's weight, chunk by chunk and without keeping logits. The
+  head then runs on zero rows, so that the model's code after the head still works;
+- any other head (adapted, quantised): the head gets the n supervised rows, and the model computes n logits;
+- a model whose head has no name, is not called exactly once, or does not accept rows alone: all logits are computed,
+  and n of them are selected.
 
-What the model does behind its head is never taken on trust: before the first batch, a few of its rows, of growing size,
-go through head and model, and the first way is taken only if `LogitTransform` says the same logits.
+The first way needs the model's processing of the logits (scale, soft-cap). Before the first batch, probes go through
+head and model, and the first way is taken only if a `LogitTransform` predicts the probes' logits.
 
 Shapes: B rows of text, T positions, P virtual tokens before them, d hidden width, V vocabulary, n supervised tokens.
 """
@@ -28,37 +29,44 @@ from torch.nn import functional as F
 from peftcore._util.tensors import is_sharded
 from peftcore.detection.head import LogitTransform, logit_transforms, output_head
 from peftcore.errors import PeftError
-from peftcore.train.head_rows import HeadResult, HeadRows, flat_indices
+from peftcore.train.head_hooks import HeadHooks, HeadResult, flat_indices
 
 _LOG = logging.getLogger(__name__)
 
-_TELLING = 10.0
-"""Size of a product below which a soft-cap is not told from none in bfloat16."""
+_LEAST_PROBE_LOGIT = 10.0
+"""Least size of a logit at which bfloat16 shows a soft-cap."""
 
 
 def supervised_logits(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
-    """Logits (n, V) at the true positions of `mask` (B, T), row by row, in the model's dtype.
+    """Return the logits (n, V) at the true positions of a mask, row by row, in the model's dtype.
 
-    inputs: the forward's keyword arguments, without labels. The head runs at those positions alone if it can.
-    TrainingError where the model gives logits of fewer than T positions.
+    The head runs at those positions only, if the model allows.
+
+    Args:
+        model: A causal language model.
+        inputs: Keyword arguments of the forward, without labels.
+        mask: (B, T), true at n positions.
+
+    Raises:
+        TrainingError: The model returns logits of fewer than T positions.
     """
     logits = _forward(model, inputs, mask, None).logits
-    assert logits is not None  # losses are computed only for targets
+    assert logits is not None  # without targets there are no losses
     return logits
 
 
 def supervised_losses(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, targets: Tensor) -> Tensor:
-    """Negative log likelihood (n,), in nats, float32 or wider, of `targets` (n,) at the true positions of `mask`."""
-    found = _forward(model, inputs, mask, targets)
-    if found.losses is not None:
-        return found.losses
-    assert found.logits is not None
-    logits = found.logits.to(torch.promote_types(found.logits.dtype, torch.float32))
+    """Return the negative log likelihood (n,), in nats, of `targets` (n,) at the true positions of `mask` (B, T)."""
+    result = _forward(model, inputs, mask, targets)
+    if result.losses is not None:
+        return result.losses
+    assert result.logits is not None
+    logits = result.logits.to(torch.promote_types(result.logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether the whole model, under or over what data parallelism wraps around it, is compiled: no place for hooks."""
+    """Return True if the whole model or a wrapper around it is compiled; hooks on the head would not run."""
     wrapped: Any = model
     while isinstance(wrapped, nn.Module):
         if is_compiled_module(wrapped) or wrapped._compiled_call_impl is not None:
@@ -68,43 +76,43 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class _Tail:
-    """What a model does behind its head."""
+class _AfterHead:
+    """Behaviour of a model after its output head."""
 
     transform: LogitTransform | None
-    """None: something else."""
+    """Processing of the logits. None: unknown."""
     takes_rows: bool
-    """Whether its code takes the product of any rows."""
+    """True if the model's code accepts logits of any number of rows."""
 
 
-_ALL_LOGITS = _Tail(None, takes_rows=False)
-_TAILS: WeakKeyDictionary[nn.Module, dict[Any, _Tail]] = WeakKeyDictionary()
+_ALL_LOGITS = _AfterHead(None, takes_rows=False)
+_AFTER_HEADS: WeakKeyDictionary[nn.Module, dict[Any, _AfterHead]] = WeakKeyDictionary()
 
 
 def _forward(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, targets: Tensor | None) -> HeadResult:
     bare = getattr(model, "module", model)
-    # of a sharded model every forward pass gathers, and only processes with labels would make that of the first batch
+    # a sharded model's forward is collective, but only processes with labels would send probes
     sharded = any(is_sharded(parameter) for parameter in bare.parameters())
     head = None if sharded or is_compiled(model) else output_head(bare)
-    if head is None or inputs.get("past_key_values") is not None:  # a cache would not stand a second forward
+    if head is None or inputs.get("past_key_values") is not None:  # a second forward would extend the cache again
         return _all_logits(model, inputs, mask)
     transforms = logit_transforms(bare)
-    # post-processing may differ between training and evaluation, and a change of class is another forward
+    # processing may differ between training and evaluation, and between classes
     key = (type(bare), bare.training, transforms)
-    tails = _TAILS.setdefault(bare, {})
-    tail = tails.get(key)
-    if tail is None and mask.any():
-        tail = _tail_of(model, inputs, head, mask, transforms)
-    known = tail or _ALL_LOGITS
-    found = _known_forward(model, inputs, HeadRows(head, mask, targets, known.transform), known)
-    if tail is not None:  # only now: a batch that is faulty itself says nothing of the model
-        tails[key] = tail
-    return found
+    behaviours = _AFTER_HEADS.setdefault(bare, {})
+    after_head = behaviours.get(key)
+    if after_head is None and mask.any():
+        after_head = _find_after_head(model, inputs, head, mask, transforms)
+    known = after_head or _ALL_LOGITS
+    result = _known_forward(model, inputs, HeadHooks(head, mask, targets, known.transform), known)
+    if after_head is not None:  # only after success: an invalid batch says nothing about the model
+        behaviours[key] = after_head
+    return result
 
 
-def _known_forward(model: nn.Module, inputs: Mapping[str, Any], rows: HeadRows, tail: _Tail) -> HeadResult:
-    found = rows.found(rows.run(model, inputs)) if tail.takes_rows else None
-    return _all_logits(model, inputs, rows.mask) if found is None else found
+def _known_forward(model: nn.Module, inputs: Mapping[str, Any], hooks: HeadHooks, after_head: _AfterHead) -> HeadResult:
+    result = hooks.result(hooks.run(model, inputs)) if after_head.takes_rows else None
+    return _all_logits(model, inputs, hooks.mask) if result is None else result
 
 
 def _all_logits(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> HeadResult:
@@ -115,41 +123,41 @@ def _all_logits(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> He
 # -- the first batch -------------------------------------------------------------------------------------------
 
 
-def _tail_of(
+def _find_after_head(
     model: nn.Module, inputs: Mapping[str, Any], head: nn.Module, mask: Tensor, transforms: tuple[LogitTransform, ...]
-) -> _Tail | None:
-    """What the model does behind its head, by one forward of its own; None: not to be told from this batch.
+) -> _AfterHead | None:
+    """Return the model's behaviour after its head, found by one forward with probes. None: the batch does not show it.
 
-    It is without gradients, because rows that are large enough to tell overflow in float16: a weight's gradient would
-    be zero times infinity.
+    The forward has no gradients: large probes overflow in float16, so a weight's gradient would be 0 · ∞.
     """
     bare = getattr(model, "module", model)
     name = type(bare).__name__
-    rows = HeadRows(head, mask, None, None, probes=True)
+    hooks = HeadHooks(head, mask, None, None, probes=True)
     random = _random_state(mask.device)
     try:
         with torch.no_grad():
-            output = rows.run(model, inputs)
+            output = hooks.run(model, inputs)
     except (PeftError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        # An error of the batch itself comes again from the second forward, which changes nothing.
-        _LOG.info("%s does not take rows of hidden states alone (%s); all its logits are computed", name, error)
+        # If the batch itself is invalid, the second forward raises the same error.
+        _LOG.info("%s does not accept single rows of hidden states (%s); all logits are computed", name, error)
         return _ALL_LOGITS
     finally:
         _restore(random, mask.device)
-    if rows.found(output) is None or rows.product is None:
-        _LOG.info("%s does not compute its logits by one call of its output head; all are computed", name)
+    if hooks.result(output) is None or hooks.product is None:
+        _LOG.info("%s does not compute its logits by one call of its output head; all logits are computed", name)
         return _ALL_LOGITS
-    keeps_rows = "logits_to_keep" in inspect.signature(bare.forward).parameters  # its own code drops rows as well
-    product, logits = rows.product, output.logits[0]
-    if not bool((product[product.isfinite()].abs() >= _TELLING).any()):
+    # with this argument the model's code can itself drop positions
+    keeps_rows = "logits_to_keep" in inspect.signature(bare.forward).parameters
+    product, logits = hooks.product, output.logits[0]
+    if not bool((product[product.isfinite()].abs() >= _LEAST_PROBE_LOGIT).any()):
         return None
     transform = next((t for t in transforms if t.explains(product, logits)), None)
     if transform is None:
-        ways = "its output head runs at labelled tokens" if keeps_rows else "all its logits are computed"
-        _LOG.info("%s does something unknown to its logits; %s", name, ways)
-    return _Tail(transform, transform is not None or keeps_rows)
+        consequence = "its output head runs at supervised positions" if keeps_rows else "all logits are computed"
+        _LOG.info("%s processes its logits in an unknown way; %s", name, consequence)
+    return _AfterHead(transform, transform is not None or keeps_rows)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -301,10 +301,10 @@ def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, st
     ("options", "said"),
     [
         (["--composition", 'mix={"sql": 1, "nope": 1}'], "--composition mix: no adapter 'nope'; there is: chat, sql"),
-        (["--composition", 'sql={"chat": 1}'], "the composition 'sql' has the name of the base or of an adapter"),
+        (["--composition", 'sql={"chat": 1}'], "the composition 'sql' has the name of the base model or of an adapter"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
         (["--watch"], "no pipeline in"),
-        (["--api-key", ""], "an API key is empty; is the variable that it is read from set?"),
+        (["--api-key", ""], "an API key is empty; check that its environment variable is set"),
     ],
 )
 def test_what_cannot_be_served_is_one_message(
@@ -320,7 +320,7 @@ def test_folders_without_a_model_or_adapters_are_named(tiny_base: Path, tmp_path
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
     for options, said in (
-        (["--base", empty], "holds no base model that can be served"),
+        (["--base", empty], "contains no base model that can be served"),
         (["--base", str(tiny_base), "--adapters", empty], "holds no adapters"),
     ):
         result = CliRunner().invoke(app, ["serve", *options])

@@ -19,7 +19,7 @@ from peftcore.composition import Weighted
 from peftcore.methods.ia3 import IA3Config
 from peftcore.routing import AdapterStore
 from peftcore.serving import Limits, Service, make_service
-from peftcore.serving.generation import Generation, Piece
+from peftcore.serving.generation import Chunk, Generation
 from peftcore.serving.sampling import Sampling
 from peftcore.serving.server import Server
 
@@ -109,7 +109,7 @@ class Served:
         asked = Asked()
         given = Sampling(tokens, **{"temperature": 0.0, **sampling})
         service = self.service
-        asked.generation = Generation(model, prompt, given, service.tokenizer, service.ends, asked.events.put)
+        asked.generation = Generation(model, prompt, given, service.tokenizer, service.eos_tokens, asked.events.put)
         service.engine.submit(asked.generation)
         return asked
 
@@ -119,6 +119,19 @@ class Served:
         while not condition():
             assert time.monotonic() < until, "it did not come about"
             time.sleep(0.005)
+
+    def slow_down(self, seconds: float) -> None:
+        """Delay each forward of the engine, and let no completion end by itself."""
+        forward: Any = self.service.engine._forward
+        original = forward._logits
+
+        def slow(*args: Any) -> Any:
+            time.sleep(seconds)
+            logits = original(*args)
+            logits[:, 2] = -1e9
+            return logits
+
+        forward._logits = slow
 
     def metric(self, name: str, **labels: str) -> float:
         """One of the counts."""
@@ -141,7 +154,7 @@ class Asked:
         text = ""
         while True:
             event = self.first()
-            if not isinstance(event, Piece):
+            if not isinstance(event, Chunk):
                 return event
             text += event.text
             if event.finish:
@@ -180,3 +193,9 @@ def serving(world: World) -> Iterator[Callable[..., Served]]:
             thread.join(30)
             assert not thread.is_alive()
         served.service.engine.stop()
+
+
+@pytest.fixture
+def served(serving: Callable[..., Served]) -> Served:
+    """Return a service that listens on HTTP."""
+    return serving(http=True)

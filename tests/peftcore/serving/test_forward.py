@@ -12,7 +12,7 @@ from peftcore.composition import BASE, Average, Only, Split
 from peftcore.errors import ConfigError
 from peftcore.injection import activation
 from peftcore.serving.forward import RoutedForward
-from peftcore.serving.row_cache import RowCache
+from peftcore.serving.kv_cache import KVCache
 
 LLAMA_LIKE: dict[str, Any] = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -60,16 +60,16 @@ def test_rows_that_join_later_compute_what_they_compute_alone(kind: str) -> None
     forward = RoutedForward(model)
     routes = [Only("a"), BASE, Only("b"), Average("a", "b"), Split(a=4, b=...), Only("a")]
     texts = [torch.randint(1, 80, (length,)).tolist() for length in (3, 11, 1, 7, 9, 5)]
-    cache, rows = RowCache.empty(0), []
+    cache, rows = KVCache.empty(0), []
     for turn in range(14):
         if turn in (0, 2, 4):  # two more
             fresh = list(range(len(rows), len(rows) + 2))
             longest = max(len(texts[row]) for row in fresh)
             tokens = torch.tensor([[0] * (longest - len(texts[row])) + texts[row] for row in fresh])
             mask = torch.tensor([[0] * (longest - len(texts[row])) + [1] * len(texts[row]) for row in fresh])
-            step = forward.step(RowCache.empty(2), tokens, mask, [routes[row] for row in fresh])
+            step = forward.step(KVCache.empty(2), tokens, mask, [routes[row] for row in fresh])
             assert_alone(model, step.logits, [texts[row] for row in fresh], [routes[row] for row in fresh])
-            cache, rows = RowCache.join([cache, step.cache]), rows + fresh
+            cache, rows = KVCache.join([cache, step.cache]), rows + fresh
         if turn == 9:  # the longest leave
             cache, rows = cache.select([0, 2, 5]), [rows[0], rows[2], rows[5]]
         tokens = torch.randint(1, 80, (len(rows), 1))

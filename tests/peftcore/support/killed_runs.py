@@ -247,7 +247,7 @@ def _arm(made: Any, fault: str, at: int) -> None:
     if fault == "kill in step":
         at_call(made, "compute_loss", signal.SIGKILL)
     elif fault == "kill in evaluation":
-        at_call(made, "_row_figures", signal.SIGKILL)
+        at_call(made.training_objective, "row_metrics", signal.SIGKILL)
     elif fault == "torn file":
         torch.save = torn
     elif fault == "kill before the manifest":
@@ -257,7 +257,7 @@ def _arm(made: Any, fault: str, at: int) -> None:
     elif fault == "term in step":
         at_call(made, "compute_loss", signal.SIGTERM)
     elif fault == "term in evaluation":
-        at_call(made, "_row_figures", signal.SIGTERM)
+        at_call(made.training_objective, "row_metrics", signal.SIGTERM)
     elif fault == "term in checkpoint":
         at_call(checkpoints, "write_manifest", signal.SIGTERM)
     elif fault == "full disk":

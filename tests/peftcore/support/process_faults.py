@@ -29,7 +29,7 @@ def bad_loss_in_one(folder: Path) -> dict[str, Any]:
 
     made.compute_loss = compute_loss  # type: ignore[method-assign]
     made.train()
-    return {"rollbacks": made.rollbacks, "before": after, "adapter": trained(model)}
+    return {"rollbacks": made.guard.rollbacks, "before": after, "adapter": trained(model)}
 
 
 def out_of_memory_in_one(folder: Path) -> None:

@@ -82,10 +82,10 @@ def garbage(folder: Path) -> None:
         (flip, rf"these files are damaged: {WEIGHTS}"),
         (truncate, rf"these files are damaged: {WEIGHTS}"),
         (lambda folder: (folder / WEIGHTS).unlink(), rf"these files are damaged: {WEIGHTS}"),
-        (lambda folder: (folder / "SHA256SUMS").unlink(), "it was never finished"),
+        (lambda folder: (folder / "SHA256SUMS").unlink(), "it is incomplete"),
         (lambda folder: (folder / "SHA256SUMS").write_bytes(b"\xff\xfe"), "its manifest is damaged"),
         (lambda folder: (folder / "SHA256SUMS").write_text("half a li"), "its manifest is damaged"),
-        (empty, "it was never finished"),
+        (empty, "it is incomplete"),
         (not_finite, rf"lora_A in {WEIGHTS} is not finite"),
         (garbage, rf"{WEIGHTS} cannot be read"),
     ],
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     damage(checkpoint(tmp_path, 20))
     with caplog.at_level(logging.WARNING):
         assert last_good_checkpoint(tmp_path) == good
-    assert f"checkpoint-20 is passed over: {fault}" in caplog.text
+    assert f"checkpoint-20 is skipped: {fault}" in caplog.text
 
 
 @pytest.mark.faults("flipped bit, truncated file, NaN")
@@ -139,7 +139,7 @@ def test_one_that_is_written_anew_replaces_the_old_one_once_it_counts(tmp_path: 
 
 def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
     good = checkpoint(tmp_path, 10)
-    with pytest.raises(TrainingError, match=r"checkpoint-20 is not kept: lora_A .* is not finite"):  # noqa: SIM117
+    with pytest.raises(TrainingError, match=r"checkpoint-20 is deleted: lora_A .* is not finite"):  # noqa: SIM117
         with checkpoint_written(tmp_path / "checkpoint-20"):
             fill(tmp_path / "checkpoint-20", torch.inf)
     assert last_good_checkpoint(tmp_path) == good and names(tmp_path) == ["checkpoint-10"]

@@ -197,5 +197,5 @@ def test_a_model_without_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_as_many_class_weights_as_classes(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="class_weights are 2, and the model has 3 classes"):
+    with pytest.raises(TrainingError, match="class_weights has 2 values, but the model has 3 classes"):
         trainer(adapted(), tmp_path, rows(4), class_weights=[1.0, 2.0])

@@ -24,16 +24,16 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts_with_the_same_gradients(
     rows, options = pairs(4, [1.0, 2.0, 0.5, 3.0]), SGD | {"per_device_train_batch_size": 4}
     trainer(whole, tmp_path / "a", rows, **options).train()
     made = trainer(parts, tmp_path / "b", rows, faults=FaultPolicy(on_out_of_memory="split"), **options)
-    real = made._example_losses
+    real = made.training_objective.example_losses
 
     def limited(model: Any, inputs: dict[str, Any]) -> Any:
         if len(inputs["labels"]) > 1:
             raise torch.OutOfMemoryError("more than one pair")
         return real(model, inputs)
 
-    monkeypatch.setattr(made, "_example_losses", limited)
+    monkeypatch.setattr(made.training_objective, "example_losses", limited)
     made.train()
-    assert made.rows_at_once == 1
+    assert made.splitter.rows_at_once == 1
     for name, tensor in trained(whole).items():
         torch.testing.assert_close(tensor, trained(parts)[name], rtol=1e-6, atol=1e-9)
 

@@ -186,7 +186,7 @@ def test_a_second_derivative_is_refused(trained_head: bool) -> None:
     hidden, weight, targets, _ = given()
     hidden.requires_grad_()
     weight.requires_grad_(trained_head)
-    with pytest.raises(TrainingError, match="differentiable once; leave create_graph out"):
+    with pytest.raises(TrainingError, match="differentiable once; leave out create_graph"):
         linear_cross_entropy(hidden, weight, targets).sum().backward(create_graph=True)
 
 
@@ -196,12 +196,12 @@ def test_a_second_derivative_is_refused(trained_head: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"targets": torch.full((N,), V)}, r"targets run from 17 to 17, tokens from 0 to 16"),
-        ({"targets": torch.full((N,), -100)}, r"drop the rows that nobody supervises"),
-        ({"targets": torch.zeros(N - 1, dtype=torch.int64)}, r"one token id \(an integer\) a row: \(11,\)"),
+        ({"targets": torch.full((N,), V)}, r"targets range from 17 to 17, token ids from 0 to 16"),
+        ({"targets": torch.full((N,), -100)}, r"remove rows without a label"),
+        ({"targets": torch.zeros(N - 1, dtype=torch.int64)}, r"one token id \(an integer\) per row: \(11,\)"),
         ({"targets": torch.zeros(N)}, r"targets are \(11,\) torch.float32"),
         ({"weight": torch.zeros(V, D + 1)}, r"hidden \(11, 6\) and weight \(17, 7\) do not fit"),
-        ({"bias": torch.zeros(V + 1)}, r"the bias is \(18,\); one for each of 17 tokens"),
+        ({"bias": torch.zeros(V + 1)}, r"the bias has shape \(18,\); it must be \(17,\)"),
         ({"softcap": 0.0}, r"softcap=0.0"),
         ({"chunk": 0}, r"chunk=0"),
     ],

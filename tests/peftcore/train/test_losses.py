@@ -17,7 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from peftcore.train.losses import has_causal_loss, row_sums, supervised_positions, token_losses
+from peftcore.train.losses import row_sums, supervised_positions, token_losses
+from peftcore.train.model_loss import has_causal_loss
 
 
 def gpt2() -> PreTrainedModel:

@@ -15,7 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore.train import AdapterTrainer, AdapterTrainerMixin, RightPaddingCollator, head_rows, objective, token_losses
+from peftcore.train import (
+    AdapterTrainer,
+    AdapterTrainerMixin,
+    RightPaddingCollator,
+    head_hooks,
+    objective,
+    token_losses,
+)
 
 
 def adapted(**options: Any) -> Any:
@@ -50,9 +57,9 @@ def trainer(model: nn.Module, folder: Any, **options: Any) -> AdapterTrainer:
 def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Counts of the rows whose losses were computed without logits."""
     seen: list[int] = []
-    real = head_rows.linear_cross_entropy
+    real = head_hooks.linear_cross_entropy
     monkeypatch.setattr(
-        head_rows, "linear_cross_entropy", lambda hidden, *rest: seen.append(len(hidden)) or real(hidden, *rest)
+        head_hooks, "linear_cross_entropy", lambda hidden, *rest: seen.append(len(hidden)) or real(hidden, *rest)
     )
     yield seen
 

@@ -79,7 +79,7 @@ def test_lorafa_learns() -> None:
 def test_what_does_not_fit() -> None:
     with pytest.raises(ConfigError, match="on linear layers"):
         create_lorafa_optimizer(net(), lr=1e-2)
-    with pytest.raises(ConfigError, match="no LoRA factors"):
+    with pytest.raises(ConfigError, match="needs LoRA factors"):
         model = net()
         model.set_adapter([])
         create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftcore import TrainingError
 from peftcore.train import FaultPolicy, PackedCollator, Packs
-from peftcore.train.out_of_memory import gradients_apart, is_out_of_memory, parts_of, rows_of
+from peftcore.train.out_of_memory import fresh_gradients, is_out_of_memory, row_count, split_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 
@@ -74,8 +74,8 @@ def test_a_batch_that_does_not_fit_trains_in_parts_as_if_it_did(
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
         assert one.get("regularizer") == other.get("regularizer")
     assert [record.get("micro_batch_splits", 0) for record in records(split)] == [2, 0, 0]
-    assert "6 rows at once: from now on 3" in caplog.text
-    assert "divide per_device_train_batch_size by 6 and multiply gradient_accumulation_steps by it" in caplog.text
+    assert "out of memory with 6 rows: from now on a forward pass has 3 rows" in caplog.text
+    assert "divide per_device_train_batch_size by 6 and multiply gradient_accumulation_steps by 6" in caplog.text
 
 
 def test_a_single_row_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
@@ -99,7 +99,9 @@ def test_a_pack_that_does_not_fit_is_an_error_that_names_packs(tmp_path: Path) -
 def test_the_policy_to_stop_says_what_to_lower(tmp_path: Path) -> None:
     model = adapted()
     room = with_room_for(model, 2)
-    with pytest.raises(TrainingError, match=r"lower per_device_train_batch_size and raise gradient_accumulation_steps"):
+    with pytest.raises(
+        TrainingError, match=r"lower per_device_train_batch_size, and raise gradient_accumulation_steps"
+    ):
         trainer(model, tmp_path, faults=FaultPolicy(on_out_of_memory="stop")).train()
     assert room.seen == [1, 4]  # one row is compared with the model's own loss
 
@@ -136,12 +138,12 @@ def test_other_errors_pass(tmp_path: Path) -> None:
 
 def test_parts_hold_each_row_once_and_the_rest_whole() -> None:
     batch = {"labels": torch.arange(10).view(5, 2), "weight": torch.arange(5), "scale": torch.tensor(2.0), "use": True}
-    parts = parts_of(batch, 2)
+    parts = split_rows(batch, 2)
     assert [len(part["labels"]) for part in parts] == [2, 2, 1]
     assert all(part["scale"] == 2 and part["use"] for part in parts)
     for name in ("labels", "weight"):
         assert torch.equal(torch.cat([part[name] for part in parts]), batch[name])
-    assert rows_of(batch) == 5 and rows_of({"a": torch.ones(3, 5), "b": torch.ones(5)}) is None
+    assert row_count(batch) == 5 and row_count({"a": torch.ones(3, 5), "b": torch.ones(5)}) is None
 
 
 def test_gradients_of_a_failure_are_dropped_and_others_added_bit_for_bit() -> None:
@@ -150,12 +152,12 @@ def test_gradients_of_a_failure_are_dropped_and_others_added_bit_for_bit() -> No
     factors = torch.randn(2, 50)
     (used * factors[0]).sum().backward()
     first = used.grad
-    with pytest.raises(RuntimeError, match="half way"), gradients_apart([used, idle]):
+    with pytest.raises(RuntimeError, match="half way"), fresh_gradients([used, idle]):
         (used * factors[1]).sum().backward()
         idle.sum().backward()
         raise RuntimeError("half way")
     assert used.grad is first and torch.equal(first, factors[0]) and idle.grad is None
-    with gradients_apart([used, idle]):
+    with fresh_gradients([used, idle]):
         (used * factors[1]).sum().backward()
         idle.sum().backward()
     assert torch.equal(used.grad, factors[0] + factors[1]) and idle.grad.tolist() == [1, 1, 1]
@@ -174,7 +176,7 @@ torch.set_num_threads(1)
 data = Dataset.from_dict({"input_ids": [[1 + i % 40] * 400 for i in range(8)], "labels": [[3] * 400] * 8})
 models = [adapted().double(), adapted().double()]
 warned = []
-logging.getLogger("peftcore.train.steps").addFilter(lambda record: warned.append(record.getMessage()))
+logging.getLogger("peftcore.train.out_of_memory").addFilter(lambda record: warned.append(record.getMessage()))
 for model in models:
     model.set_attn_implementation("eager")  # 400 x 400 probabilities for each head
     made = trainer(model, Path(tempfile.mkdtemp()), data, max_steps=2, per_device_train_batch_size=8)
@@ -182,7 +184,7 @@ for model in models:
     used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmSize:")) << 10
     resource.setrlimit(resource.RLIMIT_AS, (used + (90 << 20), resource.RLIM_INFINITY))  # half of what 8 rows take
 worst = max((tensor - trained(models[1])[name]).abs().max().item() for name, tensor in trained(models[0]).items())
-print(json.dumps({"warned": warned, "worst": worst, "rows": made.rows_at_once}))
+print(json.dumps({"warned": warned, "worst": worst, "rows": made.splitter.rows_at_once}))
 """
 
 

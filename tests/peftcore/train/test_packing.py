@@ -160,19 +160,19 @@ def test_a_model_that_keeps_documents_apart_passes(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", CARRY_STATE)
 def test_a_model_that_carries_a_state_is_refused(model_type: str) -> None:
-    with pytest.raises(TrainingError, match=r"leak into the next; train on padded rows"):
+    with pytest.raises(TrainingError, match=r"leak from one document .*; train on padded rows"):
         check_packable(tiny(model_type))
 
 
 @pytest.mark.parametrize("model_type", IGNORE_POSITIONS)
 def test_a_model_whose_code_makes_no_mask_from_positions_is_refused(model_type: str) -> None:
-    with pytest.raises(TrainingError, match=r"does not keep the documents .* apart"):
+    with pytest.raises(TrainingError, match=r"does not separate the documents"):
         check_packable(randomised(model_type))
 
 
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
 def test_a_model_that_is_no_causal_language_model_is_refused(model_type: str) -> None:
-    with pytest.raises(TrainingError, match="for causal language models"):
+    with pytest.raises(TrainingError, match="need a causal language model"):
         check_packable(tiny(model_type))
 
 
@@ -180,7 +180,7 @@ def test_classifiers_and_virtual_tokens_are_refused() -> None:
     base = llama().unload()
     with pytest.raises(TrainingError, match="virtual tokens"):
         check_packable(get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
-    with pytest.raises(TrainingError, match="for causal language models"):
+    with pytest.raises(TrainingError, match="need a causal language model"):
         check_packable(LlamaForSequenceClassification(base.config))
 
 

@@ -140,5 +140,5 @@ def test_float16_for_a_base_that_is_not_in_it_is_refused_on_a_cpu(tmp_path: Path
 
 def test_a_parameter_that_trains_in_float16_is_refused(tmp_path: Path) -> None:
     model = adapted(dtype=torch.float16, modules_to_save=["lm_head"])
-    with pytest.raises(TrainingError, match=r"lm_head\S* trains in float16"):
+    with pytest.raises(TrainingError, match=r"lm_head\S* is trained in float16"):
         trainer(model, tmp_path)

@@ -104,12 +104,12 @@ def test_odds_stay_finite_where_an_answer_is_certain() -> None:
 @pytest.mark.parametrize(
     ("make", "fault"),
     [
-        (lambda: Dpo(beta=0.0), "beta is above 0; got 0"),
-        (lambda: Orpo(beta=-1.0), "beta is above 0; got -1"),
+        (lambda: Dpo(beta=0.0), "beta must be above 0; got 0"),
+        (lambda: Orpo(beta=-1.0), "beta must be above 0; got -1"),
         (lambda: Dpo(loss="kto"), "one of sigmoid, ipo, hinge; got 'kto'"),  # pyright: ignore[reportArgumentType]
         (lambda: Dpo(label_smoothing=0.5), "below 0.5; got 0.5"),
         (lambda: Dpo(loss="ipo", label_smoothing=0.1), "for the sigmoid loss"),
-        (lambda: Dpo(rpo_alpha=-0.1), "rpo_alpha is at least 0"),
+        (lambda: Dpo(rpo_alpha=-0.1), "rpo_alpha must be at least 0"),
     ],
 )
 def test_values_that_cannot_be_are_refused(make: Any, fault: str) -> None:

@@ -164,9 +164,13 @@ def test_by_default_the_reference_is_the_model_as_it_was_when_training_began(
         start = pair_log_probs(model.eval(), batch)
     made = trainer(model, tmp_path, pairs(6), reference="start", precompute_reference=once, **SGD)
     made.model.train()
-    assert made._reference(model, batch).chosen.tolist() == pytest.approx(start.chosen.tolist(), rel=1e-5)
+    assert made.training_objective.reference_log_probs(model, batch).chosen.tolist() == pytest.approx(
+        start.chosen.tolist(), rel=1e-5
+    )
     made.train()
-    assert made._reference(model, batch).chosen.tolist() == pytest.approx(start.chosen.tolist(), rel=1e-5)
+    assert made.training_objective.reference_log_probs(model, batch).chosen.tolist() == pytest.approx(
+        start.chosen.tolist(), rel=1e-5
+    )
     with torch.no_grad():
         assert not torch.allclose(pair_log_probs(model.eval(), batch).chosen, start.chosen)
     without_dropout = trainer(adapted(**options), tmp_path, pairs(6), reference="start", max_steps=1)
@@ -178,8 +182,8 @@ def test_the_default_is_the_start_and_other_references_are_refused(tmp_path: Pat
     made = PreferenceTrainer(
         model=adapted(), args=quiet_arguments(tmp_path), data_collator=PreferenceCollator(0), train_dataset=pairs(2)
     )
-    assert made._start is not None
-    with pytest.raises(TrainingError, match="reference is one of start, base; got 'bare'"):
+    assert made.training_objective.start_model is not None
+    with pytest.raises(TrainingError, match="reference must be one of start, base; got 'bare'"):
         trainer(adapted(), tmp_path, pairs(2), reference="bare")
 
 
@@ -190,7 +194,7 @@ def test_the_reference_draws_no_random_numbers_and_drops_nothing(tmp_path: Path)
     inputs = PreferenceCollator(0)(pairs(4))
     model.train()
     state = torch.get_rng_state()
-    first, second = (made._reference(model, inputs) for _ in range(2))
+    first, second = (made.training_objective.reference_log_probs(model, inputs) for _ in range(2))
     assert torch.equal(first.chosen, second.chosen)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -250,12 +254,12 @@ def bert() -> Any:
     ("model", "options", "fault"),
     [
         (adapted, {"data_collator": PackedCollator()}, "packed rows have no bounds.*PreferenceCollator"),
-        (adapted, {"label_smoothing_factor": 0.1}, "has a loss of its own"),
-        (adapted, {"ref_adapter_name": "default"}, "the reference 'default' trains itself"),
+        (adapted, {"label_smoothing_factor": 0.1}, "defines the loss itself"),
+        (adapted, {"ref_adapter_name": "default"}, "the reference adapter 'default' is trained"),
         (
             lambda: get_peft_model(bert(), LoraConfig(target_modules="all-linear")),
             {},
-            "causal language models, and BertForSequenceClassification is none",
+            "need a causal language model; BertForSequenceClassification is not one",
         ),
     ],
 )

@@ -192,4 +192,4 @@ def test_a_method_that_needs_whole_parameters_is_not_sharded(tmp_path: Path) -> 
     made = trainer(adapted("adalora"), tmp_path)
     made.is_fsdp_enabled = True
     with pytest.raises(TrainingError, match=r"ADALORA changes whole parameters .* train it data parallel"):
-        made.check_shardable(made.model)
+        made.processes.check_shardable(made.model)

@@ -56,7 +56,7 @@ def test_what_is_too_dear_for_the_rest_leaves_it_to_the_cheaper() -> None:
 
 
 def test_a_budget_below_the_least_ranks_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"budget of 70 parameters does not pay for rank 2 at all 2 layers.* 80"):
+    with pytest.raises(ConfigError, match=r"budget of 70 parameters is too small for rank 2 at all 2 layers.* 80"):
         allocate_ranks(WORTHS, COSTS, 70, least=2)
 
 
@@ -66,5 +66,5 @@ def test_ranks_are_multiples_but_for_a_layers_largest() -> None:
     found = [allocate_ranks(worths, costs, budget, least=0, multiple=2) for budget in (3, 6, 8, 9)]
     assert found == [{"a": 2, "b": 0}, {"a": 2, "b": 4}, {"a": 4, "b": 4}, {"a": 5, "b": 4}]
     assert allocate_ranks(worths, costs, 4, least=1, multiple=2) == {"a": 2, "b": 2}
-    with pytest.raises(ConfigError, match="does not pay for rank 2 at all 2 layers, which takes 4"):
+    with pytest.raises(ConfigError, match="is too small for rank 2 at all 2 layers, which needs 4"):
         allocate_ranks(worths, costs, 3, least=1, multiple=2)

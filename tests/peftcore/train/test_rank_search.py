@@ -161,7 +161,7 @@ def test_a_base_in_four_bits_and_a_new_head(tmp_path: Any) -> None:
 def test_what_leaves_no_choice_of_rank_is_refused() -> None:
     with pytest.raises(ConfigError, match="without adapters"):
         search(get_peft_model(llama(), CONFIG))
-    with pytest.raises(ConfigError, match="makes rank_pattern"):
+    with pytest.raises(ConfigError, match="computes rank_pattern"):
         search(llama(), LoraConfig(target_modules="all-linear", rank_pattern={"q_proj": 2}))
     with pytest.raises(ConfigError, match="budget or a tolerance"):
         search(llama(), budget=100, tolerance=0.1)

@@ -279,11 +279,11 @@ def test_a_model_without_blocks_is_refused() -> None:
 def test_a_forward_that_somebody_replaced_is_left_alone() -> None:
     model = stack()
     model.blocks[0].forward = lambda x, scale: x
-    with pytest.raises(TrainingError, match="replaced the forward of a Block"):
+    with pytest.raises(TrainingError, match="the forward of a Block has already been replaced"):
         recompute_activations(model, "blocks")
 
 
 def test_an_unknown_mode_is_named_with_those_there_are() -> None:
     wrong: Any = "some"
-    with pytest.raises(TrainingError, match=f"'some'; give {', '.join(MODES)}"):
+    with pytest.raises(TrainingError, match=f"'some'; give one of {', '.join(MODES)}"):
         recompute_activations(llama(), wrong)

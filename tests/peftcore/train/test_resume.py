@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_nothing_half_written(nu
     assert [name for name in listing if name.startswith("checkpoint")] == ["checkpoint-2", "checkpoint-4"]
     said = (tmp_path / "error.txt").read_text()
     assert said.startswith("TrainingError: checkpoint-6 could not be written to ")
-    assert "make room, then resume: checkpoint-4 is intact" in said
+    assert "free disk space, then resume: checkpoint-4 is intact" in said
 
 
 # -- in one process --------------------------------------------------------------------------------------------------
@@ -213,7 +213,9 @@ def test_a_finished_run_that_is_resumed_takes_no_step_more(tmp_path: Path) -> No
 def test_a_damaged_checkpoint_that_is_named_is_an_error(tmp_path: Path) -> None:
     trainer(adapted(), tmp_path, **SAVING).train()
     (tmp_path / "checkpoint-8" / "optimizer.pt").write_bytes(b"half")
-    with pytest.raises(TrainingError, match=r"checkpoint-8 is damaged \(optimizer.pt\); .*=True takes the last whole"):
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-8 is damaged \(optimizer.pt\); .*=True takes the last complete"
+    ):
         trainer(adapted(), tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 

@@ -120,12 +120,14 @@ def assert_own(model: nn.Module, tolerance: float = 1e-10, forwards: int = 2) ->
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of the hidden states whose losses were computed without logits."""
-    from peftcore.train import head_rows
+    from peftcore.train import head_hooks
 
     seen: list[tuple[int, ...]] = []
-    real = head_rows.linear_cross_entropy
+    real = head_hooks.linear_cross_entropy
     monkeypatch.setattr(
-        head_rows, "linear_cross_entropy", lambda hidden, *rest: seen.append(tuple(hidden.shape)) or real(hidden, *rest)
+        head_hooks,
+        "linear_cross_entropy",
+        lambda hidden, *rest: seen.append(tuple(hidden.shape)) or real(hidden, *rest),
     )
     yield seen
 
@@ -350,9 +352,9 @@ class _Unnamed(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("model_class", "message"),
     [
-        (_Shifted, "_Shifted does something unknown to its logits; its output head runs at labelled tokens"),
-        (_ByPosition, "_ByPosition does something unknown to its logits; all its logits are computed"),
-        (_WholeRows, "_WholeRows does not take rows of hidden states alone"),
+        (_Shifted, "_Shifted processes its logits in an unknown way; its output head runs at supervised positions"),
+        (_ByPosition, "_ByPosition processes its logits in an unknown way; all logits are computed"),
+        (_WholeRows, "_WholeRows does not accept single rows of hidden states"),
         (_Twice, "_Twice does not compute its logits by one call of its output head"),
         (_Functional, "_Functional does not compute its logits by one call of its output head"),
         (_Unnamed, None),
@@ -431,7 +433,7 @@ def test_the_hooks_are_gone_whatever_happens() -> None:
     inputs, labels = batch()
     labels[0, 3] = VOCABULARY
     good = llama()
-    with pytest.raises(TrainingError, match="targets run from"):
+    with pytest.raises(TrainingError, match="targets range from"):
         token_losses(good, inputs, labels)
     for each in (model, good):
         assert not each.lm_head._forward_pre_hooks and not each.lm_head._forward_hooks

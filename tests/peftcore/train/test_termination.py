@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftcore.train.termination import Termination
+from peftcore.train.termination import SignalListener
 
 ALONE: Any = SimpleNamespace(num_processes=1)
 
@@ -16,12 +16,12 @@ def test_a_signal_is_noted_inside_and_does_what_it_did_outside() -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
     try:
-        with pytest.raises(SystemExit) as ended, Termination([signal.SIGUSR1]) as termination:
-            assert not termination.asked(ALONE)
+        with pytest.raises(SystemExit) as ended, SignalListener([signal.SIGUSR1]) as termination:
+            assert not termination.received(ALONE)
             for _ in range(2):  # schedulers send it more than once
                 os.kill(os.getpid(), signal.SIGUSR1)
-            assert termination.asked(ALONE) and termination.name == "SIGUSR1"
-            raise SystemExit(termination.status)
+            assert termination.received(ALONE) and termination.name == "SIGUSR1"
+            raise SystemExit(termination.exit_status)
         assert ended.value.code == 128 + signal.SIGUSR1 and seen == []
         os.kill(os.getpid(), signal.SIGUSR1)
         assert seen == [signal.SIGUSR1]
@@ -33,11 +33,11 @@ def test_a_signal_that_came_too_late_is_raised_again_unless_an_error_ends_it_any
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
     try:
-        with pytest.raises(KeyError), Termination([signal.SIGUSR1]):
+        with pytest.raises(KeyError), SignalListener([signal.SIGUSR1]):
             os.kill(os.getpid(), signal.SIGUSR1)
             raise KeyError
         assert seen == []
-        with Termination([signal.SIGUSR1]):
+        with SignalListener([signal.SIGUSR1]):
             os.kill(os.getpid(), signal.SIGUSR1)
         assert seen == [signal.SIGUSR1]
     finally:
@@ -46,7 +46,7 @@ def test_a_signal_that_came_too_late_is_raised_again_unless_an_error_ends_it_any
 
 def test_in_another_thread_and_for_no_signals_nothing_changes() -> None:
     def handlers(signals: list[signal.Signals]) -> Any:
-        with Termination(signals):
+        with SignalListener(signals):
             return signal.getsignal(signal.SIGTERM)
 
     before, found = signal.getsignal(signal.SIGTERM), []
@@ -62,8 +62,8 @@ def test_all_processes_end_when_one_is_told_to() -> None:
         return torch.cat([own, torch.tensor([int(signal.SIGTERM)])])
 
     accelerator: Any = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
-    with pytest.raises(SystemExit), Termination([signal.SIGTERM]) as termination:
-        assert termination.number is None and termination.asked(accelerator)
-        raise SystemExit(termination.status)
-    assert termination.status == 143
-    assert not Termination([]).asked(accelerator)  # turned off, it costs no communication
+    with pytest.raises(SystemExit), SignalListener([signal.SIGTERM]) as termination:
+        assert termination.number is None and termination.received(accelerator)
+        raise SystemExit(termination.exit_status)
+    assert termination.exit_status == 143
+    assert not SignalListener([]).received(accelerator)  # turned off, it costs no communication

@@ -69,47 +69,6 @@ def test_label_smoothing_falls_back_to_trainers_loss(tmp_path: Path) -> None:
     assert losses(plain) != losses(smooth)
 
 
-def test_the_regulariser_counts_once_a_step_whatever_the_accumulation(tmp_path: Path) -> None:
-    whole, parts = adapted("adalora").double(), adapted("adalora").double()
-    big = trainer(whole, tmp_path / "a", rows(8), per_device_train_batch_size=8, max_steps=1)
-    small = trainer(
-        parts,
-        tmp_path / "b",
-        rows(8),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        max_steps=1,
-    )
-    expected = whole.adapter_regularizer().item()
-    big.train()
-    small.train()
-    for made in (big, small):
-        assert made.state.log_history[0]["regularizer"] == pytest.approx(expected, rel=1e-6)
-    assert losses(big) == pytest.approx(losses(small), abs=1e-4)
-    for name, tensor in trained(whole).items():
-        torch.testing.assert_close(tensor, trained(parts)[name], rtol=1e-6, atol=1e-8)
-
-
-def test_the_regulariser_reaches_the_gradient(tmp_path: Path) -> None:
-    gradients = {}
-    for weight in (0.0, 0.5):
-        model = adapted("adalora")
-        model.peft_config["default"].orth_reg_weight = weight
-        made = trainer(model, tmp_path / str(weight), rows(4))
-        made.current_gradient_accumulation_steps = 1
-        made.accelerator.gradient_state._set_sync_gradients(True)
-        batch = RightPaddingCollator(0)(list(rows(4)))
-        made.training_step(model.train(), batch, (batch["labels"] != -100).sum())
-        gradients[weight] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model = adapted("adalora")
-    model.peft_config["default"].orth_reg_weight = 0.5
-    model.adapter_regularizer().backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            difference = gradients[0.5][name] - gradients[0.0][name]
-            torch.testing.assert_close(difference, parameter.grad, rtol=1e-4, atol=1e-5)
-
-
 def test_a_loss_that_is_not_finite_stops_before_a_step(tmp_path: Path) -> None:
     model = adapted()
     with torch.no_grad():
@@ -121,42 +80,6 @@ def test_a_loss_that_is_not_finite_stops_before_a_step(tmp_path: Path) -> None:
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_evaluation_is_the_mean_over_tokens_whatever_the_batches(tmp_path: Path, batch_size: int) -> None:
-    model = adapted().double()
-    data = rows(9, seed=1)
-    total = tokens = 0.0
-    model.eval()
-    for row in data:
-        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-        labels = torch.tensor(row["labels"][1:])
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
-        tokens += int((labels != -100).sum())
-    made = trainer(model, tmp_path, per_device_eval_batch_size=batch_size)
-    metrics = made.evaluate()
-    assert metrics["eval_loss"] == pytest.approx(total / tokens, rel=1e-12)
-    assert metrics["eval_tokens"] == tokens
-
-
-def test_evaluation_keeps_no_logits_and_leaves_training_where_it_was(tmp_path: Path) -> None:
-    without = trainer(adapted(dropout=0.2), tmp_path / "a")
-    without.train()
-    with_evaluation = trainer(adapted(dropout=0.2), tmp_path / "b", eval_strategy="steps", eval_steps=1)
-    with_evaluation.train()
-    assert losses(without) == losses(with_evaluation)
-    output = with_evaluation.evaluation_loop(
-        with_evaluation.get_eval_dataloader(), "Evaluation", prediction_loss_only=True
-    )
-    assert output.predictions is None and output.num_samples == 9
-
-
-def test_an_evaluation_set_without_supervision_is_an_error(tmp_path: Path) -> None:
-    made = trainer(adapted(), tmp_path)
-    made.eval_dataset = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[-100] * 3]})
-    with pytest.raises(TrainingError, match="no supervised token"):
-        made.evaluate()
 
 
 # -- steps -----------------------------------------------------------------------------------------------------
@@ -286,7 +209,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no whole checkpoint"):
+    with pytest.raises(TrainingError, match="no complete checkpoint"):
         trainer(adapted(), tmp_path).train(resume_from_checkpoint=True)
 
 

@@ -1,7 +1,8 @@
-"""The keys and values of rows whose texts have different lengths: all end at the same place, shorter ones are padded at
-the left. Rows join and leave between two forwards; a step can be taken back.
+"""Key/value cache of rows with texts of different lengths, padded at the left so that all rows end together.
 
-Shapes: B rows, h heads, S tokens in the cache, T of the step, d of a head.
+Rows join and leave the batch between two forwards, and a failed step can be discarded.
+
+Shapes: B rows, h heads, S tokens in the cache, T tokens of the step, d width of a head.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,11 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 64
-"""Tokens by which a layer's memory grows at a time."""
+"""Tokens (count) by which a layer's memory grows at a time."""
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer with memory for tokens to come, so that a step copies its own keys and values alone."""
+    """Cache of one layer with reserved memory, so that a step writes only its own keys and values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +26,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append (B, h, T, d); gives all keys and values (B, h, S + T, d)."""
+        """Append keys and values (B, h, T, d), and return all of them (B, h, S + T, d)."""
         length = self.get_seq_length()
         end = length + key_states.shape[-2]
         if self._memory is None or self._memory[0].shape[-2] < end:
@@ -38,7 +39,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def filled(self, parts: Sequence[tuple[Tensor, Tensor]], length: int) -> "GrowingLayer":
-        """Take over rows of other layers, one below the other, each at the right end of `length` tokens."""
+        """Copy the rows of other layers, aligned at the right end of `length` tokens, and return this layer."""
         rows = sum(len(keys) for keys, _ in parts)
         (keys, values), first = parts[0], 0
         self._memory = (
@@ -53,7 +54,7 @@ class GrowingLayer(DynamicLayer):
         return self
 
     def shorten(self, length: int) -> None:
-        """Forget all but the first tokens."""
+        """Keep only the first `length` tokens."""
         if self._memory is not None:
             self._show(length)
 
@@ -73,8 +74,13 @@ class GrowingLayer(DynamicLayer):
         self.is_initialized = True
 
 
-class RowCache:
-    """mask: (B, S), 1 where a token is and 0 for padding."""
+class KVCache:
+    """Cache of a batch of rows.
+
+    Args:
+        mask: (B, S), 1 for tokens and 0 for padding.
+        layers: Keys and values of each layer.
+    """
 
     def __init__(self, mask: Tensor, layers: Sequence[GrowingLayer] = ()):
         self.mask = mask
@@ -82,13 +88,13 @@ class RowCache:
         self.cache.layers.extend(layers)
 
     @classmethod
-    def empty(cls, rows: int, device: torch.device | str = "cpu") -> "RowCache":
-        """For rows that have not been read yet."""
+    def empty(cls, rows: int, device: torch.device | str = "cpu") -> "KVCache":
+        """Return the cache of rows without tokens."""
         return cls(torch.zeros(rows, 0, dtype=torch.long, device=device))
 
     @classmethod
-    def join(cls, parts: Sequence["RowCache"]) -> "RowCache":
-        """One below the other; parts without rows are left out."""
+    def join(cls, parts: Sequence["KVCache"]) -> "KVCache":
+        """Concatenate the rows of several caches."""
         parts = [part for part in parts if len(part)]
         if len(parts) < 2:
             return parts[0] if parts else cls.empty(0)
@@ -101,38 +107,38 @@ class RowCache:
 
     @property
     def length(self) -> int:
-        """S"""
+        """Number of tokens in the cache, padding included: S."""
         return self.mask.shape[1]
 
     def positions(self, mask: Tensor) -> Tensor:
-        """(B, T): the place in their texts of further tokens, whose mask (B, T) is given."""
+        """Return the position ids (B, T) of further tokens with this mask (B, T)."""
         before = self.mask.sum(1, keepdim=True)
         return (before + mask.cumsum(1) - 1).clamp(min=0)
 
     def extend(self, mask: Tensor) -> None:
-        """Told after a forward of further tokens."""
+        """Append the mask (B, T) of further tokens, after a successful forward."""
         self.mask = torch.cat([self.mask, mask], 1)
 
-    def take_back(self) -> None:
-        """Forget what a forward has written that did not end well; `extend` has not been told of it."""
+    def discard_step(self) -> None:
+        """Remove the keys and values of a failed forward, for which `extend` was not called."""
         for layer in self.cache.layers:
             assert isinstance(layer, GrowingLayer)
             layer.shorten(self.length)
 
-    def select(self, rows: Sequence[int]) -> "RowCache":
-        """Some rows, without the padding that they have in common."""
+    def select(self, rows: Sequence[int]) -> "KVCache":
+        """Return the cache of some rows, without the padding that all of them share."""
         chosen = torch.tensor(rows, dtype=torch.long, device=self.mask.device)
         mask = self.mask.index_select(0, chosen)
         start = self.length - int(mask.sum(1).max()) if len(rows) else 0
         picked = [p and tuple(t.index_select(0, chosen)[:, :, start:] for t in p) for p in self._tensors()]
-        return RowCache(mask[:, start:], [_filled([pair], self.length - start) for pair in picked])
+        return KVCache(mask[:, start:], [_filled([pair], self.length - start) for pair in picked])
 
     def _tensors(self) -> list[tuple[Tensor, Tensor] | None]:
-        """Keys and values of each layer; None for one that a model keeps nothing in."""
+        """Return keys and values of each layer; None for an unused layer."""
         layers = self.cache.layers
         return [None if layer.keys is None else (layer.keys, layer.values) for layer in layers]  # type: ignore[misc]
 
 
 def _filled(parts: Sequence[tuple[Tensor, ...] | None], length: int) -> GrowingLayer:
-    given = [(part[0], part[1]) for part in parts if part is not None]
-    return GrowingLayer().filled(given, length) if given else GrowingLayer()
+    tensors = [(part[0], part[1]) for part in parts if part is not None]
+    return GrowingLayer().filled(tensors, length) if tensors else GrowingLayer()

@@ -1,4 +1,7 @@
-"""What stands before and after every request: its key, its size, and the count of what came of it."""
+"""Middleware for every API request: it checks the API key and the body's size, and records metrics.
+
+The middleware also cancels the generation of a client that has disconnected.
+"""
 
 import hmac
 import time
@@ -11,37 +14,44 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peftcore.errors import ConfigError
-from peftcore.serving.call import Call
 from peftcore.serving.engine import Engine
 from peftcore.serving.errors import ApiKeyError
 from peftcore.serving.metrics import Metrics
+from peftcore.serving.response import PendingResponse
 
 CLIENT_GONE = 499
-"""nginx's status for a client that has closed its connection, for the count alone."""
+"""nginx's status for a client that has closed its connection; used in metrics only."""
 
 
 def checked_keys(keys: Sequence[str]) -> tuple[str, ...]:
     """Return API keys without surrounding white space.
 
     Raises:
-        ConfigError: a key is empty, as it is where it was read from an unset variable.
+        ConfigError: A key is empty, for example because it was read from an unset variable.
     """
     stripped = tuple(key.strip() for key in keys)
     if not all(stripped):
-        raise ConfigError(
-            "an API key is empty; is the variable that it is read from set? Give a key, or no --api-key at all"
-        )
+        raise ConfigError("an API key is empty; check that its environment variable is set, or omit --api-key")
     return stripped
 
 
-class Guard:
-    """ASGI middleware. keys: those that open /v1; none: anybody may. max_body: bytes."""
+class AccessMiddleware:
+    """ASGI middleware of the paths below /v1.
+
+    Args:
+        app: The application.
+        engine: The engine whose generations are cancelled.
+        metrics: Metrics of the server.
+        keys: Accepted API keys. Empty: no key is needed.
+        max_body: Largest body of a request (bytes).
+    """
 
     def __init__(self, app: ASGIApp, engine: Engine, metrics: Metrics, keys: Sequence[str], max_body: int):
         self.app, self._engine, self._metrics = app, engine, metrics
         self._keys, self._max_body = [key.encode() for key in keys], max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Process one ASGI request."""
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self.app(scope, receive, send)
             return
@@ -53,7 +63,7 @@ class Guard:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._max_body:
-                raise HTTPException(413, f"the request has more than {self._max_body:,} bytes; send a shorter one")
+                raise HTTPException(413, f"the request body is too large: more than {self._max_body:,} bytes")
             return message
 
         async def watched_send(message: Message) -> None:
@@ -68,20 +78,20 @@ class Guard:
             if self._is_allowed(Headers(scope=scope).get("authorization", "")):
                 await self.app(scope, counted_receive, watched_send)
             else:
-                error = ApiKeyError("no such API key; send `Authorization: Bearer KEY` with one of the server's")
+                error = ApiKeyError("incorrect or missing API key; send the header `Authorization: Bearer KEY`")
                 await JSONResponse(error.body(), error.status)(scope, receive, watched_send)
         finally:
-            call: Call | None = state.get("call")
-            if call is not None:
-                status = call.error.status if call.error else status
-                if not call.generation.over:
-                    self._engine.cancel(call.generation)
+            response: PendingResponse | None = state.get("response")
+            if response is not None:
+                status = response.error.status if response.error else status
+                if not response.generation.finished:
+                    self._engine.cancel(response.generation)
             if scope["method"] == "POST":
                 self._metrics.requests.labels(state.get("model", "none"), str(status)).inc()
                 if status == 200:
                     self._metrics.latency.observe(time.monotonic() - started)
 
     def _is_allowed(self, header: str) -> bool:
-        given = header.removeprefix("Bearer ").encode("latin-1")  # as headers are read; a key may be any bytes
-        # every key is compared, each in constant time, so that how long it takes tells nothing
-        return not self._keys or sum(hmac.compare_digest(given, key) for key in self._keys) > 0
+        key_sent = header.removeprefix("Bearer ").encode("latin-1")  # the encoding of headers; a key may be any bytes
+        # compare with every key in constant time, so that the duration reveals nothing
+        return not self._keys or sum(hmac.compare_digest(key_sent, key) for key in self._keys) > 0

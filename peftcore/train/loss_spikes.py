@@ -1,4 +1,4 @@
-"""Which losses cannot be right: those that are not finite, and spikes above what the last steps' losses were."""
+"""Detection of bad losses: those that are not finite, and spikes above the losses of the last steps."""
 
 import math
 from collections import deque
@@ -8,20 +8,24 @@ from statistics import median
 from peftcore.train.fault_policy import FaultPolicy
 
 LEAST_DEVIATION = 0.1
-"""Standard deviation (nats) that losses are taken to have at least: steps nearly alike say little of the next."""
+"""Lower bound (nats) of the standard deviation, so that nearly equal losses do not make every later loss a spike."""
 _NORMAL = 1.4826
-"""Standard deviation of a normal distribution over its median absolute deviation."""
+"""Ratio of a normal distribution's standard deviation to its median absolute deviation."""
 
 
-class LossWatch:
-    """The losses of the last optimiser steps (nats), against which the next one is judged."""
+class LossSpikeDetector:
+    """Losses of the last optimiser steps (nats), with which the next loss is compared.
+
+    Args:
+        policy: Window and threshold of a spike.
+    """
 
     def __init__(self, policy: FaultPolicy) -> None:
         self.deviations = policy.spike_deviations
         self.losses: deque[float] = deque(maxlen=policy.spike_window)
 
     def fault(self, loss: float) -> str | None:
-        """What is wrong with a step's loss, or None; a loss that is right is remembered."""
+        """Return the reason why a step's loss is bad, or None after adding a good loss to the window."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         limit = self._limit()
@@ -30,8 +34,8 @@ class LossWatch:
         self.losses.append(loss)
         return None
 
-    def remember(self, losses: Iterable[float]) -> None:
-        """Forget what was seen, and take these losses for it."""
+    def reset(self, losses: Iterable[float]) -> None:
+        """Replace the window by these losses."""
         self.losses = deque(losses, maxlen=self.losses.maxlen)
 
     def _limit(self) -> float | None:

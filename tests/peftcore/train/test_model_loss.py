@@ -14,7 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from peftcore import LoraConfig, TrainingError, get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator, find_ranks
-from peftcore.train.losses import OwnLossCheck, has_causal_loss, token_losses
+from peftcore.train.losses import token_losses
+from peftcore.train.model_loss import ModelLossCheck, has_causal_loss
 
 FLAGS: dict[str, Any] = {
     "output_router_logits": True,
@@ -84,7 +85,7 @@ def test_tokens_alone_are_trained_only_where_the_own_loss_with_every_flag_on_is_
             own = model(**inputs, labels=labels).loss
             tokens = token_losses(model, inputs, labels)[0].mean()
         routes = getattr(model.config, "output_router_logits", False)  # then the own loss is used, whatever it is
-        used[model_type] = not routes and OwnLossCheck().agrees(model, inputs, labels)
+        used[model_type] = not routes and ModelLossCheck().agrees(model, inputs, labels)
         right[model_type] = not routes and bool((own - tokens).abs() < 1e-4)
         assert has_causal_loss(model) == (not routes)
     assert len(used) >= 15
@@ -130,7 +131,7 @@ def test_a_z_loss_is_trained_and_evaluated_and_said_once(tmp_path: Any, caplog: 
             torch.testing.assert_close(made.compute_loss(model, batch()), own)
         assert made.evaluate()["eval_loss"] == pytest.approx(own.item(), rel=1e-5)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "BambaForCausalLM: its own loss is" in caplog.text
+    assert "BambaForCausalLM: the model's own loss is" in caplog.text
 
 
 def test_the_first_thing_may_be_an_evaluation(tmp_path: Any) -> None:
@@ -141,7 +142,7 @@ def test_the_first_thing_may_be_an_evaluation(tmp_path: Any) -> None:
 
 def test_weights_of_rows_are_refused_where_the_loss_has_further_terms(tmp_path: Any) -> None:
     model = adapted(bamba(z_loss_coefficient=0.1))
-    with pytest.raises(TrainingError, match="without further terms"):
+    with pytest.raises(TrainingError, match="no additional loss terms"):
         trainer(model, tmp_path).compute_loss(model, batch(weight=torch.ones(2, 1)))
 
 
@@ -176,7 +177,7 @@ def two_losses() -> Any:
 
 
 def test_each_combination_of_inputs_is_compared() -> None:
-    model, check = two_losses(), OwnLossCheck()
+    model, check = two_losses(), ModelLossCheck()
     inputs, labels = parts(batch())
     assert check.agrees(model, inputs, labels)
     assert not check.agrees(model, {**inputs, "image_labels": torch.ones(2)}, labels)
@@ -185,7 +186,7 @@ def test_each_combination_of_inputs_is_compared() -> None:
 
 def test_comparing_draws_no_random_numbers_and_needs_no_label() -> None:
     torch.manual_seed(0)
-    model, check = LlamaForCausalLM(two_losses().config).train(), OwnLossCheck()
+    model, check = LlamaForCausalLM(two_losses().config).train(), ModelLossCheck()
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
@@ -210,7 +211,7 @@ def test_a_few_positions_of_one_row_are_enough(labelled: slice) -> None:
     labels = torch.full_like(ids, -100)
     labels[:, labelled] = ids[:, labelled]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    assert not OwnLossCheck().agrees(Seen(two_losses().config), inputs, labels)
+    assert not ModelLossCheck().agrees(Seen(two_losses().config), inputs, labels)
     assert seen == [(1, 64)]
 
 
@@ -220,5 +221,5 @@ def test_a_loss_that_does_not_fit_into_memory_is_not_compared_in_silence(caplog:
             raise torch.OutOfMemoryError
 
     model: nn.Module = Large(two_losses().config)
-    assert OwnLossCheck().agrees(model, *parts(batch()))
+    assert ModelLossCheck().agrees(model, *parts(batch()))
     assert "does not fit into memory" in caplog.text

@@ -143,7 +143,7 @@ def test_rollbacks_are_counted_over_a_resumed_run_and_then_it_stops(tmp_path: Pa
     faults = FaultPolicy(on_bad_loss="rollback", max_rollbacks=2)
     _, made = followed(tmp_path, {2: nan, 4: nan}, faults=faults, max_steps=6)
     made.train()
-    assert made.rollbacks == 2
+    assert made.guard.rollbacks == 2
     _, resumed = followed(tmp_path, {7: nan}, faults=faults)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 7 .*, after 2 rollbacks"):
         resumed.train(resume_from_checkpoint=True)
@@ -155,8 +155,8 @@ def test_a_resumed_run_judges_by_the_same_losses(tmp_path: Path) -> None:
     losses = [record["loss"] for record in records(made)]
     _, resumed = followed(tmp_path, {7: huge})
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert resumed.rollbacks == 1
-    assert list(resumed._watch.losses)[:3] == pytest.approx(losses[3:6])  # of the last four steps before step 7
+    assert resumed.guard.rollbacks == 1
+    assert list(resumed.guard.detector.losses)[:3] == pytest.approx(losses[3:6])  # of the last four steps before step 7
 
 
 def test_a_record_over_several_steps_means_those_that_were_taken(tmp_path: Path) -> None:

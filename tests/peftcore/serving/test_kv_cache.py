@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.serving.row_cache import ROOM, RowCache
+from peftcore.serving.kv_cache import ROOM, KVCache
 
 
 @torch.no_grad()
-def forward(model: Any, cache: RowCache, tokens: Tensor, mask: Tensor) -> Tensor:
+def forward(model: Any, cache: KVCache, tokens: Tensor, mask: Tensor) -> Tensor:
     logits = model(
         tokens,
         attention_mask=torch.cat([cache.mask, mask], 1),
@@ -22,9 +22,9 @@ def forward(model: Any, cache: RowCache, tokens: Tensor, mask: Tensor) -> Tensor
     return logits
 
 
-def read(model: Any, *texts: list[int]) -> RowCache:
+def read(model: Any, *texts: list[int]) -> KVCache:
     longest = max(map(len, texts))
-    cache = RowCache.empty(len(texts))
+    cache = KVCache.empty(len(texts))
     tokens = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
     mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
     forward(model, cache, tokens, mask)
@@ -35,14 +35,14 @@ def test_any_joining_and_leaving_is_exact(world: Any) -> None:
     """Against the whole text read at once, in double precision."""
     model, chance = world.model, random.Random(0)
     texts: list[list[int]] = []
-    cache = RowCache.empty(0)
+    cache = KVCache.empty(0)
     for turn in range(60):
         if chance.random() < 0.3 and len(texts) < 6:
             fresh = [chance.choices(range(3, 200), k=chance.randint(1, 20)) for _ in range(chance.randint(1, 3))]
-            cache, texts = RowCache.join([cache, read(model, *fresh)]), texts + fresh
+            cache, texts = KVCache.join([cache, read(model, *fresh)]), texts + fresh
         if texts and chance.random() < 0.25:
             kept = sorted(chance.sample(range(len(texts)), chance.randint(0, len(texts) - 1)))
-            cache, texts = cache.select(kept) if kept else RowCache.empty(0), [texts[row] for row in kept]
+            cache, texts = cache.select(kept) if kept else KVCache.empty(0), [texts[row] for row in kept]
         if not texts:
             continue
         tokens = torch.randint(3, 200, (len(texts), 1))
@@ -51,7 +51,7 @@ def test_any_joining_and_leaving_is_exact(world: Any) -> None:
             before = cache.mask
             forward(model, cache, torch.full_like(tokens, 5), torch.ones_like(tokens))
             cache.mask = before
-            cache.take_back()
+            cache.discard_step()
             assert cache.length == lengths == cache.cache.get_seq_length()
         logits = forward(model, cache, tokens, torch.ones_like(tokens))
         texts = [[*text, int(token)] for text, token in zip(texts, tokens, strict=True)]

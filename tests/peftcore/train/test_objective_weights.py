@@ -88,7 +88,7 @@ def test_evaluation_weighs_as_training_does(tmp_path: Path, batch_size: int) -> 
 
 def test_a_loss_that_cannot_weigh_rows_says_so(tmp_path: Path) -> None:
     made = trainer(tmp_path, Dataset.from_list(rows(WEIGHTS)), label_smoothing_factor=0.1)
-    with pytest.raises(TrainingError, match=r"rows have weights, which .* without further terms, label smoothing"):
+    with pytest.raises(TrainingError, match=r"rows have weights, but .*no additional loss terms, no label smoothing"):
         made.train()
     seen = trainer(tmp_path, Dataset.from_list(rows(WEIGHTS)), prediction_loss_only=False)
     with pytest.raises(TrainingError, match="prediction_loss_only=True"):

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftcore import LoraConfig, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.train.losses import OwnLossCheck
-from peftcore.train.singular_credit import credited, mean_loss, scaled, to_singular_directions
+from peftcore.train.model_loss import ModelLossCheck
+from peftcore.train.rank_attribution import attribute_loss, mean_loss, scaled, to_singular_directions
 
 
 def batches(count: int) -> list[dict[str, Tensor]]:
@@ -70,9 +70,9 @@ def test_credits_add_up_to_the_drop_of_the_loss() -> None:
     for adapter in lora(model).values():
         to_singular_directions(adapter)
     with scaled(lora(model), 0.0):
-        before = mean_loss(model, data, OwnLossCheck())
-    drop = before - mean_loss(model, data, OwnLossCheck())
-    shares = credited(model, lora(model), data, OwnLossCheck(), lambda: None)
+        before = mean_loss(model, data, ModelLossCheck())
+    drop = before - mean_loss(model, data, ModelLossCheck())
+    shares = attribute_loss(model, lora(model), data, ModelLossCheck(), lambda: None)
     assert abs(drop) > 1e-3
     assert sum(share.sum().item() for share in shares.values()) == pytest.approx(drop, rel=1e-12)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -86,7 +86,7 @@ def test_a_credit_is_the_loss_gradient_along_its_direction(model: Any) -> None:
     for adapter in lora(model).values():
         to_singular_directions(adapter)
     data = batches(1)
-    shares = credited(model, lora(model), data, OwnLossCheck(), lambda: None)
+    shares = attribute_loss(model, lora(model), data, ModelLossCheck(), lambda: None)
     for adapter in lora(model).values():
         adapter.base.layer.weight.requires_grad_(True)
     model(**data[0]).loss.backward()
@@ -101,6 +101,6 @@ def test_credits_weigh_batches_by_their_supervised_tokens(model: Any) -> None:
     ids = torch.cat([batch["input_ids"] for batch in batches(3)])
     parts = [{"input_ids": part, "labels": part} for part in ids.split([1, 5])]
     whole = [{"input_ids": ids, "labels": ids}]
-    one, other = (credited(model, lora(model), data, OwnLossCheck(), lambda: None) for data in (whole, parts))
+    one, other = (attribute_loss(model, lora(model), data, ModelLossCheck(), lambda: None) for data in (whole, parts))
     for path, share in one.items():
         torch.testing.assert_close(other[path], share)

@@ -1,0 +1,66 @@
+"""Requests wait for a row and for their adapters."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from peftcore.serving import Limits
+from peftcore.serving.errors import (
+    NoRoomError,
+    QueueFullError,
+)
+
+
+def test_an_adapter_that_loads_slowly_holds_up_nobody(serving: Callable[..., Any]) -> None:
+    served = serving()
+    store, gate = served.service.catalog.store, threading.Event()
+    store.register("slow", lambda: gate.wait(20) and served.world.folder / "sql")
+    assert len(served.begin("sql", [5], 2).result()) == 3  # the very first adapter is waited for
+    slow = served.begin("slow", [5, 6], 5)
+    assert served.begin("sql", [5, 6], 5).result()[0] == served.world.expected("sql", [5, 6], 5)
+    assert served.begin("base", [5, 6], 5).result()[0] == served.world.expected("base", [5, 6], 5)
+    assert slow.events.empty()
+    gate.set()
+    assert slow.result()[0] == served.world.expected("sql", [5, 6], 5)
+
+
+def test_more_adapters_than_the_model_holds_take_turns(serving: Callable[..., Any]) -> None:
+    served = serving(max_loaded=2)
+    names = ["sql", "chat", "dora", "ia3", "mix"] * 3
+    asked = [served.begin(name, [7, n + 3], 10) for n, name in enumerate(names)]
+    for n, (name, one) in enumerate(zip(names, asked, strict=True)):
+        assert one.result()[0] == served.world.expected(name, [7, n + 3], 10)
+    assert served.service.catalog.store.statistics()["evictions"] > 0
+
+
+def test_a_composition_that_never_fits_is_refused(serving: Callable[..., Any]) -> None:
+    served = serving(max_loaded=1)
+    assert isinstance(served.begin("mix", [5], 3).result(), NoRoomError)
+    assert served.begin("sql", [5], 3).result()[0] == served.world.expected("sql", [5], 3)
+
+
+def test_a_request_is_always_counted_between_the_queue_and_its_row(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving()
+    engine = served.service.engine
+    take, idle = engine._admission.take, []
+    monkeypatch.setattr(engine._admission, "take", lambda generations: (take(generations), idle.append(engine.idle)))
+    assert served.begin("sql", [5, 6, 7], 3).result()[0] == served.world.expected("sql", [5, 6, 7], 3)
+    assert idle == [False]
+
+
+def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving(limits=Limits(max_batch=1, max_queue=2))
+    running = served.begin("base", [5, 6, 7], 400)
+    running.first()
+    waiting = [served.begin("sql", [5], 2) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="the queue is full: 2 requests"):
+        served.begin("sql", [5], 2)
+    served.service.engine.cancel(running.generation)
+    assert [len(one.result()) for one in waiting] == [3, 3]
+    served.wait(lambda: served.service.engine.idle)
