@@ -134,7 +134,7 @@ class TokenObjective(Objective):
             and trainer.args.n_gpu <= 1
             and getattr(trainer.accelerator, "parallelism_config", None) is None
             and has_causal_loss(trainer.adapted_model)
-            and not any(prompt.defines_loss for prompt in adapter_set(trainer.adapted_model).acting_prompts())
+            and not any(prompt.defines_loss for prompt in adapter_set(trainer.adapted_model).prompts_in_effect())
         )
 
     def _base_trainer_uses_model_loss(self) -> bool:
