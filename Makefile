@@ -21,6 +21,10 @@ check: install          ## within a minute: lint, types and tests of what change
 
 # one thread per test process: more threads than cores slow every operation down
 test: export OMP_NUM_THREADS ?= 1
+# the tests write thousands of small files and flush each one; a file system in memory makes that free
+ifneq ($(wildcard /dev/shm/.),)
+test: export PYTEST_DEBUG_TEMPROOT ?= /dev/shm
+endif
 test: install           ## quick tests, on all cores
 	@$(BIN)/pytest --numprocesses auto --dist worksteal
 
