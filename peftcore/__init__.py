@@ -34,13 +34,17 @@ if TYPE_CHECKING:
     from peftcore.init import initialize_from_data, replace_lora_weights_loftq
     from peftcore.injection.activation import refresh_adapters
     from peftcore.injection.inject import inject_adapter_in_model
+    from peftcore.injection.merge import check_mergeable
+    from peftcore.layers.adapter_layer import AdapterLayer
     from peftcore.merging import Recipe
     from peftcore.methods.adalora import AdaLoraConfig
     from peftcore.methods.lora import LoraConfig
     from peftcore.model import PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from peftcore.registry import tuner_names
     from peftcore.routing import AdapterStore, Fusion
 
 _HOMES = {
+    "AdapterLayer": "peftcore.layers.adapter_layer",
     "AdapterNameError": "peftcore.errors",
     "AdapterStore": "peftcore.routing",
     "AdapterStoreError": "peftcore.errors",
@@ -65,6 +69,7 @@ _HOMES = {
     "TaskType": "peftcore.config",
     "TrainingError": "peftcore.errors",
     "Weighted": "peftcore.composition",
+    "check_mergeable": "peftcore.injection.merge",
     "check_vllm": "peftcore.export",
     "convert_directory_to_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
@@ -80,10 +85,12 @@ _HOMES = {
     "refresh_adapters": "peftcore.injection.activation",
     "replace_lora_weights_loftq": "peftcore.init",
     "save_as_lora": "peftcore.conversion",
+    "tuner_names": "peftcore.registry",
 }
 
 __all__ = [
     "AdaLoraConfig",
+    "AdapterLayer",
     "AdapterNameError",
     "AdapterStore",
     "AdapterStoreError",
@@ -109,6 +116,7 @@ __all__ = [
     "TaskType",
     "TrainingError",
     "Weighted",
+    "check_mergeable",
     "check_vllm",
     "convert_directory_to_lora",
     "convert_to_lora",
@@ -124,6 +132,7 @@ __all__ = [
     "refresh_adapters",
     "replace_lora_weights_loftq",
     "save_as_lora",
+    "tuner_names",
 ]
 
 

@@ -18,7 +18,7 @@ from flows.evaluation.result import COMMON, Judgement, common_columns, common_me
 from flows.evaluation.scoring import RowLosses, class_log_probs
 from flows.params.model import Params
 from flows.runtime.progress import progress
-from peftcore.train.classification import macro_f1
+from peftcore.train import macro_f1
 
 CLASSES = (
     ("label", pa.string()),

@@ -127,7 +127,7 @@ def _problem(error: ErrorDetails, model: type[BaseModel], lines: dict[Place, int
     section = _section(model, place[:-1])
     if error["type"] == "extra_forbidden":
         known = list(section.model_fields) if section else []
-        return line, f"{_dotted(place)}: unknown key; {_suggest(str(place[-1]), known, 'give one of ')}"
+        return line, f"{_dotted(place)}: unknown key; {suggest(str(place[-1]), known, 'give one of ')}"
     fits = _what_fits(error, given, section.model_json_schema() if section else {})
     return line, f"{_dotted(place)}: {_shown(given)} does not fit; {fits}"
 
@@ -138,7 +138,7 @@ def _what_fits(error: ErrorDetails, given: Any, schema: dict[str, Any]) -> str:
         return context["what_fits"]
     if kind == "literal_error":
         options = [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")]
-        return _suggest(str(given), options, "give one of ")
+        return suggest(str(given), options, "give one of ")
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
         return "give a number " + _range(schema["properties"][error["loc"][-1]])
     if kind in _TYPES:
@@ -186,7 +186,7 @@ def _unquoted(given: Any, kind: str) -> str:
     return f", without quotes: {given}" if right else ""
 
 
-def _suggest(given: str, options: list[str], otherwise: str) -> str:
+def suggest(given: str, options: list[str], otherwise: str) -> str:
     near = difflib.get_close_matches(given.lower(), options, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else otherwise + ", ".join(options)
 

@@ -12,10 +12,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from flows.params.file import read_params
+from flows.params.file import read_params, suggest
 from flows.params.method_fields import FIELDS, SHARED, missing_option
-from peftcore.config import suggestion
-from peftcore.registry import tuner_names
+from peftcore import tuner_names
 
 OnOutOfMemory = Literal["split", "stop"]
 OnBadLoss = Literal["stop", "rollback"]
@@ -175,7 +174,7 @@ class Method(Section):
     def _is_a_method(cls, value: str) -> str:
         known = [name.lower() for name in tuner_names()]
         if value not in known:
-            raise _impossible(suggestion(value, known).removeprefix("; "))
+            raise _impossible(suggest(value, known, "give one of "))
         return value
 
     @field_validator("r", mode="plain")

@@ -29,8 +29,7 @@ from flows.params.model import Params
 from flows.resources.batches import BatchSize
 from flows.resources.sizes import number_of_blocks, planned_adapter, with_blocks
 from peftcore import get_peft_model
-from peftcore.train import recompute_activations
-from peftcore.train.recomputation import SELECTED, Mode
+from peftcore.train import SELECTED, Mode, recompute_activations
 
 LOGITS_AT_ONCE = 2**23
 """Logits (count) that `peftcore.train.linear_cross_entropy` holds of a batch."""

@@ -22,8 +22,7 @@ from flows.base.model import compute_dtype, device
 from flows.errors import PlanError
 from flows.params.model import Params
 from flows.training.adapter_choice import adapter_config
-from peftcore import PeftConfig, PeftError, get_peft_model
-from peftcore.layers.adapter_layer import AdapterLayer
+from peftcore import AdapterLayer, PeftConfig, PeftError, get_peft_model
 
 SCALED_TOGETHER = 64
 """4-bit weights that share a scale (count)."""

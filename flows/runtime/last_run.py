@@ -89,7 +89,8 @@ def last_run(paths: Paths) -> dict[str, Any] | None:
 
 def running(paths: Paths) -> dict[str, Any] | None:
     """The run's note: pid, host, started, task, and whether its process still lives (`alive`; None: it is of another
-    host, so that is not known). None where none is noted."""
+    host, so that is not known). None where none is noted.
+    """
     note = _read(running_file(paths))
     if note is None:
         return None

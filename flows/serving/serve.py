@@ -28,10 +28,8 @@ from flows.registry.registry import Registry, Version
 from flows.registry.synchronise import synchronise
 from flows.runtime.git import Git, GitError
 from flows.runtime.project import dvc, files_at
-from peftcore._util.tensors import read_tensors
-from peftcore.config import CONFIG_NAME
 from peftcore.errors import CheckpointError, ConfigError, PeftError
-from peftcore.files import sha256
+from peftcore.files import CONFIG_NAME, sha256
 
 if TYPE_CHECKING:
     from peftcore.composition import Composition
@@ -192,7 +190,6 @@ class StageWatch:
                         f"{file} of {version.tag} is not what was registered: DVC's cache or remote is damaged; "
                         "`dvc push` it again from a machine that has it"
                     )
-            read_tensors(fetched / name)
             shutil.copytree(fetched / name, kept, dirs_exist_ok=True)
         return kept
 
@@ -296,7 +293,7 @@ def serve(options: ServeOptions, limits: "Limits") -> None:
     """
     from peftcore.routing import AdapterStore
     from peftcore.serving import check_servable, checked_keys, make_service
-    from peftcore.serving.server import serve as run
+    from peftcore.serving import serve as run
 
     mixed = compositions(options.mixtures)
     keys = checked_keys([*options.keys, *(os.environ[KEYS].split(",") if KEYS in os.environ else ())])
@@ -323,7 +320,7 @@ def serve(options: ServeOptions, limits: "Limits") -> None:
 
 def _loaded_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:
     """Return (model, tokenizer, base as judged); without a project to follow the base is None."""
-    from peftcore.serving.service import load_base
+    from peftcore.serving import load_base
 
     if options.watched is None:
         return *load_base(options.base, options.dtype), None

@@ -29,7 +29,7 @@ from flows.runtime.progress import progress
 from flows.runtime.stage import start
 from flows.training.objectives import class_names, merged_rows
 from peftcore import PeftModel
-from peftcore.bases.quantized import keep_quantized_weights_trainable
+from peftcore.bases import keep_quantized_weights_trainable
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest
 
 log = logging.getLogger("flows.stages.merge")  # as a program this module is called __main__

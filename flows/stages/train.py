@@ -56,10 +56,9 @@ from flows.training.objectives import (
 from flows.training.run import Run, optimizer_steps, run_key
 from flows.training.warm_start import continue_adapter, starts_warm
 from flows.validation.findings import require_sound
-from peftcore import LoraConfig, TrainingError, initialize_from_data
+from peftcore import LoraConfig, TrainingError, check_mergeable, initialize_from_data
 from peftcore.files import directory_written_atomically, write_atomically
 from peftcore.init import DATA_STARTS
-from peftcore.injection.merge import check_mergeable
 from peftcore.train import (
     AdapterTrainer,
     Packs,

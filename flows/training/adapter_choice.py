@@ -6,7 +6,6 @@ from flows.params.method_fields import FIELDS
 from flows.params.model import AdaLora, Params
 from flows.training.objectives import rows_of
 from peftcore import PeftConfig
-from peftcore.registry import method_named
 
 
 def adapter_config(params: Params, total_steps: int) -> PeftConfig:
@@ -30,7 +29,7 @@ def adapter_config(params: Params, total_steps: int) -> PeftConfig:
         options["use_rslora"] = method.use_rslora
     if method.name == "adalora":
         options |= _adalora_options(method.adalora, total_steps)
-    return method_named(method.name.upper()).config(**{**options, **method.options})
+    return PeftConfig.from_dict({"peft_type": method.name.upper(), **options, **method.options})
 
 
 def _adalora_options(adalora: AdaLora, total_steps: int) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from typing import Any
 
 from flows.errors import StageError
 from flows.params.model import Params
-from peftcore import PeftConfig, get_peft_model, replace_lora_weights_loftq
-from peftcore.methods.lora import LoraConfig
+from peftcore import LoraConfig, PeftConfig, get_peft_model, replace_lora_weights_loftq
 
 
 def attach_adapter(params: Params, model: Any, config: PeftConfig, original: Path) -> Any:

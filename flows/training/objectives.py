@@ -22,6 +22,8 @@ from flows.params.model import Params
 from flows.paths import Paths, Split
 from peftcore import TaskType
 from peftcore.train import (
+    PAIR_COLUMNS,
+    WEIGHT,
     AdapterTrainer,
     ClassificationCollator,
     ClassificationTrainer,
@@ -29,13 +31,11 @@ from peftcore.train import (
     Orpo,
     PackedCollator,
     PreferenceCollator,
+    PreferenceObjective,
     PreferenceTrainer,
     RightPaddingCollator,
     balanced_class_weights,
 )
-from peftcore.train.preference import PreferenceObjective
-from peftcore.train.preference_trainer import PAIR_COLUMNS
-from peftcore.train.weights import WEIGHT
 
 
 @dataclass(frozen=True)

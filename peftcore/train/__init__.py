@@ -8,20 +8,29 @@ from peftcore.train.batches import (
     RightPaddingCollator,
 )
 from peftcore.train.checkpoints import fault_of_checkpoint, last_good_checkpoint
-from peftcore.train.classification import ClassificationTrainer, ClassificationTrainerMixin, balanced_class_weights
+from peftcore.train.classification import (
+    ClassificationTrainer,
+    ClassificationTrainerMixin,
+    balanced_class_weights,
+    macro_f1,
+)
 from peftcore.train.fault_policy import FaultPolicy
 from peftcore.train.linear_cross_entropy import linear_cross_entropy
 from peftcore.train.losses import row_sums, supervised_positions, token_losses
 from peftcore.train.packing import PackedCollator, Packs, PackSampler, check_packable
-from peftcore.train.preference import Dpo, Orpo, PairLogProbs
-from peftcore.train.preference_trainer import PreferenceTrainer, PreferenceTrainerMixin
+from peftcore.train.preference import Dpo, Orpo, PairLogProbs, PreferenceObjective
+from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, PreferenceTrainerMixin
 from peftcore.train.rank_search import RankSearch, find_ranks
-from peftcore.train.recomputation import recompute_activations
+from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
+from peftcore.train.weights import WEIGHT
 
 __all__ = [
+    "PAIR_COLUMNS",
+    "SELECTED",
+    "WEIGHT",
     "AdapterTrainer",
     "AdapterTrainerMixin",
     "ClassificationCollator",
@@ -31,12 +40,14 @@ __all__ = [
     "FaultPolicy",
     "FusedAdamW",
     "LengthGroupedSampler",
+    "Mode",
     "Orpo",
     "PackSampler",
     "PackedCollator",
     "Packs",
     "PairLogProbs",
     "PreferenceCollator",
+    "PreferenceObjective",
     "PreferenceTrainer",
     "PreferenceTrainerMixin",
     "RankSearch",
@@ -47,6 +58,7 @@ __all__ = [
     "find_ranks",
     "last_good_checkpoint",
     "linear_cross_entropy",
+    "macro_f1",
     "pair_log_probs",
     "recompute_activations",
     "reference_acting",
