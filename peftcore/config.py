@@ -130,6 +130,8 @@ def parsed_json(content: bytes) -> Any:
 class PeftConfig:
     """What every adapter's configuration has. Field names are those of PEFT's `adapter_config.json`."""
 
+    has_schedule: ClassVar[bool] = False
+    """True if training follows a schedule over one whole run; a finished adapter then cannot be trained further."""
     peft_type: ClassVar[str] = ""
     """Set when a method registers, such as "LORA"."""
 
@@ -211,6 +213,17 @@ class PeftConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ConfigError(f"{type(self).__name__}: {name} must be at least 0 and below 1; got {value!r}")
+
+    @classmethod
+    def schedule_options(cls, total_steps: int, warmup_share: float, final_share: float) -> dict[str, Any]:
+        """Return the options that fit the method's schedule to a training run; {} for methods without a schedule.
+
+        Args:
+            total_steps: Optimiser steps of the whole run.
+            warmup_share: Share of the steps before the schedule begins.
+            final_share: Share of the steps after the schedule has ended.
+        """
+        return {}
 
     # -- JSON ------------------------------------------------------------------------------------------------
 

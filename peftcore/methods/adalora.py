@@ -61,6 +61,16 @@ class AdaLoraConfig(TunerConfig):
     init_lora_weights: bool | str = True
     fan_in_fan_out: bool = False
 
+    has_schedule: ClassVar[bool] = True
+
+    @classmethod
+    def schedule_options(cls, total_steps: int, warmup_share: float, final_share: float) -> dict[str, Any]:
+        return {
+            "tinit": int(warmup_share * total_steps),
+            "tfinal": int(final_share * total_steps),
+            "total_step": total_steps,
+        }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.positive("target_r", "init_r", "deltaT")
@@ -269,7 +279,7 @@ class AdaLora(Adapter):
 
 
 def scaling_of(config: AdaLoraConfig) -> float:
-    """s = α/init_r, with PEFT's denominator, so that its adapters read the same."""
+    """S = α/init_r, with PEFT's denominator, so that its adapters read the same."""
     alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
     return alpha / (config.init_r + 1e-5)
 
