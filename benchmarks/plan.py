@@ -18,7 +18,7 @@ import torch
 from ruamel.yaml import YAML
 
 from benchmarks.machine import machine
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.paths import Paths
 from flows.resources.plan import plan
 from flows.stages import prepare

@@ -16,8 +16,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.errors import GateError
 from flows.gate.promote import Promotion, promote
-from flows.params.demonstration import left_over
-from flows.params.model import load_params
+from flows.params import left_over, load_params
 from flows.paths import Paths
 from flows.registry.lineage import check_artifact_name
 from flows.review.page import write_review

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
 from flows.registry.registry import Registry

@@ -8,7 +8,7 @@ import grimp
 import pytest
 from ruamel.yaml import YAML
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.runtime.project import stage_order
 
 ROOT = Path(__file__).parents[1]

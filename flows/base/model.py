@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from flows.errors import BaseModelError
-from flows.params.model import Quantization
+from flows.params import Quantization
 from peftcore.files import MANIFEST, damaged_files
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -15,7 +15,7 @@ from flows.runtime.stage import fail, is_disk_full
 from peftcore.errors import PeftError
 
 if TYPE_CHECKING:
-    from flows.params.model import Params
+    from flows.params import Params
     from flows.registry.registry import Registry
 
 SIX_HOURS = 6 * 3600.0
@@ -76,7 +76,7 @@ def one_document(as_json: bool) -> Iterator[None]:
 @contextmanager
 def project() -> Iterator[tuple["Params", Paths]]:
     """Parameters and paths of the pipeline that the current folder belongs to."""
-    from flows.params.model import load_params
+    from flows.params import load_params
 
     root = find_root()
     yield load_params(Paths(root).params), Paths(root)
@@ -93,7 +93,7 @@ def at_stage(params: "Params", stage: str | None) -> "Params":
     """The parameters with another stage to promote to; typer's error, with exit status 2, for an impossible name."""
     from pydantic import ValidationError
 
-    from flows.params.model import Gate
+    from flows.params import Gate
 
     if stage is None:
         return params

@@ -130,7 +130,7 @@ def serve(
                 "it says where --watch fetches from; give --watch too", param_hint="--watch-remote"
             )
         if watch:
-            from flows.params.model import load_params
+            from flows.params import load_params
 
             paths = Paths(find_root())
             watched = (paths, load_params(paths.params))

@@ -129,7 +129,7 @@ def doctor(
     and, where something is wrong, what to do. The train stage refuses rows with an error. Exits with 1 if there is one.
     """
     with errors(), project() as (params, paths):
-        from flows.params.demonstration import left_over
+        from flows.params import left_over
         from flows.validation.examination import examine, load_tokenizer
         from flows.validation.preview import findings_table, preview
 

@@ -16,7 +16,7 @@ from flows.paths import Paths
 from flows.runtime.stage import fail
 
 if TYPE_CHECKING:
-    from flows.params.model import Params
+    from flows.params import Params
     from flows.registry.gc import Collection
     from flows.registry.registry import Registry, Version
     from flows.registry.reproduction import Reproduction

@@ -14,7 +14,7 @@ from flows.data.chat import ChatTokenizer
 from flows.data.examples import AnyExample, Example, Labelled, Message, Preference
 from flows.data.tokens import IGNORED, AnyTokens, PairTokens, TextTokens, Tokens
 from flows.errors import DataError
-from flows.params.model import Data
+from flows.params import Data
 
 Kind = Literal["chat", "preference", "classification"]
 _IDS = List(Value("int32"))

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flows.data.splits import Row, leakage
 from flows.data.tokens import IGNORED, Sequence, TextTokens
-from flows.params.model import Data
+from flows.params import Data
 from flows.paths import Split
 
 RENDERED = 5

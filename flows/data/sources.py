@@ -15,7 +15,7 @@ from flows.data.canonical import canonical
 from flows.data.examples import AnyExample, Example, Labelled, Message, Preference, with_system_prompt
 from flows.data.formats import FaultyRow, spelled_otherwise
 from flows.errors import DataError
-from flows.params.model import Data
+from flows.params import Data
 
 SHOWN = 10
 """How many faulty rows an error lists; it counts them all."""

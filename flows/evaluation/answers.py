@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flows.data.rows import Row
 from flows.evaluation.generation import Answers, generate_answers
 from flows.evaluation.scoring import rouge_l
-from flows.params.model import Evaluate
+from flows.params import Evaluate
 
 ANSWERS = (
     ("reference", pa.string()),

@@ -16,7 +16,7 @@ from flows.base.model import padding_id
 from flows.data.rows import Row
 from flows.evaluation.result import COMMON, Judgement, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, class_log_probs
-from flows.params.model import Params
+from flows.params import Params
 from flows.runtime.progress import progress
 from peftcore.train import macro_f1
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from flows.base.model import padding_id
 from flows.errors import DataError
 from flows.evaluation.scoring import RowLosses, row_losses
-from flows.params.model import Control
+from flows.params import Control
 from flows.runtime.progress import progress
 
 CONTROL = pa.schema(

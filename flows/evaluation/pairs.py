@@ -17,7 +17,7 @@ from flows.data.rows import Row
 from flows.evaluation.answers import ANSWERS, Answered, Prompt, add_answers, answer, known_lengths, sampled, samples
 from flows.evaluation.result import COMMON, Judgement, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, pairs_log_probs
-from flows.params.model import Params
+from flows.params import Params
 from flows.runtime.progress import progress
 from flows.training.objectives import preference_objective
 from peftcore.train import Dpo, PairLogProbs

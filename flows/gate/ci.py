@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from flows.errors import GateError, PipelineError, RegistryConflict, RegistryError
 from flows.gate.promote import Promotion, promote
 from flows.gate.report import as_markdown
-from flows.params.model import Params, load_params
+from flows.params import Params, load_params
 from flows.paths import Paths
 from flows.registry.pending import judged_versions, note_judged, pending_versions
 from flows.registry.project_registry import registry_of
@@ -43,7 +43,8 @@ FETCHED = "refs/peftcore/default-branch"
 @dataclass(frozen=True)
 class Event:
     """What triggered a job. tag: the one that was pushed; base: the branch that a pull request is to change; branch:
-    the one that the job is of, None for tags and pull requests."""
+    the one that the job is of, None for tags and pull requests.
+    """
 
     tag: str | None
     base: str | None

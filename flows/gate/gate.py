@@ -19,7 +19,7 @@ from flows.gate.checks import figures, files, people
 from flows.gate.checks.evidence import evidence
 from flows.gate.checks.forgetting import forgetting
 from flows.gate.checks.measured import measured_as_asked
-from flows.params.model import Gate, Merge
+from flows.params import Gate, Merge
 
 DECISIVE = frozenset(
     ("not taken back", "allowed files", "manifest", "evidence", "measured as asked", "signature", "finite weights")

@@ -18,7 +18,7 @@ from flows.gate.checks.measured import unmeasured
 from flows.gate.gate import GateReport, evaluate_gate
 from flows.gate.looks import looks_of
 from flows.gate.reevaluation import measure_again, measure_candidate
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.approvals import approvals, unsigned_approvals
 from flows.registry.lineage import read_json
@@ -195,7 +195,7 @@ def _judge(
     with nullcontext(paths) if from_run else files_of(paths, registry, chosen, wanted) as where:
         candidate = _candidate(params, paths, registry, chosen, holder, where, again)
         champion = _champion(paths, registry, holder, candidate)
-        if champion is not None and params.gate.champion.remeasure:
+        if champion is not None and params.gate.champion.reevaluate:
             version, of = registry.version(champion.version), None if from_run else chosen
             measured = (params, paths, registry, version, candidate, of)
             champion = replace(

@@ -22,7 +22,7 @@ from flows.base.identity import is_base
 from flows.data.canonical import canonical
 from flows.errors import GateError, StageError
 from flows.gate.candidate import Candidate, Remeasured
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import read_json
 from flows.registry.registered_files import check_adapter, files_of
@@ -172,7 +172,7 @@ def measured_with(params: Params, registry: Registry, champion: Version) -> dict
     """A version's own parameters, in batches as they are now. Raises StageError for those of an older release."""
     given = registry.record(champion)["params"] | {"evaluate": params.evaluate.model_dump()}
     try:
-        return Params.model_validate(given).model_dump()
+        return Params.from_record(given).model_dump()
     except ValidationError as error:
         raise StageError(
             f"the parameters of {champion.tag} are not readable by this version of the code ({error}); measure it by "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy
 
 from flows.gate.bootstrap import paired_losses, resampled_means
-from flows.params.model import Slices
+from flows.params import Slices
 
 if TYPE_CHECKING:
     import pyarrow
@@ -36,7 +36,8 @@ def slice_differences(
     ours: "pyarrow.Table", theirs: "pyarrow.Table", rule: Slices, resamples: int, seed: int
 ) -> list[SliceDifference]:
     """Each slice of the candidate's rows that the champion was measured on too, by name; tables as `paired_losses` has
-    them, ours with `slice`. rule: with a limit; its `min_rows` decides which are looked at together."""
+    them, ours with `slice`. rule: with a limit; its `min_rows` decides which are looked at together.
+    """
     limit = rule.max_loss_regression or 0.0
     paired = paired_losses(ours, theirs)
     slices = ours.column("slice").to_pylist() if "slice" in ours.column_names else [""] * len(ours)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flows.errors import RegistryError, RepositoryError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
 from flows.registry.registry import COLLECTED, Registry, Version

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from safetensors import SafetensorError, safe_open
 
 from flows.errors import RegistryError, RepositoryError, StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.project import changed_stages, stage_order

@@ -9,7 +9,7 @@ import hashlib
 import json
 
 from flows.errors import RegistryError
-from flows.params.model import Params
+from flows.params import Params
 from flows.registry.approvals import approvals
 from flows.registry.registry import Registry, Version
 from flows.registry.signatures import allowed_signers

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from flows.params.model import Gate, Params
+from flows.params import Gate, Params
 from flows.registry.registry import Decides, Registry
 from flows.registry.signatures import allowed_signers, signature_of, signing_key
 from flows.runtime.git import Git, Tag

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from safetensors import SafetensorError, deserialize
 
 from flows.errors import RegistryError, RepositoryError, StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.comparison import differences
 from flows.registry.lineage import LOCK, headline_metrics, this_machine, this_software

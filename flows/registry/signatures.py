@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.errors import RegistryError
-from flows.params.model import Gate, Params
+from flows.params import Gate, Params
 from flows.runtime.git import Git, GitError, Tag
 
 VARIABLE = "PEFTCORE_SIGNING_KEY"

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from flows.base.model import EAGER_UP_TO, compute_dtype, device
 from flows.errors import PlanError
-from flows.params.model import Params
+from flows.params import Params
 from flows.resources.batches import BatchSize
 from flows.resources.sizes import number_of_blocks, planned_adapter, with_blocks
 from peftcore import get_peft_model

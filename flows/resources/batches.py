@@ -8,7 +8,7 @@ import torch
 
 from flows.data.rows import read_rows
 from flows.errors import PlanError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths, Split
 from flows.training.run import optimizer_steps
 from peftcore import TrainingError

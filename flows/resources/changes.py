@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.errors import PlanError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.resources.batches import workload
 from flows.resources.counted import Counted

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.resources.activations import Activations, activations, evaluation_bytes
 from flows.resources.batches import Workload
 from flows.resources.sizes import Sizes, base_on_meta, number_of_blocks, sizes, with_blocks

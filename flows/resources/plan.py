@@ -15,7 +15,7 @@ from typing import Any
 
 from flows.base.model import device
 from flows.errors import BaseModelError, PlanError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.resources.batches import Workload, workload
 from flows.resources.changes import Change, changes

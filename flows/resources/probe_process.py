@@ -23,7 +23,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 import flows.stages.train  # noqa: F401 - what the real process holds of libraries, this one holds too
 from flows.base.model import device, load_for_training
 from flows.errors import PipelineError
-from flows.params.model import Params
+from flows.params import Params
 from flows.resources.batches import BatchSize
 from flows.resources.probe import Measured, Task, Timings
 from flows.resources.sizes import without_start

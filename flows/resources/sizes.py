@@ -20,7 +20,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from flows.base.model import compute_dtype, device
 from flows.errors import PlanError
-from flows.params.model import Params
+from flows.params import Params
 from flows.training.adapter_choice import adapter_config
 from peftcore import AdapterLayer, PeftConfig, PeftError, get_peft_model
 

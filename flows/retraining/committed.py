@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from flows.errors import ParamsError, RepositoryError
-from flows.params.model import Params, load_params
+from flows.params import Params, load_params
 from flows.runtime.git import Git, GitError
 
 PARAMS = "params.yaml"

@@ -17,7 +17,7 @@ from platform import python_version
 from flows.base.hub import DownloadError, download
 from flows.data.files import is_of_rows, why_unread
 from flows.errors import DataError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.registry import Registry, Version
 from flows.runtime.git import Git, GitError
@@ -157,7 +157,8 @@ class Source:
         if not files:
             return {}
         record = Registry(Git(self.root), self.params.project.name).record(version)
-        unproven = record["params"]["data"].get("unproven") or []
+        data = record["params"]["data"]
+        unproven = data.get("quarantined") or data.get("unproven") or []  # the key of earlier releases
         return {name: digest for name, digest in files.items() if name in unproven}
 
     def _take_in(self, incoming: str, before: list[Version]) -> dict[str, str]:

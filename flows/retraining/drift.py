@@ -12,7 +12,7 @@ import numpy
 from pyarrow import parquet
 
 from flows.errors import StageError
-from flows.params.model import Drift
+from flows.params import Drift
 from flows.runtime import logs
 from flows.runtime.project import stage_environment
 

@@ -24,8 +24,7 @@ from flows.base.identity import is_base
 from flows.errors import ParamsError, PipelineError, RegistryConflict
 from flows.gate.promote import Promotion, last_version, promote
 from flows.gate.reevaluation import measured_with
-from flows.params.demonstration import left_over
-from flows.params.model import Params, load_params
+from flows.params import Params, left_over, load_params
 from flows.paths import Paths
 from flows.pipeline import is_without_server
 from flows.registry.lineage import LOCK, check_artifact_name, headline_metrics
@@ -52,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 TRIES = 3
 """Tries to be first where others register or promote at the same time."""
-OWN = (("data", "source"), ("data", "fresh"), ("data", "replay_share"), ("data", "unproven"), ("train", "start_from"))
+OWN = (("data", "source"), ("data", "new_files"), ("data", "replay_share"), ("data", "quarantined"), ("train", "start_from"))
 """Parameters that a retraining sets itself; data.source if it is a hub's, whose revision it adds."""
 
 Work = Callable[..., Any]
@@ -140,7 +139,7 @@ class Retraining:
         check_artifact_name(self.tree.root, self.params.project.name)
         for told in left_over(self.params):
             logger.warning("%s", told)
-        self.distrusted = self.params.data.unproven or []
+        self.distrusted = self.params.data.quarantined or []
         self.source = Source(self.params, root, self.tree.root)
 
     def work(self) -> None:
@@ -283,7 +282,7 @@ class Retraining:
         if retraining.start == "champion" and champion is not None:
             self.entry.start = champion.number
             fresh = collected.unlearned if 0 < len(collected.unlearned) < len(collected.files) else None
-            data = {"fresh": fresh, "replay_share": retraining.replay_share}
+            data = {"new_files": fresh, "replay_share": retraining.replay_share}
             self._change({"train": {"start_from": champion.number}, "data": data})
         self._judge_without(collected.unproven, collected)
 
@@ -325,7 +324,7 @@ class Retraining:
             unproven = []
         if unproven != self.entry.unproven:
             self.entry.unproven = unproven
-            self._change({"data": {"unproven": sorted({*self.distrusted, *unproven}) or None}})
+            self._change({"data": {"quarantined": sorted({*self.distrusted, *unproven}) or None}})
 
     def _drift(self, collected: Collected, champion: Version) -> DriftReport:
         record = self.registry.record(champion)

@@ -27,7 +27,7 @@ from flows.data.sources import comes_from, read_examples
 from flows.data.splits import rank
 from flows.data.tokens import AnyTokens, length
 from flows.errors import DataError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from flows.charts.curves import ADAPTER, BASE, INK, LINE, SOFT, STYLE, VALIDATION, svg
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.retraining.history import Entry, entries
 from flows.review.page import environment

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 
 from flows.errors import DataError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
 from flows.retraining.data import Source, versions_before

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from flows.charts.curves import headline_bars, largest, loss_curves, slice_dumbbells
 from flows.charts.ranks import HEAT_MAP
 from flows.gate.promote import last_record, read_promotion
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import read_json
 from peftcore.files import write_atomically

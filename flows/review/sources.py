@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flows.errors import RepositoryError, ReviewError
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.paths import Paths
 from flows.review import offline, online
 from flows.review.run import Run, joined

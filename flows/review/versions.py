@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from flows.errors import RegistryError, ReviewError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
 from flows.registry.registry import Version

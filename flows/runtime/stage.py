@@ -20,7 +20,7 @@ from flows.runtime import logs
 from flows.runtime.processes import die_with_parent
 
 if TYPE_CHECKING:
-    from flows.params.model import Params
+    from flows.params import Params
 
 QUIET_ENVIRONMENT = {
     "WANDB_MODE": "offline",
@@ -43,7 +43,7 @@ def start(run: Callable[["Params", Paths], None]) -> NoReturn:
     keeps its traceback.
     """
     set_quiet_environment()
-    from flows.params.model import load_params
+    from flows.params import load_params
     from peftcore.errors import PeftError
 
     die_with_parent()

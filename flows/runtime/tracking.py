@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 from uuid import uuid4
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 
 log = logging.getLogger(__name__)

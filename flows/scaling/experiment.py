@@ -11,8 +11,7 @@ from pathlib import Path
 
 from flows.errors import StageError
 from flows.gate.looks import note_trial
-from flows.params.model import load_params
-from flows.params.overrides import check_overrides, forced
+from flows.params import check_overrides, forced, load_params
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked

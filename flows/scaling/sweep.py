@@ -10,8 +10,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 
 from flows.errors import StageError
 from flows.gate.looks import note_trial
-from flows.params.model import load_params
-from flows.params.overrides import check_overrides, parameter_sets
+from flows.params import check_overrides, load_params, parameter_sets
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked

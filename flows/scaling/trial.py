@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import PipelineError, RepositoryError
-from flows.params.overrides import apply_overrides
+from flows.params import apply_overrides
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.project import dvc, stage_order
@@ -42,7 +42,8 @@ class Plan:
 @dataclass(frozen=True)
 class Trial:
     """What came of one set of parameters. summary: of its training; error: why there is none; lock, params: the texts
-    of its dvc.lock and params.yaml."""
+    of its dvc.lock and params.yaml.
+    """
 
     overrides: tuple[str, ...]
     seconds: float

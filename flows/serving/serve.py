@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from flows.base.identity import base_identity, have_same_base
 from flows.errors import BaseModelError, PipelineError, RegistryError, RepositoryError
-from flows.params.model import Params, Quantization, load_params
+from flows.params import Params, Quantization, load_params
 from flows.paths import Paths
 from flows.registry.project_registry import deciding_tags, registry_of
 from flows.registry.registry import Registry, Version

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flows.base.model import check_base
 from flows.errors import BaseModelError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.stage import start
 from peftcore import Architecture, TargetError, detect

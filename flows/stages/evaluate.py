@@ -21,7 +21,7 @@ from flows.evaluation.control import judge_control
 from flows.evaluation.latency import measure_latency
 from flows.evaluation.pairs import judge_pairs
 from flows.evaluation.result import Judgement
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.stage import start
 from flows.training.objectives import check_split, class_names, loss_function

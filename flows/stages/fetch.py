@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flows.base.source import load, obtain
 from flows.data.chat import end_of_turn, render
 from flows.errors import BaseModelError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.stage import start
 from peftcore.files import directory_written_atomically, write_manifest

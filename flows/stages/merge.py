@@ -23,7 +23,7 @@ from flows.base.model import (
 )
 from flows.errors import StageError
 from flows.evaluation.fidelity import Fidelity, class_fidelity, fidelity
-from flows.params.model import Merge, Params
+from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start

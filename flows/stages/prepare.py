@@ -26,7 +26,7 @@ from flows.data.splits import (
 )
 from flows.data.tokens import length
 from flows.errors import DataError
-from flows.params.model import Data, Params
+from flows.params import Data, Params
 from flows.paths import SPLITS, Paths, Split
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
@@ -60,7 +60,7 @@ def run(params: Params, paths: Paths) -> None:
         "test": data.test_rows,
     }
     splits: dict[Split, list[Row]] = {split: sample(kept[split], limits[split], seed) for split in SPLITS}
-    if data.fresh is not None:
+    if data.new_files is not None:
         splits["train"] = replayed(kept["train"], data.replay_share, data.train_rows, seed)
     available: dict[Split, int] = {split: len(kept[split]) for split in SPLITS}
     _refuse_empty(splits, dropped)
@@ -166,8 +166,8 @@ def _row(example: AnyExample, encoder: Encoder, data: Data) -> Row | None:
         if shorter is None:
             return None
         tokens, truncated = encoder.encode(shorter), True
-    fresh = data.fresh is None or comes_from(example.where, data.fresh)
-    proven = data.unproven is None or not comes_from(example.where, data.unproven)
+    fresh = data.new_files is None or comes_from(example.where, data.new_files)
+    proven = data.quarantined is None or not comes_from(example.where, data.quarantined)
     return Row(tokens, example.group, example.slice, example.weight, truncated, fresh, proven)
 
 

@@ -21,7 +21,7 @@ from flows.base.model import check_base, load_dequantized, load_tokenizer, paddi
 from flows.data.rows import Row, read_rows
 from flows.errors import PipelineError
 from flows.evaluation.scoring import RowLosses, class_log_probs, pairs_log_probs, row_losses
-from flows.params.model import Params
+from flows.params import Params
 from flows.runtime.processes import die_with_parent
 from flows.runtime.progress import progress
 from flows.runtime.stage import set_seed

@@ -13,7 +13,7 @@ from typing import Any
 from flows.base.identity import have_same_base
 from flows.errors import RegistryConflict
 from flows.gate.looks import data_digest, evaluated_on, trials_on
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.card import CARD, model_card
 from flows.registry.commit_files import check_no_secrets, data_files

@@ -13,7 +13,7 @@ import pyarrow
 from pyarrow import parquet
 
 from flows.errors import RegistryError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths, Split
 from flows.registry.registry import Registry
 from flows.runtime.git import Git

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from flows.base.model import check_base, load_for_training, load_tokenizer, padding_id
 from flows.charts.ranks import HEAT_MAP, rank_heat_map, rank_picture
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.progress import bars_closed
 from flows.runtime.stage import set_seed, start

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from flows.params.model import Params
+from flows.params import Params
 from peftcore.train import FaultPolicy
 
 OPTIMIZERS = {

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from flows.data.rows import Row
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from peftcore import LoraConfig
 from peftcore.files import write_atomically
 from peftcore.train import RankSearch, RightPaddingCollator, find_ranks

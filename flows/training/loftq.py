@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from peftcore import LoraConfig, PeftConfig, get_peft_model, replace_lora_weights_loftq
 
 

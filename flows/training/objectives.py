@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from flows.data.rows import Row, read_rows
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths, Split
 from peftcore import TaskType
 from peftcore.train import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.training.log import TrainingLog
 from peftcore.files import read_manifest, sha256

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flows.errors import DataError, StageError
-from flows.params.model import Data, Params
+from flows.params import Data, Params
 from flows.paths import SPLITS, Paths
 from flows.validation import balance, contents, duplicates, lengths, masks, template
 from flows.validation.findings import Finding, Findings

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from flows.data.near_duplicates import NearDuplicates
 from flows.data.tokens import IGNORED
 from flows.errors import StageError
-from flows.params.model import Data
+from flows.params import Data
 from flows.paths import SPLITS, Split
 
 SHOWN = 5

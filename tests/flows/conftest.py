@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
-from flows.params.model import Params, load_params
+from flows.params import Params, load_params
 from flows.paths import Paths
 from flows.runtime.project import dvc
 from flows.stages import register

@@ -13,7 +13,7 @@ from flows.base import source as base_source
 from flows.base.source import Checkpoint, load, obtain
 from flows.data.chat import render
 from flows.errors import BaseModelError, DataError, ParamsError
-from flows.params.model import Base, load_params
+from flows.params import Base, load_params
 from peftcore.files import sha256
 
 Making = Callable[[zipfile.ZipFile], None]

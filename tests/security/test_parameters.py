@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flows.errors import ParamsError, RepositoryError
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.registry.registry import Registry
 from flows.runtime.git import Git
 

@@ -13,7 +13,7 @@ from flows.data import files
 from flows.data.chat import ChatTokenizer
 from flows.data.sources import read_examples
 from flows.errors import DataError
-from flows.params.model import Data
+from flows.params import Data
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 ROW: dict[str, Any] = {"messages": TURNS}

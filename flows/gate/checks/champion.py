@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flows.base.identity import have_same_base
 from flows.errors import GateError
 from flows.gate.candidate import Candidate, Champion, Outcome
-from flows.params.model import Gate
+from flows.params import Gate
 
 if TYPE_CHECKING:
     import pyarrow
@@ -126,7 +126,8 @@ def _is_same_adapter(candidate: Candidate, champion: Champion) -> bool:
 
 def _evaluated_again(candidate: Candidate, champion: Champion, gate: Gate) -> Outcome:
     """A new evaluation takes the old one's place; on other test rows, which later versions are then held to, only if
-    somebody vouches for them."""
+    somebody vouches for them.
+    """
     same = f"it is the adapter of {champion.version}, evaluated again"
     if not _has_other_rows(candidate, champion):
         return True, f"{same} on the same test rows"
@@ -217,7 +218,7 @@ def _same_rows(candidate: Candidate, champion: Champion) -> "tuple[pyarrow.Table
     why = f"; the base's own losses differ by {apart:.3f} nats between the two evaluations (hardware or software)"
     again, there = champion.again, champion.candidate_there
     if again is None or there is None:
-        return candidate.rows, champion.rows, f"{why}, and gate.champion.remeasure lets neither be measured again"
+        return candidate.rows, champion.rows, f"{why}, and gate.champion.reevaluate lets neither be measured again"
     own = there.rows if there.all_rows is None else there.all_rows
     # the candidate's measured losses have no slices, which are those of the registered rows
     return _with_slices(own, candidate.rows), again.rows, f"{why}, so both were measured again here"

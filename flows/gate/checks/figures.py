@@ -1,8 +1,9 @@
 """Figures of the candidate alone against a limit. A limit on what an objective does not have is passed over, and the
-check says so."""
+check says so.
+"""
 
 from flows.gate.candidate import Candidate, Outcome
-from flows.params.model import Gate, Merge
+from flows.params import Gate, Merge
 
 FIGURES = {
     "sft": {"rouge_l", "ended"},
@@ -43,7 +44,7 @@ def figure(candidate: Candidate, part: str, name: str, limit: float | None) -> O
 
 def ended(candidate: Candidate, gate: Gate) -> Outcome:
     """The share of answers that end by themselves; where the known ones are cut off as well, that is the cause."""
-    passed, told = figure(candidate, "adapter", "ended", gate.min_ended)
+    passed, told = figure(candidate, "adapter", "ended", gate.min_eos_rate)
     answers = candidate.metrics.get("answers")
     if passed or not answers or not answers["longer_known_answers"]:
         return passed, told

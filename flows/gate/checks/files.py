@@ -1,7 +1,7 @@
 """The adapter's files: which they are, that they are those that were registered, that they hold numbers, their size."""
 
 from flows.gate.candidate import Candidate, Outcome
-from flows.params.model import Gate
+from flows.params import Gate
 from flows.registry.adapter_files import foreign_files, non_finite_tensors
 from peftcore.files import read_manifest, sha256
 

@@ -1,7 +1,7 @@
 """Whether the adapter has made the base worse at plain text that has nothing to do with the task."""
 
 from flows.gate.candidate import Candidate, Outcome
-from flows.params.model import Gate
+from flows.params import Gate
 
 
 def forgetting(candidate: Candidate, gate: Gate, seed: int) -> Outcome:

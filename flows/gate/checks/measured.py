@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flows.gate.candidate import Candidate, Outcome
-from flows.params.model import Params
+from flows.params import Params
 
 
 def measured_as_asked(candidate: Candidate) -> Outcome:

@@ -4,7 +4,7 @@ Without `gate.allowed_signers` an approval is an e-mail that git was told, which
 """
 
 from flows.gate.candidate import Candidate, Outcome
-from flows.params.model import Gate
+from flows.params import Gate
 from flows.registry.lineage import content_digest
 from flows.registry.signatures import VARIABLE
 from peftcore.files import MANIFEST, sha256

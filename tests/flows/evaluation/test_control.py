@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.errors import DataError
 from flows.evaluation.control import control_texts, judge_control
-from flows.params.model import Control
+from flows.params import Control
 from peftcore import LoraConfig, get_peft_model
 
 

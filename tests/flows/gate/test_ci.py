@@ -15,7 +15,7 @@ from flows.errors import RegistryError
 from flows.gate.ci import default_branch, judge, rules_for
 from flows.gate.gate import Check, GateReport
 from flows.gate.promote import Promotion
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.git import Git
 

@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 from flows.errors import GateError
 from flows.gate.candidate import Candidate, Champion, Looks, Remeasured
 from flows.gate.gate import COMPARING, DECISIVE, GateReport, evaluate_gate
-from flows.params.model import Champion as ChampionParams
-from flows.params.model import Gate, Merge
-from flows.params.model import Slices as SlicesParams
+from flows.params import Champion as ChampionParams
+from flows.params import Gate, Merge
+from flows.params import Slices as SlicesParams
 from flows.registry.lineage import content_digest
 from flows.registry.signatures import Signature
 from peftcore.files import read_manifest, sha256, write_manifest
@@ -183,7 +183,7 @@ def test_of_all_that_is_wrong_everything_that_can_be_told_is_told(make: Callable
 
 
 def test_limits_can_be_left_out(make: Callable[..., Candidate]) -> None:
-    report = judge(make(loss=3.7), min_loss_gain=None, min_rouge_l_gain=None, min_ended=None)
+    report = judge(make(loss=3.7), min_loss_gain=None, min_rouge_l_gain=None, min_eos_rate=None)
     told = {check.name: check.detail for check in report.checks}
     assert report.passed
     assert told["gain in loss"] == "0.100 nats, no limit set"

@@ -8,7 +8,7 @@ import pytest
 from flows.errors import RegistryError, StageError
 from flows.gate.looks import data_digest, note_trial, trials_on
 from flows.gate.promote import promote, read_promotion, roll_back
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import read_lock
 from flows.registry.registry import Registry, RegistryConflict

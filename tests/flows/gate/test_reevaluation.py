@@ -19,7 +19,7 @@ from flows.evaluation.scoring import row_losses
 from flows.gate import reevaluation as remeasurement
 from flows.gate.candidate import Remeasured
 from flows.gate.promote import promote
-from flows.params.model import Params, load_params
+from flows.params import Params, load_params
 from flows.paths import Paths
 from flows.registry.registered_files import dvc_digest
 from flows.registry.registry import Registry
@@ -38,7 +38,7 @@ register: {remote: local}
 gate:
   min_loss_gain: -10
   min_rouge_l_gain: -1
-  min_ended: 0
+  min_eos_rate: 0
   champion: {max_loss_regression_on_its_rows: 9.0, max_loss_regression: 9.0}
   slices: {max_loss_regression: 9.0}
 tracking: {mode: disabled}
@@ -178,7 +178,7 @@ def test_a_working_tree_without_any_files_measures_the_same(weeks: Paths, preten
 
 
 def test_unless_it_may_be_it_is_refused(weeks: Paths, pretended: list[dict[str, Any]]) -> None:
-    weeks.params.write_text(PARAMS.replace("9.0}", "9.0, remeasure: false}", 1))
+    weeks.params.write_text(PARAMS.replace("9.0}", "9.0, reevaluate: false}", 1))
     refused = promote(load_params(weeks.params), weeks)
     assert "v0.1.0 was measured on another test set" in refused.sentence
     assert pretended == []

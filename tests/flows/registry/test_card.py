@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.params.model import Params
+from flows.params import Params
 from flows.registry.card import CARD, SLICES, escaped, model_card
 
 

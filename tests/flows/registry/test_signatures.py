@@ -12,7 +12,7 @@ import pytest
 
 from flows.errors import RegistryConflict, RegistryError
 from flows.gate.promote import promote
-from flows.params.model import Gate
+from flows.params import Gate
 from flows.registry.approvals import approvals, approve, unsigned_approvals
 from flows.registry.project_registry import deciding_tags
 from flows.registry.registry import Registry, Version

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from flows.base.model import load_for_training
 from flows.cli import app
 from flows.errors import BaseModelError, PlanError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.resources import plan as planning
 from flows.resources import probe as plan_probe

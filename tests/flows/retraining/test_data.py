@@ -8,7 +8,7 @@ import pytest
 
 from flows.base.hub import DownloadError
 from flows.errors import DataError
-from flows.params.model import Params
+from flows.params import Params
 from flows.registry.registry import Version
 from flows.retraining import data
 from flows.retraining.data import Collected, Source

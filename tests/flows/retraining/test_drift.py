@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from flows.params.model import Drift
+from flows.params import Drift
 from flows.retraining.drift import judged, spread_of
 
 RULE = Drift(max_loss_gap=0.5, min_rows=8)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flows.errors import BusyError, DataError, ParamsError, RegistryConflict, StageError
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.registry.registry import Registry, Version
 from flows.retraining import flow
 from flows.retraining.data import Collected, Source
@@ -299,10 +299,10 @@ def test_a_file_that_changes_nothing_is_tried_once(weekly: Any) -> None:
 def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
     work = flow.Retraining(weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
     work._doubt(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0"}))
-    assert work.entry.unproven == [] and work.params.data.unproven is None
+    assert work.entry.unproven == [] and work.params.data.quarantined is None
     assert "there are no files to judge by but those nobody vouches for" in caplog.text
     work._doubt(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0", "b.jsonl": "1"}))
-    assert work.entry.unproven == work.params.data.unproven == ["a.jsonl"]
+    assert work.entry.unproven == work.params.data.quarantined == ["a.jsonl"]
 
 
 @pytest.mark.parametrize("kept_by", ["git", "dvc"])
@@ -377,7 +377,7 @@ def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
         retrain(weekly)
     assert entries(weekly.paths)[-1].start == "v0.1.0"
     asked = load_params(home(weekly.root) / "tree" / "params.yaml")
-    assert (asked.train.start_from, asked.data.fresh, asked.data.replay_share) == ("v0.1.0", ["week3.jsonl"], 0.5)
+    assert (asked.train.start_from, asked.data.new_files, asked.data.replay_share) == ("v0.1.0", ["week3.jsonl"], 0.5)
 
 
 def test_one_at_a_time(weekly: Any) -> None:

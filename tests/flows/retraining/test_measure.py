@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flows.params.model import Drift, Params
+from flows.params import Drift, Params
 from flows.paths import Paths
 from flows.retraining import measure
 from flows.retraining.drift import _passed

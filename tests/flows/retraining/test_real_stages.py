@@ -20,7 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "train": {"batch_size": 4, "gradient_accumulation": 1, "learning_rate": 0.01, "evaluations": 2},
     "evaluate": {"rows": None, "batch_size": 8, "generate_rows": 4, "max_new_tokens": 8, "samples": 2},
     "merge": {"rows": 6, "max_kl": 1.0, "min_top1_agreement": 0.5},
-    "gate": {"min_loss_gain": 0.05, "min_rouge_l_gain": -1.0, "min_ended": 0.0},
+    "gate": {"min_loss_gain": 0.05, "min_rouge_l_gain": -1.0, "min_eos_rate": 0.0},
     "tracking": {"mode": "disabled"},
 }  # fmt: skip
 

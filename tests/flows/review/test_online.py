@@ -106,7 +106,7 @@ def test_a_server_that_is_down_costs_its_time_and_no_more(tmp_path: Path) -> Non
 TRACKED_STAGE = """
 import json, shutil
 from pathlib import Path
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.runtime.tracking import Tracker
 
 shutil.copytree("source", "artifacts", dirs_exist_ok=True)

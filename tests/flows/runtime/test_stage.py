@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flows.errors import DataError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime import stage
 from peftcore.errors import TrainingError

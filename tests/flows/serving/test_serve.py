@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.errors import BaseModelError, RegistryError
 from flows.gate.promote import promote
-from flows.params.model import Quantization
+from flows.params import Quantization
 from flows.registry.registry import Registry
 from flows.runtime.project import dvc
 from flows.serving.serve import ServedBase, StageWatch, compositions, register_adapters

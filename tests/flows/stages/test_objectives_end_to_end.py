@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from flows.base.model import load_dequantized, load_tokenizer
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.stages import evaluate, merge, prepare, train
 from flows.stages.reevaluate import measure

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from flows.errors import BaseModelError, DataError
-from flows.params.model import Data, Params, Project, Train
+from flows.params import Data, Params, Project, Train
 from flows.paths import SPLITS, Paths, Split
 from flows.stages.prepare import run
 

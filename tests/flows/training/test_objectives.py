@@ -9,7 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.training.objectives import class_names, loss_function, preference_objective, trainer_of, training_rows
 from peftcore.train import AdapterTrainer, ClassificationTrainer, Dpo, Orpo, PreferenceTrainer
