@@ -120,11 +120,11 @@ def serve(
     batch. `/health`, `/ready` and `/metrics` (Prometheus) are for whoever watches it. SIGTERM ends it after what runs.
     """
     with errors():
-        from flows.serving.serve import ServeOptions
+        from flows.serving.options import ServeOptions
         from flows.serving.serve import serve as run
         from peftcore.serving import Limits
 
-        watched = None
+        project = None
         if watch_remote is not None and not watch:
             raise typer.BadParameter(
                 "it says where --watch fetches from; give --watch too", param_hint="--watch-remote"
@@ -133,12 +133,13 @@ def serve(
             from flows.params import load_params
 
             paths = Paths(find_root())
-            watched = (paths, load_params(paths.params))
+            project = (paths, load_params(paths.params))
         options = ServeOptions(
             base=base or Paths(find_root()).base,
+            limits=Limits(max_batch, max_queue, max_tokens, timeout=timeout, grace=grace),
             adapters=adapters,
             mixtures=composition or (),
-            watched=watched,
+            project=project,
             seconds=watch_seconds,
             git_remote=watch_remote,
             host=host,
@@ -148,4 +149,4 @@ def serve(
             dtype=dtype,
             keys=api_key or (),
         )
-        run(options, Limits(max_batch, max_queue, max_tokens, timeout=timeout, grace=grace))
+        run(options)
