@@ -55,7 +55,7 @@ from flows.training.objectives import (
 )
 from flows.training.run import Run, optimizer_steps, run_key
 from flows.training.warm_start import continue_adapter, starts_warm
-from flows.validation.findings import require_sound
+from flows.validation.findings import require_valid
 from peftcore import LoraConfig, TrainingError, check_mergeable, initialize_from_data
 from peftcore.files import directory_written_atomically, write_atomically
 from peftcore.init import DATA_STARTS
@@ -76,7 +76,7 @@ BATCHES_FOR_START = 32
 def run(params: Params, paths: Paths) -> None:
     """Train, in as many processes as the parameters say."""
     if not is_launched():
-        require_sound(paths)
+        require_valid(paths)
     if params.train.all_processes > 1 and not is_launched():
         node = this_node(params.train.nodes)
         launch("flows.stages.train", params.train.processes, params.train.launcher, node)
