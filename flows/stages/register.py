@@ -1,8 +1,8 @@
-"""Register the run as a version: push its files to the DVC remote, commit and tag its lineage.
+"""register: the run as a version. Push its files to the DVC remote, commit its record, and tag the commit.
 
-The tag comes last, so a failure before it leaves nothing registered. The same adapter with the same evaluation is the
-same version, unless that one's files were collected; evaluated again with another result it is a version of its own,
-because a version is judged by what its record names. The commit also holds a model card.
+The tag comes last, so a failure before it registers nothing. The same adapter with the same evaluation is the same
+version, unless garbage collection removed that version's files. Another evaluation of the adapter is a version of its
+own, because the gate uses the evaluation in the record. The commit also holds a model card.
 """
 
 import json
@@ -40,14 +40,15 @@ from peftcore.files import write_atomically
 logger = logging.getLogger(__name__)
 NAME = "register"
 ATTEMPTS = 20
-"""Numbers that are tried where other clones register at the same time."""
+"""Number of version numbers to try while other clones register too."""
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write metrics.json and artifacts/version.json, and make the version's tag.
+    """Write metrics.json and artifacts/version.json, and create the version's tag.
 
-    Raises RepositoryError without a git commit, a fresh dvc.lock or the DVC remote; RegistryConflict if another
-    registration took the number at the same moment.
+    Raises:
+        RepositoryError: There is no git commit, no current dvc.lock, or no DVC remote.
+        RegistryConflict: Another registration took the number at the same time.
     """
     git = Git(paths.root)
     check_artifact_name(paths.root, params.project.name)
@@ -65,7 +66,7 @@ def run(params: Params, paths: Paths) -> None:
     known = registry.registered(content, evidence_digests(paths))
     if known is not None:
         write_atomically(paths.version, as_text(registry.record(known)))
-        logger.info("this adapter with this evaluation is %s %s already", registry.name, known.number)
+        logger.info("this adapter with this evaluation is already %s %s", registry.name, known.number)
         return
 
     version, record = _register(registry, params, paths, git, lock, content, metrics, data)
@@ -85,7 +86,7 @@ def _register(
 ) -> tuple[Version, dict[str, Any]]:
     """Register under the next free number; returns the version and its record.
 
-    Where a git remote gives out the numbers, a number that another clone has taken meanwhile is left to that clone.
+    If a git remote assigns numbers, a number that another clone took meanwhile is skipped.
     """
     remote = params.register.git_remote
     for attempt in range(ATTEMPTS):
@@ -107,11 +108,12 @@ def _register(
 
 
 def as_text(value: Any) -> str:
+    """Return indented JSON with a final newline."""
     return json.dumps(value, indent=2) + "\n"
 
 
 def next_number(registry: Registry, params: Params, paths: Paths, git: Git, lock: dict[str, Any]) -> str:
-    """A patch of the latest version where both can be compared, else (other base or test rows) a minor step."""
+    """Return the next patch number if both versions are comparable (same base and test rows), else the next minor."""
     versions = registry.versions()
     if not versions or versions[-1].content is None:
         return registry.next_number(minor=True)
@@ -122,7 +124,7 @@ def next_number(registry: Registry, params: Params, paths: Paths, git: Git, lock
 
 
 def summary(record: dict[str, Any]) -> str:
-    """One line on what a version achieves."""
+    """Return one line about a version's test loss."""
     base, adapter = record["metrics"]["base"], record["metrics"]["adapter"]
     return f"test loss {base['loss']:.3f} -> {adapter['loss']:.3f}"
 

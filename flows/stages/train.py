@@ -1,10 +1,10 @@
-"""Train the adapter on the base in its quantised storage, and keep the best by validation loss.
+"""train: the adapter on the base in its quantised storage; the best checkpoint by validation loss is kept.
 
-Interrupted at any point, it goes on from the last whole checkpoint when it is run again with the same parameters,
-data and base, and ends as an uninterrupted run would have.
+An interrupted run resumes from the last complete checkpoint when it is run again with the same parameters, data and
+base, and ends like an uninterrupted run.
 
-In several processes the stage starts itself anew in each. All train, and compute the same where they do not share the
-work; the main one alone shows progress, logs, writes results and removes checkpoints.
+With several processes the stage starts itself in each. All train and compute the same values where they do not share
+the work; only the main process shows progress, logs, writes results and removes checkpoints.
 """
 
 import json
@@ -70,11 +70,11 @@ from peftcore.train import (
 log = logging.getLogger("flows.stages.train")  # as a program this module is called __main__
 
 BATCHES_FOR_START = 32
-"""Batches that a start from data looks at."""
+"""Batches of a data-driven initialisation."""
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Train, in as many processes as the parameters say."""
+    """Train, in the number of processes that the parameters say."""
     if not is_launched():
         require_valid(paths)
     if params.train.all_processes > 1 and not is_launched():
@@ -112,7 +112,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
         model = continue_adapter(params, paths, model, config)
     else:
         model = attach_adapter(params, model, config, paths.base)
-    check_mergeable(model, ["default"])  # the pipeline ends in a merged model: better said before training than after
+    check_mergeable(model, ["default"])  # the pipeline merges the model: fail before training
     if not warm:
         _start_from_data(params, model, rows["train"], pad)
     recompute_activations(model, params.train.gradient_checkpointing)
@@ -127,7 +127,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
         trainer = _trainer(params, this, model, trainer_class, options, tracker if main else None)
         with bars_closed():
             _train(trainer, this, params.train.patience)
-        processes.wait_for_everyone()  # the others have read the best checkpoint before it is removed
+        processes.wait_for_everyone()  # the others have read the best checkpoint before its removal
         if not main:
             return
         model.save_pretrained(paths.adapter)
@@ -148,7 +148,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
 
 
 def _draw_ranks(ranks: dict[str, int], step: int, folder: Path, tracker: Tracker) -> None:
-    """A heat map of the trained adapter's ranks, if they differ between layers."""
+    """Write a heat map of the trained adapter's ranks if they differ between layers."""
     if len(set(ranks.values())) > 1:
         title = "Ranks of the trained adapter"
         write_atomically(folder / HEAT_MAP, str(rank_heat_map(ranks, title)))
@@ -157,7 +157,7 @@ def _draw_ranks(ranks: dict[str, int], step: int, folder: Path, tracker: Tracker
 
 def _train(trainer: AdapterTrainer, this: Run, patience: int) -> None:
     if this.checkpoint is not None and evaluations_since_best(this.state.log_history) >= patience:
-        trainer.finish_from(this.checkpoint)  # it had stopped for good, and only the results were not written yet
+        trainer.finish_from(this.checkpoint)  # training had ended, only the results were not written
     else:
         trainer.train(resume_from_checkpoint=None if this.checkpoint is None else str(this.checkpoint))
 
@@ -170,7 +170,7 @@ def _trainer(
     options: dict[str, Any],
     tracker: Tracker | None,
 ) -> AdapterTrainer:
-    """tracker: of the main process, which alone logs and shows progress."""
+    """Return the trainer. tracker: of the main process, which alone logs and shows progress."""
     train = params.train
     callbacks: list[TrainerCallback] = [
         EvaluateAt(evenly_spread(this.total_steps, train.evaluations)),
@@ -191,7 +191,7 @@ def _trainer(
     except TrainingError as error:
         raise StageError(
             f"train.batching is {train.batching} and train.optimizer is {train.optimizer}: {error}; grouped and adamw "
-            "train any model on any machine"
+            "work for any model on any machine"
         ) from error
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -199,7 +199,7 @@ def _trainer(
 
 
 def _start_from_data(params: Params, model: Any, rows: Dataset, pad: int) -> None:
-    """Give a LoRA that starts from data (EVA, CorDA, LoRA-GA) that start, from the first training rows."""
+    """Initialise a LoRA from the first training rows if its initialisation needs data (EVA, CorDA, LoRA-GA)."""
     if getattr(model.peft_config["default"], "init_lora_weights", None) not in DATA_STARTS:
         return
     size = params.train.batch_size

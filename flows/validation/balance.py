@@ -33,7 +33,7 @@ def weights(prepared: Prepared) -> Finding:
         warning=zero > 0 or effective < EFFECTIVE,
         fix="a weight is at least 0, and each split needs weights above 0: correct the weight column"
         if impossible or not effective
-        else "rows of weight 0 have no effect, and few heavy rows dominate: remove the former, narrow the range of weights",
+        else "rows of weight 0 have no effect, and a few heavy rows dominate: remove them, or narrow the range",
     )
 
 

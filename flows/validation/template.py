@@ -58,8 +58,8 @@ def generation_prompt(prepared: Prepared) -> Finding:
         other,
         error=other > OTHER_PROMPTS * checked,
         warning=other > 0,
-        fix="generation would start from other tokens than training: end the template's generation prompt with a special "
-        "token or a line break, and begin no answer with white space",
+        fix="generation would start from other tokens than training: end the template's generation prompt with a "
+        "special token or a line break, and begin no answer with white space",
         examples=examples,
     )
 
