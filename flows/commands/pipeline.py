@@ -107,14 +107,14 @@ def plan(
     the run will not fit this machine.
     """
     with errors(), project() as (params, paths):
-        from flows.resources.plan import plan as make_plan
-        from flows.resources.table import print_plan
+        from flows.resources.estimate import estimate
+        from flows.resources.table import print_estimate
 
-        planned = make_plan(params, paths, config, probe, probe_timeout)
+        planned = estimate(params, paths, config, probe, probe_timeout)
         if as_json:
             print(json.dumps(planned.as_dict(), indent=2))
         else:
-            print_plan(planned)
+            print_estimate(planned)
         if not planned.fits:
             fail(planned.refusal())
 

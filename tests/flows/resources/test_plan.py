@@ -17,17 +17,17 @@ from typer.testing import CliRunner
 
 from flows.base.model import load_for_training
 from flows.cli import app
-from flows.errors import BaseModelError, PlanError
+from flows.errors import BaseModelError, EstimateError
 from flows.params import Params
 from flows.paths import Paths
-from flows.resources import plan as planning
+from flows.resources import estimate as estimate_module
 from flows.resources import probe as plan_probe
 from flows.resources.activations import activations
 from flows.resources.batches import BatchSize, RowSize, shapes, workload
-from flows.resources.plan import plan
+from flows.resources.estimate import estimate
 from flows.resources.probe import Measured, Task, depths, run_probe, seconds_of, sequence, write_shallow_base
 from flows.resources.probe_process import _smoothed, measure
-from flows.resources.sizes import planned_adapter, sizes, with_blocks
+from flows.resources.sizes import sized_adapter, sizes, with_blocks
 from flows.stages.detect import without_weights
 from peftcore import get_peft_model
 from peftcore.train import recompute_activations
@@ -135,7 +135,7 @@ def test_simulated_activations_are_what_a_forward_saves(mode: Any) -> None:
     chosen = params(train={"gradient_checkpointing": mode}, quantization={"storage": "none"})
     found = activations(config, chosen, batch(2, 48), 48, 10)
     model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
-    model = get_peft_model(model, planned_adapter(chosen, 10)).train()
+    model = get_peft_model(model, sized_adapter(chosen, 10)).train()
     recompute_activations(model, mode)
     saved = _saved_bytes(model, lambda: model.base_model(torch.full((2, 48), 5), use_cache=False)[0])
     assert found.kept == pytest.approx(saved, rel=0.06)
@@ -173,7 +173,7 @@ def test_an_evaluation_may_need_more_than_a_step(paths: Paths) -> None:
     )
     longest = [[5] * 300] * 64
     parquet.write_table(pyarrow.table({"input_ids": longest, "labels": longest}), paths.split("validation"))
-    found = plan(packed, paths, probe=False)
+    found = estimate(packed, paths, probe=False)
     scores = 64 * 2 * 304 * 304  # of plain attention: rows, heads, and the row's pairs of tokens
     # in 16 bits and in 32 for the softmax, at one time at least
     assert found.memory["what an evaluation takes beyond that"] > 0.9 * (2 + 4) * scores
@@ -200,12 +200,12 @@ def test_batches_are_the_trainers_own(paths: Paths) -> None:
 def test_rows_that_are_not_prepared_are_full(tmp_path: Path) -> None:
     work = workload(params(data={"train_rows": 10}), Paths(tmp_path))
     assert (work.prepared, work.largest.shape, work.optimizer_steps) == (False, (4, 320), 2)
-    with pytest.raises(PlanError, match="train_rows is null"):
+    with pytest.raises(EstimateError, match="train_rows is null"):
         workload(params(data={"train_rows": None}), Paths(tmp_path))
 
 
 def test_a_pack_that_is_too_short_is_refused(paths: Paths) -> None:
-    with pytest.raises(PlanError, match=r"pack_tokens is 20: .* at least 29"):
+    with pytest.raises(EstimateError, match=r"pack_tokens is 20: .* at least 29"):
         workload(params(train={"batching": "packed", "pack_tokens": 20}), paths)
 
 
@@ -286,7 +286,7 @@ def test_a_probe_that_fails_or_hangs_is_one_message(tmp_path: Path, monkeypatch:
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
         monkeypatch.setattr(plan_probe.sys, "executable", str(program))
-        with pytest.raises(PlanError, match=said):
+        with pytest.raises(EstimateError, match=said):
             run_probe(task, tmp_path, 0.5 if "sleep" in script else 60)
 
 
@@ -294,7 +294,7 @@ def test_a_probe_that_fails_or_hangs_is_one_message(tmp_path: Path, monkeypatch:
 
 
 def test_without_the_probe_it_adds_up_and_says_so(paths: Paths) -> None:
-    found = plan(params(), paths, probe=False)
+    found = estimate(params(), paths, probe=False)
     assert found.peak == max(sum(found.memory.values()), found.loading_peak)
     assert (found.time, found.fits) == ({}, True)
     assert "without the probe" in found.notes[-1]
@@ -314,7 +314,7 @@ def test_with_the_probe_it_has_time_and_what_libraries_take(paths: Paths, monkey
     monkeypatch.setattr(
         planning, "run_probe", lambda *_: Measured(GIB // 2, GIB, 2.0, 1.0, timings, timings, 0.25, 0.5)
     )
-    found = plan(params(), paths)
+    found = estimate(params(), paths)
     assert found.peak == GIB == sum(found.memory.values())
     assert (found.time["libraries"], found.time["loading the base"]) == (2.0, 1.0)
     assert (found.time["optimiser"], found.time["checkpoints"]) == (3 * 0.25, 3 * 0.5)  # a run of three steps
@@ -360,16 +360,16 @@ def peftcore(*arguments: str) -> Any:
 
 def test_a_full_disk_is_foreseen(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "changes", lambda *_: [])
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1024}))
-    found = plan(params(), paths, probe=False)
+    monkeypatch.setattr(estimate_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1024}))
+    found = estimate(params(), paths, probe=False)
     assert not found.fits
     assert "of disk, and 0 MiB are free" in found.refusal()
 
 
 def test_what_cannot_be_planned_is_refused(paths: Paths) -> None:
-    with pytest.raises(PlanError, match="objective is dpo; only sft"):
-        plan(params(data={"kind": "preference", "source": "rows.jsonl"}, train={"objective": "dpo"}), paths)
-    with pytest.raises(PlanError, match=r"method: .*no_such"):
-        plan(params(method={"target_modules": ["no_such"]}), paths, probe=False)
+    with pytest.raises(EstimateError, match="objective is dpo; only sft"):
+        estimate(params(data={"kind": "preference", "source": "rows.jsonl"}, train={"objective": "dpo"}), paths)
+    with pytest.raises(EstimateError, match=r"method: .*no_such"):
+        estimate(params(method={"target_modules": ["no_such"]}), paths, probe=False)
     with pytest.raises(BaseModelError, match="run the fetch stage, or give --config"):
-        plan(params(), Paths(paths.root / "elsewhere"), probe=False)
+        estimate(params(), Paths(paths.root / "elsewhere"), probe=False)
