@@ -1,5 +1,4 @@
-"""Estimate of a run's memory, time and disk before it starts, and alternatives that fit. The command is `peftcore
-plan`.
+"""Estimate of a run's memory, time and disk before it starts, and alternatives that fit: `peftcore plan`.
 
 memory   what does not depend on the batch (`sizes`, on the meta device), a step (`activations`, on fake tensors), and
          libraries and allocator, measured by the probe (`probe`), which trains two shallow models of the real widths;
@@ -20,9 +19,9 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.resources.batches import Workload, workload
 from flows.resources.changes import Change, changes
-from flows.resources.static_memory import StaticMemory, blocks_are_alike
 from flows.resources.probe import Measured, Task, depths, run_probe, seconds_of, sequence, write_shallow_base
 from flows.resources.sizes import Sizes, number_of_blocks, with_blocks
+from flows.resources.static_memory import StaticMemory, blocks_are_alike
 from flows.runtime.machine_memory import free_memory, memory_limit, peak_memory
 from flows.stages.detect import without_weights
 

@@ -77,6 +77,7 @@ class WholeBatch:
         self.collate = collate
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
+        """Collate the only item, a batch."""
         return self.collate(items[0])
 
 

@@ -309,10 +309,10 @@ def test_without_the_probe_it_adds_up_and_says_so(paths: Paths) -> None:
 
 def test_with_the_probe_it_has_time_and_what_libraries_take(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     timings = [(64, 0.5), (128, 1.0)]
-    monkeypatch.setattr(planning, "changes", lambda *_: [])
-    monkeypatch.setattr(planning, "peak_memory", lambda device: GIB // 4)
+    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
+    monkeypatch.setattr(estimate_module, "peak_memory", lambda device: GIB // 4)
     monkeypatch.setattr(
-        planning, "run_probe", lambda *_: Measured(GIB // 2, GIB, 2.0, 1.0, timings, timings, 0.25, 0.5)
+        estimate_module, "run_probe", lambda *_: Measured(GIB // 2, GIB, 2.0, 1.0, timings, timings, 0.25, 0.5)
     )
     found = estimate(params(), paths)
     assert found.peak == GIB == sum(found.memory.values())
@@ -326,8 +326,8 @@ def test_with_the_probe_it_has_time_and_what_libraries_take(paths: Paths, monkey
 def test_a_model_that_is_not_here_and_will_not_fit(
     tmp_path: Path, paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "memory_limit", lambda device: 3 * GIB)
-    monkeypatch.setattr(planning, "peak_memory", lambda device: GIB // 2)
+    monkeypatch.setattr(estimate_module, "memory_limit", lambda device: 3 * GIB)
+    monkeypatch.setattr(estimate_module, "peak_memory", lambda device: GIB // 2)
     with_blocks(llama_7b(), 4).save_pretrained(tmp_path / "big")
     monkeypatch.chdir(in_a_project(paths))
     long = {"input_ids": [[5] * 512] * 16, "labels": [[5] * 512] * 16}
@@ -359,7 +359,7 @@ def peftcore(*arguments: str) -> Any:
 
 
 def test_a_full_disk_is_foreseen(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "changes", lambda *_: [])
+    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
     monkeypatch.setattr(estimate_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1024}))
     found = estimate(params(), paths, probe=False)
     assert not found.fits

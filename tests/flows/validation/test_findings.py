@@ -7,7 +7,7 @@ import pytest
 
 from flows.errors import DataError, StageError
 from flows.paths import Paths
-from flows.validation.findings import Findings, judged, require_valid
+from flows.validation.findings import Findings, make_finding, require_valid
 
 
 def kept(patient: Any) -> Paths:
@@ -53,11 +53,11 @@ def test_rows_that_nobody_looked_at_are_refused(patient: Any, report: str | None
 
 
 def test_json_keeps_all_of_a_finding() -> None:
-    finding = judged("check", "figure", 0.5, warning=True, fix="do it", examples=("a",))
+    finding = make_finding("check", "figure", 0.5, warning=True, fix="do it", examples=("a",))
     findings = Findings((finding,), {"train": "1"})
     assert Findings.from_dict(json.loads(json.dumps(findings.as_dict()))) == findings
 
 
 def test_the_worst_that_holds_is_the_severity() -> None:
-    assert judged("c", "f", 1, error=True, warning=True, fix="x").severity == "error"
-    assert judged("c", "f", 0, fix="x").fix == ""
+    assert make_finding("c", "f", 1, error=True, warning=True, fix="x").severity == "error"
+    assert make_finding("c", "f", 0, fix="x").fix == ""
