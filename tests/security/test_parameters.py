@@ -28,7 +28,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        (LAUGHS, "brings it to more than 10,000 values"),
+        (LAUGHS, "makes more than 10,000 values"),
         ("a: &a [*a]", "nested too deeply"),
         ("a: " + "[" * 50_000, "nested too deeply"),
         ("a: x\n" * 100_000, "more than 262,144 bytes"),

@@ -67,7 +67,7 @@ def test_parquet_that_unpacks_without_end(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "rows.parquet"
     parquet.write_table(pyarrow.table({"text": ["a" * 1000] * 1000}), path)
-    refused(tmp_path, path.read_bytes(), r"rows\.parquet: its .* bytes unpack to more than", "parquet")
+    refused(tmp_path, path.read_bytes(), r"rows\.parquet: its .* bytes unpack to over", "parquet")
 
 
 def test_parquet_opens_no_path_or_address_that_it_names(tmp_path: Path) -> None:

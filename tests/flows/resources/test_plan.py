@@ -176,7 +176,7 @@ def test_an_evaluation_may_need_more_than_a_step(paths: Paths) -> None:
     found = estimate(packed, paths, probe=False)
     scores = 64 * 2 * 304 * 304  # of plain attention: rows, heads, and the row's pairs of tokens
     # in 16 bits and in 32 for the softmax, at one time at least
-    assert found.memory["what an evaluation takes beyond that"] > 0.9 * (2 + 4) * scores
+    assert found.memory["evaluation, beyond training"] > 0.9 * (2 + 4) * scores
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_a_probe_that_fails_or_hangs_is_one_message(tmp_path: Path, monkeypatch:
     task = Task({}, "base", [], [], 9, 5)
     for script, said in (
         ("echo trouble >&2; echo 'error: no GPU' >&2; exit 1", "failed: no GPU"),
-        ("kill -9 $$", "memory runs out; use --no-probe"),
+        ("kill -9 $$", "lack of memory; use --no-probe"),
         ("exec sleep 30", "longer than 0.5 seconds; allow more with --probe-timeout"),
     ):
         program = tmp_path / "program"
@@ -336,7 +336,7 @@ def test_a_model_that_is_not_here_and_will_not_fit(
     found = json.loads(result.stdout)
     assert (result.exit_code, found["fits"], found["blocks"]) == (1, False, 4)
     assert result.stderr.startswith("error: training needs ")
-    assert "this machine has 3.0 GiB; it fits, with " in result.stderr
+    assert "this machine has 3.0 GiB; it fits with " in result.stderr
     assert "train.gradient_checkpointing: blocks" in result.stderr
 
 

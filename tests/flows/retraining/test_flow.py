@@ -207,7 +207,7 @@ def test_data_that_git_does_not_have_are_named_with_what_to_do(weekly: Any) -> N
     edit(weekly, (f"incoming: {weekly.incoming}", "incoming: null"))
     (weekly.root / "data" / "rows").mkdir()
     (weekly.root / "data" / "rows" / "week1.jsonl").write_text("first\n")
-    with pytest.raises(DataError, match=r"data\.source data/rows is committed neither to git nor by DVC.*`git add"):
+    with pytest.raises(DataError, match=r"data\.source data/rows is tracked neither by git nor by DVC.*`git add"):
         retrain(weekly)
 
 

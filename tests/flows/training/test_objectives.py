@@ -46,7 +46,7 @@ def test_weights_are_kept_only_where_one_is_not_one(tmp_path: Path) -> None:
 def test_rows_of_another_kind_are_refused(tmp_path: Path, objective: str) -> None:
     kind = KINDS[objective]  # as the parameters have it, and the rows that were prepared before have not
     with pytest.raises(
-        StageError, match=rf"{objective}, which is for {kind} rows, .* holds chat rows; set data\.kind: {kind}"
+        StageError, match=rf"{objective}, which needs {kind} rows, .* holds chat rows; set data\.kind: {kind}"
     ):
         training_rows(params(objective), written(tmp_path, [CHAT]))
 

@@ -39,7 +39,7 @@ def test_rows_that_were_changed_since_are_refused(patient: Any) -> None:
     ill = patient()
     paths = kept(ill)
     ill.change("test", "weight", lambda rows: [2.0] * len(rows))
-    with pytest.raises(StageError, match=r"test\.parquet is not what the doctor examined"):
+    with pytest.raises(StageError, match=r"test\.parquet changed after `peftcore doctor` checked it"):
         require_valid(paths)
 
 
