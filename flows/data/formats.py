@@ -270,8 +270,8 @@ def _content(value: Any) -> str | None:
 def _is_trained(message: dict[str, Any], role: str, number: int) -> bool:
     flag = message.get("train")
     if flag is None and message.get("weight") is not None:
-        number = message["weight"]
-        flag = bool(number) if isinstance(number, int | float) and number in (0, 1) else number
+        value = message["weight"]
+        flag = bool(value) if isinstance(value, int | float) and value in (0, 1) else value
     if not isinstance(flag, bool | None):
         raise FaultyRow(f"turn {number} has the weight {flag!r:.80}; a turn's is 0 or 1, and `train` true or false")
     if flag and role != "assistant":
