@@ -112,7 +112,7 @@ def _with_new_names(values: Mapping[str, Any], place: tuple[str, ...]) -> dict[s
     section = section_at(Params, place)
     if section is None or not issubclass(section, Section):
         return dict(values)
-    renamed = {key: section.renamed.get(key, key).rpartition(".")[2] for key in values}
+    renamed = {key: section.renamed.get(key, str(key)).rpartition(".")[2] for key in values}
     return {
         name: _with_new_names(values[key], (*place, name)) if isinstance(values[key], Mapping) else values[key]
         for key, name in renamed.items()

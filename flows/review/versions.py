@@ -149,7 +149,7 @@ def _params(text: str, warnings: list[str]) -> dict[str, Any]:
         warnings.append(f"its params.yaml cannot be read: {error}")
         return {}
     try:
-        return Params.model_validate(given).model_dump()
+        return Params.from_record(given).model_dump()
     except ValueError:
         warnings.append("its params.yaml is another release's; defaults are not filled in")
         return dict(given)
