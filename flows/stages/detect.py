@@ -15,7 +15,8 @@ from flows.errors import BaseModelError
 from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.stage import start
-from peftcore import Architecture, TargetError, detect
+from peftcore import TargetError
+from peftcore.detection import Architecture, detect
 from peftcore.files import write_atomically
 
 logger = logging.getLogger("flows.detect")
