@@ -15,7 +15,8 @@ def is_public(module: str) -> bool:
 def imports(source: Path) -> list[tuple[str, str]]:
     """Return (module, name) of everything that a file imports from peftcore, inside of functions too."""
     nodes = list(ast.walk(ast.parse(source.read_text())))
-    names = [(node.module or "", name.name) for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names]
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    names = [(node.module or "", name.name) for node in froms for name in node.names]
     names += [(name.name, "") for node in nodes if isinstance(node, ast.Import) for name in node.names]
     return [(module, name) for module, name in names if module.split(".")[0] == "peftcore"]
 
