@@ -141,7 +141,7 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     assert dict(losses) == {row["id"]: pytest.approx(on_theirs[row["id"]], abs=1e-6) for row in theirs}
     checks = {check.name: check.detail for check in promotion.report.checks} if promotion.report else {}
     assert "on 10 of that one's test rows" in checks["the champion's rows"]
-    assert "measure v0.1.0 again" in capfd.readouterr().err
+    assert "evaluate v0.1.0 again" in capfd.readouterr().err
 
 
 @pytest.mark.proof
