@@ -78,12 +78,6 @@ class Git:
         """Return git's own folder, which all working trees of the repository share."""
         return self.root / self.run("rev-parse", "--git-common-dir").strip()
 
-    def uncommitted(self, leaving_out: Sequence[str] = ()) -> list[str]:
-        """Tracked files that differ from HEAD, and new ones that are not ignored; sorted."""
-        excluded = [f":(exclude){name}" for name in leaving_out]
-        lines = self.run("status", "--porcelain", "-z", "--no-renames", "--", ".", *excluded).split("\0")
-        return sorted(line[3:] for line in lines if line)
-
     def show(self, commit: str, path: str) -> str:
         """One file's text as it is in `commit`. Raises GitError if it is not there."""
         return self.run("show", f"{commit}:{path}")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows.errors import StageError
-from flows.gate.looks import note_trial
+from flows.gate.holdout_reuse import note_trial
 from flows.params.model import load_params
 from flows.params.overrides import check_overrides, forced
 from flows.paths import Paths

@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.errors import StageError
-from flows.gate.looks import note_trial
+from flows.gate.holdout_reuse import note_trial
 from flows.params.model import load_params
 from flows.params.overrides import check_overrides, parameter_sets
 from flows.paths import Paths

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from safetensors.numpy import save_file
 
 from flows.errors import GateError
-from flows.gate.candidate import Candidate, Champion, Looks, Remeasured
+from flows.gate.candidate import Candidate, Champion, HoldoutReuse, Reevaluation
 from flows.gate.gate import COMPARING, DECISIVE, GateReport, evaluate_gate
 from flows.params.model import Champion as ChampionParams
 from flows.params.model import Gate, Merge
@@ -23,17 +23,17 @@ from flows.registry.signatures import Signature
 from peftcore.files import read_manifest, sha256, write_manifest
 
 ORDER = [
-    "not taken back",
+    "not withdrawn",
     "allowed files",
     "manifest",
     "evidence",
-    "measured as asked",
+    "evaluation settings",
     "signature",
     "finite weights",
     "test loss",
     "gain in loss",
     "gain in ROUGE-L",
-    "answers that end",
+    "EOS rate",
     "against the champion",
     "the champion's rows",
     "slices",
@@ -139,12 +139,12 @@ def faulty(make: Callable[..., Candidate], faults: list[str]) -> GateReport:
     champion = replace(
         champion_of(before),
         evaluation_set="0" * 64,
-        measure_again=lambda: Remeasured(before.rows, 0),
-        measure_candidate=lambda: Remeasured(candidate.rows, 0),
+        reevaluate_champion=lambda: Reevaluation(before.rows, 0),
+        reevaluate_candidate=lambda: Reevaluation(candidate.rows, 0),
     )
     candidate = make(
         weight=float("nan") if "finite weights" in faults else 1.0,
-        adapter={"loss": 2.7, "rouge_l": 0.3, "ended": 0.5 if "answers that end" in faults else 1.0},
+        adapter={"loss": 2.7, "rouge_l": 0.3, "ended": 0.5 if "EOS rate" in faults else 1.0},
         control={"rows": 8},
         latency=LATENCY,
     )
@@ -157,8 +157,8 @@ def faulty(make: Callable[..., Candidate], faults: list[str]) -> GateReport:
             candidate,
             files={} if "manifest" in faults else candidate.files,
             evidence=dict.fromkeys(candidate.evidence, "0" * 64) if "evidence" in faults else candidate.evidence,
-            unmeasured=("it has no control set",) if "measured as asked" in faults else (),
-            taken_back="docstrings#champion#2 rolled it back" if "not taken back" in faults else None,
+            unmeasured=("it has no control set",) if "evaluation settings" in faults else (),
+            withdrawn="docstrings#champion#2 rolled it back" if "not withdrawn" in faults else None,
             control=control_set(1.0 if "forgetting" in faults else 0.0),
         ),
         champion,
@@ -187,7 +187,7 @@ def test_limits_can_be_left_out(make: Callable[..., Candidate]) -> None:
     told = {check.name: check.detail for check in report.checks}
     assert report.passed
     assert told["gain in loss"] == "0.100 nats, no limit set"
-    assert told["gain in ROUGE-L"] == "0.150, no limit set" and told["answers that end"] == "1.000, no limit set"
+    assert told["gain in ROUGE-L"] == "0.150, no limit set" and told["EOS rate"] == "1.000, no limit set"
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -276,7 +276,7 @@ def test_answers_that_do_not_end_or_were_not_measured(
     make: Callable[..., Candidate], ended: float | None, found: str
 ) -> None:
     side = {"loss": 2.7, "rouge_l": 0.3, "ended": ended}
-    assert reason(judge(make(adapter=side))) == f"answers that end: {found}, at least 0.9"
+    assert reason(judge(make(adapter=side))) == f"EOS rate: {found}, at least 0.9"
 
 
 def test_a_loss_that_is_no_number_is_refused(make: Callable[..., Candidate]) -> None:
@@ -349,7 +349,7 @@ def test_a_threshold_on_what_an_objective_does_not_have_is_passed_over_and_said(
     report = judge(candidate, min_accuracy=0.75)
     details = {check.name: check.detail for check in report.checks}
     assert report.passed
-    for name in ("gain in ROUGE-L", "answers that end"):
+    for name in ("gain in ROUGE-L", "EOS rate"):
         assert details[name].startswith("not checked: classification has no such figure")
     assert details["accuracy"] == "0.800, at least 0.75"
     assert reason(judge(candidate, min_accuracy=0.85)) == "accuracy: 0.800, at least 0.85"
@@ -381,12 +381,12 @@ def measured_again(champion: Champion, rows: pyarrow.Table, left_out: int = 0) -
     """The champion of another test set, which can be measured, and a list that grows when it is."""
     measured: list[str] = []
 
-    def again() -> Remeasured:
+    def again() -> Reevaluation:
         measured.append(champion.version)
-        return Remeasured(rows, left_out)
+        return Reevaluation(rows, left_out)
 
-    there = Remeasured(champion.rows, 0)  # the candidate on the champion's rows is as good as that one
-    others = {"evaluation_set": "0" * 64, "measure_again": again, "measure_candidate": lambda: there}
+    there = Reevaluation(champion.rows, 0)  # the candidate on the champion's rows is as good as that one
+    others = {"evaluation_set": "0" * 64, "reevaluate_champion": again, "reevaluate_candidate": lambda: there}
     return replace(champion, **others), measured
 
 
@@ -422,10 +422,10 @@ def test_a_champion_that_has_learned_every_test_row_is_no_measure(make: Callable
 
 
 def test_a_champion_that_cannot_be_compared_after_all_refuses(make: Callable[..., Candidate]) -> None:
-    def again() -> Remeasured:
+    def again() -> Reevaluation:
         raise GateError("v0.1.0 knows other classes")
 
-    champion = replace(champion_of(make("v0.1.0")), evaluation_set="0" * 64, measure_again=again)
+    champion = replace(champion_of(make("v0.1.0")), evaluation_set="0" * 64, reevaluate_champion=again)
     assert reason(judge(make(loss=2.0), champion)) == "against the champion: v0.1.0 knows other classes"
 
 
@@ -553,8 +553,8 @@ def of_another_task(
     champion = replace(
         champion_of(before),
         evaluation_set="0" * 64,
-        measure_again=lambda: Remeasured(before.rows, 0),
-        measure_candidate=lambda: Remeasured(rows, learned, there),
+        reevaluate_champion=lambda: Reevaluation(before.rows, 0),
+        reevaluate_candidate=lambda: Reevaluation(rows, learned, there),
     )
     return candidate, champion
 
@@ -593,17 +593,17 @@ def test_the_champions_own_adapter_evaluated_again_takes_its_place(make: Callabl
 
 
 def test_a_stage_that_was_taken_back_is_given_again_only_on_demand(make: Callable[..., Candidate]) -> None:
-    candidate = replace(make(), taken_back="docstrings#champion#4 rolled it back (wrong answers)")
+    candidate = replace(make(), withdrawn="docstrings#champion#4 rolled it back (wrong answers)")
     assert "promote --version v0.2.0 --again" in reason(judge(candidate))
     assert judge(replace(candidate, again=True)).passed
 
 
 def test_how_many_looks_there_were_is_shown(make: Callable[..., Candidate]) -> None:
-    candidate = replace(make(loss=2.6), looks=Looks(test_rows=3, trials=20, since_champion=5))
+    candidate = replace(make(loss=2.6), reuse=HoldoutReuse(test_rows=3, trials=20, since_champion=5))
     detail = check(judge(candidate, champion_of(make("v0.1.0"))), "against the champion")
     assert "version 3 that was evaluated on these test rows" in detail
     assert "candidate 5 since the champion got its stage" in detail and "20 trials of sweeps" in detail
-    once = replace(candidate, looks=Looks(1, 0, 1))
+    once = replace(candidate, reuse=HoldoutReuse(1, 0, 1))
     assert "by chance" not in check(judge(once, champion_of(make("v0.1.0"))), "against the champion")
 
 
@@ -633,22 +633,22 @@ def test_a_champion_of_other_hardware_or_software_is_measured_again_with_the_can
     there = candidate.rows.set_column(candidate.rows.column_names.index("adapter_loss"), "adapter_loss", [shifted])
     asked = []
 
-    def measure(name: str, table: pyarrow.Table) -> Remeasured:
+    def measure(name: str, table: pyarrow.Table) -> Reevaluation:
         asked.append(name)
-        return Remeasured(table, 0, table)
+        return Reevaluation(table, 0, table)
 
     champion = Champion(
         "v0.0.9",
         candidate.metrics["evaluation_set"],
         candidate.metrics["base_model"],
         with_base(there, 0.3),
-        measure_again=lambda: measure("champion", better),
-        measure_candidate=lambda: measure("candidate", measured),
+        reevaluate_champion=lambda: measure("champion", better),
+        reevaluate_candidate=lambda: measure("candidate", measured),
     )
     text = reason(judge(candidate, champion))
     assert "loss +0.1000 nats against v0.0.9" in text and sorted(asked) == ["candidate", "champion"]
     assert "the base's own losses differ by 0.300 nats" in text and "both were measured again here" in text
     assert judge(candidate, replace(champion, rows=with_base(there, 0.002))).passed, "rounding is no other condition"
     assert sorted(asked) == ["candidate", "champion"]
-    passed = judge(candidate, replace(champion, measure_again=None, measure_candidate=None))
+    passed = judge(candidate, replace(champion, reevaluate_champion=None, reevaluate_candidate=None))
     assert passed.passed and "lets neither be measured again" in str(passed.as_dict())

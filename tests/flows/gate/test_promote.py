@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from flows.errors import RegistryError, StageError
-from flows.gate.looks import data_digest, note_trial, trials_on
+from flows.gate.holdout_reuse import data_digest, note_trial, trials_on
 from flows.gate.promote import promote, read_promotion, roll_back
 from flows.params.model import Params
 from flows.paths import Paths
@@ -229,13 +229,13 @@ def test_a_rolled_back_version_needs_an_explicit_act(project: Any) -> None:
     roll_back(project.params, project.paths, "wrong answers")
     refused = promote(project.params, project.paths)
     assert refused.outcome == "refused" and champion(project) == "v0.1.1"
-    assert "not taken back: docstrings#champion#4 rolled it back (wrong answers)" in refused.sentence
+    assert "not withdrawn: docstrings#champion#4 rolled it back (wrong answers)" in refused.sentence
     write = project.register(loss=2.45, weight=2.5)  # the same adapter, evaluated again
     assert write["version"] == "v0.1.3"
     assert "it has the adapter of v0.1.2: docstrings#champion#4" in promote(project.params, project.paths).sentence
     again = promote(project.params, project.paths, version="v0.1.2", again=True)
     assert again.outcome == "promoted" and champion(project) == "v0.1.2"
-    assert Registry(Git(project.root), "docstrings").taken_back("champion") == {}
+    assert Registry(Git(project.root), "docstrings").withdrawn("champion") == {}
 
 
 def test_so_does_one_whose_stage_was_taken_back(project: Any) -> None:
@@ -285,7 +285,7 @@ def test_what_the_rules_ask_for_has_to_be_measured(project: Any) -> None:
     assert promote(project.params, project.paths, dry_run=True).outcome == "would promote"
     rules = Params.model_validate({"project": {"name": "docstrings"}, "register": {"remote": "local"}})
     refused = promote(rules, project.paths, version="v0.1.0")
-    assert "measured as asked: it was evaluated with evaluate.control.source null" in refused.sentence
+    assert "evaluation settings: it was evaluated with evaluate.control.source null" in refused.sentence
     assert champion(project) is None
 
 
@@ -304,7 +304,7 @@ def test_versions_and_trials_on_the_same_rows_are_counted(project: Any) -> None:
     for parameters in ("a: 1", "a: 2", "a: 2"):
         note_trial(project.paths, (project.root / "dvc.lock").read_text(), parameters)
     record = project.register(loss=2.6, weight=2.0)
-    assert record["looks"] == {"test_rows": 2, "trials": 2}
+    assert record["holdout_reuse"] == {"test_rows": 2, "trials": 2}
     digest = data_digest(read_lock(project.root, "register"), project.paths)
     with worktree_at(project.root, "HEAD") as tree:
         assert trials_on(Paths(tree), digest) == 2, "a retraining of this clone knows of them"

@@ -17,7 +17,7 @@ from flows.data.rows import read_rows
 from flows.errors import RegistryError, StageError
 from flows.evaluation.scoring import row_losses
 from flows.gate import reevaluation as remeasurement
-from flows.gate.candidate import Remeasured
+from flows.gate.candidate import Reevaluation
 from flows.gate.promote import promote
 from flows.params.model import Params, load_params
 from flows.paths import Paths
@@ -101,18 +101,18 @@ def detail(promotion: Any) -> str:
 def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     weeks: Paths, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    params, found, there = load_params(weeks.params), list[Remeasured](), list[Remeasured]()
+    params, found, there = load_params(weeks.params), list[Reevaluation](), list[Reevaluation]()
 
-    def noted(*arguments: Any) -> Remeasured:
-        found.append(remeasurement.measure_again(*arguments))
+    def noted(*arguments: Any) -> Reevaluation:
+        found.append(remeasurement.reevaluate_champion(*arguments))
         return found[-1]
 
-    def noted_there(*arguments: Any) -> Remeasured:
-        there.append(remeasurement.measure_candidate(*arguments))
+    def noted_there(*arguments: Any) -> Reevaluation:
+        there.append(remeasurement.reevaluate_candidate(*arguments))
         return there[-1]
 
-    monkeypatch.setattr("flows.gate.promote.measure_again", noted)
-    monkeypatch.setattr("flows.gate.promote.measure_candidate", noted_there)
+    monkeypatch.setattr("flows.gate.promote.reevaluate_champion", noted)
+    monkeypatch.setattr("flows.gate.promote.reevaluate_candidate", noted_there)
     promotion = promote(params, weeks, dry_run=True)
     assert promotion.outcome == "would promote", promotion.sentence
     registry = Registry(Git(weeks.root), "docstrings")

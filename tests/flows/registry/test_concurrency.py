@@ -81,7 +81,7 @@ def test_of_ten_processes_one_wins(project: Any, tmp_path: Path, stack: ExitStac
         statuses = Counter(one["status"] for one in found)
         outcomes += statuses
         assert statuses == {WON: 1, CONFLICT: 9}, found
-        assert all("came first" in one["stderr"] for one in found if one["status"] == CONFLICT)
+        assert all("was faster" in one["stderr"] for one in found if one["status"] == CONFLICT)
         (winner,) = (json.loads(one["stdout"]) for one in found if one["status"] == WON)
         assert winner["tag"] == f"docstrings#round{number}#{number}"
         stale += len(stage_tags(project, project.root)) - number

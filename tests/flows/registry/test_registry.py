@@ -52,7 +52,7 @@ def test_numbers_go_up_from_the_highest(registry: Registry) -> None:
 
 def test_a_number_that_is_taken_is_a_conflict(registry: Registry) -> None:
     add(registry, "v0.1.0")
-    with pytest.raises(RegistryConflict, match="came first"):
+    with pytest.raises(RegistryConflict, match="was faster"):
         add(registry, "v0.1.0", "b")
 
 

@@ -166,7 +166,7 @@ def test_a_number_taken_meanwhile_is_a_conflict(project: Any, monkeypatch: pytes
     project.register()
     project.make(weight=2.0)
     monkeypatch.setattr(Registry, "next_number", lambda self, minor: "v0.1.0")
-    with pytest.raises(RegistryConflict, match="came first"):
+    with pytest.raises(RegistryConflict, match="was faster"):
         register.run(project.params, project.paths)
     assert versions(project) == ["v0.1.0"]
 
