@@ -163,7 +163,7 @@ class Registry(RegistryReader):
             raise
 
     def _push_or_delete(self, remote: str, names: Sequence[str]) -> None:
-        """Push tags; if the push fails or is interrupted, delete the last tag here (a fetch brings it if it arrived)."""
+        """Push tags; after a failure or an interruption delete the last tag here (a fetch brings it if it arrived)."""
         try:
             self.push(remote, names)
         except BaseException:

@@ -91,7 +91,7 @@ def test_the_same_adapter_is_the_same_version_unless_it_is_evaluated_anew(projec
     again = project.register(loss=2.6, weight=1.0)
     assert versions(project) == ["v0.1.0", "v0.1.1"]
     assert again["adapter"] == first["adapter"] and again["metrics"]["adapter"]["loss"] == 2.6
-    assert again["looks"] == {"test_rows": 2, "trials": 0}
+    assert again["holdout_reuse"] == {"test_rows": 2, "trials": 0}
     assert project.register(loss=2.7, weight=1.0) == first
 
 
