@@ -136,7 +136,7 @@ class Paths:
 
     @property
     def retraining(self) -> Path:
-        """What retrainings came to: their history, their pages, what they set aside."""
+        """History and pages of the retrainings, and their lists of excluded and trusted files."""
         return self.review.with_name("retraining")
 
     @property
@@ -148,18 +148,18 @@ class Paths:
         return self.retraining / "index.html"
 
     @property
-    def set_aside(self) -> Path:
-        """Files of rows that are left out of retrainings."""
+    def excluded(self) -> Path:
+        """List of the files of rows that retrainings leave out."""
         return self.retraining / "set_aside.json"
 
     @property
     def tried(self) -> Path:
-        """Files of rows of which a version came that was there already."""
+        """Sets of files that a retraining has judged before."""
         return self.retraining / "tried.json"
 
     @property
-    def vouched(self) -> Path:
-        """Files of rows that somebody has released."""
+    def trusted(self) -> Path:
+        """List of the files of rows that a person trusts although drift doubts them."""
         return self.retraining / "vouched.json"
 
     @property

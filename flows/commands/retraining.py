@@ -19,7 +19,7 @@ def retrain(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Vouch for a file that is set aside or unproven: the next retraining judges by it too; train not.",
+            help="Vouch for a file that is set aside or quarantined: the next retraining judges by it too; train not.",
         ),
     ] = None,
     push_to: PushTo = None,
@@ -37,10 +37,10 @@ def retrain(
         set_prefect_environment(paths.root)
         if release is not None:
             from flows.retraining.committed import committed_params
-            from flows.retraining.trust import vouch
+            from flows.retraining.trust import trust
             from flows.runtime.git import Git
 
-            released = vouch(committed_params(Git(paths.root)), paths, release)
+            released = trust(committed_params(Git(paths.root)), paths, release)
             told = f"{release} is taken by the next retraining, and judged by as well"
             print(json.dumps({"released": released}) if as_json else told)
             return

@@ -14,7 +14,7 @@ from flows.retraining.data import Collected, Source
 from flows.retraining.drift import DriftReport
 from flows.retraining.history import Entry, append, entries
 from flows.retraining.tree import home, only_one
-from flows.retraining.trust import read_set_aside, set_aside, vouch
+from flows.retraining.trust import exclude, read_excluded, trust
 from flows.runtime.git import Git
 from flows.runtime.project import dvc
 from peftcore.files import sha256
@@ -45,13 +45,13 @@ def test_weeks_go_by(weekly: Any, tmp_path: Path) -> None:
     before = (weekly.git("status", "--porcelain"), sorted((weekly.root / "artifacts").iterdir()))
     drop(weekly, "week1.jsonl", "first\n")
     first = retrain(weekly)
-    assert (first.outcome, first.version, first.fresh, first.champion) == ("promoted", "v0.1.0", ["week1.jsonl"], None)
+    assert (first.outcome, first.version, first.new_files, first.champion) == ("promoted", "v0.1.0", ["week1.jsonl"], None)
     (weekly.incoming / "week1.jsonl").unlink()
     nothing = retrain(weekly)
     assert (nothing.outcome, nothing.version, set(nothing.seconds)) == ("unchanged", None, {"collect"})
     drop(weekly, "week2.jsonl", "second\n")
     second = retrain(weekly)
-    assert (second.outcome, second.fresh, second.champion) == ("promoted", ["week2.jsonl"], "v0.1.0")
+    assert (second.outcome, second.new_files, second.champion) == ("promoted", ["week2.jsonl"], "v0.1.0")
     assert second.files == 2, "a folder that is emptied after each week loses nothing"
     drop(weekly, "week3.jsonl", "bad\n")
     third = retrain(weekly)
@@ -101,8 +101,8 @@ def drifting(weekly: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dvc_yaml.write_text(dvc_yaml.read_text().replace("stages:\n", fetch, 1))
     weekly.git("commit", "--quiet", "--all", "--message=Fetch")
 
-    def measured(tree: Path, fresh: list[str], *_: Any) -> DriftReport:
-        return drift_of({name: "far off" for name in fresh if "poison" in (tree / "data/rows" / name).read_text()})
+    def measured(tree: Path, new_files: list[str], *_: Any) -> DriftReport:
+        return drift_of({name: "far off" for name in new_files if "poison" in (tree / "data/rows" / name).read_text()})
 
     monkeypatch.setattr(flow, "measure_drift", measured)
 
@@ -115,16 +115,16 @@ def test_wrong_rows_may_not_vouch_for_themselves(weekly: Any) -> None:
     assert retrain(weekly).outcome == "promoted"
     drop(weekly, "week2.jsonl", "poison\n")
     second = retrain(weekly)
-    assert (second.outcome, second.unproven, second.set_aside) == ("kept", ["week2.jsonl"], ["week2.jsonl"])
+    assert (second.outcome, second.quarantined, second.excluded) == ("kept", ["week2.jsonl"], ["week2.jsonl"])
     assert "against the champion" in second.reason
-    assert list(read_set_aside(weekly.paths).values()) == ["week2.jsonl: v0.1.1 was refused; far off"]
+    assert list(read_excluded(weekly.paths).values()) == ["week2.jsonl: v0.1.1 was refused; far off"]
     assert "trained on only: week2.jsonl" in weekly.paths.retraining_page.read_text()
     assert retrain(weekly).outcome == "unchanged"
 
     # somebody vouches for it: it is news once more, and counts
-    vouch(weekly.params, weekly.paths, "week2.jsonl")
+    trust(weekly.params, weekly.paths, "week2.jsonl")
     third = retrain(weekly)
-    assert (third.outcome, third.fresh, third.unproven) == ("promoted", ["week2.jsonl"], [])
+    assert (third.outcome, third.new_files, third.quarantined) == ("promoted", ["week2.jsonl"], [])
     assert retrain(weekly).outcome == "unchanged"
 
 
@@ -137,14 +137,14 @@ def test_what_was_promoted_in_spite_of_a_doubt_stays_in_doubt_until_somebody_vou
         drop(weekly, f"week2{name}.jsonl", f"good {name}\n")
     drop(weekly, "week2.jsonl", "poison\n")
     second = retrain(weekly)
-    assert (second.outcome, second.unproven, second.set_aside) == ("promoted", ["week2.jsonl"], [])
+    assert (second.outcome, second.quarantined, second.excluded) == ("promoted", ["week2.jsonl"], [])
     drop(weekly, "week3.jsonl", "bad\n")
     third = retrain(weekly)
-    assert (third.outcome, third.fresh) == ("kept", ["week3.jsonl"])
-    assert (third.unproven, third.set_aside) == (["week2.jsonl"], []), "it was learnt before, so it is not to blame"
-    vouch(weekly.params, weekly.paths, "week2.jsonl")
+    assert (third.outcome, third.new_files) == ("kept", ["week3.jsonl"])
+    assert (third.quarantined, third.excluded) == (["week2.jsonl"], []), "it was learnt before, so it is not to blame"
+    trust(weekly.params, weekly.paths, "week2.jsonl")
     fourth = retrain(weekly)
-    assert (fourth.fresh, fourth.unproven) == (["week2.jsonl"], [])
+    assert (fourth.new_files, fourth.quarantined) == (["week2.jsonl"], [])
 
 
 @pytest.mark.usefixtures("drifting")
@@ -155,7 +155,7 @@ def test_after_a_refused_and_a_set_aside_week_it_comes_to_rest(weekly: Any) -> N
     assert (retrain(weekly).version, retrain(weekly).outcome) == ("v0.1.1", "unchanged")
     drop(weekly, "week3.jsonl", "poison\n")
     third = retrain(weekly)
-    assert (third.version, third.outcome, third.set_aside) == ("v0.1.2", "kept", ["week3.jsonl"])
+    assert (third.version, third.outcome, third.excluded) == ("v0.1.2", "kept", ["week3.jsonl"])
     # what is left is what the refused v0.1.1 has learnt from
     assert retrain(weekly).outcome == "unchanged"
 
@@ -193,10 +193,10 @@ def test_parameters_that_are_being_edited_do_not_count(
 def test_what_is_not_taken_is_told_once(weekly: Any, notices: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow.Retraining, "_reasons", lambda *_: [])
     drop(weekly, "week1.jsonl")
-    assert (retrain(weekly).passed_over, notices) == ({}, [])
+    assert (retrain(weekly).skipped, notices) == ({}, [])
     drop(weekly, "week2.json")
     for _ in range(2):
-        assert list(retrain(weekly).passed_over) == ["week2.json"]
+        assert list(retrain(weekly).skipped) == ["week2.json"]
     [(_, subject, body)] = notices
     assert subject == "docstrings: retraining unchanged"
     assert "week2.json in retrain.incoming is not taken: write one row a line as .jsonl" in body
@@ -242,7 +242,7 @@ def test_what_colleagues_did_is_taken_in_first(
     assert "judging it once more" in caplog.text
     monkeypatch.setattr(flow, "promote", original)
     second = retrain(weekly, "origin")
-    assert (second.outcome, second.version, second.fresh) == ("promoted", "v0.1.2", [])
+    assert (second.outcome, second.version, second.new_files) == ("promoted", "v0.1.2", [])
     assert "docstrings#champion#4" in weekly.git("tag", root=remote).split()
     assert retrain(weekly, "origin").outcome == "unchanged"
 
@@ -299,10 +299,10 @@ def test_a_file_that_changes_nothing_is_tried_once(weekly: Any) -> None:
 def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
     work = flow.Retraining(weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
     work._doubt(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0"}))
-    assert work.entry.unproven == [] and work.params.data.unproven is None
+    assert work.entry.quarantined == [] and work.params.data.unproven is None
     assert "there are no files to judge by but those nobody vouches for" in caplog.text
     work._doubt(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0", "b.jsonl": "1"}))
-    assert work.entry.unproven == work.params.data.unproven == ["a.jsonl"]
+    assert work.entry.quarantined == work.params.data.unproven == ["a.jsonl"]
 
 
 @pytest.mark.parametrize("kept_by", ["git", "dvc"])
@@ -318,7 +318,7 @@ def test_a_file_that_is_set_aside_is_out_of_tracked_data_as_well(weekly: Any, ke
     weekly.paths.params.write_text(text)
     weekly.git("add", "--all", "data", "params.yaml")
     weekly.git("commit", "--quiet", "--message=Rows")
-    set_aside(weekly.paths, {"week2.jsonl": sha256(rows / "week2.jsonl")}, "by hand")
+    exclude(weekly.paths, {"week2.jsonl": sha256(rows / "week2.jsonl")}, "by hand")
     told = retrain(weekly)
     assert (told.outcome, told.files) == ("promoted", 1)
     version = Registry(Git(weekly.root), "docstrings").version("v0.1.0")
@@ -344,7 +344,7 @@ def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
     monkeypatch.setattr(flow, "run_stage", run_stage)
     drop(weekly, "week1.jsonl")
     drop(weekly, "week2.jsonl", "odd\n")
-    set_aside(weekly.paths, {"week2.jsonl": sha256(weekly.incoming / "week2.jsonl")}, "by hand")
+    exclude(weekly.paths, {"week2.jsonl": sha256(weekly.incoming / "week2.jsonl")}, "by hand")
     with pytest.raises(StageError, match="a cable was pulled"):
         retrain(weekly)
     assert calls == [("make", False), ("make", True)], "the parameters ask for one retry"
@@ -356,10 +356,10 @@ def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
     assert calls[2] == ("make", True), "what the failed one had saved was there"
 
     # what was set aside comes back
-    with pytest.raises(DataError, match=r"week9.jsonl is neither set aside nor unproven; these are: week2.jsonl"):
-        vouch(weekly.params, weekly.paths, "week9.jsonl")
-    assert vouch(weekly.params, weekly.paths, "week2.jsonl") == [sha256(weekly.incoming / "week2.jsonl")]
-    assert read_set_aside(weekly.paths) == {}
+    with pytest.raises(DataError, match=r"week9.jsonl is neither set aside nor quarantined; these are: week2.jsonl"):
+        trust(weekly.params, weekly.paths, "week9.jsonl")
+    assert trust(weekly.params, weekly.paths, "week2.jsonl") == [sha256(weekly.incoming / "week2.jsonl")]
+    assert read_excluded(weekly.paths) == {}
 
     # another parameter is a reason only if it is asked for
     edit(weekly, ("5.0e-4", "1.0e-3"))

@@ -66,7 +66,7 @@ def test_two_weeks(clone: Path) -> None:
     drop(clone, "week2", range(120, 240))
     second = retrain(clone)
     assert second["start"] == "v0.1.0"
-    assert second["fresh"] == ["week2.jsonl"]
+    assert second["new_files"] == ["week2.jsonl"]
     assert second["version"] == "v0.2.0", "other test rows than v0.1.0's make a minor step"
     drift = second["drift"]
     assert drift["champion"] == "v0.1.0"
