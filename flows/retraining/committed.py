@@ -26,7 +26,7 @@ def head_params(git: Git) -> Params:
 
 
 def last_readable_params(git: Git) -> Params | None:
-    """Return the newest committed parameters that can be read, which name the people to notify; None if there are none."""
+    """Return the newest committed parameters that can be read, which say whom to notify; None if there are none."""
     for commit in git.run("rev-list", f"--max-count={MOST_COMMITS}", "HEAD", "--", PARAMS).split():
         try:
             return committed_params(git, commit)

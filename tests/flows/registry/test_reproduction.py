@@ -68,10 +68,10 @@ def test_it_runs_the_commits_own_code_on_what_was_fetched_and_leaves_the_users_f
     found = rebuild(fetched)
 
     assert (found.version, found.stages, found.same) == ("v0.1.0", ["make"], True)
-    assert {one.what for one in found.adapter} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {one.name for one in found.adapter} == {"adapter_config.json", "adapter_model.safetensors"}
     assert all(one.same for part in (found.adapter, found.evidence, found.outs, found.metrics) for one in part)
-    assert {one.what for one in found.metrics} >= {"adapter.loss", "merge.kl", "training.steps"}
-    assert not {"training.seconds", "adapter.tokens_per_second"} & {one.what for one in found.metrics}
+    assert {one.name for one in found.metrics} >= {"adapter.loss", "merge.kl", "training.steps"}
+    assert not {"training.seconds", "adapter.tokens_per_second"} & {one.name for one in found.metrics}
     assert found.other == []
     assert set((fetched.root / ".dvc" / "cache").rglob("*")) == cache
     assert all(path.read_bytes() == content for path, content in files.items() if ".dvc/tmp" not in str(path))
@@ -110,20 +110,20 @@ def test_another_adapter_is_told_with_its_largest_difference_and_what_was_anothe
     monkeypatch.setattr("flows.registry.lineage.python_version", lambda: "3.0")
     found = rebuild(project)
     assert not found.same
-    weights = next(one for one in found.adapter if one.what == "adapter_model.safetensors")
+    weights = next(one for one in found.adapter if one.name == "adapter_model.safetensors")
     assert (weights.same, weights.detail) == (False, "largest difference 0.25, in layer.lora_A.weight")
-    outs = {one.what: (one.same, one.detail) for one in found.outs}
+    outs = {one.name: (one.same, one.detail) for one in found.outs}
     assert outs["artifacts/training"] == (True, "the same but for times")
     assert outs["artifacts/data"] == (True, "")
     assert outs["artifacts/evaluation"] == (False, "metrics.json (another content)")
-    evidence = {one.what: one.same for one in found.evidence}
+    evidence = {one.name: one.same for one in found.evidence}
     assert evidence == {
         "artifacts/evaluation/control.parquet": True,
         "artifacts/evaluation/metrics.json": False,
         "artifacts/evaluation/rows.parquet": True,
         "artifacts/merge.json": True,
     }
-    assert [one.what for one in found.metrics if not one.same] == ["adapter.loss"]
+    assert [one.name for one in found.metrics if not one.same] == ["adapter.loss"]
     assert [one[0] for one in found.other] == ["python"]
     assert "python was" in found.sentence
 

@@ -298,10 +298,10 @@ def test_a_file_that_changes_nothing_is_tried_once(weekly: Any) -> None:
 
 def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
     work = flow.Retraining(weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
-    work._doubt(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0"}))
+    work._quarantine_drifted(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0"}))
     assert work.entry.quarantined == [] and work.params.data.unproven is None
     assert "there are no files to judge by but those nobody vouches for" in caplog.text
-    work._doubt(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0", "b.jsonl": "1"}))
+    work._quarantine_drifted(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0", "b.jsonl": "1"}))
     assert work.entry.quarantined == work.params.data.unproven == ["a.jsonl"]
 
 
