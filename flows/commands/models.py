@@ -52,9 +52,7 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The model folder to write; an existing one is replaced.")],
     adapter: AdapterFolder = None,
     base: BaseFolder = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; default: the base's type.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the base's type.")] = None,
     storage: Annotated[
         str | None, typer.Option(help="nf4 or fp4: merge into the base with its 4-bit quantisation error.")
     ] = None,

@@ -106,7 +106,9 @@ def approve(
     note: Annotated[str, typer.Option(help="What you reviewed and why you approve; the tag keeps the note.")],
     version: Annotated[
         str | None,
-        typer.Argument(metavar="[vX.Y.Z]", help="The version; default: the newest.", autocompletion=completion.versions),
+        typer.Argument(
+            metavar="[vX.Y.Z]", help="The version; default: the newest.", autocompletion=completion.versions
+        ),
     ] = None,
     as_json: AsJson = False,
     push_to: PushTo = None,

@@ -20,7 +20,7 @@ def retrain(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Trust an excluded or quarantined file: the next retraining trains and evaluates on it. Trains nothing.",
+            help="Only trust an excluded or quarantined file: the next retraining trains and evaluates on it.",
         ),
     ] = None,
     release: Annotated[

@@ -19,7 +19,7 @@ from flows.runtime.inputs import check_source_is_tracked
 from flows.runtime.project import DVC, stage_environment
 
 EXPERIMENTS = "refs/exps/??/*/*"
-"""References of DVC's experiments: refs/exps/HH/HASH/NAME, where HHHASH is the commit that the experiment began from."""
+"""References of DVC's experiments: refs/exps/HH/HASH/NAME, with the hash of the experiment's start commit."""
 
 
 def run_experiment(root: Path, overrides: Sequence[str], name: str | None = None) -> str:

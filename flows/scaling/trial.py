@@ -99,7 +99,7 @@ def _trained(tree: Path, settings: SweepSettings, overrides: tuple[str, ...]) ->
 
 @contextmanager
 def _slot(limit: str | None) -> Iterator[None]:
-    """Occupy a slot of a concurrency limit. It is strict, because otherwise Prefect ignores a limit that does not exist."""
+    """Occupy a slot of a concurrency limit. `strict`, because Prefect otherwise ignores a limit that does not exist."""
     if limit is None:
         yield
         return

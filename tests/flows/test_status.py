@@ -89,7 +89,7 @@ def test_working_trees_and_what_killed_processes_left(project: Any, tmp_path: Pa
     lock.write_text(f"process {ended_process()}\n")
     found = look(project)
     assert found["disk"]["worktrees"][str(tree)] > 10_000
-    assert found["hints"] == ["a retraining was interrupted; `peftcore retrain` goes on with it"]
+    assert found["hints"] == ["a retraining was interrupted; `peftcore retrain` continues it"]
     lock.write_text(f"process {os.getpid()}\n")
     assert [one["what"] for one in look(project)["running"]] == ["retraining"]
     assert look(project)["hints"] == []
@@ -122,7 +122,7 @@ def test_a_run_is_seen_while_it_runs_and_after_it_was_killed(project: Any, monke
         run.kill()
         run.wait()
     (hint,) = look(project)["hints"]
-    assert "was killed at make; `peftcore run` goes on with it" in hint
+    assert "was killed at make; `peftcore run` continues it" in hint
 
 
 @pytest.mark.parametrize(

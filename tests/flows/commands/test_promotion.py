@@ -23,7 +23,7 @@ def test_another_stage_has_its_own_champion_and_its_own_rollback(
     dry = peftcore("promote", "--stage", "shadow", "--dry-run", "--markdown", str(page), "--json")
     assert json.loads(dry.stdout)["stage"] == "shadow" and json.loads(dry.stdout)["outcome"] == "would promote"
     assert "docstrings v0.1.0 would become shadow" in page.read_text()
-    assert "| forgetting | ✅ |" in page.read_text() and "| approval | ✅ | none asked for |" in page.read_text()
+    assert "| forgetting | ✅ |" in page.read_text() and "| approval | ✅ | not required |" in page.read_text()
     assert "is shadow" in peftcore("promote", "--stage", "shadow").stdout
     project.register(loss=2.6, weight=2.0)
     first = json.loads(peftcore("promote", "--json").stdout)

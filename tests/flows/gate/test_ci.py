@@ -207,7 +207,7 @@ def test_where_nothing_tells_the_default_branch_it_is_said(project: Any) -> None
     ("tag", "message"),
     [
         ("v1.0.0", "the tag v1.0.0 names no version of docstrings (they look like docstrings@v0.1.0)"),
-        ("docstrings@v9.9.9", "the tag docstrings@v9.9.9 is not an annotated tag here, or was taken back"),
+        ("docstrings@v9.9.9", "the tag docstrings@v9.9.9 is not an annotated tag here, or was withdrawn"),
     ],
 )
 def test_a_tag_that_is_no_version_is_named_with_those_that_are(origin: Origin, tag: str, message: str) -> None:

@@ -16,7 +16,7 @@ def candidate(ended: float, answers: dict[str, Any] | None) -> Any:
 @pytest.mark.parametrize(
     ("ended", "longer", "words"),
     [
-        (0.85, 0.2, "20% of the known answers have more than the 40 tokens of evaluate.max_new_tokens"),
+        (0.85, 0.2, "20% of the reference answers have more tokens than evaluate.max_new_tokens, 40"),
         (0.85, 0.0, None),
         (0.95, 0.2, None),
     ],

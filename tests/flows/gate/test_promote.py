@@ -78,7 +78,7 @@ def test_a_corrupt_object_of_the_remote_is_noticed(project: Any) -> None:
         if path.is_file() and not path.name.endswith(".dir"):
             path.chmod(0o644)
             path.write_bytes(b"corrupt")
-    with pytest.raises(RegistryError, match=r"rows\.parquet of docstrings@v0\.1\.0 is not what was registered"):
+    with pytest.raises(RegistryError, match=r"rows\.parquet of docstrings@v0\.1\.0 differs from the registered file"):
         promote(project.params, project.paths)
     assert champion(project) == "v0.1.0"
 
@@ -90,8 +90,52 @@ def test_an_adapter_changed_after_it_was_registered_is_refused(project: Any) -> 
     config.unlink()  # a link into DVC's cache, perhaps
     config.write_text("{}")
     write_manifest(project.paths.adapter)
-    assert "adapter_config.json is not what was registered" in promote(project.params, project.paths).sentence
+    assert "adapter_config.json differs from the registered file" in promote(project.params, project.paths).sentence
     assert champion(project) is None
+
+
+@pytest.fixture
+def tag_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Arguments of all git commands that list tags; reads of one tag's signature are not among them."""
+    reads: list[tuple[str, ...]] = []
+    run = Git.run
+
+    def counted(git: Git, *arguments: str, **options: Any) -> str:
+        listed = [one for one in arguments if one.startswith("refs/tags")]
+        if arguments[0] in ("for-each-ref", "tag", "show-ref") and listed:
+            reads.append(arguments)
+        return run(git, *arguments, **options)
+
+    monkeypatch.setattr(Git, "run", counted)
+    return reads
+
+
+def test_a_decision_reads_the_tags_once(project: Any, tag_reads: list[tuple[str, ...]]) -> None:
+    project.register()
+    promote(project.params, project.paths)
+    project.register(loss=2.9, weight=2.0)
+    tag_reads.clear()
+    assert promote(project.params, project.paths, dry_run=True).outcome == "refused"
+    assert promote(project.params, project.paths).outcome == "refused"
+    assert len(tag_reads) == 2, "once for each decision"
+
+
+def test_a_promotion_reads_the_tags_again_for_the_compare_and_swap_only(
+    project: Any, tag_reads: list[tuple[str, ...]]
+) -> None:
+    project.register()
+    remote = project.root.with_name("shared.git")
+    project.git("clone", "--quiet", "--bare", str(project.root), str(remote))
+    tag_reads.clear()
+    assert promote(project.params, project.paths, push_to=str(remote)).outcome == "promoted"
+    # taking in the remote's tags; the decision; before the new tag, is anybody faster; after it, is the version collected
+    assert [len(read) for read in tag_reads] == [3, 6, 6, 3]
+    (everything,) = {read[2:] for read in tag_reads if len(read) == 6}
+    assert everything == tuple(f"refs/tags/{prefix}docstrings{rest}" for prefix, rest in
+                               (("", "@*"), ("", "#*"), ("collected/", "/*"), ("approved/", "/*/*")))  # fmt: skip
+    tag_reads.clear()
+    assert promote(project.params, project.paths, push_to=str(remote)).outcome == "already"
+    assert len(tag_reads) == 2, "the remote's tags were taken in, and the registry was read once after that"
 
 
 def test_whoever_is_second_loses(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +262,7 @@ def test_a_damaged_version_does_not_come_back(project: Any) -> None:
         if path.is_file() and not path.name.endswith(".dir"):
             path.chmod(0o644)
             path.write_bytes(b"corrupt")
-    with pytest.raises(RegistryError, match="is not what was registered"):
+    with pytest.raises(RegistryError, match="differs from the registered file"):
         roll_back(project.params, project.paths, "why")
     assert champion(project) == "v0.1.2"
 
@@ -243,7 +287,7 @@ def test_so_does_one_whose_stage_was_taken_back(project: Any) -> None:
     promote(project.params, project.paths)
     project.git("tag", "--annotate", "--message=bad", "docstrings#champion!#2", "docstrings@v0.1.0^{}")
     refused = promote(project.params, project.paths)
-    assert "docstrings#champion!#2 took champion back from it" in refused.sentence
+    assert "docstrings#champion!#2 withdrew champion" in refused.sentence
     assert promote(project.params, project.paths, again=True).outcome == "promoted"
 
 
@@ -259,7 +303,7 @@ def test_an_edited_evaluation_makes_no_champion(project: Any) -> None:
     path.unlink()  # a link into DVC's cache, perhaps
     path.write_text(json.dumps(metrics))
     refused = promote(project.params, project.paths)
-    assert "evidence: metrics.json is not what was registered as v0.1.0" in refused.sentence
+    assert "evidence: metrics.json differs from the registered file of v0.1.0" in refused.sentence
     assert champion(project) is None
 
 

@@ -130,7 +130,7 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     losses = dict(zip(*(found[0].rows.column(name).to_pylist() for name in ("id", "adapter_loss")), strict=True))
     assert losses == {name: pytest.approx(expected[name], abs=1e-6) for name in kept}
     assert f"on {len(kept)} rows" in detail(promotion)
-    assert f"v0.1.0 was measured again on these 10 test rows, and {10 - len(kept)} left out" in detail(promotion)
+    assert f"v0.1.0 was re-evaluated on these 10 test rows, without {10 - len(kept)} that" in detail(promotion)
     # and the candidate on the champion's
     ours = [parquet.read_table(weeks.split(split)).to_pylist() for split in ("train", "validation")]
     learned = {row["prompt"] for rows in ours for row in rows}
@@ -147,7 +147,7 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
 @pytest.mark.proof
 def test_a_measurement_that_fails_says_why(weeks: Paths) -> None:
     (weeks.base / "config.json").unlink()
-    with pytest.raises(StageError, match=r"v0\.1\.0 could not be measured again: .*config\.json is damaged or gone"):
+    with pytest.raises(StageError, match=r"the re-evaluation of v0\.1\.0 failed: .*config\.json is damaged or gone"):
         promote(load_params(weeks.params), weeks)
 
 
@@ -180,13 +180,13 @@ def test_a_working_tree_without_any_files_measures_the_same(weeks: Paths, preten
 def test_unless_it_may_be_it_is_refused(weeks: Paths, pretended: list[dict[str, Any]]) -> None:
     weeks.params.write_text(PARAMS.replace("9.0}", "9.0, remeasure: false}", 1))
     refused = promote(load_params(weeks.params), weeks)
-    assert "v0.1.0 was measured on another test set" in refused.sentence
+    assert "v0.1.0 was evaluated on another test set" in refused.sentence
     assert pretended == []
 
 
 def test_test_rows_of_another_run_are_refused(weeks: Paths, pretended: list[dict[str, Any]]) -> None:
     replace_file(weeks.split("test"), weeks.split("train").read_bytes())
-    with pytest.raises(StageError, match=r"is not what v0\.2\.0 was measured on"):
+    with pytest.raises(StageError, match=r"differs from the test rows that v0\.2\.0 was evaluated on"):
         promote(load_params(weeks.params), weeks)
     assert pretended == []
 
@@ -201,7 +201,7 @@ def test_data_that_are_not_what_was_registered_are_refused(weeks: Paths, pretend
     listed = json.loads((cache / digest[:2] / digest[2:]).read_text())
     train = next(one["md5"] for one in listed if one["relpath"] == "train.parquet")
     replace_file(cache / train[:2] / train[2:], weeks.split("validation").read_bytes())
-    with pytest.raises(RegistryError, match=r"artifacts/data of docstrings@v0\.1\.0 is not what was registered"):
+    with pytest.raises(RegistryError, match=r"artifacts/data of docstrings@v0\.1\.0 differs from the registered file"):
         promote(load_params(weeks.params), weeks)
     assert pretended == []
 

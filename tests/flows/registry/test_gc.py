@@ -119,7 +119,7 @@ def test_the_past_may_be_forgotten_and_what_a_branch_or_tag_needs_stays(versions
 def test_a_working_tree_keeps_what_it_has(versions: Any) -> None:
     with worktree_at(versions.root, registry_of(versions).version(REFUSED).commit) as tree:
         assert collect(versions).collected == []
-        with pytest.raises(RepositoryError, match="DVC is at work in"), garbage._locked(tree, []):
+        with pytest.raises(RepositoryError, match="DVC is busy in"), garbage._locked(tree, []):
             collect(versions)
     assert there(versions, ".dvc/cache") == ALL
 
@@ -169,7 +169,7 @@ def test_as_a_command_with_what_the_registry_then_shows(versions: Any, monkeypat
     runner = CliRunner(env={"COLUMNS": "200"})
     told = runner.invoke(app, ["registry", "gc", "--keep", "1", "--dry-run"])
     assert told.exit_code == 0, told.stderr
-    assert f"versions whose files would go: {REFUSED}" in told.stdout and "was champion" in told.stdout
+    assert f"versions whose files would be removed: {REFUSED}" in told.stdout and "was champion" in told.stdout
     done = runner.invoke(app, ["registry", "gc", "--keep", "1", "--remote", "--json"])
     assert json.loads(done.stdout)["collected"] == [REFUSED]
     assert json.loads(done.stdout)["remote"]["size"] > 0

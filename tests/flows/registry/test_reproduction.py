@@ -84,7 +84,7 @@ def test_what_was_fetched_comes_from_the_remote_where_the_cache_has_lost_it(fetc
     assert rebuild(fetched).same
     (fetched.root / ".dvc" / "cache" / "files").rename(fetched.root / "cache-away-again")
     (fetched.root / ".dvc-remote").rename(fetched.root / "remote-away")
-    with pytest.raises(RegistryError, match="what the version was made from cannot be had"):
+    with pytest.raises(RegistryError, match="the inputs of the version are not available"):
         rebuild(fetched)
 
 
@@ -113,7 +113,7 @@ def test_another_adapter_is_told_with_its_largest_difference_and_what_was_anothe
     weights = next(one for one in found.adapter if one.name == "adapter_model.safetensors")
     assert (weights.same, weights.detail) == (False, "largest difference 0.25, in layer.lora_A.weight")
     outs = {one.name: (one.same, one.detail) for one in found.outs}
-    assert outs["artifacts/training"] == (True, "the same but for times")
+    assert outs["artifacts/training"] == (True, "equal except for times")
     assert outs["artifacts/data"] == (True, "")
     assert outs["artifacts/evaluation"] == (False, "metrics.json (another content)")
     evidence = {one.name: one.same for one in found.evidence}

@@ -149,7 +149,7 @@ def test_promotion_asks_for_a_signature_and_signs_its_own_tag(
     project.register()
     refused = promote(project.params, project.paths)
     assert refused.outcome == "refused"
-    assert "signature: docstrings@v0.1.0 is signed by nobody of ../signers" in refused.sentence
+    assert "signature: docstrings@v0.1.0 is not signed by anybody in ../signers" in refused.sentence
     project.git("tag", "--delete", "docstrings@v0.1.0")
     monkeypatch.setenv(VARIABLE, str(key("ada")))
     project.register()

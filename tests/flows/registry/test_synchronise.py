@@ -74,7 +74,7 @@ def test_a_stage_that_was_given_here_and_not_pushed_makes_way(two: Any, caplog: 
     synchronise(registry_of(second), "origin")
     held = registry_of(second).stages()["champion"]
     assert (held.version, held.event) == ("v0.1.0", 1)
-    assert "docstrings#champion#1 was given here and not pushed" in caplog.text
+    assert "the remote's docstrings#champion#1 replaces" in caplog.text
     register.run(second.params, second.paths)  # the same run again is the same version, by its new number
     assert set(numbers(second)) == {"v0.1.0", "v0.2.0"}
     assert json.loads(second.paths.version.read_text())["version"] == "v0.2.0"

@@ -96,9 +96,9 @@ def test_what_is_not_taken_is_named_with_the_reason(source: Registered) -> None:
     reasons = {name: why.partition(";")[0] for name, why in found.skipped.items()}
     unprintable = "its name has a character that is not printable, or not in UTF-8"
     assert reasons == {
-        "export": "it is no .jsonl, .csv or .parquet",
+        "export": "it is not .jsonl, .csv or .parquet",
         "link.jsonl": "it is a link",
-        "pipe.jsonl": "it is no plain file",
+        "pipe.jsonl": "it is not a regular file",
         "week2.json": "write one row a line as .jsonl (`jq -c '.[]' FILE.json > FILE.jsonl`)",
         "week3.jsonl.gz": "unpack it",
         r"'week\u2028.jsonl'": unprintable,

@@ -199,7 +199,7 @@ def test_what_is_not_taken_is_told_once(weekly: Any, notices: list[Any], monkeyp
         assert list(retrain(weekly).skipped) == ["week2.json"]
     [(_, subject, body)] = notices
     assert subject == "docstrings: retraining unchanged"
-    assert "week2.json in retrain.incoming is not taken: write one row a line as .jsonl" in body
+    assert "week2.json in retrain.incoming is skipped: write one row a line as .jsonl" in body
     assert "Not taken: week2.json" in weekly.paths.retraining_page.read_text()
 
 
@@ -300,7 +300,7 @@ def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog
     work = flow.Retraining(weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
     work._quarantine_drifted(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0"}))
     assert work.entry.quarantined == [] and work.params.data.unproven is None
-    assert "there are no files to judge by but those nobody vouches for" in caplog.text
+    assert "all files are quarantined" in caplog.text
     work._quarantine_drifted(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0", "b.jsonl": "1"}))
     assert work.entry.quarantined == work.params.data.unproven == ["a.jsonl"]
 
@@ -352,11 +352,11 @@ def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
     assert (failed.outcome, failed.reason, "make" in failed.seconds) == ("failed", "a cable was pulled", True)
     working["works"] = True
     went_on = retrain(weekly)
-    assert (went_on.outcome, went_on.files) == ("promoted", 1), "one is set aside"
+    assert (went_on.outcome, went_on.files) == ("promoted", 1), "one is excluded"
     assert calls[2] == ("make", True), "what the failed one had saved was there"
 
     # what was set aside comes back
-    with pytest.raises(DataError, match=r"week9.jsonl is neither set aside nor quarantined; these are: week2.jsonl"):
+    with pytest.raises(DataError, match=r"week9.jsonl is neither excluded nor quarantined; these files are: week2.jsonl"):
         trust(weekly.params, weekly.paths, "week9.jsonl")
     assert trust(weekly.params, weekly.paths, "week2.jsonl") == [sha256(weekly.incoming / "week2.jsonl")]
     assert read_excluded(weekly.paths) == {}
@@ -418,4 +418,4 @@ def test_a_history_that_a_crash_cut_short_is_read_and_added_to(weekly: Any, capl
     with pytest.raises(json.JSONDecodeError):
         json.loads(lines[1])
     assert [entry.started[:10] for entry in entries(weekly.paths)] == ["2026-01-01", "2026-01-15"]
-    assert "history.jsonl:2: half a line" in caplog.text
+    assert "history.jsonl:2: incomplete line" in caplog.text

@@ -73,6 +73,6 @@ def test_two_weeks(clone: Path) -> None:
     assert drift["files"]["week2.jsonl"]["loss"] > 0
     # the champion was measured again on the new test rows, and the one that went on from it is better there
     checks = {check["name"]: check for check in second["promotion"]["report"]["checks"]}
-    assert "measured again" in checks["against the champion"]["detail"]
+    assert "re-evaluated" in checks["against the champion"]["detail"]
     assert second["outcome"] == "promoted", second["reason"]
     assert retrain(clone)["outcome"] == "unchanged", "that it started from v0.1.0 is no change of parameters"
