@@ -128,7 +128,7 @@ def test_a_promotion_reads_the_tags_again_for_the_compare_and_swap_only(
     project.git("clone", "--quiet", "--bare", str(project.root), str(remote))
     tag_reads.clear()
     assert promote(project.params, project.paths, push_to=str(remote)).outcome == "promoted"
-    # taking in the remote's tags; the decision; before the new tag, is anybody faster; after it, is the version collected
+    # the remote's tags are taken in; the decision; before the new tag: no other writer; after it: no mark of gc
     assert [len(read) for read in tag_reads] == [3, 6, 6, 3]
     (everything,) = {read[2:] for read in tag_reads if len(read) == 6}
     assert everything == tuple(f"refs/tags/{prefix}docstrings{rest}" for prefix, rest in

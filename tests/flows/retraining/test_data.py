@@ -134,8 +134,9 @@ def test_a_name_that_is_used_again_keeps_the_rows_of_before(
     drop(source, "rows.jsonl", "second\n")
     found = collect(source, "v0.1.0")
     assert texts(source) == ["first\n", "second\n"]
-    assert len(found.new_files) == 1 and found.new_files[0].startswith("rows-") and found.new_files[0].endswith(".jsonl")
-    assert f"both are kept, this as {found.new_files[0]}" in caplog.text
+    (name,) = found.new_files
+    assert name.startswith("rows-") and name.endswith(".jsonl")
+    assert f"both are kept, this as {name}" in caplog.text
     # the folder is not emptied: the same again is no news, and not said again
     source.known["v0.1.1"] = found.files
     caplog.clear()

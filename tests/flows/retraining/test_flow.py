@@ -45,7 +45,8 @@ def test_weeks_go_by(weekly: Any, tmp_path: Path) -> None:
     before = (weekly.git("status", "--porcelain"), sorted((weekly.root / "artifacts").iterdir()))
     drop(weekly, "week1.jsonl", "first\n")
     first = retrain(weekly)
-    assert (first.outcome, first.version, first.new_files, first.champion) == ("promoted", "v0.1.0", ["week1.jsonl"], None)
+    assert (first.outcome, first.version, first.champion) == ("promoted", "v0.1.0", None)
+    assert first.new_files == ["week1.jsonl"]
     (weekly.incoming / "week1.jsonl").unlink()
     nothing = retrain(weekly)
     assert (nothing.outcome, nothing.version, set(nothing.seconds)) == ("unchanged", None, {"collect"})
@@ -356,7 +357,7 @@ def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
     assert calls[2] == ("make", True), "what the failed one had saved was there"
 
     # what was set aside comes back
-    with pytest.raises(DataError, match=r"week9.jsonl is neither excluded nor quarantined; these files are: week2.jsonl"):
+    with pytest.raises(DataError, match=r"week9.jsonl is neither excluded nor quarantined; .*: week2.jsonl"):
         trust(weekly.params, weekly.paths, "week9.jsonl")
     assert trust(weekly.params, weekly.paths, "week2.jsonl") == [sha256(weekly.incoming / "week2.jsonl")]
     assert read_excluded(weekly.paths) == {}

@@ -64,7 +64,7 @@ def test_it_shows_the_run(project: Any) -> None:
     words = " ".join(page.text.split())
     for fact in (
         "docstrings v0.1.0 is champion",
-        "The loss falls by 1.100 nats a token",
+        "The loss falls by 1.100 nats per token",
         "Measured on 40 held-out rows",
         "merge fidelity",
         "best: 2.700 at step 4",
@@ -98,7 +98,7 @@ def test_a_refusal_is_the_headline(project: Any) -> None:
 
 def test_before_promotion_it_says_so(project: Any) -> None:
     project.register()
-    assert "no promotion was decided yet" in page_of(project).text
+    assert "not judged by the gate yet" in page_of(project).text
 
 
 def test_a_stage_that_has_not_run_is_named_and_the_old_page_stays(project: Any) -> None:
