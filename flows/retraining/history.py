@@ -54,7 +54,7 @@ def entries(paths: Paths) -> list[Entry]:
     history, known = [], {field.name for field in fields(Entry)}
     for number, line in enumerate(paths.retraining_history.read_text().splitlines(), start=1):
         try:
-            value = {RENAMED.get(key, key): field for key, field in json.loads(line).items()}
+            value = {str(RENAMED.get(key, key)): one for key, one in json.loads(line).items()}
             history.append(Entry(**{key: value[key] for key in value.keys() & known}))
         except (AttributeError, TypeError, ValueError):
             log.warning("%s:%d: incomplete line of a crash, skipped", paths.retraining_history.name, number)

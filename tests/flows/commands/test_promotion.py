@@ -35,7 +35,7 @@ def test_another_stage_has_its_own_champion_and_its_own_rollback(
     assert peftcore("rollback", "--reason", "why").exit_code == 1, "champion has had one holder only"
     for command in (["promote"], ["rollback", "--reason", "why"]):
         impossible = peftcore(*command, "--stage", "No Stage#1")
-        assert impossible.exit_code == 2 and "is no name of a stage" in impossible.stderr
+        assert impossible.exit_code == 2 and "is not a valid stage name" in impossible.stderr
 
 
 def test_a_version_is_approved_and_then_promoted(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:

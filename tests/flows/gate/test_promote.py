@@ -6,14 +6,10 @@ from typing import Any
 import pytest
 
 from flows.errors import RegistryError, StageError
-from flows.gate.holdout_reuse import data_digest, note_trial, trials_on
 from flows.gate.promote import promote, read_promotion, roll_back
 from flows.params.model import Params
-from flows.paths import Paths
-from flows.registry.lineage import read_lock
 from flows.registry.registry import Registry, RegistryConflict
 from flows.runtime.git import Git
-from flows.runtime.worktree import worktree_at
 from peftcore.files import write_manifest
 
 
@@ -340,19 +336,3 @@ def test_a_tag_whose_record_is_of_another_version_is_no_version(project: Any) ->
     with pytest.raises(RegistryError, match=r"docstrings@v9\.0\.0 is at the commit of docstrings@v0\.1\.0"):
         promote(project.params, project.paths, version="v9.0.0")
     assert champion(project) == "v0.1.0"
-
-
-def test_versions_and_trials_on_the_same_rows_are_counted(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    for parameters in ("a: 1", "a: 2", "a: 2"):
-        note_trial(project.paths, (project.root / "dvc.lock").read_text(), parameters)
-    record = project.register(loss=2.6, weight=2.0)
-    assert record["holdout_reuse"] == {"test_rows": 2, "trials": 2}
-    digest = data_digest(read_lock(project.root, "register"), project.paths)
-    with worktree_at(project.root, "HEAD") as tree:
-        assert trials_on(Paths(tree), digest) == 2, "a retraining of this clone knows of them"
-    report = promote(project.params, project.paths).report
-    assert report is not None
-    detail = next(check.detail for check in report.checks if check.name == "against the champion")
-    assert "version 2 that was evaluated on these test rows" in detail and "2 trials of sweeps" in detail

@@ -147,7 +147,7 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
 @pytest.mark.proof
 def test_a_measurement_that_fails_says_why(weeks: Paths) -> None:
     (weeks.base / "config.json").unlink()
-    with pytest.raises(StageError, match=r"the re-evaluation of v0\.1\.0 failed: .*config\.json is damaged or gone"):
+    with pytest.raises(StageError, match=r"the re-evaluation of v0\.1\.0 failed: .*config\.json is damaged or missing"):
         promote(load_params(weeks.params), weeks)
 
 

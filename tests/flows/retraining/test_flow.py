@@ -12,7 +12,7 @@ from flows.registry.registry import Registry, Version
 from flows.retraining import flow
 from flows.retraining.data import Collected, Source
 from flows.retraining.drift import DriftReport
-from flows.retraining.history import Entry, append, entries
+from flows.retraining.history import Entry, entries
 from flows.retraining.tree import home, only_one
 from flows.retraining.trust import exclude, read_excluded, trust
 from flows.runtime.git import Git
@@ -22,7 +22,7 @@ from peftcore.files import sha256
 
 def retrain(project: Any, push_to: str | None = None) -> Entry:
     """Without Prefect, which `test_schedule` is about."""
-    return flow._retrain(project.root, push_to, False, flow._tried_again)
+    return flow._retrain(project.root, push_to, False, flow._with_retries)
 
 
 def drop(project: Any, name: str, text: str = "good\n") -> None:
@@ -250,7 +250,7 @@ def test_what_colleagues_did_is_taken_in_first(
 
 def test_data_come_from_the_newest_version_of_a_retraining(weekly: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was registered by hand since then, or by a colleague, has none."""
-    work = flow.Retraining(weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
+    work = flow.Retraining(weekly.root, None, False, flow._with_retries, Entry("2026-01-01T00:00:00"))
     versions = [Version(number, number, number, 0, "") for number in ("v0.1.0", "v0.1.1", "v0.1.2")]
     monkeypatch.setattr(work.registry, "versions", lambda: versions)
     monkeypatch.setattr(work.registry, "stages", dict)
@@ -267,7 +267,7 @@ def test_a_number_that_another_took_is_left_to_him(weekly: Any, tmp_path: Path) 
     remote = tmp_path / "remote.git"
     weekly.git("clone", "--quiet", "--bare", str(weekly.root), str(remote))
     weekly.git("remote", "add", "origin", str(remote))
-    work = flow.Retraining(weekly.root, "origin", False, flow._tried_again, Entry("2026-01-01T00:00:00"))
+    work = flow.Retraining(weekly.root, "origin", False, flow._with_retries, Entry("2026-01-01T00:00:00"))
     tree = type(weekly)(work.tree.root)
     (tree.root / "make.py").write_text("import shutil\nshutil.copytree('source', 'artifacts', dirs_exist_ok=True)\n")
     assert tree.register(loss=2.0)["version"] == "v0.1.0"
@@ -298,7 +298,7 @@ def test_a_file_that_changes_nothing_is_tried_once(weekly: Any) -> None:
 
 
 def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
-    work = flow.Retraining(weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
+    work = flow.Retraining(weekly.root, None, False, flow._with_retries, Entry("2026-01-01T00:00:00"))
     work._quarantine_drifted(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0"}))
     assert work.entry.quarantined == [] and work.params.data.unproven is None
     assert "all files are quarantined" in caplog.text
@@ -401,22 +401,3 @@ def test_what_does_not_fit_is_said(weekly: Any, change: tuple[str, str], error: 
     with pytest.raises(error, match=words):
         retrain(weekly)
     assert entries(weekly.paths)[-1].outcome == "failed"
-
-
-def test_fields_of_another_release_in_the_history_are_left_out(weekly: Any) -> None:
-    weekly.paths.retraining.mkdir(parents=True, exist_ok=True)
-    weekly.paths.retraining_history.write_text('{"started": "2030-01-01", "mood": "good"}\n[1]\n{"outcome": "kept"}\n')
-    assert [entry.started for entry in entries(weekly.paths)] == ["2030-01-01"]
-
-
-def test_a_history_that_a_crash_cut_short_is_read_and_added_to(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
-    append(weekly.paths, Entry("2026-01-01T00:00:00+00:00"))
-    with weekly.paths.retraining_history.open("a") as file:
-        file.write('{"started": "2026-01-08T0')
-    append(weekly.paths, Entry("2026-01-15T00:00:00+00:00"))
-    lines = weekly.paths.retraining_history.read_text().splitlines()
-    assert len(lines) == 3
-    with pytest.raises(json.JSONDecodeError):
-        json.loads(lines[1])
-    assert [entry.started[:10] for entry in entries(weekly.paths)] == ["2026-01-01", "2026-01-15"]
-    assert "history.jsonl:2: incomplete line" in caplog.text
