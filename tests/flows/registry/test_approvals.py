@@ -1,5 +1,8 @@
 """Approvals: each person counts once, for one commit; with a list of signers only signed approvals count."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
