@@ -12,7 +12,7 @@ def as_markdown(promotion: Promotion) -> str:
     lines = [f"## {_MARKS[promotion.accepted]} {_escaped(promotion.sentence)}", ""]
     report = promotion.report
     if report is None:
-        return "\n".join([*lines, "No gate report: the stage was given by hand.", ""])
+        return "\n".join([*lines, "No gate report: the stage was assigned by hand.", ""])
     lines += [f"Compared with: {report.champion or 'nothing, the stage was free'}.", ""]
     lines += ["| check | | measured, and the limit |", "|---|---|---|"]
     lines += [f"| {_escaped(c.name)} | {_MARKS[c.passed]} | {_escaped(c.detail)} |" for c in report.checks]

@@ -157,8 +157,8 @@ def _lineage(record: Mapping[str, Any]) -> list[str]:
         f"- code: commit `{record['git']['commit']}`{more}; the tag `{record['name']}@{record['version']}` holds all",
         f"- base model: `{record['base_model']}` (SHA-256)",
         f"- adapter: `{record['adapter']['content']}` (SHA-256 of its manifest)",
-        f"- made by: {software}",
-        f"- made again and compared by: `peftcore reproduce {record['version']}`",
+        f"- software: {software}",
+        f"- rebuild and compare: `peftcore reproduce {record['version']}`",
     ]
 
 

@@ -139,7 +139,7 @@ class Registry(RegistryReader):
             self.git.delete_tag(tag)
             raise RegistryError(
                 f"the files of {version.tag} were collected (`peftcore registry show {version.number}`), so it cannot "
-                f"get a stage; `peftcore reproduce {version.number}` tells if it can be made again"
+                f"get a stage; `peftcore reproduce {version.number}` shows if it can be rebuilt"
             )
         if push_to is not None:
             self._push_or_delete(push_to, [version.tag, tag])

@@ -74,8 +74,8 @@ def _read(path: Path) -> Run:
         elif kind == "exit":
             state = "failed" if content.get("exit_code") else "finished"
     if not run:
-        told = "; ".join(warnings) or "it has no record of a run"
-        raise ReviewError(f"{path} holds no W&B run that can be read ({told}); leave it out, or sync it again")
+        reason = "; ".join(warnings) or "it has no record of a run"
+        raise ReviewError(f"{path} has no readable W&B run ({reason}); leave it out, or sync it again")
     if state == "unfinished":
         warnings = [f"the run was not finished: {len(rows)} of its history records are there", *warnings]
     figures = flat(summary)

@@ -33,13 +33,12 @@ def test_a_new_project_has_nothing_yet(project: Any) -> None:
     assert found["disk"]["free"] > 0 and found["disk"]["checkpoints"] == 0
 
 
-def test_champion_and_newest_version_with_its_verdict(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    project.register(loss=3.6, weight=2.0)
-    assert look(project)["candidate"]["verdict"] == "not judged here"
-    promote(project.params, project.paths)
-    found = look(project)
+def test_champion_and_newest_version_with_its_verdict(registered: Any) -> None:
+    promote(registered.params, registered.paths)
+    registered.register(loss=3.6, weight=2.0)
+    assert look(registered)["candidate"]["verdict"] == "not judged here"
+    promote(registered.params, registered.paths)
+    found = look(registered)
     champion, candidate = found["champion"], found["candidate"]
     assert (champion["version"], champion["stage"], champion["test_loss"]) == ("v0.1.0", "champion", 2.7)
     assert abs(datetime.fromisoformat(champion["since"]) - datetime.now(UTC)) < timedelta(minutes=5)

@@ -15,17 +15,16 @@ def peftcore(*arguments: str) -> Any:
 
 
 def test_another_stage_has_its_own_champion_and_its_own_rollback(
-    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registered: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(project.root)
-    project.register()
+    monkeypatch.chdir(registered.root)
     page = tmp_path / "verdict.md"
     dry = peftcore("promote", "--stage", "shadow", "--dry-run", "--markdown", str(page), "--json")
     assert json.loads(dry.stdout)["stage"] == "shadow" and json.loads(dry.stdout)["outcome"] == "would promote"
     assert "docstrings v0.1.0 would become shadow" in page.read_text()
     assert "| forgetting | ✅ |" in page.read_text() and "| approval | ✅ | not required |" in page.read_text()
     assert "is shadow" in peftcore("promote", "--stage", "shadow").stdout
-    project.register(loss=2.6, weight=2.0)
+    registered.register(loss=2.6, weight=2.0)
     first = json.loads(peftcore("promote", "--json").stdout)
     assert first["report"]["champion"] is None, "nothing is champion yet"
     second = json.loads(peftcore("promote", "--stage", "shadow", "--json").stdout)

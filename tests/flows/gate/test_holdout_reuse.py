@@ -12,17 +12,16 @@ from flows.registry.reader import RegistryReader
 from flows.runtime.worktree import worktree_at
 
 
-def test_versions_and_trials_on_the_same_rows_are_counted(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
+def test_versions_and_trials_on_the_same_rows_are_counted(registered: Any) -> None:
+    promote(registered.params, registered.paths)
     for parameters in ("a: 1", "a: 2", "a: 2"):
-        note_trial(project.paths, (project.root / "dvc.lock").read_text(), parameters)
-    record = project.register(loss=2.6, weight=2.0)
+        note_trial(registered.paths, (registered.root / "dvc.lock").read_text(), parameters)
+    record = registered.register(loss=2.6, weight=2.0)
     assert record["holdout_reuse"] == {"test_rows": 2, "trials": 2}
-    digest = data_digest(read_lock(project.root, "register"), project.paths)
-    with worktree_at(project.root, "HEAD") as tree:
+    digest = data_digest(read_lock(registered.root, "register"), registered.paths)
+    with worktree_at(registered.root, "HEAD") as tree:
         assert trials_on(Paths(tree), digest) == 2, "a retraining of this clone knows of them"
-    report = promote(project.params, project.paths).report
+    report = promote(registered.params, registered.paths).report
     assert report is not None
     detail = next(check.detail for check in report.checks if check.name == "against the champion")
     assert "version 2 that was evaluated on these test rows" in detail and "2 trials of sweeps" in detail
