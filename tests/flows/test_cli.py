@@ -102,7 +102,7 @@ def test_the_gate_as_markdown_and_what_differs(registered: Any, tmp_path: Path) 
     assert (loss["before"], loss["after"], round(loss["change"], 6)) == (2.7, 2.6, -0.1)
     text = peftcore("registry", "diff", "v0.1.0", "v0.1.1").stdout
     assert "adapter.loss" in text and "-0.1" in text
-    assert "differ in nothing" in peftcore("registry", "diff", "v0.1.0", "v0.1.0").stdout
+    assert "do not differ" in peftcore("registry", "diff", "v0.1.0", "v0.1.0").stdout
     assert "no version v9.0.0" in peftcore("registry", "diff", "v9.0.0").stderr
 
 

@@ -16,7 +16,7 @@ from flows.base.model import load_dequantized
 from flows.data.rows import read_rows
 from flows.errors import RegistryError, StageError
 from flows.evaluation.scoring import row_losses
-from flows.gate import reevaluation as remeasurement
+from flows.gate import reevaluation
 from flows.gate.candidate import Reevaluation
 from flows.gate.promote import promote
 from flows.params.model import Params, load_params
@@ -104,11 +104,11 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     params, found, there = load_params(weeks.params), list[Reevaluation](), list[Reevaluation]()
 
     def noted(*arguments: Any) -> Reevaluation:
-        found.append(remeasurement.reevaluate_champion(*arguments))
+        found.append(reevaluation.reevaluate_champion(*arguments))
         return found[-1]
 
     def noted_there(*arguments: Any) -> Reevaluation:
-        there.append(remeasurement.reevaluate_candidate(*arguments))
+        there.append(reevaluation.reevaluate_candidate(*arguments))
         return there[-1]
 
     monkeypatch.setattr("flows.gate.promote.reevaluate_champion", noted)
@@ -162,7 +162,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ids = [row["id"] for row in read_rows(Path(task["test"]), ["id"], task["rows"])]
         return pyarrow.table({"id": ids, "tokens": [1] * len(ids), "adapter_loss": [1.0] * len(ids)})
 
-    monkeypatch.setattr(remeasurement, "_run", run)
+    monkeypatch.setattr(reevaluation, "_run", run)
     return tasks
 
 
@@ -241,18 +241,18 @@ def test_what_it_started_from_has_taught_it_too(tmp_path: Path, monkeypatch: pyt
         number: prepared_rows(tmp_path / number, {"train": [f"train {number}"], "validation": [f"val {number}"]})
         for number in ("v0.1.0", "v0.2.0", "v0.3.0")
     }
-    monkeypatch.setattr(remeasurement, "files_of", lambda paths, registry, number, wanted: nullcontext(data[number]))
+    monkeypatch.setattr(reevaluation, "files_of", lambda paths, registry, number, wanted: nullcontext(data[number]))
     registry: Any = Versions({"v0.3.0": "v0.2.0", "v0.2.0": "v0.1.0", "v0.1.0": None})
-    found = list(remeasurement.data_of(data["v0.3.0"], registry, registry.version("v0.3.0"), data["v0.3.0"]))
+    found = list(reevaluation.data_of(data["v0.3.0"], registry, registry.version("v0.3.0"), data["v0.3.0"]))
     assert [paths.root.name for paths in found] == ["v0.3.0", "v0.2.0", "v0.1.0"]
-    known = remeasurement.learned(found[0]) | remeasurement.learned(found[2])
+    known = reevaluation.learned(found[0]) | reevaluation.learned(found[2])
     assert {"train v0.3.0", "val v0.3.0", "train v0.1.0", "val v0.1.0", "v0.1.0-val v0.1.0"} <= known
 
 
 def test_a_classified_text_is_what_is_asked(tmp_path: Path) -> None:
-    assert "cold" in remeasurement.learned(prepared_rows(tmp_path / "a", {"train": ["cold"]}, "text"))
+    assert "cold" in reevaluation.learned(prepared_rows(tmp_path / "a", {"train": ["cold"]}, "text"))
     typed = prepared_rows(tmp_path / "b", {"train": ["\u201ccold\u201d"]}, "text")
-    assert '"cold"' in remeasurement.learned(typed), "in the spelling in which rows are compared"
+    assert '"cold"' in reevaluation.learned(typed), "in the spelling in which rows are compared"
     (tmp_path / "a" / "artifacts" / "data" / "train.parquet").write_bytes(b"no table")
     with pytest.raises(StageError, match=r"train\.parquet cannot be read as prepared rows"):
-        remeasurement.learned(Paths(tmp_path / "a"))
+        reevaluation.learned(Paths(tmp_path / "a"))

@@ -136,7 +136,7 @@ def test_as_a_command_with_a_stage_that_fails_in_the_end(project: Any, monkeypat
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["same"] is True
     unknown = peftcore("reproduce", "v0.1.0", "--until", "trian")
-    assert (unknown.exit_code, "it has: make" in unknown.stderr) == (1, True)
+    assert (unknown.exit_code, "give one of make" in unknown.stderr) == (1, True)
     monkeypatch.setenv("FAIL", "1")
     failed = peftcore("reproduce")
     assert (failed.exit_code, "stage make failed" in failed.stderr) == (1, True)

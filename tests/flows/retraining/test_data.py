@@ -160,7 +160,7 @@ def test_a_name_that_is_used_again_may_replace(source: Registered, caplog: pytes
     drop(source, "rows.jsonl", "second\n")
     assert collect(source, "v0.1.0").new_files == ["rows.jsonl"]
     assert texts(source) == ["second\n"]
-    assert "takes the place of another file of this name" in caplog.text
+    assert "replaces another file of this name" in caplog.text
 
 
 def test_a_week_whose_candidate_was_refused_is_still_not_learned_by_the_champion(source: Registered) -> None:

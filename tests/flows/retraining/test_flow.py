@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ def test_wrong_rows_may_not_vouch_for_themselves(weekly: Any) -> None:
     assert (second.outcome, second.quarantined, second.excluded) == ("kept", ["week2.jsonl"], ["week2.jsonl"])
     assert "against the champion" in second.reason
     assert list(read_excluded(weekly.paths).values()) == ["week2.jsonl: v0.1.1 was refused; far off"]
-    assert "trained on only: week2.jsonl" in weekly.paths.retraining_page.read_text()
+    assert "kept out of evaluation: week2.jsonl" in weekly.paths.retraining_page.read_text()
     assert retrain(weekly).outcome == "unchanged"
 
     # somebody vouches for it: it is news once more, and counts
@@ -177,7 +178,7 @@ def test_parameters_that_are_being_edited_do_not_count(
     (weekly.root / "data" / "new.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"there is no file of rows, nor in retrain\.incoming"):
         retrain(weekly)  # what is committed says so
-    assert "this is not used: data/new.jsonl, params.yaml; `git commit` it" in caplog.text
+    assert "`git commit` these changes to use them: data/new.jsonl, params.yaml" in caplog.text
     assert [entry.outcome for entry in entries(weekly.paths)] == ["failed"]
     assert notices[0][:2] == (["slack-webhook/team"], "docstrings: retraining failed")
 
@@ -201,7 +202,7 @@ def test_what_is_not_taken_is_told_once(weekly: Any, notices: list[Any], monkeyp
     [(_, subject, body)] = notices
     assert subject == "docstrings: retraining unchanged"
     assert "week2.json in retrain.incoming is skipped: write one row a line as .jsonl" in body
-    assert "Not taken: week2.json" in weekly.paths.retraining_page.read_text()
+    assert "Skipped: week2.json" in weekly.paths.retraining_page.read_text()
 
 
 def test_data_that_git_does_not_have_are_named_with_what_to_do(weekly: Any) -> None:
@@ -240,7 +241,7 @@ def test_what_colleagues_did_is_taken_in_first(
     monkeypatch.setattr(flow, "promote", conflict)
     with pytest.raises(RegistryConflict):
         retrain(weekly, "origin")
-    assert "judging it once more" in caplog.text
+    assert "judging the candidate again" in caplog.text
     monkeypatch.setattr(flow, "promote", original)
     second = retrain(weekly, "origin")
     assert (second.outcome, second.version, second.new_files) == ("promoted", "v0.1.2", [])
@@ -252,8 +253,8 @@ def test_data_come_from_the_newest_version_of_a_retraining(weekly: Any, monkeypa
     """What was registered by hand since then, or by a colleague, has none."""
     work = flow.Retraining(weekly.root, None, False, flow._with_retries, Entry("2026-01-01T00:00:00"))
     versions = [Version(number, number, number, 0, "") for number in ("v0.1.0", "v0.1.1", "v0.1.2")]
-    monkeypatch.setattr(work.registry, "versions", lambda: versions)
-    monkeypatch.setattr(work.registry, "stages", dict)
+    state = SimpleNamespace(versions=lambda: versions, stages=dict)
+    monkeypatch.setattr(work.registry, "snapshot", lambda: state)
     monkeypatch.setattr(work.source, "files_of", lambda one: {} if one.number == "v0.1.2" else {"a": one.number})
     asked: list[Any] = []
     monkeypatch.setattr(work.source, "collect", lambda *arguments: asked.append(arguments))

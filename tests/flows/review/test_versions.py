@@ -55,7 +55,7 @@ def test_what_is_not_there_is_named_with_what_to_do(project: Any, name: str, mes
 
 
 def test_outside_of_a_pipeline_only_tracked_runs_are_found() -> None:
-    with pytest.raises(ReviewError, match=r"v0\.1\.0 is no folder of W&B runs, and versions .* need a pipeline"):
+    with pytest.raises(ReviewError, match=r"v0\.1\.0 is not a folder of W&B runs, and versions .* need a pipeline"):
         read_runs(["v0.1.0"], None)
 
 
