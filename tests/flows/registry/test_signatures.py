@@ -109,5 +109,5 @@ def test_promotion_asks_for_a_signature_and_signs_its_own_tag(
     assert (again.outcome, again.report) == ("already", promotion.report)
     signers.unlink()
     project.git("tag", "--delete", "docstrings#champion#1")
-    with pytest.raises(RegistryError, match=r"gate\.allowed_signers is \.\./signers, and there is no file"):
+    with pytest.raises(RegistryError, match=r"gate\.allowed_signers is \.\./signers, but the file"):
         promote(project.params, project.paths)
