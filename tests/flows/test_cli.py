@@ -62,7 +62,15 @@ def test_every_exemption_is_a_command() -> None:
 
 def test_the_help_tells_the_exit_statuses() -> None:
     text = " ".join(peftcore("--help").stdout.split())
-    for words in ("0 done", "1 refused or failed", "2 a command line", "3 the gate", "4 somebody", "130", "143"):
+    for words in (
+        "0 success",
+        "1 failed or refused",
+        "2 usage error",
+        "3 the gate",
+        "4 conflict or busy",
+        "130",
+        "143",
+    ):
         assert words in text
 
 
