@@ -166,7 +166,7 @@ def test_the_largest_difference_by_type(tmp_path: Path) -> None:
     save_file({"a": base, "b": base + 0.5}, other)
     assert largest_difference(one, other) == "largest difference 0.5, in b"
     save_file({"a": base}, other)
-    assert largest_difference(one, other) == "other tensors, or of other shapes"
+    assert largest_difference(one, other) == "other tensors or other shapes"
     other.write_bytes(b"no")
     assert largest_difference(one, other).startswith("not readable")
     import torch
