@@ -150,7 +150,7 @@ class Paths:
 
     @property
     def retraining(self) -> Path:
-        """Results of retrainings: history, pages, excluded files."""
+        """History and pages of the retrainings, and their lists of excluded and trusted files."""
         return self.review.with_name("retraining")
 
     @property
@@ -164,18 +164,18 @@ class Paths:
         return self.retraining / "index.html"
 
     @property
-    def set_aside(self) -> Path:
-        """Files of rows that retrainings leave out."""
+    def excluded(self) -> Path:
+        """List of the files of rows that retrainings leave out."""
         return self.retraining / "set_aside.json"
 
     @property
     def tried(self) -> Path:
-        """Files of rows whose retraining gave a version that existed already."""
+        """Sets of files that a retraining has judged before."""
         return self.retraining / "tried.json"
 
     @property
-    def vouched(self) -> Path:
-        """Files of rows that a person has released."""
+    def trusted(self) -> Path:
+        """List of the files of rows that a person trusts although drift doubts them."""
         return self.retraining / "vouched.json"
 
     @property

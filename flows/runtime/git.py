@@ -81,12 +81,6 @@ class Git:
         """Return git's folder, which all working trees of the repository share."""
         return self.root / self.run("rev-parse", "--git-common-dir").strip()
 
-    def uncommitted(self, leaving_out: Sequence[str] = ()) -> list[str]:
-        """Return tracked files that differ from HEAD, and new files that are not ignored; sorted."""
-        excluded = [f":(exclude){name}" for name in leaving_out]
-        lines = self.run("status", "--porcelain", "-z", "--no-renames", "--", ".", *excluded).split("\0")
-        return sorted(line[3:] for line in lines if line)
-
     def show(self, commit: str, path: str) -> str:
         """Return a file's text in `commit`. Raises GitError if it is absent."""
         return self.run("show", f"{commit}:{path}")

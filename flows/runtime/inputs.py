@@ -1,5 +1,7 @@
 """Inputs of a run that neither git nor DVC has, so that commands on commits do not use them."""
 
+from collections.abc import Sequence
+
 from flows.errors import DataError
 from flows.runtime.git import Git, GitError
 
@@ -8,10 +10,25 @@ INPUTS = ("params.yaml", "dvc.yaml", "data", "flows", "peftcore")
 SHOWN = 5
 
 
+def uncommitted_files(
+    git: Git, *options: str, paths: Sequence[str] = (".",), excluded: Sequence[str] = ()
+) -> list[str]:
+    """Return the tracked files that differ from HEAD and the new files that git does not ignore, sorted.
+
+    Args:
+        git: the repository.
+        options: further options of `git status`.
+        paths: files and folders to look at.
+        excluded: files to leave out.
+    """
+    patterns = [*paths, *(f":(exclude){name}" for name in excluded)]
+    lines = git.run("status", "--porcelain", "-z", "--no-renames", *options, "--", *patterns).split("\0")
+    return sorted(line[3:] for line in lines if line)
+
+
 def unused_changes(git: Git) -> str:
-    """Return a list, in words, of uncommitted parameters, data and code; "" if there are none."""
-    lines = git.run("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", *INPUTS).split("\0")
-    changed = sorted(line[3:] for line in lines if line)
+    """Return the uncommitted files of parameters, data and code in words; an empty text if there are none."""
+    changed = uncommitted_files(git, "--untracked-files=all", paths=INPUTS)
     more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     return ", ".join(changed[:SHOWN]) + more
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from flows.base.identity import have_same_base
 from flows.errors import RegistryConflict
-from flows.gate.looks import data_digest, evaluated_on, trials_on
+from flows.gate.holdout_reuse import data_digest, evaluated_on, trials_on
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.card import CARD, model_card
@@ -28,8 +28,8 @@ from flows.registry.lineage import (
     lock_text,
     read_lock,
 )
+from flows.registry.project_registry import registry_of
 from flows.registry.registry import Registry, Version
-from flows.registry.signatures import signing_key
 from flows.registry.synchronise import synchronise
 from flows.runtime.git import Git
 from flows.runtime.project import dvc
@@ -59,7 +59,7 @@ def run(params: Params, paths: Paths) -> None:
     metrics = as_text(headline_metrics(paths))
     write_atomically(paths.metrics, metrics)
 
-    registry = Registry(git, params.project.name, signing_key(params, paths.root))
+    registry = registry_of(params, paths.root, sign=True)
     if params.register.git_remote is not None:
         synchronise(registry, params.register.git_remote)
     content = content_digest(adapter_files(paths.adapter))
@@ -93,7 +93,7 @@ def _register(
         number = next_number(registry, params, paths, git, lock)
         record = collect(params, paths, git, lock, number)
         on_these_rows = evaluated_on(registry, record["evaluation_set"]) + 1
-        record["looks"] = {"test_rows": on_these_rows, "trials": trials_on(paths, data_digest(lock, paths))}
+        record["holdout_reuse"] = {"test_rows": on_these_rows, "trials": trials_on(paths, data_digest(lock, paths))}
         contents = {LOCK: lock_text(lock), paths.metrics.name: metrics, CARD: model_card(record)}
         try:
             version = registry.register(number, content, record, contents, summary(record), data, remote)

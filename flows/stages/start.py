@@ -15,8 +15,8 @@ from pyarrow import parquet
 from flows.errors import RegistryError
 from flows.params import Params
 from flows.paths import Paths, Split
+from flows.registry.project_registry import registry_of
 from flows.registry.registry import Registry
-from flows.runtime.git import Git
 from flows.runtime.project import files_at
 from flows.runtime.stage import start
 from peftcore.files import damaged_files, directory_written_atomically, read_manifest
@@ -35,7 +35,7 @@ def run(params: Params, paths: Paths) -> None:
         (folder / paths.start_source.name).write_text(json.dumps({"version": number}) + "\n")
         if number is None:
             return
-        registry = Registry(Git(paths.root), params.project.name)
+        registry = registry_of(params, paths.root)
         version = registry.version(number)
         name = paths.adapter.relative_to(paths.root).as_posix()
         with files_at(paths.root, version.commit, [name]) as at:

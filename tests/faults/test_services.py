@@ -121,7 +121,7 @@ def test_prefects_server_goes_down_during_the_run(project: Any, tmp_path: Path, 
                 process.send_signal(signal.SIGKILL)
             (root / "go").touch()
             assert run.wait(300) == 0, told(root)
-        assert "going on without it" in told(root)
+        assert "continuing without it" in told(root)
         assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
 
 

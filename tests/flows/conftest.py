@@ -133,6 +133,23 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def registered(registered_template: Path, tmp_path: Path) -> Project:
+    """`project` with v0.1.0 registered."""
+    root = tmp_path / "project"
+    shutil.copytree(registered_template, root, symlinks=True)
+    return Project(root)
+
+
+@pytest.fixture(scope="session")
+def registered_template(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository that each `registered` is a copy of, made once."""
+    root = tmp_path_factory.mktemp("registered") / "project"
+    shutil.copytree(template, root, symlinks=True)
+    Project(root).register()
+    return root
+
+
 @pytest.fixture(scope="session")
 def project_at() -> Callable[[Path], Project]:
     """A `Project` in a folder that holds a copy of `template`, for fixtures that several tests share."""
