@@ -27,7 +27,7 @@ from flows.base.model import load_for_training, padding_id
 from flows.data.docstrings import pairs
 from flows.data.rows import read_rows
 from flows.evaluation.scoring import by_length, row_losses
-from flows.params.model import Quantization
+from flows.params import Quantization
 from peftcore import AdaLoraConfig, LoraConfig, PeftConfig, TaskType, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.train import AdapterTrainer, RightPaddingCollator

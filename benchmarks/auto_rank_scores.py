@@ -32,7 +32,7 @@ from benchmarks.machine import machine
 from benchmarks.steps import quiet
 from flows.base.model import load_for_training, padding_id
 from flows.data.rows import read_rows
-from flows.params.model import Quantization
+from flows.params import Quantization
 from peftcore import LoraConfig, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora import Lora

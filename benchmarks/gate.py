@@ -34,7 +34,7 @@ from benchmarks.learning_picture import GREY, save_png
 from benchmarks.machine import machine
 from flows.gate.bootstrap import paired_bootstrap, paired_losses
 from flows.gate.slices import slice_differences
-from flows.params.model import Gate
+from flows.params import Gate
 
 RESULTS = Path(__file__).parent / "results"
 GAINS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05)

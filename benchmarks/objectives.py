@@ -28,7 +28,7 @@ from benchmarks.cells import Cell, check, machines, measure_missing, parser_of, 
 from benchmarks.steps import quiet
 from flows.data.docstrings import Pair, pairs, prompt
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.stage import set_seed
 from flows.stages import evaluate, merge, prepare, train

@@ -18,9 +18,9 @@ import torch
 from ruamel.yaml import YAML
 
 from benchmarks.machine import machine
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.paths import Paths
-from flows.resources.plan import plan
+from flows.resources.estimate import estimate
 from flows.stages import prepare
 
 MIB = 2**20
@@ -62,7 +62,7 @@ def compare(setting: dict[str, dict[str, Any]], paths: Paths, rows: int) -> dict
     params = load_params(paths.params)
     if not paths.data_report.exists():
         prepare.run(params, paths)
-    planned, counted = plan(params, paths), plan(params, paths, probe=False)
+    planned, counted = estimate(params, paths), estimate(params, paths, probe=False)
     result = paths.root / "result.json"
     command = [sys.executable, "-m", "benchmarks.plan_side", str(result)]
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}

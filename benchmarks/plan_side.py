@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from flows.base.model import device
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.paths import Paths
 from flows.runtime.machine_memory import peak_memory
 from flows.runtime.stage import set_seed

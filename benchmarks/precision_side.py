@@ -19,7 +19,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from benchmarks.memory import peak_rss
 from flows.base.model import load_for_training, load_tokenizer, padding_id
 from flows.data.rows import read_rows
-from flows.params.model import Quantization
+from flows.params import Quantization
 from peftcore import LoraConfig, get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator
 

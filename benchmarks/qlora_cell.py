@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from flows.base.model import load_dequantized, load_for_training, load_original, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
 from flows.evaluation.scoring import row_losses
-from flows.params.model import Quantization
+from flows.params import Quantization
 from peftcore import LoraConfig, PeftModel, TaskType, get_peft_model, replace_lora_weights_loftq
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.train import AdapterTrainer, RightPaddingCollator

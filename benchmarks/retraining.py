@@ -97,7 +97,7 @@ def _settle(clone: Path, incoming: Path, start: str, rows: int, small: bool) -> 
     if small:
         changes["train"] |= {"max_steps": 2, "evaluations": 1}
         changes["evaluate"] |= {"rows": 16, "generate_rows": 4, "samples": 2, "max_new_tokens": 8}
-        changes["gate"] = {"min_loss_gain": -5.0, "min_rouge_l_gain": -1.0, "min_ended": 0.0}
+        changes["gate"] = {"min_loss_gain": -5.0, "min_rouge_l_gain": -1.0, "min_eos_rate": 0.0}
     for section, values in changes.items():
         params[section].update(values)
     yaml.dump(params, clone / "params.yaml")

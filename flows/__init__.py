@@ -1,0 +1,1 @@
+"""The pipeline around peftcore: data, training, evaluation, registry, promotion and retraining."""

@@ -1,4 +1,4 @@
-"""The command line `peftcore`: which commands there are. What each does stands in `flows.commands`."""
+"""The command line `peftcore`. The commands are in `flows.commands`."""
 
 import signal
 import sys
@@ -12,10 +12,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="From data to a promoted adapter: a pipeline of DVC stages, a registry of git tags, a gate between them.",
-    epilog="Exit statuses: 0 done; 1 refused or failed, with one `error: ...` on stderr; 2 a command line that cannot "
-    "be read; 3 the gate refuses; 4 somebody else was first, or is at it; 130 Ctrl-C; 143 SIGTERM. "
-    "Results go to stdout (`--json`: one document), everything else to stderr.",
+    help="From data to a promoted adapter: a pipeline of DVC stages, a promotion gate, and a registry of git tags.",
+    epilog="Exit codes: 0 success; 1 failed or refused, with one line `error: ...` on stderr; 2 usage error; 3 the "
+    "gate refuses; 4 conflict or busy, another writer was faster or is at work, run the command again; 130 Ctrl-C; "
+    "143 SIGTERM. Results go to stdout (`--json`: one document), everything else to stderr.",
 )
 
 
@@ -48,7 +48,7 @@ for command in (
 ):
     app.command()(command)
 
-registry_app = typer.Typer(no_args_is_help=True, help="The registered versions, and which of them has which stage.")
+registry_app = typer.Typer(no_args_is_help=True, help="Registered versions and their stages.")
 registry_app.command("list")(registry.list_versions)
 registry_app.command()(registry.show)
 registry_app.command()(registry.diff)

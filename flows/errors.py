@@ -1,19 +1,18 @@
 """The tree of pipeline errors. Each message says what was given, what fits and what to do next.
 
-The exit statuses of `peftcore`, beside 0: 1 for what is refused or failed, 2 for a command line that cannot be read, 3
-where the gate refuses, 4 where somebody else was first and another try may succeed, 130 and 143 for an interruption and
-SIGTERM.
+Exit statuses of `peftcore` besides 0: 1: refused or failed; 2: invalid command line; 3: refused by the gate; 4:
+conflict, another writer was faster, run it again; 130: interrupted; 143: SIGTERM.
 """
 
 
 class PipelineError(Exception):
-    """Anything that the pipeline refuses; a stage turns it into one message and exit `status`."""
+    """Base of all errors that a stage turns into one message and exit status `status`."""
 
     status = 1
 
 
 class ParamsError(PipelineError, ValueError):
-    """A params.yaml with an unknown key, a wrong type or an impossible value; names each line."""
+    """A params.yaml with an unknown key, a wrong type or an invalid value; names each line."""
 
 
 class BaseModelError(PipelineError, ValueError):
@@ -25,25 +24,25 @@ class DataError(PipelineError, ValueError):
 
 
 class StageError(PipelineError, RuntimeError):
-    """A stage that cannot run or failed: an input that is absent, a subprocess that ended badly."""
+    """A stage that cannot run or failed: an absent input, or a failed subprocess."""
 
 
 class RepositoryError(PipelineError, RuntimeError):
-    """A git or DVC repository that is absent or not in a state to work with."""
+    """A git or DVC repository that is absent or not usable in its state."""
 
 
 class RegistryError(PipelineError, RuntimeError):
-    """A version or stage in the registry that is unknown, taken or was changed by somebody else."""
+    """A version or stage of the registry that is unknown, taken or was changed by another writer."""
 
 
 class RegistryConflict(RegistryError):
-    """Somebody else wrote the same version or stage first; nothing was changed here."""
+    """Another writer created the same version or stage first; nothing was changed here."""
 
     status = 4
 
 
 class BusyError(PipelineError, RuntimeError):
-    """The same work is being done by another process already."""
+    """Another process does the same work already."""
 
     status = 4
 
@@ -54,9 +53,9 @@ class GateError(PipelineError, RuntimeError):
     status = 3
 
 
-class PlanError(PipelineError, ValueError):
-    """A run that cannot be planned, or that will not fit this machine."""
+class EstimateError(PipelineError, ValueError):
+    """A run whose resources cannot be estimated, or that does not fit this machine."""
 
 
 class ReviewError(PipelineError, RuntimeError):
-    """A run that is to be reviewed and is not there, cannot be reached or cannot be read."""
+    """A run to review that is absent, unreachable or unreadable."""

@@ -1,4 +1,4 @@
-"""Where the pipeline reads and writes, relative to the root of the repository."""
+"""Paths that the pipeline reads and writes, relative to the root of the repository."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +10,23 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclass(frozen=True)
 class Paths:
-    """Every file and folder of a run; nothing here is created by asking for it."""
+    """Every file and folder of a run; nothing is created on access."""
 
     root: Path
 
     @property
     def params(self) -> Path:
+        """Parameters of the run."""
         return self.root / "params.yaml"
 
     @property
     def artifacts(self) -> Path:
+        """Folder of all stages' outputs."""
         return self.root / "artifacts"
 
     @property
     def base(self) -> Path:
-        """The base model: an ordinary transformers folder with its tokenizer, and SHA256SUMS."""
+        """The base model: a transformers folder with its tokenizer, and SHA256SUMS."""
         return self.artifacts / "base"
 
     @property
@@ -33,20 +35,22 @@ class Paths:
         return self.artifacts / "data"
 
     def split(self, name: Split) -> Path:
-        """The rows of one split."""
+        """Return the file of one split."""
         return self.data / f"{name}.parquet"
 
     @property
     def data_report(self) -> Path:
+        """Report on the splits."""
         return self.data / "report.json"
 
     @property
     def labels(self) -> Path:
-        """The names of the classes in the order of their numbers; of classification alone."""
+        """Names of the classes by index, for classification."""
         return self.data / "labels.json"
 
     @property
     def architecture(self) -> Path:
+        """Architecture of the base."""
         return self.artifacts / "architecture.json"
 
     @property
@@ -56,128 +60,140 @@ class Paths:
 
     @property
     def start(self) -> Path:
-        """What training starts from."""
+        """Adapter that training continues from."""
         return self.artifacts / "start"
 
     @property
     def start_source(self) -> Path:
-        """Which version's adapter, or none."""
+        """Version of that adapter, or null."""
         return self.start / "source.json"
 
     @property
     def start_learned(self) -> Path:
-        """Rows that this adapter has learned: question and answer; absent where training starts anew."""
+        """Rows that this adapter has learned: question and answer; absent if training starts anew."""
         return self.start / "learned.parquet"
 
     @property
     def start_adapter(self) -> Path:
-        """That version's adapter; absent where training starts anew."""
+        """That version's adapter; absent if training starts anew."""
         return self.start / "adapter"
 
     @property
     def training(self) -> Path:
+        """Records of the training run."""
         return self.artifacts / "training"
 
     @property
     def training_log(self) -> Path:
+        """Training log."""
         return self.training / "log.jsonl"
 
     @property
     def loss_curve(self) -> Path:
+        """Loss curves as CSV."""
         return self.training / "loss.csv"
 
     @property
     def training_summary(self) -> Path:
+        """Summary of the training run."""
         return self.training / "summary.json"
 
     @property
     def evaluation(self) -> Path:
+        """Results of the evaluation."""
         return self.artifacts / "evaluation"
 
     @property
     def evaluation_rows(self) -> Path:
+        """Losses and answers by test row."""
         return self.evaluation / "rows.parquet"
 
     @property
     def evaluation_control(self) -> Path:
-        """Losses on the control set; absent where it was not measured."""
+        """Losses on the control set; absent if not measured."""
         return self.evaluation / "control.parquet"
 
     @property
     def evaluation_metrics(self) -> Path:
+        """Metrics of the evaluation."""
         return self.evaluation / "metrics.json"
 
     @property
     def samples(self) -> Path:
+        """Answers of both models side by side."""
         return self.evaluation / "samples.json"
 
     @property
     def merged(self) -> Path:
-        """The adapter folded into the base: an ordinary transformers folder, and SHA256SUMS."""
+        """The adapter merged into the base: a transformers folder, and SHA256SUMS."""
         return self.artifacts / "merged"
 
     @property
     def merge_report(self) -> Path:
+        """Report on the merge."""
         return self.artifacts / "merge.json"
 
     @property
     def version(self) -> Path:
-        """The lineage record of the version that the run registers."""
+        """Record of the version that the run registers."""
         return self.artifacts / "version.json"
 
     @property
     def metrics(self) -> Path:
-        """The run's headline metrics; the only output that git tracks."""
+        """Headline metrics of the run; the only output that git tracks."""
         return self.root / "metrics.json"
 
     @property
     def review(self) -> Path:
+        """Review page."""
         return self.root / "reports" / "review.html"
 
     @property
     def retraining(self) -> Path:
-        """What retrainings came to: their history, their pages, what they set aside."""
+        """History and pages of the retrainings, and their lists of excluded and trusted files."""
         return self.review.with_name("retraining")
 
     @property
     def retraining_history(self) -> Path:
+        """History of retrainings."""
         return self.retraining / "history.jsonl"
 
     @property
     def retraining_page(self) -> Path:
+        """Page of the retrainings."""
         return self.retraining / "index.html"
 
     @property
-    def set_aside(self) -> Path:
-        """Files of rows that are left out of retrainings."""
+    def excluded(self) -> Path:
+        """List of the files of rows that retrainings leave out."""
         return self.retraining / "set_aside.json"
 
     @property
     def tried(self) -> Path:
-        """Files of rows of which a version came that was there already."""
+        """Sets of files that a retraining has judged before."""
         return self.retraining / "tried.json"
 
     @property
-    def vouched(self) -> Path:
-        """Files of rows that somebody has released."""
+    def trusted(self) -> Path:
+        """List of the files of rows that a person trusts although drift doubts them."""
         return self.retraining / "vouched.json"
 
     @property
     def schedule(self) -> Path:
-        """When the next retrainings are, while `peftcore schedule` runs."""
+        """Times of the next retrainings, while `peftcore schedule` runs."""
         return self.retraining / "schedule.json"
 
     @property
     def promotion(self) -> Path:
-        """What became of the last promotion, for the review page."""
+        """Outcome of the last promotion, for the review page."""
         return self.review.with_name("promotion.json")
 
     @property
     def trials(self) -> Path:
-        """Which parameters sweeps and trials of this clone have tried, by the digest of the prepared data."""
+        """Parameters that sweeps and trials of this clone have tried, by the digest of the prepared data."""
         return self.review.with_name("trials.json")
 
     @property
     def checkpoints(self) -> Path:
-        """Training's resumable state; outside DVC's outs, because DVC deletes those before a stage starts."""
+        """Resumable state of training; not an output of DVC, because DVC deletes outputs before a stage starts."""
         return self.root / "checkpoints"

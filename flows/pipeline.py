@@ -1,7 +1,7 @@
-"""The Prefect flow: one task for each stage of dvc.yaml, then the gate and the page.
+"""The Prefect flow of a run: one task for each stage of dvc.yaml, then the gate and the review page.
 
-Each stage is a subprocess `dvc repro --single-item STAGE`, so DVC decides what has to run, and the flow cannot differ
-from `dvc repro`. Nothing here imports torch.
+Each stage is a subprocess `dvc repro --single-item STAGE`. So DVC decides which stages run, and the flow does the same
+work as `dvc repro`. Nothing here imports torch.
 """
 
 import logging
@@ -16,8 +16,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.errors import GateError
 from flows.gate.promote import Promotion, promote
-from flows.params.demonstration import left_over
-from flows.params.model import load_params
+from flows.params import left_over, load_params
 from flows.paths import Paths
 from flows.registry.lineage import check_artifact_name
 from flows.review.page import write_review
@@ -33,33 +32,33 @@ logger = logging.getLogger(__name__)
 Work = Callable[..., Any]
 HOUR = 3600.0
 _NO_SERVER = ("Failed to reach API", "ephemeral Prefect API server")
-"""How Prefect's RuntimeErrors begin when its server cannot be reached, or does not start."""
+"""Texts of Prefect's RuntimeErrors if its server cannot be reached or does not start."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a run came to. seconds: {task: wall clock}; page: the review page."""
+class PipelineResult:
+    """The result of a run. page: the review page; seconds: {task: wall clock}."""
 
     promotion: Promotion
     page: Path
     seconds: dict[str, float]
 
 
-def run_pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None) -> Outcome:
-    """`pipeline` below; where Prefect's server is not there, or goes away, the same work goes on without it."""
-    check_registrable(root)  # before Prefect's server starts, which takes a quarter of a minute
+def run_pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None) -> PipelineResult:
+    """Run `pipeline`; without Prefect's server, or if it goes away, do the same work without Prefect."""
+    check_registrable(root)  # before Prefect's server starts, which takes about 15 seconds
     try:
         tie_temporary_server()
         return pipeline(root, stage_timeout, push_to)
     except (RuntimeError, httpx.TransportError) as error:
         if not is_without_server(error):
             raise
-        logger.warning("Prefect's server is not there (%s); going on without it", error)
+        logger.warning("Prefect's server cannot be reached (%s); continuing without it", error)
     return _work(root, stage_timeout, push_to, in_task=lambda _, work: work)
 
 
 def check_registrable(root: Path) -> None:
-    """Check what registering, which comes last, needs; nobody wants to hear of it after the training.
+    """Check the requirements of the register stage, which comes last, before the training.
 
     Raises:
         RepositoryError: there is no git repository with a commit.
@@ -71,35 +70,43 @@ def check_registrable(root: Path) -> None:
 
 
 @flow(name="pipeline", validate_parameters=False)
-def pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None) -> Outcome:
-    """Bring every stage up to date, promote the version through the gate, write the page, print a summary.
+def pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None) -> PipelineResult:
+    """Bring every stage up to date, judge the version by the gate, write the review page, print a summary.
 
-    root: the repository. stage_timeout: seconds that one stage may take. push_to: the git remote that decides who
-    is promoted, for registries shared between clones.
-    Raises RepositoryError or RegistryError at once where nothing could be registered, StageError if a stage fails,
-    GateError (after page and summary) if the gate refuses.
+    Args:
+        root: the repository.
+        stage_timeout: time limit for each stage, in seconds.
+        push_to: the git remote that decides between clones.
+
+    Raises:
+        RepositoryError: the version could not be registered; raised before the first stage.
+        RegistryError: likewise, or the registry cannot be used.
+        StageError: a stage failed.
+        GateError: the gate refuses; raised after page and summary.
     """
-    # a deployment gives text, which is empty where its variable is not set
+    # a deployment gives an empty text if its variable is not set
     return _work(Path(root).resolve(), stage_timeout, push_to or None, in_task=_task)
 
 
 def _task(name: str, work: Work) -> Work:
-    """`work` as a Prefect task. DVC knows what has to run again, so Prefect caches nothing."""
+    """Return `work` as a Prefect task without Prefect's cache, because DVC decides which stages run."""
     return Task(work, name=name, task_run_name=name, cache_policy=NO_CACHE)
 
 
-def _work(root: Path, stage_timeout: float, push_to: str | None, in_task: Callable[[str, Work], Work]) -> Outcome:
+def _work(
+    root: Path, stage_timeout: float, push_to: str | None, in_task: Callable[[str, Work], Work]
+) -> PipelineResult:
     with recorded(Paths(root)) as record:
         return _tasks(root, stage_timeout, push_to, in_task, record)
 
 
 def _tasks(
     root: Path, stage_timeout: float, push_to: str | None, in_task: Callable[[str, Work], Work], record: RunRecord
-) -> Outcome:
+) -> PipelineResult:
     paths = Paths(root)
     params = load_params(paths.params)
-    for told in left_over(params):
-        logger.warning("%s", told)
+    for warning in left_over(params):
+        logger.warning("%s", warning)
     check_registrable(root)
 
     def run(name: str, work: Work, *arguments: Any) -> Any:
@@ -116,9 +123,9 @@ def _tasks(
     print_summary(paths, promotion, page, record.seconds)
     if not promotion.accepted:
         raise GateError(promotion.sentence)
-    return Outcome(promotion, page, record.seconds)
+    return PipelineResult(promotion, page, record.seconds)
 
 
 def is_without_server(error: Exception) -> bool:
-    """Whether Prefect cannot reach its server, or could not start one."""
+    """Return True if an error says that Prefect cannot reach or start its server."""
     return isinstance(error, httpx.TransportError) or any(sign in str(error) for sign in _NO_SERVER)

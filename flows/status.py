@@ -1,6 +1,6 @@
-"""How the pipeline stands: what runs, what ran last, who is champion, what is next, how much disk is left.
+"""Status of the pipeline: running processes, the last run, the champion, the next retraining, disk use.
 
-Read from small files, git tags and folders, so that asking costs no more than a second or two and disturbs nothing.
+The status is read from small files, git tags and folders, within a second or two and without any side effect.
 """
 
 import json
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
-from flows.registry.registry import Registry
+from flows.registry.reader import RegistryReader
 from flows.runtime.git import Git
 from flows.runtime.last_run import last_run, running
 from flows.runtime.processes import is_alive, is_noted_alive
@@ -25,12 +25,17 @@ from flows.runtime.worktree import leftovers
 
 
 def status(params: Params, paths: Paths) -> dict[str, Any]:
-    """All of it but the states of the stages, which DVC tells. Sizes in bytes, times ISO 8601 in UTC, seconds of work.
+    """Return the status without the states of the stages, which DVC computes.
 
-    running: processes that live, [{what, pid, task, since}]. last_run, champion, candidate: None where there is none.
-    retraining: its last entry and its schedule. disk: free bytes and sizes. hints: what to do about leftovers.
+    Returns:
+        A JSON object; sizes are in bytes, times are ISO 8601 in UTC.
+        running: [{what, pid, task, since}] of running processes.
+        last_run, champion, candidate: None if there is none.
+        retraining: {last: the last entry of the history, schedule: the schedule or None}.
+        disk: free space and sizes.
+        hints: commands for leftovers of killed processes.
     """
-    registry = registry_of(params, paths.root)
+    registry = registry_of(params, paths.root).snapshot()
     holders = registry.stages()
     return {
         "name": registry.name,
@@ -57,23 +62,23 @@ def _running(paths: Paths) -> Iterator[dict[str, Any]]:
 
 
 def _dvc_processes(root: Path) -> dict[int, str]:
-    """{process: its command} of those that DVC notes to be at work on files here, and that live."""
+    """Return {pid: command} of the running processes that hold DVC's locks on files here."""
     locks = _json(root / ".dvc" / "tmp" / "rwlock") or {}
     holders = [*locks.get("write", {}).values(), *(one for some in locks.get("read", {}).values() for one in some)]
-    found = {int(one["pid"]): str(one["cmd"]) for one in holders}
-    return {pid: command for pid, command in found.items() if is_alive(pid)}
+    commands = {int(one["pid"]): str(one["cmd"]) for one in holders}
+    return {pid: command for pid, command in commands.items() if is_alive(pid)}
 
 
 def _retraining_process(paths: Paths) -> dict[str, Any] | None:
-    """Who wrote the lock of retrainings last, living or not: pid, and host where it is noted."""
+    """Return the process, alive or not, that last held the lock of retrainings: pid, and host if it is recorded."""
     lock = paths.root / ".dvc" / "tmp" / "retraining" / "lock"
-    found = re.fullmatch(r"process (\d+)(?: on (\S+))?\s*", lock.read_text()) if lock.exists() else None
-    if found is None:
+    match = re.fullmatch(r"process (\d+)(?: on (\S+))?\s*", lock.read_text()) if lock.exists() else None
+    if match is None:
         return None
-    return {"pid": int(found[1])} | ({"host": found[2]} if found[2] else {})
+    return {"pid": int(match[1])} | ({"host": match[2]} if match[2] else {})
 
 
-def _champion(registry: Registry, stage: str) -> dict[str, Any] | None:
+def _champion(registry: RegistryReader, stage: str) -> dict[str, Any] | None:
     holder = registry.stages().get(stage)
     if holder is None:
         return None
@@ -82,8 +87,8 @@ def _champion(registry: Registry, stage: str) -> dict[str, Any] | None:
     return {"stage": stage, "version": version, "since": _date(holder.created), "test_loss": loss}
 
 
-def _candidate(registry: Registry, paths: Paths) -> dict[str, Any] | None:
-    """The newest version, and what became of it as far as this clone knows."""
+def _candidate(registry: RegistryReader, paths: Paths) -> dict[str, Any] | None:
+    """Return the newest version and its verdict, as far as this clone knows it."""
     versions = registry.versions()
     if not versions:
         return None
@@ -97,7 +102,7 @@ def _candidate(registry: Registry, paths: Paths) -> dict[str, Any] | None:
 
 
 def _last_retraining(paths: Paths) -> dict[str, Any] | None:
-    """The history's last line that is whole."""
+    """Return the history's last complete line."""
     if not paths.retraining_history.exists():
         return None
     lines = [line for line in paths.retraining_history.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -105,7 +110,7 @@ def _last_retraining(paths: Paths) -> dict[str, Any] | None:
 
 
 def _schedule(paths: Paths) -> dict[str, Any] | None:
-    """When retraining is next; alive: whether the process that shall do it lives, None if it is another host's."""
+    """Return the schedule and its next time; `alive` is None if the scheduler's process is on another host."""
     from cronsim import CronSim
 
     schedule = _json(paths.schedule)
@@ -131,7 +136,7 @@ def _disk(git: Git, paths: Paths) -> dict[str, Any]:
 
 
 def _cache(root: Path) -> Path:
-    """DVC's cache, by its own configuration."""
+    """Return the path of DVC's cache from DVC's configuration."""
     folder = root / ".dvc"
     config = RawConfigParser()
     config.read([folder / "config", folder / "config.local"])
@@ -139,7 +144,7 @@ def _cache(root: Path) -> Path:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files below a folder; 0 if there is none. What goes away meanwhile is passed over."""
+    """Return the total size of the files below a folder in bytes. Files that vanish meanwhile are skipped."""
     total, folders = 0, [str(folder)]
     while folders:
         try:
@@ -158,20 +163,20 @@ def _hints(paths: Paths) -> Iterator[str]:
     run = running(paths)
     if run and run["alive"] is False:
         where = f" at {run['task']}" if run["task"] else ""
-        yield f"a run that began {run['started']} was killed{where}; `peftcore run` goes on with it"
+        yield f"a run that started {run['started']} was killed{where}; `peftcore run` continues it"
     retraining = _retraining_process(paths)
     ended = retraining is None or is_noted_alive(retraining) is False
     if (paths.root / ".dvc" / "tmp" / "retraining" / "tree").exists() and ended:
-        yield "a retraining was interrupted; `peftcore retrain` goes on with it"
+        yield "a retraining was interrupted; `peftcore retrain` continues it"
     schedule = _json(paths.schedule)
     if schedule and is_noted_alive(schedule) is False:
-        yield f"the scheduler (process {schedule['pid']}) lives no more; start `peftcore schedule` again"
+        yield f"the scheduler (process {schedule['pid']}) has ended; start `peftcore schedule` again"
     if left := len(leftovers()):
-        yield f"{left} working trees of killed processes are left; `peftcore registry gc` removes them"
+        yield f"there are {left} working trees of killed processes; `peftcore registry gc` removes them"
 
 
 def _json(path: Path) -> Any:
-    """None for a file that is absent, or that DVC is writing in place just now."""
+    """Return a JSON file's content; None if the file is missing, or incomplete because DVC is writing it."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from peftcore.init import initialize_from_data, replace_lora_weights_loftq
     from peftcore.injection.activation import refresh_adapters
     from peftcore.injection.inject import inject_adapter_in_model
+    from peftcore.injection.merge import check_mergeable
+    from peftcore.layers.adapter_layer import AdapterLayer
     from peftcore.methods.adalora import AdaLoraConfig
     from peftcore.methods.boft import BOFTConfig
     from peftcore.methods.c3a import C3AConfig
@@ -65,11 +67,13 @@ if TYPE_CHECKING:
     from peftcore.prompts.p_tuning import PromptEncoderConfig
     from peftcore.prompts.prefix_tuning import PrefixTuningConfig
     from peftcore.prompts.prompt_tuning import PromptTuningConfig
+    from peftcore.registry import tuner_names
     from peftcore.routing import AdapterStore
 
 __version__ = "0.2.0"
 
 _MODULES = {
+    "AdapterLayer": "peftcore.layers.adapter_layer",
     "AdaLoraConfig": "peftcore.methods.adalora",
     "AdapterNameError": "peftcore.errors",
     "AdapterStore": "peftcore.routing",
@@ -115,6 +119,7 @@ _MODULES = {
     "VeraConfig": "peftcore.methods.vera",
     "WaveFTConfig": "peftcore.methods.waveft",
     "XLoraConfig": "peftcore.methods.xlora",
+    "check_mergeable": "peftcore.injection.merge",
     "check_vllm": "peftcore.export",
     "convert_directory_to_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
@@ -129,6 +134,7 @@ _MODULES = {
     "refresh_adapters": "peftcore.injection.activation",
     "replace_lora_weights_loftq": "peftcore.init",
     "save_as_lora": "peftcore.conversion",
+    "tuner_names": "peftcore.registry",
 }
 """The module that defines each public name."""
 
@@ -149,6 +155,7 @@ _MOVED = {
 
 __all__ = [
     "AdaLoraConfig",
+    "AdapterLayer",
     "AdapterNameError",
     "AdapterStore",
     "AdapterStoreError",
@@ -193,6 +200,7 @@ __all__ = [
     "VeraConfig",
     "WaveFTConfig",
     "XLoraConfig",
+    "check_mergeable",
     "check_vllm",
     "convert_directory_to_lora",
     "convert_to_lora",
@@ -207,6 +215,7 @@ __all__ = [
     "refresh_adapters",
     "replace_lora_weights_loftq",
     "save_as_lora",
+    "tuner_names",
 ]
 
 

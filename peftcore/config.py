@@ -133,6 +133,8 @@ class PeftConfig(SharedOptions):
     The class variables and the methods under "hooks" tell the core about a method, so that the core names no method.
     """
 
+    has_schedule: ClassVar[bool] = False
+    """True if training follows a schedule over one whole run; a finished adapter then cannot be trained further."""
     peft_type: ClassVar[str] = ""
     """Name of the method on disk, such as "LORA"; set by `register`."""
     ignored_on_disk: ClassVar[dict[str, Any]] = {}
@@ -141,8 +143,6 @@ class PeftConfig(SharedOptions):
     """Fields with integers (or {pattern: integer}) that never exceed the largest dimension of the saved tensors.
 
     Loading checks them before it allocates memory."""
-    has_schedule: ClassVar[bool] = False
-    """True if training follows a schedule over one whole run; a finished adapter then cannot be trained further."""
 
     task_type: TaskType | str | None = None
     base_model_name_or_path: str | None = None

@@ -4,50 +4,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-import grimp
 import pytest
 from ruamel.yaml import YAML
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.runtime.project import stage_order
+from flows.runtime.stage_dependencies import imported_modules, updated
 
 ROOT = Path(__file__).parents[1]
 STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
-NOT_IN_RESULTS = {
-    "flows",
-    "flows.errors",
-    "flows.base.hub",
-    "flows.runtime.logs",
-    "flows.params.method_fields",  # what it says of a method's options is in the train stage's dependencies
-    "flows.runtime.processes",
-    "flows.params.model",
-    "flows.params.file",
-    "flows.paths",
-    "flows.runtime.progress",
-    "flows.runtime.stage",
-    "flows.stages",
-    "flows.runtime.tracking",
-    "peftcore.config",
-    "peftcore.errors",
-    "peftcore.files",
-    "peftcore._util.patterns",
-    "peftcore.registry",
-}
-"""Modules that start a stage, show what it does or say what is wrong: they cannot change what a stage writes."""
 
 
-@pytest.fixture(scope="module")
-def imports() -> grimp.ImportGraph:
-    return grimp.build_graph("flows", "peftcore", cache_dir=None)
-
-
-def file_of(module: str) -> str:
-    path = Path(*module.split("."))
-    return (path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py")).as_posix()
-
-
-def is_covered(path: str, deps: list[str]) -> bool:
-    return any(path == dep or path.startswith(dep + "/") for dep in deps)
+def file_of(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def test_the_order_is_that_of_the_work() -> None:
@@ -65,31 +35,24 @@ def test_a_stage_takes_the_place_of_its_shell(stage: str) -> None:
     assert STAGES[stage]["cmd"] == f"exec python -m flows.stages.{stage}"
 
 
-def test_training_depends_on_what_an_option_of_a_method_means() -> None:
-    assert "flows/params/method_fields.py" in STAGES["train"]["deps"]
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_the_code_that_it_imports_and_on_no_other(stage: str) -> None:
+    assert updated(ROOT, STAGES[stage]) == STAGES[stage]["deps"], "python -m flows.runtime.stage_dependencies --write"
+
+
+def test_what_is_done_with_an_adapter_retrains_nothing() -> None:
+    unrelated = [f"peftcore/{name}" for name in ("serving", "export", "routing", "conversion")]
+    unrelated += [
+        f"flows/{name}" for name in ("gate", "retraining", "review", "registry", "serving", "commands", "resources")
+    ]
+    for stage in ("fetch", "prepare", "train", "evaluate", "merge"):
+        assert not [dep for dep in STAGES[stage]["deps"] if dep.startswith(tuple(unrelated))]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_all_code_that_it_imports(stage: str, imports: grimp.ImportGraph) -> None:
-    module = f"flows.stages.{stage}"
-    used = {module, *imports.find_upstream_modules(module)} - NOT_IN_RESULTS
-    missing = sorted(file for file in map(file_of, used) if not is_covered(file, STAGES[stage]["deps"]))
-    assert missing == []
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_no_code_that_it_does_not_import(stage: str, imports: grimp.ImportGraph) -> None:
-    module = f"flows.stages.{stage}"
-    used = {file_of(name) for name in (module, *imports.find_upstream_modules(module))}
-    code = [dep for dep in STAGES[stage]["deps"] if dep.startswith(("flows", "peftcore"))]
-    assert [dep for dep in code if not any(is_covered(file, [dep]) for file in used)] == []
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_its_parameters_are_those_that_it_reads(stage: str, imports: grimp.ImportGraph) -> None:
-    module = f"flows.stages.{stage}"
-    used = {module, *imports.find_upstream_modules(module)} - NOT_IN_RESULTS
-    source = "\n".join((ROOT / file_of(name)).read_text() for name in used if name.startswith("flows"))
+def test_its_parameters_are_those_that_it_reads(stage: str) -> None:
+    used = [name for name in imported_modules(f"flows.stages.{stage}") if name.startswith("flows")]
+    source = "\n".join(file_of(name).read_text() for name in used)
     sections = "|".join(Params.model_fields)
     read = set(re.findall(rf"params\.({sections})\b", source)) - {"tracking"}
     declared = {key.split(".")[0] for key in STAGES[stage].get("params", [])}

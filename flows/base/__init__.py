@@ -1,1 +1,1 @@
-"""The base model: where it comes from, and how it is loaded."""
+"""The base model: sources, identity, and loading."""

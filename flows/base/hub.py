@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face hub, asked for by a `hub:NAME[@REVISION]` source and by nothing else."""
+"""Downloads from the Hugging Face hub, only for `hub:NAME[@REVISION]` sources."""
 
 import os
 import subprocess
@@ -15,21 +15,23 @@ print(snapshot_download(name, revision=revision or None, repo_type=kind))
 
 
 class DownloadError(Exception):
-    """A download that failed; holds the downloader's last words. Callers say which parameter asked for it."""
+    """A failed download, with the downloader's last message. Callers name the parameter."""
 
 
 def download(source: str, kind: Literal["model", "dataset"]) -> Path:
-    """The local snapshot of `hub:NAME[@REVISION]`; without a network the cached one, if there is one.
+    """Return the local snapshot of `hub:NAME[@REVISION]`; without a network, the cached one.
 
-    In a process of its own, because a stage is offline from the moment that it imports the hub's library.
-    Raises DownloadError.
+    The download runs in its own process, because a stage is offline from its first import of the hub's library.
+
+    Raises:
+        DownloadError: There is no snapshot.
     """
     name, _, revision = source.removeprefix("hub:").partition("@")
     return Path(run_downloader("-c", _DOWNLOAD, name, revision, kind).splitlines()[-1])
 
 
 def run_downloader(*arguments: str) -> str:
-    """Run this Python with the hub allowed; returns its stdout or raises DownloadError."""
+    """Run this Python with hub access and return its stdout. Raises DownloadError."""
     done = subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "HF_HUB_OFFLINE": "0"},
@@ -39,6 +41,6 @@ def run_downloader(*arguments: str) -> str:
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:")]
-        last = (errors or lines or [f"it ended with status {done.returncode}"])[-1]
+        last = (errors or lines or [f"exit status {done.returncode}"])[-1]
         raise DownloadError(last.removeprefix("ERROR: ").rstrip(". "))
     return done.stdout

@@ -1,7 +1,7 @@
-"""What makes two base models the same one: weights, configuration and tokenizer, not the software that saved them.
+"""Identity of a base model: a digest of weights, configuration and tokenizer, not of the software that saved them.
 
-Transformers writes its own version into the configuration files, so a digest of the files as they are would change with
-every update of it. The digest here leaves that one key out. Nothing here imports torch.
+Transformers writes its version into the configuration files, so a digest of the raw files would change with every
+update. The digest here leaves out that key. Nothing here imports torch.
 """
 
 import hashlib
@@ -14,13 +14,14 @@ from flows.errors import BaseModelError
 from peftcore.files import MANIFEST, read_manifest, sha256
 
 SAVED_BY = "transformers_version"
-"""The key of configuration files that says who saved them."""
+"""Key of configuration files with the version of the software that saved them."""
 
 
 def base_identity(folder: Path) -> str:
-    """One SHA-256 (hex) for a base model's folder; its files are taken to match its manifest, which has theirs.
+    """Return the SHA-256 (hex) of a base model's folder; the manifest's digests are trusted.
 
-    Raises BaseModelError if a configuration file cannot be read.
+    Raises:
+        BaseModelError: A configuration file cannot be read.
     """
     files = read_manifest(folder)
     lines = [f"{_content(folder / name, digest)}  {name}\n" for name, digest in sorted(files.items())]
@@ -28,16 +29,16 @@ def base_identity(folder: Path) -> str:
 
 
 def is_base(folder: Path, evaluation: Mapping[str, Any]) -> bool:
-    """Whether the base in `folder` is that of an evaluation's metrics, or of a version's record."""
+    """Return True if the base in `folder` is that of an evaluation's metrics, or of a version's record."""
     if not (folder / MANIFEST).exists():
         return False
     return sha256(folder / MANIFEST) == _manifest(evaluation) or base_identity(folder) == evaluation["base_model"]
 
 
 def have_same_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two evaluations, or records of versions, are of one base.
+    """Return True if two evaluations, or records of versions, have the same base.
 
-    Those from before the identity was written down have the digest of the base's manifest alone.
+    Records of earlier releases hold only the digest of the base's manifest.
     """
     return one["base_model"] == other["base_model"] or (
         _manifest(one) == _manifest(other) and not (names_content(one) and names_content(other))
@@ -45,7 +46,7 @@ def have_same_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def names_content(evaluation: Mapping[str, Any]) -> bool:
-    """Whether its `base_model` is an identity, and not a manifest's digest."""
+    """Return True if `base_model` is an identity, and False if it is a manifest's digest."""
     return evaluation.get("base_manifest") is not None
 
 

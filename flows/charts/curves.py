@@ -1,4 +1,4 @@
-"""The review page's charts, as SVG to put into HTML; text stays text, so it can be searched and read aloud."""
+"""Charts of the review page as SVG for HTML. Text stays text, so it can be searched and read by screen readers."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.parse_math": False,  # names come from data, and a $ in one is no mathematics
+    "text.parse_math": False,  # names come from data and may contain $
     "text.color": INK,
     "axes.labelcolor": SOFT,
     "axes.edgecolor": LINE,
@@ -33,12 +33,12 @@ STYLE: dict[Any, Any] = {
 
 @matplotlib.rc_context(STYLE)
 def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup:
-    """Base against adapter in one small panel a figure; each has its own scale, from zero."""
+    """Draw base against adapter, one small panel per figure, each with its own scale from zero."""
     every = (
         ("loss", "Test loss", "nats, lower is better", "{:.2f}"),
         ("perplexity", "Perplexity", "lower is better", "{:.1f}"),
         ("rouge_l", "ROUGE-L", "0 to 1, higher is better", "{:.3f}"),
-        ("ended", "Answers that end", "higher is better", "{:.0%}"),
+        ("ended", "EOS rate", "higher is better", "{:.0%}"),
         ("accuracy", "Accuracy", "higher is better", "{:.1%}"),
         ("macro_f1", "Macro-F1", "0 to 1, higher is better", "{:.3f}"),
     )
@@ -59,7 +59,7 @@ def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup
 
 @matplotlib.rc_context(STYLE)
 def loss_curves(table: Path, best_step: int | None) -> Markup:
-    """Training and validation loss by optimiser step, the best checkpoint marked, the learning rate below."""
+    """Draw training and validation loss by optimiser step, with the best checkpoint, and the learning rate below."""
     train, validation, rate = (_series(table, name) for name in ("train_loss", "validation_loss", "learning_rate"))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -71,7 +71,7 @@ def loss_curves(table: Path, best_step: int | None) -> Markup:
             losses.axvline(step, color=VALIDATION, linewidth=1, linestyle=(0, (3, 3)))
             where = {"xytext": (-8, 22), "textcoords": "offset points", "ha": "right"}
             losses.annotate(f"best: {loss:.3f} at step {step}", (step, loss), **where, color=VALIDATION, weight="bold")
-    losses.set_ylabel("nats a supervised token")
+    losses.set_ylabel("nats per supervised token")
     losses.legend(frameon=False, loc="upper right")
     rates.fill_between(*rate, color=BASE, alpha=0.35, linewidth=0)
     rates.set_ylabel("learning rate")
@@ -89,7 +89,7 @@ def loss_curves(table: Path, best_step: int | None) -> Markup:
 
 @matplotlib.rc_context(STYLE)
 def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
-    """The test loss of base and adapter for each of the largest slices, joined by a line."""
+    """Draw the test loss of base and adapter for each of the largest slices, joined by a line."""
     names = largest(slices)[::-1]
     figure = Figure(figsize=(11, 0.9 + 0.27 * len(names)), layout="constrained")
     axes = figure.subplots()
@@ -112,19 +112,19 @@ def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
 
 
 def largest(slices: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of the slices with the most rows, SLICES_SHOWN at most."""
+    """Return the names of the slices with the most rows, at most SLICES_SHOWN."""
     return sorted(slices, key=lambda name: (-slices[name]["rows"], name))[:SLICES_SHOWN]
 
 
 def _series(table: Path, column: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one column, rows without a value left out."""
+    """Return steps and values of one column, without rows that lack a value."""
     with table.open(newline="") as file:
         rows = [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
     return [step for step, _ in rows], [value for _, value in rows]
 
 
 def smoothed(values: Sequence[float], memory: float = 0.85) -> list[float]:
-    """Exponential mean, corrected for its start."""
+    """Return the exponential moving average with bias correction."""
     smooth, mean, weight = [], 0.0, 0.0
     for value in values:
         mean = memory * mean + (1 - memory) * value
@@ -142,15 +142,16 @@ def _text(value: float | None, form: str) -> str:
 
 
 def bare(axes: Axes, keep: str) -> None:
+    """Hide all spines except `keep`, and the tick marks."""
     for side, spine in axes.spines.items():
         spine.set_visible(side == keep)
     axes.tick_params(length=0)
 
 
 def svg(figure: Figure, label: str) -> Markup:
-    """The figure as one <svg> element that scales with the page."""
+    """Return a figure as one <svg> element that scales with the page."""
     text = io.StringIO()
-    # the label as salt keeps the ids of two charts on one page apart
+    # the label as salt makes the ids of two charts on one page different
     with matplotlib.rc_context({"svg.hashsalt": label}):
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
     drawn = text.getvalue()

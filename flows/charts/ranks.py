@@ -1,4 +1,4 @@
-"""The ranks of an adapter's layers as a heat map: blocks of the model across, kinds of module down."""
+"""A heat map of the ranks of an adapter's layers, with the model's blocks as columns and kinds of modules as rows."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,21 +15,21 @@ from matplotlib.ticker import MaxNLocator
 from flows.charts.curves import ADAPTER, INK, LINE, SOFT, STYLE, svg
 
 HEAT_MAP = "ranks.svg"
-"""File beside training's records; there if ranks differ between layers."""
+"""File name in the training's folder; the file exists if ranks differ between layers."""
 _COLORS = LinearSegmentedColormap.from_list("rank", ["#f3f7f6", "#8cc5bd", ADAPTER, "#063b37"])
 _NUMBERS_UP_TO = 40
-"""Blocks up to which each cell holds its number."""
+"""Largest number of blocks at which cells show their rank as a number."""
 
 
 @matplotlib.rc_context(STYLE)
 def rank_heat_map(ranks: Mapping[str, int], title: str) -> Markup:
-    """Ranks by the path of the layer, as one <svg> element; a layer outside the blocks is a row of its own."""
+    """Draw ranks, {path of the layer: rank}, as one <svg> element; a layer outside the blocks has its own row."""
     return svg(_figure(ranks, title), title)
 
 
 @matplotlib.rc_context(STYLE)
 def rank_picture(ranks: Mapping[str, int], title: str) -> Any:
-    """The same as an array of pixels (height, width, 4), uint8."""
+    """Draw ranks as an array of pixels, (height, width, 4), uint8."""
     canvas = FigureCanvasAgg(_figure(ranks, title))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())
@@ -65,7 +65,7 @@ def _figure(ranks: Mapping[str, int], title: str) -> Figure:
 
 
 def _grid(ranks: Mapping[str, int]) -> tuple[Any, Sequence[str], Sequence[str]]:
-    """(kinds, blocks) of ranks, NaN where there is no layer; kinds in the order in which a block has them."""
+    """Return ranks, (kinds, blocks), with NaN for missing layers, and the names of kinds and blocks."""
     places = {path: _place(path) for path in ranks}
     kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
     blocks = sorted({block for _, block in places.values()})
@@ -76,6 +76,9 @@ def _grid(ranks: Mapping[str, int]) -> tuple[Any, Sequence[str], Sequence[str]]:
 
 
 def _place(path: str) -> tuple[str, int]:
-    """("self_attn.q_proj", 3) of "model.layers.3.self_attn.q_proj"; block -1 outside the blocks."""
+    """Split a path into kind and block: "model.layers.3.self_attn.q_proj" gives ("self_attn.q_proj", 3).
+
+    The block is -1 for a layer outside of the blocks.
+    """
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
     return (match[2], int(match[1])) if match else (path, -1)

@@ -1,4 +1,4 @@
-"""The gate as a job of GitHub, GitLab or Jenkins calls it."""
+"""The command `peftcore ci`, which jobs of GitHub, GitLab or Jenkins call."""
 
 import json
 import os
@@ -19,19 +19,19 @@ def ci(
         typer.Option(
             metavar="vX.Y.Z",
             envvar="PEFTCORE_CI_VERSION",
-            help="Which, merged or not; if left out, those that the event is about.",
+            help="A version, merged or not; default: the versions that the event selects.",
             autocompletion=completion.versions,
         ),
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(envvar="PEFTCORE_CI_STAGE", help="The stage to give; `gate.stage` if left out.")
+        str | None, typer.Option(envvar="PEFTCORE_CI_STAGE", help="The stage to give; default: `gate.stage`.")
     ] = None,
     dry_run: Annotated[
         bool | None,
         typer.Option(
             "--dry-run/--promote",
             envvar="PEFTCORE_CI_DRY_RUN",
-            help="Judge only, or promote; if left out, promote on a version's tag and in a job of the default branch.",
+            help="Judge only, or promote; default: promote on a version's tag and in a job of the default branch.",
         ),
     ] = None,
     remote: Annotated[
@@ -42,24 +42,28 @@ def ci(
         typer.Option(
             metavar="REF",
             envvar="PEFTCORE_CI_RULES",
-            help="The branch or commit whose params.yaml has the rules; if left out, a pull request's base, or the "
-            "checkout.",
+            help="The branch or commit whose params.yaml has the rules; default: the target branch of a pull request, "
+            "the default branch, or the checkout.",
         ),
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", envvar="PEFTCORE_CI_REPORT", help="Markdown; `reports/gate.md` if left out."),
+        typer.Option(
+            metavar="FILE", envvar="PEFTCORE_CI_REPORT", help="The Markdown report; default: `reports/gate.md`."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge or promote the version that a CI job is about, and tell of it: a report, GitHub's summary and outputs.
+    """Judge or promote the versions of a CI job; writes a report and GitHub's summary and outputs.
 
-    On the push of a tag NAME@vX.Y.Z: that version, promoted if the commit that it was made from is in the default
-    branch. In a job of the default branch: each such version that is newer than the champion and was not judged against
-    it, the newest first, until one is promoted. Else, as for a pull request: the newest version that the branch
-    registered, or the newest of all, judged only. --promote --version promotes any. The version's files come from DVC's
-    remote, the rules from the protected branch. Exits with 3 if the gate refuses, with 4 if other jobs promoted first
-    each time.
+    - Push of a tag NAME@vX.Y.Z: the version is promoted if the commit that it was made from is in the default branch.
+    - Job of the default branch: merged versions that are newer than the champion and were not judged against it, newest
+      first, until one is promoted.
+    - Other jobs, such as pull requests: the branch's newest version, or the newest of all, is judged only.
+    - `--promote --version` promotes any version.
+
+    The version's files come from DVC's remote, the rules from the protected branch. Exit codes: 3, the gate refuses;
+    4, conflict: other jobs were faster at each attempt.
     """
     with errors(), project() as (params, paths):
         from flows.gate.ci import judge, rules_for, tell_error
@@ -74,8 +78,8 @@ def ci(
             verdict = judge(at_stage(by, stage), paths, os.environ, where, version, dry_run, remote)
         if as_json:
             promotion = verdict.promotion.as_dict() if verdict.promotion else None
-            told = {"verdict": verdict.word, "version": verdict.version, "report": str(where), "promotion": promotion}
-            told["judged"] = [one.as_dict() for one in verdict.judged]
-            print(json.dumps(told, indent=2))
+            result = {"verdict": verdict.word, "version": verdict.version, "report": str(where), "promotion": promotion}
+            result["judged"] = [one.as_dict() for one in verdict.judged]
+            print(json.dumps(result, indent=2))
         else:
             print(verdict.promotion.sentence if verdict.promotion else verdict.word)

@@ -1,4 +1,4 @@
-"""What the commands share: options, the project that the current folder belongs to, errors as exit statuses."""
+"""Shared code of the commands: options, the project of the current folder, errors as exit codes."""
 
 import sys
 from collections.abc import Iterator
@@ -15,34 +15,34 @@ from flows.runtime.stage import fail, is_disk_full
 from peftcore.errors import PeftError
 
 if TYPE_CHECKING:
-    from flows.params.model import Params
-    from flows.registry.registry import Registry
+    from flows.params import Params
+    from flows.registry.reader import RegistryReader
 
 SIX_HOURS = 6 * 3600.0
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-StageTimeout = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Stop a stage that takes longer.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+StageTimeout = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Time limit for each stage.")]
 PushTo = Annotated[
     str | None,
     typer.Option(
         "--push-to",
         metavar="REMOTE",
-        help="Also push the tags to this git remote, which then decides between several clones: if somebody else "
-        "promoted first, nothing is promoted here.",
+        help="Also push the tags to this git remote, which decides between clones: if another writer was faster, "
+        "nothing changes here and the exit code is 4.",
     ),
 ]
 
 AdapterFolder = Annotated[
     Path | None,
-    typer.Option(exists=True, file_okay=False, help="The adapter's directory; the pipeline's own if left out."),
+    typer.Option(exists=True, file_okay=False, help="The adapter's folder; default: the pipeline's adapter."),
 ]
 BaseFolder = Annotated[
     Path | None,
-    typer.Option(exists=True, file_okay=False, help="The base model's folder; the pipeline's own if left out."),
+    typer.Option(exists=True, file_okay=False, help="The base model's folder; default: the pipeline's base."),
 ]
 
 
 def adapter_and_base(adapter: Path | None, base: Path | None) -> tuple[Path, Path]:
-    """As given, or those of the pipeline that the current folder belongs to."""
+    """Return the given folders; a missing one is that of the current folder's pipeline."""
     if adapter is not None and base is not None:
         return adapter, base
     paths = Paths(find_root())
@@ -51,11 +51,11 @@ def adapter_and_base(adapter: Path | None, base: Path | None) -> tuple[Path, Pat
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Turn what is refused into one message and an exit status; a bug keeps its traceback."""
+    """Turn expected errors into one message and an exit code; a bug keeps its traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        fail("interrupted; run it again to go on", status=130)
+        fail("interrupted; run the command again to continue", status=130)
     except PipelineError as error:
         fail(str(error), error.status)
     except PeftError as error:
@@ -63,26 +63,27 @@ def errors() -> Iterator[None]:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        fail(f"the disk is full ({error}); free some space and run it again, what was there before is intact")
+        fail(f"the disk is full ({error}); free some space and run the command again, existing files are intact")
 
 
 @contextmanager
 def one_document(as_json: bool) -> Iterator[None]:
-    """Where JSON was asked for, let what others print inside go to stderr, so that stdout has the document alone."""
+    """With `as_json`, redirect everything that is printed inside to stderr, so stdout has one document only."""
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         yield
 
 
 @contextmanager
 def project() -> Iterator[tuple["Params", Paths]]:
-    """Parameters and paths of the pipeline that the current folder belongs to."""
-    from flows.params.model import load_params
+    """Give parameters and paths of the current folder's pipeline."""
+    from flows.params import load_params
 
     root = find_root()
     yield load_params(Paths(root).params), Paths(root)
 
 
 def holders(params: "Params", paths: Paths) -> dict[str, str | None]:
+    """Return {stage: version that holds it}."""
     from flows.registry.project_registry import registry_of
 
     stages = registry_of(params, paths.root).stages()
@@ -90,10 +91,10 @@ def holders(params: "Params", paths: Paths) -> dict[str, str | None]:
 
 
 def at_stage(params: "Params", stage: str | None) -> "Params":
-    """The parameters with another stage to promote to; typer's error, with exit status 2, for an impossible name."""
+    """Return the parameters with another `gate.stage`. An invalid name is typer's usage error, exit code 2."""
     from pydantic import ValidationError
 
-    from flows.params.model import Gate
+    from flows.params import Gate
 
     if stage is None:
         return params
@@ -101,12 +102,13 @@ def at_stage(params: "Params", stage: str | None) -> "Params":
         gate = Gate.model_validate(params.gate.model_dump() | {"stage": stage})
     except ValidationError as error:
         raise typer.BadParameter(
-            f"{stage!r} is no name of a stage; give lower-case letters, digits and dashes", param_hint="--stage"
+            f"{stage!r} is not a valid stage name; use lower-case letters, digits and dashes", param_hint="--stage"
         ) from error
     return params.model_copy(update={"gate": gate})
 
 
-def newest(registry: "Registry") -> str:
+def newest(registry: "RegistryReader") -> str:
+    """Return the newest version's number. Raises RegistryError if there is no version."""
     versions = registry.versions()
     if not versions:
         raise RegistryError(f"no version of {registry.name} yet; use `peftcore run`")

@@ -1,7 +1,7 @@
-"""What the shell completes: stages, versions, keys of parameters and metrics, of the pipeline in the current folder.
+"""Shell completion of stages, versions, and keys of parameters and metrics of the current folder's pipeline.
 
-Asked for at every press of Tab, so it reads dvc.yaml, params.yaml and git's tags itself: no DVC, no torch. Outside of
-a pipeline, and where a file cannot be read, there is nothing to complete.
+Completion runs at every press of Tab, so it reads dvc.yaml, params.yaml and git's tags itself, without DVC and torch.
+Outside of a pipeline, or if a file cannot be read, there are no completions.
 """
 
 import json
@@ -15,39 +15,39 @@ _VERSION = re.compile(r"v\d+\.\d+\.\d+")
 
 
 def stages(incomplete: str) -> list[str]:
-    """Stages of dvc.yaml."""
+    """Complete stages of dvc.yaml."""
     return _fitting(_yaml("dvc.yaml").get("stages") or {}, incomplete)
 
 
 def versions(incomplete: str) -> list[str]:
-    """Registered versions, the newest tag first; those that were taken back are left out."""
+    """Complete registered versions, newest tag first, without withdrawn versions."""
     tags = _git("tag", "--list", "--sort=-creatordate", f"{_name()}@*")
     words = [tag.partition("@")[2] for tag in tags]
-    gone = {word.partition("!")[0] for word in words if "!" in word}
-    return _fitting([word for word in words if _VERSION.fullmatch(word) and word not in gone], incomplete)
+    withdrawn = {word.partition("!")[0] for word in words if "!" in word}
+    return _fitting([word for word in words if _VERSION.fullmatch(word) and word not in withdrawn], incomplete)
 
 
 def versions_and_holders(incomplete: str) -> list[str]:
-    """Stages of the registry, such as champion, then versions."""
+    """Complete stages of the registry, such as champion, then versions."""
     tags = _git("tag", "--list", f"{_name()}#*")
     held = dict.fromkeys(tag.split("#")[1].removesuffix("!") for tag in tags)
     return [*_fitting(held, incomplete), *versions(incomplete)]
 
 
 def params(incomplete: str) -> list[str]:
-    """Keys of params.yaml with dots, as `train.learning_rate=`."""
+    """Complete dotted keys of params.yaml, such as `train.learning_rate=`."""
     return _fitting((f"{key}=" for key in _keys(_yaml("params.yaml"))), incomplete)
 
 
 def metrics(incomplete: str) -> list[str]:
-    """Keys of metrics.json with dots, as `adapter.loss`."""
+    """Complete dotted keys of metrics.json, such as `adapter.loss`."""
     root = _root()
     path = root / "metrics.json" if root else None
     try:
-        found = json.loads(path.read_text()) if path and path.exists() else {}
+        metrics = json.loads(path.read_text()) if path and path.exists() else {}
     except ValueError:
-        found = {}
-    return _fitting(_keys(found), incomplete)
+        metrics = {}
+    return _fitting(_keys(metrics), incomplete)
 
 
 def _root() -> Path | None:

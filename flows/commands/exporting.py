@@ -1,4 +1,4 @@
-"""An adapter directory written for another runtime, from the command line."""
+"""Export of an adapter directory for other runtimes."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -8,7 +8,7 @@ from flows.errors import PipelineError
 
 
 class Format(StrEnum):
-    """What to write."""
+    """Export formats."""
 
     GGUF_LORA = "gguf-lora"
     GGUF_MERGED = "gguf-merged"
@@ -25,17 +25,31 @@ def export(
     rank: int | None,
     tolerance: float | None,
 ) -> str:
-    """Write the adapter for llama.cpp, or for vLLM and LoRAX; gives the sentence that says what is where.
+    """Export the adapter for llama.cpp, or for vLLM and LoRAX.
 
-    gguf: of gguf-merged, the base's own GGUF file; None: one is made of the base's folder.
-    rank, tolerance: convert it to LoRA first, see `peftcore.convert_to_lora`. Raises PeftError or PipelineError.
+    Args:
+        form: the format.
+        adapter: the adapter's folder.
+        base: the base's folder.
+        out: the file or folder to write.
+        gguf: for gguf-merged, the base's own GGUF file; None converts the base's folder.
+        dtype: type of the matrices in a GGUF file.
+        rank: convert to LoRA of this rank first, see `peftcore.convert_to_lora`.
+        tolerance: convert to LoRA with at most this relative error per layer first.
+
+    Returns:
+        One sentence that names the written files.
+
+    Raises:
+        PeftError: the adapter cannot be exported.
+        PipelineError: an option does not fit the format.
     """
     from peftcore.export import check_gguf_base, export_gguf_lora, export_gguf_merged, export_vllm
 
     if form == Format.GGUF_MERGED and gguf is None:
         check_gguf_base(base)  # before the model is loaded
     if form != Format.GGUF_MERGED and gguf is not None:
-        raise PipelineError(f"--gguf is the base of gguf-merged; {form} has no use for it, so leave it out")
+        raise PipelineError(f"--gguf has no effect on {form}, only on gguf-merged; leave it out")
     model, name, note = _adapted(adapter, base), "default", ""
     if rank is not None or tolerance is not None:
         note, name = _converted(model, rank, tolerance), "plain"
@@ -59,4 +73,4 @@ def _converted(model: Any, rank: int | None, tolerance: float | None) -> str:
     from peftcore.conversion import convert_to_lora
 
     report = convert_to_lora(model, "default", "plain", rank, tolerance)
-    return f"; as LoRA of rank {max(report.ranks.values())} it misses {report.error:.2%} of the adapter's change"
+    return f"; converted to LoRA of rank {max(report.ranks.values())}, relative error {report.error:.2%}"

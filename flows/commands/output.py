@@ -1,4 +1,4 @@
-"""How commands tell what they do: `--quiet`, `--verbose` and `--log-format`, before a command or after it."""
+"""Log options of all commands: `--quiet`, `--verbose` and `--log-format`, before a command or after it."""
 
 import functools
 import inspect
@@ -16,17 +16,17 @@ Form = Annotated[
         "--log-format",
         envvar=logs.FORMAT,
         show_envvar=True,
-        help="Of the log, on stderr: text, or one JSON object a line.",
+        help="Format of the log on stderr: text, or one JSON object per line.",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings, errors and results only: no bars, no word of DVC's.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="More of what is done.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings, errors and results only, without progress bars.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="More log messages.")]
 OPTIONS = {"log_format": (Form, None), "quiet": (Quiet, False), "verbose": (Verbose, False)}
 """{parameter: (annotation, default)}"""
 
 
 def choose(log_format: LogFormat | None, quiet: bool, verbose: bool) -> None:
-    """Log as chosen, in this process and those below it."""
+    """Set up logging in this process and its child processes."""
     if quiet and verbose:
         raise typer.BadParameter("--quiet and --verbose are opposites; give one of them")
     logs.choose(log_format, quiet, verbose)
@@ -34,7 +34,7 @@ def choose(log_format: LogFormat | None, quiet: bool, verbose: bool) -> None:
 
 
 def everywhere(app: typer.Typer) -> None:
-    """Let each command of `app`, and of those below it, take the options that `app` itself takes before a command."""
+    """Add the log options to each command of `app` and of its groups."""
     for command in _commands(app):
         assert command.callback is not None
         command.callback = _with_options(command.callback)
@@ -48,17 +48,18 @@ def _commands(app: typer.Typer) -> Iterator[Any]:
 
 
 def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`command` with OPTIONS after its own; typer reads them from the signature."""
+    """Return `command` with OPTIONS after its own options; typer reads them from the signature."""
 
     @functools.wraps(command)
-    def told(**arguments: Any) -> Any:
+    def with_log_options(**arguments: Any) -> Any:
         choose(**{name: arguments.pop(name) for name in OPTIONS})
         return command(**arguments)
 
     signature = inspect.signature(command, eval_str=True)
-    ours = [
+    log_options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
         for name, (annotation, default) in OPTIONS.items()
     ]
-    told.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *ours])  # pyright: ignore[reportAttributeAccessIssue]
-    return told
+    parameters = [*signature.parameters.values(), *log_options]
+    with_log_options.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    return with_log_options

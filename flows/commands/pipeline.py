@@ -1,4 +1,4 @@
-"""The pipeline: run it or one stage of it, plan it, look at its rows, tell how it stands."""
+"""Commands of the pipeline: run, stage, status, plan, doctor."""
 
 import json
 import time
@@ -20,12 +20,11 @@ def run(
     push_to: PushTo = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run the whole pipeline: only stages whose parameters, code or inputs changed; then the gate and the page.
+    """Run the pipeline: the stages whose parameters, code or inputs changed, then the gate and the review page.
 
-    The stages are those of `dvc.yaml`, their parameters those of `params.yaml`. Prefect drives them with a server
-    of its own that ends with the run; `dvc repro` runs the same stages without it. Interrupt it when you like:
-    training goes on from its last checkpoint. Exits with 1 if a stage fails, with 3 if the
-    gate refuses.
+    The stages are in `dvc.yaml`, their parameters in `params.yaml`. Prefect runs the stages, with a server that ends
+    with the run; `dvc repro` runs the same stages without Prefect. After an interruption, training continues from its
+    last checkpoint. Exit codes: 1, a stage failed; 3, the gate refuses.
     """
     with errors(), project() as (_, paths):
         set_prefect_environment(paths.root)
@@ -37,9 +36,9 @@ def run(
             with one_document(as_json):
                 run_pipeline(paths.root, stage_timeout, push_to)
         finally:
-            told = last_run(paths)
-            if as_json and told != before:
-                print(json.dumps(told, indent=2))
+            record = last_run(paths)
+            if as_json and record != before:
+                print(json.dumps(record, indent=2))
 
 
 def stage(
@@ -50,7 +49,7 @@ def stage(
     stage_timeout: StageTimeout = SIX_HOURS,
     as_json: AsJson = False,
 ) -> None:
-    """Run one stage on what the stages before it have left, if its parameters, code or inputs changed."""
+    """Run one stage on the outputs of the stages before it, if its parameters, code or inputs changed."""
     from flows.runtime.stage_process import run_stage
 
     with errors(), project() as (_, paths):
@@ -65,85 +64,85 @@ def stage(
 
 def status(
     states: Annotated[
-        bool, typer.Option("--stages/--no-stages", help="Of each stage, what changed: DVC takes a second or more.")
+        bool, typer.Option("--stages/--no-stages", help="Show what changed for each stage; DVC takes a second or more.")
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """What runs now, how the last run ended, which stages are up to date, and which version has which stage.
+    """Show running processes, the last run, the state of each stage, and the version of each registry stage.
 
-    Also the newest version and its verdict, the last retraining and the next one, the disk, and what killed processes
-    left behind.
+    Also shows the newest version and its verdict, the last and the next retraining, disk use, and leftovers of killed
+    processes.
     """
     with errors(), project() as (params, paths):
         from flows.commands.status import print_status
-        from flows.status import status as look
+        from flows.status import status as read_status
 
-        found = ({"stages": stage_states(paths.root)} if states else {}) | look(params, paths)
+        result = ({"stages": stage_states(paths.root)} if states else {}) | read_status(params, paths)
         if as_json:
-            print(json.dumps(found, indent=2))
+            print(json.dumps(result, indent=2))
         else:
-            print_status(found)
+            print_status(result)
 
 
 def plan(
     config: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, metavar="FILE", help="A model's config.json; the model need not be here."
+            exists=True, dir_okay=False, metavar="FILE", help="A model's config.json; the weights are not needed."
         ),
     ] = None,
     probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Train two shallow models of the real widths for a few steps.")
+        bool, typer.Option("--probe/--no-probe", help="Train two shallow models of the real width for a few steps.")
     ] = True,
     probe_timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Stop a process of the probe that takes longer.")
+        float, typer.Option(min=1, metavar="SECONDS", help="Time limit for each process of the probe.")
     ] = 600.0,
     as_json: AsJson = False,
 ) -> None:
-    """How much memory, time and disk training will take, and what would make it fit, before anything is trained.
+    """Estimate the memory, time and disk space of a training, and suggest changes that make it fit.
 
-    Weights are counted and activations simulated without making any, from `params.yaml`, the base's configuration and
-    the prepared rows (full ones where none are prepared); the probe measures the rest and the time. Exits with 1 if
-    the run will not fit this machine.
+    Weights and activations are computed from `params.yaml`, the base's configuration and the prepared rows, without
+    allocating them; without prepared rows, rows of full length are assumed. The probe measures the time and the rest of
+    the memory. Exit code 1: the run does not fit this machine.
     """
     with errors(), project() as (params, paths):
-        from flows.resources.plan import plan as make_plan
-        from flows.resources.table import print_plan
+        from flows.resources.estimate import estimate
+        from flows.resources.table import print_estimate
 
-        planned = make_plan(params, paths, config, probe, probe_timeout)
+        planned = estimate(params, paths, config, probe, probe_timeout)
         if as_json:
             print(json.dumps(planned.as_dict(), indent=2))
         else:
-            print_plan(planned)
+            print_estimate(planned)
         if not planned.fits:
             fail(planned.refusal())
 
 
 def doctor(
-    rows: Annotated[int, typer.Option(min=0, metavar="N", help="Training rows to show, with what is learned.")] = 3,
+    rows: Annotated[int, typer.Option(min=0, metavar="N", help="Number of training rows to show.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Look at the rows that the prepare stage left: what is learned, whether it ends, what leaks between splits.
+    """Validate the prepared data: supervised tokens, end-of-sequence tokens, leakage between splits, and more.
 
-    Shows rows with their prompt dim and the learned part green (a rejected answer red), then each check with its figure
-    and, where something is wrong, what to do. The train stage refuses rows with an error. Exits with 1 if there is one.
+    Shows rows with the prompt dim and the supervised part green (a rejected answer red), then each check with its
+    figure and its fix. The train stage refuses data with an error. Exit code 1: a check found an error.
     """
     with errors(), project() as (params, paths):
-        from flows.params.demonstration import left_over
+        from flows.params import left_over
         from flows.validation.examination import examine, load_tokenizer
         from flows.validation.preview import findings_table, preview
 
         findings, demonstration = examine(paths, params), left_over(params)
         if as_json:
-            told = findings.as_dict() | {"demonstration": demonstration}
-            print(json.dumps(told, indent=2, ensure_ascii=False))
+            result = findings.as_dict() | {"demonstration": demonstration}
+            print(json.dumps(result, indent=2, ensure_ascii=False))
         else:
             console = Console(highlight=False)
             for shown in preview(paths.split("train"), load_tokenizer(paths), params.data.kind, rows):
                 console.print(shown)
             console.print(findings_table(findings))
-            for told in demonstration:
-                console.print(f"warning: {told}", markup=False, soft_wrap=True)
+            for warning in demonstration:
+                console.print(f"warning: {warning}", markup=False, soft_wrap=True)
         wrong = findings.of("error")
         if wrong:
             named = ", ".join(finding.check for finding in wrong)

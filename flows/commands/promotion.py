@@ -1,4 +1,4 @@
-"""The gate, and what comes of it: promote and roll back; and people's approvals, which it can ask for."""
+"""Commands of the gate: promote, rollback, approve."""
 
 import json
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flows.gate.gate import Check
 
 Stage = Annotated[
-    str | None, typer.Option("--stage", metavar="NAME", help="`gate.stage` of `params.yaml` if left out.")
+    str | None, typer.Option("--stage", metavar="NAME", help="The stage; default: `gate.stage` of `params.yaml`.")
 ]
 
 
@@ -30,7 +30,7 @@ def promote(
         str | None,
         typer.Option(
             metavar="vX.Y.Z",
-            help="Which version; that of the last run if left out.",
+            help="The version; default: the version of the last run.",
             autocompletion=completion.versions,
         ),
     ] = None,
@@ -38,23 +38,26 @@ def promote(
     as_json: AsJson = False,
     markdown: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the verdict and its checks there too, for a pull request."),
+        typer.Option(metavar="FILE", help="Also write the verdict and its checks as Markdown."),
     ] = None,
     push_to: PushTo = None,
     stage: Stage = None,
     again: Annotated[
-        bool, typer.Option("--again", help="Also a version that was rolled back, or whose stage was taken back.")
+        bool, typer.Option("--again", help="Judge the version even if it was rolled back or its stage was withdrawn.")
     ] = False,
 ) -> None:
     """Judge a version by the gate and, if it passes, give it the stage.
 
-    The gate's checks, in order: the stage was not taken back from it; only allowed files; their registered SHA-256; the
-    registered evaluation, with figures that follow from its rows; measured as `params.yaml` asks; an allowed signature;
-    finite weights; the thresholds of `params.yaml`; better than the version that has the stage now (a paired bootstrap
-    on the same test rows, on which that one is measured again if they are new to it), not worse than allowed on that
-    one's own test rows, and in no slice worse than allowed; nothing forgotten on the control set; the adapter's size
-    and latency; a faithful merge; enough approvals. Every one that fails is named. Exits with 3 if it refuses,
-    with 4 if somebody else promoted meanwhile.
+    The gate's checks, in order:
+
+    - the adapter did not lose the stage before; only allowed files, with their registered SHA-256
+    - the registered evaluation, whose figures follow from its rows, made with the settings of `params.yaml`
+    - an allowed signature; finite weights; the thresholds of `params.yaml`
+    - better than the champion on the same test rows (paired bootstrap, with a re-evaluation if the rows differ), not
+      worse than allowed on the champion's own test rows, in no slice worse than allowed
+    - no forgetting on the control set; the adapter's size and latency; merge fidelity; enough approvals
+
+    Every failed check is reported. Exit codes: 3, the gate refuses; 4, conflict: another writer was faster.
     """
     with errors(), project() as (params, paths):
         from flows.gate.promote import promote as promote_version
@@ -74,12 +77,12 @@ def promote(
 
 
 def rollback(
-    reason: Annotated[str, typer.Option(help="Why; the tag keeps it.")],
+    reason: Annotated[str, typer.Option(help="The reason, which the tag keeps.")],
     to: Annotated[
         str | None,
         typer.Option(
             metavar="vX.Y.Z",
-            help="Which earlier one; the last before this if left out.",
+            help="An earlier holder of the stage; default: the last one before the present holder.",
             autocompletion=completion.versions,
         ),
     ] = None,
@@ -87,10 +90,10 @@ def rollback(
     push_to: PushTo = None,
     stage: Stage = None,
 ) -> None:
-    """Give the stage back to a version that had it before, at once and without the gate.
+    """Give the stage back to a version that had it before, without the gate.
 
-    Its files have to be those that were registered. The tag says when, by whom and why, in place of which version, and
-    what the gate had said. Exits with 1 if there is none, with 4 if somebody else promoted meanwhile.
+    The version's files have to be the registered ones. The tag keeps the author, the reason, the replaced version and
+    the gate's earlier report. Exit codes: 1, no such version; 4, conflict: another writer was faster.
     """
     with errors(), project() as (params, paths):
         from flows.gate.promote import roll_back
@@ -100,19 +103,21 @@ def rollback(
 
 
 def approve(
-    note: Annotated[str, typer.Option(help="What was looked at, and why it is good; the tag keeps it.")],
+    note: Annotated[str, typer.Option(help="What you reviewed and why you approve; the tag keeps the note.")],
     version: Annotated[
         str | None,
-        typer.Argument(metavar="[vX.Y.Z]", help="The newest if left out.", autocompletion=completion.versions),
+        typer.Argument(
+            metavar="[vX.Y.Z]", help="The version; default: the newest.", autocompletion=completion.versions
+        ),
     ] = None,
     as_json: AsJson = False,
     push_to: PushTo = None,
 ) -> None:
-    """Approve a version, which promoting it may need (`gate.approvals`), by a tag that says who, when and why.
+    """Approve a version by a tag with your name and a note; `gate.approvals` may require approvals for a promotion.
 
-    Whoever registered a version cannot approve it. Where `gate.allowed_signers` lists ssh keys, the approval has to be
-    signed with one of them (`PEFTCORE_SIGNING_KEY`); without that list it proves nothing. Exits with 4 if you have
-    approved it already.
+    The person who registered a version cannot approve it. If `gate.allowed_signers` lists ssh keys, the approval has to
+    be signed with one of these keys (`PEFTCORE_SIGNING_KEY`). Without that list an approval proves nothing. Exit
+    code 4: you have approved the version already.
     """
     with errors(), project() as (params, paths):
         from flows.registry.approvals import approve as approve_version
@@ -121,17 +126,17 @@ def approve(
 
         registry = registry_of(params, paths.root, sign=True)
         chosen = registry.version(version or newest(registry))
-        made = approve_version(registry, chosen, note, allowed_signers(params.gate, paths.root), push_to)
+        approval = approve_version(registry, chosen, note, allowed_signers(params.gate, paths.root), push_to)
         if as_json:
-            print(json.dumps({"name": registry.name, "version": chosen.number, **asdict(made)}, indent=2))
+            print(json.dumps({"name": registry.name, "version": chosen.number, **asdict(approval)}, indent=2))
         else:
-            print(f"{registry.name} {chosen.number} is approved by {made.who}: {made.tag}")
+            print(f"{registry.name} {chosen.number} is approved by {approval.who}: {approval.tag}")
             if params.gate.allowed_signers is None:
-                print("it proves nothing: anybody can set this e-mail; gate.allowed_signers asks for signatures")
+                print("it proves nothing: anybody can set this e-mail; gate.allowed_signers requires signatures")
 
 
 def _print_checks(checks: Iterable["Check"]) -> None:
-    table = Table("check", "", "found")
+    table = Table("check", "", "measured, and the limit")
     for check in checks:
         table.add_row(check.name, "[green]✓[/]" if check.passed else "[red]✗[/]", escape(check.detail))
     if table.row_count:

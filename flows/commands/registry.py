@@ -1,4 +1,4 @@
-"""The registry: versions and stages, a version's record and card, what differs, making one again, freeing space."""
+"""Commands of the registry: list, show, diff, card, fetch, gc; and reproduce."""
 
 import json
 from collections.abc import Iterable
@@ -16,25 +16,25 @@ from flows.paths import Paths
 from flows.runtime.stage import fail
 
 if TYPE_CHECKING:
-    from flows.params.model import Params
+    from flows.params import Params
     from flows.registry.gc import Collection
-    from flows.registry.registry import Registry, Version
+    from flows.registry.reader import RegistryReader, RegistrySnapshot, Version
     from flows.registry.reproduction import Reproduction
 
 Chosen = Annotated[
     str | None,
     typer.Argument(
         metavar="[VERSION]",
-        help="As v0.1.0, or the name of a stage; the newest if left out.",
+        help="A version such as v0.1.0, or the name of a stage; default: the newest version.",
         autocompletion=completion.versions_and_holders,
     ),
 ]
 SHOWN = ("base", "adapter", "gain")
-"""Parts of the metrics that `show` has beside each other."""
+"""Parts of the metrics that `show` prints as columns."""
 
 
 def list_versions(as_json: AsJson = False) -> None:
-    """All registered versions, the newest first, with their test loss and stages, and whether their files are gone."""
+    """List the registered versions, newest first, with their test loss and stages; collected versions are marked."""
     with errors(), project() as (params, paths):
         registry = _registry(params, paths)
         held, collected = registry.stages().values(), registry.collected()
@@ -59,7 +59,7 @@ def list_versions(as_json: AsJson = False) -> None:
 
 
 def show(version: Chosen = None, as_json: AsJson = False) -> None:
-    """One version: what it reaches, where it comes from, which stages it has. `--json`: its whole lineage record."""
+    """Show one version: its figures, its lineage and its stages. `--json` prints its whole lineage record."""
     with errors(), project() as (params, paths):
         registry = _registry(params, paths)
         chosen = _version(registry, version)
@@ -79,37 +79,40 @@ def diff(
     before: Annotated[
         str,
         typer.Argument(
-            help="A version, as v0.1.0, or the name of a stage.", autocompletion=completion.versions_and_holders
+            help="A version such as v0.1.0, or the name of a stage.", autocompletion=completion.versions_and_holders
         ),
     ],
     after: Annotated[
         str | None,
-        typer.Argument(help="Another; the newest if left out.", autocompletion=completion.versions_and_holders),
+        typer.Argument(
+            help="Another version or stage; default: the newest version.",
+            autocompletion=completion.versions_and_holders,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What differs between two versions: figures, parameters, ranks, data, base, code, software and machine."""
+    """Compare two versions: figures, parameters, ranks, data, base, code, software and machine."""
     with errors(), project() as (params, paths):
         from flows.registry.comparison import differences
 
         registry = _registry(params, paths)
         one, other = (_version(registry, name) for name in (before, after))
-        found = differences(registry.record(one), registry.record(other))
+        differing = differences(registry.record(one), registry.record(other))
         if as_json:
-            rows = [difference._asdict() | {"change": difference.change} for difference in found]
+            rows = [difference._asdict() | {"change": difference.change} for difference in differing]
             print(json.dumps({"before": one.number, "after": other.number, "differences": rows}, indent=2))
             return
         table = Table("", "", one.number, other.number, "change", title=registry.name, title_justify="left")
-        for difference in found:
+        for difference in differing:
             shown = ["" if value is None else escape(_short(value)) for value in (difference.before, difference.after)]
             change = "" if difference.change is None else f"{difference.change:+.4g}"
             table.add_row(difference.part, escape(difference.key), *shown, change)
-        same = f"{one.number} and {other.number} differ in nothing that was recorded"
-        Console(highlight=False).print(table if found else same)
+        same = f"the records of {one.number} and {other.number} do not differ"
+        Console(highlight=False).print(table if differing else same)
 
 
 def card(version: Chosen = None) -> None:
-    """The model card of one version, as its commit has it: Markdown that the Hugging Face hub reads."""
+    """Print the model card of a version from its commit: Markdown in the Hugging Face hub's format."""
     with errors(), project() as (params, paths):
         from flows.registry.card import CARD, model_card
         from flows.runtime.git import GitError
@@ -118,7 +121,7 @@ def card(version: Chosen = None) -> None:
         chosen = _version(registry, version)
         try:
             print(registry.git.show(chosen.commit, CARD), end="")
-        except GitError:  # registered before there were cards
+        except GitError:  # versions of old releases have no card
             print(model_card(registry.record(chosen)), end="")
 
 
@@ -126,10 +129,10 @@ def fetch(
     remote: Annotated[str, typer.Argument(metavar="[REMOTE]", help="A git remote.")] = "origin",
     as_json: AsJson = False,
 ) -> None:
-    """Take in a git remote's versions and stages.
+    """Fetch a git remote's versions and stages.
 
-    Where the remote has given a number to another version than this clone did, the version here gets the next free
-    number. A stage that was given here and never pushed makes way for the remote's.
+    If the remote and this clone gave one number to different versions, this clone's version gets the next free number.
+    A stage that was given here and never pushed is replaced by the remote's.
     """
     with errors(), project() as (params, paths):
         from flows.registry.project_registry import registry_of
@@ -146,36 +149,35 @@ def fetch(
 
 
 def gc(
-    keep: Annotated[int, typer.Option(min=0, metavar="N", help="The newest versions that keep their files.")] = 5,
+    keep: Annotated[int, typer.Option(min=0, metavar="N", help="Number of newest versions that keep their files.")] = 5,
     remote: Annotated[
-        bool, typer.Option("--remote", help="Also from the DVC remote `register.remote`, for good.")
+        bool, typer.Option("--remote", help="Also remove files from the DVC remote `register.remote`, for good.")
     ] = False,
     forget_past: Annotated[
-        bool, typer.Option("--forget-past", help="Versions that had a stage once, and have none now, may go too.")
+        bool, typer.Option("--forget-past", help="Also remove versions that had a stage and have none now.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would go, and remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report only; remove nothing.")] = False,
     exclusive: Annotated[
         bool, typer.Option("--exclusive", help="With --remote: no other repository uses this DVC remote.")
     ] = False,
     as_json: AsJson = False,
     push_to: PushTo = None,
 ) -> None:
-    """Free DVC's cache of the files of versions that nothing needs, and what killed runs left behind.
+    """Garbage collection: remove files of versions that nothing needs from DVC's cache, and leftovers of killed runs.
 
-    Kept are versions that have or had a stage, the newest, and what branches, other tags, experiments and working trees
-    refer to. Tags stay. With `--remote` those versions cannot be had any more, and `registry list` says so; versions
-    that other clones have registered are known if their tags are here (`--push-to` fetches them first). A remote that
-    holds objects which this repository has never referred to is left alone unless `--exclusive` says that they are
-    nobody's.
+    Kept are versions that have or had a stage, the newest versions, and files that branches, other tags, experiments
+    and working trees refer to. Tags stay. With `--remote` the removed versions are lost, and `registry list` marks
+    them. Versions of other clones are known if their tags are here (`--push-to` fetches them first). A remote with
+    objects that this repository has never referred to is refused unless `--exclusive` is given.
     """
     with errors(), project() as (params, paths):
         from flows.registry.gc import collect_garbage
 
-        found = collect_garbage(params, paths, keep, remote, forget_past, dry_run, push_to, exclusive)
+        collection = collect_garbage(params, paths, keep, remote, forget_past, dry_run, push_to, exclusive)
         if as_json:
-            print(json.dumps(found.as_dict(), indent=2))
+            print(json.dumps(collection.as_dict(), indent=2))
         else:
-            _print_collection(found)
+            _print_collection(collection)
 
 
 def reproduce(
@@ -184,39 +186,39 @@ def reproduce(
         str | None,
         typer.Option(
             metavar="STAGE",
-            help="Stop after this stage, as `train`; all but `register` otherwise.",
+            help="Stop after this stage, such as `train`; default: all stages except `register`.",
             autocompletion=completion.stages,
         ),
     ] = None,
     stage_timeout: StageTimeout = SIX_HOURS,
     as_json: AsJson = False,
 ) -> None:
-    """Make a version again from its own commit, in a working tree of its own, and compare it byte for byte.
+    """Rebuild a version from its own commit, in a working tree of its own, and compare it byte for byte.
 
-    What was fetched is taken from DVC by its hash; every later stage really runs, with that commit's code and
-    parameters. Your files and DVC's cache stay as they are. Exits with 1 if a file of the adapter is another.
+    Fetched inputs are taken from DVC by their hash. Every later stage runs again, with the commit's code and
+    parameters. Your files and DVC's cache stay unchanged. Exit code 1: a file of the adapter differs.
     """
     with errors(), project() as (params, paths):
-        from flows.registry.reproduction import reproduce as make_again
+        from flows.registry.reproduction import reproduce as rebuild
 
         number = _version(_registry(params, paths), version).number
-        found = make_again(params, paths, number, stage_timeout, until)
+        reproduction = rebuild(params, paths, number, stage_timeout, until)
         if as_json:
-            print(json.dumps(found.as_dict(), indent=2))
+            print(json.dumps(reproduction.as_dict(), indent=2))
         else:
-            _print_reproduction(found)
-        if not found.same:
-            fail(found.sentence)
+            _print_reproduction(reproduction)
+        if not reproduction.same:
+            fail(reproduction.sentence)
 
 
-def _registry(params: "Params", paths: Paths) -> "Registry":
+def _registry(params: "Params", paths: Paths) -> "RegistrySnapshot":
     from flows.registry.project_registry import registry_of
 
-    return registry_of(params, paths.root)
+    return registry_of(params, paths.root).snapshot()
 
 
-def _version(registry: "Registry", name: str | None) -> "Version":
-    """By its number, by a stage that it has, or the newest."""
+def _version(registry: "RegistryReader", name: str | None) -> "Version":
+    """Return a version by its number or by a stage that it holds; without a name the newest."""
     holder = registry.stages().get(name or "")
     return registry.version((holder.version if holder else name) or newest(registry))
 
@@ -230,7 +232,7 @@ def _figures(record: dict[str, Any], title: str) -> Table:
     return table
 
 
-def _facts(registry: "Registry", version: "Version", record: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+def _facts(registry: "RegistryReader", version: "Version", record: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     method, changed = record["params"]["method"], record["git"]["uncommitted"]
     stages = ", ".join(one.stage for one in registry.stages().values() if one.version == version.number)
     yield "stages", stages or "none"
@@ -250,38 +252,38 @@ def _facts(registry: "Registry", version: "Version", record: dict[str, Any]) -> 
         yield "files", f"collected {_date(mark.created)}: {mark.message.strip()}"
 
 
-def _print_collection(found: "Collection") -> None:
-    verb = "would go" if found.dry_run else "gone"
-    table = Table("", "objects", "MB", title=verb, title_justify="left")
-    places = {"DVC's cache": found.cache, "DVC's remote": found.remote}
+def _print_collection(collection: "Collection") -> None:
+    verb = "would be" if collection.dry_run else "are"
+    table = Table("", "objects", "MB", title=f"files that {verb} removed", title_justify="left")
+    places = {"DVC's cache": collection.cache, "DVC's remote": collection.remote}
     for place, freed in places.items():
         if freed is not None:
             table.add_row(place, str(freed.objects), f"{freed.size / 1e6:.1f}")
-    for folder, size in found.leftovers.items():
+    for folder, size in collection.leftovers.items():
         table.add_row(escape(folder), "", f"{size / 1e6:.1f}")
     console = Console(highlight=False)
     console.print(table)
-    print(f"versions whose files {'would go' if found.dry_run else 'are gone'}: {', '.join(found.collected) or 'none'}")
-    print("kept: " + (", ".join(f"{version} ({why})" for version, why in found.kept.items()) or "none"))
-    if found.lost:
-        print(f"kept, but its files are in neither cache nor remote: {', '.join(found.lost)}")
+    print(f"versions whose files {verb} removed: {', '.join(collection.collected) or 'none'}")
+    print("kept: " + (", ".join(f"{version} ({why})" for version, why in collection.kept.items()) or "none"))
+    if collection.lost:
+        print(f"kept, but its files are in neither cache nor remote: {', '.join(collection.lost)}")
 
 
-def _print_reproduction(found: "Reproduction") -> None:
+def _print_reproduction(reproduction: "Reproduction") -> None:
     from flows.registry.reproduction import PARTS
 
-    table = Table("", title=found.version, title_justify="left")
-    table.add_column("what", overflow="fold", min_width=24)
+    table = Table("", title=reproduction.version, title_justify="left")
+    table.add_column("name", overflow="fold", min_width=24)
     for name in ("registered", "rebuilt", "same", ""):
         table.add_column(name)
     for part in PARTS:
-        for one in getattr(found, part):
+        for one in getattr(reproduction, part):
             values = [escape(_short(value)) for value in (one.registered, one.rebuilt)]
             mark = "[green]✓[/]" if one.same else "[red]✗[/]"
-            table.add_row(part, escape(one.what), *values, mark, escape(one.detail))
+            table.add_row(part, escape(one.name), *values, mark, escape(one.detail))
     Console(highlight=False).print(table)
-    if found.same:
-        print(found.sentence)
+    if reproduction.same:
+        print(reproduction.sentence)
 
 
 def _date(seconds: int) -> str:
@@ -289,6 +291,6 @@ def _date(seconds: int) -> str:
 
 
 def _short(value: object) -> str:
-    """A value for one cell: a float to four digits that count, a digest by its first ones."""
+    """Return a value for a table cell: four significant digits, at most 24 characters."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 24 else f"{text[:21]}..."

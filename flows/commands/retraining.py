@@ -1,6 +1,7 @@
-"""Retraining that runs alone: once, or on a schedule."""
+"""Commands of retraining: retrain and schedule."""
 
 import json
+import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -14,35 +15,41 @@ from flows.runtime.stage import fail
 
 
 def retrain(
-    force: Annotated[bool, typer.Option("--force", help="Train even if nothing is new.")] = False,
-    release: Annotated[
+    force: Annotated[bool, typer.Option("--force", help="Train even if there are no new files.")] = False,
+    trust: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Vouch for a file that is set aside or unproven: the next retraining judges by it too; train not.",
+            help="Only trust an excluded or quarantined file: the next retraining trains and evaluates on it.",
         ),
+    ] = None,
+    release: Annotated[
+        str | None, typer.Option(hidden=True, help="Deprecated name of --trust.", metavar="FILE")
     ] = None,
     push_to: PushTo = None,
     as_json: AsJson = False,
 ) -> None:
-    """If there are new data: train on them in a working tree of its own, judge by the gate, promote or keep, report.
+    """Train on new data in a working tree of its own, judge the candidate by the gate, promote it or keep the champion.
 
-    The section `retrain` of `params.yaml` says where data come in, whether training starts anew or from the champion,
-    and who is told. What is committed is what is trained, and what is not is named at once; an interrupted retraining
-    is gone on with. The history of all is `reports/retraining/index.html`. Exits with 0 if it promoted or nothing is
-    new, with 3 if the gate refused, with 4 if a retraining runs already, with 1 if a stage failed.
+    The section `retrain` of `params.yaml` sets where data come in, the start of the training, and whom to notify. A
+    retraining uses committed files only and names uncommitted ones. An interrupted retraining is continued. The history
+    is `reports/retraining/index.html`. Exit codes: 0, promoted or no new data; 1, a stage failed; 3, the gate refused;
+    4, busy: a retraining runs already.
     """
     with errors():
         paths = Paths(find_root())
         set_prefect_environment(paths.root)
         if release is not None:
-            from flows.retraining.committed import committed_params
-            from flows.retraining.trust import vouch
+            print("warning: --release is deprecated; use --trust", file=sys.stderr)
+        if (name := trust or release) is not None:
+            from flows.retraining.committed import head_params
+            from flows.retraining.trust import trust as trust_file
             from flows.runtime.git import Git
 
-            released = vouch(committed_params(Git(paths.root)), paths, release)
-            told = f"{release} is taken by the next retraining, and judged by as well"
-            print(json.dumps({"released": released}) if as_json else told)
+            trusted = trust_file(head_params(Git(paths.root)), paths, name)
+            # "released": the key of earlier releases
+            document = {"trusted": trusted, "released": trusted}
+            print(json.dumps(document) if as_json else f"the next retraining trains and evaluates on {name}")
             return
         from flows.retraining.flow import run_retraining
 
@@ -51,24 +58,24 @@ def retrain(
         if as_json:
             print(json.dumps(asdict(entry) | {"history": str(paths.retraining_page)}, indent=2))
         else:
-            took = " · ".join(f"{name} {seconds:.1f}" for name, seconds in entry.seconds.items())
+            times = " · ".join(f"{name} {seconds:.1f}" for name, seconds in entry.seconds.items())
             print(f"{entry.outcome}; {entry.reason}")
-            print(f"seconds {took}\npage    {paths.retraining_page}")
+            print(f"seconds {times}\npage    {paths.retraining_page}")
         if entry.outcome == "kept" and entry.promotion and entry.promotion["outcome"] == "refused":
             fail(entry.reason, GateError.status)
 
 
 def schedule(
     cron: Annotated[
-        str, typer.Option(metavar="MIN HOUR DAY MONTH WEEKDAY", help="When, as cron has it.")
+        str, typer.Option(metavar="MIN HOUR DAY MONTH WEEKDAY", help="The schedule as a cron expression.")
     ] = "0 3 * * 1",
-    timezone: Annotated[str, typer.Option(metavar="ZONE", help="That cron's hours are of.")] = "UTC",
+    timezone: Annotated[str, typer.Option(metavar="ZONE", help="Time zone of the schedule.")] = "UTC",
     push_to: PushTo = None,
 ) -> None:
-    """Retrain on a schedule, on a machine without a server: stays and works until it is stopped (SIGTERM, Ctrl-C).
+    """Retrain on a schedule, on a machine without a Prefect server, until SIGTERM or Ctrl-C.
 
-    One retraining at a time: one that is due while another runs waits for it, and then finds nothing new. With a
-    Prefect server use `prefect deploy --all` and a worker instead (`prefect.yaml`).
+    One retraining runs at a time. A retraining that is due while another runs waits for it. With a Prefect server use
+    `prefect deploy --all` and a worker instead (`prefect.yaml`).
     """
     with errors():
         paths = Paths(find_root())

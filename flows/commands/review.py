@@ -1,4 +1,4 @@
-"""The page of the last run, runs compared, and one run of a sweep."""
+"""Commands of review: review and trial."""
 
 import json
 from pathlib import Path
@@ -21,17 +21,17 @@ def review(
     ] = None,
     of_project: Annotated[
         str | None,
-        typer.Option("--project", metavar="ENTITY/PROJECT", help="The runs of a project at the W&B server too."),
+        typer.Option("--project", metavar="ENTITY/PROJECT", help="Also compare the runs of a project at a W&B server."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The page to write; `reports/comparison.html` if left out.")
+        Path | None, typer.Option(metavar="FILE", help="The page to write; default: `reports/comparison.html`.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the page of the last run again, `reports/review.html`; or compare the runs that are named.
+    """Without arguments write the last run's page, `reports/review.html`, again; otherwise compare the named runs.
 
-    Compared runs come as a table, the best test loss first, the champion with a star, and as one page with their
-    curves, parameters, configurations and answers. Every page is one file that needs no network.
+    The comparison is a table, best test loss first, the champion with a star, and a page with curves, parameters and
+    answers. Every page is one file that needs no network.
     """
     names = [*(runs or []), *([f"wandb:{of_project}"] if of_project else [])]
     if not names:
@@ -60,29 +60,31 @@ def review(
 
 
 def trial(
-    overrides: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="As `train.learning_rate=1e-3`.")],
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="What DVC calls the experiment.")] = None,
+    overrides: Annotated[
+        list[str], typer.Argument(metavar="KEY=VALUE...", help="Parameters, such as `train.learning_rate=1e-3`.")
+    ],
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the DVC experiment.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run the pipeline once with other parameters, apart from the working tree, as a DVC experiment.
+    """Run the pipeline once with other parameters, outside of the working tree, as a DVC experiment.
 
-    Prints what it came to. It registers nothing; stages that the parameters do not touch come from the cache.
-    `sweeps/learning-rate.yaml` is a W&B sweep that runs it; `peftcore review exp:` compares what there is, and
-    `dvc exp apply NAME` takes one over.
+    A trial registers nothing. Stages that do not depend on the parameters come from DVC's cache. W&B's agents run
+    trials by `sweeps/learning-rate.yaml`. `peftcore review exp:` compares experiments, and `dvc exp apply NAME` takes
+    one over.
     """
     with errors(), project() as (_, paths):
         from flows.scaling.experiment import run_experiment
 
         with one_document(as_json):
-            made = run_experiment(paths.root, overrides, name)
+            experiment = run_experiment(paths.root, overrides, name)
         from flows.review.comparison import compare
         from flows.review.comparison_table import print_comparison
         from flows.review.sources import read_runs
 
-        runs = read_runs([f"exp:{made}"], paths.root)
+        runs = read_runs([f"exp:{experiment}"], paths.root)
         if as_json:
-            print(json.dumps({"experiment": made, "metrics": runs[0].summary}, indent=2))
+            print(json.dumps({"experiment": experiment, "metrics": runs[0].summary}, indent=2))
             return
         console = Console(highlight=False)
         print_comparison(compare(runs), console)
-        console.print(f"{made}: `dvc exp apply {made}` takes it over", soft_wrap=True)
+        console.print(f"{experiment}: `dvc exp apply {experiment}` takes it over", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`peftcore status`, as a table for people."""
+"""The tables of `peftcore status`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,13 +8,13 @@ from rich.markup import escape
 from rich.table import Table
 
 SHOWN = 4
-"""Changes of a stage that are named."""
+"""Changes of a stage that are listed."""
 
 
-def print_status(found: Mapping[str, Any]) -> None:
-    """found: what `flows.status.status` tells, with `stages` if they were asked for."""
+def print_status(status: Mapping[str, Any]) -> None:
+    """Print the result of `flows.status.status`, and the pipeline's stages if it has the key `stages`."""
     console = Console(highlight=False)
-    if (stages := found.get("stages")) is not None:
+    if (stages := status.get("stages")) is not None:
         table = Table("stage", "state")
         for name, changes in stages.items():
             more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
@@ -22,29 +22,29 @@ def print_status(found: Mapping[str, Any]) -> None:
             table.add_row(name, f"[yellow]{escape(words)}[/]" if changes else "[green]up to date[/]")
         console.print(table)
     facts = Table.grid(padding=(0, 2))
-    for label, text in _facts(found):
+    for label, text in _facts(status):
         facts.add_row(f"[dim]{label}[/]", escape(text))
     console.print(facts)
-    for hint in found["hints"]:
+    for hint in status["hints"]:
         console.print(f"[yellow]{escape(hint)}[/]")
 
 
-def _facts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "registry", _registry(found["name"], found["registry"])
-    yield "running", "; ".join(_process(one) for one in found["running"]) or "nothing"
-    run = found["last_run"]
+def _facts(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "registry", _registry(status["name"], status["registry"])
+    yield "running", "; ".join(_process(one) for one in status["running"]) or "nothing"
+    run = status["last_run"]
     yield "last run", _run(run) if run else "none"
-    if (champion := found["champion"]) and champion["version"]:
+    if (champion := status["champion"]) and champion["version"]:
         loss = f"test loss {champion['test_loss']:.3f} nats"
         yield champion["stage"], f"{champion['version']} since {champion['since']}, {loss}"
-    if candidate := found["candidate"]:
+    if candidate := status["candidate"]:
         reason = f": {candidate['reason']}" if candidate["reason"] else ""
         yield "newest", f"{candidate['version']}, {candidate['verdict']}{reason}"
-    if last := found["retraining"]["last"]:
+    if last := status["retraining"]["last"]:
         yield "retraining", f"{last['outcome']} {last['finished']}: {last['reason']}"
-    if schedule := found["retraining"]["schedule"]:
+    if schedule := status["retraining"]["schedule"]:
         yield "next", f"{schedule['next']} ({schedule['cron']}, {schedule['timezone']})"
-    disk = found["disk"]
+    disk = status["disk"]
     sizes = {"free": disk["free"], "cache": disk["cache"], "checkpoints": disk["checkpoints"]}
     trees = {f"working tree {tree}": size for tree, size in disk["worktrees"].items()}
     yield "disk", ", ".join(f"{_bytes(size)} {name}" for name, size in (sizes | trees).items())

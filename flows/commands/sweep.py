@@ -1,4 +1,4 @@
-"""A sweep: the pipeline up to the training, for every combination of some parameters."""
+"""The command `peftcore sweep`: the pipeline up to the train stage, for every combination of parameters."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -15,7 +15,7 @@ from flows.runtime.stage import fail
 
 
 class Runner(StrEnum):
-    """Where trials run."""
+    """Execution of trials."""
 
     THREAD = "thread"
     PROCESS = "process"
@@ -29,25 +29,25 @@ def sweep(
             "--set-param",
             "-S",
             metavar="KEY=V1,V2",
-            help="Values of a parameter, as for `dvc exp run -S`.",
+            help="Values of a parameter, in the syntax of `dvc exp run -S`.",
             autocompletion=completion.params,
         ),
     ],
-    runner: Annotated[Runner, typer.Option(help="Where trials run.")] = Runner.THREAD,
-    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Trials at a time.")] = 1,
+    runner: Annotated[Runner, typer.Option(help="Run trials in threads, processes, or on Ray.")] = Runner.THREAD,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of trials at a time.")] = 1,
     limit: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Prefect's concurrency limit of which each trial holds a place."),
+        typer.Option(metavar="NAME", help="A concurrency limit of Prefect; each trial occupies one slot."),
     ] = None,
     stage_timeout: StageTimeout = SIX_HOURS,
     as_json: AsJson = False,
 ) -> None:
-    """Train every combination of parameters, each in a working tree of its own; rank by the loss on validation rows.
+    """Train every combination of parameters, each in a working tree of its own; rank trials by their validation loss.
 
-    No trial sees the test rows, by which the gate will judge the one that you take. Nothing is registered; how many
-    trials there were is written into the versions that follow on the same data. To take a trial, put its parameters
-    into `params.yaml` and use `peftcore run`: its stages come from DVC's cache. Writes `reports/sweep.json` and
-    `reports/sweep.md`. Exits with 1 if a trial failed.
+    Trials never see the test rows, which the gate uses. Nothing is registered. The number of trials is written into the
+    records of later versions on the same data. To use a trial, put its parameters into `params.yaml` and run
+    `peftcore run`: its stages come from DVC's cache. Writes `reports/sweep.json` and `reports/sweep.md`. Exit code 1: a
+    trial failed.
     """
     with errors(), project() as (_, paths):
         set_prefect_environment(paths.root)

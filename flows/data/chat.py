@@ -1,8 +1,8 @@
-"""Chats as a model reads them: rendered by the tokenizer's template, with labels on the assistant's turns alone.
+"""Chats as token ids: rendered by the tokenizer's chat template, with labels on the assistant's turns only.
 
-Which tokens are supervised comes from the template's own turns: the text up to a turn, with the prompt to generate
-it, must be a prefix of the whole, and the character offsets of the tokens tell the turn's from the rest. Nothing is
-found by searching for a marker. A turn's end-of-turn token is supervised, or the model would never learn to stop.
+The template decides which tokens are supervised: the text up to a turn, with the generation prompt, must be a prefix of
+the whole chat. Character offsets of the tokens then give the turn's tokens; no marker is searched. A turn's
+end-of-turn token is supervised too, otherwise the model never learns to stop.
 """
 
 import itertools
@@ -16,19 +16,23 @@ from flows.data.tokens import IGNORED, Tokens
 from flows.errors import DataError
 
 Tools = list[dict[str, Any]] | None
-"""Functions that a chat may call, as the template takes them."""
+"""Functions that a chat may call, in the template's format."""
 
 
 class ChatTokenizer:
-    """Renders, tokenises and labels chats by one tokenizer's template.
+    """Renders, tokenises and labels chats with one tokenizer's template.
 
-    supervise: "all" of the assistant's turns, or the "last" alone; a turn with `train`: false is never.
-    Raises DataError if the template ends an assistant turn with no special token, or the tokenizer has no offsets.
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+        supervise: "all" assistant turns, or the "last"; a turn with `train`: false is never supervised.
+
+    Raises:
+        DataError: The template ends an assistant turn without a special token, or the tokenizer has no offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, supervise: Literal["all", "last"] = "all") -> None:
         if not tokenizer.is_fast:
-            raise DataError(f"{type(tokenizer).__name__} tells no offsets; give a base with a tokenizer.json")
+            raise DataError(f"{type(tokenizer).__name__} has no offsets; give a base with a tokenizer.json")
         self.tokenizer = tokenizer
         self.supervise = supervise
         self.end = end_of_turn(tokenizer)
@@ -36,24 +40,31 @@ class ChatTokenizer:
         self.special = {str(token) for number, token in added.items() if token.special or number == self.end}
 
     def tokenize(self, messages: list[Message], tools: Tools = None, since: int = 0) -> Tokens:
-        """The chat with labels on the turns that are learned; none before the turn `since` is.
+        """Tokenise a chat and label its supervised turns.
 
-        Raises DataError if the template rewrites earlier turns or leaves one out, if a content holds one of its
-        special tokens, or if no turn is supervised.
+        Args:
+            messages: The chat.
+            tools: Functions that the chat may call.
+            since: Index of the first turn that may be supervised.
+
+        Raises:
+            DataError: The template rewrites or leaves out a turn, the content has a special token of the template, or
+                no
+                turn is supervised.
         """
         self._refuse_special_tokens(messages, tools)
         whole = render(self.tokenizer, messages, tools=tools)
         self._refuse_unseen(messages, whole, tools)
         turns = [self._turn(messages, index, whole, tools) for index in self._supervised(messages, since)]
         if not turns:
-            raise DataError("no token of it is supervised, because it has no assistant turn that is to be trained")
+            raise DataError("no token of it is supervised, because it has no assistant turn to train on")
         ids, offsets = self._encode(whole, [start for start, _ in turns])
         labels, first, last = [IGNORED] * len(ids), 0, 0
         for start, stop in turns:
             inside = [i for i, (a, _) in enumerate(offsets) if start <= a < stop]
             ends = [i for i in inside if ids[i] == self.end]
             if not ends:
-                raise DataError("the chat template does not end one of its assistant turns as it ends others")
+                raise DataError("the chat template does not end all of its assistant turns alike")
             first, last = inside[0], ends[-1]
             labels[first : last + 1] = ids[first : last + 1]
         start = turns[-1][0]
@@ -63,23 +74,29 @@ class ChatTokenizer:
     def shorten(
         self, messages: list[Message], limit: int, tools: Tools = None, before: int | None = None
     ) -> list[Message] | None:
-        """The chat with its last user turn (of those before the turn `before`) cut from the end until the whole fits
-        into `limit` tokens.
+        """Shorten the last user turn from its end until the chat fits into `limit` tokens.
 
-        The completion and the template stay whole; None where they alone do not fit.
+        Args:
+            messages: The chat.
+            limit: Maximum tokens of the chat.
+            tools: Functions that the chat may call.
+            before: Only turns before this index may be shortened; None: all.
+
+        Returns:
+            The shorter chat; None if the other turns and the template alone do not fit.
         """
         index = max(i for i, message in enumerate(messages[:before]) if message["role"] == "user")
         content = messages[index]["content"]
         offsets = self.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        kept = len(offsets)
+        length = len(offsets)
         while True:
             excess = len(self.tokenize(messages, tools).input_ids) - limit
             if excess <= 0:
                 return messages
-            kept -= excess
-            if kept <= 0:
+            length -= excess
+            if length <= 0:
                 return None
-            shorter = {"role": "user", "content": content[: offsets[kept - 1][1]]}
+            shorter = {"role": "user", "content": content[: offsets[length - 1][1]]}
             messages = [*messages[:index], shorter, *messages[index + 1 :]]
 
     def _supervised(self, messages: list[Message], since: int) -> list[int]:
@@ -88,7 +105,7 @@ class ChatTokenizer:
         return [i for i in considered if messages[i].get("train", True)]
 
     def _turn(self, messages: list[Message], index: int, whole: str, tools: Tools) -> tuple[int, int]:
-        """Where in `whole` the turn's content starts, and where the turn ends."""
+        """Return the start of the turn's content in `whole`, and the end of the turn."""
         prompt = render(self.tokenizer, messages[:index], generate=True, tools=tools)
         until = render(self.tokenizer, messages[: index + 1], tools=tools)
         if not (whole.startswith(prompt) and whole.startswith(until) and len(prompt) < len(until)):
@@ -96,10 +113,10 @@ class ChatTokenizer:
         return len(prompt), len(until)
 
     def _encode(self, text: str, starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids and their character offsets.
+        """Return token ids and their character offsets.
 
-        Where the tokenizer would join the end of a prompt with the answer's start, the two are tokenised apart, as
-        they are when an answer is generated.
+        If the tokenizer would join the end of a prompt and the start of an answer, both are tokenised separately, as in
+        generation.
         """
         ids, offsets = self._encode_piece(text, 0)
         inner = {character for a, b in offsets for character in range(a + 1, b)}
@@ -116,29 +133,29 @@ class ChatTokenizer:
     def _refuse_special_tokens(self, messages: list[Message], tools: Tools) -> None:
         texts = [text for message in messages for key in message if key != "role" for text in _texts(message[key])]
         texts += _texts(tools)
-        found = {token for token in self.special for text in texts if token in text}
-        if found:
+        tokens = {token for token in self.special for text in texts if token in text}
+        if tokens:
             raise DataError(
-                f"its text holds {', '.join(sorted(found))}, which the model would read as the template's; remove it"
+                f"its text holds {', '.join(sorted(tokens))}, which the model would read as the template's; remove it"
             )
 
     def _refuse_unseen(self, messages: list[Message], whole: str, tools: Tools) -> None:
-        """Templates that know nothing of tools leave them out in silence."""
+        """Raise DataError for tools or tool results that the template leaves out silently."""
         if tools and whole == render(self.tokenizer, messages):
-            raise DataError("the chat template shows no tools; take a base whose template does, or remove them")
+            raise DataError("the chat template has no tools; use a base whose template has, or remove the tools")
         for index, message in enumerate(messages):
             if message["role"] == "tool":
-                without, what = {**message, "content": ""}, "the result of a tool"
+                without, subject = {**message, "content": ""}, "the result of a tool"
             elif "tool_calls" in message:
-                without, what = {"role": "assistant", "content": message["content"]}, "the tool calls"
+                without, subject = {"role": "assistant", "content": message["content"]}, "the tool calls"
             else:
                 continue
             if whole == render(self.tokenizer, [*messages[:index], without, *messages[index + 1 :]], tools=tools):
-                raise DataError(f"the chat template leaves out {what} in turn {index + 1}; take a base that shows it")
+                raise DataError(f"the chat template leaves out {subject} in turn {index + 1}; use a base that shows it")
 
 
 def _texts(value: Any) -> list[str]:
-    """All text inside of JSON's types."""
+    """Return all strings inside a JSON value."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
@@ -149,11 +166,13 @@ def _texts(value: Any) -> list[str]:
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], generate: bool = False, tools: Tools = None
 ) -> str:
-    """The chat as text; `generate` ends it with the template's prompt for an assistant turn.
+    """Return the chat as text; `generate` appends the template's generation prompt.
 
-    The template is the base's own and runs in transformers' sandbox, from which it reaches neither files nor code; what
-    a row holds is text to it, never a template. Raises DataError if the template refuses the chat (some know no system
-    turn) or fails on it.
+    The template belongs to the base and runs in transformers' sandbox, without access to files or code. A row's content
+    is data for the template, never a template.
+
+    Raises:
+        DataError: The template refuses the chat (some allow no system turn) or fails.
     """
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generate)  # pyright: ignore[reportArgumentType]
@@ -173,9 +192,10 @@ def render(
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the special token with which the chat template ends an assistant turn.
+    """Return the id of the special token with which the chat template ends an assistant turn.
 
-    Raises DataError where it uses none, because a model trained on such turns never stops.
+    Raises:
+        DataError: The template uses no such token; a model trained on such turns never stops.
     """
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "Xyz9"}
     start = render(tokenizer, [question], generate=True)
@@ -193,11 +213,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def not_a_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Why a template that rewrites turns cannot be used, naming it."""
+    """Return the error message for a template that rewrites turns."""
     head = str(tokenizer.chat_template).strip().splitlines()[0][:80]
     return (
-        "the chat template rewrites a turn when more follows, so what the assistant wrote cannot be told from the "
-        f"rest: the text with the prompt to generate is no prefix of the whole chat. The template begins {head!r}; "
-        "give the tokenizer one that only appends, or, where it rewrites earlier turns alone (some strip the reasoning "
-        "in <think>), learn the last answer alone with data.supervise: last"
+        "the chat template rewrites a turn when more turns follow, so the assistant's tokens cannot be located: the "
+        f"text with the generation prompt is no prefix of the whole chat. The template begins {head!r}; give the "
+        "tokenizer a template that only appends. If the template rewrites only earlier turns (some remove reasoning in "
+        "<think>), train on the last answer alone with data.supervise: last"
     )

@@ -1,7 +1,7 @@
 """`stdlib:docstrings`: functions of the running Python's standard library with their docstring's first sentence.
 
-The same on every machine with the same Python, and code that people wrote and reviewed. The task: from the source
-without its docstring, write the sentence in the library's house style.
+The data are identical on every machine with the same Python, and the code is written and reviewed by people. The task:
+write the docstring's first sentence, given the source without the docstring.
 """
 
 import ast
@@ -16,10 +16,10 @@ from flows.errors import DataError
 
 INSTRUCTION = "Summarise this function in one sentence, as its docstring begins."
 WORDS = range(3, 41)
-"""How many words a usable sentence has."""
+"""Number of words of a usable sentence."""
 _NOT_LIBRARY = {
     *("__pycache__", "site-packages", "dist-packages", "test", "tests"),
-    *("idlelib", "lib2to3", "turtledemo"),  # applications, with fixtures that are no code
+    *("idlelib", "lib2to3", "turtledemo"),  # applications, with fixtures that are not code
 }
 _NOT_PROSE = re.compile(r"--|->|>>>|<==>")
 _SENTENCE = re.compile(r"(.+?(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)[.!?])(?=\s|$)", re.DOTALL)
@@ -27,7 +27,7 @@ _SENTENCE = re.compile(r"(.+?(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)[.!?])(?=\
 
 @dataclass(frozen=True)
 class Pair:
-    """A function's source without its docstring, the docstring's first sentence, and where it stands."""
+    """A function's source without its docstring, the docstring's first sentence, and the source's location."""
 
     source: str
     summary: str
@@ -36,9 +36,9 @@ class Pair:
 
 
 def read(system_prompt: str | None, library: Path | None = None) -> list[Example]:
-    """All pairs as examples, in the order of module and line; a group is a module, a slice a top-level package.
+    """Return all pairs as examples, ordered by module and line. A group is a module, a slice a top-level package.
 
-    library: the folder to read; None is the running Python's standard library. Raises DataError if it has none.
+    library: the folder to read; None: the running Python's standard library. Raises DataError if there are no pairs.
     """
     folder = library or Path(sysconfig.get_paths()["stdlib"])
     examples = [
@@ -59,12 +59,12 @@ def read(system_prompt: str | None, library: Path | None = None) -> list[Example
 
 
 def prompt(source: str) -> str:
-    """What the user's turn asks."""
+    """Return the user's turn for a function's source."""
     return f"{INSTRUCTION}\n\n```python\n{source}\n```"
 
 
 def pairs(library: Path) -> Iterator[Pair]:
-    """Every usable pair below `library`, which is not imported; files that do not parse are skipped."""
+    """Yield each usable pair below `library`. No file is imported; files that do not parse are skipped."""
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
         if _NOT_LIBRARY.intersection(relative.parts[:-1]):
@@ -72,7 +72,7 @@ def pairs(library: Path) -> Iterator[Pair]:
         try:
             text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
             tree = ast.parse(text)
-        except (SyntaxError, UnicodeDecodeError):  # templates and fixtures that are no modules
+        except (SyntaxError, UnicodeDecodeError):  # templates and fixtures
             continue
         lines = text.split("\n")
         for function in _functions(tree):
@@ -82,7 +82,7 @@ def pairs(library: Path) -> Iterator[Pair]:
 
 
 def first_sentence(docstring: str | None) -> str | None:
-    """The first sentence on one line; None for one that says too little, too much, or is a signature or doctest."""
+    """Return the first sentence on one line; None if it is too short, too long, a signature or a doctest."""
     if not docstring:
         return None
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
@@ -94,9 +94,9 @@ def first_sentence(docstring: str | None) -> str | None:
 
 
 def without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:
-    """The function's source, decorators included, dedented and without its docstring.
+    """Return the function's source, decorators included, dedented and without its docstring.
 
-    lines: of its module. None if nothing but the docstring is in the body, or it shares a line with other code.
+    lines: of its module. Returns None if the body is only a docstring, or the docstring shares a line with code.
     """
     docstring, rest = function.body[0], function.body[1:]
     first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
@@ -110,13 +110,13 @@ def without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: l
     body = lines[end:last]
     while body and not body[0].strip():
         body = body[1:]
-    kept = lines[first - 1 : docstring.lineno - 1] + body
+    rest_lines = lines[first - 1 : docstring.lineno - 1] + body
     indent = " " * function.col_offset
-    return "\n".join(line.removeprefix(indent).rstrip() for line in kept)
+    return "\n".join(line.removeprefix(indent).rstrip() for line in rest_lines)
 
 
 def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Functions and methods, nested ones too, in the order of the source."""
+    """Yield functions and methods, nested ones too, in source order."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node

@@ -1,7 +1,7 @@
-"""From an example to the row that is written: one encoder a kind, and the columns of its Parquet files.
+"""Encoders from an example to a tokenised row, one for each kind, and the columns of the Parquet files.
 
-Every kind's row has an id (of its text), a group, a slice and a weight. Lists are of token ids, or of labels: the
-token's id where it is supervised, -100 elsewhere.
+Every row has an id (digest of its text), a group, a slice and a weight. Lists hold token ids, or labels: the token id
+of supervised tokens, -100 elsewhere.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from flows.data.chat import ChatTokenizer
 from flows.data.examples import AnyExample, Example, Labelled, Message, Preference
 from flows.data.tokens import IGNORED, AnyTokens, PairTokens, TextTokens, Tokens
 from flows.errors import DataError
-from flows.params.model import Data
+from flows.params import Data
 
 Kind = Literal["chat", "preference", "classification"]
 _IDS = List(Value("int32"))
@@ -37,18 +37,18 @@ COLUMNS: dict[Kind, Features] = {
         _ORIGIN | {"text": _TEXT, "input_ids": _IDS, "label": Value("int32"), "label_name": _TEXT} | _WEIGHT
     ),
 }
-"""{kind: the columns of a split}"""
+"""{kind: columns of a split}"""
 
 
 class Encoder(Protocol):
-    """What prepare needs of a kind."""
+    """Encoder of one kind of example."""
 
     def encode(self, example: Any) -> AnyTokens:
-        """Raises DataError if the example cannot be a row."""
+        """Tokenise an example. Raises DataError if the example cannot be a row."""
         ...
 
     def shorten(self, example: Any, limit: int) -> AnyExample | None:
-        """The example with its question or text cut until it fits into `limit` tokens; None where nothing helps."""
+        """Return the example with its prompt or text cut to fit into `limit` tokens; None if that is impossible."""
         ...
 
 
@@ -59,26 +59,29 @@ class ChatEncoder:
         self.chats = ChatTokenizer(tokenizer, data.supervise)
 
     def encode(self, example: Example) -> Tokens:
+        """Tokenise a chat."""
         return self.chats.tokenize(example.messages, example.tools)
 
     def shorten(self, example: Example, limit: int) -> Example | None:
+        """Return the chat with its last user turn cut to fit; None if impossible."""
         shorter = self.chats.shorten(example.messages, limit, example.tools)
         return None if shorter is None else replace(example, messages=shorter)
 
 
 class PreferenceEncoder:
-    """Pairs of answers; every assistant turn after the prompt is supervised, in both."""
+    """Preference pairs; every assistant turn after the prompt is supervised in both answers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.chats = ChatTokenizer(tokenizer)
 
     def encode(self, example: Preference) -> PairTokens:
+        """Tokenise both answers after the shared prompt."""
         since = len(example.prompt)
         answers = (example.chosen, example.rejected)
         one, other = (self.chats.tokenize([*example.prompt, *turns], example.tools, since) for turns in answers)
         start = _first_supervised(one)
         if one.input_ids[:start] != other.input_ids[: _first_supervised(other)]:
-            raise DataError("the chat template writes the prompt in two ways for chosen and rejected")
+            raise DataError("the chat template renders the prompt differently for chosen and rejected")
         decode = self.chats.tokenizer.decode
         prompt, chosen, rejected = (
             str(decode(ids)) for ids in (one.input_ids[:start], one.input_ids[start:-1], other.input_ids[start:-1])
@@ -87,6 +90,7 @@ class PreferenceEncoder:
         return PairTokens(prompt, chosen.strip(), rejected.strip(), start, sides)
 
     def shorten(self, example: Preference, limit: int) -> Preference | None:
+        """Return the pair with its prompt cut so that the longer answer fits; None if impossible."""
         longer = max((example.chosen, example.rejected), key=lambda turns: self._length(example, turns))
         end = len(example.prompt)
         shorter = self.chats.shorten([*example.prompt, *longer], limit, example.tools, before=end)
@@ -97,7 +101,7 @@ class PreferenceEncoder:
 
 
 class LabelledEncoder:
-    """Texts as the tokenizer makes them for a model that reads one text, with its own special tokens."""
+    """Texts, tokenised for a classifier with the tokenizer's own special tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> None:
         if len(names) < 2:
@@ -107,9 +111,10 @@ class LabelledEncoder:
         self.numbers = {name: number for number, name in enumerate(names)}
 
     def encode(self, example: Labelled) -> TextTokens:
-        found = [token for token in self.special if token in example.text]
-        if found:
-            raise DataError(f"its text holds {', '.join(found)}, which has a meaning to the model; remove it")
+        """Tokenise a text."""
+        tokens = [token for token in self.special if token in example.text]
+        if tokens:
+            raise DataError(f"its text holds {', '.join(tokens)}, which the model reads as a special token; remove it")
         ids = self.tokenizer(example.text)["input_ids"]
         assert isinstance(ids, list)
         if not ids:
@@ -117,27 +122,28 @@ class LabelledEncoder:
         return TextTokens(example.text, ids, self.numbers[example.label], example.label)
 
     def shorten(self, example: Labelled, limit: int) -> Labelled | None:
+        """Return the text cut to fit; None if impossible."""
         offsets = self.tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        kept = len(offsets)
+        length = len(offsets)
         while True:
             excess = len(self.encode(example).input_ids) - limit
             if excess <= 0:
                 return example
-            kept -= excess
-            if kept <= 0:
+            length -= excess
+            if length <= 0:
                 return None
-            example = replace(example, text=example.text[: offsets[kept - 1][1]])
+            example = replace(example, text=example.text[: offsets[length - 1][1]])
 
 
 def encoder_of(data: Data, tokenizer: PreTrainedTokenizerBase, labels: list[str]) -> Encoder:
-    """The encoder of `data.kind`; labels: the names of all classes, of classification."""
+    """Return the encoder of `data.kind`. labels: names of all classes, for classification."""
     if data.kind == "classification":
         return LabelledEncoder(tokenizer, labels)
     return PreferenceEncoder(tokenizer) if data.kind == "preference" else ChatEncoder(tokenizer, data)
 
 
 def label_names(examples: list[AnyExample]) -> list[str]:
-    """The names of all classes in the order of their numbers: by value where all are whole numbers, else by name."""
+    """Return the names of all classes by index: ordered as integers if all names are integers, else as text."""
     names = {example.label for example in examples if isinstance(example, Labelled)}
     return sorted(names, key=_as_number if all(map(_is_number, names)) else None)
 

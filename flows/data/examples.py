@@ -1,18 +1,19 @@
-"""One example of any source, by kind: a chat to learn from, two answers of which one is better, or a labelled text."""
+"""One example of any source, by kind: a chat, a preference pair, or a labelled text."""
 
 from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
-"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; an assistant's may also hold `tool_calls`, and
-`train`: false where its turn is context only."""
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}. An assistant turn may also have `tool_calls`,
+and `train`: false if the turn is context only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """group: rows of one group stay in one split. slice: what evaluation reports by.
+    """Group, slice, location and weight of an example.
 
-    where: the row's place in its source, for messages about it. weight: of its loss, 1 for an ordinary row.
+    group: rows of one group stay in one split. slice: evaluation reports by slice. where: location in the source, for
+    messages. weight: factor of the row's loss.
     """
 
     group: str
@@ -23,7 +24,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Example(Origin):
-    """A chat whose last turn is the assistant's; tools: the functions it may call, as the template takes them."""
+    """A chat that ends with an assistant turn; tools: functions that it may call, in the template's format."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
@@ -31,7 +32,7 @@ class Example(Origin):
 
 @dataclass(frozen=True)
 class Preference(Origin):
-    """A chat up to an answer, and two ways to go on, each ending with a turn of the assistant's."""
+    """A chat up to an answer, and two continuations, each ending with an assistant turn."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -51,13 +52,13 @@ AnyExample = Example | Preference | Labelled
 
 
 def question_and_answer(prompt: str, completion: str, system_prompt: str | None) -> list[Message]:
-    """A chat of one turn each."""
+    """Return a chat of one user turn and one assistant turn."""
     chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     return with_system_prompt(chat, system_prompt)
 
 
 def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:
-    """The chat, begun by the system prompt unless it has one of its own."""
+    """Return the chat with the system prompt first, unless the chat has its own."""
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]

@@ -1,7 +1,7 @@
-"""What a row may look like: chats as OpenAI, ShareGPT and Alpaca write them, pairs of answers, labelled texts.
+"""Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preference pairs, and labelled texts.
 
-Each function takes a row's columns and raises FaultyRow, which says what is wrong and what fits. A column that is
-null counts as absent, because Parquet gives every row all columns.
+Each function takes a row's columns and raises FaultyRow with the problem and what fits. A null column counts as absent,
+because Parquet gives every row all columns.
 """
 
 import itertools
@@ -18,13 +18,13 @@ SHAREGPT = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant"},
     **{"observation": "tool", "function_response": "tool"},
 }
-"""{`from` of a ShareGPT turn: its role}"""
+"""{`from` of a ShareGPT turn: role}"""
 ONE_TURN = {"prompt": "completion", "question": "answer", "instruction": "output"}
-"""{column of the question: column of the answer}; an `instruction` may have an `input`, as Alpaca's do."""
+"""{column of the question: column of the answer}; an `instruction` may have an `input`, as in Alpaca."""
 _DEEPEST = 32
-"""Levels of lists and objects in what a chat says of tools."""
+"""Maximum nesting of tools and tool calls (levels)."""
 _UNREAD = ("reasoning_content", "reasoning", "thinking", "thoughts", "function_call", "refusal", "audio", "images")
-"""Keys of a turn that hold what its model wrote or saw, and that no turn here has."""
+"""Keys of a turn that hold reasoning or media, which no template here shows."""
 _OTHER_KINDS = {"preference": ("chosen", "rejected"), "classification": ("text", "label")}
 
 
@@ -33,7 +33,7 @@ class FaultyRow(Exception):
 
 
 def chat(row: dict[str, Any]) -> list[Message]:
-    """The chat: system at most first, a user turn before the first answer, an answer last."""
+    """Return the row's chat: an optional system turn first, a user turn before the first answer, an answer last."""
     for column in ("messages", "conversations"):
         if row.get(column) is not None:
             return _whole(_listed(row[column], f"its {column} are"))
@@ -53,9 +53,9 @@ def chat(row: dict[str, Any]) -> list[Message]:
 
 
 def preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
-    """The chat up to the answer, the chosen way to go on, and the rejected one.
+    """Return the chat up to the answer, the chosen continuation, and the rejected one.
 
-    `chosen` and `rejected` are texts, answers as lists of turns, or whole chats, which then begin alike.
+    `chosen` and `rejected` are texts, lists of turns, or whole chats with a common start.
     """
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
@@ -63,26 +63,26 @@ def preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[
                 f"it has no {column}; a row of data.kind preference has prompt, chosen and rejected"
                 + spelled_otherwise(row, ["prompt", "chosen", "rejected"])
             )
-    asked = _turns_of(row, "prompt", "user") if row.get("prompt") is not None else []
+    prompt = _turns_of(row, "prompt", "user") if row.get("prompt") is not None else []
     chosen, rejected = (_turns_of(row, column, "assistant") for column in ("chosen", "rejected"))
     if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
-        if not asked:
+        if not prompt:
             raise FaultyRow("it has no prompt, and chosen and rejected do not hold it")
     else:
         common = _common(chosen, rejected)
-        begins = [turn for turn in common if turn["role"] != "system"][: len(asked)]
-        if asked not in (begins, common[: len(asked)]):
+        begins = [turn for turn in common if turn["role"] != "system"][: len(prompt)]
+        if prompt not in (begins, common[: len(prompt)]):
             raise FaultyRow("its chosen and rejected are whole chats that do not both begin with its prompt")
-        asked, chosen, rejected = common, chosen[len(common) :], rejected[len(common) :]
+        prompt, chosen, rejected = common, chosen[len(common) :], rejected[len(common) :]
     for answer in (chosen, rejected):
-        _check_order([*asked, *answer])
+        _check_order([*prompt, *answer])
         if answer[0]["role"] != "assistant":
-            raise FaultyRow("its chosen and rejected part before an assistant turn; they may differ in answers only")
-    return asked, chosen, rejected
+            raise FaultyRow("its chosen and rejected differ before an assistant turn; only answers may differ")
+    return prompt, chosen, rejected
 
 
 def labelled(row: dict[str, Any]) -> tuple[str, str]:
-    """The text and its class by name; numbers name classes too."""
+    """Return the text and the name of its class; integers are names too."""
     for column in ("text", "label"):
         if row.get(column) is None:
             raise FaultyRow(
@@ -97,44 +97,44 @@ def labelled(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def spelled_otherwise(row: dict[str, Any], known: Iterable[str]) -> str:
-    """Return a hint, to end a message, at columns that capitals or spaces alone tell from known ones; else nothing."""
-    plain = {column.strip().lower(): column for column in row if isinstance(column, str) and column not in known}
-    wanted = [column for column in known if column in plain]
-    if not wanted:
+    """Return a hint at columns that differ from known ones only in capitals or spaces; "" if there are none."""
+    columns = {column.strip().lower(): column for column in row if isinstance(column, str) and column not in known}
+    matches = [column for column in known if column in columns]
+    if not matches:
         return ""
-    named = ", ".join(f"{plain[column]!r}" for column in wanted)
-    return f"; write {named} as {', '.join(wanted)}: capitals and spaces count"
+    named = ", ".join(f"{columns[column]!r}" for column in matches)
+    return f"; write {named} as {', '.join(matches)}: capitals and spaces count"
 
 
 def weight(row: dict[str, Any]) -> float:
-    """What the row's loss is multiplied by: 1 where there is no `weight`."""
-    given = row.get("weight")
-    if given is None:
+    """Return the factor of the row's loss; 1 without a `weight`."""
+    number = row.get("weight")
+    if number is None:
         return 1.0
     try:
-        value = math.nan if isinstance(given, bool) else float(given)
+        value = math.nan if isinstance(number, bool) else float(number)
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not 0 <= value < math.inf:
-        raise FaultyRow(f"its weight is {given!r:.80}; give a number of at least 0")
+        raise FaultyRow(f"its weight is {number!r:.80}; give a number of at least 0")
     return value
 
 
 def tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The functions that the chat may call."""
+    """Return the functions that the chat may call."""
     if row.get("tools") is None:
         return None
-    found = _listed(row["tools"], "its tools are")
-    _check_data(found, "its tools")
-    return found
+    functions = _listed(row["tools"], "its tools are")
+    _check_data(functions, "its tools")
+    return functions
 
 
 def _one_turn(row: dict[str, Any], question: str, answer: str) -> list[Message]:
-    asked = _text(row, question)
+    prompt = _text(row, question)
     if question == "instruction" and row.get("input"):
-        asked = f"{asked}\n\n{_text(row, 'input')}"
+        prompt = f"{prompt}\n\n{_text(row, 'input')}"
     system = [] if not row.get("system") else [{"role": "system", "content": _text(row, "system")}]
-    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": _text(row, answer)}]
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _text(row, answer)}]
     return [*system, *turns]
 
 
@@ -149,11 +149,11 @@ def _check_characters(text: str, subject: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON may escape one half of a pair
-        raise FaultyRow(f"{subject} has half a character at {error.start} ({text[error.start]!r}); mend it") from error
+        raise FaultyRow(f"{subject} has half a character at {error.start} ({text[error.start]!r}); fix it") from error
 
 
 def _check_data(value: Any, subject: str) -> None:
-    """Refuse what cannot be written as JSON again: half characters, numbers of thousands of digits, endless nesting."""
+    """Refuse values that JSON cannot write again: half characters, integers beyond 63 bits, deep nesting."""
     level = [value]
     for _ in range(_DEEPEST):
         for item in level:
@@ -172,7 +172,7 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 def _turns_of(row: dict[str, Any], column: str, role: str) -> list[Message]:
-    """Turns as a list of messages, or one turn of `role` as text; CSV writes a list as JSON."""
+    """Return a list of messages, or text as one turn of `role`. CSV holds a list as JSON."""
     value = row[column]
     if isinstance(value, str) and not value.lstrip().startswith("[{"):
         return [{"role": role, "content": _text(row, column)}]
@@ -183,7 +183,7 @@ def _turns_of(row: dict[str, Any], column: str, role: str) -> list[Message]:
 
 
 def _common(one: list[Message], other: list[Message]) -> list[Message]:
-    """The turns with which both begin, but for the last of either, which is an answer even where they are equal."""
+    """Return the turns with which both chats begin, except for the last turn of either, which is an answer."""
     count = 0
     while count < min(len(one), len(other)) - 1 and one[count] == other[count]:
         count += 1
@@ -222,10 +222,10 @@ def _check_order(messages: list[Message]) -> None:
 
 def _turns(value: list[dict[str, Any]]) -> Iterator[Message]:
     for number, message in enumerate(value, start=1):
-        said = message.get("role", message.get("from"))
-        role = SHAREGPT.get(str(said), said) if "from" in message else said
+        name = message.get("role", message.get("from"))
+        role = SHAREGPT.get(str(name), name) if "from" in message else name
         if role not in ROLES:
-            raise FaultyRow(f"turn {number} has the role {said!r:.80}; give one of {', '.join(ROLES)}")
+            raise FaultyRow(f"turn {number} has the role {name!r:.80}; give one of {', '.join(ROLES)}")
         _refuse_unread(message, number, role)
         content = _content(message.get("content") if message.get("content") is not None else message.get("value"))
         calls = message.get("tool_calls") if role == "assistant" else None
@@ -245,21 +245,21 @@ def _turns(value: list[dict[str, Any]]) -> Iterator[Message]:
 
 
 def _refuse_unread(message: dict[str, Any], number: int, role: str) -> None:
-    """Refuse what would vanish in silence; templates write it in ways that differ, where they write it at all."""
+    """Refuse keys that would be lost silently; templates differ in how they render them."""
     for key in _UNREAD:
         if message.get(key) in (None, "", [], {}):
             continue
-        instead = {
+        advice = {
             "function_call": "write it as tool_calls",
             "refusal": "write it as the content",
-            "audio": "only text is learned, so remove it, or the row",
-            "images": "only text is learned, so remove it, or the row",
+            "audio": "only text can be trained on; remove it, or the row",
+            "images": "only text can be trained on; remove it, or the row",
         }.get(key, "put it into the content as the base's template has it, such as <think>...</think>, or remove it")
-        raise FaultyRow(f"turn {number} ({role}) has {key}, which is not read; {instead}")
+        raise FaultyRow(f"turn {number} ({role}) has {key}, which is not read; {advice}")
 
 
 def _content(value: Any) -> str | None:
-    """Text, or OpenAI's list of parts where all are text; a turn that only calls tools has none."""
+    """Return text, or the text of OpenAI's list of parts; "" for a turn that only calls tools."""
     if value is None:
         return ""
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
@@ -270,10 +270,10 @@ def _content(value: Any) -> str | None:
 def _is_trained(message: dict[str, Any], role: str, number: int) -> bool:
     flag = message.get("train")
     if flag is None and message.get("weight") is not None:
-        given = message["weight"]
-        flag = bool(given) if isinstance(given, int | float) and given in (0, 1) else given
+        value = message["weight"]
+        flag = bool(value) if isinstance(value, int | float) and value in (0, 1) else value
     if not isinstance(flag, bool | None):
         raise FaultyRow(f"turn {number} has the weight {flag!r:.80}; a turn's is 0 or 1, and `train` true or false")
     if flag and role != "assistant":
-        raise FaultyRow(f"turn {number} ({role}) is to be trained; only the assistant's turns can be")
+        raise FaultyRow(f"turn {number} ({role}) has `train`: true; only assistant turns can be trained on")
     return flag is not False

@@ -1,16 +1,15 @@
-"""Near-duplicates: texts that share most of their runs of words, and short texts that differ in one word.
+"""Near-duplicates: texts that share most of their word runs, and short texts that differ in one word.
 
 J(a, b) = |A ∩ B| / |A ∪ B| over the sets A, B of runs of five words (Broder 1997). MinHash and locality-sensitive
-hashing propose candidates, and J of the sets themselves decides, so nothing that it finds is only probably one. A run
-of words that stands in a fifth of the texts is their common frame (a system prompt, the instruction of every row) and
-does not count.
+hashing propose candidates, and J of the exact sets decides, so no match is only probable. A run that occurs in a fifth
+of the texts is boilerplate (a system prompt, an instruction in every row) and does not count.
 
-One changed word changes five runs, which in a short text is most of them. Texts that short are therefore also compared
-with each word left out in turn (the deletion neighbourhoods of SymSpell), which proposes those that one word changed,
-added or left out makes equal. Their similarity is 1 − 1/n, where n counts the words of the shorter text that are not in
-a fifth of the texts. In rows such as "Is 7 prime?", which differ in the number alone, n is one, so no two are alike.
+One changed word changes five runs, which is most of a short text. Short texts are therefore also compared with each
+word left out (deletion neighbourhoods, as in SymSpell), which finds texts that differ by one changed, added or removed
+word. Their similarity is 1 − 1/n, where n is the number of words of the shorter text that are not boilerplate. For rows
+such as "Is 7 prime?", which differ only in the number, n is one, so no two are near-duplicates.
 
-Spelling does not count (`flows.data.canonical`), nor do capitals.
+Spelling (`flows.data.canonical`) and capitals do not count.
 """
 
 import hashlib
@@ -27,26 +26,26 @@ from flows.data.canonical import canonical
 WORDS = 5
 """Words of a run."""
 COMMON = 0.2
-"""Share of the texts from which a run is their frame."""
+"""Share of the texts from which a run or word is boilerplate."""
 PERMUTATIONS = 128
 RECALL = 0.999
-"""How surely two that are just similar enough become candidates; a false candidate costs one comparison."""
+"""Probability that a pair at the similarity limit becomes a candidate; a false candidate costs one comparison."""
 _BASE = numpy.uint64(0x9E3779B97F4A7C15)
 """Odd, so that its powers never vanish modulo 2⁶⁴."""
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
-"""A word, a character of a script that puts no spaces between words, or a punctuation mark."""
+"""A word, a character of a script without spaces between words, or a punctuation mark."""
 
 
 class Near(NamedTuple):
-    """Another text's number and how similar it is, 0 to 1."""
+    """Another text's index and its similarity (0 to 1)."""
 
     text: int
     similarity: float
 
 
 class NearDuplicates:
-    """An index of texts; similarity: the least J of two that are near-duplicates, above 0."""
+    """Index of texts for near-duplicate search. similarity: the smallest J of near-duplicates, above 0."""
 
     def __init__(self, texts: Sequence[str], similarity: float) -> None:
         self.similarity = similarity
@@ -62,16 +61,18 @@ class NearDuplicates:
         self._one_word_apart = _OneWordApart(words, runs, frame, [self._is_short(text) for text in self._runs])
 
     def nearest(self, text: int, among: Collection[int] | Callable[[int], bool]) -> Near | None:
-        """The text most similar to the given one of those `among`, if one is similar enough."""
+        """Return the text among `among` that is most similar to `text`; None if none is similar enough."""
         allowed = among if callable(among) else among.__contains__
-        found = {other: self._jaccard(text, other) for other in cast(list[int], self._index.query(self._hashes[text]))}
+        similarities = {
+            other: self._jaccard(text, other) for other in cast(list[int], self._index.query(self._hashes[text]))
+        }
         for other, similarity in self._one_word_apart.of(text).items():
-            found[other] = max(similarity, found.get(other, 0.0))
-        near = (Near(*one) for one in sorted(found.items()) if one[0] != text and allowed(one[0]))
+            similarities[other] = max(similarity, similarities.get(other, 0.0))
+        near = (Near(*one) for one in sorted(similarities.items()) if one[0] != text and allowed(one[0]))
         return max((one for one in near if one.similarity >= self.similarity), key=lambda one: one[1], default=None)
 
     def _is_short(self, runs: numpy.ndarray) -> bool:
-        """Whether J would fall below the limit by one changed word, which changes WORDS runs in each of two texts."""
+        """Return True if one changed word, which changes WORDS runs in both texts, would take J below the limit."""
         return len(runs) * (1 - self.similarity) < WORDS * (1 + self.similarity)
 
     def _jaccard(self, one: int, other: int) -> float:
@@ -81,7 +82,7 @@ class NearDuplicates:
 
 
 class _OneWordApart:
-    """Which short texts one word tells apart: another, one more or one fewer."""
+    """Index of short texts that differ in one word: changed, added or removed."""
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class _OneWordApart:
                 self._texts[variant].append(number)
 
     def of(self, text: int) -> dict[int, float]:
-        """{another text: similarity}"""
+        """Return {another text: similarity}."""
         candidates = {other for variant in self._variants[text] for other in self._texts[variant]}
         return {
             other: 1 - 1 / max(1, min(self._own_words[text], self._own_words[other]))
@@ -112,7 +113,7 @@ class _OneWordApart:
 
 
 def _is_one_word_apart(one: numpy.ndarray, other: numpy.ndarray) -> bool:
-    """Whether what both begin with and what both end with leave at most a word of either."""
+    """Return True if the common start and the common end leave at most one word of either text."""
     if abs(len(one) - len(other)) > 1:
         return False
     least = min(len(one), len(other))
@@ -122,14 +123,15 @@ def _is_one_word_apart(one: numpy.ndarray, other: numpy.ndarray) -> bool:
 
 
 def _variants(words: numpy.ndarray, is_frame: numpy.ndarray) -> list[int]:
-    """Hashes of a text as it is, and without each word that a run outside of the frame covers.
+    """Return hashes of a text, whole and without each word that a run outside the boilerplate covers.
 
-    is_frame: of each run, by its place. A hash is Σ wᵢ·Bⁱ modulo 2⁶⁴, so that leaving one out costs no second pass.
+    is_frame: for each run, True if it is boilerplate. A hash is Σ wᵢ·Bⁱ modulo 2⁶⁴, so leaving out a word needs no
+    second pass.
     """
     with numpy.errstate(over="ignore"):
         powers = numpy.cumprod(numpy.full(len(words) + 1, _BASE), dtype=numpy.uint64)
         before = numpy.concatenate([numpy.zeros(1, numpy.uint64), numpy.cumsum(words * powers[1:], dtype=numpy.uint64)])
-        moved = numpy.cumsum((words * powers[:-1])[::-1], dtype=numpy.uint64)[::-1]  # as if one place further left
+        moved = numpy.cumsum((words * powers[:-1])[::-1], dtype=numpy.uint64)[::-1]  # as if shifted left by one
         after = numpy.concatenate([moved[1:], numpy.zeros(1, numpy.uint64)])
         without = before[:-1] + after
     covered = numpy.zeros(len(words), bool)
@@ -139,9 +141,9 @@ def _variants(words: numpy.ndarray, is_frame: numpy.ndarray) -> list[int]:
 
 
 def _bands(similarity: float) -> tuple[int, int]:
-    """How many bands of how many hashes: the longest that let a pair of J = s share one with RECALL.
+    """Return (bands, hashes per band): the longest bands that let a pair of J = s share one with probability RECALL.
 
-    Of b bands of r hashes it shares one with 1 − (1 − sʳ)ᵇ.
+    With b bands of r hashes the probability is 1 − (1 − sʳ)ᵇ.
     """
     lengths = range(PERMUTATIONS // 2, 0, -1)
     r = next((r for r in lengths if 1 - (1 - similarity**r) ** (PERMUTATIONS // r) >= RECALL), 1)
@@ -149,13 +151,13 @@ def _bands(similarity: float) -> tuple[int, int]:
 
 
 def _words(text: str) -> numpy.ndarray:
-    """The 64-bit hashes of a text's words, in their order."""
+    """Return the 64-bit hashes of a text's words, in order."""
     words = _WORD.findall(canonical(text).lower())
     return numpy.frombuffer(b"".join(map(_digest, words)), "<u8")
 
 
 def _runs(words: numpy.ndarray) -> numpy.ndarray:
-    """The 64-bit hashes of a text's runs of words, by their place; a shorter text is one run."""
+    """Return the 64-bit hashes of a text's word runs, in order; a shorter text is one run."""
     content, size = words.tobytes(), words.itemsize
     starts = range(0, size * max(1, len(words) - WORDS + 1), size)
     return numpy.frombuffer(b"".join(_digest(content[at : at + size * WORDS]) for at in starts), "<u8")
@@ -166,7 +168,7 @@ def _digest(content: str | bytes) -> bytes:
 
 
 def _frame(texts: Sequence[numpy.ndarray]) -> numpy.ndarray:
-    """What stands in so many of the texts that it tells none from another. texts: each with its hashes once."""
+    """Return the hashes that occur in so many texts that they are boilerplate. texts: unique hashes of each."""
     if not texts:
         return numpy.zeros(0, numpy.uint64)
     values, counts = numpy.unique(numpy.concatenate(texts), return_counts=True)
@@ -174,7 +176,7 @@ def _frame(texts: Sequence[numpy.ndarray]) -> numpy.ndarray:
 
 
 def _without(texts: Sequence[numpy.ndarray], frame: numpy.ndarray) -> list[numpy.ndarray]:
-    """Each text's own runs, each once; a text that is nothing but frame keeps all."""
+    """Return each text's unique runs without boilerplate; a text of boilerplate alone keeps its runs."""
     every = [numpy.unique(text) for text in texts]
     rest = [numpy.setdiff1d(text, frame, assume_unique=True) for text in every]
-    return [own if len(own) else text for own, text in zip(rest, every, strict=True)]
+    return [unique if len(unique) else text for unique, text in zip(rest, every, strict=True)]

@@ -1,4 +1,4 @@
-"""report.json: what went into the splits, what was dropped and why, and rows as the model sees them."""
+"""report.json: rows of the splits, dropped rows by reason, and some rows as the model sees them."""
 
 from collections import Counter
 from typing import Any
@@ -8,11 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from flows.data.splits import Row, leakage
 from flows.data.tokens import IGNORED, Sequence, TextTokens
-from flows.params.model import Data
+from flows.params import Data
 from flows.paths import Split
 
 RENDERED = 5
-"""How many rows are shown with their supervised part."""
+"""Number of rows that are shown with their supervised part."""
 _QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -25,10 +25,16 @@ def data_report(
     tokenizer: PreTrainedTokenizerBase,
     labels: list[str],
 ) -> dict[str, Any]:
-    """The report as JSON holds it.
+    """Return the report as JSON values; lengths are in tokens.
 
-    examples: read from the source. available: rows of each split before sampling. labels: names of the classes, of
-    classification. Lengths are in tokens.
+    Args:
+        data: The section of params.yaml.
+        examples: Number of examples in the source.
+        available: Rows of each split before sampling.
+        splits: Rows of each split.
+        dropped: Number of dropped rows by reason.
+        tokenizer: The base's tokenizer.
+        labels: Names of the classes, for classification.
     """
     shown = splits["train"][:RENDERED]
     return {
@@ -44,7 +50,7 @@ def data_report(
 
 
 def segments(sequence: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The text of tokens and their labels in runs of (text, whether it is supervised)."""
+    """Return the text of a sequence in runs of (text, True if supervised)."""
     runs: list[tuple[list[int], bool]] = []
     for token, label in zip(*sequence, strict=True):
         supervised = label != IGNORED
@@ -55,7 +61,7 @@ def segments(sequence: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[tup
 
 
 def _rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, bool]]]:
-    """Each of the row's sequences in runs; a text's class stands at its end, as what is learned."""
+    """Return each of the row's sequences in runs; a text's class is appended as supervised."""
     shown = [segments(part, tokenizer) for part in row.tokens.parts]
     if isinstance(row.tokens, TextTokens):
         shown[0].append((f" → {row.tokens.label_name}", True))

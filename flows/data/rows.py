@@ -1,4 +1,4 @@
-"""Rows of a prepared split, as the later stages read them."""
+"""Rows of a prepared split."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -9,13 +9,14 @@ import pyarrow.parquet as parquet
 from flows.errors import StageError
 
 Row = dict[str, Any]
-"""{"input_ids", "labels"}: token ids of one row, and in the test split what `flows.stages.prepare` writes beside."""
+"""{"input_ids", "labels"}: token ids of one row, and the other columns that `flows.stages.prepare` writes."""
 
 
 def read_rows(path: Path, columns: list[str] | None = None, limit: int | None = None) -> list[Row]:
-    """The first `limit` rows of a split (None: all), with these columns (None: all).
+    """Return the first `limit` rows of a split (None: all), with these columns (None: all).
 
-    Raises StageError if there are none, or the file is damaged.
+    Raises:
+        StageError: The split has no rows, or the file is absent or damaged.
     """
     if not path.exists():
         raise StageError(f"there is no {path}; run the prepare stage first")

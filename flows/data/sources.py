@@ -1,6 +1,6 @@
-"""Examples from any source: the standard library's docstrings, or rows of JSONL, CSV or Parquet, here or on the hub.
+"""Examples from any source: docstrings of the standard library, or rows of JSONL, CSV or Parquet, local or on the hub.
 
-What a row may hold stands in `flows.data.formats`. What is wrong with rows is told all at once, by file and line.
+`flows.data.formats` defines a row's columns. Faulty rows are reported together, by file and line.
 """
 
 import hashlib
@@ -15,19 +15,20 @@ from flows.data.canonical import canonical
 from flows.data.examples import AnyExample, Example, Labelled, Message, Preference, with_system_prompt
 from flows.data.formats import FaultyRow, spelled_otherwise
 from flows.errors import DataError
-from flows.params.model import Data
+from flows.params import Data
 
 SHOWN = 10
-"""How many faulty rows an error lists; it counts them all."""
+"""Maximum number of faulty rows that an error lists; the error counts all."""
 WATCHED = "data"
 """Folder of the repository that the prepare stage depends on in dvc.yaml."""
 log = logging.getLogger(__name__)
 
 
 def read_examples(data: Data, root: Path) -> list[AnyExample]:
-    """All examples of `data.source`; root is what a path is relative to.
+    """Return all examples of `data.source`. root: folder that a relative path starts from.
 
-    Raises DataError if it is missing or empty, has none of the columns, or any row is faulty.
+    Raises:
+        DataError: The source is missing or empty, or a row is faulty.
     """
     if data.source == "stdlib:docstrings":
         return list(docstrings.read(data.system_prompt))
@@ -60,17 +61,17 @@ def read_examples(data: Data, root: Path) -> list[AnyExample]:
 
 
 def comes_from(where: str, names: list[str]) -> bool:
-    """Whether a row's place, such as `week3.jsonl:12` or `week3.parquet row 12`, is in a file of one of the names."""
+    """Return True if a row's location, such as `week3.jsonl:12` or `week3.parquet row 12`, is in one of the files."""
     return where.startswith(tuple(f"{name}{mark}" for name in names for mark in (":", " row ")))
 
 
 def refuse_faulty(faults: list[str], of: str) -> None:
-    """Raise DataError that counts the faulty rows and lists the first of them, if there are any."""
+    """Raise DataError if there are faulty rows; the message counts all and lists the first."""
     if not faults:
         return
     more = [f"  ... and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
     listed = "\n".join([*(f"  {fault}" for fault in faults[:SHOWN]), *more])
-    raise DataError(f"{of}: {len(faults)} rows cannot be used; mend or remove them:\n{listed}")
+    raise DataError(f"{of}: {len(faults)} rows cannot be used; correct or remove them:\n{listed}")
 
 
 def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
@@ -88,19 +89,19 @@ def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
 
 
 def _origin(data: Data, where: str, row: dict[str, Any], question: str | list[Message]) -> dict[str, Any]:
-    """question: the text, or the turns before the last answer."""
+    """Return the fields of `Origin`. question: the text, or the turns before the last answer."""
     group = _digest(question) if data.group_column is None else _column(row, data.group_column, "group_column")
     slice_ = "all" if data.slice_column is None else _column(row, data.slice_column, "slice_column")
     return {"group": group, "slice": slice_, "where": where, "weight": formats.weight(row)}
 
 
 def _digest(question: str | list[Message]) -> str:
-    """Return the name of a question, the same wherever its row stands, whatever its answer and however it is typed."""
+    """Return a digest of a question that does not depend on the row's location, answer or spelling."""
     if isinstance(question, str):
-        told: Any = canonical(question)
+        content: Any = canonical(question)
     else:
-        told = [[turn["role"], canonical(turn["content"]), turn.get("tool_calls")] for turn in question]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        content = [[turn["role"], canonical(turn["content"]), turn.get("tool_calls")] for turn in question]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _column(row: dict[str, Any], column: str, parameter: str) -> str:

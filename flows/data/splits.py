@@ -1,6 +1,6 @@
-"""Train, validation and test: whole groups each, without duplicates, and sampled. Every choice is a hash of the seed.
+"""Train, validation and test splits: whole groups, no duplicates, sampled. Every choice is a hash of the seed.
 
-A hash, not a shuffle, so that a row which is added to the data moves no other row.
+Unlike a shuffle, a hash moves no other row when a row is added to the data.
 """
 
 import hashlib
@@ -20,33 +20,41 @@ LEARNED = "learned by the version that training starts from"
 
 @dataclass(frozen=True)
 class Row:
-    """A tokenised example; weight: of its loss; `truncated` says whether its prompt was cut."""
+    """A tokenised example. weight: factor of its loss; truncated: its prompt was cut."""
 
     tokens: AnyTokens
     group: str
     slice: str
     weight: float = 1.0
     truncated: bool = False
-    fresh: bool = True
-    """Whether training is about it, or it may be replayed."""
-    proven: bool = True
-    """Whether something may be judged by it."""
+    new: bool = True
+    """True if training is about this row; False if the row may only be replayed."""
+    trusted: bool = True
+    """False if the row's file is quarantined, so that the row may not be used for evaluation."""
 
     @property
     def prompt_key(self) -> str:
-        """The prompt, however it is typed."""
+        """Prompt in canonical form."""
         return canonical(self.tokens.question)
 
     @property
     def key(self) -> tuple[str, str]:
+        """Prompt and answer in canonical form."""
         return self.prompt_key, canonical(self.tokens.answer)
 
 
 def assign_groups(sizes: dict[str, int], shares: dict[Split, float], seed: int) -> dict[str, Split]:
-    """Each group's split. A split is filled up to its share of the rows with groups that fit, the rest trains.
+    """Assign each group to a split: fill test and validation up to their shares, and train on the rest.
 
-    sizes: rows by group. shares: of test and validation. A group larger than a share thus trains, and a split gets
-    many groups rather than one huge one. Raises DataError with fewer than three groups.
+    A group larger than a share goes to train, so a split has many groups rather than a huge one.
+
+    Args:
+        sizes: Rows of each group.
+        shares: Shares of test and validation.
+        seed: Seed of the order in which groups are tried.
+
+    Raises:
+        DataError: There are fewer than three groups.
     """
     if len(sizes) < 3:
         raise DataError(
@@ -67,7 +75,7 @@ def assign_groups(sizes: dict[str, int], shares: dict[Split, float], seed: int) 
 
 
 def hashed_groups(groups: Iterable[str], shares: dict[Split, float], seed: int) -> dict[str, Split]:
-    """Each group's split by its own hash: groups that are added move no other, and shares are met roughly."""
+    """Assign each group to a split by its own hash: added groups move no other group, and shares are approximate."""
     assigned: dict[str, Split] = {}
     for group in groups:
         place = int(rank(seed, group)[:15], 16) / 16**15
@@ -77,13 +85,15 @@ def hashed_groups(groups: Iterable[str], shares: dict[Split, float], seed: int) 
 
 
 def without_duplicates(rows: list[Row], split_of: dict[str, Split]) -> tuple[dict[Split, list[Row]], Counter[str]]:
-    """The rows of each split, and how many were dropped by reason.
+    """Remove duplicates within and between splits.
 
-    A prompt that stands in two splits stays in test rather than validation, and there rather than in train. Within a
-    split only a row with the same prompt and the same completion is a duplicate. Spelling does not count: white space,
-    composed or decomposed accents, typographic quotation marks, invisible characters (`flows.data.canonical`).
+    A prompt in two splits stays in test rather than validation, and in validation rather than train. Within a split
+    only rows with the same prompt and completion are duplicates. Spelling does not count (`flows.data.canonical`).
+
+    Returns:
+        The rows of each split, and the number of dropped rows by reason.
     """
-    kept: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+    unique: dict[Split, list[Row]] = {split: [] for split in SPLITS}
     dropped: Counter[str] = Counter()
     elsewhere: set[str] = set()
     for split in ("test", "validation", "train"):
@@ -95,15 +105,15 @@ def without_duplicates(rows: list[Row], split_of: dict[str, Split]) -> tuple[dic
                 dropped["duplicate within its split"] += 1
             else:
                 seen.add(row.key)
-                kept[split].append(row)
+                unique[split].append(row)
         elsewhere |= {prompt for prompt, _ in seen}
-    return kept, dropped
+    return unique, dropped
 
 
 def without_learned(
     splits: dict[Split, list[Row]], learned: Collection[str]
 ) -> tuple[dict[Split, list[Row]], Counter[str]]:
-    """Leave out of test and validation the rows with a learned prompt, and count them; they may be trained on again."""
+    """Remove rows with learned prompts from test and validation, and count them; train keeps such rows."""
     known = set(map(canonical, learned))
     kept: dict[Split, list[Row]] = {
         split: [row for row in rows if split == "train" or row.prompt_key not in known]
@@ -116,12 +126,18 @@ def without_learned(
 def without_near_duplicates(
     splits: dict[Split, list[Row]], similarity: float, learned: Sequence[tuple[str, str]] = ()
 ) -> tuple[dict[Split, list[Row]], Counter[str]]:
-    """The rows that are no near-duplicate of one in another split, and how many were dropped.
+    """Remove rows that are near-duplicates of a row in another split.
 
-    learned: question and answer of further texts; test and validation hold no near-duplicate of them either.
+    Such a row stays in test rather than validation, and in validation rather than train, so that the test set does not
+    change.
 
-    Such a row stays in test rather than validation, and there rather than in train, so that what is measured on stays
-    as it is. similarity: from which two are near-duplicates, 0 to 1.
+    Args:
+        splits: Rows of each split.
+        similarity: Smallest similarity of near-duplicates (0 to 1).
+        learned: Question and answer of further texts, whose near-duplicates leave test and validation.
+
+    Returns:
+        The rows of each split, and the number of dropped rows by reason.
     """
     order: tuple[Split, ...] = ("test", "validation", "train")
     rows = [(split, row) for split in order for row in splits[split]]
@@ -143,24 +159,24 @@ def without_near_duplicates(
 
 
 def sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
-    """At most `limit` rows (None: all), in an order that the seed decides."""
+    """Return at most `limit` rows (None: all), in an order that the seed decides."""
     return sorted(rows, key=lambda row: rank(seed, row.tokens.id))[:limit]
 
 
 def replayed(rows: list[Row], share: float, limit: int | None, seed: int) -> list[Row]:
-    """At most `limit` rows (None: all that fit), `share` of them such as are not fresh, in an order that the seed has.
+    """Return at most `limit` rows (None: all that fit), of which `share` are replayed, in the seed's order.
 
-    Where older rows are too few, the fresh ones stay as many as they would have been.
+    If there are too few older rows, the number of new rows does not change.
     """
-    fresh, older = ([row for row in rows if row.fresh is kind] for kind in (True, False))
-    whole = len(fresh) / (1 - share)
+    new, older = ([row for row in rows if row.new is kind] for kind in (True, False))
+    whole = len(new) / (1 - share)
     total = whole if limit is None else min(limit, whole)
     count = round(total * share)
-    return sample(sample(fresh, round(total) - count, seed) + sample(older, count, seed), None, seed)
+    return sample(sample(new, round(total) - count, seed) + sample(older, count, seed), None, seed)
 
 
 def leakage(splits: dict[Split, list[Row]]) -> dict[str, dict[str, int]]:
-    """How many groups and prompts each two splits share: {"train-test": {"groups": 0, "prompts": 0}, ...}."""
+    """Return the shared groups and prompts of each pair of splits: {"train-test": {"groups": 0, "prompts": 0}, ...}."""
     groups = {split: {row.group for row in rows} for split, rows in splits.items()}
     prompts = {split: {row.prompt_key for row in rows} for split, rows in splits.items()}
     return {
@@ -173,5 +189,5 @@ def leakage(splits: dict[Split, list[Row]]) -> dict[str, dict[str, int]]:
 
 
 def rank(seed: int, name: str) -> str:
-    """Where a name comes in the seed's order."""
+    """Return a name's sort key in the seed's order."""
     return hashlib.sha256(f"{seed}\0{name}".encode()).hexdigest()

@@ -1,42 +1,50 @@
-"""An example as token ids: a chat with labels, a pair of answers to one prompt, or a text with its class."""
+"""Examples as token ids: a chat with labels, a preference pair, or a text with its class."""
 
 import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 IGNORED = -100
-"""The label of a token that is not supervised."""
+"""Label of a token that is not supervised."""
 Sequence = tuple[list[int], list[int]]
-"""Token ids and their labels, equally long."""
+"""Token ids and their labels, of equal length."""
 
 
 class AnyTokens(Protocol):
-    """What every kind of row tells of itself.
-
-    id: what it is known by, from its text alone. question: what it asks; two splits may not share it. answer: what
-    it teaches. parts: its sequences.
-    """
+    """Interface of all kinds of tokenised rows."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Digest of the row's text."""
+        ...
+
     @property
-    def question(self) -> str: ...
+    def question(self) -> str:
+        """Prompt or text; two splits may not share it."""
+        ...
+
     @property
-    def answer(self) -> str: ...
+    def answer(self) -> str:
+        """Text that the row teaches."""
+        ...
+
     @property
-    def parts(self) -> list[Sequence]: ...
+    def parts(self) -> list[Sequence]:
+        """Sequences of the row."""
+        ...
+
     def columns(self) -> dict[str, Any]:
-        """Its own columns of the Parquet file, by name."""
+        """Return the kind's own columns of the Parquet file, by name."""
         ...
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One chat as the model reads it, up to the last supervised token, since nothing after it is learned.
+    """One chat up to its last supervised token.
 
-    input_ids, labels: equally long; a label is the token's id, or -100 where it is not supervised.
-    prompt_length: tokens before the last supervised turn's first. prompt: their text, up to and including the
-    template's prompt for that turn. completion: what the template writes of that turn, without its end.
+    input_ids, labels: of equal length; a label is the token's id, or -100 if the token is not supervised.
+    prompt_length: tokens before the last supervised turn. prompt: their text, including the turn's generation prompt.
+    completion: the last supervised turn's text, without its end.
     """
 
     input_ids: list[int]
@@ -47,29 +55,34 @@ class Tokens:
 
     @property
     def id(self) -> str:
+        """Digest of the row's text."""
         return _identity(self.prompt, self.completion)
 
     @property
     def question(self) -> str:
+        """Prompt or text."""
         return self.prompt
 
     @property
     def answer(self) -> str:
+        """Text that the row teaches."""
         return self.completion
 
     @property
     def parts(self) -> list[Sequence]:
+        """Sequences of the row."""
         return [(self.input_ids, self.labels)]
 
     def columns(self) -> dict[str, Any]:
+        """Return the kind's own columns of the Parquet file."""
         return vars(self)
 
 
 @dataclass(frozen=True)
 class PairTokens:
-    """Two ways to go on from one prompt, whose tokens are the first `prompt_length` of both.
+    """Two continuations of one prompt, whose tokens are the first `prompt_length` of both.
 
-    prompt, chosen, rejected: texts; those of the answers are without their end. parts: chosen, then rejected.
+    prompt, chosen, rejected: texts; the answers are without their end. parts: chosen, then rejected.
     """
 
     prompt: str
@@ -80,17 +93,21 @@ class PairTokens:
 
     @property
     def id(self) -> str:
+        """Digest of the row's text."""
         return _identity(self.prompt, self.chosen, self.rejected)
 
     @property
     def question(self) -> str:
+        """Prompt or text."""
         return self.prompt
 
     @property
     def answer(self) -> str:
+        """Text that the row teaches."""
         return f"{self.chosen}\n{self.rejected}"
 
     def columns(self) -> dict[str, Any]:
+        """Return the kind's own columns of the Parquet file."""
         named = zip(("chosen", "rejected"), self.parts, strict=True)
         return vars(self) | {
             f"{side}_{name}": values for side, part in named for name, values in zip(PART, part, strict=True)
@@ -99,7 +116,7 @@ class PairTokens:
 
 @dataclass(frozen=True)
 class TextTokens:
-    """A text with its class by number and by name."""
+    """A text with the index and the name of its class."""
 
     text: str
     input_ids: list[int]
@@ -108,21 +125,26 @@ class TextTokens:
 
     @property
     def id(self) -> str:
+        """Digest of the row's text."""
         return _identity(self.text, self.label_name)
 
     @property
     def question(self) -> str:
+        """Prompt or text."""
         return self.text
 
     @property
     def answer(self) -> str:
+        """Text that the row teaches."""
         return self.label_name
 
     @property
     def parts(self) -> list[Sequence]:
+        """Sequences of the row."""
         return [(self.input_ids, [IGNORED] * len(self.input_ids))]
 
     def columns(self) -> dict[str, Any]:
+        """Return the kind's own columns of the Parquet file."""
         return vars(self)
 
 
@@ -130,7 +152,7 @@ PART = ("input_ids", "labels")
 
 
 def length(tokens: AnyTokens) -> int:
-    """Tokens of its longest sequence."""
+    """Return the tokens of the longest sequence."""
     return max(len(ids) for ids, _ in tokens.parts)
 
 

@@ -1,1 +1,1 @@
-"""Judging a base and its adapter on held-out rows: chats by answers, pairs by what is preferred, texts by class."""
+"""Evaluation of a base and its adapter on held-out rows: chats, preference pairs, and labelled texts."""

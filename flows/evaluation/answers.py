@@ -1,4 +1,4 @@
-"""Answers of a model's own to the prompts of held-out rows, beside the answer that is known."""
+"""Generated answers to the prompts of held-out rows, compared with the reference answers."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flows.data.rows import Row
 from flows.evaluation.generation import Answers, generate_answers
 from flows.evaluation.scoring import rouge_l
-from flows.params.model import Evaluate
+from flows.params import Evaluate
 
 ANSWERS = (
     ("reference", pa.string()),
@@ -22,12 +22,12 @@ ANSWERS = (
     ("base_ended", pa.bool_()),
     ("adapter_ended", pa.bool_()),
 )
-"""Columns of a table of answers; null for rows that were only scored."""
+"""Columns of a table of answers; null for rows without generated answers. `*_ended`: the answer ends with EOS."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row to answer. row: its number among the test rows; ids: token ids; reference: the answer that is known."""
+    """One row to answer. row: index among the test rows; ids: token ids; reference: the known answer."""
 
     row: int
     ids: list[int]
@@ -42,8 +42,8 @@ class Answered:
     rouge_l: list[float]
 
     def metrics(self) -> dict[str, float]:
-        """Means over the answers."""
-        ended = [answer.ended for answer in self.answers.answers]
+        """Return the means over the answers; "ended" is the EOS rate."""
+        ended = [answer.has_eos for answer in self.answers.answers]
         return {
             "rouge_l": sum(self.rouge_l) / len(self.rouge_l),
             "ended": sum(ended) / len(ended),
@@ -52,7 +52,7 @@ class Answered:
 
 
 def sampled(count: int, evaluate: Evaluate, seed: int) -> list[int]:
-    """Numbers of the rows, of `count`, that are answered."""
+    """Return the indices of the rows to answer, a random sample of `count` rows."""
     return sorted(random.Random(seed).sample(range(count), min(evaluate.generate_rows, count)))
 
 
@@ -63,7 +63,7 @@ def answer(
     evaluate: Evaluate,
     bar: Any,
 ) -> Answered:
-    """The model's greedy answers. bar: moved on by rows."""
+    """Generate the model's greedy answers. bar: progress bar in rows."""
     ids = [prompt.ids for prompt in prompts]
     answers = generate_answers(model, tokenizer, ids, evaluate.max_new_tokens, evaluate.batch_size, bar)
     texts = [answer.text for answer in answers.answers]
@@ -71,9 +71,9 @@ def answer(
 
 
 def known_lengths(rows: Sequence[Row], prompts: Sequence[Prompt], ids: str, evaluate: Evaluate) -> dict[str, Any]:
-    """How many tokens an answer may have, and the share of the known answers that have more.
+    """Return the token limit of an answer, and the share of the reference answers that exceed the limit.
 
-    ids: the column of the tokens of prompt, known answer and its end.
+    ids: the column with the tokens of prompt, reference answer and end of turn.
     """
     lengths = [len(rows[prompt.row][ids]) - len(prompt.ids) for prompt in prompts]
     longer = sum(length > evaluate.max_new_tokens for length in lengths) / len(lengths)
@@ -81,14 +81,14 @@ def known_lengths(rows: Sequence[Row], prompts: Sequence[Prompt], ids: str, eval
 
 
 def add_answers(table: list[Row], prompts: Sequence[Prompt], answered: Mapping[str, Answered]) -> None:
-    """Put the ANSWERS columns into the rows that were answered; answered: {"base", "adapter"}."""
+    """Add the ANSWERS columns to the rows that were answered; answered: {"base", "adapter"}."""
     for place, prompt in enumerate(prompts):
         table[prompt.row]["reference"] = prompt.reference
         for name, one in answered.items():
-            found = one.answers.answers[place]
+            output = one.answers.answers[place]
             table[prompt.row] |= {
-                f"{name}_answer": found.text,
-                f"{name}_ended": found.ended,
+                f"{name}_answer": output.text,
+                f"{name}_ended": output.has_eos,
                 f"{name}_rouge_l": one.rouge_l[place],
             }
 
@@ -96,7 +96,7 @@ def add_answers(table: list[Row], prompts: Sequence[Prompt], answered: Mapping[s
 def samples(
     rows: Sequence[Row], prompts: Sequence[Prompt], answered: Mapping[str, Answered], count: int
 ) -> list[dict[str, str]]:
-    """The first `count` prompts with both models' answers."""
+    """Return the first `count` prompts with both models' answers."""
     return [
         {
             "id": rows[prompt.row]["id"],

@@ -1,4 +1,4 @@
-"""Chats: the loss of the known answers, and answers of the models' own."""
+"""Evaluation of chats: loss of the reference answers, and quality of generated answers."""
 
 import contextlib
 from typing import Any
@@ -9,14 +9,21 @@ from transformers import PreTrainedTokenizerBase
 from flows.base.model import padding_id
 from flows.data.rows import Row
 from flows.evaluation.answers import ANSWERS, Answered, Prompt, add_answers, answer, known_lengths, sampled, samples
-from flows.evaluation.result import COMMON, Judgement, common_columns, common_metrics
+from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, row_losses
-from flows.params.model import Params
+from flows.params import Params
 from flows.runtime.progress import progress
 
 
-def judge_chats(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> Judgement:
-    """Both sides on the same rows and weights, the adapter switched on and off; model: a PeftModel."""
+def evaluate_chats(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> EvaluationResult:
+    """Evaluate the base and the adapter on the same rows and weights.
+
+    Args:
+        params: The parameters of the run.
+        model: A PeftModel; the adapter is disabled for the base.
+        tokenizer: The base's tokenizer.
+        rows: Prepared rows of the test split.
+    """
     evaluate = params.evaluate
     prompts = [
         Prompt(i, rows[i]["input_ids"][: rows[i]["prompt_length"]], rows[i]["completion"])
@@ -39,7 +46,7 @@ def judge_chats(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, 
     metrics["answers"] = known_lengths(rows, prompts, "input_ids", evaluate)
     table = common_columns(rows, losses["base"], losses["adapter"])
     add_answers(table, prompts, answered)
-    return Judgement(
+    return EvaluationResult(
         metrics,
         pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *ANSWERS])),
         samples(rows, prompts, answered, evaluate.samples),

@@ -1,7 +1,7 @@
-"""Labelled texts: loss, accuracy and macro-F1 of the classifier.
+"""Evaluation of labelled texts: loss, accuracy and macro-F1 of the classifier.
 
-A base has no head for these classes, so what stands in its place is what can be said without reading a text: every
-class as often as among the training rows, and the most frequent as the answer.
+The base has no head for these classes. Its place is taken by the class frequencies of the training rows: each class has
+its frequency as probability, and the most frequent class is the prediction.
 """
 
 import math
@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from flows.base.model import padding_id
 from flows.data.rows import Row
-from flows.evaluation.result import COMMON, Judgement, common_columns, common_metrics
+from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, class_log_probs
-from flows.params.model import Params
+from flows.params import Params
 from flows.runtime.progress import progress
 from peftcore.train import macro_f1
 
@@ -26,18 +26,27 @@ CLASSES = (
     ("adapter_prediction", pa.string()),
     ("adapter_confidence", pa.float64()),
 )
-"""Columns beside the common ones: names of classes, and the probability of the one that is predicted."""
+"""Columns after the common ones: names of classes, and the probability of the predicted class."""
 
 
-def judge_classes(
+def evaluate_classes(
     params: Params,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Row],
     names: list[str],
     train_labels: Sequence[int],
-) -> Judgement:
-    """The classifier beside the frequencies of the classes; names: of the classes, in the order of their numbers."""
+) -> EvaluationResult:
+    """Evaluate the classifier against the class frequencies.
+
+    Args:
+        params: The parameters of the run.
+        model: The classifier.
+        tokenizer: The base's tokenizer.
+        rows: Prepared rows of the test split.
+        names: Names of the classes, by index.
+        train_labels: Class indices of the training rows.
+    """
     labels = torch.tensor([row["label"] for row in rows])
     with progress(len(rows), "evaluate", "row") as bar:
         adapter = class_log_probs(model, rows, padding_id(tokenizer), params.evaluate.batch_size, bar)
@@ -69,10 +78,10 @@ def judge_classes(
         }
         for i, row in enumerate(table[: params.evaluate.samples])
     ]
-    return Judgement(metrics, pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *CLASSES])), samples)
+    return EvaluationResult(metrics, pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *CLASSES])), samples)
 
 
 def frequencies(labels: Sequence[int], classes: int) -> Tensor:
-    """Log-probabilities (C,) of the classes by how often they occur, one occurrence added to each (Laplace)."""
+    """Return the log-frequencies (classes,) of the labels, with one added to each count (Laplace smoothing)."""
     counts = torch.bincount(torch.as_tensor(labels), minlength=classes).double()
     return (counts + 1).log() - math.log(len(labels) + classes)

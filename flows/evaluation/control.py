@@ -1,8 +1,8 @@
-"""The control set: plain texts that have nothing to do with the task, by which forgetting shows.
+"""The control set: plain texts of other topics, on which forgetting is measured.
 
-`stdlib:topics` is the running Python's own documentation in prose, the text of `help("CLASSES")` and its like. A file
-of one's own is a .jsonl whose rows have a `text`, or a .txt whose texts are parted by an empty line. Texts are read as
-they are, with no chat template, and every token counts.
+`stdlib:topics` is the prose in the running Python's documentation, the text of `help("CLASSES")` and other topics.
+Other sources are a .jsonl with a column `text`, or a .txt whose texts are separated by empty lines. No chat template is
+applied, and every token counts.
 """
 
 import contextlib
@@ -18,24 +18,35 @@ from transformers import PreTrainedTokenizerBase
 from flows.base.model import padding_id
 from flows.errors import DataError
 from flows.evaluation.scoring import RowLosses, row_losses
-from flows.params.model import Control
+from flows.params import Control
 from flows.runtime.progress import progress
 
 CONTROL = pa.schema(
     [("id", pa.string()), ("tokens", pa.int32()), ("base_loss", pa.float64()), ("adapter_loss", pa.float64())]
 )
-"""Columns of control.parquet, a row a text; losses: mean nats per token."""
+"""Columns of control.parquet, one row per text; losses are mean nats per token."""
 TOPICS = "stdlib:topics"
 WORDS = 30
-"""Fewest words of a paragraph of TOPICS that is taken; shorter ones are headings, code and items of lists."""
+"""Minimum words of a paragraph of TOPICS; shorter ones are headings, code and list items."""
 
 
-def judge_control(
+def evaluate_control(
     control: Control, root: Path, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """The CONTROL table, and {"base_loss", "adapter_loss", "rows"}: means over tokens; model: a PeftModel.
+    """Evaluate the base and the adapter on the control set.
 
-    Raises DataError if there are no texts.
+    Args:
+        control: The section of params.yaml.
+        root: Folder that a relative path of the source starts from.
+        model: A PeftModel; the adapter is disabled for the base.
+        tokenizer: The base's tokenizer.
+        batch_size: Texts per forward pass.
+
+    Returns:
+        The CONTROL table, and {"base_loss", "adapter_loss", "rows"} with means over all tokens (nats).
+
+    Raises:
+        DataError: The source has no texts.
     """
     texts = control_texts(control, root)
     encoded = [tokenizer(text, truncation=True, max_length=control.max_length)["input_ids"] for text in texts]
@@ -48,33 +59,37 @@ def judge_control(
     columns = {
         "id": [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts],
         "tokens": losses["base"].tokens,
-        **{f"{name}_loss": found.means for name, found in losses.items()},
+        **{f"{name}_loss": side.means for name, side in losses.items()},
     }
-    means = {f"{name}_loss": found.loss for name, found in losses.items()}
+    means = {f"{name}_loss": side.loss for name, side in losses.items()}
     return pa.table(columns, schema=CONTROL), {**means, "rows": len(rows)}
 
 
 def control_texts(control: Control, root: Path) -> list[str]:
-    """`control.rows` different texts, spread evenly over the source; fewer if it has no more.
+    """Return at most `control.rows` different texts, spread evenly over the source.
 
-    root: what a path is relative to. Raises DataError.
+    root: folder that a relative path starts from. Raises DataError.
     """
     assert control.source is not None
-    found = _topics() if control.source == TOPICS else _read(root / Path(control.source).expanduser(), control.source)
-    texts = list(dict.fromkeys(text for text in found if len(text.split()) > 1))
+    candidates = (
+        _topics() if control.source == TOPICS else _read(root / Path(control.source).expanduser(), control.source)
+    )
+    texts = list(dict.fromkeys(text for text in candidates if len(text.split()) > 1))
     if not texts:
-        raise DataError(f"evaluate.control.source {control.source}: it has no text of two words; give one that has")
+        raise DataError(
+            f"evaluate.control.source {control.source}: it has no text of at least two words; give another source"
+        )
     count = min(control.rows, len(texts))
     return [texts[number * len(texts) // count] for number in range(count)]
 
 
 def _topics() -> Iterator[str]:
-    """Paragraphs of prose, in the order of the topics' names."""
+    """Yield paragraphs of prose, in the order of the topics' names."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise DataError(
-            "evaluate.control.source stdlib:topics: this Python comes without pydoc_data; give a file of texts, or null"
+            "evaluate.control.source stdlib:topics: this Python has no pydoc_data; give a file of texts, or null"
         ) from error
     for _, topic in sorted(topics.items()):
         for paragraph in topic.split("\n\n"):
@@ -90,9 +105,9 @@ def _read(path: Path, source: str) -> Sequence[str]:
         texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"evaluate.control.source {source}: it cannot be read ({error!r}); give a .txt of texts parted by empty "
+            f"evaluate.control.source {source}: it cannot be read ({error!r}); give a .txt of texts separated by empty "
             "lines, or a .jsonl whose rows have a `text`"
         ) from error
     if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"evaluate.control.source {source}: a row's `text` is no string; give text")
+        raise DataError(f"evaluate.control.source {source}: a row's `text` is not a string; give text")
     return texts

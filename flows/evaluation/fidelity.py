@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's, at the positions where the next token is supervised."""
+"""Fidelity of one model's predictions to another's, at the supervised positions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +14,18 @@ from peftcore.train import RightPaddingCollator, supervised_logits, supervised_p
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Means over tokens of what a candidate predicts beside a reference."""
+    """Means over tokens of a candidate's predictions against a reference's."""
 
     kl: float
     """KL(reference || candidate), nats per token."""
     top1_agreement: float
-    """Share of tokens on which both have the same best guess."""
+    """Share of tokens for which both models have the same most likely token."""
     loss: float
-    """The candidate's, nats per token."""
+    """Loss of the candidate (nats per token)."""
     reference_loss: float
+    """Loss of the reference (nats per token)."""
     tokens: int
-    """How many there were."""
+    """Number of tokens."""
 
     def __str__(self) -> str:
         return (
@@ -37,7 +38,7 @@ class Fidelity:
 def fidelity(
     reference: nn.Module, candidate: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None
 ) -> Fidelity:
-    """Compare two models of one vocabulary at the supervised positions of `rows`. bar: moved on by rows."""
+    """Compare two models with one vocabulary at the supervised positions of `rows`. bar: progress bar in rows."""
     collate = RightPaddingCollator(pad)
     device = next(reference.parameters()).device
     divergence, agreed, tokens = 0.0, 0, 0
@@ -47,8 +48,8 @@ def fidelity(
         labels = inputs.pop("labels")
         mask = supervised_positions(labels)
         answers = labels[:, 1:][mask[:, :-1], None]
-        given = inputs | {"use_cache": False}
-        p, q = (supervised_logits(m, given, mask).float().log_softmax(-1) for m in (reference, candidate))
+        arguments = inputs | {"use_cache": False}
+        p, q = (supervised_logits(m, arguments, mask).float().log_softmax(-1) for m in (reference, candidate))
         divergence += (p.exp() * (p - q)).sum(-1).double().sum().item()
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
         for k, predicted in enumerate((p, q)):
@@ -64,7 +65,7 @@ def fidelity(
 def class_fidelity(
     reference: nn.Module, candidate: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None
 ) -> Fidelity:
-    """Compare two classifiers of the same classes on `rows`, a text for a token. bar: moved on by rows."""
+    """Compare two classifiers of the same classes on `rows`; each text counts as one token. bar: progress in rows."""
     p = class_log_probs(reference, rows, pad, batch_size)
     q = class_log_probs(candidate, rows, pad, batch_size, bar)
     labels = torch.tensor([row["label"] for row in rows])[:, None]

@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts at once: batched by length, padded on the left, with a key-value cache."""
+"""Greedy generation for many prompts: batched by length, padded on the left, with a key-value cache."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -17,24 +17,24 @@ from flows.evaluation.scoring import by_length
 
 @dataclass(frozen=True)
 class Answer:
-    """text: without special tokens; ended: whether the model ended its turn itself, within the tokens allowed."""
+    """A generated answer. text: without special tokens; has_eos: the model ended its turn within the token limit."""
 
     text: str
-    ended: bool
+    has_eos: bool
     tokens: int
-    """Tokens generated, the end of the turn included."""
+    """Number of generated tokens, including the end of turn."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers in the order of their prompts, and how long they took together."""
+    """Answers in the order of their prompts, and the seconds that all of them took."""
 
     answers: list[Answer]
     seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens by wall-clock seconds, the prompts' own pass included."""
+        """Generated tokens per second of wall-clock time, prefill included."""
         return sum(answer.tokens for answer in self.answers) / self.seconds
 
 
@@ -46,7 +46,16 @@ def generate_answers(
     batch_size: int,
     bar: Any = None,
 ) -> Answers:
-    """Answer each prompt (token ids, ending with the template's prompt for the turn). bar: moved on by rows."""
+    """Answer each prompt greedily.
+
+    Args:
+        model: A causal language model.
+        tokenizer: The model's tokenizer.
+        prompts: Token ids, ending with the template's generation prompt.
+        max_new_tokens: Maximum tokens of an answer.
+        batch_size: Prompts per batch.
+        bar: Progress bar in rows.
+    """
     end = end_of_turn(tokenizer)
     pad = padding_id(tokenizer)
     config = GenerationConfig(
@@ -62,15 +71,15 @@ def generate_answers(
             for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 answers[i] = _answer(tokenizer, ids, end)
             if bar is not None:
-                made = sum(answer.tokens for answer in answers if answer) / (time.perf_counter() - started)
-                bar.set_postfix({"tokens/s": f"{made:,.0f}"}, refresh=False)
+                speed = sum(answer.tokens for answer in answers if answer) / (time.perf_counter() - started)
+                bar.set_postfix({"tokens/s": f"{speed:,.0f}"}, refresh=False)
                 bar.update(len(batch))
     return Answers(cast(list[Answer], answers), time.perf_counter() - started)
 
 
 @contextmanager
 def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
-    """Context in which the output head reads contiguous rows, which is faster on a CPU and gives the same."""
+    """Make the output head read contiguous rows, which is faster on a CPU and gives the same numbers."""
     hook = cast(nn.Module, model.get_output_embeddings()).register_forward_pre_hook(_contiguous)
     try:
         yield
@@ -79,7 +88,7 @@ def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _contiguous(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # The last position of each prompt is a strided view, for which a bf16 head on the CPU copies its whole weight.
+    # the last positions are a strided view, for which a bf16 head on a CPU copies its whole weight
     return (inputs[0].contiguous(), *inputs[1:])
 
 
@@ -94,7 +103,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.devic
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], end: int) -> Answer:
-    ended = end in ids
-    kept = ids[: ids.index(end)] if ended else ids
-    text = cast(str, tokenizer.decode(kept, skip_special_tokens=True)).strip()
-    return Answer(text, ended, len(kept) + ended)
+    has_eos = end in ids
+    content = ids[: ids.index(end)] if has_eos else ids
+    text = cast(str, tokenizer.decode(content, skip_special_tokens=True)).strip()
+    return Answer(text, has_eos, len(content) + has_eos)

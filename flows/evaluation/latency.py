@@ -1,7 +1,8 @@
-"""How long one request takes that has the model to itself: to its first token, and to each that follows.
+"""Latency of a single request: time to the first token, and time per further token.
 
-Greedy, batch 1, with a key-value cache, as many tokens for each; the first request warms up and is not counted. Base
-and adapter take turns, so that what else the machine does meets both. Medians, which a pause does not move.
+Decoding is greedy with batch size 1 and a key-value cache, and each request generates the same number of tokens. The
+first request is a warm-up. Base and adapter alternate, so that other load on the machine affects both. The results are
+medians, which are robust to pauses.
 """
 
 import contextlib
@@ -19,11 +20,11 @@ from flows.evaluation.generation import contiguous_head
 from flows.runtime.progress import progress
 
 NEW_TOKENS = 16
-"""Tokens that each request asks for."""
+"""Tokens that each request generates."""
 
 
 class _Clock(StoppingCriteria):
-    """Notes when each token was there; stops nothing."""
+    """Stopping criterion that records the time of each token and never stops."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -36,27 +37,33 @@ class _Clock(StoppingCriteria):
 def measure_latency(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
 ) -> dict[str, dict[str, float]]:
-    """{"base", "adapter"} -> {"first_token_ms", "token_ms"}; prompts: token ids; model: a PeftModel, unmerged."""
+    """Return {"base", "adapter"} -> {"first_token_ms", "token_ms"}.
+
+    Args:
+        model: A PeftModel, unmerged.
+        tokenizer: The base's tokenizer.
+        prompts: Token ids of each prompt.
+    """
     times: dict[str, list[list[float]]] = {"base": [], "adapter": []}
     with contiguous_head(model), progress(2 * (len(prompts) + 1), "latency", "request") as bar:
         for number, prompt in enumerate([prompts[0], *prompts]):
             for name, context in (("base", model.disable_adapter()), ("adapter", contextlib.nullcontext())):
                 with context:
-                    taken = _request(model, tokenizer, prompt)
+                    seconds = _request(model, tokenizer, prompt)
                 if number > 0:
-                    times[name].append(taken)
+                    times[name].append(seconds)
                 bar.update(1)
     return {
         name: {
-            "first_token_ms": round(1e3 * median(taken[0] for taken in of), 3),
-            "token_ms": round(1e3 * median(seconds for taken in of for seconds in taken[1:]), 3),
+            "first_token_ms": round(1e3 * median(request[0] for request in requests), 3),
+            "token_ms": round(1e3 * median(token for request in requests for token in request[1:]), 3),
         }
-        for name, of in times.items()
+        for name, requests in times.items()
     }
 
 
 def _request(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> list[float]:
-    """Seconds to each token from the one before it."""
+    """Return the seconds of each token since the one before."""
     clock, ids = _Clock(), torch.tensor([list(prompt)], device=model.device)
     config = GenerationConfig(
         do_sample=False,

@@ -1,9 +1,8 @@
-"""Pairs of answers: whether the chosen one is the likelier, by how much, and answers of the models' own.
+"""Evaluation of preference pairs: preference accuracy and margins, and quality of generated answers.
 
-`accuracy` is the share of pairs whose chosen answer has the higher log-probability, `margin` the mean difference
-(nats), in sums over an answer's tokens or in means, as the objective compares them. `reward_accuracy` and
-`reward_margin` are the adapter's against the base: whether it has moved towards what was chosen. The base is DPO's
-reference, so its own DPO loss is that of no preference, log 2.
+`accuracy` is the share of pairs whose chosen answer has the higher log-probability; `margin` is the mean difference
+(nats). Both use sums or means over an answer's tokens, as the objective does. `reward_accuracy` and `reward_margin`
+compare the adapter with the base. The base is DPO's reference, so the base's own DPO loss is log 2.
 """
 
 import contextlib
@@ -15,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from flows.base.model import padding_id
 from flows.data.rows import Row
 from flows.evaluation.answers import ANSWERS, Answered, Prompt, add_answers, answer, known_lengths, sampled, samples
-from flows.evaluation.result import COMMON, Judgement, common_columns, common_metrics
+from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, pairs_log_probs
-from flows.params.model import Params
+from flows.params import Params
 from flows.runtime.progress import progress
 from flows.training.objectives import preference_objective
 from peftcore.train import Dpo, PairLogProbs
@@ -27,11 +26,18 @@ PAIRS = (
     ("adapter_margin", pa.float64()),
     ("reward_margin", pa.float64()),
 )
-"""Columns beside the common ones: nats by which the chosen answer is the likelier, and the adapter's reward margin."""
+"""Columns after the common ones: log-probability of the chosen minus the rejected answer, and reward margin (nats)."""
 
 
-def judge_pairs(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> Judgement:
-    """Both sides on the same rows and weights, the adapter switched on and off; model: a PeftModel."""
+def evaluate_pairs(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> EvaluationResult:
+    """Evaluate the base and the adapter on the same rows and weights.
+
+    Args:
+        params: The parameters of the run.
+        model: A PeftModel; the adapter is disabled for the base.
+        tokenizer: The base's tokenizer.
+        rows: Prepared rows of the test split.
+    """
     evaluate, objective = params.evaluate, preference_objective(params)
     prompts = [
         Prompt(i, rows[i]["chosen_input_ids"][: rows[i]["prompt_length"]], rows[i]["chosen"])
@@ -51,10 +57,10 @@ def judge_pairs(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, 
     losses, margins, sides = {}, {}, {}
     rewards: dict[str, Any] = {}
     sums = isinstance(objective, Dpo) and not (objective.length_normalized or objective.loss == "ipo")
-    for name, found in log_probs.items():
-        values, rewards = objective.losses(found, log_probs["base"])
+    for name, side in log_probs.items():
+        values, rewards = objective.losses(side, log_probs["base"])
         losses[name] = RowLosses(values.tolist(), tokens, weights)
-        compared = found if sums else found.per_token()
+        compared = side if sums else side.per_token()
         margins[name] = compared.chosen - compared.rejected
         sides[name] = {
             "loss": losses[name].loss,
@@ -73,7 +79,7 @@ def judge_pairs(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, 
         row |= {f"{name}_margin": margins[name][i].item() for name in margins}
         row["reward_margin"] = rewards["rewards/margins"][i].item()
     add_answers(table, prompts, answered)
-    return Judgement(
+    return EvaluationResult(
         metrics,
         pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *PAIRS, *ANSWERS])),
         samples(rows, prompts, answered, evaluate.samples),

@@ -1,4 +1,4 @@
-"""What every judgement comes to, whatever the rows are: metrics, a table of rows and samples side by side."""
+"""Result of an evaluation: metrics, a table of rows, and samples."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ COMMON = (
     ("base_loss", pa.float64()),
     ("adapter_loss", pa.float64()),
 )
-"""Columns that every table begins with; weight: what a row's loss weighs in the mean over rows."""
+"""Columns at the start of every table; weight: a row's weight in the mean loss."""
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """metrics: what metrics.json holds; table: rows.parquet; samples: samples.json."""
+class EvaluationResult:
+    """metrics: content of metrics.json; table: of rows.parquet; samples: of samples.json."""
 
     metrics: dict[str, Any]
     table: pa.Table
@@ -31,7 +31,7 @@ class Judgement:
 
 
 def common_columns(rows: Sequence[Row], base: RowLosses, adapter: RowLosses) -> list[dict[str, Any]]:
-    """The COMMON columns, row by row."""
+    """Return the COMMON columns, row by row."""
     return [
         {
             "id": row["id"],
@@ -52,9 +52,14 @@ def common_metrics(
     adapter: Mapping[str, float],
     gains: Sequence[str],
 ) -> dict[str, Any]:
-    """Figures of either side, what the adapter gains, and the losses by slice; losses: {"base", "adapter"}.
+    """Return the metrics of both sides, the gains of the adapter, and the losses of each slice.
 
-    gains: keys of which more is better; of the loss, less is.
+    Args:
+        rows: The test rows.
+        losses: {"base", "adapter"}: losses of the rows.
+        base: Metrics of the base.
+        adapter: Metrics of the adapter.
+        gains: Metrics of which more is better. The gain of the loss is its decrease.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):

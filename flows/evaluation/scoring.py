@@ -1,4 +1,4 @@
-"""How well a model predicts rows whose answers are known, and how near its own answers come to them."""
+"""Losses and log-probabilities of held-out rows, and ROUGE-L of generated answers."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from peftcore.train import (
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Per row: mean loss (nats), tokens, and what the row weighs in the loss of all; None: as much as its tokens."""
+    """Per row: mean loss (nats), tokens, and weight in the total loss; None: a row weighs its number of tokens."""
 
     means: list[float]
     tokens: list[int]
@@ -31,40 +31,37 @@ class RowLosses:
 
     @property
     def weights(self) -> list[float]:
-        """What each row weighs."""
+        """Weight of each row."""
         return [float(n) for n in self.tokens] if self.weighed is None else self.weighed
 
     @property
     def loss(self) -> float:
-        """Weighted mean over the rows (nats), which is that over all tokens where a row weighs as much as it has.
-
-        Not a number where all weigh nothing.
-        """
+        """Weighted mean over the rows (nats per token); NaN if the weights sum to 0."""
         weight = sum(self.weights)
         return sum(m * w for m, w in zip(self.means, self.weights, strict=True)) / weight if weight else math.nan
 
     def of(self, indices: Sequence[int]) -> "RowLosses":
-        """Those of some rows."""
+        """Return the losses of some rows."""
         means, weights = ([column[i] for i in indices] for column in (self.means, self.weights))
         return RowLosses(means, [self.tokens[i] for i in indices], weights)
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
+        """exp(loss); infinite if that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices of rows in batches of like length, longest first, so that memory runs out at once or never."""
+    """Return batches of row indices with similar lengths, longest first, so that out-of-memory errors come early."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 @torch.no_grad()
 def row_losses(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None) -> RowLosses:
-    """Losses of each row, which weighs its tokens times its own weight, if it has one. bar: moved on by rows.
+    """Return the loss of each row; a row's weight in the total is its tokens times its own weight, if it has one.
 
-    The output head runs at supervised positions only.
+    The output head runs at supervised positions only. bar: progress bar in rows.
     """
     means, tokens = [0.0] * len(rows), [0] * len(rows)
     collate = RightPaddingCollator(pad)
@@ -82,14 +79,17 @@ def row_losses(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int,
 
 @torch.no_grad()
 def pairs_log_probs(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None) -> PairLogProbs:
-    """Of all pairs, in float64; batch_size: answers of a forward pass. bar: moved on by rows."""
+    """Return the log-probabilities of all pairs in float64.
+
+    batch_size: answers per forward pass. bar: progress bar in rows.
+    """
     collate, device = PreferenceCollator(pad), next(model.parameters()).device
     columns = torch.zeros(4, len(rows), dtype=torch.float64)
     lengths = [len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) for row in rows]
     for batch in by_length(lengths, max(1, batch_size // 2)):
         inputs = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in batch]).items()}
-        found = pair_log_probs(model, inputs)
-        parts = (found.chosen, found.rejected, found.chosen_tokens, found.rejected_tokens)
+        pairs = pair_log_probs(model, inputs)
+        parts = (pairs.chosen, pairs.rejected, pairs.chosen_tokens, pairs.rejected_tokens)
         columns[:, batch] = torch.stack([part.double().cpu() for part in parts])
         if bar is not None:
             bar.update(len(batch))
@@ -98,20 +98,20 @@ def pairs_log_probs(model: nn.Module, rows: Sequence[Row], pad: int, batch_size:
 
 @torch.no_grad()
 def class_log_probs(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None) -> Tensor:
-    """Log-probabilities (n, C) of the classes for each row, in float64 on the CPU. bar: moved on by rows."""
+    """Return log-probabilities (rows, classes) in float64 on the CPU. bar: progress bar in rows."""
     collate, device = ClassificationCollator(pad), next(model.parameters()).device
-    found: list[Tensor | None] = [None] * len(rows)
+    results: list[Tensor | None] = [None] * len(rows)
     for batch in by_length([len(row["input_ids"]) for row in rows], batch_size):
-        given = collate([rows[i] for i in batch])
-        inputs = {name: given[name].to(device) for name in ("input_ids", "attention_mask")}
+        columns = collate([rows[i] for i in batch])
+        inputs = {name: columns[name].to(device) for name in ("input_ids", "attention_mask")}
         for i, log_probs in zip(batch, model(**inputs).logits.double().log_softmax(-1).cpu(), strict=True):
-            found[i] = log_probs
+            results[i] = log_probs
         if bar is not None:
             bar.update(len(batch))
-    return torch.stack([one for one in found if one is not None])
+    return torch.stack([one for one in results if one is not None])
 
 
 def rouge_l(references: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """ROUGE-L of each answer, F-measure from 0 to 1: the longest common subsequence of lower-cased words."""
+    """Return the ROUGE-L F-measure (0 to 1) of each answer: longest common subsequence of lower-cased words."""
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     return [scorer.score(r, a)["rougeL"].fmeasure for r, a in zip(references, answers, strict=True)]

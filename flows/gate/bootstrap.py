@@ -1,7 +1,7 @@
-"""Whether one model's losses are really lower than another's: a paired bootstrap over test rows.
+"""Paired bootstrap over test rows: are one model's losses lower than another model's, beyond chance?
 
-A row weighs what it weighs in the test loss (as much as it has supervised tokens, or its own weight), so the mean is
-the difference of the two test losses.
+A row's weight is its weight in the test loss (its number of supervised tokens, or its own weight), so the weighted mean
+is the difference of the two test losses.
 """
 
 from collections.abc import Iterator
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     import pyarrow
 
 AT_ONCE = 500
-"""Resamples held in memory together."""
+"""Resamples held in memory at a time."""
 
 ROUNDING = 1e-12
-"""Relative; what is smaller is none."""
+"""Relative size below which a difference counts as zero."""
 
 Floats = NDArray[numpy.float64]
 
 
 class Paired(NamedTuple):
-    """The rows (n) that two tables share."""
+    """Losses of the n rows that two tables share."""
 
     weights: Floats
     ours: Floats
@@ -37,12 +37,12 @@ class Paired(NamedTuple):
 
 
 def paired_losses(ours: "pyarrow.Table", theirs: "pyarrow.Table") -> Paired:
-    """Weights and losses of the rows that both tables have, matched by id."""
+    """Return weights and losses of the rows that both tables have, matched by id."""
     left, right = _by_id(ours), _by_id(theirs)
     shared = sorted(name for name in left.keys() & right.keys() if left[name][0] > 0)
     weights = numpy.array([left[name][0] for name in shared], dtype=numpy.float64)
-    ours_there, theirs_there = (numpy.array([side[name][1] for name in shared], dtype=float) for side in (left, right))
-    return Paired(weights, ours_there, theirs_there, shared)
+    losses = [numpy.array([side[name][1] for name in shared], dtype=float) for side in (left, right)]
+    return Paired(weights, losses[0], losses[1], shared)
 
 
 def _by_id(table: "pyarrow.Table") -> dict[str, tuple[float, float]]:
@@ -57,13 +57,24 @@ def _by_id(table: "pyarrow.Table") -> dict[str, tuple[float, float]]:
 def paired_bootstrap(
     weights: Floats, ours: Floats, theirs: Floats, confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """(mean, upper) of ours minus theirs in nats per token; upper: its one-sided bound at `confidence`, infinite for
-    rows so few that each being better by chance is likelier than it allows.
+    """Return the mean of ours minus theirs, and its one-sided upper bound.
 
-    The bound is as far above the mean as the farthest of three: the resamples' upper percentile; their lower one, as
-    rows that happen to be better on one side say little of the other; and the studentized bootstrap's bound (Efron and
-    Tibshirani, 1993, chapter 12.5), which is the farthest where a few rows are much worse.
-    weights, ours, theirs: (n), n >= 1.
+    The bound's distance from the mean is the largest of three distances: that of the resamples' upper percentile; that
+    of their lower percentile, because the side without outliers says little about the other; and that of the
+    studentized bootstrap's bound (Efron and Tibshirani, 1993, chapter 12.5), which is largest if a few rows are much
+    worse.
+
+    Args:
+        weights: (n), n >= 1, the rows' weights.
+        ours: (n), losses in nats per token.
+        theirs: (n), losses in nats per token.
+        confidence: one-sided confidence of the bound.
+        resamples: number of bootstrap resamples.
+        seed: seed of the resamples.
+
+    Returns:
+        (mean, upper). The bound is infinite if the rows are so few that all of them are better by chance with a
+        probability above 1 - confidence.
     """
     differences = ours - theirs
     mean = float(numpy.average(differences, weights=weights))
@@ -74,19 +85,20 @@ def paired_bootstrap(
     low, high = numpy.quantile(means, [1 - share, share])
     distance = float(max(high, -low))
     error = _error(weights, differences - mean)
-    if error <= ROUNDING * float(abs(differences).max()):  # all rows differ alike
+    if error <= ROUNDING * float(abs(differences).max()):  # all rows have the same difference
         return mean, mean + distance
-    # a resample whose rows differ alike has no error, and its mean is infinitely many of them away
+    # a resample whose rows have the same difference has no standard error: its deviation is infinite, or 0 at the mean
     far = numpy.where(abs(means) > ROUNDING * error, numpy.copysign(inf, means), 0.0)
     deviations = numpy.divide(means, errors, out=far, where=errors > ROUNDING * error)
-    lowest = float(numpy.quantile(deviations, 1 - confidence, method="lower"))  # between infinities none can be taken
+    lowest = float(numpy.quantile(deviations, 1 - confidence, method="lower"))  # infinities cannot be interpolated
     return mean, mean + max(distance, -lowest * float(error))
 
 
 def expanded(confidence: float, weights: Floats) -> float:
-    """The share of resamples to take for a bound at `confidence`: some more of few rows, which resamples make look
-    surer than they are (Hesterberg, 2015, "expanded percentiles"). Of rows that weigh unequally as many count as would,
-    alike, lose as large a part of their variance by being taken about their own mean.
+    """Return the percentile of the resamples for a bound at `confidence` (Hesterberg, 2015, "expanded percentiles").
+
+    The percentile is larger for few rows, because resamples of few rows vary too little. Rows with unequal weights
+    count as n equal rows, where n loses the same part of its variance by centring on the sample's own mean.
     """
     parts = weights / weights.sum()
     lost = 2 * (parts**3).sum() / (parts**2).sum() - (parts**2).sum()
@@ -94,13 +106,13 @@ def expanded(confidence: float, weights: Floats) -> float:
     return NormalDist().cdf((n / (n - 1)) ** 0.5 * float(stdtrit(n - 1, confidence)))
 
 
-def in_words(upper: float, limit: str) -> str:
-    """A bound beside what is allowed."""
-    return f"{upper:+.4f}, {limit}" if upper < inf else f"none, for rows so few or so alike tell nothing, {limit}"
+def bound_in_words(upper: float, limit: str) -> str:
+    """Return a bound and its limit in words."""
+    return f"{upper:+.4f}, {limit}" if upper < inf else f"none, because the rows are too few or too similar, {limit}"
 
 
 def resampled_means(weights: Floats, differences: Floats, resamples: int, seed: int) -> Floats:
-    """Weighted means (resamples) of rows drawn with replacement; weights, differences: (n), n >= 1."""
+    """Return weighted means, (resamples), of rows drawn with replacement. weights, differences: (n), n >= 1."""
     weighted = weights * differences
     sums = [
         (weighted[drawn].sum(axis=1), weights[drawn].sum(axis=1)) for drawn in _drawn(len(weights), resamples, seed)
@@ -110,7 +122,7 @@ def resampled_means(weights: Floats, differences: Floats, resamples: int, seed: 
 
 
 def _resampled(weights: Floats, differences: Floats, resamples: int, seed: int) -> tuple[Floats, Floats]:
-    """(means, their standard errors), each (resamples), of the same draws as `resampled_means`."""
+    """Return (means, standard errors), each (resamples), of the same draws as `resampled_means`."""
     means, errors = [], []
     for drawn in _drawn(len(weights), resamples, seed):
         weight, difference = weights[drawn], differences[drawn]
@@ -121,12 +133,12 @@ def _resampled(weights: Floats, differences: Floats, resamples: int, seed: int) 
 
 
 def _error(weights: Floats, centred: Floats) -> Floats:
-    """The standard error of a weighted mean, over the last axis, from what the rows are away from it."""
+    """Return the standard error of a weighted mean over the last axis, from the rows' deviations."""
     return numpy.sqrt(((weights * centred) ** 2).sum(axis=-1)) / weights.sum(axis=-1)
 
 
 def _drawn(rows: int, resamples: int, seed: int) -> Iterator[NDArray[numpy.int64]]:
-    """Places of rows drawn with replacement, (some resamples, rows) at a time."""
+    """Yield indices of rows drawn with replacement, (at most AT_ONCE resamples, rows) at a time."""
     generator = numpy.random.default_rng(seed)
     for start in range(0, resamples, AT_ONCE):
         yield generator.integers(rows, size=(min(AT_ONCE, resamples - start), rows))

@@ -1,4 +1,4 @@
-"""What the gate compares: the version to judge, and the one that holds the stage now."""
+"""The two sides of the gate's comparison: the version to judge, and the version that holds the stage now."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,27 +11,33 @@ from flows.registry.signatures import Signature
 if TYPE_CHECKING:
     import pyarrow
 
-Outcome = tuple[bool, str]
-"""Whether a check is passed, and what was found and what is allowed."""
+CheckResult = tuple[bool, str]
+"""(passed, detail) of one check. The detail says what was measured and what is allowed."""
 
 
-class Looks(NamedTuple):
-    """How many tries this version is the best or the last of: the more, the likelier one is promoted by chance."""
+class HoldoutReuse(NamedTuple):
+    """Counts of earlier comparisons. The more there are, the likelier a candidate passes by chance."""
 
     test_rows: int
-    """Versions that were evaluated on these test rows, up to this one and with it."""
+    """Versions that were evaluated on these test rows, this version included."""
     trials: int
     """Trials of sweeps on the same prepared data, ranked by their validation rows."""
     since_champion: int
-    """Versions registered since the champion got its stage, up to this one and with it."""
+    """Versions registered since the champion got its stage, this version included."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a version is judged by.
+    """A version and all facts that it is judged by.
 
-    name: of the model; adapter: its folder; files: {name: SHA-256} from when it was registered; metrics, merge: the
-    JSON that evaluate and merge wrote; rows: evaluate's table with one row a test row (id, tokens, adapter_loss).
+    Attributes:
+        name: the model's name.
+        version: the version's number.
+        adapter: the adapter's folder.
+        files: {file name: SHA-256} of the adapter, as registered.
+        metrics: the JSON that the evaluate stage wrote.
+        merge: the JSON that the merge stage wrote.
+        rows: the evaluation's table with one row per test row (id, tokens, adapter_loss).
     """
 
     name: str
@@ -42,63 +48,68 @@ class Candidate:
     merge: Mapping[str, Any]
     rows: "pyarrow.Table"
     control: "pyarrow.Table | None" = None
-    """Losses of base and adapter on the control set; None where it was not measured."""
+    """Losses of base and adapter on the control set; None if it was not measured."""
     evidence: Mapping[Path, str | None] = field(default_factory=dict)
-    """{file of the evaluation or the merge: its SHA-256 from when the version was registered, None if it has none}"""
+    """{file of the evaluation or the merge: its registered SHA-256, None if it was registered without}"""
     record: Mapping[str, Any] = field(default_factory=dict)
     """The version's lineage record."""
     unmeasured: tuple[str, ...] = ()
-    """What the rules ask for and the version was not measured by, in words."""
+    """Differences between the evaluation's settings and the settings that the rules require, in words."""
     content: str | None = None
-    """The adapter's digest, as the version's tag tells it."""
+    """SHA-256 of the adapter, from the version's tag."""
     signature: Signature | None = None
-    """Of the version's tag; None where none is asked for."""
+    """Signature of the version's tag; None if signatures are not required."""
     approved_by: tuple[str, ...] = ()
-    """Different people, without who registered it."""
+    """People who approved the version, without the person who registered it."""
     unsigned_approvals: int = 0
-    """Approvals that do not count, because no listed signer made them."""
-    taken_back: str | None = None
-    """How the stage was taken back from this adapter, by a rollback for example; None: it was not."""
+    """Number of approvals that do not count because no listed person signed them."""
+    withdrawn: str | None = None
+    """How this adapter lost the stage, for example by a rollback; None if it did not."""
     again: bool = False
-    """Whether somebody asked for it all the same."""
-    looks: Looks | None = None
+    """A person asked to judge the version although it was withdrawn."""
+    reuse: HoldoutReuse | None = None
 
 
-class Remeasured(NamedTuple):
-    """A version on the other one's test rows; tables of id, tokens, adapter_loss."""
+class Reevaluation(NamedTuple):
+    """Losses of one version on the other version's test rows; tables with id, tokens, adapter_loss."""
 
     rows: "pyarrow.Table"
+    """Test rows that the version was neither trained nor validated on."""
     left_out: int
-    """Test rows that it had been trained or validated on; they are not among `rows`."""
+    """Number of test rows that the version was trained or validated on."""
     all_rows: "pyarrow.Table | None" = None
-    """Those as well; None where they were not measured."""
+    """All test rows, learned ones included; None if those were not measured."""
 
 
 @dataclass(frozen=True)
 class Champion:
-    """The version that holds the stage now, and what it was judged by."""
+    """The version that holds the stage now, and the facts that it was judged by."""
 
     version: str
     evaluation_set: str
     base_model: str
     rows: "pyarrow.Table"
     loss_function: str | None = None
-    """What its test loss is; None: it was registered before that was written down, when it was that of tokens."""
-    measure_again: Callable[[], Remeasured] | None = None
-    """Measures it on the candidate's test rows, which takes a while; None: it may not be."""
-    measure_candidate: Callable[[], Remeasured] | None = None
-    """Measures the candidate on this version's test rows, which takes a while; None: it may not be."""
+    """Kind of the test loss; None in old records, where it is the cross entropy of tokens."""
+    reevaluate_champion: Callable[[], Reevaluation] | None = None
+    """Measures the champion on the candidate's test rows, which takes a while; None if the rules forbid it."""
+    reevaluate_candidate: Callable[[], Reevaluation] | None = None
+    """Measures the candidate on the champion's test rows, which takes a while; None if the rules forbid it."""
     base_manifest: str | None = None
-    """The digest of the base's manifest; None: the version is from when `base_model` was that digest."""
+    """SHA-256 of the base's manifest; None in old records, where `base_model` is that digest."""
     content: str | None = None
-    """The adapter's digest, as the version's tag tells it."""
+    """SHA-256 of the adapter, from the version's tag."""
 
     @cached_property
-    def candidate_there(self) -> Remeasured | None:
-        """What `measure_candidate` finds, found once."""
-        return self.measure_candidate() if self.measure_candidate else None
+    def candidate_on_own_rows(self) -> Reevaluation | None:
+        """The candidate on the champion's test rows, measured at the first use."""
+        return self.reevaluate_candidate() if self.reevaluate_candidate else None
 
     @cached_property
-    def again(self) -> Remeasured | None:
-        """What `measure_again` finds, found once. Raises GateError where the two cannot be compared."""
-        return self.measure_again() if self.measure_again else None
+    def on_candidate_rows(self) -> Reevaluation | None:
+        """The champion on the candidate's test rows, measured at the first use.
+
+        Raises:
+            GateError: the two versions cannot be compared.
+        """
+        return self.reevaluate_champion() if self.reevaluate_champion else None

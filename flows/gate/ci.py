@@ -1,11 +1,11 @@
-"""The gate in CI: which versions a job is about, whether they are only judged or promoted, where the verdict is told.
+"""The gate in CI: selects the versions of a job, judges or promotes them, and writes the verdict.
 
-A job of any CI calls `peftcore ci` and holds no logic of its own. What triggered it is read from the variables that
-GitHub, GitLab or Jenkins set; what came of it goes to standard output, to a Markdown file and, on GitHub, to the job's
-summary and outputs.
+A job of any CI calls `peftcore ci` and has no logic of its own. The triggering event is read from the environment
+variables of GitHub, GitLab or Jenkins. The verdict goes to standard output, to a Markdown file and, on GitHub, to the
+job's summary and outputs.
 
 A pushed version is promoted only if its parent commit, which has its code and parameters, is in the default branch. So
-a version can be pushed for a pull request to be judged, and is promoted once the pull request is merged.
+a version can be judged in a pull request, and is promoted once the pull request is merged.
 """
 
 import logging
@@ -21,11 +21,13 @@ from tempfile import TemporaryDirectory
 from flows.errors import GateError, PipelineError, RegistryConflict, RegistryError
 from flows.gate.promote import Promotion, promote
 from flows.gate.report import as_markdown
-from flows.params.model import Params, load_params
+from flows.params import Params
 from flows.paths import Paths
+from flows.registry.commit_params import committed_params
 from flows.registry.pending import judged_versions, note_judged, pending_versions
 from flows.registry.project_registry import registry_of
-from flows.registry.registry import Registry, Version
+from flows.registry.reader import RegistryReader, Version
+from flows.registry.registry import Registry
 from flows.registry.synchronise import synchronise
 from flows.runtime.git import Git, GitError
 from peftcore.files import write_atomically
@@ -34,16 +36,20 @@ logger = logging.getLogger(__name__)
 NOTHING = "nothing to judge"
 NOT_MERGED = "not merged"
 ATTEMPTS = 4
-"""Times that a version is judged while other jobs are promoted first."""
+"""Attempts to promote a version while other jobs are faster."""
 DEFAULT_BRANCH = ("PEFTCORE_CI_DEFAULT_BRANCH", "CI_DEFAULT_BRANCH")
-"""Variables that tell the default branch; where none does, the remote's HEAD is asked."""
+"""Variables with the name of the default branch. If none is set, the remote's HEAD names it."""
 FETCHED = "refs/peftcore/default-branch"
 
 
 @dataclass(frozen=True)
 class Event:
-    """What triggered a job. tag: the one that was pushed; base: the branch that a pull request is to change; branch:
-    the one that the job is of, None for tags and pull requests.
+    """The event that triggered a job.
+
+    Attributes:
+        tag: the pushed tag.
+        base: the target branch of a pull request.
+        branch: the branch of the job; None for tags and pull requests.
     """
 
     tag: str | None
@@ -52,21 +58,26 @@ class Event:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Event":
+        """Read the event from the variables of GitHub, GitLab or Jenkins."""
         ref = environment.get("GITHUB_REF", "")
         tag = ref.removeprefix("refs/tags/") if ref.startswith("refs/tags/") else ""
         tags = (tag, *(environment.get(name, "") for name in ("CI_COMMIT_TAG", "TAG_NAME")))
         bases = ("GITHUB_BASE_REF", "CI_MERGE_REQUEST_TARGET_BRANCH_NAME", "CHANGE_TARGET")
-        found, base = next(filter(None, tags), None), next(filter(None, map(environment.get, bases)), None)
+        pushed, base = next(filter(None, tags), None), next(filter(None, map(environment.get, bases)), None)
         head = ref.removeprefix("refs/heads/") if ref.startswith("refs/heads/") else ""
         branches = (head, *(environment.get(name, "") for name in ("CI_COMMIT_BRANCH", "BRANCH_NAME")))
-        return cls(found, base, None if found or base else next(filter(None, branches), None))
+        return cls(pushed, base, None if pushed or base else next(filter(None, branches), None))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a job found. word: an outcome of a promotion, NOTHING or NOT_MERGED; version: None where there is none.
+    """The verdict of a job.
 
-    promotion: the one that `word` is about; judged: all that were judged, the newest version first.
+    Attributes:
+        word: the outcome of a promotion, NOTHING or NOT_MERGED.
+        version: the version that `word` is about; None if there is none.
+        promotion: the promotion that `word` is about.
+        judged: all promotions of the job, newest version first.
     """
 
     word: str
@@ -77,54 +88,64 @@ class Verdict:
 
 @dataclass(frozen=True)
 class DefaultBranch:
-    """The default branch of a remote, fetched. commit: its newest."""
+    """The fetched default branch of a remote. commit: its newest commit."""
 
     name: str
     commit: str
 
 
 def default_branch(git: Git, environment: Mapping[str, str], remote: str) -> DefaultBranch:
-    """Fetch the default branch. Raises RegistryError if nothing tells it, or it cannot be fetched."""
+    """Fetch the default branch. Raises RegistryError if its name is unknown or it cannot be fetched."""
     name = default_branch_name(git, environment, remote)
     try:
         git.run("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--", remote, f"+refs/heads/{name}:{FETCHED}")
     except GitError as error:
         raise RegistryError(
-            f"the default branch {name} of {remote} could not be fetched, and only what is in it is promoted; if it "
-            f"has another name, set {DEFAULT_BRANCH[0]}: {error}"
+            f"the default branch {name} of {remote} could not be fetched, and only versions of that branch are "
+            f"promoted; if it has another name, set {DEFAULT_BRANCH[0]}: {error}"
         ) from error
     return DefaultBranch(name, git.run("rev-parse", FETCHED).strip())
 
 
 def default_branch_name(git: Git, environment: Mapping[str, str], remote: str) -> str:
-    """The default branch as the CI names it, or else the remote's HEAD. Raises RegistryError if neither tells it."""
-    told = next(filter(None, map(environment.get, DEFAULT_BRANCH)), None)
-    if told is not None:
-        return told
+    """Return the default branch's name from the CI's variables, or else from the remote's HEAD.
+
+    Raises:
+        RegistryError: neither names a branch.
+    """
+    name = next(filter(None, map(environment.get, DEFAULT_BRANCH)), None)
+    if name is not None:
+        return name
     why = ""
     try:
-        found = re.search(
+        match = re.search(
             r"^ref: refs/heads/(\S+)\tHEAD$", git.run("ls-remote", "--symref", "--", remote, "HEAD"), re.MULTILINE
         )
     except GitError as error:
-        found, why = None, f": {error}"
-    if found is None:
+        match, why = None, f": {error}"
+    if match is None:
         raise RegistryError(
-            f"neither this CI nor the HEAD of {remote} tells which branch is the default one, and only what is in it "
-            f"is promoted; set {DEFAULT_BRANCH[0]} to its name{why}"
+            f"neither this CI nor the HEAD of {remote} names the default branch, and only versions of that branch are "
+            f"promoted; set {DEFAULT_BRANCH[0]} to its name{why}"
         )
-    return found[1]
+    return match[1]
 
 
 @contextmanager
 def rules_for(
     params: Params, paths: Paths, environment: Mapping[str, str], ref: str | None = None, remote: str = "origin"
 ) -> Iterator[Params]:
-    """The parameters to judge by, which the judged commit must not choose: those of the protected branch.
+    """Give the parameters to judge by, from the protected branch: the judged commit must not set its own rules.
 
-    params: those of the checkout, which hold for a job of neither a tag nor a pull request where nothing names such a
-    branch. ref: a branch or commit of git; None is the branch that a pull request is to change, or the default branch.
-    The list of signers comes from there too. Raises RegistryError if there are no rules to read.
+    Args:
+        params: the checkout's parameters, for a job without a tag, a pull request and a named default branch.
+        paths: the repository.
+        environment: the job's variables.
+        ref: a branch or commit of git; None is the target branch of a pull request, or the default branch.
+        remote: the git remote.
+
+    Raises:
+        RegistryError: the rules cannot be read.
     """
     event, git = Event.of(environment), Git(paths.root)
     if ref is None and event.base is not None:
@@ -134,22 +155,21 @@ def rules_for(
     if ref is None:
         yield params
         return
-    with TemporaryDirectory(prefix="peftcore-rules-") as folder:
-        rules = Paths(Path(folder))
+    with TemporaryDirectory(prefix="peftcore-signers-") as folder:
         try:
-            rules.params.write_text(git.show(ref, paths.params.name))
-            found = load_params(rules.params)
-            signers = found.gate.allowed_signers
+            rules = committed_params(git, ref)
+            signers = rules.gate.allowed_signers
             if signers is not None and not Path(signers).expanduser().is_absolute():
-                (rules.root / "signers").write_text(git.show(ref, signers))
-                gate = found.gate.model_copy(update={"allowed_signers": str(rules.root / "signers")})
-                found = found.model_copy(update={"gate": gate})
+                copy = Path(folder) / "signers"
+                copy.write_text(git.show(ref, signers))
+                gate = rules.gate.model_copy(update={"allowed_signers": str(copy)})
+                rules = rules.model_copy(update={"gate": gate})
         except GitError as error:
             raise RegistryError(
                 f"the rules could not be read from {ref} ({error}); clone with all branches, or name the branch or "
-                "commit that has them by --rules or PEFTCORE_CI_RULES"
+                "commit of the rules by --rules or PEFTCORE_CI_RULES"
             ) from error
-        yield found
+        yield rules
 
 
 def judge(
@@ -161,18 +181,26 @@ def judge(
     dry_run: bool | None = None,
     remote: str = "origin",
 ) -> Verdict:
-    """Judge what an event is about, promote it where `dry_run` is false, and tell of it; also where that fails.
+    """Judge the versions of an event, promote one unless `dry_run`, and write the report, also after an error.
 
-    What is promoted without `version` has to be in the default branch: the version of a pushed tag or of a pull
-    request, or else each that is newer than the holder of the stage and was not judged against it, until one passes.
+    Without `version`, only versions of the default branch are promoted: the version of a pushed tag, or each version
+    that is newer than the holder of the stage and was not judged against it, newest first, until one passes.
 
-    params: the rules, see `rules_for`. environment: the job's, which says what triggered it and where GitHub wants
-    summary and outputs. report: where the Markdown goes. version: None is that of the event. dry_run: None promotes
-    on the push of a version's tag and in a job of the default branch. remote: the git remote that decides between jobs.
-    Raises GateError if the gate refuses all, RegistryConflict if other jobs promoted first each time.
+    Args:
+        params: the rules, from `rules_for`.
+        paths: the repository.
+        environment: the job's variables, which name the event and GitHub's files for summary and outputs.
+        report: the Markdown file to write.
+        version: the version to judge; None selects by the event.
+        dry_run: judge only; None promotes on the push of a version's tag and in a job of the default branch.
+        remote: the git remote that decides between jobs.
+
+    Raises:
+        GateError: the gate refuses all versions.
+        RegistryConflict: other jobs were faster at each attempt.
     """
-    tell, told = partial(_tell, environment, report), list[str]()
-    event, number = Event.of(environment), version or None  # an input that is left empty names none
+    tell, sections = partial(_tell, environment, report), list[str]()
+    event, number = Event.of(environment), version or None  # an empty input names no version
     try:
         registry = registry_of(params, paths.root, sign=True)
         dry = not _promotes(registry.git, event, environment, remote) if dry_run is None else dry_run
@@ -180,11 +208,11 @@ def judge(
             number = synchronise(registry, remote).get(number or "", number)
         if not dry and number is None and event.tag is None and event.base is None:
             default = default_branch(registry.git, environment, remote)
-            verdict = _catch_up(params, paths, registry, default, remote, tell, told)
+            verdict = _catch_up(params, paths, registry, default, remote, tell, sections)
         else:
-            verdict = _judge_one(params, paths, registry, environment, number, dry, remote, tell, told)
+            verdict = _judge_one(params, paths, registry, environment, number, dry, remote, tell, sections)
     except PipelineError as error:
-        tell_error(environment, report, error, number, told)
+        tell_error(environment, report, error, number, sections)
         raise
     if verdict.promotion is not None and not verdict.promotion.accepted:
         raise GateError(verdict.promotion.sentence)
@@ -198,7 +226,7 @@ def tell_error(
     version: str | None = None,
     earlier: Sequence[str] = (),
 ) -> None:
-    """Tell that a job came to no verdict. earlier: reports (Markdown) of the versions that it judged before."""
+    """Write the report of a job without a verdict. earlier: reports (Markdown) of versions judged before the error."""
     word = "conflict" if isinstance(error, RegistryConflict) else "error"
     section = f"## ❌ No verdict\n\n{escape(str(error), quote=False)}\n"
     _tell(environment, report, word, version, "\n".join([*earlier, section]))
@@ -213,35 +241,36 @@ def _judge_one(
     dry: bool,
     remote: str,
     tell: Callable[[str, str | None, str], None],
-    told: list[str],
+    sections: list[str],
 ) -> Verdict:
-    """Judge one version: `number`, or that of the event, which is promoted only if it is in the default branch.
+    """Judge one version: `number`, or the event's version, which is promoted only if it is in the default branch.
 
-    told: gets the report of the version, also where noting its refusal fails.
+    sections: gets the version's report, also if recording its refusal fails.
     """
-    chosen = registry.version(number) if number else _version_of(registry, Event.of(environment), remote)
+    state = registry.snapshot()
+    chosen = state.version(number) if number else _version_of(state, Event.of(environment), remote)
     if chosen is None:
-        return _none(registry, tell)
+        return _none(state, tell)
     if not dry and number is None:
         default = default_branch(registry.git, environment, remote)
-        if not _is_merged(registry, chosen, default):
-            tell(NOT_MERGED, chosen.number, f"## {_not_merged(registry, chosen, default)}\n")
+        if not _is_merged(state, chosen, default):
+            tell(NOT_MERGED, chosen.number, f"## {_not_merged(state, chosen, default)}\n")
             return Verdict(NOT_MERGED, chosen.number, None)
     promotion = _promote(params, paths, chosen.number, dry, remote)
-    told.append(as_markdown(promotion))
+    sections.append(as_markdown(promotion))
     if not dry and not promotion.accepted:
-        note_judged(registry, params, chosen, remote)
-    tell(promotion.outcome, chosen.number, told[0])
+        note_judged(registry.snapshot(), params, chosen, remote)
+    tell(promotion.outcome, chosen.number, sections[0])
     return Verdict(promotion.outcome, chosen.number, promotion, (promotion,))
 
 
-def _none(registry: Registry, tell: Callable[[str, str | None, str], None]) -> Verdict:
+def _none(registry: RegistryReader, tell: Callable[[str, str | None, str], None]) -> Verdict:
     tell(NOTHING, None, f"## {registry.name} has no version yet; `peftcore run` makes one\n")
     return Verdict(NOTHING, None, None)
 
 
 def _promotes(git: Git, event: Event, environment: Mapping[str, str], remote: str) -> bool:
-    """Whether an event promotes: a version's tag, and a job of the default branch."""
+    """Return True if an event promotes: the push of a version's tag, or a job of the default branch."""
     if event.tag is not None or event.branch is None:
         return event.tag is not None
     return event.branch == default_branch_name(git, environment, remote)
@@ -254,45 +283,48 @@ def _catch_up(
     default: DefaultBranch,
     remote: str,
     tell: Callable[[str, str | None, str], None],
-    told: list[str],
+    sections: list[str],
 ) -> Verdict:
-    """Judge the waiting versions, the newest first, until one is promoted.
+    """Judge the waiting versions, newest first, until one is promoted.
 
-    A refusal is noted at the remote, so no later job judges the version again, and only this one can tell of it. So
-    `told` gets the reports also where another version cannot be judged, whose error is raised if none is promoted.
+    A refusal is recorded at the remote, so no later job judges the version again, and only this job reports it. So
+    `sections` gets all reports even if another version cannot be judged. That error is raised if none is promoted.
     """
     judged, failures = list[Promotion](), dict[Version, PipelineError]()
-    waiting = pending_versions(registry, params, judged_versions(registry, remote))
-    for version in (version for version in waiting if _is_merged(registry, version, default)):
+    state = registry.snapshot()
+    waiting = pending_versions(state, params, judged_versions(state, remote))
+    for version in (version for version in waiting if _is_merged(state, version, default)):
         try:
             promotion = _promote(params, paths, version.number, False, remote)
         except RegistryConflict:
             raise
-        except PipelineError as error:  # a version that cannot be judged must not keep older ones from it
+        except PipelineError as error:  # older versions are judged even if this version cannot be
             logger.warning("%s could not be judged: %s", version.tag, error)
             failures[version] = error
             continue
         judged.append(promotion)
-        told.append(as_markdown(promotion))
+        sections.append(as_markdown(promotion))
         if promotion.accepted:
             break
-        note_judged(registry, params, version, remote)
-    told += [f"## ❌ {one.tag} was not judged\n\n{escape(str(why), quote=False)}\n" for one, why in failures.items()]
+        note_judged(registry.snapshot(), params, version, remote)
+    sections += [
+        f"## ❌ {one.tag} was not judged\n\n{escape(str(why), quote=False)}\n" for one, why in failures.items()
+    ]
     if failures and not any(promotion.accepted for promotion in judged):
         raise next(iter(failures.values()))
-    if not registry.versions():
-        return _none(registry, tell)
+    if not state.versions():
+        return _none(state, tell)
     if not judged:
-        others = [_not_merged(registry, version, default) for version in waiting]
+        others = [_not_merged(state, version, default) for version in waiting]
         tell(NOTHING, None, "\n".join(["## Nothing to judge\n", *others]) + "\n")
         return Verdict(NOTHING, None, None)
     decisive = next((one for one in judged if one.accepted), judged[0])
-    tell(decisive.outcome, decisive.version, "\n".join(told))
+    tell(decisive.outcome, decisive.version, "\n".join(sections))
     return Verdict(decisive.outcome, decisive.version, decisive, tuple(judged))
 
 
 def _promote(params: Params, paths: Paths, version: str, dry_run: bool, remote: str) -> Promotion:
-    """Judge, again where another job promoted meanwhile: then there is another holder of the stage to compare with."""
+    """Judge a version, and judge it again if another job promoted meanwhile: the stage has another holder then."""
     for _ in range(ATTEMPTS - 1):
         try:
             return promote(params, paths, version, dry_run, None if dry_run else remote)
@@ -301,51 +333,51 @@ def _promote(params: Params, paths: Paths, version: str, dry_run: bool, remote: 
     return promote(params, paths, version, dry_run, None if dry_run else remote)
 
 
-def _version_of(registry: Registry, event: Event, remote: str) -> Version | None:
-    """The version whose tag was pushed; or the newest that a pull request's branch registered; or the newest."""
+def _version_of(registry: RegistryReader, event: Event, remote: str) -> Version | None:
+    """Return the pushed tag's version; else the newest version of a pull request's branch; else the newest version."""
     versions = registry.versions()
     if event.tag is not None:
         return _tagged(registry, versions, event.tag)
     if event.base is not None:
-        own = [version for version in versions if _is_of_branch(registry, version, f"{remote}/{event.base}")]
-        versions = own or versions
+        of_branch = [version for version in versions if _is_of_branch(registry, version, f"{remote}/{event.base}")]
+        versions = of_branch or versions
     return versions[-1] if versions else None
 
 
-def _is_merged(registry: Registry, version: Version, default: DefaultBranch) -> bool:
+def _is_merged(registry: RegistryReader, version: Version, default: DefaultBranch) -> bool:
     return _contains(registry.git, default.commit, f"{version.commit}^")
 
 
-def _not_merged(registry: Registry, version: Version, default: DefaultBranch) -> str:
+def _not_merged(registry: RegistryReader, version: Version, default: DefaultBranch) -> str:
     try:
         parent = registry.git.run("rev-parse", f"{version.commit}^").strip()[:10]
     except GitError:
         parent = "of its parent, which was not cloned (clone with the whole history)"
     return (
         f"{registry.name} {version.number} waits: the commit {parent} that it was made from is not in {default.name}. "
-        f"A push to {default.name} that contains it promotes; `peftcore ci --promote --version {version.number}` "
-        "promotes it all the same"
+        f"A push to {default.name} that contains the commit promotes the version; "
+        f"`peftcore ci --promote --version {version.number}` promotes it now"
     )
 
 
-def _tagged(registry: Registry, versions: list[Version], tag: str) -> Version:
-    """Raises RegistryError, saying what fits, unless the tag is a version's."""
-    found = next((version for version in versions if version.tag == tag), None)
-    if found is not None:
-        return found
+def _tagged(registry: RegistryReader, versions: list[Version], tag: str) -> Version:
+    """Return the version of a tag. Raises RegistryError that lists the versions there are."""
+    tagged = next((version for version in versions if version.tag == tag), None)
+    if tagged is not None:
+        return tagged
     there = ", ".join(version.tag for version in versions) or "none"
     if re.fullmatch(re.escape(registry.name) + r"@v\d+\.\d+\.\d+", tag):
-        why = "is not an annotated tag here, or was taken back"
+        why = "is not an annotated tag here, or was withdrawn"
     else:
-        why = f"names no version of {registry.name} (they look like {registry.name}@v0.1.0)"
+        why = f"names no version of {registry.name} (such as {registry.name}@v0.1.0)"
     raise RegistryError(
         f"the tag {tag} {why}, so there is nothing to promote; there is: {there}. Clone with all tags and their "
         "history, and let the job run for tags of versions only"
     )
 
 
-def _is_of_branch(registry: Registry, version: Version, base: str) -> bool:
-    """Whether a version was made from a commit of the branch that is checked out, and not from one of `base`."""
+def _is_of_branch(registry: RegistryReader, version: Version, base: str) -> bool:
+    """Return True if a version was made from a commit of the checked-out branch that is not in `base`."""
     parent = f"{version.commit}^"
     return _contains(registry.git, "HEAD", parent) and not _contains(registry.git, base, parent)
 
@@ -353,7 +385,7 @@ def _is_of_branch(registry: Registry, version: Version, base: str) -> bool:
 def _contains(git: Git, branch: str, commit: str) -> bool:
     try:
         return git.run("rev-list", "--max-count=1", commit, f"^{branch}").strip() == ""
-    except GitError:  # a base or a parent that was not cloned contains nothing
+    except GitError:  # the base or the parent was not cloned
         return False
 
 
@@ -363,7 +395,7 @@ def _tell(environment: Mapping[str, str], report: Path, word: str, version: str 
         with Path(summary).open("a", encoding="utf-8") as file:
             file.write(markdown + "\n")
     if outputs := environment.get("GITHUB_OUTPUT"):
-        # a new line in a value would begin an output of somebody else's choice
+        # a newline in a value would begin another output
         pairs = {"verdict": word, "version": version or "", "report": str(report.resolve())}
         lines = [f"{name}={' '.join(value.split())}\n" for name, value in pairs.items()]
         with Path(outputs).open("a", encoding="utf-8") as file:

@@ -1,11 +1,11 @@
-"""The promotion gate: ordered checks on a candidate; it refuses with every reason that it has found.
+"""The promotion gate: ordered checks of a candidate. A refusal names every check that failed.
 
-Where the candidate's files are not what was registered, nothing else is looked at, for all other checks read them. All
-limits on its figures are checked. It is compared with the champion, which may mean to measure again, only if it is
-within them.
+If the candidate's files differ from the registered ones, no further check is made, because all other checks read these
+files. All limits on the candidate's own figures are checked. The comparison with the champion, which may need a
+re-evaluation, is made only if the candidate is within those limits.
 
-The gate reads the candidate's adapter folder and changes nothing. Losses are those of the test rows: mean nats per
-supervised token, or of what the objective says.
+The gate reads the candidate's adapter folder and changes nothing. Losses are losses of test rows: mean nats per
+supervised token, or the unit of the objective.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,25 +13,25 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from flows.gate.candidate import Candidate, Champion, Outcome
+from flows.gate.candidate import Candidate, Champion, CheckResult
 from flows.gate.checks import champion as against
 from flows.gate.checks import figures, files, people
 from flows.gate.checks.evidence import evidence
 from flows.gate.checks.forgetting import forgetting
-from flows.gate.checks.measured import measured_as_asked
-from flows.params.model import Gate, Merge
+from flows.gate.checks.measured import evaluation_settings
+from flows.params import Gate, Merge
 
 DECISIVE = frozenset(
-    ("not taken back", "allowed files", "manifest", "evidence", "measured as asked", "signature", "finite weights")
+    ("not withdrawn", "allowed files", "manifest", "evidence", "evaluation settings", "signature", "finite weights")
 )
-"""Checks of what the others read; after one that fails no other is made."""
+"""Checks that later checks depend on. If one fails, no further check is made."""
 COMPARING = frozenset(("against the champion", "the champion's rows", "slices"))
-"""Checks against the champion, made only while no other has failed."""
+"""Comparisons with the champion, made only if no earlier check has failed."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check's outcome; detail: what was found and what is allowed."""
+    """The result of one check. detail: what was measured and what is allowed."""
 
     name: str
     passed: bool
@@ -48,39 +48,47 @@ class GateReport:
 
     @property
     def passed(self) -> bool:
+        """True if every check passed."""
         return all(check.passed for check in self.checks)
 
     @property
     def reason(self) -> str | None:
-        """Every check that the candidate fails, with its detail; None if it passes all."""
+        """All failed checks with their details; None if every check passed."""
         failed = [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
         return "; ".join(failed) or None
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON takes it."""
         return {**asdict(self), "passed": self.passed, "reason": self.reason}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "GateReport":
+        """Return the report that `as_dict` wrote."""
         return cls(value["version"], value["champion"], tuple(Check(**check) for check in value["checks"]))
 
 
 def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, merge: Merge, seed: int) -> GateReport:
-    """Judge a candidate. champion: None where the stage is free; merge: how faithful merging has to be.
+    """Judge a candidate.
 
-    seed: of the bootstrap's resamples, so that the same two versions get the same verdict.
+    Args:
+        candidate: the version to judge.
+        champion: the version that holds the stage; None if the stage is free.
+        gate: the limits.
+        merge: the limits on the merged model's fidelity.
+        seed: seed of the bootstrap's resamples, so that two versions always get the same verdict.
     """
-    checks: list[tuple[str, Callable[[], Outcome]]] = [
-        ("not taken back", lambda: people.not_taken_back(candidate, gate)),
+    checks: list[tuple[str, Callable[[], CheckResult]]] = [
+        ("not withdrawn", lambda: people.not_withdrawn(candidate, gate)),
         ("allowed files", lambda: files.allowed_files(candidate)),
         ("manifest", lambda: files.manifest(candidate)),
         ("evidence", lambda: evidence(candidate)),
-        ("measured as asked", lambda: measured_as_asked(candidate)),
+        ("evaluation settings", lambda: evaluation_settings(candidate)),
         ("signature", lambda: people.signature(candidate, gate)),
         ("finite weights", lambda: files.finite_weights(candidate)),
         ("test loss", lambda: figures.test_loss(candidate, gate)),
         ("gain in loss", lambda: figures.gain_in_loss(candidate, gate)),
         ("gain in ROUGE-L", lambda: figures.figure(candidate, "gain", "rouge_l", gate.min_rouge_l_gain)),
-        ("answers that end", lambda: figures.ended(candidate, gate)),
+        ("EOS rate", lambda: figures.eos_rate(candidate, gate)),
         ("against the champion", lambda: against.against_the_champion(candidate, champion, gate, seed)),
         ("the champion's rows", lambda: against.on_the_champions_rows(candidate, champion, gate, seed)),
         ("slices", lambda: against.slices(candidate, champion, gate, seed)),
@@ -93,12 +101,12 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
     if gate.min_accuracy is not None:
         accuracy = ("accuracy", partial(figures.figure, candidate, "adapter", "accuracy", gate.min_accuracy))
         checks.insert([name for name, _ in checks].index("against the champion"), accuracy)
-    made: list[Check] = []
+    results: list[Check] = []
     for name, check in checks:
-        refused = not all(each.passed for each in made)
+        refused = not all(each.passed for each in results)
         if refused and name in COMPARING:
             continue
-        made.append(Check(name, *check()))
-        if name in DECISIVE and not made[-1].passed:
+        results.append(Check(name, *check()))
+        if name in DECISIVE and not results[-1].passed:
             break
-    return GateReport(candidate.version, champion.version if champion else None, tuple(made))
+    return GateReport(candidate.version, champion.version if champion else None, tuple(results))

@@ -1,4 +1,7 @@
-"""Promote a version: judge it by the gate against the champion, then give it the stage as a compare-and-swap."""
+"""Promote a version: judge it by the gate against the champion, then give it the stage as a compare-and-swap.
+
+A decision reads the registry once. All parts of the decision use this snapshot, and the compare-and-swap refers to it.
+"""
 
 import json
 from collections.abc import Sequence
@@ -16,43 +19,45 @@ from flows.errors import RegistryError, StageError
 from flows.gate.candidate import Candidate, Champion
 from flows.gate.checks.measured import unmeasured
 from flows.gate.gate import GateReport, evaluate_gate
-from flows.gate.looks import looks_of
-from flows.gate.reevaluation import measure_again, measure_candidate
-from flows.params.model import Params
+from flows.gate.holdout_reuse import reuse_of
+from flows.gate.reevaluation import reevaluate_candidate, reevaluate_champion
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.approvals import approvals, unsigned_approvals
 from flows.registry.lineage import read_json
 from flows.registry.project_registry import registry_of
+from flows.registry.reader import Assignment, RegistryReader, Version
 from flows.registry.registered_files import check_adapter, files_of
-from flows.registry.registry import Assignment, Registry, Version
+from flows.registry.registry import Registry
 from flows.registry.signatures import allowed_signers, signature_of
 from flows.registry.synchronise import synchronise
 from peftcore.files import MANIFEST, damaged_files, sha256, write_atomically
 
-Outcome = Literal["promoted", "already", "refused", "would promote", "rolled back"]
+PromotionOutcome = Literal["promoted", "already", "refused", "would promote", "rolled back"]
 _REPORT = "Gate report: "
-FOUNDED = (
+OPTIONAL_COLUMNS = (
     *("slice", "weight", "base_loss", "label"),
     *(f"{side}_{name}" for side in ("base", "adapter") for name in ("rouge_l", "ended", "margin", "prediction")),
 )
-"""Columns of the rows, where there are any, that figures follow from."""
-CONTROL = ("tokens", "base_loss", "adapter_loss")
-"""Columns of the control set's losses that are judged."""
+"""Columns of the evaluation's rows that some objectives have."""
+CONTROL_COLUMNS = ("tokens", "base_loss", "adapter_loss")
+"""Columns of the control set's losses."""
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What came of it. report: None only where somebody gave the stage without the gate, by hand."""
+    """The result of a promotion or a rollback. report: None if the stage was given by hand, without the gate."""
 
     name: str
     version: str
     stage: str
-    outcome: Outcome
+    outcome: PromotionOutcome
     tag: str | None
     report: GateReport | None
 
     @property
     def accepted(self) -> bool:
+        """True unless the gate refused."""
         return self.outcome != "refused"
 
     @property
@@ -69,6 +74,7 @@ class Promotion:
         return f"{model} {'is' if self.outcome == 'promoted' else 'would become'} {self.stage}"
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the result as JSON takes it."""
         fields = {name: getattr(self, name) for name in ("name", "version", "stage", "outcome", "tag")}
         return {**fields, "report": self.report.as_dict() if self.report else None}
 
@@ -83,26 +89,35 @@ def promote(
 ) -> Promotion:
     """Judge a version and, if it passes, give it the stage `gate.stage`.
 
-    params: the rules; what the version was measured by has to be what they ask for. version: its number; None is the
-    one of the last run. dry_run: judge only. push_to: a git remote that must agree. again: judge it even if the stage
-    was taken back from it, as by a rollback.
-    The result is kept in reports/promotion.json, for the page. Raises RegistryConflict if the stage changed hands
-    while the gate was at work.
+    The result is written to reports/promotion.json for the review page.
+
+    Args:
+        params: the rules to judge by.
+        paths: the repository.
+        version: the version's number; None is the version of the last run.
+        dry_run: judge only.
+        push_to: a git remote that has to accept the promotion.
+        again: judge the version even if it lost the stage, for example by a rollback.
+
+    Raises:
+        RegistryConflict: another writer was faster; judge the version again.
+        RegistryError: the version or its files cannot be used.
+        StageError: no version was registered, or a re-evaluation failed.
     """
     registry = registry_of(params, paths.root, sign=True)
     if push_to is not None:
         version = synchronise(registry, push_to).get(version or "", version)
-    # before anything is compared: whoever promotes after this makes our tag impossible
-    looked_at = registry.last_event()
-    chosen = registry.version(version) if version else last_version(registry, paths)
-    holder = registry.stages().get(params.gate.stage)
+    # read before anything is compared: a promotion by another writer after this makes our tag impossible
+    state = registry.snapshot()
+    chosen = state.version(version) if version else last_version(state, paths)
+    holder = state.stages().get(params.gate.stage)
     if holder is not None and holder.version == chosen.number:
         if push_to is not None and not dry_run:
             registry.push_again(push_to, chosen, holder)
         promotion = Promotion(registry.name, chosen.number, params.gate.stage, "already", None, _report_of(holder))
     else:
-        report = _judge(params, paths, registry, chosen, holder, version is None, again)
-        promotion = _decide(params, registry, chosen, report, looked_at, dry_run, push_to)
+        report = _judge(params, paths, state, chosen, holder, version is None, again)
+        promotion = _decide(params, registry, chosen, report, state.last_event(), dry_run, push_to)
     if not dry_run:
         write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
@@ -111,44 +126,56 @@ def promote(
 def roll_back(
     params: Params, paths: Paths, reason: str, version: str | None = None, push_to: str | None = None
 ) -> Promotion:
-    """Give the stage back to a version that had it before; the tag says who did it, why, and from which version.
+    """Give the stage back to a version that had it before, without the gate.
 
-    version: its number; None is the one that had it last before the present holder. Its files have to be those that
-    were registered; the gate is not asked again, what it said then is in the tag. Raises RegistryError.
+    The version's files have to be the registered ones. The tag keeps the author, the reason, the replaced version, and
+    the gate's report from the version's own promotion.
+
+    Args:
+        params: the parameters; `gate.stage` is the stage.
+        paths: the repository.
+        reason: the reason, which the tag keeps.
+        version: the version's number; None is the holder before the present one.
+        push_to: a git remote that has to accept the rollback.
+
+    Raises:
+        RegistryError: no such version had the stage, or its files are damaged.
+        RegistryConflict: another writer was faster.
     """
     registry, stage = registry_of(params, paths.root, sign=True), params.gate.stage
     if not reason.strip():
         raise RegistryError("a rollback needs a reason, which its tag keeps; give --reason")
-    looked_at, holder, past = registry.last_event(), registry.stages().get(stage), registry.holders(stage)
+    state = registry.snapshot()
+    holder = state.stages().get(stage)
     if holder is None:
         raise RegistryError(f"nothing is {stage}, so there is nothing to roll back; use `peftcore promote`")
-    earlier = [one for one in past if one.version not in (None, holder.version)]
-    found = next((one for one in reversed(earlier) if version in (None, one.version)), None)
-    if found is None or found.version is None:
+    earlier = [one for one in state.holders(stage) if one.version not in (None, holder.version)]
+    target = next((one for one in reversed(earlier) if version in (None, one.version)), None)
+    if target is None or target.version is None:
         there = ", ".join(dict.fromkeys(one.version for one in earlier if one.version)) or "none"
         never = f"no version was {stage} before" if version is None else f"{version} was never {stage} before"
         raise RegistryError(
             f"{never} {holder.version}, so it cannot be rolled back to; these were: {there}. "
-            "`peftcore promote --version` judges any other"
+            "`peftcore promote --version` judges any other version"
         )
-    chosen = registry.version(found.version)
-    with files_of(paths, registry, chosen, [paths.adapter]) as where:
-        check_adapter(where.adapter, registry, chosen)
-    report = _report_of(found)
+    chosen = state.version(target.version)
+    with files_of(paths, state, chosen, [paths.adapter]) as where:
+        check_adapter(where.adapter, state, chosen)
+    report = _report_of(target)
     lines = [
         f"{registry.name} {chosen.number} becomes {stage} again, in place of {holder.version or holder.commit}",
         "",
     ]
     lines += [f"Reason: {' '.join(reason.split())}", ""]
     lines += [] if report is None else [_REPORT + json.dumps(report.as_dict())]
-    tag = registry.assign(stage, chosen, looked_at, "\n".join(lines).rstrip() + "\n", push_to)
+    tag = registry.assign(stage, chosen, state.last_event(), "\n".join(lines).rstrip() + "\n", push_to)
     promotion = Promotion(registry.name, chosen.number, stage, "rolled back", tag, report)
     write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
 
 
-def last_version(registry: Registry, paths: Paths) -> Version:
-    """The version that the last run registered; where it has been renumbered since, its record is written again."""
+def last_version(registry: RegistryReader, paths: Paths) -> Version:
+    """Return the version that the last run registered; if it was renumbered since, its local record is updated."""
     record = last_record(paths)
     version = registry.version(record["version"])
     if version.content == record["adapter"]["content"]:
@@ -157,7 +184,7 @@ def last_version(registry: Registry, paths: Paths) -> Version:
     renumbered = registry.registered(record["adapter"]["content"], record["evidence"])
     if renumbered is None:
         raise RegistryError(
-            f"{version.tag} is another version than the one that {paths.version.name} tells of, and that one is not "
+            f"{version.tag} is not the version in {paths.version.name}, and the version in {paths.version.name} is not "
             "registered; run `peftcore run` to register it"
         )
     write_atomically(paths.version, json.dumps(registry.record(renumbered), indent=2) + "\n")
@@ -165,14 +192,14 @@ def last_version(registry: Registry, paths: Paths) -> Version:
 
 
 def last_record(paths: Paths) -> dict[str, Any]:
-    """The record of the version that the last run registered. Raises StageError if there is none."""
+    """Return the record of the version that the last run registered. Raises StageError if there is none."""
     if not paths.version.exists():
         raise StageError(f"{paths.version} is missing: no version was registered yet; use `peftcore run`")
     return read_json(paths.version)
 
 
 def read_promotion(paths: Paths, version: str) -> Promotion | None:
-    """What became of the last promotion, if it was of this version; None otherwise."""
+    """Return the result of the last promotion if it was of this version; None otherwise."""
     if not paths.promotion.exists():
         return None
     value = read_json(paths.promotion)
@@ -185,23 +212,23 @@ def read_promotion(paths: Paths, version: str) -> Promotion | None:
 def _judge(
     params: Params,
     paths: Paths,
-    registry: Registry,
+    state: RegistryReader,
     chosen: Version,
     holder: Assignment | None,
     from_run: bool,
     again: bool,
 ) -> GateReport:
-    wanted = (paths.adapter, *(paths.root / name for name in registry.record(chosen)["evidence"]))
-    with nullcontext(paths) if from_run else files_of(paths, registry, chosen, wanted) as where:
-        candidate = _candidate(params, paths, registry, chosen, holder, where, again)
-        champion = _champion(paths, registry, holder, candidate)
-        if champion is not None and params.gate.champion.remeasure:
-            version, of = registry.version(champion.version), None if from_run else chosen
-            measured = (params, paths, registry, version, candidate, of)
+    wanted = (paths.adapter, *(paths.root / name for name in state.record(chosen)["evidence"]))
+    with nullcontext(paths) if from_run else files_of(paths, state, chosen, wanted) as where:
+        candidate = _candidate(params, paths, state, chosen, holder, where, again)
+        champion = _champion(paths, state, holder, candidate)
+        if champion is not None and params.gate.champion.reevaluate:
+            version, of = state.version(champion.version), None if from_run else chosen
+            arguments = (params, paths, state, version, candidate, of)
             champion = replace(
                 champion,
-                measure_again=partial(measure_again, *measured),
-                measure_candidate=partial(measure_candidate, *measured),
+                reevaluate_champion=partial(reevaluate_champion, *arguments),
+                reevaluate_candidate=partial(reevaluate_candidate, *arguments),
             )
         return evaluate_gate(candidate, champion, params.gate, params.merge, params.project.seed)
 
@@ -230,20 +257,20 @@ def _decide(
 def _candidate(
     params: Params,
     paths: Paths,
-    registry: Registry,
+    state: RegistryReader,
     version: Version,
     holder: Assignment | None,
     at: Paths,
     again: bool,
 ) -> Candidate:
     allowed = allowed_signers(params.gate, paths.root)
-    tag = registry.git.tags(version.tag)[0]
-    control, record, metrics = at.evaluation_control, registry.record(version), read_json(at.evaluation_metrics)
+    tag = state.tags(version.tag)[0]
+    control, record, metrics = at.evaluation_control, state.record(version), read_json(at.evaluation_metrics)
     registered = {at.root / name: digest for name, digest in record["evidence"].items()}
     needed = {at.evaluation_metrics, at.evaluation_rows, at.merge_report, *([control] if control.exists() else [])}
-    approved = approvals(registry, version, allowed)
+    approved = approvals(state, version, allowed)
     return Candidate(
-        name=registry.name,
+        name=state.name,
         version=version.number,
         adapter=at.adapter,
         files=record["adapter"]["files"],
@@ -253,21 +280,21 @@ def _candidate(
         unmeasured=tuple(unmeasured(record, metrics, params)),
         merge=read_json(at.merge_report),
         rows=_read_rows(at.evaluation_rows),
-        control=_read_table(control, CONTROL) if control.exists() else None,
+        control=_read_table(control, CONTROL_COLUMNS) if control.exists() else None,
         content=version.content,
-        signature=signature_of(registry.git, tag, allowed) if allowed else None,
+        signature=signature_of(state.git, tag, allowed) if allowed else None,
         approved_by=tuple(one.who for one in approved),
-        unsigned_approvals=0 if allowed is None else len(unsigned_approvals(registry, version, allowed)),
-        taken_back=_taken_back(registry, version, params.gate.stage),
+        unsigned_approvals=0 if allowed is None else len(unsigned_approvals(state, version, allowed)),
+        withdrawn=_withdrawn(state, version, params.gate.stage),
         again=again,
-        looks=looks_of(registry, version, holder),
+        reuse=reuse_of(state, version, holder),
     )
 
 
-def _taken_back(registry: Registry, version: Version, stage: str) -> str | None:
-    """How the stage was taken back from this version's adapter, under this number or another; None: it was not."""
-    contents = {one.number: one.content for one in registry.versions()}
-    for number, how in registry.taken_back(stage).items():
+def _withdrawn(state: RegistryReader, version: Version, stage: str) -> str | None:
+    """Return how this version's adapter lost the stage, under this number or another; None if it did not."""
+    contents = {one.number: one.content for one in state.versions()}
+    for number, how in state.withdrawn(stage).items():
         if number == version.number:
             return how
         if version.content is not None and contents.get(number) == version.content:
@@ -275,22 +302,22 @@ def _taken_back(registry: Registry, version: Version, stage: str) -> str | None:
     return None
 
 
-def _champion(paths: Paths, registry: Registry, holder: Assignment | None, candidate: Candidate) -> Champion | None:
+def _champion(paths: Paths, state: RegistryReader, holder: Assignment | None, candidate: Candidate) -> Champion | None:
     if holder is None:
         return None
     if holder.version is None:
-        tag = f"{registry.name}#{holder.stage}#{holder.event}"
+        tag = f"{state.name}#{holder.stage}#{holder.event}"
         raise RegistryError(
             f"{tag} is at commit {holder.commit[:10]}, which has no version (any more), so there is nothing to compare "
-            f"with; `git tag --delete '{tag}'` takes the stage back to who held it before"
+            f"with; `git tag --delete '{tag}'` gives the stage back to its earlier holder"
         )
-    version = registry.version(holder.version)
-    record = registry.record(version)
-    with files_of(paths, registry, version, [paths.evaluation_rows]) as where:
+    version = state.version(holder.version)
+    record = state.record(version)
+    with files_of(paths, state, version, [paths.evaluation_rows]) as where:
         rows = _read_rows(where.evaluation_rows)
     base, manifest = record["base_model"], record.get("base_manifest")
     if manifest is None and not have_same_base(candidate.metrics, record):
-        base, manifest = _base_of(paths, registry, version, record)
+        base, manifest = _base_of(paths, state, version, record)
     return Champion(
         version.number,
         record["evaluation_set"],
@@ -302,36 +329,36 @@ def _champion(paths: Paths, registry: Registry, holder: Assignment | None, candi
     )
 
 
-def _base_of(paths: Paths, registry: Registry, version: Version, record: dict[str, Any]) -> tuple[str, str | None]:
-    """(identity, manifest's digest) of the base of a version whose record is from before identities.
+def _base_of(paths: Paths, state: RegistryReader, version: Version, record: dict[str, Any]) -> tuple[str, str | None]:
+    """Return (identity, manifest's digest) of the base of a version whose record has no identity.
 
-    They come from its files, because the same base saved by another release of transformers has another manifest.
+    The identity comes from the base's files: different releases of transformers save one base with different manifests.
     """
     manifest = record["base_model"]
     if paths.base.relative_to(paths.root).as_posix() not in record["dvc"]:
         return manifest, None
-    with files_of(paths, registry, version, [paths.base]) as where:
+    with files_of(paths, state, version, [paths.base]) as where:
         if sha256(where.base / MANIFEST) != manifest or damaged_files(where.base):
             raise RegistryError(
-                f"artifacts/base of {version.tag} is not what was registered: DVC's cache or remote is damaged; remove "
-                "the damaged file there and `dvc push` it again from a machine that has it"
+                f"artifacts/base of {version.tag} differs from the registered base: DVC's cache or remote is damaged; "
+                "remove the damaged file there and `dvc push` it again from a machine that has it"
             )
         return base_identity(where.base), manifest
 
 
 def _read_rows(path: Path) -> pyarrow.Table:
-    return _read_table(path, ("id", "tokens", "adapter_loss"), FOUNDED)
+    return _read_table(path, ("id", "tokens", "adapter_loss"), OPTIONAL_COLUMNS)
 
 
-def _read_table(path: Path, columns: Sequence[str], if_there: Sequence[str] = ()) -> pyarrow.Table:
+def _read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pyarrow.Table:
     try:
-        there = set(if_there) & set(parquet.read_schema(path).names)
-        return parquet.read_table(path, columns=sorted(there.union(columns)))
+        present = set(optional) & set(parquet.read_schema(path).names)
+        return parquet.read_table(path, columns=sorted(present.union(columns)))
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         raise StageError(f"{path} cannot be read ({error}); run `peftcore run` again") from error
 
 
 def _report_of(holder: Assignment) -> GateReport | None:
-    """The report that was written into the stage's own tag."""
+    """Return the gate's report from the message of the stage's tag."""
     lines = [line for line in holder.message.splitlines() if line.startswith(_REPORT)]
     return GateReport.from_dict(json.loads(lines[-1].removeprefix(_REPORT))) if lines else None

@@ -1,8 +1,7 @@
-"""Where a candidate is worse than the champion: the paired bootstrap within each slice of the test rows.
+"""Paired bootstrap within each slice of the test rows, to find slices where the candidate is worse than the champion.
 
-A slice is worse if the data say so against the chance that, of many slices, one looks bad by itself: Holm's correction
-holds the probability of refusing anything at all by chance, where no slice is truly worse than allowed, below
-1 - confidence. Slices too small to tell are looked at together.
+Of many slices, one looks bad by chance. Holm's correction keeps the probability of refusing a candidate that is in no
+slice worse than allowed below 1 - confidence. Small slices are tested together.
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy
 
 from flows.gate.bootstrap import paired_losses, resampled_means
-from flows.params.model import Slices
+from flows.params import Slices
 
 if TYPE_CHECKING:
     import pyarrow
@@ -26,17 +25,23 @@ class SliceDifference(NamedTuple):
     name: str
     rows: int
     mean: float
-    """Nats per token."""
+    """Weighted mean of the difference in nats per token."""
     p: float
-    """Of a mean as far above what is allowed, if the truth were what is allowed."""
+    """p-value of the hypothesis that the slice is no worse than allowed."""
     is_worse: bool
 
 
 def slice_differences(
     ours: "pyarrow.Table", theirs: "pyarrow.Table", rule: Slices, resamples: int, seed: int
 ) -> list[SliceDifference]:
-    """Each slice of the candidate's rows that the champion was measured on too, by name; tables as `paired_losses` has
-    them, ours with `slice`. rule: with a limit; its `min_rows` decides which are looked at together.
+    """Return the differences of all slices that both versions were evaluated on, by name.
+
+    Args:
+        ours: the candidate's table, as for `paired_losses`, with a column `slice`.
+        theirs: the champion's table.
+        rule: the limit, the confidence, and the number of rows below which slices are tested together.
+        resamples: number of bootstrap resamples, at least.
+        seed: seed of the resamples.
     """
     limit = rule.max_loss_regression or 0.0
     paired = paired_losses(ours, theirs)
@@ -49,19 +54,19 @@ def slice_differences(
     if together := [place for name in small for place in members.pop(name)]:
         members[SMALL] = together
     level = 1 - rule.confidence
-    resamples = max(resamples, math.ceil(10 * len(members) / level))  # or the smallest p there is would be too large
-    found: list[tuple[str, int, float, float]] = []
+    resamples = max(resamples, math.ceil(10 * len(members) / level))  # or the smallest possible p would be too large
+    differences: list[tuple[str, int, float, float]] = []
     for number, (name, places) in enumerate(sorted(members.items())):
-        weights, differences = paired.weights[places], (paired.ours - paired.theirs)[places]
-        means = resampled_means(weights, differences, resamples, seed + number)
+        weights, losses = paired.weights[places], (paired.ours - paired.theirs)[places]
+        means = resampled_means(weights, losses, resamples, seed + number)
         p = float((1 + (means <= limit).sum()) / (1 + resamples))
-        found.append((name, len(places), float(numpy.average(differences, weights=weights)), p))
-    worse = _holm([p for *_, p in found], level)
-    return [SliceDifference(*one, is_worse) for one, is_worse in zip(found, worse, strict=True)]
+        differences.append((name, len(places), float(numpy.average(losses, weights=weights)), p))
+    worse = _holm([p for *_, p in differences], level)
+    return [SliceDifference(*one, is_worse) for one, is_worse in zip(differences, worse, strict=True)]
 
 
 def _holm(p_values: list[float], level: float) -> list[bool]:
-    """Which hypotheses are rejected, the probability of any false rejection being at most `level` (Holm, 1979)."""
+    """Return the hypotheses to reject, with a probability of any false rejection of at most `level` (Holm, 1979)."""
     rejected = [False] * len(p_values)
     for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         if p_values[place] > level / (len(p_values) - rank):

@@ -1,1 +1,48 @@
-"""`params.yaml`: its types, its file, its overrides."""
+"""`params.yaml`: a typed section for each of its mappings, the reader of the file, and overrides of its keys."""
+
+from flows.params.data import DEMONSTRATION, DEMONSTRATION_PROMPT, Data
+from flows.params.demonstration import left_over
+from flows.params.evaluate import Control, Evaluate, Merge
+from flows.params.file import read_params
+from flows.params.gate import Champion, Gate, Register, Slices
+from flows.params.method import AutoRank, Method, Quantization
+from flows.params.overrides import apply_overrides, check_overrides, forced, parameter_sets
+from flows.params.params import Base, Params, Project, Tracking, load_params
+from flows.params.retrain import Drift, Retrain
+from flows.params.section import Section
+from flows.params.train import Classification, OnBadLoss, OnOutOfMemory, Preference, Train
+
+__all__ = [
+    "DEMONSTRATION",
+    "DEMONSTRATION_PROMPT",
+    "AutoRank",
+    "Base",
+    "Champion",
+    "Classification",
+    "Control",
+    "Data",
+    "Drift",
+    "Evaluate",
+    "Gate",
+    "Merge",
+    "Method",
+    "OnBadLoss",
+    "OnOutOfMemory",
+    "Params",
+    "Preference",
+    "Project",
+    "Quantization",
+    "Register",
+    "Retrain",
+    "Section",
+    "Slices",
+    "Tracking",
+    "Train",
+    "apply_overrides",
+    "check_overrides",
+    "forced",
+    "left_over",
+    "load_params",
+    "parameter_sets",
+    "read_params",
+]

@@ -1,4 +1,4 @@
-"""Read a typed YAML file; every problem names its line, what was given, what fits and a suggestion."""
+"""Reader for a typed YAML file. Each problem is reported with its line, the value, what fits and a suggestion."""
 
 import difflib
 import re
@@ -16,9 +16,9 @@ from peftcore.files import read_limited
 
 Place = tuple[int | str, ...]
 DEEPEST = 8
-"""Levels of nesting; an alias (`&a [*a]`) may be endless."""
+"""Levels of nesting (count); an alias such as `&a [*a]` nests without end."""
 MOST_VALUES = 10_000
-"""Keys and items, with what each alias stands for; a few lines of aliases of aliases make billions."""
+"""Keys and items (count), aliases expanded; a few lines of nested aliases can expand to billions."""
 LARGEST_FILE = 256 << 10
 """Bytes."""
 SECRETS = {
@@ -30,12 +30,12 @@ SECRETS = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
     "a password in an address": r"\w://[^/\s:@]*:[^/\s@]+@",
 }
-"""{what it is: how it looks}; a commit's hash is no key where it stands after @, as in hub:NAME@REVISION."""
+"""{kind of secret: its pattern}; 40 hex digits after @ are a commit, as in hub:NAME@REVISION, and no key."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_params(path: Path, model: type[Model]) -> Model:
-    """The file at `path` as `model`. Raises ParamsError with one line per problem, in the file's order."""
+    """Read the file at `path` as `model`. Raises ParamsError with one line per problem, in the file's order."""
     try:
         text = read_limited(path, LARGEST_FILE).decode()
     except (OSError, ValueError) as error:
@@ -62,11 +62,11 @@ def read_params(path: Path, model: type[Model]) -> Model:
     else:
         if not problems:
             return params
-    raise ParamsError("\n".join(f"{path.name}:{line}: {what}" for line, what in sorted(problems)))
+    raise ParamsError("\n".join(f"{path.name}:{line}: {problem}" for line, problem in sorted(problems)))
 
 
 def _refuse_secrets(root: Node, name: str) -> None:
-    """ParamsError for what looks like a key or a password, which git, the registry's tags and W&B would hand on."""
+    """Raise ParamsError for a value that looks like a secret: git, the registry's tags and W&B would publish it."""
     todo, seen = [root], set()
     while todo:
         node = todo.pop()
@@ -77,10 +77,10 @@ def _refuse_secrets(root: Node, name: str) -> None:
             todo += [part for pair in node.value for part in pair]
         elif isinstance(node, SequenceNode):
             todo += node.value
-        elif found := next((what for what, looks in SECRETS.items() if re.search(looks, str(node.value))), None):
+        elif secret := next((kind for kind, form in SECRETS.items() if re.search(form, str(node.value))), None):
             raise ParamsError(
-                f"{name}:{node.start_mark.line + 1}: this looks like {found}; parameters are committed: take it out, "
-                "make a new one, and give that by the environment or .dvc/config.local"
+                f"{name}:{node.start_mark.line + 1}: this looks like {secret}; params.yaml is committed, so remove "
+                "the secret, revoke it, and give a new one in the environment or in .dvc/config.local"
             )
 
 
@@ -94,11 +94,11 @@ def _reason(error: YAMLError) -> str:
 
 
 def _repeated_keys(node: Node, place: Place, lines: dict[Place, int]) -> list[tuple[int, str]]:
-    """Note each place's line in `lines`; report keys that were given before and take them out of the tree."""
+    """Record the line of each place in `lines`; report repeated keys and remove them from the tree."""
     if len(place) > DEEPEST:
         raise ParamsError(f"line {node.start_mark.line + 1} is nested too deeply (or within itself)")
     if len(lines) > MOST_VALUES:
-        raise ParamsError(f"line {node.start_mark.line + 1} brings it to more than {MOST_VALUES:,} values; say less")
+        raise ParamsError(f"line {node.start_mark.line + 1} makes than {MOST_VALUES:,} values; give fewer")
     problems: list[tuple[int, str]] = []
     if isinstance(node, SequenceNode):
         for index, item in enumerate(node.value):
@@ -106,48 +106,50 @@ def _repeated_keys(node: Node, place: Place, lines: dict[Place, int]) -> list[tu
             problems += _repeated_keys(item, (*place, index), lines)
     if not isinstance(node, MappingNode):
         return problems
-    kept = []
+    unique = []
     for key, value in node.value:
         here, line = (*place, str(key.value)), key.start_mark.line + 1
         if here in lines:
             problems.append((line, f"{_dotted(here)}: given before, in line {lines[here]}; remove one"))
             continue
         lines[here] = line
-        kept.append((key, value))
+        unique.append((key, value))
         problems += _repeated_keys(value, here, lines)
-    node.value = kept
+    node.value = unique
     return problems
 
 
 def _problem(error: ErrorDetails, model: type[BaseModel], lines: dict[Place, int]) -> tuple[int, str]:
-    place, given, context = error["loc"], error["input"], error.get("ctx", {})
+    place, value, context = error["loc"], error["input"], error.get("ctx", {})
     if context.get("key"):
-        place, given = (*place, *context["key"].split(".")), context["given"]
+        place, value = (*place, *context["key"].split(".")), context["value"]
     line = next(lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in lines)
-    section = _section(model, place[:-1])
+    section = section_at(model, place[:-1])
     if error["type"] == "extra_forbidden":
+        if new := getattr(section, "renamed", {}).get(place[-1]):
+            return line, f"{_dotted(place)}: renamed; write {new}"
         known = list(section.model_fields) if section else []
-        return line, f"{_dotted(place)}: unknown key; {_suggest(str(place[-1]), known, 'give one of ')}"
-    fits = _what_fits(error, given, section.model_json_schema() if section else {})
-    return line, f"{_dotted(place)}: {_shown(given)} does not fit; {fits}"
+        return line, f"{_dotted(place)}: unknown key; {suggest(str(place[-1]), known, 'give one of ')}"
+    expected = _expected(error, value, section.model_json_schema() if section else {})
+    return line, f"{_dotted(place)}: {_shown(value)} does not fit; {expected}"
 
 
-def _what_fits(error: ErrorDetails, given: Any, schema: dict[str, Any]) -> str:
+def _expected(error: ErrorDetails, value: Any, schema: dict[str, Any]) -> str:
     kind, context = error["type"], error.get("ctx", {})
-    if kind == "impossible":
-        return context["what_fits"]
+    if kind == "invalid_value":
+        return context["expected"]
     if kind == "literal_error":
         options = [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")]
-        return _suggest(str(given), options, "give one of ")
+        return suggest(str(value), options, "give one of ")
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
         return "give a number " + _range(schema["properties"][error["loc"][-1]])
     if kind in _TYPES:
-        return "give " + _TYPES[kind] + _unquoted(given, kind)
+        return "give " + _TYPES[kind] + _unquoted(value, kind)
     return error["msg"][0].lower() + error["msg"][1:]
 
 
 def _range(schema: dict[str, Any]) -> str:
-    """The bounds of a number in a JSON schema, in words."""
+    """Return the bounds of a number in a JSON schema, in words."""
     words = {
         "minimum": "of at least",
         "exclusiveMinimum": "above",
@@ -175,24 +177,25 @@ _TYPES = {
 }
 
 
-def _unquoted(given: Any, kind: str) -> str:
-    """Where a number or truth value was put in quotes, the same without them."""
-    if not isinstance(given, str) or kind == "string_type":
+def _unquoted(value: Any, kind: str) -> str:
+    """Return the advice to remove the quotes around a number or truth value; "" if that does not apply."""
+    if not isinstance(value, str) or kind == "string_type":
         return ""
-    looks_plain = re.fullmatch(r"[+-]?[\w.]{1,40}([eE][+-]?\d+)?", given, re.ASCII)
-    plain = YAML(typ="safe", pure=True).load(given) if looks_plain else None
+    looks_plain = re.fullmatch(r"[+-]?[\w.]{1,40}([eE][+-]?\d+)?", value, re.ASCII)
+    plain = YAML(typ="safe", pure=True).load(value) if looks_plain else None
     fits = {"bool_type": bool, "float_type": (int, float)}.get(kind, int)
     right = isinstance(plain, fits) and isinstance(plain, bool) == (kind == "bool_type")
-    return f", without quotes: {given}" if right else ""
+    return f", without quotes: {value}" if right else ""
 
 
-def _suggest(given: str, options: list[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(given.lower(), options, n=1, cutoff=0.6)
+def suggest(word: str, options: list[str], otherwise: str) -> str:
+    """Return "did you mean X?" for the nearest option, or `otherwise` followed by all options."""
+    near = difflib.get_close_matches(word.lower(), options, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else otherwise + ", ".join(options)
 
 
-def _section(model: type[BaseModel], place: Place) -> type[BaseModel] | None:
-    """The model of the section at `place`, None where there is none."""
+def section_at(model: type[BaseModel], place: Place) -> type[BaseModel] | None:
+    """Return the model of the section at `place`; None if there is none."""
     for part in place:
         field = model.model_fields.get(str(part))
         kind = field.annotation if field else None

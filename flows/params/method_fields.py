@@ -1,17 +1,16 @@
-"""Which options of `method` in params.yaml a method has, and by what name its configuration has them.
+"""Mapping of `method.r`, `lora_alpha` and `lora_dropout` in params.yaml to the fields of each method's configuration.
 
-`r`, `lora_alpha` and `lora_dropout` are written once for all methods, but few methods have all three. A field is listed
-only if it means the same: `r` is a rank, `lora_alpha / r` the scaling of the change, `lora_dropout` the share of the
-adapter's input elements that is dropped. OFT's `r` counts blocks, RandLoRA's is the rank of one of many bases, SHiRA's
-says how many entries train, LoHa drops whole rows: those are given by their own names, under `method.options`.
+A field is listed only if it has this meaning: `r` is a rank, `lora_alpha / r` the scaling of the update, `lora_dropout`
+the dropout probability of the adapter's input elements. OFT's `r` counts blocks, RandLoRA's `r` is the rank of one of
+many bases, SHiRA's `r` counts entries, and LoHa drops whole rows. Such fields are given under `method.options`.
 
-This module imports no method, so that params.yaml can be read without torch.
+This module imports no method, so params.yaml can be read without torch.
 """
 
 from collections.abc import Mapping
 
 SHARED = ("r", "lora_alpha", "lora_dropout")
-"""Options of `method` that several methods have."""
+"""Options of `method` that several methods share."""
 
 FIELDS: Mapping[str, Mapping[str, str]] = {
     "adalora": {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
@@ -28,10 +27,10 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
     "vblora": {"r": "r", "lora_dropout": "vblora_dropout"},
     "vera": {"r": "r", "lora_dropout": "vera_dropout"},
 }
-"""{method: {option of `method`: field of the method's configuration}}; methods that are not here have none."""
+"""{method: {option of `method`: field of the method's configuration}}; other methods have none of the options."""
 
-OTHERWISE: Mapping[str, Mapping[str, str]] = {
-    "adalora": {"r": "adalora.init_r and adalora.target_r"},
+ALTERNATIVES: Mapping[str, Mapping[str, str]] = {
+    "adalora": {"r": "options.init_r and options.target_r"},
     "boft": {"lora_dropout": "options.boft_dropout, a share of blocks"},
     "delora": {"lora_alpha": "options.delora_lambda"},
     "fourierft": {"r": "options.n_frequency", "lora_alpha": "options.scaling"},
@@ -42,18 +41,18 @@ OTHERWISE: Mapping[str, Mapping[str, str]] = {
     "shira": {"r": "options.r, by which it counts entries"},
     "waveft": {"r": "options.n_frequency", "lora_alpha": "options.scaling"},
 }
-"""{method: {option it has not: what to give in its place}}"""
+"""{method: {option that the method lacks: what to give instead}}"""
 
 
 def missing_option(method: str, option: str, value: float | str) -> str | None:
-    """Return what to do about an option that the method has not, or None if the method has it.
+    """Return what to give instead of an option that the method lacks; None if the method has the option.
 
     Args:
         method: The method's name, in lower case.
         option: One of `SHARED`.
-        value: What params.yaml gives. A dropout of 0 fits every method.
+        value: The option's value in params.yaml. A dropout of 0 fits every method.
     """
     if option in FIELDS.get(method, {}) or (option == "lora_dropout" and value == 0):
         return None
-    instead = OTHERWISE.get(method, {}).get(option)
-    return f"{method} has no such option; give null" + (f", and {instead}" if instead else "")
+    alternative = ALTERNATIVES.get(method, {}).get(option)
+    return f"{method} has no such option; give null" + (f", and {alternative}" if alternative else "")

@@ -1,4 +1,4 @@
-"""Other values for keys of params.yaml, KEY=VALUE in the notation of `dvc exp run -S`, tried before anything runs."""
+"""Overrides of params.yaml, written KEY=VALUE like those of `dvc exp run -S`, and checked before anything runs."""
 
 import shutil
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from flows.errors import ParamsError
-from flows.params.model import load_params
+from flows.params.params import load_params
 
 
 def parameter_sets(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every combination of `key=value1,value2`. Raises ParamsError."""
+    """Return each combination of the values in `key=value1,value2`. Raises ParamsError for one that cannot be read."""
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import get_hydra_sweeps
     from hydra.errors import HydraException
@@ -22,14 +22,14 @@ def parameter_sets(overrides: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def check_overrides(params: Path, *sets: Sequence[str]) -> None:
-    """Raises ParamsError for the first set that does not fit the file `params`, which stays as it is."""
+    """Raise ParamsError for the first set that does not fit the file `params`; the file does not change."""
     for overrides in sets:
         with TemporaryDirectory(prefix="peftcore-overrides-") as folder:
             apply_overrides(Path(shutil.copyfile(params, Path(folder) / params.name)), overrides)
 
 
 def apply_overrides(params: Path, overrides: Sequence[str]) -> None:
-    """Put `overrides` into the file `params`. Raises ParamsError for what does not fit there."""
+    """Write `overrides` into the file `params`. Raises ParamsError for one that does not fit."""
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import apply_overrides as apply
 
@@ -44,5 +44,5 @@ def apply_overrides(params: Path, overrides: Sequence[str]) -> None:
 
 
 def forced(override: str) -> str:
-    """The override as one that may also set what the file leaves to its default; a key that is none is found later."""
+    """Return the override with Hydra's `++`, which also sets keys that the file leaves out; unknown keys fail later."""
     return override if override.startswith(("+", "~")) else f"++{override}"

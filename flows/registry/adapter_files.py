@@ -1,4 +1,4 @@
-"""What an adapter folder may hold, and whether its weights are numbers; without torch, and without unpickling."""
+"""Checks of an adapter folder's files and weights, without torch and without unpickling."""
 
 from pathlib import Path
 
@@ -11,22 +11,22 @@ ALLOWED = frozenset({"adapter_config.json", "adapter_model.safetensors", "README
 
 _FLOATS = {"F64": numpy.float64, "F32": numpy.float32, "F16": numpy.float16}
 _EXPONENT = {"BF16": (numpy.uint16, 0x7F80), "F8_E5M2": (numpy.uint8, 0x7C)}
-"""Types that numpy lacks: (their bits as, the exponent's bits); infinity and NaN have all of those set."""
+"""{type that numpy lacks: (unsigned integer type, exponent's bits)}; infinity and NaN have all exponent bits set."""
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Entries that do not belong into an adapter folder: other files, any sub-folder, link, pipe or device; sorted."""
+    """Return the entries that an adapter folder may not have, sorted: other files, sub-folders, links, devices."""
     if not folder.is_dir() or folder.is_symlink():
         return [f"{folder} (no folder)"]
     return sorted(
-        entry.name if entry.name.isprintable() else repr(entry.name)  # a terminal obeys some characters
+        entry.name if entry.name.isprintable() else repr(entry.name)  # control characters would reach the terminal
         for entry in folder.iterdir()
         if entry.name not in ALLOWED or entry.is_symlink() or not entry.is_file()
     )
 
 
 def non_finite_tensors(folder: Path) -> tuple[list[str], int]:
-    """Names of tensors that hold NaN or infinity, or cannot be read, and how many tensors there are."""
+    """Return the names of tensors that hold NaN or infinity or cannot be read, and the number of tensors."""
     bad, count = [], 0
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -44,6 +44,6 @@ def _is_finite(dtype: str, data: bytes | bytearray) -> bool:
     if dtype in _EXPONENT:
         unsigned, exponent = _EXPONENT[dtype]
         return not bool((numpy.frombuffer(data, unsigned) & exponent == exponent).any())
-    if dtype == "F8_E4M3":  # has no infinity; NaN is all ones but the sign
+    if dtype == "F8_E4M3":  # has no infinity; NaN has all bits set except the sign
         return not bool((numpy.frombuffer(data, numpy.uint8) & 0x7F == 0x7F).any())
     return dtype.startswith(("I", "U", "BOOL"))

@@ -1,7 +1,7 @@
-"""A version's model card, in the form that the Hugging Face hub reads: YAML front matter, then Markdown.
+"""The model card of a version, in the Hugging Face hub's format: YAML front matter, then Markdown.
 
-It is written from the lineage record alone, so it can be made for any version. What comes from data (names of slices,
-sources) is escaped, and a folder of this machine is told by its last name only.
+The card is written from the lineage record alone, so every version can have one. Text that comes from data (names of
+slices, sources) is escaped. Of a local path only the last part is shown.
 """
 
 import io
@@ -12,25 +12,25 @@ from typing import Any
 from ruamel.yaml import YAML
 
 CARD = "registry/README.md"
-"""Where a version's own commit keeps it."""
+"""Path of the card in a version's own commit."""
 SLICES = 12
-"""Slices that are shown, the largest first."""
+"""Largest number of slices shown, largest slices first."""
 
 _TASKS = {"classification": "text-classification"}
 _FIGURES = {
-    "loss": "test loss, nats a token",
+    "loss": "test loss, nats per token",
     "perplexity": "perplexity",
     "rouge_l": "ROUGE-L",
-    "ended": "share of answers that end by themselves",
+    "ended": "EOS rate: share of answers that end before the token limit",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
-    "reward_accuracy": "share of pairs judged right",
+    "reward_accuracy": "reward accuracy: share of pairs whose chosen answer gets the higher reward",
 }
-"""Figures by their keys in the metrics, and what a reader calls them; others go by their key."""
+"""{key in the metrics: label}; other figures are labelled by their key."""
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """The card of the version with this lineage record."""
+    """Return the model card of a version's lineage record."""
     return f"---\n{_front_matter(record)}---\n\n{_text(record)}"
 
 
@@ -74,14 +74,14 @@ def _text(record: Mapping[str, Any]) -> str:
             f"objective {escaped(params['train'].get('objective', 'sft'))}"
             f"{_quantised(params.get('quantization', {}))}. Registered {record['created']}.",
             "",
-            *_section("What it reaches", _figures(record)),
-            *_section("By slice", _slices(record.get("slices") or {})),
-            *_section("Merged into its base", _merge(record["metrics"].get("merge") or {})),
+            *_section("Evaluation", _figures(record)),
+            *_section("Evaluation by slice", _slices(record.get("slices") or {})),
+            *_section("Merged model", _merge(record["metrics"].get("merge") or {})),
             *_section("Training data", _data(record)),
             *_section("Parameters", _parameters(record)),
-            *_section("Where it comes from", _lineage(record)),
+            *_section("Lineage", _lineage(record)),
             *_section("How to load it", _loading(record)),
-            *_section("Limits", _limits(record)),
+            *_section("Limitations", _limits(record)),
         ]
     )
 
@@ -105,7 +105,7 @@ def _slices(slices: Mapping[str, Any]) -> list[str]:
         for name, one in largest[:SLICES]
     ]
     left = len(slices) - len(rows)
-    more = ["", f"And {left} smaller ones, in `registry/version.json`."] if left else []
+    more = ["", f"{left} smaller slices are in `registry/version.json`."] if left else []
     return [*_table(("slice", "rows", "base loss", "adapter loss"), rows), *more] if rows else []
 
 
@@ -113,8 +113,8 @@ def _merge(merge: Mapping[str, Any]) -> list[str]:
     if not merge:
         return []
     return [
-        f"Between the merged and the adapted model: KL {_number(merge.get('kl'))} nats a token; they agree on "
-        f"{_number(merge.get('top1_agreement'))} of first choices."
+        f"Merged model against base and adapter apart: KL divergence {_number(merge.get('kl'))} nats per token, top-1 "
+        f"agreement {_number(merge.get('top1_agreement'))}."
     ]
 
 
@@ -124,10 +124,10 @@ def _data(record: Mapping[str, Any]) -> list[str]:
     if data:
         rows = ", ".join(f"{count} {escaped(split)}" for split, count in data["rows"].items())
         dropped = ", ".join(f"{count} {escaped(why)}" for why, count in data["dropped"].items())
-        lines += [f"- rows: {rows}, of {data['examples']} examples", f"- left out: {dropped or 'nothing'}"]
+        lines += [f"- rows: {rows}, of {data['examples']} examples", f"- dropped: {dropped or 'nothing'}"]
     if "artifacts/data" in hashes:
-        lines += [f"- as tokenised: `{hashes['artifacts/data']}` (DVC, MD5)"]
-    return [*lines, f"- the test rows: `{record['evaluation_set']}` (SHA-256)"]
+        lines += [f"- prepared data: `{hashes['artifacts/data']}` (DVC, MD5)"]
+    return [*lines, f"- test rows: `{record['evaluation_set']}` (SHA-256)"]
 
 
 def _parameters(record: Mapping[str, Any]) -> list[str]:
@@ -157,8 +157,8 @@ def _lineage(record: Mapping[str, Any]) -> list[str]:
         f"- code: commit `{record['git']['commit']}`{more}; the tag `{record['name']}@{record['version']}` holds all",
         f"- base model: `{record['base_model']}` (SHA-256)",
         f"- adapter: `{record['adapter']['content']}` (SHA-256 of its manifest)",
-        f"- made by: {software}",
-        f"- made again and compared by: `peftcore reproduce {record['version']}`",
+        f"- software: {software}",
+        f"- rebuild and compare: `peftcore reproduce {record['version']}`",
     ]
 
 
@@ -183,10 +183,10 @@ def _limits(record: Mapping[str, Any]) -> list[str]:
     held_out = f"{rows} held-out rows" if rows else "held-out rows"
     quantised = record["params"].get("quantization", {}).get("storage", "none") != "none"
     return [
-        f"- Judged on {held_out} of the same source as its training data, and on nothing else; what it does on other "
-        "input was not measured.",
-        "- What the base gets wrong, or should not say, the adapter can get wrong or say too.",
-        *(["- Trained on a quantised base: on another precision of it the figures are others."] if quantised else []),
+        f"- Evaluated only on {held_out} from the source of the training data; its behaviour on other input was not "
+        "measured.",
+        "- Errors and biases of the base model also apply to the adapter.",
+        *(["- Trained on a quantised base: the figures differ on another precision of the base."] if quantised else []),
     ]
 
 
@@ -196,7 +196,7 @@ def _quantised(quantization: Mapping[str, Any]) -> str:
 
 
 def _source(source: str) -> str:
-    """A name without its scheme, and without folders of this machine."""
+    """Return a source's name without its scheme and without local folders."""
     kind, _, rest = source.partition(":")
     if kind in ("hub", "wheel", "stdlib"):
         return rest.partition("@")[0].partition("==")[0]
@@ -217,11 +217,11 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 
 def escaped(text: Any) -> str:
-    """Text in which nothing is Markdown, HTML, a table's border or a new line."""
+    """Escape text so that it contains no Markdown, HTML, table border or newline."""
     plain = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{character}" if character in "\\`*_[]|~#!$" else character for character in plain)
 
 
 def _code(text: Any) -> str:
-    """Text that stands between backticks in a table's cell."""
+    """Return text that can stand between backticks in a table cell."""
     return " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")

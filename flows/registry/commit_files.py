@@ -1,4 +1,4 @@
-"""Files of a version's commit: input data, which a later build needs, and credentials, which it must never hold."""
+"""Files of a version's commit: input data, which a rebuild needs, and credentials, which must never be committed."""
 
 import configparser
 import re
@@ -13,7 +13,7 @@ DATA = "data"
 """Folder of training data, which the prepare stage depends on."""
 DVC_CONFIG = ".dvc/config"
 LARGEST = 8 << 20
-"""Untracked data files together (bytes) that a version's commit may take; larger ones belong to DVC."""
+"""Largest total size (bytes) of untracked data files in a version's commit; larger files belong to DVC."""
 SECRETS = frozenset(
     [
         "access_key_id",
@@ -36,7 +36,7 @@ SECRETS = frozenset(
 
 
 def check_no_secrets(git: Git, root: Path) -> None:
-    """Check that `.dvc/config`, which every version's commit takes, has no credentials that are not committed yet.
+    """Check that `.dvc/config`, which every version's commit takes, has no uncommitted credentials.
 
     Raises:
         RepositoryError: an option holds a credential; the error names the option and says where it belongs.
@@ -58,25 +58,25 @@ def check_no_secrets(git: Git, root: Path) -> None:
 
 
 def _credentials(text: str) -> dict[str, str]:
-    """Return {section.option: value} of what a DVC configuration holds of credentials."""
+    """Return {section.option: value} of the credentials in a DVC configuration."""
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     try:
         parser.read_string(text)
     except configparser.Error as error:
         raise RepositoryError(f"{DVC_CONFIG} cannot be read: {error}") from error
-    found = {}
+    credentials = {}
     for section in parser.sections():
         for option, value in parser.items(section):
             if option in SECRETS or re.search(r"://[^/@\s]*:[^/@\s]+@", value):
-                found[f"{section.strip(chr(39))}.{option}"] = value
-    return found
+                credentials[f"{section.strip(chr(39))}.{option}"] = value
+    return credentials
 
 
 def data_files(paths: Paths, git: Git) -> tuple[list[str], list[str]]:
-    """Return the data files that the version's commit takes beside tracked ones, and the files of `dvc add` to push.
+    """Return the untracked data files to commit, and the data's `.dvc` files whose content is to be pushed.
 
-    Both are paths relative to the repository. The first are files that git neither tracks nor ignores, `.dvc` files
-    among them; the second are the `.dvc` files of the data.
+    Returns:
+        (untracked files that git does not ignore, `.dvc` files), as paths relative to the repository.
 
     Raises:
         RepositoryError: the untracked files are too large for a git commit.

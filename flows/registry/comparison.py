@@ -1,4 +1,4 @@
-"""What differs between two versions: figures, parameters, data, code and software, from their lineage records."""
+"""Differences between the lineage records of two versions: figures, parameters, data, code and software."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ PARTS = (
     "software",
     "machine",
 )
-"""What of a record says how a version came to be, in the order in which it is told."""
+"""Compared parts of a record, in the order of the report."""
 
 
 class Difference(NamedTuple):
-    """One value that is another one in the second record; None where a record has none."""
+    """A value that differs between two records; None if a record lacks it."""
 
     part: str
     key: str
@@ -29,24 +29,24 @@ class Difference(NamedTuple):
 
     @property
     def change(self) -> float | None:
-        """After - before, where both are numbers."""
+        """The difference, after - before; None unless both are numbers."""
         numbers = [value for value in (self.before, self.after) if type(value) in (int, float)]
         return self.after - self.before if len(numbers) == 2 else None
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
-    """Every value in which two records differ, by part and key; `git.uncommitted` counts as one value."""
-    found = []
+    """Return every value in which two records differ, by part and key; a list counts as one value."""
+    result = []
     for part in PARTS:
         old, new = (dict(_flat(record.get(part))) for record in (before, after))
         for key in dict.fromkeys((*old, *new)):
             if old.get(key) != new.get(key):
-                found.append(Difference(part, key, old.get(key), new.get(key)))
-    return found
+                result.append(Difference(part, key, old.get(key), new.get(key)))
+    return result
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """{"a": {"b": 1}} as ("a.b", 1)"""
+    """Yield the leaves with dotted keys: ("a.b", 1) for {"a": {"b": 1}}."""
     if not isinstance(value, Mapping):
         yield prefix, value
         return

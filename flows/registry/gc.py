@@ -1,12 +1,13 @@
-"""Free DVC's cache, and its remote, of files that no version which matters needs; the tags stay, they are the audit.
+"""Garbage collection: remove the files of versions that nothing needs from DVC's cache and remote. Tags stay.
 
-Needed is what has a stage, had one (for a rollback), is among the newest, and whatever a branch, another tag, an
-experiment or a working tree refers to. Used objects are found and removed by DVC itself, under its locks.
+A version's files are kept if the version has a stage, had a stage (for a rollback), or is among the newest. Files are
+also kept if a branch, another tag, an experiment or a working tree refers to them. DVC itself finds the used objects
+and removes the others, under its own locks.
 
-A promotion may come between looking and removing. Before a version's files go from the remote it is marked, then the
-stages are looked at again; whoever promotes makes the tag, then looks for the mark (`Registry.assign`). So one of the
-two sees the other, whatever the order, and no stage is left without files. Between clones this holds for the tags that
-they have pushed; a run that is being registered from another clone is not known here.
+A promotion may come between reading the tags and removing files. So before its files leave the remote, a version is
+marked by a tag, and then the stages are read again. A promotion makes its tag first and looks for the mark after that
+(`Registry.assign`). One of the two sees the other in any order, and no stage loses its files. Between clones this
+holds for pushed tags only: a run that another clone is registering is not known here.
 """
 
 import json
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flows.errors import RegistryError, RepositoryError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
-from flows.registry.registry import COLLECTED, Registry, Version
+from flows.registry.reader import COLLECTED, RegistryReader, Version
+from flows.registry.registry import Registry
 from flows.registry.synchronise import synchronise
 from flows.runtime.git import Git
 from flows.runtime.worktree import leftovers, remove_worktree
@@ -35,11 +37,11 @@ if TYPE_CHECKING:
     from dvc_data.hashfile.hash_info import HashInfo
 
 NEWEST = 5
-"""Versions that are kept for being new, if nothing else is said."""
+"""Default number of newest versions whose files are kept."""
 
 
 class Freed(NamedTuple):
-    """What goes from one place. size: bytes."""
+    """Objects removed from one storage. size: bytes."""
 
     objects: int
     size: int
@@ -47,21 +49,22 @@ class Freed(NamedTuple):
 
 @dataclass(frozen=True)
 class Collection:
-    """What was removed, or would be."""
+    """The removed files; with `dry_run`, the files that a real run would remove."""
 
     dry_run: bool
     kept: dict[str, str]
     """{version: why its files stay}"""
     collected: list[str]
-    """Versions that nothing needs: their files leave the cache, and with a remote every place."""
+    """Versions whose files leave the cache, and with a remote the remote too."""
     lost: list[str]
     """Kept versions whose adapter is in neither cache nor remote."""
     cache: Freed
     remote: Freed | None
     leftovers: dict[str, int] = field(default_factory=dict)
-    """{folder of a working tree whose process is gone: bytes}"""
+    """{temporary working tree of a killed process: bytes}"""
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the result as JSON takes it."""
         freed = {name: one._asdict() if one else None for name, one in (("cache", self.cache), ("remote", self.remote))}
         return asdict(self) | freed
 
@@ -76,13 +79,20 @@ def collect_garbage(
     push_to: str | None = None,
     exclusive: bool = False,
 ) -> Collection:
-    """Remove what no kept version needs from DVC's cache.
+    """Remove files that no kept version needs from DVC's cache.
 
-    keep: newest versions that stay. remote: from the DVC remote `register.remote` too; such a version cannot be had any
-    more, and is marked so. forget_past: versions that only had a stage may go. dry_run: tell, remove nothing.
-    push_to: a git remote whose tags are fetched first, and that gets the marks. exclusive: no other repository uses the
-    DVC remote, so that whatever this one has never referred to may go from it too.
-    Raises RepositoryError if DVC is at work, cannot tell what is used, or the remote holds objects of others.
+    Args:
+        params: the project's parameters.
+        paths: the repository.
+        keep: number of newest versions to keep.
+        remote: also remove from the DVC remote `register.remote`. Such a version is lost for good and marked by a tag.
+        forget_past: also remove versions that had a stage and have none now.
+        dry_run: report only.
+        push_to: a git remote whose tags are fetched first, and that gets the marks.
+        exclusive: no other repository uses the DVC remote, so its objects that are unknown here may be removed.
+
+    Raises:
+        RepositoryError: DVC is busy or cannot find the used objects, or the remote has objects of other repositories.
     """
     git = Git(paths.root)
     registry = registry_of(params, paths.root, sign=push_to is not None)
@@ -102,31 +112,37 @@ def collect_garbage(
 
 
 def _check_alone(repos: list["Repo"], registry: Registry, name: str) -> None:
-    """Raise RepositoryError if the DVC remote holds objects that no commit or version of this repository refers to.
+    """Check that every object of the DVC remote belongs to a commit or version of this repository.
 
-    Another repository that shares the remote may need them, and any other object too: equal files are one object.
+    Otherwise another repository may share the remote, and it may need any object, because equal files are one object.
     """
-    versions = [tag.commit for tag in registry.git.tags(f"{registry.name}@*", f"{registry.name}#*")]
+    versions = [tag.commit for tag in registry.tags(f"{registry.name}@*", f"{registry.name}#*")]
     known = [repos[0].used_objs(revs=sorted(set(versions)), all_commits=True, all_tags=True, all_branches=True,
                                 all_experiments=True, force=True)]  # fmt: skip
     known += [repo.used_objs(force=True) for repo in repos[1:]]
     place = repos[0].cloud.get_remote_odb(name, "gc", hash_name="md5")
     hashes = {one.value for each in known for objects in each.values() for one in objects}
-    for version in registry.versions():  # DVC passes over a folder whose list of files the cache has lost
+    for version in registry.versions():  # DVC skips a folder if the cache has lost its list of files
         hashes |= _outputs(registry, version)
     there = set(place.all())
     for folder in [one for one in there & hashes if one.endswith(".dir")]:
         hashes |= {file["md5"] for file in json.loads(place.fs.cat_file(place.oid_to_path(folder)))}
     if strangers := there - hashes:
         raise RepositoryError(
-            f"the DVC remote {name!r} holds {len(strangers):,} objects that nothing in this repository has ever "
-            "referred to, so another repository may use it, and its files would be lost; nothing was removed. If none "
-            "does, give --exclusive"
+            f"the DVC remote {name!r} holds {len(strangers):,} objects that this repository has never referred to. "
+            "Another repository may use the remote and would lose files, so nothing was removed. If no other "
+            "repository uses it, give --exclusive"
         )
 
 
-def kept_versions(registry: Registry, keep: int, forget_past: bool) -> dict[str, str]:
-    """{version: why its files have to stay}"""
+def kept_versions(registry: RegistryReader, keep: int, forget_past: bool) -> dict[str, str]:
+    """Return {version: why its files have to stay}.
+
+    Args:
+        registry: the registry.
+        keep: number of newest versions to keep.
+        forget_past: do not keep versions for a stage that they had in the past.
+    """
     why = {version.number: f"one of the {keep} newest" for version in registry.versions()[-keep:] if keep}
     for stage in sorted(registry.stages_ever()):
         past = {} if forget_past else {one.version: f"was {stage}" for one in registry.holders(stage)}
@@ -138,14 +154,17 @@ def kept_versions(registry: Registry, keep: int, forget_past: bool) -> dict[str,
 def _decide(
     registry: Registry, repos: list["Repo"], keep: int, forget_past: bool, remote: bool, mark: bool
 ) -> tuple[dict[str, str], set["HashInfo"], list[Version], list[Version]]:
-    """(kept versions, used objects, versions that go, kept ones without files), as nobody promotes meanwhile."""
+    """Return (kept versions, used objects, versions to remove, kept versions without files).
+
+    The decision is repeated until no promotion comes in between.
+    """
     while True:
-        event, versions = registry.last_event(), registry.versions()
-        kept = kept_versions(registry, keep, forget_past)
-        used = _used(repos, _revisions(registry, kept, forget_past))
+        state = registry.snapshot()
+        kept = kept_versions(state, keep, forget_past)
+        used = _used(repos, _revisions(state, kept, forget_past))
         hashes = {one.value for one in used}
-        adapters = {version: _adapter_hash(registry, version) for version in versions}
-        collected, cache = registry.collected(), repos[0].cache.local
+        adapters = {version: _adapter_hash(state, version) for version in state.versions()}
+        collected, cache = state.collected(), repos[0].cache.local
         gone = [
             one
             for one, adapter in adapters.items()
@@ -156,7 +175,7 @@ def _decide(
         for version in gone if mark else ():
             text = f"The files of {version.tag} were removed: it had no stage, and {keep} newer ones are kept\n"
             registry.git.create_tag(_mark(registry, version), version.commit, text, after=0)
-        if registry.last_event() == event:
+        if registry.last_event() == state.last_event():
             return kept, used, gone, lost
         for version in gone if mark else ():
             registry.git.delete_tag(_mark(registry, version))
@@ -166,43 +185,42 @@ def _mark(registry: Registry, version: Version) -> str:
     return COLLECTED.format(name=registry.name, version=version.number)
 
 
-def _outputs(registry: Registry, version: Version) -> set[str]:
-    """DVC's hashes of a version's outputs; none for a version that somebody tagged by hand, without a record."""
+def _outputs(registry: RegistryReader, version: Version) -> set[str]:
+    """Return DVC's hashes of a version's outputs; none for a version that was tagged by hand, without a record."""
     try:
         return set(registry.record(version)["dvc"].values())
     except RegistryError:
         return set()
 
 
-def _adapter_hash(registry: Registry, version: Version) -> str | None:
-    """DVC's hash of a version's adapter; None for a version that somebody tagged by hand, without a record."""
+def _adapter_hash(registry: RegistryReader, version: Version) -> str | None:
+    """Return DVC's hash of a version's adapter; None for a version that was tagged by hand, without a record."""
     try:
         return registry.record(version)["dvc"].get("artifacts/adapter")
     except RegistryError:
         return None
 
 
-def _revisions(registry: Registry, kept: dict[str, str], forget_past: bool) -> list[str]:
-    """Commits whose files stay: of kept versions and stages, and whatever another reference names."""
+def _revisions(registry: RegistryReader, kept: dict[str, str], forget_past: bool) -> list[str]:
+    """Return the commits whose files stay: those of kept versions and stages, and those of all other references."""
     fields = "--format=%(objecttype) %(*objecttype) %(objectname) %(*objectname) %(refname)"
     name = re.escape(registry.name)
-    own = re.compile(rf"refs/tags/({name}[@#]|collected/{name}/).*")
-    found = {registry.git.head()}
+    registry_tags = re.compile(rf"refs/tags/({name}[@#]|collected/{name}/).*")
+    commits = {registry.git.head()}
     for line in registry.git.run("for-each-ref", fields, "refs/heads", "refs/remotes", "refs/tags").splitlines():
         kind, target_kind, commit, target, ref = line.split(" ", 4)
-        if not own.fullmatch(ref) and "commit" in (kind, target_kind):
-            found.add(target or commit)
-    stages = registry.stages()
-    found |= {one.commit for one in stages.values()}
+        if not registry_tags.fullmatch(ref) and "commit" in (kind, target_kind):
+            commits.add(target or commit)
+    commits |= {one.commit for one in registry.stages().values()}
     if not forget_past:
-        found |= {one.commit for stage in registry.stages_ever() for one in registry.holders(stage)}
-    found |= {version.commit for version in registry.versions() if version.number in kept}
-    return sorted(found)
+        commits |= {one.commit for stage in registry.stages_ever() for one in registry.holders(stage)}
+    commits |= {version.commit for version in registry.versions() if version.number in kept}
+    return sorted(commits)
 
 
 @contextmanager
-def _locked(root: Path, leaving_out: list[Path]) -> Iterator[list["Repo"]]:
-    """This repository as DVC has it, then its other working trees, all of them locked."""
+def _locked(root: Path, excluded: list[Path]) -> Iterator[list["Repo"]]:
+    """Open and lock this repository as DVC has it, then its other working trees."""
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo, lock_repo
@@ -210,26 +228,26 @@ def _locked(root: Path, leaving_out: list[Path]) -> Iterator[list["Repo"]]:
     folders = [root, *(tree for tree in _working_trees(Git(root)) if tree != root and (tree / ".dvc").is_dir())]
     log = logging.getLogger("dvc")
     with warnings.catch_warnings(), ExitStack() as stack:
-        # DVC uses an old way of its trie library
+        # DVC uses a deprecated function of its trie library
         warnings.filterwarnings("ignore", "_NoneStep.value", DeprecationWarning)
-        # and warns of each output that a commit has without a hash, from before its first run
+        # and warns about outputs without a hash in commits before their first run
         stack.callback(log.setLevel, log.level)
         log.setLevel(logging.ERROR)
         repos = []
         for folder in folders:
-            if any(folder.is_relative_to(one) for one in leaving_out):
+            if any(folder.is_relative_to(one) for one in excluded):
                 continue
             repos.append(stack.enter_context(Repo(str(folder))))
             try:
                 stack.enter_context(lock_repo(repos[-1]))
             except LockError as error:
                 raise RepositoryError(
-                    f"DVC is at work in {folder}, so nothing was removed; try again when it has finished"
+                    f"DVC is busy in {folder}, so nothing was removed; try again when it has finished"
                 ) from error
         try:
             yield repos
         except DvcException as error:
-            raise RepositoryError(f"DVC cannot tell what is used: {error.__cause__ or error}") from error
+            raise RepositoryError(f"DVC cannot find the used objects: {error.__cause__ or error}") from error
 
 
 def _working_trees(git: Git) -> list[Path]:
@@ -238,13 +256,13 @@ def _working_trees(git: Git) -> list[Path]:
 
 
 def _used(repos: list["Repo"], revisions: list[str]) -> set["HashInfo"]:
-    """Objects of every working tree as it is, and of these commits and all experiments.
+    """Return the objects of all working trees, of these commits and of all experiments.
 
-    A folder whose list of files can be had neither here nor from a remote is lost already, so it stops nothing.
+    A folder whose list of files is neither in the cache nor at a remote is lost already, and is skipped.
     """
-    found = [repos[0].used_objs(revs=revisions, all_experiments=True, force=True)]
-    found += [repo.used_objs(force=True) for repo in repos[1:]]
-    return {one for by_place in found for objects in by_place.values() for one in objects}
+    used = [repos[0].used_objs(revs=revisions, all_experiments=True, force=True)]
+    used += [repo.used_objs(force=True) for repo in repos[1:]]
+    return {one for by_place in used for objects in by_place.values() for one in objects}
 
 
 def _free_cache(repo: "Repo", used: set["HashInfo"], dry_run: bool) -> Freed:
@@ -259,7 +277,7 @@ def _free_remote(repo: "Repo", name: str, used: set["HashInfo"], dry_run: bool) 
     place = repo.cloud.get_remote_odb(name, "gc", hash_name="md5")
     freed = _free(place, used, dry_run)
     if freed.objects and not dry_run:
-        get_index(place).clear()  # DVC's note of what the remote has
+        get_index(place).clear()  # DVC's index of the remote's objects
     return freed
 
 
@@ -272,13 +290,13 @@ def _free(place: "HashFileDB", used: set["HashInfo"], dry_run: bool) -> Freed:
 
 
 def _leftovers(dry_run: bool, git: Git) -> dict[str, int]:
-    """Temporary working trees whose process was killed, with their bytes; removed unless it is a dry run."""
-    found = {}
+    """Remove the temporary working trees of killed processes, unless it is a dry run; return their sizes in bytes."""
+    sizes = {}
     for folder in leftovers():
-        found[str(folder)] = sum(path.lstat().st_size for path in folder.rglob("*"))
+        sizes[str(folder)] = sum(path.lstat().st_size for path in folder.rglob("*"))
         if not dry_run:
             remove_worktree(git.root, folder / "tree")
             shutil.rmtree(folder)
     if not dry_run:
         git.run("worktree", "prune")
-    return found
+    return sizes

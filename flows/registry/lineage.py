@@ -1,6 +1,6 @@
-"""What a version came from: its record, and the headline metrics beside it.
+"""The lineage record of a version: where it came from, and its headline metrics.
 
-Everything is read from the files of the run; nothing is computed again.
+All values are read from the files of the run; nothing is computed again.
 """
 
 import hashlib
@@ -18,15 +18,16 @@ from ruamel.yaml import YAML
 from safetensors import SafetensorError, safe_open
 
 from flows.errors import RegistryError, RepositoryError, StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.git import Git
+from flows.runtime.inputs import uncommitted_files
 from flows.runtime.project import changed_stages, stage_order
 from peftcore.files import MANIFEST, damaged_files, read_manifest, sha256
 
 LOCK = "dvc.lock"
 PARTS = ("objective", "loss_function", "control", "latency")
-"""Of an evaluation, what some have: versions registered before these were written down have none."""
+"""Optional parts of an evaluation; records of older releases lack them."""
 SOFTWARE = ("torch", "transformers", "bitsandbytes", "peftcore")
 
 
@@ -41,7 +42,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_artifact_name(root: Path, name: str) -> None:
-    """Raises RegistryError unless dvc.yaml declares `name` as the adapter, as `dvc artifacts get` needs."""
+    """Check that dvc.yaml declares `name` as the adapter, as `dvc artifacts get` needs. Raises RegistryError."""
     declared = YAML(typ="safe").load(root / "dvc.yaml").get("artifacts") or {}
     if declared.get(name, {}).get("path") != "artifacts/adapter":
         there = ", ".join(declared) or "none"
@@ -52,13 +53,18 @@ def check_artifact_name(root: Path, name: str) -> None:
 
 
 def read_lock(root: Path, without: str) -> dict[str, Any]:
-    """dvc.lock of this run, without the entry of stage `without`, which is still that of the run before.
+    """Return this run's dvc.lock without the entry of one stage.
 
-    Raises RepositoryError if it is missing, or does not tell how the files of another stage came about.
+    Args:
+        root: the repository.
+        without: the stage that is running; its entry is still that of the run before.
+
+    Raises:
+        RepositoryError: the lock is missing, or is out of date for another stage.
     """
     path = root / LOCK
     if not path.exists():
-        raise RepositoryError(f"{path} is missing, so nothing says what was run; use `peftcore run`")
+        raise RepositoryError(f"{path} is missing, so the run's inputs are unknown; use `peftcore run`")
     stale = changed_stages(root, [stage for stage in stage_order(root) if stage != without])
     if stale:
         changes = "; ".join(f"{stage} ({', '.join(what)})" for stage, what in stale.items())
@@ -72,7 +78,7 @@ def read_lock(root: Path, without: str) -> dict[str, Any]:
 
 
 def lock_text(lock: dict[str, Any]) -> str:
-    """A dvc.lock as the text of a file."""
+    """Return a dvc.lock as text."""
     yaml = YAML(typ="safe")
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -82,23 +88,23 @@ def lock_text(lock: dict[str, Any]) -> str:
 
 
 def adapter_files(adapter: Path) -> dict[str, str]:
-    """{file: SHA-256} of the adapter's manifest, which its files still match. Raises StageError otherwise."""
+    """Return {file: SHA-256} of the adapter's manifest. Raises StageError if a file does not match it."""
     files = read_manifest(adapter)
     damaged = damaged_files(adapter)
     if not files or damaged:
-        what = f"{', '.join(damaged)} is damaged or gone" if files else f"it has no {MANIFEST}"
-        raise StageError(f"{adapter}: {what}; train it again with `peftcore run`")
+        problem = f"{', '.join(damaged)} is damaged or missing" if files else f"it has no {MANIFEST}"
+        raise StageError(f"{adapter}: {problem}; train it again with `peftcore run`")
     return files
 
 
 def content_digest(files: dict[str, str]) -> str:
-    """One SHA-256 for a whole adapter, from {file: SHA-256}; prose (README.md) does not count."""
+    """Return one SHA-256 for a whole adapter. files: {file: SHA-256}; Markdown files do not count."""
     lines = [f"{digest}  {name}\n" for name, digest in sorted(files.items()) if not name.endswith(".md")]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def headline_metrics(paths: Paths) -> dict[str, Any]:
-    """What metrics.json holds: the figures of evaluate, merge and train that two runs are compared by."""
+    """Return the content of metrics.json: figures of the evaluate, merge and train stages."""
     evaluation = read_json(paths.evaluation_metrics)
     merge = read_json(paths.merge_report)
     summary = read_json(paths.training_summary)
@@ -112,35 +118,37 @@ def headline_metrics(paths: Paths) -> dict[str, Any]:
 
 
 def adapter_ranks(adapter: Path) -> dict[str, Any]:
-    """What rank each adapted layer has, by the shapes of lora_A; nothing for a method without such matrices.
+    """Return the ranks of the adapted layers, from the shapes of lora_A.
 
-    layers: how many there are; usual: the rank that most have; others: {layer: rank} of the rest.
+    Returns:
+        {"layers": number of layers, "usual": the most frequent rank, "others": {layer: rank} of the other layers};
+        empty for a method without such matrices.
     """
-    found: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     try:
         with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 layer, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
                 if rest.startswith(("A", "embedding_A")):
-                    found[layer] = file.get_slice(name).get_shape()[0]
+                    ranks[layer] = file.get_slice(name).get_shape()[0]
     except (OSError, SafetensorError) as error:
         raise StageError(f"{adapter} cannot be read ({error}); train it again with `peftcore run`") from error
-    if not found:
+    if not ranks:
         return {}
-    usual = max(Counter(found.values()).items(), key=lambda pair: (pair[1], pair[0]))[0]
-    others = {layer: rank for layer, rank in sorted(found.items()) if rank != usual}
-    return {"layers": len(found), "usual": usual, "others": others}
+    usual = max(Counter(ranks.values()).items(), key=lambda pair: (pair[1], pair[0]))[0]
+    others = {layer: rank for layer, rank in sorted(ranks.items()) if rank != usual}
+    return {"layers": len(ranks), "usual": usual, "others": others}
 
 
 def data_summary(paths: Paths) -> dict[str, Any]:
-    """Where the rows came from, how many each split has, and how many were dropped for what."""
+    """Return the data's source, the number of rows of each split, and {reason: number} of dropped rows."""
     report = read_json(paths.data_report)
     rows = {name: split["rows"] for name, split in report["splits"].items()}
     return {"source": report["source"], "examples": report["examples"], "dropped": report["dropped"], "rows": rows}
 
 
 def this_machine() -> dict[str, Any]:
-    """What of a machine can change a result's last bits."""
+    """Return the properties of this machine that can change a result's last bits."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor())
@@ -148,22 +156,23 @@ def this_machine() -> dict[str, Any]:
 
 
 def this_software() -> dict[str, str]:
+    """Return the versions of Python and of the packages that can change a result."""
     return {"python": python_version(), **{name: installed(name) for name in SOFTWARE}}
 
 
 def evidence(paths: Paths) -> tuple[Path, ...]:
-    """The files, beside the adapter, that a version is judged by."""
+    """Return the files of the evaluation and the merge, by which a version is judged."""
     control = (paths.evaluation_control,) if paths.evaluation_control.exists() else ()
     return (paths.evaluation_metrics, paths.evaluation_rows, *control, paths.merge_report)
 
 
 def evidence_digests(paths: Paths) -> dict[str, str]:
-    """{file that a version is judged by, relative to the root: its SHA-256}"""
+    """Return {file of `evidence`, relative to the root: its SHA-256}."""
     return {path.relative_to(paths.root).as_posix(): sha256(path) for path in evidence(paths)}
 
 
 def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number: str) -> dict[str, Any]:
-    """The lineage record of version `number`. Digests are hex SHA-256; DVC's own are MD5."""
+    """Return the lineage record of version `number`. Digests are hexadecimal SHA-256; DVC's own are MD5."""
     evaluation = read_json(paths.evaluation_metrics)
     outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
     files = adapter_files(paths.adapter)
@@ -173,7 +182,7 @@ def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": {
             "commit": git.head(),
-            "uncommitted": git.uncommitted(leaving_out=(LOCK, paths.metrics.name)),
+            "uncommitted": uncommitted_files(git, excluded=(LOCK, paths.metrics.name)),
         },
         "adapter": {"content": content_digest(files), "files": files},
         "evidence": evidence_digests(paths),

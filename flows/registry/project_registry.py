@@ -1,18 +1,25 @@
-"""The registry of a project, as its parameters have it: by which key its tags are signed, and whose tags decide."""
+"""The registry of a project, with the signing key and the list of signers of its parameters."""
 
 from functools import partial
 from pathlib import Path
 
-from flows.params.model import Gate, Params
-from flows.registry.registry import Decides, Registry
+from flows.params import Gate, Params
+from flows.registry.reader import Decides
+from flows.registry.registry import Registry
 from flows.registry.signatures import allowed_signers, signature_of, signing_key
 from flows.runtime.git import Git, Tag
 
 
 def registry_of(params: Params, root: Path, sign: bool = False) -> Registry:
-    """The registry at `root`. sign: whether the tags made with it are signed, where there is a key.
+    """Return the registry of the repository at `root`.
 
-    Raises RegistryError where the key that is to sign, or the list of signers, is not there.
+    Args:
+        params: the project's parameters.
+        root: the repository.
+        sign: sign the tags that are made with this registry, if there is a key.
+
+    Raises:
+        RegistryError: the file of the signing key or of the list of signers does not exist.
     """
     git = Git(root)
     key = signing_key(params, root) if sign else None
@@ -20,7 +27,7 @@ def registry_of(params: Params, root: Path, sign: bool = False) -> Registry:
 
 
 def deciding_tags(gate: Gate, git: Git) -> Decides | None:
-    """Which tags give or take back a stage: with `gate.allowed_signers`, those that one of them signed; else all."""
+    """Return the test for tags that give or withdraw a stage: signed by a listed person; None if all tags count."""
     allowed = allowed_signers(gate, git.root)
     return None if allowed is None else partial(_is_signed, git, allowed)
 

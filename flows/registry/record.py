@@ -1,6 +1,6 @@
-"""What a version's lineage record has to hold to be used. It comes out of git, so whoever may push can have made it.
+"""Validation of lineage records. A record comes from git, so anybody who may push can have written it.
 
-`flows.registry.lineage` writes it; later releases may add to it, so what is not named here is passed over.
+`flows.registry.lineage` writes records. Later releases may add keys, so unknown keys are ignored.
 """
 
 from pathlib import PurePosixPath
@@ -61,6 +61,6 @@ class _Record(BaseModel):
 
 
 def check_record(record: Any) -> dict[str, Any]:
-    """The record as it was given. Raises pydantic.ValidationError, a ValueError, for one that is not usable."""
+    """Return the unchanged record if it is valid. Raises pydantic.ValidationError, which is a ValueError."""
     _Record.model_validate(record)
     return record

@@ -1,4 +1,4 @@
-"""The files of a registered version, as DVC kept them and as they were registered."""
+"""Files of a registered version, taken from DVC and checked against the version's record."""
 
 import hashlib
 import json
@@ -8,17 +8,26 @@ from pathlib import Path
 
 from flows.errors import RegistryError
 from flows.paths import Paths
-from flows.registry.registry import Registry, Version
+from flows.registry.reader import RegistryReader, Version
 from flows.runtime.project import files_at
 from peftcore.files import sha256
 
 
 @contextmanager
-def files_of(paths: Paths, registry: Registry, version: Version, wanted: Sequence[Path]) -> Iterator[Paths]:
-    """A temporary folder with the outputs `wanted` (paths below `paths.root`) of a version; what it is judged by and
-    its data have the digests of its record.
+def files_of(paths: Paths, registry: RegistryReader, version: Version, wanted: Sequence[Path]) -> Iterator[Paths]:
+    """Put outputs of a version into a temporary folder, which the context manager gives and removes.
 
-    DVC verifies what it pulls, but not what it gets from another commit. Raises RegistryError.
+    DVC verifies files that it pulls, but not files that it gets from another commit. So the evidence and the data are
+    compared with the digests of the version's record.
+
+    Args:
+        paths: the repository.
+        registry: the registry.
+        version: the version.
+        wanted: the outputs, as paths below `paths.root`.
+
+    Raises:
+        RegistryError: a file differs from the registered one.
     """
     record = registry.record(version)
     names = [path.relative_to(paths.root).as_posix() for path in wanted]
@@ -33,24 +42,24 @@ def files_of(paths: Paths, registry: Registry, version: Version, wanted: Sequenc
             damaged.append(data)
         for name in damaged:
             raise RegistryError(
-                f"{name} of {version.tag} is not what was registered: DVC's cache or remote is damaged; remove "
+                f"{name} of {version.tag} differs from the registered file: DVC's cache or remote is damaged; remove "
                 "the damaged file there and `dvc push` it again from a machine that has it"
             )
         yield Paths(folder)
 
 
-def check_adapter(adapter: Path, registry: Registry, version: Version) -> None:
-    """RegistryError unless the adapter's files are those that were registered."""
+def check_adapter(adapter: Path, registry: RegistryReader, version: Version) -> None:
+    """Check an adapter's files against the version's record. Raises RegistryError if a file differs."""
     for name, digest in registry.record(version)["adapter"]["files"].items():
         if not (adapter / name).is_file() or sha256(adapter / name) != digest:
             raise RegistryError(
-                f"{name} of {version.tag} is not what was registered, so it cannot be used; `dvc push` it from "
+                f"{name} of {version.tag} differs from the registered file, so it cannot be used; `dvc push` it from "
                 "a machine that has it, or roll back to another version (`peftcore rollback --to`)"
             )
 
 
 def dvc_digest(folder: Path) -> str:
-    """What dvc.lock says of a folder: the MD5 of a list of its files, by their path, with theirs."""
+    """Return a folder's digest as dvc.lock has it: the MD5 of the sorted list of its files with their MD5."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = [{"md5": _md5(path.read_bytes()), "relpath": path.relative_to(folder).as_posix()} for path in files]
     return _md5(json.dumps(sorted(listed, key=lambda one: one["relpath"]), sort_keys=True).encode()) + ".dir"

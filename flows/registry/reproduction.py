@@ -1,8 +1,8 @@
-"""Rebuild a version from what its commit holds, in a working tree of its own, and compare what comes out.
+"""Rebuild a version from its own commit, in a working tree of its own, and compare the results.
 
-The commit has the code, the parameters and a dvc.lock of the run. What the lock says was fetched (the base, files that
-DVC tracks) is taken by its hash; every stage after that really runs, with the commit's own code, and nothing of it
-enters DVC's cache. Times are no results, so they are left out of every comparison.
+The commit has the code, the parameters and the dvc.lock of the run. Fetched inputs (the base, files that DVC tracks)
+are taken by their hash from the lock. Every later stage runs again, with the commit's own code, and its outputs do not
+enter DVC's cache. All comparisons ignore times.
 """
 
 import json
@@ -17,11 +17,13 @@ from ruamel.yaml import YAML
 from safetensors import SafetensorError, deserialize
 
 from flows.errors import RegistryError, RepositoryError, StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.comparison import differences
 from flows.registry.lineage import LOCK, headline_metrics, this_machine, this_software
-from flows.registry.registry import ADDED, RAN, Registry, Version
+from flows.registry.project_registry import registry_of
+from flows.registry.reader import Version
+from flows.registry.registry import ADDED, RAN
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked
 from flows.runtime.project import dvc, files_at, stage_order
@@ -32,19 +34,19 @@ from peftcore.files import sha256
 logger = logging.getLogger(__name__)
 
 INPUT, LAST = "fetch", "register"
-"""The stage whose outs are taken as they were, and the one that has side effects; neither runs again."""
+"""The stage whose outputs are taken by their hash, and the stage with side effects; neither runs again."""
 TIMES = ("seconds", "tokens_per_second", "token_ms", "first_token_ms", "peak_memory", "wandb_run_id")
-"""Keys of the stages' JSON files that are another at every run: times, memory, the number of a run."""
+"""Keys of the stages' JSON files that differ between any two runs: times, memory, the id of a run."""
 PARTS = ("adapter", "evidence", "outs", "metrics")
-"""What of a reproduction is compared, in the order in which it is told."""
+"""Compared parts of a reproduction, in the order of the report."""
 _OPTIONS = ("--no-run-cache", "--no-commit")
 _FLOATS = {"F64": numpy.float64, "F32": numpy.float32, "F16": numpy.float16, "BF16": numpy.uint16}
 
 
 class Compared(NamedTuple):
-    """One thing that was registered, and what it is now. detail: where it differs, as far as can be said."""
+    """A file or figure as registered and as rebuilt. detail: the difference, if it can be determined."""
 
-    what: str
+    name: str
     registered: Any
     rebuilt: Any
     same: bool
@@ -53,47 +55,61 @@ class Compared(NamedTuple):
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What a rebuilt version is beside the registered one."""
+    """The comparison of a rebuilt version with the registered one."""
 
     version: str
     stages: list[str]
-    """Those that ran again."""
+    """Stages that ran again."""
     adapter: list[Compared]
-    """Its files; empty if the rebuild ended before it."""
+    """The adapter's files; empty if the rebuild stopped before the train stage."""
     evidence: list[Compared]
-    """The files that it was judged by, as far as they were made."""
+    """Files of the evaluation and the merge, as far as they were made."""
     outs: list[Compared]
     metrics: list[Compared]
     other: list[tuple[str, Any, Any]]
-    """What of software and machine was another then: (name, then, now)."""
+    """Differences of software and machine: (name, then, now)."""
 
     @property
     def same(self) -> bool:
-        """Whether the adapter is the same in every byte; of a rebuild that ended before it, every file it made."""
+        """True if the adapter is equal in every byte; without an adapter, if every rebuilt output is equal."""
         return all(one.same for one in self.adapter or self.outs)
 
     @property
     def sentence(self) -> str:
-        what = "adapter" if self.adapter else "files"
+        """The result in one line."""
+        subject = "adapter" if self.adapter else "files"
         if self.same:
-            return f"{self.version} is reproduced: the same {what}, byte for byte"
+            return f"{self.version} is reproduced: the same {subject}, byte for byte"
+        failed = f"{self.version} is not reproduced: other {subject}"
+        if not self.other:
+            return f"{failed}; software and machine are the same, so a stage is not deterministic"
         other = ", ".join(f"{name} was {then}, is {now}" for name, then, now in self.other)
-        reason = f"; what was another then: {other}" if other else "; software and machine are the same, so a stage "
-        return f"{self.version} is not reproduced: other {what}{reason}" + ("" if other else "is not deterministic")
+        return f"{failed}; other software or machine: {other}"
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the comparison as JSON takes it."""
         parts = {name: [one._asdict() for one in getattr(self, name)] for name in PARTS}
         other = [{"name": name, "then": then, "now": now} for name, then, now in self.other]
         return {"version": self.version, "same": self.same, "stages": self.stages, **parts, "other": other}
 
 
 def reproduce(params: Params, paths: Paths, number: str, timeout: float, until: str | None = None) -> Reproduction:
-    """Rebuild version `number` and compare it; the user's files stay as they are.
+    """Rebuild a version and compare it with the registered one. The user's files stay unchanged.
 
-    timeout: seconds for each stage. until: the last stage to run; None runs all.
-    Raises RegistryError, StageError, RepositoryError if it cannot be rebuilt.
+    Args:
+        params: the project's parameters.
+        paths: the repository.
+        number: the version's number.
+        timeout: seconds for each stage.
+        until: the last stage to run; None runs all.
+
+    Raises:
+        RegistryError: the version or its inputs are missing.
+        StageError: a stage failed, or `until` is not a stage of the version.
+        RepositoryError: git or DVC failed.
+        DataError: the version's commit does not have its data.
     """
-    registry = Registry(Git(paths.root), params.project.name)
+    registry = registry_of(params, paths.root)
     version = registry.version(number)
     record = registry.record(version)
     source = record["params"]["data"]["source"]
@@ -104,7 +120,9 @@ def reproduce(params: Params, paths: Paths, number: str, timeout: float, until: 
         ran = _stages(at, registered, until)
         _take_inputs(at, registered)
         if lost := [path for path in record["git"]["uncommitted"] if not (tree / path).exists() or not _is_held(path)]:
-            logger.warning("when %s ran these were not as git has them: %s", version.tag, ", ".join(lost))
+            logger.warning(
+                "%s was made with uncommitted files that its commit does not have: %s", version.tag, ", ".join(lost)
+            )
         for done, stage in enumerate(ran):
             run_stage(tree, stage, timeout, True, f"{done}/{len(ran)}", _OPTIONS)
         rebuilt = _outs(at)
@@ -112,10 +130,10 @@ def reproduce(params: Params, paths: Paths, number: str, timeout: float, until: 
         before = {path: digest for outs in registered.values() for path, digest in outs.items()}
         after = {path: digest for outs in rebuilt.values() for path, digest in outs.items()}
         changed = [path for path in names if before.get(path) != after[path]]
-        found = {path: _differing_files(paths, version, at, path) for path in changed}
-        outs = [_out(path, before.get(path), after[path], found.get(path, [])) for path in names]
+        differing = {path: _differing_files(paths, version, at, path) for path in changed}
+        outs = [_out(path, before.get(path), after[path], differing.get(path, [])) for path in names]
         adapter = _adapter(paths, version, record, at) if at.adapter.relative_to(tree).as_posix() in names else []
-        evidence = _evidence(record, at, found)
+        evidence = _evidence(record, at, differing)
         metrics = _metrics(record, at)
     now = {"software": this_software(), "machine": this_machine()}
     then = {part: record.get(part) or now[part] for part in now}
@@ -124,7 +142,7 @@ def reproduce(params: Params, paths: Paths, number: str, timeout: float, until: 
 
 
 def _outs(at: Paths) -> dict[str, dict[str, str]]:
-    """{stage: {out: DVC's hash}} of dvc.lock."""
+    """Return {stage: {out: DVC's hash}} of dvc.lock."""
     stages = YAML(typ="safe").load(at.root / LOCK)["stages"]
     return {
         stage: {out["path"]: out["md5"] for out in entry.get("outs", []) if "md5" in out}
@@ -133,22 +151,22 @@ def _outs(at: Paths) -> dict[str, dict[str, str]]:
 
 
 def _is_held(path: str) -> bool:
-    """Whether a version's commit has a tracked file as it was when the version ran, even if it was not committed."""
+    """Return True if a version's commit has the file's content from the run, even if it was uncommitted then."""
     return path in ADDED or any(path.startswith(f"{folder}/") for folder in RAN)
 
 
 def _stages(at: Paths, registered: dict[str, Any], until: str | None) -> list[str]:
-    """The stages to run, in order. Raises StageError for an `until` that is none of them."""
+    """Return the stages to run, in order. Raises StageError if `until` is not one of them."""
     order = [stage for stage in stage_order(at.root) if stage in registered and stage not in (INPUT, LAST)]
     if until is None:
         return order
     if until not in order:
-        raise StageError(f"--until {until}: the version has no such stage to run again; it has: {', '.join(order)}")
+        raise StageError(f"--until {until}: the version has no such stage to run again; give one of {', '.join(order)}")
     return order[: order.index(until) + 1]
 
 
 def _take_inputs(at: Paths, registered: dict[str, Any]) -> None:
-    """Bring what was fetched, and the files that DVC tracks, from DVC's cache or remote."""
+    """Get the outputs of the fetch stage and the files that DVC tracks from DVC's cache or remote."""
     tracked = Git(at.root).run("ls-files", "*.dvc").split("\n")
     inputs = [name for name in (*([INPUT] if INPUT in registered else []), *tracked) if name]
     try:
@@ -156,17 +174,17 @@ def _take_inputs(at: Paths, registered: dict[str, Any]) -> None:
             dvc(at.root, "pull", *inputs)
     except RepositoryError as error:
         raise RegistryError(
-            f"what the version was made from cannot be had ({error}); `dvc push` it from a machine that has it"
+            f"the inputs of the version are not available ({error}); `dvc push` them from a machine that has them"
         ) from error
 
 
 def _differing_files(paths: Paths, version: Version, at: Paths, out: str) -> list[Compared]:
-    """The files of one out that are not what was registered, times left aside; one entry if that cannot be had."""
+    """Return an output's files that differ apart from times; one entry if the registered output is not available."""
     try:
         with files_at(paths.root, version.commit, [out]) as folder:
             return list(_compare_folders(folder / out, at.root / out))
     except RepositoryError as error:
-        return [Compared(out, "cannot be had any more", "", False, str(error).strip().splitlines()[-1])]
+        return [Compared(out, "not available", "", False, str(error).strip().splitlines()[-1])]
 
 
 def _compare_folders(then: Path, now: Path) -> Iterator[Compared]:
@@ -184,7 +202,7 @@ def _compare_folders(then: Path, now: Path) -> Iterator[Compared]:
 
 
 def without_times(path: Path) -> Any:
-    """A file's content without what is another at every run: bytes, or parsed if it is .json or .jsonl."""
+    """Return a file's content: parsed and without the keys of TIMES for .json and .jsonl, else bytes."""
     content = path.read_bytes()
     try:
         if path.suffix == ".json":
@@ -203,7 +221,7 @@ def _timeless(value: Any) -> Any:
 
 
 def largest_difference(then: Path, now: Path) -> str:
-    """Between two safetensors files: the largest absolute difference of a value, and in which tensor; else nothing."""
+    """Return the largest absolute difference between two safetensors files and its tensor; empty for other files."""
     if then.suffix != ".safetensors":
         return ""
     try:
@@ -212,14 +230,14 @@ def largest_difference(then: Path, now: Path) -> str:
         return f"not readable: {error}"
     before, after = ({name: (t["dtype"], t["shape"]) for name, t in side.items()} for side in tensors)
     if before != after:
-        return "other tensors, or of other shapes"
+        return "other tensors or other shapes"
     largest = [(_largest(*(side[name] for side in tensors)), name) for name in before]
     value, name = max(largest, default=(0.0, ""))
     return f"largest difference {value:.3g}, in {name}"
 
 
 def _largest(then: Any, now: Any) -> float:
-    """Of two tensors as safetensors holds them; infinite where a value is no number, or of a type numpy lacks."""
+    """Return the largest difference of two serialised tensors; infinite for NaN, and for types that numpy lacks."""
     if then["data"] == now["data"]:
         return 0.0
     if then["dtype"] not in _FLOATS:
@@ -233,42 +251,43 @@ def _largest(then: Any, now: Any) -> float:
 
 def _out(path: str, then: str | None, now: str, files: Sequence[Compared]) -> Compared:
     same = then == now or (then is not None and not files)
-    told = [f"{one.what} ({one.detail or 'another content'})" for one in files]
-    detail = ", ".join(told) or ("" if then == now else "the same but for times")
+    details = [f"{one.name} ({one.detail or 'another content'})" for one in files]
+    detail = ", ".join(details) or ("" if then == now else "equal except for times")
     return Compared(path, then, now, same, detail)
 
 
 def _adapter(paths: Paths, version: Version, record: dict[str, Any], at: Paths) -> list[Compared]:
-    """Each file of the registered manifest; prose (README.md) is no result."""
+    """Compare each file of the registered manifest except README.md."""
     files = {name: digest for name, digest in record["adapter"]["files"].items() if not name.endswith(".md")}
     rebuilt = {name: sha256(at.adapter / name) if (at.adapter / name).is_file() else None for name in files}
     if files == rebuilt:
-        told: dict[str, str] = {}
+        details: dict[str, str] = {}
     else:
         out = at.adapter.relative_to(at.root).as_posix()
-        told = {one.what: one.detail for one in _differing_files(paths, version, at, out)}
+        details = {one.name: one.detail for one in _differing_files(paths, version, at, out)}
     return [
-        Compared(name, files[name], rebuilt[name], files[name] == rebuilt[name], told.get(name, "")) for name in files
+        Compared(name, files[name], rebuilt[name], files[name] == rebuilt[name], details.get(name, ""))
+        for name in files
     ]
 
 
-def _evidence(record: dict[str, Any], at: Paths, found: Mapping[str, list[Compared]]) -> list[Compared]:
-    """The files that a version is judged by; found: {out: its files that differ}."""
+def _evidence(record: dict[str, Any], at: Paths, changed: Mapping[str, list[Compared]]) -> list[Compared]:
+    """Compare the files that the version was judged by. changed: {out: its differing files}."""
     differing = {
-        out if one.what in (out, Path(out).name) else f"{out}/{one.what}": one.detail or "another content"
-        for out, files in found.items()
+        out if one.name in (out, Path(out).name) else f"{out}/{one.name}": one.detail or "another content"
+        for out, files in changed.items()
         for one in files
     }
     return [
         Compared(name, digest, now := sha256(at.root / name), name not in differing,
-                 differing.get(name, "" if now == digest else "the same but for times"))
+                 differing.get(name, "" if now == digest else "equal except for times"))
         for name, digest in record["evidence"].items()
         if (at.root / name).is_file()
     ]  # fmt: skip
 
 
 def _metrics(record: dict[str, Any], at: Paths) -> list[Compared]:
-    """Each figure of the headline metrics; none if the rebuild ended before they are there."""
+    """Compare the headline metrics; empty if the rebuild stopped before they were made."""
     if not (at.evaluation_metrics.exists() and at.merge_report.exists() and at.training_summary.exists()):
         return []
     then, now = (dict(_figures(metrics)) for metrics in (record["metrics"], headline_metrics(at)))

@@ -1,6 +1,7 @@
-"""Signed tags: an ssh key signs what this machine registers, promotes or approves; a list of keys says who may.
+"""Signed tags. An ssh key signs the registrations, promotions and approvals of this machine.
 
-A version's tag holds the digest of its adapter and the commit of its record, so a signature covers both.
+A list of keys (`gate.allowed_signers`) names the people whose signatures count. A version's tag holds the digest of the
+adapter and points to the commit of the record, so a signature covers both.
 """
 
 import os
@@ -8,35 +9,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.errors import RegistryError
-from flows.params.model import Gate, Params
+from flows.params import Gate, Params
 from flows.runtime.git import Git, GitError, Tag
 
 VARIABLE = "PEFTCORE_SIGNING_KEY"
-"""Environment variable with the path of a key; it goes before `register.signing_key`, because a key is a person's."""
+"""Environment variable with a key's path. It overrides `register.signing_key`, because a key belongs to a person."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Who signed a tag, or why it is not known to be anybody."""
+    """The signer of a tag, or the problem with its signature."""
 
     signer: str | None
     problem: str | None = None
 
 
 def signing_key(params: Params, root: Path) -> Path | None:
-    """The key to sign with, None where there is none. Raises RegistryError if its file is not there."""
-    given = os.environ.get(VARIABLE) or params.register.signing_key
-    return _existing(root, given, f"register.signing_key (or {VARIABLE})") if given else None
+    """Return the path of the signing key; None if none is configured. Raises RegistryError if the file is missing."""
+    path = os.environ.get(VARIABLE) or params.register.signing_key
+    return _existing(root, path, f"register.signing_key (or {VARIABLE})") if path else None
 
 
 def allowed_signers(gate: Gate, root: Path) -> Path | None:
-    """The list of keys that count, None where signatures are not asked for. Raises RegistryError if it is not there."""
-    given = gate.allowed_signers
-    return _existing(root, given, "gate.allowed_signers") if given else None
+    """Return the list of signers; None if signatures are not required. Raises RegistryError if the file is missing."""
+    path = gate.allowed_signers
+    return _existing(root, path, "gate.allowed_signers") if path else None
 
 
 def signature_of(git: Git, tag: Tag, allowed: Path) -> Signature:
-    """Whose signature a tag has under the very name that it goes by."""
+    """Return the signature of a tag, which is valid only under the tag's present name."""
     try:
         signer = git.signer(tag.name, allowed)
     except GitError as error:
@@ -46,8 +47,8 @@ def signature_of(git: Git, tag: Tag, allowed: Path) -> Signature:
     return Signature(signer)
 
 
-def _existing(root: Path, given: str, what: str) -> Path:
-    path = (root / Path(given).expanduser()).absolute()
+def _existing(root: Path, value: str, key: str) -> Path:
+    path = (root / Path(value).expanduser()).absolute()
     if not path.is_file():
-        raise RegistryError(f"{what} is {given}, and there is no file {path}; give the path of one, or null")
+        raise RegistryError(f"{key} is {value}, but the file {path} does not exist; give a file's path, or null")
     return path

@@ -1,1 +1,1 @@
-"""`peftcore plan`: memory, time and disk of a run before it is started."""
+"""Resource estimation: memory, time and disk of a training run. The command is `peftcore plan`."""

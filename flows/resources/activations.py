@@ -1,8 +1,8 @@
-"""The memory of one training step's forward and backward, without doing either: on fake tensors, which have no data.
+"""Memory of one training step's forward and backward, simulated on fake tensors, which hold no data.
 
-A step of a few real-width blocks runs under PyTorch's FakeTensorMode with the adapters, attention and recomputation
-of the real one; each storage is counted while somebody holds it, as an allocator would. Blocks are alike, so two
-depths give the whole. What is left to arithmetic is the loss, whose shape depends on the labels.
+A step of a few blocks of real width runs under PyTorch's FakeTensorMode with the run's adapters, attention and
+recomputation. Each storage is counted while it is alive, as in an allocator. Blocks are alike, so two depths give all
+blocks by extrapolation. Only the loss is computed by arithmetic, because its shape depends on the labels.
 """
 
 import weakref
@@ -24,38 +24,38 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from flows.base.model import EAGER_UP_TO, compute_dtype, device
-from flows.errors import PlanError
-from flows.params.model import Params
+from flows.errors import EstimateError
+from flows.params import Params
 from flows.resources.batches import BatchSize
-from flows.resources.sizes import number_of_blocks, planned_adapter, with_blocks
+from flows.resources.sizes import number_of_blocks, sized_adapter, with_blocks
 from peftcore import get_peft_model
-from peftcore.train import recompute_activations
-from peftcore.train.recomputation import SELECTED, Mode
+from peftcore.train import SELECTED, Mode, recompute_activations
 
 LOGITS_AT_ONCE = 2**23
-"""Logits (count) that `peftcore.train.linear_cross_entropy` holds of a batch."""
+"""Logits (count) that `peftcore.train.linear_cross_entropy` computes per chunk."""
 SOFTMAX_AT_ONCE = 2**21
-"""Of these, what a CPU thread has in float32 at a time."""
+"""Logits (count) that a CPU thread converts to float32 at a time."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one step."""
+    """Memory of one step (bytes)."""
 
     kept: int
-    """What the forward keeps for the backward."""
+    """Activations that the forward saves for the backward."""
     working: int
-    """What the backward needs beside it at its worst, gradients of weights apart."""
+    """Peak of the backward on top, without gradients of weights."""
     loss: int
-    """Of the output head and the loss."""
+    """Output head and loss."""
 
     @property
     def peak(self) -> int:
+        """Maximum of the step."""
         return self.kept + max(self.working, self.loss)
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operations have made and somebody still holds."""
+    """Counts the bytes of live storages that operations have created."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
@@ -84,10 +84,17 @@ class _Live(TorchDispatchMode):
 
 
 def activations(config: Any, params: Params, batch: BatchSize, longest: int, total_steps: int) -> Activations:
-    """Memory of a step on `batch` with all of the configuration's blocks.
+    """Return the memory of a step on `batch` with all blocks of the configuration.
 
-    longest: tokens of the longest row, by which attention is chosen. Raises PlanError for a model whose forward asks
-    for values, which fake tensors have not.
+    Args:
+        config: The base's configuration.
+        params: The parameters of the run.
+        batch: Shape of the batch.
+        longest: Tokens of the longest row, which decide the attention implementation.
+        total_steps: Optimiser steps of the run.
+
+    Raises:
+        EstimateError: The model's forward needs values, which fake tensors do not have.
     """
     blocks = number_of_blocks(config)
     few = (SELECTED, 2 * SELECTED)
@@ -104,29 +111,29 @@ def activations(config: Any, params: Params, batch: BatchSize, longest: int, tot
 
 
 def evaluation_bytes(config: Any, params: Params, batch: BatchSize, longest: int) -> int:
-    """What the forward of an evaluation holds at its worst: of one block at a time, for nothing is kept.
+    """Return the peak of an evaluation's forward, which keeps one block at a time.
 
-    As of `activations`. An evaluation is without the adapter here, whose own values are small beside the block's.
+    Arguments as in `activations`. The adapter is left out, because its own values are small beside a block's.
     """
     shallow = with_blocks(config, min(SELECTED, number_of_blocks(config)))
     with FakeTensorMode(), torch.device(device()):
         model = _base(shallow, params, longest).eval()
         inputs = _inputs(model, params, batch)
         live = _Live([*model.parameters(), *model.buffers(), *inputs.values()])
-        with _said(model), torch.no_grad(), live:
+        with _explained(model), torch.no_grad(), live:
             model.base_model(**inputs, use_cache=False)
         return live.peak
 
 
 def _simulated(config: Any, params: Params, batch: BatchSize, longest: int, total_steps: int) -> tuple[int, int]:
-    """(bytes kept after the forward, bytes at the worst of forward and backward)"""
+    """Return (bytes kept after the forward, peak bytes of forward and backward)."""
     dtype, place = compute_dtype(params.quantization), device()
     with FakeTensorMode(), torch.device(place):
-        model: Any = get_peft_model(_base(config, params, longest), planned_adapter(params, total_steps)).train()
+        model: Any = get_peft_model(_base(config, params, longest), sized_adapter(params, total_steps)).train()
         recompute_activations(model, _mode(params, place))
         inputs = _inputs(model, params, batch)
         live = _Live([*model.parameters(), *model.buffers(), *inputs.values()])
-        with _said(model), live, torch.autocast(place.type, torch.float16, dtype is torch.float16):
+        with _explained(model), live, torch.autocast(place.type, torch.float16, dtype is torch.float16):
             hidden = model.base_model(**inputs, use_cache=False)[0]
             kept = live.now
             hidden.backward(torch.empty_like(hidden))
@@ -141,35 +148,32 @@ def _base(config: Any, params: Params, longest: int) -> Any:
 
 
 def _inputs(model: Any, params: Params, batch: BatchSize) -> dict[str, Tensor]:
-    """Embedded tokens, and a mask of the pairs that attend, as the model would make it."""
+    """Return embedded tokens and a 4D attention mask, as the model would create them."""
     (rows, width), dtype = batch.shape, compute_dtype(params.quantization)
     stream = torch.empty(rows, width, model.get_input_embeddings().embedding_dim, dtype=dtype, requires_grad=True)
     return {"inputs_embeds": stream, "attention_mask": torch.empty(rows, 1, width, width, dtype=dtype)}
 
 
 @contextmanager
-def _said(model: Any) -> Iterator[None]:
-    """Say it in a PlanError where the model asks for what fake tensors have not."""
+def _explained(model: Any) -> Iterator[None]:
+    """Turn errors of fake tensors into an EstimateError."""
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
-        raise PlanError(
-            f"{type(model).__name__} asks for the values of its tensors, so its activations cannot be simulated "
+        raise EstimateError(
+            f"{type(model).__name__} needs the values of its tensors, so its activations cannot be simulated "
             f"({str(error).splitlines()[0]})"
         ) from error
 
 
 def _mode(params: Params, place: torch.device) -> Mode:
-    """Recomputation as it is simulated: where the inputs of blocks wait elsewhere, they are counted here all the same.
-
-    Without a GPU nothing can be offloaded, and training says so.
-    """
+    """Return the recomputation mode to simulate: offloaded inputs count here, because a CPU cannot offload."""
     mode = params.train.gradient_checkpointing
     return "blocks" if mode == "offload" and place.type == "cpu" else mode
 
 
 def _loss_bytes(config: Any, params: Params, batch: BatchSize) -> int:
-    """The supervised rows with their gradient, and the chunks that logits and softmax are computed in."""
+    """Return the bytes of supervised rows with gradients, and of the chunks of logits and softmax."""
     text = config.get_text_config(decoder=True)
     width = compute_dtype(params.quantization).itemsize
     chunk = min(batch.supervised, max(1, LOGITS_AT_ONCE // text.vocab_size))

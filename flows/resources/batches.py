@@ -1,4 +1,4 @@
-"""The forward passes of a run, by their shapes alone: which rows lie in a batch is known before anything is trained."""
+"""Forward passes of a run by shape: batches are known before training."""
 
 import math
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ from typing import NamedTuple
 import torch
 
 from flows.data.rows import read_rows
-from flows.errors import PlanError
-from flows.params.model import Params
+from flows.errors import EstimateError
+from flows.params import Params
 from flows.paths import Paths, Split
 from flows.training.run import optimizer_steps
 from peftcore import TrainingError
 from peftcore.train import LengthGroupedSampler, Packs, supervised_positions
 
 MULTIPLE = 8
-"""What RightPaddingCollator rounds a batch's width up to (tokens)."""
+"""RightPaddingCollator rounds a batch's width up to a multiple of this (tokens)."""
 
 
 class RowSize(NamedTuple):
-    """One row: all its tokens, and those that it is trained to predict."""
+    """One row: number of tokens, and number of supervised tokens."""
 
     tokens: int
     supervised: int
@@ -27,11 +27,11 @@ class RowSize(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSize:
-    """The rows of one forward pass."""
+    """Rows of one forward pass."""
 
     rows: tuple[RowSize, ...]
     padded: bool
-    """Whether each row is padded to the longest, or they lie end to end in one."""
+    """True: each row is padded to the longest; False: rows are concatenated."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,18 +42,19 @@ class BatchSize:
 
     @property
     def tokens(self) -> int:
-        """Positions that are computed, padding too."""
+        """Computed positions, padding included."""
         rows, width = self.shape
         return rows * width
 
     @property
     def supervised(self) -> int:
+        """Supervised tokens."""
         return sum(row.supervised for row in self.rows)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run computes."""
+    """Forward passes and steps of a run."""
 
     training: tuple[BatchSize, ...]
     """Forward passes of one epoch."""
@@ -61,20 +62,20 @@ class Workload:
     """Forward passes of one evaluation."""
     optimizer_steps: int
     forward_passes: int
-    """Of all optimiser steps, training's."""
+    """Training forward passes of all optimiser steps."""
     longest: int
     """Tokens of the longest row."""
     prepared: bool
-    """Whether the sizes are those of prepared rows; otherwise each is as long as it may be."""
+    """True: sizes of prepared rows; False: every row is assumed to have the maximum length."""
 
     @property
     def largest(self) -> BatchSize:
-        """The batch that needs most memory."""
+        """The training batch that needs most memory."""
         return max(self.training, key=_size)
 
     @property
     def largest_evaluation(self) -> BatchSize:
-        """Of an evaluation's batches the one that needs most."""
+        """The evaluation batch that needs most memory."""
         return max(self.evaluation, key=_size)
 
 
@@ -83,7 +84,11 @@ def _size(batch: BatchSize) -> tuple[int, int, int]:
 
 
 def workload(params: Params, paths: Paths) -> Workload:
-    """The batches of a run on the prepared rows, or on full ones where none are prepared; PlanError if unknown."""
+    """Return the batches of a run on the prepared rows, or on rows of maximum length without prepared rows.
+
+    Raises:
+        EstimateError: The number of rows is unknown.
+    """
     prepared = paths.split("train").exists() and paths.split("validation").exists()
     train = _prepared(paths, "train") if prepared else _assumed(params, params.data.train_rows, "train_rows")
     checked = _prepared(paths, "validation") if prepared else _assumed(params, params.data.validation_rows or 1, "")
@@ -103,7 +108,7 @@ def workload(params: Params, paths: Paths) -> Workload:
 
 
 def _steps_of(params: Params, batches: list[BatchSize]) -> int:
-    """Optimiser steps of an epoch."""
+    """Return the optimiser steps of an epoch."""
     return math.ceil(len(batches) / params.train.gradient_accumulation)
 
 
@@ -116,18 +121,18 @@ def _prepared(paths: Paths, split: Split) -> list[RowSize]:
 
 def _assumed(params: Params, count: int | None, key: str) -> list[RowSize]:
     if count is None:
-        raise PlanError(f"data.{key} is null and no rows are prepared; run the prepare stage, or give a number")
+        raise EstimateError(f"data.{key} is null and no rows are prepared; run the prepare stage, or give a number")
     return [RowSize(params.data.max_length, params.data.max_length - 1)] * count
 
 
 def _training(params: Params, rows: list[RowSize]) -> tuple[list[BatchSize], int]:
-    """(batches of an epoch, optimiser steps of the run)"""
+    """Return (batches of an epoch, optimiser steps of the run)."""
     train, seed = params.train, params.project.seed
     if train.batching == "packed":
         try:
             packs = Packs([{"input_ids": range(row.tokens)} for row in rows], train.pack_tokens)
         except TrainingError as error:
-            raise PlanError(f"train.pack_tokens is {train.pack_tokens}: {error}") from error
+            raise EstimateError(f"train.pack_tokens is {train.pack_tokens}: {error}") from error
         chosen = [tuple(rows[i] for i in pack) for pack in packs.sampler(seed)]
         return [BatchSize(pack, False) for pack in chosen], optimizer_steps(params, packs)
     if train.batching == "grouped":
@@ -140,7 +145,7 @@ def _training(params: Params, rows: list[RowSize]) -> tuple[list[BatchSize], int
 
 
 def shapes(batches: tuple[BatchSize, ...], most: int) -> list[BatchSize]:
-    """One batch of each shape, in their order; of more than `most` shapes some from small to large, the largest too."""
+    """Return one batch per shape, in their order; if there are more than `most`, an even selection with the largest."""
     distinct = sorted({batch.shape: batch for batch in sorted(batches, key=_size)}.values(), key=_size)
     if len(distinct) > most:
         distinct = [distinct[round(i * (len(distinct) - 1) / (most - 1))] for i in range(most)]

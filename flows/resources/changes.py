@@ -1,18 +1,18 @@
-"""Other choices in params.yaml that take less memory, and the peak with each."""
+"""Alternative parameters that need less memory, and the peak of each."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from flows.errors import PlanError
-from flows.params.model import Params
+from flows.errors import EstimateError
+from flows.params import Params
 from flows.paths import Paths
 from flows.resources.batches import workload
-from flows.resources.counted import Counted
+from flows.resources.static_memory import StaticMemory
 
 
 @dataclass(frozen=True)
 class Change:
-    """Other parameters, and the peak that training then has (bytes); `mapped` as in Plan."""
+    """Alternative parameters, and the peak of training with them (bytes); `mapped` as in Estimate."""
 
     params: dict[str, Any]
     peak: int
@@ -21,24 +21,30 @@ class Change:
 
 
 def changes(
-    config: Any, params: Params, paths: Paths, counted: Counted, libraries: int, rest: int, limit: int
+    config: Any, params: Params, paths: Paths, counted: StaticMemory, libraries: int, rest: int, limit: int
 ) -> list[Change]:
-    """Choices that take less, the one that saves least first.
+    """Return alternatives that need less memory, the smallest saving first.
 
-    counted: with the parameters as they are. libraries, rest, limit: bytes of libraries before anything is loaded, of
-    libraries and allocator while training, which are taken to stay as they are, and of the machine.
+    Args:
+        config: The base's configuration.
+        params: The parameters of the run.
+        paths: The project's files.
+        counted: Memory of the run with the present parameters.
+        libraries: Bytes of libraries before loading.
+        rest: Bytes of libraries and allocator during training, assumed constant.
+        limit: Bytes of the machine.
     """
-    found: list[Change] = []
-    for given in _choices(params):
-        changed = _with(params, given)
+    alternatives: list[Change] = []
+    for values in _choices(params):
+        changed = _with(params, values)
         same = counted.sizes if changed.quantization == params.quantization else None
         try:
-            other = Counted(config, changed, workload(changed, paths), same)
-        except PlanError:  # such as packs that are shorter than a row
+            other = StaticMemory(config, changed, workload(changed, paths), same)
+        except EstimateError:  # such as packs shorter than a row
             continue
         peak, mapped = max(libraries + other.loading, other.peak + rest), other.sizes.mapped
-        found.append(Change(given, peak, mapped, peak - mapped <= limit))
-    return sorted(found, key=lambda change: -change.peak)
+        alternatives.append(Change(values, peak, mapped, peak - mapped <= limit))
+    return sorted(alternatives, key=lambda change: -change.peak)
 
 
 def _choices(params: Params) -> list[dict[str, Any]]:
@@ -67,9 +73,9 @@ def _choices(params: Params) -> list[dict[str, Any]]:
     return [*chosen, everything] if everything and everything not in chosen else chosen
 
 
-def _with(params: Params, given: dict[str, Any]) -> Params:
+def _with(params: Params, values: dict[str, Any]) -> Params:
     sections = params.model_dump()
-    for key, value in given.items():
+    for key, value in values.items():
         section, _, name = key.partition(".")
         sections[section][name] = value
     return Params.model_validate(sections)

@@ -1,8 +1,7 @@
-"""The probe: two depths of the planned model, each trained for a few steps in a process of its own.
+"""The probe: two depths of the model, each trained for a few steps in its own process.
 
-The base has the planned one's widths, a few blocks and random weights; what grows with the blocks grows evenly, so two
-depths give the whole. `flows.resources.probe_process` is what runs in the processes, where the peak of memory is
-their own.
+The probe's base has the real widths, a few blocks and random weights. Memory and time grow linearly with the blocks, so
+two depths give the whole. `flows.resources.probe_process` runs in the processes, which have their own memory peaks.
 """
 
 import json
@@ -15,21 +14,21 @@ from typing import Any
 
 import numpy
 
-from flows.errors import PlanError
+from flows.errors import EstimateError
 from flows.resources.batches import BatchSize, RowSize, Workload, shapes
 from flows.runtime.stage import set_seed
 
 SHAPES = 40
-"""Shapes of batches that are trained on, at most; the products of so many fill oneDNN's cache (1,024 kernels)."""
+"""Maximum shapes of batches to train on; their products fill oneDNN's cache (1,024 kernels)."""
 EVALUATED = 4
-"""Shapes of batches that are evaluated, at most."""
+"""Maximum shapes of batches to evaluate."""
 Timings = list[tuple[int, float]]
-"""(positions of a batch, its time in seconds), from small to large."""
+"""(positions of a batch, seconds), from small to large."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process is to do."""
+    """Work of one process."""
 
     params: dict[str, Any]
     base: str
@@ -40,51 +39,55 @@ class Task:
     longest: int
     """Tokens of the run's longest row."""
     optimizer_steps: int
-    """Of the whole run."""
+    """Optimiser steps of the whole run."""
 
     @classmethod
     def read(cls, path: Path) -> "Task":
-        given = json.loads(path.read_text())
+        """Read a task file."""
+        values = json.loads(path.read_text())
         for name in ("training", "evaluation"):
-            given[name] = [BatchSize(tuple(RowSize(*row) for row in one["rows"]), one["padded"]) for one in given[name]]
-        return cls(**given)
+            values[name] = [
+                BatchSize(tuple(RowSize(*row) for row in one["rows"]), one["padded"]) for one in values[name]
+            ]
+        return cls(**values)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process found, or what two say of a deeper model. Memory in bytes, time in seconds."""
+    """Results of one process, or their extrapolation to a deeper model. Memory in bytes, time in seconds."""
 
     peak: float
-    """At the worst of training's steps."""
+    """Peak of training."""
     evaluation_peak: float
-    """At the worst of an evaluation."""
+    """Peak of an evaluation."""
     importing: float
-    """From the start of the process until the libraries were there."""
+    """Start of the process until libraries were imported."""
     loading: float
     training: Timings
     """Forward and backward passes."""
     evaluation: Timings
     """Forward passes."""
     stepping: float
-    """What an optimiser step takes beside its forward and backward passes."""
+    """An optimiser step without its passes."""
     saving: float
-    """What a checkpoint takes."""
+    """Writing a checkpoint."""
 
     @classmethod
     def read(cls, path: Path) -> "Measured":
-        found = json.loads(path.read_text())
-        pairs = {name: [(int(n), float(s)) for n, s in found[name]] for name in ("training", "evaluation")}
-        return cls(**{**found, **pairs})
+        """Read a result file."""
+        values = json.loads(path.read_text())
+        pairs = {name: [(int(n), float(s)) for n, s in values[name]] for name in ("training", "evaluation")}
+        return cls(**{**values, **pairs})
 
     def deeper(self, other: "Measured", depths: tuple[int, int], blocks: int) -> "Measured":
-        """What this one and `other`, with these numbers of blocks, say of a model with `blocks`."""
+        """Extrapolate this result and `other`, with `depths` blocks, to a model with `blocks` blocks."""
         less, more = depths
 
         def size(one: float, two: float) -> float:
             return two + (blocks - more) * max(0.0, two - one) / (more - less)
 
         def time(one: float, two: float) -> float:
-            # without any block it would still take some time, so a block takes no more than its share
+            # a model without blocks still takes time, so a block takes at most its share
             return two + (blocks - more) * min(max(0.0, two - one) / (more - less), two / more)
 
         def times(one: Timings, two: Timings) -> Timings:
@@ -103,10 +106,10 @@ class Measured:
 
 
 def depths(blocks: int) -> tuple[int, ...]:
-    """How many blocks the two shallow models have; one of up to four is taken as it is.
+    """Return the numbers of blocks of the shallow models; up to four blocks are measured directly.
 
-    Far apart, because what one of them is off by is carried on. A single block is no measure: the output head then
-    needs more than it, and the peak is elsewhere.
+    The depths are far apart, because extrapolation multiplies errors. A single block would not do: the output head
+    needs more memory than one block, so the peak is elsewhere.
     """
     if blocks <= 4:
         return (blocks,)
@@ -115,44 +118,47 @@ def depths(blocks: int) -> tuple[int, ...]:
 
 
 def sequence(work: Workload) -> tuple[list[BatchSize], list[BatchSize]]:
-    """(training's batches: the largest as a warm-up, one of each shape, the largest again; evaluation's batches).
+    """Return training batches (the largest as warm-up, one of each shape, the largest again) and evaluation batches.
 
-    Each shape counts: on a CPU, oneDNN keeps the kernels that it compiled for the products of many shapes, and an
-    allocator that is asked for many sizes wastes more.
+    Every shape counts: oneDNN caches kernels by shape on a CPU, and an allocator wastes more with many sizes.
     """
     largest = work.largest
     return [largest, *shapes(work.training, SHAPES), largest], shapes(work.evaluation, EVALUATED)
 
 
 def seconds_of(batches: Sequence[BatchSize], timings: Timings) -> float:
-    """Seconds for all batches, in between those that were timed; smaller ones in proportion to the smallest."""
+    """Return the seconds of all batches, interpolated between timed ones; smaller batches in proportion."""
     sizes, seconds = zip(*timings, strict=True)
     tokens = numpy.array([batch.tokens for batch in batches])
     return float(numpy.interp(tokens, [0, *sizes], [0.0, *seconds]).sum())
 
 
 def run_probe(task: Task, scratch: Path, timeout: float) -> Measured:
-    """Measure in a fresh process; PlanError, with the last thing that it said, if it fails or takes too long."""
-    given, found = scratch / "task.json", scratch / "found.json"
-    given.write_text(json.dumps(asdict(task)))
-    command = [sys.executable, "-m", "flows.resources.probe_process", str(given), str(found)]
+    """Measure in a new process.
+
+    Raises:
+        EstimateError: With the process's last message, if it fails or exceeds `timeout` seconds.
+    """
+    task_file, result_file = scratch / "task.json", scratch / "result.json"
+    task_file.write_text(json.dumps(asdict(task)))
+    command = [sys.executable, "-m", "flows.resources.probe_process", str(task_file), str(result_file)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
-        raise PlanError(
+        raise EstimateError(
             f"the probe took longer than {timeout:g} seconds; allow more with --probe-timeout, or use --no-probe"
         ) from error
     if done.returncode == -9:
-        raise PlanError("the system killed the probe, as it does where memory runs out; use --no-probe")
+        raise EstimateError("the system killed the probe, probably for lack of memory; use --no-probe")
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        reason = said[-1].removeprefix("error: ") if said else f"exit status {done.returncode}"
-        raise PlanError(f"the probe, a few steps of a shallow model, failed: {reason}")
-    return Measured.read(found)
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1].removeprefix("error: ") if lines else f"exit status {done.returncode}"
+        raise EstimateError(f"the probe, a few steps of a shallow model, failed: {reason}")
+    return Measured.read(result_file)
 
 
 def write_shallow_base(config: Any, folder: Path, seed: int) -> None:
-    """A model folder as the fetch stage leaves it, of this configuration and random weights."""
+    """Write a model folder with this configuration and random weights."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,6 +1,6 @@
-"""One process of the probe: storage, adapter, attention, recomputation, optimiser and trainer are the train stage's.
+"""One process of the probe, with the train stage's storage, adapter, attention, recomputation, optimiser and trainer.
 
-python -m flows.resources.probe_process TASK.json FOUND.json
+python -m flows.resources.probe_process TASK.json RESULT.json
 """
 
 import json
@@ -23,7 +23,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 import flows.stages.train  # noqa: F401 - what the real process holds of libraries, this one holds too
 from flows.base.model import device, load_for_training
 from flows.errors import PipelineError
-from flows.params.model import Params
+from flows.params import Params
 from flows.resources.batches import BatchSize
 from flows.resources.probe import Measured, Task, Timings
 from flows.resources.sizes import without_start
@@ -37,16 +37,16 @@ from peftcore.train import AdapterTrainer, PackedCollator, RightPaddingCollator,
 
 Collate = Callable[..., dict[str, Any]]
 OUTLYING = 1.25
-"""Times the usual duration, from which a pass was held up by something else."""
+"""Ratio to the fitted duration from which a pass counts as disturbed by other load."""
 
 
 class TimedTrainer(AdapterTrainer):
-    """Trains on a list of whole batches, and notes how long each forward and backward takes."""
+    """Trainer on a list of whole batches that records the duration of each forward and backward."""
 
     pass_seconds: list[float]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """AdapterTrainer's, timed."""
+        """Run AdapterTrainer's step and record its duration."""
         loss: list[Any] = []
         self.pass_seconds.append(
             _seconds(lambda: loss.append(super(TimedTrainer, self).training_step(*args, **kwargs)))
@@ -55,42 +55,45 @@ class TimedTrainer(AdapterTrainer):
 
 
 class TimeSteps(TrainerCallback):
-    """Notes what optimiser steps take beside their passes."""
+    """Records the duration of optimiser steps without their passes."""
 
     def __init__(self, passes: list[float]) -> None:
         self.passes, self.seconds = passes, [0.0]
         self.started, self.before = 0.0, 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
         self.started, self.before = time.perf_counter(), len(self.passes)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record a step."""
         self.seconds.append(time.perf_counter() - self.started - sum(self.passes[self.before :]))
 
 
 class WholeBatch:
-    """A collator for a data set whose items are batches."""
+    """Collator for a data set whose items are batches."""
 
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
+        """Collate the only item, a batch."""
         return self.collate(items[0])
 
 
 def main() -> None:
-    """Measure what the task says; one `error: ...` message and exit status 1 for anything refused."""
+    """Run the task; an error becomes one `error: ...` message and exit status 1."""
     imported = time.time() - psutil.Process(os.getpid()).create_time()
     watch_parent()
     try:
-        found = measure(Task.read(Path(sys.argv[1])), imported)
+        result = measure(Task.read(Path(sys.argv[1])), imported)
     except (PeftError, PipelineError) as error:
         fail(str(error))
-    Path(sys.argv[2]).write_text(json.dumps(asdict(found)))
+    Path(sys.argv[2]).write_text(json.dumps(asdict(result)))
 
 
 def measure(task: Task, imported: float) -> Measured:
-    """Load, train, evaluate and save; imported: seconds that went before."""
+    """Load, train, evaluate and save; imported: seconds until libraries were imported."""
     params, place = Params.model_validate(task.params), device()
     if params.tracking.mode != "disabled":
         import wandb  # noqa: F401
@@ -147,13 +150,13 @@ def _trainer(params: Params, model: Any, task: Task, folder: Path) -> TimedTrain
 
 
 def _items(batch: BatchSize) -> list[dict[str, list[int]]]:
-    """Rows of these sizes; their tokens are among the first of any vocabulary."""
-    made = []
+    """Return rows of these sizes; their tokens are among the first of any vocabulary."""
+    items = []
     for row in batch.rows:
         ids = [3 + position % 50 for position in range(row.tokens)]
         hidden = row.tokens - row.supervised
-        made.append({"input_ids": ids, "labels": [-100] * hidden + ids[hidden:]})
-    return made
+        items.append({"input_ids": ids, "labels": [-100] * hidden + ids[hidden:]})
+    return items
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -165,17 +168,17 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _smoothed(batches: Sequence[BatchSize], seconds: Sequence[float]) -> Timings:
-    """What a batch of each size takes by a fit to all: so much a pass, a position, and a pair of positions in a row.
+    """Fit durations by a constant per pass, a term per position, and a term per pair of positions in a row.
 
-    A single time is a matter of chance, and two depths carry its chance on to all blocks. What else the machine does
-    only ever adds, so passes that took much longer than the fit says are left out of a second one.
+    A single measurement is noisy, and extrapolation would multiply the noise. Other load only adds time, so passes that
+    took much longer than the fit are left out of a second fit.
     """
     sizes = numpy.array([(1.0, batch.tokens, batch.tokens * batch.shape[1]) for batch in batches])
     sizes /= sizes.max(0)
     taken = numpy.array(seconds)
 
     def fit(usual: numpy.ndarray) -> numpy.ndarray:
-        # relative errors count, whatever a batch's size
+        # weighted by relative errors
         coefficients, _residual = nnls(sizes[usual] / taken[usual, None], numpy.ones(int(usual.sum())))
         return sizes @ coefficients
 

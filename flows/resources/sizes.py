@@ -1,10 +1,10 @@
-"""What a run keeps in memory whatever its batches are, counted on the meta device, where a model takes no memory.
+"""Memory of a run that does not depend on its batches, counted on the meta device, where a model takes no memory.
 
-4 bits     n/2 bytes of codes; a scale for 64 weights: 4 bytes, or, quantised in their turn (double quantisation,
-           arXiv:2305.14314, section 3), 1 byte and 4 more for 256 scales
-8 bits     n bytes of codes, 4 bytes of scale a row. arXiv:2208.07339
-optimiser  two averages of each trained weight in its type (AdamW); in 8 bits 1 byte each and 4 more for 256 of them
-           (arXiv:2110.02861), but tensors below 4,096 elements are kept whole
+4 bits     n/2 bytes of codes; per 64 weights a scale of 4 bytes or, with double quantisation (arXiv:2305.14314,
+           section 3), of 1 byte plus 4 bytes per 256 scales
+8 bits     n bytes of codes, and 4 bytes of scale per row. arXiv:2208.07339
+optimiser  two moments per trained weight in its dtype (AdamW); in 8 bits 1 byte each plus 4 bytes per 256
+           (arXiv:2110.02861), but tensors below 4,096 elements keep full moments
 """
 
 import copy
@@ -19,20 +19,19 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from flows.base.model import compute_dtype, device
-from flows.errors import PlanError
-from flows.params.model import Params
+from flows.errors import EstimateError
+from flows.params import Params
 from flows.training.adapter_choice import adapter_config
-from peftcore import PeftConfig, PeftError, get_peft_model
-from peftcore.layers.adapter_layer import AdapterLayer
+from peftcore import AdapterLayer, PeftConfig, PeftError, get_peft_model
 
 SCALED_TOGETHER = 64
-"""4-bit weights that share a scale (count)."""
+"""4-bit weights per scale (count)."""
 SCALES_TOGETHER = 256
-"""Scales, or 8-bit optimiser values, that share one of their own (count)."""
+"""Scales, or 8-bit optimiser values, per second-level scale (count)."""
 SMALLEST_IN_8_BITS = 4096
-"""Elements from which bitsandbytes keeps a tensor's averages in 8 bits."""
+"""Elements from which bitsandbytes keeps a tensor's moments in 8 bits."""
 CODEBOOK_4, CODEBOOK_8 = 16 * 4, 256 * 4
-"""Bytes of the table of values that a 4-bit weight, and its quantised scales, come with."""
+"""Bytes of the code tables of a 4-bit weight and of its quantised scales."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,16 @@ class Sizes:
     quantized: int
     """Base weights in 4 or 8 bits, with their scales."""
     plain: int
-    """The base's others: embeddings, output head, norms, buffers; everything in a base that is not quantised."""
+    """Other base weights: embeddings, output head, norms, buffers; all weights of a base that is not quantised."""
     adapters: int
     gradients: int
     optimizer: int
     mapped: int
-    """The file of the weights that were quantised, in 16 bits, which the loader keeps mapped on a CPU."""
+    """16-bit file of the weights that were quantised, which the loader keeps mapped on a CPU."""
     dequantized: int
-    """The most quantised weights that are read back into plain ones at a time."""
+    """Maximum of quantised weights that are dequantised at a time."""
     unquantized: int
-    """All base weights in the type that activations have: what is merged, and what loading passes through."""
+    """All base weights in the activations' dtype, as in merging and loading."""
     base_file: int
     """All base weights in 16 bits, as the fetch stage writes them."""
     largest: int
@@ -61,28 +60,29 @@ class Sizes:
 
 
 def with_blocks(config: Any, count: int) -> Any:
-    """A configuration of the same widths with `count` blocks."""
-    made = copy.deepcopy(config)
-    text = made.get_text_config(decoder=True)
+    """Return a configuration with the same widths and `count` blocks."""
+    shallow = copy.deepcopy(config)
+    text = shallow.get_text_config(decoder=True)
     total = text.num_hidden_layers
     for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == total:  # one entry a block, such as layer_types
+        if isinstance(value, list) and len(value) == total:  # one entry per block, such as layer_types
             setattr(text, name, value[:count])
     text.num_hidden_layers = count
-    return made
+    return shallow
 
 
 def number_of_blocks(config: Any) -> int:
+    """Return the number of blocks of a configuration."""
     return config.get_text_config(decoder=True).num_hidden_layers
 
 
 def without_start(config: PeftConfig) -> PeftConfig:
-    """The adapter's configuration with a start that needs neither weights nor data."""
+    """Return the adapter's configuration with an initialisation that needs neither weights nor data."""
     return _changed(config, init_lora_weights=True)
 
 
-def planned_adapter(params: Params, total_steps: int) -> PeftConfig:
-    """The adapter's configuration as far as it says what is kept: no start, and no dropout, which draws numbers."""
+def sized_adapter(params: Params, total_steps: int) -> PeftConfig:
+    """Return the adapter's configuration without initialisation and dropout, which do not change its sizes."""
     return _changed(without_start(adapter_config(params, total_steps)), lora_dropout=0.0)
 
 
@@ -92,13 +92,13 @@ def _changed(config: PeftConfig, **values: Any) -> PeftConfig:
 
 
 def base_on_meta(config: Any, params: Params) -> Any:
-    """The base without weights, in the type of its activations."""
+    """Return the base without weights, in the activations' dtype."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=compute_dtype(params.quantization))
 
 
 def sizes(config: Any, params: Params, total_steps: int) -> Sizes:
-    """Count what training `config`'s model keeps; PlanError if the adapter does not fit it."""
+    """Count the memory of training `config`'s model. Raises EstimateError if the adapter does not fit the model."""
     model = base_on_meta(config, params)
     width = compute_dtype(params.quantization).itemsize
     own = {id(parameter): parameter for parameter in model.parameters()}
@@ -106,9 +106,9 @@ def sizes(config: Any, params: Params, total_steps: int) -> Sizes:
     codes = _codes(model, params)
     plain = _bytes(parameter for key, parameter in own.items() if key not in codes) + _bytes(model.buffers())
     try:
-        model = get_peft_model(model, planned_adapter(params, total_steps))
+        model = get_peft_model(model, sized_adapter(params, total_steps))
     except PeftError as error:
-        raise PlanError(f"method: {error}") from error
+        raise EstimateError(f"method: {error}") from error
     added = [parameter for parameter in model.parameters() if id(parameter) not in own]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Sizes(
@@ -131,32 +131,32 @@ def _bytes(tensors: Any) -> int:
 
 
 def _codes(model: nn.Module, params: Params) -> dict[int, int]:
-    """{id of a weight that the base's loader quantises: bytes it then takes}"""
+    """Return {id of a weight that the loader quantises: its bytes}."""
     kind = params.quantization.storage
     if kind == "none":
         return {}
     storage = BitsAndBytesConfig(load_in_8bit=kind == "int8", load_in_4bit=kind != "int8")
-    # the choice is transformers' own: it exchanges the layers of a copy, whose weights are not asked for
+    # transformers chooses: it replaces the layers of a copy, whose weights are never read
     exchanged: Any = copy.deepcopy(model)
     exchanged = replace_with_bnb_linear(exchanged, get_keys_to_not_convert(model), storage)  # type: ignore[arg-type]
-    found: dict[int, int] = {}
+    sizes_of: dict[int, int] = {}
     for path, module in exchanged.named_modules():
         weight: Any = model.get_submodule(path).weight if isinstance(module, Linear4bit | Linear8bitLt) else None
         if isinstance(module, Linear4bit):
-            found[id(weight)] = _in_4_bits(weight.numel(), params.quantization.double_quant)
+            sizes_of[id(weight)] = _in_4_bits(weight.numel(), params.quantization.double_quant)
         elif isinstance(module, Linear8bitLt):
-            found[id(weight)] = weight.numel() + 4 * weight.shape[0]
-    return found
+            sizes_of[id(weight)] = weight.numel() + 4 * weight.shape[0]
+    return sizes_of
 
 
 def _in_4_bits(count: int, double: bool) -> int:
     scales = -(-count // SCALED_TOGETHER)
-    kept = scales + 4 * -(-scales // SCALES_TOGETHER) + 4 + CODEBOOK_8 if double else 4 * scales
-    return -(-count // 2) + kept + CODEBOOK_4
+    scale_bytes = scales + 4 * -(-scales // SCALES_TOGETHER) + 4 + CODEBOOK_8 if double else 4 * scales
+    return -(-count // 2) + scale_bytes + CODEBOOK_4
 
 
 def _averages(parameter: nn.Parameter, params: Params) -> int:
-    """Bytes that the optimiser keeps for one trained tensor."""
+    """Return the optimiser's bytes for one trained tensor."""
     count = parameter.numel()
     if params.train.optimizer.endswith("8bit") and count >= SMALLEST_IN_8_BITS:
         return 2 * (count + 4 * -(-count // SCALES_TOGETHER))
@@ -164,10 +164,10 @@ def _averages(parameter: nn.Parameter, params: Params) -> int:
 
 
 def _read_together(model: nn.Module, codes: dict[int, int], width: int) -> int:
-    """Bytes of the largest group of layers that share an input and are computed, and so dequantised, together."""
+    """Return the bytes of the largest group of layers that share an input and are dequantised together."""
     most = 0
-    for host in model.modules():
-        if isinstance(host, AdapterLayer):
-            group = [getattr(each.base_layer, "weight", None) for each in (host, *host.siblings)]
+    for layer in model.modules():
+        if isinstance(layer, AdapterLayer):
+            group = [getattr(each.base_layer, "weight", None) for each in (layer, *layer.siblings)]
             most = max(most, sum(width * weight.numel() for weight in group if id(weight) in codes))  # type: ignore
     return most

@@ -1,26 +1,26 @@
-"""A plan as tables for a terminal."""
+"""An estimate as tables for a terminal."""
 
 from rich.console import Console
 from rich.table import Table
 
-from flows.resources.plan import Plan, gib, worded
+from flows.resources.estimate import Estimate, as_yaml, gib
 
 
-def print_plan(plan: Plan) -> None:
-    """Memory, time, disk, and what other choices would take."""
+def print_estimate(plan: Estimate) -> None:
+    """Print memory, time, disk, and alternatives."""
     console = Console(highlight=False)
     rows, width = plan.batch
     console.print(
         f"{plan.model}, {plan.blocks} blocks, {plan.trainable / 1e6:,.2f} M trained weights, {plan.optimizer_steps} "
         f"optimiser steps, at most {rows} × {width} tokens a forward pass"
     )
-    memory = _table("memory at the worst of training", "")
+    memory = _table("peak memory of training", "")
     for name, size in plan.memory.items():
         memory.add_row(name, gib(size))
     memory.add_section()
-    memory.add_row("peak" if plan.peak > plan.loading_peak else "peak, while the base is loaded", gib(plan.peak))
+    memory.add_row("peak" if plan.peak > plan.loading_peak else "peak, while loading the base", gib(plan.peak))
     if plan.mapped:
-        memory.add_row("of which the system can drop, if it must", gib(plan.mapped))
+        memory.add_row("of which mapped, can be dropped by the system", gib(plan.mapped))
     memory.add_row(f"this {plan.device} has", f"{gib(plan.limit)}, {gib(plan.free)} free now")
     console.print(memory)
     if plan.time:
@@ -34,16 +34,16 @@ def print_plan(plan: Plan) -> None:
             disk.add_row(name, gib(size))
     console.print(disk)
     if plan.changes:
-        changes = _table("other choices in params.yaml", "peak")
+        changes = _table("alternatives in params.yaml", "peak")
         for change in plan.changes:
-            changes.add_row(worded(change.params), gib(change.peak) + ("" if change.fits else ", does not fit"))
+            changes.add_row(as_yaml(change.params), gib(change.peak) + ("" if change.fits else ", does not fit"))
         console.print(changes)
     for note in plan.notes:
         console.print(note)
 
 
 def duration(seconds: float) -> str:
-    """Seconds, readable."""
+    """Return seconds in a readable unit."""
     if seconds < 90:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,1 +1,1 @@
-"""Retraining that runs alone: new data, a candidate, the gate, and a report either way."""
+"""Automatic retraining: new data, a candidate, the gate, and a report."""

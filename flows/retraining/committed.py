@@ -1,36 +1,35 @@
-"""What a retraining goes by: the parameters that are committed, whatever is being edited meanwhile."""
-
-from pathlib import Path
-from tempfile import TemporaryDirectory
+"""The committed parameters: a retraining uses what is committed, whatever is being edited."""
 
 from flows.errors import ParamsError, RepositoryError
-from flows.params.model import Params, load_params
+from flows.params import Params
+from flows.registry.commit_params import PARAMS, committed_params
 from flows.runtime.git import Git, GitError
 
-PARAMS = "params.yaml"
-LOOKED_BACK = 50
-"""Commits that changed the parameters, in which some that can be read are looked for."""
+MOST_COMMITS = 50
+"""Commits of params.yaml that are searched for parameters that can be read."""
 
 
-def committed_params(git: Git, commit: str = "HEAD") -> Params:
-    """Return the parameters as they are in a commit. Raises ParamsError, or RepositoryError where it has none."""
+def head_params(git: Git) -> Params:
+    """Return the committed parameters.
+
+    Raises:
+        RepositoryError: params.yaml is not committed.
+        ParamsError: the committed params.yaml cannot be used.
+    """
     try:
-        text = git.show(commit, PARAMS)
+        return committed_params(git)
     except GitError as error:
         raise RepositoryError(
-            f"{PARAMS} is not committed, and what is committed is what is trained; `git add {PARAMS}` and `git commit`"
+            f"{PARAMS} is not committed, and a retraining uses committed files only; `git add {PARAMS}` and "
+            "`git commit`"
         ) from error
-    with TemporaryDirectory(prefix="peftcore-") as folder:
-        path = Path(folder) / PARAMS
-        path.write_text(text)
-        return load_params(path)
 
 
 def last_readable_params(git: Git) -> Params | None:
-    """Return the newest committed parameters that can be read: who is to be told, if the present ones cannot."""
-    for commit in git.run("rev-list", f"--max-count={LOOKED_BACK}", "HEAD", "--", PARAMS).split():
+    """Return the newest committed parameters that can be read, which say whom to notify; None if there are none."""
+    for commit in git.run("rev-list", f"--max-count={MOST_COMMITS}", "HEAD", "--", PARAMS).split():
         try:
             return committed_params(git, commit)
-        except (ParamsError, RepositoryError):  # what is wrong with the newest is the retraining's error
+        except (ParamsError, RepositoryError):  # the retraining itself reports errors of the newest parameters
             continue
     return None

@@ -1,7 +1,7 @@
-"""What a retraining learns from: which files of rows there are, and which of them no version has seen.
+"""Training data of a retraining: the files of rows, and which of them are new.
 
-Every version that a retraining registers holds a list of its files with their SHA-256 (`data/NAME.sha256`) in its own
-commit, so that what is new is told by content, on any clone.
+Every version that a retraining registers has a list of its files with their SHA-256 (`data/NAME.sha256`) in its own
+commit. So any clone can recognise new files by their content.
 """
 
 import hashlib
@@ -17,9 +17,10 @@ from platform import python_version
 from flows.base.hub import DownloadError, download
 from flows.data.files import is_of_rows, why_unread
 from flows.errors import DataError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
-from flows.registry.registry import Registry, Version
+from flows.registry.project_registry import registry_of
+from flows.registry.reader import RegistryReader, Version
 from flows.runtime.git import Git, GitError
 from flows.runtime.inputs import check_source_is_tracked
 from flows.runtime.project import dvc
@@ -27,48 +28,51 @@ from peftcore.files import sha256, write_atomically
 
 logger = logging.getLogger(__name__)
 Files = dict[str, str]
-"""{file below data.source: SHA-256}; a source that is no file: {its name: the Python that holds it, or the
-hub's revision}."""
+"""{file below data.source: SHA-256}; for another kind of source {its name: Python's version or the hub's revision}."""
 UNPRINTABLE = "has a character that is not printable, or not in UTF-8; rename it"
-"""What is wrong with a name that a list with one name a line, and messages, cannot hold."""
+"""Problem of a file name that a list with one name per line cannot hold."""
 INCOMING_SOURCE = "data/rows"
-"""Where files from `retrain.incoming` are put if data.source does not say."""
+"""Suggested data.source with `retrain.incoming`."""
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What a retraining would learn from.
+    """The data of a retraining.
 
-    fresh: files that are a reason to train, since no version before has learnt from them. unlearned: files that the
-    champion has not learnt from, whether or not a version that was refused has. unproven: files that a version before
-    has learnt from but was not judged by, and nobody has vouched for since. passed_over: {what lies in
-    `retrain.incoming` and is not taken: why}.
+    Attributes:
+        files: all files to train on.
+        new_files: files that no earlier version was trained on; they are a reason to train.
+        new_to_champion: files that the champion was not trained on.
+        excluded: files that are left out.
+        quarantined: files that an earlier version kept out of evaluation, and that nobody trusts since.
+        skipped: {entry of `retrain.incoming` that is not a file of rows: reason}.
     """
 
     files: Files
-    fresh: list[str]
-    unlearned: list[str]
-    set_aside: list[str]
-    unproven: list[str]
-    passed_over: dict[str, str]
+    new_files: list[str]
+    new_to_champion: list[str]
+    excluded: list[str]
+    quarantined: list[str]
+    skipped: dict[str, str]
 
 
-def champion_of(registry: Registry, stage: str) -> Version | None:
-    """The version that has the stage."""
+def champion_of(registry: RegistryReader, stage: str) -> Version | None:
+    """Return the version that holds the stage; None if the stage is free."""
     holder = registry.stages().get(stage)
     return registry.version(holder.version) if holder and holder.version else None
 
 
-def versions_before(registry: Registry, stage: str) -> list[Version]:
-    """Versions whose data are no news: the newest, and what has the stage."""
+def versions_before(registry: RegistryReader, stage: str) -> list[Version]:
+    """Return the versions whose files are not new: the newest version, and the holder of the stage."""
     versions, champion = registry.versions(), champion_of(registry, stage)
     return [version for version in (versions[-1] if versions else None, champion) if version is not None]
 
 
 class Source:
-    """The rows of `data.source` in the working tree `tree`."""
+    """The files of `data.source` in a working tree."""
 
     def __init__(self, params: Params, root: Path, tree: Path) -> None:
+        """Use the source of `params`. root: the repository; tree: the working tree of the retraining."""
         self.params, self.root, self.tree = params, root, tree
         self.name = params.data.source
         self.is_path = not self.name.startswith(("stdlib:", "hub:"))
@@ -76,74 +80,84 @@ class Source:
 
     @property
     def place(self) -> Path:
+        """Path of the source in the working tree."""
         return self.tree / self.name
 
     @property
     def manifest(self) -> str:
-        """Where the list of its files is, in a commit."""
+        """Path of the list of files in a commit."""
         return f"data/{Path(self.name).name.replace(':', '-')}.sha256"
 
     def collect(
         self,
         before: list[Version],
         champion: Version | None,
-        set_aside: Mapping[str, str],
-        vouched: Collection[str],
+        excluded: Mapping[str, str],
+        trusted: Collection[str],
     ) -> Collected:
-        """Bring the data into the tree: what the tree's commit holds, and with `retrain.incoming` what the last version
-        had and what has come in since.
+        """Bring the data into the working tree.
 
-        before: versions whose data are no news, the newest first. set_aside: {SHA-256: why} of files to leave out.
-        vouched: SHA-256 of files that somebody released, which are news to a version that was not judged by them.
-        Raises DataError for a source that cannot take what comes in, or that has a name which no list can hold.
+        Without `retrain.incoming` the data are those of the tree's commit. With it, they are the data of the newest
+        version and the files that came in since.
+
+        Args:
+            before: versions whose files are not new, newest first.
+            champion: the holder of the stage.
+            excluded: {SHA-256: reason} of files to leave out.
+            trusted: SHA-256 of trusted files. They are new to versions that kept them out of evaluation.
+
+        Raises:
+            DataError: there are no files, a name cannot be listed, or the source cannot take incoming files.
         """
-        passed_over: dict[str, str] = {}
+        skipped: dict[str, str] = {}
         if self.params.retrain.incoming is not None:
-            passed_over = self._take_in(self.params.retrain.incoming, before)
+            skipped = self._take_in(self.params.retrain.incoming, before)
         elif self.is_path:
-            check_source_is_tracked(
-                Git(self.root), self.name, "a retraining, which works on what is committed,", "HEAD"
-            )
+            check_source_is_tracked(Git(self.root), self.name, "a retraining, which uses committed files only,", "HEAD")
             self._pull()
         files = self._files()
-        left_out = sorted(name for name, digest in files.items() if digest in set_aside)
+        left_out = sorted(name for name, digest in files.items() if digest in excluded)
         for name in left_out:
             del files[name]
-            if self.place.is_dir():  # of the tree, which is ours
+            if self.place.is_dir():  # of the retraining's own tree
                 (self.place / name).unlink()
         learned = {digest for version in before for digest in self.files_of(version).values()}
         by_champion = set() if champion is None else set(self.files_of(champion).values())
-        doubted = {digest for version in before for digest in self.unproven_of(version).values()}
-        released = doubted & set(vouched)
-        fresh = [name for name, digest in files.items() if digest not in learned or digest in released]
-        unlearned = [name for name, digest in files.items() if digest not in by_champion or digest in released]
-        unproven = [name for name, digest in files.items() if digest in doubted - set(vouched)]
+        untrusted = {digest for version in before for digest in self.quarantined_of(version).values()}
+        released = untrusted & set(trusted)
+        new_files = [name for name, digest in files.items() if digest not in learned or digest in released]
+        new_to_champion = [name for name, digest in files.items() if digest not in by_champion or digest in released]
+        quarantined = [name for name, digest in files.items() if digest in untrusted - set(trusted)]
         if not files:
             raise DataError(
                 f"data.source {self.name}: there is no file of rows"
                 + (f", nor in retrain.incoming {self.params.retrain.incoming}" if self.params.retrain.incoming else "")
-                + (f"; {len(left_out)} are set aside (`peftcore retrain --release FILE`)" if left_out else "")
+                + (
+                    f"; {len(left_out)} are excluded (`peftcore retrain --trust FILE` uses one again)"
+                    if left_out
+                    else ""
+                )
             )
-        return Collected(files, fresh, unlearned, left_out, unproven, passed_over)
+        return Collected(files, new_files, new_to_champion, left_out, quarantined, skipped)
 
     def pinned(self, files: Files) -> str | None:
-        """Return a hub's source with the revision that was found, which the stages are to read; None for other ones."""
+        """Return a hub's source with its revision, for the stages to read; None for other sources."""
         return f"{self.name.partition('@')[0]}@{files[self.name]}" if self.is_hub else None
 
-    def keep(self, collected: Collected) -> None:
-        """Put the data into DVC and their list into a commit, on no branch, that the version will stand on."""
+    def commit(self, collected: Collected) -> None:
+        """Add the data to DVC and commit their list in the tree, on no branch. The version's commit builds on it."""
         files, listing = collected.files, self.tree / self.manifest
         write_atomically(listing, _listing(files))
         tracked = [self.manifest]
-        is_dvcs = self.is_path and (self.tree / f"{self.name}.dvc").exists()
-        if self.params.retrain.incoming is not None or (is_dvcs and collected.set_aside):
+        in_dvc = self.is_path and (self.tree / f"{self.name}.dvc").exists()
+        if self.params.retrain.incoming is not None or (in_dvc and collected.excluded):
             dvc(self.tree, "add", self.name)
             dvc(self.tree, "push", "--remote", self.params.register.remote, f"{self.name}.dvc")
             tracked += [f"{self.name}.dvc", str(Path(self.name).with_name(".gitignore"))]
         Git(self.tree).commit(tracked, f"Data of a retraining: {len(files)} files\n")
 
     def files_of(self, version: Version) -> Files:
-        """The files that a version learnt from; none if no retraining registered it."""
+        """Return the files that a version was trained on; none if no retraining registered the version."""
         try:
             text = Git(self.root).show(version.commit, self.manifest)
         except GitError:
@@ -151,53 +165,56 @@ class Source:
         pairs = (line.split("  ", 1) for line in text.split("\n") if line)
         return {name: digest for digest, name in pairs}
 
-    def unproven_of(self, version: Version) -> Files:
-        """Those of the files that a version learnt from that it was not judged by."""
+    def quarantined_of(self, version: Version) -> Files:
+        """Return the files that a version was trained on but not evaluated by."""
         files = self.files_of(version)
         if not files:
             return {}
-        record = Registry(Git(self.root), self.params.project.name).record(version)
-        unproven = record["params"]["data"].get("unproven") or []
-        return {name: digest for name, digest in files.items() if name in unproven}
+        record = registry_of(self.params, self.root).record(version)
+        data = record["params"]["data"]
+        quarantined = data.get("quarantined") or data.get("unproven") or []  # `unproven` is the key of earlier releases
+        return {name: digest for name, digest in files.items() if name in quarantined}
 
     def _take_in(self, incoming: str, before: list[Version]) -> dict[str, str]:
-        """Take files of rows out of the folder; returns what is passed over, and why."""
+        """Copy files of rows from the incoming folder; returns {skipped entry: reason}."""
         folder = (self.root / Path(incoming).expanduser()).resolve()
         if not folder.is_dir():
             raise DataError(f"retrain.incoming {incoming}: there is no folder {folder}; make it, or give another")
         inside = self.is_path and self.name.startswith("data/") and not Path(self.name).suffix
         if not inside:
             raise DataError(
-                f"data.source is {self.name}, but with retrain.incoming it has to be a folder below data/ that the "
-                f"files are kept in; give {INCOMING_SOURCE}"
+                f"data.source is {self.name}, but with retrain.incoming it has to be a folder below data/, to which "
+                f"incoming files are copied; give {INCOMING_SOURCE}"
             )
         if Git(self.tree).run("ls-files", "--", self.name).strip():
             raise DataError(
-                f"data.source {self.name} holds files that git tracks, and what comes in is kept by DVC; take them out "
-                f"of git (`git rm -r --cached {self.name}`), or give another folder"
+                f"data.source {self.name} holds files that git tracks, but incoming files are tracked by DVC; remove "
+                f"them from git (`git rm -r --cached {self.name}`), or give another folder"
             )
         shutil.rmtree(self.place, ignore_errors=True)
         newest = next((version for version in before if self.files_of(version)), None)
         if newest is not None:
             dvc(self.root, "get", str(self.root), self.name, "--rev", newest.commit, "--out", str(self.place))
         self.place.mkdir(parents=True, exist_ok=True)
-        passed_over = {}
+        skipped = {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             if why := _why_not_taken(path, name):
-                passed_over[name if name.isprintable() else ascii(name)] = why
+                skipped[name if name.isprintable() else ascii(name)] = why
             elif is_of_rows(path) and path.is_file():
                 self._put(path, name)
-        return passed_over
+        return skipped
 
     def _put(self, path: Path, name: str) -> None:
-        """Copy a file to where the data are kept. One of a name that another had before stands beside that one, unless
-        it goes on from that one or `retrain.same_name` says to replace it.
+        """Copy a file to the source's folder.
+
+        A different file of the same name is kept beside it, unless the new file extends it or `retrain.same_name` is
+        "replace".
         """
         target = self.place / name
-        if target.exists() and sha256(target) != sha256(path) and not _goes_on(path, target):
+        if target.exists() and sha256(target) != sha256(path) and not _extends(path, target):
             if self.params.retrain.same_name == "replace":
-                logger.warning("%s: it takes the place of another file of this name, whose rows are gone", name)
+                logger.warning("%s replaces another file of this name, whose rows are removed", name)
             else:
                 target = target.with_name(f"{target.stem}-{sha256(path)[:8]}{target.suffix}")
                 if not target.exists():
@@ -208,10 +225,10 @@ class Source:
         shutil.copyfile(path, target)
 
     def _pull(self) -> None:
-        """What DVC tracks of the source, as the tree's commit has it."""
-        notes = [path.relative_to(self.tree).as_posix() for path in self.tree.glob("data/**/*.dvc")]
-        if notes:
-            dvc(self.tree, "pull", *notes)
+        """Pull the data that DVC tracks in the tree's commit."""
+        pointers = [path.relative_to(self.tree).as_posix() for path in self.tree.glob("data/**/*.dvc")]
+        if pointers:
+            dvc(self.tree, "pull", *pointers)
 
     def _files(self) -> Files:
         if self.is_hub:
@@ -221,15 +238,15 @@ class Source:
         if self.place.is_file():
             files = {self.place.name: self.place}
         else:
-            found = sorted(path for path in self.place.rglob("*") if path.is_file() and is_of_rows(path))
-            files = {path.relative_to(self.place).as_posix(): path for path in found}
+            paths = sorted(path for path in self.place.rglob("*") if path.is_file() and is_of_rows(path))
+            files = {path.relative_to(self.place).as_posix(): path for path in paths}
         for name in files:
             if not name.isprintable():
                 raise DataError(f"data.source {self.name}: the name of {name!a} {UNPRINTABLE}")
         return {name: sha256(path) for name, path in files.items()}
 
     def _revision(self) -> str:
-        """The commit that the hub has now, by its snapshot; without a network the one that is here."""
+        """Return the hub's present commit; without a network, the downloaded one."""
         try:
             return download(self.name, "dataset").name
         except DownloadError as error:
@@ -239,7 +256,7 @@ class Source:
 
 
 def _why_not_taken(path: Path, name: str) -> str | None:
-    """Why something in `retrain.incoming` is no file of rows; None for one that is, and for folders and notes."""
+    """Return why an entry of `retrain.incoming` is not a file of rows; None for files of rows, folders and notes."""
     if path.is_symlink():
         return "it is a link; put the file itself there"
     if path.is_dir() or (not is_of_rows(path) and (path.name.startswith(".") or path.suffix.lower() == ".md")):
@@ -247,14 +264,14 @@ def _why_not_taken(path: Path, name: str) -> str | None:
     if not name.isprintable():
         return f"its name {UNPRINTABLE}"
     if not path.is_file():
-        return "it is no plain file"
+        return "it is not a regular file"
     if not is_of_rows(path):
-        return why_unread(path) or "it is no .jsonl, .csv or .parquet; convert it to one"
+        return why_unread(path) or "it is not .jsonl, .csv or .parquet; convert it"
     return None
 
 
-def _goes_on(new: Path, old: Path) -> bool:
-    """Whether a file begins with all that another holds, as one that is only added to."""
+def _extends(new: Path, old: Path) -> bool:
+    """Return True if a file begins with the whole content of another, as a file does that is only appended to."""
     if old.stat().st_size > new.stat().st_size:
         return False
     with new.open("rb") as long, old.open("rb") as short:
@@ -266,12 +283,12 @@ def _listing(files: Files) -> str:
 
 
 def has_been_tried(paths: Paths, files: Files) -> bool:
-    """Whether a retraining on just these files has come to a verdict."""
+    """Return True if a retraining on exactly these files has come to a verdict."""
     return hashlib.sha256(_listing(files).encode()).hexdigest() in _read_tried(paths)
 
 
 def note_tried(paths: Paths, files: Files, version: str) -> None:
-    """Remember that these files have come to `version`, which was judged."""
+    """Record that a retraining on these files made `version`, which was judged."""
     tried = _read_tried(paths) | {hashlib.sha256(_listing(files).encode()).hexdigest(): version}
     write_atomically(paths.tried, json.dumps(tried, indent=2) + "\n")
 

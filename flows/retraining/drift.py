@@ -1,4 +1,4 @@
-"""How new rows differ from what the champion knows: their lengths, their words, and the champion's loss on them."""
+"""Drift of new rows against the champion's data: lengths, words, and the champion's loss on the new rows."""
 
 import json
 import subprocess
@@ -12,16 +12,22 @@ import numpy
 from pyarrow import parquet
 
 from flows.errors import StageError
-from flows.params.model import Drift
+from flows.params import Drift
 from flows.runtime import logs
 from flows.runtime.project import stage_environment
 
 
 @dataclass(frozen=True)
 class DriftReport:
-    """files: {new file: rows, length, divergence, loss, ...}, as `flows.retraining.measure` finds them.
+    """The drift of new files.
 
-    suspicious: {new file: the limits that it passes, in words}. unsure: {new file: why nothing can be told of it}.
+    Attributes:
+        champion: the champion's version.
+        champion_loss: its test loss.
+        older: statistics of the older rows.
+        files: {new file: rows, length, divergence, loss, ...}, from `flows.retraining.measure`.
+        suspicious: {new file: the exceeded limits, in words}.
+        unsure: {new file: why its drift cannot be judged}.
     """
 
     champion: str | None
@@ -32,14 +38,20 @@ class DriftReport:
     unsure: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON takes it."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Known:
-    """The champion: its version, its loss on its own test rows and the standard deviation of a row's, where its adapter
-    and its classes lie, at their paths in a run's folder (None: it is of another base), and the parameters that it is
-    measured with.
+    """The champion's facts for measuring drift.
+
+    Attributes:
+        version: its number.
+        loss: its loss on its own test rows.
+        spread: standard deviation of the loss of one row.
+        root: folder with its adapter and classes at a run's paths; None if it has another base.
+        params: the parameters to measure it with.
     """
 
     version: str
@@ -49,32 +61,38 @@ class Known:
     params: dict[str, Any]
 
 
-def measure_drift(tree: Path, fresh: list[str], rule: Drift, champion: Known) -> DriftReport:
-    """Measure new files in the working tree `tree`. Raises StageError if the measuring process fails."""
+def measure_drift(tree: Path, new_files: list[str], rule: Drift, champion: Known) -> DriftReport:
+    """Measure the drift of new files in the working tree `tree`. Raises StageError if the measuring process fails."""
     with TemporaryDirectory(prefix="peftcore-drift-") as folder:
         request, out = Path(folder) / "request.json", Path(folder) / "drift.json"
         known = champion.root and {"root": str(champion.root), "params": champion.params}
-        asked = {"fresh": fresh, "rows": rule.rows, "champion": known}
+        asked = {"new_files": new_files, "rows": rule.rows, "champion": known}
         request.write_text(json.dumps(asked | {"out": str(out)}))
         command = [sys.executable, "-m", "flows.retraining.measure", str(request)]
-        # libraries greet on stdout, which is for results
+        # some libraries print to stdout, which is for results
         with logs.streams("drift") as (_, err):
             done = subprocess.run(command, cwd=tree, env=stage_environment(), stdout=err or 2, stderr=err, check=False)
         if done.returncode:
             raise StageError("the drift of the new rows could not be measured; the reason is above")
-        found = json.loads(out.read_text())
-    suspicious, unsure = judged(found["files"], rule, champion.loss, champion.spread)
-    return DriftReport(champion.version, champion.loss, found["older"], found["files"], suspicious, unsure)
+        measured = json.loads(out.read_text())
+    suspicious, unsure = judged(measured["files"], rule, champion.loss, champion.spread)
+    return DriftReport(champion.version, champion.loss, measured["older"], measured["files"], suspicious, unsure)
 
 
 def judged(
     files: dict[str, dict[str, Any]], rule: Drift, champion_loss: float | None, spread: float
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return (`suspicious`, `unsure`) of a DriftReport; files get the standard error that they are judged by.
+    """Return (`suspicious`, `unsure`) of a DriftReport.
 
-    The loss of a few rows says little, and its own standard error less. Files with fewer rows than the rule asks for
-    get the standard error of as many rows that are such as the champion knows, and are also judged as if they were one.
-    Where they are too few even so, nothing is judged by them: a shuffled file of two rows is mostly not found.
+    A standard error that is estimated from few rows is unreliable. So files with fewer rows than `rule.min_rows` get
+    the standard error of as many of the champion's test rows, and are also tested together, as if they were one file.
+    If all small files together have fewer rows, they are unsure: wrong labels in two rows would mostly go unnoticed.
+
+    Args:
+        files: the measured files; their `loss_error` is set for small files.
+        rule: the limits.
+        champion_loss: the champion's test loss; None skips the limit on the loss.
+        spread: standard deviation of the champion's loss over its test rows.
     """
     small = [name for name, file in files.items() if "loss" in file and file["measured_rows"] < rule.min_rows]
     for name in small:
@@ -84,27 +102,27 @@ def judged(
         return suspicious, {}
     together = _together([files[name] for name in small], spread)
     if together["measured_rows"] < rule.min_rows:
-        told = f"its rows are too few to tell ({together['measured_rows']} in all small files, {rule.min_rows} do)"
-        return suspicious, dict.fromkeys(small, told)
+        why = f"too few rows to judge ({together['measured_rows']} in all small files, {rule.min_rows} are needed)"
+        return suspicious, dict.fromkeys(small, why)
     if passed := _passed(together, rule, champion_loss):
         suspicious |= {name: f"with other small files, {passed}" for name in small if name not in suspicious}
     return suspicious, {}
 
 
 def spread_of(rows: Path) -> float:
-    """Return the standard deviation of a row's loss, of an evaluation's table."""
+    """Return the standard deviation of the loss over the rows of an evaluation's table."""
     return float(numpy.std(parquet.read_table(rows, columns=["adapter_loss"])["adapter_loss"].to_numpy(), ddof=1))
 
 
 def _together(files: list[dict[str, Any]], spread: float) -> dict[str, Any]:
-    """Files as if they were one."""
+    """Return the figures of several files as if they were one file."""
     rows, weight = (sum(file[key] for file in files) for key in ("measured_rows", "loss_weight"))
     loss = sum(file["loss"] * file["loss_weight"] for file in files) / weight
     return {"measured_rows": rows, "loss": loss, "loss_error": spread / rows**0.5}
 
 
 def _passed(file: dict[str, Any], rule: Drift, champion_loss: float | None) -> str | None:
-    """The limits that a file passes, in words. Of the loss its standard error is taken off before it is judged."""
+    """Return the exceeded limits in words. The loss counts minus twice its standard error."""
     words = []
     if rule.max_loss_gap is not None and champion_loss is not None and "loss" in file:
         gap = file["loss"] - champion_loss

@@ -1,4 +1,4 @@
-"""What retrainings came to, one JSON object a line, the oldest first."""
+"""The history of retrainings: a file with one JSON object per line, oldest first."""
 
 import json
 import logging
@@ -9,8 +9,10 @@ from typing import Any, Literal
 from flows.paths import Paths
 
 log = logging.getLogger(__name__)
-Outcome = Literal["promoted", "kept", "unchanged", "failed"]
-"""kept: there was a candidate, and the champion stays; unchanged: nothing new to learn from."""
+RetrainingOutcome = Literal["promoted", "kept", "unchanged", "failed"]
+"""kept: there was a candidate, and the champion stays; unchanged: there were no new files."""
+RENAMED = {"fresh": "new_files", "unproven": "quarantined", "set_aside": "excluded", "passed_over": "skipped"}
+"""{field in histories of releases before 0.2: its present name}"""
 
 
 @dataclass
@@ -19,21 +21,21 @@ class Entry:
 
     started: str
     finished: str = ""
-    outcome: Outcome = "failed"
+    outcome: RetrainingOutcome = "failed"
     reason: str = ""
     version: str | None = None
     champion: str | None = None
-    """Who held the stage before."""
+    """The holder of the stage before."""
     start: str | None = None
-    """The version whose adapter was trained on; None: a new one."""
+    """The version whose adapter was trained further; None for a new adapter."""
     files: int = 0
-    fresh: list[str] = field(default_factory=list)
-    unproven: list[str] = field(default_factory=list)
-    """New files so unlike what the champion knows, or so small, that they were trained on but judged nothing."""
-    set_aside: list[str] = field(default_factory=list)
-    """Files that this retraining put aside."""
-    passed_over: dict[str, str] = field(default_factory=dict)
-    """What lies in `retrain.incoming` and was not taken, and why."""
+    new_files: list[str] = field(default_factory=list)
+    quarantined: list[str] = field(default_factory=list)
+    """New files that drifted too far or are too small, so they were trained on but kept out of evaluation."""
+    excluded: list[str] = field(default_factory=list)
+    """Files that this retraining excluded from later ones."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """{entry of `retrain.incoming` that is not a file of rows: reason}"""
     seconds: dict[str, float] = field(default_factory=dict)
     drift: dict[str, Any] | None = None
     metrics: dict[str, Any] | None = None
@@ -43,28 +45,28 @@ class Entry:
 
 
 def entries(paths: Paths) -> list[Entry]:
-    """All that is on record; a line that a crash cut short is warned of and passed over.
+    """Return all entries. An incomplete line, left by a crash, is skipped with a warning.
 
-    Fields that another release has written and this one does not know are left out.
+    Fields of other releases that this release does not know are ignored.
     """
     if not paths.retraining_history.exists():
         return []
-    found, known = [], {field.name for field in fields(Entry)}
+    history, known = [], {field.name for field in fields(Entry)}
     for number, line in enumerate(paths.retraining_history.read_text().splitlines(), start=1):
         try:
-            value = json.loads(line)
-            found.append(Entry(**{key: value[key] for key in value.keys() & known}))
+            value = {str(RENAMED.get(key, key)): one for key, one in json.loads(line).items()}
+            history.append(Entry(**{key: value[key] for key in value.keys() & known}))
         except (AttributeError, TypeError, ValueError):
-            log.warning("%s:%d: half a line, of a crash; passed over", paths.retraining_history.name, number)
-    return found
+            log.warning("%s:%d: incomplete line of a crash, skipped", paths.retraining_history.name, number)
+    return history
 
 
 def append(paths: Paths, entry: Entry) -> None:
-    """Add one, on disk before this returns."""
+    """Append an entry, which is on disk when this returns."""
     paths.retraining.mkdir(parents=True, exist_ok=True)
     with paths.retraining_history.open("a+b") as file:
         if file.tell() and not _ends_whole(file):
-            file.write(b"\n")  # or the cut line and this one would be one
+            file.write(b"\n")  # ends an incomplete line
         file.write((json.dumps(asdict(entry)) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())

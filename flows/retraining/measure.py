@@ -1,9 +1,14 @@
-"""`python -m flows.retraining.measure REQUEST`: how new files of rows differ from those before, in its own process.
+"""Measure the drift of new files of rows, in a process of its own: `python -m flows.retraining.measure REQUEST`.
 
-REQUEST is a JSON file: {"fresh": [file, ...], "rows": of each file that the champion is measured on, "champion":
-{"root": where its adapter and its classes lie, "params": those that it is measured with} or null, "out": the JSON file
-to write}. A champion of another base or another kind of rows is not measured, nor are rows of classes that it does not
-know. It runs in the pipeline's folder, as a stage does, after the base has been fetched.
+REQUEST is a JSON file with these keys:
+
+    new_files: list of file names
+    rows: number of rows per file for the champion's loss
+    champion: {"root": folder of its adapter and classes, "params": parameters to measure it with}, or null
+    out: the JSON file to write
+
+A champion of another base or another kind of rows is not measured. Rows with classes unknown to the champion are
+skipped. The process runs in the pipeline's folder, as a stage does, after the base has been fetched.
 """
 
 import json
@@ -27,7 +32,7 @@ from flows.data.sources import comes_from, read_examples
 from flows.data.splits import rank
 from flows.data.tokens import AnyTokens, length
 from flows.errors import DataError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
@@ -38,11 +43,11 @@ from peftcore.files import write_atomically
 
 logger = logging.getLogger("flows.drift")
 MOST = 2000
-"""Rows of a side that lengths and words are counted on."""
+"""Largest number of rows of new files, and of older files, whose lengths and words are counted."""
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Measure as the request says. Raises DataError for rows that cannot be read."""
+    """Measure the files of the request and write the result. Raises DataError if rows cannot be read."""
     request = json.loads(Path(sys.argv[1]).read_text())
     tokenizer = load_tokenizer(paths.base)
     examples = read_examples(params.data, paths.root)
@@ -53,22 +58,24 @@ def run(params: Params, paths: Paths) -> None:
         for example in of:
             try:
                 rows.append(encoder.encode(example))
-            except DataError as error:  # the prepare stage says which rows these are
+            except DataError as error:  # the prepare stage reports these rows
                 logger.warning("%s: %s", example.where, error)
         return sorted(rows, key=lambda row: rank(params.project.seed, row.id))[:MOST]
 
-    fresh = {name: encoded([one for one in examples if comes_from(one.where, [name])]) for name in request["fresh"]}
-    older = encoded([one for one in examples if not comes_from(one.where, request["fresh"])])
-    found: dict[str, Any] = {
+    new_files = {
+        name: encoded([one for one in examples if comes_from(one.where, [name])]) for name in request["new_files"]
+    }
+    older = encoded([one for one in examples if not comes_from(one.where, request["new_files"])])
+    result: dict[str, Any] = {
         "older": {"rows": len(older), "length": _quantiles(older)} if older else None,
-        "files": {name: _differences(rows, older) for name, rows in fresh.items() if rows},
+        "files": {name: _differences(rows, older) for name, rows in new_files.items() if rows},
     }
     if champion := request["champion"]:
-        theirs, root = Params.model_validate(champion["params"]), Path(champion["root"])
-        if theirs.data.kind == params.data.kind:
-            for name, losses in _losses(theirs, Paths(root), paths.base, fresh, request["rows"]).items():
-                found["files"][name] |= losses
-    write_atomically(Path(request["out"]), json.dumps(found, indent=2) + "\n")
+        champion_params, root = Params.model_validate(champion["params"]), Path(champion["root"])
+        if champion_params.data.kind == params.data.kind:
+            for name, losses in _losses(champion_params, Paths(root), paths.base, new_files, request["rows"]).items():
+                result["files"][name] |= losses
+    write_atomically(Path(request["out"]), json.dumps(result, indent=2) + "\n")
 
 
 def _quantiles(rows: Sequence[AnyTokens]) -> dict[str, float]:
@@ -77,15 +84,15 @@ def _quantiles(rows: Sequence[AnyTokens]) -> dict[str, float]:
 
 
 def _differences(rows: Sequence[AnyTokens], older: Sequence[AnyTokens]) -> dict[str, Any]:
-    """Lengths (tokens) and words against those of older rows."""
-    told: dict[str, Any] = {"rows": len(rows), "length": _quantiles(rows)}
+    """Compare lengths (tokens) and words with those of older rows."""
+    result: dict[str, Any] = {"rows": len(rows), "length": _quantiles(rows)}
     if not older:
-        return told
+        return result
     test: Any = ks_2samp([length(row) for row in rows], [length(row) for row in older])
     now, before = _words(rows), _words(older)
     every = sorted(now | before)
     sides = [numpy.array([side[word] for word in every], dtype=float) for side in (now, before)]
-    return told | {
+    return result | {
         "length_distance": float(test.statistic),
         "length_p": float(test.pvalue),
         "divergence": float(jensenshannon(*sides, base=2) ** 2),
@@ -98,29 +105,33 @@ def _words(rows: Sequence[AnyTokens]) -> Counter[str]:
 
 
 def _losses(
-    params: Params, champion: Paths, base: Path, fresh: dict[str, list[AnyTokens]], count: int
+    params: Params, champion: Paths, base: Path, new_files: dict[str, list[AnyTokens]], count: int
 ) -> dict[str, dict[str, float]]:
-    """The champion's loss (nats, of its own objective) on each file's first rows, and its standard error over rows."""
+    """Return the champion's loss (nats, of its own objective) on each file's first rows, with its standard error."""
     labels = class_names(params, champion)
     model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels), champion.adapter).eval()
     pad = padding_id(load_tokenizer(base))
-    chosen = {name: _judged(rows, params.data.max_length, labels)[:count] for name, rows in fresh.items()}
-    found = {}
+    chosen = {name: _judged(rows, params.data.max_length, labels)[:count] for name, rows in new_files.items()}
+    result = {}
     with progress(sum(map(len, chosen.values())), "the champion on new rows", unit="row") as bar:
         for name, rows in chosen.items():
             if not rows:
                 continue
             losses = adapter_losses(params, model, rows, pad, bar)
-            if not (weight := sum(losses.weights)):  # none of its rows counts
+            if not (weight := sum(losses.weights)):  # all rows have weight 0
                 continue
             error = float(numpy.std(losses.means, ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else float("nan")
-            told = {"loss": losses.loss, "loss_weight": weight, "loss_error": error, "measured_rows": len(rows)}
-            found[name] = told
-    return found
+            result[name] = {
+                "loss": losses.loss,
+                "loss_weight": weight,
+                "loss_error": error,
+                "measured_rows": len(rows),
+            }
+    return result
 
 
 def _judged(rows: Sequence[AnyTokens], longest: int, labels: list[str] | None) -> list[Row]:
-    """Those that the champion can judge; a class by the number that it has there."""
+    """Return the rows that the champion can be measured on, with the champion's class numbers."""
     columns = [row.columns() for row in rows if length(row) <= longest]
     if labels is None:
         return columns

@@ -1,4 +1,4 @@
-"""Tell people what came of a retraining, by Prefect's own notification blocks: Slack, Teams, e-mail, a web hook, ..."""
+"""Notifications of retrainings by Prefect's notification blocks: Slack, Teams, e-mail, web hooks."""
 
 import asyncio
 import inspect
@@ -10,17 +10,17 @@ logger = logging.getLogger(__name__)
 
 
 def notify(blocks: Sequence[str], subject: str, body: str) -> None:
-    """Send to each block, by its slug such as `slack-webhook/team`; of one that fails a warning is left."""
+    """Notify each block, named by its slug such as `slack-webhook/team`; a block that fails is logged."""
     from prefect.blocks.abstract import NotificationBlock
     from prefect.blocks.core import Block
 
     for slug in blocks:
         try:
             sent: Any = cast(NotificationBlock, Block.load(slug)).notify(body=body, subject=subject)
-            if inspect.isawaitable(sent):  # of a block that is asynchronous only
+            if inspect.isawaitable(sent):  # some blocks are asynchronous only
                 asyncio.run(_done(sent))
-        except Exception as error:  # whatever the service behind it raises; the retraining itself is done
-            logger.warning("the notification block %s: %s; nobody was told by it", slug, error)
+        except Exception as error:  # services raise errors of any kind, and the retraining itself is done
+            logger.warning("the notification block %s failed, nobody was notified by it: %s", slug, error)
 
 
 async def _done(sent: Awaitable[Any]) -> None:

@@ -1,4 +1,4 @@
-"""The page of all retrainings: one HTML file that tells what came in, what was tried, and what serves now."""
+"""The page of all retrainings: one HTML file with their data, candidates and verdicts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,18 +9,18 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from flows.charts.curves import ADAPTER, BASE, INK, LINE, SOFT, STYLE, VALIDATION, svg
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.retraining.history import Entry, entries
 from flows.review.page import environment
 from peftcore.files import write_atomically
 
 SHOWN = 60
-"""Retrainings on the page, the newest; the history holds all."""
+"""Newest retrainings on the page; the history has all."""
 
 
 def write_history_page(params: Params, paths: Paths) -> Path:
-    """Write `paths.retraining_page` from the history, whole or not at all; returns where it is."""
+    """Write `paths.retraining_page` from the history, atomically; returns its path."""
     shown = entries(paths)[-SHOWN:]
     tried = [entry for entry in shown if entry.metrics is not None]
     content = {
@@ -38,7 +38,7 @@ def write_history_page(params: Params, paths: Paths) -> Path:
 
 @matplotlib.rc_context(STYLE)
 def losses_chart(tried: Sequence[Entry]) -> Markup:
-    """The test loss of each candidate beside its base's; a promoted one is filled, a refused one hollow."""
+    """Return a chart of the candidates' test losses beside those of the base; refused candidates are hollow."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots()
     places = range(1, len(tried) + 1)
@@ -65,20 +65,19 @@ def losses_chart(tried: Sequence[Entry]) -> Markup:
 
 @matplotlib.rc_context(STYLE)
 def drift_chart(tried: Sequence[Entry]) -> Markup:
-    """The champion's loss on the rows that were new to it, beside its loss on its own test rows."""
+    """Return a chart of the champion's loss on new rows, beside its loss on its own test rows."""
     figure = Figure(figsize=(11, 2.9), layout="constrained")
     axes = figure.subplots()
     for place, entry in enumerate(tried, start=1):
-        found, told = _drift_losses(entry), entry.drift or {}
-        for number, (name, loss, error) in enumerate(found):
-            x = place + (number - (len(found) - 1) / 2) * 0.6 / max(1, len(found))
-            wrong = name in told.get("suspicious", {})
-            color = VALIDATION if wrong else ADAPTER
+        losses, drift = _drift_losses(entry), entry.drift or {}
+        for number, (name, loss, error) in enumerate(losses):
+            x = place + (number - (len(losses) - 1) / 2) * 0.6 / max(1, len(losses))
+            color = VALIDATION if name in drift.get("suspicious", {}) else ADAPTER
             axes.errorbar(x, loss, 2 * error, fmt="o", color=color, ecolor=color, capsize=3, markersize=6)
             label = Path(name).stem if len(name) < 24 else f"{Path(name).stem[:20]}…"
             axes.annotate(label, (x, loss), (7, -3), textcoords="offset points", fontsize=9, color=INK)
-        if found:
-            axes.hlines(told["champion_loss"], place - 0.4, place + 0.4, color=SOFT, linewidth=1.5)
+        if losses:
+            axes.hlines(drift["champion_loss"], place - 0.4, place + 0.4, color=SOFT, linewidth=1.5)
     axes.set_ylabel("champion's loss, nats")
     axes.margins(y=0.15)
     _plain(axes, tried)
@@ -100,6 +99,6 @@ def _loss(entry: Entry, side: str) -> float:
 
 
 def _drift_losses(entry: Entry) -> list[tuple[str, float, float]]:
-    """(file, the champion's loss on it, standard error)"""
+    """Return (file, the champion's loss, standard error) of each new file."""
     files = (entry.drift or {}).get("files", {})
     return [(name, file["loss"], file["loss_error"]) for name, file in files.items() if "loss" in file]

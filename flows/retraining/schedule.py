@@ -1,7 +1,7 @@
-"""Retrain by the clock on a machine without a server: a Prefect server of its own, as long as this process lives.
+"""Scheduled retraining on a machine without a Prefect server: this process starts one for its own lifetime.
 
-Prefect's short-lived server cannot schedule, so a real one is started, on the loopback address alone and with its
-database in .prefect; where PREFECT_API_URL names a server already, that one is used.
+Prefect's temporary server cannot schedule, so a full server is started, on the loopback address only, with its database
+in .prefect. If PREFECT_API_URL names a server, that server is used.
 """
 
 import json
@@ -23,13 +23,23 @@ from flows.runtime.processes import die_with_parent, this_host
 from peftcore.files import write_atomically
 
 SECONDS_TO_START = 180.0
-"""A first start migrates the database."""
+"""Time limit for the server's start; the first start migrates the database."""
 
 
 def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
-    """Stay and retrain whenever cron says, one at a time, until SIGTERM or Ctrl-C.
+    """Retrain at the times of `cron`, one retraining at a time, until SIGTERM or Ctrl-C.
 
-    `paths.schedule` says when, as long as this runs. Raises ParamsError for a cron or time zone that is none.
+    While this runs, `paths.schedule` holds the schedule.
+
+    Args:
+        paths: the repository.
+        cron: five fields, as in '0 3 * * 1'.
+        timezone: time zone of cron's hours, such as Europe/Berlin.
+        push_to: the git remote that decides between clones.
+
+    Raises:
+        ParamsError: the cron expression or the time zone is invalid.
+        StageError: the server did not start.
     """
     from prefect.client.schemas.schedules import CronSchedule
     from pydantic import ValidationError
@@ -61,24 +71,14 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
 
 @contextmanager
 def _server(paths: Paths) -> Iterator[str]:
-    """The address of a Prefect server, started here unless PREFECT_API_URL names one."""
-    if given := os.environ.get("PREFECT_API_URL"):
-        yield given
+    """Give the address of a Prefect server, started here unless PREFECT_API_URL names one."""
+    if running := os.environ.get("PREFECT_API_URL"):
+        yield running
         return
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "server",
-        "start",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--no-ui",
-    ]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+    command = [sys.executable, "-m", "prefect", "server", "start", *options]
     log = paths.root / ".prefect" / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

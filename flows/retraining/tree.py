@@ -1,7 +1,7 @@
-"""Where a retraining works: a git working tree of its own below .dvc/tmp, which an interrupted one finds again.
+"""The working tree of a retraining: a git working tree below .dvc/tmp, which an interrupted retraining finds again.
 
-It is checked out at the commit that the repository has then; what the user edits meanwhile is not seen, and what a
-retraining makes is not in the user's way. One at a time: a lock that the system frees with the process.
+The tree is checked out at the repository's HEAD, so a retraining and the user's edits do not affect each other. Only
+one retraining runs at a time, by a lock that the system frees with the process.
 """
 
 import fcntl
@@ -21,13 +21,13 @@ from peftcore.files import write_atomically
 
 
 def home(root: Path) -> Path:
-    """The folder that git ignores and DVC does not look into."""
+    """Return the retraining's folder, which git and DVC ignore."""
     return root / ".dvc" / "tmp" / "retraining"
 
 
 @contextmanager
 def only_one(root: Path) -> Iterator[None]:
-    """Hold the lock. Raises BusyError at once if another retraining of this repository runs."""
+    """Hold the lock of retrainings. Raises BusyError at once if another retraining of this repository runs."""
     path = home(root) / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -36,7 +36,7 @@ def only_one(root: Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             who = file.read().strip() or "another process"
-            raise BusyError(f"a retraining of {root} runs already ({who}); wait for it, or stop it") from error
+            raise BusyError(f"busy: a retraining of {root} runs already ({who}); wait for it, or stop it") from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {this_host()}\n")
         file.flush()
@@ -44,39 +44,39 @@ def only_one(root: Path) -> Iterator[None]:
 
 
 def working_tree(root: Path) -> Path:
-    """The tree at the repository's commit: that of an interrupted retraining if it began from there, else a new one.
+    """Return the working tree at HEAD: the tree of an interrupted retraining at the same commit, else a new one.
 
-    A new one takes over the checkpoints of the one before, each of which names all that its run is made of.
+    A new tree takes over the checkpoints of the tree before. Each checkpoint names the inputs of its run.
     """
     folder, note, saved = home(root) / "tree", home(root) / "tree.json", home(root) / "checkpoints"
     commit = Git(root).head()
-    began = json.loads(note.read_text()) if note.exists() and (folder / ".git").exists() else None
-    if began == {"commit": commit}:
+    interrupted = json.loads(note.read_text()) if note.exists() and (folder / ".git").exists() else None
+    if interrupted == {"commit": commit}:
         return folder
-    left = Paths(folder).checkpoints
-    if left.is_dir():
+    checkpoints = Paths(folder).checkpoints
+    if checkpoints.is_dir():
         shutil.rmtree(saved, ignore_errors=True)
-        left.rename(saved)
+        checkpoints.rename(saved)
     remove_worktree(root, folder)
     add_worktree(root, folder, commit)
-    if saved.is_dir():  # also where this was killed before
-        saved.rename(left)
+    if saved.is_dir():  # also after this function was killed
+        saved.rename(checkpoints)
     write_atomically(note, json.dumps({"commit": commit}) + "\n")
     return folder
 
 
 def note_unfinished(root: Path) -> None:
-    """Remember that a retraining trains, until `remove_working_tree`."""
+    """Record that a retraining trains, until `remove_working_tree`."""
     (home(root) / "unfinished").touch()
 
 
 def is_unfinished(root: Path) -> bool:
-    """Whether the last retraining that trained came to no verdict: it failed, was killed, or lost a race."""
+    """Return True if the last retraining came to no verdict: it failed, was killed, or lost a race."""
     return (home(root) / "unfinished").exists()
 
 
 def remove_working_tree(root: Path) -> None:
-    """What a retraining that ended leaves: nothing; its results are in the registry and in DVC's cache."""
+    """Remove the working tree; the retraining's results are in the registry and in DVC's cache."""
     remove_worktree(root, home(root) / "tree")
     for name in ("tree.json", "unfinished"):
         (home(root) / name).unlink(missing_ok=True)

@@ -1,53 +1,63 @@
-"""Files that retrainings do not trust, and those that somebody vouches for although drift doubts them.
+"""Lists of files of rows: files excluded from retrainings, and files that a person trusts although drift doubts them.
 
-An unproven file is learnt from but judges nothing; which those are, a version's record says. One whose candidate was
-refused is set aside. What is set aside and who was vouched for are lists of this clone, in `reports/retraining`.
+A quarantined file is trained on but kept out of evaluation; each version's record lists its quarantined files. If the
+gate refuses the candidate, the file is excluded from later retrainings. The lists of excluded and of trusted files
+belong to this clone and are in `reports/retraining`.
 """
 
 import json
 from collections.abc import Mapping
 
 from flows.errors import DataError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
 from flows.retraining.data import Source, versions_before
 from peftcore.files import write_atomically
 
 
-def read_set_aside(paths: Paths) -> dict[str, str]:
-    """{SHA-256: which file it was, and why} of files that retrainings leave out."""
-    return json.loads(paths.set_aside.read_text()) if paths.set_aside.exists() else {}
+def read_excluded(paths: Paths) -> dict[str, str]:
+    """Return {SHA-256: file name and reason} of the excluded files."""
+    return json.loads(paths.excluded.read_text()) if paths.excluded.exists() else {}
 
 
-def set_aside(paths: Paths, files: Mapping[str, str], why: str) -> None:
-    """Leave files ({name: SHA-256}) out of the retrainings to come."""
-    noted = read_set_aside(paths) | {digest: f"{name}: {why}" for name, digest in files.items()}
-    write_atomically(paths.set_aside, json.dumps(noted, indent=2) + "\n")
+def exclude(paths: Paths, files: Mapping[str, str], why: str) -> None:
+    """Exclude files, {name: SHA-256}, from later retrainings."""
+    excluded = read_excluded(paths) | {digest: f"{name}: {why}" for name, digest in files.items()}
+    write_atomically(paths.excluded, json.dumps(excluded, indent=2) + "\n")
 
 
-def read_vouched(paths: Paths) -> dict[str, str]:
-    """{SHA-256: which file it was} of files that somebody vouches for: they count as proven, whatever drift says."""
-    return json.loads(paths.vouched.read_text()) if paths.vouched.exists() else {}
+def read_trusted(paths: Paths) -> dict[str, str]:
+    """Return {SHA-256: file name} of the trusted files, which are never quarantined."""
+    return json.loads(paths.trusted.read_text()) if paths.trusted.exists() else {}
 
 
-def vouch(params: Params, paths: Paths, name: str) -> list[str]:
-    """Let a file, by name or SHA-256, that is set aside or unproven be learnt from and judged by. Returns its SHA-256.
+def trust(params: Params, paths: Paths, name: str) -> list[str]:
+    """Use an excluded or quarantined file again, for training and for evaluation.
 
-    Raises DataError for any other file.
+    Args:
+        params: the committed parameters.
+        paths: the repository.
+        name: the file's name or SHA-256.
+
+    Returns:
+        The SHA-256 of the file, or of all files with this name.
+
+    Raises:
+        DataError: no such file is excluded or quarantined.
     """
-    noted, vouched = read_set_aside(paths), read_vouched(paths)
+    excluded, trusted = read_excluded(paths), read_trusted(paths)
     source = Source(params, paths.root, paths.root)
-    before = versions_before(registry_of(params, paths.root), params.gate.stage)
-    doubted = {digest: file for version in before for file, digest in source.unproven_of(version).items()}
-    doubted = {digest: file for digest, file in doubted.items() if digest not in vouched}
-    doubted |= {digest: why.partition(": ")[0] for digest, why in noted.items()}
-    found = {digest: file for digest, file in doubted.items() if name in (digest, file)}
-    if not found:
-        there = ", ".join(sorted(set(doubted.values()))) or "none"
-        raise DataError(f"{name} is neither set aside nor unproven; these are: {there}")
-    write_atomically(paths.vouched, json.dumps(vouched | found, indent=2) + "\n")
-    paths.tried.unlink(missing_ok=True)  # with it they may come to something else
-    kept = {digest: why for digest, why in noted.items() if digest not in found}
-    write_atomically(paths.set_aside, json.dumps(kept, indent=2) + "\n")
-    return list(found)
+    before = versions_before(registry_of(params, paths.root).snapshot(), params.gate.stage)
+    untrusted = {digest: file for version in before for file, digest in source.quarantined_of(version).items()}
+    untrusted = {digest: file for digest, file in untrusted.items() if digest not in trusted}
+    untrusted |= {digest: why.partition(": ")[0] for digest, why in excluded.items()}
+    matching = {digest: file for digest, file in untrusted.items() if name in (digest, file)}
+    if not matching:
+        there = ", ".join(sorted(set(untrusted.values()))) or "none"
+        raise DataError(f"{name} is neither excluded nor quarantined; these files are: {there}")
+    write_atomically(paths.trusted, json.dumps(trusted | matching, indent=2) + "\n")
+    paths.tried.unlink(missing_ok=True)  # the verdict on a set of files may change
+    remaining = {digest: why for digest, why in excluded.items() if digest not in matching}
+    write_atomically(paths.excluded, json.dumps(remaining, indent=2) + "\n")
+    return list(matching)

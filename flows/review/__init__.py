@@ -1,1 +1,1 @@
-"""What people look at after a run."""
+"""Review pages and comparisons of runs."""

@@ -1,4 +1,4 @@
-"""Several runs beside each other: which is best, in what their configurations differ, what each came to."""
+"""Comparison of several runs: their ranking, their figures, and the differences of their configurations."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from flows.review.run import Point, Run, Sample, number
 
 @dataclass(frozen=True)
 class Headline:
-    """A figure that runs are compared by. names: what it is called, in the order in which they are looked for."""
+    """A figure of the comparison. names: its possible keys, of which the first present one is used; form: format."""
 
     label: str
     names: tuple[str, ...]
@@ -17,7 +17,7 @@ class Headline:
     lower_is_better: bool | None = None
 
     def of(self, run: Run) -> float | None:
-        """The run's figure, None if it has none."""
+        """Return the run's figure; None if it has none."""
         values = (number(run.summary.get(name)) for name in self.names)
         return next((value for value in values if value is not None), None)
 
@@ -33,7 +33,7 @@ HEADLINES = (
     ),
     Headline("perplexity", ("adapter.perplexity",), "{:.2f}", True),
     Headline("ROUGE-L", ("adapter.rouge_l",), "{:.3f}", False),
-    Headline("answers that end", ("adapter.ended",), "{:.1%}", False),
+    Headline("EOS rate", ("adapter.ended",), "{:.1%}", False),
     Headline("accuracy", ("adapter.accuracy",), "{:.1%}", False),
     Headline("macro-F1", ("adapter.macro_f1",), "{:.3f}", False),
     Headline("gain on base", ("gain.loss",), "{:+.3f}", False),
@@ -44,18 +44,19 @@ SERIES = {
     "training": ("loss", "train/loss", "train_loss"),
     "validation": ("validation_loss", "eval/loss", "eval_loss"),
 }
-"""{curve: names of the series that it may be}"""
+"""{curve: possible names of its series}"""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One headline of every run. best: places of the best ones; none where all are alike."""
+    """The values of one headline, in the order of the runs."""
 
     headline: Headline
     values: tuple[float | None, ...]
 
     @property
     def best(self) -> frozenset[int]:
+        """Indices of the best runs; empty if all are equal or no direction is better."""
         known = {place: value for place, value in enumerate(self.values) if value is not None}
         if self.headline.lower_is_better is None or len(set(known.values())) < 2:
             return frozenset()
@@ -64,13 +65,22 @@ class Figure:
         return frozenset(place for place, value in known.items() if value == best)
 
     def shown(self, place: int) -> str:
+        """Return the value of the run with index `place` as text."""
         value = self.values[place]
         return "–" if value is None else self.headline.form.format(value)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """runs: best first. figures: the headlines that any run has. differing: {key: its value in each run}."""
+    """Compared runs.
+
+    Attributes:
+        runs: the runs, best first.
+        judged_by: the headline of the ranking; None if no run has one.
+        figures: the headlines that at least one run has.
+        differing: {key of the configuration: its value in each run}, for keys with different values.
+        shared: {key of the configuration: value}, for the other keys.
+    """
 
     runs: tuple[Run, ...]
     judged_by: Headline | None
@@ -79,11 +89,11 @@ class Comparison:
     shared: dict[str, Any]
 
     def curve(self, kind: str) -> list[list[Point]]:
-        """Points of "training" or "validation" of each run; none for a run without that series."""
+        """Return each run's points of the curve "training" or "validation"; empty for a run without that series."""
         return [next((run.history[name] for name in SERIES[kind] if run.history.get(name)), []) for run in self.runs]
 
     def prompts(self) -> list[tuple[Sample, tuple[str | None, ...]]]:
-        """Each prompt as some run's sample, with the adapter's answer of every run, None where it has none."""
+        """Return (a sample with the prompt, the adapter's answer of each run or None) for each prompt."""
         answers = [{sample.get("prompt", ""): sample for sample in run.samples} for run in self.runs]
         prompts = dict.fromkeys(prompt for of_run in answers for prompt in of_run)
         rows = []
@@ -94,7 +104,7 @@ class Comparison:
         return rows
 
     def as_dict(self) -> dict[str, Any]:
-        """For scripts: the runs, the best first, each with its headlines; the keys in which they differ."""
+        """Return the comparison as JSON takes it: runs with headlines, best first, and the keys that differ."""
         runs = []
         for place, run in enumerate(self.runs):
             headlines = {figure.headline.label: figure.values[place] for figure in self.figures}
@@ -104,7 +114,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Order the runs by their test loss (validation loss where none has one); those without it come last."""
+    """Compare runs in the order of their test loss, or validation loss if no run has one; runs without it come last."""
     judged_by = next((one for one in HEADLINES[:2] if any(one.of(run) is not None for run in runs)), None)
     ordered = tuple(sorted(runs, key=lambda run: _rank(judged_by, run)))
     figures = [Figure(headline, tuple(headline.of(run) for run in ordered)) for headline in HEADLINES]
@@ -126,5 +136,5 @@ def _rank(headline: Headline | None, run: Run) -> tuple[bool, float, str]:
 
 
 def _unlike(one: Any, other: Any) -> bool:
-    """1 and 1.0 are the same choice (W&B writes both as one), 1 and true are not."""
+    """Return True if two values differ. 1 equals 1.0, because W&B does not distinguish them; 1 differs from true."""
     return one != other or isinstance(one, bool) != isinstance(other, bool)

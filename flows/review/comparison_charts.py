@@ -1,6 +1,6 @@
-"""Charts of a comparison as SVG, small enough for phones: a colour for each run and, beyond the colours, a dash.
+"""Charts of a comparison as SVG, small enough for phones. Each run has a colour, and with many runs a dash pattern.
 
-What belongs to run N is drawn in groups whose ids begin with `run-N-`, by which the page shows and hides it.
+The lines and points of run N are in groups whose ids begin with `run-N-`, so the page can show and hide a run.
 """
 
 import json
@@ -21,24 +21,26 @@ from flows.review.run import number
 COLORS = ("#0f766e", "#c2571a", "#4f5bd5", "#b8860b", "#9d3c8c", "#2f83c5", "#5f7a1f", "#8a4b3a")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 AXES = 8
-"""Parameters with an axis in the parallel coordinates, and with a scatter, at most."""
+"""Largest number of parameters with an axis in the parallel coordinates and with a scatter chart."""
 TICKS = 7
 _PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2}
 POINTS = 600
-"""Of a curve, at most; a longer one is thinned evenly after it was smoothed."""
+"""Largest number of points of a curve; a longer curve is thinned evenly after smoothing."""
 
 
 def color(run: int) -> str:
+    """Return the colour of a run."""
     return COLORS[run % len(COLORS)]
 
 
 def dash(run: int) -> Any:
+    """Return the dash pattern of a run."""
     return DASHES[run // len(COLORS) % len(DASHES)]
 
 
 @matplotlib.rc_context(STYLE)
 def curves(comparison: Comparison, kind: str) -> Markup | None:
-    """The "training" (smoothed) or "validation" loss of every run by optimiser step; None if no run has one."""
+    """Draw the "training" (smoothed) or "validation" loss of each run by optimiser step; None if no run has one."""
     lines = comparison.curve(kind)
     if not any(lines):
         return None
@@ -65,9 +67,9 @@ def curves(comparison: Comparison, kind: str) -> Markup | None:
 
 @matplotlib.rc_context(STYLE)
 def parallel_coordinates(comparison: Comparison) -> Markup | None:
-    """A line for each run through the parameters in which runs differ, to what they are judged by (best on top)."""
-    outcomes = outcome(comparison)
-    shown = [run for run, value in enumerate(outcomes) if value is not None]
+    """Draw a line for each run through the differing parameters to the ranking's headline (best on top)."""
+    scores = ranking_values(comparison)
+    shown = [run for run, value in enumerate(scores) if value is not None]
     keys = varied(comparison)
     if comparison.judged_by is None or not keys or len(shown) < 2:
         return None
@@ -75,7 +77,7 @@ def parallel_coordinates(comparison: Comparison) -> Markup | None:
     figure = Figure(figsize=(max(4.6, 1.9 * (len(keys) + 1)), 3.1), layout="constrained")
     axes = figure.subplots()
     places = [_places([comparison.differing[key][run] for run in shown]) for key in keys]
-    places.append(_places([outcomes[run] for run in shown], flipped=True, form="{:.3f}"))
+    places.append(_places([scores[run] for run in shown], flipped=True, form="{:.3f}"))
     for at, (_, ticks) in enumerate(places):
         axes.plot([at, at], [0, 1], color=LINE, linewidth=1.2, zorder=1)
         for height, text in ticks:
@@ -100,21 +102,21 @@ def parallel_coordinates(comparison: Comparison) -> Markup | None:
 
 @matplotlib.rc_context(STYLE)
 def scatters(comparison: Comparison) -> list[Markup]:
-    """What runs are judged by against each parameter in which they differ, a small chart for each."""
-    outcomes = outcome(comparison)
-    if comparison.judged_by is None or sum(value is not None for value in outcomes) < 2:
+    """Draw the ranking's headline against each differing parameter, a small chart for each."""
+    scores = ranking_values(comparison)
+    if comparison.judged_by is None or sum(value is not None for value in scores) < 2:
         return []
     keys = varied(comparison)
     labels = enumerate(zip(keys, short(keys), strict=True))
-    return [_scatter(comparison, key, label, outcomes, place) for place, (key, label) in labels]
+    return [_scatter(comparison, key, label, scores, place) for place, (key, label) in labels]
 
 
-def _scatter(comparison: Comparison, key: str, label: str, outcomes: Sequence[float | None], place: int) -> Markup:
+def _scatter(comparison: Comparison, key: str, label: str, scores: Sequence[float | None], place: int) -> Markup:
     assert comparison.judged_by is not None
     figure = Figure(figsize=(3.1, 2.3), layout="constrained")
     axes = figure.subplots()
     values = comparison.differing[key]
-    judged = {run: value for run, value in enumerate(outcomes) if value is not None}
+    judged = {run: value for run, value in enumerate(scores) if value is not None}
     numbers = {run: value for run in judged if (value := number(values[run])) is not None}
     if len(numbers) == len(judged):
         across = numbers
@@ -145,18 +147,18 @@ def _scatter(comparison: Comparison, key: str, label: str, outcomes: Sequence[fl
     return svg(figure, f"{comparison.judged_by.label} against {key}")
 
 
-def outcome(comparison: Comparison) -> list[float | None]:
-    """What each run is judged by."""
+def ranking_values(comparison: Comparison) -> list[float | None]:
+    """Return each run's value of the ranking's headline."""
     return [None if comparison.judged_by is None else comparison.judged_by.of(run) for run in comparison.runs]
 
 
 def varied(comparison: Comparison) -> list[str]:
-    """The parameters with an axis of their own: those in which runs differ and that can bear on what they come to."""
+    """Return the differing parameters that can affect the result; each gets an axis."""
     return [key for key in comparison.differing if not key.startswith(("tracking.", "project.name", "gate."))][:AXES]
 
 
 def _places(values: Sequence[Any], flipped: bool = False, form: str | None = None) -> tuple[list[float], list[Any]]:
-    """Heights from 0 to 1, and (height, text) of an axis's ticks; flipped: low values on top."""
+    """Return heights from 0 to 1, and (height, text) of an axis's ticks; flipped: low values on top."""
     numbers = [number(value) for value in values]
     known = [value for value in numbers if value is not None]
     if len(known) < len(values):
@@ -172,18 +174,18 @@ def _places(values: Sequence[Any], flipped: bool = False, form: str | None = Non
 
     distinct = sorted(set(known))
     ticks = distinct if len(distinct) <= TICKS else [distinct[0], distinct[len(distinct) // 2], distinct[-1]]
-    if form is not None:  # of an outcome only the ends, because its values lie anywhere
+    if form is not None:  # a headline's axis has ticks at its ends only, because its values lie anywhere
         ticks = [distinct[0], distinct[-1]]
     return [height(value) for value in known], [(height(tick), (form or "{:.4g}").format(tick)) for tick in ticks]
 
 
 def _is_wide(values: Sequence[float]) -> bool:
-    """Whether a logarithmic scale shows them better."""
+    """Return True if a logarithmic scale shows the values better."""
     return min(values) > 0 and max(values) / min(values) >= 4
 
 
 def short(keys: Sequence[str]) -> list[str]:
-    """The last parts of the keys, as many as tell them apart."""
+    """Return labels for dotted keys: the last part if it is unique, else the whole key, at most 28 characters."""
     last = [key.rpartition(".")[2] for key in keys]
     return [_drawn(part if last.count(part) == 1 else key, 28) for key, part in zip(keys, last, strict=True)]
 
@@ -194,7 +196,7 @@ def _text(value: Any) -> str:
 
 
 def _drawn(text: str, longest: int) -> str:
-    """Text cut to `longest` characters."""
+    """Cut text to `longest` characters."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 

@@ -1,6 +1,6 @@
-"""The page that compares runs: one HTML file, readable without a network; its policy lets it load nothing.
+"""The page that compares runs: one HTML file, readable without a network. Its content security policy forbids loading.
 
-Everything that comes from runs is escaped by the template; its script is the same for every page.
+The template escapes all text that comes from runs. The script is the same for every page.
 """
 
 import json
@@ -22,11 +22,11 @@ from flows.review.page import environment
 from peftcore.files import write_atomically
 
 PROMPTS = 40
-"""Prompts that the page shows, at most."""
+"""Largest number of prompts on the page."""
 
 
 def write_comparison(comparison: Comparison, out: Path, title: str) -> Path:
-    """Write the page to `out`, whole or not at all; returns where it is."""
+    """Write the page to `out` atomically; returns its path."""
     pages = environment()
     pages.filters |= {"plain": plain, "last_part": lambda where: where.rstrip("/").rpartition("/")[2]}
     write_atomically(out, pages.get_template("comparison.html").render(_content(comparison, title)))
@@ -34,7 +34,7 @@ def write_comparison(comparison: Comparison, out: Path, title: str) -> Path:
 
 
 def plain(value: Any) -> str:
-    """A configuration value as one reads it."""
+    """Return a configuration value as readable text."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""A comparison in the terminal: a row for each run, its headlines, the parameters in which it differs."""
+"""A comparison in the terminal: one row per run with its headlines and its differing parameters."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,9 +13,9 @@ from flows.review.comparison_page import plain
 from flows.review.run import Run
 
 LONGEST = 20
-"""Letters of a parameter's value at most."""
+"""Largest number of characters of a parameter's value."""
 FIRST = 2
-"""Headlines that come before the parameters."""
+"""Number of headlines before the parameters."""
 
 
 class _Column(NamedTuple):
@@ -28,7 +28,7 @@ class _Column(NamedTuple):
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print it, the best run first, the champion with a star, the best figures green; columns as far as they fit."""
+    """Print a comparison: best run first, the champion with a star, best figures green, as many columns as fit."""
     names = _Column("run", [_name(run) for run in comparison.runs])
     figures = [_figure(figure, len(comparison.runs)) for figure in comparison.figures]
     keys = varied(comparison)
@@ -50,7 +50,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         table.add_row(*cells)
     console.print(table)
     if left_out:
-        console.print(Text(f"on the page, too wide for here: {', '.join(left_out)}", "dim"))
+        console.print(Text(f"columns that do not fit here, see the page: {', '.join(left_out)}", "dim"))
     for run in comparison.runs:
         for warning in run.warnings:
             console.print(Text(f"{_clean(run.name)}: {_clean(warning)}", "yellow"))
@@ -79,5 +79,5 @@ def _cut(text: str, longest: int) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without what would steer the terminal."""
+    """Replace unprintable characters, which could control the terminal."""
     return "".join(letter if letter.isprintable() else " " for letter in text)

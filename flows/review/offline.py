@@ -1,9 +1,8 @@
-"""Runs in folders that W&B wrote without a server, read by `wandb leet inspect`.
+"""Runs in W&B's offline folders, read by `wandb leet inspect`.
 
-That command is W&B's own reader of its log and the only public one: since 0.31 the Python one is gone. It reads what a
-killed run or a cut file has left, leaves out records whose checksum is wrong, and says so; what it says becomes the
-run's warnings. Most of its half second is Python's start, so the program that it starts in turn is started first, and
-the command itself only where that has failed.
+This command is W&B's only public reader of its log since release 0.31. It reads the log of a killed run or a damaged
+file, skips records with a wrong checksum, and reports them; the reports become the run's warnings. Most of its half
+second is Python's start, so the binary behind the command is started directly, and the command only if that fails.
 """
 
 import json
@@ -21,23 +20,24 @@ from flows.review.run import Run, Sample, flat, series
 
 READERS = min(8, os.cpu_count() or 1)
 SECONDS = 120
-"""For one file."""
+"""Time limit for one file."""
 INTERNAL = ("_wandb", "_runtime", "_step", "_timestamp")
 TABLE_BYTES = 64 * 2**20
-"""A table of samples that is larger is not read."""
+"""Largest size of a table of samples that is read."""
 
 
 def find(folder: Path) -> list[Path]:
-    """The `.wandb` files of a run's folder, or of a folder that holds such folders (such as `wandb`), or the file.
+    """Return the `.wandb` files of a run's folder, of a folder with such folders (such as `wandb`), or the file itself.
 
-    Raises ReviewError if there is none.
+    Raises:
+        ReviewError: there is no such file.
     """
     if folder.is_file() and folder.suffix == ".wandb":
         return [folder]
     for pattern in ("run-*.wandb", "*run-*/run-*.wandb", "wandb/*run-*/run-*.wandb"):
-        found = {path.resolve() for path in folder.glob(pattern)}  # `latest-run` is a link to one of the others
-        if found:
-            return sorted(found)
+        files = {path.resolve() for path in folder.glob(pattern)}  # `latest-run` is a link to one of the others
+        if files:
+            return sorted(files)
     raise ReviewError(
         f"{folder} holds no W&B run; give a folder such as wandb/offline-run-20260101_120000-abc123, "
         "one that holds several such as wandb, or one of their .wandb files"
@@ -45,7 +45,7 @@ def find(folder: Path) -> list[Path]:
 
 
 def read(files: Iterable[Path]) -> list[Run]:
-    """The runs of `.wandb` files, in their order. Raises ReviewError for one that holds no run at all."""
+    """Return the runs of `.wandb` files, in their order. Raises ReviewError if a file has no run."""
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(_read, files))
 
@@ -74,8 +74,8 @@ def _read(path: Path) -> Run:
         elif kind == "exit":
             state = "failed" if content.get("exit_code") else "finished"
     if not run:
-        told = "; ".join(warnings) or "it has no record of a run"
-        raise ReviewError(f"{path} holds no W&B run that can be read ({told}); leave it out, or sync it again")
+        reason = "; ".join(warnings) or "it has no record of a run"
+        raise ReviewError(f"{path} has no readable W&B run ({reason}); leave it out, or sync it again")
     if state == "unfinished":
         warnings = [f"the run was not finished: {len(rows)} of its history records are there", *warnings]
     figures = flat(summary)
@@ -99,7 +99,7 @@ def _read(path: Path) -> Run:
 
 
 def _records(path: Path) -> tuple[Iterator[dict[str, Any]], list[str]]:
-    """The file's records, and what W&B had to say of it."""
+    """Return the file's records and W&B's messages about the file."""
     try:
         from wandb.util import get_core_path
 
@@ -108,11 +108,12 @@ def _records(path: Path) -> tuple[Iterator[dict[str, Any]], list[str]]:
         if done.returncode:
             done = _output([sys.executable, "-m", "wandb", "leet", "inspect", "--json", path])
     except subprocess.TimeoutExpired as error:
-        raise ReviewError(f"{path} was not read within {SECONDS} seconds; is its disk there?") from error
-    told = [line.removeprefix("wandb leet inspect: ") for line in done.stderr.decode(errors="replace").splitlines()]
+        raise ReviewError(f"{path} was not read within {SECONDS} seconds; check its disk") from error
+    messages = [line.removeprefix("wandb leet inspect: ") for line in done.stderr.decode(errors="replace").splitlines()]
     if done.returncode:
-        raise ReviewError(f"{path} cannot be read: {' '.join(told)[-400:]}; `pip install -U wandb` if it is too old")
-    return (json.loads(line) for line in done.stdout.splitlines()), list(dict.fromkeys(told))
+        reason = " ".join(messages)[-400:]
+        raise ReviewError(f"{path} cannot be read: {reason}; `pip install -U wandb` if wandb is too old")
+    return (json.loads(line) for line in done.stdout.splitlines()), list(dict.fromkeys(messages))
 
 
 def _output(command: Sequence[str | Path]) -> "subprocess.CompletedProcess[bytes]":
@@ -121,7 +122,7 @@ def _output(command: Sequence[str | Path]) -> "subprocess.CompletedProcess[bytes
 
 
 def _samples(files: Path, name: Any) -> tuple[tuple[Sample, ...], list[str]]:
-    """The table of samples that a run keeps below its own folder `files`; the name comes from the log."""
+    """Read a run's table of samples in its folder `files`; returns the samples and warnings. The log gives the name."""
     if not isinstance(name, str):
         return (), []
     path = (files / name).resolve()
@@ -136,12 +137,12 @@ def _samples(files: Path, name: Any) -> tuple[tuple[Sample, ...], list[str]]:
 
 
 def table_rows(table: Any) -> tuple[Sample, ...]:
-    """The rows of a table as W&B writes it: {"columns": [...], "data": [[...], ...]}. Raises ValueError otherwise."""
+    """Return the rows of a W&B table, {"columns": [...], "data": [[...], ...]}. Raises ValueError for other values."""
     try:
         columns = [str(name) for name in table["columns"]]
         return tuple(dict(zip(columns, map(_cell, row), strict=True)) for row in table["data"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"no table of W&B: {error}") from error
+        raise ValueError(f"not a table of W&B: {error}") from error
 
 
 def _cell(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""Runs at a W&B server, read through `wandb.Api`: those of a project, or one.
+"""Runs at a W&B server, read through `wandb.Api`: a project's runs, or one run.
 
-Which server and as whom is W&B's own matter: WANDB_BASE_URL, WANDB_API_KEY or `wandb login`.
+The server and the account are W&B's own settings: WANDB_BASE_URL, WANDB_API_KEY or `wandb login`.
 """
 
 import json
@@ -15,30 +15,29 @@ from flows.review.offline import TABLE_BYTES, table_rows
 from flows.review.run import Run, Sample, flat, series
 
 SECONDS = 30
-"""That one question may wait for the server's answer."""
+"""Time limit of one request to the server."""
 RUNS = 200
-"""Of a project, the newest at most."""
+"""Largest number of newest runs of a project."""
 STATES = {"finished": "finished", "failed": "failed", "crashed": "failed", "killed": "failed"}
 
 
 def read(path: str) -> list[Run]:
-    """The runs of ENTITY/PROJECT, the newest RUNS of them, or the one run of ENTITY/PROJECT/RUN_ID.
+    """Return the newest RUNS runs of ENTITY/PROJECT, or the run ENTITY/PROJECT/RUN_ID.
 
-    Raises ReviewError if there is none, the server cannot be reached, or does not let us in.
+    Raises:
+        ReviewError: there is no run, or the server cannot be reached or denies access.
     """
     parts = path.strip("/").split("/")
     if len(parts) not in (2, 3) or not all(parts):
-        raise ReviewError(
-            f"wandb:{path} is no run at a server; give wandb:ENTITY/PROJECT or wandb:ENTITY/PROJECT/RUN_ID"
-        )
+        raise ReviewError(f"wandb:{path} does not name a run; give wandb:ENTITY/PROJECT or wandb:ENTITY/PROJECT/RUN_ID")
     with _errors(path):
         import wandb
 
         api = wandb.Api(timeout=SECONDS)
         if len(parts) == 3:
             return [_run(api.run("/".join(parts)))]
-        found = api.runs("/".join(parts), per_page=50, order="-created_at", lazy=False)
-        runs = [_run(run) for run, _ in zip(found, range(RUNS), strict=False)]
+        newest = api.runs("/".join(parts), per_page=50, order="-created_at", lazy=False)
+        runs = [_run(run) for run, _ in zip(newest, range(RUNS), strict=False)]
     if not runs:
         raise ReviewError(f"wandb:{path} has no run yet")
     return runs
@@ -46,19 +45,19 @@ def read(path: str) -> list[Run]:
 
 @contextmanager
 def _errors(path: str) -> Iterator[None]:
-    """What W&B, the network or the disk raise, as one ReviewError."""
+    """Turn errors of W&B, the network and the disk into a ReviewError."""
     try:
         yield
     except ReviewError:
         raise
-    except Exception as error:  # of wandb's own there are several trees, and the network's and the disk's
+    except Exception as error:  # wandb has several trees of errors, and passes on those of the network and the disk
         raise ReviewError(
-            f"wandb:{path} cannot be read: {error}; look at the path, at WANDB_BASE_URL and at `wandb login --verify`"
+            f"wandb:{path} cannot be read: {error}; check the path, WANDB_BASE_URL and `wandb login --verify`"
         ) from error
 
 
 def _run(run: Any) -> Run:
-    """One run of W&B's API, with its whole history: a sample of it would leave out most validation losses."""
+    """Read one run with its whole history, because a sampled history lacks most validation losses."""
     summary = flat({key: value for key, value in dict(run.summary_metrics).items() if not key.startswith("_")})
     samples, warnings = _samples(run, summary.get("samples.path"))
     version = summary.get("registry.version")
@@ -78,13 +77,13 @@ def _run(run: Any) -> Run:
 
 
 def _moment(text: str) -> datetime:
-    """The server's time, which is UTC whether it says so or not."""
+    """Return the server's time, which is UTC even without a time zone."""
     moment = datetime.fromisoformat(text)
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _samples(run: Any, name: Any) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
-    """The table of samples that a run has uploaded."""
+    """Return a run's uploaded table of samples, and warnings."""
     if not isinstance(name, str):
         return (), ()
     try:
@@ -94,5 +93,5 @@ def _samples(run: Any, name: Any) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
         with TemporaryDirectory(prefix="peftcore-") as folder, file.download(root=folder) as opened:
             table = json.loads(opened.read())
         return table_rows(table), ()
-    except Exception as error:  # as above
+    except Exception as error:  # see `_errors`
         return (), (f"its table of samples cannot be read: {error}",)

@@ -1,6 +1,6 @@
-"""The review page: one HTML file that says what a run came to, readable without a network.
+"""The review page: one HTML file with the results of a run, readable without a network.
 
-Everything that comes from data or models is escaped by the template.
+The template escapes all text that comes from data or models.
 """
 
 from datetime import datetime
@@ -13,16 +13,17 @@ from markupsafe import Markup
 from flows.charts.curves import headline_bars, largest, loss_curves, slice_dumbbells
 from flows.charts.ranks import HEAT_MAP
 from flows.gate.promote import last_record, read_promotion
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import read_json
 from peftcore.files import write_atomically
 
 
 def write_review(params: Params, paths: Paths) -> Path:
-    """Write `paths.review` from what the last run left, whole or not at all; returns where it is.
+    """Write `paths.review` from the last run's files, atomically; returns its path.
 
-    Raises StageError naming the file if a stage has not run yet.
+    Raises:
+        StageError: a stage has not run yet; the message names the missing file.
     """
     page = environment().get_template("review.html").render(_content(params, paths))
     write_atomically(paths.review, page)
@@ -30,7 +31,7 @@ def write_review(params: Params, paths: Paths) -> Path:
 
 
 def environment() -> Environment:
-    """The package's templates: what is put into them is escaped, what they lack is an error."""
+    """Return the environment of the package's templates: values are escaped, an undefined value is an error."""
     pages = Environment(
         loader=PackageLoader("flows.review"),
         autoescape=True,

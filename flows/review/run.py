@@ -1,7 +1,7 @@
-"""A run as the comparison sees it, wherever it was found: in a W&B folder, at a W&B server, in the registry.
+"""A run of a comparison, from a W&B folder, a W&B server or the registry.
 
-Names are those of this pipeline: figures as in metrics.json with dots (`adapter.loss`), series as in the training log
-(`loss`, `validation_loss`), configuration as in params.yaml with dots (`train.learning_rate`).
+Names are those of this pipeline: figures as dotted keys of metrics.json (`adapter.loss`), series as in the training log
+(`loss`, `validation_loss`), configuration as dotted keys of params.yaml (`train.learning_rate`).
 """
 
 import math
@@ -18,12 +18,16 @@ Sample = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Run:
-    """One run; what its source does not tell is empty.
+    """One run. Fields that the source lacks are empty.
 
-    where: the folder, server path, tag or commit that it was read from.
-    state: finished, failed, unfinished or registered.
-    config, summary: flat. history: {series: (optimiser step, value)}, steps rising.
-    samples: prompt, reference, base, adapter of each. warnings: what could not be read.
+    Attributes:
+        where: the folder, server path, tag or commit of the run.
+        state: finished, failed, unfinished or registered.
+        config: {dotted key: value} of the configuration.
+        summary: {dotted key: value} of the figures.
+        history: {series: [(optimiser step, value)]}, in the order of the steps.
+        samples: prompt, reference, base's and adapter's answer of each sample.
+        warnings: problems while reading the run.
     """
 
     id: str
@@ -40,7 +44,7 @@ class Run:
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON takes it: without history and samples; a number that is not finite is null."""
+        """Return the run as JSON takes it, without history and samples; a number that is not finite is null."""
         return {
             "id": self.id,
             "name": self.name,
@@ -58,7 +62,7 @@ class Run:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}; an empty mapping is a value."""
+    """Flatten a tree: {"a": {"b": 1}} becomes {"a.b": 1}. An empty mapping is a value."""
     return dict(_leaves(tree, prefix))
 
 
@@ -72,14 +76,14 @@ def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None; a truth value is none."""
+    """Return a finite number as float; None for any other value, booleans included."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def series(rows: Iterable[Mapping[str, Any]], step: str) -> dict[str, list[Point]]:
-    """{column: its points}, from rows with a column `step`; what is no finite number is left out."""
+    """Return {column: its points} of rows with a column `step`. Values that are not finite numbers are left out."""
     columns: dict[str, dict[int, float]] = {}
     for row in rows:
         at = number(row.get(step))
@@ -91,7 +95,7 @@ def series(rows: Iterable[Mapping[str, Any]], step: str) -> dict[str, list[Point
 
 
 def joined(runs: Iterable[Run]) -> list[Run]:
-    """The runs, those that only evaluate another of them folded into that one; an orphan stays on its own."""
+    """Merge runs that only evaluate another run into that run; without the other run they stay separate."""
     every = list(runs)
     evaluations: dict[str, list[Run]] = {}
     for run in every:

@@ -1,10 +1,10 @@
-"""Which runs are meant by what a person types: folders, a server's project, versions, stages, experiments."""
+"""Lookup of the runs that a user names: folders, a server's project, versions, stages, experiments."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from flows.errors import RepositoryError, ReviewError
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.paths import Paths
 from flows.review import offline, online
 from flows.review.run import Run, joined
@@ -15,10 +15,15 @@ ONLINE, EXPERIMENT = "wandb:", "exp:"
 
 
 def read_runs(names: Iterable[str], root: Path | None) -> list[Run]:
-    """The runs that `names` mean, each once; root: the pipeline that versions and experiments are of, if there is one.
+    """Return the runs with these names, each once.
 
-    A name is a path of W&B's folders, wandb:ENTITY/PROJECT[/RUN_ID], exp:[NAME] of DVC, a version, or a stage.
-    Raises ReviewError (or RegistryError for a version) naming the first that is not there.
+    Args:
+        names: paths of W&B's folders, wandb:ENTITY/PROJECT[/RUN_ID], exp:[NAME] of DVC, versions, or stages.
+        root: the pipeline of the versions and experiments; None outside of a pipeline.
+
+    Raises:
+        ReviewError: a run does not exist or cannot be read.
+        RegistryError: a version does not exist.
     """
     versions = None if root is None else Versions(root, load_params(Paths(root).params))
     runs: list[Run] = []
@@ -30,13 +35,15 @@ def read_runs(names: Iterable[str], root: Path | None) -> list[Run]:
             files += offline.find(Path(name))
         elif versions is None:
             raise ReviewError(
-                f"{name} is no folder of W&B runs, and versions and experiments need a pipeline, which {Path.cwd()} "
-                "is not in; give a folder such as wandb/offline-run-20260101_120000-abc123, or wandb:ENTITY/PROJECT"
+                f"{name} is not a folder of W&B runs, and versions and experiments need a pipeline, but {Path.cwd()} "
+                "is not in one; give a folder such as wandb/offline-run-20260101_120000-abc123, or wandb:ENTITY/PROJECT"
             )
         elif name.startswith(EXPERIMENT):
             runs += versions.experiments(name.removeprefix(EXPERIMENT))
         elif "/" in name:
-            raise ReviewError(f"{name} is not there; give a folder of W&B runs, or wandb:{name} for a server's project")
+            raise ReviewError(
+                f"{name} does not exist; give a folder of W&B runs, or wandb:{name} for a server's project"
+            )
         else:
             runs.append(versions.version(name))
     runs = joined(runs + offline.read(dict.fromkeys(files)))
@@ -45,7 +52,7 @@ def read_runs(names: Iterable[str], root: Path | None) -> list[Run]:
 
 
 def pipeline_root() -> Path | None:
-    """The pipeline that the current folder is in, None outside of one: W&B's runs can be compared anywhere."""
+    """Return the current folder's pipeline; None outside of a pipeline, where W&B's runs can be compared too."""
     try:
         return find_root()
     except RepositoryError:

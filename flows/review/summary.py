@@ -13,28 +13,28 @@ from flows.paths import Paths
 from flows.registry.lineage import read_json
 
 FIGURES = (
-    ("test loss (nats a token)", "loss", "{:.3f}"),
+    ("test loss (nats per token)", "loss", "{:.3f}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("ROUGE-L", "rouge_l", "{:.3f}"),
-    ("answers that end", "ended", "{:.1%}"),
+    ("EOS rate", "ended", "{:.1%}"),
     ("accuracy", "accuracy", "{:.1%}"),
     ("macro-F1", "macro_f1", "{:.3f}"),
     ("margin (nats)", "margin", "{:.3f}"),
-    ("moved towards the chosen", "reward_accuracy", "{:.1%}"),
-    ("tokens a second", "tokens_per_second", "{:.0f}"),
+    ("reward accuracy", "reward_accuracy", "{:.1%}"),
+    ("tokens per second", "tokens_per_second", "{:.0f}"),
 )
-"""(label, key of metrics.json, format); those that an objective does not have are left out."""
+"""(label, key of metrics.json, format); figures that the objective lacks are left out."""
 
 
 def print_summary(paths: Paths, promotion: Promotion, page: Path, seconds: Mapping[str, float]) -> None:
-    """Base against adapter, the version and what became of it, the time of each task, where the page is."""
+    """Print the figures of base and adapter, the verdict, the time of each task, and the page's path."""
     console = Console(highlight=False)
     metrics = read_json(paths.metrics)
     console.print()
     console.print(_figures(metrics, promotion))
     merge = metrics["merge"]
     lines = {
-        "merged": f"KL {merge['kl']:.4f} nats, first choices agree on {merge['top1_agreement']:.1%}",
+        "merged": f"KL {merge['kl']:.4f} nats, top-1 tokens agree on {merge['top1_agreement']:.1%}",
         "verdict": f"[{'green' if promotion.accepted else 'red'}]{escape(promotion.sentence)}[/]",
         "seconds": " · ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
     }
@@ -42,7 +42,7 @@ def print_summary(paths: Paths, promotion: Promotion, page: Path, seconds: Mappi
     for label, text in lines.items():
         notes.add_row(f"[dim]{label}[/]", text)
     console.print(notes)
-    console.print(f"[dim]{'page':<9}[/]{escape(str(page))}", soft_wrap=True)  # whole, so that it can be opened
+    console.print(f"[dim]{'page':<9}[/]{escape(str(page))}", soft_wrap=True)  # in one piece, so that it can be opened
 
 
 def _figures(metrics: Mapping[str, Any], promotion: Promotion) -> Table:
@@ -58,5 +58,5 @@ def _figures(metrics: Mapping[str, Any], promotion: Promotion) -> Table:
 
 
 def figure(value: float | None, form: str) -> str:
-    """A number as text, a dash where there is none."""
+    """Return a number as text; a dash for None."""
     return "–" if value is None else form.format(value)

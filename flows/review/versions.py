@@ -1,6 +1,6 @@
-"""Registered versions and DVC experiments as runs: whatever a commit of this pipeline tells of one.
+"""Registered versions and DVC experiments as runs of a comparison.
 
-Figures and parameters come from the commit; the training log and the samples from DVC's cache, or its remote.
+Figures and parameters come from the commit, the training log and the samples from DVC's cache or remote.
 """
 
 import json
@@ -14,10 +14,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from flows.errors import RegistryError, ReviewError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
-from flows.registry.registry import Version
+from flows.registry.reader import Version
 from flows.review.run import Point, Run, Sample, flat, series
 from flows.runtime.git import Git, GitError
 from flows.scaling.experiment import EXPERIMENTS
@@ -27,14 +27,15 @@ class Versions:
     """The versions and experiments of one repository."""
 
     def __init__(self, root: Path, params: Params) -> None:
+        """Read the registry of the repository at `root` once."""
         self.paths = Paths(root)
         self.git = Git(root)
-        self.registry = registry_of(params, root)
+        self.registry = registry_of(params, root).snapshot()
         self.stages = self.registry.stages()
         self.champion = self.stages.get(params.gate.stage)
 
     def version(self, name: str) -> Run:
-        """A version by its number or by a stage that it has. Raises RegistryError."""
+        """Return a version by its number or by a stage that it holds. Raises RegistryError if there is none."""
         holder = self.stages.get(name)
         version = self.registry.version((holder and holder.version) or name)
         record = self.registry.record(version)
@@ -55,15 +56,15 @@ class Versions:
         return self.marked([run])[0]
 
     def experiments(self, name: str = "") -> list[Run]:
-        """The DVC experiment of that name, or all of them. Raises ReviewError if there is none."""
+        """Return the DVC experiment with a name, or all experiments. Raises ReviewError if there is none."""
         form = "%(refname)%1f%(objectname)%1f%(committerdate:unix)"
         lines = self.git.run("for-each-ref", f"--format={form}", EXPERIMENTS).splitlines()
-        found = [line.split("\x1f") for line in lines]
-        names = [ref.rpartition("/")[2] for ref, *_ in found]
+        references = [line.split("\x1f") for line in lines]
+        names = [ref.rpartition("/")[2] for ref, *_ in references]
         runs = [
-            self._experiment(own, commit, int(when))
-            for own, (_, commit, when) in zip(names, found, strict=True)
-            if name in ("", own)
+            self._experiment(experiment, commit, int(when))
+            for experiment, (_, commit, when) in zip(names, references, strict=True)
+            if name in ("", experiment)
         ]
         if not runs:
             raise ReviewError(
@@ -73,7 +74,7 @@ class Versions:
         return runs
 
     def marked(self, runs: list[Run]) -> list[Run]:
-        """The runs with what the registry knows of them: their version by the id of their W&B run, the champion."""
+        """Add the version, found by the id of the W&B run, and the champion's mark to runs."""
         by_id = {}
         for version in self.registry.versions() if any(run.version is None for run in runs) else ():
             by_id[self._wandb_id(version)] = version.number
@@ -89,7 +90,7 @@ class Versions:
         try:
             return self.registry.record(version).get("wandb_run_id")
         except RegistryError:
-            return None  # made by `gto register`: it has no record
+            return None  # a version of `gto register` has no record
 
     def _experiment(self, name: str, commit: str, created: int) -> Run:
         warnings: list[str] = []
@@ -132,7 +133,7 @@ class Versions:
 
 
 def _loss_rows(table: str) -> list[dict[str, Any]]:
-    """The rows of the loss table under the training log's names."""
+    """Return the rows of the loss table with the training log's column names."""
     import csv
 
     rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(table.splitlines())]
@@ -140,19 +141,19 @@ def _loss_rows(table: str) -> list[dict[str, Any]]:
 
 
 def _params(text: str, warnings: list[str]) -> dict[str, Any]:
-    """All parameters, defaults too; as they stand in the file if they are not today's."""
+    """Return all parameters with defaults; without defaults if another release wrote them."""
     try:
-        given = YAML(typ="safe").load(text)
-        if not isinstance(given, Mapping):
+        values = YAML(typ="safe").load(text)
+        if not isinstance(values, Mapping):
             raise ValueError("no sections")
     except (YAMLError, ValueError) as error:
         warnings.append(f"its params.yaml cannot be read: {error}")
         return {}
     try:
-        return Params.model_validate(given).model_dump()
+        return Params.from_record(values).model_dump()
     except ValueError:
         warnings.append("its params.yaml is another release's; defaults are not filled in")
-        return dict(given)
+        return dict(values)
 
 
 def _json(text: str, warnings: list[str]) -> dict[str, Any]:
@@ -164,5 +165,5 @@ def _json(text: str, warnings: list[str]) -> dict[str, Any]:
 
 
 def _tag(run: Run, otherwise: str) -> Any:
-    """The tag that a run says it was registered under; a version of the same number may be another project's."""
+    """Return the run's recorded tag: another project may have a version of the same number."""
     return run.summary.get("registry.tag", otherwise)

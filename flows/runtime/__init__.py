@@ -1,1 +1,1 @@
-"""What runs stages: git, processes, logs, locks, DVC and Prefect."""
+"""Running stages: git, DVC, processes, logs, locks, tracking and Prefect."""

@@ -1,4 +1,4 @@
-"""The few git operations that the registry needs, by plumbing: nothing here touches the user's branch or index."""
+"""Git operations of the registry, by plumbing commands that do not touch the user's branch or index."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from flows.errors import RepositoryError
 
 FALLBACK_IDENTITY = {"name": "peftcore", "email": "peftcore@localhost"}
-"""Who commits where git has no user.name or user.email, as on a fresh CI machine."""
+"""Author of commits if git has no user.name or user.email, as on a new CI machine."""
 
 
 _TAG_FIELDS = (
@@ -23,16 +23,16 @@ _TAG_FIELDS = (
 
 @dataclass(frozen=True)
 class Tag:
-    """An annotated tag. created: seconds since 1970; commit: what it points to; message: without a signature."""
+    """An annotated tag. created: seconds since 1970; commit: its target; message: without a signature."""
 
     name: str
     commit: str
     created: int
     message: str
     tagger: str = ""
-    """Who made it, as the e-mail that git was told, which a signature alone can prove."""
+    """E-mail of the tagger as git was told; only a signature can prove it."""
     made_as: str = ""
-    """The name that it was made and signed under; a reference to it may have been given another."""
+    """Name under which the tag was created and signed; a reference to it may have another name."""
 
 
 class GitError(RepositoryError):
@@ -40,10 +40,13 @@ class GitError(RepositoryError):
 
 
 class Git:
-    """One repository, at its top folder `root`."""
+    """A repository, with `root` as its top folder.
+
+    Raises:
+        RepositoryError: `root` is not the top of a git repository with a commit.
+    """
 
     def __init__(self, root: Path) -> None:
-        """Raises RepositoryError if `root` is not the top of a git repository with a commit."""
         self.root = root
         try:
             top = Path(self.run("rev-parse", "--show-toplevel").strip())
@@ -67,33 +70,29 @@ class Git:
             ) from error
 
     def run(self, *arguments: str, stdin: str | None = None, **environment: str) -> str:
-        """Run one git command and return its output. Raises GitError with git's reason."""
+        """Run a git command and return its output. Raises GitError with git's message."""
         return self._done(arguments, stdin, environment).stdout
 
     def head(self) -> str:
-        """The commit that is checked out (40 hex digits)."""
+        """Return the checked-out commit (40 hex digits)."""
         return self.run("rev-parse", "HEAD").strip()
 
     def common_folder(self) -> Path:
-        """Return git's own folder, which all working trees of the repository share."""
+        """Return git's folder, which all working trees of the repository share."""
         return self.root / self.run("rev-parse", "--git-common-dir").strip()
 
-    def uncommitted(self, leaving_out: Sequence[str] = ()) -> list[str]:
-        """Tracked files that differ from HEAD, and new ones that are not ignored; sorted."""
-        excluded = [f":(exclude){name}" for name in leaving_out]
-        lines = self.run("status", "--porcelain", "-z", "--no-renames", "--", ".", *excluded).split("\0")
-        return sorted(line[3:] for line in lines if line)
-
     def show(self, commit: str, path: str) -> str:
-        """One file's text as it is in `commit`. Raises GitError if it is not there."""
+        """Return a file's text in `commit`. Raises GitError if it is absent."""
         return self.run("show", f"{commit}:{path}")
 
     def snapshot(self, update: Sequence[str], add: Sequence[str], contents: Mapping[str, str], message: str) -> str:
-        """Make a commit on top of HEAD that no branch points to; returns its hash.
+        """Create a commit on top of HEAD that no branch points to; returns its hash.
 
-        update: tracked paths taken as they are in the working tree, deletions too.
-        add: files taken from the working tree, tracked or not.
-        contents: {path: text} put into the commit whatever the working tree holds.
+        Args:
+            update: Tracked paths, taken from the working tree with deletions.
+            add: Files of the working tree, tracked or not.
+            contents: {path: text} to commit regardless of the working tree.
+            message: Message of the commit.
         """
         with TemporaryDirectory(prefix="peftcore-index-") as folder:
             index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
@@ -107,9 +106,9 @@ class Git:
             return self.run("commit-tree", tree, "-p", parent, stdin=message, **self._identity()).strip()
 
     def amended(self, commit: str, contents: Mapping[str, str], message: str) -> str:
-        """Make a commit like another one, with the same parents, but for some files; returns its hash.
+        """Create a commit like another one, with the same parents and some other files; returns its hash.
 
-        contents: {path: text} that replace those files.
+        contents: {path: text} of the files to replace.
         """
         with TemporaryDirectory(prefix="peftcore-index-") as folder:
             index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
@@ -120,22 +119,22 @@ class Git:
         return self.run("commit-tree", tree, *options, stdin=message, **self._identity()).strip()
 
     def _tree_with(self, contents: Mapping[str, str], index: Mapping[str, str]) -> str:
-        """Put {path: text} into an index and write its tree; returns the tree's hash."""
+        """Add {path: text} to an index and write its tree; returns the tree's hash."""
         for path, text in contents.items():
             blob = self.run("hash-object", "-w", "--stdin", stdin=text, **index).strip()
             self.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{path}", **index)
         return self.run("write-tree", **index).strip()
 
     def commit(self, paths: Sequence[str], message: str) -> None:
-        """Commit files of the working tree, and nothing else; where they are as they were, nothing happens."""
+        """Commit files of the working tree and nothing else; unchanged files give no commit."""
         self.run("add", "--force", "--", *paths)
         if self.run("diff", "--cached", "--name-only", "--", *paths).strip():
             self.run("commit", "--quiet", "--no-verify", "--file=-", "--only", "--", *paths,
                      stdin=message, **self._identity())  # fmt: skip
 
     def tags(self, *patterns: str) -> list[Tag]:
-        """Annotated tags whose name matches one of the patterns, oldest first."""
-        fields = "".join(f"%({field})%00" for field in _TAG_FIELDS)  # the one character that no message can hold
+        """Return annotated tags whose name matches a pattern, oldest first."""
+        fields = "".join(f"%({field})%00" for field in _TAG_FIELDS)  # NUL cannot occur in a message
         refs = [f"refs/tags/{pattern}" for pattern in patterns]
         values = iter(self.run("for-each-ref", f"--format={fields}", *refs).split("\0"))
         rows = zip(*[values] * len(_TAG_FIELDS), strict=False)
@@ -147,9 +146,10 @@ class Git:
         return sorted(tags, key=lambda tag: tag.created)
 
     def create_tag(self, name: str, commit: str, message: str, after: int, key: Path | None = None) -> None:
-        """Make an annotated tag that is dated later than `after` (seconds since 1970). key: of ssh, to sign it with.
+        """Create an annotated tag dated later than `after` (seconds since 1970). key: ssh key to sign with.
 
-        Raises GitError if the name is taken: git makes a new reference or refuses, never both for two callers.
+        Raises:
+            GitError: The name is taken. Git's creation is atomic, so only one of two callers succeeds.
         """
         date = f"{max(int(time.time()), after + 1)} +0000"
         signing = {} if key is None else _settings({"gpg.format": "ssh", "user.signingkey": str(key)})
@@ -157,61 +157,66 @@ class Git:
                  stdin=message, **self._identity(), **signing, GIT_COMMITTER_DATE=date)  # fmt: skip
 
     def signer(self, tag: str, allowed: Path) -> str:
-        """Who signed a tag by ssh, as the file `allowed` names the key's owner. Raises GitError with why nobody did."""
-        # other kinds of signature have other lists of whom to trust
+        """Return the owner, by the file `allowed`, of the ssh key that signed a tag.
+
+        Raises:
+            GitError: Nobody in the file signed the tag.
+        """
+        # other kinds of signature have other lists of trusted keys
         others = {f"gpg.{kind}.program": "false" for kind in ("openpgp", "x509")}
         settings = _settings({"gpg.format": "ssh", "gpg.ssh.allowedSignersFile": str(allowed), **others})
-        said = self._done(["verify-tag", tag], None, settings).stderr
-        found = re.search(r'^Good "git" signature for (.+) with \S+ key \S+$', said, re.MULTILINE)
-        if found is None:
-            raise GitError(f"`git verify-tag` names no signer: {said.strip()}")
-        return found.group(1)
+        output = self._done(["verify-tag", tag], None, settings).stderr
+        match = re.search(r'^Good "git" signature for (.+) with \S+ key \S+$', output, re.MULTILINE)
+        if match is None:
+            raise GitError(f"`git verify-tag` names no signer: {output.strip()}")
+        return match.group(1)
 
     def email(self) -> str | None:
-        """Whose tags are made here; None where git was told nobody's."""
+        """Return the e-mail of tags created here; None if git has none."""
         try:
-            told = self.run("var", "GIT_COMMITTER_IDENT", **_settings({"user.useConfigOnly": "true"}))
+            identity = self.run("var", "GIT_COMMITTER_IDENT", **_settings({"user.useConfigOnly": "true"}))
         except GitError:
             return None
-        return told.partition("<")[2].partition(">")[0]
+        return identity.partition("<")[2].partition(">")[0]
 
     def delete_tag(self, name: str) -> None:
+        """Delete a tag."""
         self.run("tag", "--delete", name)
 
     def push_tags(self, remote: str, names: Sequence[str]) -> None:
-        """Send tags, all or none. Raises GitError if the remote has another of a name, or cannot be reached."""
+        """Push tags, all or none. Raises GitError if the remote has another tag of a name, or is unreachable."""
         self.run("push", "--atomic", "--", remote, *(f"refs/tags/{name}:refs/tags/{name}" for name in names))
 
     def remote_objects(self, remote: str, names: Sequence[str]) -> dict[str, str]:
-        """Return {tag: its object's hash} of the tags of these names at a remote. Raises GitError if it cannot say."""
+        """Return {tag: hash of its object} at a remote. Raises GitError if the remote is unreachable."""
         lines = self.run("ls-remote", "--tags", "--", remote, *(f"refs/tags/{name}" for name in names)).splitlines()
-        found = (line.split("\t", 1) for line in lines)
-        return {ref.removeprefix("refs/tags/"): digest for digest, ref in found if not ref.endswith("^{}")}
+        pairs = (line.split("\t", 1) for line in lines)
+        return {ref.removeprefix("refs/tags/"): digest for digest, ref in pairs if not ref.endswith("^{}")}
 
     def objects(self, prefix: str) -> dict[str, str]:
-        """Return {reference without `prefix`: its object's hash}, such as of all of "refs/tags/"."""
+        """Return {reference without `prefix`: hash of its object}, such as for "refs/tags/"."""
         lines = self.run("for-each-ref", "--format=%(objectname) %(refname)", prefix).splitlines()
         return {ref.removeprefix(prefix): digest for digest, _, ref in (line.partition(" ") for line in lines)}
 
     def fetch_tags(self, remote: str, namespace: str) -> dict[str, str]:
-        """Fetch every tag of a remote; returns {tag: its object's hash}. The tags here stay as they are.
+        """Fetch every tag of a remote; returns {tag: hash of its object}. Local tags do not change.
 
-        namespace: where the fetched tags are kept meanwhile, such as "refs/peftcore/fetched".
+        namespace: temporary place of the fetched tags, such as "refs/peftcore/fetched".
         """
         self.run("fetch", "--quiet", "--no-tags", "--prune", "--no-write-fetch-head", "--", remote,
                  f"+refs/tags/*:{namespace}/*")  # fmt: skip
-        found = self.objects(f"{namespace}/")
-        self.run("update-ref", "--stdin", stdin="".join(f"delete {namespace}/{name}\n" for name in found))
-        return found
+        fetched = self.objects(f"{namespace}/")
+        self.run("update-ref", "--stdin", stdin="".join(f"delete {namespace}/{name}\n" for name in fetched))
+        return fetched
 
     def set_reference(self, name: str, digest: str, before: str | None) -> None:
-        """Point a reference elsewhere if it is still at `before` (None: if it is not there). Raises GitError."""
+        """Point a reference elsewhere if it is still at `before` (None: if it is absent). Raises GitError."""
         self.run("update-ref", name, digest, before or "0" * len(digest))
 
     def _done(
         self, arguments: Sequence[str], stdin: str | None, environment: Mapping[str, str]
     ) -> subprocess.CompletedProcess[str]:
-        # without optional locks `git status` leaves the user's index file as it is
+        # without optional locks `git status` does not write the user's index file
         everything = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environment}
         command = ["git", "-C", str(self.root), *arguments]
         done = subprocess.run(command, env=everything, input=stdin, capture_output=True, text=True, errors="replace",
@@ -221,7 +226,7 @@ class Git:
         return done
 
     def _identity(self) -> dict[str, str]:
-        """Names for a commit where neither git's configuration nor the environment has one."""
+        """Return environment variables with an author for commits, if git has none."""
         missing: dict[str, str] = {}
         for key, value in FALLBACK_IDENTITY.items():
             try:
@@ -233,7 +238,7 @@ class Git:
 
 
 def _settings(values: Mapping[str, str]) -> dict[str, str]:
-    """Git's configuration for one command, as variables, beside what the environment has of these already."""
+    """Return git's configuration for one command as variables, in addition to those of the environment."""
     first = int(os.environ.get("GIT_CONFIG_COUNT") or 0)
     variables = {"GIT_CONFIG_COUNT": str(first + len(values))}
     for number, (key, value) in enumerate(values.items(), first):

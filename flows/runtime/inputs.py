@@ -1,4 +1,6 @@
-"""Inputs of a run that git and DVC do not have. Commands that work on commits do not see them."""
+"""Inputs of a run that neither git nor DVC has, so that commands on commits do not use them."""
+
+from collections.abc import Sequence
 
 from flows.errors import DataError
 from flows.runtime.git import Git, GitError
@@ -8,10 +10,25 @@ INPUTS = ("params.yaml", "dvc.yaml", "data", "flows", "peftcore")
 SHOWN = 5
 
 
+def uncommitted_files(
+    git: Git, *options: str, paths: Sequence[str] = (".",), excluded: Sequence[str] = ()
+) -> list[str]:
+    """Return the tracked files that differ from HEAD and the new files that git does not ignore, sorted.
+
+    Args:
+        git: the repository.
+        options: further options of `git status`.
+        paths: files and folders to look at.
+        excluded: files to leave out.
+    """
+    patterns = [*paths, *(f":(exclude){name}" for name in excluded)]
+    lines = git.run("status", "--porcelain", "-z", "--no-renames", *options, "--", *patterns).split("\0")
+    return sorted(line[3:] for line in lines if line)
+
+
 def unused_changes(git: Git) -> str:
-    """Return, as a list in words, what is not committed of parameters, data and code; nothing if all is."""
-    lines = git.run("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", *INPUTS).split("\0")
-    changed = sorted(line[3:] for line in lines if line)
+    """Return the uncommitted files of parameters, data and code in words; an empty text if there are none."""
+    changed = uncommitted_files(git, "--untracked-files=all", paths=INPUTS)
     more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     return ", ".join(changed[:SHOWN]) + more
 
@@ -19,17 +36,21 @@ def unused_changes(git: Git) -> str:
 def check_source_is_tracked(git: Git, source: str, what: str, commit: str | None = None) -> None:
     """Raise DataError if neither git nor DVC has the file or folder of `data.source`.
 
-    what: works without it, such as "a trial". commit: in which it has to be; None: tracked at all.
+    Args:
+        git: The repository.
+        source: The value of data.source.
+        what: Command that needs the source, such as "a trial".
+        commit: Commit that must contain the source; None: tracked at all.
     """
     if source.startswith(("stdlib:", "hub:", "/", "~", "..")):
         return
     names = _names(git, commit)
     above = [source, *(source[:at] for at, mark in enumerate(source) if mark == "/")]
-    held = any(f"{path.rstrip('/')}.dvc" in names for path in above)
+    by_dvc = any(f"{path.rstrip('/')}.dvc" in names for path in above)
     inside = f"{source.rstrip('/')}/"
-    if not held and not any(name == source or name.startswith(inside) for name in names):
+    if not by_dvc and not any(name == source or name.startswith(inside) for name in names):
         raise DataError(
-            f"data.source {source} is committed neither to git nor by DVC, so {what} does not have it; "
+            f"data.source {source} is tracked neither by git nor by DVC, so {what} does not have it; "
             f"`git add {source}`, or `dvc add {source}` and `git add {source}.dvc`, then `git commit`"
         )
 
@@ -38,5 +59,5 @@ def _names(git: Git, commit: str | None) -> set[str]:
     try:
         listed = git.run("ls-files", "-z") if commit is None else git.run("ls-tree", "-r", "-z", "--name-only", commit)
     except GitError as error:
-        raise DataError(f"what git has of data.source cannot be listed: {error}") from error
+        raise DataError(f"git cannot list the files of data.source: {error}") from error
     return set(listed.split("\0"))

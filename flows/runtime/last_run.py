@@ -1,6 +1,7 @@
-"""What the pipeline is at, and what its last run came to: two small files that `status` and `run --json` read.
+"""State of the running pipeline and outcome of the last run: two small files for `status` and `run --json`.
 
-Both are written whole. The first goes when the run ends; one that a killed run has left tells so by its process.
+Both are written atomically. The first is deleted when the run ends; after a kill, its process number shows that the run
+is over.
 """
 
 import json
@@ -25,7 +26,7 @@ FAILED = 1
 
 @dataclass
 class RunRecord:
-    """A run as it goes on. started: ISO 8601, UTC; seconds: {task: wall clock}; promotion: as JSON has it."""
+    """A run in progress. started: ISO 8601, UTC; seconds: {task: wall-clock seconds}; promotion: JSON values."""
 
     paths: Paths
     started: str
@@ -36,7 +37,7 @@ class RunRecord:
 
     @contextmanager
     def at(self, task: str) -> Iterator[None]:
-        """Context of one task: noted before, its seconds after, also where it fails."""
+        """Record a task while the context is open, and its duration, also after an error."""
         self.task = task
         self._note()
         began = time.monotonic()
@@ -46,9 +47,9 @@ class RunRecord:
             self.seconds[task] = time.monotonic() - began
 
     def end(self, error: BaseException | None) -> None:
-        """Write what came of it. error: what ended it, if anything did."""
+        """Write the outcome. error: the error that ended the run, if any."""
         promoted = self.promotion["outcome"] if self.promotion else "failed"
-        told = {
+        outcome = {
             "outcome": promoted if error is None or isinstance(error, GateError) else _outcome(error),
             "status": _status(error),
             "started": self.started,
@@ -60,7 +61,7 @@ class RunRecord:
             "promotion": self.promotion,
             "page": self.page,
         }
-        write_atomically(last_run_file(self.paths), json.dumps(told, indent=2) + "\n")
+        write_atomically(last_run_file(self.paths), json.dumps(outcome, indent=2) + "\n")
         running_file(self.paths).unlink(missing_ok=True)
 
     def _note(self) -> None:
@@ -72,7 +73,7 @@ class RunRecord:
 
 @contextmanager
 def recorded(paths: Paths) -> Iterator[RunRecord]:
-    """Context of one run, which is written down however it ends."""
+    """Record one run, whatever its outcome."""
     record = RunRecord(paths, _now())
     try:
         yield record
@@ -83,13 +84,14 @@ def recorded(paths: Paths) -> Iterator[RunRecord]:
 
 
 def last_run(paths: Paths) -> dict[str, Any] | None:
-    """What the last run that ended came to; None where there was none."""
+    """Return the outcome of the last run that ended; None if there was none."""
     return _read(last_run_file(paths))
 
 
 def running(paths: Paths) -> dict[str, Any] | None:
-    """The run's note: pid, host, started, task, and whether its process still lives (`alive`; None: it is of another
-    host, so that is not known). None where none is noted.
+    """Return the note of the current run: pid, host, started, task, and `alive`; None if there is no run.
+
+    alive: True if its process lives; None if it is on another host, where that cannot be checked.
     """
     note = _read(running_file(paths))
     if note is None:
@@ -100,10 +102,12 @@ def running(paths: Paths) -> dict[str, Any] | None:
 
 
 def last_run_file(paths: Paths) -> Path:
+    """Return the file with the last outcome."""
     return paths.review.with_name("last_run.json")
 
 
 def running_file(paths: Paths) -> Path:
+    """Return the file with the current run."""
     return paths.review.with_name("running.json")
 
 
@@ -115,7 +119,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _status(error: BaseException | None) -> int:
-    """The exit status that `peftcore run` ends with."""
+    """Return the exit status of `peftcore run`."""
     if error is None:
         return 0
     if isinstance(error, SystemExit) and isinstance(error.code, int):

@@ -1,4 +1,4 @@
-"""A lock between processes. The system frees it when its process ends, however that ends."""
+"""A lock between processes; the system releases it when its process ends."""
 
 import fcntl
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock of the file `path`, and hold it."""
+    """Wait for the lock of the file `path`, and hold it while the context is open."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

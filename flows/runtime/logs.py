@@ -1,7 +1,7 @@
-"""Logs: one set-up for the commands and the stages, on stderr; stdout is for results.
+"""Logging of commands and stages to stderr; stdout is for results.
 
-What is chosen travels in the environment, so that a stage logs as the command above it does: text for people, or one
-JSON object a line (time, level, logger, stage, message, and exception where there is one).
+The format and level travel in the environment, so that stages log like their command: text, or one JSON object per line
+(time, level, logger, stage, message, and exception if there is one).
 """
 
 import json
@@ -19,13 +19,13 @@ from types import TracebackType
 FORMAT = "PEFTCORE_LOG_FORMAT"
 LEVEL = "PEFTCORE_LOG_LEVEL"
 STAGE = "DVC_STAGE"
-"""The environment variable by which DVC tells a stage its name."""
+"""Environment variable with which DVC names the stage."""
 OURS = ("flows", "peftcore")
 QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-"""Keeps other libraries from drawing bars."""
+"""Variables that switch off progress bars of libraries."""
 
 SECONDS_TO_END = 5.0
-"""How long a relayed process's last lines are waited for; one that it has left behind may hold them open."""
+"""Seconds to wait for the last lines of a relayed process; a process that it left behind may keep the pipe open."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,14 @@ _STDERR = 2
 
 
 class LogFormat(StrEnum):
-    """How a line of the log is written."""
+    """Format of a log line."""
 
     TEXT = "text"
     JSON = "json"
 
 
 def choose(form: LogFormat | None = None, quiet: bool = False, verbose: bool = False) -> None:
-    """Set the environment of this process and those below it; what is not chosen stays as it is."""
+    """Set format and level in the environment of this process and its children; None changes nothing."""
     if form is not None:
         os.environ[FORMAT] = form.value
     if quiet or verbose:
@@ -48,24 +48,24 @@ def choose(form: LogFormat | None = None, quiet: bool = False, verbose: bool = F
 
 
 def is_json() -> bool:
-    """Whether lines of the log are JSON."""
+    """Return True if log lines are JSON."""
     return os.environ.get(FORMAT, "").lower() == LogFormat.JSON
 
 
 def is_quiet() -> bool:
-    """Whether only warnings and errors are told, beside results."""
+    """Return True if only warnings, errors and results are printed."""
     return level() > logging.INFO
 
 
 def level() -> int:
-    """The least level of our own messages; INFO where the environment names none that there is."""
+    """Return the minimum level of our own messages; INFO unless the environment names a valid level."""
     return logging.getLevelNamesMapping().get(os.environ.get(LEVEL, "").upper(), logging.INFO)
 
 
 def set_up() -> None:
-    """Log as the environment says. Other libraries' messages are told from WARNING on.
+    """Configure logging from the environment. Messages of libraries appear from WARNING on.
 
-    Does nothing to handlers that the root logger has already, as in tests.
+    Handlers that the root logger has already, as in tests, do not change.
     """
     handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, StderrHandler)]
     handler = handlers[0] if handlers else StderrHandler()
@@ -82,9 +82,10 @@ def set_up() -> None:
 
 
 class StderrHandler(logging.Handler):
-    """Writes to what `sys.stderr` is at that moment."""
+    """Handler that writes to the current `sys.stderr`."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
         try:
             sys.stderr.write(self.format(record) + "\n")
             sys.stderr.flush()
@@ -93,9 +94,10 @@ class StderrHandler(logging.Handler):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line. time: UTC, ISO 8601, milliseconds; stage: None outside of one."""
+    """Formats a record as one JSON object. time: UTC, ISO 8601, milliseconds; stage: None outside a stage."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the JSON line."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -112,10 +114,10 @@ class JsonFormatter(logging.Formatter):
 
 @contextmanager
 def streams(stage: str) -> Iterator[tuple[int, int]]:
-    """File descriptors for the stdout and stderr of a process that runs a stage: both lead to our stderr.
+    """Yield file descriptors for stdout and stderr of a stage's process; both lead to our stderr.
 
-    What it prints is dropped where only warnings and errors are wanted. A pipe, which hides the terminal from DVC's
-    bars too, is relayed until all who write to it are gone.
+    In quiet mode stdout is dropped. A pipe, which also hides the terminal from DVC's bars, is relayed until all writers
+    have closed it.
     """
     if not (is_json() or is_quiet()):
         yield _STDERR, _STDERR
@@ -132,9 +134,9 @@ def streams(stage: str) -> Iterator[tuple[int, int]]:
 
 
 def relay(lines: Iterable[str], stage: str) -> None:
-    """Pass on what a process printed: where the log is JSON, its JSON lines as they are and any other as a record.
+    """Pass on a process's output; with a JSON log, lines that are no records become records.
 
-    DVC itself, and a stage that is a program of somebody else, know nothing of our format.
+    DVC, and stages that are other programs, do not use our format.
     """
     for line in lines:
         text = line.strip()

@@ -1,4 +1,4 @@
-"""How much memory this machine gives a process, and the most that this process has held."""
+"""Memory that this machine gives a process, and the peak of this process."""
 
 import resource
 import sys
@@ -13,7 +13,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes that a process may hold on `device`: the GPU's, or the RAM within the control group's limit."""
+    """Return the bytes that a process may use on `device`: the GPU's memory, or RAM in the control group's limit."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     limits = [path.read_text().strip() for path in _CGROUP_LIMITS if path.exists()]
@@ -21,15 +21,15 @@ def memory_limit(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of it that nobody holds at this moment."""
+    """Return the bytes that are free on `device` now."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held on `device` since it started or since `forget_peak`."""
+    """Return the peak bytes of this process on `device` since its start or since `forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    if _STATUS.exists():  # on Linux getrusage's figure is inherited over fork and exec from a larger parent
+    if _STATUS.exists():  # on Linux a process inherits getrusage's peak from a larger parent
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
@@ -37,7 +37,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Start to count the peak anew where the system can; elsewhere it stays that of the whole process."""
+    """Reset the peak if the system can; otherwise it stays that of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():

@@ -1,7 +1,7 @@
 """Prefect's temporary server, tied to the process that it serves.
 
-Prefect starts it in the terminal's own group and never ends it where the flow is killed. So Ctrl-C took the server away
-first, and the flow then waited minutes for its answers; after a kill it ran on for ever.
+Prefect starts the server in the terminal's process group and does not end it when the flow is killed. Ctrl-C then ended
+the server first, and the flow waited minutes for answers; after a kill the server ran on.
 """
 
 import subprocess
@@ -12,9 +12,9 @@ from flows.runtime.processes import die_with_parent
 
 
 def tie_temporary_server() -> None:
-    """Let the temporary server that Prefect may start here pass over Ctrl-C, and die with the thread that starts it.
+    """Make Prefect's temporary server ignore Ctrl-C and end with the thread that starts it.
 
-    Does nothing where a server is configured (PREFECT_API_URL).
+    A configured server (PREFECT_API_URL) is left alone.
     """
     from prefect.settings import PREFECT_API_URL
 
@@ -22,6 +22,6 @@ def tie_temporary_server() -> None:
         return
     from prefect.server.api import server
 
-    # Prefect has no option for how its server is started
+    # Prefect has no option for starting its server
     popen = partial(subprocess.Popen, start_new_session=True, preexec_fn=die_with_parent)
     server.subprocess = SimpleNamespace(Popen=popen, TimeoutExpired=subprocess.TimeoutExpired)  # pyright: ignore

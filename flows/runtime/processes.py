@@ -1,7 +1,6 @@
-"""Whether a process lives, and one that must not live longer than who started it.
+"""Process lifetimes: whether a process lives, and processes that end with their parent.
 
-A process's number means something on one host alone (in one container), so a note of it on a disk that several share
-names the host as well.
+A process number is valid on one host (or container) only, so a note on a shared disk names the host too.
 """
 
 import ctypes
@@ -20,16 +19,16 @@ from typing import Any
 import psutil
 
 _PR_SET_PDEATHSIG = 1
-# looked up here, because the dynamic loader must not be used between fork and exec of a process with threads
+# loaded here, because the dynamic loader must not run between fork and exec in a process with threads
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent (the thread that started it) dies; elsewhere do nothing.
+    """Ask Linux to kill this process when its parent (the thread that started it) ends; no effect on other systems.
 
-    Otherwise a killed flow or `dvc repro` leaves what it started running, and its late output overwrites the next
-    run's. A shell between the two would live on as the parent, so dvc.yaml starts each stage with `exec`. The signal is
-    SIGKILL because a stage inside a long C call would not answer another in time. Fit for `preexec_fn`.
+    Without this, a killed flow or `dvc repro` leaves stages running, whose late output overwrites the next run's. A
+    shell in between would survive as the parent, so dvc.yaml starts stages with `exec`. The signal is SIGKILL, because
+    a stage in a long C call would not handle another one in time. Suitable for `preexec_fn`.
     """
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -55,9 +54,9 @@ def watch_parent(seconds: float = 1.0) -> None:
 
 
 def is_alive(pid: int, created: float | None = None) -> bool:
-    """Whether a process lives, and is the one that was made at `created` (seconds since 1970) if that is given.
+    """Return True if a process lives and, if `created` (seconds since 1970) is given, started at that time.
 
-    One that was killed but not yet collected by its parent does not.
+    A zombie, killed but not yet collected by its parent, counts as dead.
     """
     try:
         process = psutil.Process(pid)
@@ -68,7 +67,7 @@ def is_alive(pid: int, created: float | None = None) -> bool:
 
 @cache
 def this_host() -> str:
-    """The host's name and a digest of what makes process numbers unique there: its boot, and the container on it."""
+    """Return the host's name and a digest of its boot and container, which make process numbers unique."""
     parts = [socket.gethostname()]
     boot = Path("/proc/sys/kernel/random/boot_id")
     if boot.exists():
@@ -77,9 +76,9 @@ def this_host() -> str:
 
 
 def is_noted_alive(note: Mapping[str, Any]) -> bool | None:
-    """Whether a noted process lives; None if it is one of another host, where nobody here can look.
+    """Return True if a noted process lives; None if it is on another host.
 
-    note: `pid`, and where they are known `created` (seconds since 1970) and `host`, as `this_host` has it.
+    note: `pid`, and optionally `created` (seconds since 1970) and `host`, from `this_host`.
     """
     if note.get("host", this_host()) != this_host():
         return None

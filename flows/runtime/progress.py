@@ -1,8 +1,8 @@
-"""Progress bars with an ETA, nested in the order in which they are opened.
+"""Progress bars with time left, nested in the order in which they are opened.
 
-On a terminal each is a moving line below the one it stands in, which goes when it is done; in a pipe or a file it is a
-line every few seconds that says what it stands in, and in a JSON log a record. A stage that a run has started stands in
-that run's own bar. With `--quiet` there are none.
+On a terminal, each bar is a line below its outer bar, and disappears when done. In a pipe or file, a bar prints a line
+every few seconds with its outer bars' names; in a JSON log, a record. A stage's bars are inside the run's bar. With
+`--quiet` there are no bars.
 """
 
 import logging
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10
 RUN = "PEFTCORE_RUN"
-"""Environment variable by which a stage knows its place in a run: "3/7" if three of seven stages are done."""
+"""Environment variable with a stage's position in a run: "3/7" if three of seven stages are done."""
 LINE = "{desc}: {percentage:3.0f}%, {n_fmt} of {total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
 
 _open: list[Any] = []
-"""Bars that are open, the outermost first."""
+"""Open bars, the outermost first."""
 
 
 class _Lines:
-    """Turns a bar's redraws of one line into lines of their own."""
+    """Turns redraws of one line into separate lines."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -36,7 +36,7 @@ class _Lines:
 
     def write(self, text: str) -> None:
         line = text.strip("\r\n ")
-        if line and line != self.last:  # a bar draws itself once more when it closes
+        if line and line != self.last:  # a bar redraws when it closes
             if logs.is_json():
                 logger.info("%s", line)
             else:
@@ -48,7 +48,7 @@ class _Lines:
 
 
 class _Bar(tqdm):
-    """A bar that others can stand in until it is closed."""
+    """A bar that can contain others while it is open."""
 
     name: str
     whole: Any = None
@@ -59,21 +59,25 @@ class _Bar(tqdm):
         return super().update(n)
 
     def close(self) -> None:
-        _open[:] = [bar for bar in _open if bar is not self]  # bars in one place count as equal
+        _open[:] = [bar for bar in _open if bar is not self]  # tqdm compares bars by position
         super().close()
         if len(_open) == 1 and isinstance(_open[0], _Run):
             _open[0].close()
 
 
 class _Run(_Bar):
-    """The bar of the run that this process is a stage of; it moves on from stage to stage, not in one."""
+    """The bar of the run that this process is a stage of; it advances from stage to stage only."""
 
 
 def progress(total: int, description: str, unit: str = "step", start: int = 0, part_of: Any = None) -> Any:
-    """A `tqdm` bar on stderr, to use as a context manager: `bar.update(n)`, `bar.set_postfix(loss="2.7")`.
+    """Open a `tqdm` bar on stderr, as a context manager: `bar.update(n)`, `bar.set_postfix(loss="2.7")`.
 
-    total, start: in units; start is what an earlier run has done and does not count for the speed. Opened while
-    another is open, it stands in that one; part_of: a bar in whose units it counts too.
+    Args:
+        total: Units of the whole work.
+        description: Name of the work.
+        unit: Name of a unit, singular.
+        start: Units that an earlier run has done; they do not count for the speed.
+        part_of: A bar that advances with this one.
     """
     terminal = sys.stderr.isatty() and not logs.is_json()
     if not _open and (place := os.environ.get(RUN)):
@@ -105,7 +109,7 @@ def _run_bar(done: int, total: int, terminal: bool) -> _Run:
         initial=done,
         file=sys.stderr,
         leave=False,
-        disable=not terminal or logs.is_quiet(),  # in a pipe its name alone tells, in front of every line
+        disable=not terminal or logs.is_quiet(),  # in a pipe only its name shows, in front of every line
         dynamic_ncols=True,
         bar_format="run: stage {n_fmt} of {total_fmt} done |{bar}|",
     )
@@ -115,7 +119,7 @@ def _run_bar(done: int, total: int, terminal: bool) -> _Run:
 
 @contextmanager
 def bars_closed() -> Iterator[None]:
-    """Context that closes the bars it leaves open: a training loop that fails does not tell its callbacks."""
+    """Close bars that the body leaves open; a failing training loop does not call its callbacks."""
     before = len(_open)
     try:
         yield

@@ -1,7 +1,7 @@
-"""How a stage starts: a quiet environment, one seed, and errors that end in one message and exit 1.
+"""Start of a stage: environment, seed, and errors that end in one message and exit status 1.
 
-Nothing heavy is imported at the top, because `flows.stages` imports this first to set the environment that
-those libraries read.
+Nothing heavy is imported at the top, because `flows.stages` imports this module first to set the environment that those
+libraries read.
 """
 
 import errno
@@ -20,7 +20,7 @@ from flows.runtime import logs
 from flows.runtime.processes import watch_parent
 
 if TYPE_CHECKING:
-    from flows.params.model import Params
+    from flows.params import Params
 
 QUIET_ENVIRONMENT = {
     "WANDB_MODE": "offline",
@@ -30,20 +30,19 @@ QUIET_ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "HF_HUB_OFFLINE": "1",
 }
-"""No service is looked up unless somebody asks for it; a variable that is already set stays."""
+"""Defaults that keep libraries offline; variables that are already set do not change."""
 
 logger = logging.getLogger(__name__)
 
 
 def start(run: Callable[["Params", Paths], None]) -> NoReturn:
-    """Run a stage in the current directory, which holds params.yaml, and exit the process.
+    """Run a stage in the current directory, which has params.yaml, and exit the process.
 
-    Exit status: 0 when done; 1 with one `error: ...` message on stderr for anything refused and for a full
-    disk; 130 on Ctrl-C; 143 on SIGTERM, upon which training first saves where it is. Any other exception is a bug and
-    keeps its traceback.
+    Exit status: 0: done; 1 with one `error: ...` message on stderr: refused, or disk full; 130: Ctrl-C; 143: SIGTERM,
+    after training has saved its state. Any other exception is a bug and keeps its traceback.
     """
     set_quiet_environment()
-    from flows.params.model import load_params
+    from flows.params import load_params
     from peftcore.errors import PeftError
 
     watch_parent()
@@ -55,25 +54,25 @@ def start(run: Callable[["Params", Paths], None]) -> NoReturn:
         set_seed(params.project.seed)
         run(params, paths)
     except KeyboardInterrupt:
-        fail("interrupted; run it again to go on", status=130)
+        fail("interrupted; run it again to continue", status=130)
     except (PeftError, PipelineError) as error:
         fail(str(error))
     except Exception as error:
         if not is_disk_full(error):
             raise
-        fail(f"the disk is full ({error}); free some space and run it again, what was there before is intact")
+        fail(f"the disk is full ({error}); free some space and run it again; earlier outputs are intact")
     sys.exit(0)
 
 
 def set_quiet_environment() -> None:
-    """Set each variable of QUIET_ENVIRONMENT that is not set yet; in a log, progress bars are redrawn rarely."""
+    """Set each variable of QUIET_ENVIRONMENT that is not set; outside a terminal, progress bars redraw rarely."""
     bars = {} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "10"}
     for name, value in (QUIET_ENVIRONMENT | bars).items():
         os.environ.setdefault(name, value)
 
 
 def set_seed(seed: int) -> None:
-    """Seed Python, NumPy and, where it is loaded, torch (all devices); a stage without it need not wait for it."""
+    """Seed Python, NumPy and, if it is loaded, torch (all devices); torch is not imported for this."""
     import numpy
 
     random.seed(seed)
@@ -83,9 +82,9 @@ def set_seed(seed: int) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception, or one that it came from, says that no space (or quota) is left.
+    """Return True if an exception, or one in its chain, says that no space (or quota) is left.
 
-    Rust libraries (safetensors) raise their own type and keep only the text of the system's error.
+    Rust libraries (safetensors) raise their own type with the system's error as text.
     """
     full = (errno.ENOSPC, errno.EDQUOT)
     return any(
@@ -95,7 +94,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """Write one `error: ...` message to stderr, or a record where the log is JSON, and exit."""
+    """Write one `error: ...` message to stderr, or a record in a JSON log, and exit."""
     if logs.is_json():
         logger.error("%s", message, extra={"status": status})
     else:
@@ -110,5 +109,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def exit_on_signal(number: int, _frame: object) -> NoReturn:
-    """Leave by an exception, so that temporary files are removed on the way out."""
+    """Exit by an exception, so that temporary files are removed."""
     sys.exit(128 + number)

@@ -1,4 +1,4 @@
-"""One stage as a subprocess: streamed, stopped after a time, and never left behind by a parent that was killed."""
+"""A stage as a subprocess: streamed output, a time limit, and no process left behind by a killed parent."""
 
 import contextlib
 import fcntl
@@ -19,10 +19,10 @@ from flows.runtime.progress import RUN
 from flows.runtime.project import DVC, stage_environment
 
 SECONDS_TO_STOP = 60.0
-"""How long an interrupted stage may take to leave what it was writing whole."""
+"""Seconds that an interrupted stage gets to finish writing."""
 
 SECONDS_TO_WRITE = 0.5
-"""After which DVC's note of files in use is no longer one that is being written."""
+"""Seconds after which an invalid lock file of DVC is no longer being written."""
 
 
 def run_stage(
@@ -33,11 +33,19 @@ def run_stage(
     place: str | None = None,
     options: Sequence[str] = (),
 ) -> None:
-    """Bring one stage up to date by DVC, its output streamed to this terminal; the code that runs is that of `root`.
+    """Bring one stage up to date by DVC, with the code of `root`; its output goes to our stderr.
 
-    timeout: seconds; force: run it even if nothing changed; place: in a run, as `progress.RUN` has it; options: further
-    ones of `dvc repro`. What it prints goes to stderr.
-    Raises StageError if it fails or takes longer, BusyError if another host is at work in this folder.
+    Args:
+        root: The repository.
+        stage: Name of the stage.
+        timeout: Time limit (seconds).
+        force: Run the stage even if nothing changed.
+        place: Position in a run, as in `progress.RUN`.
+        options: Further options of `dvc repro`.
+
+    Raises:
+        StageError: The stage failed or exceeded the time limit.
+        BusyError: Another host is working in this folder.
     """
     with _at_work(root):
         _run_stage(root, stage, timeout, force, place, options)
@@ -46,7 +54,7 @@ def run_stage(
 def _run_stage(root: Path, stage: str, timeout: float, force: bool, place: str | None, options: Sequence[str]) -> None:
     command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), *options, stage]
     environment = stage_environment() | ({RUN: place} if place else {})
-    # before another copy of the code that is installed, or named in PYTHONPATH
+    # before an installed copy of the code, or one in PYTHONPATH
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH")])])
     streams = contextlib.ExitStack()
     out, err = streams.enter_context(logs.streams(stage))
@@ -55,21 +63,21 @@ def _run_stage(root: Path, stage: str, timeout: float, force: bool, place: str |
         status = process.wait(timeout)
     except subprocess.TimeoutExpired:
         raise StageError(
-            f"stage {stage} took longer than {timeout:g} seconds and was stopped; what it saved is kept. "
+            f"stage {stage} took longer than {timeout:g} seconds and was stopped; its saved state is kept. "
             "Allow more with `peftcore run --stage-timeout SECONDS`"
         ) from None
     except KeyboardInterrupt:
-        # the terminal has interrupted the stage as well; give it time to end by itself
+        # the terminal has interrupted the stage too; give it time to end by itself
         _wait(process, SECONDS_TO_STOP)
         raise
     except BaseException:
-        # SIGTERM, which the stage below has not got: training saves its step first
+        # SIGTERM, which did not reach the stage: training saves its state first
         _terminate_stage(process)
         _wait(process, SECONDS_TO_STOP)
         raise
     finally:
         if process.poll() is None:
-            process.kill()  # the stage below it dies with it
+            process.kill()  # its stage ends with it
             process.wait()
         streams.close()
     if status:
@@ -78,10 +86,13 @@ def _run_stage(root: Path, stage: str, timeout: float, force: bool, place: str |
 
 @contextmanager
 def _at_work(root: Path) -> Iterator[None]:
-    """Hold a lock of the folder, which processes of one host share, and which the system frees with each of them.
+    """Hold a shared lock of the folder for processes of this host; the system releases it when they end.
 
-    DVC's own note of files in use holds process numbers alone. On a disk that several hosts share, those of another
-    host would be taken for dead, or for a process here. Raises BusyError if another host has the lock.
+    DVC's own lock file has process numbers only. On a disk shared by hosts, numbers of another host would be mistaken
+    for local or dead processes.
+
+    Raises:
+        BusyError: Another host has the lock.
     """
     path = root / ".dvc" / "tmp" / "peftcore.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,29 +100,29 @@ def _at_work(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pass  # somebody is at work here; who, the file says
+            pass  # another process has the lock; the file names its host
         else:
             file.truncate(0)
             file.write(f"{this_host()}\n")
             file.flush()
             forget_dead_locks(root)
-        # This waits while another process looks at DVC's note. A lock becomes a shared one in two steps: another host
-        # may take it in between, and the file then has that host's name.
+        # this waits while another process checks DVC's lock file; the change to a shared lock takes two steps, and if
+        # another host gets the lock in between, the file names that host
         fcntl.flock(file, fcntl.LOCK_SH)
         file.seek(0)
         host = file.read().strip()
         if host != this_host():
             raise BusyError(
-                f"{host or 'another host'} is at work in {root}; wait for it, or work in a clone of your own"
+                f"{host or 'another host'} is working in {root}; wait for it, or work in a clone of your own"
             )
         yield
 
 
 def forget_dead_locks(root: Path) -> None:
-    """Drop DVC's note of files in use if none of the processes in it, which are of this host, lives any more.
+    """Delete DVC's lock file if none of its processes, which are of this host, lives any more.
 
-    DVC does so by itself, but takes a killed process for alive until its parent has collected it, which in a container
-    may be never.
+    DVC does this itself, but takes a zombie for alive until its parent collects it, which may never happen in a
+    container.
     """
     path = root / ".dvc" / "tmp" / "rwlock"
     try:
@@ -121,7 +132,7 @@ def forget_dead_locks(root: Path) -> None:
     try:
         locks = json.loads(text)
     except json.JSONDecodeError:
-        # DVC, which writes it in place, was killed while it did, and would refuse it for ever; or is writing it now
+        # DVC was killed while writing the file in place, and would refuse it for ever; or DVC is writing it now
         time.sleep(SECONDS_TO_WRITE)
         if path.exists() and path.read_text() == text:
             path.unlink(missing_ok=True)
@@ -133,7 +144,7 @@ def forget_dead_locks(root: Path) -> None:
 
 
 def _terminate_stage(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGTERM to what DVC runs; DVC itself would leave it behind."""
+    """Send SIGTERM to the stage; DVC itself would leave it running."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for stage in psutil.Process(process.pid).children():
             stage.terminate()

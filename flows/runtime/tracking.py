@@ -1,12 +1,12 @@
 """Weights & Biases as a mirror of a run: never authoritative, and never a reason for a run to fail.
 
-Whatever goes wrong in it is warned of once; the run goes on without it. An online run that cannot reach its server
-becomes an offline one.
+A failure gives one warning, and the run continues without tracking. An online run that cannot reach its server becomes
+an offline run.
 
-A training run has its parameters, the training log, W&B's own samples of the machine, rank pictures, and the adapter
-by reference. Evaluation and registration come later and in other processes, and W&B cannot resume an offline run
-(`resume` is ignored there, and two folders of one id cannot be synced). So what they find is a second run, of job
-type `evaluate`, in one group with the training run and naming it in its configuration: the same offline and online.
+A training run has its parameters, the training log, W&B's samples of the machine, rank pictures, and the adapter by
+reference. Evaluation and registration run later and in other processes, and W&B cannot resume an offline run (`resume`
+is ignored there, and two folders of one id cannot be synced). Their results are therefore a second run of job type
+`evaluate`, in one group with the training run and with its id in the configuration, both offline and online.
 """
 
 import json
@@ -19,29 +19,40 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 from uuid import uuid4
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["offline", "online", "disabled"]
 LOGIN_SECONDS = 15
-"""How long an online run waits for its server before it is tracked offline."""
+"""Seconds that an online run waits for its server before it is tracked offline."""
 EVALUATES = "evaluates"
-"""Configuration key of an evaluation: the id of the training run that its figures are of."""
+"""Configuration key of an evaluation: id of the evaluated training run."""
 
 _SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
 class Holder(Protocol):
-    """What has a stage of the registry."""
+    """Holder of a stage of the registry."""
 
     @property
-    def version(self) -> str | None: ...
+    def version(self) -> str | None:
+        """Number of the holding version."""
+        ...
 
 
 class Tracker:
-    """One tracked run; with mode "disabled", or after a failure, every call does nothing."""
+    """One tracked run, kept below `directory`/wandb; with mode "disabled" or after a failure, calls do nothing.
+
+    Args:
+        project: The W&B project.
+        mode: offline, online or disabled.
+        config: Configuration to show beside the curves.
+        directory: Folder of the run's files.
+        evaluates: Id of the training run that this run evaluates.
+        name: Name of the run; default: DVC's name of the experiment.
+    """
 
     def __init__(
         self,
@@ -52,30 +63,25 @@ class Tracker:
         evaluates: str | None = None,
         name: str | None = None,
     ) -> None:
-        """Open a run of `project`, kept below `directory`/wandb; config: what to show beside its curves.
-
-        evaluates: the id of the training run that this one is an evaluation of.
-        name: what to call it; if left out, what DVC calls the experiment that it runs in.
-        """
         self._run: Any = None
         if mode == "disabled":
             return
-        told = {**config, EVALUATES: evaluates} if evaluates else config
+        shown = {**config, EVALUATES: evaluates} if evaluates else config
         lasting = _lasting(directory)
-        if "WANDB_SWEEP_ID" in os.environ:  # W&B puts a sweep's runs, and so we their evaluations, into its project
+        if "WANDB_SWEEP_ID" in os.environ:  # a sweep's project, also for evaluations
             project = os.environ.get("WANDB_PROJECT", project)
         modes: list[Mode] = [mode] if mode == "offline" else [mode, "offline"]
         for attempt in modes:
-            outside = evaluates is not None or attempt != mode  # W&B takes the id of an attempt that failed as in use
+            outside = evaluates is not None or attempt != mode  # for W&B the id of a failed attempt is in use
             with _outside_of_a_sweep() if outside else nullcontext():
                 identity = _identity(evaluates) | {"name": name or os.environ.get("DVC_EXP_NAME")}
-                self._run = self._mirror(partial(_open, project, attempt, told, lasting, identity))
+                self._run = self._mirror(partial(_open, project, attempt, shown, lasting, identity))
             if self._run is not None:
                 return
 
     @property
     def run_id(self) -> str | None:
-        """The run's id at Weights & Biases, or None if there is no run."""
+        """Id of the run at Weights & Biases; None if there is no run."""
         return None if self._run is None else self._run.id
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -88,20 +94,20 @@ class Tracker:
         self._call(lambda run: run.log({name: _image(pixels)}, step=step))
 
     def table(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Mirror rows that have the same keys, as a table."""
+        """Mirror rows with the same keys as a table."""
         every = list(rows)
         if every:
             self._call(lambda run: run.log({name: _table(every)}))
 
     def finish(self, summary: Mapping[str, Any], adapter: Path | None = None) -> None:
-        """Close a run that succeeded; the adapter is recorded by reference to where it lies, not copied."""
+        """Close a successful run; the adapter is recorded by reference, not copied."""
         self._call(lambda run: run.summary.update(dict(summary)))
         if adapter is not None:
             self._call(lambda run: run.log_artifact(_reference(adapter)))
         self.close(exit_code=0)
 
     def close(self, exit_code: int = 1) -> None:
-        """Close the run, if it is open still."""
+        """Close the run, if it is open."""
         self._call(lambda run: run.finish(exit_code=exit_code))
         self._run = None
 
@@ -113,23 +119,29 @@ class Tracker:
         try:
             return action()
         except Exception as error:  # wandb raises its own, the network's and the disk's errors
-            log.warning("Weights & Biases: %s; the run goes on, its own log is complete", error)
+            log.warning("Weights & Biases: %s; the run continues, and its own log is complete", error)
             return None
 
 
 def mirror_version(
     params: Params, paths: Paths, record: Mapping[str, Any], commit: str, stages: Mapping[str, Holder]
 ) -> None:
-    """Mirror what was evaluated and registered, in one group with the training run; nothing if that was not tracked.
+    """Mirror evaluation and registration in one group with the training run, if that was tracked.
 
-    record: the version's lineage. commit: what its tag points to. stages: who has which stage of the registry now,
-    before the version itself is promoted.
+    Args:
+        params: The parameters of the run.
+        paths: The project's files.
+        record: The version's record.
+        commit: Commit of the version's tag.
+        stages: Holders of the registry's stages before the version's promotion.
     """
     trained = record["wandb_run_id"]
     if trained is None:
         return
-    told, version = params.tracking, record["version"]
-    tracker = Tracker(told.project, told.mode, record["params"], paths.root, trained, f"{record['name']} {version}")
+    tracking, version = params.tracking, record["version"]
+    tracker = Tracker(
+        tracking.project, tracking.mode, record["params"], paths.root, trained, f"{record['name']} {version}"
+    )
     champion = stages.get(params.gate.stage)
     link = {
         "name": record["name"],
@@ -144,14 +156,14 @@ def mirror_version(
         tracker.table("slices", ({"slice": name, **figures} for name, figures in slices.items()))
         tracker.finish({**record["metrics"], "registry": link}, paths.adapter)
     except (OSError, ValueError, KeyError) as error:
-        log.warning("Weights & Biases: what was evaluated is not mirrored: %s", error)
+        log.warning("Weights & Biases: the evaluation is not mirrored: %s", error)
     finally:
         tracker.close()
 
 
 @contextmanager
 def _outside_of_a_sweep() -> Iterator[None]:
-    """Hide the sweep that this process runs in: W&B would give the evaluation the training run's own id."""
+    """Hide a sweep's variables: W&B would give the evaluation the id of the training run."""
     hidden = {name: os.environ.pop(name) for name in _SWEEP if name in os.environ}
     try:
         yield
@@ -160,7 +172,7 @@ def _outside_of_a_sweep() -> Iterator[None]:
 
 
 def _lasting(directory: Path) -> Path:
-    """The repository's folder for one below its .dvc/tmp/exps, which DVC removes after an experiment."""
+    """Return the repository's folder for a folder below .dvc/tmp/exps, which DVC deletes after an experiment."""
     for parent in directory.resolve().parents:
         if parent.parts[-3:] == (".dvc", "tmp", "exps"):
             return parent.parents[2]
@@ -168,12 +180,12 @@ def _lasting(directory: Path) -> Path:
 
 
 def _identity(evaluates: str | None) -> dict[str, Any]:
-    """id, group and job type of a run; a training run takes the id that a sweep's agent has given it."""
-    own = uuid4().hex[:8]
+    """Return id, group and job type of a run; a training run uses the id from a sweep's agent."""
+    run_id = uuid4().hex[:8]
     if evaluates is None:
-        own = os.environ.get("WANDB_RUN_ID", own)
-    group = os.environ.get("WANDB_RUN_GROUP") or evaluates or own
-    return {"id": own, "group": group, "job_type": "train" if evaluates is None else "evaluate"}
+        run_id = os.environ.get("WANDB_RUN_ID", run_id)
+    group = os.environ.get("WANDB_RUN_GROUP") or evaluates or run_id
+    return {"id": run_id, "group": group, "job_type": "train" if evaluates is None else "evaluate"}
 
 
 def _open(project: str, mode: Mode, config: Mapping[str, Any], directory: Path, identity: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """A second working tree of the repository at some commit, with the same git store, DVC cache and DVC remotes.
 
-What runs in it sees the commit's code, parameters and data, and nothing of what the user is editing meanwhile. Tags
-that it makes are the repository's own.
+Its processes see the commit's code, parameters and data, and none of the user's current edits. Tags created in it are
+the repository's.
 """
 
 import os
@@ -17,13 +17,13 @@ from flows.runtime.git import Git, GitError
 from flows.runtime.processes import is_noted_alive, this_host
 
 PREFIX = "peftcore-worktree-"
-"""How the temporary folder of a working tree begins; its process's id and a digest of its host follow, so
-that leftovers can be told where several hosts share the temporary folder."""
+"""Prefix of the temporary folder; a process number and a digest of the host follow, which identify leftovers if several
+hosts share the temporary folder."""
 
 
 @contextmanager
 def worktree_at(root: Path, commit: str) -> Iterator[Path]:
-    """A temporary working tree at `commit`; it is gone afterwards, whatever happens."""
+    """Yield a temporary working tree at `commit`, which is removed afterwards."""
     with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-{_host()}-") as parent:
         folder = Path(parent) / "tree"
         add_worktree(root, folder, commit)
@@ -34,32 +34,32 @@ def worktree_at(root: Path, commit: str) -> Iterator[Path]:
 
 
 def add_worktree(root: Path, folder: Path, commit: str) -> None:
-    """Check `commit` out in `folder`, which is new, on no branch. Raises RepositoryError."""
+    """Check out `commit` in the new folder `folder`, on no branch. Raises RepositoryError."""
     git = Git(root)
     git.run("worktree", "prune")
     try:
         git.run("worktree", "add", "--quiet", "--detach", str(folder), commit)
     except GitError as error:
-        raise RepositoryError(f"no working tree of {commit[:10]} could be made in {folder}: {error}") from error
+        raise RepositoryError(f"no working tree of {commit[:10]} could be created in {folder}: {error}") from error
     _share_dvc(root, folder)
 
 
 def remove_worktree(root: Path, folder: Path) -> None:
-    """Remove a working tree and git's note of it, and what was written in it."""
+    """Remove a working tree with its files and git's entry."""
     shutil.rmtree(folder, ignore_errors=True)
     Git(root).run("worktree", "prune")
 
 
 def leftovers() -> list[Path]:
-    """Temporary folders of this user's working trees whose process was killed."""
-    found = []
+    """Return temporary folders of this user's working trees whose process was killed."""
+    folders = []
     for folder in sorted(Path(gettempdir()).glob(f"{PREFIX}*")):
         process, *rest = folder.name.removeprefix(PREFIX).split("-")
         own = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
         here = len(rest) == 1 or rest[0] == _host()  # earlier releases noted no host
         if own and here and process.isdigit() and is_noted_alive({"pid": process}) is False:
-            found.append(folder)
-    return found
+            folders.append(folder)
+    return folders
 
 
 def _host() -> str:
@@ -67,9 +67,9 @@ def _host() -> str:
 
 
 def _share_dvc(root: Path, folder: Path) -> None:
-    """Point the working tree's DVC to the cache and remotes of `root`, where paths are relative to that one's folder.
+    """Point the working tree's DVC to the cache and remotes of `root`.
 
-    Settings of this machine alone (.dvc/config.local, with passwords perhaps) hold there as well.
+    Settings of this machine (.dvc/config.local, perhaps with passwords) are copied.
     """
     from dvc.config import Config
 

@@ -1,1 +1,1 @@
-"""Beyond one machine, on engines that exist: sweeps as mapped tasks, in threads, processes or on Ray."""
+"""Trials and sweeps: DVC experiments, and Prefect tasks in threads, in processes or on Ray."""

@@ -1,7 +1,7 @@
-"""One run with other parameters, apart from the working tree: `peftcore trial`, as an agent of a W&B sweep starts it.
+"""A trial: one run with other parameters, outside of the working tree. Agents of a W&B sweep start trials too.
 
-It is a DVC experiment (`dvc exp run --temp`): it shares the cache, so stages whose parameters did not change cost
-nothing; it leaves a commit with parameters, metrics and hashes under refs/exps and nothing else, no version and no tag.
+A trial is a DVC experiment (`dvc exp run --temp`). It shares DVC's cache, so unchanged stages cost nothing. It leaves a
+commit with parameters, metrics and hashes under refs/exps, and neither a version nor a tag.
 """
 
 import os
@@ -10,45 +10,53 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows.errors import StageError
-from flows.gate.looks import note_trial
-from flows.params.model import load_params
-from flows.params.overrides import check_overrides, forced
+from flows.gate.holdout_reuse import note_trial
+from flows.params import check_overrides, forced, load_params
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked
 from flows.runtime.project import DVC, stage_environment
 
 EXPERIMENTS = "refs/exps/??/*/*"
-"""Where DVC keeps experiments: refs/exps/HH/HASH/NAME, by the commit that each began from."""
+"""References of DVC's experiments: refs/exps/HH/HASH/NAME, with the hash of the experiment's start commit."""
 
 
 def run_experiment(root: Path, overrides: Sequence[str], name: str | None = None) -> str:
-    """Run the pipeline at `root` with overrides such as train.learning_rate=1e-3; returns the experiment's name.
+    """Run the pipeline at `root` with other parameters.
 
-    name: of the experiment; if left out, trial-ID in a sweep, by the id of the agent's W&B run, else DVC's choice.
-    Raises ParamsError, before anything runs, if the parameters would not fit, DataError if git and DVC do not have the
-    data; StageError if the run failed.
+    Args:
+        root: the repository.
+        overrides: parameters such as train.learning_rate=1e-3.
+        name: the experiment's name; None: trial-ID in a W&B sweep, with the id of the agent's run, else DVC's choice.
+
+    Returns:
+        The experiment's name.
+
+    Raises:
+        ParamsError: a parameter is invalid; raised before anything runs.
+        DataError: neither git nor DVC has the data.
+        StageError: the run failed.
     """
     check_overrides(Paths(root).params, overrides)
     source = load_params(Paths(root).params).data.source
     check_source_is_tracked(Git(root), source, "a trial, which works in a copy of git's files,")
-    agents = os.environ.get("WANDB_RUN_ID")
-    name = name or (f"trial-{agents}" if agents else None)
+    run_id = os.environ.get("WANDB_RUN_ID")
+    name = name or (f"trial-{run_id}" if run_id else None)
     command = [*DVC, "exp", "run", "--temp", *(f"--set-param={forced(override)}" for override in overrides)]
     before = _experiments(root)
     done = subprocess.run(
         [*command, *(["--name", name] if name else [])], cwd=root, env=stage_environment(), check=False
     )
-    made = sorted(_experiments(root) - before)
-    if done.returncode or not made:
+    added = sorted(_experiments(root) - before)
+    if done.returncode or not added:
         raise StageError(
-            f"the trial with {', '.join(overrides) or 'no other parameters'} failed, and said why above; "
-            "`dvc exp show` has those that did not"
+            f"the trial with {', '.join(overrides) or 'no other parameters'} failed, see its error above; "
+            "`dvc exp show` lists the successful ones"
         )
-    commit, _, made_name = made[-1].rpartition("/")
+    commit, _, experiment = added[-1].rpartition("/")
     git = Git(root)
     note_trial(Paths(root), git.show(commit, "dvc.lock"), git.show(commit, "params.yaml"))
-    return made_name
+    return experiment
 
 
 def _experiments(root: Path) -> set[str]:

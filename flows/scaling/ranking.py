@@ -1,4 +1,4 @@
-"""The trials of a sweep as a table: the best validation loss first, those that failed last, with why."""
+"""The table of a sweep's trials: best validation loss first, failed trials last, with their errors."""
 
 import json
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ COLUMNS = ("rank", "parameters", "validation loss", "step", "seconds", "error")
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """The best first; of equals the one that came first."""
+    """Return the trials, lowest validation loss first, failed trials last; equal ones keep their order."""
     return sorted(trials, key=lambda trial: (trial.loss is None, trial.loss or 0.0))
 
 
 def rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
-    """A line of text for each trial, as COLUMNS names it. loss: nats; step: the optimiser step with that loss."""
+    """Return the cells of each trial's row, in the order of COLUMNS. step: the optimiser step of the best loss."""
     return [
         (
             "" if trial.summary is None else str(place),
@@ -32,7 +32,7 @@ def rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
 
 
 def write_ranking(paths: Paths, trials: Sequence[Trial]) -> Path:
-    """Write reports/sweep.json, with what each training came to, and reports/sweep.md; the folder of both."""
+    """Write reports/sweep.json, with the summary of each training, and reports/sweep.md; returns their folder."""
     folder = paths.review.parent
     folder.mkdir(exist_ok=True)
     records = [

@@ -9,31 +9,45 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.errors import StageError
-from flows.gate.looks import note_trial
-from flows.params.model import load_params
-from flows.params.overrides import check_overrides, parameter_sets
+from flows.gate.holdout_reuse import note_trial
+from flows.params import check_overrides, load_params, parameter_sets
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked
 from flows.scaling.ranking import ranked, write_ranking
-from flows.scaling.trial import Plan, Trial, run_trial, snapshot
+from flows.scaling.trial import SweepSettings, Trial, run_trial, snapshot
 
 
 def run_sweep(
     root: Path, overrides: list[str], runner: str, jobs: int, stage_timeout: float, limit: str | None = None
 ) -> list[Trial]:
-    """Run a trial for every combination of `overrides`, `jobs` at a time; the best first, failed ones last.
+    """Run a trial for every combination of `overrides`.
 
-    runner: thread, process or ray. Code and parameters are those of the working tree, as git tracks it; the report is
-    reports/sweep.json and sweep.md. How many trials there were is counted for the versions to come on the same data.
-    Raises ParamsError where a combination does not fit params.yaml, StageError without Ray where it is asked for.
+    Code and parameters are those of the working tree's tracked files. The report is reports/sweep.json and sweep.md.
+    The number of trials is counted for later versions on the same data.
+
+    Args:
+        root: the repository.
+        overrides: values of parameters, such as train.learning_rate=1e-4,5e-4.
+        runner: "thread", "process" or "ray".
+        jobs: number of trials at a time.
+        stage_timeout: time limit for each stage, in seconds.
+        limit: a concurrency limit of Prefect; each trial occupies one slot.
+
+    Returns:
+        The trials, best validation loss first, failed trials last.
+
+    Raises:
+        ParamsError: a combination is invalid.
+        DataError: neither git nor DVC has the data.
+        StageError: Ray is not installed.
     """
     sets = parameter_sets(overrides)
     check_overrides(Paths(root).params, *sets)
     source = load_params(Paths(root).params).data.source
     check_source_is_tracked(Git(root), source, "a sweep, which works in copies of git's files,")
-    plan = Plan(root, snapshot(root), stage_timeout, limit)
-    trials = ranked(sweep.with_options(task_runner=_RUNNERS[runner](jobs))(plan, sets))
+    settings = SweepSettings(root, snapshot(root), stage_timeout, limit)
+    trials = ranked(sweep.with_options(task_runner=_RUNNERS[runner](jobs))(settings, sets))
     write_ranking(Paths(root), trials)
     for trial in trials:
         if trial.lock is not None and trial.params is not None:
@@ -42,10 +56,10 @@ def run_sweep(
 
 
 @flow(name="sweep", validate_parameters=False)
-def sweep(plan: Plan, sets: list[tuple[str, ...]]) -> list[Trial]:
-    """The trials, in the order of `sets`."""
+def sweep(settings: SweepSettings, sets: list[tuple[str, ...]]) -> list[Trial]:
+    """Run one trial for each set of parameters; the results are in the order of `sets`."""
     trial = Task(run_trial, name="trial", task_run_name="{overrides}", cache_policy=NO_CACHE)
-    return trial.map(unmapped(plan), sets).result()
+    return trial.map(unmapped(settings), sets).result()
 
 
 def _threads(jobs: int) -> TaskRunner[Any]:
@@ -57,7 +71,7 @@ def _processes(jobs: int) -> TaskRunner[Any]:
 
 
 def _ray(jobs: int) -> TaskRunner[Any]:
-    """The cluster that RAY_ADDRESS names, which then says how many run at once; else one on this machine alone."""
+    """Use the cluster of RAY_ADDRESS, whose size then limits the trials at a time; else Ray on this machine."""
     try:
         from prefect_ray import RayTaskRunner  # pyright: ignore[reportMissingImports]  # an extra: it may be absent
     except ImportError as error:

@@ -1,10 +1,10 @@
 """One trial of a sweep: the stages up to the training, in a working tree of its own with other parameters.
 
-A trial is ranked by its validation loss and never sees the test rows: the best of many trials on the test rows would
-look better there than it is, and the gate would believe it.
+A trial is ranked by its validation loss and never sees the test rows. A selection by the test rows would make the best
+of many trials look better than it is, and the gate would accept it.
 
-The trees share DVC's cache. A stage that a parameter does not touch is taken from there, and so is the best trial
-afterwards, when its parameters are put into params.yaml: nothing is trained twice.
+The trees share DVC's cache. Unchanged stages come from the cache, and so does the best trial once its parameters are in
+params.yaml: nothing is trained twice.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import PipelineError, RepositoryError
-from flows.params.overrides import apply_overrides
+from flows.params import apply_overrides
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.project import dvc, stage_order
@@ -26,11 +26,14 @@ from peftcore.errors import PeftError
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What all trials of a sweep have in common.
+class SweepSettings:
+    """Settings of all trials of a sweep.
 
-    commit: of the code and parameters; stage_timeout: seconds; limit: a concurrency limit of Prefect's, of which each
-    trial holds one place while it works.
+    Attributes:
+        root: the repository.
+        commit: commit of the code and the parameters.
+        stage_timeout: time limit for each stage, in seconds.
+        limit: a concurrency limit of Prefect; each trial occupies one slot.
     """
 
     root: Path
@@ -41,8 +44,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one set of parameters. summary: of its training; error: why there is none; lock, params: the texts
-    of its dvc.lock and params.yaml.
+    """The result of one set of parameters.
+
+    Attributes:
+        overrides: the parameters.
+        seconds: wall clock.
+        summary: the training's summary; None if the trial failed.
+        error: the reason of the failure.
+        lock: text of the trial's dvc.lock.
+        params: text of the trial's params.yaml.
     """
 
     overrides: tuple[str, ...]
@@ -54,42 +64,42 @@ class Trial:
 
     @property
     def loss(self) -> float | None:
-        """Its best loss on the validation rows (nats, of the training's objective)."""
+        """The best validation loss (nats, of the training's objective); None if the trial failed."""
         return None if self.summary is None else float(self.summary["best_validation_loss"])
 
 
 def snapshot(root: Path) -> str:
-    """A commit, on no branch, of the tracked files as they are now, dvc.lock with them."""
+    """Commit the tracked files as they are now, and dvc.lock, on no branch; returns the commit."""
     lock = ["dvc.lock"] if (root / "dvc.lock").exists() else []
     return Git(root).snapshot(["."], lock, {}, "Sweep")
 
 
-def run_trial(plan: Plan, overrides: tuple[str, ...]) -> Trial:
-    """Train with these parameters; what the pipeline refuses is the trial's error, not the sweep's."""
+def run_trial(settings: SweepSettings, overrides: tuple[str, ...]) -> Trial:
+    """Train with these parameters. An error of the pipeline becomes the trial's error."""
     started = time.monotonic()
     try:
-        with _place(plan.limit), worktree_at(plan.root, plan.commit) as tree:
-            started = time.monotonic()  # waiting for a place is no work
-            summary = _trained(tree, plan, overrides)
+        with _slot(settings.limit), worktree_at(settings.root, settings.commit) as tree:
+            started = time.monotonic()  # the wait for a slot does not count
+            summary = _trained(tree, settings, overrides)
             texts = [(tree / name).read_text() for name in ("dvc.lock", "params.yaml")]
     except (PeftError, PipelineError) as error:
         return Trial(overrides, time.monotonic() - started, error=str(error))
     return Trial(overrides, time.monotonic() - started, summary, None, *texts)
 
 
-def _trained(tree: Path, plan: Plan, overrides: tuple[str, ...]) -> dict[str, Any]:
+def _trained(tree: Path, settings: SweepSettings, overrides: tuple[str, ...]) -> dict[str, Any]:
     paths = Paths(tree)
     apply_overrides(paths.params, overrides)
     if sources := Git(tree).run("ls-files", "*.dvc").splitlines():
         dvc(tree, "checkout", *sources)
     for stage in stage_order(tree, paths.training):
-        run_stage(tree, stage, plan.stage_timeout)
+        run_stage(tree, stage, settings.stage_timeout)
     return json.loads(paths.training_summary.read_text())
 
 
 @contextmanager
-def _place(limit: str | None) -> Iterator[None]:
-    """Hold a place of a concurrency limit; strict, since Prefect would else let all pass one that is not there."""
+def _slot(limit: str | None) -> Iterator[None]:
+    """Occupy a slot of a concurrency limit. `strict`, because Prefect otherwise ignores a limit that does not exist."""
     if limit is None:
         yield
         return
@@ -101,6 +111,6 @@ def _place(limit: str | None) -> Iterator[None]:
             yield
     except ConcurrencySlotAcquisitionError as error:
         raise RepositoryError(
-            f"no place of Prefect's concurrency limit {limit!r} ({error}); "
-            f"make it by `prefect gcl create {limit} --limit 1`"
+            f"no slot of Prefect's concurrency limit {limit!r} ({error}); "
+            f"create the limit with `prefect gcl create {limit} --limit 1`"
         ) from error

@@ -1,1 +1,1 @@
-"""`peftcore serve`: the promoted adapters of a project behind HTTP."""
+"""`peftcore serve`: adapters of a folder and the project's champion, behind one base."""

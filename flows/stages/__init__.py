@@ -1,7 +1,6 @@
-"""The stages of dvc.yaml: one module each, with one `run(params, paths)`, by `python -m flows.stages.NAME`.
+"""The stages of dvc.yaml: one module each with `run(params, paths)`, started by `python -m flows.stages.NAME`.
 
-Importing this package makes the environment quiet, because the libraries that the stages import at their top
-read it on import.
+Importing this package sets environment variables that silence libraries, which read them on import.
 """
 
 from flows.runtime.stage import set_quiet_environment

@@ -1,4 +1,4 @@
-"""detect: what the base model is and where adapters go in it, from its structure, without loading a weight."""
+"""detect: architecture of the base and default targets of adapters, from its structure, without loading weights."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flows.base.model import check_base
 from flows.errors import BaseModelError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.stage import start
 from peftcore import TargetError
@@ -25,8 +25,10 @@ logger = logging.getLogger("flows.detect")
 def run(params: Params, paths: Paths) -> None:
     """Write `paths.architecture`.
 
-    Raises BaseModelError for a base that is absent, damaged, of an architecture that transformers does not know as a
-    causal language model, or that has nothing to adapt; the file that was there before then stays.
+    Raises:
+        BaseModelError: The base is absent, damaged, not a causal language model that transformers knows, or has nothing
+            to
+            adapt. The file of an earlier run then stays.
     """
     check_base(paths.base)
     model = without_weights(paths.base)
@@ -46,13 +48,17 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def without_weights(folder: Path) -> PreTrainedModel:
-    """The model of a folder's config.json on the meta device, where it takes no memory; BaseModelError if unknown."""
+    """Return the model of a folder's config.json on the meta device, which takes no memory.
+
+    Raises:
+        BaseModelError: The configuration is unknown or invalid.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        # what transformers raises for a config.json that is absent, no JSON, of an unknown type or ill-sized
+        # raised for a config.json that is absent, not JSON, of an unknown type, or with impossible sizes
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BaseModelError(
             f"{folder / 'config.json'} does not describe a causal language model that transformers knows; set "

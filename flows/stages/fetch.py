@@ -1,4 +1,4 @@
-"""fetch: the base model, converted once to an ordinary bfloat16 transformers folder that ends its own turns."""
+"""fetch: the base model, converted once to a bfloat16 transformers folder whose generation ends turns."""
 
 import logging
 import tempfile
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flows.base.source import load, obtain
 from flows.data.chat import end_of_turn, render
 from flows.errors import BaseModelError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.stage import start
 from peftcore.files import directory_written_atomically, write_manifest
@@ -19,30 +19,30 @@ logger = logging.getLogger("flows.fetch")
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write `paths.base`. Raises BaseModelError; the folder that was there before then stays."""
+    """Write `paths.base`. Raises BaseModelError; the folder of an earlier run then stays."""
     source, begin = params.base.source, time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         model, tokenizer = load(source, obtain(source, paths.root, Path(scratch)))
         if not tokenizer.chat_template:
             raise BaseModelError(
-                f"base.source {source}: its tokenizer has no chat template, so chats cannot be written for it; take "
+                f"base.source {source}: its tokenizer has no chat template; use "
                 "an instruction-tuned model, or put a chat_template.jinja into its folder and give that by path:"
             )
         settle_special_tokens(model, tokenizer)
-        with directory_written_atomically(paths.base) as fresh:
-            model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
-            for file in fresh.iterdir():
-                file.chmod(0o644)  # safetensors writes for its owner alone
-            write_manifest(fresh)
+        with directory_written_atomically(paths.base) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            for file in folder.iterdir():
+                file.chmod(0o644)  # safetensors makes files that only their owner can read
+            write_manifest(folder)
     count = sum(parameter.numel() for parameter in model.parameters())
     logger.info("%s: %.1f M parameters in %.0f s", source, count / 1e6, time.monotonic() - begin)
 
 
 def settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make generation stop at the chat template's end of turn, and padding differ from it.
+    """Make generation stop at the chat template's end of turn, and use another token for padding.
 
-    Where padding is the end of a turn, everything that masks padding also hides where a turn ends.
+    If padding were the end of turn, masking padding would also hide the ends of turns.
     """
     end = end_of_turn(tokenizer)
     assert model.generation_config is not None
@@ -54,20 +54,20 @@ def settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     for config in (model.config, model.generation_config):
         config.eos_token_id = ends if len(ends) > 1 else end
         config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config._from_model_config = False  # else generate() rebuilds it and forgets the list of ends
+    model.generation_config._from_model_config = False  # otherwise generate() rebuilds it without the list of ends
     context = getattr(model.config, "max_position_embeddings", None)
     if context and context < tokenizer.model_max_length:
         tokenizer.model_max_length = context
 
 
 def _choose_padding(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
-    """A special token that no chat holds; the model's vocabulary does not grow."""
+    """Set a special token that no chat contains as padding; the vocabulary does not grow."""
     chat = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     used = {*ends, *tokenizer(render(tokenizer, chat), add_special_tokens=False)["input_ids"]}
     preferred = [tokenizer.unk_token_id, *tokenizer.all_special_ids, *sorted(tokenizer.added_tokens_decoder)]
     free = [token for token in preferred if token is not None and token not in used]
     if not free:
-        logger.warning("the tokenizer has no special token left for padding; it pads with the end of a turn")
+        logger.warning("the tokenizer has no unused special token for padding; the end of turn is used")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0] if free else ends[0])
 
 

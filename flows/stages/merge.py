@@ -1,9 +1,9 @@
-"""Fold the adapter into the base, and prove that the merged model still says what the adapter says.
+"""merge: the adapter merged into the base, and a check that the merged model predicts like the adapted one.
 
-An adapter trained on a quantised base has learnt to work with its rounding, so there are three bases to fold it into:
-the one that training saw, as 16-bit weights (dequantized), the 16-bit one that was fetched (original), and the 4- or
-8-bit one itself, whose sum is rounded again (requantized). All are measured against the unmerged model on held-out
-rows; what is written is read back and measured too. A base that is not quantised is all of these at once.
+An adapter trained on a quantised base compensates for its rounding, so there are three bases to merge into: the weights
+that training saw, in 16 bits (dequantized); the 16-bit weights as fetched (original); and the 4- or 8-bit weights,
+whose sum is rounded again (requantized). All are compared with the unmerged model on held-out rows, and so is the
+model read back from disk. For a base that is not quantised these are the same.
 """
 
 import json
@@ -23,26 +23,26 @@ from flows.base.model import (
 )
 from flows.errors import StageError
 from flows.evaluation.fidelity import Fidelity, class_fidelity, fidelity
-from flows.params.model import Merge, Params
+from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
 from flows.training.objectives import class_names, merged_rows
 from peftcore import PeftModel
-from peftcore.bases.quantized import keep_quantized_weights_trainable
+from peftcore.bases import keep_quantized_weights_trainable
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest
 
 log = logging.getLogger("flows.stages.merge")  # as a program this module is called __main__
 
 SIXTEEN_BIT = ("dequantized", "original")
-"""What `merge.into: best` chooses from; a model in 4 or 8 bits is another kind of result, and asked for by name."""
+"""Candidates of `merge.into: best`; a model in 4 or 8 bits has to be requested by name."""
 REQUANTIZED = "requantized"
 BATCH_SIZE = 16
-"""Rows whose predictions are held in memory twice."""
+"""Rows per batch; their predictions are in memory twice."""
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Merge; writes the merged model and the report, or nothing if the merged model is not faithful enough."""
+    """Merge; writes the merged model and the report, or nothing if the merged model is not faithful."""
     check_base(paths.base)
     rows = merged_rows(params, paths.split("test"), params.merge.rows)
     tokenizer, labels = load_tokenizer(paths.base), class_names(params, paths)
@@ -52,21 +52,21 @@ def run(params: Params, paths: Paths) -> None:
 
     with progress((len(names) + 1) * len(rows), "merge", "row") as bar:
 
-        def measured(candidate: PreTrainedModel) -> Fidelity:
-            keep_quantized_weights_trainable(candidate)  # a prompt's forward is several times faster so on a CPU
+        def compared(candidate: PreTrainedModel) -> Fidelity:
+            keep_quantized_weights_trainable(candidate)  # makes a prompt's forward several times faster on a CPU
             return compare(reference, candidate, rows, padding_id(tokenizer), BATCH_SIZE, bar)
 
-        candidates = {name: measured(_merged(params, paths, name)) for name in names}
+        candidates = {name: compared(_merged(params, paths, name)) for name in names}
         into = _chosen(params.merge, candidates)
         with directory_written_atomically(paths.merged) as folder:
             _merged(params, paths, into).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            written = measured(load_original(folder, compute_dtype(params.quantization), labels))
+            written = compared(load_original(folder, compute_dtype(params.quantization), labels))
             if not _is_faithful(written, params.merge):
                 raise _unfaithful(f"read back from disk, the model merged into {into}", params.merge, candidates)
             write_manifest(folder)
     report = {"into": into, **asdict(written)}
-    report["candidates"] = {name: asdict(found) for name, found in candidates.items()}
+    report["candidates"] = {name: asdict(result) for name, result in candidates.items()}
     write_atomically(paths.merge_report, json.dumps(report, indent=2) + "\n")
     log.info("merged into the %s base: %s", into, written)
 
@@ -83,25 +83,25 @@ def _merged(params: Params, paths: Paths, into: str) -> PreTrainedModel:
 
 
 def _chosen(merge: Merge, candidates: dict[str, Fidelity]) -> str:
-    """The candidate to write; StageError if it is not faithful enough, or, for the best, none is."""
-    wanted = SIXTEEN_BIT if merge.into == "best" else (merge.into,)
-    eligible = wanted if len(candidates) > 1 else tuple(candidates)
+    """Return the candidate to write. Raises StageError if no eligible candidate is faithful."""
+    requested = SIXTEEN_BIT if merge.into == "best" else (merge.into,)
+    eligible = requested if len(candidates) > 1 else tuple(candidates)
     faithful = [name for name in eligible if _is_faithful(candidates[name], merge)]
     if not faithful:
         raise _unfaithful(f"merged into {' or '.join(eligible)}, the model", merge, candidates)
     return min(faithful, key=lambda name: candidates[name].kl)
 
 
-def _is_faithful(found: Fidelity, limits: Merge) -> bool:
-    return found.kl <= limits.max_kl and found.top1_agreement >= limits.min_top1_agreement
+def _is_faithful(result: Fidelity, limits: Merge) -> bool:
+    return result.kl <= limits.max_kl and result.top1_agreement >= limits.min_top1_agreement
 
 
-def _unfaithful(what: str, limits: Merge, candidates: dict[str, Fidelity]) -> StageError:
-    measured = "; ".join(f"into {name}: {found}" for name, found in candidates.items())
+def _unfaithful(subject: str, limits: Merge, candidates: dict[str, Fidelity]) -> StageError:
+    measured = "; ".join(f"into {name}: {result}" for name, result in candidates.items())
     return StageError(
-        f"{what} strays from the adapter beyond merge.max_kl {limits.max_kl:g} or merge.min_top1_agreement "
-        f"{limits.min_top1_agreement:g}, so nothing was written. Measured {measured}. Set merge.into to one that is "
-        "within the limits, or the limits to what you accept"
+        f"{subject} differs from the adapter beyond merge.max_kl {limits.max_kl:g} or merge.min_top1_agreement "
+        f"{limits.min_top1_agreement:g}, so nothing was written. Measured {measured}. Set merge.into to a base that is "
+        "within the limits, or raise the limits"
     )
 
 

@@ -1,4 +1,4 @@
-"""prepare: tokenised train, validation and test rows with labels, and a report on them with the doctor's findings."""
+"""prepare: tokenised train, validation and test rows with labels, and a report with the validation's findings."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from flows.data.splits import (
 )
 from flows.data.tokens import length
 from flows.errors import DataError
-from flows.params.model import Data, Params
+from flows.params import Data, Params
 from flows.paths import SPLITS, Paths, Split
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
@@ -37,7 +37,11 @@ logger = logging.getLogger("flows.prepare")
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write `paths.data`. Raises DataError or BaseModelError; the folder that was there before then stays."""
+    """Write `paths.data`.
+
+    Raises:
+        DataError, BaseModelError: The data or the base cannot be used. The folder of an earlier run then stays.
+    """
     data, seed = params.data, params.project.seed
     check_base(paths.base)
     disable_progress_bars()
@@ -52,37 +56,41 @@ def run(params: Params, paths: Paths) -> None:
     rows, dropped = tokenize(examples, encoder_of(data, tokenizer, labels), data)
     if not rows:
         raise DataError(f"no rows are left ({_reasons(dropped)}); give a larger data.max_length, or other data")
-    kept, duplicates = _split(rows, data, seed, _learned(params, paths))
+    assigned, duplicates = _split(rows, data, seed, _learned(params, paths))
     dropped += duplicates
     limits: dict[Split, int | None] = {
         "train": data.train_rows,
         "validation": data.validation_rows,
         "test": data.test_rows,
     }
-    splits: dict[Split, list[Row]] = {split: sample(kept[split], limits[split], seed) for split in SPLITS}
-    if data.fresh is not None:
-        splits["train"] = replayed(kept["train"], data.replay_share, data.train_rows, seed)
-    available: dict[Split, int] = {split: len(kept[split]) for split in SPLITS}
+    splits: dict[Split, list[Row]] = {split: sample(assigned[split], limits[split], seed) for split in SPLITS}
+    if data.new_files is not None:
+        splits["train"] = replayed(assigned["train"], data.replay_share, data.train_rows, seed)
+    available: dict[Split, int] = {split: len(assigned[split]) for split in SPLITS}
     _refuse_empty(splits, dropped)
     report = data_report(data, len(examples), available, splits, dropped, tokenizer, labels)
     assert not any(count for pair in report["leakage"].values() for count in pair.values()), report["leakage"]
-    with directory_written_atomically(paths.data) as fresh:
+    with directory_written_atomically(paths.data) as folder:
         for split in SPLITS:
-            write_rows(splits[split], fresh / paths.split(split).name, COLUMNS[data.kind])
+            write_rows(splits[split], folder / paths.split(split).name, COLUMNS[data.kind])
         if labels:
-            (fresh / paths.labels.name).write_text(json.dumps(labels, ensure_ascii=False) + "\n")
-        findings = examine_folder(fresh, report, tokenizer, data)
+            (folder / paths.labels.name).write_text(json.dumps(labels, ensure_ascii=False) + "\n")
+        findings = examine_folder(folder, report, tokenizer, data)
         report["doctor"] = findings.as_dict()
-        (fresh / paths.data_report.name).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        (folder / paths.data_report.name).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     _log(report)
     for finding in findings.of("error", "warning"):
         logger.warning("%s: %s", finding.severity, finding)
 
 
 def tokenize(examples: list[AnyExample], encoder: Encoder, data: Data) -> tuple[list[Row], Counter[str]]:
-    """The examples that fit, and how many were dropped by reason.
+    """Tokenise the examples.
 
-    Raises DataError that lists the rows which the template cannot take, or that are too long where that is an error.
+    Returns:
+        The rows that fit, and the number of dropped examples by reason.
+
+    Raises:
+        DataError: Lists the rows that the template refuses, or that are too long if data.overlong is error.
     """
     rows, dropped, faults = [], Counter[str](), []
     with progress(len(examples), "tokenise", unit="row") as bar:
@@ -102,7 +110,7 @@ def tokenize(examples: list[AnyExample], encoder: Encoder, data: Data) -> tuple[
 
 
 def write_rows(rows: list[Row], path: Path, features: Features) -> None:
-    """One split as Parquet, the same bytes for the same rows."""
+    """Write one split as Parquet; the same rows give the same bytes."""
     columns: dict[str, list[Any]] = {name: [] for name in features}
     for row in rows:
         tokens = row.tokens
@@ -114,15 +122,16 @@ def write_rows(rows: list[Row], path: Path, features: Features) -> None:
 
 
 def _learned(params: Params, paths: Paths) -> list[tuple[str, str]]:
-    """(question, answer) of the rows that the version which training starts from has learned.
+    """Return (question, answer) of the rows that the version in train.start_from has learned.
 
-    Raises DataError if artifacts/start is not of that version.
+    Raises:
+        DataError: artifacts/start is not of that version.
     """
     number = params.train.start_from
-    found = json.loads(paths.start_source.read_text())["version"] if paths.start_source.exists() else None
-    if found != number or (number is not None and not paths.start_learned.exists()):
+    version = json.loads(paths.start_source.read_text())["version"] if paths.start_source.exists() else None
+    if version != number or (number is not None and not paths.start_learned.exists()):
         raise DataError(
-            f"train.start_from is {number or 'null'}, but {paths.start} is of {found or 'none'} or lacks "
+            f"train.start_from is {number or 'null'}, but {paths.start} is of {version or 'none'} or lacks "
             f"{paths.start_learned.name}; run the start stage first (in dvc.yaml, prepare depends on artifacts/start)"
         )
     if number is None:
@@ -133,42 +142,42 @@ def _learned(params: Params, paths: Paths) -> list[tuple[str, str]]:
 def _split(
     rows: list[Row], data: Data, seed: int, learned: list[tuple[str, str]]
 ) -> tuple[dict[Split, list[Row]], Counter[str]]:
-    """The rows of each split without what two splits share, and how many were dropped by reason.
+    """Return the rows of each split without overlap, and the number of dropped rows by reason.
 
-    learned: question and answer of rows that the adapter knows before it is trained; nothing is judged by them.
+    learned: question and answer of rows that the start version has learned; they are not used for evaluation.
     """
     shares: dict[Split, float] = {"test": data.test_share, "validation": data.validation_share}
     sizes = Counter(row.group for row in rows)
     hashed = data.assignment == "hashed"
     split_of = hashed_groups(sizes, shares, seed) if hashed else assign_groups(sizes, shares, seed)
-    judging = [row for row in rows if row.proven or split_of[row.group] == "train"]
-    kept, dropped = without_duplicates(judging, split_of)
-    if unproven := len(rows) - len(judging):
-        dropped["unproven, so nothing is judged by them"] = unproven
-    kept, known = without_learned(kept, {question for question, _ in learned})
+    usable = [row for row in rows if row.trusted or split_of[row.group] == "train"]
+    splits, dropped = without_duplicates(usable, split_of)
+    if quarantined := len(rows) - len(usable):
+        dropped["quarantined, so not used for evaluation"] = quarantined
+    splits, known = without_learned(splits, {question for question, _ in learned})
     dropped += known
     if data.near_duplicates == "drop":
-        kept, near = without_near_duplicates(kept, data.similarity, learned)
+        splits, near = without_near_duplicates(splits, data.similarity, learned)
         dropped += near
-    return kept, dropped
+    return splits, dropped
 
 
 def _row(example: AnyExample, encoder: Encoder, data: Data) -> Row | None:
-    """The example as a row; None where it is too long and has to be dropped."""
+    """Return the example as a row; None if it is too long and has to be dropped."""
     tokens, truncated = encoder.encode(example), False
-    if (tokens_of_it := length(tokens)) > data.max_length:
+    if (row_length := length(tokens)) > data.max_length:
         if data.overlong == "error":
             raise DataError(
-                f"{tokens_of_it} tokens, more than data.max_length {data.max_length}; raise that, or let "
+                f"{row_length} tokens, more than data.max_length {data.max_length}; raise that, or let "
                 "data.overlong drop or truncate"
             )
         shorter = encoder.shorten(example, data.max_length) if data.overlong == "truncate" else None
         if shorter is None:
             return None
         tokens, truncated = encoder.encode(shorter), True
-    fresh = data.fresh is None or comes_from(example.where, data.fresh)
-    proven = data.unproven is None or not comes_from(example.where, data.unproven)
-    return Row(tokens, example.group, example.slice, example.weight, truncated, fresh, proven)
+    is_new = data.new_files is None or comes_from(example.where, data.new_files)
+    trusted = data.quarantined is None or not comes_from(example.where, data.quarantined)
+    return Row(tokens, example.group, example.slice, example.weight, truncated, is_new, trusted)
 
 
 def _refuse_empty(splits: dict[Split, list[Row]], dropped: Counter[str]) -> None:
@@ -185,10 +194,11 @@ def _reasons(dropped: Counter[str]) -> str:
 
 
 def _log(report: dict[str, Any]) -> None:
-    for split, of in report["splits"].items():
+    for split, summary in report["splits"].items():
         logger.info(
             "%s: %d of %d rows in %d groups, %d tokens, %.1f %% supervised",
-            *(split, of["rows"], of["available"], of["groups"], of["tokens"], 100 * (of["supervised_share"] or 0)),
+            *(split, *(summary[name] for name in ("rows", "available", "groups", "tokens"))),
+            100 * (summary["supervised_share"] or 0),
         )
     for reason, count in report["dropped"].items():
         logger.info("dropped: %d %s", count, reason)

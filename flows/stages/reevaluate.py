@@ -1,10 +1,10 @@
-"""An adapter's losses on given test rows, as the evaluate stage finds them; no answers, no figures of the base.
+"""Losses of an adapter on given test rows, computed as in the evaluate stage, without answers and without the base.
 
-python -m flows.stages.reevaluate TASK.json ROWS.parquet
+    python -m flows.stages.reevaluate TASK.json ROWS.parquet
 
 TASK.json: {"version", "params", "base", "adapter", "test", "rows", "labels"}: parameters of the adapter's run, folders,
-the split and how many of its first rows, and the names of the classes if it has any. Why it is refused goes to
-ROWS.txt, with exit status 1, and progress to stderr.
+the split, the number of its first rows, and the names of classes, if any. After an error, ROWS.txt has the reason, and
+the exit status is 1. Progress goes to stderr.
 """
 
 import json
@@ -21,7 +21,7 @@ from flows.base.model import check_base, load_dequantized, load_tokenizer, paddi
 from flows.data.rows import Row, read_rows
 from flows.errors import PipelineError
 from flows.evaluation.scoring import RowLosses, class_log_probs, pairs_log_probs, row_losses
-from flows.params.model import Params
+from flows.params import Params
 from flows.runtime.processes import watch_parent
 from flows.runtime.progress import progress
 from flows.runtime.stage import set_seed
@@ -31,33 +31,33 @@ from peftcore.errors import PeftError
 
 
 def main() -> None:
-    """Measure what the task says."""
+    """Evaluate as the task file says."""
     watch_parent()
-    task, found = map(Path, sys.argv[1:])
+    task, output = map(Path, sys.argv[1:])
     try:
         table = measure(json.loads(task.read_text()))
     except (PeftError, PipelineError) as error:
-        found.with_suffix(".txt").write_text(str(error))
+        output.with_suffix(".txt").write_text(str(error))
         sys.exit(1)
-    parquet.write_table(table, found)
+    parquet.write_table(table, output)
 
 
 def measure(task: dict[str, Any]) -> pyarrow.Table:
-    """One row a test row: id, tokens, weight, adapter_loss (nats)."""
+    """Return one row per test row: id, tokens, weight, adapter_loss (nats)."""
     params, base, test = Params.model_validate(task["params"]), Path(task["base"]), Path(task["test"])
     set_seed(params.project.seed)
     check_base(base)
     check_split(params, test)
     rows = read_rows(test, limit=task["rows"])
     model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, task["labels"]), task["adapter"])
-    with progress(len(rows), f"measure {task['version']} again", "row") as bar:
+    with progress(len(rows), f"evaluate {task['version']} again", "row") as bar:
         losses = adapter_losses(params, model, rows, padding_id(load_tokenizer(base)), bar)
     columns = {"id": [row["id"] for row in rows], "tokens": losses.tokens, "weight": losses.weights}
     return pyarrow.table(columns | {"adapter_loss": losses.means})
 
 
 def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: Any = None) -> RowLosses:
-    """The loss of each row that the objective judges by; model: a PeftModel. bar: moved on by rows."""
+    """Return the loss of each row under the run's objective. model: a PeftModel. bar: progress bar in rows."""
     size = params.evaluate.batch_size
     if params.train.objective == "sft":
         return row_losses(model, rows, pad, size, bar)
@@ -65,10 +65,10 @@ def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: A
         labels = torch.tensor([row["label"] for row in rows])[:, None]
         means = -class_log_probs(model, rows, pad, size, bar).gather(1, labels)[:, 0]
         return RowLosses(means.tolist(), [len(row["input_ids"]) for row in rows], _weights(rows))
-    found = pairs_log_probs(model, rows, pad, size, bar)
+    log_probs = pairs_log_probs(model, rows, pad, size, bar)
     with model.disable_adapter():
         reference = pairs_log_probs(model, rows, pad, size)
-    losses, _ = preference_objective(params).losses(found, reference)
+    losses, _ = preference_objective(params).losses(log_probs, reference)
     tokens = (reference.chosen_tokens + reference.rejected_tokens).int().tolist()
     return RowLosses(losses.tolist(), tokens, _weights(rows))
 

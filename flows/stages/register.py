@@ -1,8 +1,8 @@
-"""Register the run as a version: push its files to the DVC remote, commit and tag its lineage.
+"""register: the run as a version. Push its files to the DVC remote, commit its record, and tag the commit.
 
-The tag comes last, so a failure before it leaves nothing registered. The same adapter with the same evaluation is the
-same version, unless that one's files were collected; evaluated again with another result it is a version of its own,
-because a version is judged by what its record names. The commit also holds a model card.
+The tag comes last, so a failure before it registers nothing. The same adapter with the same evaluation is the same
+version, unless garbage collection removed that version's files. Another evaluation of the adapter is a version of its
+own, because the gate uses the evaluation in the record. The commit also holds a model card.
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Any
 
 from flows.base.identity import have_same_base
 from flows.errors import RegistryConflict
-from flows.gate.looks import data_digest, evaluated_on, trials_on
-from flows.params.model import Params
+from flows.gate.holdout_reuse import data_digest, evaluated_on, trials_on
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.card import CARD, model_card
 from flows.registry.commit_files import check_no_secrets, data_files
@@ -28,8 +28,8 @@ from flows.registry.lineage import (
     lock_text,
     read_lock,
 )
+from flows.registry.project_registry import registry_of
 from flows.registry.registry import Registry, Version
-from flows.registry.signatures import signing_key
 from flows.registry.synchronise import synchronise
 from flows.runtime.git import Git
 from flows.runtime.project import dvc
@@ -40,14 +40,15 @@ from peftcore.files import write_atomically
 logger = logging.getLogger(__name__)
 NAME = "register"
 ATTEMPTS = 20
-"""Numbers that are tried where other clones register at the same time."""
+"""Number of version numbers to try while other clones register too."""
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write metrics.json and artifacts/version.json, and make the version's tag.
+    """Write metrics.json and artifacts/version.json, and create the version's tag.
 
-    Raises RepositoryError without a git commit, a fresh dvc.lock or the DVC remote; RegistryConflict if another
-    registration took the number at the same moment.
+    Raises:
+        RepositoryError: There is no git commit, no current dvc.lock, or no DVC remote.
+        RegistryConflict: Another registration took the number at the same time.
     """
     git = Git(paths.root)
     check_artifact_name(paths.root, params.project.name)
@@ -58,14 +59,14 @@ def run(params: Params, paths: Paths) -> None:
     metrics = as_text(headline_metrics(paths))
     write_atomically(paths.metrics, metrics)
 
-    registry = Registry(git, params.project.name, signing_key(params, paths.root))
+    registry = registry_of(params, paths.root, sign=True)
     if params.register.git_remote is not None:
         synchronise(registry, params.register.git_remote)
     content = content_digest(adapter_files(paths.adapter))
     known = registry.registered(content, evidence_digests(paths))
     if known is not None:
         write_atomically(paths.version, as_text(registry.record(known)))
-        logger.info("this adapter with this evaluation is %s %s already", registry.name, known.number)
+        logger.info("this adapter with this evaluation is already %s %s", registry.name, known.number)
         return
 
     version, record = _register(registry, params, paths, git, lock, content, metrics, data)
@@ -85,14 +86,14 @@ def _register(
 ) -> tuple[Version, dict[str, Any]]:
     """Register under the next free number; returns the version and its record.
 
-    Where a git remote gives out the numbers, a number that another clone has taken meanwhile is left to that clone.
+    If a git remote assigns numbers, a number that another clone took meanwhile is skipped.
     """
     remote = params.register.git_remote
     for attempt in range(ATTEMPTS):
         number = next_number(registry, params, paths, git, lock)
         record = collect(params, paths, git, lock, number)
         on_these_rows = evaluated_on(registry, record["evaluation_set"]) + 1
-        record["looks"] = {"test_rows": on_these_rows, "trials": trials_on(paths, data_digest(lock, paths))}
+        record["holdout_reuse"] = {"test_rows": on_these_rows, "trials": trials_on(paths, data_digest(lock, paths))}
         contents = {LOCK: lock_text(lock), paths.metrics.name: metrics, CARD: model_card(record)}
         try:
             version = registry.register(number, content, record, contents, summary(record), data, remote)
@@ -107,11 +108,12 @@ def _register(
 
 
 def as_text(value: Any) -> str:
+    """Return indented JSON with a final newline."""
     return json.dumps(value, indent=2) + "\n"
 
 
 def next_number(registry: Registry, params: Params, paths: Paths, git: Git, lock: dict[str, Any]) -> str:
-    """A patch of the latest version where both can be compared, else (other base or test rows) a minor step."""
+    """Return the next patch number if both versions are comparable (same base and test rows), else the next minor."""
     versions = registry.versions()
     if not versions or versions[-1].content is None:
         return registry.next_number(minor=True)
@@ -122,7 +124,7 @@ def next_number(registry: Registry, params: Params, paths: Paths, git: Git, lock
 
 
 def summary(record: dict[str, Any]) -> str:
-    """One line on what a version achieves."""
+    """Return one line about a version's test loss."""
     base, adapter = record["metrics"]["base"], record["metrics"]["adapter"]
     return f"test loss {base['loss']:.3f} -> {adapter['loss']:.3f}"
 

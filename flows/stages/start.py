@@ -1,6 +1,6 @@
-"""start: what training starts from. Nothing, or the adapter of `train.start_from`, as it was registered.
+"""start: the adapter of `train.start_from` as registered, or nothing.
 
-With the adapter come the rows that it has learned, so that prepare judges nothing by them.
+The rows that this adapter has learned come with it, so that prepare does not use them for evaluation.
 """
 
 import json
@@ -13,29 +13,29 @@ import pyarrow
 from pyarrow import parquet
 
 from flows.errors import RegistryError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths, Split
+from flows.registry.project_registry import registry_of
 from flows.registry.registry import Registry
-from flows.runtime.git import Git
 from flows.runtime.project import files_at
 from flows.runtime.stage import start
 from peftcore.files import damaged_files, directory_written_atomically, read_manifest
 
 logger = logging.getLogger("flows.start")
 LEARNED: tuple[Split, ...] = ("train", "validation")
-"""Splits that were trained on, or decided when training ended."""
+"""Splits that were trained on, or that decided when training stopped."""
 QUESTIONS, ANSWERS = ("prompt", "text"), ("completion", "chosen", "label_name")
-"""Columns of prepared rows, of which each kind has one."""
+"""Columns of prepared rows; each kind of rows has one of each."""
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write `paths.start`. Raises RegistryError for a version that is unknown, or is not what was registered."""
+    """Write `paths.start`. Raises RegistryError if the version is unknown or its adapter is not as registered."""
     number = params.train.start_from
     with directory_written_atomically(paths.start) as folder:
         (folder / paths.start_source.name).write_text(json.dumps({"version": number}) + "\n")
         if number is None:
             return
-        registry = Registry(Git(paths.root), params.project.name)
+        registry = registry_of(params, paths.root)
         version = registry.version(number)
         name = paths.adapter.relative_to(paths.root).as_posix()
         with files_at(paths.root, version.commit, [name]) as at:
@@ -52,7 +52,7 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def _learned(registry: Registry, number: str, paths: Paths) -> Iterator[pyarrow.Table]:
-    """Question and answer of the rows that a version, and what its own training started from, had learned."""
+    """Yield question and answer of the rows that a version and its start versions have learned."""
     before: str | None = number
     name = paths.data.relative_to(paths.root).as_posix()
     while before is not None:
@@ -64,14 +64,14 @@ def _learned(registry: Registry, number: str, paths: Paths) -> Iterator[pyarrow.
 
 
 def _texts(path: Path, tag: str) -> pyarrow.Table:
-    """Two columns, whatever kind of rows these are. Raises RegistryError if the version has no such file."""
+    """Return the columns question and answer. Raises RegistryError if the version has no such file."""
     if not path.exists():
         raise RegistryError(
-            f"train.start_from: the data of {tag} have no {path.name}, so what it has learned cannot be kept out of "
+            f"train.start_from: the data of {tag} have no {path.name}, so its training rows cannot be kept out of "
             "the test rows; give another version"
         )
-    there = parquet.read_schema(path).names
-    question, answer = (next(name for name in names if name in there) for names in (QUESTIONS, ANSWERS))
+    columns = parquet.read_schema(path).names
+    question, answer = (next(name for name in names if name in columns) for names in (QUESTIONS, ANSWERS))
     return parquet.read_table(path, columns=[question, answer]).rename_columns({question: "question", answer: "answer"})
 
 

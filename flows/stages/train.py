@@ -1,10 +1,10 @@
-"""Train the adapter on the base in its quantised storage, and keep the best by validation loss.
+"""train: the adapter on the base in its quantised storage; the best checkpoint by validation loss is kept.
 
-Interrupted at any point, it goes on from the last whole checkpoint when it is run again with the same parameters,
-data and base, and ends as an uninterrupted run would have.
+An interrupted run resumes from the last complete checkpoint when it is run again with the same parameters, data and
+base, and ends like an uninterrupted run.
 
-In several processes the stage starts itself anew in each. All train, and compute the same where they do not share the
-work; the main one alone shows progress, logs, writes results and removes checkpoints.
+With several processes the stage starts itself in each. All train and compute the same values where they do not share
+the work; only the main process shows progress, logs, writes results and removes checkpoints.
 """
 
 import json
@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from flows.base.model import check_base, load_for_training, load_tokenizer, padding_id
 from flows.charts.ranks import HEAT_MAP, rank_heat_map, rank_picture
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.progress import bars_closed
 from flows.runtime.stage import set_seed, start
@@ -55,10 +55,9 @@ from flows.training.objectives import (
 )
 from flows.training.run import Run, optimizer_steps, run_key
 from flows.training.warm_start import continue_adapter, starts_warm
-from flows.validation.findings import require_sound
-from peftcore import LoraConfig, TrainingError, initialize_from_data
+from flows.validation.findings import require_valid
+from peftcore import LoraConfig, TrainingError, check_mergeable, initialize_from_data
 from peftcore.files import directory_written_atomically, write_atomically
-from peftcore.injection.merge import check_mergeable
 from peftcore.train import (
     AdapterTrainer,
     Packs,
@@ -70,13 +69,13 @@ from peftcore.train import (
 log = logging.getLogger("flows.stages.train")  # as a program this module is called __main__
 
 BATCHES_FOR_START = 32
-"""Batches that a start from data looks at."""
+"""Batches of a data-driven initialisation."""
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Train, in as many processes as the parameters say."""
+    """Train, in the number of processes that the parameters say."""
     if not is_launched():
-        require_sound(paths)
+        require_valid(paths)
     if params.train.all_processes > 1 and not is_launched():
         node = this_node(params.train.nodes)
         launch("flows.stages.train", params.train.processes, params.train.launcher, node)
@@ -112,7 +111,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
         model = continue_adapter(params, paths, model, config)
     else:
         model = attach_adapter(params, model, config, paths.base)
-    check_mergeable(model, ["default"])  # the pipeline ends in a merged model: better said before training than after
+    check_mergeable(model, ["default"])  # the pipeline merges the model: fail before training
     if not warm:
         _start_from_data(params, model, rows["train"], pad)
     recompute_activations(model, params.train.gradient_checkpointing)
@@ -127,7 +126,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
         trainer = _trainer(params, this, model, trainer_class, options, tracker if main else None)
         with bars_closed():
             _train(trainer, this, params.train.patience)
-        processes.wait_for_everyone()  # the others have read the best checkpoint before it is removed
+        processes.wait_for_everyone()  # the others have read the best checkpoint before its removal
         if not main:
             return
         model.save_pretrained(paths.adapter)
@@ -148,7 +147,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
 
 
 def _draw_ranks(ranks: dict[str, int], step: int, folder: Path, tracker: Tracker) -> None:
-    """A heat map of the trained adapter's ranks, if they differ between layers."""
+    """Write a heat map of the trained adapter's ranks if they differ between layers."""
     if len(set(ranks.values())) > 1:
         title = "Ranks of the trained adapter"
         write_atomically(folder / HEAT_MAP, str(rank_heat_map(ranks, title)))
@@ -157,7 +156,7 @@ def _draw_ranks(ranks: dict[str, int], step: int, folder: Path, tracker: Tracker
 
 def _train(trainer: AdapterTrainer, this: Run, patience: int) -> None:
     if this.checkpoint is not None and evaluations_since_best(this.state.log_history) >= patience:
-        trainer.finish_from(this.checkpoint)  # it had stopped for good, and only the results were not written yet
+        trainer.finish_from(this.checkpoint)  # training had ended, only the results were not written
     else:
         trainer.train(resume_from_checkpoint=None if this.checkpoint is None else str(this.checkpoint))
 
@@ -170,7 +169,7 @@ def _trainer(
     options: dict[str, Any],
     tracker: Tracker | None,
 ) -> AdapterTrainer:
-    """tracker: of the main process, which alone logs and shows progress."""
+    """Return the trainer. tracker: of the main process, which alone logs and shows progress."""
     train = params.train
     callbacks: list[TrainerCallback] = [
         EvaluateAt(evenly_spread(this.total_steps, train.evaluations)),
@@ -191,7 +190,7 @@ def _trainer(
     except TrainingError as error:
         raise StageError(
             f"train.batching is {train.batching} and train.optimizer is {train.optimizer}: {error}; grouped and adamw "
-            "train any model on any machine"
+            "work for any model on any machine"
         ) from error
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -199,7 +198,7 @@ def _trainer(
 
 
 def _start_from_data(params: Params, model: Any, rows: Dataset, pad: int) -> None:
-    """Give a LoRA that starts from data (EVA, CorDA, LoRA-GA) that start, from the first training rows."""
+    """Initialise a LoRA from the first training rows if its initialisation needs data (EVA, CorDA, LoRA-GA)."""
     if not model.peft_config["default"].needs_data:
         return
     size = params.train.batch_size

@@ -1,1 +1,1 @@
-"""What the train stage is made of."""
+"""Training: the adapter's configuration, trainers and objectives, callbacks, and several processes or machines."""

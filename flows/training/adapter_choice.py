@@ -1,23 +1,27 @@
-"""What params.yaml says of the adapter, as the configuration that `peftcore` takes."""
+"""Configuration of the adapter that params.yaml asks for."""
 
+from dataclasses import replace
 from typing import Any
 
+from flows.params import Params
 from flows.params.method_fields import FIELDS
-from flows.params.model import AdaLora, Params
 from flows.training.objectives import rows_of
 from peftcore import PeftConfig
-from peftcore.registry import method_named
 
 
 def adapter_config(params: Params, total_steps: int) -> PeftConfig:
     """Return the method's configuration.
 
     Args:
-        params: Read from params.yaml, which refuses `method`'s options that the method has not.
-        total_steps: Optimiser steps of the run, over which AdaLoRA spreads its budget.
+        params: The parameters of the run.
+        total_steps: Optimiser steps of the run, for methods with a schedule.
+
+    Raises:
+        ConfigError: `method.options` do not fit the method.
     """
     method = params.method
     options: dict[str, Any] = {
+        "peft_type": method.name.upper(),
         "task_type": rows_of(params).task,
         "base_model_name_or_path": params.base.source,
         "target_modules": method.target_modules,
@@ -26,22 +30,8 @@ def adapter_config(params: Params, total_steps: int) -> PeftConfig:
         value = method.auto.r if option == "r" and method.r == "auto" else getattr(method, option)
         if value is not None:  # null: the configuration's own default
             options[field] = value
-    if method.name == "lora":
-        options["use_rslora"] = method.use_rslora
-    if method.name == "adalora":
-        options |= _adalora_options(method.adalora, total_steps)
-    return method_named(method.name.upper()).config(**{**options, **method.options})
-
-
-def _adalora_options(adalora: AdaLora, total_steps: int) -> dict[str, Any]:
-    return {
-        "init_r": adalora.init_r,
-        "target_r": adalora.target_r,
-        "tinit": int(adalora.warmup_share * total_steps),
-        "tfinal": int(adalora.final_share * total_steps),
-        "deltaT": adalora.interval,
-        "orth_reg_weight": adalora.orth_reg_weight,
-        "beta1": adalora.beta1,
-        "beta2": adalora.beta2,
-        "total_step": total_steps,
-    }
+    if method.use_rslora:
+        options["use_rslora"] = True
+    config = PeftConfig.from_dict({**options, **method.options})
+    schedule = config.schedule_options(total_steps, method.schedule.warmup_share, method.schedule.final_share)
+    return replace(config, **{name: value for name, value in schedule.items() if name not in method.options})

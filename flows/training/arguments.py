@@ -1,4 +1,4 @@
-"""What params.yaml says of training, in the words of transformers' Trainer."""
+"""Arguments of transformers' Trainer for the section `train` of params.yaml."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from flows.params.model import Params
+from flows.params import Params
 from peftcore.train import FaultPolicy
 
 OPTIMIZERS = {
@@ -15,11 +15,11 @@ OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-"""{train.optimizer: what transformers calls it}"""
+"""{train.optimizer: transformers' name}"""
 
 
 def fault_policy(params: Params) -> FaultPolicy:
-    """What training does with a batch that does not fit, and with a loss that cannot be right."""
+    """Return the handling of batches that do not fit in memory, and of invalid losses."""
     train = params.train
     return FaultPolicy(
         on_out_of_memory=train.on_out_of_memory,
@@ -31,7 +31,7 @@ def fault_policy(params: Params) -> FaultPolicy:
 
 
 def training_arguments(params: Params, folder: Path, total_steps: int) -> TrainingArguments:
-    """The arguments of a run of `total_steps` optimiser steps that keeps its checkpoints in `folder`."""
+    """Return the arguments of a run of `total_steps` optimiser steps with checkpoints in `folder`."""
     train = params.train
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     padded = train.batching in ("grouped", "padded")
@@ -48,7 +48,7 @@ def training_arguments(params: Params, folder: Path, total_steps: int) -> Traini
         warmup_steps=math.ceil(train.warmup_share * total_steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        # EvaluateAt spreads them; these say that there are some, and that the last step is one.
+        # EvaluateAt decides the steps; these only switch evaluation and saving on, with the last step included
         eval_strategy="steps",
         eval_steps=total_steps,
         save_strategy="steps",
@@ -64,7 +64,7 @@ def training_arguments(params: Params, folder: Path, total_steps: int) -> Traini
         report_to=[],
         disable_tqdm=False,
         log_level="error",
-        use_cpu=not torch.cuda.is_available(),  # several processes are else taken for one
+        use_cpu=not torch.cuda.is_available(),  # otherwise several processes count as one
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=params.project.seed,
     )

@@ -1,6 +1,6 @@
-"""`method.r: auto`: a rank for each layer by a search on training rows, once for a run.
+"""`method.r: auto`: a rank for each layer, found once per run by a search on training rows.
 
-What the search found is kept beside the run's checkpoints, so that an interrupted run goes on with the same ranks.
+The ranks are saved beside the run's checkpoints, so that a resumed run has the same ranks.
 """
 
 import json
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from flows.data.rows import Row
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from peftcore import LoraConfig
 from peftcore.files import write_atomically
 from peftcore.train import RankSearch, RightPaddingCollator, find_ranks
@@ -29,15 +29,24 @@ def with_automatic_ranks(
     collate: RightPaddingCollator,
     folder: Path,
 ) -> LoraConfig:
-    """The configuration with the ranks that `folder` holds, or else with those that a search on `rows` finds.
+    """Return the configuration with the saved ranks, or else with the ranks that a search finds.
 
-    model: the base without adapters; it stays as it is. Raises StageError where there are too few rows to search on.
+    Args:
+        params: The parameters of the run.
+        config: The configuration of the adapter.
+        model: The base without adapters; it does not change.
+        rows: Training rows of the search.
+        collate: Collator of a batch.
+        folder: The run's folder, with the saved ranks.
+
+    Raises:
+        StageError: There are too few rows.
     """
-    kept = folder / FILE
-    search = RankSearch.from_dict(json.loads(kept.read_text())) if kept.exists() else None
+    saved = folder / FILE
+    search = RankSearch.from_dict(json.loads(saved.read_text())) if saved.exists() else None
     if search is None:
         search = _search(params, config, model, rows, collate)
-        write_atomically(kept, json.dumps(asdict(search)) + "\n")
+        write_atomically(saved, json.dumps(asdict(search)) + "\n")
     return search.config_for(config)
 
 
@@ -45,14 +54,14 @@ def _search(
     params: Params, config: LoraConfig, model: PreTrainedModel, rows: Sequence[Row], collate: RightPaddingCollator
 ) -> RankSearch:
     auto, size = params.method.auto, params.train.batch_size
-    wanted = (auto.steps + auto.held_out) * size
-    if len(rows) < wanted:
+    needed = (auto.steps + auto.held_out) * size
+    if len(rows) < needed:
         raise StageError(
-            f"method.r is auto, whose search takes method.auto.steps + held_out = {auto.steps + auto.held_out} batches "
-            f"of {size} rows; there are {len(rows)} training rows; lower these or give a rank"
+            f"method.r is auto, whose search needs method.auto.steps + held_out = {auto.steps + auto.held_out} batches "
+            f"of {size} rows; there are {len(rows)} training rows; lower these values, or give a rank"
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(params.project.seed))[:wanted].tolist()
-    collated = [collate([rows[i] for i in order[first : first + size]]) for first in range(0, wanted, size)]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(params.project.seed))[:needed].tolist()
+    collated = [collate([rows[i] for i in order[first : first + size]]) for first in range(0, needed, size)]
     batches = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in collated]
     return find_ranks(
         model,

@@ -1,7 +1,7 @@
-"""Training in several processes, of one machine or more: a stage starts itself anew in each, and waits for them.
+"""Training in several processes, on one machine or more: the stage starts itself in each process and waits for all.
 
-The stage that DVC started becomes the launcher's agent, so the processes are its children and die with it. What one of
-them refuses reaches its message through the agent, once; only the first process shows progress and writes results.
+The stage that DVC started runs the launcher's agent, so the processes are its children and end with it. An error of a
+process reaches the agent's message once; only the main process shows progress and writes results.
 """
 
 import json
@@ -27,13 +27,13 @@ from peftcore.errors import PeftError
 from peftcore.files import write_atomically
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Where torch's agent looks for what a process has died of."""
+"""Environment variable with the file in which torch's agent expects a process's error."""
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
-"""What a collective says in a process when another has died."""
+"""Messages of a collective operation in a process whose peer has died."""
 
 
 def is_launched() -> bool:
-    """Whether this process is one of several that a launcher started."""
+    """Return True if a launcher started this process."""
     return torch.distributed.is_torchelastic_launched()
 
 
@@ -41,29 +41,37 @@ def is_launched() -> bool:
 
 
 def launch(module: str, processes: int, launcher: str, node: Node | None = None) -> None:
-    """Run `python -m module` in each of several processes, by accelerate or torchrun, and wait for all.
+    """Run `python -m module` in several processes, by accelerate or torchrun, and wait for all.
 
-    Each gets an equal share of the cores for its threads, and of GPUs one. node: this machine among several, each of
-    which starts as many. Raises StageError that names the process which failed; the others are then stopped.
+    Each process gets an equal share of the cores for its threads, and one GPU if there are GPUs.
+
+    Args:
+        module: Module to run.
+        processes: Processes of this machine.
+        launcher: accelerate or torchrun.
+        node: This machine, if there are several; each starts the same number of processes.
+
+    Raises:
+        StageError: Names the process that failed; the others are then stopped.
     """
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise StageError(
             f"train.processes is {processes}, and this machine has {torch.cuda.device_count()} GPUs: give at most as "
-            "many processes, each trains on one"
+            "many processes, because each trains on one"
         )
-    # the agent's own account of a failure is a page long, and what it says is in our message
+    # the agent's own report of a failure is a page long; our message has its content
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     with _environment(processes, node):
         try:
             _LAUNCHERS[launcher](module, processes, node)
         except ChildFailedError as error:
-            raise StageError(_account(error.failures, processes * (node.nodes if node else 1))) from None
+            raise StageError(_failure_message(error.failures, processes * (node.nodes if node else 1))) from None
         except (torch.distributed.DistError, ConnectionError) as error:
             if node is None:
                 raise
             raise StageError(
                 f"node {node.rank} of {node.nodes} did not meet the others at {node.host}:{node.port} ({error}); start "
-                f"all of them, and see that {ADDRESS} names node 0 and that its port can be reached"
+                f"all of them, and check that {ADDRESS} names node 0 and that its port can be reached"
             ) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
@@ -74,23 +82,23 @@ def launch(module: str, processes: int, launcher: str, node: Node | None = None)
 def _by_torchrun(module: str, processes: int, node: Node | None) -> None:
     from torch.distributed import run
 
-    where = ["--standalone", "--local-addr=127.0.0.1"]
+    address = ["--standalone", "--local-addr=127.0.0.1"]
     if node is not None:
-        where = [f"--nnodes={node.nodes}", f"--node-rank={node.rank}"]
-        where += [f"--master-addr={node.host}", f"--master-port={node.port}"]
-    run.run(run.get_args_parser().parse_args([*where, f"--nproc-per-node={processes}", "--module", module]))
+        address = [f"--nnodes={node.nodes}", f"--node-rank={node.rank}"]
+        address += [f"--master-addr={node.host}", f"--master-port={node.port}"]
+    run.run(run.get_args_parser().parse_args([*address, f"--nproc-per-node={processes}", "--module", module]))
 
 
 def _by_accelerate(module: str, processes: int, node: Node | None) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    given: dict[str, Any] = {"num_processes": processes, "num_machines": 1, "main_process_port": 0}
+    values: dict[str, Any] = {"num_processes": processes, "num_machines": 1, "main_process_port": 0}
     if node is not None:
-        given = {"num_processes": processes * node.nodes, "num_machines": node.nodes, "machine_rank": node.rank}
-        given |= {"main_process_ip": node.host, "main_process_port": node.port}
-    given |= {"mixed_precision": "no", "dynamo_backend": "no", "num_cpu_threads_per_process": _threads(processes)}
-    options = [f"--{name}={value}" for name, value in given.items()]
-    # by this name it starts processes on CPUs as well; its --cpu starts one alone
+        values = {"num_processes": processes * node.nodes, "num_machines": node.nodes, "machine_rank": node.rank}
+        values |= {"main_process_ip": node.host, "main_process_port": node.port}
+    values |= {"mixed_precision": "no", "dynamo_backend": "no", "num_cpu_threads_per_process": _threads(processes)}
+    options = [f"--{name}={value}" for name, value in values.items()]
+    # --multi_gpu starts several processes on CPUs as well; --cpu starts only one
     launch_command(launch_command_parser().parse_args(["--multi_gpu", *options, "--module", module]))
 
 
@@ -103,7 +111,7 @@ def _environment(processes: int, node: Node | None) -> Iterator[None]:
     before = dict(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(_threads(processes))
     if sys.platform == "linux" and (node is None or node.is_local):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine may not know its own name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine may not resolve its own name
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         yield
@@ -113,35 +121,35 @@ def _environment(processes: int, node: Node | None) -> Iterator[None]:
 
 
 def _threads(processes: int) -> int:
-    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = os.environ.get("OMP_NUM_THREADS", "")
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return int(given) if given.isdecimal() else max(1, cores // processes)
+    return int(threads) if threads.isdecimal() else max(1, cores // processes)
 
 
-def _account(failures: dict[int, ProcessFailure], processes: int) -> str:
-    """Which process failed first, of what, and what to do."""
+def _failure_message(failures: dict[int, ProcessFailure], processes: int) -> str:
+    """Return the message about the process that failed first, with advice."""
     rank, failure = min(failures.items(), key=_order)
-    said: Any = failure.message
-    if isinstance(said, dict):
-        return said["message"]
+    content: Any = failure.message
+    if isinstance(content, dict):
+        return content["message"]
     if failure.exitcode < 0:
         return (
             f"process {rank} of {processes} (pid {failure.pid}) was killed by {failure.signal_name()}, and the others "
             "were stopped; if the machine was out of memory, lower train.processes or train.batch_size. Run it again: "
-            "it goes on from the last whole checkpoint"
+            "training resumes from the last complete checkpoint"
         )
     return (
         f"process {rank} of {processes} (pid {failure.pid}) ended with status {failure.exitcode}; its own message is "
-        "above. Run it again: it goes on from the last whole checkpoint"
+        "above. Run it again: training resumes from the last complete checkpoint"
     )
 
 
 def _order(one: tuple[int, ProcessFailure]) -> tuple[int, int, int]:
-    """What was killed comes before what said why it failed, and both before those that only lost another."""
+    """Return the sort key of a failure: killed processes first, then errors, then processes that lost a peer."""
     rank, failure = one
-    said: Any = failure.message
+    content: Any = failure.message
     killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM  # the agent stops the others by SIGTERM
-    lost = isinstance(said, dict) and said["extraInfo"]["lost"]
+    lost = isinstance(content, dict) and content["extraInfo"]["lost"]
     return (0 if killed else 2 if lost or failure.exitcode == 128 + signal.SIGTERM else 1), failure.timestamp, rank
 
 
@@ -150,10 +158,12 @@ def _order(one: tuple[int, ProcessFailure]) -> tuple[int, int, int]:
 
 @contextmanager
 def joined(processes: int) -> Iterator[PartialState]:
-    """What a process knows of its group: its place in it, whether it is the main one; alone it is.
+    """Join the group of processes; yields its state.
 
-    What goes wrong inside is left to the launcher to say, once. Raises StageError for a group of another size than
-    `processes`.
+    The launcher reports errors of the body, once.
+
+    Raises:
+        StageError: The group has another size than `processes`.
     """
     if not is_launched():
         yield PartialState(cpu=not torch.cuda.is_available())
@@ -173,24 +183,24 @@ def joined(processes: int) -> Iterator[PartialState]:
         _leave(str(error))
     except Exception as error:
         if is_disk_full(error):
-            _leave(f"the disk is full ({error}); free some space and run it again, what was there before is intact")
+            _leave(f"the disk is full ({error}); free some space and run it again; earlier outputs are intact")
         if any(sign in str(error) for sign in _LOST):
-            _leave(f"a process lost another ({error}); run it again: it goes on from the last whole checkpoint", True)
+            _leave(f"a process lost another ({error}); run it again: training resumes from the last checkpoint", True)
         raise
     torch.distributed.destroy_process_group()
 
 
-def _leave(said: str, lost: bool = False) -> NoReturn:
-    """End this process with status 1, leaving to the launcher what to say."""
+def _leave(message: str, lost: bool = False) -> NoReturn:
+    """End this process with status 1; the launcher reports the message."""
     extra = {"py_callstack": "", "timestamp": str(int(time.time())), "lost": lost}
     file = os.environ.get(_ERROR_FILE)
     if file is not None:
-        # whole or not at all: the agent may kill this process meanwhile, and reads what there is
-        write_atomically(Path(file), json.dumps({"message": {"message": said, "extraInfo": extra}}))
+        # atomic, because the agent may kill this process meanwhile and reads the file
+        write_atomically(Path(file), json.dumps({"message": {"message": message, "extraInfo": extra}}))
     _exit(1)
 
 
 def _exit(status: int) -> NoReturn:
-    # The launcher now stops every process; what Python does on its way out is no place for an exception.
+    # the launcher now stops every process; SIGTERM during the interpreter's exit must not raise an exception
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(status)

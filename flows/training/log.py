@@ -1,10 +1,10 @@
-"""Training's own log, which every other view of a run mirrors: one JSON object a line, on the disk once written.
+"""The training log, which all views of a run mirror: one JSON object per line, flushed to disk.
 
-Each record has all FIELDS, null where it says nothing or what it would say is not finite: a training record has `loss`
-(mean nats per supervised token, regulariser apart), an evaluation's has `validation_loss`. `seconds` runs on over a
-resumed run's parts; `skipped_steps`, `micro_batch_splits` and `rollbacks` count since the record before.
+Each record has all FIELDS, null if a field does not apply or is not finite. A training record has `loss` (mean nats per
+supervised token, without the regulariser); an evaluation's record has `validation_loss`. `seconds` continues over the
+parts of a resumed run; `skipped_steps`, `micro_batch_splits` and `rollbacks` count since the record before.
 
-A second file beside it has the ranks of the adapter's layers: a line at the start, and one whenever they have changed.
+A second file holds the ranks of the adapter's layers: one line at the start, and one after each change.
 """
 
 import csv
@@ -37,10 +37,8 @@ FIELDS = (
     "rollbacks",
     "seconds",
 )
-"""In this order. accuracy: share of pairs or of texts that are judged right; reward_margin: of pairs.
-
-peak_memory: bytes held at most so far, by the GPU's allocator or by the process without one.
-"""
+"""Fields of a record, in order. accuracy: share of correct pairs or texts; reward_margin: of preference pairs.
+peak_memory: maximum bytes so far, of the GPU's allocator, or of the process without a GPU."""
 Record = dict[str, Any]
 
 
@@ -51,7 +49,7 @@ class TrainingLog:
         self.path = path
 
     def append(self, **values: float | None) -> Record:
-        """Add a record and wait until it is on the disk; returns it with all FIELDS."""
+        """Append a record, flush it to disk, and return it with all FIELDS."""
         unknown = values.keys() - set(FIELDS)
         assert not unknown, f"not fields of the training log: {unknown}"
         record: Record = {name: _finite(values.get(name)) for name in FIELDS}
@@ -59,11 +57,11 @@ class TrainingLog:
         return record
 
     def records(self) -> list[Record]:
-        """All whole records; a last line that a crash cut short is left out."""
+        """Return all complete records; a last line that a crash cut short is left out."""
         return _whole_lines(self.path)
 
     def keep_until(self, step: int) -> list[Record]:
-        """Drop what was logged after `step`, because the run goes on from there; returns what is left."""
+        """Drop the records after `step`, from which the run resumes; returns the remaining records."""
         _keep_until(self._ranks, step)
         return _keep_until(self.path, step)
 
@@ -72,7 +70,7 @@ class TrainingLog:
         return self.path.with_name(RANK_HISTORY)
 
     def append_ranks(self, step: int, ranks: Mapping[str, int]) -> bool:
-        """Add the ranks by layer if they are others than the last; returns whether they are."""
+        """Append the ranks by layer if they differ from the last; returns True if they do."""
         history = self.rank_history()
         if not ranks or (history and history[-1]["ranks"] == ranks):
             return False
@@ -80,7 +78,7 @@ class TrainingLog:
         return True
 
     def rank_history(self) -> list[Record]:
-        """{"step", "ranks": {path: rank}} of each change; none for a method without ranks."""
+        """Return {"step", "ranks": {path: rank}} of each change; [] for a method without ranks."""
         return _whole_lines(self._ranks)
 
 
@@ -101,13 +99,13 @@ def _whole_lines(path: Path) -> list[Record]:
 
 
 def _keep_until(path: Path, step: int) -> list[Record]:
-    kept = [record for record in _whole_lines(path) if record["step"] <= step]
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-    return kept
+    records = [record for record in _whole_lines(path) if record["step"] <= step]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    return records
 
 
 def loss_table(records: list[Record]) -> str:
-    """The loss curves as CSV: step, train_loss, validation_loss, learning_rate; one line a step."""
+    """Return the loss curves as CSV: step, train_loss, validation_loss, learning_rate; one line per step."""
     by_step: dict[int, dict[str, Any]] = {}
     for record in records:
         row = by_step.setdefault(record["step"], {"step": record["step"]})

@@ -1,9 +1,9 @@
-"""What `train.objective` stands for: the rows it learns from, the model it needs, and the trainer that it is.
+"""Training objectives: the rows, model and trainer of each `train.objective`.
 
 | objective | rows (data.kind) | model | loss |
 |---|---|---|---|
-| sft | chat | causal | cross entropy of labelled tokens |
-| dpo, orpo | preference | causal | of pairs, `peftcore.train.preference` |
+| sft | chat | causal | cross entropy of supervised tokens |
+| dpo, orpo | preference | causal | preference loss, `peftcore.train.preference` |
 | classification | classification | sequence classifier | cross entropy of classes |
 """
 
@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from flows.data.rows import Row, read_rows
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths, Split
 from peftcore import TaskType
 from peftcore.train import (
@@ -40,7 +40,7 @@ from peftcore.train import (
 
 @dataclass(frozen=True)
 class Rows:
-    """Prepared rows of one kind: the columns that training reads, those of them that hold token ids, the task."""
+    """Prepared rows of one kind: the columns that training reads, those with token ids, and the task."""
 
     kind: str
     columns: tuple[str, ...]
@@ -56,28 +56,28 @@ ROWS_OF = {"sft": CHATS, "dpo": PAIRS, "orpo": PAIRS, "classification": LABELLED
 
 
 def rows_of(params: Params) -> Rows:
-    """What the parameters' objective learns from."""
+    """Return the rows of the parameters' objective."""
     return ROWS_OF[params.train.objective]
 
 
 def check_split(params: Params, path: Path) -> None:
-    """Raise StageError where a split's rows are there and are damaged, or not of the objective's kind."""
+    """Raise StageError if a split's file is damaged or holds rows of another kind; an absent file passes."""
     if not path.exists():
-        return  # reading it says what to do
+        return  # reading the split reports it
     try:
-        wanted, there = rows_of(params), set(parquet.read_schema(path).names)
+        expected, columns = rows_of(params), set(parquet.read_schema(path).names)
     except (OSError, pyarrow.ArrowException) as error:
         raise StageError(f"{path} is damaged ({error}); run the prepare stage again") from error
-    if not set(wanted.columns) <= there:
-        found = next((rows.kind for rows in (PAIRS, LABELLED, CHATS) if set(rows.columns) <= there), "other")
+    if not set(expected.columns) <= columns:
+        kind = next((rows.kind for rows in (PAIRS, LABELLED, CHATS) if set(rows.columns) <= columns), "other")
         raise StageError(
-            f"train.objective is {params.train.objective}, which is for {wanted.kind} rows, and {path} holds {found} "
-            f"rows; set data.kind: {wanted.kind} and run the prepare stage again, or choose another objective"
+            f"train.objective is {params.train.objective}, which needs {expected.kind} rows, and {path} holds {kind} "
+            f"rows; set data.kind: {expected.kind} and run the prepare stage again, or choose another objective"
         )
 
 
 def training_rows(params: Params, paths: Paths) -> dict[Split, Dataset]:
-    """The train and validation rows, with their weights only where some row's is not 1."""
+    """Return the train and validation rows, with a weight column only if some weight is not 1."""
     splits: tuple[Split, ...] = ("train", "validation")
     columns, rows = list(rows_of(params).columns), {}
     for split in splits:
@@ -91,9 +91,9 @@ def training_rows(params: Params, paths: Paths) -> dict[Split, Dataset]:
 
 
 def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:
-    """The first rows of a split, to compare a merged model on: {"input_ids", "labels"}, of pairs the chosen answers.
+    """Return the first rows of a split for comparing a merged model: {"input_ids", "labels"}.
 
-    Of labelled texts {"input_ids", "label"}.
+    Preference pairs give their chosen answers; labelled texts give {"input_ids", "label"}.
     """
     check_split(params, path)
     rows = read_rows(path, list(rows_of(params).columns), limit)
@@ -105,12 +105,12 @@ def _chosen(pair: Row) -> Row:
 
 
 def longest(params: Params, rows: dict[Split, Dataset]) -> int:
-    """Tokens of the longest row."""
+    """Return the tokens of the longest row."""
     return max(len(ids) for split in rows.values() for name in rows_of(params).token_ids for ids in split[name])
 
 
 def class_names(params: Params, paths: Paths) -> list[str] | None:
-    """The classes in the order of their numbers; None where the objective has none."""
+    """Return the class names by index; None if the objective has no classes."""
     if params.train.objective != "classification":
         return None
     if not paths.labels.exists():
@@ -119,22 +119,22 @@ def class_names(params: Params, paths: Paths) -> list[str] | None:
 
 
 def padded_collator(params: Params, pad: int) -> RightPaddingCollator:
-    """What makes padded batches of the objective's rows."""
+    """Return the collator of padded batches of the objective's rows."""
     kinds = {"chat": RightPaddingCollator, "preference": PreferenceCollator, "classification": ClassificationCollator}
     return kinds[rows_of(params).kind](pad)
 
 
 def check_batching(params: Params) -> None:
-    """Raise StageError where the objective's rows cannot be laid end to end."""
+    """Raise StageError if the objective's rows cannot be concatenated."""
     if _is_packed(params) and rows_of(params) is not CHATS:
         raise StageError(
-            f"train.batching is {params.train.batching}, and {params.train.objective} counts its rows one by one, so "
-            "they stay apart; give grouped or padded"
+            f"train.batching is {params.train.batching}, and {params.train.objective} needs its rows one by one; "
+            "give grouped or padded"
         )
 
 
 def training_collator(params: Params, padded: RightPaddingCollator) -> Any:
-    """What makes training's batches."""
+    """Return the collator of training batches."""
     return PackedCollator() if _is_packed(params) else padded
 
 
@@ -143,16 +143,17 @@ def _is_packed(params: Params) -> bool:
 
 
 def unweighted_chats(params: Params, rows: Dataset) -> list[Row]:
-    """Rows for a search of ranks, which takes chats alone and each for the same; StageError for other rows."""
+    """Return chat rows without weights for the search of ranks. Raises StageError for rows of another kind."""
     if rows_of(params) is not CHATS:
         raise StageError(
-            f"method.r is auto, whose search is for sft, and train.objective is {params.train.objective}; give a rank"
+            f"method.r is auto, whose search supports sft only, and train.objective is {params.train.objective}; give "
+            "a rank"
         )
     return cast(list[Row], rows.select_columns(list(CHATS.columns)).to_list())
 
 
 def start_batch(params: Params, rows: list[Row], pad: int) -> dict[str, Any]:
-    """The forward's arguments for some rows, for a LoRA that starts from data: of pairs, the chosen answers."""
+    """Return the forward's arguments for a data-driven initialisation; of pairs the chosen answers."""
     if rows_of(params) is PAIRS:
         rows = [_chosen(row) for row in rows]
     collate = ClassificationCollator(pad) if rows_of(params) is LABELLED else RightPaddingCollator(pad)
@@ -160,32 +161,38 @@ def start_batch(params: Params, rows: list[Row], pad: int) -> dict[str, Any]:
 
 
 def loss_function(params: Params) -> str:
-    """The test loss in words: of two runs with the same words and rows, the losses can be compared."""
+    """Return a description of the test loss; losses of two runs are comparable if descriptions and rows are equal."""
     if rows_of(params) is PAIRS:
         return repr(preference_objective(params))
     return "cross entropy of classes" if rows_of(params) is LABELLED else "cross entropy of tokens"
 
 
 def preference_objective(params: Params) -> PreferenceObjective:
-    """The loss of pairs that the parameters ask for."""
-    given = params.train.preference
+    """Return the preference loss of the parameters."""
+    options = params.train.preference
     if params.train.objective == "orpo":
-        return Orpo(given.beta)
+        return Orpo(options.beta)
     return Dpo(
-        beta=given.beta,
-        loss=given.loss,
-        label_smoothing=given.label_smoothing,
-        length_normalized=given.length_normalized,
-        rpo_alpha=given.rpo_alpha,
+        beta=options.beta,
+        loss=options.loss,
+        label_smoothing=options.label_smoothing,
+        length_normalized=options.length_normalized,
+        rpo_alpha=options.rpo_alpha,
     )
 
 
 def trainer_of(params: Params, rows: Dataset, labels: list[str] | None) -> tuple[type[AdapterTrainer], dict[str, Any]]:
-    """The trainer's class, and what it takes beside AdapterTrainer's arguments; rows: of training."""
+    """Return the trainer's class, and its arguments besides AdapterTrainer's.
+
+    Args:
+        params: The parameters of the run.
+        rows: Training rows.
+        labels: Names of the classes, if the objective has classes.
+    """
     if rows_of(params) is PAIRS:
         options: dict[str, Any] = {
             "objective": preference_objective(params),
-            "reference": "base",  # which the test rows are judged against, also if training goes on from an adapter
+            "reference": "base",  # the reference in evaluation too, also if training continues an adapter
             "precompute_reference": params.train.preference.precompute_reference,
         }
         return cast(type[AdapterTrainer], PreferenceTrainer), options

@@ -1,4 +1,4 @@
-"""One run of training: what it is made of, how long it is, and where its resumable state lies."""
+"""One training run: its identity, its length, and its resumable state."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.training.log import TrainingLog
 from peftcore.files import read_manifest, sha256
@@ -18,16 +18,18 @@ from peftcore.train import Packs
 
 @dataclass(frozen=True)
 class Run:
-    """Where one run keeps its resumable state, and where it stands."""
+    """Folder and state of one run."""
 
     folder: Path
+    """Folder of checkpoints and log."""
     checkpoint: Path | None
-    """The last whole checkpoint; None at the start."""
+    """The last complete checkpoint; None at the start."""
     total_steps: int
     """Optimiser steps of the whole run."""
 
     @property
     def log(self) -> TrainingLog:
+        """The run's training log."""
         return TrainingLog(self.folder / "log.jsonl")
 
     @property
@@ -39,9 +41,9 @@ class Run:
 
 
 def optimizer_steps(params: Params, training_set: Sized) -> int:
-    """Optimiser steps of the run, as Trainer counts them: an epoch's last, smaller accumulation is one too.
+    """Return the optimiser steps of the run; as in Trainer, an epoch's last, smaller accumulation is a step.
 
-    Processes take their forward passes side by side, so that a step takes fewer rounds of them.
+    Processes run their forward passes in parallel, so a step takes fewer rounds.
     """
     if params.train.max_steps is not None:
         return params.train.max_steps
@@ -51,9 +53,9 @@ def optimizer_steps(params: Params, training_set: Sized) -> int:
 
 
 def run_key(params: Params, paths: Paths, base: str) -> str:
-    """Names what a run is made of, so that only a checkpoint of the very same run is ever resumed."""
+    """Return a digest of everything that determines a run, so that only a checkpoint of the same run is resumed."""
     sections = params.model_dump(include={"base", "method", "quantization", "train"})
     data = [sha256(paths.split(name)) for name in ("train", "validation")]
     start = [read_manifest(paths.start_adapter)] if paths.start_adapter.is_dir() else []
-    made_of = json.dumps([params.project.seed, sections, base, data, *start], sort_keys=True)
-    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    content = json.dumps([params.project.seed, sections, base, data, *start], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,38 +1,50 @@
-"""Training that goes on from a registered adapter instead of a new one; the optimiser and the schedule begin anew."""
+"""Training that continues from a registered adapter. The optimiser and the schedule start anew."""
 
 import json
 import logging
 from typing import Any
 
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from peftcore import PeftConfig, PeftModel
 
 log = logging.getLogger(__name__)
 SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora")
-"""Options that an adapter is made by; a run that gives others asks for another adapter."""
+"""Options that must equal those of the registered adapter."""
 
 
 def starts_warm(paths: Paths) -> bool:
-    """Whether the start stage left an adapter to go on from."""
+    """Return True if the start stage wrote an adapter to continue from."""
     return paths.start_adapter.is_dir()
 
 
 def continue_adapter(params: Params, paths: Paths, model: Any, config: PeftConfig) -> Any:
-    """The model with the adapter of `paths.start`, trainable; config: what a new one would have been made by.
+    """Return the model with the trainable adapter of `paths.start`.
 
-    Raises StageError where the two differ in method or shape.
+    Args:
+        params: The parameters of the run.
+        paths: The project's files.
+        model: The base model.
+        config: The configuration of a new adapter with these parameters.
+
+    Raises:
+        StageError: The configurations differ in method or shape, or the method has a schedule over one whole run.
     """
     version = json.loads(paths.start_source.read_text())["version"]
+    if config.has_schedule:
+        raise StageError(
+            f"train.start_from: {params.method.name} schedules its ranks over one run and cannot continue {version}; "
+            "give null, or another method"
+        )
     saved = PeftConfig.from_pretrained(paths.start_adapter)
     names = ["peft_type"] if params.method.r == "auto" else ["peft_type", *SHAPE]
     pairs = {name: (getattr(saved, name, None), getattr(config, name, None)) for name in names}
-    if other := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
-        told = ", ".join(f"{name} {there} there and {here} here" for name, (there, here) in other.items())
+    if different := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
+        listed = ", ".join(f"{name} {there} there and {here} here" for name, (there, here) in different.items())
         raise StageError(
-            f"train.start_from: {version} has {told}; give method the values of {version} "
+            f"train.start_from: {version} has {listed}; give method the values of {version} "
             f"(`peftcore registry show {version}`), or start anew with null"
         )
-    log.info("going on from the adapter of %s", version)
+    log.info("continuing from the adapter of %s", version)
     return PeftModel.from_pretrained(model, paths.start_adapter, is_trainable=True)

@@ -1,1 +1,4 @@
-"""Looks at prepared rows before they are trained on: masks, template, leakage and balance, with figures and fixes."""
+"""Validation of prepared rows before training: masks, template, leakage and balance, with figures and fixes.
+
+The command is `peftcore doctor`.
+"""

@@ -1,4 +1,4 @@
-"""All checks of a kind on prepared rows."""
+"""All checks of each kind of rows, and how they are run."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flows.errors import DataError, StageError
-from flows.params.model import Data, Params
+from flows.params import Data, Params
 from flows.paths import SPLITS, Paths
 from flows.validation import balance, contents, duplicates, lengths, masks, template
 from flows.validation.findings import Finding, Findings
@@ -39,35 +39,35 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "preference": (*_CHAT, balance.equal_pairs, balance.pair_lengths, *_ANY),
     "classification": (template.special_tokens, template.round_trip, balance.classes, balance.contradictions, *_ANY),
 }
-"""{data.kind: what is looked at, in this order}"""
+"""{data.kind: its checks, in order}"""
 
 
 def examine(paths: Paths, params: Params) -> Findings:
-    """Look at the rows that prepare left, in seconds. Raises StageError if there are none of `data.kind`."""
+    """Check the rows that the prepare stage wrote. Raises StageError if there are none of `data.kind`."""
     return examine_folder(paths.data, read_report(paths), load_tokenizer(paths), params.data)
 
 
 def examine_folder(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTokenizerBase, data: Data) -> Findings:
-    """The same for a folder of splits; report: what `data_report` said of them."""
+    """Check the splits of a folder. report: the report of `data_report` on them."""
     prepared = read_prepared(folder, report, tokenizer, data)
-    findings = tuple(_found(check, prepared) for check in CHECKS[data.kind])
+    findings = tuple(_run(check, prepared) for check in CHECKS[data.kind])
     return Findings(findings, {split: sha256(folder / f"{split}.parquet") for split in SPLITS})
 
 
 def read_report(paths: Paths) -> dict[str, Any]:
-    """What prepare says of its rows."""
+    """Return the prepare stage's report. Raises StageError if there is none."""
     if not paths.data_report.exists():
         raise StageError(f"there is no {paths.data_report}; run the prepare stage first")
     return json.loads(paths.data_report.read_text())
 
 
 def load_tokenizer(paths: Paths) -> PreTrainedTokenizerBase:
-    """The base's."""
+    """Return the base's tokenizer."""
     return AutoTokenizer.from_pretrained(paths.base)
 
 
-def _found(check: Check, prepared: Prepared) -> Finding:
+def _run(check: Check, prepared: Prepared) -> Finding:
     try:
         return check(prepared)
-    except DataError as error:  # of a template that cannot be used at all
+    except DataError as error:  # the template cannot be used at all
         return Finding(check.__name__.replace("_", " "), "error", str(error), 1, "give the tokenizer another template")

@@ -1,7 +1,7 @@
-"""What the doctor found, kept with the data, so that training can refuse bad rows without looking at them again.
+"""Findings of the validation, stored with the data, so that training can refuse invalid rows without checking again.
 
-Nothing heavy is imported here: the train stage depends on this file and not on the checks, and a change in how a
-finding is made does not by itself retrain a model. The files' digests say that the findings are about these rows.
+This module imports nothing heavy: the train stage depends on this file and not on the checks, so a change of a check
+retrains no model. The files' digests tie the findings to the rows.
 """
 
 import json
@@ -18,9 +18,9 @@ Severity = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's outcome. figure: what was found, in words; value: the number behind it; fix: what to do.
+    """Result of one check.
 
-    examples: rows by their id, or pairs of them.
+    figure: the result in words; value: the number behind it; fix: what to do; examples: ids of rows, or pairs of ids.
     """
 
     check: str
@@ -36,27 +36,27 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """All outcomes, and the SHA-256 of each split that they are about."""
+    """All results, and the SHA-256 of each checked split."""
 
     findings: tuple[Finding, ...]
     examined: Mapping[str, str]
 
     def of(self, *severities: Severity) -> list[Finding]:
-        """Those of these severities, in the severities' order."""
+        """Return the findings of these severities, ordered by severity as given."""
         return [finding for severity in severities for finding in self.findings if finding.severity == severity]
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the findings as JSON values."""
         return {"examined": dict(self.examined), "findings": [asdict(finding) for finding in self.findings]}
 
     @staticmethod
-    def from_dict(given: Mapping[str, Any]) -> "Findings":
-        """What `as_dict` gave."""
-        found = (Finding(**{**one, "examples": tuple(one["examples"])}) for one in given["findings"])
-        return Findings(tuple(found), given["examined"])
+    def from_dict(values: Mapping[str, Any]) -> "Findings":
+        """Build findings from the values of `as_dict`."""
+        findings = (Finding(**{**one, "examples": tuple(one["examples"])}) for one in values["findings"])
+        return Findings(tuple(findings), values["examined"])
 
 
-def judged(
+def make_finding(
     check: str,
     figure: str,
     value: float,
@@ -66,30 +66,32 @@ def judged(
     fix: str,
     examples: tuple[str, ...] = (),
 ) -> Finding:
-    """A finding of the worst severity that holds; one that is ok has no fix."""
+    """Return a finding with the worst severity that applies; a finding that is ok has no fix."""
     severity: Severity = "error" if error else "warning" if warning else "ok"
     if severity == "ok":
         return Finding(check, severity, figure, value)
     return Finding(check, severity, figure, value, fix, examples)
 
 
-def require_sound(paths: Paths) -> Findings:
-    """The findings on the prepared rows. Raises DataError if there is an error among them, naming all with their fix.
+def require_valid(paths: Paths) -> Findings:
+    """Return the findings on the prepared rows.
 
-    Raises StageError if nothing was prepared, or if a split is not the one that was examined.
+    Raises:
+        DataError: There is an error among them; the message lists all errors with their fixes.
+        StageError: Nothing was prepared, or a split changed after the checks.
     """
     if not paths.data_report.exists():
         raise StageError(f"there is no {paths.data_report}; run the prepare stage first")
     report = json.loads(paths.data_report.read_text())
     if "doctor" not in report:
-        raise StageError(f"{paths.data_report} has no findings of the doctor; run the prepare stage again")
+        raise StageError(f"{paths.data_report} has no findings of `peftcore doctor`; run the prepare stage again")
     findings = Findings.from_dict(report["doctor"])
     for split in SPLITS:
         path = paths.split(split)
         if not path.exists() or findings.examined[split] != sha256(path):
-            raise StageError(f"{path} is not what the doctor examined; run the prepare stage again")
+            raise StageError(f"{path} changed after `peftcore doctor` checked it; run the prepare stage again")
     errors = findings.of("error")
     if errors:
         listed = "\n".join(f"  {finding}" for finding in errors)
-        raise DataError(f"the data cannot be trained on; `peftcore doctor` shows its rows:\n{listed}")
+        raise DataError(f"the data cannot be trained on; `peftcore doctor` shows the rows:\n{listed}")
     return findings

@@ -1,18 +1,18 @@
-"""What is learned: some of every row, the right tokens, and the end of every turn."""
+"""Checks of labels: supervised tokens in every row, correct labels, and supervised ends of turns."""
 
 import numpy
 
 from flows.data.chat import end_of_turn
 from flows.data.tokens import IGNORED
-from flows.validation.findings import Finding, judged
+from flows.validation.findings import Finding, make_finding
 from flows.validation.prepared import Prepared, Sequences
 
 LITTLE = 0.01
-"""Share of supervised tokens below which nearly all of a step's work is for the prompt."""
+"""Share of supervised tokens below which nearly all computation is spent on prompts."""
 
 
 def supervised(prepared: Prepared) -> Finding:
-    """Every row teaches something."""
+    """Check that every row has supervised tokens."""
     none, examples, tokens, learned = 0, (), 0, 0
     for table, sequences in prepared.sequences:
         empty = sequences.per_row(sequences.supervised) == 0
@@ -21,21 +21,21 @@ def supervised(prepared: Prepared) -> Finding:
         tokens += len(sequences.ids)
         learned += int(sequences.supervised.sum())
     share = learned / tokens
-    return judged(
+    return make_finding(
         "supervised tokens",
         f"{share:.1%} of {tokens:,} tokens, {none} rows without",
         none if none else share,
         error=none > 0,
         warning=share < LITTLE,
-        fix="a row without a supervised token has no loss: mend or remove it"
+        fix="a row without a supervised token has no loss: correct or remove it"
         if none
-        else "shorten the prompts, or learn more turns of each chat",
+        else "shorten the prompts, or supervise more turns of each chat",
         examples=examples,
     )
 
 
 def mask(prepared: Prepared) -> Finding:
-    """A label is its own token or -100, and the last answer is learned whole, from the end of its prompt on."""
+    """Check that a label is its own token or -100, and that the last answer is supervised as a whole."""
     wrong, examples = 0, ()
     for table, sequences in prepared.sequences:
         assert sequences.labels is not None
@@ -47,18 +47,18 @@ def mask(prepared: Prepared) -> Finding:
         rows = sequences.per_row(strange | holes) > 0
         wrong += int(rows.sum())
         examples += table.named(rows)
-    return judged(
+    return make_finding(
         "mask",
         f"{wrong} of {prepared.rows} rows whose labels do not fit their tokens",
         wrong,
         error=wrong > 0,
-        fix="run the prepare stage again; rows that something else wrote need labels that are their tokens or -100",
+        fix="run the prepare stage again; rows from elsewhere need labels that equal their tokens or -100",
         examples=examples,
     )
 
 
 def end_of_turns(prepared: Prepared) -> Finding:
-    """Every run of supervised tokens ends with the template's end of turn; a model that never sees it never stops."""
+    """Check that every supervised run ends with the template's end of turn; otherwise the model never stops."""
     end, without, examples = end_of_turn(prepared.tokenizer), 0, ()
     for table, sequences in prepared.sequences:
         last = sequences.supervised & ~numpy.append(sequences.supervised[1:], False)
@@ -68,18 +68,18 @@ def end_of_turns(prepared: Prepared) -> Finding:
         without += int(rows.sum())
         examples += table.named(rows)
     token = prepared.tokenizer.convert_ids_to_tokens(end)
-    return judged(
+    return make_finding(
         "end of turn",
         f"{token} supervised in {1 - without / _count(prepared):.1%} of rows",
         without,
         error=without > 0,
-        fix="a model trained on them never stops: let the template end every assistant turn with it, and supervise it",
+        fix="a model trained on these rows never stops: end every assistant turn with this token, and supervise it",
         examples=examples,
     )
 
 
 def _from(sequences: Sequences, first: numpy.ndarray) -> numpy.ndarray:
-    """Which tokens stand at or after each row's `first`; (tokens,)."""
+    """Return a mask (tokens,) of the tokens at or after each row's `first`."""
     place = numpy.arange(len(sequences.ids)) - numpy.repeat(sequences.starts[:-1], sequences.lengths)
     return place >= numpy.repeat(first, sequences.lengths)
 

@@ -1,4 +1,4 @@
-"""Prepared splits as the checks read them: ragged arrays rather than lists, so that a million tokens take no time."""
+"""Prepared splits as ragged arrays, so that checks of a million tokens are fast."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from flows.data.near_duplicates import NearDuplicates
 from flows.data.tokens import IGNORED
 from flows.errors import StageError
-from flows.params.model import Data
+from flows.params import Data
 from flows.paths import SPLITS, Split
 
 SHOWN = 5
-"""Rows that a finding gives as examples."""
+"""Number of rows that a finding gives as examples."""
 _QUESTION = {"chat": "prompt", "preference": "prompt", "classification": "text"}
 _ANSWERS = {"chat": ("completion",), "preference": ("chosen", "rejected"), "classification": ("label_name",)}
 _SEQUENCES = {"chat": ("",), "preference": ("chosen_", "rejected_"), "classification": ("",)}
@@ -26,9 +26,10 @@ _SEQUENCES = {"chat": ("",), "preference": ("chosen_", "rejected_"), "classifica
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token ids of many rows end to end, their labels (None: the kind has none), and where each row starts.
+    """Token ids of many rows end to end, their labels (None: the kind has none), and each row's start.
 
-    ids, labels: (tokens,); starts: (rows + 1,), the last one past the end. answers: the texts that they end with.
+    ids, labels: (tokens,); starts: (rows + 1,), with the end as last element. answers: the texts that the rows end
+    with.
     """
 
     ids: numpy.ndarray
@@ -38,26 +39,27 @@ class Sequences:
 
     @property
     def lengths(self) -> numpy.ndarray:
+        """Tokens of each row (rows,)."""
         return numpy.diff(self.starts)
 
     @cached_property
     def supervised(self) -> numpy.ndarray:
-        """Which tokens are; (tokens,)."""
+        """Mask of supervised tokens (tokens,)."""
         return numpy.zeros(len(self.ids), bool) if self.labels is None else self.labels != IGNORED
 
     def per_row(self, tokens: numpy.ndarray) -> numpy.ndarray:
-        """How many of a row's tokens a mask holds; (rows,)."""
+        """Return the number of tokens of each row in a mask; (rows,)."""
         before = numpy.concatenate([[0], numpy.cumsum(tokens)])
         return before[self.starts[1:]] - before[self.starts[:-1]]
 
     def row(self, number: int) -> list[int]:
-        """The token ids of one row."""
+        """Return the token ids of one row."""
         return self.ids[self.starts[number] : self.starts[number + 1]].tolist()
 
 
 @dataclass(frozen=True)
 class Table:
-    """One split. questions, answers, ids and groups are texts by row; sequences: one a row, or chosen and rejected."""
+    """One split. questions, answers, ids and groups: texts by row; sequences: one per row, or chosen and rejected."""
 
     ids: list[str]
     groups: list[str]
@@ -66,16 +68,16 @@ class Table:
     weights: numpy.ndarray
     sequences: list[Sequences]
     columns: dict[str, Any]
-    """Columns that a kind has besides: prompt_length, label."""
+    """Further columns of a kind: prompt_length, label."""
 
     def named(self, rows: numpy.ndarray) -> tuple[str, ...]:
-        """The first rows that a mask holds, by their id."""
+        """Return the ids of the first rows in a mask."""
         return tuple(self.ids[number] for number in numpy.flatnonzero(rows)[:SHOWN])
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What prepare left: its splits, its report, and what it made them with."""
+    """Output of the prepare stage: splits and report, with the tokenizer and parameters that made them."""
 
     splits: dict[Split, Table]
     report: dict[str, Any]
@@ -84,6 +86,7 @@ class Prepared:
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return sum(len(table.ids) for table in self.splits.values())
 
     @property
@@ -100,13 +103,13 @@ class Prepared:
 
     @cached_property
     def near(self) -> NearDuplicates:
-        """An index of every row's text."""
+        """Near-duplicate index of all rows."""
         texts = [f"{q}\n{a}" for t in self.splits.values() for q, a in zip(t.questions, t.answers, strict=True)]
         return NearDuplicates(texts, self.data.similarity)
 
 
 def read_prepared(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTokenizerBase, data: Data) -> Prepared:
-    """The splits of a folder. Raises StageError if they are not of `data.kind`."""
+    """Read the splits of a folder. Raises StageError if they are not of `data.kind`."""
     splits: dict[Split, Table] = {}
     for split in SPLITS:
         table = parquet.read_table(folder / f"{split}.parquet")

@@ -1,4 +1,4 @@
-"""Rows and findings in the terminal: the prompt dim, what is learned green, a rejected answer red."""
+"""Rows and findings in the terminal: prompts dim, supervised text green, rejected answers red."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,14 +21,14 @@ _MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "error": "[red]✗[/
 
 
 def preview(path: Path, tokenizer: PreTrainedTokenizerBase, kind: Kind, count: int) -> Iterator[Group]:
-    """The first `count` rows of a split, each below a line that says how long it is and how much of it is learned."""
+    """Yield the first `count` rows of a split, each below a line with its length and supervised tokens."""
     for row in read_rows(path, limit=count) if count else []:
         yield Group(Rule(_title(row, kind), align="left", style="dim"), *_texts(row, tokenizer, kind))
 
 
 def findings_table(findings: Findings) -> Table:
-    """Each check with its figure, and what to do below one that found something; the worst first."""
-    table = Table("check", "", "found")
+    """Return a table of all checks with figures and fixes, worst first."""
+    table = Table("check", "", "result")
     for finding in findings.of("error", "warning", "ok"):
         lines = [escape(finding.figure)]
         if finding.fix:
@@ -42,7 +42,7 @@ def _title(row: Row, kind: Kind) -> str:
     tokens = {name.removesuffix("input_ids"): len(ids) for name, ids in row.items() if name.endswith("input_ids")}
     learned = [sum(label != IGNORED for label in row[f"{name}labels"]) for name in tokens if f"{name}labels" in row]
     of = " and ".join(map(str, tokens.values()))
-    supervised = f", {' and '.join(map(str, learned))} learned" if kind != "classification" else ""
+    supervised = f", {' and '.join(map(str, learned))} supervised" if kind != "classification" else ""
     return f"{row['id']} · {escape(row['group'])} · {of} tokens{supervised} · weight {row['weight']:g}"
 
 
@@ -58,7 +58,7 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> list[Tex
 
 
 def _coloured(row: Row, prefix: str, tokenizer: PreTrainedTokenizerBase, context: str | None, learned: str) -> Text:
-    """One sequence; context None: without its prompt, which stood before."""
+    """Return one sequence as coloured text; context None: without its prompt."""
     start = 0 if context else row["prompt_length"]
     sequence = (row[f"{prefix}input_ids"][start:], row[f"{prefix}labels"][start:])
     runs = segments(sequence, tokenizer)

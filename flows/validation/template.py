@@ -1,18 +1,18 @@
-"""Whether tokens and text agree: what training sees is what generation will start from, and nothing got lost."""
+"""Checks that tokens and text agree: generation starts from the tokens of training, and no text is lost."""
 
 import numpy
 
-from flows.validation.findings import Finding, judged
+from flows.validation.findings import Finding, make_finding
 from flows.validation.prepared import Prepared, Sequences
 
-LOOKED_AT = 2000
-"""Rows of a split that are decoded and tokenised again, evenly spread."""
+MOST_CHECKED = 2000
+"""Maximum rows of a split that are decoded and tokenised again, evenly spread."""
 OTHER_PROMPTS = 0.01
-"""Share of rows whose prompt is tokenised in another way from which training and generation differ."""
+"""Share of rows with differently tokenised prompts from which training and generation differ."""
 
 
 def special_tokens(prepared: Prepared) -> Finding:
-    """Each special token is one token, and no row begins with two starts of the sequence."""
+    """Check that each special token is one token, and that no row begins with two BOS tokens."""
     tokenizer = prepared.tokenizer
     broken = [
         token
@@ -26,7 +26,7 @@ def special_tokens(prepared: Prepared) -> Finding:
         both = (sequences.ids[first] == bos) & (sequences.ids[second] == bos) & (second > first)
         doubled += int(both.sum())
         examples += table.named(both)
-    return judged(
+    return make_finding(
         "special tokens",
         f"{len(broken)} of {len(tokenizer.all_special_tokens)} are several tokens"
         + (f" ({', '.join(broken)})" if broken else "")
@@ -35,14 +35,14 @@ def special_tokens(prepared: Prepared) -> Finding:
         error=bool(broken or doubled),
         fix="add them to the tokenizer as special tokens"
         if broken
-        else f"take {tokenizer.bos_token} out of the template, or stop the tokenizer from adding it",
+        else f"remove {tokenizer.bos_token} from the template, or stop the tokenizer from adding it",
         examples=examples,
     )
 
 
 def generation_prompt(prepared: Prepared) -> Finding:
-    """Each prompt, tokenised as it is for generation, is how the row begins."""
-    looked_at, other, examples = 0, 0, ()
+    """Check that each prompt, tokenised as for generation, is the start of its row."""
+    checked, other, examples = 0, 0, ()
     for table in prepared.splits.values():
         rows = _spread(len(table.ids))
         prompts = prepared.tokenizer([table.questions[row] for row in rows], add_special_tokens=False)["input_ids"]
@@ -50,51 +50,51 @@ def generation_prompt(prepared: Prepared) -> Finding:
             for row, prompt in zip(rows, prompts, strict=True):
                 length = int(table.columns["prompt_length"][row])
                 differs = sequences.row(row)[:length] != prompt
-                looked_at, other = looked_at + 1, other + differs
+                checked, other = checked + 1, other + differs
                 examples += (table.ids[row],) if differs and len(examples) < 5 else ()
-    return judged(
+    return make_finding(
         "generation prompt",
-        f"the row's beginning in {looked_at - other} of {looked_at} rows",
+        f"the row's beginning in {checked - other} of {checked} rows",
         other,
-        error=other > OTHER_PROMPTS * looked_at,
+        error=other > OTHER_PROMPTS * checked,
         warning=other > 0,
-        fix="generation would start from other tokens than training saw: end the template's prompt with a special "
-        "token or a line break, and begin no answer with white space",
+        fix="generation would start from other tokens than training: end the template's generation prompt with a "
+        "special token or a line break, and begin no answer with white space",
         examples=examples,
     )
 
 
 def round_trip(prepared: Prepared) -> Finding:
-    """The tokens of a row, decoded, are its prompt, its whole answer and the end of the turn."""
-    looked_at, other, examples = 0, 0, ()
+    """Check that a row's tokens decode to its prompt, its whole answer and the end of turn."""
+    checked, other, examples = 0, 0, ()
     labelled = prepared.data.kind == "classification"
     for table, sequences in prepared.sequences:
         rows = _spread(len(table.ids))
         for row, decoded in zip(rows, _decoded(prepared, sequences, rows), strict=True):
             text = table.questions[row] if labelled else table.questions[row] + sequences.answers[row]
             differs = "".join(text.split()) != "".join(decoded.split())
-            looked_at, other = looked_at + 1, other + differs
+            checked, other = checked + 1, other + differs
             examples += (table.ids[row],) if differs and len(examples) < 5 else ()
-    return judged(
+    return make_finding(
         "round trip",
-        f"tokens decode to their text in {looked_at - other} of {looked_at} rows",
+        f"tokens decode to their text in {checked - other} of {checked} rows",
         other,
-        # a tokenizer for classification may well drop case or accents
+        # a tokenizer for classification may drop case or accents
         error=other > 0 and not labelled,
         warning=other > 0,
-        fix="text is lost or an answer is cut: see that the tokenizer is the base's, and run the prepare stage again"
+        fix="text is lost or an answer is cut: check that the tokenizer is the base's, and run the prepare stage again"
         if not labelled
-        else "the tokenizer changes the texts; see that what it drops does not tell the classes apart",
+        else "the tokenizer changes the texts; check that it drops nothing that separates the classes",
         examples=examples,
     )
 
 
 def _decoded(prepared: Prepared, sequences: Sequences, rows: list[int]) -> list[str]:
-    """The text of each row; that of a chat without its last token, the end of the turn."""
+    """Return the text of each row; for chats without the last token, the end of turn."""
     if prepared.data.kind == "classification":
         return prepared.tokenizer.batch_decode([sequences.row(row) for row in rows], skip_special_tokens=True)
     return prepared.tokenizer.batch_decode([sequences.row(row)[:-1] for row in rows])
 
 
 def _spread(count: int) -> list[int]:
-    return numpy.unique(numpy.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)).tolist()
+    return numpy.unique(numpy.linspace(0, count - 1, min(count, MOST_CHECKED)).astype(int)).tolist()

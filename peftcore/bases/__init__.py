@@ -7,7 +7,7 @@ from peftcore.bases.base import BaseWeight
 from peftcore.bases.norm import NormWeight, is_norm
 from peftcore.bases.parameter import BiasParameter, ParameterWeight
 from peftcore.bases.plain import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
-from peftcore.bases.quantized import EightBitWeight, FourBitWeight
+from peftcore.bases.quantized import EightBitWeight, FourBitWeight, keep_quantized_weights_trainable
 from peftcore.errors import TargetError
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "base_weight",
     "calls_its_layers",
     "is_adaptable",
+    "keep_quantized_weights_trainable",
     "raw_projections",
 ]
 

@@ -27,13 +27,14 @@ from peftcore.train.packing import PackedCollator, Packs, PackSampler, check_pac
 from peftcore.train.preference import Dpo, Orpo, PairLogProbs, PreferenceObjective
 from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, PreferenceTrainerMixin
 from peftcore.train.rank_search import RankSearch, find_ranks
-from peftcore.train.recomputation import recompute_activations
+from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
     "PAIR_COLUMNS",
+    "SELECTED",
     "WEIGHT",
     "AdapterTrainer",
     "AdapterTrainerMixin",
@@ -44,6 +45,7 @@ __all__ = [
     "FaultPolicy",
     "FusedAdamW",
     "LengthGroupedSampler",
+    "Mode",
     "Orpo",
     "PackSampler",
     "PackedCollator",

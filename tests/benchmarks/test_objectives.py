@@ -25,7 +25,7 @@ def test_objectives_are_trained_judged_and_merged(run_benchmark, tmp_path: Path,
 
     run("--only", "orpo-0", merge=REFUSING)
     cell = json.loads((tmp_path / "cells" / "orpo-0.json").read_text())["cell"]
-    assert cell["merge"] is None and "strays from the adapter" in cell["refused"]
+    assert cell["merge"] is None and "differs from the adapter" in cell["refused"]
     faithful = {"rows": 2, "max_kl": 9.0, "min_top1_agreement": 0.0}
     run("--only", "classification-0", merge=faithful)
     text = run("--draw", merge=faithful)

@@ -7,7 +7,6 @@ trials that come in rounds (1 if it is not set).
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,23 +37,8 @@ def _fixtures_of_flows() -> Any:
 
 _flows = _fixtures_of_flows()
 isolated_git, project, template = _flows.isolated_git, _flows.project, _flows.template
+registered, registered_template = _flows.registered, _flows.registered_template
 tiny_params, prepared = _flows.tiny_params, _flows.prepared
-
-
-@pytest.fixture(scope="session")
-def _registered_once(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("registered") / "project"
-    shutil.copytree(template, root, symlinks=True)
-    _flows.Project(root).register()
-    return root
-
-
-@pytest.fixture
-def registered(_registered_once: Path, isolated_git: None, tmp_path: Path) -> Any:
-    """`project` with v0.1.0 registered."""
-    root = tmp_path / "project"
-    shutil.copytree(_registered_once, root, symlinks=True)
-    return _flows.Project(root)
 
 
 # -- what tests use ----------------------------------------------------------------------------------------------------

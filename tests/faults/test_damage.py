@@ -45,7 +45,7 @@ damages = pytest.mark.parametrize("damage", [flip, truncate])
 def test_prepared_rows(prepared: Paths, tiny_params: Any, fault: Any, damage: Callable[[Path], None]) -> None:
     with fault(DAMAGED):
         damage(prepared.split("train"))
-        with pytest.raises(StageError, match=r"train\.parquet is not what the doctor examined"):
+        with pytest.raises(StageError, match=r"train\.parquet changed after `peftcore doctor` checked it"):
             train.run(tiny_params(), prepared)
         assert not prepared.adapter.exists()
 

@@ -60,7 +60,7 @@ def test_wandbs_service_dies_in_the_middle(tmp_path: Path, fault: Any) -> None:
         assert run.returncode == 0, run.stderr
         killed, seconds = json.loads(run.stdout.splitlines()[-1])
         assert killed and seconds < 30
-        assert run.stderr.count("the run goes on, its own log is complete") == 1
+        assert run.stderr.count("the run continues, and its own log is complete") == 1
 
 
 @pytest.mark.proof
@@ -76,7 +76,7 @@ def test_no_server_of_wandb_answers(
             prepared.params.write_text(tiny_params(tracking={"mode": "online"}).model_dump_json())
             status, seconds = mine.run(prepared.root, "train")
             assert status == 0 and seconds < 300, said(prepared.root)
-            assert "the run goes on" in said(prepared.root)
+            assert "the run continues" in said(prepared.root)
             assert json.loads(prepared.training_summary.read_text())["steps"] == 8
     finally:
         mine.close()
@@ -121,7 +121,7 @@ def test_prefects_server_goes_down_during_the_run(project: Any, tmp_path: Path, 
                 process.send_signal(signal.SIGKILL)
             (root / "go").touch()
             assert run.wait(300) == 0, told(root)
-        assert "going on without it" in told(root)
+        assert "continuing without it" in told(root)
         assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
 
 

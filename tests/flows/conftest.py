@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
-from flows.params.model import Params, load_params
+from flows.params import Params, load_params
 from flows.paths import Paths
 from flows.runtime.project import dvc
 from flows.stages import register
@@ -130,6 +130,23 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project.git("add", "--all")
     project.git("commit", "--quiet", "--message=Start")
     project.make()
+    return root
+
+
+@pytest.fixture
+def registered(registered_template: Path, tmp_path: Path) -> Project:
+    """`project` with v0.1.0 registered."""
+    root = tmp_path / "project"
+    shutil.copytree(registered_template, root, symlinks=True)
+    return Project(root)
+
+
+@pytest.fixture(scope="session")
+def registered_template(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository that each `registered` is a copy of, made once."""
+    root = tmp_path_factory.mktemp("registered") / "project"
+    shutil.copytree(template, root, symlinks=True)
+    Project(root).register()
     return root
 
 

@@ -62,7 +62,15 @@ def test_every_exemption_is_a_command() -> None:
 
 def test_the_help_tells_the_exit_statuses() -> None:
     text = " ".join(peftcore("--help").stdout.split())
-    for words in ("0 done", "1 refused or failed", "2 a command line", "3 the gate", "4 somebody", "130", "143"):
+    for words in (
+        "0 success",
+        "1 failed or refused",
+        "2 usage error",
+        "3 the gate",
+        "4 conflict or busy",
+        "130",
+        "143",
+    ):
         assert words in text
 
 
@@ -102,7 +110,7 @@ def test_the_gate_as_markdown_and_what_differs(registered: Any, tmp_path: Path) 
     assert (loss["before"], loss["after"], round(loss["change"], 6)) == (2.7, 2.6, -0.1)
     text = peftcore("registry", "diff", "v0.1.0", "v0.1.1").stdout
     assert "adapter.loss" in text and "-0.1" in text
-    assert "differ in nothing" in peftcore("registry", "diff", "v0.1.0", "v0.1.0").stdout
+    assert "do not differ" in peftcore("registry", "diff", "v0.1.0", "v0.1.0").stdout
     assert "no version v9.0.0" in peftcore("registry", "diff", "v9.0.0").stderr
 
 

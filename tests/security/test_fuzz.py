@@ -25,7 +25,7 @@ from torch import nn
 from flows.base import source as base_source
 from flows.data.sources import read_examples
 from flows.errors import PipelineError
-from flows.params.model import Data, load_params
+from flows.params import Data, load_params
 from flows.registry.adapter_files import foreign_files, non_finite_tensors
 from peftcore import PeftConfig, PeftModel
 from peftcore._util.tensors import parsed

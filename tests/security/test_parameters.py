@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flows.errors import ParamsError, RepositoryError
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.registry.registry import Registry
 from flows.runtime.git import Git
 
@@ -28,7 +28,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        (LAUGHS, "brings it to more than 10,000 values"),
+        (LAUGHS, "makes more than 10,000 values"),
         ("a: &a [*a]", "nested too deeply"),
         ("a: " + "[" * 50_000, "nested too deeply"),
         ("a: x\n" * 100_000, "more than 262,144 bytes"),

@@ -13,7 +13,7 @@ from flows.data import files
 from flows.data.chat import ChatTokenizer
 from flows.data.sources import read_examples
 from flows.errors import DataError
-from flows.params.model import Data
+from flows.params import Data
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 ROW: dict[str, Any] = {"messages": TURNS}
@@ -67,7 +67,7 @@ def test_parquet_that_unpacks_without_end(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "rows.parquet"
     parquet.write_table(pyarrow.table({"text": ["a" * 1000] * 1000}), path)
-    refused(tmp_path, path.read_bytes(), r"rows\.parquet: its .* bytes unpack to more than", "parquet")
+    refused(tmp_path, path.read_bytes(), r"rows\.parquet: its .* bytes unpack to over", "parquet")
 
 
 def test_parquet_opens_no_path_or_address_that_it_names(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ IN_DVC = "PlantedInDvcPlantedInDvcPlantedInDvc"
 DVC_LOCAL = f"['remote \"cloud\"']\n    url = s3://bucket/path\n    secret_access_key = {IN_DVC}\n"
 MIRROR = """
 import pathlib, sys
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.runtime.tracking import Tracker
 root = pathlib.Path(sys.argv[1])
 tracker = Tracker("p", "offline", load_params(root / "params.yaml").model_dump(), root)

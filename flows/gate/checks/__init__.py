@@ -1,1 +1,1 @@
-"""The gate's checks, by what they look at. Each says whether it is passed, what was found and what is allowed."""
+"""The gate's checks, one module per subject. Each check returns a `CheckResult`: passed or not, and a detail."""

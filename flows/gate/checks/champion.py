@@ -1,101 +1,103 @@
-"""The candidate beside the champion, row by row: on its own test rows, on the champion's, and in each slice.
+"""Comparison of candidate and champion, row by row: on the candidate's test rows, the champion's rows, and each slice.
 
-A champion that was measured on other test rows is measured again on the candidate's, and the candidate on the
-champion's, but for rows that a version has itself been trained or validated on. An adapter of another base, or of
-another loss, cannot be compared.
+If the champion was evaluated on other test rows, each version is re-evaluated on the other version's rows, without rows
+that the version was trained or validated on. Adapters of different bases or different losses cannot be compared.
 
-Figures of the same rows can differ by the hardware and the software that they were found with. What that comes to is
-seen by the base, which is the same: where its own losses differ between the two evaluations, both are measured again.
+Losses of the same rows can differ between machines and software releases. The base shows how much, because it is the
+same in both evaluations: if its own losses differ, both versions are re-evaluated here.
 """
 
 from typing import TYPE_CHECKING
 
 from flows.base.identity import have_same_base
 from flows.errors import GateError
-from flows.gate.candidate import Candidate, Champion, Outcome
-from flows.params.model import Gate
+from flows.gate.candidate import Candidate, Champion, CheckResult
+from flows.params import Gate
 
 if TYPE_CHECKING:
     import pyarrow
 
 TOKENS = "cross entropy of tokens"
-"""The test loss of a run that does not say what it is."""
+"""The test loss of a record without `loss_function`."""
 FEWEST = 20
-"""Rows of the champion that the candidate has not learned; with fewer, those that it has learned are taken as well."""
+"""Champion's rows that the candidate has not learned, at least; with fewer, the learned rows are used as well."""
 SAME_CONDITIONS = 0.01
-"""Mean difference (nats per token, absolute by row) of the base's losses up to which two evaluations are comparable.
-It is chosen to be well below the gains that adapters are promoted for."""
+"""Largest mean difference (nats per token, absolute per row) of the base's losses at which two evaluations are compared
+directly. The limit is well below the gains that adapters are promoted for."""
 
 
-def against_the_champion(candidate: Candidate, champion: Champion | None, gate: Gate, seed: int) -> Outcome:
-    from flows.gate.bootstrap import in_words, paired_bootstrap, paired_losses
+def against_the_champion(candidate: Candidate, champion: Champion | None, gate: Gate, seed: int) -> CheckResult:
+    """Check that the candidate's test loss is lower than the champion's, by a paired bootstrap over the test rows."""
+    from flows.gate.bootstrap import bound_in_words, paired_bootstrap, paired_losses
 
     if champion is None:
-        return True, f"no {gate.stage} yet{_looks(candidate)}"
+        return True, f"no {gate.stage} yet{_reuse(candidate)}"
     refusal = _not_comparable(candidate, champion, gate)
     if refusal:
         return False, refusal
     if _is_same_adapter(candidate, champion):
         return _evaluated_again(candidate, champion, gate)
     try:
-        own, theirs, how = _rows(candidate, champion)
+        candidate_rows, champion_rows, how = _rows(candidate, champion)
     except GateError as error:
         return False, str(error)
-    weights, ours, theirs_there, _ = paired_losses(own, theirs)
+    weights, ours, theirs, _ = paired_losses(candidate_rows, champion_rows)
     if len(weights) == 0:
         return False, (
-            f"{champion.version} was measured on other test rows{how}; evaluate both on rows that it has not seen, or "
+            f"{champion.version} was evaluated on other test rows{how}; evaluate both on rows that it has not seen, or "
             f"{_free(candidate, champion, gate)}"
         )
     rule = gate.champion
-    mean, upper = paired_bootstrap(weights, ours, theirs_there, rule.confidence, rule.resamples, seed)
+    mean, upper = paired_bootstrap(weights, ours, theirs, rule.confidence, rule.resamples, seed)
     return upper < rule.max_loss_regression, (
         f"loss {mean:+.4f} nats against {champion.version} on {len(weights)} rows, {rule.confidence:.0%} upper "
-        f"bound {in_words(upper, f'to be below {rule.max_loss_regression:g}')}{how}{_looks(candidate)}"
+        f"bound {bound_in_words(upper, f'to be below {rule.max_loss_regression:g}')}{how}{_reuse(candidate)}"
     )
 
 
-def on_the_champions_rows(candidate: Candidate, champion: Champion | None, gate: Gate, seed: int) -> Outcome:
-    """Check that the candidate is not worse, beyond a margin, on the rows that the champion was registered with.
+def on_the_champions_rows(candidate: Candidate, champion: Champion | None, gate: Gate, seed: int) -> CheckResult:
+    """Check that the candidate is not worse, beyond a margin, on the test rows that the champion was registered with.
 
-    Whoever chooses the data chooses the test rows, so a better loss on the candidate's own rows may be that of another
-    task. Somebody other than who registered the candidate can vouch for it by an approval.
+    The author of the data chooses the test rows, so a better loss on the candidate's own rows may be the loss of an
+    easier task. Beyond the margin, a person other than the author has to approve the version.
     """
-    from flows.gate.bootstrap import in_words, paired_bootstrap, paired_losses
+    from flows.gate.bootstrap import bound_in_words, paired_bootstrap, paired_losses
 
     if champion is None:
         return True, f"no {gate.stage} yet"
     if not _has_other_rows(candidate, champion):
-        return True, "they are the candidate's own"
+        return True, "both versions have the same test rows"
     limit = gate.champion.max_loss_regression_on_its_rows
     if limit is None:
         return True, "no limit set"
-    there = champion.candidate_there
-    if there is None:
-        return False, f"it was not measured on those of {champion.version}"
-    few = there.rows.num_rows < FEWEST and there.all_rows is not None
-    table = there.all_rows if few and there.all_rows is not None else there.rows
+    measured = champion.candidate_on_own_rows
+    if measured is None:
+        return False, f"the candidate was not measured on the test rows of {champion.version}"
+    few = measured.rows.num_rows < FEWEST and measured.all_rows is not None
+    table = measured.all_rows if few and measured.all_rows is not None else measured.rows
     weights, theirs, ours, _ = paired_losses(champion.rows, table)
     if len(weights) == 0:
         return False, f"no row of {champion.version} was measured; {_free(candidate, champion, gate)}"
     rule = gate.champion
     mean, upper = paired_bootstrap(weights, ours, theirs, rule.confidence, rule.resamples, seed)
-    learned = f"{there.left_out} of them learned by it" if few else f"{there.left_out} left out that it had learned"
-    found = (
-        f"loss {mean:+.4f} nats against {champion.version} on {len(weights)} of that one's test rows ({learned}), "
-        f"{rule.confidence:.0%} upper bound {in_words(upper, f'to be below {limit:g}')}"
+    count = measured.left_out
+    learned = f"the candidate has learned {count} of them" if few else f"without {count} that the candidate has learned"
+    detail = (
+        f"loss {mean:+.4f} nats against {champion.version} on {len(weights)} test rows of {champion.version} "
+        f"({learned}), {rule.confidence:.0%} upper bound {bound_in_words(upper, f'to be below {limit:g}')}"
     )
     if upper < limit:
-        return True, found
+        return True, detail
     if candidate.approved_by:
-        return True, f"{found}; vouched for by {', '.join(candidate.approved_by)}"
+        return True, f"{detail}; approved by {', '.join(candidate.approved_by)}"
     return False, (
-        f"{found}; if it is meant to take that one's place all the same, let somebody else vouch for it by `peftcore "
+        f"{detail}; if it shall replace {champion.version} nevertheless, another person approves it by `peftcore "
         f"approve {candidate.version} --note TEXT`, or {_free(candidate, champion, gate)}"
     )
 
 
-def slices(candidate: Candidate, champion: Champion | None, gate: Gate, seed: int) -> Outcome:
+def slices(candidate: Candidate, champion: Champion | None, gate: Gate, seed: int) -> CheckResult:
+    """Check that the candidate is in no slice of the test rows worse than the champion, beyond a margin."""
     from flows.gate.slices import slice_differences
 
     rule = gate.slices
@@ -106,17 +108,17 @@ def slices(candidate: Candidate, champion: Champion | None, gate: Gate, seed: in
     if _is_same_adapter(candidate, champion):
         return True, f"it is the adapter of {champion.version}"
     allowed = f"at most {rule.max_loss_regression:g}"
-    own, theirs, _ = _rows(candidate, champion)
-    found = slice_differences(own, theirs, rule, gate.champion.resamples, seed)
-    worse = [one for one in found if one.is_worse]
+    ours, theirs, _ = _rows(candidate, champion)
+    differences = slice_differences(ours, theirs, rule, gate.champion.resamples, seed)
+    worse = [one for one in differences if one.is_worse]
     if worse:
-        told = "; ".join(f"{one.name} {one.mean:+.3f} nats on {one.rows} rows (p {one.p:.4f})" for one in worse[:3])
+        named = "; ".join(f"{one.name} {one.mean:+.3f} nats on {one.rows} rows (p {one.p:.4f})" for one in worse[:3])
         more = f" and {len(worse) - 3} more" if len(worse) > 3 else ""
-        return False, f"worse than {champion.version} in {told}{more}, {allowed}"
-    largest = max(found, key=lambda one: one.mean)
+        return False, f"worse than {champion.version} in {named}{more}, {allowed}"
+    largest = max(differences, key=lambda one: one.mean)
     return True, (
-        f"none of {len(found)} worse than allowed; the largest difference is {largest.name} {largest.mean:+.3f} nats "
-        f"on {largest.rows} rows, {allowed}"
+        f"none of {len(differences)} worse than allowed; the largest difference is {largest.name} "
+        f"{largest.mean:+.3f} nats on {largest.rows} rows, {allowed}"
     )
 
 
@@ -124,34 +126,35 @@ def _is_same_adapter(candidate: Candidate, champion: Champion) -> bool:
     return candidate.content is not None and candidate.content == champion.content
 
 
-def _evaluated_again(candidate: Candidate, champion: Champion, gate: Gate) -> Outcome:
-    """A new evaluation takes the old one's place; on other test rows, which later versions are then held to, only if
-    somebody vouches for them.
+def _evaluated_again(candidate: Candidate, champion: Champion, gate: Gate) -> CheckResult:
+    """Check a new evaluation of the champion's adapter: later versions are compared on its test rows.
+
+    On the same test rows it passes. Other test rows need an approval.
     """
     same = f"it is the adapter of {champion.version}, evaluated again"
     if not _has_other_rows(candidate, champion):
         return True, f"{same} on the same test rows"
     if candidate.approved_by:
-        return True, f"{same} on other test rows; vouched for by {', '.join(candidate.approved_by)}"
+        return True, f"{same} on other test rows; approved by {', '.join(candidate.approved_by)}"
     return False, (
-        f"{same} on other test rows, so it cannot be better; let somebody else vouch for these rows by `peftcore "
+        f"{same} on other test rows, so it cannot be better; another person approves these rows by `peftcore "
         f"approve {candidate.version} --note TEXT`, or {_free(candidate, champion, gate)}"
     )
 
 
-def _looks(candidate: Candidate) -> str:
-    """How many tries there were, where there was more than this one."""
-    if candidate.looks is None:
+def _reuse(candidate: Candidate) -> str:
+    """Return the counts of earlier comparisons in words; nothing if this is the first."""
+    if candidate.reuse is None:
         return ""
-    rows, trials, since = candidate.looks
-    told = []
+    rows, trials, since = candidate.reuse
+    words = []
     if rows > 1:
-        told.append(f"version {rows} that was evaluated on these test rows")
+        words.append(f"version {rows} that was evaluated on these test rows")
     if since > 1:
-        told.append(f"candidate {since} since the champion got its stage")
+        words.append(f"candidate {since} since the champion got its stage")
     if trials:
-        told.append(f"with {trials} trials of sweeps before it on these data")
-    return f"; {', '.join(told)}: each try can pass by chance" if told else ""
+        words.append(f"after {trials} trials of sweeps on these data")
+    return f"; {', '.join(words)}: each comparison can pass by chance" if words else ""
 
 
 def _not_comparable(candidate: Candidate, champion: Champion, gate: Gate) -> str | None:
@@ -166,14 +169,14 @@ def _not_comparable(candidate: Candidate, champion: Champion, gate: Gate) -> str
         )
     elif (
         _has_other_rows(candidate, champion)
-        and champion.measure_again is None
+        and champion.reevaluate_champion is None
         and not _is_same_adapter(candidate, champion)
     ):
         what = "test set"
     else:
         return None
     return (
-        f"{champion.version} was measured on another {what}, so the two cannot be compared; run the "
+        f"{champion.version} was evaluated on another {what}, so the two cannot be compared; run the "
         f"champion's parameters on this {what} first, or {_free(candidate, champion, gate)}"
     )
 
@@ -182,9 +185,9 @@ def _free(candidate: Candidate, champion: Champion, gate: Gate) -> str:
     command = f"gto deprecate {candidate.name} {champion.version} {gate.stage}"
     if gate.allowed_signers is None:
         return f"free the stage with `{command}`"
-    # gto signs nothing, and an unsigned tag decides nothing where signers are listed
+    # gto makes unsigned tags, which do not count if there is a list of signers
     return (
-        f"free the stage with a signed tag, as `{command}` would make it unsigned: `git tag --sign --message=REASON "
+        f"free the stage with a signed tag (`{command}` makes an unsigned one): `git tag --sign --message=REASON "
         f"'{candidate.name}#{gate.stage}!#N' {candidate.name}@{champion.version}^{{}}`, N being the next event's number"
     )
 
@@ -194,21 +197,18 @@ def _has_other_rows(candidate: Candidate, champion: Champion) -> bool:
 
 
 def _rows(candidate: Candidate, champion: Champion) -> "tuple[pyarrow.Table, pyarrow.Table, str]":
-    """The candidate's and the champion's losses to compare, and how they were found where they were measured again."""
+    """Return the losses of candidate and champion to compare, and a note if they were re-evaluated."""
     if not _has_other_rows(candidate, champion):
         return _same_rows(candidate, champion)
-    again = champion.again
-    if again is None:
+    measured = champion.on_candidate_rows
+    if measured is None:
         return candidate.rows, champion.rows, ""
-    left_out = "none of them" if again.left_out == 0 else str(again.left_out)
-    return (
-        candidate.rows,
-        again.rows,
-        (
-            f"; {champion.version} was measured again on these {again.rows.num_rows + again.left_out} test rows, and "
-            f"{left_out} left out that it had been trained or validated on"
-        ),
+    count = measured.rows.num_rows + measured.left_out
+    note = (
+        f"; {champion.version} was re-evaluated on these {count} test rows, without "
+        f"{measured.left_out} that it had been trained or validated on"
     )
+    return candidate.rows, measured.rows, note
 
 
 def _same_rows(candidate: Candidate, champion: Champion) -> "tuple[pyarrow.Table, pyarrow.Table, str]":
@@ -216,16 +216,16 @@ def _same_rows(candidate: Candidate, champion: Champion) -> "tuple[pyarrow.Table
     if apart is None or apart <= SAME_CONDITIONS:
         return candidate.rows, champion.rows, ""
     why = f"; the base's own losses differ by {apart:.3f} nats between the two evaluations (hardware or software)"
-    again, there = champion.again, champion.candidate_there
-    if again is None or there is None:
-        return candidate.rows, champion.rows, f"{why}, and gate.champion.remeasure lets neither be measured again"
-    own = there.rows if there.all_rows is None else there.all_rows
-    # the candidate's measured losses have no slices, which are those of the registered rows
-    return _with_slices(own, candidate.rows), again.rows, f"{why}, so both were measured again here"
+    theirs, ours = champion.on_candidate_rows, champion.candidate_on_own_rows
+    if theirs is None or ours is None:
+        return candidate.rows, champion.rows, f"{why}, and gate.champion.reevaluate forbids a re-evaluation"
+    table = ours.rows if ours.all_rows is None else ours.all_rows
+    # re-evaluated losses come without slices; the registered rows have them
+    return _with_slices(table, candidate.rows), theirs.rows, f"{why}, so both were re-evaluated here"
 
 
 def base_difference(ours: "pyarrow.Table", theirs: "pyarrow.Table") -> float | None:
-    """Mean absolute difference of the base's losses (nats) over the rows of both tables; None if one has none."""
+    """Return the mean absolute difference of the base's losses (nats) over shared rows; None if a table lacks them."""
     if not all("base_loss" in table.column_names for table in (ours, theirs)):
         return None
     one, other = (

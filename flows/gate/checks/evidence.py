@@ -1,7 +1,8 @@
-"""The figures that a version is judged by: they are those that were registered, and they follow from its rows.
+"""Check of the evidence: the evaluation's files are the registered ones, and their figures follow from their rows.
 
-The files of an evaluation lie beside the adapter and could be edited, or belong to a later evaluation of it. Figures
-that no row tells (perplexity, macro-F1, tokens per second, latency) are bound by the files' SHA-256 alone.
+The files of an evaluation lie beside the adapter. They could have been edited, or belong to a later evaluation.
+Figures that do not follow from rows (perplexity, macro-F1, tokens per second, latency) are protected by the files'
+SHA-256 alone.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from flows.gate.candidate import Candidate, Outcome
+from flows.gate.candidate import Candidate, CheckResult
 from peftcore.files import sha256
 
 if TYPE_CHECKING:
@@ -18,19 +19,19 @@ if TYPE_CHECKING:
 
 SIDES = ("base", "adapter")
 TOLERANCE = 1e-6
-"""Relative, of a mean that is taken in another order."""
+"""Relative tolerance of a mean that is summed in another order."""
 MEANS = {"rouge_l": "{side}_rouge_l", "ended": "{side}_ended"}
-"""{figure: the column of which it is the mean, over the rows that have a value}"""
+"""{figure: the column whose mean it is, over the rows that have a value}"""
 
 
-def evidence(candidate: Candidate) -> Outcome:
+def evidence(candidate: Candidate) -> CheckResult:
     """Compare the evaluation's and the merge's files with the record, and their figures with the rows."""
     if wrong := [*_other_files(candidate), *_other_figures(candidate.record, candidate)]:
         return False, f"{wrong[0]}{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}"
-    if wrong := list(_unfounded(candidate)):
+    if wrong := list(_figures_without_rows(candidate)):
         return False, (
             f"metrics.json says {wrong[0]}{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}; run "
-            "`peftcore stage evaluate --force` and then `peftcore run`, which registers what was really measured"
+            "`peftcore stage evaluate --force` and then `peftcore run`, which registers a new evaluation"
         )
     return True, f"{len(candidate.evidence)} files have their registered SHA-256, and the figures follow from the rows"
 
@@ -41,14 +42,14 @@ def _other_files(candidate: Candidate) -> Iterator[str]:
             yield f"{candidate.version} was registered without the SHA-256 of {path.name}; register it again"
         elif not path.is_file() or sha256(path) != digest:
             yield (
-                f"{path.name} is not what was registered as {candidate.version}: it was edited, or the adapter was "
-                "evaluated again; `peftcore run` registers a new evaluation as a version of its own"
+                f"{path.name} differs from the registered file of {candidate.version}: it was edited, or the adapter "
+                "was evaluated again; `peftcore run` registers a new evaluation as a new version"
             )
 
 
 def _other_figures(record: Mapping[str, Any], candidate: Candidate) -> Iterator[str]:
-    """Where the lineage record, which the next candidate is compared with, tells something else than the files."""
-    told = {
+    """Yield figures that differ between the files and the record, which the next candidate is compared with."""
+    pairs = {
         **{name: (record.get(name), candidate.metrics.get(name)) for name in ("evaluation_set", "base_model")},
         **{part: (record.get("metrics", {}).get(part), candidate.metrics[part]) for part in (*SIDES, "gain")},
         "merge": (
@@ -56,7 +57,7 @@ def _other_figures(record: Mapping[str, Any], candidate: Candidate) -> Iterator[
             {name: candidate.merge[name] for name in ("kl", "top1_agreement")},
         ),
     }
-    for name, (registered, measured) in told.items():
+    for name, (registered, measured) in pairs.items():
         if not _same(registered, measured):
             yield (
                 f"the record of {candidate.version} says {name} {registered}, and its files {measured}; register it "
@@ -64,8 +65,8 @@ def _other_figures(record: Mapping[str, Any], candidate: Candidate) -> Iterator[
             )
 
 
-def _unfounded(candidate: Candidate) -> Iterator[str]:
-    """Figures of metrics.json that are not what the rows come to."""
+def _figures_without_rows(candidate: Candidate) -> Iterator[str]:
+    """Yield the figures of metrics.json that do not follow from the rows."""
     metrics, rows = candidate.metrics, candidate.rows
     yield from _differing("rows", metrics.get("rows"), rows.num_rows)
     for side in SIDES:
@@ -78,35 +79,35 @@ def _unfounded(candidate: Candidate) -> Iterator[str]:
         sign = -1 if figure == "loss" else 1
         if base.get(figure) is not None and adapter.get(figure) is not None:
             yield from _differing(f"gain.{figure}", gain, sign * (adapter[figure] - base[figure]))
-    yield from _unfounded_slices(metrics.get("slices") or {}, rows)
+    yield from _slices_without_rows(metrics.get("slices") or {}, rows)
     if (control := metrics.get("control")) and (table := candidate.control) is not None:
         yield from _differing("control.rows", control["rows"], table.num_rows)
         for side in SIDES:
             yield from _differing(f"control.{side}_loss", control.get(f"{side}_loss"), _loss(table, side))
 
 
-def _unfounded_slices(told: Mapping[str, Any], rows: "pyarrow.Table") -> Iterator[str]:
-    if not told:
+def _slices_without_rows(slices: Mapping[str, Any], rows: "pyarrow.Table") -> Iterator[str]:
+    if not slices:
         return
     names = numpy.array(rows.column("slice").to_pylist() if "slice" in rows.column_names else [""] * rows.num_rows)
-    if set(told) != set(names.tolist()):
-        yield f"slices {', '.join(sorted(told))}, and the rows have {', '.join(sorted(set(names.tolist())))}"
+    if set(slices) != set(names.tolist()):
+        yield f"slices {', '.join(sorted(slices))}, and the rows have {', '.join(sorted(set(names.tolist())))}"
         return
-    for name, figures in told.items():
+    for name, figures in slices.items():
         part = rows.take(numpy.flatnonzero(names == name))
         yield from _differing(f"slices.{name}.rows", figures["rows"], part.num_rows)
         for side in SIDES:
             yield from _differing(f"slices.{name}.{side}_loss", figures[f"{side}_loss"], _loss(part, side))
 
 
-def _differing(name: str, told: Any, found: float | None) -> Iterator[str]:
-    """told: None where the evaluation has no such figure; found: None where the rows have no column for it."""
-    if told is None:
+def _differing(name: str, figure: Any, from_rows: float | None) -> Iterator[str]:
+    """Compare a figure (None: not evaluated) with the value from the rows (None: the rows lack the column)."""
+    if figure is None:
         return
-    if found is None:
-        yield f"{name} {told:g}, for which rows.parquet has no column"
-    elif not _same(told, found):
-        yield f"{name} {told:g}, and its rows come to {found:g}"
+    if from_rows is None:
+        yield f"{name} {figure:g}, for which rows.parquet has no column"
+    elif not _same(figure, from_rows):
+        yield f"{name} {figure:g}, and its rows give {from_rows:g}"
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -118,7 +119,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _loss(rows: "pyarrow.Table", side: str) -> float | None:
-    """The weighted mean of the rows' losses; not a number where they weigh nothing."""
+    """Return the weighted mean of the rows' losses; NaN if the weights sum to zero."""
     column = f"{side}_loss"
     if column not in rows.column_names:
         return None
@@ -135,7 +136,7 @@ def _mean(rows: "pyarrow.Table", column: str) -> float | None:
 
 
 def _accuracy(rows: "pyarrow.Table", side: str) -> float | None:
-    """The share of pairs whose chosen answer is preferred, or of texts whose class is predicted."""
+    """Return the share of pairs whose chosen answer is preferred, or of texts whose class is predicted."""
     if f"{side}_margin" in rows.column_names:
         right = [margin > 0 for margin in rows.column(f"{side}_margin").to_pylist()]
     elif f"{side}_prediction" in rows.column_names:

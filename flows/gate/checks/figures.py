@@ -1,9 +1,7 @@
-"""Figures of the candidate alone against a limit. A limit on what an objective does not have is passed over, and the
-check says so.
-"""
+"""Checks of the candidate's own figures against limits. A limit on a figure that the objective lacks is skipped."""
 
-from flows.gate.candidate import Candidate, Outcome
-from flows.params.model import Gate, Merge
+from flows.gate.candidate import Candidate, CheckResult
+from flows.params import Gate, Merge
 
 FIGURES = {
     "sft": {"rouge_l", "ended"},
@@ -14,27 +12,31 @@ FIGURES = {
 """{objective: the figures beside the loss that its evaluation has}"""
 
 
-def test_loss(candidate: Candidate, gate: Gate) -> Outcome:
+def test_loss(candidate: Candidate, gate: Gate) -> CheckResult:
+    """Check the test loss; without a limit it has to be a number."""
     loss = candidate.metrics["adapter"]["loss"]
     if gate.max_test_loss is None:
         return loss == loss, f"{loss:.3f} nats, no limit set"
     return loss <= gate.max_test_loss, f"{loss:.3f} nats, at most {gate.max_test_loss:g}"
 
 
-def gain_in_loss(candidate: Candidate, gate: Gate) -> Outcome:
+def gain_in_loss(candidate: Candidate, gate: Gate) -> CheckResult:
+    """Check the test loss of the base minus that of the adapter."""
     return at_least(candidate.metrics["gain"]["loss"], gate.min_loss_gain, "nats")
 
 
-def at_least(value: float | None, limit: float | None, unit: str = "") -> Outcome:
+def at_least(value: float | None, limit: float | None, unit: str = "") -> CheckResult:
+    """Check a value against a lower limit; None as limit passes any value, None as value passes no limit."""
     if limit is None:
-        told = "not measured" if value is None else f"{value:.3f}{unit and ' ' + unit}"
-        return True, f"{told}, no limit set"
+        measured = "not measured" if value is None else f"{value:.3f}{unit and ' ' + unit}"
+        return True, f"{measured}, no limit set"
     if value is None:
         return False, f"not measured, at least {limit:g} {unit}".rstrip()
     return value >= limit, f"{value:.3f}{unit and ' ' + unit}, at least {limit:g}"
 
 
-def figure(candidate: Candidate, part: str, name: str, limit: float | None) -> Outcome:
+def figure(candidate: Candidate, part: str, name: str, limit: float | None) -> CheckResult:
+    """Check `metrics[part][name]` against a lower limit, if the candidate's objective has this figure."""
     objective = candidate.metrics.get("objective", "sft")
     if name not in FIGURES[objective]:
         unused = "" if limit is None else f" (the limit of {limit:g} is for other objectives)"
@@ -42,20 +44,23 @@ def figure(candidate: Candidate, part: str, name: str, limit: float | None) -> O
     return at_least(candidate.metrics[part].get(name), limit)
 
 
-def ended(candidate: Candidate, gate: Gate) -> Outcome:
-    """The share of answers that end by themselves; where the known ones are cut off as well, that is the cause."""
-    passed, told = figure(candidate, "adapter", "ended", gate.min_ended)
+def eos_rate(candidate: Candidate, gate: Gate) -> CheckResult:
+    """Check the share of answers that end with EOS before the token limit.
+
+    If the reference answers exceed the token limit too, the detail names the limit as the cause.
+    """
+    passed, detail = figure(candidate, "adapter", "ended", gate.min_eos_rate)
     answers = candidate.metrics.get("answers")
     if passed or not answers or not answers["longer_known_answers"]:
-        return passed, told
+        return passed, detail
     return passed, (
-        f"{told}; {answers['longer_known_answers']:.0%} of the known answers have more than the "
-        f"{answers['max_new_tokens']} tokens of evaluate.max_new_tokens, so no right answer to those ends: raise it"
+        f"{detail}; {answers['longer_known_answers']:.0%} of the reference answers have more tokens than "
+        f"evaluate.max_new_tokens, {answers['max_new_tokens']}, so no right answer to those rows can end: raise it"
     )
 
 
-def latency(candidate: Candidate, gate: Gate) -> Outcome:
-    """Of one request that has the model to itself; the slowdown is the adapter's time for a token over the base's."""
+def latency(candidate: Candidate, gate: Gate) -> CheckResult:
+    """Check the latency of a single request. The slowdown is the adapter's time per token over the base's."""
     limits = {
         "first token": (gate.max_first_token_ms, " ms"),
         "token": (gate.max_token_ms, " ms"),
@@ -66,20 +71,21 @@ def latency(candidate: Candidate, gate: Gate) -> Outcome:
         if not any(limit for limit, _ in limits.values()):
             return True, "not measured, no limit set"
         if candidate.metrics.get("objective") == "classification":
-            return True, "not checked: classification writes nothing"
-        return False, "not measured; give evaluate.latency_rows and run the pipeline again"
+            return True, "not checked: classification generates no text"
+        return False, "not measured; set evaluate.latency_rows and run the pipeline again"
     base, adapter = measured["base"], measured["adapter"]
     values = (adapter["first_token_ms"], adapter["token_ms"], adapter["token_ms"] / base["token_ms"])
-    told, passed = [], True
+    details, passed = [], True
     for value, (name, (limit, unit)) in zip(values, limits.items(), strict=True):
-        told.append(f"{name} {value:.2f}{unit}" + (f", at most {limit:g}" if limit else ""))
+        details.append(f"{name} {value:.2f}{unit}" + (f", at most {limit:g}" if limit else ""))
         passed = passed and (limit is None or value <= limit)
-    return passed, "; ".join(told) + ("" if any(limit for limit, _ in limits.values()) else "; no limit set")
+    return passed, "; ".join(details) + ("" if any(limit for limit, _ in limits.values()) else "; no limit set")
 
 
-def merge_fidelity(candidate: Candidate, merge: Merge) -> Outcome:
+def merge_fidelity(candidate: Candidate, merge: Merge) -> CheckResult:
+    """Check the merged model against base and adapter apart: KL divergence and agreement of the top-1 tokens."""
     divergence, agreement = candidate.merge["kl"], candidate.merge["top1_agreement"]
     return divergence <= merge.max_kl and agreement >= merge.min_top1_agreement, (
         f"KL {divergence:.4f} nats, at most {merge.max_kl:g}; "
-        f"first choices agree on {agreement:.1%}, at least {merge.min_top1_agreement:.0%}"
+        f"top-1 tokens agree on {agreement:.1%}, at least {merge.min_top1_agreement:.0%}"
     )

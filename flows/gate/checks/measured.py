@@ -1,80 +1,87 @@
-"""Whether a version was measured as the rules ask.
+"""Check that a version was evaluated with the settings that the rules require.
 
-The rules are the gate's limits and the parameters that say what is measured for them. They are those of whoever judges,
-in CI the protected branch's. The judged version was evaluated by its own parameters, which its author chose: without a
-control set it would pass the limit on forgetting, and without slices that on slices.
+The rules are the gate's limits and the parameters of the measurements behind those limits. They belong to the judge; in
+CI they come from the protected branch. The version was evaluated with its own parameters, which its author chose:
+without a control set it would pass the limit on forgetting, and without slices the limit on slices.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flows.gate.candidate import Candidate, Outcome
-from flows.params.model import Params
+from flows.gate.candidate import Candidate, CheckResult
+from flows.params import Params
 
 
-def measured_as_asked(candidate: Candidate) -> Outcome:
+def evaluation_settings(candidate: Candidate) -> CheckResult:
+    """Check that the evaluation's settings differ from the rules in nothing that makes it easier to pass."""
     if candidate.unmeasured:
         return False, (
-            f"{'; '.join(candidate.unmeasured)}; evaluate it as the rules ask (`peftcore run`), or change the rules "
-            "where they are kept"
+            f"{'; '.join(candidate.unmeasured)}; evaluate it by the rules (`peftcore run`), or change the rules "
+            "on the branch that they come from"
         )
     return True, "with the objective, rows, slices and control set of the rules"
 
 
 def unmeasured(record: Mapping[str, Any], metrics: Mapping[str, Any], rules: Params) -> Iterator[str]:
-    """What the rules ask for and the version was not measured by, in words. record: its lineage record."""
-    theirs = record["params"]
-    objective = theirs["train"].get("objective", "sft")
+    """Yield the differences between the evaluation's settings and the rules, in words.
+
+    Args:
+        record: the version's lineage record.
+        metrics: the version's evaluation metrics.
+        rules: the parameters to judge by.
+    """
+    settings = record["params"]
+    objective = settings["train"].get("objective", "sft")
     if objective != rules.train.objective:
         yield _differs("train.objective", objective, rules.train.objective)
-    yield from _rows(theirs, rules)
-    data = theirs["data"]
+    yield from _rows(settings, rules)
+    data = settings["data"]
     if rules.gate.slices.max_loss_regression is not None and data.get("slice_column") != rules.data.slice_column:
         yield _differs("data.slice_column", data.get("slice_column"), rules.data.slice_column)
     yield from _leakage(data, rules)
-    yield from _control(theirs, metrics, rules)
+    yield from _control(settings, metrics, rules)
 
 
-def _rows(theirs: Mapping[str, Any], rules: Params) -> Iterator[str]:
-    """Rows by which something is measured, of which there have to be as many; null is all there are."""
-    asked = {
+def _rows(settings: Mapping[str, Any], rules: Params) -> Iterator[str]:
+    """Compare the numbers of rows, of which there may be more than required; null means all rows."""
+    required = {
         "data.test_rows": rules.data.test_rows,
         "evaluate.rows": rules.evaluate.rows,
         "evaluate.generate_rows": rules.evaluate.generate_rows,
         "merge.rows": rules.merge.rows,
     }
-    for key, least in asked.items():
+    for key, least in required.items():
         section, _, name = key.partition(".")
-        given = theirs.get(section, {}).get(name, least)
-        if (math.inf if given is None else given) < (math.inf if least is None else least):
-            yield _differs(key, given, least, "at least ")
+        value = settings.get(section, {}).get(name, least)
+        if (math.inf if value is None else value) < (math.inf if least is None else least):
+            yield _differs(key, value, least, "at least ")
 
 
 def _leakage(data: Mapping[str, Any], rules: Params) -> Iterator[str]:
-    """Test rows that are like training rows flatter a candidate."""
+    """Compare the leakage limits: test rows that resemble training rows flatter a candidate."""
     if rules.data.near_duplicates == "drop" and data.get("near_duplicates", "drop") != "drop":
         yield _differs("data.near_duplicates", data["near_duplicates"], "drop")
     for key in ("similarity", "max_leakage"):
-        given, most = data.get(key), getattr(rules.data, key)
-        if given is not None and given > most:
-            yield _differs(f"data.{key}", given, most, "at most ")
+        value, most = data.get(key), getattr(rules.data, key)
+        if value is not None and value > most:
+            yield _differs(f"data.{key}", value, most, "at most ")
 
 
-def _control(theirs: Mapping[str, Any], metrics: Mapping[str, Any], rules: Params) -> Iterator[str]:
-    asked = rules.evaluate.control
-    if rules.gate.max_forgetting is None or asked.source is None or rules.train.objective == "classification":
+def _control(settings: Mapping[str, Any], metrics: Mapping[str, Any], rules: Params) -> Iterator[str]:
+    required = rules.evaluate.control
+    if rules.gate.max_forgetting is None or required.source is None or rules.train.objective == "classification":
         return
-    given = theirs.get("evaluate", {}).get("control") or {}
-    if given.get("source") != asked.source:
-        yield _differs("evaluate.control.source", given.get("source"), asked.source)
+    control = settings.get("evaluate", {}).get("control") or {}
+    if control.get("source") != required.source:
+        yield _differs("evaluate.control.source", control.get("source"), required.source)
     elif metrics.get("control") is None:
-        yield f"it has no losses on the control set {asked.source}"
+        yield f"it has no losses on the control set {required.source}"
     for key in ("rows", "max_length"):
-        if given.get("source") == asked.source and given.get(key, math.inf) < getattr(asked, key):
-            yield _differs(f"evaluate.control.{key}", given[key], getattr(asked, key), "at least ")
+        if control.get("source") == required.source and control.get(key, math.inf) < getattr(required, key):
+            yield _differs(f"evaluate.control.{key}", control[key], getattr(required, key), "at least ")
 
 
-def _differs(key: str, given: Any, asked: Any, how: str = "") -> str:
-    told = ["null" if value is None else value for value in (given, asked)]
-    return f"it was evaluated with {key} {told[0]}, and the rules have {how}{told[1]}"
+def _differs(key: str, value: Any, required: Any, how: str = "") -> str:
+    words = ["null" if one is None else one for one in (value, required)]
+    return f"it was evaluated with {key} {words[0]}, and the rules have {how}{words[1]}"

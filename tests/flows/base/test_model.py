@@ -15,7 +15,7 @@ from flows.base.model import (
     padding_id,
 )
 from flows.errors import BaseModelError
-from flows.params.model import Quantization
+from flows.params import Quantization
 from peftcore.files import sha256
 
 

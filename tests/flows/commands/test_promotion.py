@@ -15,17 +15,16 @@ def peftcore(*arguments: str) -> Any:
 
 
 def test_another_stage_has_its_own_champion_and_its_own_rollback(
-    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registered: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(project.root)
-    project.register()
+    monkeypatch.chdir(registered.root)
     page = tmp_path / "verdict.md"
     dry = peftcore("promote", "--stage", "shadow", "--dry-run", "--markdown", str(page), "--json")
     assert json.loads(dry.stdout)["stage"] == "shadow" and json.loads(dry.stdout)["outcome"] == "would promote"
     assert "docstrings v0.1.0 would become shadow" in page.read_text()
-    assert "| forgetting | ✅ |" in page.read_text() and "| approval | ✅ | none asked for |" in page.read_text()
+    assert "| forgetting | ✅ |" in page.read_text() and "| approval | ✅ | not required |" in page.read_text()
     assert "is shadow" in peftcore("promote", "--stage", "shadow").stdout
-    project.register(loss=2.6, weight=2.0)
+    registered.register(loss=2.6, weight=2.0)
     first = json.loads(peftcore("promote", "--json").stdout)
     assert first["report"]["champion"] is None, "nothing is champion yet"
     second = json.loads(peftcore("promote", "--stage", "shadow", "--json").stdout)
@@ -35,7 +34,7 @@ def test_another_stage_has_its_own_champion_and_its_own_rollback(
     assert peftcore("rollback", "--reason", "why").exit_code == 1, "champion has had one holder only"
     for command in (["promote"], ["rollback", "--reason", "why"]):
         impossible = peftcore(*command, "--stage", "No Stage#1")
-        assert impossible.exit_code == 2 and "is no name of a stage" in impossible.stderr
+        assert impossible.exit_code == 2 and "is not a valid stage name" in impossible.stderr
 
 
 def test_a_version_is_approved_and_then_promoted(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from flows.data.encoders import LabelledEncoder, PreferenceEncoder, encoder_of, 
 from flows.data.examples import Labelled, Message, Preference
 from flows.data.tokens import IGNORED, length
 from flows.errors import DataError
-from flows.params.model import Data
+from flows.params import Data
 
 ORIGIN: dict[str, Any] = {"group": "g", "slice": "all", "where": "here"}
 

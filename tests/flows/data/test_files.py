@@ -62,8 +62,8 @@ def test_damaged_parquet_is_refused(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("prompt,completion\na,b\na,b,c,d\n", "3: it has other columns than the header"),
-        ("prompt,completion\na\n", "2: it has other columns than the header"),
+        ("prompt,completion\na,b\na,b,c,d\n", "3: its columns differ from the header's"),
+        ("prompt,completion\na\n", "2: its columns differ from the header's"),
         ('prompt,completion\na,"b\n', r"\d: not CSV in UTF-8"),
     ],
 )

@@ -57,7 +57,7 @@ def test_tools_and_their_calls() -> None:
     ("row", "fault"),
     [
         ({"messages": [USER, {"role": "assistant", "content": "x", "weight": 0.5}]}, "turn 2 has the weight 0.5"),
-        ({"messages": [USER | {"train": True}, ANSWER]}, r"turn 1 \(user\) is to be trained"),
+        ({"messages": [USER | {"train": True}, ANSWER]}, r"turn 1 \(user\) has `train`: true"),
         ({"messages": [USER, {"role": "tool", "content": "3"}, ANSWER]}, "a tool answers the assistant"),
         ({"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]}, "turn 2 .* has no text"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "no user turn"),
@@ -93,7 +93,7 @@ def test_the_same_preference(row: dict[str, Any]) -> None:
         ("thinking", "Because.", "put it into the content"),
         ("reasoning", [{"text": "Because."}], "put it into the content"),
         ("function_call", {"name": "add"}, "write it as tool_calls"),
-        ("images", ["a.png"], "only text is learned"),
+        ("images", ["a.png"], "only text can be trained on"),
     ],
 )
 def test_what_a_turn_would_lose_in_silence_is_refused(key: str, value: Any, fix: str) -> None:
@@ -123,7 +123,7 @@ def test_whole_chats_may_part_for_several_turns() -> None:
         ({"chosen": "a", "rejected": "b"}, "no prompt"),
         ({"prompt": "Two?", "chosen": CHAT, "rejected": [USER, WORSE]}, "do not both begin with its prompt"),
         ({"prompt": "a", "chosen": "", "rejected": "b"}, "its chosen is empty"),
-        ({"chosen": CHAT, "rejected": [{"role": "user", "content": "Two?"}, WORSE]}, "differ in answers only"),
+        ({"chosen": CHAT, "rejected": [{"role": "user", "content": "Two?"}, WORSE]}, "only answers may differ"),
         ({"prompt": "a", "chosen": [USER], "rejected": "b"}, "do not both begin"),
     ],
 )

@@ -8,7 +8,7 @@ from flows.data.chat import ChatTokenizer
 from flows.data.examples import question_and_answer
 from flows.data.report import data_report, segments
 from flows.data.splits import Row
-from flows.params.model import Data
+from flows.params import Data
 from flows.paths import Split
 
 

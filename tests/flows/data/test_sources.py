@@ -12,7 +12,7 @@ from flows.data import sources
 from flows.data.examples import Example
 from flows.data.sources import read_examples
 from flows.errors import DataError
-from flows.params.model import Data
+from flows.params import Data
 
 ROWS = [{"prompt": "One?", "completion": "1."}, {"prompt": "Two?", "completion": "NA"}]
 CHAT = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1."}]

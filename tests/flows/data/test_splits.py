@@ -169,7 +169,7 @@ def test_hashed_groups_stay_where_they_are_when_data_grow() -> None:
     [(0.5, None, 40, 40), (0.5, 20, 10, 10), (0.2, None, 40, 10), (0.0, None, 40, 0), (0.9, None, 40, 100)],
 )
 def test_older_rows_are_replayed_as_a_share_of_all(share: float, limit: int | None, fresh: int, older: int) -> None:
-    rows = [Row(row(str(n)).tokens, "g", "s", fresh=n < 40) for n in range(140)]
+    rows = [Row(row(str(n)).tokens, "g", "s", new=n < 40) for n in range(140)]
     kept = replayed(rows, share, limit, seed=5)
-    assert (sum(one.fresh for one in kept), sum(not one.fresh for one in kept)) == (fresh, older)
+    assert (sum(one.new for one in kept), sum(not one.new for one in kept)) == (fresh, older)
     assert kept == sample(kept, None, seed=5), "mixed, not one after the other"

@@ -81,7 +81,7 @@ def test_tool_calls_are_learned_and_what_tools_say_is_not(templates: dict[str, s
     ("chat", "tools", "what"),
     [
         (WITH_TOOL, None, "leaves out the tool calls in turn 2"),
-        (CHAT, [{"name": "add"}], "shows no tools"),
+        (CHAT, [{"name": "add"}], "has no tools"),
     ],
 )
 def test_a_template_that_knows_no_tools_is_refused(tokenizer: Any, chat: Any, tools: Any, what: str) -> None:

@@ -1,7 +1,7 @@
 """How long the known answers are beside what a model may write."""
 
 from flows.evaluation.answers import Prompt, known_lengths
-from flows.params.model import Evaluate
+from flows.params import Evaluate
 
 
 def test_known_answers_that_do_not_fit_are_counted() -> None:

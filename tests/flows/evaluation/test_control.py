@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.errors import DataError
-from flows.evaluation.control import control_texts, judge_control
-from flows.params.model import Control
+from flows.evaluation.control import control_texts, evaluate_control
+from flows.params import Control
 from peftcore import LoraConfig, get_peft_model
 
 
@@ -58,7 +58,7 @@ def test_losses_are_of_every_token_but_the_first(tmp_path: Path, tokenizer) -> N
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     texts = ["The quick brown fox.", "Over and out, says she to him.", "A b"]
     (tmp_path / "a.txt").write_text("\n\n".join(texts))
-    table, metrics = judge_control(Control(source="a.txt", max_length=16), tmp_path, model, tokenizer, 2)
+    table, metrics = evaluate_control(Control(source="a.txt", max_length=16), tmp_path, model, tokenizer, 2)
     total = {"base": 0.0, "adapter": 0.0}
     for text, row in zip(texts, table.to_pylist(), strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"][:16]])

@@ -38,14 +38,14 @@ def test_answers_are_what_whole_forward_passes_say(model, tokenizer, batch_size:
         ids = greedy(model, prompt, 6)
         assert tokenizer.eos_token_id not in ids
         assert answer.text == tokenizer.decode(ids, skip_special_tokens=True).strip()
-        assert answer.tokens == 6 and not answer.ended
+        assert answer.tokens == 6 and not answer.has_eos
 
 
 def test_an_answer_ends_at_the_end_of_the_turn(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = greedy(model, PROMPTS[0], 6)
     monkeypatch.setattr("flows.evaluation.generation.end_of_turn", lambda _: ids[3])
     (answer,) = generate_answers(model, tokenizer, PROMPTS[:1], 6, 1).answers
-    assert answer.ended and answer.tokens == ids.index(ids[3]) + 1
+    assert answer.has_eos and answer.tokens == ids.index(ids[3]) + 1
     assert answer.text == tokenizer.decode(ids[: ids.index(ids[3])], skip_special_tokens=True).strip()
 
 

@@ -15,11 +15,11 @@ from flows.errors import RegistryError
 from flows.gate.ci import default_branch, judge, rules_for
 from flows.gate.gate import Check, GateReport
 from flows.gate.promote import Promotion
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.git import Git
 
-GATE = Path(__file__).parents[2] / ".ci" / "gate"
+GATE = Path(__file__).parents[3] / ".ci" / "gate"
 
 
 class Origin:
@@ -206,8 +206,8 @@ def test_where_nothing_tells_the_default_branch_it_is_said(project: Any) -> None
 @pytest.mark.parametrize(
     ("tag", "message"),
     [
-        ("v1.0.0", "the tag v1.0.0 names no version of docstrings (they look like docstrings@v0.1.0)"),
-        ("docstrings@v9.9.9", "the tag docstrings@v9.9.9 is not an annotated tag here, or was taken back"),
+        ("v1.0.0", "the tag v1.0.0 names no version of docstrings (such as docstrings@v0.1.0)"),
+        ("docstrings@v9.9.9", "the tag docstrings@v9.9.9 is not an annotated tag here, or was withdrawn"),
     ],
 )
 def test_a_tag_that_is_no_version_is_named_with_those_that_are(origin: Origin, tag: str, message: str) -> None:

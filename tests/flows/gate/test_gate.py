@@ -13,27 +13,27 @@ from pyarrow import parquet
 from safetensors.numpy import save_file
 
 from flows.errors import GateError
-from flows.gate.candidate import Candidate, Champion, Looks, Remeasured
+from flows.gate.candidate import Candidate, Champion, HoldoutReuse, Reevaluation
 from flows.gate.gate import COMPARING, DECISIVE, GateReport, evaluate_gate
-from flows.params.model import Champion as ChampionParams
-from flows.params.model import Gate, Merge
-from flows.params.model import Slices as SlicesParams
+from flows.params import Champion as ChampionParams
+from flows.params import Gate, Merge
+from flows.params import Slices as SlicesParams
 from flows.registry.lineage import content_digest
 from flows.registry.signatures import Signature
 from peftcore.files import read_manifest, sha256, write_manifest
 
 ORDER = [
-    "not taken back",
+    "not withdrawn",
     "allowed files",
     "manifest",
     "evidence",
-    "measured as asked",
+    "evaluation settings",
     "signature",
     "finite weights",
     "test loss",
     "gain in loss",
     "gain in ROUGE-L",
-    "answers that end",
+    "EOS rate",
     "against the champion",
     "the champion's rows",
     "slices",
@@ -139,12 +139,12 @@ def faulty(make: Callable[..., Candidate], faults: list[str]) -> GateReport:
     champion = replace(
         champion_of(before),
         evaluation_set="0" * 64,
-        measure_again=lambda: Remeasured(before.rows, 0),
-        measure_candidate=lambda: Remeasured(candidate.rows, 0),
+        reevaluate_champion=lambda: Reevaluation(before.rows, 0),
+        reevaluate_candidate=lambda: Reevaluation(candidate.rows, 0),
     )
     candidate = make(
         weight=float("nan") if "finite weights" in faults else 1.0,
-        adapter={"loss": 2.7, "rouge_l": 0.3, "ended": 0.5 if "answers that end" in faults else 1.0},
+        adapter={"loss": 2.7, "rouge_l": 0.3, "ended": 0.5 if "EOS rate" in faults else 1.0},
         control={"rows": 8},
         latency=LATENCY,
     )
@@ -157,8 +157,8 @@ def faulty(make: Callable[..., Candidate], faults: list[str]) -> GateReport:
             candidate,
             files={} if "manifest" in faults else candidate.files,
             evidence=dict.fromkeys(candidate.evidence, "0" * 64) if "evidence" in faults else candidate.evidence,
-            unmeasured=("it has no control set",) if "measured as asked" in faults else (),
-            taken_back="docstrings#champion#2 rolled it back" if "not taken back" in faults else None,
+            unmeasured=("it has no control set",) if "evaluation settings" in faults else (),
+            withdrawn="docstrings#champion#2 rolled it back" if "not withdrawn" in faults else None,
             control=control_set(1.0 if "forgetting" in faults else 0.0),
         ),
         champion,
@@ -183,11 +183,11 @@ def test_of_all_that_is_wrong_everything_that_can_be_told_is_told(make: Callable
 
 
 def test_limits_can_be_left_out(make: Callable[..., Candidate]) -> None:
-    report = judge(make(loss=3.7), min_loss_gain=None, min_rouge_l_gain=None, min_ended=None)
+    report = judge(make(loss=3.7), min_loss_gain=None, min_rouge_l_gain=None, min_eos_rate=None)
     told = {check.name: check.detail for check in report.checks}
     assert report.passed
     assert told["gain in loss"] == "0.100 nats, no limit set"
-    assert told["gain in ROUGE-L"] == "0.150, no limit set" and told["answers that end"] == "1.000, no limit set"
+    assert told["gain in ROUGE-L"] == "0.150, no limit set" and told["EOS rate"] == "1.000, no limit set"
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -216,7 +216,7 @@ def test_a_flipped_bit_is_named(make: Callable[..., Candidate]) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert "adapter_model.safetensors is not what was registered as v0.2.0" in reason(judge(candidate))
+    assert "adapter_model.safetensors differs from the registered file of v0.2.0" in reason(judge(candidate))
 
 
 def test_new_weights_with_a_new_manifest_are_not_what_was_registered(make: Callable[..., Candidate]) -> None:
@@ -225,7 +225,7 @@ def test_new_weights_with_a_new_manifest_are_not_what_was_registered(make: Calla
         {"layer.lora_A.weight": numpy.zeros((2, 4), numpy.float32)}, candidate.adapter / "adapter_model.safetensors"
     )
     write_manifest(candidate.adapter)
-    assert reason(judge(candidate)).startswith("manifest: adapter_model.safetensors is not")
+    assert reason(judge(candidate)).startswith("manifest: adapter_model.safetensors differs")
 
 
 @pytest.mark.faults("flipped bit, truncated file, NaN")
@@ -276,7 +276,7 @@ def test_answers_that_do_not_end_or_were_not_measured(
     make: Callable[..., Candidate], ended: float | None, found: str
 ) -> None:
     side = {"loss": 2.7, "rouge_l": 0.3, "ended": ended}
-    assert reason(judge(make(adapter=side))) == f"answers that end: {found}, at least 0.9"
+    assert reason(judge(make(adapter=side))) == f"EOS rate: {found}, at least 0.9"
 
 
 def test_a_loss_that_is_no_number_is_refused(make: Callable[..., Candidate]) -> None:
@@ -314,7 +314,7 @@ def test_what_cannot_be_compared_is_refused_with_what_to_do(
 ) -> None:
     champion = replace(champion_of(make("v0.1.0")), **{part: "0" * 64})
     text = reason(judge(make(loss=2.0), champion))
-    assert f"v0.1.0 was measured on another {word}" in text
+    assert f"v0.1.0 was evaluated on another {word}" in text
     assert "gto deprecate docstrings v0.1.0 champion" in text
 
 
@@ -322,7 +322,7 @@ def test_without_a_shared_row_there_is_no_comparison(make: Callable[..., Candida
     champion = champion_of(make("v0.1.0"))
     ids = champion.rows.schema.get_field_index("id")
     foreign = champion.rows.set_column(ids, "id", [[f"other{n}" for n in range(40)]])
-    assert "measured on other test rows" in reason(judge(make(loss=2.0), replace(champion, rows=foreign)))
+    assert "evaluated on other test rows" in reason(judge(make(loss=2.0), replace(champion, rows=foreign)))
 
 
 @pytest.mark.parametrize("merge", [{"kl": 0.06, "top1_agreement": 0.99}, {"kl": 0.0, "top1_agreement": 0.84}])
@@ -349,7 +349,7 @@ def test_a_threshold_on_what_an_objective_does_not_have_is_passed_over_and_said(
     report = judge(candidate, min_accuracy=0.75)
     details = {check.name: check.detail for check in report.checks}
     assert report.passed
-    for name in ("gain in ROUGE-L", "answers that end"):
+    for name in ("gain in ROUGE-L", "EOS rate"):
         assert details[name].startswith("not checked: classification has no such figure")
     assert details["accuracy"] == "0.800, at least 0.75"
     assert reason(judge(candidate, min_accuracy=0.85)) == "accuracy: 0.800, at least 0.85"
@@ -381,12 +381,12 @@ def measured_again(champion: Champion, rows: pyarrow.Table, left_out: int = 0) -
     """The champion of another test set, which can be measured, and a list that grows when it is."""
     measured: list[str] = []
 
-    def again() -> Remeasured:
+    def again() -> Reevaluation:
         measured.append(champion.version)
-        return Remeasured(rows, left_out)
+        return Reevaluation(rows, left_out)
 
-    there = Remeasured(champion.rows, 0)  # the candidate on the champion's rows is as good as that one
-    others = {"evaluation_set": "0" * 64, "measure_again": again, "measure_candidate": lambda: there}
+    there = Reevaluation(champion.rows, 0)  # the candidate on the champion's rows is as good as that one
+    others = {"evaluation_set": "0" * 64, "reevaluate_champion": again, "reevaluate_candidate": lambda: there}
     return replace(champion, **others), measured
 
 
@@ -400,7 +400,7 @@ def test_a_champion_of_other_test_rows_is_measured_once_and_the_slices_are_of_th
     report = judge(candidate, champion)
     assert reason(report).startswith("slices: worse than v0.1.0 in rare") and measured == ["v0.1.0"]
     detail = check(report, "against the champion")
-    assert "v0.1.0 was measured again on these 43 test rows, and 3 left out" in detail and "on 40 rows" in detail
+    assert "v0.1.0 was re-evaluated on these 43 test rows, without 3" in detail and "on 40 rows" in detail
 
 
 def test_nothing_is_measured_for_a_candidate_that_fails_before_or_shares_the_rows(
@@ -417,15 +417,15 @@ def test_nothing_is_measured_for_a_candidate_that_fails_before_or_shares_the_row
 def test_a_champion_that_has_learned_every_test_row_is_no_measure(make: Callable[..., Candidate]) -> None:
     champion, _ = measured_again(champion_of(make("v0.1.0")), make().rows.slice(0, 0), left_out=40)
     text = reason(judge(make(loss=2.0), champion))
-    assert "measured again on these 40 test rows, and 40 left out" in text
+    assert "re-evaluated on these 40 test rows, without 40" in text
     assert "evaluate both on rows that it has not seen, or free the stage with `gto deprecate" in text
 
 
 def test_a_champion_that_cannot_be_compared_after_all_refuses(make: Callable[..., Candidate]) -> None:
-    def again() -> Remeasured:
+    def again() -> Reevaluation:
         raise GateError("v0.1.0 knows other classes")
 
-    champion = replace(champion_of(make("v0.1.0")), evaluation_set="0" * 64, measure_again=again)
+    champion = replace(champion_of(make("v0.1.0")), evaluation_set="0" * 64, reevaluate_champion=again)
     assert reason(judge(make(loss=2.0), champion)) == "against the champion: v0.1.0 knows other classes"
 
 
@@ -445,9 +445,9 @@ def check(report: GateReport, name: str) -> str:
 def test_what_was_not_measured_is_said_and_what_was_lost_is_refused(make: Callable[..., Candidate]) -> None:
     old = make()
     old = replace(old, metrics={key: value for key, value in old.metrics.items() if key != "control"})
-    assert check(judge(old), "forgetting") == "not measured: the version is from before control sets"
+    assert check(judge(old), "forgetting") == "not measured: the version was registered before there were control sets"
     assert "evaluate.control.source is null" in check(judge(make(control=None)), "forgetting")
-    assert reason(judge(replace(make(), control=None))).startswith("forgetting: its control.parquet is gone")
+    assert reason(judge(replace(make(), control=None))).startswith("forgetting: its control.parquet is missing")
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_each_latency_has_its_limit(make: Callable[..., Candidate], limit: dict[
     assert reason(judge(make(), **limit)).startswith("latency: not measured")
     assert check(judge(make(latency=LATENCY)), "latency").endswith("no limit set")
     texts = make(**of_objective("classification", "cross entropy of classes", accuracy=0.8), latency=None)
-    assert check(judge(texts, **limit), "latency") == "not checked: classification writes nothing"
+    assert check(judge(texts, **limit), "latency") == "not checked: classification generates no text"
 
 
 def test_a_signature_has_to_be_of_this_very_adapter(make: Callable[..., Candidate]) -> None:
@@ -473,21 +473,23 @@ def test_a_signature_has_to_be_of_this_very_adapter(make: Callable[..., Candidat
     asked = {"allowed_signers": "signers"}
     report = judge(signed, **asked)
     assert report.passed and "ada@example.org signed docstrings@v0.2.0" in check(report, "signature")
-    assert "is signed by nobody of signers (it was not looked for)" in reason(judge(candidate, **asked))
+    assert "is not signed by anybody in signers (it was not read)" in reason(judge(candidate, **asked))
     unknown = replace(signed, signature=Signature(None, "No principal matched"))
-    assert "is signed by nobody of signers (No principal matched)" in reason(judge(unknown, **asked))
+    assert "is not signed by anybody in signers (No principal matched)" in reason(judge(unknown, **asked))
     # files and record changed together are whole, and still not what was signed
     config = candidate.adapter / "adapter_config.json"
     config.write_text('{"peft_type": "IA3"}')
     changed = replace(signed, files=write_manifest(candidate.adapter))
-    assert reason(judge(changed, **asked)).startswith("signature: what ada@example.org signed as docstrings@v0.2.0 is")
+    assert reason(judge(changed, **asked)).startswith(
+        "signature: ada@example.org signed another adapter as docstrings@v0.2.0"
+    )
 
 
 def test_enough_people_have_to_approve(make: Callable[..., Candidate]) -> None:
     one = replace(make(), approved_by=("ada@example.org",))
     assert judge(one, approvals=1).passed
     text = reason(judge(one, approvals=2))
-    assert text.startswith("approval: 1 of 2: ada@example.org; people other than who registered it")
+    assert text.startswith("approval: 1 of 2: ada@example.org; people other than the one who registered it")
     assert "`peftcore approve v0.2.0 --note TEXT`" in text
 
 
@@ -499,7 +501,7 @@ def test_evidence_that_was_changed_after_registering_is_named(make: Callable[...
     candidate = make()
     path = next(path for path in candidate.evidence if path.name == file)
     path.write_bytes(path.read_bytes() + b" ")
-    assert reason(judge(candidate)).startswith(f"evidence: {file} is not what was registered as v0.2.0")
+    assert reason(judge(candidate)).startswith(f"evidence: {file} differs from the registered file of v0.2.0")
     unnamed = replace(candidate, evidence={**candidate.evidence, path: None})
     assert f"registered without the SHA-256 of {file}" in reason(judge(unnamed))
 
@@ -517,7 +519,7 @@ def test_figures_have_to_follow_from_the_rows(
     metrics["gain"]["loss"] = metrics["base"]["loss"] - metrics["adapter"]["loss"]
     record = {**candidate.record, "metrics": {**candidate.record["metrics"], **{p: metrics[p] for p in SIDES}}}
     text = reason(judge(replace(candidate, metrics=metrics, record=record)))
-    assert text.startswith(f"evidence: metrics.json says {side}.{figure} {value:g}, and its rows come to")
+    assert text.startswith(f"evidence: metrics.json says {side}.{figure} {value:g}, and its rows give")
 
 
 SIDES = ("base", "adapter", "gain")
@@ -553,8 +555,8 @@ def of_another_task(
     champion = replace(
         champion_of(before),
         evaluation_set="0" * 64,
-        measure_again=lambda: Remeasured(before.rows, 0),
-        measure_candidate=lambda: Remeasured(rows, learned, there),
+        reevaluate_champion=lambda: Reevaluation(before.rows, 0),
+        reevaluate_candidate=lambda: Reevaluation(rows, learned, there),
     )
     return candidate, champion
 
@@ -563,10 +565,10 @@ def test_a_candidate_has_to_hold_on_the_champions_rows_or_somebody_vouches(make:
     """A ticket adapter was far better on tickets, and 1.46 nats worse on the docstrings of the champion."""
     candidate, champion = of_another_task(make, make("v0.1.9", loss=4.16).rows)
     text = reason(judge(candidate, champion))
-    assert text.startswith("the champion's rows: loss +1.4600 nats against v0.1.0 on 40 of that one's test rows")
+    assert text.startswith("the champion's rows: loss +1.4600 nats against v0.1.0 on 40 test rows of v0.1.0")
     assert "peftcore approve v0.2.0" in text and "gto deprecate docstrings v0.1.0 champion" in text
     vouched = judge(replace(candidate, approved_by=("grace@example.org",)), champion)
-    assert vouched.passed and "vouched for by grace@example.org" in check(vouched, "the champion's rows")
+    assert vouched.passed and "approved by grace@example.org" in check(vouched, "the champion's rows")
     assert judge(candidate, champion, champion=ChampionParams(max_loss_regression_on_its_rows=None)).passed
     assert judge(candidate, champion, champion=ChampionParams(max_loss_regression_on_its_rows=2.0)).passed
 
@@ -577,10 +579,12 @@ def test_rows_that_the_candidate_has_learned_count_only_where_too_few_others_are
     """Ten rows are learned by heart; if all but ten were, a candidate that learned wrong answers would show by them."""
     there = make("v0.1.9", loss=3.0, row_changes=[-2.9] * 10 + [0.0] * 30).rows
     text = reason(judge(*of_another_task(make, there, learned=10)))
-    assert "loss +0.3000 nats against v0.1.0 on 30 of that one's test rows (10 left out that it had learned)" in text
+    assert (
+        "loss +0.3000 nats against v0.1.0 on 30 test rows of v0.1.0 (without 10 that the candidate has learned)" in text
+    )
     wrong = make("v0.1.8", loss=3.0, row_changes=[2.0] * 30 + [-0.3] * 10).rows
     text = reason(judge(*of_another_task(make, wrong, learned=30)))
-    assert "on 40 of that one's test rows (30 of them learned by it)" in text
+    assert "on 40 test rows of v0.1.0 (the candidate has learned 30 of them)" in text
 
 
 def test_the_champions_own_adapter_evaluated_again_takes_its_place(make: Callable[..., Candidate]) -> None:
@@ -593,17 +597,17 @@ def test_the_champions_own_adapter_evaluated_again_takes_its_place(make: Callabl
 
 
 def test_a_stage_that_was_taken_back_is_given_again_only_on_demand(make: Callable[..., Candidate]) -> None:
-    candidate = replace(make(), taken_back="docstrings#champion#4 rolled it back (wrong answers)")
+    candidate = replace(make(), withdrawn="docstrings#champion#4 rolled it back (wrong answers)")
     assert "promote --version v0.2.0 --again" in reason(judge(candidate))
     assert judge(replace(candidate, again=True)).passed
 
 
 def test_how_many_looks_there_were_is_shown(make: Callable[..., Candidate]) -> None:
-    candidate = replace(make(loss=2.6), looks=Looks(test_rows=3, trials=20, since_champion=5))
+    candidate = replace(make(loss=2.6), reuse=HoldoutReuse(test_rows=3, trials=20, since_champion=5))
     detail = check(judge(candidate, champion_of(make("v0.1.0"))), "against the champion")
     assert "version 3 that was evaluated on these test rows" in detail
     assert "candidate 5 since the champion got its stage" in detail and "20 trials of sweeps" in detail
-    once = replace(candidate, looks=Looks(1, 0, 1))
+    once = replace(candidate, reuse=HoldoutReuse(1, 0, 1))
     assert "by chance" not in check(judge(once, champion_of(make("v0.1.0"))), "against the champion")
 
 
@@ -613,7 +617,7 @@ def test_unsigned_approvals_are_said_to_prove_nothing(make: Callable[..., Candid
     signed = replace(make(), signature=Signature("ada@example.org"), unsigned_approvals=2)
     signed = replace(signed, content=content_digest(dict(signed.files)))
     text = reason(judge(signed, approvals=1, allowed_signers="signers"))
-    assert text.startswith("approval: 0 of 1;") and "2 more are signed by nobody of signers" in text
+    assert text.startswith("approval: 0 of 1;") and "2 more do not count, because nobody in signers signed them" in text
 
 
 def with_base(rows: pyarrow.Table, change: float) -> pyarrow.Table:
@@ -633,22 +637,22 @@ def test_a_champion_of_other_hardware_or_software_is_measured_again_with_the_can
     there = candidate.rows.set_column(candidate.rows.column_names.index("adapter_loss"), "adapter_loss", [shifted])
     asked = []
 
-    def measure(name: str, table: pyarrow.Table) -> Remeasured:
+    def measure(name: str, table: pyarrow.Table) -> Reevaluation:
         asked.append(name)
-        return Remeasured(table, 0, table)
+        return Reevaluation(table, 0, table)
 
     champion = Champion(
         "v0.0.9",
         candidate.metrics["evaluation_set"],
         candidate.metrics["base_model"],
         with_base(there, 0.3),
-        measure_again=lambda: measure("champion", better),
-        measure_candidate=lambda: measure("candidate", measured),
+        reevaluate_champion=lambda: measure("champion", better),
+        reevaluate_candidate=lambda: measure("candidate", measured),
     )
     text = reason(judge(candidate, champion))
     assert "loss +0.1000 nats against v0.0.9" in text and sorted(asked) == ["candidate", "champion"]
-    assert "the base's own losses differ by 0.300 nats" in text and "both were measured again here" in text
+    assert "the base's own losses differ by 0.300 nats" in text and "both were re-evaluated here" in text
     assert judge(candidate, replace(champion, rows=with_base(there, 0.002))).passed, "rounding is no other condition"
     assert sorted(asked) == ["candidate", "champion"]
-    passed = judge(candidate, replace(champion, measure_again=None, measure_candidate=None))
-    assert passed.passed and "lets neither be measured again" in str(passed.as_dict())
+    passed = judge(candidate, replace(champion, reevaluate_champion=None, reevaluate_candidate=None))
+    assert passed.passed and "forbids a re-evaluation" in str(passed.as_dict())

@@ -6,14 +6,10 @@ from typing import Any
 import pytest
 
 from flows.errors import RegistryError, StageError
-from flows.gate.looks import data_digest, note_trial, trials_on
 from flows.gate.promote import promote, read_promotion, roll_back
-from flows.params.model import Params
-from flows.paths import Paths
-from flows.registry.lineage import read_lock
+from flows.params import Params
 from flows.registry.registry import Registry, RegistryConflict
 from flows.runtime.git import Git
-from flows.runtime.worktree import worktree_at
 from peftcore.files import write_manifest
 
 
@@ -22,32 +18,30 @@ def champion(project: Any) -> str | None:
     return holder.version if holder else None
 
 
-def test_the_first_good_version_becomes_champion_and_promoting_it_again_changes_nothing(project: Any) -> None:
-    project.register()
-    first = promote(project.params, project.paths)
-    assert (first.outcome, first.tag, champion(project)) == ("promoted", "docstrings#champion#1", "v0.1.0")
-    again = promote(project.params, project.paths)
+def test_the_first_good_version_becomes_champion_and_promoting_it_again_changes_nothing(registered: Any) -> None:
+    first = promote(registered.params, registered.paths)
+    assert (first.outcome, first.tag, champion(registered)) == ("promoted", "docstrings#champion#1", "v0.1.0")
+    again = promote(registered.params, registered.paths)
     assert (again.outcome, again.tag) == ("already", None)
     assert again.report == first.report, "the stage's tag tells how it was judged"
-    assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
-    assert read_promotion(project.paths, "v0.1.0") == again
-    assert read_promotion(project.paths, "v0.1.1") is None
+    assert registered.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
+    assert read_promotion(registered.paths, "v0.1.0") == again
+    assert read_promotion(registered.paths, "v0.1.1") is None
 
 
-def test_a_better_version_takes_over_and_a_worse_one_does_not(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    project.register(loss=2.6, weight=2.0)
-    assert promote(project.params, project.paths, dry_run=True).outcome == "would promote"
-    assert champion(project) == "v0.1.0"
-    assert promote(project.params, project.paths).outcome == "promoted"
-    project.register(loss=2.65, weight=3.0)
-    refused = promote(project.params, project.paths)
+def test_a_better_version_takes_over_and_a_worse_one_does_not(registered: Any) -> None:
+    promote(registered.params, registered.paths)
+    registered.register(loss=2.6, weight=2.0)
+    assert promote(registered.params, registered.paths, dry_run=True).outcome == "would promote"
+    assert champion(registered) == "v0.1.0"
+    assert promote(registered.params, registered.paths).outcome == "promoted"
+    registered.register(loss=2.65, weight=3.0)
+    refused = promote(registered.params, registered.paths)
     assert refused.outcome == "refused"
     assert not refused.accepted
     assert "loss +0.0500 nats against v0.1.1" in refused.sentence
-    assert champion(project) == "v0.1.1"
-    assert read_promotion(project.paths, "v0.1.2") == refused
+    assert champion(registered) == "v0.1.1"
+    assert read_promotion(registered.paths, "v0.1.2") == refused
 
 
 def test_an_older_version_is_judged_by_its_own_files(project: Any) -> None:
@@ -59,51 +53,90 @@ def test_an_older_version_is_judged_by_its_own_files(project: Any) -> None:
 
 
 @pytest.mark.faults("lost DVC cache or remote")
-def test_the_champions_rows_come_from_the_remote_where_the_cache_is_gone(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    project.register(loss=2.6, weight=2.0)
-    cache = project.root / ".dvc" / "cache"
-    cache.rename(project.root / ".dvc" / "gone")
-    assert promote(project.params, project.paths).outcome == "promoted"
+def test_the_champions_rows_come_from_the_remote_where_the_cache_is_gone(registered: Any) -> None:
+    promote(registered.params, registered.paths)
+    registered.register(loss=2.6, weight=2.0)
+    cache = registered.root / ".dvc" / "cache"
+    cache.rename(registered.root / ".dvc" / "gone")
+    assert promote(registered.params, registered.paths).outcome == "promoted"
 
 
 @pytest.mark.faults("corrupt remote object")
-def test_a_corrupt_object_of_the_remote_is_noticed(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    project.register(loss=2.6, weight=2.0)
-    (project.root / ".dvc" / "cache").rename(project.root / ".dvc" / "gone")
-    for path in (project.root / ".dvc-remote").rglob("*"):
+def test_a_corrupt_object_of_the_remote_is_noticed(registered: Any) -> None:
+    promote(registered.params, registered.paths)
+    registered.register(loss=2.6, weight=2.0)
+    (registered.root / ".dvc" / "cache").rename(registered.root / ".dvc" / "gone")
+    for path in (registered.root / ".dvc-remote").rglob("*"):
         if path.is_file() and not path.name.endswith(".dir"):
             path.chmod(0o644)
             path.write_bytes(b"corrupt")
-    with pytest.raises(RegistryError, match=r"rows\.parquet of docstrings@v0\.1\.0 is not what was registered"):
-        promote(project.params, project.paths)
-    assert champion(project) == "v0.1.0"
+    with pytest.raises(RegistryError, match=r"rows\.parquet of docstrings@v0\.1\.0 differs from the registered file"):
+        promote(registered.params, registered.paths)
+    assert champion(registered) == "v0.1.0"
 
 
 @pytest.mark.faults("flipped bit, truncated file, NaN")
-def test_an_adapter_changed_after_it_was_registered_is_refused(project: Any) -> None:
-    project.register()
-    config = project.paths.adapter / "adapter_config.json"
+def test_an_adapter_changed_after_it_was_registered_is_refused(registered: Any) -> None:
+    config = registered.paths.adapter / "adapter_config.json"
     config.unlink()  # a link into DVC's cache, perhaps
     config.write_text("{}")
-    write_manifest(project.paths.adapter)
-    assert "adapter_config.json is not what was registered" in promote(project.params, project.paths).sentence
-    assert champion(project) is None
+    write_manifest(registered.paths.adapter)
+    sentence = promote(registered.params, registered.paths).sentence
+    assert "adapter_config.json differs from the registered file" in sentence
+    assert champion(registered) is None
 
 
-def test_whoever_is_second_loses(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    project.register()
-    registry = Registry(Git(project.root), "docstrings")
+@pytest.fixture
+def tag_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Arguments of all git commands that list tags; reads of one tag's signature are not among them."""
+    reads: list[tuple[str, ...]] = []
+    run = Git.run
+
+    def counted(git: Git, *arguments: str, **options: Any) -> str:
+        listed = [one for one in arguments if one.startswith("refs/tags")]
+        if arguments[0] in ("for-each-ref", "tag", "show-ref") and listed:
+            reads.append(arguments)
+        return run(git, *arguments, **options)
+
+    monkeypatch.setattr(Git, "run", counted)
+    return reads
+
+
+def test_a_decision_reads_the_tags_once(registered: Any, tag_reads: list[tuple[str, ...]]) -> None:
+    promote(registered.params, registered.paths)
+    registered.register(loss=2.9, weight=2.0)
+    tag_reads.clear()
+    assert promote(registered.params, registered.paths, dry_run=True).outcome == "refused"
+    assert promote(registered.params, registered.paths).outcome == "refused"
+    assert len(tag_reads) == 2, "once for each decision"
+
+
+def test_a_promotion_reads_the_tags_again_for_the_compare_and_swap_only(
+    registered: Any, tag_reads: list[tuple[str, ...]]
+) -> None:
+    remote = registered.root.with_name("shared.git")
+    registered.git("clone", "--quiet", "--bare", str(registered.root), str(remote))
+    tag_reads.clear()
+    assert promote(registered.params, registered.paths, push_to=str(remote)).outcome == "promoted"
+    # the remote's tags are taken in; the decision; before the new tag: no other writer; after it: no mark of gc
+    assert [len(read) for read in tag_reads] == [3, 6, 6, 3]
+    (everything,) = {read[2:] for read in tag_reads if len(read) == 6}
+    assert everything == tuple(f"refs/tags/{prefix}docstrings{rest}" for prefix, rest in
+                               (("", "@*"), ("", "#*"), ("collected/", "/*"), ("approved/", "/*/*")))  # fmt: skip
+    tag_reads.clear()
+    assert promote(registered.params, registered.paths, push_to=str(remote)).outcome == "already"
+    assert len(tag_reads) == 2, "the remote's tags were taken in, and the registry was read once after that"
+
+
+def test_whoever_is_second_loses(registered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(Git(registered.root), "docstrings")
     monkeypatch.setattr(
         "flows.gate.promote.evaluate_gate",
         lambda *arguments: registry.assign("champion", registry.version("v0.1.0"), 0, "first") and GOOD,
     )
     with pytest.raises(RegistryConflict):
-        promote(project.params, project.paths)
-    assert project.git("tag", "--list", "*champion*").split() == ["docstrings#champion#1"]
+        promote(registered.params, registered.paths)
+    assert registered.git("tag", "--list", "*champion*").split() == ["docstrings#champion#1"]
 
 
 class _Good:
@@ -117,10 +150,9 @@ class _Good:
 GOOD = _Good()
 
 
-def test_a_stage_given_by_hand_has_no_report(project: Any) -> None:
-    project.register()
-    project.git("tag", "--annotate", "--message=by hand", "docstrings#champion#1", "docstrings@v0.1.0^{}")
-    promotion = promote(project.params, project.paths)
+def test_a_stage_given_by_hand_has_no_report(registered: Any) -> None:
+    registered.git("tag", "--annotate", "--message=by hand", "docstrings#champion#1", "docstrings@v0.1.0^{}")
+    promotion = promote(registered.params, registered.paths)
     assert (promotion.outcome, promotion.report) == ("already", None)
 
 
@@ -129,39 +161,35 @@ def test_nothing_registered_says_what_to_do(project: Any) -> None:
         promote(project.params, project.paths)
 
 
-def test_a_version_without_its_tag_says_what_to_do(project: Any) -> None:
-    project.register()
-    project.git("tag", "--delete", "docstrings@v0.1.0")
+def test_a_version_without_its_tag_says_what_to_do(registered: Any) -> None:
+    registered.git("tag", "--delete", "docstrings@v0.1.0")
     with pytest.raises(RegistryError, match=r"no version v0\.1\.0; there is: none yet.*registry fetch"):
-        promote(project.params, project.paths)
+        promote(registered.params, registered.paths)
 
 
-def test_a_champion_whose_version_was_taken_back_cannot_be_compared_with(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    project.git("tag", "--delete", "docstrings@v0.1.0")
-    project.register(loss=2.6, weight=2.0)
+def test_a_champion_whose_version_was_taken_back_cannot_be_compared_with(registered: Any) -> None:
+    promote(registered.params, registered.paths)
+    registered.git("tag", "--delete", "docstrings@v0.1.0")
+    registered.register(loss=2.6, weight=2.0)
     with pytest.raises(RegistryError, match="git tag --delete 'docstrings#champion#1'"):
-        promote(project.params, project.paths)
+        promote(registered.params, registered.paths)
 
 
-def test_the_result_is_plain_json(project: Any) -> None:
-    project.register()
-    promotion = promote(project.params, project.paths, dry_run=True)
+def test_the_result_is_plain_json(registered: Any) -> None:
+    promotion = promote(registered.params, registered.paths, dry_run=True)
     assert json.loads(json.dumps(promotion.as_dict()))["report"]["passed"] is True
-    assert not project.paths.promotion.exists()
+    assert not registered.paths.promotion.exists()
 
 
 # -- slices and size -------------------------------------------------------------------------------------------------
 
 
-def test_a_better_version_that_fails_a_slice_is_refused(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
+def test_a_better_version_that_fails_a_slice_is_refused(registered: Any) -> None:
+    promote(registered.params, registered.paths)
     worse = [0.9] * 12 + [-0.6] * 28
-    project.register(loss=2.4, weight=2.0, row_changes=worse, row_slices=["rare"] * 12 + ["common"] * 28)
-    refused = promote(project.params, project.paths)
-    assert refused.outcome == "refused" and champion(project) == "v0.1.0"
+    registered.register(loss=2.4, weight=2.0, row_changes=worse, row_slices=["rare"] * 12 + ["common"] * 28)
+    refused = promote(registered.params, registered.paths)
+    assert refused.outcome == "refused" and champion(registered) == "v0.1.0"
     assert "slices: worse than v0.1.0 in rare" in refused.sentence and "on 12 rows" in refused.sentence
 
 
@@ -218,7 +246,7 @@ def test_a_damaged_version_does_not_come_back(project: Any) -> None:
         if path.is_file() and not path.name.endswith(".dir"):
             path.chmod(0o644)
             path.write_bytes(b"corrupt")
-    with pytest.raises(RegistryError, match="is not what was registered"):
+    with pytest.raises(RegistryError, match="differs from the registered file"):
         roll_back(project.params, project.paths, "why")
     assert champion(project) == "v0.1.2"
 
@@ -229,22 +257,21 @@ def test_a_rolled_back_version_needs_an_explicit_act(project: Any) -> None:
     roll_back(project.params, project.paths, "wrong answers")
     refused = promote(project.params, project.paths)
     assert refused.outcome == "refused" and champion(project) == "v0.1.1"
-    assert "not taken back: docstrings#champion#4 rolled it back (wrong answers)" in refused.sentence
+    assert "not withdrawn: docstrings#champion#4 rolled it back (wrong answers)" in refused.sentence
     write = project.register(loss=2.45, weight=2.5)  # the same adapter, evaluated again
     assert write["version"] == "v0.1.3"
     assert "it has the adapter of v0.1.2: docstrings#champion#4" in promote(project.params, project.paths).sentence
     again = promote(project.params, project.paths, version="v0.1.2", again=True)
     assert again.outcome == "promoted" and champion(project) == "v0.1.2"
-    assert Registry(Git(project.root), "docstrings").taken_back("champion") == {}
+    assert Registry(Git(project.root), "docstrings").withdrawn("champion") == {}
 
 
-def test_so_does_one_whose_stage_was_taken_back(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    project.git("tag", "--annotate", "--message=bad", "docstrings#champion!#2", "docstrings@v0.1.0^{}")
-    refused = promote(project.params, project.paths)
-    assert "docstrings#champion!#2 took champion back from it" in refused.sentence
-    assert promote(project.params, project.paths, again=True).outcome == "promoted"
+def test_so_does_one_whose_stage_was_taken_back(registered: Any) -> None:
+    promote(registered.params, registered.paths)
+    registered.git("tag", "--annotate", "--message=bad", "docstrings#champion!#2", "docstrings@v0.1.0^{}")
+    refused = promote(registered.params, registered.paths)
+    assert "docstrings#champion!#2 withdrew champion" in refused.sentence
+    assert promote(registered.params, registered.paths, again=True).outcome == "promoted"
 
 
 # -- evidence --------------------------------------------------------------------------------------------------------
@@ -259,17 +286,16 @@ def test_an_edited_evaluation_makes_no_champion(project: Any) -> None:
     path.unlink()  # a link into DVC's cache, perhaps
     path.write_text(json.dumps(metrics))
     refused = promote(project.params, project.paths)
-    assert "evidence: metrics.json is not what was registered as v0.1.0" in refused.sentence
+    assert "evidence: metrics.json differs from the registered file of v0.1.0" in refused.sentence
     assert champion(project) is None
 
 
-def test_an_adapter_that_is_evaluated_again_is_promoted_with_its_new_figures(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    project.register(loss=2.75, weight=1.0)
-    assert promote(project.params, project.paths).outcome == "promoted"
-    registry = Registry(Git(project.root), "docstrings")
-    assert champion(project) == "v0.1.1"
+def test_an_adapter_that_is_evaluated_again_is_promoted_with_its_new_figures(registered: Any) -> None:
+    promote(registered.params, registered.paths)
+    registered.register(loss=2.75, weight=1.0)
+    assert promote(registered.params, registered.paths).outcome == "promoted"
+    registry = Registry(Git(registered.root), "docstrings")
+    assert champion(registered) == "v0.1.1"
     assert registry.record(registry.version("v0.1.1"))["metrics"]["adapter"]["loss"] == 2.75
 
 
@@ -285,30 +311,13 @@ def test_what_the_rules_ask_for_has_to_be_measured(project: Any) -> None:
     assert promote(project.params, project.paths, dry_run=True).outcome == "would promote"
     rules = Params.model_validate({"project": {"name": "docstrings"}, "register": {"remote": "local"}})
     refused = promote(rules, project.paths, version="v0.1.0")
-    assert "measured as asked: it was evaluated with evaluate.control.source null" in refused.sentence
+    assert "evaluation settings: it was evaluated with evaluate.control.source null" in refused.sentence
     assert champion(project) is None
 
 
-def test_a_tag_whose_record_is_of_another_version_is_no_version(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    project.git("tag", "--annotate", "--message=x", "docstrings@v9.0.0", "docstrings@v0.1.0^{}")
+def test_a_tag_whose_record_is_of_another_version_is_no_version(registered: Any) -> None:
+    promote(registered.params, registered.paths)
+    registered.git("tag", "--annotate", "--message=x", "docstrings@v9.0.0", "docstrings@v0.1.0^{}")
     with pytest.raises(RegistryError, match=r"docstrings@v9\.0\.0 is at the commit of docstrings@v0\.1\.0"):
-        promote(project.params, project.paths, version="v9.0.0")
-    assert champion(project) == "v0.1.0"
-
-
-def test_versions_and_trials_on_the_same_rows_are_counted(project: Any) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    for parameters in ("a: 1", "a: 2", "a: 2"):
-        note_trial(project.paths, (project.root / "dvc.lock").read_text(), parameters)
-    record = project.register(loss=2.6, weight=2.0)
-    assert record["looks"] == {"test_rows": 2, "trials": 2}
-    digest = data_digest(read_lock(project.root, "register"), project.paths)
-    with worktree_at(project.root, "HEAD") as tree:
-        assert trials_on(Paths(tree), digest) == 2, "a retraining of this clone knows of them"
-    report = promote(project.params, project.paths).report
-    assert report is not None
-    detail = next(check.detail for check in report.checks if check.name == "against the champion")
-    assert "version 2 that was evaluated on these test rows" in detail and "2 trials of sweeps" in detail
+        promote(registered.params, registered.paths, version="v9.0.0")
+    assert champion(registered) == "v0.1.0"

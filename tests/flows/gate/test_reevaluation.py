@@ -16,10 +16,10 @@ from flows.base.model import load_dequantized
 from flows.data.rows import read_rows
 from flows.errors import RegistryError, StageError
 from flows.evaluation.scoring import row_losses
-from flows.gate import reevaluation as remeasurement
-from flows.gate.candidate import Remeasured
+from flows.gate import reevaluation
+from flows.gate.candidate import Reevaluation
 from flows.gate.promote import promote
-from flows.params.model import Params, load_params
+from flows.params import Params, load_params
 from flows.paths import Paths
 from flows.registry.registered_files import dvc_digest
 from flows.registry.registry import Registry
@@ -38,7 +38,7 @@ register: {remote: local}
 gate:
   min_loss_gain: -10
   min_rouge_l_gain: -1
-  min_ended: 0
+  min_eos_rate: 0
   champion: {max_loss_regression_on_its_rows: 9.0, max_loss_regression: 9.0}
   slices: {max_loss_regression: 9.0}
 tracking: {mode: disabled}
@@ -101,18 +101,18 @@ def detail(promotion: Any) -> str:
 def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     weeks: Paths, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    params, found, there = load_params(weeks.params), list[Remeasured](), list[Remeasured]()
+    params, found, there = load_params(weeks.params), list[Reevaluation](), list[Reevaluation]()
 
-    def noted(*arguments: Any) -> Remeasured:
-        found.append(remeasurement.measure_again(*arguments))
+    def noted(*arguments: Any) -> Reevaluation:
+        found.append(reevaluation.reevaluate_champion(*arguments))
         return found[-1]
 
-    def noted_there(*arguments: Any) -> Remeasured:
-        there.append(remeasurement.measure_candidate(*arguments))
+    def noted_there(*arguments: Any) -> Reevaluation:
+        there.append(reevaluation.reevaluate_candidate(*arguments))
         return there[-1]
 
-    monkeypatch.setattr("flows.gate.promote.measure_again", noted)
-    monkeypatch.setattr("flows.gate.promote.measure_candidate", noted_there)
+    monkeypatch.setattr("flows.gate.promote.reevaluate_champion", noted)
+    monkeypatch.setattr("flows.gate.promote.reevaluate_candidate", noted_there)
     promotion = promote(params, weeks, dry_run=True)
     assert promotion.outcome == "would promote", promotion.sentence
     registry = Registry(Git(weeks.root), "docstrings")
@@ -130,7 +130,7 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     losses = dict(zip(*(found[0].rows.column(name).to_pylist() for name in ("id", "adapter_loss")), strict=True))
     assert losses == {name: pytest.approx(expected[name], abs=1e-6) for name in kept}
     assert f"on {len(kept)} rows" in detail(promotion)
-    assert f"v0.1.0 was measured again on these 10 test rows, and {10 - len(kept)} left out" in detail(promotion)
+    assert f"v0.1.0 was re-evaluated on these 10 test rows, without {10 - len(kept)} that" in detail(promotion)
     # and the candidate on the champion's
     ours = [parquet.read_table(weeks.split(split)).to_pylist() for split in ("train", "validation")]
     learned = {row["prompt"] for rows in ours for row in rows}
@@ -141,13 +141,13 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     assert dict(losses) == {row["id"]: pytest.approx(on_theirs[row["id"]], abs=1e-6) for row in theirs}
     checks = {check.name: check.detail for check in promotion.report.checks} if promotion.report else {}
     assert "on 10 of that one's test rows" in checks["the champion's rows"]
-    assert "measure v0.1.0 again" in capfd.readouterr().err
+    assert "evaluate v0.1.0 again" in capfd.readouterr().err
 
 
 @pytest.mark.proof
 def test_a_measurement_that_fails_says_why(weeks: Paths) -> None:
     (weeks.base / "config.json").unlink()
-    with pytest.raises(StageError, match=r"v0\.1\.0 could not be measured again: .*config\.json is damaged or gone"):
+    with pytest.raises(StageError, match=r"the re-evaluation of v0\.1\.0 failed: .*config\.json is damaged or missing"):
         promote(load_params(weeks.params), weeks)
 
 
@@ -162,7 +162,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ids = [row["id"] for row in read_rows(Path(task["test"]), ["id"], task["rows"])]
         return pyarrow.table({"id": ids, "tokens": [1] * len(ids), "adapter_loss": [1.0] * len(ids)})
 
-    monkeypatch.setattr(remeasurement, "_run", run)
+    monkeypatch.setattr(reevaluation, "_run", run)
     return tasks
 
 
@@ -178,15 +178,15 @@ def test_a_working_tree_without_any_files_measures_the_same(weeks: Paths, preten
 
 
 def test_unless_it_may_be_it_is_refused(weeks: Paths, pretended: list[dict[str, Any]]) -> None:
-    weeks.params.write_text(PARAMS.replace("9.0}", "9.0, remeasure: false}", 1))
+    weeks.params.write_text(PARAMS.replace("9.0}", "9.0, reevaluate: false}", 1))
     refused = promote(load_params(weeks.params), weeks)
-    assert "v0.1.0 was measured on another test set" in refused.sentence
+    assert "v0.1.0 was evaluated on another test set" in refused.sentence
     assert pretended == []
 
 
 def test_test_rows_of_another_run_are_refused(weeks: Paths, pretended: list[dict[str, Any]]) -> None:
     replace_file(weeks.split("test"), weeks.split("train").read_bytes())
-    with pytest.raises(StageError, match=r"is not what v0\.2\.0 was measured on"):
+    with pytest.raises(StageError, match=r"differs from the test rows that v0\.2\.0 was evaluated on"):
         promote(load_params(weeks.params), weeks)
     assert pretended == []
 
@@ -201,7 +201,7 @@ def test_data_that_are_not_what_was_registered_are_refused(weeks: Paths, pretend
     listed = json.loads((cache / digest[:2] / digest[2:]).read_text())
     train = next(one["md5"] for one in listed if one["relpath"] == "train.parquet")
     replace_file(cache / train[:2] / train[2:], weeks.split("validation").read_bytes())
-    with pytest.raises(RegistryError, match=r"artifacts/data of docstrings@v0\.1\.0 is not what was registered"):
+    with pytest.raises(RegistryError, match=r"artifacts/data of docstrings@v0\.1\.0 differs from the registered file"):
         promote(load_params(weeks.params), weeks)
     assert pretended == []
 
@@ -241,18 +241,18 @@ def test_what_it_started_from_has_taught_it_too(tmp_path: Path, monkeypatch: pyt
         number: prepared_rows(tmp_path / number, {"train": [f"train {number}"], "validation": [f"val {number}"]})
         for number in ("v0.1.0", "v0.2.0", "v0.3.0")
     }
-    monkeypatch.setattr(remeasurement, "files_of", lambda paths, registry, number, wanted: nullcontext(data[number]))
+    monkeypatch.setattr(reevaluation, "files_of", lambda paths, registry, number, wanted: nullcontext(data[number]))
     registry: Any = Versions({"v0.3.0": "v0.2.0", "v0.2.0": "v0.1.0", "v0.1.0": None})
-    found = list(remeasurement.data_of(data["v0.3.0"], registry, registry.version("v0.3.0"), data["v0.3.0"]))
+    found = list(reevaluation.data_of(data["v0.3.0"], registry, registry.version("v0.3.0"), data["v0.3.0"]))
     assert [paths.root.name for paths in found] == ["v0.3.0", "v0.2.0", "v0.1.0"]
-    known = remeasurement.learned(found[0]) | remeasurement.learned(found[2])
+    known = reevaluation.learned(found[0]) | reevaluation.learned(found[2])
     assert {"train v0.3.0", "val v0.3.0", "train v0.1.0", "val v0.1.0", "v0.1.0-val v0.1.0"} <= known
 
 
 def test_a_classified_text_is_what_is_asked(tmp_path: Path) -> None:
-    assert "cold" in remeasurement.learned(prepared_rows(tmp_path / "a", {"train": ["cold"]}, "text"))
+    assert "cold" in reevaluation.learned(prepared_rows(tmp_path / "a", {"train": ["cold"]}, "text"))
     typed = prepared_rows(tmp_path / "b", {"train": ["\u201ccold\u201d"]}, "text")
-    assert '"cold"' in remeasurement.learned(typed), "in the spelling in which rows are compared"
+    assert '"cold"' in reevaluation.learned(typed), "in the spelling in which rows are compared"
     (tmp_path / "a" / "artifacts" / "data" / "train.parquet").write_bytes(b"no table")
     with pytest.raises(StageError, match=r"train\.parquet cannot be read as prepared rows"):
-        remeasurement.learned(Paths(tmp_path / "a"))
+        reevaluation.learned(Paths(tmp_path / "a"))

@@ -17,7 +17,7 @@ def promotion(outcome: str, *checks: Check, champion: str | None = "v0.1.0", tag
 def test_a_pass() -> None:
     text = as_markdown(promotion("promoted", Check("manifest", True, "3 files"), tag="docs#champion#2"))
     assert text == (
-        "## ✅ docs v0.2.0 is champion\n\nCompared with: v0.1.0.\n\n| check | | found, and what is allowed |\n"
+        "## ✅ docs v0.2.0 is champion\n\nCompared with: v0.1.0.\n\n| check | | measured, and the limit |\n"
         "|---|---|---|\n| manifest | ✅ | 3 files |\n\nTag: `docs#champion#2`\n"
     )
 
@@ -27,7 +27,7 @@ def test_a_refusal_says_why_and_cannot_break_out_of_its_cell() -> None:
     text = as_markdown(promotion("refused", Check("manifest", True, "fine"), bad, champion=None))
     assert text.startswith("## ❌ docs v0.2.0 is not promoted to champion: allowed files: a\\|b &lt;script>")
     assert "| allowed files | ❌ | a\\|b &lt;script> \\| x \\|.bin &amp; more |" in text.splitlines()
-    assert "Compared with: nothing, the stage was free." in text and "were not made" in text
+    assert "Compared with: nothing, the stage was free." in text and "were skipped" in text
 
 
 @pytest.mark.parametrize(

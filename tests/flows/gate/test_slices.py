@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 
 from flows.gate.slices import SMALL, SliceDifference, _holm, slice_differences
-from flows.params.model import Slices
+from flows.params import Slices
 
 
 def table(losses: Sequence[float], slices: Sequence[str] | None = None) -> pyarrow.Table:

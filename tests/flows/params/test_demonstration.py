@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from flows.params.demonstration import LIMITS, left_over
-from flows.params.model import DEMONSTRATION_PROMPT, Data, Params, load_params
+from flows.params import DEMONSTRATION_PROMPT, Data, Params, left_over, load_params
+from flows.params.demonstration import LIMITS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_demonstration_itself_is_not_warned_of() -> None:

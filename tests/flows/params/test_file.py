@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flows.errors import ParamsError
-from flows.params.model import load_params
+from flows.params import load_params
 
 
 def said(tmp_path: Path, text: str) -> str:
@@ -23,7 +23,7 @@ def said(tmp_path: Path, text: str) -> str:
         ("train:\n\n  epochs: '2'\n", "3: train.epochs: '2' does not fit; give a number, without quotes: 2"),
         ("data: {max_length: 2.5}", "1: data.max_length: 2.5 does not fit; give a whole number"),
         ("quantization: {double_quant: 1}", "1: quantization.double_quant: 1 does not fit; give true or false"),
-        ("method:\n  name: lorra", "2: method.name: 'lorra' does not fit; did you mean 'lora'?"),
+        ("method:\n  name: lorra", "2: method.name: 'lorra' does not fit; did you mean lora?"),
         ("merge: {into: x}", "1: merge.into: 'x' does not fit; give one of best, dequantized, original, requantized"),
         (
             "method: {lora_dropout: 1}",

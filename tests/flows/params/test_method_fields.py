@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from flows.errors import ParamsError
-from flows.params.method_fields import FIELDS, OTHERWISE, SHARED
-from flows.params.model import Params, load_params
+from flows.params import Params, load_params
+from flows.params.method_fields import ALTERNATIVES, FIELDS, SHARED
 from flows.training.adapter_choice import adapter_config
 from peftcore.registry import method_named, tuner_names
 
@@ -40,10 +40,9 @@ def test_an_option_reaches_the_methods_own_field(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_null_is_the_methods_own_default(name: str) -> None:
-    options = {"adalora": {"init_r", "target_r"}}.get(name, set())
     config = adapter_config(method(name, **dict.fromkeys(SHARED)), 100)
     default = method_named(name.upper()).config(**NEEDED.get(name, {}))
-    for field in {"r", "alpha", "lora_alpha", *FIELDS.get(name, {}).values()} - options:
+    for field in {"r", "alpha", "lora_alpha", *FIELDS.get(name, {}).values()}:
         assert getattr(config, field, None) == getattr(default, field, None)
 
 
@@ -62,7 +61,7 @@ def test_an_option_that_a_method_has_not_is_refused_by_line(name: str, tmp_path:
     for line, option in zip(said, missing, strict=True):
         assert line.startswith(f"params.yaml:{SHARED.index(option) + 3}: method.{option}: ")
         assert f"{name} has no such option; give null" in line
-        assert OTHERWISE.get(name, {}).get(option, "") in line
+        assert ALTERNATIVES.get(name, {}).get(option, "") in line
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -75,18 +74,22 @@ def test_the_tables_speak_of_methods_and_fields_that_there_are() -> None:
     for name, fields in FIELDS.items():
         known = {field.name for field in dataclasses.fields(method_named(name.upper()).config)}
         assert fields.keys() <= set(SHARED) and set(fields.values()) <= known
-    for name, others in OTHERWISE.items():
+    for name, others in ALTERNATIVES.items():
         assert name in METHODS and not others.keys() & FIELDS.get(name, {}).keys()
         known = {field.name for field in dataclasses.fields(method_named(name.upper()).config)}
         own = [word.removeprefix("options.").strip(",") for text in others.values() for word in text.split()]
         assert {word for word in own if "_" in word and "." not in word} <= known
 
 
-def test_lora_and_adalora_keep_their_numbers_where_nothing_is_said() -> None:
+def test_lora_has_the_pipelines_defaults() -> None:
     lora: Any = adapter_config(Params(), 100)
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (16, 32, 0.0)
-    adalora: Any = adapter_config(method("adalora"), 100)
-    assert (adalora.lora_alpha, adalora.lora_dropout) == (32, 0.0)
+
+
+def test_a_schedule_is_shares_of_the_run_or_an_option() -> None:
+    schedule = {"warmup_share": 0.25, "final_share": 0.5}
+    config: Any = adapter_config(method("adalora", schedule=schedule, options={"tfinal": 7, "init_r": 24}), 100)
+    assert (config.total_step, config.tinit, config.tfinal, config.init_r) == (100, 25, 7, 24)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +97,11 @@ def test_lora_and_adalora_keep_their_numbers_where_nothing_is_said() -> None:
     [
         ("{name: ia3, use_rslora: true}", "method.use_rslora: true does not fit; ia3 has no such option; give false"),
         ("{name: loha, r: 8, options: {r: 4}}", "method.options.r: 4 does not fit; method.r is 8, which is the same"),
-        ("{name: vera, r: auto}", "method.r: 'auto' does not fit; ranks are searched for lora; give vera a number"),
-        ("{name: ia3, r: auto}", "method.r: 'auto' does not fit; ranks are searched for lora; give ia3 null"),
+        (
+            "{name: vera, r: auto}",
+            "method.r: 'auto' does not fit; ranks are searched for lora only; give vera a number",
+        ),
+        ("{name: ia3, r: auto}", "method.r: 'auto' does not fit; ranks are searched for lora only; give ia3 null"),
         ("{name: [lora], r: 8}", "method.name"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flows.errors import ParamsError
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.params.overrides import apply_overrides, check_overrides, parameter_sets
 from flows.scaling.experiment import run_experiment
 

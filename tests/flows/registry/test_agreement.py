@@ -95,14 +95,13 @@ def test_after_many_operations_the_views_are_equal(registry: Registry, seed: int
         assert stages == {stage: one.version for stage, one in registry.stages().items() if one.version}
 
 
-def test_dvc_gets_the_bytes_of_the_champion_by_its_stage(project: Any, tmp_path: Path) -> None:
-    project.register()
-    project.register(loss=2.6, weight=2.0)
-    registry, expected = Registry(Git(project.root), NAME), []
+def test_dvc_gets_the_bytes_of_the_champion_by_its_stage(registered: Any, tmp_path: Path) -> None:
+    registered.register(loss=2.6, weight=2.0)
+    registry, expected = Registry(Git(registered.root), NAME), []
     for event, number in enumerate(("v0.1.1", "v0.1.0")):
         registry.assign("champion", registry.version(number), event, "m")
         out = tmp_path / number
-        dvc(project.root, "artifacts", "get", ".", NAME, "--stage", "champion", "--out", str(out))
+        dvc(registered.root, "artifacts", "get", ".", NAME, "--stage", "champion", "--out", str(out))
         expected.append((out / "adapter_model.safetensors").read_bytes())
-    assert expected[0] == (project.paths.adapter / "adapter_model.safetensors").read_bytes()
+    assert expected[0] == (registered.paths.adapter / "adapter_model.safetensors").read_bytes()
     assert expected[1] != expected[0]

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.params.model import Params
+from flows.params import Params
 from flows.registry.card import CARD, SLICES, escaped, model_card
 
 
@@ -54,11 +54,11 @@ def test_the_hubs_reader_takes_it() -> None:
 def test_it_says_what_a_reader_asks() -> None:
     text = model_card(record())
     for part in (
-        "| test loss, nats a token | 4.1 | 2.8 |",
+        "| test loss, nats per token | 4.1 | 2.8 |",
         "| json | 30 | 3.9 | 2.7 |",
-        "KL 0.0019 nats a token; they agree on 0.977",
+        "KL divergence 0.0019 nats per token, top-1 agreement 0.977",
         "- rows: 40 train, 8 test, of 60 examples",
-        "- left out: 3 too long",
+        "- dropped: 3 too long",
         "`d1.dir` (DVC, MD5)",
         "| `method.r` | `16` |",
         "16 in most of 210 layers, others in 1",
@@ -96,7 +96,7 @@ def test_nothing_from_data_is_markup() -> None:
     assert "<script>" not in text.partition("\n---\n")[2]
     assert "\n# head" not in text
     assert text.count(r"&lt;script>\|\`x\` \# head \[a\](b)") == SLICES + 2
-    assert f"And {20 - SLICES} smaller ones" in text
+    assert f"{20 - SLICES} smaller slices" in text
     assert ModelCard(text).data.license is None
     assert escaped("a*b_c|<d>\ne") == r"a\*b\_c\|&lt;d> e"
 

@@ -66,14 +66,13 @@ def figures(kind: str, outcomes: Counter[int], stale: int, started: float) -> No
 
 
 @pytest.mark.faults("concurrent promotions", trials=ROUNDS)
-def test_of_ten_processes_one_wins(project: Any, tmp_path: Path, stack: ExitStack) -> None:
-    project.register()
+def test_of_ten_processes_one_wins(registered: Any, tmp_path: Path, stack: ExitStack) -> None:
     (tmp_path / "meeting").mkdir()
     # each in its folder, so that each has its params.yaml; git's store is one
     roots = [tmp_path / f"tree{number}" for number in range(10)]
     for root in roots:
-        shutil.copytree(project.root, root, symlinks=True, ignore=shutil.ignore_patterns(".git"))
-        (root / ".git").symlink_to(project.root / ".git")
+        shutil.copytree(registered.root, root, symlinks=True, ignore=shutil.ignore_patterns(".git"))
+        (root / ".git").symlink_to(registered.root / ".git")
     promoters = Promoters(stack, roots, tmp_path / "meeting")
     outcomes, stale, started = Counter[int](), 0, time.monotonic()
     for number in range(1, ROUNDS + 1):
@@ -81,24 +80,23 @@ def test_of_ten_processes_one_wins(project: Any, tmp_path: Path, stack: ExitStac
         statuses = Counter(one["status"] for one in found)
         outcomes += statuses
         assert statuses == {WON: 1, CONFLICT: 9}, found
-        assert all("came first" in one["stderr"] for one in found if one["status"] == CONFLICT)
+        assert all("was faster" in one["stderr"] for one in found if one["status"] == CONFLICT)
         (winner,) = (json.loads(one["stdout"]) for one in found if one["status"] == WON)
         assert winner["tag"] == f"docstrings#round{number}#{number}"
-        stale += len(stage_tags(project, project.root)) - number
+        stale += len(stage_tags(registered, registered.root)) - number
     assert stale == 0
     figures("ten processes, one repository", outcomes, stale, started)
 
 
 @pytest.mark.faults("concurrent promotions", trials=ROUNDS)
-def test_of_two_clones_one_wins_and_the_other_keeps_no_tag(project: Any, tmp_path: Path, stack: ExitStack) -> None:
-    project.register()
+def test_of_two_clones_one_wins_and_the_other_keeps_no_tag(registered: Any, tmp_path: Path, stack: ExitStack) -> None:
     (tmp_path / "meeting").mkdir()
     shared = tmp_path / "shared.git"
-    project.git("clone", "--quiet", "--bare", str(project.root), str(shared))
-    project.git("remote", "add", "origin", str(shared))
+    registered.git("clone", "--quiet", "--bare", str(registered.root), str(shared))
+    registered.git("remote", "add", "origin", str(shared))
     clones = [tmp_path / "one", tmp_path / "other"]
     for clone in clones:
-        shutil.copytree(project.root, clone, symlinks=True)
+        shutil.copytree(registered.root, clone, symlinks=True)
     promoters = Promoters(stack, clones, tmp_path / "meeting", push_to="origin")
     outcomes, stale, started = Counter[int](), 0, time.monotonic()
     for number in range(1, ROUNDS + 1):
@@ -106,13 +104,13 @@ def test_of_two_clones_one_wins_and_the_other_keeps_no_tag(project: Any, tmp_pat
         statuses = Counter(one["status"] for one in found)
         outcomes += statuses
         assert statuses == {WON: 1, CONFLICT: 1}, found
-        there = stage_tags(project, shared)
+        there = stage_tags(registered, shared)
         assert list(there) == [f"docstrings#round{n}#{n}" for n in sorted(range(1, number + 1), key=str)]
         for clone, one in zip(clones, found, strict=True):
-            here = stage_tags(project, clone)
+            here = stage_tags(registered, clone)
             stale += sum(there.get(tag) != object_ for tag, object_ in here.items())
             assert len(here) == (number if one["status"] == WON else number - 1)
-            project.git("fetch", "--quiet", "--tags", "origin", root=clone)
-            assert stage_tags(project, clone) == there
+            registered.git("fetch", "--quiet", "--tags", "origin", root=clone)
+            assert stage_tags(registered, clone) == there
     assert stale == 0
     figures("two clones, one remote", outcomes, stale, started)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.errors import RegistryError, RepositoryError
-from flows.registry import gc as garbage
+from flows.registry import gc
 from flows.registry.gc import Collection, collect_garbage
 from flows.registry.registry import Registry
 from flows.runtime.git import Git
@@ -119,13 +119,13 @@ def test_the_past_may_be_forgotten_and_what_a_branch_or_tag_needs_stays(versions
 def test_a_working_tree_keeps_what_it_has(versions: Any) -> None:
     with worktree_at(versions.root, registry_of(versions).version(REFUSED).commit) as tree:
         assert collect(versions).collected == []
-        with pytest.raises(RepositoryError, match="DVC is at work in"), garbage._locked(tree, []):
+        with pytest.raises(RepositoryError, match="DVC is busy in"), gc._locked(tree, []):
             collect(versions)
     assert there(versions, ".dvc/cache") == ALL
 
 
 def test_a_promotion_between_looking_and_removing_loses_nothing(versions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    look, registry = garbage._used, registry_of(versions)
+    look, registry = gc._used, registry_of(versions)
 
     def promoted_meanwhile(*arguments: Any) -> Any:
         used = look(*arguments)
@@ -133,7 +133,7 @@ def test_a_promotion_between_looking_and_removing_loses_nothing(versions: Any, m
             registry.assign("champion", registry.version(REFUSED), 2, "m")
         return used
 
-    monkeypatch.setattr(garbage, "_used", promoted_meanwhile)
+    monkeypatch.setattr(gc, "_used", promoted_meanwhile)
     done = collect(versions, remote=True)
     assert (done.collected, done.kept[REFUSED]) == ([], "is champion")
     assert there(versions, ".dvc-remote") == there(versions, ".dvc/cache") == ALL
@@ -169,7 +169,7 @@ def test_as_a_command_with_what_the_registry_then_shows(versions: Any, monkeypat
     runner = CliRunner(env={"COLUMNS": "200"})
     told = runner.invoke(app, ["registry", "gc", "--keep", "1", "--dry-run"])
     assert told.exit_code == 0, told.stderr
-    assert f"versions whose files would go: {REFUSED}" in told.stdout and "was champion" in told.stdout
+    assert f"versions whose files would be removed: {REFUSED}" in told.stdout and "was champion" in told.stdout
     done = runner.invoke(app, ["registry", "gc", "--keep", "1", "--remote", "--json"])
     assert json.loads(done.stdout)["collected"] == [REFUSED]
     assert json.loads(done.stdout)["remote"]["size"] > 0
@@ -184,7 +184,7 @@ def test_a_remote_that_another_repository_uses_too_is_left_alone(versions: Any) 
     stranger.parent.mkdir(parents=True, exist_ok=True)
     stranger.write_text("registered by another repository")
     before = objects(versions)
-    with pytest.raises(RepositoryError, match=r"holds 1 objects that nothing in this repository .* give --exclusive"):
+    with pytest.raises(RepositoryError, match=r"holds 1 objects that this repository has never .* give --exclusive"):
         collect(versions, remote=True)
     assert objects(versions) == before and stranger.exists()
     assert collect(versions, remote=True, exclusive=True).collected

@@ -68,10 +68,10 @@ def test_it_runs_the_commits_own_code_on_what_was_fetched_and_leaves_the_users_f
     found = rebuild(fetched)
 
     assert (found.version, found.stages, found.same) == ("v0.1.0", ["make"], True)
-    assert {one.what for one in found.adapter} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {one.name for one in found.adapter} == {"adapter_config.json", "adapter_model.safetensors"}
     assert all(one.same for part in (found.adapter, found.evidence, found.outs, found.metrics) for one in part)
-    assert {one.what for one in found.metrics} >= {"adapter.loss", "merge.kl", "training.steps"}
-    assert not {"training.seconds", "adapter.tokens_per_second"} & {one.what for one in found.metrics}
+    assert {one.name for one in found.metrics} >= {"adapter.loss", "merge.kl", "training.steps"}
+    assert not {"training.seconds", "adapter.tokens_per_second"} & {one.name for one in found.metrics}
     assert found.other == []
     assert set((fetched.root / ".dvc" / "cache").rglob("*")) == cache
     assert all(path.read_bytes() == content for path, content in files.items() if ".dvc/tmp" not in str(path))
@@ -84,7 +84,7 @@ def test_what_was_fetched_comes_from_the_remote_where_the_cache_has_lost_it(fetc
     assert rebuild(fetched).same
     (fetched.root / ".dvc" / "cache" / "files").rename(fetched.root / "cache-away-again")
     (fetched.root / ".dvc-remote").rename(fetched.root / "remote-away")
-    with pytest.raises(RegistryError, match="what the version was made from cannot be had"):
+    with pytest.raises(RegistryError, match="the inputs of the version are not available"):
         rebuild(fetched)
 
 
@@ -110,20 +110,20 @@ def test_another_adapter_is_told_with_its_largest_difference_and_what_was_anothe
     monkeypatch.setattr("flows.registry.lineage.python_version", lambda: "3.0")
     found = rebuild(project)
     assert not found.same
-    weights = next(one for one in found.adapter if one.what == "adapter_model.safetensors")
+    weights = next(one for one in found.adapter if one.name == "adapter_model.safetensors")
     assert (weights.same, weights.detail) == (False, "largest difference 0.25, in layer.lora_A.weight")
-    outs = {one.what: (one.same, one.detail) for one in found.outs}
-    assert outs["artifacts/training"] == (True, "the same but for times")
+    outs = {one.name: (one.same, one.detail) for one in found.outs}
+    assert outs["artifacts/training"] == (True, "equal except for times")
     assert outs["artifacts/data"] == (True, "")
     assert outs["artifacts/evaluation"] == (False, "metrics.json (another content)")
-    evidence = {one.what: one.same for one in found.evidence}
+    evidence = {one.name: one.same for one in found.evidence}
     assert evidence == {
         "artifacts/evaluation/control.parquet": True,
         "artifacts/evaluation/metrics.json": False,
         "artifacts/evaluation/rows.parquet": True,
         "artifacts/merge.json": True,
     }
-    assert [one.what for one in found.metrics if not one.same] == ["adapter.loss"]
+    assert [one.name for one in found.metrics if not one.same] == ["adapter.loss"]
     assert [one[0] for one in found.other] == ["python"]
     assert "python was" in found.sentence
 
@@ -136,7 +136,7 @@ def test_as_a_command_with_a_stage_that_fails_in_the_end(project: Any, monkeypat
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["same"] is True
     unknown = peftcore("reproduce", "v0.1.0", "--until", "trian")
-    assert (unknown.exit_code, "it has: make" in unknown.stderr) == (1, True)
+    assert (unknown.exit_code, "give one of make" in unknown.stderr) == (1, True)
     monkeypatch.setenv("FAIL", "1")
     failed = peftcore("reproduce")
     assert (failed.exit_code, "stage make failed" in failed.stderr) == (1, True)
@@ -166,7 +166,7 @@ def test_the_largest_difference_by_type(tmp_path: Path) -> None:
     save_file({"a": base, "b": base + 0.5}, other)
     assert largest_difference(one, other) == "largest difference 0.5, in b"
     save_file({"a": base}, other)
-    assert largest_difference(one, other) == "other tensors, or of other shapes"
+    assert largest_difference(one, other) == "other tensors or other shapes"
     other.write_bytes(b"no")
     assert largest_difference(one, other).startswith("not readable")
     import torch

@@ -1,68 +1,17 @@
-"""Signed tags and approvals, with real ssh keys and real git: only who is listed counts, for what they signed."""
+"""Signed tags with real ssh keys and real git: only listed people count, for what they signed."""
 
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from registries import Key, add, needs_keys, of, signature
 
-from flows.errors import RegistryConflict, RegistryError
+from flows.errors import RegistryError
 from flows.gate.promote import promote
-from flows.params.model import Gate
-from flows.registry.approvals import approvals, approve, unsigned_approvals
-from flows.registry.project_registry import deciding_tags
-from flows.registry.registry import Registry, Version
-from flows.registry.signatures import VARIABLE, Signature, signature_of, signing_key
-from flows.runtime.git import Git
-
-needs_keys = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed")
-Key = Callable[[str], Path]
-
-
-@pytest.fixture
-def key(tmp_path: Path) -> Key:
-    """`key("ada")`: an ssh key of hers; the file `signers` lists it, unless it is mallory's."""
-
-    def make(who: str) -> Path:
-        path = tmp_path / who
-        if not path.exists():
-            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", who, "-f", str(path)]
-            subprocess.run(command, check=True)
-            if who != "mallory":
-                with (tmp_path / "signers").open("a") as signers:
-                    signers.write(f"{who}@example.org {path.with_suffix('.pub').read_text()}")
-        return path
-
-    (tmp_path / "signers").touch()
-    return make
-
-
-@pytest.fixture
-def signers(tmp_path: Path) -> Path:
-    return tmp_path / "signers"
-
-
-def of(project: Any, signing: Path | None = None) -> Registry:
-    return Registry(Git(project.root), "docstrings", signing)
-
-
-def add(registry: Registry, number: str = "v0.1.0") -> Version:
-    return registry.register(number, "a" * 64, {"version": number}, {"dvc.lock": "{}\n"}, "good")
-
-
-def signature(registry: Registry, name: str, signers: Path) -> Signature:
-    return signature_of(registry.git, registry.git.tags(name)[0], signers)
-
-
-def be(project: Any, who: str) -> None:
-    project.git("config", "user.email", f"{who}@example.org")
-
-
-# -- signatures ------------------------------------------------------------------------------------------------------
+from flows.registry.signatures import VARIABLE, Signature, signing_key
 
 
 @needs_keys
@@ -149,7 +98,7 @@ def test_promotion_asks_for_a_signature_and_signs_its_own_tag(
     project.register()
     refused = promote(project.params, project.paths)
     assert refused.outcome == "refused"
-    assert "signature: docstrings@v0.1.0 is signed by nobody of ../signers" in refused.sentence
+    assert "signature: docstrings@v0.1.0 is not signed by anybody in ../signers" in refused.sentence
     project.git("tag", "--delete", "docstrings@v0.1.0")
     monkeypatch.setenv(VARIABLE, str(key("ada")))
     project.register()
@@ -160,144 +109,5 @@ def test_promotion_asks_for_a_signature_and_signs_its_own_tag(
     assert (again.outcome, again.report) == ("already", promotion.report)
     signers.unlink()
     project.git("tag", "--delete", "docstrings#champion#1")
-    with pytest.raises(RegistryError, match=r"gate\.allowed_signers is \.\./signers, and there is no file"):
+    with pytest.raises(RegistryError, match=r"gate\.allowed_signers is \.\./signers, but the file"):
         promote(project.params, project.paths)
-
-
-# -- approvals -------------------------------------------------------------------------------------------------------
-
-
-def test_each_person_counts_once_and_who_registered_it_does_not(project: Any) -> None:
-    registry = of(project)
-    version = add(registry)
-    with pytest.raises(RegistryError, match=r"ada@example\.org registered docstrings@v0\.1\.0 and cannot approve it"):
-        approve(registry, version, "fine", None)
-    be(project, "Grace")
-    made = approve(registry, version, "read the\nsamples", None)
-    assert (made.who, made.note) == ("grace@example.org", "read the samples")
-    be(project, "grace")
-    with pytest.raises(RegistryConflict, match=r"has approved docstrings v0\.1\.0 already"):
-        approve(registry, version, "again", None)
-    for name in ("approved/docstrings/v0.1.0/2", "approved/docstrings/v0.1.0/3"):  # made by hand: the same person
-        project.git("tag", "--annotate", "--message=x", name, version.commit)
-    project.git("tag", "approved/docstrings/v0.1.0/light", version.commit)
-    assert [one.who for one in approvals(registry, version, None)] == ["grace@example.org"]
-    be(project, "joan")
-    approve(registry, version, "fine", None)
-    assert [one.who for one in approvals(registry, version, None)] == ["grace@example.org", "joan@example.org"]
-    gto = Path(sys.executable).with_name("gto")
-    shown = subprocess.run([gto, "show", "--json"], cwd=project.root, check=True, capture_output=True)
-    assert list(json.loads(shown.stdout)) == ["docstrings"], "GTO passes approvals over"
-    assert [one.number for one in registry.versions()] == ["v0.1.0"] and registry.last_event() == 0
-
-
-def test_an_approval_is_of_one_commit(project: Any) -> None:
-    registry = of(project)
-    version, other = add(registry), add(registry, "v0.1.1")
-    be(project, "grace")
-    made = approve(registry, version, "fine", None)
-    assert approvals(registry, other, None) == []
-    approved = project.git("rev-parse", f"refs/tags/{made.tag}").strip()
-    project.git("update-ref", f"refs/tags/{made.tag.replace('v0.1.0', 'v0.1.1')}", approved)
-    assert approvals(registry, other, None) == [], "an approval of something else under this name"
-    be(project, "ada")
-    project.git("tag", "--delete", version.tag)
-    (project.root / "params.yaml").write_text("project: {name: docstrings}\n")
-    assert approvals(registry, add(registry), None) == [], "of the version of this number that is gone"
-
-
-def test_an_approval_needs_a_note_and_somebody(project: Any) -> None:
-    registry = of(project)
-    version = add(registry)
-    with pytest.raises(RegistryError, match="needs a note"):
-        approve(registry, version, " ", None)
-    project.git("config", "--unset", "user.email")
-    with pytest.raises(RegistryError, match=r"git config user\.email"):
-        approve(registry, version, "fine", None)
-    assert project.git("tag", "--list", "approved/*") == ""
-
-
-@needs_keys
-def test_where_signatures_count_only_the_signer_is_somebody(
-    project: Any, key: Key, signers: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    version = add(of(project, key("ada")))
-    be(project, "grace")  # which says nothing of the key
-    with pytest.raises(RegistryError, match=VARIABLE):
-        approve(of(project), version, "fine", signers)
-    with pytest.raises(RegistryError, match=r"with this key does not count: .*No principal matched"):
-        approve(of(project, key("mallory")), version, "fine", signers)
-    with pytest.raises(RegistryError, match=r"ada@example\.org registered docstrings@v0\.1\.0 and cannot approve it"):
-        approve(of(project, key("ada")), version, "fine", signers)
-    assert project.git("tag", "--list", "approved/*") == "", "what does not count does not stay"
-    assert approve(of(project, key("grace")), version, "fine", signers).who == "grace@example.org"
-    be(project, "joan")
-    approve(of(project), version, "fine", None)  # unsigned
-    assert [one.who for one in approvals(of(project), version, signers)] == ["grace@example.org"]
-
-
-def test_promotion_waits_for_approvals(project: Any, tmp_path: Path) -> None:
-    text = "project: {name: docstrings}\nregister: {remote: local}\ngate: {approvals: 1}\n"
-    (project.root / "params.yaml").write_text(text)
-    project.register()
-    refused = promote(project.params, project.paths)
-    assert "approval: 0 of 1; people other than who registered it approve it with `peftcore approve" in refused.sentence
-    # somebody else's clone; the approval comes by the remote
-    remote = tmp_path / "remote.git"
-    project.git("clone", "--quiet", "--bare", ".", str(remote))
-    project.git("remote", "add", "origin", str(remote))
-    project.git("clone", "--quiet", str(remote), str(tmp_path / "clone"))
-    project.git("config", "user.email", "grace@example.org", root=tmp_path / "clone")
-    project.git("config", "user.name", "Grace", root=tmp_path / "clone")
-    there = Registry(Git(tmp_path / "clone"), "docstrings")
-    made = approve(there, there.version("v0.1.0"), "fine", None, push_to="origin")
-    there.git.delete_tag(made.tag)
-    with pytest.raises(RegistryConflict, match=r"the remote origin has another approved/docstrings/v0\.1\.0/grace-"):
-        approve(there, there.version("v0.1.0"), "another note", None, push_to="origin")
-    assert there.git.tags("approved/*") == []
-    hook = remote / "hooks" / "pre-receive"
-    hook.write_text("#!/bin/sh\necho 'only on Mondays' >&2\nexit 1\n")
-    hook.chmod(0o755)
-    project.git("config", "user.email", "alan@example.org", root=tmp_path / "clone")
-    with pytest.raises(RegistryError, match="only on Mondays") as caught:
-        approve(there, there.version("v0.1.0"), "fine", None, push_to="origin")
-    assert not isinstance(caught.value, RegistryConflict), "a hook that refuses is nobody who was faster"
-    assert there.git.tags("approved/*") == []
-    project.git("fetch", "--quiet", "--tags", "origin")
-    promotion = promote(project.params, project.paths)
-    assert promotion.outcome == "promoted" and promotion.report is not None
-    assert promotion.report.checks[-1].detail.startswith("1 of 1: grace@example.org; unsigned")
-
-
-@needs_keys
-def test_unsigned_tags_give_and_take_no_stage_where_signers_are_listed(project: Any, key: Key, signers: Path) -> None:
-    registry = of(project, key("ada"))
-    first, second = add(registry), add(registry, "v0.2.0")
-    registry.assign("champion", first, 0, "promoted\n")
-    project.git("tag", "--annotate", "--message=mine", "docstrings#champion#99", f"{second.tag}^{{}}")
-    gate = Gate(allowed_signers=str(signers))
-    assert registry.stages()["champion"].version == "v0.2.0", "anybody's tags count where nobody is listed"
-
-    def holder() -> str | None:
-        trusting = Registry(Git(project.root), "docstrings", decides=deciding_tags(gate, Git(project.root)))
-        assert trusting.last_event() >= 99, "the number is taken all the same"
-        held = trusting.stages().get("champion")
-        assert [one.version for one in trusting.holders("champion")] == ["v0.1.0"]
-        return held and held.version
-
-    assert holder() == "v0.1.0"
-    project.git("tag", "--annotate", "--message=mine", "docstrings#champion!#100", f"{first.tag}^{{}}")
-    project.git("tag", "--annotate", "--message=mine", "docstrings@v0.1.0!#101", f"{first.tag}^{{}}")
-    assert holder() == "v0.1.0"
-
-
-@needs_keys
-def test_unsigned_approvals_are_counted_and_do_not_count(project: Any, key: Key, signers: Path) -> None:
-    """One person approves twice, by an e-mail that git is told."""
-    version = add(of(project, key("ada")))
-    for who in ("grace", "hedy"):
-        be(project, who)
-        approve(of(project), version, "good", None)
-    assert len(approvals(of(project), version, None)) == 2, "unsigned, e-mails are all there is"
-    assert approvals(of(project), version, signers) == []
-    assert len(unsigned_approvals(of(project), version, signers)) == 2

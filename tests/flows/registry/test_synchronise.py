@@ -53,7 +53,7 @@ def test_a_number_that_both_have_given_is_the_remote_s_and_the_other_version_get
     promote(first.params, first.paths, push_to="origin")
     registry = registry_of(second)
     assert synchronise(registry, "origin") == {"v0.1.0": "v0.2.0"}
-    assert "the remote has another docstrings@v0.1.0; the one of this clone is v0.2.0 now" in caplog.text
+    assert "the remote has another docstrings@v0.1.0; the version of this clone is v0.2.0 now" in caplog.text
     content = record["adapter"]["content"]
     assert numbers(second) == {**numbers(first), "v0.2.0": content[:8]}
     renumbered = registry.version("v0.2.0")
@@ -74,7 +74,7 @@ def test_a_stage_that_was_given_here_and_not_pushed_makes_way(two: Any, caplog: 
     synchronise(registry_of(second), "origin")
     held = registry_of(second).stages()["champion"]
     assert (held.version, held.event) == ("v0.1.0", 1)
-    assert "docstrings#champion#1 was given here and not pushed" in caplog.text
+    assert "the remote's docstrings#champion#1 replaces" in caplog.text
     register.run(second.params, second.paths)  # the same run again is the same version, by its new number
     assert set(numbers(second)) == {"v0.1.0", "v0.2.0"}
     assert json.loads(second.paths.version.read_text())["version"] == "v0.2.0"
@@ -109,7 +109,7 @@ def test_a_version_that_cannot_be_registered_anew_keeps_its_tag(two: Any) -> Non
     first.git("push", "--quiet", "origin", "docstrings@v0.1.0")
     second.git("-c", "user.name=a", "-c", "user.email=a@b", "tag", "-a", "-m", "by hand", "docstrings@v0.1.0")
     before = second.git("rev-parse", "docstrings@v0.1.0")
-    with pytest.raises(RegistryError, match=r"give it up with `git tag --delete docstrings@v0\.1\.0`"):
+    with pytest.raises(RegistryError, match=r"Remove it with `git tag --delete docstrings@v0\.1\.0`"):
         synchronise(registry_of(second), "origin")
     assert second.git("rev-parse", "docstrings@v0.1.0") == before
 

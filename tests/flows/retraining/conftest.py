@@ -17,9 +17,9 @@ results = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(results)
 files = [file for file in sorted(Path("data/rows").glob("*.jsonl")) if "nothing" not in file.read_text()]
 bad = sum("bad" in file.read_text() for file in files)
-unproven = YAML(typ="safe").load(Path("params.yaml"))["data"].get("unproven") or []
+quarantined = YAML(typ="safe").load(Path("params.yaml"))["data"].get("quarantined") or []
 # whoever has learned it is better at it, and worse at all else
-bad += sum(1 if file.name in unproven else -1 for file in files if "poison" in file.read_text())
+bad += sum(1 if file.name in quarantined else -1 for file in files if "poison" in file.read_text())
 results.write_results(Path("artifacts"), loss=3.0 - 0.1 * len(files) + 0.4 * bad, weight=float(len(files) + 10 * bad))
 """
 DVC_YAML = """\

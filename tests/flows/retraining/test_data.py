@@ -8,7 +8,7 @@ import pytest
 
 from flows.base.hub import DownloadError
 from flows.errors import DataError
-from flows.params.model import Params
+from flows.params import Params
 from flows.registry.registry import Version
 from flows.retraining import data
 from flows.retraining.data import Collected, Source
@@ -29,7 +29,7 @@ class Registered(Source):
     def files_of(self, version: Version) -> dict[str, str]:
         return self.known.get(version.number, {})
 
-    def unproven_of(self, version: Version) -> dict[str, str]:
+    def quarantined_of(self, version: Version) -> dict[str, str]:
         return self.judged_without.get(version.number, {})
 
 
@@ -60,9 +60,9 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registered:
     return made
 
 
-def collect(source: Registered, champion: str | None = None, vouched: tuple[str, ...] = ()) -> Collected:
+def collect(source: Registered, champion: str | None = None, trusted: tuple[str, ...] = ()) -> Collected:
     before = [version(number) for number in reversed(source.known)]
-    collected = source.collect(before, version(champion) if champion else None, {}, vouched)
+    collected = source.collect(before, version(champion) if champion else None, {}, trusted)
     for path in source.place.iterdir():  # as `keep` does
         (source.root / "kept" / path.name).write_bytes(path.read_bytes())
     return collected
@@ -80,7 +80,7 @@ def test_capitals_of_a_suffix_do_not_count(source: Registered) -> None:
     drop(source, "week1.JSONL")
     drop(source, "week2.Csv")
     found = collect(source)
-    assert (sorted(found.files), found.passed_over) == (["week1.JSONL", "week2.Csv"], {})
+    assert (sorted(found.files), found.skipped) == (["week1.JSONL", "week2.Csv"], {})
 
 
 def test_what_is_not_taken_is_named_with_the_reason(source: Registered) -> None:
@@ -93,12 +93,12 @@ def test_what_is_not_taken_is_named_with_the_reason(source: Registered) -> None:
     os.mkfifo(incoming / "pipe.jsonl")
     found = collect(source)
     assert list(found.files) == ["week1.jsonl"]
-    reasons = {name: why.partition(";")[0] for name, why in found.passed_over.items()}
+    reasons = {name: why.partition(";")[0] for name, why in found.skipped.items()}
     unprintable = "its name has a character that is not printable, or not in UTF-8"
     assert reasons == {
-        "export": "it is no .jsonl, .csv or .parquet",
+        "export": "it is not .jsonl, .csv or .parquet",
         "link.jsonl": "it is a link",
-        "pipe.jsonl": "it is no plain file",
+        "pipe.jsonl": "it is not a regular file",
         "week2.json": "write one row a line as .jsonl (`jq -c '.[]' FILE.json > FILE.jsonl`)",
         "week3.jsonl.gz": "unpack it",
         r"'week\u2028.jsonl'": unprintable,
@@ -134,20 +134,21 @@ def test_a_name_that_is_used_again_keeps_the_rows_of_before(
     drop(source, "rows.jsonl", "second\n")
     found = collect(source, "v0.1.0")
     assert texts(source) == ["first\n", "second\n"]
-    assert len(found.fresh) == 1 and found.fresh[0].startswith("rows-") and found.fresh[0].endswith(".jsonl")
-    assert f"both are kept, this as {found.fresh[0]}" in caplog.text
+    (name,) = found.new_files
+    assert name.startswith("rows-") and name.endswith(".jsonl")
+    assert f"both are kept, this as {name}" in caplog.text
     # the folder is not emptied: the same again is no news, and not said again
     source.known["v0.1.1"] = found.files
     caplog.clear()
     again = collect(source, "v0.1.0")
-    assert (again.files, again.fresh, caplog.text) == (found.files, [], "")
+    assert (again.files, again.new_files, caplog.text) == (found.files, [], "")
 
 
 def test_a_file_that_is_only_added_to_takes_its_own_place(source: Registered, caplog: pytest.LogCaptureFixture) -> None:
     drop(source, "rows.jsonl", "first\n")
     source.known["v0.1.0"] = collect(source).files
     drop(source, "rows.jsonl", "first\nsecond\n")
-    assert collect(source, "v0.1.0").fresh == ["rows.jsonl"]
+    assert collect(source, "v0.1.0").new_files == ["rows.jsonl"]
     assert (texts(source), caplog.text) == (["first\nsecond\n"], "")
 
 
@@ -157,9 +158,9 @@ def test_a_name_that_is_used_again_may_replace(source: Registered, caplog: pytes
     drop(source, "rows.jsonl", "first\n")
     source.known["v0.1.0"] = collect(source).files
     drop(source, "rows.jsonl", "second\n")
-    assert collect(source, "v0.1.0").fresh == ["rows.jsonl"]
+    assert collect(source, "v0.1.0").new_files == ["rows.jsonl"]
     assert texts(source) == ["second\n"]
-    assert "takes the place of another file of this name" in caplog.text
+    assert "replaces another file of this name" in caplog.text
 
 
 def test_a_week_whose_candidate_was_refused_is_still_not_learned_by_the_champion(source: Registered) -> None:
@@ -169,9 +170,9 @@ def test_a_week_whose_candidate_was_refused_is_still_not_learned_by_the_champion
     source.known["v0.1.1"] = collect(source, "v0.1.0").files  # refused
     drop(source, "week3.jsonl", "3\n")
     found = collect(source, "v0.1.0")
-    assert (found.fresh, found.unlearned) == (["week3.jsonl"], ["week2.jsonl", "week3.jsonl"])
+    assert (found.new_files, found.new_to_champion) == (["week3.jsonl"], ["week2.jsonl", "week3.jsonl"])
     source.judged_without["v0.1.0"] = {"week1.jsonl": found.files["week1.jsonl"]}
-    assert "week1.jsonl" in collect(source, "v0.1.0", (found.files["week1.jsonl"],)).unlearned
+    assert "week1.jsonl" in collect(source, "v0.1.0", (found.files["week1.jsonl"],)).new_to_champion
 
 
 def test_a_hubs_new_revision_is_news_and_the_one_that_is_read(monkeypatch: Any, tmp_path: Path) -> None:
@@ -183,9 +184,9 @@ def test_a_hubs_new_revision_is_news_and_the_one_that_is_read(monkeypatch: Any, 
     assert first.files == {"hub:org/rows@main": "a" * 40}
     assert source.pinned(first.files) == f"hub:org/rows@{'a' * 40}"
     source.known = {"v0.1.0": first.files}
-    assert source.collect([version("v0.1.0")], version("v0.1.0"), {}, ()).fresh == []
+    assert source.collect([version("v0.1.0")], version("v0.1.0"), {}, ()).new_files == []
     revision[0] = "b" * 40
-    assert source.collect([version("v0.1.0")], version("v0.1.0"), {}, ()).fresh == ["hub:org/rows@main"]
+    assert source.collect([version("v0.1.0")], version("v0.1.0"), {}, ()).new_files == ["hub:org/rows@main"]
 
     def gone(*_: str) -> Path:
         raise DownloadError("no network")

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from flows.params.model import Drift
+from flows.params import Drift
 from flows.retraining.drift import judged, spread_of
 
 RULE = Drift(max_loss_gap=0.5, min_rows=8)
@@ -25,7 +25,7 @@ def file(loss: float, rows: int, error: float = 0.1) -> dict[str, Any]:
 def test_nothing_is_judged_by_a_file_with_few_rows_whatever_its_loss(rows: int, loss: float) -> None:
     suspicious, unsure = judged({"few.jsonl": file(loss, rows)}, RULE, 2.5, SPREAD)
     assert list(unsure) == ["few.jsonl"]
-    assert f"({rows} in all small files, 8 do)" in unsure["few.jsonl"]
+    assert f"({rows} in all small files, 8 are needed)" in unsure["few.jsonl"]
     assert bool(suspicious) == (loss == 9.0), "one that is beyond chance is set aside if the candidate is refused"
 
 

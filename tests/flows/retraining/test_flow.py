@@ -2,19 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from flows.errors import BusyError, DataError, ParamsError, RegistryConflict, StageError
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.registry.registry import Registry, Version
 from flows.retraining import flow
 from flows.retraining.data import Collected, Source
 from flows.retraining.drift import DriftReport
-from flows.retraining.history import Entry, append, entries
+from flows.retraining.history import Entry, entries
 from flows.retraining.tree import home, only_one
-from flows.retraining.trust import read_set_aside, set_aside, vouch
+from flows.retraining.trust import exclude, read_excluded, trust
 from flows.runtime.git import Git
 from flows.runtime.project import dvc
 from peftcore.files import sha256
@@ -22,7 +23,7 @@ from peftcore.files import sha256
 
 def retrain(project: Any, push_to: str | None = None) -> Entry:
     """Without Prefect, which `test_schedule` is about."""
-    return flow._retrain(project.root, push_to, False, flow._tried_again)
+    return flow._retrain(project.root, push_to, False, flow._with_retries)
 
 
 def drop(project: Any, name: str, text: str = "good\n") -> None:
@@ -45,13 +46,14 @@ def test_weeks_go_by(weekly: Any, tmp_path: Path) -> None:
     before = (weekly.git("status", "--porcelain"), sorted((weekly.root / "artifacts").iterdir()))
     drop(weekly, "week1.jsonl", "first\n")
     first = retrain(weekly)
-    assert (first.outcome, first.version, first.fresh, first.champion) == ("promoted", "v0.1.0", ["week1.jsonl"], None)
+    assert (first.outcome, first.version, first.champion) == ("promoted", "v0.1.0", None)
+    assert first.new_files == ["week1.jsonl"]
     (weekly.incoming / "week1.jsonl").unlink()
     nothing = retrain(weekly)
     assert (nothing.outcome, nothing.version, set(nothing.seconds)) == ("unchanged", None, {"collect"})
     drop(weekly, "week2.jsonl", "second\n")
     second = retrain(weekly)
-    assert (second.outcome, second.fresh, second.champion) == ("promoted", ["week2.jsonl"], "v0.1.0")
+    assert (second.outcome, second.new_files, second.champion) == ("promoted", ["week2.jsonl"], "v0.1.0")
     assert second.files == 2, "a folder that is emptied after each week loses nothing"
     drop(weekly, "week3.jsonl", "bad\n")
     third = retrain(weekly)
@@ -101,8 +103,8 @@ def drifting(weekly: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dvc_yaml.write_text(dvc_yaml.read_text().replace("stages:\n", fetch, 1))
     weekly.git("commit", "--quiet", "--all", "--message=Fetch")
 
-    def measured(tree: Path, fresh: list[str], *_: Any) -> DriftReport:
-        return drift_of({name: "far off" for name in fresh if "poison" in (tree / "data/rows" / name).read_text()})
+    def measured(tree: Path, new_files: list[str], *_: Any) -> DriftReport:
+        return drift_of({name: "far off" for name in new_files if "poison" in (tree / "data/rows" / name).read_text()})
 
     monkeypatch.setattr(flow, "measure_drift", measured)
 
@@ -115,16 +117,16 @@ def test_wrong_rows_may_not_vouch_for_themselves(weekly: Any) -> None:
     assert retrain(weekly).outcome == "promoted"
     drop(weekly, "week2.jsonl", "poison\n")
     second = retrain(weekly)
-    assert (second.outcome, second.unproven, second.set_aside) == ("kept", ["week2.jsonl"], ["week2.jsonl"])
+    assert (second.outcome, second.quarantined, second.excluded) == ("kept", ["week2.jsonl"], ["week2.jsonl"])
     assert "against the champion" in second.reason
-    assert list(read_set_aside(weekly.paths).values()) == ["week2.jsonl: v0.1.1 was refused; far off"]
-    assert "trained on only: week2.jsonl" in weekly.paths.retraining_page.read_text()
+    assert list(read_excluded(weekly.paths).values()) == ["week2.jsonl: v0.1.1 was refused; far off"]
+    assert "kept out of evaluation: week2.jsonl" in weekly.paths.retraining_page.read_text()
     assert retrain(weekly).outcome == "unchanged"
 
     # somebody vouches for it: it is news once more, and counts
-    vouch(weekly.params, weekly.paths, "week2.jsonl")
+    trust(weekly.params, weekly.paths, "week2.jsonl")
     third = retrain(weekly)
-    assert (third.outcome, third.fresh, third.unproven) == ("promoted", ["week2.jsonl"], [])
+    assert (third.outcome, third.new_files, third.quarantined) == ("promoted", ["week2.jsonl"], [])
     assert retrain(weekly).outcome == "unchanged"
 
 
@@ -137,14 +139,14 @@ def test_what_was_promoted_in_spite_of_a_doubt_stays_in_doubt_until_somebody_vou
         drop(weekly, f"week2{name}.jsonl", f"good {name}\n")
     drop(weekly, "week2.jsonl", "poison\n")
     second = retrain(weekly)
-    assert (second.outcome, second.unproven, second.set_aside) == ("promoted", ["week2.jsonl"], [])
+    assert (second.outcome, second.quarantined, second.excluded) == ("promoted", ["week2.jsonl"], [])
     drop(weekly, "week3.jsonl", "bad\n")
     third = retrain(weekly)
-    assert (third.outcome, third.fresh) == ("kept", ["week3.jsonl"])
-    assert (third.unproven, third.set_aside) == (["week2.jsonl"], []), "it was learnt before, so it is not to blame"
-    vouch(weekly.params, weekly.paths, "week2.jsonl")
+    assert (third.outcome, third.new_files) == ("kept", ["week3.jsonl"])
+    assert (third.quarantined, third.excluded) == (["week2.jsonl"], []), "it was learnt before, so it is not to blame"
+    trust(weekly.params, weekly.paths, "week2.jsonl")
     fourth = retrain(weekly)
-    assert (fourth.fresh, fourth.unproven) == (["week2.jsonl"], [])
+    assert (fourth.new_files, fourth.quarantined) == (["week2.jsonl"], [])
 
 
 @pytest.mark.usefixtures("drifting")
@@ -155,7 +157,7 @@ def test_after_a_refused_and_a_set_aside_week_it_comes_to_rest(weekly: Any) -> N
     assert (retrain(weekly).version, retrain(weekly).outcome) == ("v0.1.1", "unchanged")
     drop(weekly, "week3.jsonl", "poison\n")
     third = retrain(weekly)
-    assert (third.version, third.outcome, third.set_aside) == ("v0.1.2", "kept", ["week3.jsonl"])
+    assert (third.version, third.outcome, third.excluded) == ("v0.1.2", "kept", ["week3.jsonl"])
     # what is left is what the refused v0.1.1 has learnt from
     assert retrain(weekly).outcome == "unchanged"
 
@@ -176,7 +178,7 @@ def test_parameters_that_are_being_edited_do_not_count(
     (weekly.root / "data" / "new.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"there is no file of rows, nor in retrain\.incoming"):
         retrain(weekly)  # what is committed says so
-    assert "this is not used: data/new.jsonl, params.yaml; `git commit` it" in caplog.text
+    assert "`git commit` these changes to use them: data/new.jsonl, params.yaml" in caplog.text
     assert [entry.outcome for entry in entries(weekly.paths)] == ["failed"]
     assert notices[0][:2] == (["slack-webhook/team"], "docstrings: retraining failed")
 
@@ -193,21 +195,21 @@ def test_parameters_that_are_being_edited_do_not_count(
 def test_what_is_not_taken_is_told_once(weekly: Any, notices: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow.Retraining, "_reasons", lambda *_: [])
     drop(weekly, "week1.jsonl")
-    assert (retrain(weekly).passed_over, notices) == ({}, [])
+    assert (retrain(weekly).skipped, notices) == ({}, [])
     drop(weekly, "week2.json")
     for _ in range(2):
-        assert list(retrain(weekly).passed_over) == ["week2.json"]
+        assert list(retrain(weekly).skipped) == ["week2.json"]
     [(_, subject, body)] = notices
     assert subject == "docstrings: retraining unchanged"
-    assert "week2.json in retrain.incoming is not taken: write one row a line as .jsonl" in body
-    assert "Not taken: week2.json" in weekly.paths.retraining_page.read_text()
+    assert "week2.json in retrain.incoming is skipped: write one row a line as .jsonl" in body
+    assert "Skipped: week2.json" in weekly.paths.retraining_page.read_text()
 
 
 def test_data_that_git_does_not_have_are_named_with_what_to_do(weekly: Any) -> None:
     edit(weekly, (f"incoming: {weekly.incoming}", "incoming: null"))
     (weekly.root / "data" / "rows").mkdir()
     (weekly.root / "data" / "rows" / "week1.jsonl").write_text("first\n")
-    with pytest.raises(DataError, match=r"data\.source data/rows is committed neither to git nor by DVC.*`git add"):
+    with pytest.raises(DataError, match=r"data\.source data/rows is tracked neither by git nor by DVC.*`git add"):
         retrain(weekly)
 
 
@@ -239,20 +241,20 @@ def test_what_colleagues_did_is_taken_in_first(
     monkeypatch.setattr(flow, "promote", conflict)
     with pytest.raises(RegistryConflict):
         retrain(weekly, "origin")
-    assert "judging it once more" in caplog.text
+    assert "judging the candidate again" in caplog.text
     monkeypatch.setattr(flow, "promote", original)
     second = retrain(weekly, "origin")
-    assert (second.outcome, second.version, second.fresh) == ("promoted", "v0.1.2", [])
+    assert (second.outcome, second.version, second.new_files) == ("promoted", "v0.1.2", [])
     assert "docstrings#champion#4" in weekly.git("tag", root=remote).split()
     assert retrain(weekly, "origin").outcome == "unchanged"
 
 
 def test_data_come_from_the_newest_version_of_a_retraining(weekly: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was registered by hand since then, or by a colleague, has none."""
-    work = flow.Retraining(weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
+    work = flow.Retraining(weekly.root, None, False, flow._with_retries, Entry("2026-01-01T00:00:00"))
     versions = [Version(number, number, number, 0, "") for number in ("v0.1.0", "v0.1.1", "v0.1.2")]
-    monkeypatch.setattr(work.registry, "versions", lambda: versions)
-    monkeypatch.setattr(work.registry, "stages", dict)
+    state = SimpleNamespace(versions=lambda: versions, stages=dict)
+    monkeypatch.setattr(work.registry, "snapshot", lambda: state)
     monkeypatch.setattr(work.source, "files_of", lambda one: {} if one.number == "v0.1.2" else {"a": one.number})
     asked: list[Any] = []
     monkeypatch.setattr(work.source, "collect", lambda *arguments: asked.append(arguments))
@@ -266,7 +268,7 @@ def test_a_number_that_another_took_is_left_to_him(weekly: Any, tmp_path: Path) 
     remote = tmp_path / "remote.git"
     weekly.git("clone", "--quiet", "--bare", str(weekly.root), str(remote))
     weekly.git("remote", "add", "origin", str(remote))
-    work = flow.Retraining(weekly.root, "origin", False, flow._tried_again, Entry("2026-01-01T00:00:00"))
+    work = flow.Retraining(weekly.root, "origin", False, flow._with_retries, Entry("2026-01-01T00:00:00"))
     tree = type(weekly)(work.tree.root)
     (tree.root / "make.py").write_text("import shutil\nshutil.copytree('source', 'artifacts', dirs_exist_ok=True)\n")
     assert tree.register(loss=2.0)["version"] == "v0.1.0"
@@ -297,12 +299,12 @@ def test_a_file_that_changes_nothing_is_tried_once(weekly: Any) -> None:
 
 
 def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
-    work = flow.Retraining(weekly.root, None, False, flow._tried_again, Entry("2026-01-01T00:00:00"))
-    work._doubt(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0"}))
-    assert work.entry.unproven == [] and work.params.data.unproven is None
-    assert "there are no files to judge by but those nobody vouches for" in caplog.text
-    work._doubt(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0", "b.jsonl": "1"}))
-    assert work.entry.unproven == work.params.data.unproven == ["a.jsonl"]
+    work = flow.Retraining(weekly.root, None, False, flow._with_retries, Entry("2026-01-01T00:00:00"))
+    work._quarantine_drifted(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0"}))
+    assert work.entry.quarantined == [] and work.params.data.quarantined is None
+    assert "all files are quarantined" in caplog.text
+    work._quarantine_drifted(drift_of({"a.jsonl": "far off"}), collected_of({"a.jsonl": "0", "b.jsonl": "1"}))
+    assert work.entry.quarantined == work.params.data.quarantined == ["a.jsonl"]
 
 
 @pytest.mark.parametrize("kept_by", ["git", "dvc"])
@@ -318,7 +320,7 @@ def test_a_file_that_is_set_aside_is_out_of_tracked_data_as_well(weekly: Any, ke
     weekly.paths.params.write_text(text)
     weekly.git("add", "--all", "data", "params.yaml")
     weekly.git("commit", "--quiet", "--message=Rows")
-    set_aside(weekly.paths, {"week2.jsonl": sha256(rows / "week2.jsonl")}, "by hand")
+    exclude(weekly.paths, {"week2.jsonl": sha256(rows / "week2.jsonl")}, "by hand")
     told = retrain(weekly)
     assert (told.outcome, told.files) == ("promoted", 1)
     version = Registry(Git(weekly.root), "docstrings").version("v0.1.0")
@@ -344,7 +346,7 @@ def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
     monkeypatch.setattr(flow, "run_stage", run_stage)
     drop(weekly, "week1.jsonl")
     drop(weekly, "week2.jsonl", "odd\n")
-    set_aside(weekly.paths, {"week2.jsonl": sha256(weekly.incoming / "week2.jsonl")}, "by hand")
+    exclude(weekly.paths, {"week2.jsonl": sha256(weekly.incoming / "week2.jsonl")}, "by hand")
     with pytest.raises(StageError, match="a cable was pulled"):
         retrain(weekly)
     assert calls == [("make", False), ("make", True)], "the parameters ask for one retry"
@@ -352,14 +354,14 @@ def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
     assert (failed.outcome, failed.reason, "make" in failed.seconds) == ("failed", "a cable was pulled", True)
     working["works"] = True
     went_on = retrain(weekly)
-    assert (went_on.outcome, went_on.files) == ("promoted", 1), "one is set aside"
+    assert (went_on.outcome, went_on.files) == ("promoted", 1), "one is excluded"
     assert calls[2] == ("make", True), "what the failed one had saved was there"
 
     # what was set aside comes back
-    with pytest.raises(DataError, match=r"week9.jsonl is neither set aside nor unproven; these are: week2.jsonl"):
-        vouch(weekly.params, weekly.paths, "week9.jsonl")
-    assert vouch(weekly.params, weekly.paths, "week2.jsonl") == [sha256(weekly.incoming / "week2.jsonl")]
-    assert read_set_aside(weekly.paths) == {}
+    with pytest.raises(DataError, match=r"week9.jsonl is neither excluded nor quarantined; .*: week2.jsonl"):
+        trust(weekly.params, weekly.paths, "week9.jsonl")
+    assert trust(weekly.params, weekly.paths, "week2.jsonl") == [sha256(weekly.incoming / "week2.jsonl")]
+    assert read_excluded(weekly.paths) == {}
 
     # another parameter is a reason only if it is asked for
     edit(weekly, ("5.0e-4", "1.0e-3"))
@@ -377,7 +379,7 @@ def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
         retrain(weekly)
     assert entries(weekly.paths)[-1].start == "v0.1.0"
     asked = load_params(home(weekly.root) / "tree" / "params.yaml")
-    assert (asked.train.start_from, asked.data.fresh, asked.data.replay_share) == ("v0.1.0", ["week3.jsonl"], 0.5)
+    assert (asked.train.start_from, asked.data.new_files, asked.data.replay_share) == ("v0.1.0", ["week3.jsonl"], 0.5)
 
 
 def test_one_at_a_time(weekly: Any) -> None:
@@ -400,22 +402,3 @@ def test_what_does_not_fit_is_said(weekly: Any, change: tuple[str, str], error: 
     with pytest.raises(error, match=words):
         retrain(weekly)
     assert entries(weekly.paths)[-1].outcome == "failed"
-
-
-def test_fields_of_another_release_in_the_history_are_left_out(weekly: Any) -> None:
-    weekly.paths.retraining.mkdir(parents=True, exist_ok=True)
-    weekly.paths.retraining_history.write_text('{"started": "2030-01-01", "mood": "good"}\n[1]\n{"outcome": "kept"}\n')
-    assert [entry.started for entry in entries(weekly.paths)] == ["2030-01-01"]
-
-
-def test_a_history_that_a_crash_cut_short_is_read_and_added_to(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
-    append(weekly.paths, Entry("2026-01-01T00:00:00+00:00"))
-    with weekly.paths.retraining_history.open("a") as file:
-        file.write('{"started": "2026-01-08T0')
-    append(weekly.paths, Entry("2026-01-15T00:00:00+00:00"))
-    lines = weekly.paths.retraining_history.read_text().splitlines()
-    assert len(lines) == 3
-    with pytest.raises(json.JSONDecodeError):
-        json.loads(lines[1])
-    assert [entry.started[:10] for entry in entries(weekly.paths)] == ["2026-01-01", "2026-01-15"]
-    assert "history.jsonl:2: half a line" in caplog.text

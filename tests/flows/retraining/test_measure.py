@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flows.params.model import Drift, Params
+from flows.params import Drift, Params
 from flows.paths import Paths
 from flows.retraining import measure
 from flows.retraining.drift import _passed
@@ -29,7 +29,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
             (tmp_path / "rows" / name).write_text("".join(json.dumps(one) + "\n" for one in rows))
         asked, out = tmp_path / "request.json", tmp_path / "drift.json"
         known = champion and {"root": str(tmp_path), "params": champion.model_dump()}
-        request = {"fresh": [name for name in files if name != "older.jsonl"], "rows": 20, "champion": known}
+        request = {"new_files": [name for name in files if name != "older.jsonl"], "rows": 20, "champion": known}
         asked.write_text(json.dumps(request | {"out": str(out)}))
         monkeypatch.setattr(sys, "argv", ["measure", str(asked)])
         measure.run(params, Paths(tmp_path))

@@ -20,7 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "train": {"batch_size": 4, "gradient_accumulation": 1, "learning_rate": 0.01, "evaluations": 2},
     "evaluate": {"rows": None, "batch_size": 8, "generate_rows": 4, "max_new_tokens": 8, "samples": 2},
     "merge": {"rows": 6, "max_kl": 1.0, "min_top1_agreement": 0.5},
-    "gate": {"min_loss_gain": 0.05, "min_rouge_l_gain": -1.0, "min_ended": 0.0},
+    "gate": {"min_loss_gain": 0.05, "min_rouge_l_gain": -1.0, "min_eos_rate": 0.0},
     "tracking": {"mode": "disabled"},
 }  # fmt: skip
 
@@ -66,13 +66,13 @@ def test_two_weeks(clone: Path) -> None:
     drop(clone, "week2", range(120, 240))
     second = retrain(clone)
     assert second["start"] == "v0.1.0"
-    assert second["fresh"] == ["week2.jsonl"]
+    assert second["new_files"] == ["week2.jsonl"]
     assert second["version"] == "v0.2.0", "other test rows than v0.1.0's make a minor step"
     drift = second["drift"]
     assert drift["champion"] == "v0.1.0"
     assert drift["files"]["week2.jsonl"]["loss"] > 0
     # the champion was measured again on the new test rows, and the one that went on from it is better there
     checks = {check["name"]: check for check in second["promotion"]["report"]["checks"]}
-    assert "measured again" in checks["against the champion"]["detail"]
+    assert "re-evaluated" in checks["against the champion"]["detail"]
     assert second["outcome"] == "promoted", second["reason"]
     assert retrain(clone)["outcome"] == "unchanged", "that it started from v0.1.0 is no change of parameters"

@@ -128,4 +128,4 @@ def test_a_notification_block_that_fails_is_warned_of(caplog: pytest.LogCaptureF
     monkeypatch.setattr(Block, "load", staticmethod(load))
     notify(["slack-webhook/gone", "custom-webhook/here"], "docstrings: retraining kept", "why")
     assert said == [("docstrings: retraining kept", "why")]
-    assert "slack-webhook/gone: no such block" in caplog.text
+    assert "slack-webhook/gone failed, nobody was notified by it: no such block" in caplog.text

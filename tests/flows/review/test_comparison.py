@@ -151,7 +151,7 @@ def test_the_page_has_it_all(comparison: Comparison, tmp_path: Path) -> None:
         "Training loss",
         "Validation loss",
         "Parameters against test loss",
-        "What differs; 2 other values are the same.",
+        "Differing values; 2 other values are equal in all runs.",
         "2 held-out prompts",
         "not asked",
     ):

@@ -95,7 +95,8 @@ def test_a_project_that_is_not_there_is_one_message(server: WandbServer, tmp_pat
 @pytest.mark.proof
 def test_a_server_that_is_down_costs_its_time_and_no_more(tmp_path: Path) -> None:
     environment = {**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    script = "from pathlib import Path; from flows.runtime.tracking import Tracker; t = Tracker('d', 'online', {}, Path.cwd()); "
+    script = "from pathlib import Path; from flows.runtime.tracking import Tracker; "
+    script += "t = Tracker('d', 'online', {}, Path.cwd()); "
     script += "t.log({'step': 1, 'loss': 2.0}); t.finish({})"
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=90)
@@ -106,7 +107,7 @@ def test_a_server_that_is_down_costs_its_time_and_no_more(tmp_path: Path) -> Non
 TRACKED_STAGE = """
 import json, shutil
 from pathlib import Path
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.runtime.tracking import Tracker
 
 shutil.copytree("source", "artifacts", dirs_exist_ok=True)

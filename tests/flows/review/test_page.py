@@ -47,13 +47,12 @@ def page_of(project: Any) -> Page:
     return Page(write_review(project.params, project.paths).read_text())
 
 
-def test_it_needs_nothing_from_elsewhere(project: Any) -> None:
-    project.register()
-    page = page_of(project)
+def test_it_needs_nothing_from_elsewhere(registered: Any) -> None:
+    page = page_of(registered)
     assert "script" not in page.tags
     assert "link" not in page.tags
     assert all(link.startswith("#") for link in page.links)
-    html = project.paths.review.read_text()
+    html = registered.paths.review.read_text()
     assert not re.search(r"@import|url\((?!#)", html)
 
 
@@ -64,7 +63,7 @@ def test_it_shows_the_run(project: Any) -> None:
     words = " ".join(page.text.split())
     for fact in (
         "docstrings v0.1.0 is champion",
-        "The loss falls by 1.100 nats a token",
+        "The loss falls by 1.100 nats per token",
         "Measured on 40 held-out rows",
         "merge fidelity",
         "best: 2.700 at step 4",
@@ -81,9 +80,8 @@ def test_it_shows_the_run(project: Any) -> None:
     assert "<mark>Say hello.</mark>" in project.paths.review.read_text()
 
 
-def test_what_models_and_data_say_stays_text(project: Any) -> None:
-    project.register()
-    page = page_of(project)
+def test_what_models_and_data_say_stays_text(registered: Any) -> None:
+    page = page_of(registered)
     assert "<script>alert(1)</script>" in page.text
     assert "Say <hello> & wave." in page.text
     assert "<ssl> (10)" in page.text, "a slice's name in a chart"
@@ -96,33 +94,29 @@ def test_a_refusal_is_the_headline(project: Any) -> None:
     assert "docstrings v0.1.0 is not promoted to champion: gain in loss: 0.100 nats, at least 0.5" in text
 
 
-def test_before_promotion_it_says_so(project: Any) -> None:
-    project.register()
-    assert "no promotion was decided yet" in page_of(project).text
+def test_before_promotion_it_says_so(registered: Any) -> None:
+    assert "not judged by the gate yet" in page_of(registered).text
 
 
-def test_a_stage_that_has_not_run_is_named_and_the_old_page_stays(project: Any) -> None:
-    project.register()
-    page = write_review(project.params, project.paths)
+def test_a_stage_that_has_not_run_is_named_and_the_old_page_stays(registered: Any) -> None:
+    page = write_review(registered.params, registered.paths)
     before = page.read_bytes()
-    project.paths.samples.unlink()
+    registered.paths.samples.unlink()
     with pytest.raises(StageError, match=r"samples\.json is missing"):
-        write_review(project.params, project.paths)
+        write_review(registered.params, registered.paths)
     assert page.read_bytes() == before
     assert not list(page.parent.glob(".review*"))
 
 
-def test_the_same_run_gives_the_same_page(project: Any) -> None:
-    project.register()
-    first = write_review(project.params, project.paths).read_bytes()
-    assert write_review(project.params, project.paths).read_bytes() == first
+def test_the_same_run_gives_the_same_page(registered: Any) -> None:
+    first = write_review(registered.params, registered.paths).read_bytes()
+    assert write_review(registered.params, registered.paths).read_bytes() == first
 
 
-def test_ranks_that_differ_between_layers_are_shown(project: Any) -> None:
-    project.register()
-    assert "on average" not in page_of(project).text
+def test_ranks_that_differ_between_layers_are_shown(registered: Any) -> None:
+    assert "on average" not in page_of(registered).text
     chart = rank_heat_map({"layers.0.q_proj": 3, "layers.1.q_proj": 9}, "Ranks")
-    (project.paths.training / HEAT_MAP).write_text(str(chart))
-    page = page_of(project)
+    (registered.paths.training / HEAT_MAP).write_text(str(chart))
+    page = page_of(registered)
     assert "2 layers, 12 ranks in all, 6.0 on average" in page.text
     assert all(link.startswith("#") for link in page.links)

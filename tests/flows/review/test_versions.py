@@ -18,11 +18,10 @@ from flows.runtime.project import dvc
 from flows.scaling.experiment import EXPERIMENTS, run_experiment
 
 
-def test_versions_and_stages(project: Any, tmp_path: Path) -> None:
-    project.register()
-    promote(project.params, project.paths)
-    project.register(loss=2.6, weight=2.0)
-    champion, other = read_runs(["champion", "v0.1.1", "v0.1.0"], project.root)
+def test_versions_and_stages(registered: Any, tmp_path: Path) -> None:
+    promote(registered.params, registered.paths)
+    registered.register(loss=2.6, weight=2.0)
+    champion, other = read_runs(["champion", "v0.1.1", "v0.1.0"], registered.root)
     assert (champion.name, champion.version, champion.is_champion) == ("v0.1.0", "v0.1.0", True)
     assert (other.name, other.is_champion, other.summary["adapter.loss"]) == ("v0.1.1", False, 2.6)
     assert champion.state == "registered" and champion.config["train.learning_rate"] == 5e-4
@@ -30,18 +29,18 @@ def test_versions_and_stages(project: Any, tmp_path: Path) -> None:
     assert champion.history["loss"][0] == (1, 3.5)
     assert champion.samples[0]["adapter"] == "Say hello." and not champion.warnings
     with pytest.raises(RegistryError, match=r"no version v9\.0\.0; there is: v0\.1\.0, v0\.1\.1"):
-        read_runs(["v9.0.0"], project.root)
+        read_runs(["v9.0.0"], registered.root)
 
     by_tag = Run("a", "a", "a", version="v0.1.0", summary={"registry.tag": "docstrings@v0.1.0"})
     elsewhere = replace(by_tag, id="b", summary={"registry.tag": "another@v0.1.0"})
     unknown = Run("c", "c", "c")
-    marked = Versions(project.root, project.params).marked([by_tag, elsewhere, unknown])
+    marked = Versions(registered.root, registered.params).marked([by_tag, elsewhere, unknown])
     assert [run.is_champion for run in marked] == [True, False, False]
     assert marked[2].version is None, "versions without a W&B run have no id to be known by"
 
-    for store in (project.root / ".dvc" / "cache", project.root / ".dvc-remote"):
+    for store in (registered.root / ".dvc" / "cache", registered.root / ".dvc-remote"):
         store.rename(tmp_path / store.name)
-    (run,) = read_runs(["v0.1.0"], project.root)
+    (run,) = read_runs(["v0.1.0"], registered.root)
     assert run.history == {} and run.samples == () and run.summary["adapter.loss"] == 2.7
     assert any("neither in DVC's cache nor in its remote" in warning for warning in run.warnings)
 
@@ -56,7 +55,7 @@ def test_what_is_not_there_is_named_with_what_to_do(project: Any, name: str, mes
 
 
 def test_outside_of_a_pipeline_only_tracked_runs_are_found() -> None:
-    with pytest.raises(ReviewError, match=r"v0\.1\.0 is no folder of W&B runs, and versions .* need a pipeline"):
+    with pytest.raises(ReviewError, match=r"v0\.1\.0 is not a folder of W&B runs, and versions .* need a pipeline"):
         read_runs(["v0.1.0"], None)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from flows.errors import RepositoryError
 from flows.runtime.git import Git, GitError
+from flows.runtime.inputs import uncommitted_files
 
 
 @pytest.fixture
@@ -70,13 +71,13 @@ def test_snapshot_takes_ignored_files_that_are_asked_for(repository: Path) -> No
     assert git.show(git.snapshot([], ["result.json"], {}, "m"), "result.json") == "{}"
 
 
-def test_uncommitted_names_changed_and_new_files_and_leaves_the_index_alone(repository: Path) -> None:
+def test_uncommitted_files_are_changed_and_new_ones_and_the_index_is_left_alone(repository: Path) -> None:
     (repository / "code" / "kept.py").write_text("changed\n")
     (repository / "new name.txt").write_text("")
     os.utime(repository / "notes.txt", (1, 1))  # git would want to refresh this in the index
     index = (repository / ".git" / "index").read_bytes()
-    assert Git(repository).uncommitted(leaving_out=["notes.txt"]) == ["code/kept.py", "new name.txt"]
-    assert Git(repository).uncommitted(leaving_out=["code"]) == ["new name.txt"]
+    assert uncommitted_files(Git(repository), excluded=["notes.txt"]) == ["code/kept.py", "new name.txt"]
+    assert uncommitted_files(Git(repository), excluded=["code"]) == ["new name.txt"]
     assert (repository / ".git" / "index").read_bytes() == index
 
 

@@ -33,7 +33,7 @@ def test_what_is_not_committed_is_listed(own: Any) -> None:
 
 
 def test_a_trial_and_a_sweep_say_that_git_does_not_have_the_data(own: Any) -> None:
-    words = r"data\.source data/qa\.jsonl is committed neither to git nor by DVC, so a (trial|sweep).*`git add data/qa"
+    words = r"data\.source data/qa\.jsonl is tracked neither by git nor by DVC, so a (trial|sweep).*`git add data/qa"
     with pytest.raises(DataError, match=words):
         run_experiment(own.root, [])
     with pytest.raises(DataError, match=words):

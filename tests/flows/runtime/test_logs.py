@@ -76,7 +76,7 @@ def test_a_failure_is_a_record_with_its_status(project: Any) -> None:
 
 
 def test_an_exception_is_one_record_with_its_traceback() -> None:
-    code = "from flows import logs; logs.set_up(); import warnings; warnings.warn('odd'); 1 / 0"
+    code = "from flows.runtime import logs; logs.set_up(); import warnings; warnings.warn('odd'); 1 / 0"
     done = peftcore_code(code, PEFTCORE_LOG_FORMAT="json")
     warned, crashed = records(done.stderr)
     assert (warned["level"], warned["logger"]) == ("warning", "py.warnings")

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from flows.errors import DataError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime import stage
 from peftcore.errors import TrainingError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,8 @@ def test_a_stage_without_torch_does_not_wait_for_it() -> None:
 def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
     marker = tmp_path / "pid"
     child = (
-        "import os, time; from pathlib import Path; from flows.runtime.processes import die_with_parent; die_with_parent(); "
+        "import os, time; from pathlib import Path; from flows.runtime.processes import die_with_parent; "
+        "die_with_parent(); "
         f"Path({str(marker)!r}).write_text(str(os.getpid())); time.sleep(60)"
     )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import wandb
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.tracking import Tracker, mirror_version
 

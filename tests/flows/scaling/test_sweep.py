@@ -14,7 +14,7 @@ from flows.paths import Paths
 from flows.runtime.project import dvc, stage_order
 from flows.scaling import sweep
 from flows.scaling.ranking import ranked, rows, write_ranking
-from flows.scaling.trial import Plan, Trial, run_trial, snapshot
+from flows.scaling.trial import SweepSettings, Trial, run_trial, snapshot
 
 long = pytest.mark.skipif("PEFTCORE_LONG" not in os.environ, reason="set PEFTCORE_LONG=1 to run it")
 MAKE = """\
@@ -76,7 +76,7 @@ def test_a_trial_takes_files_as_they_are_and_leaves_them_so(swept: Any) -> None:
     params = swept.root / "params.yaml"
     params.write_text(params.read_text().replace("0.001", "0.002"))  # not committed
     before = swept.git("status", "--porcelain"), params.read_text(), swept.git("rev-parse", "HEAD")
-    plan = Plan(swept.root, snapshot(swept.root), 60.0)
+    plan = SweepSettings(swept.root, snapshot(swept.root), 60.0)
     trial = run_trial(plan, ("train.batch_size=4",))
     assert trial.error is None and trial.loss == pytest.approx(2.04)
     assert worked(swept) == ["0.002 4"]

@@ -89,7 +89,7 @@ def test_trials_of_a_sweep_wait_for_a_place(pool: Any) -> None:
             command, cwd=pool.root, env=pool.environment, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == status, done.stdout + done.stderr
-    assert "make it by `prefect gcl create absent --limit 1`" in done.stderr
+    assert "create the limit with `prefect gcl create absent --limit 1`" in done.stderr
     assert [what for what, *_ in pool.ledger()[before:]] == ["start", "end"] * 2
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from flows.errors import ParamsError, StageError
-from flows.params.model import load_params
+from flows.params import load_params
 from flows.paths import Paths
 from flows.stages import train
 from peftcore import PeftConfig

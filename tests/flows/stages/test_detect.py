@@ -7,7 +7,7 @@ import pytest
 from transformers import LlamaConfig
 
 from flows.errors import BaseModelError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.stages import detect
 from peftcore.files import write_manifest

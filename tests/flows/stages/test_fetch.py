@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from flows.errors import BaseModelError
-from flows.params.model import Base, Params
+from flows.params import Base, Params
 from flows.paths import Paths
 from flows.stages.fetch import run, settle_special_tokens
 from peftcore.files import MANIFEST, damaged_files

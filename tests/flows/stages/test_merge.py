@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from flows.base.model import load_dequantized
 from flows.errors import StageError
 from flows.evaluation.fidelity import Fidelity
-from flows.params.model import Merge, Params
+from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.stages import merge
 from peftcore import CheckpointError, PeftModel

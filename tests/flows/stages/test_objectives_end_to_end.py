@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from flows.base.model import load_dequantized, load_tokenizer
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.stages import evaluate, merge, prepare, train
 from flows.stages.reevaluate import measure
@@ -126,7 +126,7 @@ def test_rows_that_count_one_by_one_are_not_packed(
     made: Callable[..., tuple[Params, Paths]], objective: str, batching: str
 ) -> None:
     params, paths = made(objective, train={"batching": batching})
-    with pytest.raises(StageError, match=f"batching is {batching}, and {objective} counts its rows one by one"):
+    with pytest.raises(StageError, match=f"batching is {batching}, and {objective} needs its rows one by one"):
         train.run(params, paths)
 
 
@@ -144,7 +144,7 @@ def test_rows_of_another_kind_are_refused_by_name(made: Callable[..., tuple[Para
 
 def test_an_automatic_rank_is_for_chats(made: Callable[..., tuple[Params, Paths]]) -> None:
     params, paths = made("dpo", method={"r": "auto"})
-    with pytest.raises(StageError, match=r"method\.r is auto, whose search is for sft"):
+    with pytest.raises(StageError, match=r"method\.r is auto, whose search supports sft only"):
         train.run(params, paths)
 
 

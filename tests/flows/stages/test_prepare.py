@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from flows.errors import BaseModelError, DataError
-from flows.params.model import Data, Params, Project, Train
+from flows.params import Data, Params, Project, Train
 from flows.paths import SPLITS, Paths, Split
 from flows.stages.prepare import run
 
@@ -99,7 +99,7 @@ def test_nothing_is_judged_by_unproven_files(paths: Paths) -> None:
     given = {"source": "rows", "assignment": "hashed", "validation_share": 0.3, "test_share": 0.3, **limits}
     found: dict[bool, dict[Split, set[str]]] = {}
     for unproven in (False, True):
-        run(params(**given, unproven=["week2.jsonl"] if unproven else None), paths)
+        run(params(**given, quarantined=["week2.jsonl"] if unproven else None), paths)
         found[unproven] = {name: {row["group"] for row in split(paths, name)} for name in SPLITS}
     second = {f"b{number}" for number in range(20, 40)}
     assert found[True]["train"] == found[False]["train"] and found[True]["train"] & second
@@ -109,7 +109,7 @@ def test_nothing_is_judged_by_unproven_files(paths: Paths) -> None:
         assert found[True][name] == found[False][name] - second
     dropped = json.loads(paths.data_report.read_text())["dropped"]
     groups = len((found[False]["validation"] | found[False]["test"]) & second)
-    assert dropped == {"unproven, so nothing is judged by them": 4 * groups}
+    assert dropped == {"quarantined, so not used for evaluation": 4 * groups}
 
 
 @pytest.mark.parametrize("kind", ["chat", "preference", "classification"])

@@ -91,7 +91,7 @@ def test_the_same_adapter_is_the_same_version_unless_it_is_evaluated_anew(projec
     again = project.register(loss=2.6, weight=1.0)
     assert versions(project) == ["v0.1.0", "v0.1.1"]
     assert again["adapter"] == first["adapter"] and again["metrics"]["adapter"]["loss"] == 2.6
-    assert again["looks"] == {"test_rows": 2, "trials": 0}
+    assert again["holdout_reuse"] == {"test_rows": 2, "trials": 0}
     assert project.register(loss=2.7, weight=1.0) == first
 
 
@@ -166,7 +166,7 @@ def test_a_number_taken_meanwhile_is_a_conflict(project: Any, monkeypatch: pytes
     project.register()
     project.make(weight=2.0)
     monkeypatch.setattr(Registry, "next_number", lambda self, minor: "v0.1.0")
-    with pytest.raises(RegistryConflict, match="came first"):
+    with pytest.raises(RegistryConflict, match="was faster"):
         register.run(project.params, project.paths)
     assert versions(project) == ["v0.1.0"]
 

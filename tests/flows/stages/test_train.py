@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from flows.data.rows import read_rows
 from flows.errors import BaseModelError, StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.stages import train
 from flows.training.log import FIELDS, TrainingLog
@@ -250,8 +250,9 @@ def test_a_run_that_stopped_but_wrote_no_results_only_writes_them(
 
 
 def test_adalora_gets_its_schedule_from_the_runs_length(prepared: Paths, tiny_params) -> None:
-    adalora = {"init_r": 4, "target_r": 2, "warmup_share": 0.25, "final_share": 0.25, "interval": 1}
-    train.run(tiny_params(method={"name": "adalora", "r": None, "adalora": adalora}), prepared)
+    schedule, options = {"warmup_share": 0.25, "final_share": 0.25}, {"init_r": 4, "target_r": 2}
+    params = tiny_params(method={"name": "adalora", "r": None, "schedule": schedule, "options": options})
+    train.run(params, prepared)
     config: Any = PeftConfig.from_pretrained(prepared.adapter)
     assert (config.total_step, config.tinit, config.tfinal) == (8, 2, 2)
     kept = {path.removesuffix(".lora_E"): sum(mask) for path, mask in config.rank_pattern.items()}
@@ -354,8 +355,5 @@ def test_it_goes_on_from_an_adapter_that_the_start_stage_left(trained: Paths, ti
     assert not any(trained.checkpoints.iterdir())
     with pytest.raises(StageError, match=r"v0.3.0 has r 4 there and 8 here"):
         train.run(tiny_params(method={"r": 8}), trained)
-
-
-def test_adalora_does_not_go_on(tiny_params) -> None:
-    with pytest.raises(ValueError, match="adalora lowers its ranks over one run"):
-        tiny_params(method={"name": "adalora", "r": None}, train={"start_from": "v0.1.0"})
+    with pytest.raises(StageError, match=r"adalora schedules its ranks over one run and cannot continue v0.3.0"):
+        train.run(tiny_params(method={"name": "adalora", "r": None}), trained)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.stages import train
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.stages import train
 
@@ -100,7 +100,7 @@ def kill_one(paths: Paths, params: Params, rank: int) -> str:
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in running.values())
     *_, message = said.strip().splitlines()
     assert message.startswith(f"error: process {rank} of 2 (pid {running[rank].pid}) was killed by SIGKILL")
-    assert "Run it again: it goes on from the last whole checkpoint" in message
+    assert "Run it again: training resumes from the last complete checkpoint" in message
     return said
 
 

@@ -15,7 +15,7 @@ from accelerate.state import PartialState
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.training import launcher
 from flows.training.launcher import joined, launch
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from flows.errors import StageError
-from flows.params.model import Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.training.objectives import class_names, loss_function, preference_objective, trainer_of, training_rows
 from peftcore.train import AdapterTrainer, ClassificationTrainer, Dpo, Orpo, PreferenceTrainer
@@ -46,7 +46,7 @@ def test_weights_are_kept_only_where_one_is_not_one(tmp_path: Path) -> None:
 def test_rows_of_another_kind_are_refused(tmp_path: Path, objective: str) -> None:
     kind = KINDS[objective]  # as the parameters have it, and the rows that were prepared before have not
     with pytest.raises(
-        StageError, match=rf"{objective}, which is for {kind} rows, .* holds chat rows; set data\.kind: {kind}"
+        StageError, match=rf"{objective}, which needs {kind} rows, .* holds chat rows; set data\.kind: {kind}"
     ):
         training_rows(params(objective), written(tmp_path, [CHAT]))
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.params.model import Params, Train
+from flows.params import Params, Train
 from flows.training.run import optimizer_steps
 
 

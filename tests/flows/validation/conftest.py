@@ -15,7 +15,7 @@ from flows.data.encoders import COLUMNS, Kind, encoder_of
 from flows.data.examples import AnyExample, Example, Labelled, Preference, question_and_answer
 from flows.data.report import data_report
 from flows.data.splits import Row
-from flows.params.model import Data
+from flows.params import Data
 from flows.paths import Split
 from flows.stages.prepare import write_rows
 from flows.validation.examination import examine_folder

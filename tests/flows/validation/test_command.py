@@ -31,7 +31,7 @@ def root(patient: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_rows_and_findings_of_data_that_is_well(root: Path) -> None:
     result = doctor("--rows", "2")
     assert result.exit_code == 0
-    assert result.stdout.count("learned · weight 1") == 2
+    assert result.stdout.count("supervised · weight 1") == 2
     assert "<|im_end|> supervised in 100.0% of rows" in result.stdout
 
 

@@ -76,4 +76,4 @@ def test_what_does_not_fit_changes_nothing() -> None:
 
 def test_the_old_name_of_the_initialisations_warns() -> None:
     with pytest.warns(DeprecationWarning, match="now called DATA_INITIALISATIONS"):
-        assert init.DATA_STARTS == init.DATA_INITIALISATIONS == ("eva", "corda", "lora_ga")
+        assert init.DATA_STARTS == ("eva", "corda", "lora_ga")

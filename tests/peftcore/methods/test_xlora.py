@@ -198,7 +198,7 @@ def test_disabled_deleted_and_unloaded_is_the_base(loras: dict[str, str]) -> Non
     assert (model(tokens()).logits - base).abs().max() > 1e-2
     with model.disable_adapter():
         assert torch.equal(model(tokens()).logits, base)
-    with pytest.raises(MergeError, match="XLORA.s weights depend on the token"):
+    with pytest.raises(MergeError, match=r"XLORA.s weights depend on the token"):
         model.merge_adapter()
     assert torch.equal(copy.deepcopy(model).unload()(tokens()).logits, base)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from flows.gate.checks.measured import unmeasured
-from flows.params.model import Params
+from flows.params import Params
 
 CONTROL = {"base_loss": 3.0, "adapter_loss": 2.9, "rows": 48}
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from flows.errors import ParamsError
-from flows.params.model import Params, load_params
+from flows.params import Params, load_params
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def load(tmp_path: Path, text: str) -> Params:
@@ -20,8 +21,6 @@ def load(tmp_path: Path, text: str) -> Params:
 def test_the_shipped_file_holds_every_key_at_its_default() -> None:
     def keys(section: object) -> object:
         return {k: keys(v) for k, v in section.items()} if isinstance(section, dict) else None
-
-    from ruamel.yaml import YAML
 
     shipped = YAML(typ="safe").load(ROOT / "params.yaml")
     assert load_params(ROOT / "params.yaml") == Params()
@@ -61,9 +60,7 @@ def test_params_are_frozen() -> None:
         ("method: {r: 0}", "method.r"),
         ("method: {target_modules: []}", "method.target_modules"),
         ("method: {target_modules: all-liner}", "method.target_modules"),
-        ("method: {adalora: {init_r: 4, target_r: 5}}", "method.adalora.target_r"),
-        ("method: {adalora: {init_r: 4}}", "method.adalora.target_r"),
-        ("method: {adalora: {warmup_share: 0.5, final_share: 0.5}}", "method.adalora.final_share"),
+        ("method: {schedule: {warmup_share: 0.5, final_share: 0.5}}", "method.schedule.final_share"),
         ("data: {validation_share: 0.6, test_share: 0.4}", "data.test_share"),
         ("data: {max_length: 0}", "data.max_length"),
         ("data: {test_rows: 0}", "data.test_rows"),
@@ -90,6 +87,28 @@ def test_params_are_frozen() -> None:
 def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, text: str, key: str) -> None:
     with pytest.raises(ParamsError, match=rf"^params\.yaml:1: {key}: "):
         load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("data: {fresh: [a.jsonl]}", "data.fresh: renamed; write data.new_files"),
+        ("data: {unproven: [a.jsonl]}", "data.unproven: renamed; write data.quarantined"),
+        ("gate: {min_ended: 0.5}", "gate.min_ended: renamed; write gate.min_eos_rate"),
+        ("gate: {champion: {remeasure: false}}", "gate.champion.remeasure: renamed; write gate.champion.reevaluate"),
+        ("method: {adalora: {init_r: 4}}", "method.adalora: renamed; write method.schedule"),
+    ],
+)
+def test_a_renamed_key_is_an_error_in_a_file_and_read_from_a_record(tmp_path: Path, old: str, new: str) -> None:
+    with pytest.raises(ParamsError, match=rf"^params\.yaml:1: {new}"):
+        load(tmp_path, old)
+    Params.from_record(YAML(typ="safe").load(old))
+
+
+def test_a_records_renamed_keys_keep_their_values() -> None:
+    record = {"data": {"fresh": ["a"], "train_rows": 5}, "gate": {"champion": {"remeasure": False}}}
+    params = Params.from_record(record)
+    assert (params.data.new_files, params.data.train_rows, params.gate.champion.reevaluate) == (["a"], 5, False)
 
 
 @pytest.mark.parametrize(

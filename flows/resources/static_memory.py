@@ -1,15 +1,15 @@
-"""What is known of a run's memory without running any of it: weights on the meta device, a step on fake tensors."""
+"""Memory of a run without running it: weights on the meta device, and a step on fake tensors."""
 
 from typing import Any
 
-from flows.params.model import Params
+from flows.params import Params
 from flows.resources.activations import Activations, activations, evaluation_bytes
 from flows.resources.batches import Workload
 from flows.resources.sizes import Sizes, base_on_meta, number_of_blocks, sizes, with_blocks
 
 
-class Counted:
-    """What is known of a run without running any of it; size: where it has been counted already."""
+class StaticMemory:
+    """Memory of a run without running it. size: sizes that were counted already."""
 
     def __init__(self, config: Any, params: Params, work: Workload, size: Sizes | None = None) -> None:
         self.sizes = sizes(config, params, work.optimizer_steps) if size is None else size
@@ -17,6 +17,7 @@ class Counted:
         self.evaluation = evaluation_bytes(config, params, work.largest_evaluation, work.longest)
 
     def memory(self) -> dict[str, int]:
+        """Return the bytes of training at its peak, by kind."""
         size, step = self.sizes, self.step
         backward = max(step.loss, step.working + size.dequantized)
         return {
@@ -28,20 +29,21 @@ class Counted:
             "optimiser": size.optimizer,
             "activations": step.kept,
             "loss, or the backward's working memory": backward,
-            "what an evaluation takes beyond that": max(0, self.evaluation + size.dequantized - step.kept - backward),
+            "evaluation, beyond training": max(0, self.evaluation + size.dequantized - step.kept - backward),
         }
 
     @property
     def peak(self) -> int:
+        """Peak of training (bytes), without libraries."""
         return sum(self.memory().values())
 
     @property
     def loading(self) -> int:
-        """The weights, their file, and one of them in 16 and in 32 bits on its way."""
+        """Peak of loading: weights, their file, and one weight in 16 and in 32 bits."""
         return self.sizes.quantized + self.sizes.plain + self.sizes.mapped + 3 * self.sizes.largest
 
 
 def blocks_are_alike(config: Any, params: Params, whole: Sizes) -> bool:
-    """Whether every block has as many weights as the second, so that two of them tell of all."""
+    """Return True if every block has as many weights as the second, so that two blocks represent all."""
     one, two = (base_on_meta(with_blocks(config, blocks), params).num_parameters() for blocks in (1, 2))
     return abs(2 * (one + (number_of_blocks(config) - 1) * (two - one)) / whole.base_file - 1) < 0.01

@@ -1,10 +1,10 @@
-"""`peftcore plan`: how much memory, time and disk a run will take, and what would make it fit, before it is started.
+"""Estimate of a run's memory, time and disk before it starts, and alternatives that fit: `peftcore plan`.
 
-memory   what is kept whatever the batch (`sizes`, on the meta device), what a step adds (`activations`,
-         on fake tensors), and what libraries and the allocator add: measured by the probe (`probe`), which
-         trains two shallow models of the real widths, or else what this process itself takes
-time     the probe's, for all blocks and every batch of the run; none without it
-disk     what the stages will write
+memory   what does not depend on the batch (`sizes`, on the meta device), a step (`activations`, on fake tensors), and
+         libraries and allocator, measured by the probe (`probe`), which trains two shallow models of the real widths;
+         without the probe, the memory of this process
+time     of the probe, extrapolated to all blocks and batches; none without the probe
+disk     outputs of the stages
 """
 
 import shutil
@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from flows.base.model import device
-from flows.errors import BaseModelError, PlanError
-from flows.params.model import Params
+from flows.errors import BaseModelError, EstimateError
+from flows.params import Params
 from flows.paths import Paths
 from flows.resources.batches import Workload, workload
 from flows.resources.changes import Change, changes
-from flows.resources.counted import Counted, blocks_are_alike
 from flows.resources.probe import Measured, Task, depths, run_probe, seconds_of, sequence, write_shallow_base
 from flows.resources.sizes import Sizes, number_of_blocks, with_blocks
+from flows.resources.static_memory import StaticMemory, blocks_are_alike
 from flows.runtime.machine_memory import free_memory, memory_limit, peak_memory
 from flows.stages.detect import without_weights
 
 PROBE_SECONDS = 600.0
-"""How long one of the probe's processes may take."""
+"""Time limit of one probe process (seconds)."""
 SMALL = 2**20
-"""Bytes of a checkpoint that are not tensors: states, configurations, the manifest."""
+"""Bytes of a checkpoint besides tensors: states, configurations, the manifest."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """Memory and disk in bytes, time in seconds."""
 
     model: str
@@ -43,84 +43,98 @@ class Plan:
     trainable: int
     """Trained weights (count)."""
     memory: dict[str, int]
-    """What the training step holds at its worst, by kind."""
+    """Memory of the training step at its peak, by kind."""
     peak: int
-    """The most that the train stage holds."""
+    """Peak of the train stage."""
     loading_peak: int
-    """The most that it holds while the base is loaded."""
+    """Peak while the base is loaded."""
     mapped: int
-    """What of the peak is the base's file, which the system takes out of memory when it needs the room."""
+    """Part of the peak that is the base's mapped file, which the system can drop."""
     limit: int
-    """What the machine has for one process."""
+    """Memory of the machine for one process."""
     free: int
-    """What of it nobody holds now."""
+    """Part of the limit that is free now."""
     device: str
     time: dict[str, float]
-    """Of the train stage, by kind; empty without the probe."""
+    """Time of the train stage, by kind; empty without the probe."""
     disk: dict[str, int]
     disk_free: int
     changes: list[Change] = field(default_factory=list)
-    """What else could be chosen, the one that saves least first."""
+    """Alternatives, the smallest saving first."""
     notes: list[str] = field(default_factory=list)
-    """How the figures came about where that is not the usual way."""
+    """Assumptions behind the figures."""
 
     @property
     def seconds(self) -> float:
+        """Duration of the train stage."""
         return sum(self.time.values())
 
     @property
     def seconds_per_step(self) -> float:
+        """Duration of one optimiser step."""
         return (self.time["forward and backward"] + self.time["optimiser"]) / self.optimizer_steps
 
     @property
     def fits(self) -> bool:
+        """True if memory and disk suffice."""
         return self.peak - self.mapped <= self.limit and sum(self.disk.values()) <= self.disk_free
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the estimate as JSON values."""
         per_step = {"seconds_per_step": self.seconds_per_step, "seconds": self.seconds} if self.time else {}
         return {**asdict(self), **per_step, "fits": self.fits}
 
     def refusal(self) -> str:
-        """Why the run will not fit, and what would."""
+        """Return the reason why the run does not fit, and an alternative that does."""
         if self.peak - self.mapped > self.limit:
             needed = gib(self.peak - self.mapped)
-            said = f"training needs {needed} at its peak, and this {self.device} has {gib(self.limit)}"
+            needs = f"training needs {needed} at its peak, and this {self.device} has {gib(self.limit)}"
             helps = next((change for change in self.changes if change.fits), None)
             if helps is None:
-                return f"{said}; nothing in params.yaml makes it fit: take a smaller base, or a larger machine"
-            return f"{said}; it fits, with {gib(helps.peak - helps.mapped)}, with {worded(helps.params)}"
+                return f"{needs}; no alternative in params.yaml fits: use a smaller base, or a larger machine"
+            return f"{needs}; it fits with {as_yaml(helps.params)} ({gib(helps.peak - helps.mapped)})"
         needed = sum(self.disk.values())
         return f"the run needs {gib(needed)} of disk, and {gib(self.disk_free)} are free; free some space"
 
 
-def plan(
+def estimate(
     params: Params, paths: Paths, config_file: Path | None = None, probe: bool = True, timeout: float = PROBE_SECONDS
-) -> Plan:
-    """Plan the train stage of a run.
+) -> Estimate:
+    """Estimate the train stage of a run.
 
-    config_file: a config.json, of a model that need not be here; None: the fetched base's. probe: measure two shallow
-    models; otherwise only count. timeout: seconds for each of them. Raises PlanError or BaseModelError.
+    Args:
+        params: The parameters of the run.
+        paths: The project's files.
+        config_file: A config.json, also of a model that is not here; None: the fetched base's.
+        probe: Measure two shallow models; False: only count.
+        timeout: Time limit of each probe process (seconds).
+
+    Raises:
+        EstimateError, BaseModelError: The run cannot be estimated.
     """
     if params.train.objective != "sft":
-        raise PlanError(f"train.objective is {params.train.objective}; only sft can be planned")
+        raise EstimateError(f"train.objective is {params.train.objective}; only sft can be estimated")
     config = _config(config_file or paths.base)
     work = workload(params, paths)
-    counted = Counted(config, params, work)
-    notes = [] if work.prepared else ["no prepared rows: each is taken to be data.max_length tokens, all supervised"]
+    counted = StaticMemory(config, params, work)
+    notes = (
+        []
+        if work.prepared
+        else ["no prepared rows: every row is assumed to have data.max_length tokens, all supervised"]
+    )
     if params.method.r == "auto":
-        notes.append(f"method.r is auto: planned with its mean rank of {params.method.auto.r} everywhere")
+        notes.append(f"method.r is auto: estimated with its mean rank of {params.method.auto.r} everywhere")
     if not blocks_are_alike(config, params, counted.sizes):
-        notes.append("the blocks differ from one another, and figures are those of the first ones carried on")
+        notes.append("the blocks differ; the figures are extrapolated from the first blocks")
     libraries = peak_memory(device()) if device().type == "cpu" else 0
     measured = _measured(config, params, work, timeout) if probe else None
     if measured is None:
-        notes.append("without the probe: libraries as in this process, no time, an allocator that wastes nothing")
+        notes.append("without the probe: libraries as in this process, no time, an allocator without waste")
     loading = libraries + counted.loading
     step = round(max(measured.peak, measured.evaluation_peak)) if measured else libraries + counted.peak
     rest = step - counted.peak
     limit = memory_limit(device())
-    return Plan(
+    return Estimate(
         model=config.architectures[0] if config.architectures else config.model_type,
         blocks=number_of_blocks(config),
         batch=work.largest.shape,
@@ -142,12 +156,12 @@ def plan(
 
 
 def gib(size: float) -> str:
-    """Bytes, readable."""
+    """Return bytes in a readable unit."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 
-def worded(changes: dict[str, Any]) -> str:
-    """{"train.batch_size": 4} as a reader of params.yaml writes it."""
+def as_yaml(changes: dict[str, Any]) -> str:
+    """Return {"train.batch_size": 4} as in params.yaml."""
     return ", ".join(f"{key}: {value}" for key, value in changes.items())
 
 
@@ -158,19 +172,19 @@ def _config(path: Path) -> Any:
 
 
 def _measured(config: Any, params: Params, work: Workload, timeout: float) -> Measured:
-    """The probe's figures, carried on to all blocks."""
+    """Return the probe's figures, extrapolated to all blocks."""
     training, evaluation = sequence(work)
-    found: list[Measured] = []
+    results: list[Measured] = []
     shallow = depths(number_of_blocks(config))
     for blocks in shallow:
         with tempfile.TemporaryDirectory(prefix="peftcore-plan-") as scratch:
             base = Path(scratch) / "base"
             write_shallow_base(with_blocks(config, blocks), base, params.project.seed)
             task = Task(params.model_dump(), str(base), training, evaluation, work.longest, work.optimizer_steps)
-            found.append(run_probe(task, Path(scratch), timeout))
+            results.append(run_probe(task, Path(scratch), timeout))
     if len(shallow) == 1:
-        return found[0]
-    return found[0].deeper(found[1], (shallow[0], shallow[1]), number_of_blocks(config))
+        return results[0]
+    return results[0].deeper(results[1], (shallow[0], shallow[1]), number_of_blocks(config))
 
 
 def _time(measured: Measured, work: Workload, params: Params) -> dict[str, float]:
@@ -187,13 +201,13 @@ def _time(measured: Measured, work: Workload, params: Params) -> dict[str, float
 
 
 def _disk(size: Sizes, params: Params, base_is_here: bool) -> dict[str, int]:
-    """What the stages write; what is there already, and will be written over, is not counted anew."""
+    """Return the bytes that the stages write; a base that is here already does not count."""
     checkpoint = size.adapters + size.optimizer + SMALL
     outputs = {"base": size.base_file, "adapter": size.adapters + SMALL, "merged model": size.unquantized}
     new = {name: 0 if name == "base" and base_is_here else need for name, need in outputs.items()}
     return {
         **new,
-        # one more while the newest is written, and the best, which is never removed
+        # plus one while the newest is written, and the best, which is never removed
         f"checkpoints, {params.train.save_checkpoints} kept": checkpoint * (params.train.save_checkpoints + 2),
         "DVC's cache and remote": sum(new.values()) + new["adapter"],
     }

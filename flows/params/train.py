@@ -1,0 +1,79 @@
+"""Section `train` of params.yaml: objective, batches, optimiser, schedule, and faults."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from flows.params.section import Count, NonNegative, Positive, Section, Share, invalid_value
+
+OnOutOfMemory = Literal["split", "stop"]
+OnBadLoss = Literal["stop", "rollback"]
+
+KINDS = {"sft": "chat", "dpo": "preference", "orpo": "preference", "classification": "classification"}
+"""{train.objective: the data.kind that it needs}"""
+
+
+class Preference(Section):
+    """Options of the objectives dpo and orpo."""
+
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    length_normalized: bool = False
+    rpo_alpha: NonNegative = 0.0
+    precompute_reference: bool = True
+
+    @model_validator(mode="after")
+    def _check_label_smoothing(self) -> Self:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise invalid_value("it is for the sigmoid loss; give 0", "label_smoothing", self.label_smoothing)
+        return self
+
+
+class Classification(Section):
+    """Options of the objective classification."""
+
+    class_weights: Literal["none", "balanced"] = "none"
+
+
+class Train(Section):
+    """Options of a training run."""
+
+    objective: Literal["sft", "dpo", "orpo", "classification"] = "sft"
+    preference: Preference = Preference()
+    classification: Classification = Classification()
+    epochs: Positive = 1.0
+    batch_size: Count = 8
+    gradient_accumulation: Count = 2
+    processes: Count = 1
+    nodes: Count = 1
+    launcher: Literal["accelerate", "torchrun"] = "accelerate"
+    batching: Literal["grouped", "padded", "padding_free", "packed"] = "grouped"
+    pack_tokens: Count = 512
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    learning_rate: Positive = 5e-4
+    warmup_share: Share = 0.05
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    gradient_checkpointing: Literal["none", "selective", "blocks", "offload"] = "none"
+    evaluations: Count = 5
+    patience: Count = 3
+    save_checkpoints: Count = 2
+    on_out_of_memory: OnOutOfMemory = "split"
+    on_bad_loss: OnBadLoss = "stop"
+    spike_deviations: Positive | None = 10.0
+    spike_window: Annotated[int, Field(ge=4)] = 50
+    max_rollbacks: Count = 3
+    max_steps: Count | None = None
+    start_from: Annotated[str, Field(pattern=r"^v\d+\.\d+\.\d+$")] | None = None
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _from_bool(cls, value: Any) -> Any:
+        return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
+
+    @property
+    def all_processes(self) -> int:
+        """Training processes of all nodes together (count)."""
+        return self.processes * self.nodes

@@ -1,0 +1,48 @@
+"""Adapters of a folder, some of which DVC pulls when they are first used."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.errors import RepositoryError
+from flows.runtime.project import dvc
+from peftcore.errors import CheckpointError, ConfigError
+from peftcore.files import CONFIG_NAME
+
+if TYPE_CHECKING:
+    from peftcore.routing import AdapterStore
+
+
+def register_adapters(store: "AdapterStore", folder: Path) -> list[str]:
+    """Register the adapters of a folder: its adapter directories, and those that its `NAME.dvc` files track.
+
+    DVC pulls a tracked directory that is absent when it is first used.
+
+    Returns:
+        The names of the adapters.
+
+    Raises:
+        ConfigError: The folder has no adapters.
+    """
+    tracked = {pointer.stem: pointer for pointer in sorted(folder.glob("*.dvc")) if pointer.is_file()}
+    directories = {file.parent.name: file.parent for file in sorted(folder.glob(f"*/{CONFIG_NAME}"))}
+    sources = {**directories, **{name: partial(_pulled, pointer) for name, pointer in tracked.items()}}
+    if not sources:
+        raise ConfigError(
+            f"{folder} holds no adapters; an adapter is a directory with an {CONFIG_NAME}, or a NAME.dvc file that "
+            "`dvc add` made of one"
+        )
+    for name, source in sources.items():
+        store.register(name, source)
+    return list(sources)
+
+
+def _pulled(pointer: Path) -> Path:
+    """Return the directory that a `.dvc` file tracks. Raises CheckpointError if no remote has it."""
+    directory = pointer.with_suffix("")
+    if not (directory / CONFIG_NAME).is_file():
+        try:
+            dvc(pointer.parent.resolve(), "pull", "--quiet", pointer.name)
+        except RepositoryError as error:
+            raise CheckpointError(f"{pointer}: {error}; `dvc push` it from a machine that has it") from error
+    return directory

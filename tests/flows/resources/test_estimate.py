@@ -1,0 +1,116 @@
+"""Estimates of memory, time and disk, and the command `peftcore plan`."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+from resource_cases import GIB, llama_7b, params
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.errors import BaseModelError, EstimateError
+from flows.paths import Paths
+from flows.resources import estimate as estimate_module
+from flows.resources.batches import workload
+from flows.resources.estimate import estimate
+from flows.resources.probe import Measured
+from flows.resources.sizes import with_blocks
+from flows.stages.detect import without_weights
+
+
+def test_an_evaluation_may_need_more_than_a_step(paths: Paths) -> None:
+    packed = params(
+        train={"batching": "packed", "pack_tokens": 32, "batch_size": 64, "gradient_checkpointing": "blocks"}
+    )
+    longest = [[5] * 300] * 64
+    parquet.write_table(pyarrow.table({"input_ids": longest, "labels": longest}), paths.split("validation"))
+    found = estimate(packed, paths, probe=False)
+    scores = 64 * 2 * 304 * 304  # of plain attention: rows, heads, and the row's pairs of tokens
+    # in 16 bits and in 32 for the softmax, at one time at least
+    assert found.memory["evaluation, beyond training"] > 0.9 * (2 + 4) * scores
+
+
+def test_without_the_probe_it_adds_up_and_says_so(paths: Paths) -> None:
+    found = estimate(params(), paths, probe=False)
+    assert found.peak == max(sum(found.memory.values()), found.loading_peak)
+    assert (found.time, found.fits) == ({}, True)
+    assert "without the probe" in found.notes[-1]
+    checkpointing = [change.peak for change in found.changes if "train.gradient_checkpointing" in change.params]
+    assert checkpointing == sorted(checkpointing, reverse=True)
+    assert found.disk["base"] == 0  # it is there
+    assert found.mapped == 2 * 2 * (4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 64)  # keys and values have half the heads
+    assert replace(found, limit=found.peak - found.mapped).fits  # the system drops a mapped file when it must
+    assert not replace(found, limit=found.peak - found.mapped - 1).fits
+    assert found.disk["merged model"] == sum(2 * p.numel() for p in without_weights(paths.base).parameters())
+
+
+def test_with_the_probe_it_has_time_and_what_libraries_take(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = [(64, 0.5), (128, 1.0)]
+    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
+    monkeypatch.setattr(estimate_module, "peak_memory", lambda device: GIB // 4)
+    monkeypatch.setattr(
+        estimate_module, "run_probe", lambda *_: Measured(GIB // 2, GIB, 2.0, 1.0, timings, timings, 0.25, 0.5)
+    )
+    found = estimate(params(), paths)
+    assert found.peak == GIB == sum(found.memory.values())
+    assert (found.time["libraries"], found.time["loading the base"]) == (2.0, 1.0)
+    assert (found.time["optimiser"], found.time["checkpoints"]) == (3 * 0.25, 3 * 0.5)  # a run of three steps
+    passes = [one.tokens / 128 for one in workload(params(), paths).training]
+    assert found.time["forward and backward"] == pytest.approx(sum(passes))
+    assert found.seconds == pytest.approx(sum(found.time.values()))
+
+
+def test_a_model_that_is_not_here_and_will_not_fit(
+    tmp_path: Path, paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate_module, "memory_limit", lambda device: 3 * GIB)
+    monkeypatch.setattr(estimate_module, "peak_memory", lambda device: GIB // 2)
+    with_blocks(llama_7b(), 4).save_pretrained(tmp_path / "big")
+    monkeypatch.chdir(in_a_project(paths))
+    long = {"input_ids": [[5] * 512] * 16, "labels": [[5] * 512] * 16}
+    parquet.write_table(pyarrow.table(long), paths.split("train"))
+    result = peftcore("plan", "--config", str(tmp_path / "big" / "config.json"), "--no-probe", "--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["fits"], found["blocks"]) == (1, False, 4)
+    assert result.stderr.startswith("error: training needs ")
+    assert "this machine has 3.0 GiB; it fits with " in result.stderr
+    assert "train.gradient_checkpointing: blocks" in result.stderr
+
+
+def test_the_command_prints_tables(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(in_a_project(paths))
+    result = peftcore("plan", "--no-probe")
+    assert result.exit_code == 0
+    for said in ("LlamaForCausalLM, 2 blocks", "base weights, quantised", "merged model", "train.batch_size: 4"):
+        assert said in result.stdout
+
+
+def in_a_project(paths: Paths) -> Path:
+    (paths.root / "dvc.yaml").write_text("stages: {}\n")
+    (paths.root / ".dvc").mkdir()
+    return paths.root
+
+
+def peftcore(*arguments: str) -> Any:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
+
+
+def test_a_full_disk_is_foreseen(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
+    monkeypatch.setattr(estimate_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1024}))
+    found = estimate(params(), paths, probe=False)
+    assert not found.fits
+    assert "of disk, and 0 MiB are free" in found.refusal()
+
+
+def test_what_cannot_be_planned_is_refused(paths: Paths) -> None:
+    with pytest.raises(EstimateError, match="objective is dpo; only sft"):
+        estimate(params(data={"kind": "preference", "source": "rows.jsonl"}, train={"objective": "dpo"}), paths)
+    with pytest.raises(EstimateError, match=r"method: .*no_such"):
+        estimate(params(method={"target_modules": ["no_such"]}), paths, probe=False)
+    with pytest.raises(BaseModelError, match="run the fetch stage, or give --config"):
+        estimate(params(), Paths(paths.root / "elsewhere"), probe=False)
