@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.errors import BusyError, StageError
+from flows.errors import BusyError, RepositoryError, StageError
 from flows.runtime import logs
 from flows.runtime.processes import die_with_parent, is_alive, this_host
 from flows.runtime.progress import RUN
@@ -93,10 +93,15 @@ def _at_work(root: Path) -> Iterator[None]:
 
     Raises:
         BusyError: Another host has the lock.
+        RepositoryError: The folder cannot be written.
     """
     path = root / ".dvc" / "tmp" / "peftcore.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+")
+    except OSError as error:
+        raise RepositoryError(f"{path} cannot be written: {error.strerror}; make the folder writable") from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

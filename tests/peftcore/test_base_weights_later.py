@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftcore import LoraConfig, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.methods.lora.variants.dora import row_lengths
 from peftcore.registry import methods
 
 LAYERS: dict[str, tuple[str, Any, Any]] = {
@@ -103,4 +104,4 @@ def test_dora_follows_a_base_weight_whose_memory_comes_back() -> None:
         weight.data = torch.randn(32, 64)
         weight.data = torch.randn(32, 64)  # often where the first one was
         adapter = model[0].adapters["default"]
-        torch.testing.assert_close(adapter._lengths(), (adapter.base.read() + adapter.delta_weight()).norm(dim=1))
+        torch.testing.assert_close(row_lengths(adapter), (adapter.base.read() + adapter.delta_weight()).norm(dim=1))

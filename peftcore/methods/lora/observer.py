@@ -36,12 +36,12 @@ class Observer:
     def hook(self, path: str) -> Callable[..., Any]:
         """Return a forward hook for the layer at `path`."""
 
-        def observe(_layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return self.see(path, inputs[0], output)
+        def forward_hook(_layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            return self.observe(path, inputs[0], output)
 
-        return observe
+        return forward_hook
 
-    def see(self, path: str, x: Tensor, y: Tensor) -> Tensor | None:
+    def observe(self, path: str, x: Tensor, y: Tensor) -> Tensor | None:
         """Record one call of one layer.
 
         Args:
@@ -52,7 +52,7 @@ class Observer:
         Returns:
             A tensor to use in place of the output; None leaves the output as it is.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define see")
+        raise NotImplementedError(f"{type(self).__name__} must define observe")
 
     def is_done(self) -> bool:
         """Return True if further batches would change nothing."""

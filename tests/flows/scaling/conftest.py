@@ -34,7 +34,8 @@ with open(os.environ["LEDGER"], "a") as ledger:
         sys.exit("error: the first try fails")
     time.sleep(float(os.environ.get("SLEEP", "0.3")))
     print("end", me, os.getpid(), time.monotonic(), file=ledger, flush=True)
-shutil.copytree("source/evaluation", "artifacts/evaluation")
+for name in ("evaluation", "training"):
+    shutil.copytree(f"source/{name}", f"artifacts/{name}")
 """
 """A stage that notes when it began and ended, waits in between, and fails a first time where it is told to."""
 DVC_YAML = """\
@@ -42,7 +43,7 @@ stages:
   make:
     cmd: exec python make.py
     always_changed: true
-    outs: [artifacts/evaluation]
+    outs: [artifacts/evaluation, artifacts/training]
 artifacts:
   docstrings: {path: artifacts/adapter, type: model}
 """

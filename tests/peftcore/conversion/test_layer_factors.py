@@ -90,7 +90,7 @@ def test_a_tolerance_gives_each_layer_the_least_rank_that_meets_it() -> None:
     [
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "is a prompt"),
         (LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3]), "aLoRA acts at some positions only"),
-        (LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias is a change of the bias"),
+        (LoraConfig(target_modules=["q_proj"], lora_bias=True), "changes the layer.s bias too"),
         (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3 changes the layer's bias too"),
         (LNTuningConfig(target_modules=["norm"]), "is a norm, which plain LoRA does not change"),
         (LoHaConfig(target_modules=["q_proj"]), "give rank=16, or tolerance="),

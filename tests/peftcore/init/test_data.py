@@ -65,7 +65,7 @@ def test_what_does_not_fit_changes_nothing() -> None:
         initialize_from_data(model, [], progress=False)
     with pytest.raises(ConfigError, match="give batches with labels"):
         initialize_from_data(lora("lora_ga"), [{"input_ids": TOKENS}], progress=False)
-    with pytest.raises(ConfigError, match="only eva, corda, lora_ga need data"):
+    with pytest.raises(ConfigError, match="needs no data for its initialisation"):
         initialize_from_data(lora("gaussian"), batches(), progress=False)
     with pytest.raises(ConfigError, match="unknown"):
         initialize_from_data(lora("corda", corda_config={"corda_methd": "ipm"}), batches(), progress=False)
@@ -75,5 +75,5 @@ def test_what_does_not_fit_changes_nothing() -> None:
 
 
 def test_the_old_name_of_the_initialisations_warns() -> None:
-    with pytest.warns(DeprecationWarning, match="now called DATA_INITIALISATIONS"):
+    with pytest.warns(DeprecationWarning, match="use the configuration.s `needs_data`"):
         assert init.DATA_STARTS == ("eva", "corda", "lora_ga")

@@ -244,7 +244,7 @@ def test_what_changes_the_base_for_everybody_is_refused(folder: Path) -> None:
     write(folder, "loftq", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="loftq"))
     write(folder, "deeper", LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]))
     _, store = store_of(folder)
-    for name, said in (("loftq", "replaces the base's weights"), ("deeper", "adds layers to the base")):
+    for name, said in (("loftq", "replaces the base's weights"), ("deeper", "makes the base deeper")):
         with pytest.raises(CheckpointError, match=f"{said}.*, which would affect every other adapter"):
             store.acquire(name)
 

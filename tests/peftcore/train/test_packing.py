@@ -318,7 +318,7 @@ def test_a_resumed_run_sees_the_packs_that_are_left(tmp_path: Path, stop: int) -
 
 def test_the_trainer_asks_whether_the_model_can(tmp_path: Path) -> None:
     model = get_peft_model(randomised("opt"), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(TrainingError, match="apart"):
+    with pytest.raises(TrainingError, match="does not separate the documents"):
         trainer(model, tmp_path, documents(), PackedCollator())
     with pytest.raises(TrainingError, match=r"give data_collator=PackedCollator\(\)"):
         trainer(llama(), tmp_path, Packs(documents(), 32), RightPaddingCollator(0))

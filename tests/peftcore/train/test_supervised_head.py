@@ -410,10 +410,10 @@ def test_looking_at_a_model_draws_no_random_numbers() -> None:
         torch.manual_seed(0)
         model = with_lora(_ByPosition(llama(attention_dropout=0.3).config)).double().train()
         if results:  # known already
-            module._TAILS[model] = results[0][1]
+            module._AFTER_HEADS[model] = results[0][1]
         torch.manual_seed(1)
         losses, _ = token_losses(model, *batch())
-        results.append((losses, copy.copy(module._TAILS[model])))
+        results.append((losses, copy.copy(module._AFTER_HEADS[model])))
         results[-1] += (torch.rand(()),)
     assert torch.equal(results[0][0], results[1][0]) and results[0][2] == results[1][2]
 

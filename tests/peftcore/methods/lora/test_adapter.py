@@ -160,7 +160,7 @@ def test_layer_replication_undone_by_delete_and_by_failure() -> None:
     with pytest.raises(TargetError):
         get_peft_model(model, LoraConfig(target_modules=["nothing"], layer_replication=[(0, 2), (0, 2)]))
     assert len(model.model.layers) == 2
-    with pytest.raises(ConfigError, match="no range"):
+    with pytest.raises(ConfigError, match="not a range"):
         get_peft_model(model, LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 3)]))
     base = model(TOKENS).logits
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)]))
