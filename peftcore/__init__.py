@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         AdapterStoreError,
         CheckpointError,
         ConfigError,
+        ExportError,
         MergeError,
         MissingExtraError,
         PeftError,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from peftcore.export import (
-        ExportError,
         check_vllm,
         export_gguf_lora,
         export_gguf_merged,

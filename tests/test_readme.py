@@ -14,7 +14,7 @@ DOCS = ROOT / "docs"
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted(DOCS.glob("*.md")),
-    *(ROOT / folder / "README.md" for folder in ("benchmarks", "data", "flows", "peftcore", "peftcore/methods")),
+    *(ROOT / folder / "README.md" for folder in ("benchmarks", "data", "peftcore/methods")),
 ]
 HISTORY = DOCS / "mended-defects.md"
 """The record of an earlier state, which names files as they were then."""

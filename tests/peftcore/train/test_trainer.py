@@ -160,9 +160,7 @@ def test_a_4_bit_base_that_is_packed_for_inference_is_refused(tmp_path: Path) ->
     layer = model.model.layers[0].self_attn.q_proj
     layer.weight.quant_state.packing_format_for_cpu = True  # what an eval forward sets on a CPU with bf16 kernels
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    with pytest.raises(
-        TrainingError, match=r"q_proj: a forward .* has packed this 4-bit.*load the base model again"
-    ):
+    with pytest.raises(TrainingError, match=r"q_proj: a forward .* has packed this 4-bit.*load the base model again"):
         trainer(model, tmp_path)
 
 
