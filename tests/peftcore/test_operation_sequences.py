@@ -301,7 +301,7 @@ class Operations(RuleBasedStateMachine):
     @rule(seed=SEEDS, mode=st.sampled_from(["grad", "no_grad", "inference"]), repeats=st.integers(1, 2))
     def forward(self, seed: int, mode: str, repeats: int) -> None:
         if any(self.kinds[name] == "LoRA with a whole module" for name in self.merged if name not in self.active):
-            return  # whole modules follow what is active, merged or not
+            return  # HF PEFT too: the copy of the active adapter acts, whatever is merged (test_saved_module.py)
         x, expected = inputs(seed), self._expected(inputs(seed), self._chain())
         context = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}[mode]
         for _ in range(repeats):

@@ -1,12 +1,15 @@
 """`modules_to_save`: one trainable copy of a module per adapter."""
 
+from collections import OrderedDict
 from typing import Any
 
+import peft
 import pytest
 import torch
 from net import Net
 from torch import Tensor, nn
 
+import peftcore
 from peftcore import LoraConfig, RoutingError, get_peft_model
 from peftcore.composition import Stack
 from peftcore.layers.saved_module import SavedModule
@@ -82,3 +85,25 @@ def test_only_the_copy_trains() -> None:
     model(X).sum().backward()
     assert model.head.base_layer.weight.grad is None and model.head.copies["c"].weight.grad is None
     assert model.head.copies["a"].weight.grad is not None
+
+
+@pytest.mark.parametrize("library", [peft, peftcore], ids=["HF PEFT", "peftcore"])
+def test_merging_an_inactive_adapter_leaves_the_copy_of_the_active_one(library: Any) -> None:
+    """Copies are not weights that add up: the active adapter's copy acts, whatever is merged."""
+    torch.manual_seed(0)
+    base = nn.Sequential(OrderedDict(layer=nn.Linear(4, 4), head=nn.Linear(4, 3))).double()
+
+    def config() -> Any:
+        return library.LoraConfig(r=2, target_modules=["layer"], modules_to_save=["head"], init_lora_weights=False)
+
+    model = library.get_peft_model(base, config())
+    model.add_adapter("other", config())
+    inner = model.base_model.model if library is peft else model
+    head = inner.head
+    copies = head.modules_to_save if library is peft else head.copies
+    with torch.no_grad():
+        for name in ("default", "other"):
+            copies[name].weight.normal_()
+    model.eval().merge_adapter(["other"])
+    x = torch.randn(2, 4, dtype=torch.float64)
+    torch.testing.assert_close(inner(x), copies["default"](inner.layer(x)), rtol=1e-12, atol=0)
