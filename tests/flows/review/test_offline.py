@@ -95,7 +95,7 @@ def test_what_is_no_log_is_an_error_of_ours(tmp_path: Path, content: bytes) -> N
 
 @pytest.mark.parametrize(
     ("table", "warning"),
-    [("gone", "cannot be read"), ("broken", "cannot be read"), ("a list", "no table"), ("a link", "outside")],
+    [("gone", "cannot be read"), ("broken", "cannot be read"), ("a list", "not a table"), ("a link", "outside")],
 )
 def test_a_table_that_cannot_be_read_is_a_warning(offline_runs: Path, tmp_path: Path, table: str, warning: str) -> None:
     original = next(path for path in offline_runs.glob("offline-run-*") if list(path.glob("files/media/table/*")))
