@@ -49,4 +49,4 @@ def test_a_name_out_of_the_data_is_text_and_nothing_else(name: str) -> None:
 
 def test_a_stage_given_by_hand() -> None:
     text = as_markdown(Promotion("docs", "v0.2.0", "champion", "already", None, None))
-    assert "docs v0.2.0 is champion already" in text and "given by hand" in text
+    assert "docs v0.2.0 is champion already" in text and "assigned by hand" in text
