@@ -35,10 +35,10 @@ from peftcore.kernels.low_rank import LowRankBranch
 
 
 class _Constants(nn.Module):
-    """A module with non-persistent buffers that are computed from the configuration."""
+    """A module whose non-persistent buffers are computed from the configuration, and are therefore never saved."""
 
     def make_constants(self) -> None:
-        """Compute the non-persistent buffers; called again after `to_empty` has moved the module from the meta device."""
+        """Compute the non-persistent buffers; called again after `to_empty` has moved them from the meta device."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         constants = [self._buffers[name] for name in self._non_persistent_buffers_set]

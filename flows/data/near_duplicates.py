@@ -103,7 +103,7 @@ class _OneWordApart:
                 self._texts[variant].append(number)
 
     def of(self, text: int) -> dict[int, float]:
-        """Return {another text: similarity}."""
+        """Return {index of a text that differs in one word: similarity}."""
         candidates = {other for variant in self._variants[text] for other in self._texts[variant]}
         return {
             other: 1 - 1 / max(1, min(self._own_words[text], self._own_words[other]))
