@@ -31,7 +31,7 @@ class Paths:
 
     @property
     def data(self) -> Path:
-        """The tokenised splits and their report."""
+        """Folder of the tokenised splits and their report."""
         return self.artifacts / "data"
 
     def split(self, name: Split) -> Path:
@@ -60,7 +60,7 @@ class Paths:
 
     @property
     def start(self) -> Path:
-        """Adapter that training continues from."""
+        """Folder of the version that training continues from."""
         return self.artifacts / "start"
 
     @property
@@ -80,7 +80,7 @@ class Paths:
 
     @property
     def training(self) -> Path:
-        """Records of the training run."""
+        """Folder of the training run's log, loss curves and summary."""
         return self.artifacts / "training"
 
     @property
@@ -100,7 +100,7 @@ class Paths:
 
     @property
     def evaluation(self) -> Path:
-        """Results of the evaluation."""
+        """Folder of the evaluation's results."""
         return self.artifacts / "evaluation"
 
     @property
@@ -150,7 +150,7 @@ class Paths:
 
     @property
     def retraining(self) -> Path:
-        """History and pages of the retrainings, and their lists of excluded and trusted files."""
+        """Folder of the retrainings' history, pages, and lists of excluded and trusted files."""
         return self.review.with_name("retraining")
 
     @property

@@ -35,10 +35,10 @@ from peftcore.kernels.low_rank import LowRankBranch
 
 
 class _Constants(nn.Module):
-    """A module whose non-persistent buffers follow from the configuration, and so are in no state dict."""
+    """A module whose non-persistent buffers are computed from the configuration, and are therefore never saved."""
 
     def make_constants(self) -> None:
-        """Compute these buffers; called again after `to_empty` has moved them from the meta device."""
+        """Compute the non-persistent buffers; called again after `to_empty` has moved them from the meta device."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         constants = [self._buffers[name] for name in self._non_persistent_buffers_set]
@@ -120,7 +120,7 @@ class Adapter(_Constants):
     disk_prefix: str = ""
     """Text between the layer's path and the adapter's keys in a saved adapter."""
     changes: int = 0
-    """Assignments of attributes so far (count), such as a parameter, `scaling` or `training`."""
+    """Assignments of attributes so far (count), such as `scaling`; caches compare this number to notice changes."""
     printed: tuple[Any, str]
     """(configuration, path), for `extra_repr`."""
     trained_bias: Any
@@ -247,7 +247,7 @@ class Adapter(_Constants):
 
     @property
     def change_rank(self) -> int | None:
-        """Rank (count) of ΔW as merging sees it, with a part that the initialisation subtracts from the base."""
+        """Rank (count) of the ΔW that merging adds: 2r if a start is subtracted (PiSSA); None if `rank` is None."""
         return self.rank
 
     @property

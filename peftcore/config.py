@@ -123,7 +123,7 @@ class SharedOptions:
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Token ids whose embedding rows train whole; {path suffix: ids} for other embeddings."""
     ensure_weight_tying: bool = False
-    """Adapt or copy both sides of a tied pair of weights alike."""
+    """Adapt or copy both layers of a tied pair of weights in the same way, so that they stay tied."""
 
 
 @dataclass
@@ -297,7 +297,7 @@ class PeftConfig(SharedOptions):
     # -- JSON ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as plain JSON types, `peft_type` included; sets become sorted lists."""
+        """Return all fields, `peft_type` and unknown keys read from disk as JSON types; sets become sorted lists."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
         plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
         return {**self.extra, **plain, "peft_type": self.peft_type}

@@ -689,7 +689,7 @@ def prepare_model_for_kbit_training(
 
     Args:
         model: the quantised model; changed in place.
-        use_gradient_checkpointing: whether to enable gradient checkpointing.
+        use_gradient_checkpointing: True enables gradient checkpointing.
         gradient_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`.
 
     Returns:

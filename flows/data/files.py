@@ -82,7 +82,7 @@ def _lines(file: IO[Any], name: str) -> Iterator[Any]:
 
 
 def _json_lines(path: Path, name: str) -> Iterator[Row]:
-    """Parse line by line, because errors of `datasets` name no line."""
+    """Yield (file and line, row) of a JSON-lines file; not read by `datasets`, whose errors name no line."""
     with path.open("rb") as file:
         for number, line in enumerate(_lines(file, name), start=1):
             if not line.strip():

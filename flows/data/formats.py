@@ -55,7 +55,8 @@ def chat(row: dict[str, Any]) -> list[Message]:
 def preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
     """Return the chat up to the answer, the chosen continuation, and the rejected one.
 
-    `chosen` and `rejected` are texts, lists of turns, or whole chats with a common start.
+    In the row, `chosen` and `rejected` are texts, lists of turns, or whole chats. Whole chats share their first turns,
+    which are then returned as the chat up to the answer.
     """
     for column in ("chosen", "rejected"):
         if row.get(column) is None:

@@ -96,14 +96,14 @@ class _OneWordApart:
         self._own_words = [int((~numpy.isin(text, common)).sum()) for text in words]
         self._variants: list[list[int]] = []
         self._texts: dict[int, list[int]] = defaultdict(list)
-        for number, (text, of, short) in enumerate(zip(words, runs, is_short, strict=True)):
-            variants = _variants(text, numpy.isin(of, frame)) if short else []
+        for number, (text, text_runs, short) in enumerate(zip(words, runs, is_short, strict=True)):
+            variants = _variants(text, numpy.isin(text_runs, frame)) if short else []
             self._variants.append(variants)
             for variant in variants:
                 self._texts[variant].append(number)
 
     def of(self, text: int) -> dict[int, float]:
-        """Return {another text: similarity}."""
+        """Return {index of a text that differs in one word: similarity}."""
         candidates = {other for variant in self._variants[text] for other in self._texts[variant]}
         return {
             other: 1 - 1 / max(1, min(self._own_words[text], self._own_words[other]))
@@ -123,10 +123,11 @@ def _is_one_word_apart(one: numpy.ndarray, other: numpy.ndarray) -> bool:
 
 
 def _variants(words: numpy.ndarray, is_frame: numpy.ndarray) -> list[int]:
-    """Return hashes of a text, whole and without each word that a run outside the boilerplate covers.
+    """Return the hashes of a text: of the whole text, and of the text without one word, for each word that may differ.
 
-    is_frame: for each run, True if it is boilerplate. A hash is Σ wᵢ·Bⁱ modulo 2⁶⁴, so leaving out a word needs no
-    second pass.
+    A word may differ if a run of WORDS words that is not boilerplate contains it, or if every run is boilerplate.
+    is_frame: for each run, True if the run is boilerplate. The hash of words w is Σ wᵢ·Bⁱ modulo 2⁶⁴, so the hashes
+    without one word follow from sums over the words before and after.
     """
     with numpy.errstate(over="ignore"):
         powers = numpy.cumprod(numpy.full(len(words) + 1, _BASE), dtype=numpy.uint64)

@@ -41,7 +41,7 @@ class RowLosses:
         return sum(m * w for m, w in zip(self.means, self.weights, strict=True)) / weight if weight else math.nan
 
     def of(self, indices: Sequence[int]) -> "RowLosses":
-        """Return the losses of some rows."""
+        """Return the losses of the rows at `indices`, in that order."""
         means, weights = ([column[i] for i in indices] for column in (self.means, self.weights))
         return RowLosses(means, [self.tokens[i] for i in indices], weights)
 

@@ -122,7 +122,7 @@ def resampled_means(weights: Floats, differences: Floats, resamples: int, seed: 
 
 
 def _resampled(weights: Floats, differences: Floats, resamples: int, seed: int) -> tuple[Floats, Floats]:
-    """Return (means, standard errors), each (resamples), of the same draws as `resampled_means`."""
+    """Return the weighted means and their standard errors, (resamples,) each, with the draws of `resampled_means`."""
     means, errors = [], []
     for drawn in _drawn(len(weights), resamples, seed):
         weight, difference = weights[drawn], differences[drawn]

@@ -334,7 +334,11 @@ def _promote(params: Params, paths: Paths, version: str, dry_run: bool, remote: 
 
 
 def _version_of(registry: RegistryReader, event: Event, remote: str) -> Version | None:
-    """Return the pushed tag's version; else the newest version of a pull request's branch; else the newest version."""
+    """Return the version that a CI event is about.
+
+    For a pushed tag: the tag's version. For a pull request: the newest version made on the request's own branch, if
+    there is one. Else: the newest version; None if there is none.
+    """
     versions = registry.versions()
     if event.tag is not None:
         return _tagged(registry, versions, event.tag)

@@ -31,7 +31,7 @@ COMPARING = frozenset(("against the champion", "the champion's rows", "slices"))
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. detail: what was measured and what is allowed."""
+    """A `CheckResult` with the name of its check. detail: the measured and the allowed value, in words."""
 
     name: str
     passed: bool
@@ -58,7 +58,7 @@ class GateReport:
         return "; ".join(failed) or None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON takes it."""
+        """Return the report as values that JSON can hold."""
         return {**asdict(self), "passed": self.passed, "reason": self.reason}
 
     @classmethod

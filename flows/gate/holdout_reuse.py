@@ -24,7 +24,7 @@ RECORD_KEYS = ("holdout_reuse", "looks")
 
 
 def evaluated_on(registry: RegistryReader, evaluation_set: str, until: Version | None = None) -> int:
-    """Return how many versions were evaluated on certain test rows.
+    """Return the number of versions that were evaluated on certain test rows.
 
     Args:
         registry: the registry.
@@ -53,7 +53,7 @@ def data_digest(lock: Mapping[str, Any], paths: Paths) -> str | None:
 
 
 def trials_on(paths: Paths, data: str | None) -> int:
-    """Return how many different parameters this clone has tried on the prepared data with this digest."""
+    """Return the number of parameter sets that this clone has tried on the prepared data with this digest."""
     return len(_read_trials(_first_tree(paths)).get(data or "", []))
 
 

@@ -74,7 +74,7 @@ class Promotion:
         return f"{model} {'is' if self.outcome == 'promoted' else 'would become'} {self.stage}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as JSON takes it."""
+        """Return the result as values that JSON can hold."""
         fields = {name: getattr(self, name) for name in ("name", "version", "stage", "outcome", "tag")}
         return {**fields, "report": self.report.as_dict() if self.report else None}
 
@@ -218,13 +218,14 @@ def _judge(
     from_run: bool,
     again: bool,
 ) -> GateReport:
+    """Return the gate's report on a version. from_run: read the files of the last run, not the registered ones."""
     wanted = (paths.adapter, *(paths.root / name for name in state.record(chosen)["evidence"]))
     with nullcontext(paths) if from_run else files_of(paths, state, chosen, wanted) as where:
         candidate = _candidate(params, paths, state, chosen, holder, where, again)
         champion = _champion(paths, state, holder, candidate)
         if champion is not None and params.gate.champion.reevaluate:
-            version, of = state.version(champion.version), None if from_run else chosen
-            arguments = (params, paths, state, version, candidate, of)
+            version, taken_from = state.version(champion.version), None if from_run else chosen
+            arguments = (params, paths, state, version, candidate, taken_from)
             champion = replace(
                 champion,
                 reevaluate_champion=partial(reevaluate_champion, *arguments),
@@ -238,10 +239,11 @@ def _decide(
     registry: Registry,
     chosen: Version,
     report: GateReport,
-    looked_at: int,
+    last_event: int,
     dry_run: bool,
     push_to: str | None,
 ) -> Promotion:
+    """Assign the stage if the report passed. last_event: the snapshot's event number, for the compare-and-swap."""
     stage = params.gate.stage
     if not report.passed:
         return Promotion(registry.name, chosen.number, stage, "refused", None, report)
@@ -250,7 +252,7 @@ def _decide(
     lines = [f"{registry.name} {chosen.number} becomes {stage}", ""]
     lines += [f"{check.name}: {check.detail}" for check in report.checks]
     lines += ["", _REPORT + json.dumps(report.as_dict())]
-    tag = registry.assign(stage, chosen, looked_at, "\n".join(lines) + "\n", push_to)
+    tag = registry.assign(stage, chosen, last_event, "\n".join(lines) + "\n", push_to)
     return Promotion(registry.name, chosen.number, stage, "promoted", tag, report)
 
 
@@ -263,6 +265,7 @@ def _candidate(
     at: Paths,
     again: bool,
 ) -> Candidate:
+    """Return the facts about a version, from its record and from its files at `at`."""
     allowed = allowed_signers(params.gate, paths.root)
     tag = state.tags(version.tag)[0]
     control, record, metrics = at.evaluation_control, state.record(version), read_json(at.evaluation_metrics)
@@ -303,6 +306,7 @@ def _withdrawn(state: RegistryReader, version: Version, stage: str) -> str | Non
 
 
 def _champion(paths: Paths, state: RegistryReader, holder: Assignment | None, candidate: Candidate) -> Champion | None:
+    """Return the facts about the stage's holder; None if the stage is free."""
     if holder is None:
         return None
     if holder.version is None:

@@ -38,7 +38,12 @@ TEXTS = ("prompt", "text")
 
 
 def reevaluate_champion(
-    params: Params, paths: Paths, registry: RegistryReader, champion: Version, candidate: Candidate, of: Version | None
+    params: Params,
+    paths: Paths,
+    registry: RegistryReader,
+    champion: Version,
+    candidate: Candidate,
+    taken_from: Version | None,
 ) -> Reevaluation:
     """Measure the champion on the candidate's test rows.
 
@@ -48,7 +53,7 @@ def reevaluate_champion(
         registry: the registry.
         champion: the version to measure.
         candidate: the version whose test rows are used.
-        of: the registered version to take the candidate's files from; None takes the files of the last run.
+        taken_from: the registered version to take the candidate's files from; None takes the files of the last run.
 
     Raises:
         GateError: the two versions cannot be compared.
@@ -57,7 +62,7 @@ def reevaluate_champion(
     """
     with ExitStack() as stack:
         theirs = _files(stack, paths, registry, champion)
-        ours = paths if of is None else stack.enter_context(files_of(paths, registry, of, [paths.data]))
+        ours = paths if taken_from is None else stack.enter_context(files_of(paths, registry, taken_from, [paths.data]))
         test = _test_rows(ours, candidate.metrics["evaluation_set"], candidate.version)
         labels = _same_labels(params, registry, champion, ours, theirs)
         rows = _texts(test)[: candidate.rows.num_rows]
@@ -70,7 +75,12 @@ def reevaluate_champion(
 
 
 def reevaluate_candidate(
-    params: Params, paths: Paths, registry: RegistryReader, champion: Version, candidate: Candidate, of: Version | None
+    params: Params,
+    paths: Paths,
+    registry: RegistryReader,
+    champion: Version,
+    candidate: Candidate,
+    taken_from: Version | None,
 ) -> Reevaluation:
     """Measure the candidate on the champion's registered test rows, rows that the candidate has learned included.
 
@@ -79,7 +89,7 @@ def reevaluate_candidate(
     version = registry.version(candidate.version)
     with ExitStack() as stack:
         theirs = stack.enter_context(files_of(paths, registry, champion, [paths.data, paths.evaluation_rows]))
-        ours = paths if of is None else _files(stack, paths, registry, version)
+        ours = paths if taken_from is None else _files(stack, paths, registry, version)
         test = _test_rows(theirs, registry.record(champion)["evaluation_set"], champion.number)
         labels = _same_labels(params, registry, champion, ours, theirs)
         rows = _texts(test)[: parquet.read_metadata(theirs.evaluation_rows).num_rows]
@@ -205,7 +215,7 @@ def _no_rows() -> pyarrow.Table:
 
 
 def _run(task: dict[str, Any]) -> pyarrow.Table:
-    """Measure in a process whose progress goes to stderr. Raises StageError with the process's reason."""
+    """Return the rows that `flows.stages.reevaluate` measures in a subprocess. Raises StageError with its reason."""
     with TemporaryDirectory(prefix="peftcore-measure-") as folder:
         request, out = Path(folder) / "task.json", Path(folder) / "rows.parquet"
         request.write_text(json.dumps(task))

@@ -196,7 +196,7 @@ def _quantised(quantization: Mapping[str, Any]) -> str:
 
 
 def _source(source: str) -> str:
-    """Return a source's name without its scheme and without local folders."""
+    """Return the name of a data source without its scheme, revision and local folders."""
     kind, _, rest = source.partition(":")
     if kind in ("hub", "wheel", "stdlib"):
         return rest.partition("@")[0].partition("==")[0]

@@ -64,7 +64,7 @@ class Collection:
     """{temporary working tree of a killed process: bytes}"""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as JSON takes it."""
+        """Return the result as values that JSON can hold."""
         freed = {name: one._asdict() if one else None for name, one in (("cache", self.cache), ("remote", self.remote))}
         return asdict(self) | freed
 

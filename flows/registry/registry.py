@@ -111,13 +111,13 @@ class Registry(RegistryReader):
         self._create(tag, commit, message, after=self.last_created())
         return self.version(number)
 
-    def assign(self, stage: str, version: Version, looked_at: int, message: str, push_to: str | None = None) -> str:
+    def assign(self, stage: str, version: Version, last_event: int, message: str, push_to: str | None = None) -> str:
         """Give a version a stage, unless the registry has changed since the decision.
 
         Args:
             stage: the stage.
             version: the version.
-            looked_at: `last_event()` of the snapshot that the decision is based on.
+            last_event: `RegistryReader.last_event()` of the snapshot that the decision is based on.
             message: the tag's message.
             push_to: a git remote that has to accept the tag. If it refuses, the local tag is deleted again.
 
@@ -128,8 +128,8 @@ class Registry(RegistryReader):
             RegistryConflict: another writer was faster.
             RegistryError: the version's files were collected, or the remote cannot be reached.
         """
-        tag, state = f"{self.name}#{stage}#{looked_at + 1}", self.snapshot()
-        if state.last_event() != looked_at:
+        tag, state = f"{self.name}#{stage}#{last_event + 1}", self.snapshot()
+        if state.last_event() != last_event:
             raise self._conflict(tag)
         # without the random part, two clones that promote one version in the same second make the same tag object,
         # and both would win

@@ -87,7 +87,7 @@ class Reproduction:
         return f"{failed}; other software or machine: {other}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the comparison as JSON takes it."""
+        """Return the comparison as values that JSON can hold."""
         parts = {name: [one._asdict() for one in getattr(self, name)] for name in PARTS}
         other = [{"name": name, "then": then, "now": now} for name, then, now in self.other]
         return {"version": self.version, "same": self.same, "stages": self.stages, **parts, "other": other}

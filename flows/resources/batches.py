@@ -42,7 +42,7 @@ class BatchSize:
 
     @property
     def tokens(self) -> int:
-        """Computed positions, padding included."""
+        """Number of computed token positions, padding included."""
         rows, width = self.shape
         return rows * width
 

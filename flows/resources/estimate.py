@@ -156,7 +156,7 @@ def estimate(
 
 
 def gib(size: float) -> str:
-    """Return bytes in a readable unit."""
+    """Return a size in bytes as text, in GiB or MiB."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 

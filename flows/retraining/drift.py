@@ -38,7 +38,7 @@ class DriftReport:
     unsure: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON takes it."""
+        """Return the report as values that JSON can hold."""
         return asdict(self)
 
 
@@ -115,7 +115,7 @@ def spread_of(rows: Path) -> float:
 
 
 def _together(files: list[dict[str, Any]], spread: float) -> dict[str, Any]:
-    """Return the figures of several files as if they were one file."""
+    """Return rows, loss and standard error of several files as if they were one. spread: std of one row's loss."""
     rows, weight = (sum(file[key] for file in files) for key in ("measured_rows", "loss_weight"))
     loss = sum(file["loss"] * file["loss_weight"] for file in files) / weight
     return {"measured_rows": rows, "loss": loss, "loss_error": spread / rows**0.5}

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 TRIES = 3
 """Attempts while other writers register or promote at the same time."""
-OWN = (
+OWN_PARAMS = (
     ("data", "source"),
     ("data", "new_files"),
     ("data", "replay_share"),
@@ -116,7 +116,7 @@ def _retrain(root: Path, push_to: str | None, force: bool, runner: Runner) -> En
     if unused := unused_changes(git):
         logger.warning("a retraining uses committed files only; `git commit` these changes to use them: %s", unused)
     with only_one(root):
-        entry, reported = Entry(started=_now()), [entry.skipped for entry in entries(paths)[-1:]]
+        entry, last_skipped = Entry(started=_now()), [last.skipped for last in entries(paths)[-1:]]
         try:
             Retraining(root, push_to, force, runner, entry).work()
         except BaseException as error:  # the history has interruptions too
@@ -128,7 +128,8 @@ def _retrain(root: Path, push_to: str | None, force: bool, runner: Runner) -> En
             params = last_readable_params(git)
             if params is not None:
                 write_history_page(params, paths)
-                if entry.outcome != "unchanged" or (entry.skipped and [entry.skipped] != reported):
+                # an unchanged run notifies only if it skipped other files than the run before
+                if entry.outcome != "unchanged" or (entry.skipped and [entry.skipped] != last_skipped):
                     notify(params.retrain.notify, *_message(params, entry, paths.retraining_page))
     return entry
 
@@ -182,7 +183,8 @@ class Retraining:
         note_tried(self.paths, collected.files, promotion.version)
         if not promotion.accepted:
             suspicious = (entry.drift or {}).get("suspicious", {})
-            entry.excluded = [name for name in entry.quarantined if name in suspicious]  # without files promoted before
+            # drift is measured on files that are new to the champion, so the champion's own files are never excluded
+            entry.excluded = [name for name in entry.quarantined if name in suspicious]
             for name in entry.excluded:
                 why = f"{promotion.version} was refused; {suspicious[name]}"
                 exclude(self.paths, {name: collected.files[name]}, why)
@@ -233,7 +235,11 @@ class Retraining:
         return self.source.collect(before, champion, read_excluded(self.paths), read_trusted(self.paths))
 
     def _reasons(self, collected: Collected) -> list[str]:
-        """Return the reasons to train, in words; empty if there are none."""
+        """Return the reasons to train, in words; empty if there are none.
+
+        Files are a reason if their set has never been trained on and was not tried before. With `retrain.on: any` and
+        no other reason, changed parameters and code are reasons, too.
+        """
         before = versions_before(self.registry.snapshot(), self.params.gate.stage)
         reasons = ["--force was given"] if self.force else []
         if self.unfinished:
@@ -251,9 +257,10 @@ class Retraining:
         return any(self.source.files_of(version) == files for version in reversed(self.registry.versions()))
 
     def _other_changes(self, newest: Version) -> list[str]:
-        """Return further differences from the newest version's dvc.lock: parameters and code.
+        """Return the parameters and code that differ from the newest version's dvc.lock, in DVC's words.
 
-        Parameters that a retraining sets itself do not count, nor do files of rows, which `_reasons` compares.
+        DVC compares that lock with the working tree. Differences in OWN_PARAMS do not count, so params.yaml gets their
+        recorded values meanwhile. Outputs and files of rows do not count either; `_reasons` compares the rows.
         """
         lock = self.registry.git.show(newest.commit, LOCK)
         write_atomically(self.tree.root / LOCK, lock)
@@ -271,6 +278,7 @@ class Retraining:
         return sorted(word for word in words if not (any(out in word for out in outs) or self._is_of_the_rows(word)))
 
     def _is_of_the_rows(self, word: str) -> bool:
+        """Return True if a change in DVC's words, such as `modified data/rows`, is a change of the data source."""
         place = word.partition(" ")[2]
         return self.source.is_path and f"{self.source.name}/".startswith(f"{place}/")
 
@@ -313,7 +321,7 @@ class Retraining:
                 self._quarantine_drifted(drift, collected)
 
     def _quarantine_drifted(self, drift: DriftReport, collected: Collected) -> None:
-        """Quarantine new files beyond a drift limit or too small for one, except for trusted files.
+        """Quarantine new files that exceed a drift limit or are too small to judge, except for trusted files.
 
         A candidate that has learned wrong rows is better at wrong rows, so an evaluation on them would promote it.
         """
@@ -356,7 +364,7 @@ class Retraining:
 
 @contextmanager
 def _edited(path: Path) -> Iterator[Any]:
-    """Give the values of a params.yaml to change, and write them back with all comments."""
+    """Yield the values of a params.yaml for editing, and write them back with all comments."""
     yaml = YAML()
     yaml.width = 200
     values = yaml.load(path)
@@ -366,10 +374,10 @@ def _edited(path: Path) -> Iterator[Any]:
 
 
 def _set_own_params(path: Path, recorded: list[dict[str, Any]]) -> None:
-    """Set the parameters of OWN to their values in dvc.lock. recorded: each stage's parameters in the lock."""
+    """Set OWN_PARAMS in params.yaml to their values in dvc.lock. recorded: each stage's parameters in the lock."""
     with _edited(path) as values:
-        own = OWN if str(values.get("data", {}).get("source")).startswith("hub:") else OWN[1:]
-        for section, key in own:
+        own_params = OWN_PARAMS if str(values.get("data", {}).get("source")).startswith("hub:") else OWN_PARAMS[1:]
+        for section, key in own_params:
             for params in recorded:
                 if f"{section}.{key}" in params:
                     values.setdefault(section, {})[key] = params[f"{section}.{key}"]

@@ -53,9 +53,9 @@ def run(params: Params, paths: Paths) -> None:
     examples = read_examples(params.data, paths.root)
     encoder = encoder_of(params.data, tokenizer, label_names(examples))
 
-    def encoded(of: Sequence[AnyExample]) -> list[AnyTokens]:
+    def encoded(selected: Sequence[AnyExample]) -> list[AnyTokens]:
         rows = []
-        for example in of:
+        for example in selected:
             try:
                 rows.append(encoder.encode(example))
             except DataError as error:  # the prepare stage reports these rows
@@ -84,7 +84,11 @@ def _quantiles(rows: Sequence[AnyTokens]) -> dict[str, float]:
 
 
 def _differences(rows: Sequence[AnyTokens], older: Sequence[AnyTokens]) -> dict[str, Any]:
-    """Compare lengths (tokens) and words with those of older rows."""
+    """Return the number and length quantiles of new rows, and their distances from older rows if there are any.
+
+    The distances: Kolmogorov-Smirnov statistic and p-value of the lengths (tokens), Jensen-Shannon divergence of the
+    words (bits), and the share of words that no older row has.
+    """
     result: dict[str, Any] = {"rows": len(rows), "length": _quantiles(rows)}
     if not older:
         return result

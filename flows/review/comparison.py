@@ -104,7 +104,7 @@ class Comparison:
         return rows
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the comparison as JSON takes it: runs with headlines, best first, and the keys that differ."""
+        """Return the comparison as values for JSON: runs with headlines, best first, and the keys that differ."""
         runs = []
         for place, run in enumerate(self.runs):
             headlines = {figure.headline.label: figure.values[place] for figure in self.figures}

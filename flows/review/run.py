@@ -44,7 +44,7 @@ class Run:
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the run as JSON takes it, without history and samples; a number that is not finite is null."""
+        """Return the run as values for JSON, without history and samples; a number that is not finite becomes null."""
         return {
             "id": self.id,
             "name": self.name,

@@ -121,7 +121,7 @@ def stage_states(root: Path) -> dict[str, list[str]]:
 
 
 def _in_words(entry: Any, subject: str = "") -> list[str]:
-    """Return DVC's nested status as `modified artifacts/data`, `always changed`."""
+    """Return DVC's nested status as a flat list, such as `modified artifacts/data`. subject: the path so far."""
     if isinstance(entry, str):
         return [f"{entry} {subject}".strip()]
     return [word for name, value in entry.items() for word in _in_words(value, _inner(subject, name))]

@@ -71,7 +71,7 @@ class Table:
     """Further columns of a kind: prompt_length, label."""
 
     def named(self, rows: numpy.ndarray) -> tuple[str, ...]:
-        """Return the ids of the first rows in a mask."""
+        """Return the ids of the first SHOWN rows that a mask (rows,) selects."""
         return tuple(self.ids[number] for number in numpy.flatnonzero(rows)[:SHOWN])
 
 
@@ -109,7 +109,11 @@ class Prepared:
 
 
 def read_prepared(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTokenizerBase, data: Data) -> Prepared:
-    """Read the splits of a folder. Raises StageError if they are not of `data.kind`."""
+    """Read the splits of a folder; report, tokenizer and data parameters become part of the result.
+
+    Raises:
+        StageError: a split lacks a column of `data.kind`.
+    """
     splits: dict[Split, Table] = {}
     for split in SPLITS:
         table = parquet.read_table(folder / f"{split}.parquet")
@@ -125,14 +129,15 @@ def read_prepared(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTok
 def _table(table: pa.Table, data: Data) -> Table:
     answers = {column: _texts(table, column) for column in _ANSWERS[data.kind]}
     sequences = [
-        _sequences(table, prefix, list(of)) for prefix, of in zip(_SEQUENCES[data.kind], answers.values(), strict=True)
+        _sequences(table, prefix, list(texts))
+        for prefix, texts in zip(_SEQUENCES[data.kind], answers.values(), strict=True)
     ]
     others = ("label",) if data.kind == "classification" else ("prompt_length",)
     return Table(
         ids=_texts(table, "id"),
         groups=_texts(table, "group"),
         questions=_texts(table, _QUESTION[data.kind]),
-        answers=["\n".join(of) for of in zip(*answers.values(), strict=True)],
+        answers=["\n".join(texts) for texts in zip(*answers.values(), strict=True)],
         weights=table["weight"].to_numpy(),
         sequences=sequences,
         columns={name: table[name].to_numpy() for name in others},

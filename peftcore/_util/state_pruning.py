@@ -18,7 +18,7 @@ _BLOCK = 256
 
 @torch.no_grad()
 def pruned(parameter: nn.Parameter, axis: int, indices: Tensor, optimizer: Optimizer) -> nn.Parameter:
-    """Return a parameter with the selected indices only, and put it in the old one's place in the optimiser.
+    """Return a parameter with the selected indices only, and replace the old parameter and its state in the optimiser.
 
     Args:
         parameter: The parameter to prune; `can_prune` must be true for it.

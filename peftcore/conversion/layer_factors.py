@@ -70,7 +70,7 @@ def exact_factors(adapter: Adapter) -> Factors | None:
 
 
 def _reduced(factors: Factors, rank: int | None, tolerance: float | None) -> _Approximation:
-    """Reduce factors to the rank that `rank` and `tolerance` ask for; factors within both are returned unchanged."""
+    """Return factors of the rank that `rank` and `tolerance` ask for; factors that meet both are returned unchanged."""
     double = factors._replace(a=factors.a.double(), b=factors.b.double())
     unchanged = _Approximation(factors, 0.0, float(inner(double, double).clamp_min(0)))
     if tolerance is None and (rank is None or factors.rank <= rank):

@@ -110,7 +110,7 @@ def is_packable(model: nn.Module, tree: ModuleTree, roles: Roles, trunk: BlockLi
 
 
 def _keeps_state(module: nn.Module, model: nn.Module) -> bool:
-    """Return True if the module's class name is that of a recurrent layer."""
+    """Return True if the module's class name, without the model family's prefix, is that of a recurrent layer."""
     return STATE.search(type(module).__name__.removeprefix(family_prefix(text_config(model)))) is not None
 
 

@@ -106,7 +106,7 @@ def _of_model(model: nn.Module, name: str) -> tuple[dict[str, Factors], set[str]
 
 
 def check_plain(config: PeftConfig) -> None:
-    """Raise ExportError if a configuration has options that a plain LoRA lacks."""
+    """Check that a configuration has no option beyond plain LoRA. Raises ExportError, which says what to do instead."""
     if reason := config.beyond_low_rank():
         raise ExportError(reason)
     if config.modules_to_save:

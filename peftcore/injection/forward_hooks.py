@@ -293,7 +293,7 @@ def _for_each_row(value: Any, inputs: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def generation(model: nn.Module, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Keep the adapter arguments of `generate` for the calls inside of the context.
+    """Pass the adapter arguments of `generate` on to every call of the model inside of the context.
 
     Args:
         model: the model with adapters.

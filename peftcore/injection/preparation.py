@@ -175,13 +175,13 @@ def _make_adapters(
     if first is None:
         return {}
     default = torch.get_default_device()
-    with _made_on(first.device, default):
+    with _created_on(first.device, default):
         shared = kind.make_shared(config, bases)
         if shared is not None:
             shared.to(_wide(first.dtype))
     adapters = {}
     for path, base in bases.items():
-        with _made_on(base.device, default):
+        with _created_on(base.device, default):
             adapters[path] = adapter = _make(kind, config, base, path, shared)
             if initialise:
                 adapter.reset_parameters()
@@ -201,14 +201,17 @@ def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str,
     return adapter
 
 
-def _made_on(device: torch.device, default: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make new tensors on `device`; does nothing for the default device, because the context slows calls inside."""
+def _created_on(device: torch.device, default: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which new tensors are created on `device`.
+
+    For the default device the context does nothing, because PyTorch's device context slows every call inside.
+    """
     return contextlib.nullcontext() if device == default else torch.device(device)
 
 
 @cache
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of an adapter's parameters for a base of this type."""
+    """Return the dtype of adapter parameters for a base of this dtype: float32, or wider if the base is wider."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -35,7 +35,7 @@ class Replication:
 
 
 def replicate(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
-    """Make the model deeper, in place.
+    """Replace the model's blocks, in place, by the blocks of all ranges; repeated blocks share their base weights.
 
     Args:
         model: a plain model with one list of blocks.

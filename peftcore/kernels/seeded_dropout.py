@@ -38,7 +38,12 @@ class Dropout:
         return 256 / (256 - self.threshold) if self.threshold < 256 else 0.0
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the mask for x (n, i), 1 for kept elements and 0 for dropped ones, and its packed bits for `again`."""
+        """Draw the dropout mask of x (n, i).
+
+        Returns:
+            The mask, 1 for kept elements and 0 for dropped ones, and the packed bits from which `again` restores the
+            mask. The bits are None on devices other than the CPU, where `again` draws from the seed.
+        """
         if x.device.type != "cpu":
             return self.again(x, None), None
         random = np.random.SFC64(self.seed).random_raw(-(-x.numel() // 8)).view(np.uint8)[: x.numel()]

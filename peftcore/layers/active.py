@@ -36,9 +36,10 @@ _ROUTES: ContextVar[Mapping[int, _OpenRoute]] = ContextVar("peftcore_routes", de
 class Selection:
     """The adapters in effect. All wrappers of a model share one selection, so switching is one assignment.
 
-    `active` is what `set_adapter` has set, for the whole model. `in_effect` is what holds now in this thread: the
-    adapters of its open route, () while adapters are disabled, else `active`. Layers that activation checkpointing
-    recomputes see what was in effect in their own forward pass.
+    `active` holds the names that `set_adapter` has set, for the whole model. `in_effect` holds the names for this
+    thread, by the first rule that applies: with an open route, the route's adapters, even after `disable_adapters`;
+    while adapters are disabled, (); else `active`. Layers that activation checkpointing recomputes use the adapters
+    that were in effect in their own forward pass.
     """
 
     def __init__(self) -> None:

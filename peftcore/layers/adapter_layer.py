@@ -120,7 +120,7 @@ class AdapterLayer(LayerWrapper, AdapterSlot):
         return self.base_layer(x, *args, **kwargs)
 
     def _weight_space_output(self, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-        """Return the output with the adapted weight W' (and bias), which is built first."""
+        """Build the adapted weight W' and bias, and return the layer's output with them."""
         base = self.base
         weight, bias = base.read(), base.bias
         unchanged = weight = weight.to(torch.promote_types(weight.dtype, torch.float32))

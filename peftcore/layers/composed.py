@@ -121,7 +121,11 @@ def _in_weight_space(adapters: Sequence[Adapter]) -> bool:
 
 
 def descend(chain: Sequence[Adapter], x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Apply `before` from the last adapter to the first: (the input of each, last first; the input of the base)."""
+    """Apply `before` of each adapter to the input, from the last adapter to the first.
+
+    Returns:
+        The input that each adapter got, the last adapter's first, and the input of the base layer.
+    """
     inputs = []
     for adapter in reversed(chain):
         inputs.append(x)

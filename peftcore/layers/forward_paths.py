@@ -74,7 +74,9 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
     if not adapters:
         return layer.base_output(x, *args, **kwargs)
     in_weight_space = any(adapter.weight_space_forward for adapter in adapters)
-    if can_stack and not (mixed is None and in_weight_space):  # stacked, by a new plan
+    # Stacked, by a new plan. A chain with a weight-space adapter has no plan, so none is tried. A mixed batch is tried:
+    # `_make_plan` looks at each adapter's factors, and returns None if one is not exactly two factors.
+    if can_stack and not (mixed is None and in_weight_space):
         plan = _make_plan(layer, x, names, mixed)
         if plan is not None and (stack := plan.stack(layer)) is not None:
             if not is_replica(layer):
@@ -95,13 +97,16 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
 
 
 def _fused(layer: "AdapterLayer", adapter: Adapter, x: Tensor) -> Tensor | None:
-    """Compute base and first adapter as one operation, and the siblings with them; None if that does not apply."""
+    """Return the output of base and first adapter from one operation; None if that does not apply.
+
+    The outputs of the siblings are computed in the same operation and cached.
+    """
     dtype = None if is_traced() or not has_no_hooks(layer.base_layer) else layer.base.compute_dtype(x)
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:
         return None
     together: dict[Any, tuple[BaseWeight, LowRankBranch]] = {}
-    for sibling in _products_in(siblings_of(layer, x), x, dtype):
+    for sibling in _plain_layers(siblings_of(layer, x), x, dtype):
         adapters = sibling.in_effect()
         factors = adapters[0].low_rank() if len(adapters) == 1 else None
         if factors is not None and factors.dropout == low_rank.dropout:
@@ -125,7 +130,7 @@ class Member(NamedTuple):
     training: bool
 
     def is_current(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """Return True if the layer is in the same state, and computes in `dtype` for an input like x."""
+        """Return True if the layer is as it was when the plan was made, and computes in `dtype` for an input like x."""
         layer, base = self.layer, self.base
         return (
             layer.adapters.changes == self.changes
@@ -143,7 +148,7 @@ class Plan(NamedTuple):
     members: list[Member]
     """The layer itself, then the siblings that are computed with it."""
     siblings: Sequence[Any]
-    """All layers that were expected to read the same input."""
+    """All layers that were expected to read the same input, members or not."""
     spec: StackSpec
     columns: Columns
     mask: Mask | None
@@ -194,7 +199,7 @@ def _make_plan(layer: "AdapterLayer", x: Tensor, names: Iterable[str], mixed: Ro
     own, siblings = layer.unmerged_among(names), siblings_of(layer, x)
     together: dict[Any, Mapping[str, Adapter]] = {layer: own}
     if mixed is None or not mixed.has_gates:  # a gate reads the adapters of one layer only
-        others = _products_in(siblings, x, dtype)
+        others = _plain_layers(siblings, x, dtype)
         together |= {other: adapters for other in others if (adapters := other.unmerged_among(names))}
 
     def spec() -> StackSpec:
@@ -203,8 +208,8 @@ def _make_plan(layer: "AdapterLayer", x: Tensor, names: Iterable[str], mixed: Ro
 
     stack = current_stack(_stack_cache(layer), layer, spec())
     if stack is None and len(together) > 1:
-        alike = [other for other in together if other is layer or can_be_stacked(together[other].values())]
-        together = {other: together[other] for other in alike}
+        stackable = [other for other in together if other is layer or can_be_stacked(together[other].values())]
+        together = {other: together[other] for other in stackable}
         stack = current_stack(_stack_cache(layer), layer, spec())
     if stack is None:
         return None
@@ -226,8 +231,8 @@ def _stack_cache(layer: Any) -> dict[Any, Any]:
 # -- conditions of the two fast paths ------------------------------------------------------------------------------
 
 
-def _products_in(layers: Iterable[Any], x: Tensor, dtype: torch.dtype) -> list[Any]:
-    """Return the layers without hooks whose base is a plain product in this type for an input like x."""
+def _plain_layers(layers: Iterable[Any], x: Tensor, dtype: torch.dtype) -> list[Any]:
+    """Return the layers without hooks whose base computes a plain matrix product in `dtype` for an input like x."""
     return [each for each in layers if has_no_hooks(each.base_layer) and each.base.compute_dtype(x) == dtype]
 
 

@@ -46,7 +46,7 @@ class SharedInputCache(threading.local):
         self.calls: list[ForwardRecord | None] = []
         """Running calls of the model, outermost first; None for a call without gradients."""
         self.outputs: dict[Any, CachedOutput] = {}
-        """{layer: the output that waits for it}"""
+        """{layer: its cached output}"""
         self.unused: list[tuple[Any, Any]] = []
         """(layer that computed, sibling that did not take the output)"""
 
@@ -59,10 +59,10 @@ class SharedInputCache(threading.local):
         if self.outputs:
             self.unused += [(cached.computed_by, layer) for layer, cached in self.outputs.items()]
             self.outputs.clear()
-        for first, layer in self.unused:
+        for computed_by, layer in self.unused:
             for record in records:
-                record.siblings.setdefault(first, first.siblings)
-            first.siblings = [other for other in first.siblings if other is not layer]
+                record.siblings.setdefault(computed_by, computed_by.siblings)
+            computed_by.siblings = [other for other in computed_by.siblings if other is not layer]
         self.unused.clear()
 
 
@@ -118,10 +118,13 @@ def is_replica(layer: Any) -> bool:
     return "_is_replica" in layer.__dict__
 
 
-def _note_unused(cache: SharedInputCache, first: Any, layer: Any) -> None:
-    """Leave a layer out from the next call on; not in a recomputation, which may stop before the layer is called."""
+def _note_unused(cache: SharedInputCache, computed_by: Any, layer: Any) -> None:
+    """Note that a layer did not take its output, so that the next call leaves the layer out.
+
+    A recomputation notes nothing, because it may stop before the layer is called.
+    """
     if cache.calls:
-        cache.unused.append((first, layer))
+        cache.unused.append((computed_by, layer))
 
 
 def _mode(layer: Any, x: Tensor) -> tuple[Any, ...]:

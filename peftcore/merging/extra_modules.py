@@ -29,7 +29,7 @@ class ExtraModules:
     """`modules_to_save` of the adapters that the copies come from."""
 
     def options(self) -> dict[str, Any]:
-        """Return the configuration fields that make an adapter have these modules."""
+        """Return `modules_to_save` and `trainable_token_indices` of an adapter with these modules."""
         unnamed = [path for path in self.copies if not named(path, self.names)]
         rows = {path: own.tokens.tolist() for path, own in self.tokens.items() if not own.follows}
         return {"modules_to_save": [*self.names, *unnamed] or None, "trainable_token_indices": rows or None}

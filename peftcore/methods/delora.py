@@ -75,7 +75,7 @@ class Delora(Adapter):
         self.w_norm.copy_(self.base.read_unmerged().to(self.w_norm).norm(dim=0))
 
     def _scales(self) -> Tensor:
-        """Return λ/(r ‖A_k‖ ‖B_k‖), (r)."""
+        """Return the scales (r,) of the rank-one parts: λ/(r ‖A_k‖ ‖B_k‖), for row k of A and column k of B."""
         lengths = self.delora_A.norm(dim=1).clamp_min(SHORTEST) * self.delora_B.norm(dim=0).clamp_min(SHORTEST)
         return self.delora_lambda / (len(lengths) * lengths)
 

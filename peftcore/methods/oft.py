@@ -85,7 +85,10 @@ class OFTConfig(TunerConfig):
 
 
 def neumann(skew: Tensor, terms: int) -> Tensor:
-    """Return I + 2S + 2S² + … + Sᵐ, near (I + S)(I − S)⁻¹, with PEFT's m = terms − 1, but never 2."""
+    """Return I + 2S + 2S² + … + Sᵐ, an approximation of (I + S)(I − S)⁻¹.
+
+    As in HF PEFT, m = terms − 1, except that terms = 2 and terms = 3 give m = 1 and m = 3.
+    """
     last = 1 if terms == 2 else max(terms - 1, 3)
     power = skew
     total = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device) + 2 * skew

@@ -71,7 +71,7 @@ class Shira(Adapter):
         self.register_buffer("places", None if places is None else places.to(self.shira_weight.device), False)
 
     def _choose(self) -> Tensor | None:
-        """Return the flat places of the entries; None if only a directory has them."""
+        """Return the flat indices of the trained entries; None if only a saved adapter has them."""
         if self.config.mask_fn is not None:
             mask = self.config.mask_fn(self.base.layer, self.config.r)
             places = mask.reshape(-1).nonzero().flatten()

@@ -47,7 +47,7 @@ FAMILIES = [*(f"db{n}" for n in range(1, 21)), *(f"sym{n}" for n in _SYMLETS), *
 
 @cache
 def scaling_filter(family: str) -> tuple[float, ...]:
-    """Return the low-pass reconstruction filter of a wavelet family, with sum √2."""
+    """Return the low-pass reconstruction filter of a wavelet family; its values sum to √2."""
     name, order = family.rstrip("0123456789"), int(family.lstrip("abcdefghijklmnopqrstuvwxyz"))
     if name == "coif":
         return tuple(math.sqrt(2) * value for value in _COIFLETS[order])

@@ -26,7 +26,7 @@ class TextEmbedder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return one vector of size d for each of n texts, (n, d)."""
+        """Return the vectors (n, d) of n texts in order: one row per text, not normalised, in the encoder's dtype."""
         vectors = []
         for first in range(0, len(texts), self._batch_size):
             inputs = self._tokenizer(

@@ -171,7 +171,13 @@ class AdapterStore:
             return [slot.entry.name for slot in self._slots.values() if slot.entry is not None]
 
     def statistics(self) -> dict[str, Any]:
-        """Return counters since the creation, loaded adapters (count, bytes) and durations of loads (seconds)."""
+        """Return figures of the store by name.
+
+        Returns:
+            Counters since the store was created; the registered, loaded and leased adapters (counts) and their bytes;
+            `hit_rate`; and median and maximum duration (seconds) of the last RECORDED_LOADS loads. Figures without a
+            request or a load are None.
+        """
         with self._lock:
             counts, times = dataclasses.asdict(self._counts), self._counts.seconds
             del counts["seconds"]

@@ -76,7 +76,7 @@ class Generation:
         self._emit(error, True)
 
     def release(self) -> None:
-        """Release the adapters of this request."""
+        """Give up this request's lease on its adapters; a second call does nothing."""
         if self.lease is not None:
             self.lease.release()
             self.lease = None

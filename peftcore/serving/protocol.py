@@ -58,7 +58,7 @@ class StreamOptions(_Strict):
 
 
 class GenerationRequest(_Strict):
-    """Fields of both kinds of request. A field with one allowed value is not supported with other values."""
+    """Fields that completion and chat requests share; a field of type `Zero` or `Literal` accepts that value only."""
 
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]

@@ -79,7 +79,7 @@ class PairObjective(ExampleObjective):
             self.start_model = reference_model(model)
 
     def columns(self, signature: list[str]) -> list[str]:
-        """Return the columns of pairs."""
+        """Return the columns of the dataset that the loss reads, whatever the model's signature."""
         return [*PAIR_COLUMNS, *REFERENCE_COLUMNS, WEIGHT]
 
     def lengths(self, dataset: Any) -> list[int]:
@@ -166,7 +166,7 @@ class PreferenceTrainerMixin(AdapterTrainerMixin):
             self.eval_dataset = self.training_objective.with_reference(self.eval_dataset)
 
     def make_objective(self) -> PairObjective:
-        """Return the weighted mean of the pairs' losses."""
+        """Return the objective that minimises the weighted mean of the pairs' losses."""
         return PairObjective(self, self.objective, *self._reference_options)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:

@@ -146,7 +146,10 @@ class Processes:
             )
 
     def save_sharded(self, folder: Path) -> None:
-        """Gather the sharded adapters from all processes, and write them in the first one."""
+        """Gather the sharded adapters, and write them, the tokenizer and the training arguments to `folder`.
+
+        All processes must call this method; only the process that saves writes the files.
+        """
         trainer = self.trainer
         self.reshard()
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
@@ -167,7 +170,10 @@ class Processes:
             torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / "scheduler.pt")
 
     def reshard(self) -> None:
-        """Free gathered parameters: an evaluation leaves some beside their shards, which would miss later changes."""
+        """Free the full parameters that FSDP has gathered, before weights are written or loaded.
+
+        An evaluation may leave full copies beside the shards. A later change of the shards would not reach the copies.
+        """
         if self.trainer.is_fsdp_enabled:
             for module in self.trainer.accelerator.unwrap_model(self.trainer.model).modules():
                 if isinstance(module, FSDPModule):

@@ -24,8 +24,8 @@ class EvaluationStopped(Exception):
 class SignalListener:
     """Context that records the first of `signals` to arrive, and restores the earlier handlers on exit.
 
-    Nothing is changed in a thread other than the main one, which cannot receive signals, or for a handler that Python
-    did not install, which cannot be restored. A signal that nobody acted on is raised again on exit.
+    Handlers are replaced in the main thread only, because other threads receive no signals. A handler that Python did
+    not install stays, because it could not be restored. A signal that nobody acted on is raised again on exit.
     """
 
     def __init__(self, signals: Sequence[signal.Signals]) -> None:

@@ -272,7 +272,7 @@ class AdapterTrainerMixin(_Base):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Evaluate as Trainer does; if only the loss is needed, take its mean over the set's items, not batches."""
+        """Evaluate as Trainer does; if only the loss is needed, return its mean over items, not over batches."""
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         output = evaluate_rows(self, dataloader, metric_key_prefix) if loss_only else None
         if output is not None:

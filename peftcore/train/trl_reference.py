@@ -30,7 +30,17 @@ def takes_reference(base_classes: Sequence[type]) -> bool:
 def with_reference(
     base_classes: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the base trainer's arguments, with the model as it is now as the reference if none was given."""
+    """Return the base trainer's arguments, with a frozen copy of the present model as the reference model.
+
+    Args:
+        base_classes: The base trainer's class and its parents, in method resolution order.
+        args: Positional arguments of the base trainer.
+        kwargs: Keyword arguments of the base trainer.
+
+    Returns:
+        No positional arguments, and all arguments by name. Both are returned unchanged if the trainer has no reference
+        argument, if a reference was given, if the model has no adapters, or if the reference's values are precomputed.
+    """
     names = _parameters(base_classes)
     arguments = dict(zip(names, args, strict=False)) | kwargs
     if PARAMETER not in names or arguments.get(PARAMETER) is not None or not _needs_reference(arguments):

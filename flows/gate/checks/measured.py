@@ -14,7 +14,7 @@ from flows.params import Params
 
 
 def evaluation_settings(candidate: Candidate) -> CheckResult:
-    """Check that the evaluation's settings differ from the rules in nothing that makes it easier to pass."""
+    """Check that no setting of the evaluation is easier to pass than the rules; stricter settings are allowed."""
     if candidate.unmeasured:
         return False, (
             f"{'; '.join(candidate.unmeasured)}; evaluate it by the rules (`peftcore run`), or change the rules "

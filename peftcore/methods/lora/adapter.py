@@ -95,7 +95,7 @@ class Lora(Adapter):
         self.lora_B.copy_(b.view_as(self.lora_B))
 
     def follow(self, source: "Lora") -> None:
-        """Use the factors of an embedding's adapter, transposed, in place of parameters of its own."""
+        """Use the factors of an embedding's adapter, transposed, and drop this adapter's own A and B."""
         self.source, self.lora_A, self.lora_B = source, None, None  # type: ignore[assignment]
 
     @property
@@ -105,7 +105,7 @@ class Lora(Adapter):
         return None if a is None or b is None else (a, b)
 
     def subtract_start(self) -> None:
-        """Subtract the present s·BA from the base: keep copies of A and B as A₀ and B₀."""
+        """Keep copies of A and B as A₀ and B₀, so that the layer subtracts the present s·BA from now on."""
         copies = (f.detach().clone(memory_format=torch.contiguous_format) for f in (self.lora_A, self.lora_B))
         self.start_A, self.start_B = copies
 

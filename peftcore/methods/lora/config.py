@@ -78,7 +78,7 @@ class LoraConfig(TunerConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Token ids whose embedding rows train whole; {path suffix: ids} for other embeddings."""
     ensure_weight_tying: bool = False
-    """Adapt or copy both sides of a tied pair of weights alike."""
+    """Adapt or copy both layers of a tied pair of weights in the same way, so that they stay tied."""
     alora_invocation_tokens: list[int] | None = None
     """Token ids that switch the adapter on; it acts from their last occurrence (aLoRA)."""
     fan_in_fan_out: bool = False
@@ -149,7 +149,7 @@ class LoraConfig(TunerConfig):
     # -- ranks -----------------------------------------------------------------------------------------------
 
     def at(self, path: str) -> tuple[int, float]:
-        """Return (rank, alpha) of the layer at `path`, patterns applied."""
+        """Return (rank, alpha) of the layer at `path`, with `rank_pattern` and `alpha_pattern` applied."""
         return first_match(self.rank_pattern, path, self.r), first_match(self.alpha_pattern, path, self.lora_alpha)
 
     def with_ranks(self, ranks: Mapping[str, int], keep_alpha: bool = False) -> Self:

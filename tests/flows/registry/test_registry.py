@@ -88,10 +88,10 @@ def test_events_of_one_second_keep_their_order(registry: Registry) -> None:
 
 def test_a_decision_on_an_outdated_look_is_a_conflict(registry: Registry) -> None:
     first, second = add(registry, "v0.1.0"), add(registry, "v0.2.0", "b")
-    looked_at = registry.last_event()
-    registry.assign("champion", first, looked_at, "m")
+    last_event = registry.last_event()
+    registry.assign("champion", first, last_event, "m")
     with pytest.raises(RegistryConflict):
-        registry.assign("champion", second, looked_at, "m")
+        registry.assign("champion", second, last_event, "m")
     assert registry.stages()["champion"].version == "v0.1.0"
 
 

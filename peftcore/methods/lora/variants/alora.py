@@ -30,7 +30,7 @@ class Invocation(Shared):
 
 @register_variant
 class Alora(Variant):
-    """`alora_invocation_tokens=[...]`."""
+    """Variant for `alora_invocation_tokens=[...]`: the adapter acts from the last occurrence of these tokens on."""
 
     option = "alora_invocation_tokens"
     layer_kinds = frozenset({"linear", "conv", "embedding"})

@@ -69,7 +69,7 @@ def _invertible(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 @register_variant
 class CordaStart(Initialisation):
-    """`init_lora_weights="corda"`."""
+    """Initialisation `init_lora_weights="corda"`: factors of SVD(W·C), subtracted from the base; needs data."""
 
     names = ("corda",)
     observer = Corda

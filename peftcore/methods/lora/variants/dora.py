@@ -24,7 +24,7 @@ _ROW_NORMS = "_dora_row_norms"
 
 @register_variant
 class Dora(Variant):
-    """`use_dora=True`."""
+    """Variant for `use_dora=True`: each output row of W + s·BA is rescaled to a trained length m."""
 
     option = "use_dora"
     layer_kinds = frozenset({"linear", "conv", "embedding"})

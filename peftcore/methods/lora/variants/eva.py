@@ -119,7 +119,7 @@ class Eva(Observer):
 
 @register_variant
 class EvaStart(Initialisation):
-    """`init_lora_weights="eva"`."""
+    """Initialisation `init_lora_weights="eva"`: A from principal components of the input, B zero; needs data."""
 
     names = ("eva",)
     observer = Eva

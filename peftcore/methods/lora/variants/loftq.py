@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {"loftq_bits": 4, "loftq_iter": 1}
 
 @register_variant
 class LoftqStart(WeightInitialisation):
-    """`init_lora_weights="loftq"`."""
+    """Initialisation `init_lora_weights="loftq"`: a quantised base, and s·BA near the quantisation error."""
 
     names = ("loftq",)
     subtracts = False

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @register_variant
 class LoraBias(Variant):
-    """`lora_bias=True`."""
+    """Variant for `lora_bias=True`: a trained bias c adds s·c to the output; merging adds s·c to the layer's bias."""
 
     option = "lora_bias"
     layer_kinds = frozenset({"linear", "conv"})

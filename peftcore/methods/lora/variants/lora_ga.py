@@ -90,7 +90,7 @@ class LoraGa(Observer):
 
 @register_variant
 class LoraGaStart(Initialisation):
-    """`init_lora_weights="lora_ga"`."""
+    """Initialisation `init_lora_weights="lora_ga"`: singular directions of the gradient, subtracted; needs data."""
 
     names = ("lora_ga",)
     observer = LoraGa

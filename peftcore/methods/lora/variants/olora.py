@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @register_variant
 class OloraStart(WeightInitialisation):
-    """`init_lora_weights="olora"`."""
+    """Initialisation `init_lora_weights="olora"`: factors of the QR decomposition, subtracted from the base."""
 
     names = ("olora",)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @register_variant
 class OrthogonalStart(WeightInitialisation):
-    """`init_lora_weights="orthogonal"`."""
+    """Initialisation `init_lora_weights="orthogonal"`: A and B are not zero, and BA is."""
 
     names = ("orthogonal",)
     subtracts = False

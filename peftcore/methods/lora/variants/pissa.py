@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @register_variant
 class PissaStart(WeightInitialisation):
-    """`init_lora_weights="pissa"`, or "pissa_niter_N" for a randomised decomposition with N power iterations."""
+    """Initialisation `init_lora_weights="pissa"`: the best rank-r approximation of W, subtracted from the base.
+
+    "pissa_niter_N" takes a randomised decomposition with N power iterations.
+    """
 
     names = ("pissa", "pissa_niter_N")
 

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @register_variant
 class KaimingStart(Initialisation):
-    """`init_lora_weights=True`: uniform by Kaiming's rule, on embeddings standard normal."""
+    """Initialisation `init_lora_weights=True`: uniform by Kaiming's rule, on embeddings standard normal."""
 
     names = (True,)
 
 
 @register_variant
 class GaussianStart(Initialisation):
-    """`init_lora_weights="gaussian"`: normal with standard deviation 1/r."""
+    """Initialisation `init_lora_weights="gaussian"`: normal with standard deviation 1/r."""
 
     names = ("gaussian",)
 
@@ -32,7 +32,7 @@ class GaussianStart(Initialisation):
 
 @register_variant
 class NonzeroStart(Initialisation):
-    """`init_lora_weights=False`: both factors random, for tests."""
+    """Initialisation `init_lora_weights=False`: both factors random, for tests."""
 
     names = (False,)
 

@@ -7,7 +7,7 @@ from peftcore.methods.lora.variant import Variant, register_variant
 
 @register_variant
 class RsLora(Variant):
-    """`use_rslora=True`."""
+    """Variant for `use_rslora=True`: the scaling is α/√r in place of α/r."""
 
     option = "use_rslora"
     changes_layers = False

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @register_variant
 class TiedWeights(Variant):
-    """`ensure_weight_tying=True`."""
+    """Variant for `ensure_weight_tying=True`: a tied head uses the embedding's factors, transposed."""
 
     option = "ensure_weight_tying"
     changes_layers = False
