@@ -98,7 +98,7 @@ def _repeated_keys(node: Node, place: Place, lines: dict[Place, int]) -> list[tu
     if len(place) > DEEPEST:
         raise ParamsError(f"line {node.start_mark.line + 1} is nested too deeply (or within itself)")
     if len(lines) > MOST_VALUES:
-        raise ParamsError(f"line {node.start_mark.line + 1} makes than {MOST_VALUES:,} values; give fewer")
+        raise ParamsError(f"line {node.start_mark.line + 1} makes more than {MOST_VALUES:,} values; give fewer")
     problems: list[tuple[int, str]] = []
     if isinstance(node, SequenceNode):
         for index, item in enumerate(node.value):

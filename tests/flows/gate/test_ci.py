@@ -123,7 +123,7 @@ def test_of_two_jobs_at_once_the_slower_one_judges_again_against_the_new_champio
 def test_a_pushed_version_waits_until_its_commit_is_in_the_default_branch(origin: Origin) -> None:
     status, _, summary, outputs = origin.job("tag", "refs/tags/docstrings@v0.1.3").end()
     assert (status, outputs["verdict"], outputs["version"]) == (0, "not merged", "v0.1.3")
-    assert "is not in main. A push to main that contains it promotes" in summary and origin.tags() == []
+    assert "is not in main. A push to main that contains the commit promotes" in summary and origin.tags() == []
 
     # a pull request is told of it all the same, and changes nothing
     request = {"branch": "topic", "GITHUB_BASE_REF": "main"}

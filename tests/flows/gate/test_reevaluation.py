@@ -140,7 +140,7 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     losses = zip(*(there[0].all_rows.column(name).to_pylist() for name in ("id", "adapter_loss")), strict=True)
     assert dict(losses) == {row["id"]: pytest.approx(on_theirs[row["id"]], abs=1e-6) for row in theirs}
     checks = {check.name: check.detail for check in promotion.report.checks} if promotion.report else {}
-    assert "on 10 of that one's test rows" in checks["the champion's rows"]
+    assert "on 10 test rows of v0.1.0" in checks["the champion's rows"]
     assert "evaluate v0.1.0 again" in capfd.readouterr().err
 
 

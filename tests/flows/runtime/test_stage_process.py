@@ -155,7 +155,7 @@ def test_the_note_of_another_host_on_a_shared_disk_is_not_judged_by_processes_he
     lock.write_text("far/12345678\n")
     with lock.open() as theirs:
         fcntl.flock(theirs, fcntl.LOCK_SH)
-        with pytest.raises(BusyError, match=r"far/12345678 is at work in .*; wait for it, or work in a clone"):
+        with pytest.raises(BusyError, match=r"far/12345678 is working in .*; wait for it, or work in a clone"):
             run_stage(root, "wait", 60)
         assert (folder / "rwlock").read_text() == note
     (root / "go").touch()
@@ -175,5 +175,5 @@ def test_a_host_that_takes_the_lock_while_it_becomes_a_shared_one_is_named(
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", in_two_steps)
-    with pytest.raises(BusyError, match=r"far/12345678 is at work in"):
+    with pytest.raises(BusyError, match=r"far/12345678 is working in"):
         run_stage(root, "wait", 60)

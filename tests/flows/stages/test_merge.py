@@ -132,7 +132,7 @@ def test_what_cannot_be_read_back_as_it_was_is_refused(
     trained: Paths, tiny_params: TinyParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge, "load_original", lambda folder, *given: spoilt(load_original(folder, *given), folder))
-    with pytest.raises(StageError, match="read back from disk, the model merged into dequantized strays"):
+    with pytest.raises(StageError, match="read back from disk, the model merged into dequantized differs"):
         merge.run(tiny_params(merge={"into": "dequantized", **FAITHFUL}), trained)
     assert not trained.merged.exists() and not trained.merge_report.exists()
 

@@ -137,7 +137,7 @@ def test_rows_of_another_kind_are_refused_by_name(made: Callable[..., tuple[Para
     paths.labels.write_text("[]")
     (paths.adapter).mkdir()
     with pytest.raises(
-        StageError, match=r"is for classification rows, and .*parquet holds preference rows; set data\.k"
+        StageError, match=r"needs classification rows, and .*parquet holds preference rows; set data\.k"
     ):
         stage.run(other, paths)
 
