@@ -1,4 +1,4 @@
-"""Which adapters of a model are in effect: the active ones, or in one thread those of its open route."""
+"""Selection of the adapters in effect: the active adapters, or in one thread the adapters of its open route."""
 
 import contextlib
 import copy
