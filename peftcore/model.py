@@ -8,6 +8,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,9 @@ from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError
 from peftcore.injection import activation, forward_hooks, inject, merge
-from peftcore.injection.adapter_set import adapter_set, untouched_names
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, untouched_names
+from peftcore.injection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from peftcore.injection.tuner_model import tuner_model
 from peftcore.merging import LowRankReport, Recipe
 from peftcore.storage import checkpoint
 from peftcore.storage.trainer_checkpoints import teach_trainer
@@ -44,7 +47,22 @@ class _ActiveAdapters(list[str]):
 
 
 class PeftModel:
-    """The methods of a model with adapters; made by `get_peft_model` or `PeftModel.from_pretrained`, never directly."""
+    """The methods of a model with adapters.
+
+    `get_peft_model` and `PeftModel.from_pretrained` make one. So does the call `PeftModel(model, config)`, which does
+    what `get_peft_model(model, config)` does.
+
+    Args:
+        model: the base model; changed in place.
+        peft_config: the configuration of the adapter.
+        adapter_name: the adapter's name.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return the model with an adapter; for the class of a model with adapters, a new plain model."""
+        if cls is PeftModel:
+            return get_peft_model(*args, **kwargs)
+        return super().__new__(cls)
 
     # -- making ------------------------------------------------------------------------------------------------
 
@@ -188,6 +206,35 @@ class PeftModel:
         return adapter_set(self._module).configs
 
     @property
+    def active_peft_config(self) -> PeftConfig:
+        """Configuration of the first active adapter."""
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """True if adapters are in effect: at least one is active, and they are not disabled."""
+        return bool(adapter_set(self._module).selection.in_effect)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train whole; None if there are none."""
+        names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """Dtype of a transformers model; None for other models."""
+        return getattr(self, "dtype", None)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """Return the status of each layer with adapters; see `peftcore.get_layer_status`."""
+        return get_layer_status(self._module)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """Return the status of all layers with adapters together; see `peftcore.get_model_status`."""
+        return get_model_status(self._module)
+
+    @property
     def active_adapters(self) -> Any:
         """Names of the active adapters, in order: a list that is also callable, as in transformers."""
         return _ActiveAdapters(adapter_set(self._module).selection.active)
@@ -197,16 +244,18 @@ class PeftModel:
         """Name of the first active adapter; '' if none is active."""
         return next(iter(adapter_set(self._module).selection.active), "")
 
-    def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """Make adapters the active ones; `requires_grad` stays as it is (see `set_requires_grad`).
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones. As in PEFT, their parameters then train, and those of all others do not.
 
         Args:
             adapter_name: one name or several, in order; [] for none.
+            inference_mode: True freezes the active adapters, too.
 
         Raises:
             AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
         """
         activation.set_adapter(self._module, adapter_name)
+        activation.train_active_only(self._module, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Set `requires_grad` of all parameters of adapters.
@@ -581,11 +630,63 @@ def _count(parameter: nn.Parameter) -> int:
 def _adapted_class(plain: type) -> type:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     extra = {"generate": _generate, "create_masks_for_generate": _masks} if hasattr(plain, "generate") else {}
+    extra |= {name: _with_own_base_model(plain, name) for name in _BASE_MODEL_READERS if hasattr(plain, name)}
     return type(
         plain.__name__,
         (PeftModel, plain),
-        {**names, **extra, "forward": _forward_of(plain), "_hf_peft_config_loaded": True},
+        {
+            **names,
+            **extra,
+            "__init__": _init_of(plain),
+            "base_model": property(_base_model_of(plain)),
+            "forward": _forward_of(plain),
+            "_hf_peft_config_loaded": True,
+        },
     )
+
+
+_BASE_MODEL_READERS = ("get_encoder", "set_encoder", "get_decoder", "set_decoder")
+"""Methods of transformers that read `base_model` and mean the model without its head."""
+_OWN_BASE_MODEL: ContextVar[bool] = ContextVar("peftcore_own_base_model", default=False)
+"""True while `base_model` is that of the model's own class."""
+
+
+def _init_of(plain: Any) -> Any:
+    """Return the class's own `__init__`, which does nothing if `PeftModel(model, config)` has returned the model."""
+
+    @wraps(plain.__init__)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self is not kwargs.get("model", args[0] if args else None):
+            plain.__init__(self, *args, **kwargs)
+
+    return init
+
+
+def _base_model_of(plain: Any) -> Any:
+    """Return the getter of `base_model`: the view of PEFT, with the model as `base_model.model`."""
+
+    def base_model(self: Any) -> Any:
+        own = getattr(plain, "base_model", None)
+        if own is not None and (_OWN_BASE_MODEL.get() or self.__dict__.get(ATTRIBUTE) is None):
+            return own.__get__(self)
+        return tuner_model(self)
+
+    return base_model
+
+
+def _with_own_base_model(plain: Any, name: str) -> Any:
+    """Return a method of the class that reads `base_model` as transformers defines it."""
+    own = getattr(plain, name)
+
+    @wraps(own)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _OWN_BASE_MODEL.set(True)
+        try:
+            return own(self, *args, **kwargs)
+        finally:
+            _OWN_BASE_MODEL.reset(token)
+
+    return method
 
 
 def _forward_of(plain: Any) -> Any:

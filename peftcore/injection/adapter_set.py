@@ -47,6 +47,8 @@ class AdapterSet:
         """Adapter or prompt classes by adapter name."""
         self.forward_arguments: dict[str, frozenset[str]] = {}
         """{adapter whose method prepares each forward pass: names of the arguments that it takes}"""
+        self.trainable: set[str] = set()
+        """Adapters with parameters that may require gradients."""
         self.layers: dict[str, AdapterSlot] = {}
         """{path of a layer or raw parameter: its slot}"""
         self.merged: tuple[str, ...] = ()

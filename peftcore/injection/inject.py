@@ -71,6 +71,8 @@ def commit_injection(
     for parent in {module_index.parent(path) for path in wrapped}:
         _link_siblings(parent)
     adapters.configs[name] = injection.config
+    if trainable:
+        adapters.trainable.add(name)
     adapters.kinds[name] = method_of(injection.config).adapter
     arguments = adapters.kinds[name].forward_arguments(injection.config)
     if arguments is not None:  # a new dictionary, because a forward in another thread may iterate over the old one
@@ -279,6 +281,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         _remove_empty_wrappers(ModuleIndex(model))
     del adapters.configs[name]
     del adapters.kinds[name]
+    adapters.trainable.discard(name)
     adapters.forward_arguments = {n: arguments for n, arguments in adapters.forward_arguments.items() if n != name}
     if deepens and adapters.replication is not None:
         adapters.replication[1].undo()

@@ -98,6 +98,20 @@ def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[
     return targets
 
 
+def matches_targets(config: TunerConfig, path: str) -> bool:
+    """Return True if the configuration's names, exclusions and chosen blocks select a path.
+
+    Args:
+        config: the configuration.
+        path: the path of a module.
+    """
+    return (
+        named(path, config.target_modules)
+        and not named(path, config.exclude_modules)
+        and _in_chosen_block(path, config)
+    )
+
+
 def is_within(path: str, roots: Collection[str]) -> bool:
     """Return True if `path` is one of `roots` or inside of one."""
     while path not in roots:

@@ -82,6 +82,13 @@ def adapter_state_dict(
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
+def adapter_values(
+    model: nn.Module, name: str, save_embedding_layers: SaveEmbeddings, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return `adapter_tensors` with the values of a state dict of the model."""
+    return _Reader(model, name, save_embedding_layers).with_values(state_dict)[0]
+
+
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
