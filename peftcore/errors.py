@@ -23,6 +23,14 @@ class TargetError(PeftError, ValueError):
     """Target modules that match no layer, or match layers that cannot be adapted."""
 
 
+class NoMatchingPeftModuleError(TargetError):
+    """Target modules that match no layer of the model."""
+
+
+class PeftWarning(UserWarning):
+    """Base class of HF PEFT's own warnings; those of peftcore are plain UserWarnings."""
+
+
 class AdapterNameError(PeftError, ValueError):
     """An adapter name that is in use, unknown or not allowed."""
 

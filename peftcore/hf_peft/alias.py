@@ -14,6 +14,20 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = "peftcore.hf_peft"
+SUBMODULES = (
+    "auto",
+    "functional",
+    "helpers",
+    "import_utils",
+    "mapping",
+    "mapping_func",
+    "mixed_model",
+    "optimizers",
+    "peft_model",
+    "tuners",
+    "utils",
+)
+"""Submodules of HF PEFT that `peftcore` has under the same name, besides `config`."""
 _PARTS = ("config", "layer", "model")
 """Submodules that each method has in HF PEFT."""
 
@@ -46,6 +60,7 @@ class AliasFinder(MetaPathFinder):
         self.alias, self.target = alias, target
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        """Return the spec of an alias; None for every other module."""
         if fullname != self.alias and not fullname.startswith(f"{self.alias}."):
             return None
         real = self.target + fullname[len(self.alias) :]
@@ -89,6 +104,7 @@ class MethodFinder(MetaPathFinder):
     """Finder of `peftcore.hf_peft.tuners.METHOD` and of its submodules `config`, `layer` and `model`."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        """Return the spec of a method's module; None for every other module."""
         start = f"{PACKAGE}.tuners."
         if not fullname.startswith(start):
             return None
@@ -102,6 +118,11 @@ class MethodFinder(MetaPathFinder):
         if method == "lora" or method.upper() not in methods():
             return None
         return ModuleSpec(fullname, _MethodLoader(method.upper()), is_package=not parts)
+
+
+def install_in_peftcore() -> None:
+    """Make `peftcore.tuners`, `peftcore.utils` and the other `SUBMODULES` importable."""
+    install(MethodFinder(), *(AliasFinder(f"peftcore.{name}", f"{PACKAGE}.{name}") for name in SUBMODULES))
 
 
 def install(*finders: MetaPathFinder) -> None:

@@ -13,7 +13,7 @@ from peftcore._util.patterns import matched
 from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_projections
 from peftcore.config import BLOCK, PromptLearningConfig, TaskType, TunerConfig
 from peftcore.detection import detect
-from peftcore.errors import TargetError, suggestion
+from peftcore.errors import NoMatchingPeftModuleError, TargetError, suggestion
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.saved_module import SavedModule
@@ -91,7 +91,7 @@ def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[
         and _in_chosen_block(path, config)
     }
     if not targets and not parameter_names(config):
-        raise TargetError(_nothing_matched(module_index.modules, paths, config))
+        raise NoMatchingPeftModuleError(_nothing_matched(module_index.modules, paths, config))
     for path, layer in targets.items():
         _check_kind(path, layer)
     _check_called(module_index, targets)
