@@ -53,7 +53,7 @@ class TaskType(StrEnum):
 
 
 class PeftType(StrEnum):
-    """Methods of HF PEFT, by the name that `peft_type` has on disk; `peftcore.registry` says which of them exist here."""
+    """Names of HF PEFT's methods on disk; `peftcore.registry.methods()` are those that exist here."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"

@@ -8,9 +8,13 @@ from importlib import import_module
 from typing import Any
 
 from peftcore.hf_peft.alias import SUBMODULES
+from peftcore.hf_peft.names import NAMES
 
 __version__ = "0.21.2"
 """The version of HF PEFT whose names and meanings this package has."""
+
+
+__all__ = NAMES  # type: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """HF PEFT's classes of models and layers, for `isinstance` checks.
 
-peftcore has one class for all tasks and one wrapper for all methods. The classes here are no bases of those: they answer
+peftcore has one class for all tasks and one wrapper for all methods. The classes here are not their bases. They answer
 `isinstance` by what a model or a layer holds.
 """
 
@@ -163,6 +163,9 @@ def layer_class(name: str, peft_type: str, *kinds: str) -> Any:
     """
     members = {"peft_type": peft_type, "kinds": frozenset(kinds), "wrappers": (AdapterLayer, AdapterParameters)}
     return _OfMethod(name, (), {**members, "__doc__": f"A layer with an adapter of {peft_type}."})
+
+
+TrainableTokensWrapper = layer_class("TrainableTokensWrapper", "TRAINABLE_TOKENS")
 
 
 class _Prompt(_Wrapper):

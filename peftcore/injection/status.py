@@ -74,7 +74,7 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: str | None | Irregular
+    quantization_backend: str | Irregular | None
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -150,11 +150,10 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
     parameters = list(model.parameters())
     counts: Any = getattr(model, "get_nb_trainable_parameters", None)
-    trainable, total = (
-        counts()
-        if counts
-        else (sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
-    )
+    if counts is not None:
+        trainable, total = counts()
+    else:
+        trainable, total = (sum(p.numel() for p in parameters if p.requires_grad or any_) for any_ in (False, True))
     names = sorted({name for layer in layers for name in layer.available_adapters})
     kinds = {config.peft_type for config in adapters.configs.values()}
     active = _same({tuple(layer.active_adapters) for layer in layers}, default=())

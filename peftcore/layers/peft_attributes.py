@@ -119,7 +119,7 @@ class PerAdapter(MutableMapping[str, Any]):
             setattr(adapter, attribute, value)
         else:
             raise PeftError(
-                f"{self._attribute}[{name!r}] is a view and cannot be replaced; assign its weight, or change it in place"
+                f"{self._attribute}[{name!r}] is a view and cannot be replaced; assign its weight or change it in place"
             )
 
     def __delitem__(self, name: str) -> None:

@@ -6,7 +6,7 @@ from peftcore._util.tensors import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from peftcore.config import PeftType, TaskType
 from peftcore.errors import PeftError
 from peftcore.files import CONFIG_NAME
-from peftcore.hf_peft.classes import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peftcore.hf_peft.classes import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftcore.hf_peft.functional import cast_adapter_dtype
 from peftcore.hf_peft.precision import cast_mixed_precision_params
 from peftcore.init import replace_lora_weights_loftq
@@ -32,6 +32,7 @@ __all__ = [
     "PeftError",
     "PeftType",
     "TaskType",
+    "TrainableTokensWrapper",
     "cast_adapter_dtype",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
