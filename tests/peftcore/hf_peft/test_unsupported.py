@@ -6,9 +6,8 @@ from peftcore.hf_peft import unsupported
 from peftcore.registry import methods
 
 CLASSES = [
-    name
-    for name, kind in vars(unsupported).items()
-    if isinstance(kind, type) and name[0] != "_" and name != "ConfigError"
+    name for name, kind in vars(unsupported).items() if getattr(kind, "__module__", "") == unsupported.__name__
+    and isinstance(kind, type) and not name.startswith("_")
 ]
 
 

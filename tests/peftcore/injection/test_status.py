@@ -43,7 +43,7 @@ def test_a_model_has_the_status_that_peft_gives_it(pair: tuple[Any, Any]) -> Non
         assert {name: getattr(ours, name) for name in SAME} == {name: getattr(theirs, name) for name in SAME}
         assert ours.peft_types == theirs.peft_types
         assert ours.adapter_model_type == theirs.adapter_model_type
-        assert ours.requires_grad == theirs.requires_grad
+    assert ours.requires_grad == theirs.requires_grad == {"default": False, "other": True}
 
 
 def test_layers_have_the_paths_of_the_plain_model(pair: tuple[Any, Any]) -> None:
