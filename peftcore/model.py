@@ -837,9 +837,7 @@ def _split_reading(function: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, 
         )
     if others:
         name = next(iter(others))
-        raise TypeError(
-            f"{function}() has no option {name!r}{suggestion(name, [*hub.OPTIONS, *_READING_OPTIONS])}"
-        )
+        raise TypeError(f"{function}() has no option {name!r}{suggestion(name, [*hub.OPTIONS, *_READING_OPTIONS])}")
     return options, further
 
 

@@ -19,7 +19,7 @@ from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetErr
 from peftcore.injection import forward_hooks
 from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
-from peftcore.injection.preparation import Creation, Injection, prepare_injection
+from peftcore.injection.preparation import DEFAULT_CREATION, Creation, Injection, prepare_injection
 from peftcore.injection.replication import Replication, replicate
 from peftcore.injection.torch_encoders import update_fused_paths
 from peftcore.layers.adapter_layer import AdapterLayer
@@ -29,7 +29,6 @@ from peftcore.layers.saved_module import SavedModule
 from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_of
-
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -207,7 +206,9 @@ def inject_adapter_in_model(
     return inject_untrained(model, peft_config, adapter_name, creation)
 
 
-def inject_untrained(model: nn.Module, config: PeftConfig, name: str, creation: Creation = Creation()) -> nn.Module:
+def inject_untrained(
+    model: nn.Module, config: PeftConfig, name: str, creation: Creation = DEFAULT_CREATION
+) -> nn.Module:
     """Put an untrained adapter into the model, in place of one of the same name, and make it the active one.
 
     Args:
@@ -259,7 +260,7 @@ def _with_targets_of(config: PeftConfig, state_dict: Mapping[str, Tensor], model
     )
 
 
-def add_adapter(model: nn.Module, config: PeftConfig, name: str, creation: Creation = Creation()) -> AdapterSet:
+def add_adapter(model: nn.Module, config: PeftConfig, name: str, creation: Creation = DEFAULT_CREATION) -> AdapterSet:
     """Put an untrained adapter into the model, without making it active. On an error the model stays as it was.
 
     Args:

@@ -71,8 +71,11 @@ class Creation:
                 raise ConfigError(f"{field.name} must be True or False; got {value!r:.200}")
 
 
+DEFAULT_CREATION = Creation()
+
+
 def prepare_injection(
-    model: nn.Module, config: PeftConfig, name: str, creation: Creation = Creation()
+    model: nn.Module, config: PeftConfig, name: str, creation: Creation = DEFAULT_CREATION
 ) -> Injection:
     """Make the modules of an adapter, without changing the model.
 

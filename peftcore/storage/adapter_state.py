@@ -159,7 +159,6 @@ class AdapterState:
         for prefix, module in self.copies.items():
             module.load_state_dict({key: tensors[f"{prefix}{key}"] for key in module.state_dict()})
 
-
     def _make_memory(self) -> None:
         """Give memory to parameters on the meta device; layers that share a parameter still do."""
         made: dict[int, nn.Parameter] = {}

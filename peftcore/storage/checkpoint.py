@@ -119,9 +119,7 @@ def save_adapter(
     config = adapters.kinds[name].config_to_save(config, adapters.of_method(name))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     mapping = config.auto_mapping if config.task_type is not None else _auto_mapping(model)
-    config = dataclasses.replace(
-        config, inference_mode=True, base_model_name_or_path=base, auto_mapping=mapping
-    )
+    config = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base, auto_mapping=mapping)
     reader = _Reader(model, name, save_embedding_layers)
     held, held_state = reader() if state_dict is None else reader.with_values(state_dict)
     if unread := [key for key, tensor in held.items() if tensor.is_meta]:

@@ -171,7 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
             code = {} if self.headers.get("Authorization") is None else {"X-Error-Code": "RepoNotFound"}
             return self._send(404 if code else 401, {"error": "Repository not found"}, code, body)
         if repository.gated and not has_token:
-            return self._send(403 if self.headers.get("Authorization") else 401, {}, {"X-Error-Code": "GatedRepo"}, body)
+            return self._send(
+                403 if self.headers.get("Authorization") else 401, {}, {"X-Error-Code": "GatedRepo"}, body
+            )
         revision, _, name = tail.partition("/")
         commit = repository.resolved(revision or "main")
         if commit is None:
@@ -206,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def use(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `huggingface_hub` of this process use the server, as the environment variable HF_ENDPOINT does at its start."""
+    """Let `huggingface_hub` in this process use the server, as HF_ENDPOINT does when it is imported."""
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
