@@ -31,6 +31,15 @@ if TYPE_CHECKING:
         export_vllm,
         merge_streaming,
     )
+    from peftcore.hf_peft.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
     from peftcore.init import initialize_from_data, replace_lora_weights_loftq
     from peftcore.injection.activation import refresh_adapters
     from peftcore.injection.inject import inject_adapter_in_model
@@ -69,6 +78,7 @@ if TYPE_CHECKING:
     from peftcore.prompts.prompt_tuning import PromptTuningConfig
     from peftcore.registry import tuner_names
     from peftcore.routing import AdapterStore
+    from peftcore.storage.reading import load_peft_weights
 
 __version__ = "0.2.0"
 
@@ -79,6 +89,13 @@ _MODULES = {
     "AdapterStore": "peftcore.routing",
     "AdapterStoreError": "peftcore.errors",
     "AdaptionPromptConfig": "peftcore.prompts.adaption_prompt",
+    "AutoPeftModel": "peftcore.hf_peft.auto",
+    "AutoPeftModelForCausalLM": "peftcore.hf_peft.auto",
+    "AutoPeftModelForFeatureExtraction": "peftcore.hf_peft.auto",
+    "AutoPeftModelForQuestionAnswering": "peftcore.hf_peft.auto",
+    "AutoPeftModelForSeq2SeqLM": "peftcore.hf_peft.auto",
+    "AutoPeftModelForSequenceClassification": "peftcore.hf_peft.auto",
+    "AutoPeftModelForTokenClassification": "peftcore.hf_peft.auto",
     "BOFTConfig": "peftcore.methods.boft",
     "C3AConfig": "peftcore.methods.c3a",
     "CPTConfig": "peftcore.prompts.cpt",
@@ -129,6 +146,7 @@ _MODULES = {
     "get_peft_model": "peftcore.model",
     "initialize_from_data": "peftcore.init",
     "inject_adapter_in_model": "peftcore.injection.inject",
+    "load_peft_weights": "peftcore.storage.reading",
     "merge_streaming": "peftcore.export",
     "prepare_model_for_kbit_training": "peftcore.model",
     "refresh_adapters": "peftcore.injection.activation",
@@ -160,6 +178,13 @@ __all__ = [
     "AdapterStore",
     "AdapterStoreError",
     "AdaptionPromptConfig",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BOFTConfig",
     "C3AConfig",
     "CPTConfig",
@@ -210,6 +235,7 @@ __all__ = [
     "get_peft_model",
     "initialize_from_data",
     "inject_adapter_in_model",
+    "load_peft_weights",
     "merge_streaming",
     "prepare_model_for_kbit_training",
     "refresh_adapters",

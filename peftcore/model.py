@@ -28,7 +28,7 @@ from peftcore.injection.adapter_set import adapter_set, untouched_names
 from peftcore.injection.preparation import Creation
 from peftcore.merging import LowRankReport, Recipe
 from peftcore.storage import checkpoint
-from peftcore.storage.reading import LoadResult, Reading, check_offload
+from peftcore.storage.reading import IncompatibleKeys, Reading, check_offload
 from peftcore.storage.trainer_checkpoints import teach_trainer
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
@@ -164,7 +164,7 @@ class PeftModel:
         *,
         config: PeftConfig | None = None,
         **kwargs: Any,
-    ) -> LoadResult:
+    ) -> IncompatibleKeys:
         """Load a further adapter, without making it active.
 
         As with PEFT, the whole model is then in evaluation mode. With `is_trainable` modes stay as they are, and the

@@ -93,7 +93,7 @@ class AdapterState:
         return repeated
 
     def with_our_keys(
-        self, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str
+        self, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None = None, name: str = "default"
     ) -> Mapping[str, Tensor]:
         """Return a directory's tensors with our keys, without the other spellings that occur in published adapters.
 
@@ -102,9 +102,10 @@ class AdapterState:
 
         Args:
             tensors: The tensors by key.
-            expected: The value of `tensors()`.
+            expected: The value of `tensors()`, if the caller has it.
             name: The adapter's name.
         """
+        expected = self.tensors() if expected is None else expected
         foreign = tensors.keys() - expected.keys()
         if not foreign:
             return tensors

@@ -40,7 +40,7 @@ from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.preparation import Creation, prepare_injection
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import EmbeddingLoader, SaveEmbeddings, embeddings_to_save
-from peftcore.storage.reading import LoadResult, Reading
+from peftcore.storage.reading import IncompatibleKeys, Reading
 
 _LARGE = 4096
 """Sizes up to this one are not checked before memory is allocated."""
@@ -200,7 +200,7 @@ class Loaded(NamedTuple):
 
     adapters: AdapterSet
     """The adapters of the model."""
-    result: LoadResult
+    result: IncompatibleKeys
 
 
 def load_adapter(
@@ -299,7 +299,7 @@ def load_adapter_weights(
     tensors: dict[str, Tensor] | None = None,
     replaces_embeddings: bool = True,
     reading: Reading = _READING,
-) -> LoadResult:
+) -> IncompatibleKeys:
     """Read a directory's tensors into an existing adapter with the same configuration.
 
     If the adapter is sharded, every process has to call this function and keeps its own part.
@@ -335,7 +335,7 @@ def _take_tensors(
     name: str,
     trainable: bool,
     reading: Reading,
-) -> LoadResult:
+) -> IncompatibleKeys:
     """Check all keys and shapes, then copy the adapter's tensors; `rows` checks the base's embeddings."""
     expected, file = state.tensors(), directory / WEIGHTS_NAME
     tensors = state.with_our_keys(tensors, expected, name)
@@ -367,7 +367,7 @@ def _take_tensors(
     if state.prompt is not None:
         state.prompt.read(tensors, _prompt_state(directory), trainable)
     state.read(tensors)
-    return LoadResult([state.parameter_name(key, name) for key in sorted({*missing, *wrong})], unexpected)
+    return IncompatibleKeys([state.parameter_name(key, name) for key in sorted({*missing, *wrong})], unexpected)
 
 
 def _prompt_state(directory: Path) -> dict[str, Tensor]:

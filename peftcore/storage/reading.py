@@ -17,7 +17,7 @@ _SHARED_PREFIX = "base_model."
 _FLAGS = ("autocast_adapter_dtype", "low_cpu_mem_usage", "strict", "ignore_mismatched_sizes")
 
 
-class LoadResult(NamedTuple):
+class IncompatibleKeys(NamedTuple):
     """Parameters that a directory did not fill, and keys of the directory that were not used."""
 
     missing_keys: list[str]

@@ -1,0 +1,1 @@
+"""HF PEFT's public names, in the places from which scripts import them."""
