@@ -64,7 +64,7 @@ def test_what_is_no_state_dict_is_refused(
         with pytest.raises(CheckpointError, match=message):
             convert_bin(pickled, tmp_path / "new")
     weights.write_bytes(b"not a pickle")
-    with pytest.raises(SystemExit, match="error: .*is damaged"):
+    with pytest.raises(SystemExit, match=r"error: .*is damaged"):
         main([str(pickled), str(tmp_path / "new")])
     weights.unlink()
     get_peft_model(net(), LoraConfig(target_modules=["0"])).save_pretrained(pickled)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import pytest
@@ -85,7 +85,7 @@ def test_a_key_mapping_renames_as_hf_pefts_does(saved: Path) -> None:
 
 def test_the_mapping_of_modules_that_transformers_renamed_is_the_default(saved: Path) -> None:
     class Renamed(Net):
-        _checkpoint_conversion_mapping = {r"^older\.": "first."}
+        _checkpoint_conversion_mapping: ClassVar = {r"^older\.": "first."}
 
     expected = output(PeftModel.from_pretrained(Net(), saved))
     rewritten(saved, lambda key: key.replace("model.first.", "model.older."))
