@@ -372,8 +372,8 @@ class PeftConfig(SharedOptions):
             TypeError: For an unknown option.
         """
         options = hub.checked_options(f"{cls.__name__}.from_pretrained", {**kwargs, "subfolder": subfolder})
+        directory = hub.adapter_directory(pretrained_model_name_or_path, needs_weights=False, **options)
         with hub.naming_download(pretrained_model_name_or_path):
-            directory = hub.adapter_directory(pretrained_model_name_or_path, needs_weights=False, **options)
             return cls._from_directory(directory)
 
     @classmethod

@@ -100,11 +100,13 @@ class PeftModel:
             ConfigError: an option has a value that does not fit.
             TypeError: an option is unknown.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"PeftModel.from_pretrained needs the base model first, then the adapter; got {model!r:.200}")
         options, further = _split_reading("from_pretrained", kwargs)
         check_offload(ephemeral_gpu_offload)
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
+        directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
         with hub.naming_download(model_id):
-            directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
             adapters = checkpoint.load_adapter(
                 model, directory, adapter_name, is_trainable, config, reading=reading
             ).adapters
@@ -195,8 +197,8 @@ class PeftModel:
         options, further = _split_reading("load_adapter", {**kwargs, "torch_device": torch_device})
         check_offload(ephemeral_gpu_offload)
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
+        directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
         with hub.naming_download(model_id):
-            directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
             result = checkpoint.load_adapter(
                 self._module, directory, adapter_name, is_trainable, config, reading=reading
             ).result
