@@ -283,6 +283,7 @@ def _explained(repo_id: str, name: str, options: Mapping[str, Any]) -> Iterator[
 
 def _not_in_cache(repo_id: str, name: str, options: Mapping[str, Any], error: Exception) -> str:
     from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
 
     cache = options.get("cache_dir") or constants.HF_HUB_CACHE
     start = f"there is no directory {repo_id!r} here, and {name} of the hub's {repo_id} is not in the cache {cache}"
@@ -291,6 +292,8 @@ def _not_in_cache(repo_id: str, name: str, options: Mapping[str, Any], error: Ex
     if constants.HF_HUB_OFFLINE:
         return f"{start}; run it once with a network and without HF_HUB_OFFLINE=1"
     cause = error.__cause__
+    if isinstance(cause, HfHubHTTPError):
+        return _http_error(repo_id, cause)
     return f"{start}, and {constants.ENDPOINT} gave no answer ({cause or error}); check the network and run it again"
 
 

@@ -101,7 +101,9 @@ class PeftModel:
             TypeError: an option is unknown.
         """
         if not isinstance(model, nn.Module):
-            raise TypeError(f"PeftModel.from_pretrained needs the base model first, then the adapter; got {model!r:.200}")
+            raise TypeError(
+                f"PeftModel.from_pretrained needs the base model first, then the adapter; got {model!r:.200}"
+            )
         options, further = _split_reading("from_pretrained", kwargs)
         check_offload(ephemeral_gpu_offload)
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)

@@ -200,10 +200,10 @@ def test_a_download_that_ends_half_way_and_damage_in_the_cache(server: HubServer
 def test_no_network_and_a_broken_server(server: HubServer, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add("user/adapter", adapter)
     server.status = 418
-    with pytest.raises(CheckpointError, match=r"gave no answer \(.*418"):
+    with pytest.raises(CheckpointError, match="answered with status 418"):
         PeftConfig.from_pretrained("user/adapter")
     server.status = 403
-    with pytest.raises(CheckpointError, match="403"):
+    with pytest.raises(CheckpointError, match=r"refuses access \(status 403\)"):
         PeftConfig.from_pretrained("user/adapter")
     with pytest.raises(CheckpointError, match=r"127.0.0.1:9 gave no answer \(.*check the network"):
         monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)

@@ -110,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             return self._send(401, {"error": "Invalid credentials"}, {"X-Error-Message": "no token"})
         parts = path.strip("/").split("/")
+        if path == "/api/validate-yaml":
+            return self._send(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
             wish = json.loads(content)
             repo_id = f"{wish.get('organization') or 'me'}/{wish['name']}"
