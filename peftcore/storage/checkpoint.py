@@ -40,7 +40,7 @@ from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.preparation import Creation, prepare_injection
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import EmbeddingLoader, SaveEmbeddings, embeddings_to_save
-from peftcore.storage.reading import IncompatibleKeys, Reading
+from peftcore.storage.reading import IncompatibleKeys, Reading, under_new_names
 
 _LARGE = 4096
 """Sizes up to this one are not checked before memory is allocated."""
@@ -248,7 +248,7 @@ def load_adapter(
             rows = EmbeddingLoader(
                 lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings
             )
-            result = _take_tensors(state, rows, on_disk, directory, name, trainable, reading)
+            result = _take_tensors(model, state, rows, on_disk, directory, name, trainable, reading)
         except PeftError as error:
             if hashed is not None:
                 hashed.result()  # damage of the directory is the more useful error
@@ -322,12 +322,13 @@ def load_adapter_weights(
         on_disk = read_tensors(directory) if tensors is None else tensors
         on_disk = reading.prepared(on_disk, _renamed_since(model) if prompt is None else None)
         rows = EmbeddingLoader(lambda: ModuleIndex(model), adapters, name, replaces_embeddings)
-        result = _take_tensors(adapter_state_of(adapters, name), rows, on_disk, directory, name, trains, reading)
+        result = _take_tensors(model, adapter_state_of(adapters, name), rows, on_disk, directory, name, trains, reading)
         rows.replace(adapters)
     return result
 
 
 def _take_tensors(
+    model: nn.Module,
     state: AdapterState,
     rows: EmbeddingLoader,
     tensors: Mapping[str, Tensor],
@@ -339,6 +340,8 @@ def _take_tensors(
     """Check all keys and shapes, then copy the adapter's tensors; `rows` checks the base's embeddings."""
     expected, file = state.tensors(), directory / WEIGHTS_NAME
     tensors = state.with_our_keys(tensors, expected, name)
+    if not expected.keys() <= tensors.keys() and reading.key_mapping is None:
+        tensors = under_new_names(tensors, expected.keys(), model)
     missing = sorted(expected.keys() - tensors.keys() - state.optional())
     others = tensors.keys() - expected.keys()
     others = others and others - state.repeated()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from peftcore import CheckpointError, ConfigError, LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
 
@@ -92,6 +93,29 @@ def test_the_mapping_of_modules_that_transformers_renamed_is_the_default(saved: 
     torch.testing.assert_close(output(PeftModel.from_pretrained(Renamed(), saved)), expected)
     with pytest.raises(CheckpointError, match="does not fit"):
         PeftModel.from_pretrained(Renamed(), saved, key_mapping={"nothing": "x"})
+
+
+def tiny_llava() -> Any:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    return LlavaForConditionalGeneration(LlavaConfig(vision, text, image_token_index=31))
+
+
+def test_an_adapter_from_before_transformers_renamed_its_modules(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    ids = torch.tensor([[1, 2, 3]])
+    trained = get_peft_model(tiny_llava(), config)
+    trained.save_pretrained(tmp_path)
+    now, before = ".model.language_model.layers.", ".language_model.model.layers."
+    keys = rewritten(tmp_path, lambda key: key.replace(now, before).replace(".model.vision_tower", ".vision_tower"))
+    assert any(before in key for key in keys)
+    loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, trained.eval()(ids).logits)
+    theirs = peft.PeftModel.from_pretrained(tiny_llava(), str(tmp_path))
+    torch.testing.assert_close(loaded(ids).logits, theirs(ids).logits)
 
 
 def test_a_directory_that_lacks_a_layer_is_refused_unless_the_caller_accepts_it(saved: Path) -> None:
