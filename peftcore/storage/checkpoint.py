@@ -244,7 +244,7 @@ def load_adapter(
             injection = prepare_injection(model, config, name, creation)
             state = AdapterState(injection.adapters, injection.biases, injection.copies, injection.prompt)
             on_disk = (tensors or {}) if read is None else parsed(read, directory)
-            on_disk = reading.prepared(on_disk, None if injection.prompt else _renamed_since(model))
+            on_disk = reading.prepared(on_disk, _renamed_since(model) if injection.prompt is None else None)
             rows = EmbeddingLoader(
                 lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings
             )
