@@ -243,42 +243,53 @@ def _missing_on_hub(repo_id: str, name: str, options: Mapping[str, Any]) -> str:
 @contextmanager
 def _explained(repo_id: str, name: str, options: Mapping[str, Any]) -> Iterator[None]:
     """Turn errors of a download into CheckpointError with what to do."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub.errors import HTTPError
 
-    revision = options.get("revision")
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
+    except CheckpointError:
+        raise
+    except (HTTPError, OSError, ValueError) as error:
+        # huggingface_hub raises ValueError for options that do not fit, also on top of the error that matters
+        reason = error.__cause__ if isinstance(error, ValueError) and error.__cause__ is not None else error
+        message = _reason(repo_id, name, options, reason)
+        if message is None:
+            raise
+        raise CheckpointError(message) from error
+
+
+def _reason(repo_id: str, name: str, options: Mapping[str, Any], error: BaseException) -> str | None:
+    """Return the message for an error of a download; None for an error that is not the hub's, such as a full disk."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return (
             f"{repo_id} is gated: accept its conditions at {constants.ENDPOINT}/{repo_id}, then log in with "
             "`hf auth login`, or give token="
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"there is no directory {repo_id!r} here, and no repository of this name on the hub "
-            f"({constants.ENDPOINT}) that you may read. Check the name; for a private repository, log in with "
-            "`hf auth login`, or give token="
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit that "
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return _not_found(repo_id)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return (
+            f"{repo_id} has no revision {options.get('revision')!r}; give a branch, a tag or a commit that "
             f"{constants.ENDPOINT}/{repo_id}/commits/main lists"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(_not_in_cache(repo_id, name, options, error)) from error
-    except errors.LocalTokenNotFoundError as error:
-        raise CheckpointError(f"{repo_id}: token=True needs a stored token; log in with `hf auth login`") from error
-    except errors.HfHubHTTPError as error:
-        raise CheckpointError(_http_error(repo_id, error)) from error
-    except errors.HTTPError as error:
-        raise CheckpointError(
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return _not_in_cache(repo_id, name, options, error)
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return f"{repo_id}: token=True needs a stored token; log in with `hf auth login`"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{repo_id}: nothing is downloaded while HF_HUB_OFFLINE=1 is set; unset it"
+    if isinstance(error, errors.HfHubHTTPError):
+        return _http_error(repo_id, error)
+    if isinstance(error, errors.HTTPError):
+        return (
             f"{repo_id}: the connection to {constants.ENDPOINT} failed ({error}); run it again, the download goes on "
             "where it ended"
-        ) from error
-    except ValueError as error:  # huggingface_hub refuses a combination of options
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{repo_id}: {error}") from error
+        )
+    if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno is None):
+        return f"{repo_id}: {error}"
+    return None
 
 
 def _not_in_cache(repo_id: str, name: str, options: Mapping[str, Any], error: Exception) -> str:
@@ -297,11 +308,22 @@ def _not_in_cache(repo_id: str, name: str, options: Mapping[str, Any], error: Ex
     return f"{start}, and {constants.ENDPOINT} gave no answer ({cause or error}); check the network and run it again"
 
 
+def _not_found(repo_id: str) -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"there is no directory {repo_id!r} here, and no repository of this name on the hub ({constants.ENDPOINT}) "
+        "that you may read. Check the name; for a private repository, log in with `hf auth login`, or give token="
+    )
+
+
 def _http_error(repo_id: str, error: Any) -> str:
     from huggingface_hub import constants
 
     status = error.response.status_code
-    if status in (_UNAUTHORISED, _REFUSED):
+    if status == _UNAUTHORISED:  # the hub's answer for a missing repository, too, as long as nobody is logged in
+        return _not_found(repo_id)
+    if status == _REFUSED:
         return (
             f"{repo_id}: {constants.ENDPOINT} refuses access (status {status}). Log in with `hf auth login`, or give "
             "token=, with a token that has the permission for this repository"

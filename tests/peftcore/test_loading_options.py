@@ -50,6 +50,7 @@ def theirs(model: Any, name: str = "default") -> dict[str, Tensor]:
 @HALVES
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")
 def test_a_new_adapter_has_the_dtype_of_hf_pefts(kind: str, autocast: bool, dtype: torch.dtype) -> None:
     options = {**TARGETS, **OPTIONS[kind]}
     ours = get_peft_model(net(dtype), getattr(peftcore, kind)(**options), autocast_adapter_dtype=autocast)
@@ -90,7 +91,10 @@ def test_a_loaded_adapter_has_the_dtype_of_hf_pefts(
     ours: Any = PeftModel.from_pretrained(net(dtype), tmp_path, **options)
     other = peft.PeftModel.from_pretrained(net(dtype), str(tmp_path), **options)
     assert dtypes(own(ours)) == dtypes(theirs(other))
-    torch.testing.assert_close(own(ours)["0.lora_A.weight"], theirs(other)["base_model.model.0.lora_A.weight"])
+    # HF PEFT's low_cpu_mem_usage rounds to the dtype of the layer, then casts to float32
+    precision = torch.finfo(dtype).eps if low_memory else None
+    value, other_value = own(ours)["0.lora_A.weight"], theirs(other)["base_model.model.0.lora_A.weight"]
+    torch.testing.assert_close(value, other_value, rtol=precision, atol=None if precision is None else 0)
     ours.load_adapter(tmp_path, "more", **options)
     other.load_adapter(str(tmp_path), "more", **options)
     assert dtypes(own(ours, "more")) == dtypes(theirs(other, "more"))

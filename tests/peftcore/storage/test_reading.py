@@ -101,7 +101,7 @@ def tiny_llava() -> Any:
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
     text = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    return LlavaForConditionalGeneration(LlavaConfig(vision, text, image_token_index=31))
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=31))
 
 
 def test_an_adapter_from_before_transformers_renamed_its_modules(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 
 def commit_id(text: str) -> str:
@@ -118,8 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
             is_new = repo_id not in self.hub.repositories
             repository = self.hub.repositories.setdefault(repo_id, Repository())
             if not is_new:
-                return self._send(409, {"error": "it exists"})
-            repository.private = bool(wish.get("private"))
+                return self._send(409, {"error": "it exists", "url": f"{self.hub.url}/{repo_id}"})
+            repository.private = wish.get("visibility") == "private" or bool(wish.get("private"))
             repository.commit({}, message="initial commit")
             return self._send(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
         repo_id = "/".join(parts[2:4])
@@ -214,6 +214,7 @@ def use(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "")
