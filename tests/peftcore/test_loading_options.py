@@ -50,7 +50,7 @@ def theirs(model: Any, name: str = "default") -> dict[str, Tensor]:
 @HALVES
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("kind", OPTIONS)
-@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
 def test_a_new_adapter_has_the_dtype_of_hf_pefts(kind: str, autocast: bool, dtype: torch.dtype) -> None:
     options = {**TARGETS, **OPTIONS[kind]}
     ours = get_peft_model(net(dtype), getattr(peftcore, kind)(**options), autocast_adapter_dtype=autocast)

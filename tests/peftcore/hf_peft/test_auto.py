@@ -14,6 +14,8 @@ import peftcore
 from peftcore import AutoPeftModel, AutoPeftModelForCausalLM, ConfigError, LoraConfig, get_peft_model
 from peftcore.hf_peft import auto
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+"""HF PEFT reads this property of transformers."""
 IDS = torch.arange(3, 11).view(2, 4)
 
 

@@ -104,6 +104,7 @@ def tiny_llava() -> Any:
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=31))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # HF PEFT reads it
 def test_an_adapter_from_before_transformers_renamed_its_modules(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
     ids = torch.tensor([[1, 2, 3]])

@@ -163,9 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(("GET" if body else "HEAD", path))
         if self.hub.status is not None:
             return self._send(self.hub.status, {"error": "no"}, body=body)
-        is_api = path.startswith("/api/models/")
+        is_api, is_tree = path.startswith("/api/models/"), "/tree/" in path
         head, _, tail = path.removeprefix("/api/models/" if is_api else "/").partition(
-            "/revision/" if is_api else "/resolve/"
+            "/tree/" if is_tree else "/revision/" if is_api else "/resolve/"
         )
         repository = self.hub.repositories.get(head)
         has_token = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
@@ -180,6 +180,10 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repository.resolved(revision or "main")
         if commit is None:
             return self._send(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}, body)
+        if is_tree:  # transformers lists a folder of chat templates
+            files = [file for file in repository.files(commit) if file.startswith(f"{name}/")]
+            listing = [{"type": "file", "path": file, "size": 1, "oid": commit} for file in files]
+            return self._send(200 if files else 404, listing, {} if files else {"X-Error-Code": "EntryNotFound"}, body)
         if is_api:
             siblings = [{"rfilename": file} for file in repository.files(commit)]
             return self._send(200, {"id": head, "sha": commit, "siblings": siblings}, body=body)
