@@ -44,6 +44,15 @@ if TYPE_CHECKING:
         export_vllm,
         merge_streaming,
     )
+    from peftcore.hf_peft.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
     from peftcore.hf_peft.classes import (
         CPTEmbedding,
         PeftMixedModel,
@@ -275,6 +284,9 @@ if TYPE_CHECKING:
     from peftcore.routing import (
         AdapterStore,
     )
+    from peftcore.storage.reading import (
+        load_peft_weights,
+    )
     from peftcore.storage.state_dict import (
         get_base_model_state_dict,
         get_peft_model_state_dict,
@@ -296,6 +308,13 @@ _MODULES = {
     "AdaptionPromptConfig": "peftcore.prompts.adaption_prompt",
     "AdaptionPromptModel": "peftcore.hf_peft.tuner_models",
     "ArrowConfig": "peftcore.hf_peft.unsupported",
+    "AutoPeftModel": "peftcore.hf_peft.auto",
+    "AutoPeftModelForCausalLM": "peftcore.hf_peft.auto",
+    "AutoPeftModelForFeatureExtraction": "peftcore.hf_peft.auto",
+    "AutoPeftModelForQuestionAnswering": "peftcore.hf_peft.auto",
+    "AutoPeftModelForSeq2SeqLM": "peftcore.hf_peft.auto",
+    "AutoPeftModelForSequenceClassification": "peftcore.hf_peft.auto",
+    "AutoPeftModelForTokenClassification": "peftcore.hf_peft.auto",
     "BOFTConfig": "peftcore.methods.boft",
     "BOFTModel": "peftcore.hf_peft.tuner_models",
     "BdLoraConfig": "peftcore.hf_peft.unsupported",
@@ -442,6 +461,7 @@ _MODULES = {
     "initialize_kv_prefix_from_text": "peftcore.hf_peft.unsupported",
     "initialize_lora_eva_weights": "peftcore.hf_peft.data_start",
     "inject_adapter_in_model": "peftcore.injection.inject",
+    "load_peft_weights": "peftcore.storage.reading",
     "merge_streaming": "peftcore.export",
     "prepare_model_for_kbit_training": "peftcore.model",
     "preprocess_loraga": "peftcore.hf_peft.unsupported",
@@ -488,6 +508,13 @@ __all__ = [
     "AdaptionPromptConfig",
     "AdaptionPromptModel",
     "ArrowConfig",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BOFTConfig",
     "BOFTModel",
     "BdLoraConfig",
@@ -629,6 +656,7 @@ __all__ = [
     "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "load_peft_weights",
     "merge_streaming",
     "prepare_model_for_kbit_training",
     "preprocess_loraga",

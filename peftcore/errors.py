@@ -11,6 +11,20 @@ def suggestion(word: str, known: Collection[str]) -> str:
     return f"; did you mean {similar[0]!r}?" if similar else f"; known: {', '.join(sorted(known))}"
 
 
+def pickle_advice(source: object, subfolder: str | None = None) -> str:
+    """Return the end of an error message that refuses a pickle: the reason, and the command that converts it.
+
+    Args:
+        source: The directory or hub id that holds the pickle.
+        subfolder: Folder of the pickle inside of `source`.
+    """
+    inside = f" --subfolder {subfolder}" if subfolder else ""
+    return (
+        "a pickle can run code when it is loaded, so it is not read. If you trust its source, convert it: "
+        f"python -m peftcore.storage.convert_bin {source} NEW_DIRECTORY{inside}"
+    )
+
+
 class PeftError(Exception):
     """Base class of all exceptions of peftcore."""
 

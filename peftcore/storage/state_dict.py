@@ -6,7 +6,7 @@ of a `PeftModel` begin with that prefix; those of a model whose class is unchang
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,7 @@ from peftcore.layers.wrapper import LayerWrapper, Prompts
 from peftcore.storage.adapter_state import SHARED_PREFIX, AdapterState, adapter_state_of
 from peftcore.storage.checkpoint import adapter_tensors, adapter_values
 from peftcore.storage.embedding_rows import SaveEmbeddings
-
-
-class IncompatibleKeys(NamedTuple):
-    """Keys that did not match when a state dict was loaded."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
+from peftcore.storage.reading import IncompatibleKeys
 
 
 def _has_prefix(model: nn.Module) -> bool:
@@ -218,7 +212,6 @@ def set_base_model_state_dict(
 
 
 __all__ = [
-    "IncompatibleKeys",
     "get_base_model_state_dict",
     "get_peft_model_state_dict",
     "set_base_model_state_dict",
