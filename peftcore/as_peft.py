@@ -13,7 +13,6 @@ import importlib.metadata
 import runpy
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ class _Distribution(importlib.metadata.Distribution):
         return Path(hf_peft.__file__).parent / path
 
 
-class _DistributionFinder(MetaPathFinder):
+class _DistributionFinder:
     """Finder of the distribution `peft` for `importlib.metadata`."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> None:

@@ -23,7 +23,7 @@ from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.fingerprint import unchanging_weights
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
-from peftcore.errors import ConfigError, suggestion
+from peftcore.errors import ConfigError, MergeError, suggestion
 from peftcore.injection import activation, forward_hooks, inject, merge
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, untouched_names
 from peftcore.injection.preparation import Creation
@@ -645,6 +645,51 @@ class PeftModel:
             parts.setdefault((name, path), {})[key] = tensor
         for (name, path), values in parts.items():
             adapter_set(self._module).adapters(name)[path].load_training_state(values)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return True if `peftcore.convert_to_lora` can express an adapter as a LoRA, exactly or approximately.
+
+        Args:
+            adapter_name: the adapter.
+
+        Raises:
+            AdapterNameError: the adapter is not loaded.
+        """
+        parts = adapter_set(self._module).of_method(adapter_name).values()
+        try:
+            for part in parts:
+                part.check_mergeable()
+        except MergeError:
+            return False
+        return bool(parts)
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Make the output of a model's input embeddings require gradients, so that they reach adapters of its blocks.
+
+        Args:
+            model: a transformers model; changed in place.
+
+        Returns:
+            The model.
+        """
+        model.enable_input_require_grads()
+        return model
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """Return the tensor that a prompt method saves: (tokens, token_dim) for prompt tuning.
+
+        Args:
+            adapter_name: the adapter.
+
+        Raises:
+            AdapterNameError: the adapter is not loaded.
+            ConfigError: the adapter is not a prompt.
+        """
+        adapters = adapter_set(self._module)
+        adapters.require(adapter_name)
+        if (prompt := adapters.prompt(adapter_name)) is None:
+            raise ConfigError(f"get_prompt_embedding_to_save: {adapter_name!r} is not a prompt")
+        return prompt.checkpoint_tensors()["prompt_embeddings"]
 
     def adapter_ranks(self, adapter_name: str | None = None) -> dict[str, int]:
         """Return the current ranks of one adapter.

@@ -5,10 +5,8 @@ alias is the same module object, so a class is the same class under every name.
 """
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -32,7 +30,7 @@ _PARTS = ("config", "layer", "model")
 """Submodules that each method has in HF PEFT."""
 
 
-class _AliasLoader(Loader):
+class _AliasLoader:
     """Loader that returns a module which has another name, too."""
 
     def __init__(self, target: str):
@@ -48,7 +46,13 @@ class _AliasLoader(Loader):
         module.__spec__ = self._own_spec
 
 
-class AliasFinder(MetaPathFinder):
+def _spec_of(name: str) -> ModuleSpec | None:
+    from importlib.util import find_spec  # here, because it imports much
+
+    return find_spec(name)
+
+
+class AliasFinder:
     """Finder of a module tree under another name.
 
     Args:
@@ -64,14 +68,14 @@ class AliasFinder(MetaPathFinder):
         if fullname != self.alias and not fullname.startswith(f"{self.alias}."):
             return None
         real = self.target + fullname[len(self.alias) :]
-        spec = importlib.util.find_spec(real)
+        spec = _spec_of(real)
         if spec is None:
             return None
         is_package = spec.submodule_search_locations is not None
         return ModuleSpec(fullname, _AliasLoader(real), origin=spec.origin, is_package=is_package)
 
 
-class _MethodLoader(Loader):
+class _MethodLoader:
     """Loader of the module of a method: its configuration, model and layer classes."""
 
     def __init__(self, method: str):
@@ -100,7 +104,7 @@ def _from_root(root: ModuleType, module: ModuleType, name: str) -> Any:
     return getattr(root, name)
 
 
-class MethodFinder(MetaPathFinder):
+class MethodFinder:
     """Finder of `peftcore.hf_peft.tuners.METHOD` and of its submodules `config`, `layer` and `model`."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
@@ -125,7 +129,7 @@ def install_in_peftcore() -> None:
     install(MethodFinder(), *(AliasFinder(f"peftcore.{name}", f"{PACKAGE}.{name}") for name in SUBMODULES))
 
 
-def install(*finders: MetaPathFinder) -> None:
+def install(*finders: Any) -> None:
     """Put finders in front of the import system's own, except those that are there already."""
     for finder in finders:
         if not any(vars(finder) == vars(one) and type(finder) is type(one) for one in sys.meta_path):

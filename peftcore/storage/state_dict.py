@@ -117,7 +117,7 @@ def set_peft_model_state_dict(
             state.prompt.read(values, {}, any(p.requires_grad for p in state.prompt.parameters()))
         state.read(values)
     missing = sorted(present.keys() - matching.keys() - state.optional())
-    named = [_with_adapter_name(key, state, adapter_name) for key in missing]
+    named = [state.parameter_name(key, adapter_name) for key in missing]
     keep = _has_prefix(model)
     return IncompatibleKeys(
         named if keep else [key.removeprefix(PREFIX) for key in named],
@@ -128,19 +128,6 @@ def set_peft_model_state_dict(
 def _with_prefix(key: str, state: AdapterState) -> str:
     is_prompt = state.prompt is not None
     return key if is_prompt or key.startswith(SHARED_PREFIX) else f"{PREFIX}{key}"
-
-
-def _with_adapter_name(key: str, state: AdapterState, name: str) -> str:
-    """Return the key that HF PEFT has inside of a model: with the adapter's name after the attribute."""
-    for prefix, _, own in state.entries:
-        rest = key.removeprefix(prefix)
-        if key.startswith(prefix) and rest in own:
-            attribute, dot, leaf = rest.partition(".")
-            return f"{prefix}{attribute}.{name}{dot}{leaf}"
-    for prefix in state.copies:
-        if key.startswith(prefix):
-            return f"{prefix}modules_to_save.{name}.{key.removeprefix(prefix)}"
-    return key
 
 
 def _leave_meta_device(adapters: AdapterSet, name: str) -> None:

@@ -13,10 +13,15 @@ from peftcore.hf_peft.names import DIFFERENT, NAMES, name_table
 
 ROOT = Path(peftcore.__file__).parents[1]
 FUNCTIONS = [name for name in sorted(peft.__all__) if inspect.isfunction(getattr(peft, name))]
+METHODS_WITHOUT_A_PLACE = {
+    "forward": "the base's own",
+    "generate": "the base's own",
+    "get_prompt": "the forward pass puts the prompt into the inputs itself",
+}
 METHODS = [
     name
     for name, member in inspect.getmembers(peft.PeftModel, inspect.isfunction)
-    if not name.startswith("_") and member.__module__.startswith("peft.") and name != "forward"
+    if not name.startswith("_") and member.__module__.startswith("peft.") and name not in METHODS_WITHOUT_A_PLACE
 ]
 
 
@@ -42,8 +47,8 @@ def test_a_function_takes_the_arguments_of_peft_in_their_order(name: str) -> Non
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_of_the_model_takes_the_arguments_of_peft(name: str) -> None:
     ours, theirs = getattr(peftcore.PeftModel, name), getattr(peft.PeftModel, name)
-    missing = set(arguments(theirs)) - set(arguments(ours))
-    assert not missing or "kwargs" in arguments(ours)
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(ours).parameters.values())
+    assert takes_more or set(arguments(theirs)) <= set(arguments(ours))
 
 
 def arguments(function: Any) -> list[str]:

@@ -6,8 +6,9 @@ from peftcore.hf_peft import unsupported
 from peftcore.registry import methods
 
 CLASSES = [
-    name for name, kind in vars(unsupported).items() if getattr(kind, "__module__", "") == unsupported.__name__
-    and isinstance(kind, type) and not name.startswith("_")
+    name
+    for name, kind in vars(unsupported).items()
+    if getattr(kind, "__module__", "") == unsupported.__name__ and isinstance(kind, type) and not name.startswith("_")
 ]
 
 
