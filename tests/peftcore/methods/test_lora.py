@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropout_facts import assert_dropout_keeps_the_mean
 from method_example import Example
 from torch import nn
 
@@ -56,13 +57,7 @@ def test_dropout_acts_while_training_only_and_keeps_the_mean() -> None:
     net = nn.Sequential(nn.Linear(64, 4, bias=False)).double()
     net = get_peft_model(net, LoraConfig(r=4, lora_dropout=0.4, target_modules=["0"], init_lora_weights=False))
     x = torch.randn(1, 64, dtype=torch.float64)
-    net.eval()
-    assert torch.equal(net(x), net(x))
-    expected = net(x)
-    net.train()
-    draws = net(x.expand(20000, -1))
-    assert draws.std(0).min() > 0
-    torch.testing.assert_close(draws.mean(0, keepdim=True), expected, rtol=0, atol=4 * draws.std().item() / 20000**0.5)
+    assert_dropout_keeps_the_mean(net, x)
 
 
 def test_gradients_match_autograd_of_the_dense_form() -> None:
