@@ -43,8 +43,22 @@ def test_the_context_is_the_smaller_of_the_models_and_the_limit(base: Any, limit
     assert service_of(base, limits=Limits(max_context=limit)).context == context
 
 
-def test_a_model_that_names_no_context_gets_the_limit_or_2048_tokens(base: Any) -> None:
-    base[0].config.max_position_embeddings = None
+class NoContext:
+    """A configuration without the model's context, as models without position embeddings have."""
+
+    def __init__(self, config: Any):
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "max_position_embeddings":
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def test_a_model_that_names_no_context_gets_the_limit_or_2048_tokens(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(base[0].config), "get_text_config", lambda self, **_: NoContext(self))
     assert service_of(base, limits=Limits(max_context=5000)).context == 5000
     assert service_of(base).context == 2048
 

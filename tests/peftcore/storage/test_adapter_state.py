@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftcore import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from peftcore import IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from peftcore.config import PeftConfig
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "modules_to_save": (
         LoraConfig,
         "LoraConfig",
-        {"target_modules": ["q_proj"], "modules_to_save": ["norm", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ),
     "token rows": (LoraConfig, "LoraConfig", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}),
     "vera, shared by all layers": (VeraConfig, "VeraConfig", {"r": 2, "target_modules": ["q_proj", "v_proj"]}),
@@ -127,10 +127,12 @@ def test_copies_of_trained_modules_that_peft_saves_twice_are_not_read() -> None:
     assert not plain.repeated() & plain.tensors().keys()
 
 
-def test_shared_tensors_are_at_the_top_and_are_optional_if_they_can_be_recomputed() -> None:
+def test_shared_tensors_are_at_the_top_and_may_be_absent_only_if_their_method_says_so() -> None:
     state = state_of(VeraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    projections = {"base_model.vera_A", "base_model.vera_B"}
-    assert projections <= state.tensors().keys() and state.optional() == projections
+    assert {"base_model.vera_A", "base_model.vera_B"} <= state.tensors().keys() and state.optional() == set()
+    assert state.shared is not None
+    state.shared.optional = frozenset({"vera_A"})
+    assert state.optional() == {"base_model.vera_A"}
     assert state_of(LoraConfig(target_modules=["q_proj"])).optional() == set()
 
 
@@ -169,9 +171,11 @@ def test_an_adapter_without_values_keeps_the_tensors_that_it_reads_once() -> Non
 
 
 def test_another_shape_fits_only_where_the_method_can_adjust() -> None:
-    """AdaLoRA's rank falls in training, so a saved adapter may have fewer triplets."""
-    key = "base_model.model.0.lora_A.{}"
-    lora = state_of(LoraConfig(r=4, target_modules=["0"]), net())
-    assert not lora.fits(key.format("weight"), torch.zeros(3, 6)) and not lora.fits("unknown", torch.zeros(1))
-    adalora = state_of(AdaLoraConfig(init_r=4, target_r=2, total_step=6, target_modules=["0"]), net())
-    assert adalora.fits(next(key for key in adalora.tensors() if "lora_A" in key), torch.zeros(3, 6))
+    """PiSSA is saved with its start, as a LoRA of twice the rank."""
+    key = "base_model.model.0.lora_A.weight"
+    lora, pissa = (
+        state_of(LoraConfig(r=2, target_modules=["0"], init_lora_weights=start), net()) for start in (True, "pissa")
+    )
+    assert [lora.fits(key, torch.zeros(rank, 6)) for rank in (2, 3, 4)] == [True, False, False]
+    assert [pissa.fits(key, torch.zeros(rank, 6)) for rank in (2, 3, 4)] == [True, False, True]
+    assert not lora.fits("unknown", torch.zeros(1))
