@@ -58,7 +58,7 @@ class MergeError(PeftError, RuntimeError):
 
 
 class TrainingError(PeftError, RuntimeError):
-    """Training that cannot continue: no trainable parameter, a non-finite loss or a damaged checkpoint."""
+    """Training that cannot start or continue, such as for unsupported inputs, a non-finite loss or lack of memory."""
 
 
 class RoutingError(PeftError, ValueError):
@@ -70,7 +70,7 @@ class AdapterStoreError(PeftError, RuntimeError):
 
 
 class ExportError(PeftError, ValueError):
-    """An adapter or a base model that a file format or its runtime does not support; nothing has been written."""
+    """A refused export: an adapter, base or option that is not supported, or a damaged base. No output was written."""
 
 
 class MissingExtraError(PeftError, ImportError):

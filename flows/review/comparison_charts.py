@@ -40,7 +40,15 @@ def dash(run: int) -> Any:
 
 @matplotlib.rc_context(STYLE)
 def curves(comparison: Comparison, kind: str) -> Markup | None:
-    """Draw the "training" (smoothed) or "validation" loss of each run by optimiser step; None if no run has one."""
+    """Draw the loss of each run over its optimiser steps.
+
+    Args:
+        comparison: the compared runs.
+        kind: the loss to draw: "training", which is smoothed, or "validation".
+
+    Returns:
+        The chart as SVG; None if no run has this loss.
+    """
     lines = comparison.curve(kind)
     if not any(lines):
         return None

@@ -91,7 +91,7 @@ class AdapterSet:
         return self.prompts.get(name)
 
     def prompts_in_effect(self) -> list[PromptLearner]:
-        """Return the prompt learners in effect, in order."""
+        """Return the prompt learners of the adapters in effect in this thread, in the order of these adapters."""
         return [self.prompts[name] for name in self.selection.in_effect if name in self.prompts]
 
     def parameters(self, name: str) -> list[nn.Parameter]:

@@ -122,7 +122,7 @@ def is_within(path: str, roots: Collection[str]) -> bool:
 
 
 def parameter_names(config: TunerConfig) -> list[str]:
-    """Return the configuration's `target_parameters`; [] if its method has no such option."""
+    """Return the configuration's `target_parameters`; [] if the option is not set or the method does not have it."""
     return config.target_parameters or []
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from routed_models import TOKENS, llama, mixture
 from torch import nn
 
 from peftcore import (
@@ -329,3 +330,25 @@ def test_nothing_is_merged_while_adapters_are_disabled(merged: bool) -> None:
             model.merge_adapter(["other"])
         assert torch.equal(model(x), base)
     assert torch.equal(model(x), before)
+
+
+def test_nothing_switches_adapters_on_inside_of_disable_adapter() -> None:
+    """Inside, the model is its base, as the context promises; naming an adapter is an error."""
+    model = mixture(llama())
+    base = model(TOKENS, adapter_names="__base__").logits
+    said = r"\['b'\] cannot be used inside of disable_adapter\(\), where the model is its base; leave that context"
+    with model.disable_adapter():
+        for call in (model, model.forward, model.generate):
+            with pytest.raises(RoutingError, match=said):
+                call(TOKENS, adapter_names="b")
+        with pytest.raises(RoutingError, match=said), model.route(["b", None]):
+            pass
+        with model.route([None] * 6), pytest.raises(RoutingError, match=said), model.route("b"):
+            pass
+        assert torch.equal(model(TOKENS, adapter_names=[None] * 6).logits, base)
+        model.set_adapter("b")  # for the time after
+        assert torch.equal(model(TOKENS).logits, base)
+        with model.disable_adapter():
+            assert torch.equal(model(TOKENS).logits, base)
+        assert torch.equal(model(TOKENS).logits, base)
+    assert torch.equal(model(TOKENS).logits, model(TOKENS, adapter_names="b").logits)
