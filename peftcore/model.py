@@ -814,7 +814,14 @@ def _adapted_class(plain: type) -> type:
     )
 
 
-_BASE_MODEL_READERS = ("get_encoder", "set_encoder", "get_decoder", "set_decoder")
+_BASE_MODEL_READERS = (
+    "get_decoder",
+    "get_encoder",
+    "get_input_embeddings",
+    "set_decoder",
+    "set_encoder",
+    "set_input_embeddings",
+)
 """Methods of transformers that read `base_model` and mean the model without its head."""
 _OWN_BASE_MODEL: ContextVar[bool] = ContextVar("peftcore_own_base_model", default=False)
 """True while `base_model` is that of the model's own class."""

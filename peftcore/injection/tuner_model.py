@@ -12,7 +12,7 @@ _CLASSES: dict[str, type["TunerModel"]] = {}
 
 
 class TunerModel:
-    """A view on a model with adapters. `model` is the model; every other attribute is the model's own.
+    """A view on a model with adapters. Attributes are those of the model without its head, if it has them, else the model's.
 
     Each method of HF PEFT has a subclass, such as `peftcore.LoraModel`, whose call adds an adapter to a model without
     changing the model's class: `LoraModel(model, config, "default")`.
@@ -53,7 +53,12 @@ class TunerModel:
             _CLASSES[cls.peft_type] = cls
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["model"], name)
+        model = self.__dict__["model"]
+        if not hasattr(nn.Module, name):  # transformers reads attributes of the model without its head here
+            headless = model._modules.get(getattr(model, "base_model_prefix", ""))
+            if headless is not None and hasattr(headless, name):
+                return getattr(headless, name)
+        return getattr(model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.model, name, value)
