@@ -843,7 +843,9 @@ def _base_model_of(plain: Any) -> Any:
 
     def base_model(self: Any) -> Any:
         own = getattr(plain, "base_model", None)
-        if own is not None and (_OWN_BASE_MODEL.get() or self.__dict__.get(ATTRIBUTE) is None):
+        adapters = self.__dict__.get(ATTRIBUTE)
+        # code inside of a forward pass, such as TRL's, means the model without its head
+        if own is not None and (adapters is None or adapters.selection.cache.calls or _OWN_BASE_MODEL.get()):
             return own.__get__(self)
         return tuner_model(self)
 

@@ -12,7 +12,7 @@ _CLASSES: dict[str, type["TunerModel"]] = {}
 
 
 class TunerModel:
-    """A view on a model with adapters. Attributes are those of the model without its head, if it has them, else the model's.
+    """A view on a model with adapters: attributes of the model without its head if it has them, else of the model.
 
     Each method of HF PEFT has a subclass, such as `peftcore.LoraModel`, whose call adds an adapter to a model without
     changing the model's class: `LoraModel(model, config, "default")`.

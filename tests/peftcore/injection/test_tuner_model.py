@@ -93,3 +93,12 @@ def test_a_new_plain_model_can_be_made_by_the_class_of_a_model_with_adapters() -
     other = type(model)(model.config)
     assert other is not model
     assert set(dict(other.named_parameters())) == set(dict(LlamaForCausalLM(model.config).named_parameters()))
+
+
+def test_inside_of_a_forward_pass_base_model_is_the_model_without_its_head() -> None:
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), LoraConfig(r=2))
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(model.base_model))
+    model(torch.ones(1, 2, dtype=torch.long))
+    assert seen == [model.model]
+    assert model.base_model.model is model
