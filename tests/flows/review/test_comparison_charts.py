@@ -1,5 +1,6 @@
 """Charts of a comparison: which there are, what they draw, and how many runs they tell apart."""
 
+import itertools
 import re
 from dataclasses import replace
 from typing import Any
@@ -55,15 +56,19 @@ def test_a_curve_is_drawn_for_each_run_that_has_it(comparison: Comparison) -> No
     assert chart is not None and "run-0-training" in chart and "run-1-training" not in chart
 
 
-@pytest.mark.parametrize("steps", [POINTS, 4 * POINTS])
+@pytest.mark.parametrize("steps", [POINTS, POINTS + 1, 2 * POINTS - 1, 4 * POINTS])
 def test_a_long_curve_is_thinned_evenly(steps: int) -> None:
     """The points that are left go up and down, so the drawing library needs every one of them."""
-    every = steps // POINTS
+    every = -(-steps // POINTS)
     points = [(step, float(step // every % 2)) for step in range(steps)]
     chart = curves(compare([replace(run("a", 2.0), history={"validation_loss": points})]), "validation")
     assert chart is not None
-    (path,) = re.findall(r'd="([^"]+)"', group(chart, "run-0-validation"))
-    assert len(re.findall(r"[ML] ", path)) == POINTS
+    (path,) = re.findall(r' d="([^"]+)"', group(chart, "run-0-validation"))
+    drawn = {tuple(map(float, point)) for point in re.findall(r"[ML] (\S+) (\S+)", path)}
+    assert len(drawn) == -(-steps // every) <= POINTS
+    across = sorted(x for x, _ in drawn)
+    gaps = [right - left for left, right in itertools.pairwise(across)]
+    assert max(gaps) == pytest.approx(min(gaps), rel=1e-3)
 
 
 def test_figures_are_drawn_against_parameters_where_two_runs_can_be_compared() -> None:
@@ -113,7 +118,7 @@ def test_values_that_are_no_numbers_are_spread_evenly_in_the_order_of_the_runs()
 def test_the_champion_is_a_star_and_text_of_a_run_is_text() -> None:
     there = differing(2, x=[EVIL, "plain"])
     (chart,) = scatters(compare([replace(there.runs[0], is_champion=True), there.runs[1]]))
-    star, circle = (re.findall(r'd="([^"]+)"', group(chart, f"run-{place}-scatter-0"))[0] for place in (0, 1))
+    star, circle = (re.findall(r' d="([^"]+)"', group(chart, f"run-{place}-scatter-0"))[0] for place in (0, 1))
     assert "C " in circle and "C " not in star, "a circle is made of curves, a star of lines"
     assert "<script" not in chart and "alert" in chart
     drawn = parallel_coordinates(there)
