@@ -55,7 +55,7 @@ def losses_of(model: PeftModel, ids: list[int], labels: list[int]) -> torch.Tens
 def test_a_chats_loss_is_the_mean_over_its_supervised_tokens() -> None:
     model = small_model(init_lora_weights=False)
     long = {"input_ids": [1, 5, 9, 7, 4, 3, 6, 2], "labels": [-100] * 6 + [6, 2], "weight": 0.5}
-    found = adapter_losses(params("sft"), model, [ROW, long], 0)
+    found = adapter_losses(params("sft"), model, [ROW | {"weight": 1.0}, long], 0)
     expected = [losses_of(model, row["input_ids"], row["labels"]) for row in (ROW, long)]
     assert found.means == pytest.approx([float(one.mean()) for one in expected], abs=1e-5)
     assert list(found.tokens) == [3, 2]
