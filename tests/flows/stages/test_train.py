@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -343,17 +342,3 @@ def test_kill_9_in_the_middle_of_a_run(prepared: Paths, tiny_params: Callable[..
     assert TrainingLog(run / "log.jsonl").records()
     subprocess.run(command, cwd=prepared.root, env=environment, check=True, capture_output=True)
     assert adapter_bytes(prepared) == whole
-
-
-def test_it_goes_on_from_an_adapter_that_the_start_stage_left(trained: Paths, tiny_params) -> None:
-    anew = log_of(trained)
-    shutil.copytree(trained.adapter, trained.start_adapter)
-    trained.start_source.write_text('{"version": "v0.3.0"}')
-    train.run(tiny_params(train={"learning_rate": 1e-5}), trained)
-    assert log_of(trained)[0]["loss"] < anew[0]["loss"] - 0.2, "it begins where the other ended"
-    # a run that starts elsewhere resumes nothing
-    assert not any(trained.checkpoints.iterdir())
-    with pytest.raises(StageError, match=r"v0.3.0 has r 4 there and 8 here"):
-        train.run(tiny_params(method={"r": 8}), trained)
-    with pytest.raises(StageError, match=r"adalora schedules its ranks over one run and cannot continue v0.3.0"):
-        train.run(tiny_params(method={"name": "adalora", "r": None}), trained)
