@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from params_texts import read, refusal
 
-from flows.errors import ParamsError
-from flows.params import Params, load_params
+from flows.params import Params
 from flows.params.method_fields import ALTERNATIVES, FIELDS, SHARED
 from flows.training.adapter_choice import adapter_config
 from peftcore.registry import method_named, tuner_names
@@ -19,11 +19,6 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 """{method: options without which it has no configuration}"""
 METHODS = [name.lower() for name in tuner_names()]
-
-
-def read(folder: Path, text: str) -> Params:
-    (folder / "params.yaml").write_text(text)
-    return load_params(folder / "params.yaml")
 
 
 def method(name: str, **options: Any) -> Params:
@@ -54,9 +49,7 @@ def test_an_option_that_a_method_has_not_is_refused_by_line(name: str, tmp_path:
     if not missing:
         read(tmp_path, text)
         return
-    with pytest.raises(ParamsError) as refused:
-        read(tmp_path, text)
-    said = str(refused.value).splitlines()
+    said = refusal(tmp_path, text).splitlines()
     assert len(said) == len(missing)
     for line, option in zip(said, missing, strict=True):
         assert line.startswith(f"params.yaml:{SHARED.index(option) + 3}: method.{option}: ")
@@ -90,22 +83,3 @@ def test_a_schedule_is_shares_of_the_run_or_an_option() -> None:
     schedule = {"warmup_share": 0.25, "final_share": 0.5}
     config: Any = adapter_config(method("adalora", schedule=schedule, options={"tfinal": 7, "init_r": 24}), 100)
     assert (config.total_step, config.tinit, config.tfinal, config.init_r) == (100, 25, 7, 24)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{name: ia3, use_rslora: true}", "method.use_rslora: true does not fit; ia3 has no such option; give false"),
-        ("{name: loha, r: 8, options: {r: 4}}", "method.options.r: 4 does not fit; method.r is 8, which is the same"),
-        (
-            "{name: vera, r: auto}",
-            "method.r: 'auto' does not fit; ranks are searched for lora only; give vera a number",
-        ),
-        ("{name: ia3, r: auto}", "method.r: 'auto' does not fit; ranks are searched for lora only; give ia3 null"),
-        ("{name: [lora], r: 8}", "method.name"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ParamsError) as refused:
-        read(tmp_path, f"method: {text}")
-    assert message in str(refused.value)
