@@ -15,6 +15,7 @@ from flows.params import Control, Evaluate
         ("evaluate: {generate_rows: 3, samples: 4}", "evaluate.samples"),
         ("evaluate: {rows: 0}", "evaluate.rows"),
         ("evaluate: {latency_rows: -1}", "evaluate.latency_rows"),
+        ("evaluate: {control: {source: ''}}", "evaluate.control.source"),
         ("evaluate: {control: {rows: 1}}", "evaluate.control.rows"),
         ("evaluate: {control: {max_length: 7}}", "evaluate.control.max_length"),
         ("merge: {max_kl: -0.1}", "merge.max_kl"),
@@ -36,7 +37,7 @@ def test_each_kind_of_control_set_is_taken(tmp_path: Path, source: str) -> None:
     assert control == Control(source=None if source == "null" else source)
 
 
-@pytest.mark.parametrize("source", ["stdlib:docstrings", "hub:a/b.txt", "a.csv", "'.txt'", "''"])
+@pytest.mark.parametrize("source", ["stdlib:docstrings", "hub:a/b.txt", "a.csv", "'.txt'", "s3://a/b.txt"])
 def test_another_control_set_is_refused_with_those_that_fit(tmp_path: Path, source: str) -> None:
     told = refusal(tmp_path, f"evaluate: {{control: {{source: {source}}}}}")
     assert told.endswith("does not fit; give stdlib:topics, the path of a .jsonl or .txt, or null")

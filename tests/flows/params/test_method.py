@@ -57,7 +57,6 @@ def test_only_lora_has_defaults_of_the_pipeline() -> None:
 def test_the_same_value_may_be_given_twice() -> None:
     assert Method(name="loha", r=8, options={"r": 8}).r == 8
     assert Method(name="loha", options={"r": 4}).options == {"r": 4}
-    assert Method(options={"r": 4}).options == {"r": 4}, "a default is not given"
 
 
 def test_lora_may_search_its_ranks(tmp_path: Path) -> None:
