@@ -110,7 +110,6 @@ def test_garbage_is_told_as_a_table_or_as_json(here: Any) -> None:
     here.register(loss=2.6, weight=2.0)
     dry = peftcore("registry", "gc", "--keep", "1", "--dry-run")
     assert dry.exit_code == 0, dry.stderr
-    assert "files that would be removed" in dry.stdout
     assert "versions whose files would be removed: v0.1.0" in dry.stdout
     told = json.loads(peftcore("registry", "gc", "--keep", "2", "--json").stdout)
     assert told["collected"] == []
