@@ -13,13 +13,13 @@ from peftcore import LoraConfig, get_peft_model
 
 @pytest.fixture
 def adapted(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A PeftModel of one layer in float64, with an adapter that is not at its start."""
+    """A PeftModel of one layer in float64, with an adapter so strong that it answers otherwise than its base."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
     )
     base = LlamaForCausalLM(config).double().eval()
-    options = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    options = LoraConfig(r=2, lora_alpha=256, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     return get_peft_model(base, options)
 
 
