@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from flows.cli import app
 from flows.errors import RegistryError
 from flows.gate.ci import default_branch, judge, rules_for
 from flows.gate.gate import Check, GateReport
@@ -176,19 +174,6 @@ def test_a_refusal_is_told_also_where_another_version_cannot_be_judged(
         judge(project.params, project.paths, environment, report)
     assert "docstrings v0.1.1 is not promoted" in report.read_text()
     assert "docstrings@v0.1.0 was not judged\n\nits files cannot be had" in report.read_text()
-
-
-def test_rules_that_cannot_be_read_are_told_in_the_report(
-    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(project.root)
-    report, output = tmp_path / "gate.md", tmp_path / "output"
-    done = CliRunner().invoke(
-        app, ["ci", "--rules", "gone", "--report", str(report)], env={"GITHUB_OUTPUT": str(output)}
-    )
-    assert done.exit_code == 1
-    assert "the rules could not be read from gone" in report.read_text()
-    assert "verdict=error\n" in output.read_text()
 
 
 def test_another_branch_is_judged_only(origin: Origin) -> None:
