@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported everything once, which takes a tenth of starting them anew.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -92,6 +93,7 @@ def together(work: Callable[[Path], Any], folder: Path, backend: str = "counted"
 
 
 def _process(rank: int, work: Callable[[Path], Any], folder: str, backend: str) -> None:
+    gc.freeze()  # or each training would look through, and copy, all that the server has imported
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
