@@ -7,11 +7,14 @@ import gc
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -88,8 +91,15 @@ def _forget() -> None:
 def together(work: Callable[[Path], Any], folder: Path, backend: str = "counted") -> list[Any]:
     """What `work(folder)` gives in each process of a group, by rank; a failure of one is raised here."""
     folder.mkdir(exist_ok=True)
+    _start_server()
     mp.start_processes(_process, (work, str(folder), backend), nprocs=PROCESSES, start_method="forkserver")
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+
+
+def _start_server() -> None:
+    """Start the server unless it runs; it finds what it is to import by the environment only, not by our sys.path."""
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path)):
+        forkserver.ensure_running()
 
 
 def _process(rank: int, work: Callable[[Path], Any], folder: str, backend: str) -> None:
