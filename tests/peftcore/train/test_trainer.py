@@ -148,6 +148,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def four_bit(folder: Path) -> Any:
+    torch.manual_seed(0)
     storage = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=storage)
 
