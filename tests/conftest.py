@@ -1,5 +1,6 @@
 """A tiny tokenizer with a real chat template, and a tiny model that goes with it: whole stages in milliseconds."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,15 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all that the imports have made from garbage collection.
+
+    accelerate collects garbage at the end of each training, and a collection looks at every object that is not exempt.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
