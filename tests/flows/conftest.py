@@ -187,7 +187,7 @@ def results() -> Callable[..., None]:
     return write_results
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_params() -> Callable[..., Params]:
     """`tiny_params(train={...}, method={...})`: parameters for a run of eight steps, with these sections changed."""
     return _tiny_params
@@ -207,7 +207,15 @@ def _tiny_params(**sections: dict[str, Any]) -> Params:
         },
         "method": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
         "train": {"batch_size": 4, "gradient_accumulation": 1, "learning_rate": 0.01, "evaluations": 4},
-        "evaluate": {"rows": 12, "batch_size": 4, "generate_rows": 6, "max_new_tokens": 8, "samples": 3},
+        "evaluate": {
+            "rows": 12,
+            "batch_size": 4,
+            "generate_rows": 6,
+            "max_new_tokens": 8,
+            "samples": 3,
+            "control": {"rows": 4, "max_length": 32},
+            "latency_rows": 2,
+        },
         "merge": {"rows": 6},
         "tracking": {"mode": "disabled"},
     }
