@@ -4,6 +4,7 @@ A command is still a process of its own with its own folder, environment, output
 start and the imports are shared.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -132,11 +133,11 @@ def serve(requests: socket.socket) -> None:
     for name in MODULES:
         importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     gc.collect()
     gc.freeze()
     while True:
         message, files, _, _ = socket.recv_fds(requests, 1, 3)
+        _collect(os.WNOHANG if message else 0)
         if not message:
             return
         if os.fork() == 0:
@@ -146,9 +147,15 @@ def serve(requests: socket.socket) -> None:
             os.close(file)
 
 
+def _collect(options: int) -> None:
+    """Wait for processes that have ended, so that their processor time counts as this one's."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, options)[0]:
+            pass
+
+
 def _wait_for_command(connection: int, out: int, err: int) -> int:
     """Run a command in one more process and tell its number, then its exit status."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with socket.socket(fileno=connection) as answers:
         with answers.makefile("r") as request:
             cwd, arguments, environment = json.load(request)
