@@ -89,7 +89,7 @@ class Process(Job):
         )
 
     def end(self) -> tuple[int, str, str, dict[str, str]]:
-        _, stderr = self.process.communicate(timeout=120)
+        _, stderr = self.process.communicate()
         return self.told(self.process.returncode, stderr)
 
 

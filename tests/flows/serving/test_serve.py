@@ -75,7 +75,7 @@ def started(base: Path, adapters: Path) -> Iterator[Callable[..., tuple[Any, str
 def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, str]]) -> None:
     mix = 'mix={"sql": 0.5, "chat": 0.5}'
     process, url = started("--name", "tiny", "--composition", mix, PEFTCORE_API_KEYS="one,two")
-    with httpx.Client(base_url=url, headers={"authorization": "Bearer two"}, timeout=30) as client:
+    with httpx.Client(base_url=url, headers={"authorization": "Bearer two"}, timeout=300) as client:
         names = [model["id"] for model in client.get("/v1/models").json()["data"]]
         assert names == ["tiny", "chat", "sql", "mix"]
         for name in names:
@@ -88,7 +88,7 @@ def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, st
             next(lines)
             process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
 
 
 @pytest.mark.parametrize(
