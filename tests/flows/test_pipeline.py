@@ -1,6 +1,7 @@
 """The flow: DVC's stages as tasks, the gate, the page and a summary, with a Prefect server of its own."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -65,7 +66,8 @@ def runs(template: Path, project_at: Any, tmp_path_factory: pytest.TempPathFacto
     files = {name: [parent / f"{name}.{kind}" for kind in ("stdout", "stderr")] for name in folders}
     asked = json.dumps([[str(path) for path in (folder, *files[name])] for name, folder in folders.items()])
     command = [sys.executable, "-c", RUNS, asked, str(parent / "statuses")]
-    subprocess.run(command, capture_output=True, check=True)
+    patient = os.environ | {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600"}  # a busy machine is slow
+    subprocess.run(command, env=patient, capture_output=True, check=True)
     statuses = json.loads((parent / "statuses").read_text())
     return {
         name: Run(project_at(roots.get(name, roots["good"])), status, *(file.read_text() for file in files[name]))
