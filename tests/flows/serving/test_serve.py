@@ -74,7 +74,8 @@ def started(base: Path, adapters: Path) -> Iterator[Callable[..., tuple[Any, str
 
 def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, str]]) -> None:
     mix = 'mix={"sql": 0.5, "chat": 0.5}'
-    process, url = started("--name", "tiny", "--composition", mix, PEFTCORE_API_KEYS="one,two")
+    options = ("--name", "tiny", "--composition", mix, "--grace", "300")  # for the answer, on a busy machine
+    process, url = started(*options, PEFTCORE_API_KEYS="one,two")
     with httpx.Client(base_url=url, headers={"authorization": "Bearer two"}, timeout=300) as client:
         names = [model["id"] for model in client.get("/v1/models").json()["data"]]
         assert names == ["tiny", "chat", "sql", "mix"]
