@@ -1,6 +1,7 @@
 """A tiny tokenizer with a real chat template, and a tiny model that goes with it: whole stages in milliseconds."""
 
 import gc
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,9 +57,17 @@ def tiny_base(tmp_path: Path, write_tiny_base: Callable[[Path], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def write_tiny_base() -> Callable[[Path], Path]:
-    """What `tiny_base` is written with, for fixtures of a wider scope."""
-    return _write_tiny_base
+def write_tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """What `tiny_base` is written with, for fixtures of a wider scope: a copy of a folder that is made once."""
+    original = tmp_path_factory.mktemp("base") / "base"
+
+    def write(folder: Path) -> Path:
+        if not original.exists():
+            _write_tiny_base(original)
+        torch.manual_seed(0)  # what a test draws does not depend on the tests before it
+        return shutil.copytree(original, folder, dirs_exist_ok=True)
+
+    return write
 
 
 def _write_tiny_base(folder: Path) -> Path:

@@ -15,6 +15,7 @@ from flows.errors import DataError, RegistryError
 from flows.registry.reproduction import largest_difference, reproduce, without_times
 from flows.runtime.project import dvc
 
+pytestmark = pytest.mark.usefixtures("forked_stages")
 OWN = "flows/stages/make.py"
 FETCH = """\
   fetch:
