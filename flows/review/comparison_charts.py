@@ -62,7 +62,7 @@ def curves(comparison: Comparison, kind: str) -> Markup | None:
             values = smoothed(values)
         elif len(points) <= 40:
             look |= {"marker": "o", "markersize": 4}
-        every = max(1, len(steps) // POINTS)
+        every = max(1, math.ceil(len(steps) / POINTS))
         if steps:
             axes.plot(steps[::every], values[::every], gid=f"run-{run}-{kind}", **look)
     axes.set_title(f"{kind.capitalize()} loss", loc="left", fontweight="bold", fontsize=11)
