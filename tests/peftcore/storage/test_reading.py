@@ -106,12 +106,12 @@ def tiny_llava() -> Any:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # HF PEFT reads it
 def test_an_adapter_from_before_transformers_renamed_its_modules(tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=r".*language_model.*\.v_proj", init_lora_weights=False)
     ids = torch.tensor([[1, 2, 3]])
     trained = get_peft_model(tiny_llava(), config)
     trained.save_pretrained(tmp_path)
     now, before = ".model.language_model.layers.", ".language_model.model.layers."
-    keys = rewritten(tmp_path, lambda key: key.replace(now, before).replace(".model.vision_tower", ".vision_tower"))
+    keys = rewritten(tmp_path, lambda key: key.replace(now, before))
     assert any(before in key for key in keys)
     loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path)
     torch.testing.assert_close(loaded(ids).logits, trained.eval()(ids).logits)
