@@ -817,6 +817,9 @@ def get_peft_model(
                 stacklevel=2,
             )
         peft_config = dataclasses.replace(peft_config, revision=revision)
+    name = model.__dict__.get("name_or_path")
+    if name and isinstance(peft_config, PeftConfig) and peft_config.base_model_name_or_path is None:
+        peft_config = dataclasses.replace(peft_config, base_model_name_or_path=name)
     creation = Creation(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
     inject.inject_untrained(model, peft_config, adapter_name, creation)
     return _as_peft_model(model)

@@ -165,6 +165,20 @@ def test_the_revision_of_the_base_is_saved(tmp_path: Path) -> None:
     assert model.peft_config["default"].revision == "v1" and config.revision == "v0"
 
 
+def test_the_name_of_the_base_is_in_the_configuration_as_with_hf_peft() -> None:
+    configs = []
+    for library in (peftcore, peft):
+        base: Any = net()
+        base.name_or_path = "owner/base"
+        model = library.get_peft_model(base, library.LoraConfig(**TARGETS))
+        configs.append(model.peft_config["default"])
+    assert [config.base_model_name_or_path for config in configs] == ["owner/base"] * 2
+    base = net()
+    base.name_or_path = "/tmp/copy"
+    model = get_peft_model(base, LoraConfig(base_model_name_or_path="owner/base", **TARGETS))
+    assert model.peft_config["default"].base_model_name_or_path == "owner/base"  # what the user has stated
+
+
 @pytest.mark.parametrize("option", ["mixed", "autocast_adapter_dtype", "low_cpu_mem_usage"])
 def test_a_flag_must_be_true_or_false(option: str) -> None:
     with pytest.raises(ConfigError, match=f"{option} must be True or False; got 'no'"):
