@@ -165,7 +165,7 @@ def test_unknown_names_say_what_to_do(server: HubServer, adapter: Path, tmp_path
         with pytest.raises(CheckpointError, match=r"no adapter_config\.json in"):
             PeftModel.from_pretrained(net(), absent)
     with pytest.raises(TypeError, match="a directory or a hub id"):
-        PeftModel.from_pretrained(net(), None)
+        PeftModel.from_pretrained(net(), None)  # type: ignore[arg-type]
     assert server.downloaded() == []
 
 
@@ -217,7 +217,8 @@ def test_no_network_and_a_broken_server(server: HubServer, adapter: Path, monkey
 def test_options_that_cannot_be_followed_are_errors(server: HubServer, adapter: Path) -> None:
     for option, advice in {"proxies": "HTTPS_PROXY", "resume_download": "always resumed", "dry_run": "files"}.items():
         with pytest.raises(ConfigError, match=f"{option} is not supported; .*{advice}"):
-            PeftConfig.from_pretrained(adapter, **{option: True})
+            options: Any = {option: True}
+            PeftConfig.from_pretrained(adapter, **options)
     with pytest.raises(
         TypeError, match=r"PeftConfig.from_pretrained\(\) has no option 'revison'; did you mean 'revision'"
     ):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import ConfigError, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
-TARGETS = {"target_modules": ["0", "1"]}
+TARGETS: Any = {"target_modules": ["0", "1"]}
 OPTIONS: dict[str, dict[str, Any]] = {
     "LoraConfig": {"r": 2, "use_dora": True},
     "IA3Config": {"feedforward_modules": ["1"]},
