@@ -129,7 +129,7 @@ def is_local(model_id: str | os.PathLike[str]) -> bool:
     """Return True if an adapter's name is a local path, which need not exist if it cannot be a hub id."""
     if not isinstance(model_id, str | os.PathLike):
         raise TypeError(f"an adapter is a directory or a hub id such as 'owner/name'; got {model_id!r:.200}")
-    return not isinstance(model_id, str) or os.path.exists(model_id) or not _may_be_hub_id(model_id)
+    return not isinstance(model_id, str) or os.path.lexists(model_id) or not _may_be_hub_id(model_id)
 
 
 def _may_be_hub_id(text: str) -> bool:
