@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from quantised_layers import quantised
 from torch import Tensor, nn
 
 import peftcore
@@ -60,6 +61,18 @@ def test_a_new_adapter_has_the_dtype_of_hf_pefts(kind: str, autocast: bool, dtyp
     ours.add_adapter("more", getattr(peftcore, kind)(**options), autocast_adapter_dtype=autocast)
     other.add_adapter("more", getattr(peft, kind)(**options), autocast_adapter_dtype=autocast)
     assert dtypes(own(ours, "more")) == dtypes(theirs(other, "more"))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_on_quantised_layers_the_dtype_is_hf_pefts(kind: str) -> None:
+    found = []
+    for library in (peftcore, peft):
+        layer = quantised(kind)
+        layer.compute_dtype = torch.bfloat16
+        config = library.LoraConfig(r=2, target_modules=["0"])
+        model = library.get_peft_model(nn.Sequential(layer), config, autocast_adapter_dtype=False)
+        found.append({p.dtype for p in model.parameters() if p.requires_grad})
+    assert found[0] == found[1]
 
 
 @HALVES
@@ -181,8 +194,9 @@ def test_the_name_of_the_base_is_in_the_configuration_as_with_hf_peft() -> None:
 
 @pytest.mark.parametrize("option", ["mixed", "autocast_adapter_dtype", "low_cpu_mem_usage"])
 def test_a_flag_must_be_true_or_false(option: str) -> None:
+    options: Any = {option: "no"}
     with pytest.raises(ConfigError, match=f"{option} must be True or False; got 'no'"):
-        get_peft_model(net(), LoraConfig(**TARGETS), **{option: "no"})
+        get_peft_model(net(), LoraConfig(**TARGETS), **options)
 
 
 def test_methods_mix_with_and_without_mixed() -> None:
