@@ -165,8 +165,6 @@ class PeftModel:
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
-        *,
-        config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> IncompatibleKeys:
         """Load a further adapter, without making it active.
@@ -183,8 +181,8 @@ class PeftModel:
             ephemeral_gpu_offload: see `from_pretrained`.
             low_cpu_mem_usage: see `from_pretrained`.
             key_mapping: see `from_pretrained`.
-            config: a configuration in place of the saved one.
-            kwargs: options of the download, `strict` and `ignore_mismatched_sizes`; see `from_pretrained`.
+            kwargs: options of the download, `strict` and `ignore_mismatched_sizes`, see `from_pretrained`; and
+                `config`: a configuration in place of the saved one.
 
         Returns:
             The missing and the unexpected keys, as in PEFT; both empty, unless `strict=False` or
@@ -196,6 +194,7 @@ class PeftModel:
             ConfigError: an option has a value that does not fit.
             TypeError: an option is unknown.
         """
+        config = kwargs.pop("config", None)
         options, further = _split_reading("load_adapter", {**kwargs, "torch_device": torch_device})
         check_offload(ephemeral_gpu_offload)
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
