@@ -81,7 +81,8 @@ class PeftModel:
             is_trainable: whether its parameters get gradients.
             config: a configuration in place of the saved one.
             autocast_adapter_dtype: True: float32 parameters on 16-bit layers; False: the dtype of the layers.
-            ephemeral_gpu_offload: True needs CUDA. Nothing has to be offloaded, because loading computes nothing.
+            ephemeral_gpu_offload: True is an error without CUDA, and a warning with it: loading computes nothing that
+                could be offloaded.
             low_cpu_mem_usage: True: parameters get no memory before the saved tensors are there.
             key_mapping: {regular expression: replacement} for the saved keys without `base_model.model.`; None for
                 the model's own mapping of modules that transformers has renamed.

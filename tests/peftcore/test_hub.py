@@ -16,7 +16,7 @@ from hub_server import HubServer, use
 from huggingface_hub import constants
 from torch import nn
 
-from peftcore import CheckpointError, ConfigError, LoraConfig, PeftConfig, PeftModel, get_peft_model, hub
+from peftcore import CheckpointError, ConfigError, LoraConfig, PeftConfig, PeftModel, XLoraConfig, get_peft_model, hub
 
 
 def net() -> nn.Module:
@@ -136,6 +136,15 @@ def test_what_hf_peft_has_cached_is_found(server: HubServer, adapter: Path, monk
     expected = output(peft.PeftModel.from_pretrained(net(), "user/adapter"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     torch.testing.assert_close(output(PeftModel.from_pretrained(net(), "user/adapter")), expected)
+
+
+def test_the_experts_of_x_lora_may_be_hub_ids(server: HubServer, adapter: Path) -> None:
+    server.add("user/expert", adapter)
+    config = XLoraConfig(hidden_size=6, adapters={"1": "user/expert", "0": str(adapter)})
+    local, downloaded = config.directories()
+    assert local == adapter
+    weights = "adapter_model.safetensors"
+    assert downloaded != adapter and (downloaded / weights).read_bytes() == (adapter / weights).read_bytes()
 
 
 def test_the_token_opens_private_and_gated_repositories(server: HubServer, adapter: Path) -> None:

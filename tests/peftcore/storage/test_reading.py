@@ -213,9 +213,12 @@ def test_options_of_the_base_are_named_in_a_warning(saved: Path) -> None:
         PeftModel.from_pretrained(Net(), saved, device_map="auto", torch_dtype=torch.float16)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_offloading_needs_cuda(saved: Path) -> None:
+def test_offloading_needs_cuda(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="ephemeral_gpu_offload=True needs a CUDA device"):
+        PeftModel.from_pretrained(Net(), saved, ephemeral_gpu_offload=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="ephemeral_gpu_offload=True changes nothing"):
         PeftModel.from_pretrained(Net(), saved, ephemeral_gpu_offload=True)
 
 
