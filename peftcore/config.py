@@ -439,18 +439,23 @@ class PeftConfig(SharedOptions):
             raise CheckpointError(f"{path} holds a {type(values).__name__}, not the fields of a configuration")
         return cls.from_dict(values, from_disk=True)
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, auto_mapping_dict: dict[str, Any] | None = None
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json` into a directory, atomically.
 
         Args:
             save_directory: The directory; created if it does not exist.
-            auto_mapping_dict: Value of `auto_mapping` in the file; None for the configuration's own.
+            kwargs: `auto_mapping_dict`: the value of `auto_mapping` in the file; None for the configuration's own.
 
         Raises:
             CheckpointError: If `save_directory` is a file.
+            TypeError: For an unknown option.
         """
+        auto_mapping_dict = kwargs.pop("auto_mapping_dict", None)
+        if kwargs:
+            raise TypeError(
+                f"{type(self).__name__}.save_pretrained() has no option {next(iter(kwargs))!r}; push_to_hub is a "
+                "method of its own"
+            )
         directory = Path(save_directory)
         if directory.is_file():
             raise CheckpointError(f"{directory} is a file; give a directory to save the configuration in")

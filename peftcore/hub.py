@@ -129,7 +129,7 @@ def is_local(model_id: str | os.PathLike[str]) -> bool:
     """Return True if an adapter's name is a local path, which need not exist if it cannot be a hub id."""
     if not isinstance(model_id, str | os.PathLike):
         raise TypeError(f"an adapter is a directory or a hub id such as 'owner/name'; got {model_id!r:.200}")
-    return not isinstance(model_id, str) or Path(model_id).exists() or not _may_be_hub_id(model_id)
+    return not isinstance(model_id, str) or os.path.lexists(model_id) or not _may_be_hub_id(model_id)
 
 
 def _may_be_hub_id(text: str) -> bool:
@@ -217,7 +217,7 @@ def _optional_file(repo_id: str, name: str, options: Mapping[str, Any]) -> bool:
 
 
 def _user_agent() -> str:
-    from transformers.utils import http_user_agent
+    from transformers.utils.hub import http_user_agent
 
     return http_user_agent()
 
@@ -243,13 +243,11 @@ def _missing_on_hub(repo_id: str, name: str, options: Mapping[str, Any]) -> str:
 @contextmanager
 def _explained(repo_id: str, name: str, options: Mapping[str, Any]) -> Iterator[None]:
     """Turn errors of a download into CheckpointError with what to do."""
-    from huggingface_hub.errors import HTTPError
-
     try:
         yield
     except CheckpointError:
         raise
-    except (HTTPError, OSError, ValueError) as error:
+    except (_connection_error(), OSError, ValueError) as error:
         # huggingface_hub raises ValueError for options that do not fit, also on top of the error that matters
         reason = error.__cause__ if isinstance(error, ValueError) and error.__cause__ is not None else error
         message = _reason(repo_id, name, options, reason)
@@ -282,7 +280,7 @@ def _reason(repo_id: str, name: str, options: Mapping[str, Any], error: BaseExce
         return f"{repo_id}: nothing is downloaded while HF_HUB_OFFLINE=1 is set; unset it"
     if isinstance(error, errors.HfHubHTTPError):
         return _http_error(repo_id, error)
-    if isinstance(error, errors.HTTPError):
+    if isinstance(error, _connection_error()):
         return (
             f"{repo_id}: the connection to {constants.ENDPOINT} failed ({error}); run it again, the download goes on "
             "where it ended"
@@ -292,7 +290,14 @@ def _reason(repo_id: str, name: str, options: Mapping[str, Any], error: BaseExce
     return None
 
 
-def _not_in_cache(repo_id: str, name: str, options: Mapping[str, Any], error: Exception) -> str:
+def _connection_error() -> type[Exception]:
+    """Return the base class of the errors of huggingface_hub's HTTP client, which is a package of its own."""
+    from huggingface_hub import errors
+
+    return errors.HTTPError  # type: ignore[attr-defined]
+
+
+def _not_in_cache(repo_id: str, name: str, options: Mapping[str, Any], error: BaseException) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -457,7 +462,7 @@ def _upload_explained(repo_id: str) -> Iterator[None]:
                 "or give token=, with a token that may write to this repository"
             ) from error
         raise CheckpointError(f"{repo_id}: the upload failed with status {status} ({error})") from error
-    except errors.HTTPError as error:
+    except _connection_error() as error:
         raise CheckpointError(
             f"{repo_id}: the connection to {constants.ENDPOINT} failed ({error}); check the network and run it again"
         ) from error

@@ -99,7 +99,8 @@ class PeftModel:
             is_trainable: whether its parameters get gradients.
             config: a configuration in place of the saved one.
             autocast_adapter_dtype: True: float32 parameters on 16-bit layers; False: the dtype of the layers.
-            ephemeral_gpu_offload: True needs CUDA. Nothing has to be offloaded, because loading computes nothing.
+            ephemeral_gpu_offload: True is an error without CUDA, and a warning with it: loading computes nothing that
+                could be offloaded.
             low_cpu_mem_usage: True: parameters get no memory before the saved tensors are there.
             key_mapping: {regular expression: replacement} for the saved keys without `base_model.model.`; None for
                 the model's own mapping of modules that transformers has renamed.
@@ -183,8 +184,6 @@ class PeftModel:
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
-        *,
-        config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> IncompatibleKeys:
         """Load a further adapter, without making it active.
@@ -201,8 +200,8 @@ class PeftModel:
             ephemeral_gpu_offload: see `from_pretrained`.
             low_cpu_mem_usage: see `from_pretrained`.
             key_mapping: see `from_pretrained`.
-            config: a configuration in place of the saved one.
-            kwargs: options of the download, `strict` and `ignore_mismatched_sizes`; see `from_pretrained`.
+            kwargs: options of the download, `strict` and `ignore_mismatched_sizes`, see `from_pretrained`; and
+                `config`: a configuration in place of the saved one.
 
         Returns:
             The missing and the unexpected keys, as in PEFT; both empty, unless `strict=False` or
@@ -214,6 +213,7 @@ class PeftModel:
             ConfigError: an option has a value that does not fit.
             TypeError: an option is unknown.
         """
+        config = kwargs.pop("config", None)
         options, further = _split_reading("load_adapter", {**kwargs, "torch_device": torch_device})
         check_offload(ephemeral_gpu_offload)
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
@@ -972,6 +972,9 @@ def get_peft_model(
                 stacklevel=2,
             )
         peft_config = dataclasses.replace(peft_config, revision=revision)
+    name = model.__dict__.get("name_or_path")
+    if name and isinstance(peft_config, PeftConfig) and peft_config.base_model_name_or_path is None:
+        peft_config = dataclasses.replace(peft_config, base_model_name_or_path=name)
     creation = Creation(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
     inject.inject_untrained(model, peft_config, adapter_name, creation)
     return _as_peft_model(model)

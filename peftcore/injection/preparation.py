@@ -229,10 +229,12 @@ def _forget_values(module: nn.Module) -> None:
 
 
 def _narrow(adapters: list[Adapter]) -> None:
-    """Cast adapters to the dtype of their layers, if that is a dtype of 16 bits."""
+    """Cast adapters to the dtype of their layers, if that is a dtype of 16 bits; for 4 bits, that of the products."""
     for adapter in adapters:
-        if adapter.base.dtype in (torch.float16, torch.bfloat16):
-            adapter.to(adapter.base.dtype)
+        base = adapter.base
+        dtype = getattr(base.layer, "compute_dtype", None) if base.quantized else base.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            adapter.to(dtype)
 
 
 def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str, shared: Shared | None) -> Adapter:

@@ -149,7 +149,8 @@ class AdapterState:
     @torch.no_grad()
     def read(self, tensors: Mapping[str, Tensor]) -> None:
         """Read checked tensors, except the prompt's. Adapters without values may keep the tensors instead of copies."""
-        self._make_memory()
+        if any(tensor.is_meta for _, _, own in self.entries for tensor in own.values()):
+            self._make_memory()
         for prefix, adapter, own in self.entries:
             adapter.load_checkpoint_tensors({key: tensors[f"{prefix}{key}"] for key in own})
             vars(adapter).pop("is_unread", None)

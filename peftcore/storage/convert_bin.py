@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -40,7 +41,7 @@ def convert_bin(
     Raises:
         CheckpointError: A file is absent, the pickle holds more than tensors, or `directory` exists.
     """
-    options = {"subfolder": subfolder, "revision": revision}
+    options: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     target = Path(directory)
     if target.exists():
         raise CheckpointError(f"{target} exists already; give a new directory")

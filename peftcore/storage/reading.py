@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ def _device(name: Any) -> torch.device:
 
 
 def check_offload(ephemeral_gpu_offload: bool) -> None:
-    """Raise ConfigError for `ephemeral_gpu_offload=True` without CUDA."""
+    """Raise ConfigError for `ephemeral_gpu_offload=True` without CUDA, and warn with CUDA that it changes nothing."""
     if ephemeral_gpu_offload is False:
         return
     if ephemeral_gpu_offload is not True:
@@ -93,6 +94,9 @@ def check_offload(ephemeral_gpu_offload: bool) -> None:
             "ephemeral_gpu_offload=True needs a CUDA device, and PyTorch finds none; leave it out: loading computes "
             "nothing that would be slow on a CPU"
         )
+    warnings.warn(
+        "ephemeral_gpu_offload=True changes nothing: loading computes nothing that could be offloaded", stacklevel=3
+    )
 
 
 def mapped(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> Mapping[str, Tensor]:

@@ -16,7 +16,7 @@ from hub_server import HubServer, use
 from huggingface_hub import constants
 from torch import nn
 
-from peftcore import CheckpointError, ConfigError, LoraConfig, PeftConfig, PeftModel, get_peft_model, hub
+from peftcore import CheckpointError, ConfigError, LoraConfig, PeftConfig, PeftModel, XLoraConfig, get_peft_model, hub
 
 
 def net() -> nn.Module:
@@ -138,6 +138,15 @@ def test_what_hf_peft_has_cached_is_found(server: HubServer, adapter: Path, monk
     torch.testing.assert_close(output(PeftModel.from_pretrained(net(), "user/adapter")), expected)
 
 
+def test_the_experts_of_x_lora_may_be_hub_ids(server: HubServer, adapter: Path) -> None:
+    server.add("user/expert", adapter)
+    config = XLoraConfig(hidden_size=6, adapters={"1": "user/expert", "0": str(adapter)})
+    local, downloaded = config.directories()
+    assert local == adapter
+    weights = "adapter_model.safetensors"
+    assert downloaded != adapter and (downloaded / weights).read_bytes() == (adapter / weights).read_bytes()
+
+
 def test_the_token_opens_private_and_gated_repositories(server: HubServer, adapter: Path) -> None:
     repository = server.add("user/adapter", adapter)
     repository.private = True
@@ -165,7 +174,7 @@ def test_unknown_names_say_what_to_do(server: HubServer, adapter: Path, tmp_path
         with pytest.raises(CheckpointError, match=r"no adapter_config\.json in"):
             PeftModel.from_pretrained(net(), absent)
     with pytest.raises(TypeError, match="a directory or a hub id"):
-        PeftModel.from_pretrained(net(), None)
+        PeftModel.from_pretrained(net(), None)  # type: ignore[arg-type]
     assert server.downloaded() == []
 
 
@@ -206,7 +215,7 @@ def test_no_network_and_a_broken_server(server: HubServer, adapter: Path, monkey
     with pytest.raises(CheckpointError, match=r"refuses access \(status 403\)"):
         PeftConfig.from_pretrained("user/adapter")
     with pytest.raises(CheckpointError, match=r"127.0.0.1:9 gave no answer \(.*check the network"):
-        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)
+        monkeypatch.setattr("time.sleep", lambda _: None)
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
@@ -217,7 +226,8 @@ def test_no_network_and_a_broken_server(server: HubServer, adapter: Path, monkey
 def test_options_that_cannot_be_followed_are_errors(server: HubServer, adapter: Path) -> None:
     for option, advice in {"proxies": "HTTPS_PROXY", "resume_download": "always resumed", "dry_run": "files"}.items():
         with pytest.raises(ConfigError, match=f"{option} is not supported; .*{advice}"):
-            PeftConfig.from_pretrained(adapter, **{option: True})
+            options: Any = {option: True}
+            PeftConfig.from_pretrained(adapter, **options)
     with pytest.raises(
         TypeError, match=r"PeftConfig.from_pretrained\(\) has no option 'revison'; did you mean 'revision'"
     ):

@@ -6,12 +6,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from quantised_layers import quantised
 from torch import Tensor, nn
 
 import peftcore
 from peftcore import ConfigError, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
-TARGETS = {"target_modules": ["0", "1"]}
+TARGETS: Any = {"target_modules": ["0", "1"]}
 OPTIONS: dict[str, dict[str, Any]] = {
     "LoraConfig": {"r": 2, "use_dora": True},
     "IA3Config": {"feedforward_modules": ["1"]},
@@ -60,6 +61,18 @@ def test_a_new_adapter_has_the_dtype_of_hf_pefts(kind: str, autocast: bool, dtyp
     ours.add_adapter("more", getattr(peftcore, kind)(**options), autocast_adapter_dtype=autocast)
     other.add_adapter("more", getattr(peft, kind)(**options), autocast_adapter_dtype=autocast)
     assert dtypes(own(ours, "more")) == dtypes(theirs(other, "more"))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_on_quantised_layers_the_dtype_is_hf_pefts(kind: str) -> None:
+    found = []
+    for library in (peftcore, peft):
+        layer = quantised(kind)
+        layer.compute_dtype = torch.bfloat16
+        config = library.LoraConfig(r=2, target_modules=["0"])
+        model = library.get_peft_model(nn.Sequential(layer), config, autocast_adapter_dtype=False)
+        found.append({p.dtype for p in model.parameters() if p.requires_grad})
+    assert found[0] == found[1]
 
 
 @HALVES
@@ -165,10 +178,25 @@ def test_the_revision_of_the_base_is_saved(tmp_path: Path) -> None:
     assert model.peft_config["default"].revision == "v1" and config.revision == "v0"
 
 
+def test_the_name_of_the_base_is_in_the_configuration_as_with_hf_peft() -> None:
+    configs = []
+    for library in (peftcore, peft):
+        base: Any = net()
+        base.name_or_path = "owner/base"
+        model = library.get_peft_model(base, library.LoraConfig(**TARGETS))
+        configs.append(model.peft_config["default"])
+    assert [config.base_model_name_or_path for config in configs] == ["owner/base"] * 2
+    base = net()
+    base.name_or_path = "/tmp/copy"
+    model = get_peft_model(base, LoraConfig(base_model_name_or_path="owner/base", **TARGETS))
+    assert model.peft_config["default"].base_model_name_or_path == "owner/base"  # what the user has stated
+
+
 @pytest.mark.parametrize("option", ["mixed", "autocast_adapter_dtype", "low_cpu_mem_usage"])
 def test_a_flag_must_be_true_or_false(option: str) -> None:
+    options: Any = {option: "no"}
     with pytest.raises(ConfigError, match=f"{option} must be True or False; got 'no'"):
-        get_peft_model(net(), LoraConfig(**TARGETS), **{option: "no"})
+        get_peft_model(net(), LoraConfig(**TARGETS), **options)
 
 
 def test_methods_mix_with_and_without_mixed() -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
 from hub_server import HubServer, use
 from torch import nn
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from peftcore import LoraConfig, PeftConfig, get_peft_model

@@ -106,12 +106,12 @@ def tiny_llava() -> Any:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # HF PEFT reads it
 def test_an_adapter_from_before_transformers_renamed_its_modules(tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=r".*language_model.*\.v_proj", init_lora_weights=False)
     ids = torch.tensor([[1, 2, 3]])
     trained = get_peft_model(tiny_llava(), config)
     trained.save_pretrained(tmp_path)
     now, before = ".model.language_model.layers.", ".language_model.model.layers."
-    keys = rewritten(tmp_path, lambda key: key.replace(now, before).replace(".model.vision_tower", ".vision_tower"))
+    keys = rewritten(tmp_path, lambda key: key.replace(now, before))
     assert any(before in key for key in keys)
     loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path)
     torch.testing.assert_close(loaded(ids).logits, trained.eval()(ids).logits)
@@ -181,8 +181,8 @@ def test_a_configuration_is_saved_with_the_class_of_its_base(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is a file; give a directory"):
         config.save_pretrained(tmp_path / "file")
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        config.save_pretrained(tmp_path, format="yaml")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"save_pretrained\(\) has no option 'format'"):
+        config.save_pretrained(tmp_path, format="yaml")
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -213,9 +213,12 @@ def test_options_of_the_base_are_named_in_a_warning(saved: Path) -> None:
         PeftModel.from_pretrained(Net(), saved, device_map="auto", torch_dtype=torch.float16)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_offloading_needs_cuda(saved: Path) -> None:
+def test_offloading_needs_cuda(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="ephemeral_gpu_offload=True needs a CUDA device"):
+        PeftModel.from_pretrained(Net(), saved, ephemeral_gpu_offload=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="ephemeral_gpu_offload=True changes nothing"):
         PeftModel.from_pretrained(Net(), saved, ephemeral_gpu_offload=True)
 
 

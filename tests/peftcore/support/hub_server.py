@@ -183,7 +183,9 @@ class _Handler(BaseHTTPRequestHandler):
         if is_tree:  # transformers lists a folder of chat templates
             files = [file for file in repository.files(commit) if file.startswith(f"{name}/")]
             listing = [{"type": "file", "path": file, "size": 1, "oid": commit} for file in files]
-            return self._send(200 if files else 404, listing, {} if files else {"X-Error-Code": "EntryNotFound"}, body)
+            if not files:
+                return self._send(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}, body)
+            return self._send(200, listing, body=body)
         if is_api:
             siblings = [{"rfilename": file} for file in repository.files(commit)]
             return self._send(200, {"id": head, "sha": commit, "siblings": siblings}, body=body)
