@@ -46,6 +46,11 @@ class _AliasLoader:
         module.__spec__ = self._own_spec
 
 
+def _loader(loader: Any) -> Any:
+    """Return a loader; `importlib.abc`, which has the type, imports too much."""
+    return loader
+
+
 def _spec_of(name: str) -> ModuleSpec | None:
     from importlib.util import find_spec  # here, because it imports much
 
@@ -72,7 +77,7 @@ class AliasFinder:
         if spec is None:
             return None
         is_package = spec.submodule_search_locations is not None
-        return ModuleSpec(fullname, _AliasLoader(real), origin=spec.origin, is_package=is_package)
+        return ModuleSpec(fullname, _loader(_AliasLoader(real)), origin=spec.origin, is_package=is_package)
 
 
 class _MethodLoader:
@@ -114,14 +119,14 @@ class MethodFinder:
             return None
         method, *parts = fullname[len(start) :].split(".")
         if method == "lora" and parts:
-            return ModuleSpec(fullname, _AliasLoader(f"{start}lora")) if parts[0] in _PARTS else None
+            return ModuleSpec(fullname, _loader(_AliasLoader(f"{start}lora"))) if parts[0] in _PARTS else None
         if parts and (len(parts) > 1 or parts[0] not in _PARTS):
             return None
         from peftcore.registry import methods
 
         if method == "lora" or method.upper() not in methods():
             return None
-        return ModuleSpec(fullname, _MethodLoader(method.upper()), is_package=not parts)
+        return ModuleSpec(fullname, _loader(_MethodLoader(method.upper())), is_package=not parts)
 
 
 def install_in_peftcore() -> None:

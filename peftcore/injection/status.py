@@ -1,8 +1,8 @@
 """What the adapters of each layer and of the whole model do now: `get_layer_status` and `get_model_status`."""
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import nn
 
@@ -12,7 +12,6 @@ from peftcore.layers.saved_module import SavedModule
 
 Irregular = Literal["irregular"]
 """The value of a field that differs between layers."""
-Value = TypeVar("Value", bound=Hashable)
 
 
 @dataclass
@@ -127,7 +126,7 @@ def _backend(base: Any) -> str | None:
     return bits.get(type(base.layer.weight).__name__, type(base.layer).__name__)
 
 
-def _same(values: Collection[Value], default: Value) -> Value | Irregular:
+def _same(values: Collection[Any], default: Any) -> Any:
     """Return the common value; "irregular" if there are several, `default` if there is none."""
     distinct = set(values)
     return "irregular" if len(distinct) > 1 else next(iter(distinct), default)
@@ -167,7 +166,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_same({layer.enabled for layer in layers}, default=True),
-        active_adapters=active if isinstance(active, str) else list(active),
+        active_adapters="irregular" if active == "irregular" else list(active),
         merged_adapters="irregular" if is_partly_merged else merged,
         requires_grad={
             name: _same({layer.requires_grad[name] for layer in layers if name in layer.requires_grad}, default=False)

@@ -61,12 +61,7 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
     def __getattr__(self, name: str) -> Any:
         if name == "bias" and self.has_trained_biases:  # some models read a layer's bias and never call the layer
             return self._trained_bias()
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if (view := self.peft_attribute(name)) is None:
-                raise
-            return view
+        return super().__getattr__(name)
 
     @property
     def _slot(self) -> AdapterSlot:

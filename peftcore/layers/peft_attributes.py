@@ -174,7 +174,18 @@ def _element(adapter: Adapter, attribute: str) -> Any:
 class PeftLayerAttributes:
     """The attributes and methods of HF PEFT's `BaseTunerLayer`, for a wrapper with one slot of adapters."""
 
-    _slot: AdapterSlot
+    @property
+    def _slot(self) -> AdapterSlot:
+        """The slot whose adapters the attributes show."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name.startswith("_") or (view := self.peft_attribute(name)) is None:
+                raise
+            return view
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
