@@ -186,16 +186,13 @@ def _downloaded(repo_id: str, name: str, options: Mapping[str, Any]) -> tuple[Pa
             if not isinstance(error, LocalEntryNotFoundError):
                 raise CheckpointError(_missing_on_hub(repo_id, name, options)) from error
             raise
-    return file.parent, {**options, **_commit_of(file)}
+    return file.parent, {**options, **_commit_of(file, options.get("subfolder"))}
 
 
-def _commit_of(file: Path) -> dict[str, str]:
+def _commit_of(file: Path, subfolder: str | None) -> dict[str, str]:
     """Return the revision of a file in the cache, `.../snapshots/COMMIT/...`; {} for a file elsewhere (`local_dir`)."""
-    parts = file.parts
-    if "snapshots" not in parts:
-        return {}
-    place = len(parts) - 1 - parts[::-1].index("snapshots")
-    return {"revision": parts[place + 1]}
+    root = file.parents[len(Path(subfolder or "").parts)]
+    return {"revision": root.name} if root.parent.name == "snapshots" else {}
 
 
 def _optional_file(repo_id: str, name: str, options: Mapping[str, Any]) -> bool:

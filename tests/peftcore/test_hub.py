@@ -83,11 +83,11 @@ def test_revisions_and_subfolders(server: HubServer, adapter: Path, tmp_path: Pa
     other = get_peft_model(net(), LoraConfig(r=3, target_modules=["0"]))
     other.save_pretrained(tmp_path / "other")
     server.add("user/adapter", adapter)
-    server.add("user/adapter", tmp_path / "other", "experiment", inside="deep/er/")
+    server.add("user/adapter", tmp_path / "other", "experiment", inside="snapshots/er/")
     assert PeftConfig.from_pretrained("user/adapter").ranks() == [2]
-    assert PeftConfig.from_pretrained("user/adapter", revision="experiment", subfolder="deep/er").ranks() == [3]
+    assert PeftConfig.from_pretrained("user/adapter", revision="experiment", subfolder="snapshots/er").ranks() == [3]
     commit = server.repositories["user/adapter"].branches["experiment"]
-    loaded = PeftModel.from_pretrained(net(), "user/adapter", revision=commit, subfolder="deep/er")
+    loaded = PeftModel.from_pretrained(net(), "user/adapter", revision=commit, subfolder="snapshots/er")
     assert loaded.adapter_ranks() == {"0": 3}
     loaded.load_adapter(tmp_path, "local", subfolder="other")
     loaded.load_adapter("user/adapter", "published", revision="main")
