@@ -12,6 +12,7 @@ from peftcore.hf_peft.precision import cast_mixed_precision_params
 from peftcore.init import replace_lora_weights_loftq
 from peftcore.injection.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peftcore.model import prepare_model_for_kbit_training
+from peftcore.storage.reading import load_peft_weights
 from peftcore.storage.state_dict import (
     get_base_model_state_dict,
     get_peft_model_state_dict,
@@ -38,6 +39,7 @@ __all__ = [
     "get_base_model_state_dict",
     "get_peft_model_state_dict",
     "infer_device",
+    "load_peft_weights",
     "prepare_model_for_kbit_training",
     "replace_lora_weights_loftq",
     "set_base_model_state_dict",

@@ -3,6 +3,7 @@
 from peftcore.hf_peft.utils import (
     get_base_model_state_dict,
     get_peft_model_state_dict,
+    load_peft_weights,
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
@@ -10,6 +11,7 @@ from peftcore.hf_peft.utils import (
 __all__ = [
     "get_base_model_state_dict",
     "get_peft_model_state_dict",
+    "load_peft_weights",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
