@@ -1,6 +1,7 @@
 """X-LoRA options: the order of the classes, and values that are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -29,9 +30,12 @@ def test_two_softmaxes_warn() -> None:
         XLoraConfig(hidden_size=8, adapters={"0": "x"}, top_k_lora=1, enable_softmax_topk=True)
 
 
-def test_classes_are_in_the_order_of_their_numbers_or_else_of_their_names() -> None:
+def test_classes_are_in_the_order_of_their_numbers_or_else_of_their_names(tmp_path: Path) -> None:
     def directories(*names: str) -> list[str]:
-        return [str(d) for d in XLoraConfig(hidden_size=8, adapters={n: n for n in names}).directories()]
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+        adapters = {name: str(tmp_path / name) for name in names}
+        return [d.name for d in XLoraConfig(hidden_size=8, adapters=adapters).directories()]
 
     assert directories("10", "9", "11") == ["9", "10", "11"]
     assert directories("b", "10", "9") == ["10", "9", "b"]
