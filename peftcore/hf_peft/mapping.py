@@ -1,12 +1,12 @@
 """`peft.mapping`: tables from the name of a method to its classes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from peftcore.config import PeftConfig, PeftType
 from peftcore.hf_peft import classes, tuner_models
 from peftcore.injection.inject import inject_adapter_in_model
-from peftcore.registry import methods
+from peftcore.registry import Method, methods
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
@@ -30,10 +30,18 @@ _PROMPTS: dict[str, Any] = {
 
 
 class _ByMethod(Mapping[Any, Any]):
-    """{method: class}, read from the registry, so that third-party methods are included."""
+    """{method: class}, read from the registry at each access, so that third-party methods are included.
+
+    Args:
+        class_of: Function from a registered method to its class; None leaves the method out.
+    """
+
+    def __init__(self, class_of: Callable[[Method], Any]):
+        self._class_of = class_of
 
     def _table(self) -> dict[str, Any]:
-        raise NotImplementedError
+        classes_by_name = {name: self._class_of(method) for name, method in methods().items()}
+        return {name: kind for name, kind in classes_by_name.items() if kind is not None}
 
     def __getitem__(self, name: str) -> Any:
         return self._table()[str(name)]
@@ -45,27 +53,17 @@ class _ByMethod(Mapping[Any, Any]):
         return len(self._table())
 
 
-class _Configs(_ByMethod):
-    def _table(self) -> dict[str, Any]:
-        return {name: method.config for name, method in methods().items()}
+_TUNERS = {kind.peft_type: kind for kind in vars(tuner_models).values() if getattr(kind, "peft_type", "")}
 
-
-class _Tuners(_ByMethod):
-    def _table(self) -> dict[str, Any]:
-        tuners = {kind.peft_type: kind for kind in vars(tuner_models).values() if getattr(kind, "peft_type", "")}
-        return {name: {**tuners, **_PROMPTS}.get(name, tuner_models.TunerModel) for name in methods()}
-
-
-class _Mixed(_ByMethod):
-    def _table(self) -> dict[str, Any]:
-        return {name: tuner_models.TunerModel for name in methods() if name not in _PROMPTS}
-
-
-PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[Any, type[PeftConfig]] = _Configs()
+PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[Any, type[PeftConfig]] = _ByMethod(lambda method: method.config)
 """{method: configuration class}"""
-PEFT_TYPE_TO_TUNER_MAPPING: Mapping[Any, Any] = _Tuners()
+PEFT_TYPE_TO_TUNER_MAPPING: Mapping[Any, Any] = _ByMethod(
+    lambda method: (_TUNERS | _PROMPTS).get(method.name, tuner_models.TunerModel)
+)
 """{method: HF PEFT's model class or prompt class}"""
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING: Mapping[Any, Any] = _Mixed()
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: Mapping[Any, Any] = _ByMethod(
+    lambda method: None if method.name in _PROMPTS else tuner_models.TunerModel
+)
 """{method that can be mixed with others: class of the view on a mixed model}"""
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, Any] = {
     kind.task_type: kind

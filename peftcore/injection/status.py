@@ -1,4 +1,4 @@
-"""What the adapters of each layer and of the whole model do now: `get_layer_status` and `get_model_status`."""
+"""Status of the adapters of each layer and of a whole model: `get_layer_status` and `get_model_status`."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
