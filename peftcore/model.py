@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftcore import hub, merging
 from peftcore.composition.algebra import Composition, Spec, weights_of
-from peftcore.composition.fingerprint import unchanging_weights
+from peftcore._util.fingerprint import unchanging_weights
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError, MergeError, suggestion

@@ -1,7 +1,8 @@
 """The one place that decides how an adapter layer computes its output: general, added, fused or stacked.
 
     general   the base layer, then `before` and `after` of each adapter; right for every method and every layer
-    added     the base's product, then s·B(A x) of each low-rank adapter; one chain, few tokens, without gradients
+    added     the base's product, then s·B(A x) of each low-rank adapter; one chain of adapters, few tokens, without
+              gradients and in evaluation mode
     fused     base and low-rank adapters as one operation (`peftcore.kernels.low_rank`); for training and long inputs
     stacked   base and all low-rank adapters in two products (`peftcore.composition.stacked`); mixed batches, without
               gradients
@@ -75,7 +76,7 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
     if mixed is not None and without_gradients and (y := _stacked(layer, mixed, x)) is not None:
         return y
     adapters = layer.in_order(names) if names else ()
-    if mixed is None and without_gradients and x.dim() and (y := _added(layer, adapters, x)) is not None:
+    if mixed is None and without_gradients and not layer.training and (y := _added(layer, adapters, x)) is not None:
         return y
     if not adapters:
         return layer.base_output(x, *args, **kwargs)
@@ -100,7 +101,7 @@ def _added(layer: "AdapterLayer", adapters: Sequence[Adapter], x: Tensor) -> Ten
     faster, and then this function returns None.
     """
     base = layer.base
-    if not 0 < x.numel() <= FEW_TOKENS * x.shape[-1] or not has_no_hooks(base.layer):
+    if not x.dim() or not 0 < x.numel() <= FEW_TOKENS * x.shape[-1] or not has_no_hooks(base.layer):
         return None
     branches: list[LowRankBranch] = []
     for adapter in adapters:  # no generator expressions here: they would cost as much as a product
