@@ -191,7 +191,9 @@ def rounds(calls: dict[str, Callable[[], Any]], options: argparse.Namespace) -> 
 
 def table(report: dict[str, Any], inference_mode: bool) -> str:
     """Markdown: a row for each method, storage and cell; multiples of the bare base."""
-    sides = [side for side in SIDES if any(side in cell for cells in report["measured"].values() for cell in cells.values())]
+    sides = [
+        side for side in SIDES if any(side in cell for cells in report["measured"].values() for cell in cells.values())
+    ]
     lines = [
         f"SmolLM2-135M, r = {RANK} on all linear layers, one active adapter, evaluation mode, "
         f"{'inference_mode' if inference_mode else 'no_grad'}. Multiples of the bare base, median of the ratio within "

@@ -67,8 +67,8 @@ class Fingerprint:
     __slots__ = (
         "_attributes",
         "_changes",
-        "_samples",
         "_sampled",
+        "_samples",
         "_scope",
         "_steps",
         "_storages",

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftcore._util.fingerprint import Fingerprint
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore._util.fingerprint import Fingerprint
 from peftcore.composition.route import Blocks, Mask, Run
 from peftcore.kernels.low_rank import LowRankBranch
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from peftcore.layers.adapter_layer import AdapterLayer
 
 FEW_TOKENS = 32
-"""Largest number of tokens for which x is cast to the type of the factors (count); measured by `benchmarks.decoding`."""
+"""Largest number of tokens for which x, not the factors, is cast (count); measured by `benchmarks.decoding`."""
 
 
 def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -116,7 +116,10 @@ def _added(layer: "AdapterLayer", adapters: Sequence[Adapter], x: Tensor) -> Ten
             wide = x
         else:  # even a cast that does nothing costs as much as a small product
             wide = x.to(torch.promote_types(x.dtype, a.dtype))
-            a, b = (a if a.dtype == wide.dtype else a.to(wide.dtype)), (b if b.dtype == wide.dtype else b.to(wide.dtype))
+            a, b = (
+                (a if a.dtype == wide.dtype else a.to(wide.dtype)),
+                (b if b.dtype == wide.dtype else b.to(wide.dtype)),
+            )
         y.add_(F.linear(F.linear(wide, a), b), alpha=scaling)
         if gain is not None:
             y = scaled(y, gain)

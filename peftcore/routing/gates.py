@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftcore._util.fingerprint import Fingerprint
 from peftcore.adapter import Adapter
 from peftcore.composition.algebra import Gate
-from peftcore._util.fingerprint import Fingerprint
 from peftcore.errors import RoutingError
 from peftcore.kernels.factors import Factors, svd_of_factors
 

@@ -14,8 +14,8 @@ from method_example import randomise
 from torch import Tensor, nn
 
 from peftcore import LoraConfig, get_peft_model, inject_adapter_in_model, refresh_adapters
-from peftcore.composition import Gate
 from peftcore._util.fingerprint import Fingerprint, unchanging_weights
+from peftcore.composition import Gate
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.routing.gates import arrow_gate
 from peftcore.train.adamw import FusedAdamW

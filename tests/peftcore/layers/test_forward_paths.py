@@ -321,7 +321,9 @@ def outputs_both_ways(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (32, 8), (33, 8), (2, 3, 8), (0, 8)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str
+)
 def test_few_tokens_equal_the_general_path(config: dict[str, Any], bias: bool, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 6, bias=bias)).double()
