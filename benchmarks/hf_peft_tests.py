@@ -97,6 +97,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.hf_peft_tests", description=str(__doc__).partition("\n")[0])
     parser.add_argument("checkout", type=Path, help="folder of a clone of HF PEFT's repository")
     parser.add_argument("--files", nargs="+", metavar="NAME", help="such as test_mixed; all by default")
+    parser.add_argument("--library", choices=LIBRARIES, help="run with this one only")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--limit", type=int, default=4 * 3600, help="seconds for one file with one library")
     parser.add_argument("--sample", type=int, default=1, help="run one test in so many, the same ones each time")
@@ -127,7 +128,7 @@ def commit_of(checkout: Path) -> str:
 def fingerprint() -> str:
     """Return a checksum of peftcore's source."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "peftcore").rglob("*.py")):
+    for path in [*sorted((ROOT / "peftcore").rglob("*.py")), Path(__file__).with_name("hf_peft_tests_side.py")]:
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -137,7 +138,7 @@ def fingerprint() -> str:
 
 def measure(run: Run, files: list[str], options: argparse.Namespace) -> None:
     """Run the files with both libraries."""
-    units = [(library, file) for file in files for library in LIBRARIES]
+    units = [(library, file) for file in files for library in LIBRARIES if options.library in (None, library)]
     for library, file in units:
         prepare(run, library, file, keep=options.keep)
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(units), unit="file", disable=None) as bar:
@@ -156,6 +157,8 @@ def prepare(run: Run, library: str, file: str, keep: bool) -> None:
     path, settings = run.results(library, file), run.settings(library)
     lines = read(path)
     begun = lines[0].get("settings", {}) if lines else None
+    if any("collected" in line for line in lines[1:]) and not any("id" in line for line in lines):
+        begun = None  # the file could not be imported
     if begun == settings or (keep and library == "peftcore" and begun and begun["tests"] == run.commit):
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ to RESULTS.jsonl. Tests that have a line already are not run again.
 
 import argparse
 import ast
+import functools
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ class NotInPeftcore(Exception):
     """A test uses something that peftcore does not have: a private name of HF PEFT, or a method that is not built."""
 
 
+@functools.cache
 def stand_in(name: str) -> type:
     """Return a class for a name that peftcore lacks, so that a module of tests can be imported.
 
@@ -60,19 +62,19 @@ def imports_of(file: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def add_missing_names(file: Path) -> None:
-    """Make the alias `peft` have each name that a file of tests imports, and each configuration that can be made."""
+    """Give the alias `peft` each name that a file of tests imports, in place of those that peftcore refuses."""
     import peft
 
     from peftcore.hf_peft import unsupported
 
-    for name, value in vars(unsupported).items():
-        if isinstance(value, type) and hasattr(peft, name):
-            setattr(peft, name, stand_in(name))
     for source in (file, *file.parent.glob("testing_*.py"), *file.parent.glob("conftest.py")):
         for module_name, name in imports_of(source):
             module = _module(module_name)
-            if name is not None and not hasattr(module, name) and _submodule(module_name, name) is None:
-                setattr(module, name, VALUES.get(name) or getattr(peft, name, None) or stand_in(name))
+            if name is None or (not hasattr(module, name) and _submodule(module_name, name) is not None):
+                continue
+            value = getattr(module, name, VALUES.get(name) or getattr(peft, name, None))
+            refused = getattr(value, "__module__", "") == unsupported.__name__ and isinstance(value, type)
+            setattr(module, name, stand_in(name) if value is None or refused else value)
 
 
 def _module(name: str) -> types.ModuleType:
