@@ -92,7 +92,9 @@ def prepare_injection(
         TargetError: no layer matches, or a matching layer cannot be adapted.
         MergeError: the initialisation replaces a weight into which adapters are merged (LoftQ).
     """
-    if issubclass(kind := method_of(config).adapter, PromptLearner):
+    kind = method_of(config).adapter
+    config.check_complete()
+    if issubclass(kind, PromptLearner):
         return _prepare_prompt(model, kind, config, name, creation.initialise)
     if not isinstance(config, TunerConfig):
         raise ConfigError(

@@ -9,6 +9,13 @@ from peftcore.injection import activation, inject, merge
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 
 _CLASSES: dict[str, type["TunerModel"]] = {}
+_PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
+"""{method: start of the names of its parameters}, where this is not the method's own name"""
+
+
+def parameter_prefix(peft_type: str) -> str:
+    """Return how HF PEFT names of a method's parameters begin, such as "lora_"."""
+    return _PREFIXES.get(peft_type, f"{peft_type.lower()}_")
 
 
 class TunerModel:
@@ -69,6 +76,12 @@ class TunerModel:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(model={self.model!r})"
+
+    @property
+    def prefix(self) -> str:
+        """Start of the names of the parameters of the first adapter's method, such as "lora_"; "" without adapters."""
+        first = next(iter(self.peft_config.values()), None)
+        return "" if first is None else parameter_prefix(first.peft_type)
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
