@@ -73,7 +73,7 @@ class TunerModelStatus:
     total_params: int
     num_adapter_layers: int
     enabled: bool | Irregular
-    active_adapters: list[str] | Irregular
+    active_adapters: list[str]
     merged_adapters: list[str] | Irregular
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
@@ -95,7 +95,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     adapters = adapter_set(model)
     layers = {path: _layer_status(adapters, slot) for path, slot in adapters.layers.items()}
     copies = {
-        path: _status(adapters, path, "ModulesToSaveWrapper", wrapper.copies, (), None)
+        path: _with_own_active(_status(adapters, path, "ModulesToSaveWrapper", wrapper.copies, (), None))
         for path, wrapper in adapters.saved.items()
     }
     position = {path: number for number, path in enumerate(ModuleIndex(model).modules)}
@@ -112,14 +112,24 @@ def _layer_status(adapters: AdapterSet, slot: AdapterSlot) -> TunerLayerStatus |
         return None
     first = next(iter(parts))
     part, path = parts[first], slot.path
+    if slot.base.kind == "parameter":
+        path = path.rpartition(".")[0]
+    path = f"{path}.{part.disk_prefix}".removesuffix(".")
     if isinstance(part, method_named("TRAINABLE_TOKENS").adapter):
-        kind, path = "TrainableTokensLayer", f"{path}.{part.disk_prefix}".removesuffix(".")
+        kind = "TrainableTokensLayer"
     else:
         names = {"parameter": "ParamWrapper", "linear": "Linear"}
         layer = type(slot.base.layer).__name__
         kind = layer if slot.base.quantized else names.get(slot.base.kind, layer)
         kind = f"{adapters.configs[first].peft_type.lower()}.{kind}"
-    return _status(adapters, path, kind, parts, slot.merged, _backend(slot.base))
+    status = _status(adapters, path, kind, parts, slot.merged, _backend(slot.base))
+    return _with_own_active(status) if kind == "TrainableTokensLayer" else status
+
+
+def _with_own_active(status: TunerLayerStatus) -> TunerLayerStatus:
+    """Return a status with those active adapters that the layer has: HF PEFT's for modules and rows that train whole."""
+    active = [name for name in status.active_adapters if name in status.available_adapters]
+    return dataclasses.replace(status, active_adapters=active)
 
 
 def _status(
@@ -178,7 +188,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         trainable, total = (sum(p.numel() for p in parameters if p.requires_grad or any_) for any_ in (False, True))
     names = sorted({name for layer in layers for name in layer.available_adapters})
     kinds = {config.peft_type for config in adapters.configs.values()}
-    active = _same({tuple(layer.active_adapters) for layer in layers}, default=())
     return TunerModelStatus(
         base_model_type=type(model).__name__,
         adapter_model_type=f"{type(next(iter(adapters.configs.values()))).__name__.removesuffix('Config')}Model"
@@ -189,7 +198,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_same({layer.enabled for layer in layers}, default=True),
-        active_adapters="irregular" if active == "irregular" else list(active),
+        active_adapters=list(adapters.selection.active),
         merged_adapters="irregular" if is_partly_merged else merged,
         requires_grad={
             name: _same({layer.requires_grad[name] for layer in layers if name in layer.requires_grad}, default=False)
