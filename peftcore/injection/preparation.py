@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
@@ -26,6 +27,7 @@ from peftcore.injection.targets import (
     is_within,
     target_paths,
     tied_paths,
+    tied_weights,
     with_heads,
 )
 from peftcore.layers.adapter_layer import AdapterLayer
@@ -107,6 +109,8 @@ def prepare_injection(
     saved = find_saved_modules(module_index, config)
     adapters = _adapters_for(module_index, config, paths, creation)
     adapters |= _token_adapters(module_index, config, adapters, creation)
+    if config.ensure_weight_tying:
+        _warn_without_ties(module_index, [*adapters, *saved])
     _check_new_bases(module_index, adapters)
     biases = _trained_biases(module_index, config, adapters, saved)
     if not creation.autocast_adapter_dtype:
@@ -286,6 +290,18 @@ def _copies_of(module_index: ModuleIndex, config: TunerConfig, saved: Mapping[st
 def _copy_of(module: nn.Module) -> nn.Module:
     original = module.base_layer if isinstance(module, SavedModule) else module
     return copy.deepcopy(original).requires_grad_(True)
+
+
+def _warn_without_ties(module_index: ModuleIndex, paths: list[str]) -> None:
+    """Warn if `ensure_weight_tying` has no effect, because no weight of these paths has two modules."""
+    tied = tied_weights(module_index)
+    if not tied:
+        reason = "no tied modules were found in the model"
+    elif not any(path in group for group in tied for path in paths):
+        reason = f"no tied modules are added to the adapter; the model ties {tied[0]}"
+    else:
+        return
+    warnings.warn(f"ensure_weight_tying=True has no effect: {reason}", stacklevel=5)
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -158,6 +158,16 @@ def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str,
     return matches
 
 
+def tied_weights(module_index: ModuleIndex) -> list[list[str]]:
+    """Return the paths of the layers that share a weight, for each weight of several layers."""
+    layers: dict[int, dict[int, str]] = {}
+    for path, module in module_index.modules.items():
+        layer = unwrapped(module)
+        if (weight := layer._parameters.get("weight")) is not None:
+            layers.setdefault(id(weight), {}).setdefault(id(layer), path)
+    return [list(paths.values()) for paths in layers.values() if len(paths) > 1]
+
+
 def tied_paths(module_index: ModuleIndex, paths: Iterable[str]) -> dict[str, str]:
     """Return {path of a layer outside of `paths`: the path in `paths` whose weight it shares}."""
     modules = {path: unwrapped(module) for path, module in module_index.modules.items()}
