@@ -8,14 +8,16 @@ to RESULTS.jsonl. Tests that have a line already are not run again.
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib
 import json
 import os
+import re
 import sys
 import types
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,32 @@ def stay_offline() -> None:
     constants.is_offline_mode = lambda: True
 
 
+class Wording:
+    """`pytest.raises` and `pytest.warns` that accept any wording, and say where the wording is not as expected.
+
+    The words of errors and warnings are each library's own. Types and numbers of them are compared as the tests say.
+    """
+
+    def __init__(self) -> None:
+        self.differs = False
+
+    def install(self) -> None:
+        pytest.raises = self._accepting(pytest.raises, lambda seen: [str(seen.value)])
+        pytest.warns = self._accepting(pytest.warns, lambda seen: [str(one.message) for one in seen])
+
+    def _accepting(self, function: Any, texts: Callable[[Any], list[str]]) -> Any:
+        @contextlib.contextmanager
+        def within(*args: Any, match: Any, **kwargs: Any) -> Iterator[Any]:
+            with function(*args, **kwargs) as seen:
+                yield seen
+            self.differs |= not any(re.search(match, text) for text in texts(seen))
+
+        def call(*args: Any, match: Any = None, **kwargs: Any) -> Any:
+            return function(*args, **kwargs) if match is None else within(*args, match=match, **kwargs)
+
+        return call
+
+
 # -- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -131,10 +159,11 @@ class Recorder:
     Args:
         results: file to which lines are appended.
         sample: run one test in `sample`, chosen by a checksum of its id.
+        wording: says whether a message of the running test has other words.
     """
 
-    def __init__(self, results: Path, sample: int):
-        self.results, self.sample = results, sample
+    def __init__(self, results: Path, sample: int, wording: Wording):
+        self.results, self.sample, self.wording = results, sample, wording
         self.done = {line["id"] for line in read(results) if "id" in line}
         self.of, self.finished = 0, 0
         self.failure: dict[str, Any] | None = None
@@ -161,6 +190,7 @@ class Recorder:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.progress(nodeid)
         self.failure, self.outcome, self.seconds = None, "passed", 0.0
+        self.wording.differs = False
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
@@ -176,7 +206,9 @@ class Recorder:
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.finished += 1
-        self.write({"id": nodeid, "outcome": self.outcome, "seconds": round(self.seconds, 2), **(self.failure or {})})
+        wording = {"other_wording": True} if self.wording.differs else {}
+        line = {"id": nodeid, "outcome": self.outcome, "seconds": round(self.seconds, 2)}
+        self.write(line | wording | (self.failure or {}))
 
 
 def cause(info: pytest.ExceptionInfo[BaseException]) -> dict[str, Any]:
@@ -217,12 +249,14 @@ def main() -> None:
     options = parser.parse_args()
     if os.environ.get("HF_HUB_OFFLINE"):
         stay_offline()
+    wording = Wording()
     if options.library == "peftcore":
         importlib.import_module("peftcore.as_peft")
         add_missing_names(options.file)
+        wording.install()
     arguments = [str(options.file), "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts="]
     arguments += [f"--rootdir={options.file.parents[1]}", f"--timeout={options.test_limit}", "-k", options.select]
-    status = pytest.main(arguments, plugins=[Recorder(options.results, options.sample)])
+    status = pytest.main(arguments, plugins=[Recorder(options.results, options.sample, wording)])
     sys.exit(0 if status in (0, 1, 5) else int(status))  # 1: tests failed, 5: none were left
 
 

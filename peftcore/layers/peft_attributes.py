@@ -213,6 +213,16 @@ class PeftLayerAttributes:
         return tuple(name for name in names if self.peft_attribute(name) and name not in self.adapter_layer_names)
 
     @property
+    def in_features(self) -> int:
+        """Size of the layer's input; channels of a convolution, rows of an embedding."""
+        return self._slot.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of the layer's output; channels of a convolution, columns of an embedding."""
+        return self._slot.base.out_features
+
+    @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer's weight."""
         return list(self._slot.merged)
