@@ -97,7 +97,8 @@ class PeftModel:
             model_id: a directory, or a hub id such as "owner/name"; an existing directory has precedence.
             adapter_name: the adapter's name in this model.
             is_trainable: whether its parameters get gradients.
-            config: a configuration in place of the saved one.
+            config: a configuration in place of the saved one. As in PEFT, the object becomes the adapter's own: options
+                that the model decides are filled in, and `inference_mode` is set.
             autocast_adapter_dtype: True: float32 parameters on 16-bit layers; False: the dtype of the layers.
             ephemeral_gpu_offload: True is an error without CUDA, and a warning with it: loading computes nothing that
                 could be offloaded.
@@ -131,6 +132,9 @@ class PeftModel:
             adapters = checkpoint.load_adapter(
                 model, directory, adapter_name, is_trainable, config, reading=reading
             ).adapters
+        if config is not None:
+            vars(config).update(vars(adapters.configs[adapter_name]))
+            adapters.configs[adapter_name] = config
         adapters.selection.active = (adapter_name,)
         adapted = _as_peft_model(model)
         return adapted if is_trainable else adapted.eval()

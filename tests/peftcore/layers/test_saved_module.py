@@ -44,13 +44,13 @@ def scaled(model: Any) -> None:
                 parameter.mul_(factor)
 
 
-def test_the_first_active_adapter_with_a_copy_is_used_and_else_the_original() -> None:
+def test_the_active_adapters_copy_is_used_and_else_the_original() -> None:
     model = model_of(nn.Linear(6, 3))
     scaled(model)
     assert isinstance(model.head, SavedModule)
     with model.disable_adapter():
         base = model(X)
-    for active, factor in ((["a"], 2), (["b"], 1), (["b", "c"], 3), (["c", "a"], 3), ([], 1)):
+    for active, factor in ((["a"], 2), (["b"], 1), (["b", "c"], 3), (["c"], 3), ([], 1)):
         model.set_adapter(active)
         torch.testing.assert_close(model(X), factor * base)
 
