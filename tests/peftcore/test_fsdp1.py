@@ -114,3 +114,10 @@ def test_the_state_dict_of_a_wrapped_model_is_that_of_the_model() -> None:
     x = torch.randn(2, 4)
     assert set_peft_model_state_dict(other, state_dict) == ([], [])
     torch.testing.assert_close(other(x), wrapped(x))
+
+
+def test_lora_with_a_bias_of_its_own() -> None:
+    torch.manual_seed(0)
+    net = get_peft_model(Net(nn.Linear(12, 8), False), LoraConfig(r=2, target_modules=["target"], lora_bias=True))
+    randomise(net, 0.1)
+    assert_same_under_fsdp(net, torch.randn(3, 5, 12))
