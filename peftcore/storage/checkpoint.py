@@ -153,7 +153,9 @@ def save_adapter(
 
 def _base_name(model: nn.Module, config: PeftConfig) -> str | None:
     """Return the base model's name for the model card; None for a model that is not one of transformers, as in PEFT."""
-    return (config.base_model_name_or_path or getattr(model, "name_or_path", None)) if hasattr(model, "config") else None
+    return (
+        (config.base_model_name_or_path or getattr(model, "name_or_path", None)) if hasattr(model, "config") else None
+    )
 
 
 def _card(base: str | None, method: str) -> str:
