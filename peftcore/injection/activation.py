@@ -28,7 +28,8 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
         names: one name or several, in order.
 
     Raises:
-        AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
+        AdapterNameError: a name is not loaded, or given twice; or several prompts are named, or several adapters with
+            a copy of the same module (`modules_to_save`).
     """
     adapters = adapter_set(model)
     active = (names,) if isinstance(names, str) else tuple(names)
@@ -41,6 +42,12 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
         raise AdapterNameError(
             f"set_adapter: {prompts} are prompts, and only one prompt can be active; name one of them"
         )
+    for path, wrapper in adapters.saved.items():
+        if len(several := [name for name in active if name in wrapper.copies]) > 1:
+            raise AdapterNameError(
+                f"set_adapter: {several} each have a copy of {path} (modules_to_save), and only one copy can be used; "
+                "name one of them"
+            )
     adapters.selection.active = active
 
 
@@ -53,12 +60,12 @@ def delete_adapter(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: an adapter is not loaded, or in use by an open route.
-        MergeError: an adapter is merged.
+        MergeError: an adapter is merged. No adapter is deleted then.
     """
     adapters = adapter_set(model)
-    adapters.require(*names)
+    inject.check_deletable(model, *names)
     active = [name for name in names if name in adapters.selection.active]
-    for name in names:
+    for name in sorted(names, key=adapters.deepened_by):  # what made the model deeper is deleted last
         inject.delete_adapter(model, name)
     if active and adapters.configs and not adapters.selection.active:
         first = next(iter(adapters.configs))

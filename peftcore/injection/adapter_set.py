@@ -64,6 +64,10 @@ class AdapterSet:
         self.replication: tuple[str, Replication] | None = None
         """(the adapter with `layer_replication`, the state to undo it)"""
 
+    def deepened_by(self, name: str) -> bool:
+        """Return True if this adapter has made the model deeper (`layer_replication`)."""
+        return self.replication is not None and self.replication[0] == name
+
     def adapters(self, name: str) -> dict[str, Adapter]:
         """Return {path: adapter} of one name; biases without an adapter are in `biases`."""
         return {path: part for path, part in self._parts(name).items() if not isinstance(part, TrainedBias)}

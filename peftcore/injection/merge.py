@@ -7,6 +7,7 @@ then each merged weight takes one more copy in memory. `merge_and_unload` keeps 
 import contextlib
 import logging
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ def merge_adapter(
     """Merge adapters into their base weights, in place; other active adapters stay in effect.
 
     Modules that an adapter trains whole (`modules_to_save`) are used while it is active, merged or not, as in PEFT.
+    Warns if the adapters are merged already.
 
     Args:
         model: the model with adapters.
@@ -67,6 +69,8 @@ def merge_adapter(
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)
     merges = _checked_merges(adapters, names, check_values=safe_merge)
+    if names and not merges and all(name in adapters.merged for name in names):
+        warnings.warn(f"merge_adapter changes nothing: {names} are merged already", stacklevel=4)
     _write(merges, progressbar)
     merged = (name for merge in merges for name in merge.adapters)
     adapters.merged = tuple(dict.fromkeys((*adapters.merged, *merged)))

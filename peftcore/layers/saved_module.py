@@ -17,7 +17,40 @@ class SavedModule(LayerWrapper):
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__(base_layer, selection)
-        self.copies = NamedModules()
+        self.modules_to_save = NamedModules()
+        """{adapter: its trainable copy}; HF PEFT's name, so that filters of parameters by name find the copies."""
+
+    @property
+    def copies(self) -> NamedModules:
+        """{adapter: its trainable copy}."""
+        return self.modules_to_save
+
+    # -- HF PEFT's names ------------------------------------------------------------------------------------
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
+
+    @property
+    def _adapters(self) -> set[str]:
+        """Names of the adapters with a copy; HF PEFT's wrappers of whole modules have this attribute."""
+        return set(self.copies)
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The module itself, without adapters."""
+        return self.base_layer
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapter whose copy is in effect; [] if the module itself is."""
+        return [name for name in self.selection.active if name in self.copies][:1]
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The active adapter whose copy is in effect; [] if the module itself is."""
+        return self.active_adapters
+
+    # -- forward ---------------------------------------------------------------------------------------------
 
     def current(self, one: Composition | None = None) -> nn.Module:
         """Return the module in effect: the copy of the first adapter that has one, else the original.

@@ -50,13 +50,12 @@ MODEL_CARD = "README.md"
 _CARD = """\
 ---
 library_name: peft
-base_model: {base}
-tags: [{method}]
+{base}tags: [{method}]
 ---
 
 # {method} adapter
 
-Trained on `{base}`. Load it onto that model with `PeftModel.from_pretrained(model, directory)`.
+{trained}Load it onto that model with `PeftModel.from_pretrained(model, directory)`.
 """
 
 
@@ -149,7 +148,19 @@ def save_adapter(
             save_file(state, fresh / PROMPT_STATE, metadata={"format": "pt"})
         (fresh / MANIFEST).write_text(manifest_text({file.name: sha256(file) for file in sorted(fresh.iterdir())}))
         if not (directory / MODEL_CARD).exists():
-            (fresh / MODEL_CARD).write_text(_CARD.format(base=base or "unknown", method=config.peft_type.lower()))
+            (fresh / MODEL_CARD).write_text(_card(_base_name(model, config), config.peft_type.lower()))
+
+
+def _base_name(model: nn.Module, config: PeftConfig) -> str | None:
+    """Return the base model's name for the model card; None for a model that is not one of transformers, as in PEFT."""
+    return (
+        (config.base_model_name_or_path or getattr(model, "name_or_path", None)) if hasattr(model, "config") else None
+    )
+
+
+def _card(base: str | None, method: str) -> str:
+    named, trained = (f"base_model: {base}\n", f"Trained on `{base}`. ") if base else ("", "")
+    return _CARD.format(base=named, trained=trained, method=method)
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
@@ -194,7 +205,8 @@ def update_model_card(model: nn.Module, directory: Path) -> None:
     card = ModelCard.load(directory / MODEL_CARD)
     data: Any = card.data
     data.library_name = "peft"
-    data.base_model = config.base_model_name_or_path or getattr(model, "name_or_path", None) or "unknown"
+    if base := _base_name(model, config):
+        data.base_model = base
     data.tags = sorted({*(data.tags or []), *(c.peft_type.lower() for c in adapters.configs.values())})
     card.save(directory / MODEL_CARD)
 

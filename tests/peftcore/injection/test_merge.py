@@ -33,6 +33,15 @@ def adapt(net: nn.Module, method: str = "LORA", **options: Any) -> Any:
     return net
 
 
+def test_merging_what_is_merged_changes_nothing_and_warns() -> None:
+    net = adapt(nn.Sequential(nn.Linear(12, 8)), "LORA", init_lora_weights=False)
+    net.merge_adapter()
+    weight = net[0].base_layer.weight.clone()
+    with pytest.warns(UserWarning, match="merged already"):
+        net.merge_adapter()
+    assert torch.equal(net[0].base_layer.weight, weight)
+
+
 # -- types ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,13 @@
 """Attributes that scripts read and write on HF PEFT's layers, compared with HF PEFT's own layers."""
 
+import copy
 from typing import Any
 
 import peft
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore import ConfigError, PeftError
@@ -118,3 +120,51 @@ def test_a_method_without_factors_has_its_parameter_as_the_element() -> None:
     theirs = peft.get_peft_model(base(), peft.IA3Config(target_modules=["1"], feedforward_modules=[]))
     assert model[1].ia3_l["default"].shape == theirs.base_model.model[1].ia3_l["default"].shape
     assert isinstance(model[1].ia3_l["default"], nn.Parameter)
+
+
+def test_an_adapter_is_also_an_attribute_of_its_dictionary(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair[0][1], pair[1][1]
+    torch.testing.assert_close(ours.lora_A.default.weight, theirs.lora_A.default.weight)
+    with pytest.raises(AttributeError, match="lora_A has no adapter 'other'"):
+        _ = ours.lora_A.other
+
+
+def test_the_attributes_of_numbers_are_listed(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair[0][1], pair[1][1]
+    assert {"r", "lora_alpha", "scaling"} <= set(ours.other_param_names) & set(theirs.other_param_names)
+    for name in ours.other_param_names:
+        assert "default" in getattr(ours, name)
+
+
+def test_doras_magnitude_is_a_module_with_a_weight() -> None:
+    layers = []
+    for library in (peftcore, peft):
+        torch.manual_seed(0)
+        model = library.get_peft_model(nn.Sequential(nn.Linear(4, 3)), library.LoraConfig(target_modules="0", use_dora=True))
+        layers.append(model.base_model.model[0])
+    ours, theirs = (layer.lora_magnitude_vector["default"].weight for layer in layers)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_rows_that_train_are_an_adapter_of_their_own() -> None:
+    models = []
+    for library in (peftcore, peft):
+        config = library.LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [2, 3]})
+        models.append(library.get_peft_model(base(), config).base_model.model)
+    ours, theirs = (model[0].token_adapter.trainable_tokens_delta.default for model in models)
+    torch.testing.assert_close(ours, theirs)
+    with pytest.raises(AttributeError):
+        _ = models[0][1].token_adapter
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set:UserWarning")
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(6, 5), nn.Embedding(7, 6), nn.Conv2d(3, 4, 2), nn.Conv1d(2, 6, 3), Conv1D(5, 6)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_every_kind_of_layer_has_the_sizes_of_its_input_and_output(layer: nn.Module) -> None:
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), peft.LoraConfig(r=2, target_modules=["0"]))
+    ours = peftcore.get_peft_model(nn.Sequential(layer), peftcore.LoraConfig(r=2, target_modules=["0"]))
+    expected = theirs.base_model.model[0]
+    assert (ours[0].in_features, ours[0].out_features) == (expected.in_features, expected.out_features)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftcore._util.fingerprint import Fingerprint
 from peftcore.bases.base import WeightVersion
-from peftcore.errors import ConfigError
+from peftcore.bases.current_parameters import current_parameter
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.methods.lora.variant import Variant, register_variant
@@ -36,19 +36,15 @@ class Dora(Variant):
         "alora_invocation_tokens": "DoRA changes every position, aLoRA only some",
         "target_parameters": "raw parameters take plain LoRA only",
     }
-    keys: ClassVar = {"magnitude": "lora_magnitude_vector"}
+    keys: ClassVar = {"lora_magnitude_vector": "lora_magnitude_vector"}
     is_additive = False
     beyond_low_rank = (
         "DoRA is not low-rank; convert it by convert_to_lora(model, name, new_name, rank=...) and export "
         "that, or merge it into the base"
     )
 
-    def check_layer(self, lora: "Lora", path: str) -> None:
-        if lora.groups > 1:
-            raise ConfigError(f"LORA: use_dora does not fit {path}, a convolution with groups; exclude it")
-
     def add_parameters(self, lora: "Lora") -> None:
-        lora.magnitude = nn.Parameter(torch.empty(lora.base.out_features))
+        lora.lora_magnitude_vector = nn.Parameter(torch.empty(lora.base.out_features))
 
     def reset_parameters(self, lora: "Lora") -> None:
         _magnitude(lora).copy_(row_lengths(lora))
@@ -88,8 +84,8 @@ class Dora(Variant):
         return {"lora_magnitude_vector": magnitude}
 
 
-def _magnitude(lora: "Lora") -> nn.Parameter:
-    magnitude = lora._parameters["magnitude"]
+def _magnitude(lora: "Lora") -> Tensor:
+    magnitude = current_parameter(lora, "lora_magnitude_vector")
     assert magnitude is not None
     return magnitude
 
@@ -119,6 +115,8 @@ def _cached_ratio(lora: "Lora") -> Tensor:
 def row_lengths(lora: "Lora") -> Tensor:
     """Return n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is cached while W does not change."""
     weight = lora.base.read_unmerged() if lora.new_base is None else lora.new_base
+    if lora.groups > 1:
+        return _grouped_row_lengths(lora, weight)
     weight = weight.flatten(1)
     norms = _square_norms(lora, weight)
     a, b = lora.own_factors()
@@ -129,6 +127,19 @@ def row_lengths(lora: "Lora") -> Tensor:
     cross = ((weight @ a.to(weight.dtype).T).to(b) * b).sum(1)  # casting W would cost more than the rest
     square = norms.to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
     return square.clamp_min(0).sqrt()
+
+
+def _grouped_row_lengths(lora: "Lora", weight: Tensor) -> Tensor:
+    """Return n (o,) of a convolution with g groups, as HF PEFT defines it.
+
+    W is (o, i/g, *k), and BA as the layer applies it is (o, i, *k). HF PEFT reads B (o, r/g) as (o/g, r), multiplies
+    it by A (r, i·k), and reads the product as (o, i/g, *k). An adapter's file has a meaning only with these n.
+    """
+    a, b = lora.own_factors()
+    if lora.start is not None:
+        a, b = torch.cat([a, lora.start[0]]), torch.cat([b, -lora.start[1]], 1)
+    change = lora.scaling * b.reshape(-1, len(a)) @ a.flatten(1)
+    return (weight.to(change).flatten(1) + change.reshape(len(weight), -1)).square().sum(1).sqrt()
 
 
 def _square_norms(lora: "Lora", weight: Tensor) -> Tensor:

@@ -34,4 +34,4 @@ class LoraBias(Variant):
         return bias + self.bias_change(lora).to(bias)
 
     def bias_change(self, lora: "Lora") -> Tensor:
-        return lora.get_parameter("lora_bias") * lora.scaling
+        return lora.lora_bias * lora.scaling
