@@ -13,7 +13,6 @@ from peftcore.hf_peft.alias import SUBMODULES, install_in_peftcore
 if TYPE_CHECKING:
     from peftcore.config import (
         PeftConfig,
-        PeftType,
         PromptLearningConfig,
         TaskType,
     )
@@ -279,6 +278,7 @@ if TYPE_CHECKING:
         PromptTuningConfig,
     )
     from peftcore.registry import (
+        PeftType,
         tuner_names,
     )
     from peftcore.routing import (
@@ -390,7 +390,7 @@ _MODULES = {
     "PeftModelForSeq2SeqLM": "peftcore.hf_peft.classes",
     "PeftModelForSequenceClassification": "peftcore.hf_peft.classes",
     "PeftModelForTokenClassification": "peftcore.hf_peft.classes",
-    "PeftType": "peftcore.config",
+    "PeftType": "peftcore.registry",
     "PeftWarning": "peftcore.errors",
     "PolyConfig": "peftcore.methods.poly",
     "PolyModel": "peftcore.hf_peft.tuner_models",

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from peftcore.config import PeftConfig, PeftType
+from peftcore.config import PeftConfig
 from peftcore.hf_peft import classes, tuner_models
 from peftcore.injection.inject import inject_adapter_in_model
-from peftcore.registry import Method, methods
+from peftcore.registry import Method, PeftType, methods
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",

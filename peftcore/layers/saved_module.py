@@ -1,5 +1,6 @@
 """A module with one trainable copy per adapter (`modules_to_save`), the third of the three wrappers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,15 +10,29 @@ from peftcore.composition.algebra import Composition
 from peftcore.composition.route import Route
 from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
+from peftcore.layers.switching import SwitchingMethods
 from peftcore.layers.wrapper import LayerWrapper, NamedModules
 
 
-class SavedModule(LayerWrapper):
+class SavedModule(SwitchingMethods, LayerWrapper):
     """A module and its trainable copies by adapter name; without a copy of an active adapter, the module itself."""
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__(base_layer, selection)
         self.copies = NamedModules()
+
+    def _holders(self) -> Iterable[Any]:
+        return [self.copies]
+
+    @property
+    def modules_to_save(self) -> NamedModules:
+        """{adapter: its trained copy}; HF PEFT's name of `copies`."""
+        return self.copies
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The module without a trained copy; HF PEFT's name of `base_layer`."""
+        return self.base_layer
 
     def current(self, one: Composition | None = None) -> nn.Module:
         """Return the module in effect: the copy of the first adapter that has one, else the original.

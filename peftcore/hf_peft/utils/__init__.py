@@ -3,7 +3,7 @@
 import torch
 
 from peftcore._util.tensors import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
-from peftcore.config import PeftType, TaskType
+from peftcore.config import TaskType
 from peftcore.errors import PeftError
 from peftcore.files import CONFIG_NAME
 from peftcore.hf_peft.classes import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
@@ -12,6 +12,7 @@ from peftcore.hf_peft.precision import cast_mixed_precision_params
 from peftcore.init import replace_lora_weights_loftq
 from peftcore.injection.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peftcore.model import prepare_model_for_kbit_training
+from peftcore.registry import PeftType
 from peftcore.storage.reading import load_peft_weights
 from peftcore.storage.state_dict import (
     get_base_model_state_dict,
