@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from peftcore.kernels.factors import Factors
 
+__version__ = "0.21.2"
+"""Version of HF PEFT whose file format is written: `peft_version` of a new configuration."""
 LARGEST_CONFIG = 16 << 20
 """Largest configuration file that is read, in bytes. A `rank_pattern` of 100,000 experts takes half of the limit."""
 _MOST_PATTERNS = 200
@@ -137,8 +139,6 @@ class PeftConfig(SharedOptions):
 
     has_schedule: ClassVar[bool] = False
     """True if training follows a schedule over one whole run; a finished adapter then cannot be trained further."""
-    peft_type: ClassVar[PeftType | str] = ""
-    """Name of the method on disk, such as "LORA"; set by `register`."""
     ignored_on_disk: ClassVar[dict[str, Any]] = {}
     """{key that PEFT writes for this method: value at which the key has no effect}."""
     size_fields: ClassVar[tuple[str, ...]] = ()
@@ -147,12 +147,15 @@ class PeftConfig(SharedOptions):
     Loading checks them before it allocates memory."""
 
     task_type: TaskType | str | None = None
+    peft_type: PeftType | str = ""
+    """Name of the method on disk, such as "LORA". The class decides it; a plain string for third-party methods."""
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
     """True: the adapter is frozen when it is added."""
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
+    """Version of HF PEFT that knows the file; None for the version whose format is written here."""
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
     """Keys read from disk that this version does not know; saved unchanged."""
 
@@ -166,6 +169,15 @@ class PeftConfig(SharedOptions):
 
     def __post_init__(self) -> None:
         self._check_types()
+        if self.peft_type not in ("", kind := type(self).peft_type):
+            warnings.warn(
+                f"{type(self).__name__}: peft_type={self.peft_type!r} has no effect, because the class has the method "
+                f"{str(kind)!r}; leave it out",
+                stacklevel=4,
+            )
+        self.peft_type = kind
+        if self.peft_version is None:
+            self.peft_version = __version__
         if self.task_type is not None:
             self.task_type = self.one_of("task_type", self.task_type, TaskType)
 
@@ -231,6 +243,12 @@ class PeftConfig(SharedOptions):
     def can_be_overwritten_by(self, other: "PeftConfig") -> bool:
         """Return True if the tensors of an adapter with `other` may be copied over those of this one."""
         return False
+
+    def check_complete(self) -> None:
+        """Raise ConfigError if a needed option has no value; called when an adapter is made.
+
+        Options may also be assigned after the configuration was created, as with HF PEFT.
+        """
 
     # -- checks shared by the methods' configurations ---------------------------------------------------------
 
@@ -302,7 +320,7 @@ class PeftConfig(SharedOptions):
         """Return all fields, `peft_type` and unknown keys read from disk as JSON types; sets become sorted lists."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
         plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
-        return {**self.extra, **plain, "peft_type": self.peft_type}
+        return {**self.extra, **plain}
 
     def to_json(self) -> str:
         """Return the text of `adapter_config.json`."""
@@ -320,7 +338,8 @@ class PeftConfig(SharedOptions):
             ConfigError: For an unknown method, a misspelt key or a value that does not fit.
         """
         values = dict(values)
-        method = values.pop("peft_type", None) or cls.peft_type
+        named = values.pop("peft_type", None)
+        method = named or cls.peft_type
         if not method or not isinstance(method, str):
             raise ConfigError(
                 f"configuration without peft_type, or with one that is not a name: {method!r}; try 'LORA'"
@@ -330,6 +349,11 @@ class PeftConfig(SharedOptions):
             return target(**values)
         known = {f.name for f in dataclasses.fields(target)}
         extra = {k: v for k, v in values.items() if k not in known}
+        if extra and not named:
+            raise ConfigError(
+                f"{CONFIG_NAME} has no peft_type, and {next(iter(extra))!r} is no field of {target.__name__}; it is not "
+                "the configuration of an adapter"
+            )
         target._refuse_other_mathematics(extra)
         config = target(**{k: v for k, v in values.items() if k in known})
         config.extra = extra
@@ -343,14 +367,15 @@ class PeftConfig(SharedOptions):
     @classmethod
     def _refuse_other_mathematics(cls, extra: dict[str, Any]) -> None:
         for key, value in extra.items():
-            if value == cls.ignored_on_disk.get(key, value) or not value:
-                if key not in cls.ignored_on_disk and value:
-                    message = f"{CONFIG_NAME}: {key!r} is unknown to this version; it is kept and has no effect"
-                    warnings.warn(message, stacklevel=5)
-                continue
-            raise ConfigError(
-                f"{CONFIG_NAME}: {key}={value!r} is not supported by {cls.peft_type} here, and ignoring it would "
-                "change the results; merge that adapter with the library that made it"
+            if value and value != cls.ignored_on_disk.get(key, value):
+                raise ConfigError(
+                    f"{CONFIG_NAME}: {key}={value!r} is not supported by {cls.peft_type} here, and ignoring it would "
+                    "change the results; merge that adapter with the library that made it"
+                )
+        if unknown := sorted(key for key, value in extra.items() if value and key not in cls.ignored_on_disk):
+            warnings.warn(
+                f"{CONFIG_NAME}: unknown to this version: {', '.join(map(repr, unknown))}; kept, without effect",
+                stacklevel=5,
             )
 
     @classmethod
@@ -385,17 +410,44 @@ class PeftConfig(SharedOptions):
             return cls._from_directory(directory)
 
     @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> "PeftConfig":
+        """Return a configuration of the class that `peft_type` names; without it, of `cls`.
+
+        Args:
+            kwargs: Fields of the configuration.
+
+        Raises:
+            ConfigError: For an unknown method, a misspelt key or a value that does not fit.
+        """
+        return cls.from_dict(kwargs)
+
+    @classmethod
     def _from_directory(cls, directory: Path) -> "PeftConfig":
         path = whole_files(directory) / CONFIG_NAME
         if not path.is_file():
             raise CheckpointError(f"no {CONFIG_NAME} in {directory}; give the directory that save_pretrained wrote")
+        return cls.from_dict(cls.from_json_file(path), from_disk=True)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """Return the fields in a file, without `runtime_config`, whose options are for one process.
+
+        Args:
+            path_json_file: An `adapter_config.json`.
+
+        Raises:
+            CheckpointError: If the file is not valid JSON, or holds something else than fields.
+        """
+        path = Path(path_json_file)
         try:
             values = parsed_json(read_limited(path, LARGEST_CONFIG))
         except ValueError as error:
             raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path} holds a {type(values).__name__}, not the fields of a configuration")
-        return cls.from_dict(values, from_disk=True)
+        if values.pop("runtime_config", None):
+            warnings.warn(f"{path}: runtime_config is not read; assign it to the configuration", stacklevel=5)
+        return values
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json` into a directory, atomically.
@@ -484,9 +536,11 @@ class PromptLearningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.positive("num_virtual_tokens")
-        sizes = ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+        sizes = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
         self.positive(*(name for name in sizes if getattr(self, name) is not None))
+
+    def check_complete(self) -> None:
+        self.positive("num_virtual_tokens")
 
 
 @dataclass
@@ -512,12 +566,14 @@ class TunerConfig(PeftConfig):
                 self.regular_expression(name, value)
             elif value is not None:
                 setattr(self, name, set(value))
-        if self.target_modules is not None and not self.target_modules and not self.target_parameters:
-            raise ConfigError(f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'")
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
             self.regular_expression("layers_pattern", pattern, *BLOCK)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")
+
+    def check_complete(self) -> None:
+        if self.target_modules is not None and not self.target_modules and not self.target_parameters:
+            raise ConfigError(f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'")
 
 
 @dataclass

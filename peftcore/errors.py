@@ -53,7 +53,7 @@ class CheckpointError(PeftError, ValueError):
     """An adapter directory that is damaged, incomplete, of a foreign format or made for another base model."""
 
 
-class MergeError(PeftError, RuntimeError):
+class MergeError(PeftError, RuntimeError, ValueError):
     """A merge that would write wrong weights; the model is unchanged."""
 
 

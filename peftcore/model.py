@@ -97,7 +97,8 @@ class PeftModel:
             model_id: a directory, or a hub id such as "owner/name"; an existing directory has precedence.
             adapter_name: the adapter's name in this model.
             is_trainable: whether its parameters get gradients.
-            config: a configuration in place of the saved one.
+            config: a configuration in place of the saved one. As in PEFT, the object becomes the adapter's own: options
+                that the model decides are filled in, and `inference_mode` is set.
             autocast_adapter_dtype: True: float32 parameters on 16-bit layers; False: the dtype of the layers.
             ephemeral_gpu_offload: True is an error without CUDA, and a warning with it: loading computes nothing that
                 could be offloaded.
@@ -131,6 +132,9 @@ class PeftModel:
             adapters = checkpoint.load_adapter(
                 model, directory, adapter_name, is_trainable, config, reading=reading
             ).adapters
+        if config is not None:
+            vars(config).update(vars(adapters.configs[adapter_name]))
+            adapters.configs[adapter_name] = config
         adapters.selection.active = (adapter_name,)
         adapted = _as_peft_model(model)
         return adapted if is_trainable else adapted.eval()
@@ -372,6 +376,24 @@ class PeftModel:
             "enable_peft_hotswap prepares HF PEFT's layers, which this model does not have; read another adapter's "
             "weights into a loaded one by load_adapter_weights(directory, adapter_name), or use AdapterStore"
         )
+
+    def disable_adapter_layers(self) -> None:
+        """Do what `disable_adapters` does; PEFT's name."""
+        self.disable_adapters()
+
+    def enable_adapter_layers(self) -> None:
+        """Do what `enable_adapters` does; PEFT's name."""
+        self.enable_adapters()
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the layers with adapters, without raw parameters."""
+        return tuner_model(self._module).targeted_module_names
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of the raw parameters with adapters."""
+        return tuner_model(self._module).targeted_parameter_names
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which this thread's calls compute the base model, even if adapters are merged.
@@ -798,6 +820,8 @@ def _adapted_class(plain: type) -> type:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     extra = {"generate": _generate, "create_masks_for_generate": _masks} if hasattr(plain, "generate") else {}
     extra |= {name: _with_own_base_model(plain, name) for name in _BASE_MODEL_READERS if hasattr(plain, name)}
+    if not hasattr(plain, "prefix"):
+        extra["prefix"] = _Prefix()
     if hasattr(plain, "from_pretrained"):
         extra["from_pretrained"] = _from_pretrained_of(plain)
     return type(
@@ -812,6 +836,18 @@ def _adapted_class(plain: type) -> type:
             "_hf_peft_config_loaded": True,
         },
     )
+
+
+class _Prefix:
+    """`prefix` of PEFT's models, such as "lora_", unless the model has an attribute of this name itself."""
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        if model is None:
+            raise AttributeError("prefix")
+        for tensors_or_modules in (model._parameters, model._buffers, model._modules):
+            if "prefix" in tensors_or_modules:
+                return tensors_or_modules["prefix"]
+        return tuner_model(model).prefix
 
 
 _BASE_MODEL_READERS = (

@@ -10,16 +10,14 @@ from typing import Any
 from peftcore.hf_peft.alias import SUBMODULES
 from peftcore.hf_peft.names import NAMES
 
-__version__ = "0.21.2"
-"""The version of HF PEFT whose names and meanings this package has."""
-
-
 __all__ = NAMES  # type: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name in SUBMODULES:
         return import_module(f"{__name__}.{name}")
+    if name == "__version__":  # the version of HF PEFT whose names and meanings this package has
+        return import_module("peftcore.config").__version__
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("peftcore"), name)

@@ -6,12 +6,14 @@ from typing import Any
 from peftcore.config import PeftConfig
 from peftcore.hf_peft import classes, tuner_models
 from peftcore.injection.inject import inject_adapter_in_model
+from peftcore.injection.tuner_model import parameter_prefix
 from peftcore.registry import Method, PeftType, methods
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "get_peft_config",
     "inject_adapter_in_model",
@@ -65,6 +67,8 @@ PEFT_TYPE_TO_MIXED_MODEL_MAPPING: Mapping[Any, Any] = _ByMethod(
     lambda method: None if method.name in _PROMPTS else tuner_models.TunerModel
 )
 """{method that can be mixed with others: class of the view on a mixed model}"""
+PEFT_TYPE_TO_PREFIX_MAPPING: Mapping[Any, str] = _ByMethod(lambda method: parameter_prefix(method.name))
+"""{method: start of the names of its parameters, such as "lora_"}"""
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, Any] = {
     kind.task_type: kind
     for kind in (

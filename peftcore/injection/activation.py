@@ -26,7 +26,8 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
         names: one name or several, in order.
 
     Raises:
-        AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
+        AdapterNameError: a name is not loaded, or given twice; or several prompts are named, or several adapters with
+            a copy of the same module (`modules_to_save`).
     """
     adapter_set(model).activate([names] if isinstance(names, str) else names)
 
@@ -40,7 +41,7 @@ def delete_adapter(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: an adapter is not loaded, or in use by an open route.
-        MergeError: an adapter is merged.
+        MergeError: an adapter is merged. No adapter is deleted then.
     """
     inject.delete_adapter_and_activate(model, *names)
 

@@ -65,6 +65,10 @@ class AdapterSet:
         self.replication: tuple[str, Replication] | None = None
         """(the adapter with `layer_replication`, the state to undo it)"""
 
+    def deepened_by(self, name: str) -> bool:
+        """Return True if this adapter has made the model deeper (`layer_replication`)."""
+        return self.replication is not None and self.replication[0] == name
+
     def adapters(self, name: str) -> dict[str, Adapter]:
         """Return {path: adapter} of one name; biases without an adapter are in `biases`."""
         return {path: part for path, part in self._parts(name).items() if not isinstance(part, TrainedBias)}
@@ -149,7 +153,8 @@ class AdapterSet:
             names: names of adapters, in order.
 
         Raises:
-            AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
+            AdapterNameError: a name is not loaded, or given twice; or several prompts are named, or several adapters
+                with a copy of the same module (`modules_to_save`).
         """
         self.require(*names)
         if len(set(names)) < len(names):
@@ -160,6 +165,12 @@ class AdapterSet:
             raise AdapterNameError(
                 f"set_adapter: {prompts} are prompts, and only one prompt can be active; name one of them"
             )
+        for path, wrapper in self.saved.items():
+            if len(several := [name for name in names if name in wrapper.copies]) > 1:
+                raise AdapterNameError(
+                    f"set_adapter: {several} each have a copy of {path} (modules_to_save), and only one copy can be "
+                    "used; name one of them"
+                )
         self.selection.active = tuple(names)
 
     def merge_slots(self, slots: Sequence[AdapterSlot], adapter_names: list[str] | None, safe_merge: bool) -> None:

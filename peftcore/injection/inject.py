@@ -378,6 +378,36 @@ def deepened(model: nn.Module, config: PeftConfig) -> Iterator[Replication | Non
         raise
 
 
+def check_deletable(model: nn.Module, *names: str) -> None:
+    """Check that adapters can be deleted, all of them.
+
+    Args:
+        model: the model.
+        names: the adapters.
+
+    Raises:
+        AdapterNameError: an adapter is not loaded, or in use by an open route.
+        MergeError: an adapter is merged, or others are merged into a weight that it replaced (LoftQ).
+        ConfigError: an adapter made the model deeper, and others would be left.
+    """
+    adapters = adapter_set(model)
+    adapters.require(*names)
+    for name in names:
+        if name in adapters.merged:
+            raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
+        if merged := [path for path, slot in adapters.layers.items() if slot.merged and slot.replaced_by == (name,)]:
+            raise MergeError(
+                f"adapter {name!r} replaced the weight of {merged[0]} (LoftQ), and {list(adapters.merged)} are merged "
+                "into it; call unmerge_adapter first"
+            )
+        if adapters.selection.in_use[name] > 0:
+            raise AdapterNameError(
+                f"adapter {name!r} is in use by an open route; leave the route, or wait for its end, first"
+            )
+        if adapters.deepened_by(name) and adapters.configs.keys() - set(names):
+            raise ConfigError(f"adapter {name!r} made the model deeper (layer_replication); delete the others first")
+
+
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Delete an adapter; wrappers without an adapter are removed, and the plain layer is in their place again.
 
@@ -386,26 +416,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         name: the adapter; also removed from the active ones.
 
     Raises:
-        AdapterNameError: the adapter is not loaded, or in use by an open route.
-        MergeError: the adapter is merged, or others are merged into a weight that it replaced (LoftQ).
-        ConfigError: the adapter made the model deeper, and others are loaded.
+        AdapterNameError, MergeError, ConfigError: see `check_deletable`.
     """
+    check_deletable(model, name)
     adapters = adapter_set(model)
-    adapters.require(name)
-    if name in adapters.merged:
-        raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
-    if merged := [path for path, slot in adapters.layers.items() if slot.merged and slot.replaced_by == (name,)]:
-        raise MergeError(
-            f"adapter {name!r} replaced the weight of {merged[0]} (LoftQ), and {list(adapters.merged)} are merged into "
-            "it; call unmerge_adapter first"
-        )
-    if adapters.selection.in_use[name] > 0:
-        raise AdapterNameError(
-            f"adapter {name!r} is in use by an open route; leave the route, or wait for its end, first"
-        )
-    deepens = adapters.replication is not None and adapters.replication[0] == name
-    if deepens and len(adapters.configs) > 1:
-        raise ConfigError(f"adapter {name!r} made the model deeper (layer_replication); delete the others first")
+    deepens = adapters.deepened_by(name)
     if name in adapters.prompts:
         _remove_prompt(model, adapters, name)
     emptied = False
@@ -445,13 +460,12 @@ def delete_adapter_and_activate(model: nn.Module, *names: str) -> None:
         names: the adapters.
 
     Raises:
-        AdapterNameError: an adapter is not loaded, or in use by an open route.
-        MergeError: an adapter is merged.
+        AdapterNameError, MergeError, ConfigError: see `check_deletable`. No adapter is deleted then.
     """
     adapters = adapter_set(model)
-    adapters.require(*names)
+    check_deletable(model, *names)
     active = [name for name in names if name in adapters.selection.active]
-    for name in names:
+    for name in sorted(names, key=adapters.deepened_by):  # what made the model deeper is deleted last
         delete_adapter(model, name)
     if active and adapters.configs and not adapters.selection.active:
         first = next(iter(adapters.configs))

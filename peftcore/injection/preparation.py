@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
@@ -26,6 +27,7 @@ from peftcore.injection.targets import (
     is_within,
     target_paths,
     tied_paths,
+    tied_weights,
     with_heads,
 )
 from peftcore.layers.adapter_layer import AdapterLayer
@@ -92,7 +94,9 @@ def prepare_injection(
         TargetError: no layer matches, or a matching layer cannot be adapted.
         MergeError: the initialisation replaces a weight into which adapters are merged (LoftQ).
     """
-    if issubclass(kind := method_of(config).adapter, PromptLearner):
+    kind = method_of(config).adapter
+    config.check_complete()
+    if issubclass(kind, PromptLearner):
         return _prepare_prompt(model, kind, config, name, creation.initialise)
     if not isinstance(config, TunerConfig):
         raise ConfigError(
@@ -105,6 +109,8 @@ def prepare_injection(
     saved = find_saved_modules(module_index, config)
     adapters = _adapters_for(module_index, config, paths, creation)
     adapters |= _token_adapters(module_index, config, adapters, creation)
+    if config.ensure_weight_tying:
+        _warn_without_ties(module_index, [*adapters, *saved])
     _check_new_bases(module_index, adapters)
     biases = _trained_biases(module_index, config, adapters, saved)
     if not creation.autocast_adapter_dtype:
@@ -146,7 +152,10 @@ def _adapters_for(
     for path, layer in targets.items():
         for base in _bases_of(kind, config, layer, path):
             bases[f"{path}.{base.name}" if isinstance(base, ParameterWeight) else path] = base
-    bases |= _parameter_bases(module_index, config)
+    parameters = _parameter_bases(module_index, config)
+    if both := [path for path in parameters if path.rpartition(".")[0] in bases]:
+        raise TargetError(f"target_parameters: {both[0]} belongs to a layer of target_modules; name it in one of the two")
+    bases |= parameters
     adapters = _make_adapters(kind, config, bases, creation)
     kind.link(config, adapters)
     _set_parameter_prefixes(adapters)
@@ -281,6 +290,18 @@ def _copies_of(module_index: ModuleIndex, config: TunerConfig, saved: Mapping[st
 def _copy_of(module: nn.Module) -> nn.Module:
     original = module.base_layer if isinstance(module, SavedModule) else module
     return copy.deepcopy(original).requires_grad_(True)
+
+
+def _warn_without_ties(module_index: ModuleIndex, paths: list[str]) -> None:
+    """Warn if `ensure_weight_tying` has no effect, because no weight of these paths has two modules."""
+    tied = tied_weights(module_index)
+    if not tied:
+        reason = "no tied modules were found in the model"
+    elif not any(path in group for group in tied for path in paths):
+        reason = f"no tied modules are added to the adapter; the model ties {tied[0]}"
+    else:
+        return
+    warnings.warn(f"ensure_weight_tying=True has no effect: {reason}", stacklevel=5)
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -1,14 +1,19 @@
 """Status of the adapters of each layer and of a whole model: `get_layer_status` and `get_model_status`."""
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
-from peftcore.errors import PeftError
+from peftcore.errors import TargetError
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
-from peftcore.layers.saved_module import SavedModule
+from peftcore.injection.module_index import ModuleIndex
+from peftcore.injection.tuner_model import TunerModel
+from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.trained_bias import TrainedBias
+from peftcore.registry import method_named
 
 Irregular = Literal["irregular"]
 """The value of a field that differs between layers."""
@@ -19,8 +24,8 @@ class TunerLayerStatus:
     """The adapters of one layer.
 
     Attributes:
-        name: the layer's path in the model.
-        module_type: the class of the layer with adapters.
+        name: the layer's path, below `base_model` for a `PeftModel`: "model.encoder.0", as in HF PEFT.
+        module_type: the class of the layer in HF PEFT, such as "lora.Linear".
         enabled: False after `disable_adapters`.
         active_adapters: names of the active adapters, in order.
         merged_adapters: names of the adapters that are merged into the layer's weight.
@@ -68,7 +73,7 @@ class TunerModelStatus:
     total_params: int
     num_adapter_layers: int
     enabled: bool | Irregular
-    active_adapters: list[str] | Irregular
+    active_adapters: list[str]
     merged_adapters: list[str] | Irregular
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
@@ -77,26 +82,54 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """Return the status of each layer with adapters.
+    """Return the status of each layer with adapters, in the order of the model's modules.
 
     Args:
         model: a model with adapters.
 
     Raises:
-        PeftError: no layer of the model has an adapter, as with prompt methods.
+        TargetError: no layer of the model has an adapter, as with prompt methods.
     """
     if ATTRIBUTE not in model.__dict__ or not (adapter_set(model).layers or adapter_set(model).saved):
-        raise PeftError("no adapter layers found in the model; add an adapter of layers by get_peft_model first")
+        raise TargetError("No adapter layers found in the model; add an adapter of layers by get_peft_model first")
     adapters = adapter_set(model)
-    layers = [
-        _status(adapters, path, type(slot).__name__, slot.adapters, slot.merged, _backend(slot.base))
-        for path, slot in adapters.layers.items()
-    ]
-    copies = [
-        _status(adapters, path, SavedModule.__name__, wrapper.copies, (), None)
+    layers = {path: _layer_status(adapters, slot) for path, slot in adapters.layers.items()}
+    copies = {
+        path: _with_own_active(_status(adapters, path, "ModulesToSaveWrapper", wrapper.copies, (), None))
         for path, wrapper in adapters.saved.items()
-    ]
-    return layers + copies
+    }
+    position = {path: number for number, path in enumerate(ModuleIndex(model).modules)}
+    statuses = {path: status for path, status in (layers | copies).items() if status is not None}
+    ordered = sorted(statuses, key=lambda path: position.get(path, position.get(path.rpartition(".")[0], -1)))
+    start = "model." if isinstance(getattr(model, "base_model", None), TunerModel) else ""
+    return [dataclasses.replace(statuses[path], name=f"{start}{statuses[path].name}") for path in ordered]
+
+
+def _layer_status(adapters: AdapterSet, slot: AdapterSlot) -> TunerLayerStatus | None:
+    """Return the status of one slot; None if only the layer's bias trains."""
+    parts = {name: slot.adapters[name] for name in slot.adapters if not isinstance(slot.adapters[name], TrainedBias)}
+    if not parts:
+        return None
+    first = next(iter(parts))
+    part, path = parts[first], slot.path
+    if slot.base.kind == "parameter":
+        path = path.rpartition(".")[0]
+    path = f"{path}.{part.disk_prefix}".removesuffix(".")
+    if isinstance(part, method_named("TRAINABLE_TOKENS").adapter):
+        kind = "TrainableTokensLayer"
+    else:
+        names = {"parameter": "ParamWrapper", "linear": "Linear"}
+        layer = type(slot.base.layer).__name__
+        kind = layer if slot.base.quantized else names.get(slot.base.kind, layer)
+        kind = f"{adapters.configs[first].peft_type.lower()}.{kind}"
+    status = _status(adapters, path, kind, parts, slot.merged, _backend(slot.base))
+    return _with_own_active(status) if kind == "TrainableTokensLayer" else status
+
+
+def _with_own_active(status: TunerLayerStatus) -> TunerLayerStatus:
+    """Return a status with those active adapters that the layer has: HF PEFT's for modules and rows that train whole."""
+    active = [name for name in status.active_adapters if name in status.available_adapters]
+    return dataclasses.replace(status, active_adapters=active)
 
 
 def _status(
@@ -139,7 +172,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         model: a model with adapters.
 
     Raises:
-        PeftError: no layer of the model has an adapter, as with prompt methods.
+        TargetError: no layer of the model has an adapter, as with prompt methods.
     """
     layers = get_layer_status(model)
     adapters = adapter_set(model)
@@ -155,7 +188,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         trainable, total = (sum(p.numel() for p in parameters if p.requires_grad or any_) for any_ in (False, True))
     names = sorted({name for layer in layers for name in layer.available_adapters})
     kinds = {config.peft_type for config in adapters.configs.values()}
-    active = _same({tuple(layer.active_adapters) for layer in layers}, default=())
     return TunerModelStatus(
         base_model_type=type(model).__name__,
         adapter_model_type=f"{type(next(iter(adapters.configs.values()))).__name__.removesuffix('Config')}Model"
@@ -166,7 +198,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_same({layer.enabled for layer in layers}, default=True),
-        active_adapters="irregular" if active == "irregular" else list(active),
+        active_adapters=list(adapters.selection.active),
         merged_adapters="irregular" if is_partly_merged else merged,
         requires_grad={
             name: _same({layer.requires_grad[name] for layer in layers if name in layer.requires_grad}, default=False)

@@ -16,6 +16,7 @@ from peftcore.detection import detect
 from peftcore.errors import NoMatchingPeftModuleError, TargetError, suggestion
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.adapter_layer import AdapterLayer
+from peftcore.layers.adapter_parameters import AdapterParameters
 from peftcore.layers.saved_module import SavedModule
 from peftcore.layers.wrapper import unwrapped
 from peftcore.registry import method_of
@@ -137,7 +138,7 @@ def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str,
         {path: (module, name of the parameter)}
 
     Raises:
-        TargetError: a name matches no parameter, or one of a layer that `target_modules` can adapt.
+        TargetError: a name matches no parameter, or one of a layer that has adapters or is quantised.
     """
     names = parameter_names(config)
     if not names:
@@ -148,9 +149,23 @@ def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str,
     for name in names:
         if not any(named(path, [name]) for path in matches):
             raise TargetError(f"target_parameters: {name!r} is no parameter{suggestion(name, list(every))}")
-    if of_layers := [path for path, (m, _) in matches.items() if is_adaptable(m)]:
-        raise TargetError(f"target_parameters: {of_layers[0]} belongs to a layer; name that layer in target_modules")
+    for path, (module, _) in matches.items():
+        owner = path.rpartition(".")[0]
+        if isinstance(module_index.modules[owner], AdapterLayer):
+            raise TargetError(f"target_parameters: the layer {owner} has adapters; name it in target_modules in place")
+        if is_adaptable(module) and base_weight(module, owner).quantized:
+            raise TargetError(f"target_parameters: {path} is quantised; name the layer in target_modules in place of it")
     return matches
+
+
+def tied_weights(module_index: ModuleIndex) -> list[list[str]]:
+    """Return the paths of the layers that share a weight, for each weight of several layers."""
+    layers: dict[int, dict[int, str]] = {}
+    for path, module in module_index.modules.items():
+        layer = unwrapped(module)
+        if (weight := layer._parameters.get("weight")) is not None:
+            layers.setdefault(id(weight), {}).setdefault(id(layer), path)
+    return [list(paths.values()) for paths in layers.values() if len(paths) > 1]
 
 
 def tied_paths(module_index: ModuleIndex, paths: Iterable[str]) -> dict[str, str]:
@@ -236,6 +251,8 @@ def _in_chosen_block(path: str, config: TunerConfig) -> bool:
 def _check_kind(path: str, layer: nn.Module) -> None:
     if isinstance(layer, SavedModule):
         raise TargetError(f"{path} is already trained whole as one of modules_to_save; exclude it")
+    if isinstance(layer, AdapterParameters) and is_adaptable(layer.base_layer):
+        raise TargetError(f"{path}: an adapter on its parameter is in place (target_parameters); exclude this layer")
     if not isinstance(layer, AdapterLayer) and not raw_projections(unwrapped(layer)):
         base_weight(layer, path)
 

@@ -1,5 +1,6 @@
 """`TunerModel`: the object between a `PeftModel` and its base in HF PEFT, as a view: `model.base_model.model`."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import nn
@@ -7,8 +8,17 @@ from torch import nn
 from peftcore.config import PeftConfig
 from peftcore.injection import activation, inject, merge
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
+from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.trained_bias import TrainedBias
 
 _CLASSES: dict[str, type["TunerModel"]] = {}
+_PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
+"""{method: start of the names of its parameters}, where this is not the method's own name"""
+
+
+def parameter_prefix(peft_type: str) -> str:
+    """Return how HF PEFT names of a method's parameters begin, such as "lora_"."""
+    return _PREFIXES.get(peft_type, f"{peft_type.lower()}_")
 
 
 class TunerModel:
@@ -71,6 +81,12 @@ class TunerModel:
         return f"{type(self).__name__}(model={self.model!r})"
 
     @property
+    def prefix(self) -> str:
+        """Start of the names of the parameters of the first adapter's method, such as "lora_"; "" without adapters."""
+        first = next(iter(self.peft_config.values()), None)
+        return "" if first is None else parameter_prefix(first.peft_type)
+
+    @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """{adapter: configuration}."""
         return adapter_set(self.model).configs
@@ -87,8 +103,13 @@ class TunerModel:
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """Paths of the layers with adapters."""
-        return list(adapter_set(self.model).layers)
+        """Paths of the layers with adapters, without raw parameters."""
+        return [path for path, slot in _adapted(self.model) if slot.base.kind != "parameter"]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of the raw parameters with adapters."""
+        return [path for path, slot in _adapted(self.model) if slot.base.kind == "parameter"]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones; see `PeftModel.set_adapter`."""
@@ -114,6 +135,14 @@ class TunerModel:
     def unmerge_adapter(self) -> None:
         """Restore the unmerged base weights."""
         merge.unmerge_adapter(self.model)
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, AdapterSlot]]:
+    """Yield (path, slot) of the slots that `target_modules` and `target_parameters` name."""
+    for path, slot in adapter_set(model).layers.items():
+        parts = (slot.adapters[name] for name in slot.adapters)
+        if any(not isinstance(part, TrainedBias) and not part.disk_prefix.startswith("token") for part in parts):
+            yield path, slot
 
 
 def tuner_model(model: nn.Module) -> TunerModel:

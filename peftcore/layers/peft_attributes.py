@@ -6,6 +6,7 @@ parameters, and `layer.lora_A` is a view: {adapter name: element}. An element is
 Writing an element changes the adapter.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from peftcore.errors import ConfigError, PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.switching import MergingMethods
 
+_IN_A_MODULE = ("lora_magnitude_vector",)
+"""Attributes that hold a module with a `weight` in HF PEFT's layers, while the keys on disk have no "weight"."""
 _NUMBERS = {"r": "rank"}
 """{attribute of HF PEFT's layers: attribute of an adapter}, where the two names differ"""
 
@@ -123,6 +126,11 @@ class PerAdapter(MutableMapping[str, Any]):
                 f"{self._attribute}[{name!r}] is a view and cannot be replaced; assign its weight or change it in place"
             )
 
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and name in self:  # as in nn.ModuleDict: lora_A.default
+            return self[name]
+        raise AttributeError(f"{self._attribute} has no adapter {name!r}; it has {list(self)}")
+
     def __delitem__(self, name: str) -> None:
         raise PeftError(f"{self._attribute}[{name!r}] is a view; delete the whole adapter by delete_adapter({name!r})")
 
@@ -167,6 +175,8 @@ def _number(adapter: Adapter, attribute: str) -> Any:
 
 def _element(adapter: Adapter, attribute: str) -> Any:
     parameters = _parameters(adapter, attribute)
+    if attribute in _IN_A_MODULE and "" in parameters:
+        parameters = {"weight": parameters[""]}
     if parameters == {"": parameters.get("")}:
         return adapter.get_parameter(parameters[""])
     return FactorView(adapter, parameters) if parameters else _number(adapter, attribute)
@@ -195,6 +205,15 @@ class PeftLayerAttributes(MergingMethods):
         return tuple(dict.fromkeys(names))
 
     @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """Attributes that hold numbers of adapters, such as ("r", "scaling", "lora_alpha")."""
+        slot = self._slot
+        configs = [slot.adapters[name].printed[0] for name in slot.adapters]
+        options = (o.name for config in configs if dataclasses.is_dataclass(config) for o in dataclasses.fields(config))
+        names = dict.fromkeys(("r", "scaling", *options))
+        return tuple(name for name in names if self.peft_attribute(name) and name not in self.adapter_layer_names)
+
+    @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer's weight."""
         return list(self._slot.merged)
@@ -212,6 +231,14 @@ class PeftLayerAttributes(MergingMethods):
         view = PerAdapter(self._slot, "scaling")
         for name, value in values.items():
             view[name] = value
+
+    @property
+    def token_adapter(self) -> "PeftLayerAttributes":
+        """This layer itself, if rows of it train (`trainable_token_indices`); HF PEFT has a layer inside of it."""
+        slot = self._slot
+        if any(slot.adapters[name].disk_prefix == "token_adapter." for name in slot.adapters):
+            return self
+        raise AttributeError("token_adapter")  # nn.Module then looks for the base layer's attribute
 
     def get_base_layer(self) -> nn.Module:
         """Return the layer without adapters."""

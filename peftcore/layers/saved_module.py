@@ -24,15 +24,32 @@ class SavedModule(SwitchingMethods, LayerWrapper):
     def _holders(self) -> Iterable[Any]:
         return [self.copies]
 
+    # -- HF PEFT's names ------------------------------------------------------------------------------------
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
+
     @property
     def modules_to_save(self) -> NamedModules:
-        """{adapter: its trained copy}; HF PEFT's name of `copies`."""
+        """{adapter: its trainable copy}."""
         return self.copies
 
     @property
     def original_module(self) -> nn.Module:
-        """The module without a trained copy; HF PEFT's name of `base_layer`."""
+        """The module itself, without adapters."""
         return self.base_layer
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapter whose copy is in effect; [] if the module itself is."""
+        return [name for name in self.selection.active if name in self.copies][:1]
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The active adapter whose copy is in effect; [] if the module itself is."""
+        return self.active_adapters
+
+    # -- forward ---------------------------------------------------------------------------------------------
 
     def current(self, one: Composition | None = None) -> nn.Module:
         """Return the module in effect: the copy of the first adapter that has one, else the original.

@@ -54,6 +54,18 @@ class NamedModules(nn.Module):
     def __len__(self) -> int:
         return len(self._modules)
 
+    def keys(self) -> Iterator[str]:
+        """Yield the names."""
+        return iter(self._modules)
+
+    def values(self) -> Iterator[Any]:
+        """Yield the modules."""
+        return iter(self._modules.values())
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name, module)."""
+        return iter(self._modules.items())
+
 
 class Prompts(NamedModules):
     """Prompt learners by adapter name: a submodule of the model that is no part of the base model."""

@@ -6,7 +6,6 @@ the inverse by its first powers (OFTv2, arXiv:2506.19847). Unlike PEFT, `module_
 rotates its patches (PEFT adds up overlapping ones); `coft` projects after each step, not in the forward pass.
 """
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
@@ -165,11 +164,6 @@ class OFT(Adapter):
 
     def checkpoint_keys(self) -> dict[str, str]:
         return {"oft_R": "oft_embedding_R.weight" if self.base.kind == "embedding" else "oft_R.weight"}
-
-    @classmethod
-    def config_to_save(cls, config: OFTConfig, adapters: Mapping[str, Adapter]) -> OFTConfig:
-        """Return the configuration with a PEFT version whose Neumann series equals this one; PEFT reads the version."""
-        return dataclasses.replace(config, peft_version=config.peft_version or "0.18.0")
 
     @classmethod
     @torch.no_grad()

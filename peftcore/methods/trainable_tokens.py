@@ -31,10 +31,13 @@ class TrainableTokensConfig(TunerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         ids = self.token_indices
-        if not ids or any(not isinstance(i, int) or i < 0 for i in ids) or len(set(ids)) < len(ids):
-            raise ConfigError(
-                f"TrainableTokensConfig: token_indices must be different token ids, at least one; got {ids!r}"
-            )
+        if any(not isinstance(i, int) or i < 0 for i in ids) or len(set(ids)) < len(ids):
+            raise ConfigError(f"TrainableTokensConfig: token_indices must be different token ids; got {ids!r}")
+
+    def check_complete(self) -> None:
+        super().check_complete()
+        if not self.token_indices:
+            raise ConfigError("TrainableTokensConfig: token_indices is empty; give at least one token id")
 
     @property
     def trains_single_rows(self) -> bool:

@@ -40,6 +40,9 @@ class AdaptionPromptConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.positive(*(name for name in ("adapter_len", "adapter_layers") if getattr(self, name) is not None))
+
+    def check_complete(self) -> None:
         self.positive("adapter_len", "adapter_layers")
 
 

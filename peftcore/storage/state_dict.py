@@ -189,10 +189,9 @@ def set_base_model_state_dict(
     missing = [key for key in ours if key not in state_dict]
     unexpected = [key for key in state_dict if key not in ours]
     if strict and (missing or unexpected):
-        raise RuntimeError(
-            f"set_base_model_state_dict: the state dict lacks {missing[:5]} ({len(missing)} keys) and has unexpected "
-            f"{unexpected[:5]} ({len(unexpected)} keys); strict=False loads the others"
-        )
+        parts = (("Missing", missing), ("Unexpected", unexpected))
+        listed = "; ".join(f"{word} keys: {keys[:5]} ({len(keys)} in all)" for word, keys in parts if keys)
+        raise RuntimeError(f"set_base_model_state_dict: {listed}; strict=False loads the others")
     model.load_state_dict({ours[key]: tensor for key, tensor in state_dict.items() if key in ours}, strict=False)
     adapter_set(model).selection.forget()
     return IncompatibleKeys(missing, unexpected)

@@ -113,7 +113,7 @@ def test_an_unknown_key_on_disk_is_kept_and_warned_of(method: str, tmp_path: Pat
     EXAMPLES[method].make(target_modules=["0"]).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 3}))
-    with pytest.warns(UserWarning, match="'from_the_future' is unknown to this version; it is kept"):
+    with pytest.warns(UserWarning, match="unknown to this version: 'from_the_future'; kept"):
         config = PeftConfig.from_pretrained(tmp_path)
     assert config.to_dict()["from_the_future"] == 3
 

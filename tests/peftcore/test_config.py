@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+from torch import nn
 
-from peftcore import CheckpointError, ConfigError, LoraConfig, PeftConfig
+import peftcore
+from peftcore import CheckpointError, ConfigError, LoraConfig, PeftConfig, PeftType, PromptTuningConfig, hf_peft
 from peftcore.config import TunerConfig
 
 
@@ -47,3 +50,61 @@ def test_types_that_cannot_be_looked_at_are_not_asked() -> None:
     assert made.strange_pattern == {"a": 2}
     with pytest.raises(ConfigError, match="not a regular expression"):
         AnyConfig(strange_pattern={"(": 2})
+
+
+def test_the_method_is_a_member_of_pefts_enumeration() -> None:
+    config = LoraConfig()
+    assert config.peft_type is PeftType.LORA
+    assert config.peft_type.value == peft.LoraConfig().peft_type.value
+    assert config.to_dict()["peft_type"] == "LORA"
+
+
+def test_the_method_may_be_given_and_another_one_warns() -> None:
+    assert LoraConfig(peft_type="LORA") == LoraConfig()
+    with pytest.warns(UserWarning, match="'IA3' has no effect, because the class has the method 'LORA'"):
+        assert LoraConfig(peft_type="IA3").peft_type == "LORA"
+
+
+def test_the_version_of_the_file_format_is_saved_and_read(tmp_path: Path) -> None:
+    config = LoraConfig()
+    assert config.peft_version == peft.LoraConfig().peft_version == hf_peft.__version__
+    LoraConfig(peft_version="0.9").save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).peft_version == "0.9"
+
+
+def test_the_fields_of_a_file_without_the_options_of_one_process(tmp_path: Path) -> None:
+    config = LoraConfig(r=3)
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    assert PeftConfig.from_json_file(file) == config.to_dict()
+    file.write_text(json.dumps({**config.to_dict(), "runtime_config": {"ephemeral_gpu_offload": True}}))
+    with pytest.warns(UserWarning, match="runtime_config is not read"):
+        assert PeftConfig.from_json_file(file) == config.to_dict()
+
+
+def test_from_peft_type_takes_the_class_of_the_method() -> None:
+    assert PeftConfig.from_peft_type(peft_type=PeftType.LORA, r=3) == LoraConfig(r=3)
+    assert LoraConfig.from_peft_type(r=3) == LoraConfig(r=3)
+
+
+def test_a_file_of_something_else_is_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(ConfigError, match="has no peft_type, and 'hidden_size' is no field of LoraConfig"):
+        LoraConfig.from_pretrained(tmp_path)
+
+
+def test_options_of_later_versions_are_named_in_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "spam": 1, "eggs": 2}')
+    with pytest.warns(UserWarning, match="unknown to this version: 'eggs', 'spam'; kept") as warned:
+        PeftConfig.from_pretrained(tmp_path)
+    assert len(warned) == 1
+
+
+def test_needed_options_may_be_assigned_later() -> None:
+    with pytest.raises(ConfigError, match="num_virtual_tokens must be a positive integer"):
+        peftcore.get_peft_model(nn.Linear(2, 2), PromptTuningConfig())
+    with pytest.raises(ConfigError, match="target_modules is empty"):
+        peftcore.get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=[]))
+    config = LoraConfig(target_modules=[])
+    config.target_modules = ["0"]
+    assert peftcore.get_peft_model(nn.Sequential(nn.Linear(2, 2)), config).active_adapter == "default"

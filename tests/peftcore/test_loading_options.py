@@ -192,6 +192,14 @@ def test_the_name_of_the_base_is_in_the_configuration_as_with_hf_peft() -> None:
     assert model.peft_config["default"].base_model_name_or_path == "owner/base"  # what the user has stated
 
 
+def test_a_configuration_that_is_given_becomes_the_adapters_own(tmp_path: Path) -> None:
+    get_peft_model(net(), LoraConfig(**TARGETS)).save_pretrained(tmp_path)
+    for library in (peftcore, peft):
+        config = library.LoraConfig(**TARGETS)
+        model = library.PeftModel.from_pretrained(net(), str(tmp_path), config=config)
+        assert model.peft_config["default"] is config and config.inference_mode
+
+
 @pytest.mark.parametrize("option", ["mixed", "autocast_adapter_dtype", "low_cpu_mem_usage"])
 def test_a_flag_must_be_true_or_false(option: str) -> None:
     options: Any = {option: "no"}

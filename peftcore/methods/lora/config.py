@@ -19,6 +19,7 @@ _WITHOUT_EFFECT_ON_TENSORS = {
     "base_model_name_or_path",
     "inference_mode",
     "init_lora_weights",
+    "peft_version",
     "revision",
     "task_type",
 }

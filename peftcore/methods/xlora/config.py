@@ -42,20 +42,23 @@ class XLoraConfig(TunerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden_size is None:
-            raise ConfigError("XLoraConfig: hidden_size is needed; give model.config.hidden_size")
-        if not self.adapters:
-            raise ConfigError("XLoraConfig: adapters is needed; give {name: directory of a trained LoRA}")
-        self.positive("hidden_size", "xlora_depth", "xlora_size")
+        self.positive(*(["hidden_size"] if self.hidden_size is not None else []), "xlora_depth", "xlora_size")
         self.probability("xlora_dropout_p")
         if self.softmax_temperature <= 0:
             raise ConfigError(f"XLoraConfig: softmax_temperature must be above 0; got {self.softmax_temperature}")
-        if self.top_k_lora is not None and not 1 <= self.top_k_lora <= len(self.adapters):
+        if self.top_k_lora is not None and self.adapters and not 1 <= self.top_k_lora <= len(self.adapters):
             raise ConfigError(f"XLoraConfig: top_k_lora must be 1 to {len(self.adapters)}; got {self.top_k_lora}")
         if self.enable_softmax and self.enable_softmax_topk:
             warnings.warn(
                 "XLoraConfig: a softmax over a softmax flattens the weights; set enable_softmax=False", stacklevel=3
             )
+
+    def check_complete(self) -> None:
+        super().check_complete()
+        if self.hidden_size is None:
+            raise ConfigError("XLoraConfig: hidden_size is needed; give model.config.hidden_size")
+        if not self.adapters:
+            raise ConfigError("XLoraConfig: adapters is needed; give {name: directory of a trained LoRA}")
 
     def directories(self) -> list[Path]:
         """Return the LoRAs' directories in the order of their classes; JSON does not keep the order of the names.

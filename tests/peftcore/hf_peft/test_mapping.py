@@ -4,6 +4,7 @@ from peftcore.mapping import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
     get_peft_config,
 )
@@ -19,6 +20,14 @@ def test_each_method_has_its_classes_under_pefts_names() -> None:
         theirs = peft.PeftType(str(name))
         assert PEFT_TYPE_TO_CONFIG_MAPPING[name].__name__ == peft.PEFT_TYPE_TO_CONFIG_MAPPING[theirs].__name__
         assert PEFT_TYPE_TO_TUNER_MAPPING[name].__name__ == peft.PEFT_TYPE_TO_TUNER_MAPPING[theirs].__name__
+
+
+def test_each_method_has_pefts_prefix() -> None:
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as THEIRS
+
+    assert {str(name): PEFT_TYPE_TO_PREFIX_MAPPING[name] for name in PEFT_TYPE_TO_PREFIX_MAPPING} == {
+        str(name.value): prefix for name, prefix in THEIRS.items() if name.value in methods()
+    }
 
 
 def test_a_table_takes_the_enumeration_and_its_text() -> None:

@@ -352,3 +352,25 @@ def test_nothing_switches_adapters_on_inside_of_disable_adapter() -> None:
             assert torch.equal(model(TOKENS).logits, base)
         assert torch.equal(model(TOKENS).logits, base)
     assert torch.equal(model(TOKENS).logits, model(TOKENS, adapter_names="b").logits)
+
+
+def test_of_several_adapters_all_or_none_are_deleted() -> None:
+    model = net()
+    model.add_adapter("b", lora("1"))
+    model.merge_adapter(["b"])
+    with pytest.raises(MergeError, match="'b' is merged"):
+        model.delete_adapter(["default", "b"])
+    assert list(model.peft_config) == ["default", "b"]
+    with pytest.warns(UserWarning, match="'b' is the active one now"):
+        model.delete_adapter("default")  # another adapter may be merged
+    assert list(model.peft_config) == ["b"]
+
+
+def test_only_one_copy_of_a_module_can_be_active() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), lora("0", modules_to_save=["1"]))
+    model.add_adapter("b", lora("0", modules_to_save=["1"]))
+    model.add_adapter("c", lora("0"))
+    with pytest.raises(AdapterNameError, match=r"\['default', 'b'\] each have a copy of 1"):
+        model.set_adapter(["default", "b"])
+    model.set_adapter(["c", "b"])
+    assert model[1].active_adapters == ["b"]

@@ -1,5 +1,6 @@
 """`get_layer_status` and `get_model_status`, compared with HF PEFT's."""
 
+import dataclasses
 from typing import Any
 
 import peft
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore import LoraConfig, PeftError, get_layer_status, get_model_status, get_peft_model
+from peftcore import LoraConfig, TargetError, get_layer_status, get_model_status, get_peft_model
 
 
 def base() -> nn.Sequential:
@@ -46,10 +47,36 @@ def test_a_model_has_the_status_that_peft_gives_it(pair: tuple[Any, Any]) -> Non
     assert ours.requires_grad == theirs.requires_grad == {"default": False, "other": True}
 
 
-def test_layers_have_the_paths_of_the_plain_model(pair: tuple[Any, Any]) -> None:
-    ours, theirs = (model.get_layer_status() for model in pair)
-    assert [status.name for status in ours] == [status.name.removeprefix("model.") for status in theirs]
-    assert [status.available_adapters for status in ours] == [status.available_adapters for status in theirs]
+class Several(nn.Module):
+    """A model with one layer of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.conv, self.linear = nn.Linear(4, 4), nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+        self.tokens, self.rows = nn.Embedding(8, 4), nn.Embedding(8, 4)
+
+
+def several(library: Any) -> Any:
+    config = library.LoraConfig(
+        r=2,
+        target_modules=["linear", "conv", "rows"],
+        modules_to_save=["head"],
+        trainable_token_indices={"tokens": [1]},
+    )
+    model = library.get_peft_model(Several(), config)
+    model.add_adapter("other", library.LoraConfig(r=2, target_modules=["linear"]))
+    model.set_adapter("other")
+    return model
+
+
+def test_each_layer_has_the_status_that_peft_gives_it() -> None:
+    ours, theirs = (several(library).get_layer_status() for library in (peftcore, peft))
+    assert [dataclasses.asdict(status) for status in ours] == [dataclasses.asdict(status) for status in theirs]
+
+
+def test_without_a_peft_model_paths_are_those_of_the_plain_model() -> None:
+    model = peftcore.inject_adapter_in_model(LoraConfig(r=2, target_modules=["2", "0"]), base())
+    assert [status.name for status in get_layer_status(model)] == ["0", "2"]
 
 
 def test_what_differs_between_parameters_is_irregular() -> None:
@@ -67,9 +94,9 @@ def test_disabled_adapters_are_not_enabled() -> None:
 
 def test_a_copy_of_a_whole_module_is_a_layer_too() -> None:
     model = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
-    assert [status.name for status in get_layer_status(model)] == ["0", "2"]
+    assert [status.name for status in get_layer_status(model)] == ["model.0", "model.2"]
 
 
 def test_a_plain_model_has_no_status() -> None:
-    with pytest.raises(PeftError, match="no adapter layers"):
+    with pytest.raises(TargetError, match="No adapter layers"):
         get_layer_status(base())

@@ -1,10 +1,12 @@
 """`model.base_model`: the object between a model and its base in HF PEFT."""
 
+import peft
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
+import peftcore
 from peftcore import AdapterNameError, IA3Model, LoraConfig, LoraModel, PeftModel, get_peft_model
 
 SIZES = {
@@ -29,7 +31,40 @@ def test_base_model_model_is_the_model() -> None:
     assert not isinstance(model.base_model, IA3Model)
     assert model.base_model.active_adapters == ["default"]
     assert model.base_model.peft_config is model.peft_config
-    assert model.base_model.targeted_module_names == ["0"]
+    assert model.base_model.targeted_module_names == model.targeted_module_names == ["0"]
+    assert model.base_model.prefix == model.prefix == "lora_"
+
+
+def test_raw_parameters_and_token_rows_are_no_targeted_modules() -> None:
+    names = []
+    for library in (peftcore, peft):
+        config = library.LoraConfig(
+            r=2, target_modules=["2"], target_parameters=["0.weight"], trainable_token_indices={"3": [1]}, bias="all"
+        )
+        model = library.get_peft_model(nn.Sequential(*base(), nn.Embedding(4, 4)), config)
+        names.append((model.targeted_module_names, model.targeted_parameter_names))
+    assert names[0] == names[1] == (["2"], ["0.weight"])
+
+
+def test_a_models_own_prefix_stays() -> None:
+    class Own(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(2, 2))
+            self.prefix = nn.Parameter(torch.ones(2))
+
+    plain = Own()
+    own = plain.prefix
+    assert get_peft_model(plain, LoraConfig(target_modules=["0"])).prefix is own
+
+
+def test_layers_can_be_disabled_under_pefts_names() -> None:
+    model = get_peft_model(base(), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(2, 4)
+    y = model(x)
+    model.disable_adapter_layers()
+    assert not torch.equal(model(x), y)
+    model.enable_adapter_layers()
+    assert torch.equal(model(x), y)
 
 
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, LlamaModel])

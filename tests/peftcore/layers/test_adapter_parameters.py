@@ -8,7 +8,7 @@ from method_example import randomise
 from torch import Tensor, nn
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore.errors import RoutingError
+from peftcore.errors import RoutingError, TargetError
 from peftcore.injection.adapter_set import adapter_set
 
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -85,3 +85,29 @@ def test_the_modules_own_parameter_is_in_place_again_after_a_forward() -> None:
         base = model(X)
     assert not torch.allclose(model(X), base)
     assert experts.weights is weights
+
+
+def test_the_weight_of_a_linear_layer_computes_what_an_adapter_of_the_layer_computes() -> None:
+    models: list[Any] = []
+    for options in ({"target_modules": ["0"]}, {"target_modules": [], "target_parameters": ["0.weight"]}):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(12, 8).double())
+        models.append(get_peft_model(base, LoraConfig(r=2, **options)))
+        randomise(models[-1], 0.3)
+    torch.testing.assert_close(models[1](X), models[0](X))
+    merged = models[1].merge_and_unload()
+    torch.testing.assert_close(merged(X), models[0](X))
+
+
+def test_a_layer_has_adapters_on_itself_or_on_its_weight() -> None:
+    on_weight, on_layer = LoraConfig(target_modules=[], target_parameters=["0.weight"]), LoraConfig(target_modules="0")
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), on_layer)
+    with pytest.raises(TargetError, match="the layer 0 has adapters"):
+        model.add_adapter("other", on_weight)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), on_weight)
+    with pytest.raises(TargetError, match="0: an adapter on its parameter is in place"):
+        model.add_adapter("other", on_layer)
+    with pytest.raises(TargetError, match="name it in one of the two"):
+        get_peft_model(
+            nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules="0", target_parameters=["0.weight"])
+        )

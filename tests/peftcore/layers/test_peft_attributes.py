@@ -118,3 +118,38 @@ def test_a_method_without_factors_has_its_parameter_as_the_element() -> None:
     theirs = peft.get_peft_model(base(), peft.IA3Config(target_modules=["1"], feedforward_modules=[]))
     assert model[1].ia3_l["default"].shape == theirs.base_model.model[1].ia3_l["default"].shape
     assert isinstance(model[1].ia3_l["default"], nn.Parameter)
+
+
+def test_an_adapter_is_also_an_attribute_of_its_dictionary(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair[0][1], pair[1][1]
+    torch.testing.assert_close(ours.lora_A.default.weight, theirs.lora_A.default.weight)
+    with pytest.raises(AttributeError, match="lora_A has no adapter 'other'"):
+        _ = ours.lora_A.other
+
+
+def test_the_attributes_of_numbers_are_listed(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair[0][1], pair[1][1]
+    assert {"r", "lora_alpha", "scaling"} <= set(ours.other_param_names) & set(theirs.other_param_names)
+    for name in ours.other_param_names:
+        assert "default" in getattr(ours, name)
+
+
+def test_doras_magnitude_is_a_module_with_a_weight() -> None:
+    layers = []
+    for library in (peftcore, peft):
+        torch.manual_seed(0)
+        model = library.get_peft_model(nn.Sequential(nn.Linear(4, 3)), library.LoraConfig(target_modules="0", use_dora=True))
+        layers.append(model.base_model.model[0])
+    ours, theirs = (layer.lora_magnitude_vector["default"].weight for layer in layers)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_rows_that_train_are_an_adapter_of_their_own() -> None:
+    models = []
+    for library in (peftcore, peft):
+        config = library.LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [2, 3]})
+        models.append(library.get_peft_model(base(), config).base_model.model)
+    ours, theirs = (model[0].token_adapter.trainable_tokens_delta.default for model in models)
+    torch.testing.assert_close(ours, theirs)
+    with pytest.raises(AttributeError):
+        _ = models[0][1].token_adapter

@@ -44,13 +44,13 @@ def scaled(model: Any) -> None:
                 parameter.mul_(factor)
 
 
-def test_the_first_active_adapter_with_a_copy_is_used_and_else_the_original() -> None:
+def test_the_active_adapters_copy_is_used_and_else_the_original() -> None:
     model = model_of(nn.Linear(6, 3))
     scaled(model)
     assert isinstance(model.head, SavedModule)
     with model.disable_adapter():
         base = model(X)
-    for active, factor in ((["a"], 2), (["b"], 1), (["b", "c"], 3), (["c", "a"], 3), ([], 1)):
+    for active, factor in ((["a"], 2), (["b"], 1), (["b", "c"], 3), (["c"], 3), ([], 1)):
         model.set_adapter(active)
         torch.testing.assert_close(model(X), factor * base)
 
@@ -120,3 +120,21 @@ def test_each_row_uses_its_own_adapters_copy_of_a_module() -> None:
     assert_rows_as_alone(model, ["a", "b", "c", None, Stack("b", "c"), {"a": 0.5, "b": 0.5}])
     with pytest.raises(RoutingError, match=r"trained whole by \['a', 'c'\], and whole modules cannot be mixed"):
         model(TOKENS, adapter_names={"a": 0.5, "c": 0.5})
+
+
+def test_a_copy_and_the_original_are_where_peft_has_them() -> None:
+    wrappers = []
+    for library in (peftcore, peft):
+        config = library.LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])
+        torch.manual_seed(0)
+        model = library.get_peft_model(Headed(nn.Linear(6, 3)), config)
+        model.add_adapter("other", library.LoraConfig(r=2, target_modules=["body"]))
+        wrappers.append((model, model.base_model.model.head))
+    (ours, our_head), (theirs, their_head) = wrappers
+    assert set(our_head.modules_to_save.keys()) == set(their_head.modules_to_save.keys()) == {"default"}
+    torch.testing.assert_close(our_head.modules_to_save.default.weight, their_head.modules_to_save.default.weight)
+    assert our_head.original_module.weight.requires_grad is their_head.original_module.weight.requires_grad is False
+    for active in ("default", "other"):
+        ours.set_adapter(active)
+        theirs.set_adapter(active)
+        assert our_head.active_adapters == their_head.active_adapters

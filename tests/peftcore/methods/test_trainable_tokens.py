@@ -71,10 +71,15 @@ def test_a_scaled_embedding_scales_the_trained_rows_too() -> None:
     torch.testing.assert_close(model(TOKENS).logits, base)
 
 
-@pytest.mark.parametrize("ids", [[], [1, 1], [-1], ["a"]])
+@pytest.mark.parametrize("ids", [[1, 1], [-1], ["a"]])
 def test_impossible_tokens(ids: list[Any]) -> None:
     with pytest.raises(ConfigError, match=r"different token ids|a list of integers; got \['a'\]"):
         TrainableTokensConfig(token_indices=ids)
+
+
+def test_an_adapter_needs_a_token() -> None:
+    with pytest.raises(ConfigError, match="token_indices is empty"):
+        get_peft_model(llama(True), TrainableTokensConfig())
 
 
 def test_tokens_beyond_the_vocabulary_and_models_without_an_embedding() -> None:

@@ -135,7 +135,7 @@ def test_what_cannot_be() -> None:
     with pytest.raises(ConfigError, match="adapter_layers=5, but the model has 2"):
         get_peft_model(build("llama"), AdaptionPromptConfig(adapter_len=2, adapter_layers=5))
     with pytest.raises(ConfigError, match="adapter_len must be a positive integer"):
-        AdaptionPromptConfig(adapter_layers=2)
+        get_peft_model(build("llama"), AdaptionPromptConfig(adapter_layers=2))
     bert = BertForSequenceClassification(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
     with pytest.raises(TargetError, match="no attention module that an adaption prompt supports"):
         get_peft_model(bert, AdaptionPromptConfig(adapter_len=2, adapter_layers=1))

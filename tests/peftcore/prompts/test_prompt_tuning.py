@@ -26,7 +26,6 @@ def test_parity(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({}, "num_virtual_tokens must be a positive integer"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be a positive integer"),
         ({"num_virtual_tokens": 2, "prompt_tuning_init": "WORDS"}, "must be one of"),
         ({"num_virtual_tokens": 2, "prompt_tuning_init": "TEXT"}, "needs tokenizer_name_or_path"),

@@ -168,7 +168,7 @@ def test_configurations_as_they_are_published(saved: Path) -> None:
     path = saved / "adapter_config.json"
     values = json.loads(path.read_text()) | {"peft_type": "lora", "use_next_years_option": {"a": 1}}
     path.write_text(json.dumps(values))
-    with pytest.warns(UserWarning, match="'use_next_years_option' is unknown to this version; it is kept"):
+    with pytest.warns(UserWarning, match="unknown to this version: 'use_next_years_option'; kept"):
         config = PeftConfig.from_pretrained(saved)
     assert isinstance(config, LoraConfig) and config.extra == {"use_next_years_option": {"a": 1}}
 

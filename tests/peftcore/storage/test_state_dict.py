@@ -110,7 +110,7 @@ def test_the_bases_state_dict_is_that_of_the_plain_model() -> None:
 def test_the_bases_state_dict_must_fit_unless_it_need_not() -> None:
     model = get_peft_model(base(), LoraConfig(**OPTIONS))
     partial = {"0.weight": torch.zeros(5, 4), "9.weight": torch.zeros(1)}
-    with pytest.raises(RuntimeError, match=r"lacks \['0\.bias', .*unexpected \['9\.weight'\]"):
+    with pytest.raises(RuntimeError, match=r"Missing keys: \['0\.bias', .*Unexpected keys: \['9\.weight'\]"):
         set_base_model_state_dict(model, partial)
     result = set_base_model_state_dict(model, partial, strict=False)
     assert result.unexpected_keys == ["9.weight"]

@@ -12,8 +12,6 @@ from peftcore.methods.xlora import XLoraConfig
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"hidden_size": None}, "hidden_size is needed"),
-        ({"adapters": {}}, "adapters is needed"),
         ({"xlora_depth": 0}, "xlora_depth must be a positive integer; got 0"),
         ({"xlora_dropout_p": 1.0}, "below 1; got 1.0"),
         ({"softmax_temperature": 0}, "above 0; got 0"),
@@ -23,6 +21,15 @@ from peftcore.methods.xlora import XLoraConfig
 def test_impossible_options(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         XLoraConfig(**{"hidden_size": 32, "adapters": {"0": "somewhere"}, **options})
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"hidden_size": None}, "hidden_size is needed"), ({"adapters": {}}, "adapters is needed")]
+)
+def test_the_adapter_needs_its_options(options: dict, message: str) -> None:
+    config = XLoraConfig(**{"hidden_size": 32, "adapters": {"0": "somewhere"}, **options})
+    with pytest.raises(ConfigError, match=message):
+        config.check_complete()
 
 
 def test_two_softmaxes_warn() -> None:
