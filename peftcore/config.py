@@ -391,11 +391,19 @@ class PeftConfig(SharedOptions):
                 the others of `huggingface_hub.hf_hub_download`. Fields of the configuration are no options; assign
                 them to the result.
 
+                `trust_remote_code=True` is a warning, because a configuration of an adapter has no code.
+
         Raises:
             CheckpointError: If `adapter_config.json` is absent or not valid JSON, or cannot be downloaded.
             ConfigError: If a value does not fit.
             TypeError: For an unknown option.
         """
+        if kwargs.pop("trust_remote_code", None):
+            warnings.warn(
+                "PeftConfig.from_pretrained: trust_remote_code has no effect, because an adapter's configuration has no "
+                "code; give it to the base model's from_pretrained",
+                stacklevel=2,
+            )
         options = hub.checked_options(f"{cls.__name__}.from_pretrained", {**kwargs, "subfolder": subfolder})
         directory = hub.adapter_directory(pretrained_model_name_or_path, needs_weights=False, **options)
         with hub.naming_download(pretrained_model_name_or_path):

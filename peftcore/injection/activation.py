@@ -2,18 +2,16 @@
 
 import contextlib
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from peftcore.composition.algebra import Spec
 from peftcore.composition.route import Route
-from peftcore.errors import AdapterNameError, MergeError, RoutingError
+from peftcore.errors import MergeError, RoutingError
 from peftcore.injection import inject
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.injection.merge import original_weights
-from peftcore.prompts.learner import PromptLearner
 
 _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 
@@ -31,24 +29,7 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
         AdapterNameError: a name is not loaded, or given twice; or several prompts are named, or several adapters with
             a copy of the same module (`modules_to_save`).
     """
-    adapters = adapter_set(model)
-    active = (names,) if isinstance(names, str) else tuple(names)
-    adapters.require(*active)
-    if len(set(active)) < len(active):
-        raise AdapterNameError(f"set_adapter: each adapter at most once; got {list(active)}")
-    kinds = {name: adapters.kinds[name] for name in active}
-    prompts = [name for name, kind in kinds.items() if issubclass(kind, PromptLearner) and kind.exclusive]
-    if len(prompts) > 1:
-        raise AdapterNameError(
-            f"set_adapter: {prompts} are prompts, and only one prompt can be active; name one of them"
-        )
-    for path, wrapper in adapters.saved.items():
-        if len(several := [name for name in active if name in wrapper.copies]) > 1:
-            raise AdapterNameError(
-                f"set_adapter: {several} each have a copy of {path} (modules_to_save), and only one copy can be used; "
-                "name one of them"
-            )
-    adapters.selection.active = active
+    adapter_set(model).activate([names] if isinstance(names, str) else names)
 
 
 def delete_adapter(model: nn.Module, *names: str) -> None:
@@ -62,15 +43,7 @@ def delete_adapter(model: nn.Module, *names: str) -> None:
         AdapterNameError: an adapter is not loaded, or in use by an open route.
         MergeError: an adapter is merged. No adapter is deleted then.
     """
-    adapters = adapter_set(model)
-    inject.check_deletable(model, *names)
-    active = [name for name in names if name in adapters.selection.active]
-    for name in sorted(names, key=adapters.deepened_by):  # what made the model deeper is deleted last
-        inject.delete_adapter(model, name)
-    if active and adapters.configs and not adapters.selection.active:
-        first = next(iter(adapters.configs))
-        adapters.selection.active = (first,)
-        warnings.warn(f"the active adapters {active} are deleted; {first!r} is the active one now", stacklevel=3)
+    inject.delete_adapter_and_activate(model, *names)
 
 
 def set_requires_grad(model: nn.Module, names: str | list[str], requires_grad: bool = True) -> None:

@@ -1,6 +1,6 @@
 """The adapters of a model: their configurations, their slots, and which of them are active."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class AdapterSet:
 
     def __init__(self) -> None:
         self.selection = Selection()
+        self.selection.owner = self
         self.configs: dict[str, PeftConfig] = {}
         self.kinds: dict[str, type[Any]] = {}
         """Adapter or prompt classes by adapter name."""
@@ -143,6 +144,46 @@ class AdapterSet:
             if name not in self.configs:
                 known = ", ".join(self.configs) or "none yet"
                 raise AdapterNameError(f"no adapter named {name!r}; loaded: {known}")
+
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make adapters the active ones; `requires_grad` does not change.
+
+        Args:
+            names: names of adapters, in order.
+
+        Raises:
+            AdapterNameError: a name is not loaded, or given twice; or several prompts are named, or several adapters
+                with a copy of the same module (`modules_to_save`).
+        """
+        self.require(*names)
+        if len(set(names)) < len(names):
+            raise AdapterNameError(f"set_adapter: each adapter at most once; got {list(names)}")
+        kinds = {name: self.kinds[name] for name in names}
+        prompts = [name for name, kind in kinds.items() if issubclass(kind, PromptLearner) and kind.exclusive]
+        if len(prompts) > 1:
+            raise AdapterNameError(
+                f"set_adapter: {prompts} are prompts, and only one prompt can be active; name one of them"
+            )
+        for path, wrapper in self.saved.items():
+            if len(several := [name for name in names if name in wrapper.copies]) > 1:
+                raise AdapterNameError(
+                    f"set_adapter: {several} each have a copy of {path} (modules_to_save), and only one copy can be "
+                    "used; name one of them"
+                )
+        self.selection.active = tuple(names)
+
+    def merge_slots(self, slots: Sequence[AdapterSlot], adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Merge adapters into the base weights of some slots; see `peftcore.injection.merge.merge_slots`."""
+        from peftcore.injection.merge import merge_slots  # here, because that module imports this one
+
+        merge_slots(self, {slot.path: slot for slot in slots}, adapter_names, safe_merge)
+
+    def unmerge_slots(self, slots: Sequence[AdapterSlot]) -> None:
+        """Restore the unmerged weights of some slots."""
+        from peftcore.injection.merge import unmerge_slots  # here, because that module imports this one
+
+        unmerge_slots(self, slots)
 
 
 def shared_by(adapters: Mapping[str, Adapter]) -> Shared | None:

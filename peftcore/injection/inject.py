@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -15,7 +15,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import ParameterWeight
 from peftcore.config import PeftConfig, TunerConfig
 from peftcore.detection.layer_inputs import shared_input_groups
-from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
+from peftcore.errors import AdapterNameError, ConfigError, MergeError, PeftError, TargetError
 from peftcore.injection import forward_hooks
 from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
@@ -30,6 +30,8 @@ from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_of
 
+_CONFIGS = "peft_config"
+"""Attribute of a model, in HF PEFT, with its adapters' configurations."""
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -204,8 +206,71 @@ def inject_adapter_in_model(
     """
     if state_dict is not None:
         peft_config = _with_targets_of(peft_config, state_dict, model)
+    forget_removed_adapters(model)
     creation = Creation(autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
-    return inject_untrained(model, peft_config, adapter_name, creation)
+    inject_untrained(model, peft_config, adapter_name, creation)
+    show_configs(model)
+    return model
+
+
+class Configs(MutableMapping[str, PeftConfig]):
+    """{adapter: configuration} of a model whose class stays as it is: its attribute `peft_config`, as in HF PEFT.
+
+    Deleting an entry deletes the adapter.
+
+    Args:
+        model: the model with adapters.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def __getitem__(self, name: str) -> PeftConfig:
+        return adapter_set(self._model).configs[name]
+
+    def __setitem__(self, name: str, config: PeftConfig) -> None:
+        raise PeftError(f"peft_config[{name!r}] cannot be set; inject_adapter_in_model adds an adapter")
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(name)
+        delete_adapter_and_activate(self._model, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(adapter_set(self._model).configs)
+
+    def __len__(self) -> int:
+        return len(adapter_set(self._model).configs)
+
+    def __repr__(self) -> str:
+        return repr(adapter_set(self._model).configs)
+
+
+def show_configs(model: nn.Module) -> None:
+    """Give a model the attribute `peft_config`, unless its class has one."""
+    if not hasattr(type(model), _CONFIGS):
+        model.__dict__[_CONFIGS] = Configs(model)
+
+
+def keeps_class(model: nn.Module) -> bool:
+    """Return True if a model with adapters is of its plain class, and no `PeftModel`."""
+    return _CONFIGS in model.__dict__ and not hasattr(type(model), _CONFIGS)
+
+
+def forget_removed_adapters(model: nn.Module) -> None:
+    """Remove what is left of adapters whose model has lost its attribute `peft_config`.
+
+    diffusers unloads adapters by putting the base layers back and deleting this attribute.
+
+    Args:
+        model: a model with or without adapters; changed in place.
+    """
+    adapters = model.__dict__.get(ATTRIBUTE)
+    if adapters is None or hasattr(model, _CONFIGS):
+        return
+    for slot in adapters.layers.values():
+        slot.unmerged_state = None  # what is merged stays, as in HF PEFT
+    remove_wrappers(model, keep_trained=True)
 
 
 def inject_untrained(
@@ -387,6 +452,27 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     adapters.selection.forget()
 
 
+def delete_adapter_and_activate(model: nn.Module, *names: str) -> None:
+    """Delete adapters. If all active ones are deleted, the first remaining adapter becomes active, as in HF PEFT.
+
+    Args:
+        model: the model with adapters.
+        names: the adapters.
+
+    Raises:
+        AdapterNameError, MergeError, ConfigError: see `check_deletable`. No adapter is deleted then.
+    """
+    adapters = adapter_set(model)
+    check_deletable(model, *names)
+    active = [name for name in names if name in adapters.selection.active]
+    for name in sorted(names, key=adapters.deepened_by):  # what made the model deeper is deleted last
+        delete_adapter(model, name)
+    if active and adapters.configs and not adapters.selection.active:
+        first = next(iter(adapters.configs))
+        adapters.selection.active = (first,)
+        warnings.warn(f"the active adapters {active} are deleted; {first!r} is the active one now", stacklevel=4)
+
+
 def _is_empty_wrapper(module: nn.Module) -> bool:
     if isinstance(module, SavedModule):
         return not len(module.copies)
@@ -429,4 +515,5 @@ def remove_wrappers(model: nn.Module, keep_trained: bool) -> None:
         adapters.restore_rows()
     model.requires_grad_(False)
     del model.__dict__[ATTRIBUTE]
+    model.__dict__.pop(_CONFIGS, None)
     forward_hooks.remove(model)

@@ -17,6 +17,7 @@ from peftcore.adapter import Adapter
 from peftcore.config import options_at
 from peftcore.errors import ConfigError, PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.switching import MergingMethods
 
 _IN_A_MODULE = ("lora_magnitude_vector",)
 """Attributes that hold a module with a `weight` in HF PEFT's layers, while the keys on disk have no "weight"."""
@@ -181,7 +182,7 @@ def _element(adapter: Adapter, attribute: str) -> Any:
     return FactorView(adapter, parameters) if parameters else _number(adapter, attribute)
 
 
-class PeftLayerAttributes:
+class PeftLayerAttributes(MergingMethods):
     """The attributes and methods of HF PEFT's `BaseTunerLayer`, for a wrapper with one slot of adapters."""
 
     @property
@@ -226,23 +227,6 @@ class PeftLayerAttributes:
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer's weight."""
         return list(self._slot.merged)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the model's active adapters."""
-        return list(self._slot.selection.active)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """Names of the model's active adapters."""
-        return self.active_adapters
-
-    @property
-    def disable_adapters(self) -> bool:
-        """True while the model's adapters are disabled."""
-        selection = self._slot.selection
-        route = selection.route
-        return selection.switched_off if route is None else route.is_final
 
     @property
     def scaling(self) -> Any:

@@ -1,5 +1,6 @@
 """A module with one trainable copy per adapter (`modules_to_save`), the third of the three wrappers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from peftcore.composition.algebra import Composition
 from peftcore.composition.route import Route
 from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
+from peftcore.layers.switching import SwitchingMethods
 from peftcore.layers.wrapper import LayerWrapper, NamedModules
 
 
-class SavedModule(LayerWrapper):
+class SavedModule(SwitchingMethods, LayerWrapper):
     """A module and its trainable copies by adapter name; without a copy of an active adapter, the module itself."""
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
@@ -24,6 +26,9 @@ class SavedModule(LayerWrapper):
     def copies(self) -> NamedModules:
         """{adapter: its trainable copy}."""
         return self.modules_to_save
+
+    def _holders(self) -> Iterable[Any]:
+        return [self.copies]
 
     # -- HF PEFT's names ------------------------------------------------------------------------------------
 
