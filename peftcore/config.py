@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_orig
 
 from peftcore import hub
 from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
-from peftcore.errors import CheckpointError, ConfigError, suggestion
+from peftcore.errors import CheckpointError, ConfigError, UnknownOptionError, suggestion
 from peftcore.files import CONFIG_NAME, read_limited, whole_files, write_atomically
-from peftcore.registry import method_named, methods
+from peftcore.registry import PeftType, method_named, methods
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,56 +52,6 @@ class TaskType(StrEnum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-class PeftType(StrEnum):
-    """Names of HF PEFT's methods on disk; `peftcore.registry.methods()` are those that exist here."""
-
-    PROMPT_TUNING = "PROMPT_TUNING"
-    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
-    P_TUNING = "P_TUNING"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    ADAPTION_PROMPT = "ADAPTION_PROMPT"
-    CPT = "CPT"
-    CARTRIDGE = "CARTRIDGE"
-    LORA = "LORA"
-    ADALORA = "ADALORA"
-    ADAMSS = "ADAMSS"
-    BOFT = "BOFT"
-    IA3 = "IA3"
-    BEFT = "BEFT"
-    LILY = "LILY"
-    LOHA = "LOHA"
-    LOKR = "LOKR"
-    OFT = "OFT"
-    POLY = "POLY"
-    LN_TUNING = "LN_TUNING"
-    VERA = "VERA"
-    FROD = "FROD"
-    PVERA = "PVERA"
-    FOURIERFT = "FOURIERFT"
-    GLORA = "GLORA"
-    XLORA = "XLORA"
-    HRA = "HRA"
-    VBLORA = "VBLORA"
-    UNILORA = "UNILORA"
-    MISS = "MISS"
-    RANDLORA = "RANDLORA"
-    ROAD = "ROAD"
-    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
-    HIRA = "HIRA"
-    SHIRA = "SHIRA"
-    C3A = "C3A"
-    WAVEFT = "WAVEFT"
-    OSF = "OSF"
-    DELORA = "DELORA"
-    GRALORA = "GRALORA"
-    TINYLORA = "TINYLORA"
-    PSOFT = "PSOFT"
-    PEANUT = "PEANUT"
-    SHADOW = "SHADOW"
-    SUPERTUNING = "SUPERTUNING"
-    DEFT = "DEFT"
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -187,8 +137,8 @@ class PeftConfig(SharedOptions):
 
     has_schedule: ClassVar[bool] = False
     """True if training follows a schedule over one whole run; a finished adapter then cannot be trained further."""
-    peft_type: ClassVar[str] = ""
-    """Name of the method on disk, such as "LORA"; set by `register`."""
+    peft_type: ClassVar[PeftType | str] = ""
+    """Name of the method on disk, such as "LORA"; set by `register`. A member of PeftType for HF PEFT's methods."""
     ignored_on_disk: ClassVar[dict[str, Any]] = {}
     """{key that PEFT writes for this method: value at which the key has no effect}."""
     size_fields: ClassVar[tuple[str, ...]] = ()
@@ -211,7 +161,7 @@ class PeftConfig(SharedOptions):
         known = [f.name for f in dataclasses.fields(cls)]
         for key in options:
             if key not in known:
-                raise ConfigError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
+                raise UnknownOptionError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -352,7 +302,7 @@ class PeftConfig(SharedOptions):
         """Return all fields, `peft_type` and unknown keys read from disk as JSON types; sets become sorted lists."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
         plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
-        return {**self.extra, **plain, "peft_type": self.peft_type}
+        return {**self.extra, **plain, "peft_type": str(self.peft_type)}
 
     def to_json(self) -> str:
         """Return the text of `adapter_config.json`."""

@@ -33,6 +33,10 @@ class ConfigError(PeftError, ValueError):
     """An invalid configuration: an unknown key, a wrong type or an impossible value."""
 
 
+class UnknownOptionError(ConfigError, TypeError):
+    """A configuration with an option that its method does not have."""
+
+
 class TargetError(PeftError, ValueError):
     """Target modules that match no layer, or match layers that cannot be adapted."""
 
@@ -53,8 +57,8 @@ class CheckpointError(PeftError, ValueError):
     """An adapter directory that is damaged, incomplete, of a foreign format or made for another base model."""
 
 
-class MergeError(PeftError, RuntimeError):
-    """A merge that would write wrong weights; the model is unchanged."""
+class MergeError(PeftError, RuntimeError, ValueError):
+    """A merge that would write wrong weights, or a change that merged adapters forbid; the model is unchanged."""
 
 
 class TrainingError(PeftError, RuntimeError):

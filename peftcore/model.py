@@ -132,6 +132,7 @@ class PeftModel:
                 model, directory, adapter_name, is_trainable, config, reading=reading
             ).adapters
         adapters.selection.active = (adapter_name,)
+        adapters.set_requires_grad(adapters.trainable - {adapter_name}, False)
         adapted = _as_peft_model(model)
         return adapted if is_trainable else adapted.eval()
 
@@ -142,14 +143,15 @@ class PeftModel:
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an untrained adapter, without making it active.
+        """Add an untrained adapter, without making it active. As in PEFT, it trains from `set_adapter` on.
 
-        In transformers' order, `add_adapter(config, name="default")`, the adapter becomes the active one, as in
-        transformers. On an error the model stays as it was.
+        Routes can train adapters that are not active: call `set_requires_grad` for those. In transformers' order,
+        `add_adapter(config, name="default")`, the adapter becomes the active one, as in transformers. On an error the
+        model stays as it was.
 
         Args:
             adapter_name: the adapter's name.
-            peft_config: the configuration; the adapter is trainable unless it says `inference_mode`.
+            peft_config: the configuration.
             low_cpu_mem_usage: True leaves the parameters on the meta device, until a saved adapter is read into them.
             autocast_adapter_dtype: True: float32 parameters on 16-bit layers; False: the dtype of the layers.
 
@@ -173,6 +175,8 @@ class PeftModel:
         inject.add_adapter(self._module, config, name, creation)
         if in_transformers_order:
             self.set_adapter(name)
+        else:
+            self.set_requires_grad(name, False)
 
     def load_adapter(
         self,
@@ -186,7 +190,7 @@ class PeftModel:
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> IncompatibleKeys:
-        """Load a further adapter, without making it active.
+        """Load a further adapter, without making it active. As in PEFT, its parameters train from `set_adapter` on.
 
         As with PEFT, the whole model is then in evaluation mode. With `is_trainable` modes stay as they are, and the
         new adapter is in training mode. On an error the model stays as it was.
@@ -194,7 +198,7 @@ class PeftModel:
         Args:
             model_id: a directory, or a hub id such as "owner/name"; an existing directory has precedence.
             adapter_name: the adapter's name in this model.
-            is_trainable: whether its parameters get gradients.
+            is_trainable: True to train the adapter further.
             torch_device: the device to which the tensors are read, before each moves to its layer's device.
             autocast_adapter_dtype: see `from_pretrained`.
             ephemeral_gpu_offload: see `from_pretrained`.
@@ -222,6 +226,8 @@ class PeftModel:
             result = checkpoint.load_adapter(
                 self._module, directory, adapter_name, is_trainable, config, reading=reading
             ).result
+        if is_trainable:
+            self.set_requires_grad(adapter_name, False)
         wrappers = adapter_set(self._module).layers.values()
         if not is_trainable and (self._module.training or any(wrapper.training for wrapper in wrappers)):
             self._module.eval()  # slow: visits every adapter that is loaded
@@ -330,8 +336,7 @@ class PeftModel:
         Raises:
             AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
         """
-        activation.set_adapter(self._module, adapter_name)
-        activation.train_active_only(self._module, not inference_mode)
+        activation.set_adapter(self._module, adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Set `requires_grad` of all parameters of adapters.

@@ -1,4 +1,4 @@
-"""Activation: which adapters are active, and which train. Switching takes constant time."""
+"""Activation: which adapters are active, and which train. Switching between frozen adapters takes constant time."""
 
 import contextlib
 import re
@@ -12,23 +12,45 @@ from peftcore.composition.route import Route
 from peftcore.errors import AdapterNameError, MergeError, RoutingError
 from peftcore.injection import inject
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
-from peftcore.injection.merge import original_weights
+from peftcore.injection.merge import original_weights, unmerge_adapter
 from peftcore.prompts.learner import PromptLearner
 
 _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 
 
-def set_adapter(model: nn.Module, names: str | list[str]) -> None:
-    """Make adapters the active ones.
+def set_adapter(model: nn.Module, names: str | list[str], inference_mode: bool = False) -> None:
+    """Make adapters the active ones. As in HF PEFT, their parameters then train, and those of all others do not.
 
-    `requires_grad` does not change; see `train_active_only`.
+    Merged adapters are unmerged first, with a warning.
+
+    Args:
+        model: the model with adapters.
+        names: one name or several, in order.
+        inference_mode: True freezes the active adapters, too.
+
+    Raises:
+        AdapterNameError: see `activate`.
+    """
+    adapters = adapter_set(model)
+    activate(model, names)
+    if adapters.merged:
+        warnings.warn(
+            f"set_adapter: {list(adapters.merged)} were merged into the base, and are unmerged now", stacklevel=3
+        )
+        unmerge_adapter(model)
+    adapters.train_active_only(not inference_mode)
+
+
+def activate(model: nn.Module, names: str | list[str]) -> None:
+    """Make adapters the active ones. `requires_grad` does not change, and merged adapters stay merged.
 
     Args:
         model: the model with adapters.
         names: one name or several, in order.
 
     Raises:
-        AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
+        AdapterNameError: a name is not loaded, or given twice; several prompts are named; or several of the adapters
+            train the same module whole (`modules_to_save`), or the same row of an embedding.
     """
     adapters = adapter_set(model)
     active = (names,) if isinstance(names, str) else tuple(names)
@@ -41,11 +63,35 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
         raise AdapterNameError(
             f"set_adapter: {prompts} are prompts, and only one prompt can be active; name one of them"
         )
+    if len(active) > 1:
+        _check_nothing_is_trained_twice(adapters, active)
     adapters.selection.active = active
+
+
+def _check_nothing_is_trained_twice(adapters: AdapterSet, active: tuple[str, ...]) -> None:
+    """Raise AdapterNameError if two adapters train the same module whole, or the same row of an embedding."""
+    for path, wrapper in adapters.saved.items():
+        if len(names := [name for name in active if name in wrapper.copies]) > 1:
+            raise AdapterNameError(
+                f"set_adapter: {names} each train {path} whole (modules_to_save), and only one copy can be used; "
+                "name one of them"
+            )
+    for path, slot in adapters.layers.items():
+        by_row: dict[int, str] = {}
+        for name in slot.adapters:
+            rows = slot.adapters[name].replaced_rows() if name in active else ()
+            if (row := next((row for row in rows if row in by_row), None)) is not None:
+                raise AdapterNameError(
+                    f"set_adapter: {[by_row[row], name]} each train row {row} of {path} whole, and only one can be "
+                    "used; name one of them"
+                )
+            by_row |= dict.fromkeys(rows, name)
 
 
 def delete_adapter(model: nn.Module, *names: str) -> None:
     """Delete adapters. If all active ones are deleted, the first remaining adapter becomes active, as in HF PEFT.
+
+    The parameters of that adapter then train, unless its configuration says `inference_mode`.
 
     Args:
         model: the model with adapters.
@@ -58,11 +104,13 @@ def delete_adapter(model: nn.Module, *names: str) -> None:
     adapters = adapter_set(model)
     adapters.require(*names)
     active = [name for name in names if name in adapters.selection.active]
-    for name in names:
+    for name in inject.checked_for_deletion(model, names):
         inject.delete_adapter(model, name)
     if active and adapters.configs and not adapters.selection.active:
         first = next(iter(adapters.configs))
         adapters.selection.active = (first,)
+        if not adapters.configs[first].inference_mode:
+            adapters.set_requires_grad([first], True)
         warnings.warn(f"the active adapters {active} are deleted; {first!r} is the active one now", stacklevel=3)
 
 
@@ -80,29 +128,7 @@ def set_requires_grad(model: nn.Module, names: str | list[str], requires_grad: b
     adapters = adapter_set(model)
     names = [names] if isinstance(names, str) else names
     adapters.require(*names)
-    for name in names:
-        for parameter in adapters.parameters(name):
-            parameter.requires_grad_(requires_grad)
-        if requires_grad:
-            adapters.trainable.add(name)
-        else:
-            adapters.trainable.discard(name)
-
-
-def train_active_only(model: nn.Module, trains: bool = True) -> None:
-    """Set `requires_grad` as HF PEFT's `set_adapter` does: the active adapters' parameters train, all others do not.
-
-    Args:
-        model: the model with adapters.
-        trains: False freezes the active adapters, too.
-    """
-    adapters = adapter_set(model)
-    active = set(adapters.selection.active)
-    for name in adapters.trainable - active:
-        set_requires_grad(model, name, False)
-    for name in active:  # last, because adapters may share parameters
-        if trains or name in adapters.trainable:
-            set_requires_grad(model, name, trains)
+    adapters.set_requires_grad(names, requires_grad)
 
 
 def refresh_adapters(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The adapters of a model: their configurations, their slots, and which of them are active."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -100,6 +100,32 @@ class AdapterSet:
         modules = [*self._parts(name).values(), *self.copies(name).values(), *prompts]
         return list(dict.fromkeys(p for module in modules for p in module.parameters()))
 
+    def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
+        """Set `requires_grad` of all parameters of adapters; other adapters stay as they are.
+
+        Args:
+            names: names of loaded adapters.
+            requires_grad: False freezes the adapters.
+        """
+        for name in names:
+            for parameter in self.parameters(name):
+                parameter.requires_grad_(requires_grad)
+            if requires_grad:
+                self.trainable.add(name)
+            else:
+                self.trainable.discard(name)
+
+    def train_active_only(self, trains: bool = True) -> None:
+        """Set `requires_grad` as HF PEFT's `set_adapter` does: the active adapters train, all others do not.
+
+        Args:
+            trains: False freezes the active adapters, too.
+        """
+        active = set(self.selection.active)
+        self.set_requires_grad(self.trainable - active, False)
+        # last, because adapters may share parameters
+        self.set_requires_grad((name for name in active if trains or name in self.trainable), trains)
+
     def tensors(self) -> list[Tensor]:
         """Return all tensors that adapters have added or replaced, trainable or not."""
         modules: list[nn.Module] = []
@@ -138,7 +164,7 @@ class AdapterSet:
         for name in names:
             if name not in self.configs:
                 known = ", ".join(self.configs) or "none yet"
-                raise AdapterNameError(f"no adapter named {name!r}; loaded: {known}")
+                raise AdapterNameError(f"Adapter {name} does not exist; loaded: {known}")
 
 
 def shared_by(adapters: Mapping[str, Adapter]) -> Shared | None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -234,7 +234,9 @@ def inject_untrained(
             "give the new one another adapter_name",
             stacklevel=3,
         )
-    add_adapter(model, config, name, creation).selection.active = (name,)
+    adapters = add_adapter(model, config, name, creation)
+    adapters.selection.active = (name,)
+    adapters.set_requires_grad(adapters.trainable - {name}, False)
     return model
 
 
@@ -313,6 +315,39 @@ def deepened(model: nn.Module, config: PeftConfig) -> Iterator[Replication | Non
         raise
 
 
+def checked_for_deletion(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Check that adapters can be deleted, and return their names in the order in which to delete them.
+
+    Args:
+        model: the model.
+        names: the adapters.
+
+    Raises:
+        AdapterNameError: an adapter is not loaded, or in use by an open route.
+        MergeError: an adapter is merged, or others are merged into a weight that it replaced (LoftQ).
+        ConfigError: an adapter made the model deeper, and others would be left.
+    """
+    adapters = adapter_set(model)
+    adapters.require(*names)
+    if merged := [name for name in names if name in adapters.merged]:
+        raise MergeError(f"{merged} are merged into the base, so they cannot be deleted; call unmerge_adapter first")
+    for path, slot in adapters.layers.items():
+        if slot.merged and slot.replaced_by and set(slot.replaced_by) <= set(names):
+            raise MergeError(
+                f"{list(slot.replaced_by)} replaced the weight of {path} (LoftQ), and {list(adapters.merged)} are "
+                "merged into it; call unmerge_adapter first"
+            )
+    for name in names:
+        if adapters.selection.in_use[name] > 0:
+            raise AdapterNameError(
+                f"adapter {name!r} is in use by an open route; leave the route, or wait for its end, first"
+            )
+    deepening = None if adapters.replication is None else adapters.replication[0]
+    if deepening in names and not adapters.configs.keys() <= set(names):
+        raise ConfigError(f"adapter {deepening!r} made the model deeper (layer_replication); delete the others first")
+    return sorted(dict.fromkeys(names), key=lambda name: name == deepening)
+
+
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Delete an adapter; wrappers without an adapter are removed, and the plain layer is in their place again.
 
@@ -321,26 +356,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         name: the adapter; also removed from the active ones.
 
     Raises:
-        AdapterNameError: the adapter is not loaded, or in use by an open route.
-        MergeError: the adapter is merged, or others are merged into a weight that it replaced (LoftQ).
-        ConfigError: the adapter made the model deeper, and others are loaded.
+        AdapterNameError, MergeError, ConfigError: see `checked_for_deletion`.
     """
+    checked_for_deletion(model, [name])
     adapters = adapter_set(model)
-    adapters.require(name)
-    if name in adapters.merged:
-        raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
-    if merged := [path for path, slot in adapters.layers.items() if slot.merged and slot.replaced_by == (name,)]:
-        raise MergeError(
-            f"adapter {name!r} replaced the weight of {merged[0]} (LoftQ), and {list(adapters.merged)} are merged into "
-            "it; call unmerge_adapter first"
-        )
-    if adapters.selection.in_use[name] > 0:
-        raise AdapterNameError(
-            f"adapter {name!r} is in use by an open route; leave the route, or wait for its end, first"
-        )
     deepens = adapters.replication is not None and adapters.replication[0] == name
-    if deepens and len(adapters.configs) > 1:
-        raise ConfigError(f"adapter {name!r} made the model deeper (layer_replication); delete the others first")
     if name in adapters.prompts:
         _remove_prompt(model, adapters, name)
     emptied = False

@@ -19,6 +19,8 @@ from peftcore.layers.adapter_slot import AdapterSlot
 
 _NUMBERS = {"r": "rank"}
 """{attribute of HF PEFT's layers: attribute of an adapter}, where the two names differ"""
+_NUMBER_NAMES = ("r", "alpha", "lora_alpha", "scaling")
+"""Attributes of HF PEFT's layers with a number per adapter, for the methods that have them."""
 
 
 class FactorView:
@@ -194,6 +196,11 @@ class PeftLayerAttributes:
         return tuple(dict.fromkeys(names))
 
     @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """Attributes that hold a number per adapter, such as ("r", "lora_alpha", "scaling")."""
+        return tuple(name for name in _NUMBER_NAMES if self.peft_attribute(name) is not None)
+
+    @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer's weight."""
         return list(self._slot.merged)
@@ -211,9 +218,7 @@ class PeftLayerAttributes:
     @property
     def disable_adapters(self) -> bool:
         """True while the model's adapters are disabled."""
-        selection = self._slot.selection
-        route = selection.route
-        return selection.switched_off if route is None else route.is_final
+        return self._slot.selection.disabled
 
     @property
     def scaling(self) -> Any:

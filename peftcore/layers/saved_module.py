@@ -37,6 +37,37 @@ class SavedModule(LayerWrapper):
             )
         return self.copies[names[0]] if names else self.base_layer
 
+    # -- the attributes of HF PEFT's ModulesToSaveWrapper -------------------------------------------------------------
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The module without a copy."""
+        return self.base_layer
+
+    @property
+    def modules_to_save(self) -> NamedModules:
+        """{adapter: copy}; a copy is also an attribute, `modules_to_save.default`."""
+        return self.copies
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the model's active adapters that have a copy of this module."""
+        return [name for name in self.selection.active if name in self.copies]
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Names of the model's active adapters that have a copy of this module."""
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        """True while the model's adapters are disabled."""
+        return self.selection.disabled
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.copies)
+
     def _stands_for(self) -> nn.Module:
         route = self.selection.route
         return self.current() if route is None or route.uniform is None else self.current(route.uniform)

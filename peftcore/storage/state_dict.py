@@ -36,7 +36,7 @@ def get_peft_model_state_dict(
     """Return the tensors of one adapter, without the parameters of the base.
 
     Args:
-        model: a model with adapters.
+        model: a model with adapters. If it is wrapped in FSDP, every process has to call this function.
         state_dict: a state dict of the model to take the values from; None for the model's own parameters.
         adapter_name: the adapter.
         unwrap_compiled: True if the model is the result of `torch.compile`.
@@ -50,6 +50,7 @@ def get_peft_model_state_dict(
         CheckpointError: `state_dict` lacks parameters of the adapter.
     """
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    model, state_dict = _out_of_fsdp(model, state_dict)
     adapter_set(model).require(adapter_name)
     if state_dict is None:
         tensors = adapter_tensors(model, adapter_name, save_embedding_layers)
@@ -57,6 +58,18 @@ def get_peft_model_state_dict(
         tensors = adapter_values(model, adapter_name, save_embedding_layers, state_dict)
     tensors = {key: whole(tensor) if is_sharded(tensor) else tensor for key, tensor in tensors.items()}
     return tensors if _has_prefix(model) else {key.removeprefix(PREFIX): t for key, t in tensors.items()}
+
+
+def _out_of_fsdp(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None
+) -> tuple[nn.Module, Mapping[str, Tensor] | None]:
+    """Return the model inside of FSDP version 1 and the values of its parameters; any other model as it is."""
+    if not any(kind.__name__ == "FullyShardedDataParallel" for kind in type(model).__mro__):
+        return model, state_dict
+    values = model.state_dict() if state_dict is None else state_dict  # whole tensors, without the names of wrappers
+    inside: Any = model.module
+    names = ((name, name.replace("_fsdp_wrapped_module.", "")) for name, _ in inside.named_parameters())
+    return inside, {name: values[key] for name, key in names if key in values}
 
 
 def set_peft_model_state_dict(

@@ -473,7 +473,7 @@ def test_a_merge_that_cannot_be_leaves_every_layer() -> None:
         with refused(model, MergeError, "1: LORA on a convolution with groups", "keep the adapter unmerged"):
             call()
     for names in (["nope"], "nope"):
-        with refused(model, AdapterNameError, "no adapter named 'nope'; loaded: default"):
+        with refused(model, AdapterNameError, "Adapter nope does not exist; loaded: default"):
             model.merge_adapter(names)
 
 

@@ -93,7 +93,7 @@ def test_a_name_that_is_not_loaded_is_an_error_that_lists_the_loaded_ones() -> N
     adapters = adapter_set(model)
     adapters.require("a", "b")
     for call in (adapters.require, adapters.adapters, adapters.biases, adapters.parameters, adapters.shared):
-        with pytest.raises(AdapterNameError, match="no adapter named 'x'; loaded: a, b"):
+        with pytest.raises(AdapterNameError, match="Adapter x does not exist; loaded: a, b"):
             call("x")
     model.delete_adapter(["a", "b"])
     with pytest.raises(AdapterNameError, match="loaded: none yet"):
