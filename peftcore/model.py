@@ -39,6 +39,8 @@ __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
 
 _CALLERS_ROUTE = "_callers_route"
 """Attribute of a DataParallel replica that was made inside of a route: a function that opens the route."""
+IS_MIXED = "_is_mixed"
+"""Attribute of a model that was made with `mixed=True`."""
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 """Attribute of a model in which DistributedDataParallel stores the names of tensors that it does not send."""
 
@@ -933,6 +935,7 @@ def _as_peft_model(model: nn.Module) -> Any:
 def _as_plain(model: nn.Module) -> Any:
     if isinstance(model, PeftModel):
         model.__class__ = _plain_class(type(model))
+        vars(model).pop(IS_MIXED, None)
     return model
 
 
@@ -954,7 +957,8 @@ def get_peft_model(
         model: the base model; changed in place.
         peft_config: the configuration; with `inference_mode` the adapter is not trainable.
         adapter_name: the adapter's name. A loaded adapter of this name is replaced, with a warning.
-        mixed: True or False, with the same result: adapters of different methods fit into every model.
+        mixed: True makes the model an instance of `PeftMixedModel`, too. Adapters of different methods fit into every
+            model, so nothing else depends on it.
         autocast_adapter_dtype: True: float32 parameters on layers of 16 bits; False: the dtype of the layers.
         revision: revision of the base model, to be saved in the adapter's configuration; None for the configuration's.
         low_cpu_mem_usage: True leaves the parameters on the meta device, until a saved adapter is read into them.
@@ -982,6 +986,8 @@ def get_peft_model(
         peft_config = dataclasses.replace(peft_config, base_model_name_or_path=name)
     creation = Creation(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
     inject.inject_untrained(model, peft_config, adapter_name, creation)
+    if mixed:
+        vars(model)[IS_MIXED] = True
     return _as_peft_model(model)
 
 

@@ -6,6 +6,7 @@ whole model keep their λ, and the λ of the others is set to zero; these still 
 is b₀ for t ≤ tinit, b_T in the last tfinal steps, and b_T + (b₀ − b_T)(1 − (t − tinit)/(T − tinit − tfinal))³ between.
 
 Shapes: i in_features, o out_features, r rank; Q = lora_A (r, i), Λ = lora_E (r, 1), P = lora_B (o, r).
+On a convolution, i is the number of a kernel's elements, in_channels / groups · k, and P Λ Q is reshaped to the weight.
 """
 
 from collections.abc import Mapping
@@ -139,6 +140,8 @@ class AdaLoraConfig(TunerConfig):
 class AdaLora(Adapter):
     """AdaLoRA at one layer."""
 
+    layer_kinds = frozenset({"linear", "conv"})
+
     def __init__(self, config: AdaLoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         mask = config.mask_at(path)
@@ -152,7 +155,8 @@ class AdaLora(Adapter):
         self.scaling = scaling_of(config)
         self.dropout = config.lora_dropout
         self.random = config.init_lora_weights is False
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features))
+        width = base.read_unmerged()[0].numel() if base.kind == "conv" else base.in_features
+        self.lora_A = nn.Parameter(torch.empty(r, width))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, r))
         self.lora_E = nn.Parameter(torch.empty(r, 1))
         self.kept = kept
@@ -173,7 +177,9 @@ class AdaLora(Adapter):
     def rank(self) -> int:
         return int(self.kept.sum())
 
-    def low_rank(self) -> LowRankBranch:
+    def low_rank(self) -> LowRankBranch | None:
+        if self.base.kind == "conv":
+            return None
         return LowRankBranch(
             self.lora_A * self.lora_E, self.lora_B, self.scaling, self.dropout if self.training else 0.0
         )
@@ -181,6 +187,8 @@ class AdaLora(Adapter):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
+        if self.base.kind == "conv":
+            return y + self.base.apply(x, self.delta_weight()).to(y.dtype)
         h = self.base.apply(x, self.lora_A * (self.lora_E * self.scaling))
         return self.base.add_pointwise(y, h.to(y.dtype), self.lora_B)
 
@@ -189,7 +197,8 @@ class AdaLora(Adapter):
         return Factors((kept["lora_A"] * kept["lora_E"])[None], kept["lora_B"][None], self.scaling)
 
     def delta_weight(self) -> Tensor:
-        return self.scaling * self.lora_B @ (self.lora_A * self.lora_E)
+        change = self.scaling * self.lora_B @ (self.lora_A * self.lora_E)
+        return change.view(len(change), -1, *self.base.kernel) if self.base.kind == "conv" else change
 
     # -- disk: PEFT stores the kept triplets only, and the mask in the configuration -----------------------------
 

@@ -480,7 +480,7 @@ def test_a_merge_that_cannot_be_leaves_every_layer() -> None:
 def test_a_merged_adapter_is_not_deleted() -> None:
     model = get_peft_model(net(), lora("0"))
     model.merge_adapter()
-    with refused(model, MergeError, "'default' is merged", "unmerge_adapter first"):
+    with refused(model, MergeError, "['default'] are merged", "unmerge_adapter first"):
         model.delete_adapter("default")
 
 

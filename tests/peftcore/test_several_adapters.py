@@ -56,14 +56,23 @@ def state(model: Any) -> dict[str, Any]:
 
 
 SCRIPTS: dict[str, list[Step]] = {
-    "an added adapter waits for set_adapter": [add("second"), call("set_adapter", "second"), call("set_adapter", "first")],
+    "an added adapter waits for set_adapter": [
+        add("second"),
+        call("set_adapter", "second"),
+        call("set_adapter", "first"),
+    ],
     "set_adapter for inference": [add("second"), call("set_adapter", "second", inference_mode=True)],
     "an added copy of a module waits, too": [
         add("second", modules_to_save=["2"]),
         call("set_adapter", "second"),
         call("set_adapter", "first"),
     ],
-    "deleting the active one": [add("second"), add("third"), call("delete_adapter", "first"), call("delete_adapter", "second")],
+    "deleting the active one": [
+        add("second"),
+        add("third"),
+        call("delete_adapter", "first"),
+        call("delete_adapter", "second"),
+    ],
     "deleting an inactive one": [add("second"), call("delete_adapter", "second")],
     "deleting one of two active ones": [add("second"), activate("first", "second"), call("delete_adapter", "first")],
     "deleting the last one": [call("delete_adapter", "first")],
@@ -119,7 +128,7 @@ def test_the_same_calls_are_refused_by_the_same_class_of_error(before: list[Step
         for step in before:
             step(library, model)
         was = state(model)
-        with pytest.raises(Exception) as caught:  # noqa: PT011
+        with pytest.raises(Exception) as caught:
             refused(library, model)
         kinds.append(type(caught.value))
         assert state(model) == was

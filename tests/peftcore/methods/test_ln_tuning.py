@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_parity import agrees_with_peft
 from method_example import Example, randomise
 from torch import nn
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from peftcore import LoraConfig, PeftModel, TargetError, get_peft_model
 from peftcore.methods.ln_tuning import LNTuningConfig
@@ -159,8 +161,13 @@ def test_default_targets_beside_another_adapter(tmp_path: Path) -> None:
     assert isinstance(PeftModel.from_pretrained(LlamaModel(LlamaConfig(**DECODER)), tmp_path / "again"), PeftModel)
 
 
-def test_only_norms() -> None:
-    with pytest.raises(TargetError, match="LN_TUNING does not adapt linear layers such as 0; it adapts norm"):
-        get_peft_model(nn.Sequential(nn.Linear(4, 4)), LNTuningConfig(target_modules=["0"]))
+def test_what_is_no_target() -> None:
+    with pytest.raises(TargetError, match="LN_TUNING does not adapt conv layers such as 0; it adapts linear, norm"):
+        get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1)), LNTuningConfig(target_modules=["0"]))
     with pytest.raises(TargetError, match="LN_TUNING in Sequential"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), LNTuningConfig())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Linear(6, 4, bias=False), Conv1D(4, 6)], ids=str)
+def test_a_linear_layer_means_what_it_means_in_peft(layer: nn.Module, tmp_path: Path) -> None:
+    agrees_with_peft(layer, torch.randn(3, 6), "LNTuningConfig", LNTuningConfig, {}, tmp_path)

@@ -1,7 +1,8 @@
 """DoRA: W' = m/n·(W + s·BA), n the length of each output row of W + s·BA, without gradient. arXiv:2402.09353.
 
 m starts at n, so training begins at the base's own output. The forward pass adds (m/n − 1) times the output without
-bias. Shapes: i in_features, o out_features, r rank, k kernel; m, n (o,), A (r, i, *k), B (o, r, *1).
+bias. On a convolution with groups, n is computed as in HF PEFT: its product of A and B is reshaped to W.
+Shapes: i in_features, o out_features, r rank, k kernel; m, n (o,), A (r, i, *k), B (o, r, *1).
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.bases.base import WeightVersion
-from peftcore.errors import ConfigError
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.methods.lora.variant import Variant, register_variant
@@ -39,10 +39,6 @@ class Dora(Variant):
         "DoRA is not low-rank; convert it by convert_to_lora(model, name, new_name, rank=...) and export "
         "that, or merge it into the base"
     )
-
-    def check_layer(self, lora: "Lora", path: str) -> None:
-        if lora.groups > 1:
-            raise ConfigError(f"LORA: use_dora does not fit {path}, a convolution with groups; exclude it")
 
     def add_parameters(self, lora: "Lora") -> None:
         lora.magnitude = nn.Parameter(torch.empty(lora.base.out_features))
@@ -102,6 +98,8 @@ def row_lengths(lora: "Lora") -> Tensor:
     """Return n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is cached while W does not change."""
     weight = lora.base.read_unmerged() if lora.new_base is None else lora.new_base
     weight = weight.flatten(1)
+    if lora.groups > 1:
+        return _row_lengths_with_groups(lora, weight)
     norms = _square_norms(lora, weight)
     a, b = lora.own_factors()
     a, b = a.flatten(1), b.flatten(1) * lora.scaling
@@ -111,6 +109,17 @@ def row_lengths(lora: "Lora") -> Tensor:
     cross = ((weight @ a.to(weight.dtype).T).to(b) * b).sum(1)  # casting W would cost more than the rest
     square = norms.to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
     return square.clamp_min(0).sqrt()
+
+
+def _row_lengths_with_groups(lora: "Lora", weight: Tensor) -> Tensor:
+    """Return n (o,) of a weight (o, i/groups·k), with A (r, i, *k) and B (o, r/groups, *1)."""
+    weight = weight.to(_magnitude(lora))
+    for factors, sign in ((lora.own_factors(), 1), (lora.start, -1)):
+        if factors is not None:
+            a, b = factors
+            product = b.reshape(-1, len(a)) @ a.flatten(1)
+            weight = weight + sign * lora.scaling * product.reshape(weight.shape)
+    return torch.linalg.vector_norm(weight, dim=1)
 
 
 def _square_norms(lora: "Lora", weight: Tensor) -> Tensor:

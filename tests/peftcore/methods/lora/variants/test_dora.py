@@ -1,11 +1,13 @@
 """DoRA: the paper's statements, parity with HF PEFT, and the cost of the row lengths."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from layer_parity import agrees_with_peft
 from lora_nets import LAYERS, adapter, lora, net_and_input
 from method_example import randomise
 from torch import nn
@@ -151,3 +153,9 @@ def test_dora_compiles_into_one_graph_and_follows_its_base_there() -> None:
     with torch.no_grad():
         model[0].base_layer.weight.mul_(3)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 8, 3, groups=2), nn.Conv1d(6, 9, 3, groups=3, bias=False)], ids=str)
+def test_a_convolution_with_groups_means_what_it_means_in_peft(layer: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(2, 6, *[9] * (layer.weight.dim() - 2))
+    agrees_with_peft(layer, x, "LoraConfig", LoraConfig, {"r": 6, "use_dora": True}, tmp_path)
