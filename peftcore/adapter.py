@@ -22,7 +22,7 @@ Shapes: o out_features, i in_features, r rank; x (..., i), y (..., o). A weight 
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -300,6 +300,10 @@ class Adapter(_Constants):
         """
 
     # -- merging ---------------------------------------------------------------------------------------------------
+
+    def replaced_rows(self) -> Collection[int]:
+        """Return the numbers of the weight's rows that the adapter replaces; two active adapters must not share any."""
+        return ()
 
     def check_mergeable(self) -> None:
         """Check that a fixed weight can equal this adapter.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_orig
 
 from peftcore import hub
 from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
-from peftcore.errors import CheckpointError, ConfigError, suggestion
+from peftcore.errors import CheckpointError, ConfigError, UnknownOptionError, suggestion
 from peftcore.files import CONFIG_NAME, read_limited, whole_files, write_atomically
 from peftcore.registry import PeftType, method_named, methods
 
@@ -164,7 +164,7 @@ class PeftConfig(SharedOptions):
         known = [f.name for f in dataclasses.fields(cls)]
         for key in options:
             if key not in known:
-                raise ConfigError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
+                raise UnknownOptionError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:

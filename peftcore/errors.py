@@ -33,6 +33,10 @@ class ConfigError(PeftError, ValueError):
     """An invalid configuration: an unknown key, a wrong type or an impossible value."""
 
 
+class UnknownOptionError(ConfigError, TypeError):
+    """A configuration with an option that its method does not have."""
+
+
 class TargetError(PeftError, ValueError):
     """Target modules that match no layer, or match layers that cannot be adapted."""
 

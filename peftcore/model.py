@@ -39,6 +39,8 @@ __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
 
 _CALLERS_ROUTE = "_callers_route"
 """Attribute of a DataParallel replica that was made inside of a route: a function that opens the route."""
+IS_MIXED = "_is_mixed"
+"""Attribute of a model that was made with `mixed=True`."""
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 """Attribute of a model in which DistributedDataParallel stores the names of tensors that it does not send."""
 
@@ -136,6 +138,7 @@ class PeftModel:
             vars(config).update(vars(adapters.configs[adapter_name]))
             adapters.configs[adapter_name] = config
         adapters.selection.active = (adapter_name,)
+        adapters.set_requires_grad(adapters.trainable - {adapter_name}, False)
         adapted = _as_peft_model(model)
         return adapted if is_trainable else adapted.eval()
 
@@ -146,14 +149,15 @@ class PeftModel:
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an untrained adapter, without making it active.
+        """Add an untrained adapter, without making it active. As in PEFT, it trains from `set_adapter` on.
 
-        In transformers' order, `add_adapter(config, name="default")`, the adapter becomes the active one, as in
-        transformers. On an error the model stays as it was.
+        Routes can train adapters that are not active: call `set_requires_grad` for those. In transformers' order,
+        `add_adapter(config, name="default")`, the adapter becomes the active one, as in transformers. On an error the
+        model stays as it was.
 
         Args:
             adapter_name: the adapter's name.
-            peft_config: the configuration; the adapter is trainable unless it says `inference_mode`.
+            peft_config: the configuration.
             low_cpu_mem_usage: True leaves the parameters on the meta device, until a saved adapter is read into them.
             autocast_adapter_dtype: True: float32 parameters on 16-bit layers; False: the dtype of the layers.
 
@@ -177,6 +181,8 @@ class PeftModel:
         inject.add_adapter(self._module, config, name, creation)
         if in_transformers_order:
             self.set_adapter(name)
+        else:
+            self.set_requires_grad(name, False)
 
     def load_adapter(
         self,
@@ -190,7 +196,7 @@ class PeftModel:
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> IncompatibleKeys:
-        """Load a further adapter, without making it active.
+        """Load a further adapter, without making it active. As in PEFT, its parameters train from `set_adapter` on.
 
         As with PEFT, the whole model is then in evaluation mode. With `is_trainable` modes stay as they are, and the
         new adapter is in training mode. On an error the model stays as it was.
@@ -198,7 +204,7 @@ class PeftModel:
         Args:
             model_id: a directory, or a hub id such as "owner/name"; an existing directory has precedence.
             adapter_name: the adapter's name in this model.
-            is_trainable: whether its parameters get gradients.
+            is_trainable: True to train the adapter further.
             torch_device: the device to which the tensors are read, before each moves to its layer's device.
             autocast_adapter_dtype: see `from_pretrained`.
             ephemeral_gpu_offload: see `from_pretrained`.
@@ -226,6 +232,8 @@ class PeftModel:
             result = checkpoint.load_adapter(
                 self._module, directory, adapter_name, is_trainable, config, reading=reading
             ).result
+        if is_trainable:
+            self.set_requires_grad(adapter_name, False)
         wrappers = adapter_set(self._module).layers.values()
         if not is_trainable and (self._module.training or any(wrapper.training for wrapper in wrappers)):
             self._module.eval()  # slow: visits every adapter that is loaded
@@ -334,8 +342,7 @@ class PeftModel:
         Raises:
             AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
         """
-        activation.set_adapter(self._module, adapter_name)
-        activation.train_active_only(self._module, not inference_mode)
+        activation.set_adapter(self._module, adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Set `requires_grad` of all parameters of adapters.
@@ -986,6 +993,7 @@ def _as_peft_model(model: nn.Module) -> Any:
 def _as_plain(model: nn.Module) -> Any:
     if isinstance(model, PeftModel):
         model.__class__ = _plain_class(type(model))
+        vars(model).pop(IS_MIXED, None)
     return model
 
 
@@ -1007,7 +1015,8 @@ def get_peft_model(
         model: the base model; changed in place.
         peft_config: the configuration; with `inference_mode` the adapter is not trainable.
         adapter_name: the adapter's name. A loaded adapter of this name is replaced, with a warning.
-        mixed: True or False, with the same result: adapters of different methods fit into every model.
+        mixed: True makes the model an instance of `PeftMixedModel`, too. Adapters of different methods fit into every
+            model, so nothing else depends on it.
         autocast_adapter_dtype: True: float32 parameters on layers of 16 bits; False: the dtype of the layers.
         revision: revision of the base model, to be saved in the adapter's configuration; None for the configuration's.
         low_cpu_mem_usage: True leaves the parameters on the meta device, until a saved adapter is read into them.
@@ -1035,6 +1044,8 @@ def get_peft_model(
         peft_config = dataclasses.replace(peft_config, base_model_name_or_path=name)
     creation = Creation(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
     inject.inject_untrained(model, peft_config, adapter_name, creation)
+    if mixed:
+        vars(model)[IS_MIXED] = True
     return _as_peft_model(model)
 
 

@@ -90,8 +90,7 @@ def load_adapter(
             keys = checkpoint.load_adapter(self, directory, name, is_trainable, peft_config, reading=reading).result
     self._hf_peft_config_loaded = True
     show_configs(self)
-    activation.set_adapter(self, name)
-    activation.train_active_only(self, is_trainable)
+    activation.set_adapter(self, name, inference_mode=not is_trainable)
     if not is_trainable:
         self.eval()
     teach_trainer()

@@ -14,7 +14,15 @@ import torch
 from torch import nn
 
 from peftcore.adapter import Adapter, Shared
-from peftcore.bases import BaseWeight, BiasParameter, ParameterWeight, base_weight, is_adaptable, raw_projections
+from peftcore.bases import (
+    BaseWeight,
+    BiasParameter,
+    Conv1DWeight,
+    ParameterWeight,
+    base_weight,
+    is_adaptable,
+    raw_projections,
+)
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
@@ -112,6 +120,8 @@ def prepare_injection(
     if config.ensure_weight_tying:
         _warn_without_ties(module_index, [*adapters, *saved])
     _check_new_bases(module_index, adapters)
+    _warn_of_orientation(config, adapters)
+    _warn_of_missing_ties(module_index, config, adapters, saved)
     biases = _trained_biases(module_index, config, adapters, saved)
     if not creation.autocast_adapter_dtype:
         _narrow([*adapters.values(), *biases.values()])
@@ -162,6 +172,32 @@ def _adapters_for(
     kind.link(config, adapters)
     _set_parameter_prefixes(adapters)
     return adapters
+
+
+def _warn_of_orientation(config: TunerConfig, adapters: Mapping[str, Adapter]) -> None:
+    """Warn of an option that says that weights are stored as (i, o), if no weight of the adapter is."""
+    stored = {type(adapter.base) for adapter in adapters.values()}
+    if adapters and getattr(config, "fan_in_fan_out", False) and Conv1DWeight not in stored:
+        warnings.warn(
+            "fan_in_fan_out=True has no effect, because none of the layers is a Conv1D: the orientation of a weight is "
+            "found per layer; leave the option out",
+            stacklevel=2,
+        )
+
+
+def _warn_of_missing_ties(
+    module_index: ModuleIndex, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
+) -> None:
+    """Warn of `ensure_weight_tying` if no layer of the adapter shares its weight with another."""
+    if not config.ensure_weight_tying or tied_paths(module_index, saved):
+        return
+    paths = (adapters.keys() | saved.keys()) & module_index.modules.keys()
+    weights = [unwrapped(module_index.modules[path])._parameters.get("weight") for path in paths]
+    if len({id(weight) for weight in weights}) == len(weights):
+        warnings.warn(
+            "ensure_weight_tying=True has no effect, because no adapted or saved layer shares its weight with another",
+            stacklevel=2,
+        )
 
 
 def _set_parameter_prefixes(adapters: Mapping[str, Adapter]) -> None:

@@ -79,6 +79,9 @@ class TrainableTokens(Adapter):
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("place", place, persistent=False)
 
+    def replaced_rows(self) -> tuple[int, ...]:
+        return self.chosen
+
     def extra_repr(self) -> str:
         return f"tokens={len(self.chosen)}"
 

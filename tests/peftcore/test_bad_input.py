@@ -473,14 +473,14 @@ def test_a_merge_that_cannot_be_leaves_every_layer() -> None:
         with refused(model, MergeError, "1: LORA on a convolution with groups", "keep the adapter unmerged"):
             call()
     for names in (["nope"], "nope"):
-        with refused(model, AdapterNameError, "no adapter named 'nope'; loaded: default"):
+        with refused(model, AdapterNameError, "Adapter nope does not exist; loaded: default"):
             model.merge_adapter(names)
 
 
 def test_a_merged_adapter_is_not_deleted() -> None:
     model = get_peft_model(net(), lora("0"))
     model.merge_adapter()
-    with refused(model, MergeError, "'default' is merged", "unmerge_adapter first"):
+    with refused(model, MergeError, "['default'] are merged", "unmerge_adapter first"):
         model.delete_adapter("default")
 
 

@@ -31,6 +31,7 @@ def add(model: Any, method: str, name: str, targets: list[str], seed: int) -> No
     for other in model.peft_config:
         model.set_requires_grad(other, False)
     model.add_adapter(name, EXAMPLES[method].make(target_modules=targets))
+    model.set_requires_grad(name)
     randomise(model, EXAMPLES[method].spread, seed=seed)
     model.set_adapter(active())
 

@@ -3,17 +3,27 @@
 import copy
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from layer_parity import agrees_with_peft
 from method_example import Example
 from quantised_layers import quantised
 from torch import nn
 
-from peftcore import AdaLoraConfig, ConfigError, PeftConfig, PeftModel, TrainingError, get_peft_model, set_peft_model_state_dict
+from peftcore import (
+    AdaLoraConfig,
+    ConfigError,
+    PeftConfig,
+    PeftModel,
+    TrainingError,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from peftcore.injection.adapter_set import adapter_set
 
 EXAMPLE = Example(
@@ -313,3 +323,11 @@ def test_pruning_takes_moments_of_eight_bits_along() -> None:
     for a in layers(model):
         for name in ("lora_A", "lora_B", "lora_E"):
             assert optimizer.state[getattr(a, name)]["state1"].shape == getattr(a, name).shape
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_means_what_it_means_in_peft(groups: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=groups), torch.randn(2, 6, 9, 9)
+    options = {"init_r": 4, "target_r": 2, "total_step": 10}
+    agrees_with_peft(layer, x, "AdaLoraConfig", AdaLoraConfig, options, tmp_path)

@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from layer_parity import agrees_with_peft
 from method_example import Example, randomise
 from torch import nn
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from peftcore import LoraConfig, PeftModel, TargetError, get_peft_model, set_peft_model_state_dict
 from peftcore.methods.ln_tuning import LNTuningConfig
@@ -185,3 +187,8 @@ def test_other_layers_that_are_named_train_whole_as_in_peft(layer: nn.Module, x:
 def test_only_norms_are_default_targets() -> None:
     with pytest.raises(TargetError, match="LN_TUNING in Sequential"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), LNTuningConfig())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Linear(6, 4, bias=False), Conv1D(4, 6)], ids=str)
+def test_a_linear_layer_means_what_it_means_in_peft(layer: nn.Module, tmp_path: Path) -> None:
+    agrees_with_peft(layer, torch.randn(3, 6), "LNTuningConfig", LNTuningConfig, {}, tmp_path)

@@ -1,7 +1,8 @@
 """DoRA: W' = m/n·(W + s·BA), n the length of each output row of W + s·BA, without gradient. arXiv:2402.09353.
 
 m starts at n, so training begins at the base's own output. The forward pass adds (m/n − 1) times the output without
-bias. Shapes: i in_features, o out_features, r rank, k kernel; m, n (o,), A (r, i, *k), B (o, r, *1).
+bias. On a convolution with groups, n is computed as in HF PEFT: its product of A and B is reshaped to W.
+Shapes: i in_features, o out_features, r rank, k kernel; m, n (o,), A (r, i, *k), B (o, r, *1).
 """
 
 from typing import TYPE_CHECKING, ClassVar
