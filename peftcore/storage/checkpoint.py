@@ -251,7 +251,7 @@ def load_adapter(
             injection = prepare_injection(model, config, name, creation)
             state = AdapterState(injection.adapters, injection.biases, injection.copies, injection.prompt)
             on_disk = (tensors or {}) if read is None else parsed(read, directory)
-            on_disk = reading.prepared(on_disk, _renamed_since(model) if injection.prompt is None else None)
+            on_disk = reading.prepared(on_disk, renamed_since(model) if injection.prompt is None else None)
             rows = EmbeddingLoader(
                 lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings
             )
@@ -275,7 +275,7 @@ def load_adapter(
     return Loaded(adapters, result)
 
 
-def _renamed_since(model: nn.Module) -> Mapping[str, str] | None:
+def renamed_since(model: nn.Module) -> Mapping[str, str] | None:
     """Return a transformers model's {regular expression: replacement} of keys from before its modules were renamed."""
     return getattr(model, "_checkpoint_conversion_mapping", None)
 
@@ -327,7 +327,7 @@ def load_adapter_weights(
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
     with writing_shards(adapters.parameters(name)), torch.no_grad():
         on_disk = read_tensors(directory) if tensors is None else tensors
-        on_disk = reading.prepared(on_disk, _renamed_since(model) if prompt is None else None)
+        on_disk = reading.prepared(on_disk, renamed_since(model) if prompt is None else None)
         rows = EmbeddingLoader(lambda: ModuleIndex(model), adapters, name, replaces_embeddings)
         result = _take_tensors(model, adapter_state_of(adapters, name), rows, on_disk, directory, name, trains, reading)
         rows.replace(adapters)

@@ -90,7 +90,7 @@ def set_peft_model_state_dict(
     if low_cpu_mem_usage:
         _leave_meta_device(adapters, adapter_name)
         state = adapter_state_of(adapters, adapter_name)
-    given = {_with_prefix(key, state): tensor for key, tensor in peft_model_state_dict.items()}
+    given = {with_prefix(key, state): tensor for key, tensor in peft_model_state_dict.items()}
     given = dict(state.with_our_keys(given))
     present = state.tensors()
     if state.prompt is not None:
@@ -125,7 +125,7 @@ def set_peft_model_state_dict(
     )
 
 
-def _with_prefix(key: str, state: AdapterState) -> str:
+def with_prefix(key: str, state: AdapterState) -> str:
     is_prompt = state.prompt is not None
     return key if is_prompt or key.startswith(SHARED_PREFIX) else f"{PREFIX}{key}"
 
