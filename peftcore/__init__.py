@@ -81,7 +81,6 @@ if TYPE_CHECKING:
         EvaConfig,
         LoftQConfig,
         LoraGAConfig,
-        LoraRuntimeConfig,
         MultitaskPromptTuningInit,
         PromptEncoderReparameterizationType,
         PromptTuningInit,
@@ -221,6 +220,7 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.lora import (
         LoraConfig,
+        LoraRuntimeConfig,
     )
     from peftcore.methods.miss import (
         MissConfig,
@@ -361,7 +361,7 @@ _MODULES = {
     "LoraConfig": "peftcore.methods.lora",
     "LoraGAConfig": "peftcore.hf_peft.options",
     "LoraModel": "peftcore.hf_peft.tuner_models",
-    "LoraRuntimeConfig": "peftcore.hf_peft.options",
+    "LoraRuntimeConfig": "peftcore.methods.lora",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "peftcore.hf_peft.mapping",
     "MergeError": "peftcore.errors",
     "MissConfig": "peftcore.methods.miss",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft.utils import hotswap as of_peft
 from torch import Tensor, nn
+from torch._dynamo.exc import RecompileError
 
 from peftcore import AdapterNameError, IA3Config, LoraConfig, PeftModel, get_peft_model
 from peftcore.errors import HotswapError
@@ -109,7 +110,7 @@ def test_a_compiled_model_is_not_compiled_again(base: Net, tmp_path: Path) -> No
     other, after = saved(base, tmp_path / "other", seed=2, r=12, lora_alpha=30, target_modules=["first", "conv"])
     model = loaded(base, first)
     prepare_model_for_compiled_hotswap(model, target_rank=12, config=model.peft_config)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(output(compiled), before)
         for directory, expected in ((other, after), (first, before), (other, after)):
@@ -121,11 +122,11 @@ def test_a_compiled_model_is_not_compiled_again(base: Net, tmp_path: Path) -> No
 def test_without_preparation_it_is_compiled_again(base: Net, tmp_path: Path, options: dict[str, Any]) -> None:
     first, _ = saved(base, tmp_path / "first", r=4, lora_alpha=8)
     other, _ = saved(base, tmp_path / "other", seed=2, **options)
-    compiled = torch.compile(loaded(base, first), backend="eager")
+    compiled: Any = torch.compile(loaded(base, first), backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         output(compiled)
         hotswap_adapter(compiled, other, "default")
-        with pytest.raises(torch._dynamo.exc.RecompileError):
+        with pytest.raises(RecompileError):
             output(compiled)
 
 

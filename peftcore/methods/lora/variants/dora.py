@@ -48,7 +48,9 @@ class Dora(Variant):
         lora.magnitude = nn.Parameter(torch.empty(lora.base.out_features))
 
     def reset_parameters(self, lora: "Lora") -> None:
-        _magnitude(lora).copy_(row_lengths(lora))
+        offloads = lora.config.runtime_config.ephemeral_gpu_offload and torch.cuda.is_available()
+        on_cpu = lora.base.device.type == "cpu"
+        _magnitude(lora).copy_(row_lengths(lora, torch.device("cuda") if offloads and on_cpu else None))
 
     def low_rank(self, lora: "Lora", branch: LowRankBranch) -> LowRankBranch | None:
         if branch.dropout or lora.base.bias is not None:  # with dropout, part of the change sees the whole input
@@ -98,16 +100,23 @@ def _ratio(lora: "Lora") -> Tensor:
 
 
 @torch.no_grad()
-def row_lengths(lora: "Lora") -> Tensor:
-    """Return n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is cached while W does not change."""
+def row_lengths(lora: "Lora", device: torch.device | None = None) -> Tensor:
+    """Return n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is cached while W does not change.
+
+    Args:
+        lora: the layer's adapter.
+        device: where to compute; None for the device of the layer.
+    """
     weight = lora.base.read_unmerged() if lora.new_base is None else lora.new_base
-    weight = weight.flatten(1)
-    norms = _square_norms(lora, weight)
     a, b = lora.own_factors()
     a, b = a.flatten(1), b.flatten(1) * lora.scaling
     if lora.start is not None:
         a = torch.cat([a, lora.start[0].flatten(1)])
         b = torch.cat([b, lora.start[1].flatten(1) * -lora.scaling], 1)
+    if device is not None:
+        weight, a, b = weight.to(device), a.to(device), b.to(device)
+    weight = weight.flatten(1)
+    norms = _square_norms(lora, weight)
     cross = ((weight @ a.to(weight.dtype).T).to(b) * b).sum(1)  # casting W would cost more than the rest
     square = norms.to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
     return square.clamp_min(0).sqrt()
@@ -119,7 +128,7 @@ def _square_norms(lora: "Lora", weight: Tensor) -> Tensor:
     cached = vars(lora).get(_ROW_NORMS)
     if version is not None and cached is not None and cached[0] == version:
         return cached[1]
-    norms = weight.to(_magnitude(lora)).square().sum(1)
+    norms = weight.to(_magnitude(lora).dtype).square().sum(1)
     if version is not None:
-        vars(lora)[_ROW_NORMS] = version, norms
+        vars(lora)[_ROW_NORMS] = version, norms.to(_magnitude(lora).device)
     return norms

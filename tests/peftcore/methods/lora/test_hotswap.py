@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from lora_nets import LAYERS, adapter, lora, net_and_input
 from torch import nn
 
 from peftcore import LoraConfig, get_peft_model
 from peftcore.errors import HotswapError
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.methods.lora import Lora
 from peftcore.methods.lora.hotswap import check_rank, clear, enlarge, rank_of, use_tensor_scaling
-from tests.peftcore.support.lora_nets import LAYERS, adapter, lora, net_and_input
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -31,7 +32,8 @@ def test_experts_and_groups_have_blocks_of_their_own() -> None:
     net.experts.weight = nn.Parameter(torch.randn(3, 4, 5))
     config = LoraConfig(r=2, target_parameters=["experts.weight"], target_modules=[], init_lora_weights=False)
     model = get_peft_model(net, config)
-    (part,) = adapter_set(model).adapters("default").values()
+    (part,) = adapter_set(model).of_method("default").values()
+    assert isinstance(part, Lora)
     change = part.delta_weight()
     enlarge(part, 5)
     torch.testing.assert_close(part.delta_weight(), change)
