@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         TaskType,
     )
     from peftcore.conversion import (
+        add_as_lora,
         convert_directory_to_lora,
         convert_to_lora,
         save_as_lora,
@@ -443,6 +444,7 @@ _MODULES = {
     "check_vllm": "peftcore.export",
     "compose_cartridge_adapters": "peftcore.hf_peft.unsupported",
     "convert_directory_to_lora": "peftcore.conversion",
+    "add_as_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
     "create_arrow_model": "peftcore.hf_peft.unsupported",
     "export_gguf_lora": "peftcore.export",
@@ -632,6 +634,7 @@ __all__ = [
     "WaveFTModel",
     "XLoraConfig",
     "XLoraModel",
+    "add_as_lora",
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "check_mergeable",

@@ -1007,6 +1007,7 @@ def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Prepare a 4- or 8-bit model for training adapters.
 
@@ -1017,6 +1018,7 @@ def prepare_model_for_kbit_training(
         model: the quantised model; changed in place.
         use_gradient_checkpointing: True enables gradient checkpointing.
         gradient_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`.
+        auto_clear_cache: True returns the memory of the former 16-bit parameters to the device after the cast.
 
     Returns:
         The model.
@@ -1025,6 +1027,8 @@ def prepare_model_for_kbit_training(
         parameter.requires_grad = False
         if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter) is nn.Parameter:
             parameter.data = parameter.data.float()
+    if auto_clear_cache and torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
     if use_gradient_checkpointing:
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if kwargs["use_reentrant"]:

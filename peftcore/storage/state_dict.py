@@ -21,7 +21,7 @@ from peftcore.storage.embedding_rows import SaveEmbeddings
 from peftcore.storage.reading import IncompatibleKeys
 
 
-def _has_prefix(model: nn.Module) -> bool:
+def has_prefix(model: nn.Module) -> bool:
     """Return True if the keys of the model's adapters begin with `base_model.`, as those of a `PeftModel`."""
     return hasattr(model, "merge_and_unload")
 
@@ -56,7 +56,7 @@ def get_peft_model_state_dict(
     else:
         tensors = adapter_values(model, adapter_name, save_embedding_layers, state_dict)
     tensors = {key: whole(tensor) if is_sharded(tensor) else tensor for key, tensor in tensors.items()}
-    return tensors if _has_prefix(model) else {key.removeprefix(PREFIX): t for key, t in tensors.items()}
+    return tensors if has_prefix(model) else {key.removeprefix(PREFIX): t for key, t in tensors.items()}
 
 
 def set_peft_model_state_dict(
@@ -118,7 +118,7 @@ def set_peft_model_state_dict(
         state.read(values)
     missing = sorted(present.keys() - matching.keys() - state.optional())
     named = [state.parameter_name(key, adapter_name) for key in missing]
-    keep = _has_prefix(model)
+    keep = has_prefix(model)
     return IncompatibleKeys(
         named if keep else [key.removeprefix(PREFIX) for key in named],
         unexpected if keep else [key.removeprefix(PREFIX) for key in unexpected],

@@ -36,7 +36,7 @@ class Dora(Variant):
     keys: ClassVar = {"magnitude": "lora_magnitude_vector"}
     is_additive = False
     beyond_low_rank = (
-        "DoRA is not low-rank; convert it by convert_to_lora(model, name, new_name, rank=...) and export "
+        "DoRA is not low-rank; convert it by add_as_lora(model, name, new_name, rank=...) and export "
         "that, or merge it into the base"
     )
 
