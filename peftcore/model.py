@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import hub, merging
+from peftcore._util.both_libraries import refuse_hf_peft
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.fingerprint import unchanging_weights
 from peftcore.composition.route import Route
@@ -168,6 +169,8 @@ class PeftModel:
             name, config = peft_config or "default", adapter_name
         else:
             name, config = adapter_name, peft_config
+        refuse_hf_peft(adapter_name)
+        refuse_hf_peft(config)
         if not isinstance(config, PeftConfig):
             raise ConfigError(
                 f"add_adapter takes a name and a configuration, such as LoraConfig(); got {adapter_name!r:.200} and "

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peftcore._util.both_libraries import refuse_hf_peft
 from peftcore._util.tensors import (
     PREFIX,
     PROMPT_STATE,
@@ -240,6 +241,7 @@ def load_adapter(
         refuse_pickles(directory)
         config = PeftConfig.from_pretrained(directory)
     elif not isinstance(config, PeftConfig):
+        refuse_hf_peft(config)
         raise ConfigError(f"config must be a configuration, such as LoraConfig(); got {config!r:.200}")
     config = dataclasses.replace(config, inference_mode=not trainable)
     with ThreadPoolExecutor(1, "adapter-reader") as executor, deepened(model, config) as replication:

@@ -19,7 +19,7 @@ from peftcore import hub
 from peftcore._util.tensors import is_sharded, read_tensors
 from peftcore.config import PeftConfig
 from peftcore.errors import HotswapError, suggestion
-from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
+from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.methods.lora.hotswap import check_rank, clear, enlarge, exchange, rank_of, use_tensor_scaling
@@ -69,6 +69,7 @@ def prepare_model_for_compiled_hotswap(
 
     Raises:
         HotswapError: the model has no LoRA, is compiled already, or a layer cannot have this rank.
+        AdapterNameError: the model has no adapters.
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise HotswapError(f"check_compiled must be 'error', 'warn' or 'ignore'; got {check_compiled!r:.200}")
@@ -82,7 +83,7 @@ def prepare_model_for_compiled_hotswap(
         if check_compiled == "warn":
             warnings.warn(message, stacklevel=2)
     model = _plain(model)
-    adapters = adapter_set(model) if ATTRIBUTE in model.__dict__ else AdapterSet()
+    adapters = adapter_set(model)
     by_name = {name: _loras(adapters, name) for name, kind in adapters.kinds.items() if kind is Lora}
     if not any(by_name.values()):
         raise HotswapError(

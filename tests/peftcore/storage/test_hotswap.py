@@ -309,8 +309,11 @@ def test_wrong_arguments_of_the_preparation(base: Net) -> None:
         prepare_model_for_compiled_hotswap(model, target_rank=0)
     with pytest.raises(HotswapError, match="check_compiled must be"):
         prepare_model_for_compiled_hotswap(model, check_compiled="no")  # type: ignore[arg-type]
-    with pytest.raises(HotswapError, match="the model has no LoRA"):
+    with pytest.raises(AdapterNameError, match="has no adapters"):
         prepare_model_for_compiled_hotswap(copy.deepcopy(base), target_rank=3)
+    ia3 = get_peft_model(copy.deepcopy(base), IA3Config(target_modules=["first"], feedforward_modules=[]))
+    with pytest.raises(HotswapError, match="the model has no LoRA"):
+        prepare_model_for_compiled_hotswap(ia3, target_rank=3)
     with pytest.warns(UserWarning, match="config has no effect without target_rank"):
         prepare_model_for_compiled_hotswap(model, config=model.peft_config)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
