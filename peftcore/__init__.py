@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         TaskType,
     )
     from peftcore.conversion import (
+        add_as_lora,
         convert_directory_to_lora,
         convert_to_lora,
         save_as_lora,
@@ -80,7 +81,6 @@ if TYPE_CHECKING:
         EvaConfig,
         LoftQConfig,
         LoraGAConfig,
-        LoraRuntimeConfig,
         MultitaskPromptTuningInit,
         PromptEncoderReparameterizationType,
         PromptTuningInit,
@@ -220,6 +220,7 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.lora import (
         LoraConfig,
+        LoraRuntimeConfig,
     )
     from peftcore.methods.miss import (
         MissConfig,
@@ -361,7 +362,7 @@ _MODULES = {
     "LoraConfig": "peftcore.methods.lora",
     "LoraGAConfig": "peftcore.hf_peft.options",
     "LoraModel": "peftcore.hf_peft.tuner_models",
-    "LoraRuntimeConfig": "peftcore.hf_peft.options",
+    "LoraRuntimeConfig": "peftcore.methods.lora",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "peftcore.hf_peft.mapping",
     "MergeError": "peftcore.errors",
     "MissConfig": "peftcore.methods.miss",
@@ -443,6 +444,7 @@ _MODULES = {
     "check_vllm": "peftcore.export",
     "compose_cartridge_adapters": "peftcore.hf_peft.unsupported",
     "convert_directory_to_lora": "peftcore.conversion",
+    "add_as_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
     "create_arrow_model": "peftcore.hf_peft.unsupported",
     "export_gguf_lora": "peftcore.export",
@@ -632,6 +634,7 @@ __all__ = [
     "WaveFTModel",
     "XLoraConfig",
     "XLoraModel",
+    "add_as_lora",
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "check_mergeable",

@@ -57,6 +57,10 @@ class CheckpointError(PeftError, ValueError):
     """An adapter directory that is damaged, incomplete, of a foreign format or made for another base model."""
 
 
+class HotswapError(PeftError, ValueError, RuntimeError):
+    """A saved adapter that cannot take the place of a loaded one; the model is unchanged."""
+
+
 class MergeError(PeftError, RuntimeError, ValueError):
     """A merge that would write wrong weights; the model is unchanged."""
 

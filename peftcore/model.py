@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from peftcore import hub, merging
 from peftcore._util.fingerprint import unchanging_weights
+from peftcore._util.both_libraries import refuse_hf_peft
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
@@ -111,7 +112,9 @@ class PeftModel:
                 `local_files_only` and the others of `huggingface_hub.hf_hub_download`), and
                 `torch_device`: the device to which the tensors are read, before each moves to its layer's device;
                 `strict`: False accepts missing and unexpected keys, with a warning;
-                `ignore_mismatched_sizes`: True treats tensors of another shape as missing.
+                `ignore_mismatched_sizes`: True treats tensors of another shape as missing;
+                `adapters`: {name: directory or hub id} of the LoRAs that a saved X-LoRA mixes, if they are no longer
+                where its configuration says.
 
         Returns:
             The model, as a `PeftModel`.
@@ -126,7 +129,9 @@ class PeftModel:
             raise TypeError(
                 f"PeftModel.from_pretrained needs the base model first, then the adapter; got {model!r:.200}"
             )
+        experts = kwargs.pop("adapters", None)
         options, further = _split_reading("from_pretrained", kwargs)
+        config = _with_experts("from_pretrained", config, model_id, experts, options)
         check_offload(ephemeral_gpu_offload)
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
         directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
@@ -172,6 +177,8 @@ class PeftModel:
             name, config = peft_config or "default", adapter_name
         else:
             name, config = adapter_name, peft_config
+        refuse_hf_peft(adapter_name)
+        refuse_hf_peft(config)
         if not isinstance(config, PeftConfig):
             raise ConfigError(
                 f"add_adapter takes a name and a configuration, such as LoraConfig(); got {adapter_name!r:.200} and "
@@ -210,8 +217,8 @@ class PeftModel:
             ephemeral_gpu_offload: see `from_pretrained`.
             low_cpu_mem_usage: see `from_pretrained`.
             key_mapping: see `from_pretrained`.
-            kwargs: options of the download, `strict` and `ignore_mismatched_sizes`, see `from_pretrained`; and
-                `config`: a configuration in place of the saved one.
+            kwargs: options of the download, `strict`, `ignore_mismatched_sizes` and `adapters`, see `from_pretrained`;
+                and `config`: a configuration in place of the saved one.
 
         Returns:
             The missing and the unexpected keys, as in PEFT; both empty, unless `strict=False` or
@@ -223,8 +230,9 @@ class PeftModel:
             ConfigError: an option has a value that does not fit.
             TypeError: an option is unknown.
         """
-        config = kwargs.pop("config", None)
+        config, experts = kwargs.pop("config", None), kwargs.pop("adapters", None)
         options, further = _split_reading("load_adapter", {**kwargs, "torch_device": torch_device})
+        config = _with_experts("load_adapter", config, model_id, experts, options)
         check_offload(ephemeral_gpu_offload)
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
         directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
@@ -756,6 +764,31 @@ class PeftModel:
         ranks = {path: adapter.rank for name in names for path, adapter in adapters.adapters(name).items()}
         return {path: rank for path, rank in ranks.items() if rank is not None}
 
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """Return what the active prompt adds to a call.
+
+        Args:
+            batch_size: rows (count).
+            task_ids: the task of each row (batch_size,), for multitask prompt tuning.
+            max_cache_len: only None; caches of fixed size get room for the prompt by themselves.
+
+        Returns:
+            The virtual tokens (batch_size, tokens, embedding width); for prefix tuning, a cache with the prefix.
+
+        Raises:
+            ConfigError: the active adapter is no prompt, or an argument does not fit it.
+        """
+        if max_cache_len is not None:
+            raise ConfigError("get_prompt: max_cache_len must be None; caches get room for the prompt by themselves")
+        adapters = adapter_set(self._module)
+        prompt = adapters.prompt(self.active_adapter)
+        if prompt is None:
+            raise ConfigError(
+                f"get_prompt: the active adapter {self.active_adapter!r} is {self.active_peft_config.peft_type}, which "
+                "adds no prompt to the model's inputs; call set_adapter with the name of a prompt"
+            )
+        return prompt.for_rows(self._module, batch_size, {} if task_ids is None else {"task_ids": task_ids})
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the numbers of (trainable, all) parameters; inactive adapters do not count as trainable."""
         adapters = adapter_set(self._module)
@@ -1072,10 +1105,29 @@ def _split_reading(function: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, 
     return options, further
 
 
+def _with_experts(
+    function: str,
+    config: PeftConfig | None,
+    model_id: str | os.PathLike[str],
+    experts: Mapping[str, str] | None,
+    options: Mapping[str, Any],
+) -> PeftConfig | None:
+    """Return the configuration with other places of the LoRAs that an X-LoRA mixes; unchanged if none are given."""
+    if experts is None:
+        return config
+    saved = PeftConfig.from_pretrained(model_id, **options) if config is None else config
+    if not hasattr(saved, "adapters"):
+        raise ConfigError(
+            f"{function}: adapters is an option of X-LoRA; the adapter is {saved.peft_type}, leave it out"
+        )
+    return dataclasses.replace(saved, adapters=dict(experts))  # type: ignore[call-arg]
+
+
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Prepare a 4- or 8-bit model for training adapters.
 
@@ -1086,6 +1138,7 @@ def prepare_model_for_kbit_training(
         model: the quantised model; changed in place.
         use_gradient_checkpointing: True enables gradient checkpointing.
         gradient_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`.
+        auto_clear_cache: True returns the memory of the former 16-bit parameters to the device after the cast.
 
     Returns:
         The model.
@@ -1094,6 +1147,8 @@ def prepare_model_for_kbit_training(
         parameter.requires_grad = False
         if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter) is nn.Parameter:
             parameter.data = parameter.data.float()
+    if auto_clear_cache and torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
     if use_gradient_checkpointing:
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if kwargs["use_reentrant"]:

@@ -44,7 +44,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     ]
     if not scaled:
         raise PeftError("rescale_adapter_scale: no adapter of this model has a scaling, as LoRA's do")
-    original = [adapter.scaling for adapter in scaled]
+    original = [float(adapter.scaling) for adapter in scaled]
     for adapter in scaled:
         adapter.scaling *= multiplier
     try:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from peftcore._util.both_libraries import refuse_layers_of_hf_peft
 from peftcore._util.per_thread import PerThread
 from peftcore.adapter import Adapter, Shared
 from peftcore.config import PeftConfig
@@ -238,6 +239,7 @@ def adapter_set(model: nn.Module) -> AdapterSet:
     """
     adapters = model.__dict__.get(ATTRIBUTE)
     if adapters is None:
+        refuse_layers_of_hf_peft(model.modules())
         raise AdapterNameError(f"this {type(model).__name__} has no adapters; call get_peft_model first")
     return adapters
 

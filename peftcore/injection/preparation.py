@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcore._util.both_libraries import refuse_layers_of_hf_peft
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import (
     BaseWeight,
@@ -113,6 +114,7 @@ def prepare_injection(
     _check_name(model, name)
     _check_not_compiled(model)
     module_index = ModuleIndex(model)
+    refuse_layers_of_hf_peft((model, *module_index.modules.values()))
     config, paths = complete(module_index, config)
     saved = find_saved_modules(module_index, config)
     adapters = _adapters_for(module_index, config, paths, creation)
@@ -136,7 +138,9 @@ def _prepare_prompt(
 ) -> Injection:
     _check_name(model, name)
     _check_not_compiled(model)
-    config, copies, module_index = kind.completed(config, model), {}, ModuleIndex(model)
+    module_index = ModuleIndex(model)
+    refuse_layers_of_hf_peft((model, *module_index.modules.values()))
+    config, copies = kind.completed(config, model), {}
     if isinstance(config, PromptLearningConfig):
         config = with_heads(module_index, config)
         copies = {path: _copy_of(module) for path, module in find_saved_modules(module_index, config).items()}

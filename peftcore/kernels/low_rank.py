@@ -34,7 +34,8 @@ class LowRankBranch(NamedTuple):
     """A (r, i), of any floating type."""
     b: Tensor
     """B (o, r)."""
-    scaling: float
+    scaling: Any
+    """s: a number, or a tensor without dimensions."""
     dropout: float = 0.0
     """Probability of dropping an element of the input in this forward pass."""
     gain: Tensor | None = None
@@ -68,7 +69,7 @@ class _Call(NamedTuple):
     """Arguments of one call that have no gradient."""
 
     bases: list[BaseWeight]
-    scalings: list[float]
+    scalings: list[Any]
     """s of each layer times dropout's scale, so that no large tensor has to be scaled."""
     dropout: Dropout | None
 

@@ -117,7 +117,7 @@ class PerAdapter(MutableMapping[str, Any]):
         attribute = _NUMBERS.get(self._attribute, self._attribute)
         if parameters == {"": self._attribute}:
             setattr(adapter, self._attribute, value)
-        elif not parameters and isinstance(vars(adapter).get(attribute), int | float) and attribute != "rank":
+        elif not parameters and isinstance(vars(adapter).get(attribute), int | float | Tensor) and attribute != "rank":
             if attribute == "scaling":
                 _start_scaling(adapter)
             setattr(adapter, attribute, value)
@@ -164,7 +164,7 @@ def _parameters(adapter: Adapter, attribute: str) -> dict[str, str]:
 
 def _number(adapter: Adapter, attribute: str) -> Any:
     value = getattr(adapter, _NUMBERS.get(attribute, attribute), None)
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) or (attribute == "scaling" and isinstance(value, Tensor)):
         return value
     config, path = adapter.printed
     if not hasattr(config, attribute) or attribute.startswith("_"):
@@ -324,4 +324,4 @@ class PeftLayerAttributes(MergingMethods):
 
 def _start_scaling(adapter: Any) -> float:
     """Return the scaling from before the first change through a view; call this before each change."""
-    return vars(adapter).setdefault("start_scaling", adapter.scaling)
+    return vars(adapter).setdefault("start_scaling", float(adapter.scaling))

@@ -152,6 +152,10 @@ class PrefixTuning(PromptLearner):
                 self_attention.update(key, value, layer)
         return cache
 
+    def for_rows(self, model: nn.Module, rows: int, inputs: dict[str, Any]) -> Any:
+        self.check_arguments(inputs)
+        return self._fill(model, new_cache(model), torch.empty(rows, 0, device=self.embedding.device))
+
     def key_values(self) -> Tensor:
         """Return the prefix (2·L, k, n, w), from (n, 2·L·k·w) in the checkpoint's layout."""
         return self.encoded().view(self.count, -1, self.heads, self.width).permute(1, 2, 0, 3)

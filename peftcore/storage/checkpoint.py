@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peftcore._util.both_libraries import refuse_hf_peft
 from peftcore._util.tensors import (
     PREFIX,
     PROMPT_STATE,
@@ -252,6 +253,7 @@ def load_adapter(
         refuse_pickles(directory)
         config = PeftConfig.from_pretrained(directory)
     elif not isinstance(config, PeftConfig):
+        refuse_hf_peft(config)
         raise ConfigError(f"config must be a configuration, such as LoraConfig(); got {config!r:.200}")
     config = dataclasses.replace(config, inference_mode=not trainable)
     with ThreadPoolExecutor(1, "adapter-reader") as executor, deepened(model, config) as replication:
@@ -263,7 +265,7 @@ def load_adapter(
             injection = prepare_injection(model, config, name, creation)
             state = AdapterState(injection.adapters, injection.biases, injection.copies, injection.prompt)
             on_disk = (tensors or {}) if read is None else parsed(read, directory)
-            on_disk = reading.prepared(on_disk, _renamed_since(model) if injection.prompt is None else None)
+            on_disk = reading.prepared(on_disk, renamed_since(model) if injection.prompt is None else None)
             rows = EmbeddingLoader(
                 lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings
             )
@@ -287,7 +289,7 @@ def load_adapter(
     return Loaded(adapters, result)
 
 
-def _renamed_since(model: nn.Module) -> Mapping[str, str] | None:
+def renamed_since(model: nn.Module) -> Mapping[str, str] | None:
     """Return a transformers model's {regular expression: replacement} of keys from before its modules were renamed."""
     return getattr(model, "_checkpoint_conversion_mapping", None)
 
@@ -339,7 +341,7 @@ def load_adapter_weights(
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
     with writing_shards(adapters.parameters(name)), torch.no_grad():
         on_disk = read_tensors(directory) if tensors is None else tensors
-        on_disk = reading.prepared(on_disk, _renamed_since(model) if prompt is None else None)
+        on_disk = reading.prepared(on_disk, renamed_since(model) if prompt is None else None)
         rows = EmbeddingLoader(lambda: ModuleIndex(model), adapters, name, replaces_embeddings)
         result = _take_tensors(model, adapter_state_of(adapters, name), rows, on_disk, directory, name, trains, reading)
         rows.replace(adapters)

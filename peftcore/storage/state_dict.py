@@ -23,7 +23,7 @@ from peftcore.storage.embedding_rows import SaveEmbeddings
 from peftcore.storage.reading import IncompatibleKeys
 
 
-def _has_prefix(model: nn.Module) -> bool:
+def has_prefix(model: nn.Module) -> bool:
     """Return True if the keys of the model's adapters begin with `base_model.`, as those of a `PeftModel`."""
     return hasattr(model, "merge_and_unload")
 
@@ -61,7 +61,7 @@ def get_peft_model_state_dict(
         if plain is not model:
             tensors = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     tensors = {key: whole(tensor) if is_sharded(tensor) else tensor for key, tensor in tensors.items()}
-    return tensors if _has_prefix(plain) else {key.removeprefix(PREFIX): t for key, t in tensors.items()}
+    return tensors if has_prefix(plain) else {key.removeprefix(PREFIX): t for key, t in tensors.items()}
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def _write(
     if low_cpu_mem_usage:
         _leave_meta_device(adapters, adapter_name)
         state = adapter_state_of(adapters, adapter_name)
-    given = {_with_prefix(key, state): tensor for key, tensor in peft_model_state_dict.items()}
+    given = {with_prefix(key, state): tensor for key, tensor in peft_model_state_dict.items()}
     given = dict(state.with_our_keys(given))
     present = state.tensors()
     if state.prompt is not None:
@@ -153,14 +153,14 @@ def _write(
         state.read(values)
     missing = sorted(present.keys() - matching.keys() - state.optional())
     named = [state.parameter_name(key, adapter_name) for key in missing]
-    keep = _has_prefix(model)
+    keep = has_prefix(model)
     return IncompatibleKeys(
         named if keep else [key.removeprefix(PREFIX) for key in named],
         unexpected if keep else [key.removeprefix(PREFIX) for key in unexpected],
     )
 
 
-def _with_prefix(key: str, state: AdapterState) -> str:
+def with_prefix(key: str, state: AdapterState) -> str:
     is_prompt = state.prompt is not None
     return key if is_prompt or key.startswith(SHARED_PREFIX) else f"{PREFIX}{key}"
 

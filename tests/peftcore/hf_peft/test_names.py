@@ -16,7 +16,6 @@ FUNCTIONS = [name for name in sorted(peft.__all__) if inspect.isfunction(getattr
 METHODS_WITHOUT_A_PLACE = {
     "forward": "the base's own",
     "generate": "the base's own",
-    "get_prompt": "the forward pass puts the prompt into the inputs itself",
 }
 METHODS = [
     name

@@ -19,7 +19,7 @@ from peftcore import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peftcore.conversion import convert_to_lora
+from peftcore.conversion import add_as_lora
 from peftcore.errors import MergeError, RoutingError
 from peftcore.injection.activation import set_adapter
 from peftcore.injection.adapter_set import adapter_set
@@ -119,7 +119,7 @@ def test_who_activates_an_adapter_is_who_does_in_peft(tmp_path: Path) -> None:
         model.add_adapter("b", lora("0"))
         model.load_adapter(tmp_path, "c")
         model.add_weighted_adapter(["b", "c"], [1.0, 1.0], "d")
-        convert_to_lora(model, "b", "e")
+        add_as_lora(model, "b", "e")
         store = AdapterStore(model)
         store.register("f", tmp_path)
         store.acquire("f").release()

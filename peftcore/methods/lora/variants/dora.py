@@ -40,7 +40,7 @@ class Dora(Variant):
     keys: ClassVar = {"lora_magnitude_vector": "lora_magnitude_vector"}
     is_additive = False
     beyond_low_rank = (
-        "DoRA is not low-rank; convert it by convert_to_lora(model, name, new_name, rank=...) and export "
+        "DoRA is not low-rank; convert it by add_as_lora(model, name, new_name, rank=...) and export "
         "that, or merge it into the base"
     )
 
@@ -48,7 +48,9 @@ class Dora(Variant):
         lora.lora_magnitude_vector = nn.Parameter(torch.empty(lora.base.out_features))
 
     def reset_parameters(self, lora: "Lora") -> None:
-        _magnitude(lora).copy_(row_lengths(lora))
+        offloads = lora.config.runtime_config.ephemeral_gpu_offload and torch.cuda.is_available()
+        on_cpu = lora.base.device.type == "cpu"
+        _magnitude(lora).copy_(row_lengths(lora, torch.device("cuda") if offloads and on_cpu else None))
 
     def low_rank(self, lora: "Lora", branch: LowRankBranch) -> LowRankBranch | None:
         if branch.dropout or lora.base.bias is not None:  # with dropout, part of the change sees the whole input
@@ -113,18 +115,25 @@ def _cached_ratio(lora: "Lora") -> Tensor:
 
 
 @torch.no_grad()
-def row_lengths(lora: "Lora") -> Tensor:
-    """Return n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is cached while W does not change."""
+def row_lengths(lora: "Lora", device: torch.device | None = None) -> Tensor:
+    """Return n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is cached while W does not change.
+
+    Args:
+        lora: the layer's adapter.
+        device: where to compute; None for the device of the layer.
+    """
     weight = lora.base.read_unmerged() if lora.new_base is None else lora.new_base
     if lora.groups > 1:
-        return _grouped_row_lengths(lora, weight)
-    weight = weight.flatten(1)
-    norms = _square_norms(lora, weight)
+        return _grouped_row_lengths(lora, weight if device is None else weight.to(device))
     a, b = lora.own_factors()
     a, b = a.flatten(1), b.flatten(1) * lora.scaling
     if lora.start is not None:
         a = torch.cat([a, lora.start[0].flatten(1)])
         b = torch.cat([b, lora.start[1].flatten(1) * -lora.scaling], 1)
+    if device is not None:
+        weight, a, b = weight.to(device), a.to(device), b.to(device)
+    weight = weight.flatten(1)
+    norms = _square_norms(lora, weight)
     cross = ((weight @ a.to(weight.dtype).T).to(b) * b).sum(1)  # casting W would cost more than the rest
     square = norms.to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
     return square.clamp_min(0).sqrt()
@@ -139,7 +148,7 @@ def _grouped_row_lengths(lora: "Lora", weight: Tensor) -> Tensor:
     a, b = lora.own_factors()
     if lora.start is not None:
         a, b = torch.cat([a, lora.start[0]]), torch.cat([b, -lora.start[1]], 1)
-    change = lora.scaling * b.reshape(-1, len(a)) @ a.flatten(1)
+    change = (lora.scaling * b.reshape(-1, len(a)) @ a.flatten(1)).to(weight.device)
     return (weight.to(change).flatten(1) + change.reshape(len(weight), -1)).square().sum(1).sqrt()
 
 
@@ -149,7 +158,7 @@ def _square_norms(lora: "Lora", weight: Tensor) -> Tensor:
     cached = vars(lora).get(_ROW_NORMS)
     if version is not None and cached is not None and cached[0] == version:
         return cached[1]
-    norms = weight.to(_magnitude(lora)).square().sum(1)
+    norms = weight.to(_magnitude(lora).dtype).square().sum(1)
     if version is not None:
-        vars(lora)[_ROW_NORMS] = version, norms
+        vars(lora)[_ROW_NORMS] = version, norms.to(_magnitude(lora).device)
     return norms

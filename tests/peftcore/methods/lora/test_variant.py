@@ -22,7 +22,7 @@ USE = """\
 import json, sys, torch
 from pathlib import Path
 from torch import nn
-from peftcore import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model
+from peftcore import LoraConfig, PeftConfig, PeftModel, add_as_lora, get_peft_model
 from acme_gain import GainLoraConfig
 
 torch.manual_seed(0)
@@ -43,7 +43,7 @@ assert len(gains) == 2 and all((gain - 1).abs().max() > 0.01 for gain in gains)
 model.merge_adapter()
 torch.testing.assert_close(model(x), adapted)
 model.unmerge_adapter()
-convert_to_lora(model, "default", "plain")
+add_as_lora(model, "default", "plain")
 model.set_adapter("plain")
 torch.testing.assert_close(model(x), adapted)
 model.set_adapter("default")

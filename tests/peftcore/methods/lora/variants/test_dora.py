@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftcore import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peftcore import LoraConfig, LoraRuntimeConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peftcore.methods.lora.variants.dora import row_lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about its own deprecated calls
@@ -163,3 +163,21 @@ def test_a_convolution_with_groups_computes_what_peft_does() -> None:
     set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
     x = torch.randn(2, 6, 5, 5)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_lengths_are_computed_on_the_chosen_device() -> None:
+    net, _ = net_and_input("linear")
+    part = adapter(lora(net, use_dora=True))
+    assert row_lengths(part, torch.device("meta")).is_meta
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_lengths_of_layers_on_the_cpu_are_computed_on_the_gpu(layer: str) -> None:
+    plain, x = net_and_input(layer)
+    base = plain(x)
+    torch.cuda.reset_peak_memory_stats()
+    net = lora(plain, use_dora=True, runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
+    assert torch.cuda.max_memory_allocated() > 0
+    assert adapter(net).lora_magnitude_vector.device.type == "cpu"
+    torch.testing.assert_close(net(x), base, rtol=1e-12, atol=1e-12)
