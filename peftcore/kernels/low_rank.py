@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from peftcore.bases import BaseWeight
 from peftcore.kernels.maths import scaled
-from peftcore.kernels.seeded_dropout import Dropout, mask_, masked
+from peftcore.kernels.dropout import Dropout, mask_, masked
 
 
 class LowRankBranch(NamedTuple):
@@ -83,7 +83,7 @@ class _Forward(NamedTuple):
     h: Tensor
     """A d(x) (n, R) of all layers."""
     bits: Tensor | None
-    """Packed bits of the dropout mask, saved for the backward pass."""
+    """The dropout mask as saved for the backward pass."""
     a: Tensor
     """Stacked A (R, i) in the type of the activations."""
     b: list[Tensor]

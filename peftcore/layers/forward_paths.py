@@ -99,17 +99,19 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
 def _fused(layer: "AdapterLayer", adapter: Adapter, x: Tensor) -> Tensor | None:
     """Return the output of base and first adapter from one operation; None if that does not apply.
 
-    The outputs of the siblings are computed in the same operation and cached.
+    The outputs of the siblings are computed in the same operation and cached, unless there is dropout: each layer then
+    draws a mask of its own when the model calls it, as in HF PEFT.
     """
     dtype = None if is_traced() or not has_no_hooks(layer.base_layer) else layer.base.compute_dtype(x)
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:
         return None
     together: dict[Any, tuple[BaseWeight, LowRankBranch]] = {}
-    for sibling in _plain_layers(siblings_of(layer, x), x, dtype):
+    siblings = () if low_rank.dropout else siblings_of(layer, x)
+    for sibling in _plain_layers(siblings, x, dtype):
         adapters = sibling.in_effect()
         factors = adapters[0].low_rank() if len(adapters) == 1 else None
-        if factors is not None and factors.dropout == low_rank.dropout:
+        if factors is not None and not factors.dropout:
             together[sibling] = sibling.base, factors
     y, *outputs = low_rank_linears(x.to(dtype), [(layer.base, low_rank), *together.values()])
     cache_outputs(layer, x, zip(together, outputs, strict=True))
