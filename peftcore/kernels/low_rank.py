@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.bases import BaseWeight
-from peftcore.kernels.maths import scaled
 from peftcore.kernels.dropout import Dropout, mask_, masked
+from peftcore.kernels.maths import scaled
 
 
 class LowRankBranch(NamedTuple):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 
 def normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -47,7 +46,10 @@ def module_(module: nn.Module) -> None:
 
 def without_values(kind: type[nn.Module], *sizes: int, **options: Any) -> Any:
     """Return a module of PyTorch without drawing its default values, on the default device."""
-    return skip_init(kind, *sizes, device=torch.get_default_device(), **options)
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        module = kind(*sizes, **options)
+    return module.to_empty(device=device)
 
 
 @torch.no_grad()

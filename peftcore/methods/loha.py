@@ -89,7 +89,7 @@ class LoHa(Adapter):
         return getattr(self, f"hada_w1_{side}"), getattr(self, f"hada_w2_{side}")
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        kept = keep_rows(self.shape[0], self.hada_w1_a, *self.dropouts, rescale=True) if self.training else None
+        kept = keep_rows(self.shape[0], self._factors("a")[0], *self.dropouts, rescale=True) if self.training else None
         if not self.as_product:
             delta = self.delta_weight()
             if kept is not None:

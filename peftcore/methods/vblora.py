@@ -101,6 +101,9 @@ class VBLora(Adapter):
         for name in _LOGITS:
             normal_(getattr(self, name), std=self.config.init_logits_std)
 
+    def prepare_to_read(self) -> None:
+        """Do nothing: a directory has the bank, and of the logits all that it needs."""
+
     def _tiles(self, logits: Tensor) -> Tensor:
         """Return the mixed vectors (..., l) for logits (..., h)."""
         chosen, places = logits.topk(self.config.topk)
