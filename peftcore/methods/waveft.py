@@ -195,7 +195,7 @@ class WaveFT(Adapter):
         if self.config.init_weights:
             nn.init.zeros_(self.waveft_spectrum)
         else:
-            normal_(self.waveft_spectrum, std=0.01)
+            self.waveft_spectrum.copy_(0.01 * normal_(torch.empty(len(self.waveft_spectrum), device="cpu")))
 
     def delta_weight(self) -> Tensor:
         rows, columns = self.shape[0], math.prod(self.shape[1:])

@@ -104,7 +104,10 @@ def assert_same(ours: Any, theirs: Any, name: str = "default", except_for: str =
         expected = there[key]
         if tensor.shape != expected.shape:  # here with the start that is subtracted, stacked behind
             tensor = tensor[tuple(slice(size) for size in expected.shape)]
-        assert torch.equal(tensor, expected.to(tensor.dtype)), key
+        if tensor.dtype == torch.float64:  # PEFT's constants, such as 0.1, are float32's
+            torch.testing.assert_close(tensor, expected, rtol=1e-7, atol=0)
+        else:
+            assert torch.equal(tensor, expected.to(tensor.dtype)), key
     repeated = adapter_state_of(adapter_set(ours), name).repeated()
     assert there.keys() <= here.keys() | repeated
 
@@ -224,7 +227,9 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         for variant in ("road_1", "road_2", "road_4")
         for init in (True, False)
     ],
-    "ShiraConfig": [{"r": 2, "random_seed": seed, "init_weights": i, **LINEAR} for seed in (None, 3) for i in (1, 0)],
+    "ShiraConfig": [
+        {"r": 2, "random_seed": seed, "init_weights": i, **LINEAR} for seed in (None, 3) for i in (True, False)
+    ],
     "TrainableTokensConfig": [
         {"token_indices": [1, 3], "init_weights": init, "target_modules": ["emb"]} for init in (True, False)
     ],
@@ -309,7 +314,8 @@ def test_start(config: str, number: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("config", TABLE)
 def test_start_on_a_base_of_another_type(config: str, dtype: torch.dtype) -> None:
-    for options in TABLE[config]:
+    cases = TABLE[config]
+    for options in cases if dtype == torch.bfloat16 else cases[:: max(1, len(cases) // 3)]:
         if str(options.get("init_lora_weights")) in ("pissa", "pissa_niter_4", "olora") and dtype == torch.float64:
             continue  # PEFT refuses
         # DoRA's length rounded to 16 bits would not start at the base's own output
@@ -371,8 +377,15 @@ INPUTS: dict[str, Callable[[], Tensor]] = {
 }
 DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
     *(("LoraConfig", layer, {"lora_dropout": 0.5, "init_lora_weights": False}) for layer in INPUTS),
-    *(("LoraConfig", layer, {"lora_dropout": 0.5, "use_dora": True}) for layer in ("lin", "gpt", "conv2", "emb")),
-    ("AdaLoraConfig", "lin", {"lora_dropout": 0.5, "init_lora_weights": False, "init_r": 3, "total_step": 9}),
+    *(
+        ("LoraConfig", layer, {"lora_dropout": 0.5, "use_dora": True, "init_lora_weights": False})
+        for layer in ("lin", "gpt", "conv2", "emb")
+    ),
+    (
+        "AdaLoraConfig",
+        "lin",
+        {"lora_dropout": 0.5, "init_lora_weights": False, "init_r": 3, "target_r": 2, "total_step": 9},
+    ),
     ("DeloraConfig", "lin", {"module_dropout": 0.5, "init_weights": False}),
     ("GraloraConfig", "lin", {"gralora_dropout": 0.5, "init_weights": False, "r": 4, "gralora_k": 2}),
     ("HiraConfig", "lin", {"hira_dropout": 0.5, "init_weights": False}),
@@ -418,7 +431,7 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "DoRA": ("LoraConfig", {"r": 4, "use_dora": True, **SOME}),
     "DoRA with dropout": ("LoraConfig", {"r": 4, "use_dora": True, "lora_dropout": 0.3, **SOME}),
     # PEFT adds its regulariser to the model's loss, ours belongs to the trainer
-    "AdaLoRA": ("AdaLoraConfig", {"init_r": 4, "total_step": 20, "orth_reg_weight": 1e-12, **SOME}),
+    "AdaLoRA": ("AdaLoraConfig", {"init_r": 4, "target_r": 2, "total_step": 20, "orth_reg_weight": 1e-12, **SOME}),
     "IA3": ("IA3Config", {**SOME, "feedforward_modules": ["down_proj"]}),
     "VeRA": ("VeraConfig", {"r": 8, **SOME}),
     "LoHa": ("LoHaConfig", {"r": 4, **SOME}),

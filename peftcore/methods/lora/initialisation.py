@@ -56,7 +56,7 @@ def draw_defaults(lora: "Lora") -> None:
     draw(lora.lora_A)
     draw(lora.lora_B)
     if lora.config.lora_bias:
-        bias_(torch.empty(lora.base.out_features, device="cpu"), lora.lora_B)
+        bias_(lora.get_parameter("lora_bias"), lora.lora_B)  # `LoraBias` then sets it to zero
 
 
 def random_and_zero(lora: "Lora") -> tuple[Tensor, Tensor]:
