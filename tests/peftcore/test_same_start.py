@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,14 +79,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=0)
     ),
     "nf4": lambda: nn.Sequential(quantised("nf4"), quantised("nf4")),
+    "nf4 in bf16": lambda: nn.Sequential(computes_in_bf16(quantised("nf4")), quantised("nf4")),
     "int8": lambda: nn.Sequential(quantised("int8"), quantised("int8")),
 }
+
+
+def computes_in_bf16(layer: Any) -> Any:
+    layer.compute_dtype = torch.bfloat16
+    return layer
 
 
 def build(model: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(5)
     made = MODELS[model]()
-    return made if model in ("nf4", "int8") else made.to(dtype)
+    return made if isinstance(made, nn.Sequential) else made.to(dtype)
 
 
 def tensors_of(model: Any, name: str = "default") -> dict[str, Tensor]:
@@ -338,7 +345,7 @@ def test_start_of_a_prompt_on_a_base_of_another_type(config: str, dtype: torch.d
     assert_same(*both("llama", config, options, dtype))
 
 
-@pytest.mark.parametrize("model", ["nf4", "int8"])
+@pytest.mark.parametrize("model", ["nf4", "nf4 in bf16", "int8"])
 @pytest.mark.parametrize("more", [{}, {"init_lora_weights": "gaussian"}, {"use_dora": True}], ids=str)
 def test_start_on_a_quantised_base(model: str, more: dict[str, Any]) -> None:
     ours, theirs = both(model, "LoraConfig", {"r": 4, "target_modules": ["0", "1"], **more})
@@ -364,6 +371,15 @@ def test_start_of_further_adapters() -> None:
             places.append(torch.rand(1))
         assert places[0] == places[1]
         assert_same(*pair, name)
+
+
+def test_loading_draws_nothing(tmp_path: Path) -> None:
+    model, _ = both("llama", "LoraConfig", {"r": 4, "target_modules": ["q_proj", "embed_tokens"]})
+    model.save_pretrained(tmp_path)
+    base = build("llama")
+    state = torch.get_rng_state()
+    peftcore.PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # -- dropout -------------------------------------------------------------------------------------------------------
