@@ -36,7 +36,7 @@ class Dropout:
         elif x.device.type == "cpu":
             # Intel's generator takes a longer seed for float64
             dtype = torch.float64 if x.dtype == torch.float64 else torch.uint8
-            keep = torch.empty(x.shape, dtype=dtype).bernoulli_(1 - self.p).to(torch.uint8)
+            keep = torch.empty(x.shape, dtype=dtype, device="cpu").bernoulli_(1 - self.p).to(torch.uint8)
         else:  # a fused operation, whose numbers differ from those of `bernoulli_`
             keep = torch.native_dropout(x, self.p, True)[1].view(torch.uint8)
         return keep, torch.from_numpy(np.packbits(keep.numpy())) if x.device.type == "cpu" else keep
