@@ -70,14 +70,21 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": None,
     "initializer_range": 0.2,
 }
+T5: dict[str, Any] = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 1,
+    "num_heads": 2,
+    "vocab_size": 40,
+    "decoder_start_token_id": 0,
+}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "net": Net,
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
     "tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32)),
-    "t5": lambda: T5ForConditionalGeneration(
-        T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=0)
-    ),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5)),
     "nf4": lambda: nn.Sequential(quantised("nf4"), quantised("nf4")),
     "nf4 in bf16": lambda: nn.Sequential(computes_in_bf16(quantised("nf4")), quantised("nf4")),
     "int8": lambda: nn.Sequential(quantised("int8"), quantised("int8")),
