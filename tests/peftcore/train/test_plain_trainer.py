@@ -99,10 +99,10 @@ SAVING: dict[str, Any] = {
 
 
 def test_trainer_ends_with_the_best_adapter(tmp_path: Path) -> None:
-    """The highest loss counts as best here, so that the best checkpoint is not the last."""
+    """The loss of the held-out rows rises here, so that the best checkpoint is not the last."""
     model = adapted()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
-    made = plain(model, tmp_path, **SAVING, load_best_model_at_end=True, greater_is_better=True)
+    made = plain(model, tmp_path, **SAVING, load_best_model_at_end=True, greater_is_better=False)
     made.train()
     best = Path(str(made.state.best_model_checkpoint))
     assert best.name != "checkpoint-4"
