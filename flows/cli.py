@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from flows.commands import ci, models, output, pipeline, promotion, registry, retraining, review, sweep
+from flows.commands import ci, models, output, pipeline, promotion, publishing, registry, retraining, review, sweep
 from flows.runtime.stage import exit_on_signal, set_quiet_environment
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ for command in (
     models.export,
     models.merge,
     models.serve,
+    publishing.push,
 ):
     app.command()(command)
 

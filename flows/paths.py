@@ -150,7 +150,7 @@ class Paths:
 
     @property
     def retraining(self) -> Path:
-        """Folder of the retrainings' history, pages, and lists of excluded and trusted files."""
+        """Folder for retraining: history, pages, schedule, and lists of excluded, trusted and tried files."""
         return self.review.with_name("retraining")
 
     @property

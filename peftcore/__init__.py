@@ -8,9 +8,20 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from peftcore.hf_peft.alias import SUBMODULES, install_in_peftcore
+
 if TYPE_CHECKING:
-    from peftcore.config import PeftConfig, TaskType
-    from peftcore.conversion import convert_directory_to_lora, convert_to_lora, save_as_lora
+    from peftcore.config import (
+        PeftConfig,
+        PeftType,
+        PromptLearningConfig,
+        TaskType,
+    )
+    from peftcore.conversion import (
+        convert_directory_to_lora,
+        convert_to_lora,
+        save_as_lora,
+    )
     from peftcore.errors import (
         AdapterNameError,
         AdapterStoreError,
@@ -19,7 +30,9 @@ if TYPE_CHECKING:
         ExportError,
         MergeError,
         MissingExtraError,
+        NoMatchingPeftModuleError,
         PeftError,
+        PeftWarning,
         RoutingError,
         TargetError,
         TrainingError,
@@ -31,109 +44,434 @@ if TYPE_CHECKING:
         export_vllm,
         merge_streaming,
     )
-    from peftcore.init import initialize_from_data, replace_lora_weights_loftq
-    from peftcore.injection.activation import refresh_adapters
-    from peftcore.injection.inject import inject_adapter_in_model
-    from peftcore.injection.merge import check_mergeable
-    from peftcore.layers.adapter_layer import AdapterLayer
-    from peftcore.methods.adalora import AdaLoraConfig
-    from peftcore.methods.boft import BOFTConfig
-    from peftcore.methods.c3a import C3AConfig
-    from peftcore.methods.delora import DeloraConfig
-    from peftcore.methods.fourierft import FourierFTConfig
-    from peftcore.methods.gralora import GraloraConfig
-    from peftcore.methods.hira import HiraConfig
-    from peftcore.methods.hra import HRAConfig
-    from peftcore.methods.ia3 import IA3Config
-    from peftcore.methods.ln_tuning import LNTuningConfig
-    from peftcore.methods.loha import LoHaConfig
-    from peftcore.methods.lokr import LoKrConfig
-    from peftcore.methods.lora import LoraConfig
-    from peftcore.methods.miss import MissConfig
-    from peftcore.methods.oft import OFTConfig
-    from peftcore.methods.poly import PolyConfig
-    from peftcore.methods.randlora import RandLoraConfig
-    from peftcore.methods.road import RoadConfig
-    from peftcore.methods.shira import ShiraConfig
-    from peftcore.methods.trainable_tokens import TrainableTokensConfig
-    from peftcore.methods.vblora import VBLoRAConfig
-    from peftcore.methods.vera import VeraConfig
-    from peftcore.methods.waveft import WaveFTConfig
-    from peftcore.methods.xlora import XLoraConfig
-    from peftcore.model import PeftModel, get_peft_model, prepare_model_for_kbit_training
-    from peftcore.prompts.adaption_prompt import AdaptionPromptConfig
-    from peftcore.prompts.cpt import CPTConfig
-    from peftcore.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig
-    from peftcore.prompts.p_tuning import PromptEncoderConfig
-    from peftcore.prompts.prefix_tuning import PrefixTuningConfig
-    from peftcore.prompts.prompt_tuning import PromptTuningConfig
-    from peftcore.registry import tuner_names
-    from peftcore.routing import AdapterStore
+    from peftcore.hf_peft.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from peftcore.hf_peft.classes import (
+        CPTEmbedding,
+        PeftMixedModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        PrefixEncoder,
+        PromptEmbedding,
+        PromptEncoder,
+    )
+    from peftcore.hf_peft.data_start import (
+        initialize_lora_eva_weights,
+        shift_tokens_right,
+    )
+    from peftcore.hf_peft.mapping import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+        get_peft_config,
+    )
+    from peftcore.hf_peft.options import (
+        EvaConfig,
+        LoftQConfig,
+        LoraGAConfig,
+        LoraRuntimeConfig,
+        MultitaskPromptTuningInit,
+        PromptEncoderReparameterizationType,
+        PromptTuningInit,
+    )
+    from peftcore.hf_peft.precision import (
+        cast_mixed_precision_params,
+    )
+    from peftcore.hf_peft.tuner_models import (
+        AdaLoraModel,
+        AdaptionPromptModel,
+        BOFTModel,
+        C3AModel,
+        DeloraModel,
+        FourierFTModel,
+        GraloraModel,
+        HiraModel,
+        HRAModel,
+        IA3Model,
+        LNTuningModel,
+        LoHaModel,
+        LoKrModel,
+        LoraModel,
+        MissModel,
+        OFTModel,
+        PolyModel,
+        RandLoraModel,
+        RoadModel,
+        ShiraModel,
+        TrainableTokensModel,
+        VBLoRAModel,
+        VeraModel,
+        WaveFTModel,
+        XLoraModel,
+    )
+    from peftcore.hf_peft.unsupported import (
+        TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
+        AdamssConfig,
+        AdamssModel,
+        ArrowConfig,
+        BdLoraConfig,
+        BeftConfig,
+        BeftModel,
+        CartridgeConfig,
+        CartridgeEncoder,
+        DeftConfig,
+        DeftModel,
+        FrodConfig,
+        FrodModel,
+        GloraConfig,
+        GloraModel,
+        KasaConfig,
+        LilyConfig,
+        LilyModel,
+        MontecloraConfig,
+        OSFConfig,
+        OSFModel,
+        PeanutConfig,
+        PeanutModel,
+        PsoftConfig,
+        PsoftModel,
+        PveraConfig,
+        PveraModel,
+        ShadowConfig,
+        ShadowModel,
+        SupertuningConfig,
+        SupertuningModel,
+        TinyLoraConfig,
+        TinyLoraModel,
+        UniLoraConfig,
+        UniLoraModel,
+        VeloraConfig,
+        bloom_model_postprocess_past_key_value,
+        compose_cartridge_adapters,
+        create_arrow_model,
+        find_kappa_target_modules,
+        get_eva_state_dict,
+        initialize_kv_prefix_from_past_key_values,
+        initialize_kv_prefix_from_text,
+        preprocess_loraga,
+        prompt_embeddings_from_past_key_values,
+    )
+    from peftcore.init import (
+        initialize_from_data,
+        replace_lora_weights_loftq,
+    )
+    from peftcore.injection.activation import (
+        refresh_adapters,
+    )
+    from peftcore.injection.inject import (
+        inject_adapter_in_model,
+    )
+    from peftcore.injection.merge import (
+        check_mergeable,
+    )
+    from peftcore.injection.status import (
+        get_layer_status,
+        get_model_status,
+    )
+    from peftcore.layers.adapter_layer import (
+        AdapterLayer,
+    )
+    from peftcore.methods.adalora import (
+        AdaLoraConfig,
+    )
+    from peftcore.methods.boft import (
+        BOFTConfig,
+    )
+    from peftcore.methods.c3a import (
+        C3AConfig,
+    )
+    from peftcore.methods.delora import (
+        DeloraConfig,
+    )
+    from peftcore.methods.fourierft import (
+        FourierFTConfig,
+    )
+    from peftcore.methods.gralora import (
+        GraloraConfig,
+    )
+    from peftcore.methods.hira import (
+        HiraConfig,
+    )
+    from peftcore.methods.hra import (
+        HRAConfig,
+    )
+    from peftcore.methods.ia3 import (
+        IA3Config,
+    )
+    from peftcore.methods.ln_tuning import (
+        LNTuningConfig,
+    )
+    from peftcore.methods.loha import (
+        LoHaConfig,
+    )
+    from peftcore.methods.lokr import (
+        LoKrConfig,
+    )
+    from peftcore.methods.lora import (
+        LoraConfig,
+    )
+    from peftcore.methods.miss import (
+        MissConfig,
+    )
+    from peftcore.methods.oft import (
+        OFTConfig,
+    )
+    from peftcore.methods.poly import (
+        PolyConfig,
+    )
+    from peftcore.methods.randlora import (
+        RandLoraConfig,
+    )
+    from peftcore.methods.road import (
+        RoadConfig,
+    )
+    from peftcore.methods.shira import (
+        ShiraConfig,
+    )
+    from peftcore.methods.trainable_tokens import (
+        TrainableTokensConfig,
+    )
+    from peftcore.methods.vblora import (
+        VBLoRAConfig,
+    )
+    from peftcore.methods.vera import (
+        VeraConfig,
+    )
+    from peftcore.methods.waveft import (
+        WaveFTConfig,
+    )
+    from peftcore.methods.xlora import (
+        XLoraConfig,
+    )
+    from peftcore.model import (
+        PeftModel,
+        get_peft_model,
+        prepare_model_for_kbit_training,
+    )
+    from peftcore.prompts.adaption_prompt import (
+        AdaptionPromptConfig,
+    )
+    from peftcore.prompts.cpt import (
+        CPTConfig,
+    )
+    from peftcore.prompts.multitask_prompt_tuning import (
+        MultitaskPromptTuningConfig,
+    )
+    from peftcore.prompts.p_tuning import (
+        PromptEncoderConfig,
+    )
+    from peftcore.prompts.prefix_tuning import (
+        PrefixTuningConfig,
+    )
+    from peftcore.prompts.prompt_tuning import (
+        PromptTuningConfig,
+    )
+    from peftcore.registry import (
+        tuner_names,
+    )
+    from peftcore.routing import (
+        AdapterStore,
+    )
+    from peftcore.storage.reading import (
+        load_peft_weights,
+    )
+    from peftcore.storage.state_dict import (
+        get_base_model_state_dict,
+        get_peft_model_state_dict,
+        set_base_model_state_dict,
+        set_peft_model_state_dict,
+    )
 
 __version__ = "0.2.0"
 
 _MODULES = {
-    "AdapterLayer": "peftcore.layers.adapter_layer",
     "AdaLoraConfig": "peftcore.methods.adalora",
+    "AdaLoraModel": "peftcore.hf_peft.tuner_models",
+    "AdamssConfig": "peftcore.hf_peft.unsupported",
+    "AdamssModel": "peftcore.hf_peft.unsupported",
+    "AdapterLayer": "peftcore.layers.adapter_layer",
     "AdapterNameError": "peftcore.errors",
     "AdapterStore": "peftcore.routing",
     "AdapterStoreError": "peftcore.errors",
     "AdaptionPromptConfig": "peftcore.prompts.adaption_prompt",
+    "AdaptionPromptModel": "peftcore.hf_peft.tuner_models",
+    "ArrowConfig": "peftcore.hf_peft.unsupported",
+    "AutoPeftModel": "peftcore.hf_peft.auto",
+    "AutoPeftModelForCausalLM": "peftcore.hf_peft.auto",
+    "AutoPeftModelForFeatureExtraction": "peftcore.hf_peft.auto",
+    "AutoPeftModelForQuestionAnswering": "peftcore.hf_peft.auto",
+    "AutoPeftModelForSeq2SeqLM": "peftcore.hf_peft.auto",
+    "AutoPeftModelForSequenceClassification": "peftcore.hf_peft.auto",
+    "AutoPeftModelForTokenClassification": "peftcore.hf_peft.auto",
     "BOFTConfig": "peftcore.methods.boft",
+    "BOFTModel": "peftcore.hf_peft.tuner_models",
+    "BdLoraConfig": "peftcore.hf_peft.unsupported",
+    "BeftConfig": "peftcore.hf_peft.unsupported",
+    "BeftModel": "peftcore.hf_peft.unsupported",
     "C3AConfig": "peftcore.methods.c3a",
+    "C3AModel": "peftcore.hf_peft.tuner_models",
     "CPTConfig": "peftcore.prompts.cpt",
+    "CPTEmbedding": "peftcore.hf_peft.classes",
+    "CartridgeConfig": "peftcore.hf_peft.unsupported",
+    "CartridgeEncoder": "peftcore.hf_peft.unsupported",
     "CheckpointError": "peftcore.errors",
     "ConfigError": "peftcore.errors",
+    "DeftConfig": "peftcore.hf_peft.unsupported",
+    "DeftModel": "peftcore.hf_peft.unsupported",
     "DeloraConfig": "peftcore.methods.delora",
+    "DeloraModel": "peftcore.hf_peft.tuner_models",
+    "EvaConfig": "peftcore.hf_peft.options",
     "ExportError": "peftcore.errors",
     "FourierFTConfig": "peftcore.methods.fourierft",
+    "FourierFTModel": "peftcore.hf_peft.tuner_models",
+    "FrodConfig": "peftcore.hf_peft.unsupported",
+    "FrodModel": "peftcore.hf_peft.unsupported",
+    "GloraConfig": "peftcore.hf_peft.unsupported",
+    "GloraModel": "peftcore.hf_peft.unsupported",
     "GraloraConfig": "peftcore.methods.gralora",
+    "GraloraModel": "peftcore.hf_peft.tuner_models",
     "HRAConfig": "peftcore.methods.hra",
+    "HRAModel": "peftcore.hf_peft.tuner_models",
     "HiraConfig": "peftcore.methods.hira",
+    "HiraModel": "peftcore.hf_peft.tuner_models",
     "IA3Config": "peftcore.methods.ia3",
+    "IA3Model": "peftcore.hf_peft.tuner_models",
+    "KasaConfig": "peftcore.hf_peft.unsupported",
     "LNTuningConfig": "peftcore.methods.ln_tuning",
+    "LNTuningModel": "peftcore.hf_peft.tuner_models",
+    "LilyConfig": "peftcore.hf_peft.unsupported",
+    "LilyModel": "peftcore.hf_peft.unsupported",
     "LoHaConfig": "peftcore.methods.loha",
+    "LoHaModel": "peftcore.hf_peft.tuner_models",
     "LoKrConfig": "peftcore.methods.lokr",
+    "LoKrModel": "peftcore.hf_peft.tuner_models",
+    "LoftQConfig": "peftcore.hf_peft.options",
     "LoraConfig": "peftcore.methods.lora",
+    "LoraGAConfig": "peftcore.hf_peft.options",
+    "LoraModel": "peftcore.hf_peft.tuner_models",
+    "LoraRuntimeConfig": "peftcore.hf_peft.options",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "peftcore.hf_peft.mapping",
     "MergeError": "peftcore.errors",
     "MissConfig": "peftcore.methods.miss",
+    "MissModel": "peftcore.hf_peft.tuner_models",
     "MissingExtraError": "peftcore.errors",
+    "MontecloraConfig": "peftcore.hf_peft.unsupported",
     "MultitaskPromptTuningConfig": "peftcore.prompts.multitask_prompt_tuning",
+    "MultitaskPromptTuningInit": "peftcore.hf_peft.options",
+    "NoMatchingPeftModuleError": "peftcore.errors",
     "OFTConfig": "peftcore.methods.oft",
+    "OFTModel": "peftcore.hf_peft.tuner_models",
+    "OSFConfig": "peftcore.hf_peft.unsupported",
+    "OSFModel": "peftcore.hf_peft.unsupported",
+    "PEFT_TYPE_TO_CONFIG_MAPPING": "peftcore.hf_peft.mapping",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "peftcore.hf_peft.mapping",
+    "PEFT_TYPE_TO_TUNER_MAPPING": "peftcore.hf_peft.mapping",
+    "PeanutConfig": "peftcore.hf_peft.unsupported",
+    "PeanutModel": "peftcore.hf_peft.unsupported",
     "PeftConfig": "peftcore.config",
     "PeftError": "peftcore.errors",
+    "PeftMixedModel": "peftcore.hf_peft.classes",
     "PeftModel": "peftcore.model",
+    "PeftModelForCausalLM": "peftcore.hf_peft.classes",
+    "PeftModelForFeatureExtraction": "peftcore.hf_peft.classes",
+    "PeftModelForQuestionAnswering": "peftcore.hf_peft.classes",
+    "PeftModelForSeq2SeqLM": "peftcore.hf_peft.classes",
+    "PeftModelForSequenceClassification": "peftcore.hf_peft.classes",
+    "PeftModelForTokenClassification": "peftcore.hf_peft.classes",
+    "PeftType": "peftcore.config",
+    "PeftWarning": "peftcore.errors",
     "PolyConfig": "peftcore.methods.poly",
+    "PolyModel": "peftcore.hf_peft.tuner_models",
+    "PrefixEncoder": "peftcore.hf_peft.classes",
     "PrefixTuningConfig": "peftcore.prompts.prefix_tuning",
+    "PromptEmbedding": "peftcore.hf_peft.classes",
+    "PromptEncoder": "peftcore.hf_peft.classes",
     "PromptEncoderConfig": "peftcore.prompts.p_tuning",
+    "PromptEncoderReparameterizationType": "peftcore.hf_peft.options",
+    "PromptLearningConfig": "peftcore.config",
     "PromptTuningConfig": "peftcore.prompts.prompt_tuning",
+    "PromptTuningInit": "peftcore.hf_peft.options",
+    "PsoftConfig": "peftcore.hf_peft.unsupported",
+    "PsoftModel": "peftcore.hf_peft.unsupported",
+    "PveraConfig": "peftcore.hf_peft.unsupported",
+    "PveraModel": "peftcore.hf_peft.unsupported",
     "RandLoraConfig": "peftcore.methods.randlora",
+    "RandLoraModel": "peftcore.hf_peft.tuner_models",
     "RoadConfig": "peftcore.methods.road",
+    "RoadModel": "peftcore.hf_peft.tuner_models",
     "RoutingError": "peftcore.errors",
+    "ShadowConfig": "peftcore.hf_peft.unsupported",
+    "ShadowModel": "peftcore.hf_peft.unsupported",
     "ShiraConfig": "peftcore.methods.shira",
+    "ShiraModel": "peftcore.hf_peft.tuner_models",
+    "SupertuningConfig": "peftcore.hf_peft.unsupported",
+    "SupertuningModel": "peftcore.hf_peft.unsupported",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftcore.hf_peft.unsupported",
     "TargetError": "peftcore.errors",
     "TaskType": "peftcore.config",
+    "TinyLoraConfig": "peftcore.hf_peft.unsupported",
+    "TinyLoraModel": "peftcore.hf_peft.unsupported",
     "TrainableTokensConfig": "peftcore.methods.trainable_tokens",
+    "TrainableTokensModel": "peftcore.hf_peft.tuner_models",
     "TrainingError": "peftcore.errors",
+    "UniLoraConfig": "peftcore.hf_peft.unsupported",
+    "UniLoraModel": "peftcore.hf_peft.unsupported",
     "VBLoRAConfig": "peftcore.methods.vblora",
+    "VBLoRAModel": "peftcore.hf_peft.tuner_models",
+    "VeloraConfig": "peftcore.hf_peft.unsupported",
     "VeraConfig": "peftcore.methods.vera",
+    "VeraModel": "peftcore.hf_peft.tuner_models",
     "WaveFTConfig": "peftcore.methods.waveft",
+    "WaveFTModel": "peftcore.hf_peft.tuner_models",
     "XLoraConfig": "peftcore.methods.xlora",
+    "XLoraModel": "peftcore.hf_peft.tuner_models",
+    "bloom_model_postprocess_past_key_value": "peftcore.hf_peft.unsupported",
+    "cast_mixed_precision_params": "peftcore.hf_peft.precision",
     "check_mergeable": "peftcore.injection.merge",
     "check_vllm": "peftcore.export",
+    "compose_cartridge_adapters": "peftcore.hf_peft.unsupported",
     "convert_directory_to_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
+    "create_arrow_model": "peftcore.hf_peft.unsupported",
     "export_gguf_lora": "peftcore.export",
     "export_gguf_merged": "peftcore.export",
     "export_vllm": "peftcore.export",
+    "find_kappa_target_modules": "peftcore.hf_peft.unsupported",
+    "get_base_model_state_dict": "peftcore.storage.state_dict",
+    "get_eva_state_dict": "peftcore.hf_peft.unsupported",
+    "get_layer_status": "peftcore.injection.status",
+    "get_model_status": "peftcore.injection.status",
+    "get_peft_config": "peftcore.hf_peft.mapping",
     "get_peft_model": "peftcore.model",
+    "get_peft_model_state_dict": "peftcore.storage.state_dict",
     "initialize_from_data": "peftcore.init",
+    "initialize_kv_prefix_from_past_key_values": "peftcore.hf_peft.unsupported",
+    "initialize_kv_prefix_from_text": "peftcore.hf_peft.unsupported",
+    "initialize_lora_eva_weights": "peftcore.hf_peft.data_start",
     "inject_adapter_in_model": "peftcore.injection.inject",
+    "load_peft_weights": "peftcore.storage.reading",
     "merge_streaming": "peftcore.export",
     "prepare_model_for_kbit_training": "peftcore.model",
+    "preprocess_loraga": "peftcore.hf_peft.unsupported",
+    "prompt_embeddings_from_past_key_values": "peftcore.hf_peft.unsupported",
     "refresh_adapters": "peftcore.injection.activation",
     "replace_lora_weights_loftq": "peftcore.init",
     "save_as_lora": "peftcore.conversion",
+    "set_base_model_state_dict": "peftcore.storage.state_dict",
+    "set_peft_model_state_dict": "peftcore.storage.state_dict",
+    "shift_tokens_right": "peftcore.hf_peft.data_start",
     "tuner_names": "peftcore.registry",
 }
 """The module that defines each public name."""
@@ -154,69 +492,186 @@ _MOVED = {
 """Names that version 0.3 drops here; each remains in the module named."""
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "AdaLoraConfig",
+    "AdaLoraModel",
+    "AdamssConfig",
+    "AdamssModel",
     "AdapterLayer",
     "AdapterNameError",
     "AdapterStore",
     "AdapterStoreError",
     "AdaptionPromptConfig",
+    "AdaptionPromptModel",
+    "ArrowConfig",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BOFTConfig",
+    "BOFTModel",
+    "BdLoraConfig",
+    "BeftConfig",
+    "BeftModel",
     "C3AConfig",
+    "C3AModel",
     "CPTConfig",
+    "CPTEmbedding",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "CheckpointError",
     "ConfigError",
+    "DeftConfig",
+    "DeftModel",
     "DeloraConfig",
+    "DeloraModel",
+    "EvaConfig",
     "ExportError",
     "FourierFTConfig",
+    "FourierFTModel",
+    "FrodConfig",
+    "FrodModel",
+    "GloraConfig",
+    "GloraModel",
     "GraloraConfig",
+    "GraloraModel",
     "HRAConfig",
+    "HRAModel",
     "HiraConfig",
+    "HiraModel",
     "IA3Config",
+    "IA3Model",
+    "KasaConfig",
     "LNTuningConfig",
+    "LNTuningModel",
+    "LilyConfig",
+    "LilyModel",
     "LoHaConfig",
+    "LoHaModel",
     "LoKrConfig",
+    "LoKrModel",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
     "MergeError",
     "MissConfig",
+    "MissModel",
     "MissingExtraError",
+    "MontecloraConfig",
     "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
+    "NoMatchingPeftModuleError",
     "OFTConfig",
+    "OFTModel",
+    "OSFConfig",
+    "OSFModel",
+    "PeanutConfig",
+    "PeanutModel",
     "PeftConfig",
     "PeftError",
+    "PeftMixedModel",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "PeftWarning",
     "PolyConfig",
+    "PolyModel",
+    "PrefixEncoder",
     "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
     "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
     "PromptTuningConfig",
+    "PromptTuningInit",
+    "PsoftConfig",
+    "PsoftModel",
+    "PveraConfig",
+    "PveraModel",
     "RandLoraConfig",
+    "RandLoraModel",
     "RoadConfig",
+    "RoadModel",
     "RoutingError",
+    "ShadowConfig",
+    "ShadowModel",
     "ShiraConfig",
+    "ShiraModel",
+    "SupertuningConfig",
+    "SupertuningModel",
     "TargetError",
     "TaskType",
+    "TinyLoraConfig",
+    "TinyLoraModel",
     "TrainableTokensConfig",
+    "TrainableTokensModel",
     "TrainingError",
+    "UniLoraConfig",
+    "UniLoraModel",
     "VBLoRAConfig",
+    "VBLoRAModel",
+    "VeloraConfig",
     "VeraConfig",
+    "VeraModel",
     "WaveFTConfig",
+    "WaveFTModel",
     "XLoraConfig",
+    "XLoraModel",
+    "bloom_model_postprocess_past_key_value",
+    "cast_mixed_precision_params",
     "check_mergeable",
     "check_vllm",
+    "compose_cartridge_adapters",
     "convert_directory_to_lora",
     "convert_to_lora",
+    "create_arrow_model",
     "export_gguf_lora",
     "export_gguf_merged",
     "export_vllm",
+    "find_kappa_target_modules",
+    "get_base_model_state_dict",
+    "get_eva_state_dict",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "initialize_from_data",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "load_peft_weights",
     "merge_streaming",
     "prepare_model_for_kbit_training",
+    "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
     "refresh_adapters",
     "replace_lora_weights_loftq",
     "save_as_lora",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+    "shift_tokens_right",
     "tuner_names",
 ]
+
+
+install_in_peftcore()
 
 
 def _third_party_configs() -> dict[str, Any]:
@@ -226,6 +681,8 @@ def _third_party_configs() -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
+    if name in SUBMODULES:
+        return import_module(f"peftcore.{name}")
     if name in _MODULES:
         value = getattr(import_module(_MODULES[name]), name)
     elif name in _MOVED:

@@ -6,6 +6,7 @@ warning. A key on disk that asks for unsupported mathematics is refused, because
 
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from collections.abc import Collection
@@ -15,10 +16,11 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_origin
 
+from peftcore import hub
 from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
 from peftcore.errors import CheckpointError, ConfigError, suggestion
 from peftcore.files import CONFIG_NAME, read_limited, whole_files, write_atomically
-from peftcore.registry import method_named
+from peftcore.registry import method_named, methods
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +52,56 @@ class TaskType(StrEnum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(StrEnum):
+    """Names of HF PEFT's methods on disk; `peftcore.registry.methods()` are those that exist here."""
+
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    CPT = "CPT"
+    CARTRIDGE = "CARTRIDGE"
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    BOFT = "BOFT"
+    IA3 = "IA3"
+    BEFT = "BEFT"
+    LILY = "LILY"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    POLY = "POLY"
+    LN_TUNING = "LN_TUNING"
+    VERA = "VERA"
+    FROD = "FROD"
+    PVERA = "PVERA"
+    FOURIERFT = "FOURIERFT"
+    GLORA = "GLORA"
+    XLORA = "XLORA"
+    HRA = "HRA"
+    VBLORA = "VBLORA"
+    UNILORA = "UNILORA"
+    MISS = "MISS"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    HIRA = "HIRA"
+    SHIRA = "SHIRA"
+    C3A = "C3A"
+    WAVEFT = "WAVEFT"
+    OSF = "OSF"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
+    TINYLORA = "TINYLORA"
+    PSOFT = "PSOFT"
+    PEANUT = "PEANUT"
+    SHADOW = "SHADOW"
+    SUPERTUNING = "SUPERTUNING"
+    DEFT = "DEFT"
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -323,7 +375,7 @@ class PeftConfig(SharedOptions):
             raise ConfigError(
                 f"configuration without peft_type, or with one that is not a name: {method!r}; try 'LORA'"
             )
-        target = method_named(method).config.class_for(values)
+        target = method_named(method if method in methods() else method.upper()).config.class_for(values)
         if not from_disk:
             return target(**values)
         known = {f.name for f in dataclasses.fields(target)}
@@ -344,7 +396,7 @@ class PeftConfig(SharedOptions):
             if value == cls.ignored_on_disk.get(key, value) or not value:
                 if key not in cls.ignored_on_disk and value:
                     message = f"{CONFIG_NAME}: {key!r} is unknown to this version; it is kept and has no effect"
-                    warnings.warn(message, stacklevel=4)
+                    warnings.warn(message, stacklevel=5)
                 continue
             raise ConfigError(
                 f"{CONFIG_NAME}: {key}={value!r} is not supported by {cls.peft_type} here, and ignoring it would "
@@ -352,14 +404,31 @@ class PeftConfig(SharedOptions):
             )
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "PeftConfig":
-        """Return the configuration in an adapter directory.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> "PeftConfig":
+        """Return the configuration of a saved adapter.
+
+        Args:
+            pretrained_model_name_or_path: A directory, or a hub id such as "owner/name".
+            subfolder: Folder of the adapter inside of the directory or repository.
+            kwargs: Options of a download: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and
+                the others of `huggingface_hub.hf_hub_download`. Fields of the configuration are no options; assign
+                them to the result.
 
         Raises:
-            CheckpointError: If `adapter_config.json` is absent or not valid JSON.
+            CheckpointError: If `adapter_config.json` is absent or not valid JSON, or cannot be downloaded.
             ConfigError: If a value does not fit.
+            TypeError: For an unknown option.
         """
-        path = whole_files(Path(directory)) / CONFIG_NAME
+        options = hub.checked_options(f"{cls.__name__}.from_pretrained", {**kwargs, "subfolder": subfolder})
+        directory = hub.adapter_directory(pretrained_model_name_or_path, needs_weights=False, **options)
+        with hub.naming_download(pretrained_model_name_or_path):
+            return cls._from_directory(directory)
+
+    @classmethod
+    def _from_directory(cls, directory: Path) -> "PeftConfig":
+        path = whole_files(directory) / CONFIG_NAME
         if not path.is_file():
             raise CheckpointError(f"no {CONFIG_NAME} in {directory}; give the directory that save_pretrained wrote")
         try:
@@ -370,9 +439,73 @@ class PeftConfig(SharedOptions):
             raise CheckpointError(f"{path} holds a {type(values).__name__}, not the fields of a configuration")
         return cls.from_dict(values, from_disk=True)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `adapter_config.json` into a directory, atomically."""
-        write_atomically(Path(directory) / CONFIG_NAME, self.to_json())
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json` into a directory, atomically.
+
+        Args:
+            save_directory: The directory; created if it does not exist.
+            kwargs: `auto_mapping_dict`: the value of `auto_mapping` in the file; None for the configuration's own.
+
+        Raises:
+            CheckpointError: If `save_directory` is a file.
+            TypeError: For an unknown option.
+        """
+        auto_mapping_dict = kwargs.pop("auto_mapping_dict", None)
+        if kwargs:
+            raise TypeError(
+                f"{type(self).__name__}.save_pretrained() has no option {next(iter(kwargs))!r}; push_to_hub is a "
+                "method of its own"
+            )
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise CheckpointError(f"{directory} is a file; give a directory to save the configuration in")
+        written = self if auto_mapping_dict is None else dataclasses.replace(self, auto_mapping=auto_mapping_dict)
+        write_atomically(directory / CONFIG_NAME, written.to_json())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> Any:
+        """Upload `adapter_config.json` to a repository of the hub, in one commit.
+
+        Args:
+            repo_id: "name" or "owner/name"; created if it does not exist.
+            commit_message: First line of the commit's message; None for "Upload config".
+            commit_description: The rest of the message.
+            private: True for a private repository, if it is new; None for the owner's default.
+            token: A token; None for the stored one.
+            revision: Branch to commit to, created if it does not exist.
+            create_pr: True opens a pull request in place of a commit.
+            max_shard_size: Only the default, because a configuration is one file.
+            tags: Tags to add to the repository's model card.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: a string, the commit's URL.
+
+        Raises:
+            CheckpointError: If the hub refuses the upload or cannot be reached.
+        """
+        return hub.push(
+            repo_id,
+            self.save_pretrained,
+            max_shard_size=max_shard_size,
+            commit_message=commit_message or "Upload config",
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tags=tags,
+        )
 
 
 @dataclass

@@ -11,6 +11,20 @@ def suggestion(word: str, known: Collection[str]) -> str:
     return f"; did you mean {similar[0]!r}?" if similar else f"; known: {', '.join(sorted(known))}"
 
 
+def pickle_advice(source: object, subfolder: str | None = None) -> str:
+    """Return the end of an error message that refuses a pickle: the reason, and the command that converts it.
+
+    Args:
+        source: The directory or hub id that holds the pickle.
+        subfolder: Folder of the pickle inside of `source`.
+    """
+    inside = f" --subfolder {subfolder}" if subfolder else ""
+    return (
+        "a pickle can run code when it is loaded, so it is not read. If you trust its source, convert it: "
+        f"python -m peftcore.storage.convert_bin {source} NEW_DIRECTORY{inside}"
+    )
+
+
 class PeftError(Exception):
     """Base class of all exceptions of peftcore."""
 
@@ -21,6 +35,14 @@ class ConfigError(PeftError, ValueError):
 
 class TargetError(PeftError, ValueError):
     """Target modules that match no layer, or match layers that cannot be adapted."""
+
+
+class NoMatchingPeftModuleError(TargetError):
+    """Target modules that match no layer of the model."""
+
+
+class PeftWarning(UserWarning):
+    """Base class of HF PEFT's own warnings; those of peftcore are plain UserWarnings."""
 
 
 class AdapterNameError(PeftError, ValueError):
@@ -36,7 +58,7 @@ class MergeError(PeftError, RuntimeError):
 
 
 class TrainingError(PeftError, RuntimeError):
-    """Training that cannot continue: no trainable parameter, a non-finite loss or a damaged checkpoint."""
+    """Training that cannot start or continue, such as for unsupported inputs, a non-finite loss or lack of memory."""
 
 
 class RoutingError(PeftError, ValueError):
@@ -48,7 +70,7 @@ class AdapterStoreError(PeftError, RuntimeError):
 
 
 class ExportError(PeftError, ValueError):
-    """An adapter or a base model that a file format or its runtime does not support; nothing has been written."""
+    """A refused export: an adapter, base or option that is not supported, or a damaged base. No output was written."""
 
 
 class MissingExtraError(PeftError, ImportError):

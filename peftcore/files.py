@@ -20,6 +20,10 @@ from typing import Any
 
 MANIFEST = "SHA256SUMS"
 """File name of the manifest, in the format of `sha256sum --check`."""
+WEIGHTS_NAME = "adapter_model.safetensors"
+"""File name of an adapter's weights."""
+PROMPT_STATE = "prompt_encoder.safetensors"
+"""File of a prompt encoder's training state; HF PEFT stores the computed prompt only and ignores this file."""
 CONFIG_NAME = "adapter_config.json"
 """File name of an adapter's configuration."""
 _COMPLETE = ".saved"

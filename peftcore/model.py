@@ -6,8 +6,11 @@ signature, module paths, `generate`, `config` and `isinstance` checks work as be
 
 import contextlib
 import copy
+import dataclasses
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Literal
@@ -15,16 +18,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import merging
+from peftcore import hub, merging
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.fingerprint import unchanging_weights
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
-from peftcore.errors import ConfigError
+from peftcore.errors import ConfigError, MergeError, suggestion
 from peftcore.injection import activation, forward_hooks, inject, merge
-from peftcore.injection.adapter_set import adapter_set, untouched_names
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, untouched_names
+from peftcore.injection.preparation import Creation
+from peftcore.injection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from peftcore.injection.tuner_model import tuner_model
 from peftcore.merging import LowRankReport, Recipe
 from peftcore.storage import checkpoint
+from peftcore.storage.reading import IncompatibleKeys, Reading, check_offload
 from peftcore.storage.trainer_checkpoints import teach_trainer
 
 __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
@@ -44,39 +51,97 @@ class _ActiveAdapters(list[str]):
 
 
 class PeftModel:
-    """The methods of a model with adapters; made by `get_peft_model` or `PeftModel.from_pretrained`, never directly."""
+    """The methods of a model with adapters.
+
+    `get_peft_model` and `PeftModel.from_pretrained` make one. So does the call `PeftModel(model, config)`, which does
+    what `get_peft_model(model, config)` does.
+
+    Args:
+        model: the base model; changed in place.
+        peft_config: the configuration of the adapter.
+        adapter_name: the adapter's name.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return the model with an adapter; for the class of a model with adapters, a new plain model."""
+        if cls is PeftModel:
+            return get_peft_model(*args, **kwargs)
+        return super().__new__(cls)
 
     # -- making ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Load a saved adapter into a model, and make it the active one.
 
-        `from_pretrained(model, directory, adapter_name="default", is_trainable=False, config=None)`. As with PEFT, the
-        model is then in evaluation mode. With `is_trainable` the adapter is in training mode, so its dropout is on, and
-        the base keeps its mode. On an error the model stays as it was.
+        As with PEFT, the model is then in evaluation mode. With `is_trainable` the adapter is in training mode, so its
+        dropout is on, and the base keeps its mode. On an error the model stays as it was.
 
-        Called with a path in place of a model, on the class of a model with adapters, the class's own `from_pretrained`
-        loads the base model.
+        On the class of a model with adapters, the class's own `from_pretrained` loads the base model if the first
+        argument is not a model.
 
         Args:
             model: the base model; changed in place.
-            args: the directory, then `adapter_name`, `is_trainable` and `config`: a configuration in place of the
-                saved one.
-            kwargs: the same by name.
+            model_id: a directory, or a hub id such as "owner/name"; an existing directory has precedence.
+            adapter_name: the adapter's name in this model.
+            is_trainable: whether its parameters get gradients.
+            config: a configuration in place of the saved one.
+            autocast_adapter_dtype: True: float32 parameters on 16-bit layers; False: the dtype of the layers.
+            ephemeral_gpu_offload: True is an error without CUDA, and a warning with it: loading computes nothing that
+                could be offloaded.
+            low_cpu_mem_usage: True: parameters get no memory before the saved tensors are there.
+            key_mapping: {regular expression: replacement} for the saved keys without `base_model.model.`; None for
+                the model's own mapping of modules that transformers has renamed.
+            kwargs: options of the download (`revision`, `subfolder`, `token`, `cache_dir`, `force_download`,
+                `local_files_only` and the others of `huggingface_hub.hf_hub_download`), and
+                `torch_device`: the device to which the tensors are read, before each moves to its layer's device;
+                `strict`: False accepts missing and unexpected keys, with a warning;
+                `ignore_mismatched_sizes`: True treats tensors of another shape as missing.
 
         Returns:
             The model, as a `PeftModel`.
 
         Raises:
-            CheckpointError: the directory is damaged, or was made for another base model.
+            CheckpointError: the adapter is not found, is damaged, or was made for another base model.
             AdapterNameError: the name is not valid, or taken.
+            ConfigError: an option has a value that does not fit.
+            TypeError: an option is unknown.
         """
-        if isinstance(model, nn.Module):
-            return _load_onto(model, *args, **kwargs)
-        return super().from_pretrained(model, *args, **kwargs)  # type: ignore[misc]
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"PeftModel.from_pretrained needs the base model first, then the adapter; got {model!r:.200}"
+            )
+        options, further = _split_reading("from_pretrained", kwargs)
+        check_offload(ephemeral_gpu_offload)
+        reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
+        directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
+        with hub.naming_download(model_id):
+            adapters = checkpoint.load_adapter(
+                model, directory, adapter_name, is_trainable, config, reading=reading
+            ).adapters
+        adapters.selection.active = (adapter_name,)
+        adapted = _as_peft_model(model)
+        return adapted if is_trainable else adapted.eval()
 
-    def add_adapter(self, adapter_name: str | PeftConfig, peft_config: PeftConfig | str | None = None) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str | PeftConfig,
+        peft_config: PeftConfig | str | None = None,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Add an untrained adapter, without making it active.
 
         In transformers' order, `add_adapter(config, name="default")`, the adapter becomes the active one, as in
@@ -85,6 +150,8 @@ class PeftModel:
         Args:
             adapter_name: the adapter's name.
             peft_config: the configuration; the adapter is trainable unless it says `inference_mode`.
+            low_cpu_mem_usage: True leaves the parameters on the meta device, until a saved adapter is read into them.
+            autocast_adapter_dtype: True: float32 parameters on 16-bit layers; False: the dtype of the layers.
 
         Raises:
             ConfigError: an option does not fit the model, or the arguments are not a name and a configuration.
@@ -102,36 +169,63 @@ class PeftModel:
                 f"add_adapter takes a name and a configuration, such as LoraConfig(); got {adapter_name!r:.200} and "
                 f"{peft_config!r:.200}"
             )
-        inject.add_adapter(self._module, config, name)
+        creation = Creation(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
+        inject.add_adapter(self._module, config, name, creation)
         if in_transformers_order:
             self.set_adapter(name)
 
     def load_adapter(
         self,
-        model_id: str | Path,
+        model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: PeftConfig | None = None,
-    ) -> None:
-        """Load a further adapter from its directory, without making it active.
+        torch_device: str | int | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> IncompatibleKeys:
+        """Load a further adapter, without making it active.
 
         As with PEFT, the whole model is then in evaluation mode. With `is_trainable` modes stay as they are, and the
         new adapter is in training mode. On an error the model stays as it was.
 
         Args:
-            model_id: the directory.
+            model_id: a directory, or a hub id such as "owner/name"; an existing directory has precedence.
             adapter_name: the adapter's name in this model.
             is_trainable: whether its parameters get gradients.
-            config: a configuration in place of the saved one.
+            torch_device: the device to which the tensors are read, before each moves to its layer's device.
+            autocast_adapter_dtype: see `from_pretrained`.
+            ephemeral_gpu_offload: see `from_pretrained`.
+            low_cpu_mem_usage: see `from_pretrained`.
+            key_mapping: see `from_pretrained`.
+            kwargs: options of the download, `strict` and `ignore_mismatched_sizes`, see `from_pretrained`; and
+                `config`: a configuration in place of the saved one.
+
+        Returns:
+            The missing and the unexpected keys, as in PEFT; both empty, unless `strict=False` or
+            `ignore_mismatched_sizes=True` accepts some.
 
         Raises:
-            CheckpointError: the directory is damaged, or was made for another base model.
+            CheckpointError: the adapter is not found, is damaged, or was made for another base model.
             AdapterNameError: the name is not valid, or taken.
+            ConfigError: an option has a value that does not fit.
+            TypeError: an option is unknown.
         """
-        checkpoint.load_adapter(self._module, Path(model_id), adapter_name, is_trainable, config)
+        config = kwargs.pop("config", None)
+        options, further = _split_reading("load_adapter", {**kwargs, "torch_device": torch_device})
+        check_offload(ephemeral_gpu_offload)
+        reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
+        directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
+        with hub.naming_download(model_id):
+            result = checkpoint.load_adapter(
+                self._module, directory, adapter_name, is_trainable, config, reading=reading
+            ).result
         wrappers = adapter_set(self._module).layers.values()
         if not is_trainable and (self._module.training or any(wrapper.training for wrapper in wrappers)):
             self._module.eval()  # slow: visits every adapter that is loaded
+        return result
 
     def load_adapter_weights(self, directory: str | Path, adapter_name: str = "default") -> None:
         """Read the tensors of a saved adapter into a loaded adapter with the same configuration.
@@ -188,6 +282,35 @@ class PeftModel:
         return adapter_set(self._module).configs
 
     @property
+    def active_peft_config(self) -> PeftConfig:
+        """Configuration of the first active adapter."""
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """True if adapters are in effect: at least one is active, and they are not disabled."""
+        return bool(adapter_set(self._module).selection.in_effect)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train whole; None if there are none."""
+        names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """Dtype of a transformers model; None for other models."""
+        return getattr(self, "dtype", None)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """Return the status of each layer with adapters; see `peftcore.get_layer_status`."""
+        return get_layer_status(self._module)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """Return the status of all layers with adapters together; see `peftcore.get_model_status`."""
+        return get_model_status(self._module)
+
+    @property
     def active_adapters(self) -> Any:
         """Names of the active adapters, in order: a list that is also callable, as in transformers."""
         return _ActiveAdapters(adapter_set(self._module).selection.active)
@@ -197,16 +320,18 @@ class PeftModel:
         """Name of the first active adapter; '' if none is active."""
         return next(iter(adapter_set(self._module).selection.active), "")
 
-    def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """Make adapters the active ones; `requires_grad` stays as it is (see `set_requires_grad`).
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones. As in PEFT, their parameters then train, and those of all others do not.
 
         Args:
             adapter_name: one name or several, in order; [] for none.
+            inference_mode: True freezes the active adapters, too.
 
         Raises:
             AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
         """
         activation.set_adapter(self._module, adapter_name)
+        activation.train_active_only(self._module, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Set `requires_grad` of all parameters of adapters.
@@ -418,6 +543,52 @@ class PeftModel:
                 self._module, name, directory, save_embedding_layers, state_dict, writes=is_main_process
             )
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> Any:
+        """Upload the adapters, as `save_pretrained` writes them, with a model card, in one commit.
+
+        Args:
+            repo_id: "name" or "owner/name"; the repository is created if it does not exist.
+            commit_message: first line of the commit's message; None for "Upload model".
+            commit_description: the rest of the message.
+            private: True for a private repository, if it is new; None for the owner's default.
+            token: a token; None for the stored one.
+            revision: branch to commit to, created if it does not exist.
+            create_pr: True opens a pull request in place of a commit.
+            max_shard_size: only the default, because an adapter is saved as one file.
+            tags: tags to add to the model card.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: a string, the commit's URL, with `pr_url` for a pull request.
+
+        Raises:
+            CheckpointError: the hub refuses the upload or cannot be reached; nothing is changed there.
+            ConfigError: an option has a value that is not supported.
+        """
+        return hub.push(
+            repo_id,
+            self.save_pretrained,
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size=max_shard_size,
+            tags=tags,
+        )
+
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write library, base model and tags of the adapters into a directory's model card; used by Trainer's push.
 
@@ -474,6 +645,51 @@ class PeftModel:
             parts.setdefault((name, path), {})[key] = tensor
         for (name, path), values in parts.items():
             adapter_set(self._module).adapters(name)[path].load_training_state(values)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return True if `peftcore.convert_to_lora` can express an adapter as a LoRA, exactly or approximately.
+
+        Args:
+            adapter_name: the adapter.
+
+        Raises:
+            AdapterNameError: the adapter is not loaded.
+        """
+        parts = adapter_set(self._module).of_method(adapter_name).values()
+        try:
+            for part in parts:
+                part.check_mergeable()
+        except MergeError:
+            return False
+        return bool(parts)
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Make the output of a model's input embeddings require gradients, so that they reach adapters of its blocks.
+
+        Args:
+            model: a transformers model; changed in place.
+
+        Returns:
+            The model.
+        """
+        model.enable_input_require_grads()
+        return model
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """Return the tensor that a prompt method saves: (tokens, token_dim) for prompt tuning.
+
+        Args:
+            adapter_name: the adapter.
+
+        Raises:
+            AdapterNameError: the adapter is not loaded.
+            ConfigError: the adapter is not a prompt.
+        """
+        adapters = adapter_set(self._module)
+        adapters.require(adapter_name)
+        if (prompt := adapters.prompt(adapter_name)) is None:
+            raise ConfigError(f"get_prompt_embedding_to_save: {adapter_name!r} is not a prompt")
+        return prompt.checkpoint_tensors()["prompt_embeddings"]
 
     def adapter_ranks(self, adapter_name: str | None = None) -> dict[str, int]:
         """Return the current ranks of one adapter.
@@ -581,11 +797,85 @@ def _count(parameter: nn.Parameter) -> int:
 def _adapted_class(plain: type) -> type:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     extra = {"generate": _generate, "create_masks_for_generate": _masks} if hasattr(plain, "generate") else {}
+    extra |= {name: _with_own_base_model(plain, name) for name in _BASE_MODEL_READERS if hasattr(plain, name)}
+    if hasattr(plain, "from_pretrained"):
+        extra["from_pretrained"] = _from_pretrained_of(plain)
     return type(
         plain.__name__,
         (PeftModel, plain),
-        {**names, **extra, "forward": _forward_of(plain), "_hf_peft_config_loaded": True},
+        {
+            **names,
+            **extra,
+            "__init__": _init_of(plain),
+            "base_model": property(_base_model_of(plain)),
+            "forward": _forward_of(plain),
+            "_hf_peft_config_loaded": True,
+        },
     )
+
+
+_BASE_MODEL_READERS = (
+    "get_decoder",
+    "get_encoder",
+    "get_input_embeddings",
+    "set_decoder",
+    "set_encoder",
+    "set_input_embeddings",
+)
+"""Methods of transformers that read `base_model` and mean the model without its head."""
+_OWN_BASE_MODEL: ContextVar[bool] = ContextVar("peftcore_own_base_model", default=False)
+"""True while `base_model` is that of the model's own class."""
+
+
+def _init_of(plain: Any) -> Any:
+    """Return the class's own `__init__`, which does nothing if `PeftModel(model, config)` has returned the model."""
+
+    @wraps(plain.__init__)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self is not kwargs.get("model", args[0] if args else None):
+            plain.__init__(self, *args, **kwargs)
+
+    return init
+
+
+def _base_model_of(plain: Any) -> Any:
+    """Return the getter of `base_model`: the view of PEFT, with the model as `base_model.model`."""
+
+    def base_model(self: Any) -> Any:
+        own = getattr(plain, "base_model", None)
+        adapters = self.__dict__.get(ATTRIBUTE)
+        # code inside of a forward pass, such as TRL's, means the model without its head
+        if own is not None and (adapters is None or adapters.selection.cache.calls or _OWN_BASE_MODEL.get()):
+            return own.__get__(self)
+        return tuner_model(self)
+
+    return base_model
+
+
+def _with_own_base_model(plain: Any, name: str) -> Any:
+    """Return a method of the class that reads `base_model` as transformers defines it."""
+    own = getattr(plain, name)
+
+    @wraps(own)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _OWN_BASE_MODEL.set(True)
+        try:
+            return own(self, *args, **kwargs)
+        finally:
+            _OWN_BASE_MODEL.reset(token)
+
+    return method
+
+
+def _from_pretrained_of(plain: Any) -> Any:
+    """Return `PeftModel.from_pretrained` for a model as its first argument, else the class's own method."""
+
+    def from_pretrained(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model, nn.Module):
+            return PeftModel.from_pretrained(model, *args, **kwargs)
+        return plain.from_pretrained.__func__(cls, model, *args, **kwargs)
+
+    return classmethod(from_pretrained)
 
 
 def _forward_of(plain: Any) -> Any:
@@ -641,7 +931,15 @@ def _as_plain(model: nn.Module) -> Any:
     return model
 
 
-def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> Any:
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
     """Add an untrained adapter to a model, and make it the active one.
 
     The base is frozen, and the adapter is trainable. As with PEFT, the adapter is in training mode, so its dropout is
@@ -651,6 +949,10 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
         model: the base model; changed in place.
         peft_config: the configuration; with `inference_mode` the adapter is not trainable.
         adapter_name: the adapter's name. A loaded adapter of this name is replaced, with a warning.
+        mixed: True or False, with the same result: adapters of different methods fit into every model.
+        autocast_adapter_dtype: True: float32 parameters on layers of 16 bits; False: the dtype of the layers.
+        revision: revision of the base model, to be saved in the adapter's configuration; None for the configuration's.
+        low_cpu_mem_usage: True leaves the parameters on the meta device, until a saved adapter is read into them.
 
     Returns:
         The model, as a `PeftModel`.
@@ -660,21 +962,45 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
         TargetError: no layer matches, or a matching layer cannot be adapted.
         AdapterNameError: the name is not valid.
     """
-    inject.inject_adapter_in_model(peft_config, model, adapter_name)
+    if not isinstance(mixed, bool):
+        raise ConfigError(f"get_peft_model: mixed must be True or False; got {mixed!r:.200}")
+    if revision is not None and isinstance(peft_config, PeftConfig):
+        if peft_config.revision not in (None, revision):
+            warnings.warn(
+                f"get_peft_model: revision={revision!r} is used in place of the configuration's "
+                f"{peft_config.revision!r}",
+                stacklevel=2,
+            )
+        peft_config = dataclasses.replace(peft_config, revision=revision)
+    name = model.__dict__.get("name_or_path")
+    if name and isinstance(peft_config, PeftConfig) and peft_config.base_model_name_or_path is None:
+        peft_config = dataclasses.replace(peft_config, base_model_name_or_path=name)
+    creation = Creation(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
+    inject.inject_untrained(model, peft_config, adapter_name, creation)
     return _as_peft_model(model)
 
 
-def _load_onto(
-    model: nn.Module,
-    model_id: str | Path,
-    adapter_name: str = "default",
-    is_trainable: bool = False,
-    config: PeftConfig | None = None,
-) -> Any:
-    adapters = checkpoint.load_adapter(model, Path(model_id), adapter_name, is_trainable, config)
-    adapters.selection.active = (adapter_name,)
-    adapted = _as_peft_model(model)
-    return adapted if is_trainable else adapted.eval()
+_UNUSED = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "torch_dtype", "dtype")
+"""Options that scripts give to PEFT's `from_pretrained`, and that concern the base model."""
+_READING_OPTIONS = ("torch_device", "strict", "ignore_mismatched_sizes")
+
+
+def _split_reading(function: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (options of the download, further options of `Reading`) among a function's keyword arguments."""
+    options, others = hub.split_options(kwargs)
+    further = {name: others.pop(name) for name in _READING_OPTIONS if name in others}
+    if others.pop("use_safetensors", True) is not True:
+        raise ConfigError(f"{function}: use_safetensors must be True, because pickles are never read")
+    if unused := [name for name in _UNUSED if others.pop(name, None) is not None]:
+        warnings.warn(
+            f"{function}: {', '.join(unused)} has no effect: the adapter is on the devices of its layers; give it to "
+            "the base model's from_pretrained",
+            stacklevel=3,
+        )
+    if others:
+        name = next(iter(others))
+        raise TypeError(f"{function}() has no option {name!r}{suggestion(name, [*hub.OPTIONS, *_READING_OPTIONS])}")
+    return options, further
 
 
 def prepare_model_for_kbit_training(

@@ -1,5 +1,7 @@
 """A tiny tokenizer with a real chat template, and a tiny model that goes with it: whole stages in milliseconds."""
 
+import gc
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,15 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all that the imports have made from garbage collection.
+
+    accelerate collects garbage at the end of each training, and a collection looks at every object that is not exempt.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -46,9 +57,17 @@ def tiny_base(tmp_path: Path, write_tiny_base: Callable[[Path], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def write_tiny_base() -> Callable[[Path], Path]:
-    """What `tiny_base` is written with, for fixtures of a wider scope."""
-    return _write_tiny_base
+def write_tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """What `tiny_base` is written with, for fixtures of a wider scope: a copy of a folder that is made once."""
+    original = tmp_path_factory.mktemp("base") / "base"
+
+    def write(folder: Path) -> Path:
+        if not original.exists():
+            _write_tiny_base(original)
+        torch.manual_seed(0)  # what a test draws does not depend on the tests before it
+        return shutil.copytree(original, folder, dirs_exist_ok=True)
+
+    return write
 
 
 def _write_tiny_base(folder: Path) -> Path:

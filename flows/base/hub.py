@@ -15,7 +15,7 @@ print(snapshot_download(name, revision=revision or None, repo_type=kind))
 
 
 class DownloadError(Exception):
-    """A failed download, with the downloader's last message. Callers name the parameter."""
+    """A failed download, with the downloader's last message. Callers add the parameter that names the source."""
 
 
 def download(source: str, kind: Literal["model", "dataset"]) -> Path:

@@ -1,7 +1,8 @@
-"""Shell completion of stages, versions, and keys of parameters and metrics of the current folder's pipeline.
+"""Shell completion for the pipeline in the current folder: stages, versions, parameter keys and metric keys.
 
-Completion runs at every press of Tab, so it reads dvc.yaml, params.yaml and git's tags itself, without DVC and torch.
-Outside of a pipeline, or if a file cannot be read, there are no completions.
+Completion runs at every press of Tab, so this module reads dvc.yaml, params.yaml, metrics.json and git's tags itself,
+without DVC and torch. `flows.registry.reader` describes the tags. Outside of a pipeline, or if a file is invalid, there
+are no completions.
 """
 
 import json
@@ -28,7 +29,7 @@ def versions(incomplete: str) -> list[str]:
 
 
 def versions_and_holders(incomplete: str) -> list[str]:
-    """Complete stages of the registry, such as champion, then versions."""
+    """Complete the registry's stages, such as champion, and after them the registered versions."""
     tags = _git("tag", "--list", f"{_name()}#*")
     held = dict.fromkeys(tag.split("#")[1].removesuffix("!") for tag in tags)
     return [*_fitting(held, incomplete), *versions(incomplete)]

@@ -1,8 +1,9 @@
 """Chats as token ids: rendered by the tokenizer's chat template, with labels on the assistant's turns only.
 
-The template decides which tokens are supervised: the text up to a turn, with the generation prompt, must be a prefix of
-the whole chat. Character offsets of the tokens then give the turn's tokens; no marker is searched. A turn's
-end-of-turn token is supervised too, otherwise the model never learns to stop.
+The template decides which tokens are supervised. The rendered text before a turn, with the generation prompt, must be a
+prefix of the whole rendered chat. The turn begins where this prefix ends, and the tokens' character offsets locate the
+turn's tokens. No marker text is searched for. A turn's end-of-turn token is supervised too, because the model would
+otherwise never learn to stop.
 """
 
 import itertools
@@ -27,7 +28,8 @@ class ChatTokenizer:
         supervise: "all" assistant turns, or the "last"; a turn with `train`: false is never supervised.
 
     Raises:
-        DataError: The template ends an assistant turn without a special token, or the tokenizer has no offsets.
+        DataError: The template ends an assistant turn without a special token, or the tokenizer gives no character
+            offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, supervise: Literal["all", "last"] = "all") -> None:
@@ -45,12 +47,14 @@ class ChatTokenizer:
         Args:
             messages: The chat.
             tools: Functions that the chat may call.
-            since: Index of the first turn that may be supervised.
+            since: Turns before this index are not supervised.
+
+        Returns:
+            The chat up to the end-of-turn token of its last supervised turn; later turns are cut off.
 
         Raises:
-            DataError: The template rewrites or leaves out a turn, the content has a special token of the template, or
-                no
-                turn is supervised.
+            DataError: The template refuses the chat, rewrites a turn, or leaves out tools, tool calls or a tool's
+                result; the chat's text holds a special token of the template; or no turn is supervised.
         """
         self._refuse_special_tokens(messages, tools)
         whole = render(self.tokenizer, messages, tools=tools)
@@ -80,10 +84,13 @@ class ChatTokenizer:
             messages: The chat.
             limit: Maximum tokens of the chat.
             tools: Functions that the chat may call.
-            before: Only turns before this index may be shortened; None: all.
+            before: Only a turn before this index may be shortened; None allows every turn.
 
         Returns:
             The shorter chat; None if the other turns and the template alone do not fit.
+
+        Raises:
+            DataError: The chat cannot be tokenised (see `tokenize`).
         """
         index = max(i for i, message in enumerate(messages[:before]) if message["role"] == "user")
         content = messages[index]["content"]
@@ -115,8 +122,8 @@ class ChatTokenizer:
     def _encode(self, text: str, starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """Return token ids and their character offsets.
 
-        If the tokenizer would join the end of a prompt and the start of an answer, both are tokenised separately, as in
-        generation.
+        If a token would span the end of a prompt and the start of an answer, prompt and answer are tokenised
+        separately, as in generation.
         """
         ids, offsets = self._encode_piece(text, 0)
         inner = {character for a, b in offsets for character in range(a + 1, b)}

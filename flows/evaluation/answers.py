@@ -1,17 +1,22 @@
 """Generated answers to the prompts of held-out rows, compared with the reference answers."""
 
+import contextlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from flows.base.model import padding_id
 from flows.data.rows import Row
 from flows.evaluation.generation import Answers, generate_answers
 from flows.evaluation.scoring import rouge_l
-from flows.params import Evaluate
+from flows.params import Evaluate, Params
+from flows.runtime.progress import progress
+
+Scores = TypeVar("Scores")
 
 ANSWERS = (
     ("reference", pa.string()),
@@ -51,23 +56,40 @@ class Answered:
         }
 
 
-def sampled(count: int, evaluate: Evaluate, seed: int) -> list[int]:
-    """Return the indices of the rows to answer, a random sample of `count` rows."""
-    return sorted(random.Random(seed).sample(range(count), min(evaluate.generate_rows, count)))
+def sampled_prompts(rows: Sequence[Row], ids: str, reference: str, params: Params) -> list[Prompt]:
+    """Return the prompts of a random sample of the rows. ids, reference: columns of the tokens and the known answer."""
+    count = min(params.evaluate.generate_rows, len(rows))
+    chosen = sorted(random.Random(params.project.seed).sample(range(len(rows)), count))
+    return [Prompt(i, rows[i][ids][: rows[i]["prompt_length"]], rows[i][reference]) for i in chosen]
 
 
-def answer(
-    model: PreTrainedModel,
+def score_and_answer(
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
     prompts: Sequence[Prompt],
     evaluate: Evaluate,
-    bar: Any,
-) -> Answered:
-    """Generate the model's greedy answers. bar: progress bar in rows."""
+    score: Callable[..., Scores],
+) -> tuple[dict[str, Scores], dict[str, Answered]]:
+    """Return the scores of the rows and the greedy answers to the prompts, each as {"base", "adapter"}.
+
+    model: a PeftModel; the adapter is disabled for the base. score: `row_losses` or `pairs_log_probs`.
+    """
     ids = [prompt.ids for prompt in prompts]
-    answers = generate_answers(model, tokenizer, ids, evaluate.max_new_tokens, evaluate.batch_size, bar)
-    texts = [answer.text for answer in answers.answers]
-    return Answered(answers, rouge_l([prompt.reference for prompt in prompts], texts))
+    scores: dict[str, Scores] = {}
+    answered: dict[str, Answered] = {}
+    with progress(2 * (len(rows) + len(prompts)), "evaluate", "row") as bar:
+        for name, context in (("base", model.disable_adapter()), ("adapter", contextlib.nullcontext())):
+            with context:
+                with progress(len(rows), f"losses of the {name}", "row", part_of=bar) as part:
+                    scores[name] = score(model, rows, padding_id(tokenizer), evaluate.batch_size, part)
+                with progress(len(prompts), f"answers of the {name}", "row", part_of=bar) as part:
+                    answers = generate_answers(
+                        model, tokenizer, ids, evaluate.max_new_tokens, evaluate.batch_size, part
+                    )
+            texts = [answer.text for answer in answers.answers]
+            answered[name] = Answered(answers, rouge_l([prompt.reference for prompt in prompts], texts))
+    return scores, answered
 
 
 def known_lengths(rows: Sequence[Row], prompts: Sequence[Prompt], ids: str, evaluate: Evaluate) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The control set: plain texts of other topics, on which forgetting is measured.
 
-`stdlib:topics` is the prose in the running Python's documentation, the text of `help("CLASSES")` and other topics.
-Other sources are a .jsonl with a column `text`, or a .txt whose texts are separated by empty lines. No chat template is
+The source `stdlib:topics` is the prose of the help topics that come with Python, such as `help("CLASSES")`. Other
+sources are a .jsonl with a column `text`, or a .txt whose texts are separated by empty lines. No chat template is
 applied, and every token counts.
 """
 
@@ -36,8 +36,8 @@ def evaluate_control(
     """Evaluate the base and the adapter on the control set.
 
     Args:
-        control: The section of params.yaml.
-        root: Folder that a relative path of the source starts from.
+        control: The section `evaluate.control` of params.yaml; its source is not null.
+        root: Folder from which a relative source path starts.
         model: A PeftModel; the adapter is disabled for the base.
         tokenizer: The base's tokenizer.
         batch_size: Texts per forward pass.
@@ -46,7 +46,7 @@ def evaluate_control(
         The CONTROL table, and {"base_loss", "adapter_loss", "rows"} with means over all tokens (nats).
 
     Raises:
-        DataError: The source has no texts.
+        DataError: The source cannot be read, or has no text of at least two words.
     """
     texts = control_texts(control, root)
     encoded = [tokenizer(text, truncation=True, max_length=control.max_length)["input_ids"] for text in texts]
@@ -66,9 +66,14 @@ def evaluate_control(
 
 
 def control_texts(control: Control, root: Path) -> list[str]:
-    """Return at most `control.rows` different texts, spread evenly over the source.
+    """Return at most `control.rows` different texts of two words or more, spread evenly over the source.
 
-    root: folder that a relative path starts from. Raises DataError.
+    Args:
+        control: The section `evaluate.control` of params.yaml; its source is not null.
+        root: Folder from which a relative source path starts.
+
+    Raises:
+        DataError: The source cannot be read, or has no such text.
     """
     assert control.source is not None
     candidates = (

@@ -5,21 +5,18 @@
 compare the adapter with the base. The base is DPO's reference, so the base's own DPO loss is log 2.
 """
 
-import contextlib
 from typing import Any
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from flows.base.model import padding_id
 from flows.data.rows import Row
-from flows.evaluation.answers import ANSWERS, Answered, Prompt, add_answers, answer, known_lengths, sampled, samples
+from flows.evaluation.answers import ANSWERS, add_answers, known_lengths, sampled_prompts, samples, score_and_answer
 from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, pairs_log_probs
 from flows.params import Params
-from flows.runtime.progress import progress
 from flows.training.objectives import preference_objective
-from peftcore.train import Dpo, PairLogProbs
+from peftcore.train import Dpo
 
 PAIRS = (
     ("base_margin", pa.float64()),
@@ -39,19 +36,8 @@ def evaluate_pairs(params: Params, model: Any, tokenizer: PreTrainedTokenizerBas
         rows: Prepared rows of the test split.
     """
     evaluate, objective = params.evaluate, preference_objective(params)
-    prompts = [
-        Prompt(i, rows[i]["chosen_input_ids"][: rows[i]["prompt_length"]], rows[i]["chosen"])
-        for i in sampled(len(rows), evaluate, params.project.seed)
-    ]
-    log_probs: dict[str, PairLogProbs] = {}
-    answered: dict[str, Answered] = {}
-    with progress(2 * (len(rows) + len(prompts)), "evaluate", "row") as bar:
-        for name, context in (("base", model.disable_adapter()), ("adapter", contextlib.nullcontext())):
-            with context:
-                with progress(len(rows), f"pairs under the {name}", "row", part_of=bar) as part:
-                    log_probs[name] = pairs_log_probs(model, rows, padding_id(tokenizer), evaluate.batch_size, part)
-                with progress(len(prompts), f"answers of the {name}", "row", part_of=bar) as part:
-                    answered[name] = answer(model, tokenizer, prompts, evaluate, part)
+    prompts = sampled_prompts(rows, "chosen_input_ids", "chosen", params)
+    log_probs, answered = score_and_answer(model, tokenizer, rows, prompts, evaluate, pairs_log_probs)
     tokens = (log_probs["base"].chosen_tokens + log_probs["base"].rejected_tokens).int().tolist()
     weights = [row.get("weight", 1.0) for row in rows]
     losses, margins, sides = {}, {}, {}

@@ -58,7 +58,15 @@ def trials_on(paths: Paths, data: str | None) -> int:
 
 
 def note_trial(paths: Paths, lock: str, parameters: str) -> None:
-    """Count one trial. lock: the text of the trial's dvc.lock; parameters: the text of its params.yaml."""
+    """Add a trial's parameters to those that this clone has tried on the trial's prepared data (see `trials_on`).
+
+    Equal parameters on the same data count once. A trial whose dvc.lock names no prepared data is not counted.
+
+    Args:
+        paths: the paths of any working tree of the clone.
+        lock: the text of the trial's dvc.lock.
+        parameters: the text of the trial's params.yaml.
+    """
     data = data_digest(YAML(typ="safe").load(lock), paths)
     if data is None:
         return

@@ -41,7 +41,7 @@ class Data(Section):
     @field_validator("source")
     @classmethod
     def _check_source(cls, source: str) -> str:
-        scheme = re.match(r"[A-Za-z]{2,}:", source)
+        scheme = re.match(r"[A-Za-z]\w+:", source)
         if source == DEMONSTRATION or re.fullmatch(HUB, source):
             return source
         if scheme or not source:

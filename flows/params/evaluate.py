@@ -18,7 +18,7 @@ class Control(Section):
     @field_validator("source")
     @classmethod
     def _check_source(cls, source: str | None) -> str | None:
-        if source not in (None, "stdlib:topics") and not re.fullmatch(r"(?![A-Za-z]{2,}:).+\.(jsonl|txt)", source):
+        if source not in (None, "stdlib:topics") and not re.fullmatch(r"(?![A-Za-z]\w+:).+\.(jsonl|txt)", source):
             raise invalid_value("give stdlib:topics, the path of a .jsonl or .txt, or null")
         return source
 

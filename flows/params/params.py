@@ -50,7 +50,8 @@ class Tracking(Section):
 
 
 with warnings.catch_warnings():
-    # pydantic warns because every class inherits a `register` from ABCMeta, which instances do not have
+    # pydantic warns that the field `register` hides an attribute; that attribute is ABCMeta's method `register`, which
+    # only classes have
     warnings.filterwarnings("ignore", 'Field name "register"', UserWarning)
 
     class Params(Section):
@@ -71,13 +72,13 @@ with warnings.catch_warnings():
 
         @classmethod
         def from_record(cls, values: Mapping[str, Any]) -> Self:
-            """Build the parameters of a registered version; keys of earlier releases count as their new names.
+            """Build the parameters of a registered version; keys that were renamed since then get their new names.
 
             Args:
                 values: The `params` of the version's record.
 
             Raises:
-                pydantic.ValidationError: A value no longer fits.
+                pydantic.ValidationError: This release does not accept a key or a value.
             """
             return cls.model_validate(_with_new_names(values, ()))
 
@@ -102,13 +103,14 @@ def load_params(path: Path) -> Params:
     """Read and check params.yaml.
 
     Raises:
-        ParamsError: Names each problem of the file with its line, the value and what fits.
+        ParamsError: The file is missing or invalid. The message lists each problem with its line, the value, and the
+            values that fit.
     """
     return read_params(path, Params)
 
 
 def _with_new_names(values: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
-    """Rename the keys of earlier releases; a removed section is left out."""
+    """Rename the keys of earlier releases in the section at `place`; leave out keys without one new name."""
     section = section_at(Params, place)
     if section is None or not issubclass(section, Section):
         return dict(values)

@@ -34,7 +34,8 @@ def non_finite_tensors(folder: Path) -> tuple[list[str], int]:
         except (SafetensorError, OSError, ValueError) as error:
             return [f"{path.name} (not readable: {error})"], count
         count += len(tensors)
-        bad += [name for name, tensor in tensors if not _is_finite(tensor["dtype"], tensor["data"])]
+        # safetensors gives the tensors of a file in a random order
+        bad += sorted(name for name, tensor in tensors if not _is_finite(tensor["dtype"], tensor["data"]))
     return bad, count
 
 

@@ -171,7 +171,10 @@ class Registry(RegistryReader):
             raise
 
     def push(self, remote: str, names: Sequence[str]) -> None:
-        """Push tags, all or none. After a failed push the remote is asked for its tags: only the answer may be lost.
+        """Push tags, all or none.
+
+        If git reports a failure, the remote's tags are read. If the remote has all of the tags, the push succeeded and
+        only the remote's answer was lost, so no error is raised.
 
         Raises:
             RegistryConflict: the remote has another tag of one of these names.

@@ -121,7 +121,7 @@ def evaluation_bytes(config: Any, params: Params, batch: BatchSize, longest: int
         inputs = _inputs(model, params, batch)
         live = _Live([*model.parameters(), *model.buffers(), *inputs.values()])
         with _explained(model), torch.no_grad(), live:
-            model.base_model(**inputs, use_cache=False)
+            getattr(model, model.base_model_prefix)(**inputs, use_cache=False)
         return live.peak
 
 
@@ -134,7 +134,7 @@ def _simulated(config: Any, params: Params, batch: BatchSize, longest: int, tota
         inputs = _inputs(model, params, batch)
         live = _Live([*model.parameters(), *model.buffers(), *inputs.values()])
         with _explained(model), live, torch.autocast(place.type, torch.float16, dtype is torch.float16):
-            hidden = model.base_model(**inputs, use_cache=False)[0]
+            hidden = getattr(model, model.base_model_prefix)(**inputs, use_cache=False)[0]
             kept = live.now
             hidden.backward(torch.empty_like(hidden))
         gradients = sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad)

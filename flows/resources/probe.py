@@ -127,7 +127,11 @@ def sequence(work: Workload) -> tuple[list[BatchSize], list[BatchSize]]:
 
 
 def seconds_of(batches: Sequence[BatchSize], timings: Timings) -> float:
-    """Return the seconds of all batches, interpolated between timed ones; smaller batches in proportion."""
+    """Return the total seconds of batches, interpolated linearly between timed numbers of positions.
+
+    Below the smallest timed number, the seconds are proportional to the positions. Above the largest timed number, the
+    seconds of the largest apply.
+    """
     sizes, seconds = zip(*timings, strict=True)
     tokens = numpy.array([batch.tokens for batch in batches])
     return float(numpy.interp(tokens, [0, *sizes], [0.0, *seconds]).sum())

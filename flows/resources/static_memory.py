@@ -44,6 +44,6 @@ class StaticMemory:
 
 
 def blocks_are_alike(config: Any, params: Params, whole: Sizes) -> bool:
-    """Return True if every block has as many weights as the second, so that two blocks represent all."""
+    """Return True if every block after the first has as many weights as the second, so that two represent all."""
     one, two = (base_on_meta(with_blocks(config, blocks), params).num_parameters() for blocks in (1, 2))
     return abs(2 * (one + (number_of_blocks(config) - 1) * (two - one)) / whole.base_file - 1) < 0.01

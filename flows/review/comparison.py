@@ -9,7 +9,14 @@ from flows.review.run import Point, Run, Sample, number
 
 @dataclass(frozen=True)
 class Headline:
-    """A figure of the comparison. names: its possible keys, of which the first present one is used; form: format."""
+    """A number that is compared between runs.
+
+    Attributes:
+        label: the number's name on the page.
+        names: keys of a run's summary; the first key with a number gives the value.
+        form: format of the value, such as "{:.3f}".
+        lower_is_better: None if neither direction is better.
+    """
 
     label: str
     names: tuple[str, ...]

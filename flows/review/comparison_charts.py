@@ -40,7 +40,15 @@ def dash(run: int) -> Any:
 
 @matplotlib.rc_context(STYLE)
 def curves(comparison: Comparison, kind: str) -> Markup | None:
-    """Draw the "training" (smoothed) or "validation" loss of each run by optimiser step; None if no run has one."""
+    """Draw the loss of each run over its optimiser steps.
+
+    Args:
+        comparison: the compared runs.
+        kind: the loss to draw: "training", which is smoothed, or "validation".
+
+    Returns:
+        The chart as SVG; None if no run has this loss.
+    """
     lines = comparison.curve(kind)
     if not any(lines):
         return None
@@ -54,7 +62,7 @@ def curves(comparison: Comparison, kind: str) -> Markup | None:
             values = smoothed(values)
         elif len(points) <= 40:
             look |= {"marker": "o", "markersize": 4}
-        every = max(1, len(steps) // POINTS)
+        every = max(1, math.ceil(len(steps) / POINTS))
         if steps:
             axes.plot(steps[::every], values[::every], gid=f"run-{run}-{kind}", **look)
     axes.set_title(f"{kind.capitalize()} loss", loc="left", fontweight="bold", fontsize=11)

@@ -33,7 +33,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     figures = [_figure(figure, len(comparison.runs)) for figure in comparison.figures]
     keys = varied(comparison)
     params = [
-        _Column(_clean(label.replace(r"\$", "$")), [_value(value) for value in comparison.differing[key]])
+        _Column(_clean(label), [_value(value) for value in comparison.differing[key]])
         for key, label in zip(keys, short(keys), strict=True)
     ]
     table = Table(header_style="dim", box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -146,10 +146,18 @@ class Git:
         return sorted(tags, key=lambda tag: tag.created)
 
     def create_tag(self, name: str, commit: str, message: str, after: int, key: Path | None = None) -> None:
-        """Create an annotated tag dated later than `after` (seconds since 1970). key: ssh key to sign with.
+        """Create an annotated tag with a date later than `after`: now, or one second after `after`.
+
+        Args:
+            name: Name of the tag.
+            commit: Commit that the tag names.
+            message: Message of the tag.
+            after: Seconds since 1970.
+            key: Ssh key that signs the tag; None for no signature.
 
         Raises:
-            GitError: The name is taken. Git's creation is atomic, so only one of two callers succeeds.
+            GitError: The name is taken, or git cannot create or sign the tag. If two callers create one name at the
+                same time, one of them succeeds.
         """
         date = f"{max(int(time.time()), after + 1)} +0000"
         signing = {} if key is None else _settings({"gpg.format": "ssh", "user.signingkey": str(key)})
@@ -194,7 +202,11 @@ class Git:
         return {ref.removeprefix("refs/tags/"): digest for digest, ref in pairs if not ref.endswith("^{}")}
 
     def objects(self, prefix: str) -> dict[str, str]:
-        """Return {reference without `prefix`: hash of its object}, such as for "refs/tags/"."""
+        """Return {reference without `prefix`: hash of its object}; the object of an annotated tag is the tag itself.
+
+        Args:
+            prefix: Beginning of the references, with a final slash, such as "refs/tags/".
+        """
         lines = self.run("for-each-ref", "--format=%(objectname) %(refname)", prefix).splitlines()
         return {ref.removeprefix(prefix): digest for digest, _, ref in (line.partition(" ") for line in lines)}
 

@@ -102,12 +102,12 @@ def running(paths: Paths) -> dict[str, Any] | None:
 
 
 def last_run_file(paths: Paths) -> Path:
-    """Return the file with the last outcome."""
+    """Return the path of the file that holds the outcome of the last run."""
     return paths.review.with_name("last_run.json")
 
 
 def running_file(paths: Paths) -> Path:
-    """Return the file with the current run."""
+    """Return the path of the file that describes the current run."""
     return paths.review.with_name("running.json")
 
 

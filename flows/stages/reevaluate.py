@@ -1,10 +1,17 @@
-"""Losses of an adapter on given test rows, computed as in the evaluate stage, without answers and without the base.
+"""Losses of an adapter on given test rows, computed as in the evaluate stage. No answers are generated.
 
     python -m flows.stages.reevaluate TASK.json ROWS.parquet
 
-TASK.json: {"version", "params", "base", "adapter", "test", "rows", "labels"}: parameters of the adapter's run, folders,
-the split, the number of its first rows, and the names of classes, if any. After an error, ROWS.txt has the reason, and
-the exit status is 1. Progress goes to stderr.
+Keys of TASK.json:
+    version: the adapter's version, for the progress bar.
+    params: the parameters of the adapter's run, with the caller's section `evaluate`.
+    base, adapter: folders.
+    test: the file of the test split.
+    rows: the number of rows to measure, from the first row of the split.
+    labels: the names of the classes, or null.
+
+ROWS.parquet gets the losses of the adapter only, not those of the base. After a PeftError or PipelineError, ROWS.txt
+has the message, and the exit status is 1. Progress goes to stderr.
 """
 
 import json
@@ -16,7 +23,7 @@ import pyarrow
 import torch
 from pyarrow import parquet
 
-import flows.stages  # noqa: F401 - makes the environment quiet before libraries read it
+import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
 from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
 from flows.errors import PipelineError
@@ -31,7 +38,7 @@ from peftcore.errors import PeftError
 
 
 def main() -> None:
-    """Evaluate as the task file says."""
+    """Measure the rows that the task file describes, and write the losses or the message of a known error."""
     watch_parent()
     task, output = map(Path, sys.argv[1:])
     try:

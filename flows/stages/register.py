@@ -113,7 +113,14 @@ def as_text(value: Any) -> str:
 
 
 def next_number(registry: Registry, params: Params, paths: Paths, git: Git, lock: dict[str, Any]) -> str:
-    """Return the next patch number if both versions are comparable (same base and test rows), else the next minor."""
+    """Return the version number for this run: one patch step or one minor step above the highest number so far.
+
+    The step is a patch if the run and the latest version are comparable: same base and same test rows. Otherwise the
+    step is minor, also if `gto register` made the latest version. The first version is v0.1.0.
+
+    Raises:
+        RegistryError: The latest version has no usable record.
+    """
     versions = registry.versions()
     if not versions or versions[-1].content is None:
         return registry.next_number(minor=True)

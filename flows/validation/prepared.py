@@ -121,7 +121,8 @@ def read_prepared(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTok
             splits[split] = _table(table, data)
         except KeyError as error:
             raise StageError(
-                f"{split}.parquet has no column {error}, which data.kind {data.kind} has; run the prepare stage again"
+                f"{split}.parquet lacks a column that data.kind {data.kind} has ({error.args[0]}); "
+                "run the prepare stage again"
             ) from error
     return Prepared(splits, report, tokenizer, data)
 

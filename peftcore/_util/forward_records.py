@@ -67,7 +67,10 @@ _ORDER = itertools.count()
 
 
 class _RunningBackward:
-    """A token that PyTorch keeps alive as a callback until the backward pass ends or fails."""
+    """An object that lives as long as one backward pass.
+
+    PyTorch holds the object as a callback until the backward pass ends or fails. A dead weak reference shows the end.
+    """
 
     def __call__(self) -> None:
         """Do nothing; PyTorch calls this at the end of the backward pass."""

@@ -46,7 +46,7 @@ def can_prune(parameter: nn.Parameter, optimizer: Optimizer) -> bool:
 
 
 def _eight_bit_moments(state: Mapping[str, Any]) -> list[str]:
-    """Return the numbers of the moments that are stored in 8 bits."""
+    """Return the name suffixes, such as "1" and "2", of the moments that bitsandbytes stores in 8 bits."""
     return [name.removeprefix("qmap") for name in state if name.startswith("qmap")]
 
 

@@ -18,15 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from peftcore.errors import CheckpointError
-from peftcore.files import CONFIG_NAME, MANIFEST, damaged_files, whole_files
+from peftcore.errors import CheckpointError, pickle_advice
+from peftcore.files import CONFIG_NAME, MANIFEST, PROMPT_STATE, WEIGHTS_NAME, damaged_files, whole_files
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-PROMPT_STATE = "prompt_encoder.safetensors"
-"""File of a prompt encoder's training state; HF PEFT stores the computed prompt only and ignores this file."""
 PREFIX = "base_model.model."
 """Prefix of every checkpoint key, in front of the layer's path."""
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_READ = (CONFIG_NAME, WEIGHTS_NAME, PROMPT_STATE, MANIFEST)
+"""Files that loading an adapter reads."""
 _TRAINER_STATE = "trainer_state.json"
 _TRAINER_ARGUMENTS = "training_args.bin"
 """A pickle that Trainer writes into each checkpoint; never opened here."""
@@ -81,8 +80,7 @@ def refuse_pickles(directory: Path) -> None:
     """Raise CheckpointError if the directory has tensors in a pickle only."""
     if (pickles := _pickles(directory)) and not os.path.lexists(directory / WEIGHTS_NAME):
         raise CheckpointError(
-            f"{directory} holds no {WEIGHTS_NAME} but {', '.join(pickles)}: a pickle can run code when it is loaded; "
-            "convert it to safetensors if you trust its source"
+            f"{directory} holds no {WEIGHTS_NAME} but {', '.join(pickles)}: {pickle_advice(directory)}"
         )
 
 
@@ -141,8 +139,13 @@ def changed_files(directory: Path, content: memoryview) -> list[str]:
     Raises:
         CheckpointError: Only the weights differ, which means damage, or the manifest is unreadable.
     """
-    changed = damaged_files(directory, {WEIGHTS_NAME: content})
-    read = [name for name in changed if name in (WEIGHTS_NAME, PROMPT_STATE, MANIFEST)]
+    changed = [
+        name
+        for name in damaged_files(directory, {WEIGHTS_NAME: content})
+        # from the hub, only the files of the adapter are downloaded, not what else the manifest lists
+        if name in _READ or os.path.lexists(directory / name)
+    ]
+    read = [name for name in changed if name in _READ and name != CONFIG_NAME]
     if read and (MANIFEST in read or CONFIG_NAME not in changed):
         raise CheckpointError(f"{directory}: {', '.join(changed)} does not match {MANIFEST}; take another copy")
     return changed

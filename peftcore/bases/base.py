@@ -195,6 +195,10 @@ class BaseWeight(ABC):
             MergeError: The layer's parametrisation cannot represent this weight.
         """
 
+    def oriented(self, weight: Tensor) -> Tensor:
+        """Convert a weight from canonical to stored orientation."""
+        return weight
+
     def write_bias(self, bias: Tensor) -> None:
         """Give the layer a new bias (o,); the previous parameter object is not modified."""
         self._replace("bias", bias.to(self.layer.bias))

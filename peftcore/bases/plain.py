@@ -97,6 +97,9 @@ class Conv1DWeight(LinearWeight):
     def _weight(self) -> Tensor:
         return super()._weight().T
 
+    def oriented(self, weight: Tensor) -> Tensor:
+        return weight.T
+
     def write(self, weight: Tensor) -> None:
         super().write(weight.T)
 
@@ -158,6 +161,9 @@ class EmbeddingWeight(BaseWeight):
 
     def read_from(self, state: Mapping[str, Any]) -> Tensor:
         return self.stored(state).detach().T
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def write(self, weight: Tensor) -> None:
         self._replace("weight", weight.T.to(self.dtype))

@@ -216,7 +216,8 @@ class Route:
             columns: the adapters of the stack.
             dtype: the type that the adapters are computed in.
         """
-        key = (columns.names, columns.ranks, dtype, x.device)
+        tokens = x.shape[:-1] if self.depends_on_tokens else None
+        key = (columns.names, columns.ranks, dtype, x.device, tokens)
         mask = self._masks.get(key)
         if mask is None:
             weights = self._by_tokens(x, path, columns, dtype) if self.depends_on_tokens else self._by_rows(columns)

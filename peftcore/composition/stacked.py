@@ -152,17 +152,19 @@ def current_stack(cache: dict[Any, Any], layer: Any, spec: StackSpec) -> Stacked
 def stretched_outputs(
     x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, names: Sequence[str], runs: Sequence[Run]
 ) -> list[Tensor]:
-    """Return the outputs for long stretches of one composition each, with the adapters of each stretch alone.
+    """Return the outputs of layers for tokens in long stretches; each stretch has one composition of adapters.
+
+    One product computes the base's output for all tokens. Each adapter then computes only the stretches that use it.
 
     Args:
         x: input (..., i).
         bases: the base weights of the layers.
         stacked: the adapters of the layers.
-        names: the adapters' names, one layer after another.
+        names: the names of the adapters in `stacked`: all of the first layer, then all of the second, and so on.
         runs: the stretches of tokens.
 
     Returns:
-        y (..., o) of each layer.
+        y (..., o) for each layer, with base and adapters.
     """
     flat = x.reshape(-1, x.shape[-1])
     ys = [base.product(flat) for base in bases]

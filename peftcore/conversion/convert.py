@@ -13,7 +13,7 @@ from peftcore.conversion.lora import lora_config, lora_tensors
 from peftcore.files import directory_written_atomically, write_manifest
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.inject import commit_injection
-from peftcore.injection.preparation import prepare_injection
+from peftcore.injection.preparation import Creation, prepare_injection
 from peftcore.kernels.factors import LowRankReport
 from peftcore.methods.lora import LoraConfig
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
@@ -57,9 +57,9 @@ def convert_to_lora(
         ConfigError, MergeError: no LoRA can replace the adapter; the model is unchanged.
     """
     plain = _plain_lora(model, adapter_name, rank, tolerance)
-    injection = prepare_injection(model, plain.config, new_name, initialise=False)
+    injection = prepare_injection(model, plain.config, new_name, Creation(initialise=False))
     state = AdapterState(injection.adapters, injection.biases, injection.copies, None)
-    state.read(state.with_our_keys(plain.tensors))
+    state.read(state.with_our_keys(plain.tensors, state.tensors(), new_name))
     commit_injection(model, injection, is_trainable)
     return plain.report
 

@@ -11,9 +11,10 @@ from peftcore.detection.module_tree import ModuleTree, pattern_of
 
 
 def shortest_names(tree: ModuleTree, roles: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return {name: paths}, where a name is the shortest suffix that matches paths of one role only.
+    """Return {name: paths}, where a name is the shortest path suffix that matches no module of another role.
 
-    If every suffix also matches other paths, the name is the whole pattern, with `*` for an index.
+    Modules that are not in `roles` count as modules of another role. If there is no such suffix, the name is the whole
+    path, with `*` for each index except a final one.
 
     Args:
         tree: The model's module tree.
@@ -37,7 +38,7 @@ def shortest_names(tree: ModuleTree, roles: Mapping[str, str]) -> dict[str, list
 
 
 def norm_names(tree: ModuleTree) -> dict[str, list[str]]:
-    """Return {name for `target_modules`: paths} of the norms of the residual stream, in blocks and after them.
+    """Return {name for `target_modules`: paths} of the norms of the residual stream, inside blocks and outside of them.
 
     Norms of queries and keys, of embeddings and inside a head are excluded. If nothing remains, all norms are returned.
     """
@@ -64,6 +65,6 @@ def _parent(path: str) -> str:
 
 
 def _suffixes(pattern: str) -> list[str]:
-    """Return every suffix of a path, shortest first: `a.b.c` → `c`, `b.c`, `a.b.c`."""
+    """Return the suffixes of a path that do not begin with `*`, shortest first: `a.b.c` → `c`, `b.c`, `a.b.c`."""
     parts = pattern.split(".")
     return [".".join(parts[start:]) for start in reversed(range(len(parts))) if parts[start] != "*"]

@@ -61,7 +61,7 @@ class PrefixGeometry:
 
 @dataclass(frozen=True)
 class _Attention:
-    """The layers of a block's self-attention by role, and the attention module."""
+    """The self-attention of a block: its module, and its projection layers by role, such as "query"."""
 
     layers: dict[Role, AdaptableLayer]
     module: Any

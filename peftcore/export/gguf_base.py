@@ -1,4 +1,4 @@
-"""The base model of a merged GGUF file: its metadata, and its weights by GGUF names, each read when it is needed."""
+"""The base model of a merged GGUF file: its metadata and its weights. Weights have GGUF names and are read lazily."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from peftcore.export.gguf_folder import ModelFolder
 from peftcore.export.gguf_layout import GgufLayout, layout_of_file
 
 _NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version")
-"""Metadata keys that are written anew, or do not apply to the new file."""
+"""Metadata keys that are not copied from the base's file: the new file has a value of its own, or none."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class BaseTensor:
     shape: tuple[int, ...]
     """Shape in the order of torch and NumPy; GGUF stores it reversed."""
     values: Callable[[], np.ndarray]
-    """Reads the values, in float32 and in the file's order of rows."""
+    """Reads the values in float32, with the rows in the order of a GGUF file (see `gguf_layout`)."""
 
 
 class GgufBase(Protocol):
@@ -34,10 +34,10 @@ class GgufBase(Protocol):
     layout: GgufLayout
     tensors: list[BaseTensor]
     label: str
-    """Name of the kind of base in errors."""
+    """Name of the base in error messages: "the file" or "the folder"."""
 
     def write_keys(self, writer: gguf.GGUFWriter) -> None:
-        """Write all metadata but `general.architecture` and `general.file_type`."""
+        """Write all metadata except `general.architecture` and `general.file_type`, which the exporter writes."""
 
 
 def gguf_base(path: str | Path) -> GgufBase:
@@ -46,7 +46,7 @@ def gguf_base(path: str | Path) -> GgufBase:
 
 
 class _OfFile:
-    """A GGUF file, whose metadata is copied."""
+    """A base in a GGUF file; its metadata is copied to the new file."""
 
     label = "the file"
 
@@ -56,7 +56,7 @@ class _OfFile:
         self.tensors = [_of_reader(tensor) for tensor in self._reader.tensors]
 
     def write_keys(self, writer: gguf.GGUFWriter) -> None:
-        """See `GgufBase`."""
+        """Copy the metadata of the base's file, except the keys of `_NOT_COPIED`."""
         for field in self._fields():
             kind = field.types[0]
             inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
@@ -74,7 +74,7 @@ def _of_reader(tensor: Any) -> BaseTensor:
 
 
 class _OfFolder:
-    """A transformers folder, from whose JSON files the metadata is computed."""
+    """A base in a transformers folder; its metadata is computed from the folder's JSON files."""
 
     label = "the folder"
 
@@ -90,12 +90,16 @@ class _OfFolder:
         ]  # fmt: skip
 
     def write_keys(self, writer: gguf.GGUFWriter) -> None:
-        """See `GgufBase`."""
+        """Write metadata computed from the folder's configuration and tokenizer."""
         self._folder.write_keys(writer)
 
 
 def check_gguf_base(path: str | Path) -> None:
-    """Raise ExportError if a transformers folder cannot be exported as a GGUF model; no weight is read."""
+    """Check that a transformers folder can be exported as a GGUF model, without reading weights.
+
+    Raises:
+        ExportError: the path is not a folder, or the folder's model is not supported.
+    """
     if not Path(path).is_dir():
         raise ExportError(f"{path} is not a folder; give the transformers folder of the base, or its GGUF file")
     ModelFolder(Path(path))

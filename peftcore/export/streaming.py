@@ -79,7 +79,7 @@ def merge_streaming(
     with directory_written_atomically(out) as fresh:
         if storage is not None:
             tensors = dequantised_tensors(model, tensors, storage, double_quant, fresh)
-        adapters = load_adapter(model, Path(adapter_directory), _NAME, False, None)
+        adapters = load_adapter(model, Path(adapter_directory), _NAME, False, None).adapters
         check_mergeable(model, [_NAME])
         outputs = merged_tensors(model, adapters, _NAME, tensors, DTYPES.get(dtype or ""))
         _write(fresh, outputs, max_shard_bytes, progressbar)

@@ -21,8 +21,7 @@ _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     """Make adapters the active ones.
 
-    Unlike in HF PEFT, `requires_grad` does not change: `is_trainable` sets it when an adapter is loaded, and
-    `set_requires_grad` later.
+    `requires_grad` does not change; see `train_active_only`.
 
     Args:
         model: the model with adapters.
@@ -84,6 +83,26 @@ def set_requires_grad(model: nn.Module, names: str | list[str], requires_grad: b
     for name in names:
         for parameter in adapters.parameters(name):
             parameter.requires_grad_(requires_grad)
+        if requires_grad:
+            adapters.trainable.add(name)
+        else:
+            adapters.trainable.discard(name)
+
+
+def train_active_only(model: nn.Module, trains: bool = True) -> None:
+    """Set `requires_grad` as HF PEFT's `set_adapter` does: the active adapters' parameters train, all others do not.
+
+    Args:
+        model: the model with adapters.
+        trains: False freezes the active adapters, too.
+    """
+    adapters = adapter_set(model)
+    active = set(adapters.selection.active)
+    for name in adapters.trainable - active:
+        set_requires_grad(model, name, False)
+    for name in active:  # last, because adapters may share parameters
+        if trains or name in adapters.trainable:
+            set_requires_grad(model, name, trains)
 
 
 def refresh_adapters(model: nn.Module) -> None:

@@ -47,6 +47,8 @@ class AdapterSet:
         """Adapter or prompt classes by adapter name."""
         self.forward_arguments: dict[str, frozenset[str]] = {}
         """{adapter whose method prepares each forward pass: names of the arguments that it takes}"""
+        self.trainable: set[str] = set()
+        """Adapters with parameters that may require gradients."""
         self.layers: dict[str, AdapterSlot] = {}
         """{path of a layer or raw parameter: its slot}"""
         self.merged: tuple[str, ...] = ()
@@ -89,7 +91,7 @@ class AdapterSet:
         return self.prompts.get(name)
 
     def prompts_in_effect(self) -> list[PromptLearner]:
-        """Return the prompt learners in effect, in order."""
+        """Return the prompt learners of the adapters in effect in this thread, in the order of these adapters."""
         return [self.prompts[name] for name in self.selection.in_effect if name in self.prompts]
 
     def parameters(self, name: str) -> list[nn.Parameter]:

@@ -1,22 +1,25 @@
 """Injection: putting prepared adapters into a model, and deleting adapters."""
 
 import contextlib
+import dataclasses
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
+from peftcore._util.tensors import PREFIX
 from peftcore.adapter import Adapter
 from peftcore.bases import ParameterWeight
-from peftcore.config import PeftConfig
+from peftcore.config import PeftConfig, TunerConfig
 from peftcore.detection.layer_inputs import shared_input_groups
-from peftcore.errors import AdapterNameError, ConfigError, MergeError
+from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
 from peftcore.injection import forward_hooks
 from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
-from peftcore.injection.preparation import Injection, prepare_injection
+from peftcore.injection.preparation import DEFAULT_CREATION, Creation, Injection, prepare_injection
 from peftcore.injection.replication import Replication, replicate
 from peftcore.injection.torch_encoders import update_fused_paths
 from peftcore.layers.adapter_layer import AdapterLayer
@@ -26,6 +29,26 @@ from peftcore.layers.saved_module import SavedModule
 from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_of
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _with_old_names(**names: str) -> Callable[[_F], _F]:
+    """Return a decorator that accepts keyword arguments under former names, {former name: name}, with a warning."""
+
+    def decorate(function: _F) -> _F:
+        @functools.wraps(function)
+        def accepting(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                warnings.warn(
+                    f"{function.__name__}: the argument {old!r} is now {names[old]!r}", DeprecationWarning, stacklevel=2
+                )
+                kwargs[names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(_F, accepting)
+
+    return decorate
 
 
 def commit_injection(
@@ -71,6 +94,8 @@ def commit_injection(
     for parent in {module_index.parent(path) for path in wrapped}:
         _link_siblings(parent)
     adapters.configs[name] = injection.config
+    if trainable:
+        adapters.trainable.add(name)
     adapters.kinds[name] = method_of(injection.config).adapter
     arguments = adapters.kinds[name].forward_arguments(injection.config)
     if arguments is not None:  # a new dictionary, because a forward in another thread may iterate over the old one
@@ -148,15 +173,26 @@ def _link_siblings(parent: nn.Module) -> None:
             layer.siblings = layers[position:]
 
 
-def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
+@_with_old_names(config="peft_config")
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
     """Put an untrained adapter into any `nn.Module`, without changing its class, and make it the active one.
 
-    The base is frozen. On an error the model stays as it was.
+    The base is frozen. As in HF PEFT, the adapter has the dtype of its layers, also in 16 bits; `get_peft_model` makes
+    float32 adapters. On an error the model stays as it was.
 
     Args:
-        config: the configuration of the adapter.
+        peft_config: the configuration of the adapter.
         model: the model; changed in place.
         adapter_name: the adapter's name. A loaded adapter of this name is replaced, with a warning, as in HF PEFT.
+        low_cpu_mem_usage: True leaves the parameters on the meta device, until a saved adapter is read into them.
+        state_dict: the state dict of an adapter, by the model's own paths or by PEFT's keys. Its keys name the layers
+            to adapt, in place of `target_modules`; its values are not used.
 
     Returns:
         The model.
@@ -166,28 +202,74 @@ def inject_adapter_in_model(config: PeftConfig, model: nn.Module, adapter_name: 
         TargetError: no layer matches, or a matching layer cannot be adapted.
         AdapterNameError: the name is not valid.
     """
-    if ATTRIBUTE in model.__dict__ and adapter_name in adapter_set(model).configs:
+    if state_dict is not None:
+        peft_config = _with_targets_of(peft_config, state_dict, model)
+    creation = Creation(autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
+    return inject_untrained(model, peft_config, adapter_name, creation)
+
+
+def inject_untrained(
+    model: nn.Module, config: PeftConfig, name: str, creation: Creation = DEFAULT_CREATION
+) -> nn.Module:
+    """Put an untrained adapter into the model, in place of one of the same name, and make it the active one.
+
+    Args:
+        model: the model; changed in place.
+        config: the configuration.
+        name: the adapter's name.
+        creation: options for its parameters.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError, TargetError, AdapterNameError: see `inject_adapter_in_model`.
+    """
+    if ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
         with deepened(model, config):
-            prepare_injection(
-                model, config, f"another {adapter_name}"
-            )  # so that errors come before the old adapter is deleted
-        delete_adapter(model, adapter_name)
+            prepare_injection(model, config, f"another {name}")  # so that errors come before the deletion
+        delete_adapter(model, name)
         warnings.warn(
-            f"adapter {adapter_name!r} was loaded already and is replaced by an untrained one; to keep both, "
+            f"adapter {name!r} was loaded already and is replaced by an untrained one; to keep both, "
             "give the new one another adapter_name",
-            stacklevel=2,
+            stacklevel=3,
         )
-    add_adapter(model, config, adapter_name).selection.active = (adapter_name,)
+    add_adapter(model, config, name, creation).selection.active = (name,)
     return model
 
 
-def add_adapter(model: nn.Module, config: PeftConfig, name: str) -> AdapterSet:
+def _with_targets_of(config: PeftConfig, state_dict: Mapping[str, Tensor], model: nn.Module) -> PeftConfig:
+    """Return the configuration with the layers to which the keys of a state dict belong as its targets."""
+    if not isinstance(config, TunerConfig):
+        raise ConfigError(f"state_dict names layers, and {type(config).__name__} adapts none; leave it out")
+    modules = ModuleIndex(model).modules
+    targets = set()
+    for key in state_dict:
+        path, own = key.removeprefix(PREFIX), ""
+        while path and path not in modules:
+            path, _, name = path.rpartition(".")
+            own = f"{name}.{own}" if own else name
+        if path and own not in unwrapped(modules[path])._parameters:  # otherwise a tensor of the base
+            targets.add(path)
+    if not targets:
+        example = next(iter(state_dict), "nothing")
+        raise TargetError(
+            f"state_dict names no layer of this {type(model).__name__}; it holds {example!r}; give the state dict of "
+            "an adapter for this model, or leave it out"
+        )
+    return dataclasses.replace(
+        config, target_modules=sorted(targets), exclude_modules=None, layers_to_transform=None, layers_pattern=None
+    )
+
+
+def add_adapter(model: nn.Module, config: PeftConfig, name: str, creation: Creation = DEFAULT_CREATION) -> AdapterSet:
     """Put an untrained adapter into the model, without making it active. On an error the model stays as it was.
 
     Args:
         model: the model; changed in place.
         config: the configuration; the adapter is trainable unless it says `inference_mode`.
         name: the adapter's name.
+        creation: options for its parameters.
 
     Returns:
         The adapters of the model.
@@ -198,7 +280,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, name: str) -> AdapterSet:
         AdapterNameError: the name is not valid, or taken.
     """
     with deepened(model, config) as replication:
-        injection = prepare_injection(model, config, name)
+        injection = prepare_injection(model, config, name, creation)
         return commit_injection(model, injection, not config.inference_mode, replication)
 
 
@@ -279,6 +361,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         _remove_empty_wrappers(ModuleIndex(model))
     del adapters.configs[name]
     del adapters.kinds[name]
+    adapters.trainable.discard(name)
     adapters.forward_arguments = {n: arguments for n, arguments in adapters.forward_arguments.items() if n != name}
     if deepens and adapters.replication is not None:
         adapters.replication[1].undo()

@@ -54,14 +54,37 @@ class Injection:
     prompt: PromptLearner | None = None
 
 
-def prepare_injection(model: nn.Module, config: PeftConfig, name: str, initialise: bool = True) -> Injection:
+@dataclasses.dataclass(frozen=True)
+class Creation:
+    """Options for making an adapter's parameters, under HF PEFT's names."""
+
+    initialise: bool = True
+    """False skips the initialisation, for a caller that then reads every tensor from disk."""
+    autocast_adapter_dtype: bool = True
+    """False: parameters in the dtype of their layer. True: float32 if the layer has 16 bits or fewer."""
+    low_cpu_mem_usage: bool = False
+    """True: parameters of layers without values, on the meta device, until a saved adapter is read into them."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if not isinstance(value := getattr(self, field.name), bool):
+                raise ConfigError(f"{field.name} must be True or False; got {value!r:.200}")
+
+
+DEFAULT_CREATION = Creation()
+
+
+def prepare_injection(
+    model: nn.Module, config: PeftConfig, name: str, creation: Creation = DEFAULT_CREATION
+) -> Injection:
     """Make the modules of an adapter, without changing the model.
 
     Args:
         model: the model, with or without adapters.
         config: the user's configuration; stays as it is.
         name: the adapter's name.
-        initialise: False skips the initialisation, for a caller that then reads every tensor from disk.
+        creation: options for its parameters. As in HF PEFT, they do not apply to prompts and to copies of modules
+            (`modules_to_save`).
 
     Raises:
         AdapterNameError: the name is not valid, or taken.
@@ -70,7 +93,7 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str, initialis
         MergeError: the initialisation replaces a weight into which adapters are merged (LoftQ).
     """
     if issubclass(kind := method_of(config).adapter, PromptLearner):
-        return _prepare_prompt(model, kind, config, name, initialise)
+        return _prepare_prompt(model, kind, config, name, creation.initialise)
     if not isinstance(config, TunerConfig):
         raise ConfigError(
             f"{type(config).__name__} does not adapt layers; use that of an adapter method, such as LoraConfig"
@@ -80,10 +103,15 @@ def prepare_injection(model: nn.Module, config: PeftConfig, name: str, initialis
     module_index = ModuleIndex(model)
     config, paths = complete(module_index, config)
     saved = find_saved_modules(module_index, config)
-    adapters = _adapters_for(module_index, config, paths, initialise)
-    adapters |= _token_adapters(module_index, config, adapters, initialise)
+    adapters = _adapters_for(module_index, config, paths, creation)
+    adapters |= _token_adapters(module_index, config, adapters, creation)
     _check_new_bases(module_index, adapters)
     biases = _trained_biases(module_index, config, adapters, saved)
+    if not creation.autocast_adapter_dtype:
+        _narrow([*adapters.values(), *biases.values()])
+    if creation.low_cpu_mem_usage:
+        for module in {id(m): m for adapter in adapters.values() for m in adapter.modules()}.values():
+            _forget_values(module)  # also what the layers share
     return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
@@ -107,7 +135,7 @@ def _prepare_prompt(
 
 
 def _adapters_for(
-    module_index: ModuleIndex, config: TunerConfig, paths: list[str], initialise: bool
+    module_index: ModuleIndex, config: TunerConfig, paths: list[str], creation: Creation
 ) -> dict[str, Adapter]:
     """Make {path: adapter} for the targets of a configuration."""
     kind = method_of(config).adapter
@@ -119,7 +147,7 @@ def _adapters_for(
         for base in _bases_of(kind, config, layer, path):
             bases[f"{path}.{base.name}" if isinstance(base, ParameterWeight) else path] = base
     bases |= _parameter_bases(module_index, config)
-    adapters = _make_adapters(kind, config, bases, initialise)
+    adapters = _make_adapters(kind, config, bases, creation)
     kind.link(config, adapters)
     _set_parameter_prefixes(adapters)
     return adapters
@@ -141,12 +169,12 @@ def _parameter_bases(module_index: ModuleIndex, config: TunerConfig) -> dict[str
 
 
 def _token_adapters(
-    module_index: ModuleIndex, config: TunerConfig, taken: Mapping[str, Adapter], initialise: bool
+    module_index: ModuleIndex, config: TunerConfig, taken: Mapping[str, Adapter], creation: Creation
 ) -> dict[str, Adapter]:
     """Return the adapters of single embedding rows (`trainable_token_indices`)."""
     adapters: dict[str, Adapter] = {}
     for token_config in config.token_configs():
-        adapters |= _adapters_for(module_index, token_config, target_paths(module_index, token_config), initialise)
+        adapters |= _adapters_for(module_index, token_config, target_paths(module_index, token_config), creation)
     if both := sorted(adapters.keys() & taken.keys()):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
     for adapter in adapters.values():
@@ -169,7 +197,7 @@ def _bases_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: 
 
 
 def _make_adapters(
-    kind: type[Adapter], config: TunerConfig, bases: dict[str, BaseWeight], initialise: bool
+    kind: type[Adapter], config: TunerConfig, bases: dict[str, BaseWeight], creation: Creation
 ) -> dict[str, Adapter]:
     first = next(iter(bases.values()), None)
     if first is None:
@@ -183,13 +211,15 @@ def _make_adapters(
     for path, base in bases.items():
         with _created_on(base.device, default):
             adapters[path] = adapter = _make(kind, config, base, path, shared)
-            if initialise:
+            if creation.initialise and not creation.low_cpu_mem_usage:
                 adapter.reset_parameters()
                 _round_start(adapter, base)
             else:
                 adapter.prepare_to_read()
-                vars(adapter).update(is_unread=config.inference_mode)
-    if initialise and shared is not None:
+                vars(adapter).update(is_unread=config.inference_mode and not creation.initialise)
+            if creation.low_cpu_mem_usage:
+                _forget_values(adapter)
+    if creation.initialise and not creation.low_cpu_mem_usage and shared is not None:
         _round_start(shared, first)
     return adapters
 
@@ -205,6 +235,22 @@ def _round_start(module: Adapter | Shared, base: BaseWeight) -> None:
     for name, tensor in itertools.chain(module.named_parameters(recurse=deep), module.named_buffers(recurse=deep)):
         if name not in exact and not name.startswith("shared.") and tensor.is_floating_point():
             tensor.copy_(tensor.to(dtype))
+
+
+def _forget_values(module: nn.Module) -> None:
+    """Move a module's own parameters to the meta device, which frees their memory."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+
+def _narrow(adapters: list[Adapter]) -> None:
+    """Cast adapters to the dtype of their layers, if that is a dtype of 16 bits; for 4 bits, that of the products."""
+    for adapter in adapters:
+        base = adapter.base
+        dtype = getattr(base.layer, "compute_dtype", None) if base.quantized else base.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            adapter.to(dtype)
 
 
 def _make(kind: type[Adapter], config: TunerConfig, base: BaseWeight, path: str, shared: Shared | None) -> Adapter:

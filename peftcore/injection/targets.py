@@ -13,7 +13,7 @@ from peftcore._util.patterns import matched
 from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_projections
 from peftcore.config import BLOCK, PromptLearningConfig, TaskType, TunerConfig
 from peftcore.detection import detect
-from peftcore.errors import TargetError, suggestion
+from peftcore.errors import NoMatchingPeftModuleError, TargetError, suggestion
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.saved_module import SavedModule
@@ -91,11 +91,25 @@ def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[
         and _in_chosen_block(path, config)
     }
     if not targets and not parameter_names(config):
-        raise TargetError(_nothing_matched(module_index.modules, paths, config))
+        raise NoMatchingPeftModuleError(_nothing_matched(module_index.modules, paths, config))
     for path, layer in targets.items():
         _check_kind(path, layer)
     _check_called(module_index, targets)
     return targets
+
+
+def matches_targets(config: TunerConfig, path: str) -> bool:
+    """Return True if the configuration's names, exclusions and chosen blocks select a path.
+
+    Args:
+        config: the configuration.
+        path: the path of a module.
+    """
+    return (
+        named(path, config.target_modules)
+        and not named(path, config.exclude_modules)
+        and _in_chosen_block(path, config)
+    )
 
 
 def is_within(path: str, roots: Collection[str]) -> bool:
@@ -108,7 +122,7 @@ def is_within(path: str, roots: Collection[str]) -> bool:
 
 
 def parameter_names(config: TunerConfig) -> list[str]:
-    """Return the configuration's `target_parameters`; [] if its method has no such option."""
+    """Return the configuration's `target_parameters`; [] if the option is not set or the method does not have it."""
     return config.target_parameters or []
 
 

@@ -18,11 +18,12 @@ from peftcore.layers.active import Selection
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.composed import ascend, descend
 from peftcore.layers.forward_paths import has_no_hooks, is_traced, layer_output
+from peftcore.layers.peft_attributes import PeftLayerAttributes
 from peftcore.layers.trained_bias import TrainedBias
 from peftcore.layers.wrapper import LayerWrapper, NamedModules
 
 
-class AdapterLayer(LayerWrapper, AdapterSlot):
+class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
     """A base layer and its adapters by name.
 
     Args:
@@ -58,8 +59,13 @@ class AdapterLayer(LayerWrapper, AdapterSlot):
         self._view = self._view or view
 
     def __getattr__(self, name: str) -> Any:
-        # some models read a layer's bias and never call the layer
-        return self._trained_bias() if name == "bias" and self.has_trained_biases else super().__getattr__(name)
+        if name == "bias" and self.has_trained_biases:  # some models read a layer's bias and never call the layer
+            return self._trained_bias()
+        return super().__getattr__(name)
+
+    @property
+    def _slot(self) -> AdapterSlot:
+        return self
 
     def _trained_bias(self) -> Tensor | None:
         """Return the base's bias as the active adapters have trained it."""

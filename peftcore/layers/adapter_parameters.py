@@ -11,13 +11,15 @@ from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.composed import composed_weight
+from peftcore.layers.peft_attributes import PeftLayerAttributes
 from peftcore.layers.wrapper import LayerWrapper, NamedModules
 
 
-class AdapterParameters(LayerWrapper):
+class AdapterParameters(PeftLayerAttributes, LayerWrapper):
     """A module and the slots of its adapted parameters.
 
-    While the module's forward runs, each adapted parameter is replaced by its adapted value.
+    While the module's forward runs, each adapted parameter is replaced by its adapted value. Attributes of HF PEFT's
+    layers, such as `lora_A`, show the adapters of the first parameter.
     """
 
     exposes_children = True
@@ -30,6 +32,10 @@ class AdapterParameters(LayerWrapper):
     def is_empty(self) -> bool:
         """Return True if no slot holds an adapter."""
         return not any(len(self.sites[name].adapters) for name in self.sites)
+
+    @property
+    def _slot(self) -> AdapterSlot:
+        return self.sites[next(iter(self.sites))]
 
     def slot(self, base: ParameterWeight) -> "ParameterSlot":
         """Return the slot of a parameter; a new one if there is none."""

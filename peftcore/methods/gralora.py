@@ -1,8 +1,8 @@
 """GraLoRA: W in k × k blocks, each with a LoRA of rank r/k: ΔW_jn = s B_jn A_jn, s = α/(r + h). arXiv:2505.20355.
 
 Hybrid: a plain LoRA of rank h over the whole of W is added.
-Shapes: i in_features, o out_features, k blocks a side, n block of inputs, j block of outputs, c = r/k rank of a block;
-A (n, i/k, j·c), B (j, n·c, o/k); the plain one A (h, i), B (o, h).
+Shapes: i in_features, o out_features, k blocks per side of W, n index of an input block, j index of an output block,
+c = r/k rank of a block. A (n, i/k, j·c) and B (j, n·c, o/k) are stored transposed; plain LoRA: A (h, i), B (o, h).
 """
 
 import math
@@ -25,7 +25,7 @@ class GraloraConfig(TunerConfig):
     """GraLoRA's options under PEFT's names."""
 
     r: int = 32
-    """Rank (count): as many parameters as a LoRA of this rank, while ΔW reaches rank r·gralora_k."""
+    """Rank (count). The parameters are as many as those of a LoRA of rank r; the rank of ΔW is up to r·gralora_k."""
     hybrid_r: int = 0
     """Rank of an additional plain LoRA (count); 0 for none."""
     alpha: float = 64
@@ -85,7 +85,7 @@ class Gralora(Adapter):
             x = F.dropout(x, self.dropout)
         a, b = self.gralora_A.to(x.dtype), self.gralora_B.to(x.dtype)
         h = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (self.k, -1)), a)
-        h = h.unflatten(-1, (self.k, -1)).transpose(-3, -2).flatten(-2)  # each block of outputs takes its c of every n
+        h = h.unflatten(-1, (self.k, -1)).transpose(-3, -2).flatten(-2)  # (..., n, j·c) becomes (..., j, n·c)
         blocks = torch.einsum("...jr,jro->...jo", h * self.scaling, b.to(h.dtype)).flatten(-2)
         y = y + blocks.to(y.dtype)
         if self.general_A is None or self.general_B is None:

@@ -1,9 +1,9 @@
 """Poly: y = Wx + b + (1/r) x A B with A, B mixed by task from n_skills LoRAs, Σ_s w_ts A_s. arXiv:2202.13914.
 
 Multi-head routing (n_splits > 1) mixes each slice of the inputs and outputs on its own, arXiv:2211.03831.
-w_t = z/Σz, z = σ(logits of the task), drawn from a relaxed Bernoulli while training.
-Shapes: t tasks, q splits, s skills, i in_features, o out_features, r rank, n rows of a batch; logits (t, q·s),
-A (q, s, i/q, r), B (q, s, r, o/q).
+The mixture weights of task t are w_t = z/Σz with z = σ(logits of t). In training, z is a relaxed Bernoulli sample.
+Shapes: t tasks, q splits, s skills, i in_features, o out_features, r rank, n rows of a batch (1 without task_ids);
+logits (t, q·s), A (q, s, i/q, r), B (q, s, r, o/q).
 """
 
 import math

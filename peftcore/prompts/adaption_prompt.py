@@ -174,7 +174,7 @@ def _is_separate(module: nn.Module) -> bool:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Return True for attention like gpt2's."""
+    """Return True for self-attention with a fused projection `c_attn`, as in GPT-2; False for cross-attention."""
     return all(hasattr(module, name) for name in ("c_attn", "c_proj", "split_size", "head_dim")) and not getattr(
         module, "is_cross_attention", False
     )

@@ -19,7 +19,7 @@ def cache_name(model: nn.Module) -> str | None:
     """Return the name of the model's cache argument; None if the model accepts no cache."""
     parameters = inspect.signature(model.forward).parameters
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    backbone = getattr(model, "base_model", None) if accepts_any else None
+    backbone = model._modules.get(getattr(model, "base_model_prefix", "")) if accepts_any else None
     inner = inspect.signature(backbone.forward).parameters if isinstance(backbone, nn.Module) else {}
     return next((name for names in (parameters, inner) for name in _NAMES if name in names), None)
 

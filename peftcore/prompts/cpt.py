@@ -47,6 +47,7 @@ class CPTConfig(PromptLearningConfig):
     tokenizer_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         self.cpt_token_ids = [0] if self.cpt_token_ids is None else list(self.cpt_token_ids)
         self.num_virtual_tokens, self.num_transformer_submodules = len(self.cpt_token_ids), 1
         self.cpt_mask = self.cpt_mask or [1] * len(self.cpt_token_ids)

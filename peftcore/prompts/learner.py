@@ -1,4 +1,4 @@
-"""The contract of a prompt learner, which learns additional model input and leaves the model's weights unchanged.
+"""The interface of prompt learners: a learner trains a prompt and leaves the model's weights unchanged.
 
 A learner trains `embedding`, and `encoded` computes the prompt from it. HF PEFT stores only the computed prompt. A
 learner with an encoder between the two, such as P-tuning's MLP, also saves `training_state` in a separate file. Without
@@ -22,7 +22,7 @@ EMBEDDINGS = "prompt_embeddings"
 
 
 class PromptLearner(nn.Module):
-    """The prompt of one adapter name, for the whole model.
+    """The prompt of one adapter. The prompt is for the whole model, while an `Adapter` is for one layer.
 
     Args:
         config: The configuration that `completed` returned.
@@ -30,10 +30,12 @@ class PromptLearner(nn.Module):
     """
 
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"model"})
+    """Shown in the table of methods: a prompt is for the whole model, not for kinds of layers."""
     exclusive: ClassVar[bool] = True
-    """True if the prompt is part of the model's input; only one such prompt can be active per row."""
+    """True if the prompt is part of the model's input. Each row of a batch can have only one such prompt."""
     defines_loss: ClassVar[bool] = False
-    """True if the loss is not only next-token prediction on the text, so that shortcuts for that loss do not apply."""
+    """True if the prompt changes the loss, which is then more than next-token prediction within the text. Shortcuts for
+    next-token prediction are not used then."""
 
     generate_arguments: ClassVar[dict[str, Any]] = {}
     """Arguments that `generate` receives while the prompt is active."""
@@ -71,8 +73,8 @@ class PromptLearner(nn.Module):
 
         Args:
             model: The model.
-            share: A function of the number of rows B that returns the prompt's current weight: a number, or a tensor
-                (B,).
+            share: A function share(B) that returns the prompt's present weight for a batch of B rows: a number, or a
+                tensor (B,) with one weight per row.
         """
 
     def detach(self, model: nn.Module) -> None:
@@ -82,7 +84,10 @@ class PromptLearner(nn.Module):
 
     @classmethod
     def forward_arguments(cls, config: Any) -> frozenset[str] | None:
-        """Return additional arguments, such as "task_ids", that the adapted model's call and `generate` accept."""
+        """Return additional arguments, such as "task_ids", that the adapted model's call and `generate` accept.
+
+        The result has the meaning of the result of `Adapter.forward_arguments`.
+        """
         return frozenset()
 
     def before_forward(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -155,7 +160,8 @@ class PromptLearner(nn.Module):
             trainable: The prompt will be trained further.
 
         Raises:
-            CheckpointError: The training state is needed and missing, or does not belong to the saved prompt.
+            CheckpointError: The training state is needed and missing, does not fit the configuration, or does not
+                belong to the saved prompt.
         """
         if not self.has_encoder():
             self.load_checkpoint_tensors(tensors)
@@ -180,7 +186,7 @@ class PromptLearner(nn.Module):
             self.load_state_dict(before)
             raise CheckpointError(f"the saved training state does not belong to the saved {EMBEDDINGS}")
 
-    # -- hooks of `peftcore.adapter.Adapter` that prompts do not use -----------------------------------------
+    # -- hooks of `peftcore.adapter.Adapter` that have no effect for prompts ---------------------------------
 
     @classmethod
     def config_to_save(cls, config: Any, adapters: Mapping[str, Any]) -> Any:
@@ -217,7 +223,8 @@ def accepts(model: nn.Module, argument: str) -> bool:
 def model_sizes(config: Any, model: nn.Module) -> dict[str, int]:
     """Return the sizes that HF PEFT saves for every prompt method, by option name; unknown sizes are left out.
 
-    `num_transformer_submodules` is 2 for encoder-decoder models, otherwise 1.
+    Sizes in the configuration are kept. Otherwise `num_transformer_submodules` is 2 for the task SEQ_2_SEQ_LM, and 1
+    for other tasks.
     """
     text = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[operator,union-attr]
     submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1

@@ -30,18 +30,19 @@ Narrow = Callable[[Any, list[int]], Any]
 def mixed_learners(
     learners: Sequence[Sequence[PromptLearner]], narrow: Narrow, has_encoder: bool
 ) -> list[PromptLearner]:
-    """Return the learners that compute the prompts of a mixed batch.
+    """Return the learners that compute the prompts of a batch whose rows have different compositions.
 
     Args:
-        learners: For each composition, its learners that are part of the model's input.
-        narrow: A function that selects the rows of some compositions from an argument of the call.
+        learners: For each composition, its `exclusive` learners: their prompts are part of the model's input.
+        narrow: A function that selects the rows of some compositions from one argument of the model's call.
         has_encoder: The model is an encoder-decoder.
 
     Returns:
         At most one learner for virtual tokens and one for prefixes, in this order.
 
     Raises:
-        RoutingError: The model or a learner does not support this mixture.
+        RoutingError: The model cannot have virtual tokens and prefixes in one batch, or a learner has another kind of
+            prompt.
     """
     mixtures: list[Any] = []
     has_no_prompt = [not of_row for of_row in learners]
@@ -108,12 +109,12 @@ def _ones(rows: Tensor, length: int) -> Tensor:
 
 
 class MixedTokens(VirtualTokens):
-    """Virtual tokens that differ between rows.
+    """Virtual tokens that differ between the rows of a batch.
 
     Args:
         learners: The learner of each composition, or None.
         has_no_prompt: For each composition, True if it has neither virtual tokens nor a prefix.
-        narrow: A function that selects the rows of some compositions from an argument of the call.
+        narrow: A function that selects the rows of some compositions from one argument of the model's call.
         has_encoder: The model is an encoder-decoder.
     """
 
@@ -181,7 +182,14 @@ class MixedTokens(VirtualTokens):
 
 
 class MixedPrefix(PrefixTuning):
-    """Prefixes that differ between rows; the arguments are those of `MixedTokens`."""
+    """Prefixes that differ between the rows of a batch.
+
+    Args:
+        learners: The learner of each composition, or None.
+        has_no_prompt: For each composition, True if it has neither virtual tokens nor a prefix.
+        narrow: Not used; `MixedTokens` has the same arguments.
+        has_encoder: Not used.
+    """
 
     in_cache: int
     """Number of entries in the decoder's cache that are not text."""

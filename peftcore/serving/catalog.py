@@ -62,7 +62,14 @@ class Catalog:
             )
 
     def acquire(self, name: str) -> ModelLease:
-        """Load the adapters of a model if necessary, and return their lease. Raise ServingError if that fails."""
+        """Load the adapters of a model unless they are loaded, and return a lease that keeps them loaded.
+
+        The lease of the base model holds no adapter. After an error no adapter stays leased.
+
+        Raises:
+            ServingError: An adapter is unknown, cannot be loaded, does not fit beside the adapters in use, or cannot be
+                served (see `check_servable`).
+        """
         if name == self.base:
             return ModelLease(BASE)
         composition = self.compositions.get(name) or Only(name)

@@ -45,7 +45,11 @@ class Prefill:
         return not self.tokens.shape[1]
 
     def part(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Return the next columns of tokens and mask: at most `tokens` elements, but at least one column."""
+        """Return the next columns of `tokens` and `mask`, which stay in the prefill until `advance` removes them.
+
+        Args:
+            tokens: Maximum of rows times columns; at least one column is returned.
+        """
         width = max(1, tokens // len(self.generations))
         return self.tokens[:, :width], self.mask[:, :width]
 
@@ -273,7 +277,7 @@ def _within(generations: list[Generation], tokens: int) -> list[Generation]:
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return tokens and mask (B, T) of prompts, padded at the left."""
+    """Return the token ids (B, T) and the attention mask (B, T) of prompts, padded at the left."""
     longest = max(len(prompt) for prompt in prompts)
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(tokens)

@@ -92,12 +92,50 @@ class AdapterState:
                 repeated |= {f"{prefix}original_module.{key}" for key in keys if key.endswith("bias")}
         return repeated
 
-    def with_our_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return a directory's tensors with our keys of trained biases; on disk, `bias` and `base_layer.bias` occur."""
-        our_key = {_other_spelling(key): key for key in self.bias_keys}
-        if not any(key in our_key for key in tensors):
+    def with_our_keys(
+        self, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None = None, name: str = "default"
+    ) -> Mapping[str, Tensor]:
+        """Return a directory's tensors with our keys, without the other spellings that occur in published adapters.
+
+        A trained bias is `bias` or `base_layer.bias`. `_orig_mod` comes from a compiled model whose state dict was
+        saved by hand, the adapter's name from any state dict that was saved by hand.
+
+        Args:
+            tensors: The tensors by key.
+            expected: The value of `tensors()`, if the caller has it.
+            name: The adapter's name.
+        """
+        expected = self.tensors() if expected is None else expected
+        foreign = tensors.keys() - expected.keys()
+        if not foreign:
             return tensors
-        return {key if our_key.get(key, key) in tensors else our_key[key]: tensor for key, tensor in tensors.items()}
+        our_key = {_other_spelling(key): key for key in self.bias_keys}
+        renamed: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            if key in foreign and our_key.get(key, key) not in tensors:
+                key = our_key[key]
+            elif key in foreign:
+                key = next((k for k in _plain_spellings(key, name) if k in expected and k not in tensors), key)
+            renamed[key] = tensor
+        return renamed
+
+    def parameter_name(self, key: str, name: str) -> str:
+        """Return the name that a tensor's parameter has in HF PEFT's model: with the adapter's name in it.
+
+        Args:
+            key: PEFT's key of a tensor on disk.
+            name: The adapter's name.
+        """
+        if self.prompt is not None:
+            return f"prompt_encoder.{name}.{key}"
+        for prefix, module in self.copies.items():
+            if key.startswith(prefix) and key.removeprefix(prefix) in module.state_dict():
+                return f"{prefix}modules_to_save.{name}.{key.removeprefix(prefix)}"
+        if key in self.bias_keys:
+            return key
+        prefix = next((prefix for prefix, _, own in self.entries if key.removeprefix(prefix) in own), SHARED_PREFIX)
+        first, dot, rest = key.removeprefix(prefix).partition(".")
+        return f"{prefix}{first}.{name}{dot}{rest}"
 
     def fits(self, key: str, tensor: Tensor) -> bool:
         """Return True if the adapter can read a tensor of another shape than the present one."""
@@ -111,6 +149,8 @@ class AdapterState:
     @torch.no_grad()
     def read(self, tensors: Mapping[str, Tensor]) -> None:
         """Read checked tensors, except the prompt's. Adapters without values may keep the tensors instead of copies."""
+        if any(tensor.is_meta for _, _, own in self.entries for tensor in own.values()):
+            self._make_memory()
         for prefix, adapter, own in self.entries:
             adapter.load_checkpoint_tensors({key: tensors[f"{prefix}{key}"] for key in own})
             vars(adapter).pop("is_unread", None)
@@ -120,6 +160,17 @@ class AdapterState:
             self.shared.load_checkpoint_tensors({n: tensors[key] for n, key in names.items() if key in tensors})
         for prefix, module in self.copies.items():
             module.load_state_dict({key: tensors[f"{prefix}{key}"] for key in module.state_dict()})
+
+    def _make_memory(self) -> None:
+        """Give memory to parameters on the meta device; layers that share a parameter still do."""
+        made: dict[int, nn.Parameter] = {}
+        for _, adapter, _ in self.entries:
+            for module in adapter.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None and parameter.is_meta:
+                        empty = torch.empty_like(parameter, device=adapter.base.device)
+                        new = made.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
+                        module._parameters[name] = new
 
 
 def adapter_state_of(adapters: AdapterSet, name: str) -> AdapterState:
@@ -138,6 +189,21 @@ def _prefix(path: str, adapter: Adapter) -> str:
 def _bias_prefix(path: str, bias: TrainedBias, adapters: Mapping[str, Adapter]) -> str:
     """Return the first part of a trained bias's key: PEFT keeps an adapted layer as `base_layer`."""
     return _prefix(path, bias) + ("base_layer." if path in adapters else "")
+
+
+def _plain_spellings(key: str, name: str) -> list[str]:
+    """Return a foreign key without what a state dict that was saved by hand has in it, the likeliest spelling first."""
+    parts = [part for part in key.split(".") if part != "_orig_mod"]
+    if parts[:2] == ["base_model", "model"] and "base_model" in parts[2:]:
+        parts = parts[parts.index("base_model", 2) :]
+    if parts[0] != "base_model":
+        parts = ["base_model", "model", *parts]
+    spellings = [parts]
+    for written in (name, "default"):
+        places = [place for place, part in enumerate(parts) if part == written]
+        spellings += [parts[:place] + parts[place + 1 :] for place in reversed(places)]
+    spellings += [[part for part in spelling if part != "modules_to_save"] for spelling in spellings]
+    return [".".join(spelling) for spelling in spellings]
 
 
 def _other_spelling(key: str) -> str:

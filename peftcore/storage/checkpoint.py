@@ -6,10 +6,11 @@ on disk is `base_model.model.` + the module's path + the parameter, without the 
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -31,18 +32,20 @@ from peftcore._util.tensors import (
     writing_shards,
 )
 from peftcore.config import CONFIG_NAME, PeftConfig
-from peftcore.errors import CheckpointError, PeftError, TargetError
+from peftcore.errors import CheckpointError, ConfigError, PeftError, TargetError
 from peftcore.files import MANIFEST, damaged_files, files_written_together, manifest_text, sha256, whole_files
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.inject import commit_injection, deepened
 from peftcore.injection.module_index import ModuleIndex
-from peftcore.injection.preparation import prepare_injection
+from peftcore.injection.preparation import Creation, prepare_injection
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import EmbeddingLoader, SaveEmbeddings, embeddings_to_save
+from peftcore.storage.reading import IncompatibleKeys, Reading, under_new_names
 
 _LARGE = 4096
 """Sizes up to this one are not checked before memory is allocated."""
 
+_READING = Reading()
 MODEL_CARD = "README.md"
 _CARD = """\
 ---
@@ -82,6 +85,13 @@ def adapter_state_dict(
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
+def adapter_values(
+    model: nn.Module, name: str, save_embedding_layers: SaveEmbeddings, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return `adapter_tensors` with the values of a state dict of the model."""
+    return _Reader(model, name, save_embedding_layers).with_values(state_dict)[0]
+
+
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -115,9 +125,15 @@ def save_adapter(
     config = adapters.configs[name]
     config = adapters.kinds[name].config_to_save(config, adapters.of_method(name))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    config = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base)
+    mapping = config.auto_mapping if config.task_type is not None else _auto_mapping(model)
+    config = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base, auto_mapping=mapping)
     reader = _Reader(model, name, save_embedding_layers)
     held, held_state = reader() if state_dict is None else reader.with_values(state_dict)
+    if unread := [key for key, tensor in held.items() if tensor.is_meta]:
+        raise CheckpointError(
+            f"adapter {name!r} has no values yet ({unread[0]} is on the meta device, by low_cpu_mem_usage=True); read "
+            "a saved adapter into it first"
+        )
     sharded = any(is_sharded(tensor) for tensor in held.values())
     if not sharded and not writes:
         return
@@ -134,6 +150,11 @@ def save_adapter(
         (fresh / MANIFEST).write_text(manifest_text({file.name: sha256(file) for file in sorted(fresh.iterdir())}))
         if not (directory / MODEL_CARD).exists():
             (fresh / MODEL_CARD).write_text(_CARD.format(base=base or "unknown", method=config.peft_type.lower()))
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str]:
+    """Return the class of the base model, as HF PEFT saves it for adapters without a task type."""
+    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
 class _Reader(nn.Module):
@@ -181,6 +202,14 @@ def update_model_card(model: nn.Module, directory: Path) -> None:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
+class Loaded(NamedTuple):
+    """Result of `load_adapter`."""
+
+    adapters: AdapterSet
+    """The adapters of the model."""
+    result: IncompatibleKeys
+
+
 def load_adapter(
     model: nn.Module,
     directory: Path,
@@ -189,7 +218,8 @@ def load_adapter(
     config: PeftConfig | None,
     tensors: dict[str, Tensor] | None = None,
     replaces_embeddings: bool = True,
-) -> AdapterSet:
+    reading: Reading = _READING,
+) -> Loaded:
     """Add the adapter of a directory to the model. On an error the model is unchanged.
 
     Args:
@@ -200,6 +230,7 @@ def load_adapter(
         config: The adapter's configuration; None reads it from the directory.
         tensors: Tensors of the directory, if they have been read already; the adapter may keep them.
         replaces_embeddings: True if embeddings in the directory may replace the model's; False makes them an error.
+        reading: Further options.
 
     Raises:
         CheckpointError: For damage, missing or unexpected keys, or shapes of another base.
@@ -208,19 +239,23 @@ def load_adapter(
     if config is None:
         refuse_pickles(directory)
         config = PeftConfig.from_pretrained(directory)
+    elif not isinstance(config, PeftConfig):
+        raise ConfigError(f"config must be a configuration, such as LoraConfig(); got {config!r:.200}")
     config = dataclasses.replace(config, inference_mode=not trainable)
     with ThreadPoolExecutor(1, "adapter-reader") as executor, deepened(model, config) as replication:
         read = read_weights(directory) if tensors is None else None
         hashed = None if read is None else executor.submit(changed_files, directory, read)
         try:
             _check_sizes(config, directory, tensors if read is None else read)
-            injection = prepare_injection(model, config, name, initialise=False)
+            creation = Creation(reading.accepts_missing, reading.autocast_adapter_dtype, reading.low_cpu_mem_usage)
+            injection = prepare_injection(model, config, name, creation)
             state = AdapterState(injection.adapters, injection.biases, injection.copies, injection.prompt)
             on_disk = (tensors or {}) if read is None else parsed(read, directory)
+            on_disk = reading.prepared(on_disk, _renamed_since(model) if injection.prompt is None else None)
             rows = EmbeddingLoader(
                 lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings
             )
-            _take_tensors(state, rows, on_disk, directory, trainable)
+            result = _take_tensors(model, state, rows, on_disk, directory, name, trainable, reading)
         except PeftError as error:
             if hashed is not None:
                 hashed.result()  # damage of the directory is the more useful error
@@ -237,7 +272,12 @@ def load_adapter(
             warn_of_changes(directory, hashed.result())
         adapters = commit_injection(model, injection, trainable, replication)
         rows.replace(adapters)
-    return adapters
+    return Loaded(adapters, result)
+
+
+def _renamed_since(model: nn.Module) -> Mapping[str, str] | None:
+    """Return a transformers model's {regular expression: replacement} of keys from before its modules were renamed."""
+    return getattr(model, "_checkpoint_conversion_mapping", None)
 
 
 def _check_sizes(config: PeftConfig, directory: Path, weights: memoryview | Mapping[str, Tensor] | None) -> None:
@@ -265,7 +305,8 @@ def load_adapter_weights(
     name: str,
     tensors: dict[str, Tensor] | None = None,
     replaces_embeddings: bool = True,
-) -> None:
+    reading: Reading = _READING,
+) -> IncompatibleKeys:
     """Read a directory's tensors into an existing adapter with the same configuration.
 
     If the adapter is sharded, every process has to call this function and keeps its own part.
@@ -276,6 +317,7 @@ def load_adapter_weights(
         name: Name of the adapter in the model.
         tensors: Tensors of the directory, if they have been read already.
         replaces_embeddings: See `load_adapter`.
+        reading: Further options; those for new parameters have no meaning here.
 
     Raises:
         CheckpointError: For damage, missing or unexpected keys, or shapes of another base.
@@ -285,35 +327,57 @@ def load_adapter_weights(
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
     with writing_shards(adapters.parameters(name)), torch.no_grad():
         on_disk = read_tensors(directory) if tensors is None else tensors
+        on_disk = reading.prepared(on_disk, _renamed_since(model) if prompt is None else None)
         rows = EmbeddingLoader(lambda: ModuleIndex(model), adapters, name, replaces_embeddings)
-        _take_tensors(adapter_state_of(adapters, name), rows, on_disk, directory, trains)
+        result = _take_tensors(model, adapter_state_of(adapters, name), rows, on_disk, directory, name, trains, reading)
         rows.replace(adapters)
+    return result
 
 
 def _take_tensors(
-    state: AdapterState, rows: EmbeddingLoader, tensors: Mapping[str, Tensor], directory: Path, trainable: bool
-) -> None:
+    model: nn.Module,
+    state: AdapterState,
+    rows: EmbeddingLoader,
+    tensors: Mapping[str, Tensor],
+    directory: Path,
+    name: str,
+    trainable: bool,
+    reading: Reading,
+) -> IncompatibleKeys:
     """Check all keys and shapes, then copy the adapter's tensors; `rows` checks the base's embeddings."""
-    expected, tensors = state.tensors(), state.with_our_keys(tensors)
+    expected, file = state.tensors(), directory / WEIGHTS_NAME
+    tensors = state.with_our_keys(tensors, expected, name)
+    if not expected.keys() <= tensors.keys() and reading.key_mapping is None:
+        tensors = under_new_names(tensors, expected.keys(), model)
     missing = sorted(expected.keys() - tensors.keys() - state.optional())
     others = tensors.keys() - expected.keys()
     others = others and others - state.repeated()
-    unexpected = sorted(others and rows.take(state, {key: tensors[key] for key in others}, directory / WEIGHTS_NAME))
-    if missing or unexpected:
+    unexpected = sorted(others and rows.take(state, {key: tensors[key] for key in others}, file))
+    keys = f"{_listed('missing', missing)}{_listed('unexpected', unexpected)}"
+    if keys and (reading.strict or expected.keys().isdisjoint(tensors)):
         raise CheckpointError(
-            f"{directory / WEIGHTS_NAME} does not fit: {_listed('missing', missing)}{_listed('unexpected', unexpected)}"
-            "the adapter belongs to another base model or another configuration"
+            f"{file} does not fit: {keys}the adapter belongs to another base model or another configuration; "
+            "strict=False loads the tensors that fit"
         )
-    wrong = [
-        f"{k} is {list(tensors[k].shape)!s:.200}, here {list(t.shape)}"
+    wrong = {
+        k: f"{k} is {list(tensors[k].shape)!s:.200}, here {list(t.shape)}"
         for k, t in expected.items()
         if k in tensors and tensors[k].shape != t.shape and not state.fits(k, tensors[k])
-    ]
-    if wrong:
-        raise CheckpointError(f"{directory} belongs to another base model: {wrong[0]} ({len(wrong)} tensors in all)")
+    }
+    first_wrong = next(iter(wrong.values()), "")
+    if wrong and not reading.ignore_mismatched_sizes:
+        raise CheckpointError(f"{directory} belongs to another base model: {first_wrong} ({len(wrong)} tensors in all)")
+    if keys or wrong:
+        warnings.warn(
+            f"{file} is loaded without what does not fit: {keys}{first_wrong and f'{first_wrong}; '}parameters "
+            "without a saved tensor have their initial values",
+            stacklevel=4,
+        )
+    tensors = {**tensors, **{key: expected[key] for key in [*missing, *wrong]}}
     if state.prompt is not None:
         state.prompt.read(tensors, _prompt_state(directory), trainable)
     state.read(tensors)
+    return IncompatibleKeys([state.parameter_name(key, name) for key in sorted({*missing, *wrong})], unexpected)
 
 
 def _prompt_state(directory: Path) -> dict[str, Tensor]:

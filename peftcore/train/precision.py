@@ -18,11 +18,14 @@ from peftcore.errors import TrainingError
 
 
 def scale_losses(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give the accelerator a gradient scaler if the model computes in float16. Call before an optimiser is prepared.
+    """Give the accelerator a gradient scaler if the model computes in float16 (see `computes_in_float16`).
+
+    Call this function before an optimiser is prepared. A scaler that the accelerator already has is kept.
 
     Raises:
-        TrainingError: A trained parameter is in float16, in which gradients overflow; or `fp16=True` is set on a CPU
-            for a model that is not in float16.
+        TrainingError: The losses are scaled, and a trained parameter is in float16, in which gradients overflow. The
+            other case is `fp16=True` for a model that does not compute in float16, on a device where accelerate
+            scales no losses, such as a CPU.
     """
     if accelerator.scaler is None and computes_in_float16(model):
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)

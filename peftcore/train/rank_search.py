@@ -135,7 +135,7 @@ def find_ranks(
     random_numbers = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
     with random_numbers, training_flags_restored(model):
         torch.manual_seed(seed)
-        inject.inject_adapter_in_model(_search_config(config, widest), model, NAME)
+        inject.inject_untrained(model, _search_config(config, widest), NAME)
         try:
             adapters = cast(dict[str, Lora], adapter_set(model).of_method(NAME))
             scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)

@@ -36,9 +36,11 @@ def _fixtures_of_flows() -> Any:
 
 
 _flows = _fixtures_of_flows()
-isolated_git, project, template = _flows.isolated_git, _flows.project, _flows.template
-registered, registered_template = _flows.registered, _flows.registered_template
-tiny_params, prepared = _flows.tiny_params, _flows.prepared
+isolated_git, forked_dvc = _flows.isolated_git, _flows.forked_dvc
+project, template, registered, registered_template = (
+    _flows.project, _flows.template, _flows.registered, _flows.registered_template
+)  # fmt: skip
+tiny_params, prepared, prepared_template = _flows.tiny_params, _flows.prepared, _flows.prepared_template
 
 
 # -- what tests use ----------------------------------------------------------------------------------------------------

@@ -4,24 +4,25 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-import pyarrow
 import pytest
-from pyarrow import parquet
-from safetensors.numpy import save_file
+import torch
+from forked_dvc import ForkedDvc
+from made_up_results import write_results
 
 from flows.params import Params, load_params
 from flows.paths import Paths
+from flows.runtime import project as project_module
+from flows.runtime import stage_process
 from flows.runtime.project import dvc
 from flows.stages import register
-from peftcore.files import write_manifest
 
-MERGED = {"kl": 0.002, "top1_agreement": 0.99, "loss": 2.81, "reference_loss": 2.8, "tokens": 400}
 OUTS = ("adapter", "architecture.json", "data", "evaluation", "merge.json", "training")
 DVC_YAML = f"""\
 stages:
@@ -97,6 +98,12 @@ def isolated_git(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
     """Commands set variables for the processes below them; the next test begins without."""
+    with _environment_restored():
+        yield
+
+
+@contextmanager
+def _environment_restored() -> Iterator[None]:
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -112,7 +119,25 @@ def project(template: Path, tmp_path: Path) -> Project:
 
 
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def forked_dvc() -> Iterator[ForkedDvc]:
+    """Fork the commands of `flows.runtime.project.dvc` from one parent, until the session ends."""
+    forked = ForkedDvc()
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.platform == "linux":  # elsewhere a fork of a process that has threads is not safe
+            patch.setattr(project_module, "subprocess", forked.as_subprocess())
+        yield forked
+    forked.close()
+
+
+@pytest.fixture
+def forked_stages(forked_dvc: ForkedDvc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the commands of `run_stage` as well, for tests that are not about its process."""
+    if sys.platform == "linux":
+        monkeypatch.setattr(stage_process, "subprocess", forked_dvc.as_subprocess())
+
+
+@pytest.fixture(scope="session")
+def template(forked_dvc: ForkedDvc, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository that each `project` is a copy of, made once."""
     root = tmp_path_factory.mktemp("template")
     (root / ".dvc").mkdir()
@@ -162,209 +187,81 @@ def results() -> Callable[..., None]:
     return write_results
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_params() -> Callable[..., Params]:
     """`tiny_params(train={...}, method={...})`: parameters for a run of eight steps, with these sections changed."""
+    return _tiny_params
 
-    def make(**sections: dict[str, Any]) -> Params:
-        given: dict[str, dict[str, Any]] = {
-            "data": {
-                "source": "rows.jsonl",
-                "group_column": "book",
-                "slice_column": "book",
-                "train_rows": 32,
-                "validation_rows": 8,
-                "test_rows": 12,
-                "validation_share": 0.15,
-                "test_share": 0.15,
-            },
-            "method": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
-            "train": {"batch_size": 4, "gradient_accumulation": 1, "learning_rate": 0.01, "evaluations": 4},
-            "evaluate": {"rows": 12, "batch_size": 4, "generate_rows": 6, "max_new_tokens": 8, "samples": 3},
-            "merge": {"rows": 6},
-            "tracking": {"mode": "disabled"},
-        }
-        for name, section in sections.items():
-            given[name] = given.get(name, {}) | section
-        return Params.model_validate(given)
 
-    return make
+def _tiny_params(**sections: dict[str, Any]) -> Params:
+    given: dict[str, dict[str, Any]] = {
+        "data": {
+            "source": "rows.jsonl",
+            "group_column": "book",
+            "slice_column": "book",
+            "train_rows": 32,
+            "validation_rows": 8,
+            "test_rows": 12,
+            "validation_share": 0.15,
+            "test_share": 0.15,
+        },
+        "method": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+        "train": {"batch_size": 4, "gradient_accumulation": 1, "learning_rate": 0.01, "evaluations": 4},
+        "evaluate": {
+            "rows": 12,
+            "batch_size": 4,
+            "generate_rows": 6,
+            "max_new_tokens": 8,
+            "samples": 3,
+            "control": {"rows": 4, "max_length": 32},
+            "latency_rows": 2,
+        },
+        "merge": {"rows": 6},
+        "tracking": {"mode": "disabled"},
+    }
+    for name, section in sections.items():
+        given[name] = given.get(name, {}) | section
+    return Params.model_validate(given)
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, tiny_base: Path, tiny_params: Callable[..., Params]) -> Paths:
+def prepared(prepared_template: Path, tmp_path: Path) -> Paths:
     """Paths below `tmp_path` with the base fetched and sums with their answers prepared."""
+    torch.manual_seed(0)
+    return Paths(shutil.copytree(prepared_template, tmp_path, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="session")
+def prepared_template(tmp_path_factory: pytest.TempPathFactory, write_tiny_base: Callable[[Path], Path]) -> Path:
+    """The folder that each `prepared` is a copy of, made once."""
     from flows.stages import prepare
 
+    root = tmp_path_factory.mktemp("prepared")
     rows = [
         {"prompt": f"How much is {number} and 1?", "completion": f"{number + 1}.", "book": f"book{number // 4}"}
         for number in range(100)
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    paths = Paths(tmp_path)
-    prepare.run(tiny_params(), paths)
-    return paths
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = Paths(root)
+    write_tiny_base(paths.base)
+    prepare.run(_tiny_params(), paths)
+    return root
 
 
 @pytest.fixture
-def trained(prepared: Paths, tiny_params: Callable[..., Params]) -> Paths:
+def trained(trained_template: Path, tmp_path: Path) -> Paths:
     """`prepared`, and an adapter trained on it."""
+    torch.manual_seed(0)
+    return Paths(shutil.copytree(trained_template, tmp_path, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="session")
+def trained_template(prepared_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that each `trained` is a copy of, made once."""
     from flows.stages import train
 
-    train.run(tiny_params(), prepared)
-    return prepared
-
-
-def write_results(
-    folder: Path,
-    loss: float = 2.7,
-    weight: float = 1.0,
-    row_changes: Sequence[float] = (0.0,) * 40,
-    row_slices: Sequence[str] = ("json",) * 30 + ("<ssl>",) * 10,
-    **metrics: Any,
-) -> None:
-    """What the stages before register leave: an adapter of weights `weight`, a test loss of `loss` nats a token.
-
-    row_changes, row_slices: of the 40 test rows, what is added to their losses, and where they belong.
-    metrics: other values for the keys of evaluation/metrics.json; the rows are such that its figures follow from them.
-    """
-    for name in ("adapter", "data", "evaluation", "training"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    _write_adapter(folder / "adapter", weight)
-    noise = numpy.random.default_rng(0).normal(0, 0.02, 40)
-    told = metrics.get("adapter", {}).get("loss", loss)
-    losses = told + noise - noise.mean() + numpy.asarray(row_changes)
-    loss = float(losses.mean()) if any(row_changes) else told
-    side = {"perplexity": 10.0, "tokens_per_second": 100.0}
-    sides = {
-        "base": metrics.pop("base", {"loss": 3.8, "rouge_l": 0.16, "ended": 0.3, **side}),
-        "adapter": metrics.pop("adapter", {"loss": loss, "rouge_l": 0.31, "ended": 1.0, **side}),
-    }
-    names, rows = numpy.array(row_slices), {"base": numpy.full(40, 3.8), "adapter": losses}
-    columns = {"id": [f"row{n}" for n in range(40)], "slice": list(row_slices), "tokens": [10] * 40}
-    columns |= {f"{name}_loss": values for name, values in rows.items()}
-    for name, figures in sides.items():
-        columns |= _answers(name, figures)
-    parquet.write_table(pyarrow.table(columns), folder / "evaluation" / "rows.parquet")
-    control = {"id": [f"text{n}" for n in range(8)], "tokens": [100] * 8, "base_loss": [3.0] * 8}
-    parquet.write_table(pyarrow.table(control | {"adapter_loss": [2.9] * 8}), folder / "evaluation" / "control.parquet")
-    for name, value in {
-        "evaluation/metrics.json": {
-            **sides,
-            "gain": {
-                "loss": sides["base"]["loss"] - sides["adapter"]["loss"],
-                "rouge_l": sides["adapter"].get("rouge_l", 0.0) - sides["base"].get("rouge_l", 0.0),
-            },
-            "rows": 40,
-            "generated_rows": 10,
-            "evaluation_set": "e" * 64,
-            "base_model": "b" * 64,
-            "control": {"base_loss": 3.0, "adapter_loss": 2.9, "rows": 8},
-            "slices": {
-                name: {"rows": int((names == name).sum())}
-                | {f"{side}_loss": float(losses[names == name].mean()) for side, losses in rows.items()}
-                for name in sorted(set(row_slices))
-            },
-            **metrics,
-        },
-        "evaluation/samples.json": [SAMPLE],
-        "training/summary.json": SUMMARY,
-        "merge.json": {"into": "dequantized", **MERGED, "candidates": {"dequantized": MERGED, "requantized": MERGED}},
-        "data/report.json": REPORT,
-        "architecture.json": ARCHITECTURE,
-    }.items():
-        (folder / name).write_text(json.dumps(value))
-    (folder / "training" / "loss.csv").write_text(LOSSES)
-
-
-def _answers(side: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """Columns of ten answers, and of forty predicted classes, that come to these figures."""
-    ended, rouge_l = figures.get("ended"), figures.get("rouge_l")
-    count = 0 if ended is None or ended != ended else round(10 * ended)
-    right = round(40 * figures.get("accuracy", 0))
-    return {
-        "label": ["right"] * 40,
-        f"{side}_prediction": ["right"] * right + ["wrong"] * (40 - right),
-        f"{side}_rouge_l": [rouge_l] * 10 + [None] * 30,
-        f"{side}_ended": pyarrow.array([n < count for n in range(10)] + [None] * 30, pyarrow.bool_()),
-    }
-
-
-def _write_adapter(folder: Path, weight: float) -> None:
-    tensors = {"layer.lora_A.weight": numpy.full((2, 4), weight, numpy.float32)}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    write_manifest(folder)
-
-
-SAMPLE = {
-    "id": "a",
-    "slice": "json",
-    "prompt": "def greet(): ...",
-    "reference": "Say <hello> & wave.",
-    "base": "<script>alert(1)</script>",
-    "adapter": "Say hello.",
-}
-SUMMARY = {
-    "steps": 4,
-    "best_step": 4,
-    "best_validation_loss": 2.7,
-    "seconds": 61.0,
-    "tokens": 1234,
-    "trainable_parameters": 8,
-    "wandb_run_id": None,
-    "method": "lora",
-}
-LOSSES = """\
-step,train_loss,validation_loss,learning_rate
-1,3.5,,0.0005
-2,3.1,3.0,0.0004
-3,2.9,,0.0002
-4,2.8,2.7,0.0
-"""
-_SPLIT = {
-    "rows": 40,
-    "available": 50,
-    "groups": 4,
-    "slices": 2,
-    "truncated": 0,
-    "tokens": 900,
-    "length": {"min": 5, "median": 20, "p90": 40, "p99": 50, "max": 60},
-    "supervised_tokens": 90,
-    "supervised_share": 0.1,
-    "supervised_length": {"min": 1, "median": 2, "p90": 4, "p99": 5, "max": 6},
-}
-REPORT = {
-    "source": "stdlib:docstrings",
-    "examples": 60,
-    "dropped": {"longer than 320 tokens": 3},
-    "splits": {"train": _SPLIT, "validation": _SPLIT, "test": _SPLIT},
-    "leakage": {"train-test": {"groups": 0, "prompts": 0}},
-    "doctor": {
-        "examined": {"train": "1" * 64, "validation": "2" * 64, "test": "3" * 64},
-        "findings": [
-            {
-                "check": "characters",
-                "severity": "warning",
-                "figure": "2 of 120 rows hold control characters",
-                "value": 0.0167,
-                "fix": "write the source as UTF-8",
-                "examples": ["a"],
-            }
-        ],
-    },
-    "rendered": [{"id": "a", "segments": [["user: greet()", False], ["Say hello.", True]]}],
-}
-ARCHITECTURE = {
-    "family": "llama",
-    "class_name": "LlamaForCausalLM",
-    "kind": "causal decoder",
-    "num_blocks": 2,
-    "hidden_size": 8,
-    "vocab_size": 100,
-    "parameters": 1000,
-    "memory_bfloat16": 2000,
-    "memory_nf4": 900,
-    "tied_weights": [],
-    "target_modules": {"q_proj": {"role": "query", "in_features": 8, "out_features": 8, "count": 2}},
-}
+    root = tmp_path_factory.mktemp("trained")
+    shutil.copytree(prepared_template, root, dirs_exist_ok=True)
+    with _environment_restored():
+        train.run(_tiny_params(), Paths(root))
+    return root

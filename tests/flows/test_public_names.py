@@ -1,10 +1,10 @@
-"""flows takes from peftcore public names alone: of `peftcore`, its `errors` and `files`, and of its packages."""
+"""flows takes from peftcore public names alone: of `peftcore`, its `errors`, `files` and `hub`, and of its packages."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("peftcore", "peftcore.errors", "peftcore.files")
+MODULES = ("peftcore", "peftcore.errors", "peftcore.files", "peftcore.hub")
 
 
 def is_public(module: str) -> bool:

@@ -13,9 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.errors import GateError, StageError
 from flows.gate.promote import promote
-from flows.runtime.last_run import last_run, recorded, running, running_file
+from flows.runtime.last_run import running_file
 from flows.status import status
 
 
@@ -122,33 +121,3 @@ def test_a_run_is_seen_while_it_runs_and_after_it_was_killed(project: Any, monke
         run.wait()
     (hint,) = look(project)["hints"]
     assert "was killed at make; `peftcore run` continues it" in hint
-
-
-@pytest.mark.parametrize(
-    ("error", "outcome", "status"),
-    [
-        (None, "promoted", 0),
-        (StageError("stage make failed"), "failed", 1),
-        (GateError("too bad"), "refused", 3),
-        (KeyboardInterrupt(), "interrupted", 130),
-        (SystemExit(143), "interrupted", 143),
-    ],
-)
-def test_however_a_run_ends_it_is_written_down(
-    project: Any, error: BaseException | None, outcome: str, status: int
-) -> None:
-    try:
-        with recorded(project.paths) as record:
-            with record.at("make"):
-                assert running(project.paths) and not last_run(project.paths)
-            if outcome in ("promoted", "refused"):
-                record.promotion = {"outcome": outcome, "version": "v0.1.0"}
-            if error is not None:
-                raise error
-    except BaseException as raised:
-        assert raised is error
-    told = last_run(project.paths)
-    assert told is not None and running(project.paths) is None
-    assert (told["outcome"], told["status"]) == (outcome, status)
-    assert list(told["seconds"]) == ["make"]
-    assert told["failed_task"] == (None if outcome in ("promoted", "refused") else "make")

@@ -46,6 +46,7 @@ def test_minilm(tmp_path: Path) -> None:
     agree(lambda: AutoModel.from_pretrained(model, dtype=torch.float32), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SMOLLM2 / "config.json").exists(), reason="SmolLM2 is not fetched; run `make run` first")
 def test_smollm2(tmp_path: Path) -> None:
     # in float32 thirty blocks of rounding differ by more than the tolerance on some processors

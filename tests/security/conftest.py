@@ -24,7 +24,10 @@ def _pipeline_fixtures() -> Any:
 
 
 _flows = _pipeline_fixtures()
-isolated_git, project, template, results = _flows.isolated_git, _flows.project, _flows.template, _flows.results
+isolated_git, forked_dvc, results = _flows.isolated_git, _flows.forked_dvc, _flows.results
+project, template, registered, registered_template = (
+    _flows.project, _flows.template, _flows.registered, _flows.registered_template
+)  # fmt: skip
 
 
 def net() -> nn.Module:

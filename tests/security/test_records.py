@@ -38,23 +38,22 @@ def forge(project: Any, text: str) -> Registry:
         (["git", "uncommitted"], "a text"),
     ],
 )
-def test_a_forged_part_is_named(project: Any, tmp_path: Path, path: list[str], value: Any) -> None:
-    record = project.register()
+def test_a_forged_part_is_named(registered: Any, tmp_path: Path, path: list[str], value: Any) -> None:
+    record = json.loads(registered.paths.version.read_text())
     part = record
     for key in path[:-1]:
         part = part[key]
     part[path[-1]] = value
-    registry = forge(project, json.dumps(record))
+    registry = forge(registered, json.dumps(record))
     with pytest.raises(RegistryError, match=rf"docstrings@v9\.0\.0 has no readable .*\n{path[0]}"):
         registry.record(registry.version("v9.0.0"))
     with pytest.raises(RegistryError):
-        promote(project.params, project.paths, "v9.0.0")
+        promote(registered.params, registered.paths, "v9.0.0")
     assert not (tmp_path / "outside").exists() and registry.stages() == {}
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{", "[" * 100_000, '{"name": 1}'])
-def test_what_is_no_record_is_refused(project: Any, text: str) -> None:
-    project.register()
-    registry = forge(project, text)
+def test_what_is_no_record_is_refused(registered: Any, text: str) -> None:
+    registry = forge(registered, text)
     with pytest.raises(RegistryError, match="no readable"):
         registry.record(registry.version("v9.0.0"))

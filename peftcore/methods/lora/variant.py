@@ -116,7 +116,7 @@ class Variant:
         return weight
 
     def merged_bias(self, lora: "Lora", bias: Tensor | None) -> Tensor | None:
-        """Return what replaces the layer's bias (o,)."""
+        """Return the bias (o,) after a merge, given the bias so far; MergeError if a layer without bias needs one."""
         return bias
 
     def bias_change(self, lora: "Lora") -> Tensor | None:

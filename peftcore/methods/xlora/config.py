@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftcore import hub
 from peftcore.config import PeftConfig, TunerConfig
 from peftcore.errors import ConfigError
 
@@ -16,7 +17,7 @@ class XLoraConfig(TunerConfig):
     hidden_size: int | None = None
     """Size of the model's hidden states (count); needed."""
     adapters: dict[str, str] | None = field(default_factory=dict)
-    """{name: directory of a trained LoRA}; classes are in the order of the names, "2" before "10"."""
+    """{name: directory or hub id of a trained LoRA}; classes are in the order of the names, "2" before "10"."""
     enable_softmax: bool = True
     """Let the weights of a token and layer sum to 1."""
     enable_softmax_topk: bool = False
@@ -57,10 +58,13 @@ class XLoraConfig(TunerConfig):
             )
 
     def directories(self) -> list[Path]:
-        """Return the LoRAs' directories in the order of their classes; JSON does not keep the order of the names."""
+        """Return the LoRAs' directories in the order of their classes; JSON does not keep the order of the names.
+
+        A hub id is downloaded.
+        """
         adapters = self.adapters or {}
         order = sorted(adapters, key=int) if all(name.isdecimal() for name in adapters) else sorted(adapters)
-        return [Path(adapters[name]) for name in order]
+        return [hub.adapter_directory(adapters[name]) for name in order]
 
     def to_dict(self) -> dict[str, Any]:
         own = super().to_dict()

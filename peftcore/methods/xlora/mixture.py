@@ -54,7 +54,7 @@ class Mixture(Shared):
             for path, expert in read_lora(directory, bases).items():
                 experts[self.numbers[path]][str(n)] = expert if config.use_trainable_adapters else frozen(expert)
         self.experts = nn.ModuleList(map(nn.ModuleDict, experts))
-        self.internal_xlora_classifier = Classifier(config, len(bases), len(config.directories()))
+        self.internal_xlora_classifier = Classifier(config, len(bases), len(config.adapters or {}))
         self.optional = frozenset(self._trained())
 
     def _trained(self) -> dict[str, Tensor]:

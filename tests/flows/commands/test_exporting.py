@@ -1,30 +1,15 @@
-"""The commands that write an adapter for other runtimes, or merge it, and one message for what they refuse."""
+"""An adapter for other runtimes, and one message for what cannot be exported."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from click.testing import Result
-from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
+from command_line import peftcore
+from small_adapters import trained
 
-from flows.cli import app
-from peftcore import LoHaConfig, LoraConfig, get_peft_model
+from peftcore import LoHaConfig, LoraConfig
 from peftcore.export import check_vllm
-
-
-def peftcore(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
-
-
-def trained(base: Path, config: Any, directory: Path) -> list[str]:
-    torch.manual_seed(1)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    model.save_pretrained(directory)
-    return ["--adapter", str(directory), "--base", str(base)]
 
 
 def test_an_adapter_for_each_runtime(tiny_base: Path, tmp_path: Path) -> None:
@@ -55,18 +40,3 @@ def test_a_whole_gguf_is_made_of_the_bases_folder_or_refused_before_work(
     refused = peftcore("export", "gguf-merged", str(tmp_path / "no"), "--adapter", options[1], "--base", str(other))
     assert refused.exit_code == 1 and "give the base's own GGUF file (--gguf)" in refused.stderr
     assert not (tmp_path / "no").exists()
-
-
-def test_a_streamed_merge(tiny_base: Path, tmp_path: Path) -> None:
-    options = trained(tiny_base, LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
-    done = peftcore("merge", str(tmp_path / "out"), *options, "--dtype", "float32")
-    assert done.exit_code == 0
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
-    refused = peftcore("merge", str(tmp_path / "no"), *options, "--storage", "int3")
-    assert refused.exit_code == 1 and refused.stderr.startswith("error: storage must be one of nf4, fp4")
-
-
-@pytest.mark.parametrize("command", ["export", "merge"])
-def test_each_command_has_help(command: str) -> None:
-    result = peftcore(command, "--help")
-    assert result.exit_code == 0 and len(result.stdout) > 300

@@ -5,13 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
-
-from flows.cli import app
-
-
-def peftcore(*arguments: str) -> Any:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
+from command_line import peftcore
 
 
 def test_another_stage_has_its_own_champion_and_its_own_rollback(
@@ -50,3 +44,40 @@ def test_a_version_is_approved_and_then_promoted(project: Any, monkeypatch: pyte
     assert made["who"] == "grace@example.org" and made["tag"].startswith("approved/docstrings/v0.1.0/grace-")
     assert peftcore("approve", "--note", "fine").exit_code == 4
     assert peftcore("promote").exit_code == 0
+
+
+def test_rolling_back(here: Any) -> None:
+    peftcore("promote")
+    assert peftcore("rollback", "--reason", "why").exit_code == 1
+    here.register(loss=2.6, weight=2.0)
+    peftcore("promote")
+    back = peftcore("rollback", "--reason", "answers in capitals", "--json")
+    assert (back.exit_code, json.loads(back.stdout)["outcome"]) == (0, "rolled back")
+    assert "champion is v0.1.0" in peftcore("status").stdout
+
+
+def test_a_refusal_exits_with_3_and_its_reason_and_json_stays_json(here: Any) -> None:
+    here.paths.params.write_text(here.paths.params.read_text() + "gate: {min_loss_gain: 2.0}\n")
+    result = peftcore("promote", "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["report"]["reason"] == "gain in loss: 1.100 nats, at least 2"
+    assert result.stderr == (
+        "error: docstrings v0.1.0 is not promoted to champion: gain in loss: 1.100 nats, at least 2\n"
+    )
+
+
+def test_an_unsigned_approval_is_said_to_prove_nothing(here: Any) -> None:
+    here.git("config", "user.email", "grace@example.org")
+    told = peftcore("approve", "--note", "fine").stdout.splitlines()
+    assert told[0].startswith("docstrings v0.1.0 is approved by grace@example.org: approved/docstrings/v0.1.0/grace-")
+    assert told[1].startswith("it proves nothing: anybody can set this e-mail")
+
+
+def test_the_checks_are_a_table_and_a_failed_one_has_a_cross(here: Any) -> None:
+    here.paths.params.write_text(here.paths.params.read_text() + "gate: {min_loss_gain: 2.0, stage: shadow}\n")
+    refused = peftcore("promote", "--dry-run")
+    marks = {
+        line.split("│")[1].strip(): line.split("│")[2].strip() for line in refused.stdout.splitlines() if "│" in line
+    }
+    assert (marks["gain in loss"], marks["manifest"]) == ("✗", "✓")
+    assert "would become" not in refused.stdout and refused.exit_code == 3

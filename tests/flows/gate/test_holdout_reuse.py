@@ -1,5 +1,6 @@
 """Counts of comparisons on the same test rows and of trials on the same data."""
 
+import json
 from typing import Any
 
 from flows.gate.candidate import HoldoutReuse
@@ -27,9 +28,9 @@ def test_versions_and_trials_on_the_same_rows_are_counted(registered: Any) -> No
     assert "version 2 that was evaluated on these test rows" in detail and "2 trials of sweeps" in detail
 
 
-def test_a_record_of_an_earlier_release_has_its_trials_under_another_key(project: Any, monkeypatch: Any) -> None:
-    record = project.register()
-    registry = registry_of(project.params, project.root).snapshot()
+def test_a_record_of_an_earlier_release_has_its_trials_under_another_key(registered: Any, monkeypatch: Any) -> None:
+    record = json.loads(registered.paths.version.read_text())
+    registry = registry_of(registered.params, registered.root).snapshot()
     record["looks"] = record.pop("holdout_reuse") | {"trials": 7}
     monkeypatch.setattr(RegistryReader, "record", lambda *_: record)
     assert reuse_of(registry, registry.versions()[0], None) == HoldoutReuse(1, 7, 0)

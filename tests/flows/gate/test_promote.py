@@ -1,6 +1,8 @@
 """Promotion: the gate's verdict becomes a tag, once, and only for what was compared with the present champion."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,37 +198,45 @@ def test_a_better_version_that_fails_a_slice_is_refused(registered: Any) -> None
 # -- rolling back ----------------------------------------------------------------------------------------------------
 
 
-def three_champions(project: Any) -> None:
+@pytest.fixture(scope="module")
+def champions_template(template: Path, project_at: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository that each `champions` is a copy of, made once."""
+    project = project_at(shutil.copytree(template, tmp_path_factory.mktemp("champions") / "project", symlinks=True))
     for loss in (2.7, 2.6, 2.5):
         project.register(loss=loss, weight=loss)
         assert promote(project.params, project.paths).outcome == "promoted"
+    return project.root
 
 
-def test_the_last_champion_comes_back_with_its_report_and_the_reason(project: Any) -> None:
-    three_champions(project)
-    back = roll_back(project.params, project.paths, "answers in\ncapitals")
+@pytest.fixture
+def champions(champions_template: Path, project_at: Any, tmp_path: Path) -> Any:
+    """A project where v0.1.0, v0.1.1 and v0.1.2 became champion one after the other."""
+    return project_at(shutil.copytree(champions_template, tmp_path / "project", symlinks=True))
+
+
+def test_the_last_champion_comes_back_with_its_report_and_the_reason(champions: Any) -> None:
+    back = roll_back(champions.params, champions.paths, "answers in\ncapitals")
     assert (back.outcome, back.version, back.tag) == ("rolled back", "v0.1.1", "docstrings#champion#4")
-    assert champion(project) == "v0.1.1" and back.accepted and back.sentence == "docstrings v0.1.1 is champion again"
+    assert champion(champions) == "v0.1.1" and back.accepted and back.sentence == "docstrings v0.1.1 is champion again"
     assert back.report is not None and back.report.version == "v0.1.1" and back.report.passed
-    message = Registry(Git(project.root), "docstrings").stages()["champion"].message
+    message = Registry(Git(champions.root), "docstrings").stages()["champion"].message
     assert "docstrings v0.1.1 becomes champion again, in place of v0.1.2" in message
     assert "Reason: answers in capitals" in message
-    assert read_promotion(project.paths, "v0.1.1") == back
-    assert promote(project.params, project.paths, version="v0.1.1").outcome == "already"
-    assert promote(project.params, project.paths, version="v0.1.1").report == back.report
+    assert read_promotion(champions.paths, "v0.1.1") == back
+    assert promote(champions.params, champions.paths, version="v0.1.1").outcome == "already"
+    assert promote(champions.params, champions.paths, version="v0.1.1").report == back.report
 
 
-def test_an_earlier_one_by_number_and_back_again(project: Any) -> None:
-    three_champions(project)
-    assert roll_back(project.params, project.paths, "why", "v0.1.0").version == "v0.1.0"
-    assert roll_back(project.params, project.paths, "why").version == "v0.1.2"  # who had it before that
-    assert champion(project) == "v0.1.2"
+def test_an_earlier_one_by_number_and_back_again(champions: Any) -> None:
+    assert roll_back(champions.params, champions.paths, "why", "v0.1.0").version == "v0.1.0"
+    assert roll_back(champions.params, champions.paths, "why").version == "v0.1.2"  # who had it before that
+    assert champion(champions) == "v0.1.2"
 
 
-def test_what_cannot_be_rolled_back_to_is_named(project: Any) -> None:
+def test_what_cannot_be_rolled_back_to_is_named(registered: Any) -> None:
+    project = registered
     with pytest.raises(RegistryError, match="nothing is champion"):
         roll_back(project.params, project.paths, "why")
-    project.register()
     promote(project.params, project.paths)
     with pytest.raises(RegistryError, match=r"no version was champion before v0\.1\.0, so .*; these were: none"):
         roll_back(project.params, project.paths, "why")
@@ -239,31 +249,29 @@ def test_what_cannot_be_rolled_back_to_is_named(project: Any) -> None:
     assert champion(project) == "v0.1.1"
 
 
-def test_a_damaged_version_does_not_come_back(project: Any) -> None:
-    three_champions(project)
-    (project.root / ".dvc" / "cache").rename(project.root / ".dvc" / "gone")
-    for path in (project.root / ".dvc-remote").rglob("*"):
+def test_a_damaged_version_does_not_come_back(champions: Any) -> None:
+    (champions.root / ".dvc" / "cache").rename(champions.root / ".dvc" / "gone")
+    for path in (champions.root / ".dvc-remote").rglob("*"):
         if path.is_file() and not path.name.endswith(".dir"):
             path.chmod(0o644)
             path.write_bytes(b"corrupt")
     with pytest.raises(RegistryError, match="differs from the registered file"):
-        roll_back(project.params, project.paths, "why")
-    assert champion(project) == "v0.1.2"
+        roll_back(champions.params, champions.paths, "why")
+    assert champion(champions) == "v0.1.2"
 
 
-def test_a_rolled_back_version_needs_an_explicit_act(project: Any) -> None:
+def test_a_rolled_back_version_needs_an_explicit_act(champions: Any) -> None:
     """`peftcore run` with nothing changed judges the version of the last run, which was rolled back."""
-    three_champions(project)
-    roll_back(project.params, project.paths, "wrong answers")
-    refused = promote(project.params, project.paths)
-    assert refused.outcome == "refused" and champion(project) == "v0.1.1"
+    roll_back(champions.params, champions.paths, "wrong answers")
+    refused = promote(champions.params, champions.paths)
+    assert refused.outcome == "refused" and champion(champions) == "v0.1.1"
     assert "not withdrawn: docstrings#champion#4 rolled it back (wrong answers)" in refused.sentence
-    write = project.register(loss=2.45, weight=2.5)  # the same adapter, evaluated again
+    write = champions.register(loss=2.45, weight=2.5)  # the same adapter, evaluated again
     assert write["version"] == "v0.1.3"
-    assert "it has the adapter of v0.1.2: docstrings#champion#4" in promote(project.params, project.paths).sentence
-    again = promote(project.params, project.paths, version="v0.1.2", again=True)
-    assert again.outcome == "promoted" and champion(project) == "v0.1.2"
-    assert Registry(Git(project.root), "docstrings").withdrawn("champion") == {}
+    assert "it has the adapter of v0.1.2: docstrings#champion#4" in promote(champions.params, champions.paths).sentence
+    again = promote(champions.params, champions.paths, version="v0.1.2", again=True)
+    assert again.outcome == "promoted" and champion(champions) == "v0.1.2"
+    assert Registry(Git(champions.root), "docstrings").withdrawn("champion") == {}
 
 
 def test_so_does_one_whose_stage_was_taken_back(registered: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flows.params import DEMONSTRATION_PROMPT, Data, Params, left_over, load_params
+from flows.params import DEMONSTRATION_PROMPT, Params, left_over, load_params
 from flows.params.demonstration import LIMITS
 
 ROOT = Path(__file__).parents[3]
@@ -37,10 +37,3 @@ def test_what_was_said_is_not_named(section: str, values: dict[str, Any], count:
     given: dict[str, Any] = {"data": {"source": "rows.jsonl", "system_prompt": DEMONSTRATION_PROMPT}}
     given[section] = given.get(section, {}) | values
     assert len(left_over(Params.model_validate(given))) == count
-
-
-def test_a_prompt_that_nobody_gave_is_the_demonstrations_for_the_demonstration_alone() -> None:
-    assert Data().system_prompt == Params().data.system_prompt == DEMONSTRATION_PROMPT
-    assert Data(system_prompt=None).system_prompt is None
-    assert Data(source="rows.jsonl").system_prompt is None
-    assert Params.model_validate({"data": {"source": "hub:org/rows"}}).data.system_prompt is None

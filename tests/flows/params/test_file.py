@@ -3,17 +3,10 @@
 from pathlib import Path
 
 import pytest
+from params_texts import refusal
 
 from flows.errors import ParamsError
 from flows.params import load_params
-
-
-def said(tmp_path: Path, text: str) -> str:
-    path = tmp_path / "params.yaml"
-    path.write_text(text)
-    with pytest.raises(ParamsError) as refused:
-        load_params(path)
-    return str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -36,17 +29,17 @@ def said(tmp_path: Path, text: str) -> str:
     ],
 )
 def test_one_problem_is_one_line(tmp_path: Path, text: str, message: str) -> None:
-    assert said(tmp_path, text) == f"params.yaml:{message}"
+    assert refusal(tmp_path, text) == f"params.yaml:{message}"
 
 
 def test_all_problems_are_reported_together_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = "zebra: 1\ndata:\n  max_lenght: 5\n  overlong: chop\ntrain: {epochs: 0}\nmethod: {r: 1, r: 2}\n"
-    assert [line.split(":")[1] for line in said(tmp_path, text).splitlines()] == ["1", "3", "4", "5", "6"]
+    assert [line.split(":")[1] for line in refusal(tmp_path, text).splitlines()] == ["1", "3", "4", "5", "6"]
 
 
 def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> None:
     assert (
-        said(tmp_path, "register: {zzz: 1}")
+        refusal(tmp_path, "register: {zzz: 1}")
         == "params.yaml:1: register.zzz: unknown key; give one of remote, git_remote, signing_key"
     )
 
@@ -56,16 +49,16 @@ def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> Non
     [("a: [1", 1), ("data:\n  x: 1\n y: 2", 3), ("\tdata: 1", 1), ("data: *x", 1), ("data: !tag 3", 1)],
 )
 def test_invalid_yaml_is_refused_with_its_line(tmp_path: Path, text: str, line: int) -> None:
-    assert said(tmp_path, text).startswith(f"params.yaml:{line}: not valid YAML: ")
+    assert refusal(tmp_path, text).startswith(f"params.yaml:{line}: not valid YAML: ")
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- 1", "seven"])
 def test_a_file_without_sections_is_refused(tmp_path: Path, text: str) -> None:
-    assert said(tmp_path, text).startswith("params.yaml:1: expected sections")
+    assert refusal(tmp_path, text).startswith("params.yaml:1: expected sections")
 
 
 def test_a_section_within_itself_is_refused(tmp_path: Path) -> None:
-    assert "nested too deeply" in said(tmp_path, "data: &a {max_length: *a}")
+    assert "nested too deeply" in refusal(tmp_path, "data: &a {max_length: *a}")
 
 
 def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
 """Approvals: each person counts once, for one commit; with a list of signers only signed approvals count."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gto_command import run_gto
 from registries import Key, add, be, needs_keys, of
 
 from flows.errors import RegistryConflict, RegistryError
@@ -35,9 +34,7 @@ def test_each_person_counts_once_and_who_registered_it_does_not(project: Any) ->
     be(project, "joan")
     approve(registry, version, "fine", None)
     assert [one.who for one in approvals(registry, version, None)] == ["grace@example.org", "joan@example.org"]
-    gto = Path(sys.executable).with_name("gto")
-    shown = subprocess.run([gto, "show", "--json"], cwd=project.root, check=True, capture_output=True)
-    assert list(json.loads(shown.stdout)) == ["docstrings"], "GTO passes approvals over"
+    assert list(json.loads(run_gto(project.root, "show", "--json"))) == ["docstrings"], "GTO passes approvals over"
     assert [one.number for one in registry.versions()] == ["v0.1.0"] and registry.last_event() == 0
 
 

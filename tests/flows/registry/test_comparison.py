@@ -1,14 +1,6 @@
 """Two records side by side: every value that differs, and nothing else."""
 
-from pathlib import Path
-
-import numpy
-import pytest
-from safetensors.numpy import save_file
-
-from flows.errors import StageError
 from flows.registry.comparison import Difference, differences
-from flows.registry.lineage import adapter_ranks
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -53,15 +45,3 @@ def test_ranks_and_data_are_among_what_is_told() -> None:
     after = {"ranks": {"layers": 3, "usual": 8, "others": {"layers.0.q": 4}}, "data": {"rows": {"train": 12}}}
     found = [(one.part, one.key, one.change) for one in differences(before, after)]
     assert found == [("ranks", "others.layers.0.q", None), ("data", "rows.train", 2)]
-
-
-def test_ranks_are_those_of_the_weights(tmp_path: Path) -> None:
-    shapes = {"a.lora_A": (4, 9), "a.lora_B": (7, 4), "b.lora_A": (4, 9), "c.lora_A": (2, 9)}
-    tensors = {f"base_model.model.{name}.weight": numpy.zeros(shape) for name, shape in shapes.items()}
-    save_file(tensors | {"base_model.model.d.lora_embedding_A": numpy.zeros((2, 5))}, tmp_path / WEIGHTS)
-    assert adapter_ranks(tmp_path) == {"layers": 4, "usual": 4, "others": {"c": 2, "d": 2}}
-    save_file({"base_model.model.a.vera_lambda_b": numpy.zeros(3)}, tmp_path / WEIGHTS)
-    assert adapter_ranks(tmp_path) == {}
-    (tmp_path / WEIGHTS).write_bytes(b"no")
-    with pytest.raises(StageError, match="cannot be read"):
-        adapter_ranks(tmp_path)

@@ -2,18 +2,16 @@
 
 import json
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gto_command import run_gto
 
 from flows.errors import RegistryError
 from flows.registry.registry import RECORD, Registry, RegistryConflict, Version
 from flows.runtime.git import Git, GitError
-
-GTO = (str(Path(sys.executable).with_name("gto")),)
 
 
 @pytest.fixture
@@ -28,9 +26,7 @@ def add(registry: Registry, number: str, content: str = "a") -> Version:
 
 def show(registry: Registry) -> dict[str, Any]:
     """What GTO itself makes of the tags."""
-    command = [*GTO, "show", "--json"]
-    shown = subprocess.run(command, cwd=registry.git.root, check=True, capture_output=True)
-    return json.loads(shown.stdout)["docstrings"]
+    return json.loads(run_gto(registry.git.root, "show", "--json"))["docstrings"]
 
 
 def test_a_version_is_a_tag_on_a_commit_with_its_record(registry: Registry) -> None:
@@ -187,9 +183,7 @@ def test_a_number_that_the_remote_has_is_a_conflict_and_leaves_no_tag(registry: 
 def test_what_gto_takes_back_is_gone_here_too(registry: Registry) -> None:
     version = add(registry, "v0.1.0")
     registry.assign("champion", version, 0, "m")
-    subprocess.run(
-        [*GTO, "deprecate", "docstrings", "v0.1.0", "champion"], cwd=registry.git.root, check=True, capture_output=True
-    )
+    run_gto(registry.git.root, "deprecate", "docstrings", "v0.1.0", "champion")
     assert registry.stages() == {}
     assert registry.last_event() == 2
     assert registry.versions() == [version]

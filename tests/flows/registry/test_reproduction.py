@@ -11,10 +11,11 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.errors import RegistryError
+from flows.errors import DataError, RegistryError
 from flows.registry.reproduction import largest_difference, reproduce, without_times
 from flows.runtime.project import dvc
 
+pytestmark = pytest.mark.usefixtures("forked_stages")
 OWN = "flows/stages/make.py"
 FETCH = """\
   fetch:
@@ -86,6 +87,22 @@ def test_what_was_fetched_comes_from_the_remote_where_the_cache_has_lost_it(fetc
     (fetched.root / ".dvc-remote").rename(fetched.root / "remote-away")
     with pytest.raises(RegistryError, match="the inputs of the version are not available"):
         rebuild(fetched)
+
+
+def test_a_version_that_was_registered_without_its_data_says_how_to_keep_them(project: Any) -> None:
+    """Git ignores the rows, so the version's commit could not take them along."""
+    project.paths.params.write_text(project.paths.params.read_text() + "data: {source: data/qa.jsonl}\n")
+    (project.root / "data").mkdir()
+    (project.root / "data" / "qa.jsonl").write_text("{}\n")
+    commit(project, ".gitignore", (project.root / ".gitignore").read_text() + "/data/\n")
+    project.register()
+    with pytest.raises(
+        DataError,
+        match=r"data\.source data/qa\.jsonl is tracked neither by git nor by DVC, so docstrings@v0\.1\.0, which was "
+        r"registered without it, does not have it; `git add data/qa\.jsonl`, or `dvc add data/qa\.jsonl`",
+    ):
+        rebuild(project)
+    assert project.git("worktree", "list").count("\n") == 1
 
 
 def test_another_adapter_is_told_with_its_largest_difference_and_what_was_another_then(

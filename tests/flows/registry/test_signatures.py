@@ -1,12 +1,11 @@
 """Signed tags with real ssh keys and real git: only listed people count, for what they signed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gto_command import run_gto
 from registries import Key, add, needs_keys, of, signature
 
 from flows.errors import RegistryError
@@ -23,9 +22,7 @@ def test_a_tag_is_signed_by_whom_the_list_names_and_reads_as_before(project: Any
     assert version.message == "docstrings v0.1.0: good\n\nAdapter: sha256:" + "a" * 64 + "\n", "without the signature"
     tag = registry.assign("champion", version, 0, "promoted\n")
     assert signature(registry, tag, signers) == Signature("ada@example.org")
-    gto = Path(sys.executable).with_name("gto")
-    shown = subprocess.run([gto, "show", "--json"], cwd=project.root, check=True, capture_output=True)
-    assert json.loads(shown.stdout)["docstrings"]["stage"]["champion"] == "v0.1.0"
+    assert json.loads(run_gto(project.root, "show", "--json"))["docstrings"]["stage"]["champion"] == "v0.1.0"
 
 
 @needs_keys

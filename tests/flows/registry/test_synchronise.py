@@ -29,6 +29,31 @@ def two(project: Any, tmp_path: Path) -> tuple[Any, Any]:
     return project, other
 
 
+@pytest.fixture(scope="module")
+def registered_twice(template: Path, project_at: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a project and a clone, each of which has registered a v0.1.0 of its own."""
+    folder = tmp_path_factory.mktemp("registered-twice")
+    for weight, name in enumerate(("project", "other"), 1):
+        shutil.copytree(template, folder / name, symlinks=True)
+        project_at(folder / name).register(weight=float(weight))
+    return folder
+
+
+@pytest.fixture
+def diverged(registered_twice: Path, project_at: Any, tmp_path: Path) -> tuple[Any, Any]:
+    """`two`, each of which has registered a v0.1.0 of its own."""
+    first, second = (
+        project_at(shutil.copytree(registered_twice / name, tmp_path / name, symlinks=True))
+        for name in ("project", "other")
+    )
+    shared = str(tmp_path / "shared.git")
+    first.git("init", "--quiet", "--bare", shared)
+    first.git("push", "--quiet", shared, "main")
+    for project in (first, second):
+        project.git("remote", "add", "origin", shared)
+    return first, second
+
+
 def registry_of(project: Any) -> Registry:
     return Registry(Git(project.root), "docstrings")
 
@@ -45,11 +70,10 @@ def set_git_remote(project: Any) -> None:
 
 
 def test_a_number_that_both_have_given_is_the_remote_s_and_the_other_version_gets_the_next(
-    two: Any, caplog: pytest.LogCaptureFixture
+    diverged: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first, second = two
-    first.register(weight=1.0)
-    record = second.register(weight=2.0)
+    first, second = diverged
+    record = json.loads(second.paths.version.read_text())
     promote(first.params, first.paths, push_to="origin")
     registry = registry_of(second)
     assert synchronise(registry, "origin") == {"v0.1.0": "v0.2.0"}
@@ -65,10 +89,8 @@ def test_a_number_that_both_have_given_is_the_remote_s_and_the_other_version_get
     assert promotion.version == "v0.2.0" and promotion.report is not None and promotion.report.champion == "v0.1.0"
 
 
-def test_a_stage_that_was_given_here_and_not_pushed_makes_way(two: Any, caplog: pytest.LogCaptureFixture) -> None:
-    first, second = two
-    first.register(weight=1.0)
-    second.register(weight=2.0)
+def test_a_stage_that_was_given_here_and_not_pushed_makes_way(diverged: Any, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = diverged
     promote(second.params, second.paths)  # in this clone alone
     promote(first.params, first.paths, push_to="origin")
     synchronise(registry_of(second), "origin")
@@ -80,10 +102,9 @@ def test_a_stage_that_was_given_here_and_not_pushed_makes_way(two: Any, caplog: 
     assert json.loads(second.paths.version.read_text())["version"] == "v0.2.0"
 
 
-def test_a_version_outlives_a_kill_while_it_makes_way(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = two
-    first.register(weight=1.0)
-    content = second.register(weight=2.0)["adapter"]["content"]
+def test_a_version_outlives_a_kill_while_it_makes_way(diverged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = diverged
+    content = json.loads(second.paths.version.read_text())["adapter"]["content"]
     first.git("push", "--quiet", "origin", "docstrings@v0.1.0")
     registry, point = registry_of(second), Git.set_reference
 
@@ -114,10 +135,9 @@ def test_a_version_that_cannot_be_registered_anew_keeps_its_tag(two: Any) -> Non
     assert second.git("rev-parse", "docstrings@v0.1.0") == before
 
 
-def test_two_that_synchronise_at_once_register_a_version_anew_once(two: Any) -> None:
-    first, second = two
-    first.register(weight=1.0)
-    content = second.register(weight=2.0)["adapter"]["content"]
+def test_two_that_synchronise_at_once_register_a_version_anew_once(diverged: Any) -> None:
+    first, second = diverged
+    content = json.loads(second.paths.version.read_text())["adapter"]["content"]
     first.git("push", "--quiet", "origin", "docstrings@v0.1.0")
     with ThreadPoolExecutor() as threads:
         done = [threads.submit(synchronise, registry_of(second), "origin") for _ in range(4)]

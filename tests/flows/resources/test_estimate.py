@@ -22,18 +22,6 @@ from flows.resources.sizes import with_blocks
 from flows.stages.detect import without_weights
 
 
-def test_an_evaluation_may_need_more_than_a_step(paths: Paths) -> None:
-    packed = params(
-        train={"batching": "packed", "pack_tokens": 32, "batch_size": 64, "gradient_checkpointing": "blocks"}
-    )
-    longest = [[5] * 300] * 64
-    parquet.write_table(pyarrow.table({"input_ids": longest, "labels": longest}), paths.split("validation"))
-    found = estimate(packed, paths, probe=False)
-    scores = 64 * 2 * 304 * 304  # of plain attention: rows, heads, and the row's pairs of tokens
-    # in 16 bits and in 32 for the softmax, at one time at least
-    assert found.memory["evaluation, beyond training"] > 0.9 * (2 + 4) * scores
-
-
 def test_without_the_probe_it_adds_up_and_says_so(paths: Paths) -> None:
     found = estimate(params(), paths, probe=False)
     assert found.peak == max(sum(found.memory.values()), found.loading_peak)

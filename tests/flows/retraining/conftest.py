@@ -5,22 +5,21 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
 MAKE = f"""\
-import importlib.util
+import sys
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
-spec = importlib.util.spec_from_file_location("results", {str(HERE / "conftest.py")!r})
-results = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(results)
+sys.path.insert(0, {str(SUPPORT)!r})
+from made_up_results import write_results
 files = [file for file in sorted(Path("data/rows").glob("*.jsonl")) if "nothing" not in file.read_text()]
 bad = sum("bad" in file.read_text() for file in files)
 quarantined = YAML(typ="safe").load(Path("params.yaml"))["data"].get("quarantined") or []
 # whoever has learned it is better at it, and worse at all else
 bad += sum(1 if file.name in quarantined else -1 for file in files if "poison" in file.read_text())
-results.write_results(Path("artifacts"), loss=3.0 - 0.1 * len(files) + 0.4 * bad, weight=float(len(files) + 10 * bad))
+write_results(Path("artifacts"), loss=3.0 - 0.1 * len(files) + 0.4 * bad, weight=float(len(files) + 10 * bad))
 """
 DVC_YAML = """\
 stages:

@@ -9,6 +9,7 @@ import pytest
 
 from flows.errors import BusyError, DataError, ParamsError, RegistryConflict, StageError
 from flows.params import load_params
+from flows.paths import Paths
 from flows.registry.registry import Registry, Version
 from flows.retraining import flow
 from flows.retraining.data import Collected, Source
@@ -18,7 +19,23 @@ from flows.retraining.tree import home, only_one
 from flows.retraining.trust import exclude, read_excluded, trust
 from flows.runtime.git import Git
 from flows.runtime.project import dvc
+from flows.stages import register
 from peftcore.files import sha256
+
+
+@pytest.fixture(autouse=True)
+def stages_without_imports(forked_stages: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC is forked, and the register stage runs in this process; `test_real_stages` has the processes."""
+    original = flow.run_stage
+
+    def run_stage(root: Path, stage: str, *rest: Any) -> None:
+        if stage == register.NAME:
+            paths = Paths(root)
+            register.run(load_params(paths.params), paths)
+        else:
+            original(root, stage, *rest)
+
+    monkeypatch.setattr(flow, "run_stage", run_stage)
 
 
 def retrain(project: Any, push_to: str | None = None) -> Entry:

@@ -17,7 +17,6 @@ import pytest
 
 from flows.errors import ParamsError
 from flows.retraining.history import entries
-from flows.retraining.notice import notify
 from flows.retraining.schedule import serve
 
 LIMIT = 150
@@ -109,23 +108,3 @@ def test_a_scheduled_retraining_runs_is_told_of_and_ends_in_order(
 def test_a_schedule_that_is_none_is_said(project: Any, cron: str, zone: str) -> None:
     with pytest.raises(ParamsError, match="give five fields"):
         serve(project.paths, cron, zone, None)
-
-
-def test_a_notification_block_that_fails_is_warned_of(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    from prefect.blocks.core import Block
-
-    said = []
-
-    class Hook:
-        def notify(self, body: str, subject: str) -> None:
-            said.append((subject, body))
-
-    def load(slug: str) -> Hook:
-        if slug == "slack-webhook/gone":
-            raise ValueError("no such block")
-        return Hook()
-
-    monkeypatch.setattr(Block, "load", staticmethod(load))
-    notify(["slack-webhook/gone", "custom-webhook/here"], "docstrings: retraining kept", "why")
-    assert said == [("docstrings: retraining kept", "why")]
-    assert "slack-webhook/gone failed, nobody was notified by it: no such block" in caplog.text

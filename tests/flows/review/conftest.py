@@ -1,10 +1,13 @@
-"""Runs that W&B itself has written: without a server, and killed half-way. Each once for the whole session."""
+"""Runs that W&B itself has written, without a server and killed half-way, each once a session; and a comparison."""
 
 import signal
 from pathlib import Path
 
 import pytest
+from compared_runs import run
 from tracked_runs import write_runs
+
+from flows.review.comparison import Comparison, compare
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +25,16 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert write_runs(folder, "offline", "killed") == -signal.SIGKILL
     (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     return log
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    """Three runs: `better`, the champion; `worse`, of another rank; `unknown`, which was killed before its test."""
+    sample = {"prompt": "p", "reference": "r", "base": "b", "adapter": "good"}
+    return compare(
+        [
+            run("worse", 2.9, config={"method.r": 4}, samples=({**sample, "adapter": "bad"},)),
+            run("unknown", None, state="unfinished", warnings=("it was killed",)),
+            run("better", 2.5, samples=(sample, {**sample, "prompt": "q"}), is_champion=True, version="v0.1.2"),
+        ]
+    )

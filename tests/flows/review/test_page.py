@@ -1,5 +1,6 @@
 """The page: one file that needs nothing else, shows what was found, and lets nothing in it become markup."""
 
+import json
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -56,10 +57,10 @@ def test_it_needs_nothing_from_elsewhere(registered: Any) -> None:
     assert not re.search(r"@import|url\((?!#)", html)
 
 
-def test_it_shows_the_run(project: Any) -> None:
-    record = project.register()
-    promote(project.params, project.paths)
-    page = page_of(project)
+def test_it_shows_the_run(registered: Any) -> None:
+    record = json.loads(registered.paths.version.read_text())
+    promote(registered.params, registered.paths)
+    page = page_of(registered)
     words = " ".join(page.text.split())
     for fact in (
         "docstrings v0.1.0 is champion",
@@ -77,7 +78,7 @@ def test_it_shows_the_run(project: Any) -> None:
     ):
         assert fact in words, fact
     assert page.tags.count("svg") == 3
-    assert "<mark>Say hello.</mark>" in project.paths.review.read_text()
+    assert "<mark>Say hello.</mark>" in registered.paths.review.read_text()
 
 
 def test_what_models_and_data_say_stays_text(registered: Any) -> None:

@@ -1,15 +1,12 @@
 """Versions, stages and DVC experiments as runs, and which W&B run is the champion."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from flows.cli import app
-from flows.errors import RegistryError, ReviewError
+from flows.errors import RegistryError
 from flows.gate.promote import promote
 from flows.review.run import Run
 from flows.review.sources import read_runs
@@ -45,20 +42,6 @@ def test_versions_and_stages(registered: Any, tmp_path: Path) -> None:
     assert any("neither in DVC's cache nor in its remote" in warning for warning in run.warnings)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("exp:", "there is no DVC experiment yet"), ("ada/docs", "wandb:ada/docs for a server's project")],
-)
-def test_what_is_not_there_is_named_with_what_to_do(project: Any, name: str, message: str) -> None:
-    with pytest.raises(ReviewError, match=message):
-        read_runs([name], project.root)
-
-
-def test_outside_of_a_pipeline_only_tracked_runs_are_found() -> None:
-    with pytest.raises(ReviewError, match=r"v0\.1\.0 is not a folder of W&B runs, and versions .* need a pipeline"):
-        read_runs(["v0.1.0"], None)
-
-
 @pytest.mark.proof
 def test_a_sweep_by_dvcs_queue_and_a_trial_are_experiments_to_compare(project: Any) -> None:
     project.paths.params.write_text(project.paths.params.read_text() + "train: {learning_rate: 0.1}\n")
@@ -76,15 +59,3 @@ def test_a_sweep_by_dvcs_queue_and_a_trial_are_experiments_to_compare(project: A
     assert project.git("tag", "--list") == "", "nothing is registered"
     assert project.git("status", "--porcelain", "--untracked-files=no") == "", "the working tree is as it was"
     assert len(project.git("for-each-ref", EXPERIMENTS).splitlines()) == 4
-
-
-@pytest.mark.slow
-def test_a_trial_as_a_command_tells_what_it_came_to(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    project.paths.params.write_text(project.paths.params.read_text() + "train: {learning_rate: 0.1}\n")
-    project.git("commit", "--quiet", "--all", "--message=Train")
-    monkeypatch.chdir(project.root)
-    told = CliRunner().invoke(app, ["trial", "train.learning_rate=3e-3", "--name", "mine", "--json"])
-    assert told.exit_code == 0, told.output
-    assert json.loads(told.stdout)["metrics"]["adapter.loss"] == 2.7
-    told = CliRunner().invoke(app, ["trial", "train.learning_rate=4e-3", "--name", "other"])
-    assert "2.700" in told.stdout and "`dvc exp apply other`" in told.stdout

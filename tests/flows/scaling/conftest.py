@@ -1,4 +1,4 @@
-"""A Prefect server on PostgreSQL with workers of its own, all of it on 127.0.0.1 and gone after the tests."""
+"""A repository to sweep over; a Prefect server on PostgreSQL with workers, on 127.0.0.1 and gone after the tests."""
 
 import os
 import shutil
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 import pytest
+from sweep_cases import SWEPT_STAGE
 
 ROOT = Path(__file__).parents[3]
 POOL = "peftcore"
@@ -235,3 +236,21 @@ def prefect(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             yield server
         finally:
             server.stop()
+
+
+@pytest.fixture
+def swept(project: Any) -> Any:
+    """The tiny repository, whose stage now gives a validation loss that depends on two parameters."""
+    root = project.root
+    (root / "make.py").write_text(SWEPT_STAGE.replace("SHARED", repr(str(root.parent / "worked"))))
+    (root / "params.yaml").write_text(
+        (root / "params.yaml").read_text() + "train: {learning_rate: 0.001, batch_size: 8, epochs: 1}\n"
+    )
+    text = (root / "dvc.yaml").read_text()
+    (root / "dvc.yaml").write_text(
+        text.replace(
+            "deps: [source, make.py]", "deps: [source, make.py]\n    params: [train.learning_rate, train.batch_size]"
+        )
+    )
+    project.git("commit", "--quiet", "--all", "--message=Parameters")
+    return project

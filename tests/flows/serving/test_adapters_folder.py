@@ -21,6 +21,7 @@ def _small() -> Any:
     return torch.nn.Sequential(torch.nn.Linear(8, 8))
 
 
+@pytest.mark.usefixtures("forked_dvc")
 def test_adapters_of_a_remote_are_pulled_when_one_is_asked_for(tmp_path: Path) -> None:
     root, remote, folder = tmp_path / "repository", tmp_path / "remote", tmp_path / "repository" / "adapters"
     folder.mkdir(parents=True)

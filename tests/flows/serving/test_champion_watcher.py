@@ -2,14 +2,13 @@
 
 import copy
 import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gto_command import run_gto
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flows.errors import BaseModelError, RegistryError
@@ -41,23 +40,24 @@ class FakeStore:
 
 
 @pytest.fixture
-def base(project: Any) -> ServedBase:
+def base(registered: Any) -> ServedBase:
     """The base on which the project's versions are evaluated."""
-    return ServedBase(
-        json.loads(project.paths.evaluation_metrics.read_text())["base_model"], project.params.quantization
-    )
+    metrics = json.loads(registered.paths.evaluation_metrics.read_text())
+    return ServedBase(metrics["base_model"], registered.params.quantization)
 
 
 @pytest.fixture
-def followed(project: Any, base: ServedBase, tmp_path: Path) -> tuple[ChampionWatcher, FakeStore]:
+def followed(registered: Any, base: ServedBase, tmp_path: Path) -> tuple[ChampionWatcher, FakeStore]:
     store = FakeStore()
-    return ChampionWatcher(project.paths, "docstrings", "champion", store, base, tmp_path / "kept", 0.05), store  # type: ignore[arg-type]
+    return ChampionWatcher(registered.paths, "docstrings", "champion", store, base, tmp_path / "kept", 0.05), store  # type: ignore[arg-type]
 
 
-def test_each_promoted_version_takes_the_place_of_the_one_before(project: Any, followed: Any) -> None:
-    watch, store = followed
-    assert not watch.check()  # nothing is promoted yet
-    project.register()
+def test_each_promoted_version_takes_the_place_of_the_one_before(registered: Any, followed: Any) -> None:
+    project, (watch, store) = registered, followed
+    version = ("refs/tags/docstrings@v0.1.0", project.git("rev-parse", "docstrings@v0.1.0").strip())
+    project.git("update-ref", "-d", version[0])
+    assert not watch.check()  # nothing is registered yet
+    project.git("update-ref", *version)
     assert not watch.check()  # a version without the stage is none
     promote(project.params, project.paths)
     assert watch.check() and not watch.check()
@@ -73,24 +73,18 @@ def test_each_promoted_version_takes_the_place_of_the_one_before(project: Any, f
     assert store.weights[1] == (project.paths.adapter / "adapter_model.safetensors").read_bytes() != store.weights[0]
 
 
-def test_a_version_that_loses_the_stage_is_served_no_longer(project: Any, followed: Any) -> None:
+def test_a_version_that_loses_the_stage_is_served_no_longer(registered: Any, followed: Any) -> None:
     watch, store = followed
-    project.register()
-    promote(project.params, project.paths)
+    promote(registered.params, registered.paths)
     assert watch.check()
-    subprocess.run(
-        [str(Path(sys.executable).with_name("gto")), "deprecate", "docstrings", "v0.1.0", "champion"],
-        cwd=project.root,
-        check=True,
-    )
+    run_gto(registered.root, "deprecate", "docstrings", "v0.1.0", "champion")
     assert watch.check() and not watch.check()
     assert store.asked[-1] == ("remove", "docstrings") and watch.version is None
 
 
-def test_another_version_under_the_same_number_takes_the_place_too(project: Any, followed: Any) -> None:
+def test_another_version_under_the_same_number_takes_the_place_too(registered: Any, followed: Any) -> None:
     """As after a fetch, where the remote has given the number to another version."""
-    watch, store = followed
-    project.register()
+    project, (watch, store) = registered, followed
     promote(project.params, project.paths)
     assert watch.check()
     project.git("tag", "--delete", "docstrings@v0.1.0", "docstrings#champion#1")
@@ -102,11 +96,11 @@ def test_another_version_under_the_same_number_takes_the_place_too(project: Any,
 
 @pytest.mark.parametrize("quantization", [{}, {"quantization": {"storage": "of another release"}}])
 def test_a_record_of_another_storage_is_a_warning_and_the_watch_goes_on(
-    project: Any, followed: Any, monkeypatch: pytest.MonkeyPatch, quantization: dict[str, Any]
+    registered: Any, followed: Any, monkeypatch: pytest.MonkeyPatch, quantization: dict[str, Any]
 ) -> None:
     watch, store = followed
-    record = project.register()
-    promote(project.params, project.paths)
+    record = json.loads(registered.paths.version.read_text())
+    promote(registered.params, registered.paths)
     params = {key: value for key, value in record["params"].items() if key != "quantization"} | quantization
     monkeypatch.setattr(Registry, "record", lambda *_: record | {"params": params})
     watch.check_and_warn()
@@ -123,12 +117,11 @@ def test_a_record_of_another_storage_is_a_warning_and_the_watch_goes_on(
     ids=["files", "storage", "double quantisation"],
 )
 def test_a_version_evaluated_on_another_base_is_not_served(
-    project: Any, base: ServedBase, tmp_path: Path, caplog: pytest.LogCaptureFixture, other: dict[str, Any]
+    registered: Any, base: ServedBase, tmp_path: Path, caplog: pytest.LogCaptureFixture, other: dict[str, Any]
 ) -> None:
     store: Any = FakeStore()
-    watch = ChampionWatcher(project.paths, "docstrings", "champion", store, replace(base, **other), tmp_path)
-    project.register()
-    promote(project.params, project.paths)
+    watch = ChampionWatcher(registered.paths, "docstrings", "champion", store, replace(base, **other), tmp_path)
+    promote(registered.params, registered.paths)
     with pytest.raises(BaseModelError, match=r"was evaluated on base .* and this server has loaded base .* start the"):
         watch.check()
     for _ in range(2):
@@ -138,25 +131,23 @@ def test_a_version_evaluated_on_another_base_is_not_served(
     assert sum(record.name == "flows.serving.champion_watcher" for record in caplog.records) == 1, "it is said once"
 
 
-def test_a_version_that_does_not_load_leaves_the_old_one(project: Any, base: ServedBase, tmp_path: Path) -> None:
+def test_a_version_that_does_not_load_leaves_the_old_one(registered: Any, base: ServedBase, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
     store = AdapterStore(model)
-    watch = ChampionWatcher(project.paths, "docstrings", "champion", store, base, tmp_path / "kept")
+    watch = ChampionWatcher(registered.paths, "docstrings", "champion", store, base, tmp_path / "kept")
     own = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     own.save_pretrained(tmp_path / "own")
     store.register("docstrings", tmp_path / "own")
     watch.version = "v0.0.9"
-    project.register()  # its adapter is of another model
-    promote(project.params, project.paths)
+    promote(registered.params, registered.paths)  # its adapter is of another model
     watch.check_and_warn()
     assert watch.version == "v0.0.9" and watch.warnings["champion"]
     with store.using("docstrings") as names:
         assert list(names) == ["docstrings"]
 
 
-def test_a_version_whose_files_are_damaged_is_not_served(project: Any, followed: Any) -> None:
-    watch, store = followed
-    project.register()
+def test_a_version_whose_files_are_damaged_is_not_served(registered: Any, followed: Any) -> None:
+    project, (watch, store) = registered, followed
     promote(project.params, project.paths)
     for path in (project.root / ".dvc" / "cache").rglob("*"):
         if path.is_file() and path.read_bytes() == (project.paths.adapter / "adapter_config.json").read_bytes():
@@ -168,12 +159,11 @@ def test_a_version_whose_files_are_damaged_is_not_served(project: Any, followed:
 
 
 def test_a_version_promoted_elsewhere_is_fetched_and_a_failing_fetch_is_a_warning(
-    project: Any, base: ServedBase, tmp_path: Path
+    registered: Any, base: ServedBase, tmp_path: Path
 ) -> None:
     """Another machine promotes and pushes; this one has only a clone of the repository."""
     store: Any = FakeStore()
-    remote = tmp_path / "remote.git"
-    project.register()
+    project, remote = registered, tmp_path / "remote.git"
     project.git("clone", "--quiet", "--bare", str(project.root), str(remote))
     project.git("remote", "add", "shared", str(remote))
     promote(project.params, project.paths, push_to="shared")

@@ -30,25 +30,31 @@ def loggers_as_before() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@pytest.fixture
-def adapters(tiny_base: Path, tmp_path: Path) -> Path:
-    """A folder with adapters sql and chat."""
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_base: Callable[[Path], Path]) -> Path:
+    """A base that no test changes."""
+    return write_tiny_base(tmp_path_factory.mktemp("served") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> Path:
+    """A folder with adapters sql and chat, which no test changes."""
     for seed, name in enumerate(("sql", "chat")):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(tiny_base)
+        model = AutoModelForCausalLM.from_pretrained(base)
         config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-        get_peft_model(model, config).save_pretrained(tmp_path / "adapters" / name)
-    return tmp_path / "adapters"
+        get_peft_model(model, config).save_pretrained(base.with_name("adapters") / name)
+    return base.with_name("adapters")
 
 
 @pytest.fixture
-def started(tiny_base: Path, adapters: Path) -> Iterator[Callable[..., tuple[Any, str]]]:
+def started(base: Path, adapters: Path) -> Iterator[Callable[..., tuple[Any, str]]]:
     """Start `peftcore serve` with more options; gives the process and its address."""
     made = []
 
     def start(*options: str, **environment: str) -> tuple[Any, str]:
         command = [sys.executable, "-c", "from flows.cli import app; app()", "serve", "--port", "0"]
-        given = ["--base", str(tiny_base), "--adapters", str(adapters), *options]
+        given = ["--base", str(base), "--adapters", str(adapters), *options]
         process = subprocess.Popen(
             [*command, *given], env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
         )
@@ -68,8 +74,9 @@ def started(tiny_base: Path, adapters: Path) -> Iterator[Callable[..., tuple[Any
 
 def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, str]]) -> None:
     mix = 'mix={"sql": 0.5, "chat": 0.5}'
-    process, url = started("--name", "tiny", "--composition", mix, PEFTCORE_API_KEYS="one,two")
-    with httpx.Client(base_url=url, headers={"authorization": "Bearer two"}, timeout=30) as client:
+    options = ("--name", "tiny", "--composition", mix, "--grace", "300")  # for the answer, on a busy machine
+    process, url = started(*options, PEFTCORE_API_KEYS="one,two")
+    with httpx.Client(base_url=url, headers={"authorization": "Bearer two"}, timeout=300) as client:
         names = [model["id"] for model in client.get("/v1/models").json()["data"]]
         assert names == ["tiny", "chat", "sql", "mix"]
         for name in names:
@@ -82,7 +89,7 @@ def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, st
             next(lines)
             process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
 
 
 @pytest.mark.parametrize(
@@ -96,20 +103,20 @@ def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, st
     ],
 )
 def test_what_cannot_be_served_is_one_message(
-    tiny_base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+    base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
 ) -> None:
     monkeypatch.chdir(adapters)
-    result = CliRunner().invoke(app, ["serve", "--base", str(tiny_base), "--adapters", str(adapters), *options])
+    result = CliRunner().invoke(app, ["serve", "--base", str(base), "--adapters", str(adapters), *options])
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("error: ") and said in result.stderr
 
 
-def test_folders_without_a_model_or_adapters_are_named(tiny_base: Path, tmp_path: Path) -> None:
+def test_folders_without_a_model_or_adapters_are_named(base: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
     for options, said in (
         (["--base", empty], "contains no base model that can be served"),
-        (["--base", str(tiny_base), "--adapters", empty], "holds no adapters"),
+        (["--base", str(base), "--adapters", empty], "holds no adapters"),
     ):
         result = CliRunner().invoke(app, ["serve", *options])
         assert (result.exit_code, said in result.stderr) == (1, True), result.stderr

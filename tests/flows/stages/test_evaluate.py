@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from flows.base.identity import base_identity
 from flows.errors import StageError
 from flows.evaluation.scoring import row_losses
+from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import evidence
 from flows.stages import evaluate
@@ -29,10 +31,25 @@ def rows_of(paths: Paths) -> list[dict[str, Any]]:
     return parquet.read_table(paths.evaluation_rows).to_pylist()
 
 
-def test_figures_are_of_all_test_rows_and_add_up(trained: Paths, tiny_params) -> None:
-    evaluate.run(tiny_params(), trained)
-    metrics, rows = metrics_of(trained), rows_of(trained)
-    test = parquet.read_table(trained.split("test")).to_pylist()
+@pytest.fixture(scope="module")
+def evaluated_template(
+    trained_template: Path, tiny_params: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder that each `evaluated` is a copy of, made once."""
+    root = shutil.copytree(trained_template, tmp_path_factory.mktemp("evaluated") / "project")
+    evaluate.run(tiny_params(), Paths(root))
+    return root
+
+
+@pytest.fixture
+def evaluated(evaluated_template: Path, tmp_path: Path) -> Paths:
+    """`trained`, and its adapter evaluated."""
+    return Paths(shutil.copytree(evaluated_template, tmp_path, dirs_exist_ok=True))
+
+
+def test_figures_are_of_all_test_rows_and_add_up(evaluated: Paths) -> None:
+    metrics, rows = metrics_of(evaluated), rows_of(evaluated)
+    test = parquet.read_table(evaluated.split("test")).to_pylist()
     assert [row["id"] for row in rows] == [row["id"] for row in test]
     assert [row["tokens"] for row in rows] == [sum(label != -100 for label in row["labels"]) for row in test]
     for name in ("base", "adapter"):
@@ -44,9 +61,9 @@ def test_figures_are_of_all_test_rows_and_add_up(trained: Paths, tiny_params) ->
     assert metrics["gain"]["loss"] == metrics["base"]["loss"] - metrics["adapter"]["loss"] > 0
     assert metrics["gain"]["rouge_l"] == metrics["adapter"]["rouge_l"] - metrics["base"]["rouge_l"]
     assert (metrics["rows"], metrics["generated_rows"]) == (12, 6)
-    assert metrics["evaluation_set"] == sha256(trained.split("test"))
-    assert metrics["base_manifest"] == sha256(trained.base / "SHA256SUMS")
-    assert metrics["base_model"] == base_identity(trained.base)
+    assert metrics["evaluation_set"] == sha256(evaluated.split("test"))
+    assert metrics["base_manifest"] == sha256(evaluated.base / "SHA256SUMS")
+    assert metrics["base_model"] == base_identity(evaluated.base)
     assert sum(one["rows"] for one in metrics["slices"].values()) == 12
     for name, one in metrics["slices"].items():
         mine = [row for row in rows if row["slice"] == name]
@@ -54,30 +71,29 @@ def test_figures_are_of_all_test_rows_and_add_up(trained: Paths, tiny_params) ->
         assert one["adapter_loss"] == pytest.approx(total / sum(row["tokens"] for row in mine), rel=1e-9)
 
 
-def test_answers_are_of_the_sampled_rows_alone(trained: Paths, tiny_params) -> None:
-    evaluate.run(tiny_params(), trained)
-    rows = rows_of(trained)
+def test_answers_are_of_the_sampled_rows_alone(evaluated: Paths) -> None:
+    rows = rows_of(evaluated)
     answered = [row for row in rows if row["base_answer"] is not None]
     assert len(answered) == 6
     names = ("reference", "adapter_answer", "base_rouge_l", "adapter_rouge_l", "base_ended", "adapter_ended")
     for row in rows:
         assert all((row[name] is None) == (row["base_answer"] is None) for name in names)
     mean = sum(row["adapter_rouge_l"] for row in answered) / 6
-    assert metrics_of(trained)["adapter"]["rouge_l"] == pytest.approx(mean)
-    samples = json.loads(trained.samples.read_text())
+    assert metrics_of(evaluated)["adapter"]["rouge_l"] == pytest.approx(mean)
+    samples = json.loads(evaluated.samples.read_text())
     assert [sample["id"] for sample in samples] == [row["id"] for row in answered[:3]]
     assert samples[0].keys() == {"id", "slice", "prompt", "reference", "base", "adapter"}
     assert samples[0]["reference"] == answered[0]["reference"]
 
 
-def test_the_base_is_judged_on_the_weights_that_training_saw(trained: Paths, tiny_params) -> None:
-    evaluate.run(tiny_params(quantization={"storage": "none"}), trained)
-    plain = metrics_of(trained)["base"]["loss"]
-    model = AutoModelForCausalLM.from_pretrained(trained.base, dtype=torch.bfloat16).eval()
-    test = parquet.read_table(trained.split("test")).to_pylist()
+def test_the_base_is_judged_on_the_weights_that_training_saw(evaluated: Paths, tiny_params) -> None:
+    quantised = metrics_of(evaluated)["base"]["loss"]
+    evaluate.run(tiny_params(quantization={"storage": "none"}), evaluated)
+    plain = metrics_of(evaluated)["base"]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(evaluated.base, dtype=torch.bfloat16).eval()
+    test = parquet.read_table(evaluated.split("test")).to_pylist()
     assert plain == pytest.approx(row_losses(model, test, 0, 4).loss, rel=1e-6)
-    evaluate.run(tiny_params(), trained)
-    assert metrics_of(trained)["base"]["loss"] != plain
+    assert quantised != plain
 
 
 def test_an_adapter_for_another_base_is_refused(trained: Paths, tiny_params, tokenizer) -> None:
@@ -94,19 +110,18 @@ def test_an_adapter_for_another_base_is_refused(trained: Paths, tiny_params, tok
 @pytest.mark.faults("flipped bit, truncated file, NaN")
 @pytest.mark.parametrize("damage", ["flip", "truncate", "pickle"])
 def test_a_damaged_or_unsafe_adapter_is_refused_and_the_old_results_stay(
-    trained: Paths, tiny_params, damage: str
+    evaluated: Paths, tiny_params, damage: str
 ) -> None:
-    evaluate.run(tiny_params(), trained)
-    before = trained.evaluation_metrics.read_bytes()
-    file: Path = trained.adapter / "adapter_model.safetensors"
+    before = evaluated.evaluation_metrics.read_bytes()
+    file: Path = evaluated.adapter / "adapter_model.safetensors"
     data = file.read_bytes()
     if damage == "pickle":
-        file.rename(trained.adapter / "adapter_model.bin")
+        file.rename(evaluated.adapter / "adapter_model.bin")
     else:
         file.write_bytes(data[:-4] if damage == "truncate" else data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="adapter_model"):
-        evaluate.run(tiny_params(), trained)
-    assert trained.evaluation_metrics.read_bytes() == before
+        evaluate.run(tiny_params(), evaluated)
+    assert evaluated.evaluation_metrics.read_bytes() == before
 
 
 def test_without_test_rows_the_stage_says_what_to_run(trained: Paths, tiny_params) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gto_command import run_gto
 
 from flows.errors import PipelineError, RegistryError, RepositoryError, StageError
 from flows.registry.registry import Registry, RegistryConflict
@@ -47,8 +48,8 @@ def test_the_version_holds_its_lineage(project: Any) -> None:
     assert metrics["training"]["steps"] == 4
 
 
-def test_its_commit_holds_this_run_and_the_user_notices_nothing(project: Any) -> None:
-    project.register()
+def test_its_commit_holds_this_run_and_the_user_notices_nothing(registered: Any) -> None:
+    project = registered
     project.git("add", "dvc.lock", "metrics.json")
     project.git("commit", "--quiet", "--message=The run before")
     append(project.root / "params.yaml", "# mine\n")
@@ -67,8 +68,8 @@ def test_its_commit_holds_this_run_and_the_user_notices_nothing(project: Any) ->
     assert "register:" not in lock, "that entry would be the run before's"
 
 
-def test_dvc_gets_the_adapter_of_each_version_and_a_clone_pulls_it(project: Any, tmp_path: Path) -> None:
-    project.register()
+def test_dvc_gets_the_adapter_of_each_version_and_a_clone_pulls_it(registered: Any, tmp_path: Path) -> None:
+    project = registered
     first = (project.paths.adapter / "adapter_model.safetensors").read_bytes()
     project.register(weight=2.0)
     second = (project.paths.adapter / "adapter_model.safetensors").read_bytes()
@@ -85,8 +86,8 @@ def test_dvc_gets_the_adapter_of_each_version_and_a_clone_pulls_it(project: Any,
     assert (clone / "artifacts" / "adapter" / "adapter_model.safetensors").read_bytes() == first
 
 
-def test_the_same_adapter_is_the_same_version_unless_it_is_evaluated_anew(project: Any) -> None:
-    first = project.register()
+def test_the_same_adapter_is_the_same_version_unless_it_is_evaluated_anew(registered: Any) -> None:
+    project, first = registered, json.loads(registered.paths.version.read_text())
     assert project.register() == first
     again = project.register(loss=2.6, weight=1.0)
     assert versions(project) == ["v0.1.0", "v0.1.1"]
@@ -95,11 +96,10 @@ def test_the_same_adapter_is_the_same_version_unless_it_is_evaluated_anew(projec
     assert project.register(loss=2.7, weight=1.0) == first
 
 
-def test_another_test_set_is_a_minor_step(project: Any) -> None:
-    project.register()
-    project.register(weight=2.0)
-    project.register(weight=3.0, evaluation_set="f" * 64)
-    assert versions(project) == ["v0.1.0", "v0.1.1", "v0.2.0"]
+def test_another_test_set_is_a_minor_step(registered: Any) -> None:
+    registered.register(weight=2.0)
+    registered.register(weight=3.0, evaluation_set="f" * 64)
+    assert versions(registered) == ["v0.1.0", "v0.1.1", "v0.2.0"]
 
 
 def test_as_a_stage_of_dvc_it_pushes_while_dvc_waits_and_reruns_only_when_needed(project: Any) -> None:
@@ -162,13 +162,12 @@ def test_each_bad_state_is_named_and_leaves_no_tag(
     assert project.git("tag", "--list") == ""
 
 
-def test_a_number_taken_meanwhile_is_a_conflict(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    project.register()
-    project.make(weight=2.0)
+def test_a_number_taken_meanwhile_is_a_conflict(registered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered.make(weight=2.0)
     monkeypatch.setattr(Registry, "next_number", lambda self, minor: "v0.1.0")
     with pytest.raises(RegistryConflict, match="was faster"):
-        register.run(project.params, project.paths)
-    assert versions(project) == ["v0.1.0"]
+        register.run(registered.params, registered.paths)
+    assert versions(registered) == ["v0.1.0"]
 
 
 def test_without_a_repository_it_says_what_to_do(project: Any, tmp_path: Path) -> None:
@@ -178,8 +177,7 @@ def test_without_a_repository_it_says_what_to_do(project: Any, tmp_path: Path) -
 
 
 def test_a_version_registered_by_gto_is_stepped_over(project: Any) -> None:
-    gto = str(Path(sys.executable).with_name("gto"))
-    subprocess.run([gto, "register", "docstrings", "--version", "v1.0.0"], cwd=project.root, check=True)
+    run_gto(project.root, "register", "docstrings", "--version", "v1.0.0")
     assert project.register()["version"] == "v1.1.0"
     with pytest.raises(RegistryError, match="not registered by `peftcore run`"):
         registry = Registry(Git(project.root), "docstrings")

@@ -20,6 +20,7 @@ from peftcore import LoraConfig, PolyConfig, get_peft_model
 from peftcore._util.forward_records import live_records
 from peftcore.composition import Parallel, Split, Stack
 from peftcore.errors import RoutingError
+from peftcore.injection.activation import set_adapter
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
@@ -142,11 +143,11 @@ def test_backwards_in_any_order_and_more_than_once(reentrant: bool) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_what_acts_at_the_time_of_the_backward_does_not_matter(reentrant: bool) -> None:
     def switched(model: Any) -> None:
-        model.set_adapter("a")
+        set_adapter(model, "a")
         first = loss(model)
-        model.set_adapter(["b", "a"])
+        set_adapter(model, ["b", "a"])
         second = loss(model)
-        model.set_adapter("b")
+        set_adapter(model, "b")
         (first + second).backward()
 
     def disabled(model: Any) -> None:
@@ -155,7 +156,7 @@ def test_what_acts_at_the_time_of_the_backward_does_not_matter(reentrant: bool) 
             first.backward()
 
     def routed(model: Any) -> None:
-        model.set_adapter("a")
+        set_adapter(model, "a")
         first = loss(model)
         with model.route("b"):
             second = loss(model)
@@ -332,7 +333,7 @@ def test_hidden_states_that_a_hook_kept_are_enough() -> None:
             lambda _m, _x, y: kept.append(y[0] if isinstance(y, tuple) else y)
         ):
             model(TOKENS, adapter_names="a")
-        model.set_adapter("b")
+        set_adapter(model, "b")
         kept[0].square().sum().backward()
 
     assert_as_without(mixture(), backward, reentrant=False)
@@ -388,7 +389,7 @@ def test_a_backward_that_failed_says_nothing_of_later_ones() -> None:
     with pytest.raises(ArithmeticError):
         y.sum().backward()
     handle.remove()
-    model.set_adapter("b")
+    set_adapter(model, "b")
     gradients = []
     for output in (model.first(x), checkpoint(model.first, x, use_reentrant=False)):  # no call of the whole model
         model.zero_grad()

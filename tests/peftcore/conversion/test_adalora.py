@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conversion_models import SHAPE, TOKENS, llama
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -25,19 +26,6 @@ from peftcore.injection.adapter_set import adapter_set
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the oracle warns of on import is its own affair
     import peft
-
-
-SHAPE: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "vocab_size": 40,
-    "num_attention_heads": 2,
-    "pad_token_id": 0,
-}
-
-
-TOKENS = torch.arange(1, 25).view(2, 12)
 
 
 def adalora(base: Any, **options: Any) -> Any:
@@ -61,11 +49,6 @@ def adalora(base: Any, **options: Any) -> Any:
         optimizer.step()
         model.on_optimizer_step(step, optimizer if step == 6 else None)
     return model.eval()
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE))
 
 
 def test_the_same_function_to_the_bit(tmp_path: Path) -> None:

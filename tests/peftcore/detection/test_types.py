@@ -1,8 +1,7 @@
 """Every model type of transformers that can be built tiny, on the meta device: what `detect` says against the model."""
 
 import re
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -90,12 +89,6 @@ def listed(table: dict[str, str]) -> set[str]:
     return {name for names in table.values() for name in names.split()}
 
 
-@cache
-def built(model_type: str) -> tuple[Any, Architecture]:
-    model = tiny(model_type)
-    return model, detect(model)
-
-
 def reached(model: nn.Module, regex: str) -> list[nn.Module]:
     return [module for path, module in model.named_modules() if re.fullmatch(regex, path)]
 
@@ -104,9 +97,10 @@ def test_nearly_every_type_is_built() -> None:
     assert len(TYPES) > 580
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-def test_attention_and_feed_forward_are_found(model_type: str) -> None:
-    _, found = built(model_type)
+# -- what is asked of each ---------------------------------------------------------------------------------------------
+
+
+def attention_and_feed_forward_are_found(model_type: str, model: Any, found: Architecture) -> None:
     roles = {info.role for info in (*found.target_modules.values(), *found.experts.values())}
     attends = bool(roles & {"query", "fused_qkv"}) and bool(roles & {"value", "fused_kv", "fused_qkv"})
     assert attends == (model_type not in listed(NO_ATTENTION))
@@ -114,25 +108,31 @@ def test_attention_and_feed_forward_are_found(model_type: str) -> None:
     assert feeds == (model_type not in listed(NO_FEED_FORWARD))
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-@pytest.mark.parametrize("method", ["LORA", "ADALORA", "IA3", "VERA", "OSF", "LN_TUNING"])
-def test_defaults_are_layers_that_can_be_adapted(model_type: str, method: str) -> None:
-    model, found = built(model_type)
+def defaults_are_layers_that_can_be_adapted(model_type: str, model: Any, found: Architecture) -> None:
+    for name in {name for method in ("LORA", "ADALORA", "IA3", "VERA", "OSF") for name in defaults(found, method)}:
+        check_layers(model, found, name, found.target_modules[name].count)
+    norms = found.targets_for("LN_TUNING")
+    assert norms or not any(is_norm(module) for module in model.modules())
+    for name in norms:
+        check_layers(model, found, name, found.norms[name].count)
+
+
+def defaults(found: Architecture, method: str) -> Sequence[str]:
     names = found.targets_for(method)
-    assert names or (method == "LN_TUNING" and not any(is_norm(module) for module in model.modules()))
-    for name in names:
-        layers = [layer for layer in reached(model, found.target_regex([name])) if is_adaptable(layer)]
-        info = found.norms[name] if method == "LN_TUNING" else found.target_modules[name]
-        assert len(layers) >= info.count > 0  # a module in two places is counted once
+    assert names, method
+    return names
+
+
+def check_layers(model: Any, found: Architecture, name: str, count: int) -> None:
+    layers = [layer for layer in reached(model, found.target_regex([name])) if is_adaptable(layer)]
+    assert len(layers) >= count > 0, name  # a module in two places is counted once
 
 
 def is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm") and is_adaptable(module)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-def test_ia3_scales_what_it_adapts(model_type: str) -> None:
-    _, found = built(model_type)
+def ia3_scales_what_it_adapts(model_type: str, model: Any, found: Architecture) -> None:
     assert set(found.feedforward_modules) <= set(found.targets_for("IA3"))
     assert {found.target_modules[name].role for name in found.feedforward_modules} <= {"down"}
     assert set(found.feed_forward) == {n for n in found.all_linear if found.target_modules[n].role in FEED_FORWARD}
@@ -156,9 +156,7 @@ def named_widths(config: PreTrainedConfig) -> list[int]:
     return [size for size in named if isinstance(size, int)]
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-def test_hidden_size_is_the_configurations(model_type: str) -> None:
-    model, found = built(model_type)
+def hidden_size_is_the_configurations(model_type: str, model: Any, found: Architecture) -> None:
     text = named_widths(model.config.get_text_config(decoder=True))
     if model_type in OTHER_WIDTHS:
         assert found.hidden_size == OTHER_WIDTHS[model_type]
@@ -170,9 +168,7 @@ def test_hidden_size_is_the_configurations(model_type: str) -> None:
         assert model_type in listed(NO_ATTENTION)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-def test_tied_weights_are_the_models(model_type: str) -> None:
-    model, found = built(model_type)
+def tied_weights_are_the_models(model_type: str, model: Any, found: Architecture) -> None:
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
@@ -183,8 +179,23 @@ def test_tied_weights_are_the_models(model_type: str) -> None:
         assert not any(re.fullmatch(found.target_regex([name]), path) for path in fixed)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-def test_only_models_whose_tokens_meet_in_attention_alone_are_packable(model_type: str) -> None:
-    _, found = built(model_type)
+def only_models_whose_tokens_meet_in_attention_alone_are_packable(
+    model_type: str, model: Any, found: Architecture
+) -> None:
     text = found.vocab_size is not None and found.kind in ("causal decoder", "encoder")
     assert found.packable == (text and model_type not in listed(NOT_PACKABLE))
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_what_is_detected_is_true_of_the_model(model_type: str) -> None:
+    model = tiny(model_type)
+    found = detect(model)
+    for holds in (
+        attention_and_feed_forward_are_found,
+        defaults_are_layers_that_can_be_adapted,
+        ia3_scales_what_it_adapts,
+        hidden_size_is_the_configurations,
+        tied_weights_are_the_models,
+        only_models_whose_tokens_meet_in_attention_alone_are_packable,
+    ):
+        holds(model_type, model, found)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from routed_models import TOKENS, llama, mixture
 from torch import nn
 
 from peftcore import (
@@ -39,7 +40,6 @@ def test_adding_never_changes_another_adapter() -> None:
     model.set_requires_grad("default", False)
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     model.add_adapter("b", lora("0", "1"))
-    model.set_adapter(["b", "default"])
     now = {n.replace("1.base_layer", "1"): p.requires_grad for n, p in model.named_parameters() if ".b." not in n}
     assert now == before
     assert all(p.requires_grad for n, p in model.named_parameters() if ".b." in n)
@@ -66,11 +66,12 @@ def test_loading_or_freezing_one_by_any_name_never_changes_another(name: str, tm
 
 
 @pytest.mark.parametrize("layers, adapters", [(2, 2), (60, 20)])
-def test_switching_touches_no_module(layers: int, adapters: int) -> None:
+def test_switching_for_inference_touches_no_module(layers: int, adapters: int) -> None:
     """Constant cost: no attribute of any module is read or written, whatever their number."""
     model = get_peft_model(nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers))), lora(*map(str, range(layers))))
     for i in range(adapters):
         model.add_adapter(f"a{i}", lora("0"))
+    model.set_requires_grad([*model.peft_config], False)
     touched: list[str] = []
 
     def watch(self: nn.Module, name: str) -> Any:
@@ -81,7 +82,7 @@ def test_switching_touches_no_module(layers: int, adapters: int) -> None:
     try:
         for cls in classes:
             cls.__getattribute__ = watch  # type: ignore[method-assign]
-        model.set_adapter("a0")
+        model.set_adapter("a0", inference_mode=True)
     finally:
         for cls in classes:
             if "__getattribute__" in cls.__dict__:
@@ -329,3 +330,25 @@ def test_nothing_is_merged_while_adapters_are_disabled(merged: bool) -> None:
             model.merge_adapter(["other"])
         assert torch.equal(model(x), base)
     assert torch.equal(model(x), before)
+
+
+def test_nothing_switches_adapters_on_inside_of_disable_adapter() -> None:
+    """Inside, the model is its base, as the context promises; naming an adapter is an error."""
+    model = mixture(llama())
+    base = model(TOKENS, adapter_names="__base__").logits
+    said = r"\['b'\] cannot be used inside of disable_adapter\(\), where the model is its base; leave that context"
+    with model.disable_adapter():
+        for call in (model, model.forward, model.generate):
+            with pytest.raises(RoutingError, match=said):
+                call(TOKENS, adapter_names="b")
+        with pytest.raises(RoutingError, match=said), model.route(["b", None]):
+            pass
+        with model.route([None] * 6), pytest.raises(RoutingError, match=said), model.route("b"):
+            pass
+        assert torch.equal(model(TOKENS, adapter_names=[None] * 6).logits, base)
+        model.set_adapter("b")  # for the time after
+        assert torch.equal(model(TOKENS).logits, base)
+        with model.disable_adapter():
+            assert torch.equal(model(TOKENS).logits, base)
+        assert torch.equal(model(TOKENS).logits, base)
+    assert torch.equal(model(TOKENS).logits, model(TOKENS, adapter_names="b").logits)

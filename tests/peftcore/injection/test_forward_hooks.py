@@ -1,13 +1,17 @@
 """Hooks on the whole model: installed with the first adapter, removed with the last."""
 
+import inspect
 from typing import Any
 
 import pytest
+import routed_models
 import torch
+from routed_models import lora, mixture
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftcore import LoraConfig, get_peft_model
+from peftcore import LoraConfig, PromptTuningConfig, get_peft_model
+from peftcore.errors import RoutingError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.layers.forward_paths import contiguous_input
 from peftcore.methods.poly import PolyConfig
@@ -66,3 +70,26 @@ def test_calling_forward_directly_is_a_call_of_the_model_where_adapters_need_it(
     model.add_adapter("b", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     with torch.no_grad(), model.route(["a", "b"]):
         torch.testing.assert_close(model.forward(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_forward_called_directly_equals_a_call_of_the_model() -> None:
+    """PyTorch runs no hooks for a direct call of `forward`, and adapters learn of a call by hooks."""
+    tokens = routed_models.TOKENS
+    model = mixture(routed_models.llama())
+    model.add_adapter("invoked", lora(alora_invocation_tokens=[20]))
+    model.add_adapter("prompt", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model.double().eval()
+    names = ["a", "b", None, "c", {"a": 0.5, "b": 1.0}, "prompt"]
+    assert torch.equal(model.forward(tokens, adapter_names=names).logits, model(tokens, adapter_names=names).logits)
+    assert not torch.equal(model(tokens, adapter_names="b").logits, model(tokens).logits)
+    for name in ("b", "invoked", "prompt"):
+        with model.route(name):
+            assert torch.equal(model.forward(tokens).logits, model(tokens).logits)
+        model.set_adapter(name)
+        assert torch.equal(model.forward(input_ids=tokens).logits, model(tokens).logits)
+    model.set_adapter("invoked")
+    offsets = {"alora_offsets": [2] * 6}
+    assert torch.equal(model.forward(tokens, **offsets).logits, model(tokens, **offsets).logits)
+    with pytest.raises(RoutingError, match="2 adapter names for a batch of 6 rows"):
+        model.forward(tokens, adapter_names=["a", "b"])
+    assert inspect.signature(model.forward) == inspect.signature(routed_models.llama().forward)

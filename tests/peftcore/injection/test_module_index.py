@@ -72,17 +72,6 @@ def test_replacing_keeps_every_path_and_knows_what_shows_again() -> None:
     assert model.first is other
 
 
-def test_an_encoder_stays_unfused_while_any_adapter_is_inside() -> None:
-    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = get_peft_model(nn.TransformerEncoder(block, 2).eval(), config(target_modules=["0.linear1"]))
-    model.add_adapter("b", config(target_modules=["0.linear2", "1.linear1"]))
-    switches = [[model.use_nested_tensor, *(layer.activation_relu_or_gelu for layer in model.layers)]]
-    for name in ("b", "default"):
-        model.delete_adapter(name)
-        switches.append([model.use_nested_tensor, *(layer.activation_relu_or_gelu for layer in model.layers)])
-    assert switches == [[False, 0, 0], [False, 0, 1], [True, 1, 1]]
-
-
 def test_a_second_adapter_finds_what_stands_inside_of_adapted_parameters() -> None:
     torch.manual_seed(0)
     both: dict[str, Any] = {"target_modules": ["gate"], "target_parameters": ["weight_of_all"]}

@@ -76,18 +76,6 @@ def test_all_linear_leaves_such_attention_out() -> None:
     assert model.peft_config["default"].target_modules == {"linear1", "linear2"}
 
 
-def test_transformer_encoder_layer_does_not_pass_its_adapter_by() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
-    x = torch.randn(2, 3, 8)
-    net = get_peft_model(net, LoraConfig(r=2, target_modules=["linear1"], init_lora_weights=False)).eval()
-    with torch.no_grad():
-        fast = net(x)
-    torch.testing.assert_close(fast, net(x).detach())
-    with net.disable_adapter(), torch.no_grad():
-        assert (net(x) - fast).abs().max() > 1e-4
-
-
 def test_one_module_at_two_paths_is_adapted_at_both() -> None:
     shared = nn.Linear(4, 4)
     net = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})

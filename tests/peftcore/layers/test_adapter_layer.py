@@ -70,21 +70,6 @@ def test_a_weight_space_forward_is_the_layer_with_its_merged_weight(names: tuple
     torch.testing.assert_close(model(x), nn.functional.conv2d(x, weight, layer.base_layer.bias))
 
 
-def test_the_old_name_of_a_weight_space_forward_still_works_with_a_warning() -> None:
-    from peftcore.methods.loha import LoHa
-
-    with pytest.warns(DeprecationWarning, match="Old: `through_weight` is now `weight_space_forward`"):
-
-        class Old(LoHa):
-            through_weight = True
-
-    assert Old.weight_space_forward
-    adapter = adapter_set(model_of(nn.Linear(12, 8), "loha")).adapters("loha")["target"]
-    with pytest.warns(DeprecationWarning, match="weight_space_forward"):
-        adapter.through_weight = True
-    assert adapter.weight_space_forward
-
-
 def test_models_read_the_base_layers_attributes_through_the_wrapper() -> None:
     model = model_of(nn.Linear(12, 8), "lora")
     layer = model.target

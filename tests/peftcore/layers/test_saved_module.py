@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from net import Net
+from routed_models import TOKENS, adapted, assert_rows_as_alone, llama, lora
 from torch import Tensor, nn
 
 import peftcore
@@ -107,3 +108,15 @@ def test_merging_an_inactive_adapter_leaves_the_copy_of_the_active_one(library: 
     model.eval().merge_adapter(["other"])
     x = torch.randn(2, 4, dtype=torch.float64)
     torch.testing.assert_close(inner(x), copies["default"](inner.layer(x)), rtol=1e-12, atol=0)
+
+
+def test_each_row_uses_its_own_adapters_copy_of_a_module() -> None:
+    model = adapted(
+        llama(),
+        a=lora(modules_to_save=["lm_head"]),
+        b=lora(),
+        c=lora(target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
+    )
+    assert_rows_as_alone(model, ["a", "b", "c", None, Stack("b", "c"), {"a": 0.5, "b": 0.5}])
+    with pytest.raises(RoutingError, match=r"trained whole by \['a', 'c'\], and whole modules cannot be mixed"):
+        model(TOKENS, adapter_names={"a": 0.5, "c": 0.5})

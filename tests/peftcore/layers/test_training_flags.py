@@ -12,7 +12,6 @@ from torch import nn
 import peftcore
 from peftcore import LoraConfig, get_peft_model
 from peftcore.init import initialize_from_data
-from peftcore.injection.adapter_set import adapter_set
 
 EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
 DROPOUTS = {
@@ -107,15 +106,3 @@ def test_a_start_from_data_leaves_every_module_in_its_mode() -> None:
     batches = [{"x": torch.randn(30, 12)} for _ in range(3)]
     initialize_from_data(net, batches, forward=lambda model, batch: model(batch["x"]), progress=False)
     assert {name: module.training for name, module in net.named_modules()} == before
-
-
-@pytest.mark.parametrize("method", [name for name in EXAMPLES if name != "LN_TUNING"])
-def test_printing_a_model_shows_each_adapters_options(method: str) -> None:
-    net = get_peft_model(base(), EXAMPLES[method].make(target_modules=["0"]))
-    assert "=" in adapter_set(net).adapters("default")["0"].extra_repr()
-
-
-def test_printing_shows_the_rank_of_the_layer_itself() -> None:
-    options = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.1, "use_dora": True}
-    net = get_peft_model(base(), LoraConfig(target_modules=["0"], rank_pattern={"0": 2}, **options))
-    assert "Lora(r=2, lora_alpha=16, lora_dropout=0.1, use_dora=True)" in repr(net)

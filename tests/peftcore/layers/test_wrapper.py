@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from routed_models import adapted, lora
 from torch import Tensor, nn
 
 from peftcore import LoraConfig, get_peft_model
+from peftcore.errors import RoutingError
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.wrapper import NamedModules, original_modules, unwrapped
 
@@ -54,3 +56,35 @@ def test_the_walk_sees_the_paths_from_before_injection() -> None:
     modules = dict(walked)
     assert isinstance(modules["layer"], AdapterLayer) and modules["again"] is modules["layer"]
     assert type(unwrapped(modules["layer"])) is nn.Linear and type(unwrapped(modules["experts"])) is Experts
+
+
+def test_layers_whose_rows_cannot_be_matched_are_refused() -> None:
+    class Mixing(nn.Module):
+        kept = 5
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+            self.mixed = nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mixed(self.experts[0](x.flatten(0, 1))[: self.kept])
+
+    model = adapted(Mixing().double(), a=lora(target_modules=["experts.0"]), b=lora(target_modules=["mixed"]))
+    x = torch.randn(2, 4, 12, dtype=torch.float64)
+    with pytest.raises(RoutingError, match=r"experts\.0 is a single expert and gets tokens without their rows"):
+        model(x, adapter_names=["a", None])
+    for gradients in (False, True):
+        with (
+            torch.set_grad_enabled(gradients),
+            pytest.raises(RoutingError, match="mixed sees 5 rows and the batch has 2"),
+        ):
+            model(x, adapter_names=["b", None])
+    model.kept = 4  # two for each row, or so it seems
+    with pytest.raises(RoutingError, match="mixed sees 4 rows and the batch has 2"):
+        model(x, adapter_names=["b", None])
+    assert model(x, adapter_names=["a", "a"]).shape == (4, 12)
+    model.kept = 8  # every token of the batch
+    mixed = model(x, adapter_names=["b", None])
+    torch.testing.assert_close(mixed[:4], model(x, adapter_names="b")[:4])
+    torch.testing.assert_close(mixed[4:], model(x, adapter_names="__base__")[4:])

@@ -1,43 +1,16 @@
 """A merged adapter is an ordinary LoRA: frozen, not active, and equal after loading, here and in PEFT."""
 
 import copy
-import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from merged_adapters import SUM, TOKENS, same_everywhere
 from torch import nn
 
 from peftcore import LoraConfig, PeftModel
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.merging import Recipe
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what the oracle warns of on import is its own affair
-    import peft
-
-
-TOKENS = torch.arange(1, 25).view(2, 12)
-
-
-SUM = Recipe.task_arithmetic()
-
-
-def same_everywhere(model: Any, base: Any, folder: Path) -> Any:
-    """The adapter "m" computes the same in the model, loaded here and loaded by PEFT; gives its configuration."""
-    model.save_pretrained(folder, selected_adapters=["m"])
-    model.set_adapter("m")
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        expected = model.eval()(TOKENS).logits
-        here = PeftModel.from_pretrained(copy.deepcopy(base), folder / "m").eval()(TOKENS).logits
-        there = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / "m").eval()(TOKENS).logits
-        assert torch.equal(here, expected)
-        assert torch.allclose(there, expected, atol=1e-10)
-        assert (expected - base(TOKENS).logits).abs().max() > 1e-2
-    return json.loads((folder / "m" / "adapter_config.json").read_text())
 
 
 def test_ranks_that_differ_by_layer(llama: Any, with_adapters: Any, tmp_path: Path) -> None:

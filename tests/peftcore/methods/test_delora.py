@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dropout_facts import assert_dropout_keeps_the_mean
 from method_example import Example
 from torch import nn
 
@@ -78,11 +79,7 @@ def test_starts_at_zero_and_can_leave_it() -> None:
 def test_dropout_acts_while_training_only_and_keeps_the_mean() -> None:
     net, _ = random_net(outputs=4, inputs=64, r=4, module_dropout=0.4)
     x = torch.randn(1, 64, dtype=torch.float64)
-    expected = net.eval()(x)
-    assert torch.equal(net(x), expected)
-    draws = net.train()(x.expand(20000, -1))
-    assert draws.std(0).min() > 0
-    torch.testing.assert_close(draws.mean(0, keepdim=True), expected, rtol=0, atol=4 * draws.std().item() / 20000**0.5)
+    assert_dropout_keeps_the_mean(net, x)
 
 
 @pytest.mark.parametrize(

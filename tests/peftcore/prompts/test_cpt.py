@@ -156,3 +156,9 @@ def test_training_goes_on_around_the_same_examples(tmp_path: Path) -> None:
 def test_configurations_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         CPTConfig(**options)
+
+
+@pytest.mark.parametrize("field", ["cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask"])
+def test_what_is_no_list_of_integers_is_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} must be a list of integers"):
+        CPTConfig(**{field: False})

@@ -5,35 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from routed_experts import NAMES, X, adapted
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from peftcore import IA3Config, LoraConfig, get_peft_model
+from peftcore import IA3Config, LoraConfig
 from peftcore.composition import Average
 from peftcore.errors import AdapterNameError, CheckpointError, RoutingError
 from peftcore.routing import Fusion
-
-NAMES = ["a", "b", "c"]
-
-
-X = torch.linspace(-2, 2, 6 * 5 * 12, dtype=torch.float64).view(6, 5, 12).sin()
-
-
-def adapted(bias: bool = True, **options: Any) -> Any:
-    """Two layers; "c" is at the second one alone."""
-    torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Linear(12, 10, bias), nn.Tanh(), nn.Linear(10, 8, bias=False)).double()
-    for number, name in enumerate(NAMES):
-        layers = ["2"] if name == "c" else ["0", "2"]
-        config = LoraConfig(
-            r=2 + number, target_modules=layers, init_lora_weights=False, inference_mode=True, **options
-        )
-        if number:
-            model.add_adapter(name, config)
-        else:
-            model = get_peft_model(model, config, name)
-    return model.eval()
 
 
 def moved(fusion: Fusion) -> Fusion:

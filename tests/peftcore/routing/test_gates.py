@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from routed_experts import X, adapted
 from torch import nn
 
 from peftcore import IA3Config, LoraConfig, get_peft_model
@@ -11,27 +12,6 @@ from peftcore.composition import Weighted
 from peftcore.errors import RoutingError
 from peftcore.routing import arrow_gate
 from peftcore.routing.gates import prototype
-
-NAMES = ["a", "b", "c"]
-
-
-X = torch.linspace(-2, 2, 6 * 5 * 12, dtype=torch.float64).view(6, 5, 12).sin()
-
-
-def adapted(bias: bool = True, **options: Any) -> Any:
-    """Two layers; "c" is at the second one alone."""
-    torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Linear(12, 10, bias), nn.Tanh(), nn.Linear(10, 8, bias=False)).double()
-    for number, name in enumerate(NAMES):
-        layers = ["2"] if name == "c" else ["0", "2"]
-        config = LoraConfig(
-            r=2 + number, target_modules=layers, init_lora_weights=False, inference_mode=True, **options
-        )
-        if number:
-            model.add_adapter(name, config)
-        else:
-            model = get_peft_model(model, config, name)
-    return model.eval()
 
 
 def experts() -> Any:

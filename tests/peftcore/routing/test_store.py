@@ -234,21 +234,6 @@ def test_one_bad_adapter_leaves_the_others_and_the_model_as_they_were(folder: Pa
     torch.testing.assert_close(through(model, store, "a"), expected, atol=1e-6, rtol=0)
 
 
-def test_an_adapter_of_another_base_is_refused(folder: Path) -> None:
-    _, store = store_of(folder, base="the-base")
-    with pytest.raises(CheckpointError, match=r"was trained on .*, and this store is for 'the-base'"):
-        store.acquire("a")
-
-
-def test_what_changes_the_base_for_everybody_is_refused(folder: Path) -> None:
-    write(folder, "loftq", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="loftq"))
-    write(folder, "deeper", LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]))
-    _, store = store_of(folder)
-    for name, said in (("loftq", "replaces the base's weights"), ("deeper", "makes the base deeper")):
-        with pytest.raises(CheckpointError, match=f"{said}.*, which would affect every other adapter"):
-            store.acquire(name)
-
-
 def test_sources_are_fetched_once_and_tags_are_kept(folder: Path) -> None:
     calls: list[int] = []
 

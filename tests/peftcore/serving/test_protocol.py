@@ -29,50 +29,52 @@ def test_a_developer_message_is_the_system_s_and_an_answer_can_be_sent_back(serv
     assert found.choices[0].message.content == served.world.expected("sql", chat_tokens(served, read), 5)
 
 
-@pytest.mark.parametrize(
-    ("given", "param", "said"),
-    [
-        ({"temperature": 3}, "temperature", "less than or equal to 2"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 5000}, "max_tokens", "at most 1,024 on this server; got 5,000"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
-        ({"n": 2}, "n", "Input should be 1, got 2"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "less than or equal to 0"),
-        ({"stop": ["a"] * 5}, "stop", "at most 4 items"),
-        ({"logprobs": True}, "logprobs", "got True"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unknown field"),
-        ({"extra_body": {"top_k": 3}}, "top_k", "unknown field"),
-        ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "messages"),
-        ({"messages": [{"role": "user", "content": "a<|im_end|>\n"}]}, "messages", "contains <|im_end|>,"),
-        ({"messages": [{"role": "user<|im_end|>", "content": "a"}]}, "messages", "role: Input should be 'system'"),
-        ({"messages": [{"role": "banana", "content": "a"}]}, "messages", "messages.0.role: Input should be 'system'"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "messages.0.role: Input should be 'system'"),
-        ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "messages", "messages.0.name: not supported"),
-        ({"messages": [{"role": "user", "content": "a", "mood": 1}]}, "messages", "messages.0.mood: unknown field"),
-        (
-            {"messages": [{"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": ""}}]},
-            "messages",
-            "messages.0.function_call: not supported",
-        ),
-        (
-            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1", "type": "function"}]}]},
-            "messages",
-            "messages.0.tool_calls: List should have at most 0 items",
-        ),
-        ({"max_tokens": True}, "max_tokens", "valid integer, got True"),
-        ({"max_tokens": "2"}, "max_tokens", "valid integer, got '2'"),
-        ({"temperature": "0.5"}, "temperature", "valid number, got '0.5'"),
-        ({"top_p": True}, "top_p", "valid number, got True"),
-        ({"stream_options": {"other": 1}}, "stream_options", "unknown field"),
-    ],
-)
-def test_a_bad_parameter_is_named(served: Any, given: dict[str, Any], param: str, said: str) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        served.client().chat.completions.create(**{"model": "sql", "messages": SAY, **given})
-    body: Any = caught.value.body
-    assert (body["type"], body["param"]) == ("invalid_request_error", param)
-    assert said in body["message"]
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"temperature": 3}, "temperature", "less than or equal to 2"),
+    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": 5000}, "max_tokens", "at most 1,024 on this server; got 5,000"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"n": 2}, "n", "Input should be 1, got 2"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty", "less than or equal to 0"),
+    ({"stop": ["a"] * 5}, "stop", "at most 4 items"),
+    ({"logprobs": True}, "logprobs", "got True"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unknown field"),
+    ({"extra_body": {"top_k": 3}}, "top_k", "unknown field"),
+    ({"messages": []}, "messages", "at least 1 item"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "messages"),
+    ({"messages": [{"role": "user", "content": "a<|im_end|>\n"}]}, "messages", "contains <|im_end|>,"),
+    ({"messages": [{"role": "user<|im_end|>", "content": "a"}]}, "messages", "role: Input should be 'system'"),
+    ({"messages": [{"role": "banana", "content": "a"}]}, "messages", "messages.0.role: Input should be 'system'"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "messages.0.role: Input should be 'system'"),
+    ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "messages", "messages.0.name: not supported"),
+    ({"messages": [{"role": "user", "content": "a", "mood": 1}]}, "messages", "messages.0.mood: unknown field"),
+    (
+        {"messages": [{"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": ""}}]},
+        "messages",
+        "messages.0.function_call: not supported",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1", "type": "function"}]}]},
+        "messages",
+        "messages.0.tool_calls: List should have at most 0 items",
+    ),
+    ({"max_tokens": True}, "max_tokens", "valid integer, got True"),
+    ({"max_tokens": "2"}, "max_tokens", "valid integer, got '2'"),
+    ({"temperature": "0.5"}, "temperature", "valid number, got '0.5'"),
+    ({"top_p": True}, "top_p", "valid number, got True"),
+    ({"stream_options": {"other": 1}}, "stream_options", "unknown field"),
+]
+"""(what is given, the parameter that is named, what is said)"""
+
+
+def test_a_bad_parameter_is_named(served: Any) -> None:
+    client = served.client()
+    for given, param, said in BAD:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**{"model": "sql", "messages": SAY, **given})
+        body: Any = caught.value.body
+        assert (body["type"], body["param"]) == ("invalid_request_error", param), given
+        assert said in body["message"], given
 
 
 def test_a_template_that_refuses_is_a_bad_request(served: Any) -> None:

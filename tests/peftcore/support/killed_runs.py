@@ -29,6 +29,8 @@ class Nursery:
 
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        # what tensors took goes back to the system, or a run with a limit would find room in what its process has
+        environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -119,6 +121,11 @@ def serve() -> None:
 def train(folder: str, case: str, resume: bool = False, fault: str = "", at: int = 0, **options: Any) -> int:
     """One run; `fault` names what befalls it, at the `at`-th occasion."""
     run = Path(folder)
+    if case == "limited memory":
+        from limited_memory import train_limited
+
+        train_limited(run)
+        return 0
     if case == "trl":
         from trl_runs import train_both_ways
 

@@ -18,7 +18,8 @@ from transformers import Trainer, TrainingArguments
 
 from peftcore.train import PackedCollator, Packs, RightPaddingCollator
 
-STEPS = 6
+STEPS = 4
+"""Three are an epoch."""
 Outcome = dict[str, Any]
 
 

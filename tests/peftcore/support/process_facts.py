@@ -23,8 +23,8 @@ from peftcore import LoraConfig
 
 COUNTS = (3, 17, 18)
 """Rows of a set, in batches of two: one more than a round, one more than whole batches, an odd number of batches."""
-ENDED = (("lora", 7), ("adalora", 3), ("adalora", 7))
-"""Methods, and the steps after which a run ends: in the second epoch, before AdaLoRA prunes and after."""
+RESUMED = {"lora": (7,), "adalora": (3, 7)}
+"""Methods, and the steps after which a run goes on: in the second epoch, before AdaLoRA prunes and after."""
 SHARDED: dict[str, Any] = {"fsdp": True, "max_steps": 4, "gradient_accumulation_steps": 2}
 
 
@@ -154,39 +154,26 @@ def adapter_of_one_process(folder: Path) -> dict[str, Any]:
     return {"before": starts[0], "after": trained(model)}
 
 
-class _Stop(Exception):
-    pass
-
-
-class _EndAt(TrainerCallback):
-    """Ends a run without any tidying; each process has random numbers of its own."""
-
-    def __init__(self, step: int | None = None) -> None:
-        self.step = step
+class _OwnNumbers(TrainerCallback):
+    """Gives each process random numbers of its own."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         torch.manual_seed(dist.get_rank())
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise _Stop
-
 
 def resumed(folder: Path) -> dict[str, Any]:
-    """{(method, step at which it was ended): (the uninterrupted run, the resumed one)}"""
-    found = {}
-    for method, step in ENDED:
-        options = {"save_strategy": "steps", "save_steps": step, **batching("grouped", 17)}
-        runs = []
-        for name, end in (("straight", None), ("ended", step), ("ended", None)):
+    """{method: {the step whose checkpoint a run went on from, None for the uninterrupted run: what came of it}}"""
+    found: dict[str, Any] = {}
+    for method, steps in RESUMED.items():
+        found[method] = {}
+        for step in (None, *steps):
             model = adapted(method, dropout=0.2)
-            made = trainer(model, folder / f"{method} {step} {name}", **options, callbacks=[_EndAt(end)])
-            try:
-                made.train(resume_from_checkpoint=name == "ended" and end is None)
-                runs.append(outcome(made, model))
-            except _Stop:
-                dist.barrier()
-        found[method, step] = runs
+            saving = {"save_strategy": "steps", "save_steps": 1} if step is None else {}
+            options = {**saving, **batching("grouped", 17), "callbacks": [_OwnNumbers()]}
+            made = trainer(model, folder / method, **options)
+            made.train(resume_from_checkpoint=None if step is None else str(folder / method / f"checkpoint-{step}"))
+            found[method][step] = outcome(made, model)
+            dist.barrier()
     return found
 
 
@@ -211,15 +198,12 @@ def sharded(folder: Path) -> dict[str, Any]:
     """A run whose parameters each process holds a part of: how it went, what it saved, and one that went on from it."""
     found: dict[str, Any] = {}
     options = {**SHARDED, **batching("grouped", 17), "save_strategy": "steps", "save_steps": 2}
-    for name, end in (("straight", None), ("ended", 3), ("ended", None)):
+    for name in ("straight", "resumed"):
         model = adapted(dtype=torch.float64).double()
         with fresh_state(), _taken_for_gpus():
-            made = trainer(model, folder / name, **options, callbacks=[_EndAt(end)])
-            try:
-                made.train(resume_from_checkpoint=name == "ended" and end is None)
-            except _Stop:
-                dist.barrier()
-                continue
+            made = trainer(model, folder / name, **options, callbacks=[_OwnNumbers()])
+            checkpoint = str(folder / "straight" / "checkpoint-2")
+            made.train(resume_from_checkpoint=checkpoint if name == "resumed" else None)
             losses = [record["loss"] for record in made.state.log_history if "loss" in record]
             parts = {n: p.to_local().numel() / p.numel() for n, p in model.model.layers.named_parameters()}
             model.save_pretrained(folder / f"{name} saved")

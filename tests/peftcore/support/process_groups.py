@@ -3,14 +3,18 @@
 The processes are forked from a server that has imported everything once, which takes a tenth of starting them anew.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -87,11 +91,19 @@ def _forget() -> None:
 def together(work: Callable[[Path], Any], folder: Path, backend: str = "counted") -> list[Any]:
     """What `work(folder)` gives in each process of a group, by rank; a failure of one is raised here."""
     folder.mkdir(exist_ok=True)
+    _start_server()
     mp.start_processes(_process, (work, str(folder), backend), nprocs=PROCESSES, start_method="forkserver")
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 
+def _start_server() -> None:
+    """Start the server unless it runs; it finds what it is to import by the environment only, not by our sys.path."""
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path)):
+        forkserver.ensure_running()
+
+
 def _process(rank: int, work: Callable[[Path], Any], folder: str, backend: str) -> None:
+    gc.freeze()  # or each training would look through, and copy, all that the server has imported
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}

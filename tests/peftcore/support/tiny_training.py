@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from quiet_training import VOCABULARY, quiet_arguments, tiny_llama, without_printing
+from transformers import Trainer
 
 from peftcore import AdaLoraConfig, LoraConfig, get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator
@@ -52,3 +53,25 @@ def trainer(model: Any, folder: Path, data: Dataset | None = None, **options: An
 def records(made: AdapterTrainer) -> list[dict[str, Any]]:
     """The training records of a run."""
     return [record for record in made.state.log_history if "loss" in record]
+
+
+def plain(model: Any, folder: Path, made_by: type[Trainer] = Trainer, **options: Any) -> Trainer:
+    """transformers' own trainer (or another class): four steps of four rows, with a column that no model takes."""
+    made = made_by(
+        model=model,
+        args=quiet_arguments(folder, **({"max_steps": 4, "per_device_train_batch_size": 4} | options)),
+        train_dataset=rows(16).add_column("note", ["not for the model"] * 16),
+        eval_dataset=rows(9, seed=1),
+        data_collator=RightPaddingCollator(0),
+    )
+    return without_printing(made)
+
+
+SAVING: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "metric_for_best_model": "eval_loss",
+}
+"""Options that evaluate and save after every step."""

@@ -1,10 +1,13 @@
-"""One training step of a tiny adapted Llama in a group of processes (gloo, CPU), for tests that start them."""
+"""One training step of a tiny adapted Llama in a group of processes, for tests that start them."""
 
-import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from process_groups import PROCESSES
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -15,7 +18,6 @@ from peftcore import LoraConfig, get_peft_model
 from peftcore.kernels.low_rank import low_rank_linears
 from peftcore.layers import forward_paths
 
-PROCESSES = 2
 TOKENS = torch.arange(2, 30).view(4, 7)
 
 
@@ -40,32 +42,31 @@ def step_of_one_process() -> tuple[float, dict[str, Tensor]]:
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def step(rank: int, way: str, folder: str) -> None:
-    """One process's part of a step under "ddp" or "fsdp2"; the first writes what came out into the folder."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{way}", rank=rank, world_size=PROCESSES)
+def steps(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what this process came to under "ddp" and under "fsdp2"."""
+    return {"ddp": _step(DistributedDataParallel), "fsdp2": _step(_sharded)}
+
+
+def _sharded(model: Any) -> Any:
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def _step(wrap: Callable[[Any], Any]) -> dict[str, Any]:
     taken = []
 
     def counted(x: Tensor, layers: Any) -> Any:
         taken.append(len(layers))
         return low_rank_linears(x, layers)
 
-    forward_paths.low_rank_linears = counted  # type: ignore[assignment]
     model = adapted()
-    if way == "ddp":
-        wrapped: Any = DistributedDataParallel(model)
-    else:
-        for block in model.model.layers:
-            fully_shard(block)
-        wrapped = fully_shard(model)
-    rows = TOKENS[rank::PROCESSES]
-    loss = wrapped(input_ids=rows, labels=rows).loss
-    loss.backward()
+    wrapped = wrap(model)
+    rows = TOKENS[dist.get_rank() :: PROCESSES]
+    with patch.object(forward_paths, "low_rank_linears", counted):
+        loss = wrapped(input_ids=rows, labels=rows).loss
+        loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
     dist.all_reduce(total := loss.detach().clone())
-    if rank == 0:
-        torch.save({"loss": total / PROCESSES, "gradients": whole, "taken": taken}, f"{folder}/result.pt")
-    dist.barrier()
-    os._exit(0)  # taking gloo and FSDP's modules apart in an exiting process can hang
+    return {"loss": total.item() / PROCESSES, "gradients": whole, "taken": taken}

@@ -72,7 +72,13 @@ def batch(**options: Any) -> dict[str, Tensor]:
 # -- every type ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("letters", ["abc", "def", "g", "hijkl", "m", "nop", "qrstuvwxyz"])
+@pytest.mark.parametrize(
+    "letters",
+    [
+        "m",
+        *(pytest.param(some, marks=pytest.mark.slow) for some in ("abc", "def", "g", "hijkl", "nop", "qrstuvwxyz")),
+    ],
+)
 def test_tokens_alone_are_trained_only_where_the_own_loss_with_every_flag_on_is_no_more(letters: str) -> None:
     used: dict[str, bool] = {}
     right: dict[str, bool] = {}

@@ -1,14 +1,12 @@
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from killed_runs import Nursery
 from quiet_training import trained
 from tiny_training import adapted, records, rows, trainer
 from torch import Tensor, nn
@@ -163,40 +161,9 @@ def test_gradients_of_a_failure_are_dropped_and_others_added_bit_for_bit() -> No
     assert torch.equal(used.grad, factors[0] + factors[1]) and idle.grad.tolist() == [1, 1, 1]
 
 
-LIMITED = """
-import json, logging, resource, sys, tempfile, warnings
-from pathlib import Path
-import torch
-from datasets import Dataset
-from quiet_training import trained
-from tiny_training import adapted, records, trainer
-
-warnings.filterwarnings("ignore")
-torch.set_num_threads(1)
-data = Dataset.from_dict({"input_ids": [[1 + i % 40] * 400 for i in range(8)], "labels": [[3] * 400] * 8})
-models = [adapted().double(), adapted().double()]
-warned = []
-logging.getLogger("peftcore.train.out_of_memory").addFilter(lambda record: warned.append(record.getMessage()))
-for model in models:
-    model.set_attn_implementation("eager")  # 400 x 400 probabilities for each head
-    made = trainer(model, Path(tempfile.mkdtemp()), data, max_steps=2, per_device_train_batch_size=8)
-    made.train()
-    used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmSize:")) << 10
-    resource.setrlimit(resource.RLIMIT_AS, (used + (90 << 20), resource.RLIM_INFINITY))  # half of what 8 rows take
-worst = max((tensor - trained(models[1])[name]).abs().max().item() for name, tensor in trained(models[0]).items())
-print(json.dumps({"warned": warned, "worst": worst, "rows": made.splitter.rows_at_once}))
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits the address space as Linux does")
-def test_a_real_allocators_failure_is_split(tmp_path: Path) -> None:
-    support = Path(__file__).parents[1] / "support"
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(support)!r})\n{LIMITED}"]
-    # what tensors took goes back to the system, or they would find room in what the process has
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    root = Path(__file__).parents[3]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_a_real_allocators_failure_is_split(nursery: Nursery, tmp_path: Path) -> None:
+    assert nursery.run(tmp_path, "limited memory") == 0, (tmp_path / "error.txt").read_text()
+    found = json.loads((tmp_path / "found.json").read_text())
     assert found["rows"] < 8 and any("can't allocate memory" in line for line in found["warned"])
     assert found["worst"] < 1e-10

@@ -1,43 +1,28 @@
 """transformers' own Trainer and accelerate's own loop on adapted models, without a line for them."""
 
-import copy
-import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import HfApi, ModelCard
-from quiet_training import VOCABULARY, assert_same, losses, quiet_arguments, tiny_llama, trained, without_printing
+from quiet_training import VOCABULARY, assert_same, losses, trained
 from safetensors.torch import load_file
-from tiny_training import adapted, rows
+from tiny_training import SAVING, adapted, plain, rows
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
-from peftcore import CheckpointError, LoraConfig, PeftModel, get_peft_model
+from peftcore import LoraConfig, PeftModel, get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator
 
 ADAPTER_FILES = {"README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"}
-
-
-def plain(model: Any, folder: Path, made_by: type[Trainer] = Trainer, **options: Any) -> Trainer:
-    made = made_by(
-        model=model,
-        args=quiet_arguments(folder, **({"max_steps": 4, "per_device_train_batch_size": 4} | options)),
-        train_dataset=rows(16).add_column("note", ["not for the model"] * 16),
-        eval_dataset=rows(9, seed=1),
-        data_collator=RightPaddingCollator(0),
-    )
-    return without_printing(made)
 
 
 # -- transformers ----------------------------------------------------------------------------------------------------
@@ -87,79 +72,6 @@ def test_a_4_bit_base_trains(tmp_path: Path, made_by: type[Trainer]) -> None:
     assert any(not torch.equal(p, before[name]) for name, p in trained(model).items())
     made.save_model(str(tmp_path / "saved"))
     assert {path.name for path in (tmp_path / "saved").iterdir()} == ADAPTER_FILES | {"training_args.bin"}
-
-
-SAVING: dict[str, Any] = {
-    "eval_strategy": "steps",
-    "eval_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "metric_for_best_model": "eval_loss",
-}
-
-
-def test_trainer_ends_with_the_best_adapter(tmp_path: Path) -> None:
-    """The loss of the held-out rows rises here, so that the best checkpoint is not the last."""
-    model = adapted()
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
-    made = plain(model, tmp_path, **SAVING, load_best_model_at_end=True, greater_is_better=False)
-    made.train()
-    best = Path(str(made.state.best_model_checkpoint))
-    assert best.name != "checkpoint-4"
-    saved = PeftModel.from_pretrained(adapted().unload(), best, is_trainable=True)
-    assert_same(trained(saved), {name: p for name, p in trained(model).items() if ".second." not in name})
-    assert made.evaluate()["eval_loss"] == pytest.approx(made.state.best_metric)
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_trainer_resumes_from_its_checkpoint_as_if_it_had_not_stopped(
-    tmp_path: Path, late: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    straight = plain(adapted(dropout=0.2), tmp_path, **(SAVING | {"eval_strategy": "no"}))
-    straight.train()
-    if late:  # what a script does that imports Trainer after it has made its model
-        monkeypatch.delitem(sys.modules, "transformers.trainer")
-    model = adapted(dropout=0.2)
-    monkeypatch.undo()
-    resumed = plain(model, tmp_path, **(SAVING | {"eval_strategy": "no"}))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert losses(resumed) == losses(straight)
-    assert_same(trained(resumed.model), trained(straight.model))
-
-
-def test_trainer_does_not_resume_what_it_has_not_saved(tmp_path: Path) -> None:
-    model = adapted("adalora")
-    plain(model, tmp_path, **SAVING).train()
-    with pytest.raises(CheckpointError, match=r"default: this method has training state .* AdapterTrainer"):
-        plain(adapted("adalora"), tmp_path, **SAVING).train(resume_from_checkpoint=True)
-
-
-def test_trainer_treats_other_models_as_ever(tmp_path: Path) -> None:
-    model = tiny_llama()
-    adapted()  # which teaches it
-    made = plain(model, tmp_path, **SAVING, load_best_model_at_end=True, greater_is_better=True)
-    made.train()
-    best = LlamaForCausalLM.from_pretrained(str(made.state.best_model_checkpoint))
-    assert_same(dict(model.named_parameters()), dict(best.named_parameters()))
-    resumed = plain(tiny_llama(), tmp_path, **(SAVING | {"max_steps": 5}))
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 5
-
-
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_trainer_that_is_imported_after_the_model_was_adapted_reads_checkpoints_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
-) -> None:
-    plain(adapted(), tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
-    model = adapted()
-    monkeypatch.setattr(transformers, "trainer", sys.modules["transformers.trainer"], raising=False)
-    monkeypatch.delitem(sys.modules, "transformers.trainer")
-    model = copy.deepcopy(model) if copied else get_peft_model(adapted().unload(), model.peft_config["default"])
-    later = importlib.import_module("transformers.trainer").Trainer
-    assert later is not Trainer
-    plain(model, tmp_path / "again", later, max_steps=1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    saved = load_file(tmp_path / "checkpoint-1" / "adapter_model.safetensors")
-    assert_same(model.get_adapter_state_dict(), {key.removeprefix("base_model.model."): t for key, t in saved.items()})
 
 
 def test_the_mixin_reads_what_trainer_has_written(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from process_cases import EQUAL, batching, numbered_rows
-from process_facts import COUNTS, ENDED, SHARDED, data_parallel, sharded
+from process_facts import COUNTS, RESUMED, SHARDED, data_parallel, sharded
 from process_groups import PROCESSES, fresh_state, together
 from safetensors.torch import load_file
 from tiny_training import adapted, trainer
@@ -62,15 +62,15 @@ def test_two_processes_equal_one_that_accumulates_twice_as_much(
     assert bool(alone["kept"]) == (name == "adalora")
 
 
-@pytest.mark.parametrize(("method", "step"), ENDED)
+@pytest.mark.parametrize(("method", "step"), [(method, step) for method, steps in RESUMED.items() for step in steps])
 def test_a_resumed_run_equals_an_uninterrupted_one_in_every_process(
     method: str, step: int, found: list[dict[str, Any]]
 ) -> None:
-    outcomes = [process["resumed"][method, step] for process in found]
-    for straight, again in outcomes:
-        assert again["losses"] == straight["losses"]
-        assert_close(again["adapter"], straight["adapter"], 0)
-    assert_close(outcomes[0][1]["adapter"], outcomes[1][1]["adapter"], 0)
+    outcomes = [process["resumed"][method] for process in found]
+    for outcome in outcomes:
+        assert outcome[step]["losses"] == outcome[None]["losses"]
+        assert_close(outcome[step]["adapter"], outcome[None]["adapter"], 0)
+    assert_close(outcomes[0][step]["adapter"], outcomes[1][step]["adapter"], 0)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -181,8 +181,8 @@ def test_sharded_training_equals_one_process_and_is_saved_whole(
 
 def test_a_sharded_run_resumes_from_a_checkpoint_without_the_base(found_sharded: list[dict[str, Any]]) -> None:
     for process in found_sharded:
-        assert process["ended"]["losses"] == process["straight"]["losses"]
-        assert_close(process["ended"]["adapter"], process["straight"]["adapter"], 0)
+        assert process["resumed"]["losses"] == process["straight"]["losses"]
+        assert_close(process["resumed"]["adapter"], process["straight"]["adapter"], 0)
         files = process["checkpoint"]
         assert "adapter_model.safetensors" in files and not any(name.startswith("pytorch_model") for name in files)
         assert {f"rng_state_{rank}.pth" for rank in range(PROCESSES)} <= set(files)

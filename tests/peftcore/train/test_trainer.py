@@ -1,5 +1,7 @@
 import json
 import logging
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +81,6 @@ def test_a_loss_that_is_not_finite_stops_before_a_step(tmp_path: Path) -> None:
     assert_same(trained(model), before)
 
 
-# -- evaluation ------------------------------------------------------------------------------------------------
-
-
 # -- steps -----------------------------------------------------------------------------------------------------
 
 
@@ -131,32 +130,40 @@ def test_a_model_that_cannot_train_is_refused(tmp_path: Path, break_it: Any, mes
 # -- quantised bases -------------------------------------------------------------------------------------------
 
 
-def four_bit(tmp_path: Path) -> Any:
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a Llama in bfloat16."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
     )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
+    folder = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+def four_bit(folder: Path) -> Any:
+    torch.manual_seed(0)
     storage = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    return LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, quantization_config=storage)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=storage)
 
 
-def test_evaluating_does_not_change_how_a_4_bit_base_trains(tmp_path: Path) -> None:
+def test_evaluating_does_not_change_how_a_4_bit_base_trains(tmp_path: Path, small_base: Path) -> None:
     results = []
     for name, evaluations in (("without", {}), ("with", {"eval_strategy": "steps", "eval_steps": 1})):
-        model = get_peft_model(four_bit(tmp_path), LoraConfig(r=4, target_modules="all-linear"))
-        trainer(model, tmp_path / name, max_steps=3, **evaluations).train()
+        model = get_peft_model(four_bit(small_base), LoraConfig(r=4, target_modules="all-linear"))
+        trainer(model, tmp_path / name, rows(8), max_steps=2, **evaluations).train()
         results.append(trained(model))
     assert_same(*results)
 
 
-def test_a_4_bit_base_that_is_packed_for_inference_is_refused(tmp_path: Path) -> None:
-    model = four_bit(tmp_path).eval()
+def test_a_4_bit_base_that_is_packed_for_inference_is_refused(tmp_path: Path, small_base: Path) -> None:
+    model = four_bit(small_base).eval()
     layer = model.model.layers[0].self_attn.q_proj
     layer.weight.quant_state.packing_format_for_cpu = True  # what an eval forward sets on a CPU with bf16 kernels
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
@@ -178,34 +185,47 @@ SAVING: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora"])
-@pytest.mark.parametrize("stop", [3, 6, 7])  # inside the first and the second epoch; AdaLoRA is pruned from 6 on
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, method: str, stop: int) -> None:
-    options = {**SAVING, "gradient_accumulation_steps": 1, "load_best_model_at_end": False}
-    data = rows(20)  # five steps an epoch
-    straight = trainer(adapted(method, dropout=0.2), tmp_path / "a", data, **options)
-    straight.train()
-    with pytest.raises(Stop):
-        trainer(adapted(method, dropout=0.2), tmp_path / "b", data, callbacks=[DieAt(stop)], **options).train()
+EACH_STEP: dict[str, Any] = {**SAVING, "gradient_accumulation_steps": 1, "load_best_model_at_end": False}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], AdapterTrainer]:
+    """`straight("lora")`: an uninterrupted run of eight steps, five of them an epoch, with a checkpoint after each."""
+
+    @cache
+    def run(method: str) -> AdapterTrainer:
+        made = trainer(adapted(method, dropout=0.2), tmp_path_factory.mktemp(method), rows(20), **EACH_STEP)
+        made.train()
+        return made
+
+    return run
+
+
+# inside the first and the second epoch; AdaLoRA is pruned from 6 on
+@pytest.mark.parametrize(("method", "stop"), [("lora", 3), ("lora", 7), ("adalora", 3), ("adalora", 6), ("adalora", 7)])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, straight: Callable[[str], AdapterTrainer], method: str, stop: int
+) -> None:
+    whole = straight(method)
     torch.rand(11)  # another process has drawn other numbers
-    resumed = trainer(adapted(method, dropout=0.2), tmp_path / "b", data, **options)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = trainer(adapted(method, dropout=0.2), tmp_path, rows(20), **EACH_STEP)
+    resumed.train(resume_from_checkpoint=str(Path(str(whole.args.output_dir)) / f"checkpoint-{stop}"))
     assert resumed.state.global_step == 8
-    assert losses(resumed) == losses(straight)
-    assert_same(trained(resumed.model), trained(straight.model))
-    whole, again = straight.model.adapter_state(), resumed.model.adapter_state()
-    assert_same(whole, again)
+    assert losses(resumed) == losses(whole)
+    assert_same(trained(resumed.model), trained(whole.model))
+    assert_same(resumed.model.adapter_state(), whole.model.adapter_state())
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {**SAVING, "max_steps": 4}
     with pytest.raises(Stop):
-        trainer(adapted(), tmp_path, callbacks=[DieAt(4)], **SAVING).train()
-    (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
-    made = trainer(adapted(), tmp_path, **SAVING)
+        trainer(adapted(), tmp_path, callbacks=[DieAt(2)], **options).train()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"half")
+    made = trainer(adapted(), tmp_path, **options)
     with caplog.at_level(logging.WARNING):
         made.train(resume_from_checkpoint=True)
     assert "optimizer.pt" in caplog.text
-    assert made.state.global_step == 8
+    assert made.state.global_step == 4
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
@@ -230,17 +250,18 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path, method: str, r
 
 
 def test_old_checkpoints_go_once_a_new_one_counts(tmp_path: Path) -> None:
-    options = {**SAVING, "load_best_model_at_end": False, "save_total_limit": 2}
+    options = {**SAVING, "load_best_model_at_end": False, "save_total_limit": 2, "max_steps": 4}
     trainer(adapted(), tmp_path, **options).train()
     left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
-    best = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["best_global_step"]
-    assert left == sorted({"checkpoint-8", f"checkpoint-{best}"} if best != 8 else {"checkpoint-7", "checkpoint-8"})
+    best = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["best_global_step"]
+    assert left == sorted({"checkpoint-4", f"checkpoint-{best}"} if best != 4 else {"checkpoint-3", "checkpoint-4"})
 
 
 def test_a_finished_run_can_be_taken_over_from_its_last_checkpoint(tmp_path: Path) -> None:
-    first = trainer(adapted(), tmp_path, **SAVING)
+    options = {**SAVING, "max_steps": 2}
+    first = trainer(adapted(), tmp_path, **options)
     first.train()
-    again = trainer(adapted(), tmp_path, **SAVING)
-    again.finish_from(tmp_path / "checkpoint-8")
+    again = trainer(adapted(), tmp_path, **options)
+    again.finish_from(tmp_path / "checkpoint-2")
     assert again.state.best_metric == first.state.best_metric
     assert_same(trained(again.model), trained(first.model))

@@ -1,10 +1,13 @@
-"""What is said with a figure that is refused."""
+"""A candidate's own figures against their limits, and what is said with a figure that is refused."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gate_cases import LATENCY, check, judge, of_objective, reason, with_merge
 
+from flows.gate.candidate import Candidate
 from flows.gate.checks import figures
 from flows.params import Gate
 
@@ -33,3 +36,99 @@ def test_answers_that_cannot_end_are_told_with_the_limit_that_cuts_them(
 
 def test_an_evaluation_that_did_not_count_them_says_nothing_of_them() -> None:
     assert figures.eos_rate(candidate(0.5, None), Gate(min_eos_rate=0.9)) == (False, "0.500, at least 0.9")
+
+
+def test_limits_can_be_left_out(make: Callable[..., Candidate]) -> None:
+    report = judge(make(loss=3.7), min_loss_gain=None, min_rouge_l_gain=None, min_eos_rate=None)
+    told = {check.name: check.detail for check in report.checks}
+    assert report.passed
+    assert told["gain in loss"] == "0.100 nats, no limit set"
+    assert told["gain in ROUGE-L"] == "0.150, no limit set" and told["EOS rate"] == "1.000, no limit set"
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_test_loss": 2.6}, "test loss: 2.700 nats, at most 2.6"),
+        ({"min_loss_gain": 1.2}, "gain in loss: 1.100 nats, at least 1.2"),
+        ({"min_rouge_l_gain": 0.2}, "gain in ROUGE-L: 0.150, at least 0.2"),
+    ],
+)
+def test_each_threshold_refuses(make: Callable[..., Candidate], limits: dict[str, float], expected: str) -> None:
+    assert reason(judge(make(), **limits)) == expected
+
+
+def test_a_threshold_that_is_met_exactly_passes(make: Callable[..., Candidate]) -> None:
+    candidate = make(adapter={"loss": 3.3, "rouge_l": 0.31, "ended": 1.0})
+    assert judge(candidate, min_loss_gain=candidate.metrics["gain"]["loss"]).passed
+
+
+@pytest.mark.parametrize(("ended", "found"), [(0.5, "0.500"), (None, "not measured")])
+def test_answers_that_do_not_end_or_were_not_measured(
+    make: Callable[..., Candidate], ended: float | None, found: str
+) -> None:
+    side = {"loss": 2.7, "rouge_l": 0.3, "ended": ended}
+    assert reason(judge(make(adapter=side))) == f"EOS rate: {found}, at least 0.9"
+
+
+def test_a_loss_that_is_no_number_is_refused(make: Callable[..., Candidate]) -> None:
+    side = {"loss": float("nan"), "rouge_l": 0.3, "ended": 1.0}
+    assert reason(judge(make(adapter=side))).startswith("test loss: nan")
+
+
+@pytest.mark.parametrize("merge", [{"kl": 0.06, "top1_agreement": 0.99}, {"kl": 0.0, "top1_agreement": 0.84}])
+def test_an_unfaithful_merge_is_refused(make: Callable[..., Candidate], merge: dict[str, float]) -> None:
+    report = judge(with_merge(make(), merge))
+    assert reason(report).startswith("merge fidelity: KL")
+
+
+def test_a_threshold_on_what_an_objective_does_not_have_is_passed_over_and_said(make: Callable[..., Candidate]) -> None:
+    candidate = make(**of_objective("classification", "cross entropy of classes", accuracy=0.8))
+    report = judge(candidate, min_accuracy=0.75)
+    details = {check.name: check.detail for check in report.checks}
+    assert report.passed
+    for name in ("gain in ROUGE-L", "EOS rate"):
+        assert details[name].startswith("not checked: classification has no such figure")
+    assert details["accuracy"] == "0.800, at least 0.75"
+    assert reason(judge(candidate, min_accuracy=0.85)) == "accuracy: 0.800, at least 0.85"
+    chats = judge(make("v0.3.0"), min_accuracy=0.85)
+    assert chats.passed
+    assert {c.name: c.detail for c in chats.checks}["accuracy"].startswith("not checked: sft has no such figure")
+
+
+def test_a_figure_that_an_objective_has_and_was_not_measured_is_refused(make: Callable[..., Candidate]) -> None:
+    pairs = make(**of_objective("dpo", "Dpo(beta=0.1)", accuracy=0.8, ended=1.0))
+    assert reason(judge(pairs)).startswith("gain in ROUGE-L: not measured")
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"),
+    [
+        ({"max_first_token_ms": 80.0}, "first token 90.00 ms, at most 80"),
+        ({"max_token_ms": 45.0}, "token 50.00 ms, at most 45"),
+        ({"max_slowdown": 1.2}, "slowdown 1.25-fold, at most 1.2"),
+    ],
+)
+def test_each_latency_has_its_limit(make: Callable[..., Candidate], limit: dict[str, float], found: str) -> None:
+    assert found in reason(judge(make(latency=LATENCY), **limit))
+    assert judge(make(latency=LATENCY), **dict.fromkeys(limit, 100.0)).passed
+    assert reason(judge(make(), **limit)).startswith("latency: not measured")
+    assert check(judge(make(latency=LATENCY)), "latency").endswith("no limit set")
+    texts = make(**of_objective("classification", "cross entropy of classes", accuracy=0.8), latency=None)
+    assert check(judge(texts, **limit), "latency") == "not checked: classification generates no text"
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "result"),
+    [
+        (0.5, 0.5, (True, "0.500 nats, at least 0.5")),
+        (0.499, 0.5, (False, "0.499 nats, at least 0.5")),
+        (None, 0.5, (False, "not measured, at least 0.5 nats")),
+        (None, None, (True, "not measured, no limit set")),
+        (float("nan"), 0.5, (False, "nan nats, at least 0.5")),
+    ],
+)
+def test_a_lower_limit_needs_a_number_that_reaches_it(
+    value: float | None, limit: float | None, result: tuple[bool, str]
+) -> None:
+    assert figures.at_least(value, limit, "nats") == result

@@ -11,7 +11,7 @@ from method_example import randomise
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from peftcore import ConfigError, LoraConfig, PeftModel, TargetError, get_peft_model
+from peftcore import LoraConfig, PeftModel, TargetError, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about its own deprecated calls
@@ -130,42 +130,6 @@ def test_experts_of_either_orientation(transposed: bool, tmp_path: Any) -> None:
     plain = net.unload()
     assert torch.equal(plain["experts"].up, up)
     torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path)["experts"](x), adapted)
-
-
-def test_layer_replication_parity_and_undoing(tmp_path: Any) -> None:
-    options: dict[str, Any] = {
-        "r": 2,
-        "lora_alpha": 6,
-        "target_modules": ["q_proj", "down_proj"],
-        "layer_replication": [[0, 2], [1, 2]],
-    }
-    hf = peft.get_peft_model(llama(), peft.LoraConfig(**copy.deepcopy(options))).eval()
-    randomise(hf, 0.3)
-    hf.save_pretrained(tmp_path / "hf")
-    expected = hf(TOKENS, use_cache=False).logits
-    plain = llama()
-    base = plain(TOKENS).logits
-    here = PeftModel.from_pretrained(plain, tmp_path / "hf")
-    assert len(here.model.layers) == 3 and here.config.num_hidden_layers == 3
-    torch.testing.assert_close(here(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
-    assert here.model.layers[1].mlp.gate_proj.weight is here.model.layers[2].mlp.gate_proj.weight
-    generated = here.generate(TOKENS, max_new_tokens=4, do_sample=False)
-    assert torch.equal(generated, here.generate(TOKENS, max_new_tokens=4, do_sample=False, use_cache=False))
-    plain = here.unload()
-    assert len(plain.model.layers) == 2 and torch.equal(plain(TOKENS).logits, base)
-
-
-def test_layer_replication_undone_by_delete_and_by_failure() -> None:
-    model = llama()
-    with pytest.raises(TargetError):
-        get_peft_model(model, LoraConfig(target_modules=["nothing"], layer_replication=[(0, 2), (0, 2)]))
-    assert len(model.model.layers) == 2
-    with pytest.raises(ConfigError, match="not a range"):
-        get_peft_model(model, LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 3)]))
-    base = model(TOKENS).logits
-    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)]))
-    model.delete_adapter("default")
-    assert torch.equal(model(TOKENS).logits, base)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -4,11 +4,15 @@ from typing import Any
 
 import peft
 import pytest
+import routed_models
 import torch
 from lora_nets import llama
 from method_example import randomise
+from routed_models import TOKENS, adapted, assert_rows_as_alone, lora
 
 from peftcore import LoraConfig, MergeError, get_peft_model
+from peftcore.composition import Stack
+from peftcore.errors import RoutingError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about its own deprecated calls
 
@@ -56,3 +60,12 @@ def test_alora_generates_what_repeated_forwards_give(beams: int) -> None:
     assert torch.equal(cached[1], base[0])
     given = model.generate(prompt, attention_mask=torch.ones_like(prompt), alora_offsets=[3, None], **options)
     assert torch.equal(given, cached)
+
+
+def test_alora_acts_where_its_row_was_invoked() -> None:
+    model = adapted(routed_models.llama(), a=lora(alora_invocation_tokens=[20, 21]), b=lora())
+    tokens = TOKENS.clone()
+    tokens[0, 2:4] = tokens[3, 4:6] = torch.tensor([20, 21])
+    assert_rows_as_alone(model, ["a", "b", None, "a", "a", "b"], tokens)
+    with pytest.raises(RoutingError, match="only one composition of a batch can have it"):
+        model(tokens, adapter_names=["a", Stack("a", "b"), None, None, None, None])

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from flows.errors import ParamsError, StageError
-from flows.params import load_params
+from flows.errors import StageError
 from flows.paths import Paths
 from flows.stages import train
 from peftcore import PeftConfig
@@ -66,12 +65,3 @@ def test_too_few_rows_to_search_on_are_said(prepared: Paths, tiny_params) -> Non
     many = AUTO | {"auto": {"steps": 30}}
     with pytest.raises(StageError, match=r"method\.auto\.steps \+ held_out = 34 batches of 4 rows; there are 32"):
         train.run(tiny_params(method=many), prepared)
-
-
-@pytest.mark.parametrize("given", ["{r: atuo}", "{r: 0}", "{r: true}", "{r: 2.5}", "{name: adalora, r: auto}"])
-def test_what_is_no_rank_is_refused(given: str, tmp_path) -> None:
-    (tmp_path / "params.yaml").write_text(f"method: {given}")
-    with pytest.raises(
-        ParamsError, match=r"method\.r: .* does not fit; (give a whole number of at least 1, or auto|rank)"
-    ):
-        load_params(tmp_path / "params.yaml")

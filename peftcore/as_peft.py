@@ -1,0 +1,88 @@
+"""Let `import peft` find peftcore in this process: for libraries and scripts that import `peft` themselves.
+
+    import peftcore.as_peft                     # the first line of a script
+    python -m peftcore.as_peft SCRIPT ARGS...   # for a script that stays as it is
+    python -m peftcore.as_peft -m MODULE ARGS...
+
+Then `import peft`, `from peft.tuners.lora import LoraLayer` and transformers' `is_peft_available()` find peftcore,
+whether HF PEFT is installed or not. Nothing changes in a process without one of these lines.
+"""
+
+import email.message
+import importlib.metadata
+import runpy
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftcore import hf_peft
+from peftcore.errors import PeftError
+from peftcore.hf_peft.alias import PACKAGE, AliasFinder, MethodFinder, install
+
+
+class _Distribution(importlib.metadata.Distribution):
+    """Metadata of a distribution `peft`, with the version whose names peftcore has."""
+
+    @property
+    def metadata(self) -> Any:
+        message = email.message.Message()
+        message["Name"], message["Version"] = "peft", hf_peft.__version__
+        return message
+
+    def read_text(self, filename: str) -> str | None:
+        return "peft\n" if filename == "top_level.txt" else None
+
+    def locate_file(self, path: Any) -> Any:
+        return Path(hf_peft.__file__).parent / path
+
+
+class _DistributionFinder:
+    """Finder of the distribution `peft` for `importlib.metadata`."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> None:
+        return None
+
+    def find_distributions(self, context: Any = None) -> Iterable[importlib.metadata.Distribution]:
+        return [_Distribution()] if getattr(context, "name", None) in (None, "peft") else []
+
+
+def activate() -> None:
+    """Make `import peft` find peftcore from now on.
+
+    Raises:
+        PeftError: HF PEFT has been imported already.
+    """
+    present = sys.modules.get("peft")
+    if present is not None and present is not hf_peft:
+        raise PeftError(
+            "peftcore.as_peft must be imported before the first `import peft`, and HF PEFT is imported already (by a "
+            "line of the script, or by a library such as trl); move `import peftcore.as_peft` to the top of the script"
+        )
+    install(_DistributionFinder(), MethodFinder(), AliasFinder("peft", PACKAGE))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run a script or a module with the alias in place.
+
+    Args:
+        arguments: the script's path, or "-m" and a module's name; then the script's own arguments.
+    """
+    if not arguments or (arguments[0] == "-m" and len(arguments) < 2):
+        sys.exit(
+            "usage: python -m peftcore.as_peft SCRIPT ARGS...\n       python -m peftcore.as_peft -m MODULE ARGS..."
+        )
+    if arguments[0] == "-m":
+        sys.argv = list(arguments[1:])
+        sys.path.insert(0, "")
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        return
+    sys.argv = list(arguments)
+    sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+activate()
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,230 @@
+"""HF PEFT's classes of models and layers, for `isinstance` checks.
+
+peftcore has one class for all tasks and one wrapper for all methods. The classes here are not their bases. They answer
+`isinstance` by what a model or a layer holds.
+"""
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from peftcore.config import PeftConfig, TaskType
+from peftcore.errors import ConfigError, PeftError
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
+from peftcore.layers.adapter_layer import AdapterLayer
+from peftcore.layers.adapter_parameters import AdapterParameters
+from peftcore.layers.saved_module import SavedModule
+from peftcore.model import PeftModel, get_peft_model
+from peftcore.registry import methods
+
+
+class _TaskClass(type):
+    """Metaclass of the task classes: an instance is a PeftModel whose first adapter has the class's task."""
+
+    task_type: TaskType
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if not isinstance(instance, PeftModel) or not instance.peft_config:
+            return False
+        return next(iter(instance.peft_config.values())).task_type == cls.task_type
+
+    def __call__(cls, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> Any:
+        if peft_config.task_type not in (None, cls.task_type):
+            raise ConfigError(
+                f"{cls.__name__}: task_type must be {cls.task_type.value!r} or None; got {peft_config.task_type!r}"
+            )
+        peft_config.task_type = cls.task_type
+        return get_peft_model(model, peft_config, adapter_name, **kwargs)
+
+    def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved adapter; see `PeftModel.from_pretrained`."""
+        return PeftModel.from_pretrained(model, *args, **kwargs)
+
+
+class PeftModelForCausalLM(metaclass=_TaskClass):
+    """A PeftModel whose first adapter has task_type="CAUSAL_LM"."""
+
+    task_type = TaskType.CAUSAL_LM
+
+
+class PeftModelForSeq2SeqLM(metaclass=_TaskClass):
+    """A PeftModel whose first adapter has task_type="SEQ_2_SEQ_LM"."""
+
+    task_type = TaskType.SEQ_2_SEQ_LM
+
+
+class PeftModelForSequenceClassification(metaclass=_TaskClass):
+    """A PeftModel whose first adapter has task_type="SEQ_CLS"."""
+
+    task_type = TaskType.SEQ_CLS
+
+
+class PeftModelForTokenClassification(metaclass=_TaskClass):
+    """A PeftModel whose first adapter has task_type="TOKEN_CLS"."""
+
+    task_type = TaskType.TOKEN_CLS
+
+
+class PeftModelForQuestionAnswering(metaclass=_TaskClass):
+    """A PeftModel whose first adapter has task_type="QUESTION_ANS"."""
+
+    task_type = TaskType.QUESTION_ANS
+
+
+class PeftModelForFeatureExtraction(metaclass=_TaskClass):
+    """A PeftModel whose first adapter has task_type="FEATURE_EXTRACTION"."""
+
+    task_type = TaskType.FEATURE_EXTRACTION
+
+
+class _Mixed(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if not isinstance(instance, PeftModel):
+            return False
+        return bool(vars(instance).get("_is_mixed")) or len({c.peft_type for c in instance.peft_config.values()}) > 1
+
+    def __call__(cls, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> Any:
+        return get_peft_model(model, peft_config, adapter_name, mixed=True)
+
+    def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved adapter; see `PeftModel.from_pretrained`."""
+        loaded = PeftModel.from_pretrained(model, *args, **kwargs)
+        vars(loaded)["_is_mixed"] = True
+        return loaded
+
+
+class PeftMixedModel(metaclass=_Mixed):
+    """A PeftModel made with `mixed=True`, or with adapters of several methods; every PeftModel can mix methods."""
+
+
+class _Wrapper(type):
+    """Metaclass of the layer classes; such a class is never made."""
+
+    wrappers: tuple[type, ...]
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.wrappers)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls.wrappers)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise PeftError(
+            f"{cls.__name__} cannot be made by itself; peftcore's layers are made by get_peft_model, or by "
+            "inject_adapter_in_model on any module"
+        )
+
+
+class BaseTunerLayer(metaclass=_Wrapper):
+    """A layer with adapters."""
+
+    wrappers = (AdapterLayer, AdapterParameters)
+
+
+class AuxiliaryTrainingWrapper(metaclass=_Wrapper):
+    """A module with one trainable copy per adapter (`modules_to_save`)."""
+
+    wrappers = (SavedModule,)
+
+
+class ModulesToSaveWrapper(metaclass=_Wrapper):
+    """A module with one trainable copy per adapter (`modules_to_save`)."""
+
+    wrappers = (SavedModule,)
+
+
+class _OfMethod(_Wrapper):
+    """Metaclass of the layer classes of one method."""
+
+    peft_type: ClassVar[str]
+    kinds: ClassVar[frozenset[str]]
+    """Kinds of layer; empty for all."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        adapter_class = methods()[cls.peft_type].adapter
+        if isinstance(instance, AdapterParameters):
+            slots = [instance.sites[name] for name in instance.sites]
+        elif isinstance(instance, AdapterLayer):
+            slots = [instance]
+        else:
+            return False
+        if cls.kinds and not any(slot.base.kind in cls.kinds for slot in slots):
+            return False
+        return any(isinstance(slot.adapters[name], adapter_class) for slot in slots for name in slot.adapters)
+
+
+def layer_class(name: str, peft_type: str, *kinds: str) -> Any:
+    """Return a class for `isinstance` checks of layers with an adapter of one method.
+
+    Args:
+        name: the class's name.
+        peft_type: the method.
+        kinds: kinds of layer, such as "linear"; none for all.
+    """
+    members = {"peft_type": peft_type, "kinds": frozenset(kinds), "wrappers": (AdapterLayer, AdapterParameters)}
+    return _OfMethod(name, (), {**members, "__doc__": f"A layer with an adapter of {peft_type}."})
+
+
+TrainableTokensWrapper = layer_class("TrainableTokensWrapper", "TRAINABLE_TOKENS")
+
+
+class _Prompt(_Wrapper):
+    """Metaclass of the classes of prompt learners."""
+
+    peft_type: ClassVar[str]
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, methods()[cls.peft_type].adapter)
+
+
+class PromptEmbedding(metaclass=_Prompt):
+    """The prompt of prompt tuning, a submodule of its model."""
+
+    peft_type = "PROMPT_TUNING"
+    wrappers = ()
+
+
+class MultitaskPromptEmbedding(metaclass=_Prompt):
+    """The prompt of multitask prompt tuning, a submodule of its model."""
+
+    peft_type = "MULTITASK_PROMPT_TUNING"
+    wrappers = ()
+
+
+class PromptEncoder(metaclass=_Prompt):
+    """The prompt of P-tuning, a submodule of its model."""
+
+    peft_type = "P_TUNING"
+    wrappers = ()
+
+
+class PrefixEncoder(metaclass=_Prompt):
+    """The prefix of prefix tuning, a submodule of its model."""
+
+    peft_type = "PREFIX_TUNING"
+    wrappers = ()
+
+
+class CPTEmbedding(metaclass=_Prompt):
+    """The prompt of context-aware prompt tuning, a submodule of its model."""
+
+    peft_type = "CPT"
+    wrappers = ()
+
+
+def check_if_peft_model(model_name_or_path: str) -> bool:
+    """Return True if a directory or a hub repository holds an adapter.
+
+    Args:
+        model_name_or_path: a directory, or the id of a repository on the hub.
+    """
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except (PeftError, OSError):
+        return False
+    return True
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Return True if a model has adapters."""
+    return ATTRIBUTE in model.__dict__ and bool(adapter_set(model).configs)

@@ -1,0 +1,113 @@
+"""`peft.helpers`: tools around a model with adapters."""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from peftcore.errors import ConfigError, PeftError
+from peftcore.hf_peft.classes import check_if_peft_model
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
+
+__all__ = [
+    "DoraCaching",
+    "check_if_peft_model",
+    "disable_input_dtype_casting",
+    "rescale_adapter_scale",
+    "update_forward_signature",
+    "update_generate_signature",
+    "update_signature",
+]
+
+
+@contextlib.contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Multiply the scaling of all adapters inside of the context.
+
+    With a multiplier between 0 and 1 this is WiSE-FT (arXiv:2109.01903) between the base and the adapted model.
+
+    Args:
+        model: a model with adapters.
+        multiplier: the factor.
+
+    Raises:
+        TypeError: `multiplier` is not a number.
+        PeftError: no adapter of the model has a scaling.
+    """
+    if not isinstance(multiplier, int | float) or isinstance(multiplier, bool):
+        raise TypeError(f"multiplier must be a number; got {multiplier!r:.200}")
+    slots = adapter_set(model).layers.values() if ATTRIBUTE in model.__dict__ else ()
+    scaled: list[Any] = [
+        slot.adapters[n] for slot in slots for n in slot.adapters if hasattr(slot.adapters[n], "scaling")
+    ]
+    if not scaled:
+        raise PeftError("rescale_adapter_scale: no adapter of this model has a scaling, as LoRA's do")
+    original = [adapter.scaling for adapter in scaled]
+    for adapter in scaled:
+        adapter.scaling *= multiplier
+    try:
+        yield
+    finally:
+        for adapter, scaling in zip(scaled, original, strict=True):
+            adapter.scaling = scaling
+
+
+@contextlib.contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Do nothing: peftcore never casts activations to the dtype of an adapter, so there is no cast to disable.
+
+    Args:
+        model: a model with adapters.
+        active: without effect, too.
+
+    Raises:
+        AdapterNameError: the model has no adapters.
+    """
+    adapter_set(model)
+    yield
+
+
+class DoraCaching:
+    """Context in which DoRA's weight norms would be kept; peftcore always keeps them while nothing changes.
+
+    Args:
+        enabled: True; False is an error, because there is no way to do without.
+
+    Raises:
+        ConfigError: `enabled` is False.
+    """
+
+    def __init__(self, enabled: bool = True):
+        if not enabled:
+            raise ConfigError(
+                "DoraCaching(enabled=False): weight norms are always kept until a weight changes; leave the call out"
+            )
+
+    def __enter__(self) -> "DoraCaching":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        pass
+
+
+def _has_own_signature(model: nn.Module, method: str = "all") -> None:
+    """Check that `method` names a method; a model with adapters has the signatures of its base already.
+
+    Args:
+        model: a model with adapters.
+        method: "forward", "generate" or "all".
+
+    Raises:
+        ValueError: `method` is another word.
+        AdapterNameError: the model has no adapters.
+    """
+    adapter_set(model)
+    if method not in ("forward", "generate", "all"):
+        raise ValueError(f"method must be 'forward', 'generate' or 'all'; got {method!r:.200}")
+
+
+update_signature = _has_own_signature
+update_forward_signature = partial(_has_own_signature, method="forward")
+update_generate_signature = partial(_has_own_signature, method="generate")

@@ -1,0 +1,77 @@
+"""`peft.optimizers`: optimisers that treat LoRA's two factors differently."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peftcore.errors import ConfigError
+from peftcore.injection.adapter_set import adapter_set
+
+if TYPE_CHECKING:
+    from peftcore.train.optimizers import LoraFa
+
+__all__ = ["create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer"]
+
+
+def create_loraplus_optimizer(
+    model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+) -> torch.optim.Optimizer:
+    """Create a LoRA+ optimiser, arXiv:2402.12354; see `peftcore.train.optimizers.create_loraplus_optimizer`.
+
+    Args:
+        model: a PeftModel with an active LoRA.
+        optimizer_cls: class of the optimiser.
+        lr: learning rate of A.
+        loraplus_lr_ratio: ratio of B's learning rate to A's.
+        kwargs: `loraplus_lr_embedding`, `loraplus_weight_decay`, and further arguments of `optimizer_cls`.
+
+    Raises:
+        ConfigError: no active adapter is a LoRA.
+        MissingExtraError: the extra `train` is not installed.
+    """
+    from peftcore.train.optimizers import create_loraplus_optimizer as create
+
+    return create(model, optimizer_cls, lr, loraplus_lr_ratio, **kwargs)
+
+
+def create_lorafa_optimizer(
+    model: nn.Module, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
+) -> "LoraFa":
+    """Freeze A of every active LoRA, and create the LoRA-FA optimiser, arXiv:2308.03303.
+
+    Each layer's own scaling is used, so `r`, `lora_alpha` and `use_rslora` must be those of the active adapters.
+
+    Args:
+        model: a PeftModel with an active LoRA.
+        r: rank of the active adapters.
+        lora_alpha: α of the active adapters.
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        use_rslora: None, or the value of the active adapters' configuration.
+
+    Raises:
+        ConfigError: an active adapter has another r, lora_alpha or use_rslora; or none is a LoRA.
+        MissingExtraError: the extra `train` is not installed.
+    """
+    from peftcore.train.optimizers import create_lorafa_optimizer as create
+
+    adapters = adapter_set(model)
+    for name in adapters.selection.active:
+        config: Any = adapters.configs[name]
+        stated = {"r": r, "lora_alpha": lora_alpha} | ({} if use_rslora is None else {"use_rslora": use_rslora})
+        for option, value in stated.items():
+            if getattr(config, option, value) != value:
+                raise ConfigError(
+                    f"create_lorafa_optimizer: {option}={value!r}, but adapter {name!r} has "
+                    f"{option}={getattr(config, option)!r}; give the adapter's value"
+                )
+    return create(model, lr, weight_decay)
+
+
+def create_riemannian_optimizer(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    """Raise ConfigError: peftcore does not have this optimiser."""
+    raise ConfigError(
+        "create_riemannian_optimizer: peftcore does not have this optimiser; create_loraplus_optimizer and "
+        "create_lorafa_optimizer are there"
+    )

@@ -1,0 +1,171 @@
+"""Options of LoRA's variants as HF PEFT's configuration objects, and the enumerations of prompt methods.
+
+Each object is a dictionary, the form that `LoraConfig` takes and saves, with its keys as attributes.
+"""
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from peftcore.errors import ConfigError
+
+
+class _Options(dict[str, Any]):
+    """A dictionary whose keys are attributes, too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"{type(self).__name__} has no option {name!r}; it has {', '.join(self)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self:
+            raise AttributeError(f"{type(self).__name__} has no option {name!r}; it has {', '.join(self)}")
+        self[name] = value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as a plain dictionary."""
+        return dict(self)
+
+
+class EvaConfig(_Options):
+    """Options of `init_lora_weights="eva"`, for `LoraConfig(eva_config=...)`. arXiv:2410.07170.
+
+    Args:
+        rho: the largest rank of a layer, as a multiple of r; at least 1.
+        tau: cosine similarity from which a component counts as converged; in [0, 1].
+        use_label_mask: leave out tokens that have no label.
+        label_mask_value: the label of tokens without a label.
+        whiten: scale the components to unit variance.
+        adjust_scaling_factors: adjust lora_alpha to each layer's new rank.
+    """
+
+    def __init__(
+        self,
+        rho: float = 2.0,
+        tau: float = 0.99,
+        use_label_mask: bool = True,
+        label_mask_value: int = -100,
+        whiten: bool = False,
+        adjust_scaling_factors: bool = True,
+    ):
+        super().__init__(
+            rho=rho,
+            tau=tau,
+            use_label_mask=use_label_mask,
+            label_mask_value=label_mask_value,
+            whiten=whiten,
+            adjust_scaling_factors=adjust_scaling_factors,
+        )
+
+
+class CordaConfig(_Options):
+    """Options of `init_lora_weights="corda"`, for `LoraConfig(corda_config=...)`. arXiv:2406.05223.
+
+    Args:
+        cache_file: only None; `initialize_from_data` keeps nothing on disk.
+        covariance_file: only None.
+        corda_method: "ipm" (instruction-previewed) or "kpm" (knowledge-preserved).
+        verbose: only False.
+        use_float16_for_covariance: only False.
+        prune_temporary_fields: only True.
+
+    Raises:
+        ConfigError: an option has another value than the ones above.
+    """
+
+    def __init__(
+        self,
+        cache_file: str | None = None,
+        covariance_file: str | None = None,
+        corda_method: Literal["ipm", "kpm"] = "ipm",
+        verbose: bool = False,
+        use_float16_for_covariance: bool = False,
+        prune_temporary_fields: bool = True,
+    ):
+        fixed = {
+            "cache_file": (cache_file, None),
+            "covariance_file": (covariance_file, None),
+            "verbose": (verbose, False),
+            "use_float16_for_covariance": (use_float16_for_covariance, False),
+            "prune_temporary_fields": (prune_temporary_fields, True),
+        }
+        for name, (value, only) in fixed.items():
+            if value != only:
+                raise ConfigError(
+                    f"CordaConfig: {name} must be {only!r}, because covariances are kept in memory; got {value!r}"
+                )
+        super().__init__(corda_method=corda_method)
+
+
+class LoraGAConfig(_Options):
+    """Options of `init_lora_weights="lora_ga"`, for `LoraConfig(lora_ga_config=...)`. arXiv:2407.05000.
+
+    Args:
+        direction: which singular directions of the gradient start A and B.
+        scale: how the start is scaled.
+        stable_gamma: γ of scale "stable".
+    """
+
+    def __init__(
+        self,
+        direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r",
+        scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable",
+        stable_gamma: int = 16,
+    ):
+        super().__init__(direction=direction, scale=scale, stable_gamma=stable_gamma)
+
+
+class LoftQConfig(_Options):
+    """Options of `init_lora_weights="loftq"`, for `LoraConfig(loftq_config=...)`. arXiv:2310.08659.
+
+    Args:
+        loftq_bits: bits of the quantised base, 4 or 8.
+        loftq_iter: alternations between quantisation and truncated SVD (count).
+    """
+
+    def __init__(self, loftq_bits: int = 4, loftq_iter: int = 1):
+        super().__init__(loftq_bits=loftq_bits, loftq_iter=loftq_iter)
+
+
+class LoraRuntimeConfig(_Options):
+    """Options that are not saved.
+
+    Args:
+        ephemeral_gpu_offload: only False; DoRA's norms are computed where the weights are.
+
+    Raises:
+        ConfigError: ephemeral_gpu_offload is True.
+    """
+
+    def __init__(self, ephemeral_gpu_offload: bool = False):
+        if ephemeral_gpu_offload:
+            raise ConfigError(
+                "LoraRuntimeConfig: ephemeral_gpu_offload is not supported; move the model to the GPU for DoRA, or "
+                "leave the option out"
+            )
+        super().__init__(ephemeral_gpu_offload=False)
+
+
+class PromptTuningInit(StrEnum):
+    """Starts of prompt tuning: the embeddings of a text, of sampled tokens of the vocabulary, or random numbers."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+class MultitaskPromptTuningInit(StrEnum):
+    """Starts of multitask prompt tuning; the last three read the prompts of trained source tasks."""
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
+
+
+class PromptEncoderReparameterizationType(StrEnum):
+    """Networks that compute the prompt of P-tuning."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"

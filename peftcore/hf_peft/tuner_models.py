@@ -1,0 +1,153 @@
+"""HF PEFT's model class of each method: `LoraModel`, `IA3Model`, ...; see `TunerModel`."""
+
+from peftcore.injection.tuner_model import TunerModel
+
+
+class LoraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method LORA."""
+
+    peft_type = "LORA"
+
+
+class AdaLoraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method ADALORA."""
+
+    peft_type = "ADALORA"
+
+
+class BOFTModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method BOFT."""
+
+    peft_type = "BOFT"
+
+
+class AdaptionPromptModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method ADAPTION_PROMPT."""
+
+    peft_type = "ADAPTION_PROMPT"
+
+
+class IA3Model(TunerModel):
+    """View on a model with adapters, the first of which is of the method IA3."""
+
+    peft_type = "IA3"
+
+
+class LoHaModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method LOHA."""
+
+    peft_type = "LOHA"
+
+
+class LoKrModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method LOKR."""
+
+    peft_type = "LOKR"
+
+
+class OFTModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method OFT."""
+
+    peft_type = "OFT"
+
+
+class PolyModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method POLY."""
+
+    peft_type = "POLY"
+
+
+class LNTuningModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method LN_TUNING."""
+
+    peft_type = "LN_TUNING"
+
+
+class VeraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method VERA."""
+
+    peft_type = "VERA"
+
+
+class FourierFTModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method FOURIERFT."""
+
+    peft_type = "FOURIERFT"
+
+
+class XLoraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method XLORA."""
+
+    peft_type = "XLORA"
+
+
+class HRAModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method HRA."""
+
+    peft_type = "HRA"
+
+
+class VBLoRAModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method VBLORA."""
+
+    peft_type = "VBLORA"
+
+
+class MissModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method MISS."""
+
+    peft_type = "MISS"
+
+
+class RandLoraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method RANDLORA."""
+
+    peft_type = "RANDLORA"
+
+
+class RoadModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method ROAD."""
+
+    peft_type = "ROAD"
+
+
+class TrainableTokensModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method TRAINABLE_TOKENS."""
+
+    peft_type = "TRAINABLE_TOKENS"
+
+
+class HiraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method HIRA."""
+
+    peft_type = "HIRA"
+
+
+class ShiraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method SHIRA."""
+
+    peft_type = "SHIRA"
+
+
+class C3AModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method C3A."""
+
+    peft_type = "C3A"
+
+
+class WaveFTModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method WAVEFT."""
+
+    peft_type = "WAVEFT"
+
+
+class DeloraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method DELORA."""
+
+    peft_type = "DELORA"
+
+
+class GraloraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method GRALORA."""
+
+    peft_type = "GRALORA"

@@ -1,0 +1,44 @@
+"""`peft.tuners.lora`: LoRA's classes, and the functions around it."""
+
+from peftcore.conversion import convert_to_lora, save_as_lora
+from peftcore.hf_peft.classes import layer_class
+from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from peftcore.hf_peft.tuner_models import LoraModel
+from peftcore.hf_peft.unsupported import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peftcore.methods.lora import LoraConfig
+
+LoraLayer = layer_class("LoraLayer", "LORA")
+Linear = layer_class("Linear", "LORA", "linear")
+Embedding = layer_class("Embedding", "LORA", "embedding")
+Conv1d = layer_class("Conv1d", "LORA", "conv")
+Conv2d = layer_class("Conv2d", "LORA", "conv")
+Conv3d = layer_class("Conv3d", "LORA", "conv")
+ParamWrapper = layer_class("ParamWrapper", "LORA", "parameter")
+Linear4bit = layer_class("Linear4bit", "LORA", "linear")
+Linear8bitLt = layer_class("Linear8bitLt", "LORA", "linear")
+
+__all__ = [
+    "ArrowConfig",
+    "BdLoraConfig",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "CordaConfig",
+    "Embedding",
+    "EvaConfig",
+    "KasaConfig",
+    "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraLayer",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "MontecloraConfig",
+    "ParamWrapper",
+    "VeloraConfig",
+    "convert_to_lora",
+    "save_as_lora",
+]

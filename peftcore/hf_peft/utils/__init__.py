@@ -1,0 +1,53 @@
+"""`peft.utils`: state dicts, names of files, and small tools that scripts import from there."""
+
+import torch
+
+from peftcore._util.tensors import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
+from peftcore.config import PeftType, TaskType
+from peftcore.errors import PeftError
+from peftcore.files import CONFIG_NAME
+from peftcore.hf_peft.classes import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peftcore.hf_peft.functional import cast_adapter_dtype
+from peftcore.hf_peft.precision import cast_mixed_precision_params
+from peftcore.init import replace_lora_weights_loftq
+from peftcore.injection.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peftcore.model import prepare_model_for_kbit_training
+from peftcore.storage.reading import load_peft_weights
+from peftcore.storage.state_dict import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
+
+WEIGHTS_NAME = "adapter_model.bin"
+"""Name of a pickled adapter, which peftcore never reads."""
+
+__all__ = [
+    "CONFIG_NAME",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
+    "PeftError",
+    "PeftType",
+    "TaskType",
+    "TrainableTokensWrapper",
+    "cast_adapter_dtype",
+    "cast_mixed_precision_params",
+    "get_base_model_state_dict",
+    "get_peft_model_state_dict",
+    "infer_device",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+]
+
+
+def infer_device() -> str:
+    """Return the type of the accelerator that PyTorch can use now; "cpu" if there is none."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if device is None else device.type

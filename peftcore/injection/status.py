@@ -1,0 +1,180 @@
+"""Status of the adapters of each layer and of a whole model: `get_layer_status` and `get_model_status`."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from peftcore.errors import PeftError
+from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
+from peftcore.layers.saved_module import SavedModule
+
+Irregular = Literal["irregular"]
+"""The value of a field that differs between layers."""
+
+
+@dataclass
+class TunerLayerStatus:
+    """The adapters of one layer.
+
+    Attributes:
+        name: the layer's path in the model.
+        module_type: the class of the layer with adapters.
+        enabled: False after `disable_adapters`.
+        active_adapters: names of the active adapters, in order.
+        merged_adapters: names of the adapters that are merged into the layer's weight.
+        requires_grad: {adapter: whether its parameters train; "irregular" if only some do}.
+        available_adapters: names of the layer's adapters, sorted.
+        devices: {adapter: types of the devices of its parameters, sorted}.
+        quantization_backend: the storage of a quantised weight, such as "bnb 4bit"; None for a plain weight.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class TunerModelStatus:
+    """The adapters of a model; a field is "irregular" if it differs between layers.
+
+    Attributes:
+        base_model_type: the class of the base model.
+        adapter_model_type: the class of HF PEFT's model for the method, such as "LoraModel".
+        peft_types: {adapter: method}.
+        trainable_params: number of parameters that train.
+        total_params: number of all parameters.
+        num_adapter_layers: number of layers with adapters.
+        enabled: False after `disable_adapters`.
+        active_adapters: names of the active adapters, in order.
+        merged_adapters: names of the merged adapters.
+        requires_grad: {adapter: whether its parameters train}.
+        available_adapters: names of all adapters, sorted.
+        devices: {adapter: types of the devices of its parameters, sorted}.
+        quantization_backend: see `TunerLayerStatus`.
+    """
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | Irregular | None
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """Return the status of each layer with adapters.
+
+    Args:
+        model: a model with adapters.
+
+    Raises:
+        PeftError: no layer of the model has an adapter, as with prompt methods.
+    """
+    if ATTRIBUTE not in model.__dict__ or not (adapter_set(model).layers or adapter_set(model).saved):
+        raise PeftError("no adapter layers found in the model; add an adapter of layers by get_peft_model first")
+    adapters = adapter_set(model)
+    layers = [
+        _status(adapters, path, type(slot).__name__, slot.adapters, slot.merged, _backend(slot.base))
+        for path, slot in adapters.layers.items()
+    ]
+    copies = [
+        _status(adapters, path, SavedModule.__name__, wrapper.copies, (), None)
+        for path, wrapper in adapters.saved.items()
+    ]
+    return layers + copies
+
+
+def _status(
+    adapters: AdapterSet, path: str, kind: str, parts: Any, merged: tuple[str, ...], backend: str | None
+) -> TunerLayerStatus:
+    parameters = {name: list(parts[name].parameters()) for name in parts}
+    return TunerLayerStatus(
+        name=path,
+        module_type=kind,
+        enabled=not adapters.selection.switched_off,
+        active_adapters=list(adapters.selection.active),
+        merged_adapters=list(merged),
+        requires_grad={
+            name: _same({parameter.requires_grad for parameter in of_one}, default=False)
+            for name, of_one in parameters.items()
+        },
+        available_adapters=sorted(parts),
+        devices={name: sorted({p.device.type for p in of_one}) for name, of_one in parameters.items()},
+        quantization_backend=backend,
+    )
+
+
+def _backend(base: Any) -> str | None:
+    if not base.quantized:
+        return None
+    bits = {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}
+    return bits.get(type(base.layer.weight).__name__, type(base.layer).__name__)
+
+
+def _same(values: Collection[Any], default: Any) -> Any:
+    """Return the common value; "irregular" if there are several, `default` if there is none."""
+    distinct = set(values)
+    return "irregular" if len(distinct) > 1 else next(iter(distinct), default)
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """Return the status of all layers with adapters together.
+
+    Args:
+        model: a model with adapters.
+
+    Raises:
+        PeftError: no layer of the model has an adapter, as with prompt methods.
+    """
+    layers = get_layer_status(model)
+    adapters = adapter_set(model)
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    is_partly_merged = any(
+        name in layer.available_adapters and name not in layer.merged_adapters for layer in layers for name in merged
+    )
+    parameters = list(model.parameters())
+    counts: Any = getattr(model, "get_nb_trainable_parameters", None)
+    if counts is not None:
+        trainable, total = counts()
+    else:
+        trainable, total = (sum(p.numel() for p in parameters if p.requires_grad or any_) for any_ in (False, True))
+    names = sorted({name for layer in layers for name in layer.available_adapters})
+    kinds = {config.peft_type for config in adapters.configs.values()}
+    active = _same({tuple(layer.active_adapters) for layer in layers}, default=())
+    return TunerModelStatus(
+        base_model_type=type(model).__name__,
+        adapter_model_type=f"{type(next(iter(adapters.configs.values()))).__name__.removesuffix('Config')}Model"
+        if len(kinds) == 1
+        else "MixedModel",
+        peft_types={name: str(config.peft_type) for name, config in adapters.configs.items()},
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=_same({layer.enabled for layer in layers}, default=True),
+        active_adapters="irregular" if active == "irregular" else list(active),
+        merged_adapters="irregular" if is_partly_merged else merged,
+        requires_grad={
+            name: _same({layer.requires_grad[name] for layer in layers if name in layer.requires_grad}, default=False)
+            for name in names
+        },
+        available_adapters=names,
+        devices={
+            name: sorted({device for layer in layers for device in layer.devices.get(name, ())}) for name in names
+        },
+        quantization_backend=_same({layer.quantization_backend for layer in layers}, default=None),
+    )

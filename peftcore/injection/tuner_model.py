@@ -1,0 +1,125 @@
+"""`TunerModel`: the object between a `PeftModel` and its base in HF PEFT, as a view: `model.base_model.model`."""
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from peftcore.config import PeftConfig
+from peftcore.injection import activation, inject, merge
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
+
+_CLASSES: dict[str, type["TunerModel"]] = {}
+
+
+class TunerModel:
+    """A view on a model with adapters: attributes of the model without its head if it has them, else of the model.
+
+    Each method of HF PEFT has a subclass, such as `peftcore.LoraModel`, whose call adds an adapter to a model without
+    changing the model's class: `LoraModel(model, config, "default")`.
+
+    Args:
+        model: a model; changed in place if a configuration is given.
+        config: the configuration of a new adapter, or {adapter name: configuration}; None if the model has adapters.
+        adapter_name: the name of the new adapter.
+
+    Raises:
+        ConfigError: an option does not fit the model.
+        TargetError: no layer matches, or a matching layer cannot be adapted.
+        AdapterNameError: the name is not valid; or no configuration is given, and the model has no adapters.
+    """
+
+    peft_type: ClassVar[str] = ""
+    """Name of the method on disk."""
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PeftConfig | dict[str, PeftConfig] | None = None,
+        adapter_name: str = "default",
+    ):
+        configs = {adapter_name: config} if isinstance(config, PeftConfig) else config or {}
+        for name, one in configs.items():
+            if ATTRIBUTE in model.__dict__:
+                inject.add_adapter(model, one, name)
+            else:
+                inject.inject_adapter_in_model(one, model, name)
+        adapter_set(model)
+        self.__dict__["model"] = model
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.peft_type:
+            _CLASSES[cls.peft_type] = cls
+
+    def __getattr__(self, name: str) -> Any:
+        model = self.__dict__["model"]
+        if not hasattr(nn.Module, name):  # transformers reads attributes of the model without its head here
+            headless = model._modules.get(getattr(model, "base_model_prefix", ""))
+            if headless is not None and hasattr(headless, name):
+                return getattr(headless, name)
+        return getattr(model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.model, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        return self.model(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(model={self.model!r})"
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """{adapter: configuration}."""
+        return adapter_set(self.model).configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in order."""
+        return list(adapter_set(self.model).selection.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Names of the active adapters, in order."""
+        return self.active_adapters
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the layers with adapters."""
+        return list(adapter_set(self.model).layers)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones; see `PeftModel.set_adapter`."""
+        activation.set_adapter(self.model, adapter_name)
+        activation.train_active_only(self.model, not inference_mode)
+
+    def enable_adapter_layers(self) -> None:
+        """Enable the active adapters again after `disable_adapter_layers`."""
+        activation.switch_adapters(self.model, on=True)
+
+    def disable_adapter_layers(self) -> None:
+        """Disable the active adapters, in every thread; see `PeftModel.disable_adapters`."""
+        activation.switch_adapters(self.model, on=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; see `PeftModel.delete_adapter`."""
+        activation.delete_adapter(self.model, adapter_name)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights; see `PeftModel.merge_adapter`."""
+        merge.merge_adapter(self.model, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the unmerged base weights."""
+        merge.unmerge_adapter(self.model)
+
+
+def tuner_model(model: nn.Module) -> TunerModel:
+    """Return the view on a model with adapters, of the class of its first adapter's method."""
+    first = next(iter(adapter_set(model).configs.values()), None)
+    kind = _CLASSES.get(getattr(first, "peft_type", ""), TunerModel)
+    view = object.__new__(kind)
+    view.__dict__["model"] = model
+    return view

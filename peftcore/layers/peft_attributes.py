@@ -1,0 +1,306 @@
+"""The attributes of HF PEFT's layers, as views on an adapter slot.
+
+In HF PEFT a layer holds one dictionary per parameter, `layer.lora_A["default"].weight`. Here an adapter holds all its
+parameters, and `layer.lora_A` is a view: {adapter name: element}. An element is the parameter itself
+(`layer.ia3_l["default"]`), a number (`layer.scaling["default"]`), or an object with a `weight`, like PEFT's nn.Linear.
+Writing an element changes the adapter.
+"""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.adapter import Adapter
+from peftcore.config import options_at
+from peftcore.errors import ConfigError, PeftError
+from peftcore.layers.adapter_slot import AdapterSlot
+
+_NUMBERS = {"r": "rank"}
+"""{attribute of HF PEFT's layers: attribute of an adapter}, where the two names differ"""
+
+
+class FactorView:
+    """One module of HF PEFT's layer, such as `lora_A["default"]`, with the parameters `weight` and `bias`.
+
+    Args:
+        adapter: the adapter that holds the parameters.
+        parameters: {attribute: the parameter's name in the adapter}.
+    """
+
+    def __init__(self, adapter: Adapter, parameters: dict[str, str]):
+        self.__dict__.update(_adapter=adapter, _parameters=parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._parameters:
+            return self._adapter.get_parameter(self._parameters[name])
+        if name == "bias":
+            return None
+        if name in ("in_features", "out_features") and self.weight.dim() == 2:
+            return self.weight.shape[int(name == "in_features")]
+        raise AttributeError(f"this view of an adapter's parameters has {sorted(self._parameters)}, not {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._parameters:
+            raise AttributeError(f"this view of an adapter's parameters has {sorted(self._parameters)}, not {name!r}")
+        path, _, leaf = self._parameters[name].rpartition(".")
+        owner = self._adapter.get_submodule(path)
+        if (
+            not isinstance(value, nn.Parameter)
+            or value.shape != self._adapter.get_parameter(self._parameters[name]).shape
+        ):
+            raise ConfigError(
+                f"{name} of an adapter must be an nn.Parameter of shape "
+                f"{tuple(self._adapter.get_parameter(self._parameters[name]).shape)}; got {type(value).__name__} of "
+                f"shape {tuple(getattr(value, 'shape', ()))}"
+            )
+        setattr(owner, leaf, value)
+        self._adapter.mark_changed()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters."""
+        return (self._adapter.get_parameter(name) for name in self._parameters.values())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (attribute, parameter)."""
+        return ((name, self._adapter.get_parameter(full)) for name, full in self._parameters.items())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return {attribute: tensor}."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def requires_grad_(self, requires_grad: bool = True) -> "FactorView":
+        """Set `requires_grad` of the parameters."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x (..., in_features) times the transposed weight (out_features, in_features), plus the bias.
+
+        Raises:
+            PeftError: the weight is not a matrix.
+        """
+        if self.weight.dim() != 2:
+            raise PeftError("this view of an adapter's parameters can only be called for a matrix; call the layer")
+        return F.linear(x, self.weight, self.bias)
+
+
+class PerAdapter(MutableMapping[str, Any]):
+    """{adapter name: element} of one attribute, over the adapters of a slot that have the attribute.
+
+    Args:
+        slot: the slot of a layer.
+        attribute: the attribute's name in HF PEFT's layer, such as "lora_A" or "scaling".
+    """
+
+    def __init__(self, slot: AdapterSlot, attribute: str):
+        self._slot, self._attribute = slot, attribute
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._slot.adapters and has_attribute(self._slot.adapters[name], self._attribute):
+            return _element(self._slot.adapters[name], self._attribute)
+        raise KeyError(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self:
+            raise PeftError(
+                f"{self._attribute}[{name!r}]: the layer has no such adapter; add one by add_adapter(name, config)"
+            )
+        adapter = self._slot.adapters[name]
+        parameters = _parameters(adapter, self._attribute)
+        attribute = _NUMBERS.get(self._attribute, self._attribute)
+        if parameters == {"": self._attribute}:
+            setattr(adapter, self._attribute, value)
+        elif not parameters and isinstance(vars(adapter).get(attribute), int | float) and attribute != "rank":
+            if attribute == "scaling":
+                _start_scaling(adapter)
+            setattr(adapter, attribute, value)
+        else:
+            raise PeftError(
+                f"{self._attribute}[{name!r}] is a view and cannot be replaced; assign its weight or change it in place"
+            )
+
+    def __delitem__(self, name: str) -> None:
+        raise PeftError(f"{self._attribute}[{name!r}] is a view; delete the whole adapter by delete_adapter({name!r})")
+
+    def __iter__(self) -> Iterator[str]:
+        adapters = self._slot.adapters
+        return (name for name in adapters if has_attribute(adapters[name], self._attribute))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"{self._attribute}: {dict(self)!r}"
+
+
+def has_attribute(adapter: Adapter, attribute: str) -> bool:
+    """Return True if HF PEFT's layer has this attribute for the adapter's method."""
+    return bool(_parameters(adapter, attribute)) or _number(adapter, attribute) is not None
+
+
+def parameter_attributes(adapter: Adapter) -> list[str]:
+    """Return the attributes of HF PEFT's layer that hold the adapter's parameters, such as ["lora_A", "lora_B"]."""
+    return list(dict.fromkeys(key.split(".")[0] for key in adapter.checkpoint_keys().values()))
+
+
+def _parameters(adapter: Adapter, attribute: str) -> dict[str, str]:
+    """Return {rest of the key on disk after the attribute: the parameter's name in the adapter}."""
+    start = f"{attribute}."
+    keys = adapter.checkpoint_keys().items()
+    return {key[len(start) :]: name for name, key in keys if key == attribute or key.startswith(start)}
+
+
+def _number(adapter: Adapter, attribute: str) -> Any:
+    value = getattr(adapter, _NUMBERS.get(attribute, attribute), None)
+    if isinstance(value, int | float):
+        return value
+    config, path = adapter.printed
+    if not hasattr(config, attribute) or attribute.startswith("_"):
+        return None
+    value = options_at(config, path).get(attribute, getattr(config, attribute))
+    return value if isinstance(value, int | float) else None
+
+
+def _element(adapter: Adapter, attribute: str) -> Any:
+    parameters = _parameters(adapter, attribute)
+    if parameters == {"": parameters.get("")}:
+        return adapter.get_parameter(parameters[""])
+    return FactorView(adapter, parameters) if parameters else _number(adapter, attribute)
+
+
+class PeftLayerAttributes:
+    """The attributes and methods of HF PEFT's `BaseTunerLayer`, for a wrapper with one slot of adapters."""
+
+    @property
+    def _slot(self) -> AdapterSlot:
+        """The slot whose adapters the attributes show."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name.startswith("_") or (view := self.peft_attribute(name)) is None:
+                raise
+            return view
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Attributes that hold the parameters of adapters, such as ("lora_A", "lora_B")."""
+        names = (name for key in self._slot.adapters for name in parameter_attributes(self._slot.adapters[key]))
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into this layer's weight."""
+        return list(self._slot.merged)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the model's active adapters."""
+        return list(self._slot.selection.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Names of the model's active adapters."""
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        """True while the model's adapters are disabled."""
+        selection = self._slot.selection
+        route = selection.route
+        return selection.switched_off if route is None else route.is_final
+
+    @property
+    def scaling(self) -> Any:
+        """{adapter: scaling} of the adapters that have one; an assignment of such a dictionary sets each."""
+        view = self.peft_attribute("scaling")
+        if view is None:
+            raise AttributeError("scaling")  # nn.Module then looks for the base layer's attribute
+        return view
+
+    @scaling.setter
+    def scaling(self, values: Mapping[str, float]) -> None:
+        view = PerAdapter(self._slot, "scaling")
+        for name, value in values.items():
+            view[name] = value
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the layer without adapters."""
+        return self._slot.base.layer
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return W' − W of one adapter, in the orientation of the layer's weight.
+
+        Args:
+            adapter: the adapter's name.
+
+        Raises:
+            PeftError: the layer has no such adapter.
+            MergeError: the adapter cannot be expressed as a change of the weight.
+        """
+        if adapter not in self._slot.adapters:
+            raise PeftError(f"{self._slot.path} has no adapter {adapter!r}; it has {list(self._slot.adapters)}")
+        part, base = self._slot.adapter(adapter), self._slot.base
+        part.check_mergeable()
+        if type(part).delta_weight is not Adapter.delta_weight:
+            change = part.delta_weight()
+        else:
+            weight = base.read_unmerged()
+            change = part.merged_weight(weight) - weight
+        return base.oriented(change)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return list(self._slot.adapters)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self._slot.adapters)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scaling of an adapter to `scale` times its start value, lora_alpha / r for LoRA.
+
+        An adapter that the layer does not have is no error, because an adapter may leave layers out.
+
+        Args:
+            adapter: the adapter's name.
+            scale: the factor.
+        """
+        if adapter in self._slot.adapters:
+            part = self._slot.adapters[adapter]
+            part.scaling = scale * _start_scaling(part)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters.
+
+        Args:
+            scale: the factor.
+        """
+        for name in self.active_adapters:
+            if name in self._slot.adapters and hasattr(part := self._slot.adapters[name], "scaling"):
+                _start_scaling(part)
+                part.scaling *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters.
+
+        Args:
+            scale: the divisor; None restores the start value, lora_alpha / r for LoRA.
+        """
+        for name in self.active_adapters:
+            if name in self._slot.adapters and hasattr(part := self._slot.adapters[name], "scaling"):
+                start = _start_scaling(part)
+                part.scaling = start if scale is None else part.scaling / scale
+
+    def peft_attribute(self, name: str) -> PerAdapter | None:
+        """Return the view {adapter: element} of an attribute such as `lora_A`; None if no adapter here has it."""
+        view = PerAdapter(self._slot, name)
+        return view if len(view) else None
+
+
+def _start_scaling(adapter: Any) -> float:
+    """Return the scaling from before the first change through a view; call this before each change."""
+    return vars(adapter).setdefault("start_scaling", adapter.scaling)

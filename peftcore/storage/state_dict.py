@@ -1,0 +1,206 @@
+"""State dicts of an adapter and of the base under the keys of HF PEFT and of the plain model.
+
+A saved adapter's key is `base_model.model.` + the module's path + the parameter, without the adapter's name. The keys
+of a `PeftModel` begin with that prefix; those of a model whose class is unchanged (`inject_adapter_in_model`) do not.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore._util.tensors import PREFIX, is_sharded, whole
+from peftcore.errors import CheckpointError
+from peftcore.injection.adapter_set import AdapterSet, adapter_set
+from peftcore.layers.wrapper import LayerWrapper, Prompts
+from peftcore.storage.adapter_state import SHARED_PREFIX, AdapterState, adapter_state_of
+from peftcore.storage.checkpoint import adapter_tensors, adapter_values
+from peftcore.storage.embedding_rows import SaveEmbeddings
+from peftcore.storage.reading import IncompatibleKeys
+
+
+def _has_prefix(model: nn.Module) -> bool:
+    """Return True if the keys of the model's adapters begin with `base_model.`, as those of a `PeftModel`."""
+    return hasattr(model, "merge_and_unload")
+
+
+def get_peft_model_state_dict(
+    model: Any,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: SaveEmbeddings = "auto",
+) -> dict[str, Tensor]:
+    """Return the tensors of one adapter, without the parameters of the base.
+
+    Args:
+        model: a model with adapters.
+        state_dict: a state dict of the model to take the values from; None for the model's own parameters.
+        adapter_name: the adapter.
+        unwrap_compiled: True if the model is the result of `torch.compile`.
+        save_embedding_layers: whether to return the base's embeddings, too; see `PeftModel.save_pretrained`.
+
+    Returns:
+        {HF PEFT's key without the adapter's name: tensor}.
+
+    Raises:
+        AdapterNameError: the adapter is not loaded.
+        CheckpointError: `state_dict` lacks parameters of the adapter.
+    """
+    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    adapter_set(model).require(adapter_name)
+    if state_dict is None:
+        tensors = adapter_tensors(model, adapter_name, save_embedding_layers)
+    else:
+        tensors = adapter_values(model, adapter_name, save_embedding_layers, state_dict)
+    tensors = {key: whole(tensor) if is_sharded(tensor) else tensor for key, tensor in tensors.items()}
+    return tensors if _has_prefix(model) else {key.removeprefix(PREFIX): t for key, t in tensors.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> IncompatibleKeys:
+    """Write tensors into an adapter that is in the model; the adapter keeps what the state dict lacks.
+
+    Args:
+        model: a model with adapters.
+        peft_model_state_dict: {HF PEFT's key without the adapter's name: tensor}, with or without the prefix
+            `base_model.model.`.
+        adapter_name: the adapter.
+        ignore_mismatched_sizes: True skips tensors of another shape, with a warning.
+        low_cpu_mem_usage: True if the adapter's parameters are on the meta device: they get the tensors' memory and the
+            device of their layer.
+
+    Returns:
+        The keys that the state dict lacks, with the adapter's name in them, and those that the adapter does not have.
+
+    Raises:
+        AdapterNameError: the adapter is not loaded.
+        CheckpointError: a tensor has another shape, and `ignore_mismatched_sizes` is False.
+    """
+    adapters = adapter_set(model)
+    adapters.require(adapter_name)
+    state = adapter_state_of(adapters, adapter_name)
+    if low_cpu_mem_usage:
+        _leave_meta_device(adapters, adapter_name)
+        state = adapter_state_of(adapters, adapter_name)
+    given = {_with_prefix(key, state): tensor for key, tensor in peft_model_state_dict.items()}
+    given = dict(state.with_our_keys(given))
+    present = state.tensors()
+    if state.prompt is not None:
+        present = state.prompt.checkpoint_tensors()
+    unexpected = sorted(given.keys() - present.keys() - state.repeated())
+    matching = {key: tensor for key, tensor in given.items() if key in present}
+    wrong = {
+        key: tensor
+        for key, tensor in matching.items()
+        if tensor.shape != present[key].shape and not state.fits(key, tensor)
+    }
+    if wrong:
+        listed = ", ".join(f"{key} is {list(t.shape)}, here {list(present[key].shape)}" for key, t in wrong.items())
+        if not ignore_mismatched_sizes:
+            raise CheckpointError(
+                f"set_peft_model_state_dict: {listed:.1000}; the adapter in the model has another configuration "
+                "(ignore_mismatched_sizes=True skips these tensors)"
+            )
+        warnings.warn(f"tensors of another shape are skipped: {listed:.1000}", stacklevel=2)
+        matching = {key: tensor for key, tensor in matching.items() if key not in wrong}
+    with torch.no_grad():
+        values = {key: tensor.clone() for key, tensor in present.items()} | matching
+        if state.prompt is not None:
+            state.prompt.read(values, {}, any(p.requires_grad for p in state.prompt.parameters()))
+        state.read(values)
+    missing = sorted(present.keys() - matching.keys() - state.optional())
+    named = [state.parameter_name(key, adapter_name) for key in missing]
+    keep = _has_prefix(model)
+    return IncompatibleKeys(
+        named if keep else [key.removeprefix(PREFIX) for key in named],
+        unexpected if keep else [key.removeprefix(PREFIX) for key in unexpected],
+    )
+
+
+def _with_prefix(key: str, state: AdapterState) -> str:
+    is_prompt = state.prompt is not None
+    return key if is_prompt or key.startswith(SHARED_PREFIX) else f"{PREFIX}{key}"
+
+
+def _leave_meta_device(adapters: AdapterSet, name: str) -> None:
+    """Give parameters on the meta device memory on the device of their layer; their values are not set."""
+    for adapter in adapters.adapters(name).values():
+        if any(parameter.is_meta for parameter in adapter.parameters()):
+            adapter.to_empty(device=adapter.base.device)
+    for path, module in adapters.copies(name).items():
+        if any(parameter.is_meta for parameter in module.parameters()):
+            module.to_empty(device=next(adapters.saved[path].base_layer.parameters()).device)
+
+
+# -- the base model ---------------------------------------------------------------------------------------------------
+
+
+def _base_tensors(module: nn.Module, prefix: str = "", path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (key in the plain model, key in the model with adapters) of the tensors of the base."""
+    while isinstance(module, LayerWrapper):
+        module, path = module.base_layer, f"{path}base_layer."
+    own = [*module._parameters, *(n for n in module._buffers if n not in module._non_persistent_buffers_set)]
+    for name in own:
+        if getattr(module, name) is not None:
+            yield f"{prefix}{name}", f"{path}{name}"
+    for name, child in module._modules.items():
+        if child is not None and not isinstance(child, Prompts):
+            yield from _base_tensors(child, f"{prefix}{name}.", f"{path}{name}.")
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of the base under the keys of the plain model.
+
+    Merged adapters are in the values.
+
+    Args:
+        model: a model with adapters.
+    """
+    tensors = model.state_dict()
+    return {key: tensors[ours] for key, ours in _base_tensors(model) if ours in tensors}
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> IncompatibleKeys:
+    """Load a state dict of the plain model into the base of a model with adapters.
+
+    Args:
+        model: a model with adapters.
+        state_dict: {key of the plain model: tensor}.
+        strict: True makes missing and unexpected keys an error.
+
+    Returns:
+        The missing and the unexpected keys.
+
+    Raises:
+        RuntimeError: with `strict`, keys are missing or unexpected; or a tensor has another shape.
+    """
+    tensors = model.state_dict()
+    ours = {key: own for key, own in _base_tensors(model) if own in tensors}
+    missing = [key for key in ours if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in ours]
+    if strict and (missing or unexpected):
+        raise RuntimeError(
+            f"set_base_model_state_dict: the state dict lacks {missing[:5]} ({len(missing)} keys) and has unexpected "
+            f"{unexpected[:5]} ({len(unexpected)} keys); strict=False loads the others"
+        )
+    model.load_state_dict({ours[key]: tensor for key, tensor in state_dict.items() if key in ours}, strict=False)
+    adapter_set(model).selection.forget()
+    return IncompatibleKeys(missing, unexpected)
+
+
+__all__ = [
+    "get_base_model_state_dict",
+    "get_peft_model_state_dict",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+]

@@ -1,0 +1,83 @@
+"""export, merge and serve outside of the pipeline: what their options come to, and JSON. Formats: test_exporting.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import peftcore
+from small_adapters import trained
+
+from flows.serving.options import ServeOptions
+from peftcore import LoraConfig
+
+
+def test_a_streamed_merge(tiny_base: Path, tmp_path: Path) -> None:
+    options = trained(tiny_base, LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    done = peftcore("merge", str(tmp_path / "out"), *options, "--dtype", "float32")
+    assert done.exit_code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    refused = peftcore("merge", str(tmp_path / "no"), *options, "--storage", "int3")
+    assert refused.exit_code == 1 and refused.stderr.startswith("error: storage must be one of nf4, fp4")
+
+
+def test_an_export_and_a_merge_tell_json(tiny_base: Path, tmp_path: Path) -> None:
+    options = trained(tiny_base, LoraConfig(target_modules=["q_proj"], r=2), tmp_path / "adapter")
+    told = json.loads(peftcore("export", "vllm", str(tmp_path / "vllm"), *options, "--json").stdout)
+    assert (told["format"], told["path"]) == ("vllm", str(tmp_path / "vllm"))
+    assert told["note"].startswith(f"{tmp_path / 'vllm'}: for vLLM and LoRAX, --max-lora-rank")
+    told = json.loads(peftcore("merge", str(tmp_path / "merged"), *options, "--json").stdout)
+    assert told == {"path": str(tmp_path / "merged")}
+
+
+@pytest.mark.parametrize(
+    "command", [["export", "onnx", "out"], ["export", "vllm"], ["merge"], ["merge", "out", "--shard-gb", "0"]]
+)
+def test_what_cannot_be_read_is_a_usage_error(command: list[str]) -> None:
+    assert peftcore(*command).exit_code == 2
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
+    """The options of each server that would have been started."""
+    options: list[ServeOptions] = []
+    monkeypatch.setattr("flows.serving.serve.serve", options.append)
+    return options
+
+
+def test_a_server_gets_each_option(tiny_base: Path, tmp_path: Path, served: list[ServeOptions]) -> None:
+    given = {
+        "--max-batch": 3,
+        "--max-queue": 5,
+        "--max-tokens": 7,
+        "--max-loaded": 9,
+        "--timeout": 11.5,
+        "--grace": 2.5,
+    }
+    numbers = [word for option, value in given.items() for word in (option, str(value))]
+    keys = ["--api-key", "one", "--api-key", "two", "--composition", 'mix={"a": 1}']
+    base = ["--base", str(tiny_base), "--adapters", str(tmp_path), "--host", "0.0.0.0", "--port", "0", "--name", "tiny"]
+    done = peftcore("serve", *base, *numbers, *keys, "--dtype", "float32")
+    assert done.exit_code == 0, done.stderr
+    (options,) = served
+    assert (options.base, options.adapters, options.dtype) == (tiny_base, tmp_path, "float32")
+    assert (options.host, options.port, options.name) == ("0.0.0.0", 0, "tiny")
+    limits = options.limits
+    assert (limits.max_batch, limits.max_queue, limits.max_tokens) == (3, 5, 7)
+    assert (options.max_loaded, limits.timeout, limits.grace) == (9, 11.5, 2.5)
+    assert (list(options.keys), list(options.mixtures)) == (["one", "two"], ['mix={"a": 1}'])
+    assert options.project is None, "nothing is watched"
+
+
+def test_a_watching_server_follows_the_project_here(here: Any, served: list[ServeOptions]) -> None:
+    done = peftcore("serve", "--watch", "--watch-seconds", "0.5", "--watch-remote", "origin")
+    assert done.exit_code == 0, done.stderr
+    (options,) = served
+    assert options.project == (here.paths, here.params)
+    assert (options.seconds, options.git_remote, options.base) == (0.5, "origin", here.paths.base)
+
+
+def test_a_remote_to_watch_without_watching_is_a_usage_error(here: Any, served: list[ServeOptions]) -> None:
+    refused = peftcore("serve", "--watch-remote", "origin")
+    assert refused.exit_code == 2 and "has no effect without --watch" in refused.stderr
+    assert served == []

@@ -1,0 +1,54 @@
+"""Section `data`: where rows come from, and shares and limits that leave each split its rows."""
+
+from pathlib import Path
+
+import pytest
+from params_texts import read, refusal
+from pydantic import ValidationError
+
+from flows.params import DEMONSTRATION_PROMPT, Data, Params
+
+
+@pytest.mark.parametrize("source", ["hub:a/b", "hub:a/b@main", "data/chats.jsonl", "folder", "stdlib:docstrings"])
+def test_each_kind_of_source_is_taken(tmp_path: Path, source: str) -> None:
+    assert read(tmp_path, f"data: {{source: '{source}'}}").data.source == source
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("{validation_share: 0.6, test_share: 0.4}", "test_share"),
+        ("{validation_share: 0}", "validation_share"),
+        ("{max_length: 0}", "max_length"),
+        ("{test_rows: 0}", "test_rows"),
+        ("{source: stdlib:docstring}", "source"),
+        ("{source: s3://bucket/rows.jsonl}", "source"),
+        ("{source: ''}", "source"),
+        ("{source: 'hub:--upload'}", "source"),
+        ("{kind: preference}", "kind"),
+        ("{source: a.jsonl, kind: chats}", "kind"),
+        ("{similarity: 0}", "similarity"),
+        ("{similarity: 1.1}", "similarity"),
+        ("{max_leakage: 1}", "max_leakage"),
+        ("{new_files: ['']}", "new_files.0"),
+    ],
+)
+def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, text: str, key: str) -> None:
+    assert refusal(tmp_path, f"data: {text}").startswith(f"params.yaml:1: data.{key}: ")
+
+
+def test_shares_leave_rows_to_train_on() -> None:
+    assert Data(validation_share=0.5, test_share=0.49).test_share == 0.49
+    with pytest.raises(ValidationError, match="must be below 1"):
+        Data(validation_share=0.5, test_share=0.5)
+
+
+def test_a_drive_letter_is_a_path_and_no_scheme() -> None:
+    assert Data(source="c:rows.jsonl").source == "c:rows.jsonl"
+
+
+def test_a_prompt_that_nobody_gave_is_the_demonstrations_for_the_demonstration_alone() -> None:
+    assert Data().system_prompt == Params().data.system_prompt == DEMONSTRATION_PROMPT
+    assert Data(system_prompt=None).system_prompt is None
+    assert Data(source="rows.jsonl").system_prompt is None
+    assert Params.model_validate({"data": {"source": "hub:org/rows"}}).data.system_prompt is None

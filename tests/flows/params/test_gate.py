@@ -1,0 +1,66 @@
+"""Sections `register` and `gate`: limits that null switches off, and names that git and DVC can take."""
+
+from pathlib import Path
+
+import pytest
+from params_texts import read, refusal
+
+from flows.params import Gate
+
+LIMITS = (
+    "max_test_loss",
+    "min_loss_gain",
+    "min_rouge_l_gain",
+    "min_eos_rate",
+    "min_accuracy",
+    "max_forgetting",
+    "max_adapter_mb",
+    "max_first_token_ms",
+    "max_token_ms",
+    "max_slowdown",
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("gate: {champion: {confidence: 1}}", "gate.champion.confidence"),
+        ("gate: {champion: {resamples: 99}}", "gate.champion.resamples"),
+        ("gate: {champion: {max_loss_regression: -0.1}}", "gate.champion.max_loss_regression"),
+        ("gate: {slices: {min_rows: 1}}", "gate.slices.min_rows"),
+        ("gate: {min_loss_gain: .nan}", "gate.min_loss_gain"),
+        ("gate: {min_loss_gain: -.inf}", "gate.min_loss_gain"),
+        ("gate: {max_test_loss: 0}", "gate.max_test_loss"),
+        ("gate: {min_eos_rate: 90}", "gate.min_eos_rate"),
+        ("gate: {min_rouge_l_gain: -1.5}", "gate.min_rouge_l_gain"),
+        ("gate: {approvals: -1}", "gate.approvals"),
+        ("gate: {stage: No Stage}", "gate.stage"),
+        ("gate: {stage: 'a#b'}", "gate.stage"),
+        ("register: {remote: --help}", "register.remote"),
+        ("register: {git_remote: -u}", "register.git_remote"),
+        ("register: {git_remote: 'two words'}", "register.git_remote"),
+    ],
+)
+def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, text: str, key: str) -> None:
+    assert refusal(tmp_path, text).startswith(f"params.yaml:1: {key}: ")
+
+
+def test_null_switches_each_limit_off(tmp_path: Path) -> None:
+    gate = read(tmp_path, f"gate: {{{', '.join(f'{name}: null' for name in LIMITS)}}}").gate
+    assert {getattr(gate, name) for name in LIMITS} == {None}
+    named = {name for name in Gate.model_fields if name.startswith(("max_", "min_"))}
+    assert named == set(LIMITS)
+
+
+def test_a_gain_may_be_allowed_to_be_a_loss(tmp_path: Path) -> None:
+    gate = read(tmp_path, "gate: {min_loss_gain: -0.5, min_rouge_l_gain: -1}").gate
+    assert (gate.min_loss_gain, gate.min_rouge_l_gain) == (-0.5, -1.0)
+
+
+@pytest.mark.parametrize("remote", ["origin", "git@github.com:a/b.git", "https://example.org/a", "../up stream"])
+def test_a_git_remote_is_a_name_or_an_address(tmp_path: Path, remote: str) -> None:
+    text = f"register: {{git_remote: '{remote}'}}"
+    if " " in remote:
+        assert "register.git_remote" in refusal(tmp_path, text)
+    else:
+        assert read(tmp_path, text).register.git_remote == remote

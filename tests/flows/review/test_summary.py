@@ -1,0 +1,80 @@
+"""The summary of a run in the terminal."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.gate.gate import Check, GateReport
+from flows.gate.promote import Promotion
+from flows.paths import Paths
+from flows.review.summary import figure, print_summary
+
+SIDES = {
+    "base": {"loss": 3.8, "rouge_l": 0.16, "ended": None, "tokens_per_second": 200.4},
+    "adapter": {"loss": 2.7, "rouge_l": 0.31, "ended": 0.875, "tokens_per_second": 80.0},
+}
+PROMOTED = Promotion("docstrings", "v0.1.0", "champion", "promoted", "docstrings#champion#1", None)
+
+
+@pytest.fixture
+def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`printed(sides, promotion, page, width)`: the summary of a run with these figures."""
+
+    def show(
+        sides: dict[str, Any] = SIDES, promotion: Promotion = PROMOTED, page: str = "/p.html", width: int = 120
+    ) -> str:
+        monkeypatch.setenv("COLUMNS", str(width))
+        paths = Paths(tmp_path)
+        paths.metrics.write_text(json.dumps({**sides, "merge": {"kl": 0.00219, "top1_agreement": 0.991}}))
+        print_summary(paths, promotion, Path(page), {"make": 61.25, "register": 0.5})
+        return capsys.readouterr().out
+
+    return show
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """{label: its cells} of the table."""
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    return {label: cells for label, *cells in lines}
+
+
+def test_figures_of_both_models_are_side_by_side(printed: Callable[..., str]) -> None:
+    text = printed()
+    assert rows(text) == {
+        "test loss (nats per token)": ["3.800", "2.700"],
+        "ROUGE-L": ["0.160", "0.310"],
+        "EOS rate": ["–", "87.5%"],
+        "tokens per second": ["200", "80"],
+    }, "figures that the objective lacks have no row"
+    words = " ".join(text.split())
+    for fact in (
+        "docstrings v0.1.0",
+        "merged KL 0.0022 nats, top-1 tokens agree on 99.1%",
+        "verdict docstrings v0.1.0 is champion",
+        "make 61.2 · register 0.5",
+        "page /p.html",
+    ):
+        assert fact in words, fact
+
+
+def test_a_figure_that_only_one_model_has_is_shown(printed: Callable[..., str]) -> None:
+    sides = {"base": {"loss": 3.8}, "adapter": {"loss": 2.7, "accuracy": 0.5}}
+    assert rows(printed(sides))["accuracy"] == ["–", "50.0%"]
+
+
+def test_a_reason_with_brackets_is_shown_as_it_is(printed: Callable[..., str]) -> None:
+    failed = Check("slices", False, "[red] of [/green] is worse")
+    refused = Promotion("docstrings", "v0.1.0", "champion", "refused", None, GateReport("v0.1.0", None, (failed,)))
+    assert "slices: [red] of [/green] is worse" in " ".join(printed(promotion=refused).split())
+
+
+def test_the_path_of_the_page_is_in_one_piece_on_a_narrow_terminal(printed: Callable[..., str]) -> None:
+    page = f"/home/ada/{'a_long_folder/' * 6}review.html"
+    assert page in printed(page=page, width=40)
+
+
+def test_a_missing_figure_is_a_dash() -> None:
+    assert (figure(None, "{:.1%}"), figure(0.125, "{:.1%}")) == ("–", "12.5%")

@@ -1,0 +1,70 @@
+"""The identity of a server's base: its files, and the storage of its weights."""
+
+from typing import Any
+
+import pytest
+
+from flows.errors import RegistryError
+from flows.params import Params, Quantization
+from flows.serving.served_base import ServedBase
+
+ONE, OTHER, MANIFEST = "1" * 64, "2" * 64, "9" * 64
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "docstrings",
+        "version": "v0.1.0",
+        "base_model": ONE,
+        "base_manifest": MANIFEST,
+        "params": Params().model_dump(),
+        **changes,
+    }
+
+
+def test_a_versions_base_is_that_of_its_evaluation() -> None:
+    params = Params.model_validate({"quantization": {"storage": "int8", "compute_dtype": "float16"}})
+    base = ServedBase.of_record(record(params=params.model_dump()))
+    assert base == ServedBase(ONE, params.quantization, MANIFEST)
+    assert base.is_same(ServedBase.of_record(record(params=params.model_dump())))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ServedBase(OTHER, Quantization(), MANIFEST),
+        ServedBase(ONE, Quantization(storage="int8"), MANIFEST),
+        ServedBase(ONE, Quantization(double_quant=False), MANIFEST),
+        ServedBase(ONE, Quantization(compute_dtype="float32"), MANIFEST),
+    ],
+    ids=["other files", "storage", "double quantisation", "dtype"],
+)
+def test_other_files_or_another_storage_is_another_base(other: ServedBase) -> None:
+    base = ServedBase.of_record(record())
+    assert base.is_same(base)
+    assert not base.is_same(other) and not other.is_same(base)
+
+
+def test_a_record_of_an_earlier_release_names_the_base_by_its_manifest() -> None:
+    earlier = ServedBase.of_record(record(base_model=MANIFEST, base_manifest=None))
+    served = ServedBase(ONE, Quantization(), MANIFEST)
+    assert served.is_same(earlier) and earlier.is_same(served)
+    assert not ServedBase(ONE, Quantization(), OTHER).is_same(earlier)
+
+
+def test_the_same_model_saved_by_another_release_of_transformers_is_the_same_base() -> None:
+    """Only the manifest differs then: the configuration files name the release."""
+    assert ServedBase(ONE, Quantization(), MANIFEST).is_same(ServedBase(ONE, Quantization(), OTHER))
+
+
+@pytest.mark.parametrize("params", [{}, {"quantization": None}, {"quantization": {"storage": "nf3"}}])
+def test_a_record_that_does_not_state_the_storage_is_refused(params: dict[str, Any]) -> None:
+    with pytest.raises(RegistryError, match=r"record of docstrings v0\.1\.0 does not state how its base was stored"):
+        ServedBase.of_record(record(params=params))
+
+
+def test_a_base_is_told_by_its_digest_and_by_what_it_computes_in() -> None:
+    assert str(ServedBase(ONE, Quantization(storage="none"))) == "base 111111111111 as bfloat16"
+    assert str(ServedBase(ONE, Quantization(compute_dtype="float16"))) == (
+        "base 111111111111 as dequantised nf4 in float16"
+    )

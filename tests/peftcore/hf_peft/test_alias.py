@@ -1,0 +1,85 @@
+"""Modules under several names are one module."""
+
+import importlib
+import subprocess
+import sys
+
+import peft
+import pytest
+
+import peftcore
+from peftcore.hf_peft.alias import SUBMODULES
+
+
+@pytest.mark.parametrize("name", SUBMODULES)
+def test_a_submodule_of_peft_is_a_submodule_of_peftcore(name: str) -> None:
+    importlib.import_module(f"peft.{name}")  # the place exists in PEFT
+    ours = importlib.import_module(f"peftcore.{name}")
+    assert ours is importlib.import_module(f"peftcore.hf_peft.{name}")
+    assert getattr(peftcore, name) is ours
+    assert ours.__spec__ is not None
+    assert ours.__spec__.name == f"peftcore.hf_peft.{name}"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("tuners.lora", "LoraLayer"),
+        ("tuners.lora.layer", "Linear"),
+        ("tuners.lora.config", "LoraConfig"),
+        ("tuners.lora.model", "LoraModel"),
+        ("tuners.ia3", "IA3Config"),
+        ("tuners.ia3.layer", "IA3Layer"),
+        ("tuners.adalora.model", "AdaLoraModel"),
+        ("tuners.prompt_tuning", "PromptTuningConfig"),
+        ("tuners.tuners_utils", "BaseTunerLayer"),
+        ("utils.other", "ModulesToSaveWrapper"),
+        ("utils.save_and_load", "get_peft_model_state_dict"),
+        ("utils", "SAFETENSORS_WEIGHTS_NAME"),
+        ("mapping", "PEFT_TYPE_TO_CONFIG_MAPPING"),
+    ],
+)
+def test_scripts_import_a_name_from_where_peft_has_it(module: str, name: str) -> None:
+    assert hasattr(importlib.import_module(f"peft.{module}"), name)
+    assert hasattr(importlib.import_module(f"peftcore.{module}"), name)
+
+
+def test_a_class_is_the_same_class_in_each_place() -> None:
+    import peftcore.tuners.lora.config as config
+
+    assert config.LoraConfig is peftcore.LoraConfig
+    assert peftcore.tuners.lora.LoraConfig is peftcore.LoraConfig
+
+
+def test_an_unknown_module_or_name_is_not_found() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("peftcore.tuners.no_such_method")
+    with pytest.raises(ImportError):
+        exec("from peftcore.tuners.ia3 import NoSuchName")
+    assert not hasattr(peftcore, "no_such_name")
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def test_with_the_alias_import_peft_finds_peftcore() -> None:
+    printed = run(
+        "import peftcore.as_peft, peft, peftcore, importlib.metadata as metadata\n"
+        "from peft.tuners.lora import LoraLayer\n"
+        "from peft import LoraConfig, get_peft_model\n"
+        "assert peft is peftcore.hf_peft and LoraConfig is peftcore.LoraConfig\n"
+        "assert LoraLayer is peftcore.tuners.lora.LoraLayer\n"
+        "assert metadata.version('peft') == peft.__version__\n"
+        "from transformers.utils import is_peft_available\n"
+        "assert is_peft_available()\n"
+        "print('fine')"
+    )
+    assert printed.endswith("fine\n")
+
+
+def test_the_alias_after_peft_says_to_move_the_line_up() -> None:
+    assert peft  # this process has imported HF PEFT
+    with pytest.raises(peftcore.PeftError, match=r"move `import peftcore\.as_peft` to the top of the script"):
+        importlib.import_module("peftcore.as_peft")

@@ -1,0 +1,39 @@
+import peft
+import pytest
+from peftcore.mapping import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    get_peft_config,
+)
+
+import peftcore
+from peftcore import ConfigError, PeftType
+from peftcore.registry import methods
+
+
+def test_each_method_has_its_classes_under_pefts_names() -> None:
+    assert {str(name) for name in PEFT_TYPE_TO_CONFIG_MAPPING} == set(methods())
+    for name in PEFT_TYPE_TO_CONFIG_MAPPING:
+        theirs = peft.PeftType(str(name))
+        assert PEFT_TYPE_TO_CONFIG_MAPPING[name].__name__ == peft.PEFT_TYPE_TO_CONFIG_MAPPING[theirs].__name__
+        assert PEFT_TYPE_TO_TUNER_MAPPING[name].__name__ == peft.PEFT_TYPE_TO_TUNER_MAPPING[theirs].__name__
+
+
+def test_a_table_takes_the_enumeration_and_its_text() -> None:
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is peftcore.LoraConfig
+    assert "LORA" in PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+    assert "PROMPT_TUNING" not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+    with pytest.raises(KeyError):
+        PEFT_TYPE_TO_CONFIG_MAPPING["NO_SUCH"]
+
+
+def test_each_task_has_its_class() -> None:
+    assert {str(task) for task in MODEL_TYPE_TO_PEFT_MODEL_MAPPING} == set(peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING)
+
+
+def test_a_dictionary_becomes_a_configuration() -> None:
+    assert get_peft_config({"peft_type": "LORA", "r": 3}).r == 3  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="unknown option 'rank'"):
+        get_peft_config({"peft_type": "LORA", "rank": 3})

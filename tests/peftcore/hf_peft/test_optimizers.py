@@ -1,0 +1,30 @@
+import pytest
+import torch
+from peftcore.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from torch import nn
+
+from peftcore import ConfigError, LoraConfig, get_peft_model
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return get_peft_model(nn.Sequential(nn.Linear(4, 5)), LoraConfig(r=2, lora_alpha=8, target_modules=["0"]))
+
+
+def test_lora_plus_gives_b_a_higher_rate(model: nn.Module) -> None:
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == [1e-3, 16e-3]
+
+
+def test_lora_fa_freezes_a_and_checks_the_stated_options(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"r=4, but adapter 'default' has r=2"):
+        create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
+    with pytest.raises(ConfigError, match="use_rslora=True"):
+        create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=1e-3, use_rslora=True)
+    create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=1e-3)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.adapters.default.lora_B"]
+
+
+def test_the_optimiser_that_is_not_there_says_so(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="does not have this optimiser"):
+        create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3)

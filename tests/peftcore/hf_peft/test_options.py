@@ -1,0 +1,51 @@
+"""Options as objects: what HF PEFT's objects hold, in the dictionaries that `LoraConfig` takes."""
+
+import inspect
+
+import peft
+import pytest
+from peftcore.tuners.lora import CordaConfig
+
+import peftcore
+from peftcore import ConfigError, LoraConfig
+from peftcore.hf_peft import options
+
+
+@pytest.mark.parametrize("name", ["EvaConfig", "LoraGAConfig", "LoftQConfig", "LoraRuntimeConfig"])
+def test_options_and_defaults_are_pefts(name: str) -> None:
+    ours, theirs = getattr(peftcore, name), getattr(peft, name)
+    assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+    assert ours().to_dict() == vars(theirs())
+
+
+def test_the_objects_go_into_a_lora() -> None:
+    eva = LoraConfig(init_lora_weights="eva", eva_config=peftcore.EvaConfig(rho=1.5))
+    assert eva.eva_config is not None and eva.eva_config["rho"] == 1.5
+    loftq = LoraConfig(init_lora_weights="loftq", loftq_config=peftcore.LoftQConfig(loftq_bits=8))
+    assert loftq.to_dict()["loftq_config"] == {"loftq_bits": 8, "loftq_iter": 1}
+    LoraConfig(init_lora_weights="lora_ga", lora_ga_config=peftcore.LoraGAConfig(scale="unit"))
+    LoraConfig(init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+
+
+def test_options_are_attributes() -> None:
+    eva = peftcore.EvaConfig()
+    eva.tau = 0.5
+    assert eva["tau"] == eva.tau == 0.5
+    with pytest.raises(AttributeError, match="no option 'tua'"):
+        eva.tua = 0.5
+    with pytest.raises(AttributeError, match="no option 'tua'"):
+        _ = eva.tua
+
+
+def test_an_option_that_cannot_act_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cache_file must be None"):
+        CordaConfig(cache_file="cache.pt")
+    with pytest.raises(ConfigError, match="ephemeral_gpu_offload is not supported"):
+        peftcore.LoraRuntimeConfig(ephemeral_gpu_offload=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["PromptTuningInit", "MultitaskPromptTuningInit", "PromptEncoderReparameterizationType"]
+)
+def test_enumerations_have_pefts_members(name: str) -> None:
+    assert {m.name: m.value for m in getattr(options, name)} == {m.name: m.value for m in getattr(peft, name)}

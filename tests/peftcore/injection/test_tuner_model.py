@@ -1,0 +1,104 @@
+"""`model.base_model`: the object between a model and its base in HF PEFT."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from peftcore import AdapterNameError, IA3Model, LoraConfig, LoraModel, PeftModel, get_peft_model
+
+SIZES = {
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def base() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def test_base_model_model_is_the_model() -> None:
+    model = get_peft_model(base(), LoraConfig(target_modules=["0"]))
+    assert model.base_model.model is model
+    assert isinstance(model.base_model, LoraModel)
+    assert not isinstance(model.base_model, IA3Model)
+    assert model.base_model.active_adapters == ["default"]
+    assert model.base_model.peft_config is model.peft_config
+    assert model.base_model.targeted_module_names == ["0"]
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, LlamaModel])
+def test_transformers_own_methods_see_the_model_without_its_head(kind: type) -> None:
+    plain = kind(LlamaConfig(**SIZES))
+    decoder, embeddings = plain.get_decoder(), plain.get_input_embeddings()
+    model = get_peft_model(plain, LoraConfig(r=2))
+    assert model.base_model.model is model
+    assert model.get_decoder() is decoder
+    assert model.get_encoder() is plain.get_encoder()
+    assert model.get_input_embeddings() is embeddings
+    assert model.unload().base_model is decoder
+
+
+def test_calling_the_class_adds_an_adapter_and_keeps_the_models_class() -> None:
+    plain = base()
+    tuner = LoraModel(plain, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "first")
+    assert type(plain) is nn.Sequential
+    x = torch.randn(2, 4)
+    assert torch.equal(tuner(x), plain(x))
+    y = tuner(x)
+    tuner.disable_adapter_layers()
+    assert not torch.equal(tuner(x), y)
+    tuner.enable_adapter_layers()
+    assert torch.equal(tuner(x), y)
+    tuner.merge_adapter()
+    torch.testing.assert_close(tuner(x), y)
+    tuner.unmerge_adapter()
+    tuner.delete_adapter("first")
+    with pytest.raises(AdapterNameError):
+        LoraModel(base())
+
+
+def test_set_adapter_trains_the_named_adapter_alone() -> None:
+    model = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0"]))
+
+    def trains() -> dict[str, bool]:
+        return {name: model[0].lora_A[name].weight.requires_grad for name in ("default", "other")}
+
+    model.base_model.set_adapter("other")
+    assert trains() == {"default": False, "other": True}
+    model.set_adapter("default")
+    assert trains() == {"default": True, "other": False}
+    model.set_adapter("other", inference_mode=True)
+    assert trains() == {"default": False, "other": False}
+    model.set_adapter(["default", "other"])
+    assert trains() == {"default": True, "other": True}
+
+
+def test_the_class_itself_makes_a_model_with_an_adapter() -> None:
+    plain = base()
+    model = PeftModel(plain, LoraConfig(r=2, target_modules=["0"]), "first")
+    assert model is plain
+    assert isinstance(model, PeftModel)
+    assert model.active_adapter == "first"
+
+
+def test_a_new_plain_model_can_be_made_by_the_class_of_a_model_with_adapters() -> None:
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), LoraConfig(r=2))
+    other = type(model)(model.config)
+    assert other is not model
+    assert set(dict(other.named_parameters())) == set(dict(LlamaForCausalLM(model.config).named_parameters()))
+
+
+def test_inside_of_a_forward_pass_base_model_is_the_model_without_its_head() -> None:
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), LoraConfig(r=2))
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(model.base_model))
+    model(torch.ones(1, 2, dtype=torch.long))
+    assert seen == [model.model]
+    assert model.base_model.model is model

@@ -1,0 +1,120 @@
+"""Attributes that scripts read and write on HF PEFT's layers, compared with HF PEFT's own layers."""
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import peftcore
+from peftcore import ConfigError, PeftError
+
+
+def base() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+
+
+OPTIONS: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": ["0", "1"], "init_lora_weights": False}
+
+
+@pytest.fixture
+def pair() -> tuple[Any, Any]:
+    """The same adapter in both libraries."""
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**OPTIONS))
+    ours = peftcore.get_peft_model(base(), peftcore.LoraConfig(**OPTIONS))
+    peftcore.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    return ours, theirs.base_model.model
+
+
+def test_parameters_and_numbers_are_where_peft_has_them(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair[0][1], pair[1][1]
+    for name in ("lora_A", "lora_B"):
+        torch.testing.assert_close(getattr(ours, name)["default"].weight, getattr(theirs, name)["default"].weight)
+    for name in ("scaling", "r", "lora_alpha"):
+        assert dict(getattr(ours, name)) == dict(getattr(theirs, name))
+    assert (ours.in_features, ours.out_features) == (theirs.in_features, theirs.out_features)
+    assert ours.lora_A["default"].in_features == theirs.lora_A["default"].in_features
+    assert ours.lora_B["default"].out_features == theirs.lora_B["default"].out_features
+    assert ours.get_base_layer() is ours.base_layer
+    x = torch.randn(2, 6).double()
+    torch.testing.assert_close(ours.lora_A["default"](x), theirs.lora_A["default"](x))
+
+
+def test_an_embeddings_factors_are_parameters_themselves(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair[0][0], pair[1][0]
+    for name in ("lora_embedding_A", "lora_embedding_B"):
+        torch.testing.assert_close(getattr(ours, name)["default"], getattr(theirs, name)["default"])
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_delta_weight_has_the_orientation_of_the_layers_weight(pair: tuple[Any, Any], layer: int) -> None:
+    ours, theirs = pair[0][layer], pair[1][layer]
+    torch.testing.assert_close(ours.get_delta_weight("default"), theirs.get_delta_weight("default"))
+    assert ours.get_delta_weight("default").shape == ours.weight.shape
+
+
+def test_changes_through_a_view_change_the_output(pair: tuple[Any, Any]) -> None:
+    x = torch.arange(4)
+    for change in (
+        lambda layer: layer.scaling.__setitem__("default", 0.5),
+        lambda layer: layer.lora_B["default"].weight.data.mul_(3),
+        lambda layer: setattr(layer.lora_A["default"], "weight", nn.Parameter(torch.ones(2, 6).double())),
+        lambda layer: layer.scale_layer(2.0),
+        lambda layer: layer.set_scale("default", 0.25),
+        lambda layer: layer.unscale_layer(),
+    ):
+        ours, theirs = pair
+        change(ours[1])
+        change(theirs[1])
+        peftcore.refresh_adapters(ours)  # because of the edit through `.data`
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_assigning_a_dictionary_of_scalings_sets_each(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair
+    for layer in (ours[1], theirs[1]):
+        layer.scaling = {name: 2 * value for name, value in layer.scaling.items()}
+    torch.testing.assert_close(ours(torch.arange(4)), theirs(torch.arange(4)))
+
+
+def test_what_a_layer_says_of_its_adapters(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair[0][1], pair[1][1]
+    assert ours.active_adapters == theirs.active_adapters == ["default"]
+    assert ours.merged_adapters == theirs.merged_adapters == []
+    assert ours.disable_adapters is theirs.disable_adapters is False
+    assert set(ours.adapter_layer_names) <= set(theirs.adapter_layer_names)
+    pair[0].merge_adapter()
+    assert ours.merged_adapters == ["default"]
+    pair[0].unmerge_adapter()
+    pair[0].disable_adapters()
+    assert ours.disable_adapters is True
+
+
+def test_what_cannot_be_written_is_an_error(pair: tuple[Any, Any]) -> None:
+    layer = pair[0][1]
+    with pytest.raises(PeftError, match="is a view and cannot be replaced"):
+        layer.lora_A["default"] = nn.Linear(6, 2)
+    with pytest.raises(PeftError, match="no such adapter"):
+        layer.scaling["other"] = 1.0
+    with pytest.raises(PeftError, match="delete the whole adapter"):
+        del layer.lora_A["default"]
+    with pytest.raises(ConfigError, match=r"an nn\.Parameter of shape \(2, 6\)"):
+        layer.lora_A["default"].weight = nn.Parameter(torch.ones(3, 6))
+    with pytest.raises(PeftError, match="has no adapter 'other'"):
+        layer.get_delta_weight("other")
+    with pytest.raises(KeyError):
+        layer.lora_A["other"]
+
+
+def test_a_layer_has_no_attribute_of_other_methods(pair: tuple[Any, Any]) -> None:
+    assert not hasattr(pair[0][1], "ia3_l")
+    assert not hasattr(pair[0][1], "no_such_attribute")
+
+
+def test_a_method_without_factors_has_its_parameter_as_the_element() -> None:
+    model = peftcore.get_peft_model(base(), peftcore.IA3Config(target_modules=["1"], feedforward_modules=[]))
+    theirs = peft.get_peft_model(base(), peft.IA3Config(target_modules=["1"], feedforward_modules=[]))
+    assert model[1].ia3_l["default"].shape == theirs.base_model.model[1].ia3_l["default"].shape
+    assert isinstance(model[1].ia3_l["default"], nn.Parameter)

@@ -1,0 +1,117 @@
+"""State dicts under HF PEFT's keys: each library reads what the other returns."""
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import peftcore
+from peftcore import (
+    CheckpointError,
+    LoraConfig,
+    get_base_model_state_dict,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
+
+
+def base() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+OPTIONS: dict[str, Any] = {"r": 2, "target_modules": ["0"], "modules_to_save": ["2"], "init_lora_weights": False}
+X = torch.randn(3, 4)
+
+
+def test_peft_reads_our_state_dict_and_we_read_its() -> None:
+    ours = get_peft_model(base(), LoraConfig(**OPTIONS))
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**OPTIONS), "other")
+    result = peft.set_peft_model_state_dict(theirs, get_peft_model_state_dict(ours), "other")
+    assert not result.unexpected_keys
+    torch.testing.assert_close(theirs(X), ours(X))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    assert set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs, adapter_name="other")) == ([], [])
+    torch.testing.assert_close(ours(X), theirs(X))
+
+
+def test_keys_of_a_model_whose_class_is_unchanged_have_no_prefix() -> None:
+    plain = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), base())
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), base())
+    state_dict = get_peft_model_state_dict(plain)
+    assert state_dict.keys() == peft.get_peft_model_state_dict(theirs).keys()
+    assert set_peft_model_state_dict(plain, state_dict) == ([], [])
+    wrapped = {f"base_model.model.{key}": tensor for key, tensor in state_dict.items()}
+    assert set_peft_model_state_dict(plain, wrapped) == ([], [])
+
+
+def test_a_prompt_has_a_state_dict() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    ours = get_peft_model(model, peftcore.PromptTuningConfig(**options))
+    values = {key: torch.full_like(tensor, 0.5) for key, tensor in get_peft_model_state_dict(ours).items()}
+    assert set_peft_model_state_dict(ours, values) == ([], [])
+    assert all((tensor == 0.5).all() for tensor in get_peft_model_state_dict(ours).values())
+
+
+def test_what_is_missing_or_unexpected_is_returned_and_the_rest_is_written() -> None:
+    model = get_peft_model(base(), LoraConfig(**OPTIONS), "other")
+    state_dict = {
+        key: torch.zeros_like(tensor) for key, tensor in get_peft_model_state_dict(model, None, "other").items()
+    }
+    kept = model[0].lora_A["other"].weight.clone()
+    del state_dict["base_model.model.0.lora_A.weight"]
+    state_dict["base_model.model.1.lora_A.weight"] = torch.zeros(1)
+    result = set_peft_model_state_dict(model, state_dict, "other")
+    assert result.missing_keys == ["base_model.model.0.lora_A.other.weight"]
+    assert result.unexpected_keys == ["base_model.model.1.lora_A.weight"]
+    assert torch.equal(model[0].lora_A["other"].weight, kept)
+    assert not model[0].lora_B["other"].weight.any()
+
+
+def test_another_shape_is_an_error_unless_it_may_be_skipped() -> None:
+    small, large = (get_peft_model(base(), LoraConfig(**OPTIONS | {"modules_to_save": None, "r": r})) for r in (2, 3))
+    state_dict = get_peft_model_state_dict(large)
+    before = get_peft_model_state_dict(small)
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight is \[3, 4\], here \[2, 4\]"):
+        set_peft_model_state_dict(small, state_dict)
+    with pytest.warns(UserWarning, match="another shape are skipped"):
+        result = set_peft_model_state_dict(small, state_dict, ignore_mismatched_sizes=True)
+    assert len(result.missing_keys) == 2
+    assert all(torch.equal(tensor, before[key]) for key, tensor in get_peft_model_state_dict(small).items())
+
+
+def test_values_can_come_from_a_given_state_dict() -> None:
+    model = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"]))
+    gathered = {key: torch.full_like(tensor, 2) for key, tensor in model.state_dict().items()}
+    assert all((tensor == 2).all() for tensor in get_peft_model_state_dict(model, gathered).values())
+
+
+def test_the_bases_state_dict_is_that_of_the_plain_model() -> None:
+    model = get_peft_model(base(), LoraConfig(**OPTIONS))
+    ours, plain = get_base_model_state_dict(model), base().state_dict()
+    assert list(ours) == list(plain)
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in ours.items())
+    set_base_model_state_dict(model, {key: tensor + 1 for key, tensor in plain.items()})
+    assert all(torch.equal(tensor, plain[key] + 1) for key, tensor in model.unload().state_dict().items())
+
+
+def test_the_bases_state_dict_must_fit_unless_it_need_not() -> None:
+    model = get_peft_model(base(), LoraConfig(**OPTIONS))
+    partial = {"0.weight": torch.zeros(5, 4), "9.weight": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=r"lacks \['0\.bias', .*unexpected \['9\.weight'\]"):
+        set_base_model_state_dict(model, partial)
+    result = set_base_model_state_dict(model, partial, strict=False)
+    assert result.unexpected_keys == ["9.weight"]
+    assert not model.unload()[0].weight.any()

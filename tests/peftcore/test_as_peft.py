@@ -1,0 +1,41 @@
+"""`python -m peftcore.as_peft` runs a script written for HF PEFT."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """\
+import sys
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+torch.manual_seed(0)
+base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+assert isinstance(model[0], LoraLayer) and type(model).__mro__[1].__module__ == "peftcore.model"
+x = torch.randn(3, 4)
+y = model(x)
+model.save_pretrained(sys.argv[1])
+plain = model.unload()
+assert torch.equal(PeftModel.from_pretrained(plain, sys.argv[1])(x), y)
+print(__name__, sys.argv[1:])
+"""
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "peftcore.as_peft", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_script_runs_with_its_arguments(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = run(script, tmp_path / "adapter")
+    assert done.stdout == f"__main__ ['{tmp_path / 'adapter'}']\n", done.stderr
+
+
+def test_without_a_script_there_is_a_usage_line() -> None:
+    done = run()
+    assert done.returncode
+    assert "python -m peftcore.as_peft SCRIPT" in done.stderr
