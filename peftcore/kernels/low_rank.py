@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.bases import BaseWeight
-from peftcore.kernels.dropout import Dropout, mask_, masked
+from peftcore.kernels.dropout_masks import get_dropout_masks
 from peftcore.kernels.maths import scaled
+from peftcore.kernels.pytorch_dropout import PytorchDropout
+from peftcore.kernels.seeded_dropout import Dropout, mask_, masked
 
 
 class LowRankBranch(NamedTuple):
@@ -52,7 +54,7 @@ def low_rank_linears(x: Tensor, layers: Sequence[tuple[BaseWeight, LowRankBranch
     Returns:
         Output (..., o) of each layer.
     """
-    dropout = Dropout(layers[0][1].dropout) if layers[0][1].dropout else None
+    dropout = _new_mask(layers[0][1].dropout) if layers[0][1].dropout else None
     scale = 1.0 if dropout is None else dropout.scale
     call = _Call([base for base, _ in layers], [branch.scaling * scale for _, branch in layers], dropout)
     if torch.is_grad_enabled():
@@ -64,13 +66,17 @@ def low_rank_linears(x: Tensor, layers: Sequence[tuple[BaseWeight, LowRankBranch
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
+def _new_mask(p: float) -> Dropout | PytorchDropout:
+    return Dropout(p) if get_dropout_masks() == "fast" else PytorchDropout(p)
+
+
 class _Call(NamedTuple):
     """Arguments of one call that have no gradient."""
 
     bases: list[BaseWeight]
     scalings: list[float]
     """s of each layer times dropout's scale, so that no large tensor has to be scaled."""
-    dropout: Dropout | None
+    dropout: Dropout | PytorchDropout | None
 
 
 _Branch = tuple[Tensor, Tensor, Tensor | None]
@@ -83,7 +89,7 @@ class _Forward(NamedTuple):
     h: Tensor
     """A d(x) (n, R) of all layers."""
     bits: Tensor | None
-    """The dropout mask as saved for the backward pass."""
+    """The dropout mask as saved for the backward pass; None if a seed restores it."""
     a: Tensor
     """Stacked A (R, i) in the type of the activations."""
     b: list[Tensor]

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +126,13 @@ def assert_same(ours: Any, theirs: Any, name: str = "default", except_for: str =
     assert there.keys() <= here.keys() | repeated
 
 
-def both(model: str, config: str, options: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def both(
+    model: str, config: str, options: dict[str, Any], dtype: torch.dtype = torch.float32, training: bool = True
+) -> tuple[Any, Any]:
     """The adapted model of each library, from one seed; the generators must then be at the same place."""
     pair = []
     for library in (peftcore, peft):
-        base, made = build(model, dtype), getattr(library, config)(**copy.deepcopy(options))
+        base, made = build(model, dtype).train(training), getattr(library, config)(**copy.deepcopy(options))
         torch.manual_seed(0)
         pair.append((library.get_peft_model(base, made), torch.rand(1)))
     (ours, here), (theirs, there) = pair
@@ -389,6 +391,14 @@ def test_loading_draws_nothing(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.fixture
+def pytorch_masks() -> Iterator[None]:
+    """PyTorch's dropout masks, which `import peftcore.as_peft` chooses."""
+    peftcore.set_dropout_masks("pytorch")
+    yield
+    peftcore.set_dropout_masks("fast")
+
+
 # -- dropout -------------------------------------------------------------------------------------------------------
 
 INPUTS: dict[str, Callable[[], Tensor]] = {
@@ -428,13 +438,15 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.usefixtures("pytorch_masks")
 @pytest.mark.parametrize("config, layer, options", DROPOUTS, ids=[f"{c}-{n}" for n, (c, _, _) in enumerate(DROPOUTS)])
-def test_dropout_drops_the_same_elements(config: str, layer: str, options: dict[str, Any]) -> None:
-    ours, theirs = both("net", config, {"target_modules": [layer], **options})
+@pytest.mark.parametrize("base_trains", [True, False])
+def test_dropout_drops_the_same_elements(config: str, layer: str, options: dict[str, Any], base_trains: bool) -> None:
+    """Right after `get_peft_model`, also on a base in evaluation mode."""
+    ours, theirs = both("net", config, {"target_modules": [layer], **options}, training=base_trains)
     torch.manual_seed(7)
     x, results = INPUTS[layer](), []
-    for model, module in ((ours, ours.get_submodule(layer)), (theirs, theirs.base_model.model.get_submodule(layer))):
-        model.train()
+    for module in (ours.get_submodule(layer), theirs.base_model.model.get_submodule(layer)):
         for seed in range(3):
             torch.manual_seed(seed)
             results.append((module(x), torch.rand(1)))
@@ -466,7 +478,9 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("method", TRAININGS)
-def test_the_losses_of_a_seeded_training_are_the_same(method: str) -> None:
+def test_the_losses_of_a_seeded_training_are_the_same(method: str, request: pytest.FixtureRequest) -> None:
+    if "dropout" in method:
+        request.getfixturevalue("pytorch_masks")
     config, options = TRAININGS[method]
     curves = []
     for model in both("llama", config, options):

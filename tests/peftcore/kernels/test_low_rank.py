@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases import BaseWeight, base_weight
-from peftcore.kernels.dropout import Dropout
 from peftcore.kernels.low_rank import LowRankBranch, low_rank_linears
+from peftcore.kernels.seeded_dropout import Dropout
 
 IN, OUT, RANK, ROWS = 12, 9, 3, 7
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peftcore.kernels.dropout import Dropout, masked
+from peftcore.kernels.pytorch_dropout import PytorchDropout
+from peftcore.kernels.seeded_dropout import masked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -14,7 +15,7 @@ def test_it_drops_the_elements_that_pytorch_drops(p: float, dtype: torch.dtype) 
     torch.manual_seed(0)
     expected, after = F.dropout(x, p), torch.rand(1)
     torch.manual_seed(0)
-    dropout, flat = Dropout(p), x.view(21, 11)
+    dropout, flat = PytorchDropout(p), x.view(21, 11)
     keep, saved = dropout.draw(flat)
     assert torch.rand(1) == after, "the generator is elsewhere"
     torch.testing.assert_close((masked(flat, keep) * dropout.scale).view(x.shape), expected)
@@ -25,6 +26,6 @@ def test_an_empty_input_draws_nothing() -> None:
     torch.manual_seed(0)
     after = torch.rand(1)
     torch.manual_seed(0)
-    keep, saved = Dropout(0.5).draw(torch.empty(0, 4))
-    assert keep.shape == (0, 4) and Dropout(0.5).again(torch.empty(0, 4), saved).shape == (0, 4)
+    keep, saved = PytorchDropout(0.5).draw(torch.empty(0, 4))
+    assert keep.shape == (0, 4) and PytorchDropout(0.5).again(torch.empty(0, 4), saved).shape == (0, 4)
     assert torch.rand(1) == after

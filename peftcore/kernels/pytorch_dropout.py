@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""{bytes per element: integer type}. Multiplying the bits by 0 or 1 is exact, and drops infinities and NaN too."""
 
-
-class Dropout:
+class PytorchDropout:
     """Dropout with probability p: each element is 0 with probability p, or else scaled by 1/(1 − p)."""
 
     def __init__(self, p: float):
@@ -46,16 +43,3 @@ class Dropout:
         if x.device.type != "cpu":
             return saved
         return torch.from_numpy(np.unpackbits(saved.numpy(), count=x.numel())).view(x.shape)
-
-
-def masked(x: Tensor, keep: Tensor) -> Tensor:
-    """Return x (n, i) with 0 for dropped elements, not scaled; differentiable in x."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return x.masked_fill(keep == 0, 0)
-    return (x.contiguous().view(_BITS[x.element_size()]) * keep).view(x.dtype)
-
-
-def mask_(x: Tensor, keep: Tensor) -> Tensor:
-    """Apply `masked` in place to a contiguous tensor, and return the tensor."""
-    x.view(_BITS[x.element_size()]).mul_(keep)
-    return x
