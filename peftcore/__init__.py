@@ -179,6 +179,10 @@ if TYPE_CHECKING:
         get_layer_status,
         get_model_status,
     )
+    from peftcore.kernels.dropout_masks import (
+        get_dropout_masks,
+        set_dropout_masks,
+    )
     from peftcore.layers.adapter_layer import (
         AdapterLayer,
     )
@@ -452,6 +456,7 @@ _MODULES = {
     "export_vllm": "peftcore.export",
     "find_kappa_target_modules": "peftcore.hf_peft.unsupported",
     "get_base_model_state_dict": "peftcore.storage.state_dict",
+    "get_dropout_masks": "peftcore.kernels.dropout_masks",
     "get_eva_state_dict": "peftcore.hf_peft.unsupported",
     "get_layer_status": "peftcore.injection.status",
     "get_model_status": "peftcore.injection.status",
@@ -472,6 +477,7 @@ _MODULES = {
     "replace_lora_weights_loftq": "peftcore.init",
     "save_as_lora": "peftcore.conversion",
     "set_base_model_state_dict": "peftcore.storage.state_dict",
+    "set_dropout_masks": "peftcore.kernels.dropout_masks",
     "set_peft_model_state_dict": "peftcore.storage.state_dict",
     "shift_tokens_right": "peftcore.hf_peft.data_start",
     "tuner_names": "peftcore.registry",
@@ -648,6 +654,7 @@ __all__ = [
     "export_vllm",
     "find_kappa_target_modules",
     "get_base_model_state_dict",
+    "get_dropout_masks",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -668,6 +675,7 @@ __all__ = [
     "replace_lora_weights_loftq",
     "save_as_lora",
     "set_base_model_state_dict",
+    "set_dropout_masks",
     "set_peft_model_state_dict",
     "shift_tokens_right",
     "tuner_names",

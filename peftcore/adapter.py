@@ -37,6 +37,9 @@ from peftcore.kernels.low_rank import LowRankBranch
 class _Constants(nn.Module):
     """A module whose non-persistent buffers are computed from the configuration, and are therefore never saved."""
 
+    unrounded: ClassVar[frozenset[str]] = frozenset()
+    """Parameters and buffers whose start values are not rounded to the 16 bits of a base."""
+
     def make_constants(self) -> None:
         """Compute the non-persistent buffers; called again after `to_empty` has moved them from the meta device."""
 

@@ -264,12 +264,28 @@ def _make_adapters(
             adapters[path] = adapter = _make(kind, config, base, path, shared)
             if creation.initialise and not creation.low_cpu_mem_usage:
                 adapter.reset_parameters()
+                _round_start(adapter, base)
             else:
                 adapter.prepare_to_read()
                 vars(adapter).update(is_unread=config.inference_mode and not creation.initialise)
             if creation.low_cpu_mem_usage:
                 _forget_values(adapter)
+    if creation.initialise and not creation.low_cpu_mem_usage and shared is not None:
+        _round_start(shared, first)
     return adapters
+
+
+@torch.no_grad()
+def _round_start(module: Adapter | Shared, base: BaseWeight) -> None:
+    """Round start values to 16 bits if the base computes in 16 bits, as HF PEFT does before it widens them again."""
+    dtype = getattr(base.layer, "compute_dtype", None) if base.quantized else base.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return
+    exact = module._non_persistent_buffers_set | module.unrounded
+    deep = isinstance(module, Adapter)  # modules inside of a `Shared` are read from disk (X-LoRA's experts)
+    for name, tensor in itertools.chain(module.named_parameters(recurse=deep), module.named_buffers(recurse=deep)):
+        if name not in exact and not name.startswith("shared.") and tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
 
 
 def _forget_values(module: nn.Module) -> None:

@@ -36,6 +36,7 @@ from peftcore.composition.stacked import (
     stacked_outputs,
     stretched_outputs,
 )
+from peftcore.kernels.dropout_masks import get_dropout_masks
 from peftcore.kernels.low_rank import LowRankBranch, low_rank_linears
 from peftcore.kernels.maths import scaled
 from peftcore.layers.composed import ascend, composed_output, descend
@@ -132,14 +133,16 @@ def _added(layer: "AdapterLayer", adapters: Sequence[Adapter], x: Tensor) -> Ten
 def _fused(layer: "AdapterLayer", adapter: Adapter, x: Tensor) -> Tensor | None:
     """Return the output of base and first adapter from one operation; None if that does not apply.
 
-    The outputs of the siblings are computed in the same operation and cached.
+    The outputs of the siblings are computed in the same operation and cached. With dropout and PyTorch's masks, each
+    layer must draw its own mask when the model calls the layer, so its siblings are left out.
     """
     dtype = None if is_traced() or not has_no_hooks(layer.base_layer) else layer.base.compute_dtype(x)
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:
         return None
     together: dict[Any, tuple[BaseWeight, LowRankBranch]] = {}
-    for sibling in _plain_layers(siblings_of(layer, x), x, dtype):
+    own_mask = low_rank.dropout and get_dropout_masks() == "pytorch"
+    for sibling in _plain_layers(() if own_mask else siblings_of(layer, x), x, dtype):
         adapters = sibling.in_effect()
         factors = adapters[0].low_rank() if len(adapters) == 1 else None
         if factors is not None and factors.dropout == low_rank.dropout:

@@ -25,6 +25,7 @@ from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError, TrainingError
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
+from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
 _NAMES = ("lora_A", "lora_B", "lora_E")
@@ -168,12 +169,12 @@ class AdaLora(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.lora_A, std=0.02)
-        nn.init.normal_(self.lora_B, std=0.02)
-        if self.random:
-            nn.init.normal_(self.lora_E)
-        else:
+        for parameter in (self.lora_A, self.lora_E, self.lora_B, torch.empty(1, device="cpu")):
+            normal_(parameter)  # PEFT's fourth is the number of triplets
+        if not self.random:
             nn.init.zeros_(self.lora_E)
+            normal_(self.lora_A, std=0.02)
+            normal_(self.lora_B, std=0.02)
 
     @property
     def rank(self) -> int:

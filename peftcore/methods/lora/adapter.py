@@ -29,6 +29,7 @@ class Lora(Adapter):
     """LoRA at one layer."""
 
     layer_kinds = frozenset({"linear", "conv", "embedding", "parameter"})
+    unrounded = frozenset({"magnitude"})  # DoRA would not start at the base's own output
     config: LoraConfig
     r: int
     scaling: Any

@@ -158,7 +158,8 @@ def _square_norms(lora: "Lora", weight: Tensor) -> Tensor:
     cached = vars(lora).get(_ROW_NORMS)
     if version is not None and cached is not None and cached[0] == version:
         return cached[1]
-    norms = weight.to(_magnitude(lora).dtype).square().sum(1)
+    # the root of the rounded square is the length itself, so m/n is exactly 1 at the start
+    norms = torch.linalg.vector_norm(weight.to(_magnitude(lora).dtype), dim=1).square()
     if version is not None:
         vars(lora)[_ROW_NORMS] = version, norms.to(_magnitude(lora).device)
     return norms
