@@ -81,6 +81,7 @@ def test_the_flow_imports_no_heavy_library(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_it_runs_the_stages_promotes_and_reviews(runs: dict[str, Run]) -> None:
     project, status, stdout, stderr = runs["first"]
     assert status == 0, stderr
@@ -99,6 +100,7 @@ def test_it_runs_the_stages_promotes_and_reviews(runs: dict[str, Run]) -> None:
     assert "Traceback" not in stderr and "continuing without it" not in stderr
 
 
+@pytest.mark.slow
 def test_a_second_run_changes_nothing(runs: dict[str, Run]) -> None:
     project, status, stdout, stderr = runs["second"]
     assert status == 0, stderr
@@ -107,6 +109,7 @@ def test_a_second_run_changes_nothing(runs: dict[str, Run]) -> None:
     assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
 
 
+@pytest.mark.slow
 def test_a_refusal_comes_with_its_page_and_exit_status_3(runs: dict[str, Run]) -> None:
     project, status, _, stderr = runs["refused"]
     assert status == 3
@@ -117,6 +120,7 @@ def test_a_refusal_comes_with_its_page_and_exit_status_3(runs: dict[str, Run]) -
     assert project.git("tag", "--list").split() == ["docstrings@v0.1.0"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_stops_the_run_with_its_own_message(runs: dict[str, Run]) -> None:
     project, status, _, stderr = runs["failing"]
     assert status == 1
@@ -149,6 +153,7 @@ def test_what_could_not_be_registered_is_said_before_prefects_server_starts(
         pipeline.run_pipeline(project.root)
 
 
+@pytest.mark.slow
 def test_without_a_prefect_server_the_run_finishes(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     command = [sys.executable, "-m", "flows.cli", "run"]

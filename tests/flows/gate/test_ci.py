@@ -129,6 +129,7 @@ def test_a_bad_version_is_refused_with_its_reason(origin: Origin) -> None:
     assert (outputs["verdict"], outputs["version"]) == ("refused", "v0.1.2")
 
 
+@pytest.mark.slow
 def test_of_two_jobs_at_once_the_slower_one_judges_again_against_the_new_champion(origin: Origin) -> None:
     """The loser of the race is not lost: v0.1.1 is better than v0.1.0, whichever of the two was first."""
     jobs = [origin.process(number, f"refs/tags/docstrings@{number}") for number in ("v0.1.0", "v0.1.1")]

@@ -22,6 +22,8 @@ from flows.runtime.tracking import LOGIN_SECONDS
 
 BIN = Path(sys.executable).parent
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer]:
