@@ -17,6 +17,7 @@ from flows.cli import app
 from flows.errors import GateError, RegistryError
 from flows.runtime.stage_process import run_stage
 
+ONE_PROCESS = pytest.mark.xdist_group("pipeline")
 HEAVY = ("torch", "transformers", "datasets", "wandb")
 
 
@@ -82,6 +83,7 @@ def test_the_flow_imports_no_heavy_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_it_runs_the_stages_promotes_and_reviews(runs: dict[str, Run]) -> None:
     project, status, stdout, stderr = runs["first"]
     assert status == 0, stderr
@@ -101,6 +103,7 @@ def test_it_runs_the_stages_promotes_and_reviews(runs: dict[str, Run]) -> None:
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_a_second_run_changes_nothing(runs: dict[str, Run]) -> None:
     project, status, stdout, stderr = runs["second"]
     assert status == 0, stderr
@@ -110,6 +113,7 @@ def test_a_second_run_changes_nothing(runs: dict[str, Run]) -> None:
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_a_refusal_comes_with_its_page_and_exit_status_3(runs: dict[str, Run]) -> None:
     project, status, _, stderr = runs["refused"]
     assert status == 3
@@ -121,6 +125,7 @@ def test_a_refusal_comes_with_its_page_and_exit_status_3(runs: dict[str, Run]) -
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_a_stage_that_fails_stops_the_run_with_its_own_message(runs: dict[str, Run]) -> None:
     project, status, _, stderr = runs["failing"]
     assert status == 1

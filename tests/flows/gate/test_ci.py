@@ -158,6 +158,7 @@ def test_a_pushed_version_waits_until_its_commit_is_in_the_default_branch(origin
     assert (status, outputs["verdict"], outputs["version"]) == (0, "promoted", "v0.1.3")
 
 
+@pytest.mark.slow
 def test_a_version_that_is_named_need_not_be_merged(origin: Origin) -> None:
     *_, outputs = origin.job("empty", "refs/tags/docstrings@v0.1.3", "--promote", "--version", "").end()
     assert (outputs["verdict"], origin.tags()) == ("not merged", []), "an empty input names none"
