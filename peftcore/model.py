@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import hub, merging
-from peftcore._util.fingerprint import unchanging_weights
 from peftcore._util.both_libraries import refuse_hf_peft
+from peftcore._util.fingerprint import unchanging_weights
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig

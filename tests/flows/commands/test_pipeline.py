@@ -22,6 +22,7 @@ def test_status_tells_stages_and_champion(here: Any) -> None:
     assert "docstrings: champion is v0.1.0" in text
 
 
+@pytest.mark.slow
 def test_a_run_told_as_json_is_one_document_whatever_came_of_it(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_server(*_: object) -> NoReturn:
         raise RuntimeError("Failed to reach API")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+ONE_PROCESS = pytest.mark.xdist_group("pipeline")
 HEAVY = ("torch", "transformers", "datasets", "wandb")
 
 
@@ -74,6 +75,8 @@ def test_the_flow_imports_no_heavy_library(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
+@ONE_PROCESS
 def test_it_runs_the_stages_promotes_and_reviews(runs: dict[str, Run]) -> None:
     project, status, stdout, stderr = runs["first"]
     assert status == 0, stderr
@@ -92,6 +95,8 @@ def test_it_runs_the_stages_promotes_and_reviews(runs: dict[str, Run]) -> None:
     assert "Traceback" not in stderr and "continuing without it" not in stderr
 
 
+@pytest.mark.slow
+@ONE_PROCESS
 def test_a_second_run_changes_nothing(runs: dict[str, Run]) -> None:
     project, status, stdout, stderr = runs["second"]
     assert status == 0, stderr
@@ -100,6 +105,8 @@ def test_a_second_run_changes_nothing(runs: dict[str, Run]) -> None:
     assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
 
 
+@pytest.mark.slow
+@ONE_PROCESS
 def test_a_refusal_comes_with_its_page_and_exit_status_3(runs: dict[str, Run]) -> None:
     project, status, _, stderr = runs["refused"]
     assert status == 3
@@ -110,6 +117,8 @@ def test_a_refusal_comes_with_its_page_and_exit_status_3(runs: dict[str, Run]) -
     assert project.git("tag", "--list").split() == ["docstrings@v0.1.0"]
 
 
+@pytest.mark.slow
+@ONE_PROCESS
 def test_a_stage_that_fails_stops_the_run_with_its_own_message(runs: dict[str, Run]) -> None:
     project, status, _, stderr = runs["failing"]
     assert status == 1
@@ -117,3 +126,61 @@ def test_a_stage_that_fails_stops_the_run_with_its_own_message(runs: dict[str, R
     assert "error: stage make failed" in stderr
     assert "Traceback" not in stderr
     assert not project.paths.review.exists()
+<<<<<<< HEAD:tests/flows/pipeline/test_flow.py
+=======
+
+
+def test_what_could_not_be_registered_is_refused_before_anything_runs(
+    project: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.paths.params.write_text(project.paths.params.read_text().replace("docstrings", "summaries"))
+    monkeypatch.chdir(project.root)
+    done = CliRunner().invoke(app, ["run"])
+    assert done.exit_code == 1
+    assert "error: project.name is 'summaries', but `artifacts:` in dvc.yaml has no 'summaries'" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.faults("Prefect down")
+def test_what_could_not_be_registered_is_said_before_prefects_server_starts(
+    project: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.paths.params.write_text(project.paths.params.read_text().replace("name: docstrings", "name: tickets"))
+    monkeypatch.setattr(pipeline, "tie_temporary_server", lambda: pytest.fail("it was started"))
+    with pytest.raises(
+        RegistryError, match=r"project\.name is 'tickets', but `artifacts:` in dvc\.yaml has no 'tickets'"
+    ):
+        pipeline.run_pipeline(project.root)
+
+
+@pytest.mark.slow
+def test_without_a_prefect_server_the_run_finishes(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    command = [sys.executable, "-m", "flows.cli", "run"]
+    done = subprocess.run(command, cwd=project.root, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0
+    assert "continuing without it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
+
+
+@pytest.mark.usefixtures("forked_stages")
+def test_a_prefect_server_that_goes_away_does_not_stop_the_run(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_way(root: Path, *_: object) -> NoReturn:
+        run_stage(root, "make", 60)
+        raise httpx.ConnectError("Connection refused")
+
+    monkeypatch.setattr(pipeline, "pipeline", half_way)
+    outcome = pipeline.run_pipeline(project.root)
+    assert outcome.promotion.outcome == "promoted"
+    assert list(outcome.seconds) == ["make", "register", "promote", "review"]
+
+
+def test_a_refusal_is_no_trouble_of_prefects(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise GateError("no")
+
+    monkeypatch.setattr(pipeline, "pipeline", refuse)
+    with pytest.raises(GateError):
+        pipeline.run_pipeline(project.root)
+>>>>>>> quicktests:tests/flows/test_pipeline.py

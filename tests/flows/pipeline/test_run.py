@@ -41,6 +41,7 @@ def test_what_could_not_be_registered_is_said_before_prefects_server_starts(
         run.run_pipeline(project.root)
 
 
+@pytest.mark.slow
 def test_without_a_prefect_server_the_run_finishes(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     command = [sys.executable, "-m", "flows.cli", "run"]

@@ -65,6 +65,7 @@ def run(code: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_with_the_alias_import_peft_finds_peftcore() -> None:
     printed = run(
         "import peftcore.as_peft, peft, peftcore, importlib.metadata as metadata\n"

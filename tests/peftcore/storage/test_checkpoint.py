@@ -186,7 +186,9 @@ FILE_SYSTEM = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdi
 
 
 @pytest.mark.usefixtures("no_power_cut")
-@pytest.mark.parametrize("links", [True, False], ids=["with hard links", "without"])
+@pytest.mark.parametrize(
+    "links", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["with hard links", "without"]
+)
 def test_killed_at_any_step_of_a_save_one_whole_adapter_loads(
     links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ print("variant by entry point:", type(LoraConfig.from_pretrained(sys.argv[1]))._
 """
 
 
+@pytest.mark.slow
 def test_the_guides_variant_works_from_a_package_of_its_own(tmp_path: Path) -> None:
     variant = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)[1]
     (tmp_path / "acme_gain.py").write_text(variant)
