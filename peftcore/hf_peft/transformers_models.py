@@ -113,7 +113,8 @@ def _options(
     """Return (options of the adapter's download, `ignore_mismatched_sizes`)."""
     if unknown := sorted(fields.keys() - _UNUSED):
         raise TypeError(
-            f"load_adapter() has no option {unknown[0]!r}; options of the download, such as revision, are adapter_kwargs"
+            f"load_adapter() has no option {unknown[0]!r}; "
+            "give those of the download, such as revision, in adapter_kwargs"
         )
     values = {name: getattr(load_config, name, None) for name in _UNUSED} | dict(fields)
     if values["use_safetensors"] is False:
