@@ -37,6 +37,9 @@ class EvaConfig(_Options):
         label_mask_value: the label of tokens without a label.
         whiten: scale the components to unit variance.
         adjust_scaling_factors: adjust lora_alpha to each layer's new rank.
+
+    Raises:
+        ConfigError: rho or tau is out of its range.
     """
 
     def __init__(
@@ -48,6 +51,10 @@ class EvaConfig(_Options):
         whiten: bool = False,
         adjust_scaling_factors: bool = True,
     ):
+        if rho < 1:
+            raise ConfigError(f"EvaConfig: `rho` must be >= 1.0; got {rho!r}")
+        if not 0 <= tau <= 1:
+            raise ConfigError(f"EvaConfig: `tau` must be between 0.0 and 1.0; got {tau!r}")
         super().__init__(
             rho=rho,
             tau=tau,

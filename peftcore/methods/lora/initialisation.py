@@ -40,7 +40,8 @@ class Initialisation(Variant):
     """Class that computes the factors from data; `peftcore.init.initialize_from_data` runs it. None: no data needed."""
 
     def is_chosen(self, config: "LoraConfig") -> bool:
-        return config.init_lora_weights in self.names
+        chosen = config.init_lora_weights
+        return (chosen.lower() if isinstance(chosen, str) else chosen) in self.names
 
     def initialise(self, lora: "Lora") -> None:
         """Set A and B of one layer; called without gradients."""

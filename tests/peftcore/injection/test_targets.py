@@ -145,3 +145,8 @@ def test_loading_a_directory_resolves_its_targets_once(tmp_path: Path, monkeypat
         monkeypatch.setattr(module, "target_paths", counted)
     model = PeftModel.from_pretrained(Heads(), tmp_path)
     assert len(resolved) == 1 and model.peft_config["default"].target_modules == {"head"}
+
+
+def test_an_exclusion_that_matches_nothing_warns() -> None:
+    with pytest.warns(UserWarning, match="exclude_modules .* has no effect"):
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"], exclude_modules=["7"]))
