@@ -11,6 +11,7 @@ import peftcore
 from peftcore import (
     CheckpointError,
     LoraConfig,
+    MergeError,
     get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
@@ -115,3 +116,21 @@ def test_the_bases_state_dict_must_fit_unless_it_need_not() -> None:
     result = set_base_model_state_dict(model, partial, strict=False)
     assert result.unexpected_keys == ["9.weight"]
     assert not model.unload()[0].weight.any()
+
+
+def test_tensors_of_the_base_are_written_into_it_as_in_peft() -> None:
+    trained = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["0"], bias="all"))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    state_dict = peft.get_peft_model_state_dict(trained)
+    ours = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match="tensors of the base are changed"):
+        result = set_peft_model_state_dict(ours, state_dict)
+    assert not result.unexpected_keys
+    torch.testing.assert_close(ours(X), trained(X))
+    ours.merge_adapter()
+    state_dict = {key: tensor + 1 for key, tensor in state_dict.items()}
+    with pytest.raises(MergeError, match="call unmerge_adapter first"):
+        set_peft_model_state_dict(ours, state_dict)
