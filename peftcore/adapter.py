@@ -22,7 +22,7 @@ Shapes: o out_features, i in_features, r rank; x (..., i), y (..., o). A weight 
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -306,6 +306,16 @@ class Adapter(_Constants):
 
         Raises:
             MergeError: no weight can, for example because the adapter depends on the input.
+        """
+
+    def check_mergeable_with(self, others: "Iterable[Adapter]") -> None:
+        """Check that this adapter may be merged into a weight after other adapters.
+
+        Args:
+            others: adapters that are merged before this one.
+
+        Raises:
+            MergeError: this adapter would overwrite what another one has merged.
         """
 
     def delta_weight(self) -> Tensor:

@@ -169,7 +169,7 @@ def _number(adapter: Adapter, attribute: str) -> Any:
     if not hasattr(config, attribute) or attribute.startswith("_"):
         return None
     value = options_at(config, path).get(attribute, getattr(config, attribute))
-    return value if isinstance(value, int | float) else None
+    return value if isinstance(value, int | float) or attribute == "token_indices" else None
 
 
 def _element(adapter: Adapter, attribute: str) -> Any:

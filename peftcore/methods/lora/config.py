@@ -194,7 +194,7 @@ class LoraConfig(TunerConfig):
     def ranks(self) -> list[int]:
         return [self.r, *(self.rank_pattern or {}).values()]
 
-    def token_configs(self) -> list[TunerConfig]:
+    def token_configs(self) -> list[Any]:
         ids = self.trainable_token_indices
         if not ids:
             return []
