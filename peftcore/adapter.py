@@ -365,6 +365,10 @@ class Adapter(_Constants):
 
     # -- saving and loading ----------------------------------------------------------------------------------------
 
+    def shown_parameter(self, name: str) -> Tensor:
+        """Return the tensor that a view shows as the parameter `name`: the parameter itself, unless another has it."""
+        return self._parameter(name)
+
     def checkpoint_keys(self) -> dict[str, str]:
         """Return {parameter name: its key suffix in PEFT's format}; by default both are equal."""
         return {name: name for name, _ in self.named_parameters() if not name.startswith(("shared.", "trained_bias."))}

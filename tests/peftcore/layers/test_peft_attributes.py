@@ -153,3 +153,11 @@ def test_rows_that_train_are_an_adapter_of_their_own() -> None:
     torch.testing.assert_close(ours, theirs)
     with pytest.raises(AttributeError):
         _ = models[0][1].token_adapter
+
+
+def test_a_number_may_have_the_name_of_its_method() -> None:
+    layers = []
+    for library in (peftcore, peft):
+        config = library.WaveFTConfig(target_modules=["0"], n_frequency=7)
+        layers.append(library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).base_model.model[0])
+    assert [layer.waveft_n_frequency["default"] for layer in layers] == [7, 7]
