@@ -159,7 +159,9 @@ def _adapters_for(
             bases[f"{path}.{base.name}" if isinstance(base, ParameterWeight) else path] = base
     parameters = _parameter_bases(module_index, config)
     if both := [path for path in parameters if path.rpartition(".")[0] in bases]:
-        raise TargetError(f"target_parameters: {both[0]} belongs to a layer of target_modules; name it in one of the two")
+        raise TargetError(
+            f"target_parameters: {both[0]} belongs to a layer of target_modules; name it in one of the two"
+        )
     bases |= parameters
     adapters = _make_adapters(kind, config, bases, creation)
     kind.link(config, adapters)
@@ -203,7 +205,9 @@ def _token_adapters(
     if both := sorted(adapters.keys() & taken):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
     if whole := sorted(path for path in adapters if is_within(path, saved)):
-        raise ConfigError(f"trainable_token_indices: {whole[0]} trains whole (modules_to_save); leave out one of the two")
+        raise ConfigError(
+            f"trainable_token_indices: {whole[0]} trains whole (modules_to_save); leave out one of the two"
+        )
     for adapter in adapters.values():
         adapter.disk_prefix = "token_adapter."
     return adapters

@@ -52,10 +52,7 @@ class FactorView:
             raise PeftError(f"{name} is that of the tied embedding's adapter, transposed; assign it there")
         path, _, leaf = self._parameters[name].rpartition(".")
         owner = self._adapter.get_submodule(path)
-        if (
-            not isinstance(value, nn.Parameter)
-            or value.shape != shown.shape
-        ):
+        if not isinstance(value, nn.Parameter) or value.shape != shown.shape:
             raise ConfigError(
                 f"{name} of an adapter must be an nn.Parameter of shape {tuple(shown.shape)}; got "
                 f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"

@@ -92,14 +92,17 @@ def test_tokens_beyond_the_vocabulary_and_models_without_an_embedding() -> None:
 
 
 def test_tied_layers_with_different_tokens_train_their_own_rows() -> None:
-    options: dict[str, Any] = {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1], "embed_tokens": [3]}}
+    options: dict[str, Any] = {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"lm_head": [1], "embed_tokens": [3]},
+    }
     model = get_peft_model(llama(True), LoraConfig(**options))
     ours = {path: part for path, part in adapter_set(model).adapters("default").items() if "q_proj" not in path}
     assert {path: part.chosen for path, part in ours.items()} == {"lm_head": (1,), "model.embed_tokens": (3,)}
     theirs = peft.get_peft_model(llama(True), peft.LoraConfig(**options)).base_model.model
     assert theirs.lm_head.token_adapter.token_indices["default"] == model.lm_head.token_indices["default"] == [1]
     for library in (peftcore, peft):
-        with pytest.raises(ValueError, match="ensure_weight_tying|weight tying"):
+        with pytest.raises(ValueError, match=r"ensure_weight_tying|weight tying"):
             library.get_peft_model(llama(True), library.LoraConfig(ensure_weight_tying=True, **options))
 
 
@@ -107,7 +110,7 @@ def test_rows_of_a_layer_that_trains_whole_are_refused() -> None:
     options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     for library in (peftcore, peft):
         config = library.LoraConfig(trainable_token_indices={"embed_tokens": [1]}, **options)
-        with pytest.raises(ValueError, match="trains whole|trained fully"):
+        with pytest.raises(ValueError, match=r"trains whole|trained fully"):
             library.get_peft_model(llama(False), config)
 
 
