@@ -224,7 +224,7 @@ class PeftConfig(SharedOptions):
         """Return the ranks (counts) that the configuration states; [] for methods without a stated rank."""
         return []
 
-    def token_configs(self) -> list["TunerConfig"]:
+    def token_configs(self) -> list[Any]:
         """Return configurations of the adapters of embedding rows that belong to this adapter."""
         return []
 
@@ -351,8 +351,8 @@ class PeftConfig(SharedOptions):
         extra = {k: v for k, v in values.items() if k not in known}
         if extra and not named:
             raise ConfigError(
-                f"{CONFIG_NAME} has no peft_type, and {next(iter(extra))!r} is no field of {target.__name__}; it is not "
-                "the configuration of an adapter"
+                f"{CONFIG_NAME} has no peft_type, and {next(iter(extra))!r} is no field of {target.__name__}; it is "
+                "not the configuration of an adapter"
             )
         target._refuse_other_mathematics(extra)
         config = target(**{k: v for k, v in values.items() if k in known})
@@ -532,6 +532,7 @@ class PromptLearningConfig(PeftConfig):
         self.positive(*(name for name in sizes if getattr(self, name) is not None))
 
     def check_complete(self) -> None:
+        """Raise ConfigError if there are no virtual tokens."""
         self.positive("num_virtual_tokens")
 
 
@@ -564,6 +565,7 @@ class TunerConfig(PeftConfig):
             raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")
 
     def check_complete(self) -> None:
+        """Raise ConfigError if no layer is named."""
         if self.target_modules is not None and not self.target_modules and not self.target_parameters:
             raise ConfigError(f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'")
 

@@ -127,7 +127,7 @@ def _layer_status(adapters: AdapterSet, slot: AdapterSlot) -> TunerLayerStatus |
 
 
 def _with_own_active(status: TunerLayerStatus) -> TunerLayerStatus:
-    """Return a status with those active adapters that the layer has: HF PEFT's for modules and rows that train whole."""
+    """Return a status with the active adapters that the layer has: HF PEFT's where modules or rows train whole."""
     active = [name for name in status.active_adapters if name in status.available_adapters]
     return dataclasses.replace(status, active_adapters=active)
 

@@ -1,5 +1,6 @@
 """LoRA's options under PEFT's names. The options of variants are checked by the variants."""
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -91,6 +92,13 @@ class LoraConfig(TunerConfig):
         self.probability("lora_dropout")
         self.one_of("bias", self.bias, ("none", "all", "lora_only"))
         self.initialisation()
+        for start in ("loftq", "eva", "corda", "lora_ga"):
+            if getattr(self, f"{start}_config") and str(self.init_lora_weights).lower() != start:
+                warnings.warn(
+                    f"LoraConfig: {start}_config has no effect with init_lora_weights={self.init_lora_weights!r}; set "
+                    f"it to {start!r}, or leave {start}_config out",
+                    stacklevel=4,
+                )
         for variant in self.variants():
             variant.check(self)
             for other, reason in variant.excludes.items():
@@ -194,7 +202,7 @@ class LoraConfig(TunerConfig):
     def ranks(self) -> list[int]:
         return [self.r, *(self.rank_pattern or {}).values()]
 
-    def token_configs(self) -> list[TunerConfig]:
+    def token_configs(self) -> list[Any]:
         ids = self.trainable_token_indices
         if not ids:
             return []

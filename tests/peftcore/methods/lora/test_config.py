@@ -26,3 +26,9 @@ def test_equal_plain_loras_share_a_slot_whatever_their_base_is_called() -> None:
 )
 def test_other_adapters_get_a_slot_of_their_own(other: PeftConfig) -> None:
     assert not other.can_be_overwritten_by(LoraConfig(**PLAIN))
+
+
+@pytest.mark.parametrize("start", ["loftq", "eva", "corda", "lora_ga"])
+def test_options_of_another_start_warn(start: str) -> None:
+    with pytest.warns(UserWarning, match=f"{start}_config has no effect with init_lora_weights=True"):
+        LoraConfig(**{f"{start}_config": {"some": 1}})
