@@ -22,7 +22,7 @@ Shapes: o out_features, i in_features, r rank; x (..., i), y (..., o). A weight 
 """
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -315,6 +315,16 @@ class Adapter(_Constants):
             MergeError: no weight can, for example because the adapter depends on the input.
         """
 
+    def check_mergeable_with(self, others: "Iterable[Adapter]") -> None:
+        """Check that this adapter may be merged into a weight after other adapters.
+
+        Args:
+            others: adapters that are merged before this one.
+
+        Raises:
+            MergeError: this adapter would overwrite what another one has merged.
+        """
+
     def delta_weight(self) -> Tensor:
         """Return ΔW = W' − W in canonical orientation (o, i, *kernel), in the parameters' type."""
         raise NotImplementedError(f"{type(self).__name__} must define delta_weight or merged_weight")
@@ -361,6 +371,10 @@ class Adapter(_Constants):
         return None if torch.equal(changed.to(bias), bias) else changed.double() - bias.double()
 
     # -- saving and loading ----------------------------------------------------------------------------------------
+
+    def shown_parameter(self, name: str) -> Tensor:
+        """Return the tensor that a view shows as the parameter `name`: the parameter itself, unless another has it."""
+        return self._parameter(name)
 
     def checkpoint_keys(self) -> dict[str, str]:
         """Return {parameter name: its key suffix in PEFT's format}; by default both are equal."""

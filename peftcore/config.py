@@ -224,7 +224,7 @@ class PeftConfig(SharedOptions):
         """Return the ranks (counts) that the configuration states; [] for methods without a stated rank."""
         return []
 
-    def token_configs(self) -> list["TunerConfig"]:
+    def token_configs(self) -> list[Any]:
         """Return configurations of the adapters of embedding rows that belong to this adapter."""
         return []
 

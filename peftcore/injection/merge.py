@@ -136,8 +136,11 @@ def _checked_merges(
 
 def _check(merge: _LayerMerge) -> None:
     bias = merge.base.bias
+    before = [merge.slot.adapters[name] for name in merge.slot.merged]
     for adapter in with_trained_biases(merge.adapters.values()):
         try:
+            adapter.check_mergeable_with(before)
+            before.append(adapter)
             adapter.check_mergeable()
             adapter.merged_bias(bias)
         except MergeError as error:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
@@ -118,7 +118,7 @@ def prepare_injection(
     config, paths = complete(module_index, config)
     saved = find_saved_modules(module_index, config)
     adapters = _adapters_for(module_index, config, paths, creation)
-    adapters |= _token_adapters(module_index, config, adapters, creation)
+    adapters |= _token_adapters(module_index, config, {*adapters}, {*saved}, creation)
     if config.ensure_weight_tying:
         _warn_without_ties(module_index, [*adapters, *saved])
     _check_new_bases(module_index, adapters)
@@ -155,13 +155,18 @@ def _prepare_prompt(
 
 
 def _adapters_for(
-    module_index: ModuleIndex, config: TunerConfig, paths: list[str], creation: Creation
+    module_index: ModuleIndex,
+    config: TunerConfig,
+    paths: list[str],
+    creation: Creation,
+    separate: Collection[str] = (),
 ) -> dict[str, Adapter]:
-    """Make {path: adapter} for the targets of a configuration."""
+    """Make {path: adapter} for the targets of a configuration; those at `separate` follow no tied weight."""
     kind = method_of(config).adapter
     targets = checked_targets(module_index, config, paths)
     if kind.follows_ties or config.ensure_weight_tying:
-        targets |= {path: module_index.modules[path] for path in tied_paths(module_index, targets)}
+        ties = (path for path in tied_paths(module_index, targets) if path not in separate)
+        targets |= {path: module_index.modules[path] for path in ties}
     bases: dict[str, BaseWeight] = {}
     for path, layer in targets.items():
         for base in _bases_of(kind, config, layer, path):
@@ -220,14 +225,29 @@ def _parameter_bases(module_index: ModuleIndex, config: TunerConfig) -> dict[str
 
 
 def _token_adapters(
-    module_index: ModuleIndex, config: TunerConfig, taken: Mapping[str, Adapter], creation: Creation
+    module_index: ModuleIndex, config: TunerConfig, taken: set[str], saved: set[str], creation: Creation
 ) -> dict[str, Adapter]:
-    """Return the adapters of single embedding rows (`trainable_token_indices`)."""
+    """Return the adapters of single embedding rows (`trainable_token_indices`).
+
+    Layers with one weight train the same rows, unless the configuration names different rows for them.
+    """
     adapters: dict[str, Adapter] = {}
-    for token_config in config.token_configs():
-        adapters |= _adapters_for(module_index, token_config, target_paths(module_index, token_config), creation)
-    if both := sorted(adapters.keys() & taken.keys()):
+    targets = [(one, target_paths(module_index, one)) for one in config.token_configs()]
+    tokens = {path: set(one.token_indices) for one, paths in targets for path in paths}
+    for one, paths in targets:
+        others = {path for path, indices in tokens.items() if indices != set(one.token_indices)}
+        if config.ensure_weight_tying and (ties := others & tied_paths(module_index, paths).keys()):
+            raise ConfigError(
+                f"ensure_weight_tying: {paths[0]} and {min(ties)} share a weight, and trainable_token_indices has "
+                "different tokens for them; give both the same"
+            )
+        adapters |= _adapters_for(module_index, one, paths, creation, others)
+    if both := sorted(adapters.keys() & taken):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
+    if whole := sorted(path for path in adapters if is_within(path, saved)):
+        raise ConfigError(
+            f"trainable_token_indices: {whole[0]} trains whole (modules_to_save); leave out one of the two"
+        )
     for adapter in adapters.values():
         adapter.disk_prefix = "token_adapter."
     return adapters

@@ -7,14 +7,14 @@ of a `PeftModel` begin with that prefix; those of a model whose class is unchang
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftcore._util.tensors import PREFIX, is_sharded, whole
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, MergeError
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.layers.wrapper import LayerWrapper, Prompts
 from peftcore.storage.adapter_state import SHARED_PREFIX, AdapterState, adapter_state_of
@@ -91,6 +91,9 @@ def set_peft_model_state_dict(
 ) -> IncompatibleKeys:
     """Write tensors into an adapter that is in the model; the adapter keeps what the state dict lacks.
 
+    As in HF PEFT, tensors of the base (trained biases of an adapter whose configuration has `bias="none"`, embeddings)
+    are written into the base, for all adapters. A warning names those that change.
+
     Args:
         model: a model with adapters, or FSDP version 1 around one. Then every process has to call this function.
         peft_model_state_dict: {HF PEFT's key without the adapter's name: tensor}, with or without the prefix
@@ -106,6 +109,7 @@ def set_peft_model_state_dict(
     Raises:
         AdapterNameError: the adapter is not loaded.
         CheckpointError: a tensor has another shape, and `ignore_mismatched_sizes` is False.
+        MergeError: a tensor of the base changes, and adapters are merged into it.
     """
     with _gathered(model, writes=True) as plain:
         return _write(plain, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
@@ -130,7 +134,8 @@ def _write(
     present = state.tensors()
     if state.prompt is not None:
         present = state.prompt.checkpoint_tensors()
-    unexpected = sorted(given.keys() - present.keys() - state.repeated())
+    of_base = _of_base(model, given.keys() - present.keys() - state.repeated())
+    unexpected = sorted(given.keys() - present.keys() - state.repeated() - of_base.keys())
     matching = {key: tensor for key, tensor in given.items() if key in present}
     wrong = {
         key: tensor
@@ -146,6 +151,7 @@ def _write(
             )
         warnings.warn(f"tensors of another shape are skipped: {listed:.1000}", stacklevel=3)
         matching = {key: tensor for key, tensor in matching.items() if key not in wrong}
+    _write_base(adapters, {key: (tensor, given[key]) for key, tensor in of_base.items()})
     with torch.no_grad():
         values = {key: tensor.clone() for key, tensor in present.items()} | matching
         if state.prompt is not None:
@@ -158,6 +164,42 @@ def _write(
         named if keep else [key.removeprefix(PREFIX) for key in named],
         unexpected if keep else [key.removeprefix(PREFIX) for key in unexpected],
     )
+
+
+def _of_base(model: nn.Module, keys: Iterable[str]) -> dict[str, Tensor]:
+    """Return {PEFT's key: tensor of the base} of those keys that name one."""
+    tensors = model.state_dict(keep_vars=True)
+    of_base = {key: tensors[ours] for key, ours in _base_tensors(model) if ours in tensors}
+    plain = {key: key.removeprefix(PREFIX).replace("base_layer.", "") for key in keys}
+    return {key: of_base[name] for key, name in plain.items() if name in of_base}
+
+
+def _write_base(adapters: AdapterSet, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Write {key: (tensor of the base, its new value)}, and warn of those that change.
+
+    Raises:
+        CheckpointError: a value has another shape.
+        MergeError: a value changes while adapters are merged into the base.
+    """
+    for key, (tensor, value) in values.items():
+        if tensor.shape != value.shape:
+            raise CheckpointError(
+                f"set_peft_model_state_dict: {key} belongs to the base and is {list(value.shape)}, here "
+                f"{list(tensor.shape)}; leave it out of the state dict"
+            )
+    changed = {k: (t, v) for k, (t, v) in values.items() if not torch.equal(t.detach(), v.to(t))}
+    if not changed:
+        return
+    if adapters.merged:
+        raise MergeError(
+            f"set_peft_model_state_dict: {list(changed)[:3]} belong to the base, and {list(adapters.merged)} are merged "
+            "into it; call unmerge_adapter first"
+        )
+    warnings.warn(f"tensors of the base are changed, for all adapters: {list(changed)[:5]}", stacklevel=4)
+    with torch.no_grad():
+        for tensor, value in changed.values():
+            tensor.copy_(value)
+    adapters.selection.forget()
 
 
 def with_prefix(key: str, state: AdapterState) -> str:

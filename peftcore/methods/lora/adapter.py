@@ -275,6 +275,11 @@ class Lora(Adapter):
 
     # -- disk ------------------------------------------------------------------------------------------------
 
+    def shown_parameter(self, name: str) -> Tensor:
+        if self.source is not None and name in ("lora_A", "lora_B"):
+            return self.own_factors()[name == "lora_B"]
+        return super().shown_parameter(name)
+
     def checkpoint_keys(self) -> dict[str, str]:
         weight = "lora_{}.weight" if self.base.kind != "embedding" else "lora_embedding_{}"
         keys = {"lora_A": weight.format("A"), "lora_B": weight.format("B")}

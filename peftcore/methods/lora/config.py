@@ -125,6 +125,13 @@ class LoraConfig(TunerConfig):
         self.probability("lora_dropout")
         self.one_of("bias", self.bias, ("none", "all", "lora_only"))
         self.initialisation()
+        for start in ("loftq", "eva", "corda", "lora_ga"):
+            if getattr(self, f"{start}_config") and str(self.init_lora_weights).lower() != start:
+                warnings.warn(
+                    f"LoraConfig: {start}_config has no effect with init_lora_weights={self.init_lora_weights!r}; set "
+                    f"it to {start!r}, or leave {start}_config out",
+                    stacklevel=4,
+                )
         for variant in self.variants():
             variant.check(self)
             for other, reason in variant.excludes.items():
@@ -231,7 +238,7 @@ class LoraConfig(TunerConfig):
     def ranks(self) -> list[int]:
         return [self.r, *(self.rank_pattern or {}).values()]
 
-    def token_configs(self) -> list[TunerConfig]:
+    def token_configs(self) -> list[Any]:
         ids = self.trainable_token_indices
         if not ids:
             return []

@@ -170,3 +170,11 @@ def test_every_kind_of_layer_has_the_sizes_of_its_input_and_output(layer: nn.Mod
     ours = peftcore.get_peft_model(nn.Sequential(layer), peftcore.LoraConfig(r=2, target_modules=["0"]))
     expected = theirs.base_model.model[0]
     assert (ours[0].in_features, ours[0].out_features) == (expected.in_features, expected.out_features)
+
+
+def test_a_number_may_have_the_name_of_its_method() -> None:
+    layers = []
+    for library in (peftcore, peft):
+        config = library.WaveFTConfig(target_modules=["0"], n_frequency=7)
+        layers.append(library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).base_model.model[0])
+    assert [layer.waveft_n_frequency["default"] for layer in layers] == [7, 7]

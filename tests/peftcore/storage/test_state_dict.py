@@ -14,6 +14,7 @@ import peftcore
 from peftcore import (
     CheckpointError,
     LoraConfig,
+    MergeError,
     get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
@@ -146,3 +147,21 @@ def test_a_model_inside_of_fsdp(further: dict[str, Any], nested: bool, one_proce
             assert torch.equal(state[key], tensor)
         keys.append(state.keys())
     assert keys[0] == keys[1]
+
+
+def test_tensors_of_the_base_are_written_into_it_as_in_peft() -> None:
+    trained = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["0"], bias="all"))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    state_dict = peft.get_peft_model_state_dict(trained)
+    ours = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match="tensors of the base are changed"):
+        result = set_peft_model_state_dict(ours, state_dict)
+    assert not result.unexpected_keys
+    torch.testing.assert_close(ours(X), trained(X))
+    ours.merge_adapter()
+    state_dict = {key: tensor + 1 for key, tensor in state_dict.items()}
+    with pytest.raises(MergeError, match="call unmerge_adapter first"):
+        set_peft_model_state_dict(ours, state_dict)

@@ -46,3 +46,9 @@ def test_offloading_that_cannot_act_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         LoraConfig(runtime_config=runtime)
     with pytest.raises(ConfigError, match="ephemeral_gpu_offload must be True or False"):
         LoraRuntimeConfig(ephemeral_gpu_offload="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("start", ["loftq", "eva", "corda", "lora_ga"])
+def test_options_of_another_start_warn(start: str) -> None:
+    with pytest.warns(UserWarning, match=f"{start}_config has no effect with init_lora_weights=True"):
+        LoraConfig(**{f"{start}_config": {"some": 1}})
