@@ -34,7 +34,7 @@ faults: install         ## fault tests (kill -9, full disk, damaged files, ...) 
 
 slow: export OMP_NUM_THREADS ?= 1
 slow: install           ## tests of the whole pipeline
-	@$(BIN)/pytest -m slow --numprocesses auto --dist loadfile
+	@$(BIN)/pytest -m slow --numprocesses auto --dist loadgroup
 
 proof: export OMP_NUM_THREADS ?= 1
 proof: install          ## longest tests: faults, work pool with PostgreSQL, sweeps, nodes, benchmarks; PEFTCORE_LONG=1 adds those that wait for minutes

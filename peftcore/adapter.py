@@ -22,7 +22,7 @@ Shapes: o out_features, i in_features, r rank; x (..., i), y (..., o). A weight 
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,9 @@ from peftcore.kernels.low_rank import LowRankBranch
 
 class _Constants(nn.Module):
     """A module whose non-persistent buffers are computed from the configuration, and are therefore never saved."""
+
+    unrounded: ClassVar[frozenset[str]] = frozenset()
+    """Parameters and buffers whose start values are not rounded to the 16 bits of a base."""
 
     def make_constants(self) -> None:
         """Compute the non-persistent buffers; called again after `to_empty` has moved them from the meta device."""
@@ -300,6 +303,10 @@ class Adapter(_Constants):
         """
 
     # -- merging ---------------------------------------------------------------------------------------------------
+
+    def replaced_rows(self) -> Collection[int]:
+        """Return the numbers of the weight's rows that the adapter replaces; two active adapters must not share any."""
+        return ()
 
     def check_mergeable(self) -> None:
         """Check that a fixed weight can equal this adapter.

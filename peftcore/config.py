@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_orig
 
 from peftcore import hub
 from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
-from peftcore.errors import CheckpointError, ConfigError, suggestion
+from peftcore.errors import CheckpointError, ConfigError, UnknownOptionError, suggestion
 from peftcore.files import CONFIG_NAME, read_limited, whole_files, write_atomically
 from peftcore.registry import PeftType, method_named, methods
 
@@ -164,7 +164,7 @@ class PeftConfig(SharedOptions):
         known = [f.name for f in dataclasses.fields(cls)]
         for key in options:
             if key not in known:
-                raise ConfigError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
+                raise UnknownOptionError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -391,11 +391,19 @@ class PeftConfig(SharedOptions):
                 the others of `huggingface_hub.hf_hub_download`. Fields of the configuration are no options; assign
                 them to the result.
 
+                `trust_remote_code=True` is a warning, because a configuration of an adapter has no code.
+
         Raises:
             CheckpointError: If `adapter_config.json` is absent or not valid JSON, or cannot be downloaded.
             ConfigError: If a value does not fit.
             TypeError: For an unknown option.
         """
+        if kwargs.pop("trust_remote_code", None):
+            warnings.warn(
+                "PeftConfig.from_pretrained: trust_remote_code has no effect, because an adapter's configuration has "
+                "no code; give it to the base model's from_pretrained",
+                stacklevel=2,
+            )
         options = hub.checked_options(f"{cls.__name__}.from_pretrained", {**kwargs, "subfolder": subfolder})
         directory = hub.adapter_directory(pretrained_model_name_or_path, needs_weights=False, **options)
         with hub.naming_download(pretrained_model_name_or_path):
@@ -532,7 +540,7 @@ class PromptLearningConfig(PeftConfig):
         self.positive(*(name for name in sizes if getattr(self, name) is not None))
 
     def check_complete(self) -> None:
-        """Raise ConfigError if there are no virtual tokens."""
+        """Check that the prompt has tokens."""
         self.positive("num_virtual_tokens")
 
 
@@ -565,7 +573,7 @@ class TunerConfig(PeftConfig):
             raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")
 
     def check_complete(self) -> None:
-        """Raise ConfigError if no layer is named."""
+        """Check that the targets are not empty."""
         if self.target_modules is not None and not self.target_modules and not self.target_parameters:
             raise ConfigError(f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'")
 

@@ -134,25 +134,6 @@ class LoftQConfig(_Options):
         super().__init__(loftq_bits=loftq_bits, loftq_iter=loftq_iter)
 
 
-class LoraRuntimeConfig(_Options):
-    """Options that are not saved.
-
-    Args:
-        ephemeral_gpu_offload: only False; DoRA's norms are computed where the weights are.
-
-    Raises:
-        ConfigError: ephemeral_gpu_offload is True.
-    """
-
-    def __init__(self, ephemeral_gpu_offload: bool = False):
-        if ephemeral_gpu_offload:
-            raise ConfigError(
-                "LoraRuntimeConfig: ephemeral_gpu_offload is not supported; move the model to the GPU for DoRA, or "
-                "leave the option out"
-            )
-        super().__init__(ephemeral_gpu_offload=False)
-
-
 class PromptTuningInit(StrEnum):
     """Starts of prompt tuning: the embeddings of a text, of sampled tokens of the vocabulary, or random numbers."""
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -15,7 +15,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import ParameterWeight
 from peftcore.config import PeftConfig, TunerConfig
 from peftcore.detection.layer_inputs import shared_input_groups
-from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
+from peftcore.errors import AdapterNameError, ConfigError, MergeError, PeftError, TargetError
 from peftcore.injection import forward_hooks
 from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
@@ -30,6 +30,8 @@ from peftcore.layers.wrapper import unwrapped
 from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_of
 
+_CONFIGS = "peft_config"
+"""Attribute of a model, in HF PEFT, with its adapters' configurations."""
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -204,8 +206,71 @@ def inject_adapter_in_model(
     """
     if state_dict is not None:
         peft_config = _with_targets_of(peft_config, state_dict, model)
+    forget_removed_adapters(model)
     creation = Creation(autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
-    return inject_untrained(model, peft_config, adapter_name, creation)
+    inject_untrained(model, peft_config, adapter_name, creation)
+    show_configs(model)
+    return model
+
+
+class Configs(MutableMapping[str, PeftConfig]):
+    """{adapter: configuration} of a model whose class stays as it is: its attribute `peft_config`, as in HF PEFT.
+
+    Deleting an entry deletes the adapter.
+
+    Args:
+        model: the model with adapters.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def __getitem__(self, name: str) -> PeftConfig:
+        return adapter_set(self._model).configs[name]
+
+    def __setitem__(self, name: str, config: PeftConfig) -> None:
+        raise PeftError(f"peft_config[{name!r}] cannot be set; inject_adapter_in_model adds an adapter")
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(name)
+        delete_adapter_and_activate(self._model, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(adapter_set(self._model).configs)
+
+    def __len__(self) -> int:
+        return len(adapter_set(self._model).configs)
+
+    def __repr__(self) -> str:
+        return repr(adapter_set(self._model).configs)
+
+
+def show_configs(model: nn.Module) -> None:
+    """Give a model the attribute `peft_config`, unless its class has one."""
+    if not hasattr(type(model), _CONFIGS):
+        model.__dict__[_CONFIGS] = Configs(model)
+
+
+def keeps_class(model: nn.Module) -> bool:
+    """Return True if a model with adapters is of its plain class, and no `PeftModel`."""
+    return _CONFIGS in model.__dict__ and not hasattr(type(model), _CONFIGS)
+
+
+def forget_removed_adapters(model: nn.Module) -> None:
+    """Remove what is left of adapters whose model has lost its attribute `peft_config`.
+
+    diffusers unloads adapters by putting the base layers back and deleting this attribute.
+
+    Args:
+        model: a model with or without adapters; changed in place.
+    """
+    adapters = model.__dict__.get(ATTRIBUTE)
+    if adapters is None or hasattr(model, _CONFIGS):
+        return
+    for slot in adapters.layers.values():
+        slot.unmerged_state = None  # what is merged stays, as in HF PEFT
+    remove_wrappers(model, keep_trained=True)
 
 
 def inject_untrained(
@@ -234,7 +299,9 @@ def inject_untrained(
             "give the new one another adapter_name",
             stacklevel=3,
         )
-    add_adapter(model, config, name, creation).selection.active = (name,)
+    adapters = add_adapter(model, config, name, creation)
+    adapters.selection.active = (name,)
+    adapters.set_requires_grad(adapters.trainable - {name}, False)
     return model
 
 
@@ -327,14 +394,15 @@ def check_deletable(model: nn.Module, *names: str) -> None:
     """
     adapters = adapter_set(model)
     adapters.require(*names)
-    for name in names:
-        if name in adapters.merged:
-            raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
-        if merged := [path for path, slot in adapters.layers.items() if slot.merged and slot.replaced_by == (name,)]:
+    if merged := [name for name in names if name in adapters.merged]:
+        raise MergeError(f"{merged} are merged into the base, so they cannot be deleted; call unmerge_adapter first")
+    for path, slot in adapters.layers.items():
+        if slot.merged and slot.replaced_by and set(slot.replaced_by) <= set(names):
             raise MergeError(
-                f"adapter {name!r} replaced the weight of {merged[0]} (LoftQ), and {list(adapters.merged)} are merged "
-                "into it; call unmerge_adapter first"
+                f"{list(slot.replaced_by)} replaced the weight of {path} (LoftQ), and {list(adapters.merged)} are "
+                "merged into it; call unmerge_adapter first"
             )
+    for name in names:
         if adapters.selection.in_use[name] > 0:
             raise AdapterNameError(
                 f"adapter {name!r} is in use by an open route; leave the route, or wait for its end, first"
@@ -387,6 +455,29 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     adapters.selection.forget()
 
 
+def delete_adapter_and_activate(model: nn.Module, *names: str) -> None:
+    """Delete adapters. If all active ones are deleted, the first remaining adapter becomes active, as in HF PEFT.
+
+    Args:
+        model: the model with adapters.
+        names: the adapters.
+
+    Raises:
+        AdapterNameError, MergeError, ConfigError: see `check_deletable`. No adapter is deleted then.
+    """
+    adapters = adapter_set(model)
+    check_deletable(model, *names)
+    active = [name for name in names if name in adapters.selection.active]
+    for name in sorted(dict.fromkeys(names), key=adapters.deepened_by):  # what made the model deeper is deleted last
+        delete_adapter(model, name)
+    if active and adapters.configs and not adapters.selection.active:
+        first = next(iter(adapters.configs))
+        adapters.selection.active = (first,)
+        if not adapters.configs[first].inference_mode:
+            adapters.set_requires_grad([first], True)
+        warnings.warn(f"the active adapters {active} are deleted; {first!r} is the active one now", stacklevel=4)
+
+
 def _is_empty_wrapper(module: nn.Module) -> bool:
     if isinstance(module, SavedModule):
         return not len(module.copies)
@@ -429,4 +520,5 @@ def remove_wrappers(model: nn.Module, keep_trained: bool) -> None:
         adapters.restore_rows()
     model.requires_grad_(False)
     del model.__dict__[ATTRIBUTE]
+    model.__dict__.pop(_CONFIGS, None)
     forward_hooks.remove(model)

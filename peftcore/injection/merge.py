@@ -7,7 +7,8 @@ then each merged weight takes one more copy in memory. `merge_and_unload` keeps 
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ def merge_adapter(
     """Merge adapters into their base weights, in place; other active adapters stay in effect.
 
     Modules that an adapter trains whole (`modules_to_save`) are used while it is active, merged or not, as in PEFT.
+    Warns if the adapters are merged already.
 
     Args:
         model: the model with adapters.
@@ -58,6 +60,29 @@ def merge_adapter(
         AdapterNameError: a name is not loaded.
     """
     adapters = adapter_set(model)
+    merge_slots(adapters, adapters.layers, adapter_names, safe_merge, progressbar)
+
+
+@torch.no_grad()
+def merge_slots(
+    adapters: AdapterSet,
+    slots: Mapping[str, AdapterSlot],
+    adapter_names: str | list[str] | None = None,
+    safe_merge: bool = False,
+    progressbar: bool = False,
+) -> None:
+    """Merge adapters into the base weights of some slots; see `merge_adapter`.
+
+    Args:
+        adapters: the adapters of the model.
+        slots: {path: slot}.
+        adapter_names: see `merge_adapter`.
+        safe_merge: see `merge_adapter`.
+        progressbar: see `merge_adapter`.
+
+    Raises:
+        MergeError, AdapterNameError: see `merge_adapter`.
+    """
     if adapters.selection.switched_off:
         raise MergeError("the adapters are disabled, and merged ones would be in effect; call enable_adapters first")
     route = adapters.selection.route
@@ -66,7 +91,9 @@ def merge_adapter(
     chosen = adapters.selection.active if adapter_names is None else adapter_names
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)
-    merges = _checked_merges(adapters, names, check_values=safe_merge)
+    merges = _checked_merges(adapters, slots, names, check_values=safe_merge)
+    if names and not merges and all(name in adapters.merged for name in names):
+        warnings.warn(f"merge_adapter changes nothing: {names} are merged already", stacklevel=5)
     _write(merges, progressbar)
     merged = (name for merge in merges for name in merge.adapters)
     adapters.merged = tuple(dict.fromkeys((*adapters.merged, *merged)))
@@ -82,17 +109,20 @@ def check_mergeable(model: nn.Module, adapter_names: list[str]) -> None:
     Raises:
         MergeError: an adapter cannot be merged.
     """
-    _checked_merges(adapter_set(model), adapter_names, check_values=False)
+    adapters = adapter_set(model)
+    _checked_merges(adapters, adapters.layers, adapter_names, check_values=False)
 
 
-def _checked_merges(adapters: AdapterSet, names: list[str], check_values: bool) -> list[_LayerMerge]:
+def _checked_merges(
+    adapters: AdapterSet, slots: Mapping[str, AdapterSlot], names: list[str], check_values: bool
+) -> list[_LayerMerge]:
     if prompts := [name for name in names if name in adapters.prompts]:
         raise MergeError(
             f"{prompts} are prompts, which cannot be merged into weights, so nothing was merged; name only the others "
             "in adapter_names"
         )
     merges = []
-    for path, slot in adapters.layers.items():
+    for path, slot in slots.items():
         adapters_here = slot.adapters
         new = {name: adapters_here[name] for name in names if name in adapters_here and name not in slot.merged}
         if new:
@@ -188,11 +218,45 @@ def _write_one(merge: _LayerMerge, before: dict[str, Any], scratch: dict[Any, Te
 def unmerge_adapter(model: nn.Module) -> None:
     """Restore the unmerged base weights, bit for bit; the active adapters are in effect again."""
     adapters = adapter_set(model)
-    for slot in _merged_slots(adapters):
-        base = slot.base
-        base.restore(base.layer.__dict__.pop(base.unmerged_attribute))
-        slot.merged = ()
-    adapters.merged = ()
+    unmerge_slots(adapters, _merged_slots(adapters))
+
+
+def unmerge_slots(adapters: AdapterSet, slots: Iterable[AdapterSlot]) -> None:
+    """Restore the unmerged weights of some slots; slots without merged adapters stay as they are.
+
+    Args:
+        adapters: the adapters of the model.
+        slots: the slots.
+    """
+    for slot in slots:
+        if slot.merged:
+            base = slot.base
+            base.restore(base.layer.__dict__.pop(base.unmerged_attribute))
+            slot.merged = ()
+    still = {name for slot in _merged_slots(adapters) for name in slot.merged}
+    adapters.merged = tuple(name for name in adapters.merged if name in still)
+
+
+@contextlib.contextmanager
+def merged(model: nn.Module, adapter_names: str | list[str] | None = None, safe_merge: bool = False) -> Iterator[None]:
+    """Merge adapters for the time of the context; the unmerged weights come back bit for bit, also after an error.
+
+    Args:
+        model: the model with adapters.
+        adapter_names: see `merge_adapter`.
+        safe_merge: see `merge_adapter`.
+
+    Raises:
+        MergeError: adapters are merged already, or see `merge_adapter`.
+        AdapterNameError: a name is not loaded.
+    """
+    if names := adapter_set(model).merged:
+        raise MergeError(f"{list(names)} are merged already; call unmerge_adapter first, or go without the context")
+    merge_adapter(model, adapter_names, safe_merge)
+    try:
+        yield
+    finally:
+        unmerge_adapter(model)
 
 
 def _merged_slots(adapters: AdapterSet) -> list[AdapterSlot]:

@@ -13,8 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcore._util.both_libraries import refuse_layers_of_hf_peft
 from peftcore.adapter import Adapter, Shared
-from peftcore.bases import BaseWeight, BiasParameter, ParameterWeight, base_weight, is_adaptable, raw_projections
+from peftcore.bases import (
+    BaseWeight,
+    BiasParameter,
+    Conv1DWeight,
+    ParameterWeight,
+    base_weight,
+    is_adaptable,
+    raw_projections,
+)
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
@@ -105,6 +114,7 @@ def prepare_injection(
     _check_name(model, name)
     _check_not_compiled(model)
     module_index = ModuleIndex(model)
+    refuse_layers_of_hf_peft((model, *module_index.modules.values()))
     config, paths = complete(module_index, config)
     saved = find_saved_modules(module_index, config)
     adapters = _adapters_for(module_index, config, paths, creation)
@@ -112,6 +122,8 @@ def prepare_injection(
     if config.ensure_weight_tying:
         _warn_without_ties(module_index, [*adapters, *saved])
     _check_new_bases(module_index, adapters)
+    _warn_of_orientation(config, adapters)
+    _warn_of_missing_ties(module_index, config, adapters, saved)
     biases = _trained_biases(module_index, config, adapters, saved)
     if not creation.autocast_adapter_dtype:
         _narrow([*adapters.values(), *biases.values()])
@@ -126,7 +138,9 @@ def _prepare_prompt(
 ) -> Injection:
     _check_name(model, name)
     _check_not_compiled(model)
-    config, copies, module_index = kind.completed(config, model), {}, ModuleIndex(model)
+    module_index = ModuleIndex(model)
+    refuse_layers_of_hf_peft((model, *module_index.modules.values()))
+    config, copies = kind.completed(config, model), {}
     if isinstance(config, PromptLearningConfig):
         config = with_heads(module_index, config)
         copies = {path: _copy_of(module) for path, module in find_saved_modules(module_index, config).items()}
@@ -167,6 +181,32 @@ def _adapters_for(
     kind.link(config, adapters)
     _set_parameter_prefixes(adapters)
     return adapters
+
+
+def _warn_of_orientation(config: TunerConfig, adapters: Mapping[str, Adapter]) -> None:
+    """Warn of an option that says that weights are stored as (i, o), if no weight of the adapter is."""
+    stored = {type(adapter.base) for adapter in adapters.values()}
+    if adapters and getattr(config, "fan_in_fan_out", False) and Conv1DWeight not in stored:
+        warnings.warn(
+            "fan_in_fan_out=True has no effect, because none of the layers is a Conv1D: the orientation of a weight is "
+            "found per layer; leave the option out",
+            stacklevel=2,
+        )
+
+
+def _warn_of_missing_ties(
+    module_index: ModuleIndex, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
+) -> None:
+    """Warn of `ensure_weight_tying` if no layer of the adapter shares its weight with another."""
+    if not config.ensure_weight_tying or tied_paths(module_index, saved):
+        return
+    paths = (adapters.keys() | saved.keys()) & module_index.modules.keys()
+    weights = [unwrapped(module_index.modules[path])._parameters.get("weight") for path in paths]
+    if len({id(weight) for weight in weights}) == len(weights):
+        warnings.warn(
+            "ensure_weight_tying=True has no effect, because no adapted or saved layer shares its weight with another",
+            stacklevel=2,
+        )
 
 
 def _set_parameter_prefixes(adapters: Mapping[str, Adapter]) -> None:
@@ -244,12 +284,28 @@ def _make_adapters(
             adapters[path] = adapter = _make(kind, config, base, path, shared)
             if creation.initialise and not creation.low_cpu_mem_usage:
                 adapter.reset_parameters()
+                _round_start(adapter, base)
             else:
                 adapter.prepare_to_read()
                 vars(adapter).update(is_unread=config.inference_mode and not creation.initialise)
             if creation.low_cpu_mem_usage:
                 _forget_values(adapter)
+    if creation.initialise and not creation.low_cpu_mem_usage and shared is not None:
+        _round_start(shared, first)
     return adapters
+
+
+@torch.no_grad()
+def _round_start(module: Adapter | Shared, base: BaseWeight) -> None:
+    """Round start values to 16 bits if the base computes in 16 bits, as HF PEFT does before it widens them again."""
+    dtype = getattr(base.layer, "compute_dtype", None) if base.quantized else base.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return
+    exact = module._non_persistent_buffers_set | module.unrounded
+    deep = isinstance(module, Adapter)  # modules inside of a `Shared` are read from disk (X-LoRA's experts)
+    for name, tensor in itertools.chain(module.named_parameters(recurse=deep), module.named_buffers(recurse=deep)):
+        if name not in exact and not name.startswith("shared.") and tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
 
 
 def _forget_values(module: nn.Module) -> None:

@@ -113,8 +113,7 @@ class TunerModel:
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones; see `PeftModel.set_adapter`."""
-        activation.set_adapter(self.model, adapter_name)
-        activation.train_active_only(self.model, not inference_mode)
+        activation.set_adapter(self.model, adapter_name, inference_mode)
 
     def enable_adapter_layers(self) -> None:
         """Enable the active adapters again after `disable_adapter_layers`."""

@@ -61,13 +61,15 @@ class Selection:
         self._latest: ForwardRecord | None = None
         """Keeps the last record alive if the caller keeps only hidden states from hooks, and not the outputs."""
         self._contexts: deque[ForwardRecord] = deque(maxlen=REMEMBERED_CONTEXTS)
+        self.owner: Any = None
+        """The model's `AdapterSet`, by which one wrapper switches or merges adapters."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "switched_off": self.switched_off}
+        return {"active": self.active, "switched_off": self.switched_off, "owner": self.owner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
-        self.active, self.switched_off = state["active"], state["switched_off"]
+        self.active, self.switched_off, self.owner = state["active"], state["switched_off"], state["owner"]
 
     @contextlib.contextmanager
     def routed(self, route: Route) -> Iterator[Route]:
@@ -187,6 +189,12 @@ class Selection:
         """The route in effect; None without one."""
         now = self.now
         return now if isinstance(now, Route) else None
+
+    @property
+    def disabled(self) -> bool:
+        """True while the adapters are disabled, for the whole model or by the context in this thread."""
+        route = self.route
+        return self.switched_off if route is None else route.is_final
 
     @property
     def in_effect(self) -> tuple[str, ...]:

@@ -67,6 +67,9 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
     def _slot(self) -> AdapterSlot:
         return self
 
+    def _slots(self) -> list[AdapterSlot]:
+        return [self]
+
     def _trained_bias(self) -> Tensor | None:
         """Return the base's bias as the active adapters have trained it."""
         route, bias = self.selection.route, self.base.bias

@@ -37,6 +37,9 @@ class AdapterParameters(PeftLayerAttributes, LayerWrapper):
     def _slot(self) -> AdapterSlot:
         return self.sites[next(iter(self.sites))]
 
+    def _slots(self) -> list[AdapterSlot]:
+        return [self.sites[name] for name in self.sites]
+
     def slot(self, base: ParameterWeight) -> "ParameterSlot":
         """Return the slot of a parameter; a new one if there is none."""
         key = base.name.replace(".", "/")  # a module's own name has no dots

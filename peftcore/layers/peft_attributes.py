@@ -17,6 +17,7 @@ from peftcore.adapter import Adapter
 from peftcore.config import options_at
 from peftcore.errors import ConfigError, PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.switching import MergingMethods
 
 _IN_A_MODULE = ("lora_magnitude_vector",)
 """Attributes that hold a module with a `weight` in HF PEFT's layers, while the keys on disk have no "weight"."""
@@ -116,7 +117,7 @@ class PerAdapter(MutableMapping[str, Any]):
         attribute = _NUMBERS.get(self._attribute, self._attribute)
         if parameters == {"": self._attribute}:
             setattr(adapter, self._attribute, value)
-        elif not parameters and isinstance(vars(adapter).get(attribute), int | float) and attribute != "rank":
+        elif not parameters and isinstance(vars(adapter).get(attribute), int | float | Tensor) and attribute != "rank":
             if attribute == "scaling":
                 _start_scaling(adapter)
             setattr(adapter, attribute, value)
@@ -163,7 +164,7 @@ def _parameters(adapter: Adapter, attribute: str) -> dict[str, str]:
 
 def _number(adapter: Adapter, attribute: str) -> Any:
     value = getattr(adapter, _NUMBERS.get(attribute, attribute), None)
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) or (attribute == "scaling" and isinstance(value, Tensor)):
         return value
     config, path = adapter.printed
     if not hasattr(config, attribute):
@@ -183,7 +184,7 @@ def _element(adapter: Adapter, attribute: str) -> Any:
     return FactorView(adapter, parameters) if parameters else _number(adapter, attribute)
 
 
-class PeftLayerAttributes:
+class PeftLayerAttributes(MergingMethods):
     """The attributes and methods of HF PEFT's `BaseTunerLayer`, for a wrapper with one slot of adapters."""
 
     @property
@@ -215,26 +216,19 @@ class PeftLayerAttributes:
         return tuple(name for name in names if self.peft_attribute(name) and name not in self.adapter_layer_names)
 
     @property
+    def in_features(self) -> int:
+        """Size of the layer's input; channels of a convolution, rows of an embedding."""
+        return self._slot.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of the layer's output; channels of a convolution, columns of an embedding."""
+        return self._slot.base.out_features
+
+    @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer's weight."""
         return list(self._slot.merged)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the model's active adapters."""
-        return list(self._slot.selection.active)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """Names of the model's active adapters."""
-        return self.active_adapters
-
-    @property
-    def disable_adapters(self) -> bool:
-        """True while the model's adapters are disabled."""
-        selection = self._slot.selection
-        route = selection.route
-        return selection.switched_off if route is None else route.is_final
 
     @property
     def scaling(self) -> Any:
@@ -332,4 +326,4 @@ class PeftLayerAttributes:
 
 def _start_scaling(adapter: Any) -> float:
     """Return the scaling from before the first change through a view; call this before each change."""
-    return vars(adapter).setdefault("start_scaling", adapter.scaling)
+    return vars(adapter).setdefault("start_scaling", float(adapter.scaling))

@@ -1,5 +1,6 @@
 """A module with one trainable copy per adapter (`modules_to_save`), the third of the three wrappers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,15 +10,25 @@ from peftcore.composition.algebra import Composition
 from peftcore.composition.route import Route
 from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
+from peftcore.layers.switching import SwitchingMethods
 from peftcore.layers.wrapper import LayerWrapper, NamedModules
 
 
-class SavedModule(LayerWrapper):
+class SavedModule(SwitchingMethods, LayerWrapper):
     """A module and its trainable copies by adapter name; without a copy of an active adapter, the module itself."""
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__(base_layer, selection)
-        self.copies = NamedModules()
+        self.modules_to_save = NamedModules()
+        """{adapter: its trainable copy}; HF PEFT's name, so that filters of parameters by name find the copies."""
+
+    @property
+    def copies(self) -> NamedModules:
+        """{adapter: its trainable copy}."""
+        return self.modules_to_save
+
+    def _holders(self) -> Iterable[Any]:
+        return [self.copies]
 
     # -- HF PEFT's names ------------------------------------------------------------------------------------
 
@@ -25,9 +36,9 @@ class SavedModule(LayerWrapper):
     other_param_names = ()
 
     @property
-    def modules_to_save(self) -> NamedModules:
-        """{adapter: its trainable copy}."""
-        return self.copies
+    def _adapters(self) -> set[str]:
+        """Names of the adapters with a copy; HF PEFT's wrappers of whole modules have this attribute."""
+        return set(self.copies)
 
     @property
     def original_module(self) -> nn.Module:

@@ -17,6 +17,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
+from peftcore.kernels.start_values import kaiming_uniform_
 from peftcore.registry import register
 
 
@@ -71,7 +72,7 @@ class Miss(Adapter):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         if self.variant is False:
-            nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
+            kaiming_uniform_(self.miss_block)
         else:
             nn.init.zeros_(self.miss_block)
 

@@ -79,6 +79,9 @@ class TrainableTokens(Adapter):
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("place", place, persistent=False)
 
+    def replaced_rows(self) -> tuple[int, ...]:
+        return self.chosen
+
     def extra_repr(self) -> str:
         return f"tokens={len(self.chosen)}"
 
@@ -109,7 +112,8 @@ class TrainableTokens(Adapter):
             rows = self.base.read_unmerged().index_select(self.axis, self.tokens)
             self.trainable_tokens_delta.copy_(rows.T if self.axis else rows)
         else:
-            nn.init.normal_(self.trainable_tokens_delta)
+            # PEFT draws on the device and in the type of the base
+            self.trainable_tokens_delta.copy_(torch.randn_like(self.trainable_tokens_delta, dtype=self.base.dtype))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if self.base.kind == "linear":  # as a change, because other adapters may have changed the bias

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from peftcore._util.per_thread import PerThread
 from peftcore.config import PromptLearningConfig, TaskType
 from peftcore.errors import ConfigError
+from peftcore.kernels.start_values import normal_
 from peftcore.prompts.placement import mask_of, placement
 from peftcore.prompts.virtual_tokens import IGNORED, VirtualTokens
 from peftcore.prompts.vocabulary import embeddings_of
@@ -76,6 +77,8 @@ class Cpt(VirtualTokens):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
+        for _ in range(2):  # PEFT draws two embeddings and overwrites both
+            normal_(self.embedding)
         self.embedding.copy_(embeddings_of(model, torch.tensor(self.config.cpt_token_ids)))
 
     # -- the prompt ------------------------------------------------------------------------------------------

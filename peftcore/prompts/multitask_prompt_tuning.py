@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftcore.errors import CheckpointError, ConfigError
+from peftcore.kernels.start_values import normal_
 from peftcore.prompts.learner import EMBEDDINGS
 from peftcore.prompts.virtual_tokens import VirtualTokens
 from peftcore.prompts.vocabulary import VocabularyPromptConfig, initial_embeddings
@@ -63,10 +64,12 @@ class MultitaskPromptTuning(VirtualTokens):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
+        normal_(self.embedding)
         initial = initial_embeddings(self.config, model, self.total)
-        self.embedding.normal_() if initial is None else self.embedding.copy_(initial)
-        self.prefix_task_cols.normal_(std=0.02)
-        self.prefix_task_rows.normal_(std=0.02)
+        if initial is not None:
+            self.embedding.copy_(initial)
+        normal_(self.prefix_task_cols, std=0.02)
+        normal_(self.prefix_task_rows, std=0.02)
         if self.config.prompt_tuning_init in FROM_SOURCE:
             self._start_from_source(Path(self.config.prompt_tuning_init_state_dict_path))
 

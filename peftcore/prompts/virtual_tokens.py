@@ -61,6 +61,10 @@ class VirtualTokens(PromptLearner):
         """
         return self.encoded().expand(rows, -1, -1)
 
+    def for_rows(self, model: nn.Module, rows: int, inputs: dict[str, Any]) -> Tensor:
+        self.check_arguments(inputs)
+        return self.prompts(inputs, rows)
+
     def filler_count(self, rows: int, decoder: bool = False) -> Tensor | None:
         """Return the number of filler tokens in each row (B, 1); None if all rows have all virtual tokens."""
         return None

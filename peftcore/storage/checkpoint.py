@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peftcore._util.both_libraries import refuse_hf_peft
 from peftcore._util.tensors import (
     PREFIX,
     PROMPT_STATE,
@@ -50,13 +51,12 @@ MODEL_CARD = "README.md"
 _CARD = """\
 ---
 library_name: peft
-base_model: {base}
-tags: [{method}]
+{base}tags: [{method}]
 ---
 
 # {method} adapter
 
-Trained on `{base}`. Load it onto that model with `PeftModel.from_pretrained(model, directory)`.
+{trained}Load it onto that model with `PeftModel.from_pretrained(model, directory)`.
 """
 
 
@@ -149,7 +149,19 @@ def save_adapter(
             save_file(state, fresh / PROMPT_STATE, metadata={"format": "pt"})
         (fresh / MANIFEST).write_text(manifest_text({file.name: sha256(file) for file in sorted(fresh.iterdir())}))
         if not (directory / MODEL_CARD).exists():
-            (fresh / MODEL_CARD).write_text(_CARD.format(base=base or "unknown", method=config.peft_type.lower()))
+            (fresh / MODEL_CARD).write_text(_card(_base_name(model, config), config.peft_type.lower()))
+
+
+def _base_name(model: nn.Module, config: PeftConfig) -> str | None:
+    """Return the base model's name for the model card; None for a model that is not one of transformers, as in PEFT."""
+    return (
+        (config.base_model_name_or_path or getattr(model, "name_or_path", None)) if hasattr(model, "config") else None
+    )
+
+
+def _card(base: str | None, method: str) -> str:
+    named, trained = (f"base_model: {base}\n", f"Trained on `{base}`. ") if base else ("", "")
+    return _CARD.format(base=named, trained=trained, method=method)
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
@@ -194,7 +206,8 @@ def update_model_card(model: nn.Module, directory: Path) -> None:
     card = ModelCard.load(directory / MODEL_CARD)
     data: Any = card.data
     data.library_name = "peft"
-    data.base_model = config.base_model_name_or_path or getattr(model, "name_or_path", None) or "unknown"
+    if base := _base_name(model, config):
+        data.base_model = base
     data.tags = sorted({*(data.tags or []), *(c.peft_type.lower() for c in adapters.configs.values())})
     card.save(directory / MODEL_CARD)
 
@@ -240,6 +253,7 @@ def load_adapter(
         refuse_pickles(directory)
         config = PeftConfig.from_pretrained(directory)
     elif not isinstance(config, PeftConfig):
+        refuse_hf_peft(config)
         raise ConfigError(f"config must be a configuration, such as LoraConfig(); got {config!r:.200}")
     config = dataclasses.replace(config, inference_mode=not trainable)
     with ThreadPoolExecutor(1, "adapter-reader") as executor, deepened(model, config) as replication:
@@ -251,7 +265,7 @@ def load_adapter(
             injection = prepare_injection(model, config, name, creation)
             state = AdapterState(injection.adapters, injection.biases, injection.copies, injection.prompt)
             on_disk = (tensors or {}) if read is None else parsed(read, directory)
-            on_disk = reading.prepared(on_disk, _renamed_since(model) if injection.prompt is None else None)
+            on_disk = reading.prepared(on_disk, renamed_since(model) if injection.prompt is None else None)
             rows = EmbeddingLoader(
                 lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings
             )
@@ -275,7 +289,7 @@ def load_adapter(
     return Loaded(adapters, result)
 
 
-def _renamed_since(model: nn.Module) -> Mapping[str, str] | None:
+def renamed_since(model: nn.Module) -> Mapping[str, str] | None:
     """Return a transformers model's {regular expression: replacement} of keys from before its modules were renamed."""
     return getattr(model, "_checkpoint_conversion_mapping", None)
 
@@ -327,7 +341,7 @@ def load_adapter_weights(
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
     with writing_shards(adapters.parameters(name)), torch.no_grad():
         on_disk = read_tensors(directory) if tensors is None else tensors
-        on_disk = reading.prepared(on_disk, _renamed_since(model) if prompt is None else None)
+        on_disk = reading.prepared(on_disk, renamed_since(model) if prompt is None else None)
         rows = EmbeddingLoader(lambda: ModuleIndex(model), adapters, name, replaces_embeddings)
         result = _take_tensors(model, adapter_state_of(adapters, name), rows, on_disk, directory, name, trains, reading)
         rows.replace(adapters)

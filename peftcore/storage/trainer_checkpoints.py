@@ -10,46 +10,25 @@ when Trainer is imported later.
 """
 
 import functools
-import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from peftcore._util.after_import import after_import
 from peftcore.errors import CheckpointError
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
+from peftcore.injection.inject import keeps_class
 from peftcore.storage import checkpoint
 
-_MODULE = "transformers.trainer"
 _WRAPPED = "reads_adapters"
 """Attribute that marks a wrapped method."""
 
 
 def teach_trainer() -> None:
     """Let transformers' Trainer read checkpoints of adapters, now or as soon as Trainer is imported."""
-    if hasattr(module := sys.modules.get(_MODULE), "Trainer"):
-        _wrap_methods(module)
-    elif not any(isinstance(finder, _TrainerFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TrainerFinder())
-
-
-class _TrainerFinder:
-    """Import hook that wraps Trainer's methods after the import of Trainer's module."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the import spec of Trainer's module; None for every other module."""
-        if name != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
-        loader: Any = None if spec is None else spec.loader
-        if loader is not None:
-            run = loader.exec_module
-            loader.exec_module = lambda module: (run(module), _wrap_methods(module))
-        return spec
+    after_import("transformers.trainer", "Trainer", _wrap_methods)
 
 
 def _wrap_methods(module: Any) -> None:
@@ -91,5 +70,8 @@ def _has_training_state(model: nn.Module, name: str) -> bool:
 
 
 def _read(model: nn.Module, folder: Path) -> None:
+    if keeps_class(model):  # transformers saves the active adapter alone, in the folder itself
+        checkpoint.load_adapter_weights(model, folder, adapter_set(model).selection.active[0])
+        return
     for name in adapter_set(model).configs:
         checkpoint.load_adapter_weights(model, folder if name == "default" else folder / name, name)

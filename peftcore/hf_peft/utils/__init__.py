@@ -1,6 +1,7 @@
 """`peft.utils`: state dicts, names of files, and small tools that scripts import from there."""
 
 import torch
+from torch import nn
 
 from peftcore._util.tensors import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from peftcore.config import TaskType
@@ -46,6 +47,16 @@ __all__ = [
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """Return (parent, module, its name in the parent); diffusers imports this function to remove adapters.
+
+    Raises:
+        AttributeError: the model has no module at this path.
+    """
+    path, _, name = key.rpartition(".")
+    return model.get_submodule(path), model.get_submodule(key), name
 
 
 def infer_device() -> str:

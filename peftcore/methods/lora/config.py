@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
+import torch
+
 from peftcore.config import PeftConfig, TunerConfig, first_match
 from peftcore.errors import ConfigError
 from peftcore.methods.lora.initialisation import Initialisation
@@ -26,6 +28,30 @@ _WITHOUT_EFFECT_ON_TENSORS = {
 }
 _CHOSEN = "_chosen_variants"
 """Attribute with the cached result of `LoraConfig.variants`."""
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Options that are not saved."""
+
+    ephemeral_gpu_offload: bool = False
+    """Compute DoRA's first row lengths on a CUDA device, one layer at a time, for layers that are on the CPU."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ephemeral_gpu_offload, bool):
+            raise ConfigError(
+                f"LoraRuntimeConfig: ephemeral_gpu_offload must be True or False; got {self.ephemeral_gpu_offload!r}"
+            )
+        if self.ephemeral_gpu_offload and not torch.cuda.is_available():
+            warnings.warn(
+                "LoraRuntimeConfig: ephemeral_gpu_offload=True needs a CUDA device, and PyTorch finds none; everything "
+                "is computed on the CPU",
+                stacklevel=3,
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as a plain dictionary."""
+        return dict(vars(self))
 
 
 @dataclass
@@ -85,9 +111,16 @@ class LoraConfig(TunerConfig):
     """Token ids that switch the adapter on; it acts from their last occurrence (aLoRA)."""
     fan_in_fan_out: bool = False
     """Read and saved for PEFT; without effect, because the orientation is found per layer."""
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, repr=False)
+    """Options that are not saved."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.runtime_config.ephemeral_gpu_offload and not self.use_dora:
+            warnings.warn(
+                "LoraConfig: ephemeral_gpu_offload acts on use_dora=True only; leave it out for this configuration",
+                stacklevel=3,
+            )
         self.positive("r")
         self.probability("lora_dropout")
         self.one_of("bias", self.bias, ("none", "all", "lora_only"))
@@ -154,6 +187,9 @@ class LoraConfig(TunerConfig):
         for variant in self.variants():
             value = variant.denominator(r, value)
         return value
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "runtime_config"}
 
     # -- ranks -----------------------------------------------------------------------------------------------
 

@@ -116,7 +116,7 @@ def test_an_error_names_the_wrong_route() -> None:
         (["a"] * 4, RoutingError, r"4 adapter names for a batch of 3 rows"),
         (["a"], RoutingError, r"1 adapter names for a batch of 3 rows"),
         ([], RoutingError, "a route for no rows"),
-        (["a", "z", "b"], AdapterNameError, r"no adapter named 'z'; loaded: a, b, c, d"),
+        (["a", "z", "b"], AdapterNameError, r"Adapter z does not exist; loaded: a, b, c, d"),
         (["a", 3, "b"], RoutingError, "3 is no composition"),
     ):
         with pytest.raises(error, match=said):

@@ -1,10 +1,14 @@
-"""Every model type of transformers that can be built tiny, on the meta device: what `detect` says against the model."""
+"""Every model type of transformers that can be built tiny, on the meta device: what `detect` says against the model.
+
+The quick tests ask it of the types in PEFT's tables, `make slow` of all others.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from tiny_models import MAPPINGS, tiny
 from torch import nn
 from transformers import PreTrainedConfig
@@ -186,7 +190,13 @@ def only_models_whose_tokens_meet_in_attention_alone_are_packable(
     assert found.packable == (text and model_type not in listed(NOT_PACKABLE))
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        name if name in PEFT_TARGETS else pytest.param(name, marks=pytest.mark.slow)  # each imports a module of its own
+        for name in TYPES
+    ],
+)
 def test_what_is_detected_is_true_of_the_model(model_type: str) -> None:
     model = tiny(model_type)
     found = detect(model)

@@ -47,8 +47,6 @@ def test_options_are_attributes() -> None:
 def test_an_option_that_cannot_act_is_refused() -> None:
     with pytest.raises(ConfigError, match="cache_file must be None"):
         CordaConfig(cache_file="cache.pt")
-    with pytest.raises(ConfigError, match="ephemeral_gpu_offload is not supported"):
-        peftcore.LoraRuntimeConfig(ephemeral_gpu_offload=True)
 
 
 @pytest.mark.parametrize(

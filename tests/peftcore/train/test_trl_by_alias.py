@@ -1,4 +1,4 @@
-"""TRL's own scripts with `peft_config=`, unchanged, on peftcore through the alias: as with HF PEFT."""
+"""TRL's own scripts with `peft_config=`, unchanged, on peftcore through the alias: the losses of HF PEFT."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ for name, trainer, config, rows in (("sft", SFTTrainer, SFTConfig, texts), ("dpo
         output_dir=f"{folder}/{name}", max_steps=3, per_device_train_batch_size=4, logging_steps=1, report_to=[],
         use_cpu=True, save_strategy="no", seed=0, bf16=False,
     )
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
     made = trainer(
         model=f"{folder}/base", args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
         peft_config=lora,
@@ -71,8 +71,6 @@ def test_a_trl_script_trains_as_with_hf_peft(tmp_path: Path) -> None:
     ours = losses(tmp_path / "ours", "-m", "peftcore.as_peft")
     theirs = losses(tmp_path / "theirs")
     for name in ("sft", "dpo"):
-        # A starts at other random numbers, and B at zero, so the first losses are equal and the next ones nearly
-        assert ours[name][0] == pytest.approx(theirs[name][0], rel=1e-6)
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
         files = {file.name for file in (tmp_path / "theirs" / f"{name}-adapter").iterdir()}
         assert files <= {file.name for file in (tmp_path / "ours" / f"{name}-adapter").iterdir()}

@@ -1,0 +1,46 @@
+"""Changing a module of another package when it is imported, without importing it."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+
+def after_import(module: str, name: str, action: Callable[[Any], None]) -> None:
+    """Call an action on a module: now if the module is imported, else as soon as it is.
+
+    Args:
+        module: the module's name.
+        name: a name that the module defines; without this name, its import has not ended.
+        action: a function of the module. A second call with an equal action and module does nothing.
+    """
+    if hasattr(present := sys.modules.get(module), name):
+        action(present)
+    elif (finder := _Finder(module, action)) not in sys.meta_path:
+        sys.meta_path.insert(0, finder)
+
+
+class _Finder:
+    """Import hook that calls an action on a module after the module's import, once."""
+
+    def __init__(self, module: str, action: Callable[[Any], None]):
+        self._module, self._action = module, action
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Finder) and (other._module, other._action) == (self._module, self._action)
+
+    def __hash__(self) -> int:
+        return hash((self._module, self._action))
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the import spec of the module; None for every other module."""
+        if name != self._module:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            run = loader.exec_module
+            loader.exec_module = lambda module: (run(module), self._action(module))
+        return spec

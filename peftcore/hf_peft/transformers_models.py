@@ -1,0 +1,154 @@
+"""`load_adapter` of a plain transformers model, and `from_pretrained` of an adapter's directory, by `peftcore.as_peft`.
+
+The other methods of transformers' `PeftAdapterMixin` (`add_adapter`, `set_adapter`, `disable_adapters`, ...) call HF
+PEFT's functions and methods of layers, which peftcore has. `load_adapter` writes tensors into parameters by HF PEFT's
+names, so it is replaced by the function here, which reads a directory by the rules of `PeftModel.load_adapter`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore import hub
+from peftcore.config import PeftConfig
+from peftcore.errors import AdapterNameError, ConfigError
+from peftcore.injection import activation
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
+from peftcore.injection.inject import forget_removed_adapters, inject_adapter_in_model, show_configs
+from peftcore.storage import checkpoint
+from peftcore.storage.reading import IncompatibleKeys, Reading
+from peftcore.storage.state_dict import set_peft_model_state_dict
+from peftcore.storage.trainer_checkpoints import teach_trainer
+
+_ACCESS = ("cache_dir", "force_download", "local_files_only", "token")
+"""Options of the base model's download that the adapter's download gets, too."""
+_UNUSED = frozenset({"pretrained_model_name_or_path", "download_kwargs", "use_safetensors", "ignore_mismatched_sizes"})
+
+
+def load_adapter(
+    self: Any,
+    peft_model_id: str | os.PathLike[str] | None = None,
+    adapter_name: str | None = None,
+    peft_config: PeftConfig | None = None,
+    adapter_state_dict: Mapping[str, Tensor] | None = None,
+    low_cpu_mem_usage: bool = False,
+    is_trainable: bool = False,
+    hotswap: bool | str = "auto",
+    local_files_only: bool = False,
+    adapter_kwargs: dict[str, Any] | None = None,
+    load_config: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Load an adapter into a plain transformers model, and make it the active one. The model's class stays the same.
+
+    As in transformers, the model is in evaluation mode then, unless `is_trainable`. On an error the model stays as it
+    was.
+
+    Args:
+        self: the model.
+        peft_model_id: a directory, or a hub id such as "owner/name".
+        adapter_name: the adapter's name in the model; None for "default".
+        peft_config: a configuration in place of the saved one.
+        adapter_state_dict: {HF PEFT's key: tensor}, in place of a directory; needs `peft_config`.
+        low_cpu_mem_usage: True: parameters get no memory before the saved tensors are there.
+        is_trainable: whether its parameters get gradients.
+        hotswap: True is an error, and so is "auto" after `enable_peft_hotswap` for a loaded adapter.
+        local_files_only: True: nothing is downloaded.
+        adapter_kwargs: options of the adapter's download, such as `revision`.
+        load_config: transformers' options of `from_pretrained`, of which `download_kwargs` and
+            `ignore_mismatched_sizes` have a meaning for an adapter.
+        kwargs: these fields of `load_config`, one by one.
+
+    Returns:
+        transformers' `LoadStateDictInfo`.
+
+    Raises:
+        CheckpointError: the adapter is not found, is damaged, or was made for another base model.
+        AdapterNameError: the name is not valid, or taken.
+        ConfigError: an option has a value that does not fit.
+        TypeError: an option is unknown.
+    """
+    name = "default" if adapter_name is None else adapter_name
+    forget_removed_adapters(self)
+    loaded = adapter_set(self).configs if ATTRIBUTE in self.__dict__ else {}
+    _refuse_hotswap(hotswap, bool(vars(self).get("_hotswap_enabled")) and name in loaded)
+    if name in loaded:
+        raise AdapterNameError(f"load_adapter: {name!r} is loaded already; give another adapter_name")
+    options, ignore_mismatched_sizes = _options(load_config, kwargs, adapter_kwargs or {}, local_files_only)
+    peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+    if adapter_state_dict is not None:
+        keys = _load_tensors(self, peft_config, adapter_state_dict, name, is_trainable, ignore_mismatched_sizes)
+    elif peft_model_id is None:
+        raise ConfigError("load_adapter needs a directory or a hub id, or peft_config with adapter_state_dict")
+    else:
+        reading = Reading(False, low_cpu_mem_usage, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        directory = hub.adapter_directory(peft_model_id, needs_config=peft_config is None, **options)
+        with hub.naming_download(peft_model_id):
+            keys = checkpoint.load_adapter(self, directory, name, is_trainable, peft_config, reading=reading).result
+    self._hf_peft_config_loaded = True
+    show_configs(self)
+    activation.set_adapter(self, name, inference_mode=not is_trainable)
+    if not is_trainable:
+        self.eval()
+    teach_trainer()
+    return _loading_info(keys)
+
+
+def _refuse_hotswap(hotswap: bool | str, is_automatic: bool) -> None:
+    if hotswap not in (True, False, "auto"):
+        raise ConfigError(f"load_adapter: hotswap must be True, False or 'auto'; got {hotswap!r:.200}")
+    if hotswap is True or (hotswap == "auto" and is_automatic):
+        raise ConfigError(
+            "load_adapter: hotswap is not supported; use hotswap_adapter(model, directory, adapter_name) of "
+            "peft.utils.hotswap"
+        )
+
+
+def _options(
+    load_config: Any, fields: Mapping[str, Any], adapter_kwargs: Mapping[str, Any], local_files_only: bool
+) -> tuple[dict[str, Any], bool]:
+    """Return (options of the adapter's download, `ignore_mismatched_sizes`)."""
+    if unknown := sorted(fields.keys() - _UNUSED):
+        raise TypeError(
+            f"load_adapter() has no option {unknown[0]!r}; "
+            "give those of the download, such as revision, in adapter_kwargs"
+        )
+    values = {name: getattr(load_config, name, None) for name in _UNUSED} | dict(fields)
+    if values["use_safetensors"] is False:
+        raise ConfigError("load_adapter: use_safetensors must not be False, because pickles are never read")
+    download = values["download_kwargs"] or {}
+    options = {name: download[name] for name in _ACCESS if download.get(name) is not None}
+    if fields.get("download_kwargs"):
+        options |= fields["download_kwargs"]
+    options |= {name: value for name, value in adapter_kwargs.items() if name != "_adapter_model_path"}
+    if local_files_only:
+        options["local_files_only"] = True
+    return hub.checked_options("load_adapter", options), bool(values["ignore_mismatched_sizes"])
+
+
+def _load_tensors(
+    model: nn.Module,
+    config: PeftConfig | None,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    is_trainable: bool,
+    ignore_mismatched_sizes: bool,
+) -> IncompatibleKeys:
+    if not isinstance(config, PeftConfig):
+        raise ConfigError(f"load_adapter: adapter_state_dict needs peft_config, a configuration; got {config!r:.200}")
+    config = dataclasses.replace(config, inference_mode=not is_trainable)
+    inject_adapter_in_model(config, model, name)
+    try:
+        return set_peft_model_state_dict(model, tensors, name, ignore_mismatched_sizes)
+    except Exception:
+        model.peft_config.pop(name)  # type: ignore[union-attr]
+        raise
+
+
+def _loading_info(keys: IncompatibleKeys) -> Any:
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    return LoadStateDictInfo(set(keys.missing_keys), set(keys.unexpected_keys), set(), [], {}, set())

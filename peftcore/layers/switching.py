@@ -1,0 +1,125 @@
+"""The methods of HF PEFT's layers that switch, merge and delete adapters: diffusers and transformers call them.
+
+In HF PEFT every layer has its own active adapters. Here a model has them, so `set_adapter` and `enable_adapters` of one
+layer act on the whole model. Merging and deleting act on the one layer.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from peftcore.errors import MergeError
+from peftcore.layers.active import Selection
+from peftcore.layers.adapter_slot import AdapterSlot
+
+
+class SwitchingMethods:
+    """Methods of a wrapper, by which libraries that walk over the modules of a model switch its adapters."""
+
+    selection: Selection
+
+    def _holders(self) -> Iterable[Any]:
+        """Return the `NamedModules` that hold this wrapper's adapters or trained copies by adapter name."""
+        raise NotImplementedError
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the model's active adapters."""
+        return list(self.selection.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Names of the model's active adapters."""
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        """True while the model's adapters are disabled."""
+        return self.selection.disabled
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones of the model; in this layer, their parameters then train and no others.
+
+        Args:
+            adapter_names: one name or several, in order; [] for none.
+            inference_mode: True freezes the active adapters of this layer, too.
+
+        Raises:
+            AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
+        """
+        active = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.selection.owner.activate(active)
+        present = [(name, holder[name]) for holder in self._holders() for name in holder]
+        for _, module in present:
+            module.requires_grad_(False)
+        if inference_mode:
+            return
+        for name, module in present:  # last, because adapters may share parameters
+            if name in active:
+                module.requires_grad_(True)
+        self.selection.owner.trainable.update(active)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable the active adapters of the model.
+
+        Args:
+            enabled: False disables them, and restores this layer's unmerged weight.
+        """
+        if not enabled:
+            self.unmerge()
+        self.selection.switched_off = not enabled
+
+    def unmerge(self) -> None:
+        """Restore the unmerged weight; without a weight of its own, do nothing."""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter of this layer alone; a layer without the adapter stays as it is.
+
+        The model keeps the adapter's name until its `delete_adapter`, or until `del model.peft_config[adapter_name]`.
+
+        Args:
+            adapter_name: the adapter's name.
+
+        Raises:
+            MergeError: the adapter is merged into this layer's weight.
+        """
+        for holder in self._holders():
+            if adapter_name in holder:
+                del holder[adapter_name]
+        self.selection.forget()
+
+
+class MergingMethods(SwitchingMethods):
+    """The methods of a wrapper whose slots of adapters can be merged into base weights."""
+
+    def _slots(self) -> list[AdapterSlot]:
+        """Return the slots of this wrapper."""
+        raise NotImplementedError
+
+    def _holders(self) -> Iterable[Any]:
+        return [slot.adapters for slot in self._slots()]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into this layer's weight, in place; `unmerge` restores it bit for bit.
+
+        Args:
+            safe_merge: check the merged weight for NaN and Inf before it is written.
+            adapter_names: the adapters, in order; None for the active ones.
+
+        Raises:
+            MergeError: an adapter cannot be merged, or a merged weight is not finite; nothing is changed then.
+            AdapterNameError: a name is not loaded.
+        """
+        self.selection.owner.merge_slots(self._slots(), adapter_names, safe_merge)
+
+    def unmerge(self) -> None:
+        """Restore the unmerged weight of this layer, bit for bit."""
+        self.selection.owner.unmerge_slots(self._slots())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter of this layer alone; see `SwitchingMethods.delete_adapter`."""
+        for slot in self._slots():
+            if adapter_name in slot.merged:
+                raise MergeError(f"adapter {adapter_name!r} is merged into {slot.path}; call unmerge first")
+        super().delete_adapter(adapter_name)
+        for slot in self._slots():
+            slot.restore_base(adapter_name)
