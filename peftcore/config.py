@@ -141,6 +141,8 @@ class PeftConfig(SharedOptions):
     """True if training follows a schedule over one whole run; a finished adapter then cannot be trained further."""
     ignored_on_disk: ClassVar[dict[str, Any]] = {}
     """{key that PEFT writes for this method: value at which the key has no effect}."""
+    not_saved: ClassVar[tuple[str, ...]] = ()
+    """Fields that are options of the running program and are never saved."""
     size_fields: ClassVar[tuple[str, ...]] = ()
     """Fields with integers (or {pattern: integer}) that never exceed the largest dimension of the saved tensors.
 
@@ -318,7 +320,8 @@ class PeftConfig(SharedOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, `peft_type` and unknown keys read from disk as JSON types; sets become sorted lists."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("extra", *self.not_saved)]
+        values = {name: getattr(self, name) for name in names}
         plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
         return {**self.extra, **plain}
 
@@ -347,6 +350,10 @@ class PeftConfig(SharedOptions):
         target = method_named(method if method in methods() else method.upper()).config.class_for(values)
         if not from_disk:
             return target(**values)
+        for name in target.not_saved:
+            if values.pop(name, None) is not None:
+                message = f"{CONFIG_NAME}: {name} is ignored, because it concerns the running program only"
+                warnings.warn(message, stacklevel=4)
         known = {f.name for f in dataclasses.fields(target)}
         extra = {k: v for k, v in values.items() if k not in known}
         if extra and not named:

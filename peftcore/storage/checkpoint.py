@@ -7,7 +7,7 @@ on disk is `base_model.model.` + the module's path + the parameter, without the 
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,10 +38,13 @@ from peftcore.files import MANIFEST, damaged_files, files_written_together, mani
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.inject import commit_injection, deepened
 from peftcore.injection.module_index import ModuleIndex
-from peftcore.injection.preparation import Creation, prepare_injection
+from peftcore.injection.preparation import Creation, Injection, prepare_injection
+from peftcore.prompts.learner import PromptLearner
+from peftcore.registry import method_of
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import EmbeddingLoader, SaveEmbeddings, embeddings_to_save
-from peftcore.storage.reading import IncompatibleKeys, Reading, under_new_names
+from peftcore.storage.older_models import for_present_modules, under_new_names, with_fused_experts
+from peftcore.storage.reading import IncompatibleKeys, Reading
 
 _LARGE = 4096
 """Sizes up to this one are not checked before memory is allocated."""
@@ -262,10 +265,13 @@ def load_adapter(
         try:
             _check_sizes(config, directory, tensors if read is None else read)
             creation = Creation(reading.accepts_missing, reading.autocast_adapter_dtype, reading.low_cpu_mem_usage)
-            injection = prepare_injection(model, config, name, creation)
-            state = AdapterState(injection.adapters, injection.biases, injection.copies, injection.prompt)
-            on_disk = (tensors or {}) if read is None else parsed(read, directory)
-            on_disk = reading.prepared(on_disk, renamed_since(model) if injection.prompt is None else None)
+
+            def on_disk_now() -> Mapping[str, Tensor]:
+                on_disk = (tensors or {}) if read is None else parsed(read, directory)
+                is_prompt = issubclass(method_of(config).adapter, PromptLearner)
+                return reading.prepared(on_disk, None if is_prompt else renamed_since(model))
+
+            injection, state, on_disk = _prepared(model, config, name, creation, reading, on_disk_now)
             rows = EmbeddingLoader(
                 lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings
             )
@@ -287,6 +293,41 @@ def load_adapter(
         adapters = commit_injection(model, injection, trainable, replication)
         rows.replace(adapters)
     return Loaded(adapters, result)
+
+
+def _prepared(
+    model: nn.Module,
+    config: PeftConfig,
+    name: str,
+    creation: Creation,
+    reading: Reading,
+    read_tensors: Callable[[], Mapping[str, Tensor]],
+) -> tuple[Injection, AdapterState, Mapping[str, Tensor]]:
+    """Return the prepared adapter, its state, and the directory's tensors.
+
+    If they do not fit together, transformers may have renamed modules since; see `for_present_modules`.
+    """
+    on_disk: Mapping[str, Tensor] | None = None
+    try:
+        injection = prepare_injection(model, config, name, creation)
+        state = _state_of(injection)
+        on_disk = read_tensors()
+        fits = state.tensors().keys() == on_disk.keys()
+    except TargetError:
+        on_disk = read_tensors()
+        present = config if reading.key_mapping is not None else for_present_modules(config, on_disk, model)
+        if present is config:
+            raise
+    else:
+        present = config if fits or reading.key_mapping is not None else for_present_modules(config, on_disk, model)
+        if present is config:
+            return injection, state, on_disk
+    injection = prepare_injection(model, present, name, creation)
+    return injection, _state_of(injection), on_disk
+
+
+def _state_of(injection: Injection) -> AdapterState:
+    return AdapterState(injection.adapters, injection.biases, injection.copies, injection.prompt)
 
 
 def renamed_since(model: nn.Module) -> Mapping[str, str] | None:
@@ -362,7 +403,7 @@ def _take_tensors(
     expected, file = state.tensors(), directory / WEIGHTS_NAME
     tensors = state.with_our_keys(tensors, expected, name)
     if not expected.keys() <= tensors.keys() and reading.key_mapping is None:
-        tensors = under_new_names(tensors, expected.keys(), model)
+        tensors = with_fused_experts(under_new_names(tensors, expected.keys(), model), state, model)
     missing = sorted(expected.keys() - tensors.keys() - state.optional())
     others = tensors.keys() - expected.keys()
     others = others and others - state.repeated()

@@ -26,7 +26,8 @@ from peftcore.methods.lora.hotswap import check_rank, clear, enlarge, exchange, 
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.checkpoint import renamed_since
 from peftcore.storage.embedding_rows import EmbeddingLoader
-from peftcore.storage.reading import Reading, under_new_names
+from peftcore.storage.older_models import under_new_names, with_fused_experts
+from peftcore.storage.reading import Reading
 from peftcore.storage.state_dict import with_prefix
 
 _SAME = (
@@ -239,6 +240,7 @@ def _exchange(model: nn.Module, name: str, tensors: Mapping[str, Tensor], config
     state, loras = adapter_state_of(adapters, name), _loras(adapters, name)
     expected = state.tensors()
     tensors = under_new_names(state.with_our_keys(tensors, expected, name), expected.keys(), model)
+    tensors = with_fused_experts(tensors, state, model)
     others = {key: tensors[key] for key in tensors.keys() - expected.keys() - state.repeated()}
     # embeddings of the base may be in the directory if they are the model's own
     rows = EmbeddingLoader(lambda: ModuleIndex(model), adapters, name, may_replace=False)

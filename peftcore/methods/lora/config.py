@@ -70,6 +70,8 @@ class LoraConfig(TunerConfig):
         "velora_config": None,
     }
 
+    not_saved: ClassVar[tuple[str, ...]] = ("runtime_config",)
+
     r: int = 8
     """Rank (count)."""
     lora_alpha: float = 8
@@ -187,9 +189,6 @@ class LoraConfig(TunerConfig):
         for variant in self.variants():
             value = variant.denominator(r, value)
         return value
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name != "runtime_config"}
 
     # -- ranks -----------------------------------------------------------------------------------------------
 

@@ -33,6 +33,10 @@ def test_runtime_options_are_not_saved() -> None:
     assert LoraConfig().runtime_config == LoraRuntimeConfig(ephemeral_gpu_offload=False)
     assert "runtime_config" not in LoraConfig().to_dict()
     assert "runtime_config" not in LoraConfig().to_json()
+    saved = {**LoraConfig().to_dict(), "runtime_config": {"ephemeral_gpu_offload": True}}
+    with pytest.warns(UserWarning, match="runtime_config is ignored"):
+        read = PeftConfig.from_dict(saved, from_disk=True)
+    assert read == LoraConfig()
 
 
 def test_offloading_that_cannot_act_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
