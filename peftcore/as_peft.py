@@ -21,7 +21,6 @@ from peftcore._util.after_import import after_import
 from peftcore.errors import PeftError
 from peftcore.hf_peft.alias import PACKAGE, AliasFinder, MethodFinder, install
 
-
 _REPORTED_VERSION = "0.22.0"
 """Version of the distribution `peft` in this process: the lowest that transformers 5.24 accepts.
 

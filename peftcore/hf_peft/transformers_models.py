@@ -113,9 +113,7 @@ def _options(
 ) -> tuple[dict[str, Any], bool]:
     """Return (options of the adapter's download, `ignore_mismatched_sizes`)."""
     if unknown := sorted(fields.keys() - _UNUSED):
-        raise TypeError(
-            f"load_adapter() has no option {unknown[0]!r}; options of the download, such as revision, are adapter_kwargs"
-        )
+        raise TypeError(f"load_adapter() has no option {unknown[0]!r}; options of the download are adapter_kwargs")
     values = {name: getattr(load_config, name, None) for name in _UNUSED} | dict(fields)
     if values["use_safetensors"] is False:
         raise ConfigError("load_adapter: use_safetensors must not be False, because pickles are never read")

@@ -145,7 +145,6 @@ class AdapterSet:
                 known = ", ".join(self.configs) or "none yet"
                 raise AdapterNameError(f"no adapter named {name!r}; loaded: {known}")
 
-
     def activate(self, names: Sequence[str]) -> None:
         """Make adapters the active ones; `requires_grad` does not change.
 

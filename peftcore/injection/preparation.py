@@ -154,7 +154,9 @@ def _adapters_for(
             bases[f"{path}.{base.name}" if isinstance(base, ParameterWeight) else path] = base
     parameters = _parameter_bases(module_index, config)
     if both := [path for path in parameters if path.rpartition(".")[0] in bases]:
-        raise TargetError(f"target_parameters: {both[0]} belongs to a layer of target_modules; name it in one of the two")
+        raise TargetError(
+            f"target_parameters: {both[0]} belongs to a layer of target_modules; name it in one of the two"
+        )
     bases |= parameters
     adapters = _make_adapters(kind, config, bases, creation)
     kind.link(config, adapters)

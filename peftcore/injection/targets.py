@@ -154,7 +154,9 @@ def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str,
         if isinstance(module_index.modules[owner], AdapterLayer):
             raise TargetError(f"target_parameters: the layer {owner} has adapters; name it in target_modules in place")
         if is_adaptable(module) and base_weight(module, owner).quantized:
-            raise TargetError(f"target_parameters: {path} is quantised; name the layer in target_modules in place of it")
+            raise TargetError(
+                f"target_parameters: {path} is quantised; name the layer in target_modules in place of it"
+            )
     return matches
 
 

@@ -124,4 +124,3 @@ class MergingMethods(SwitchingMethods):
         super().delete_adapter(adapter_name)
         for slot in self._slots():
             slot.restore_base(adapter_name)
-

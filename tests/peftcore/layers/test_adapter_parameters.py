@@ -108,6 +108,4 @@ def test_a_layer_has_adapters_on_itself_or_on_its_weight() -> None:
     with pytest.raises(TargetError, match="0: an adapter on its parameter is in place"):
         model.add_adapter("other", on_layer)
     with pytest.raises(TargetError, match="name it in one of the two"):
-        get_peft_model(
-            nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules="0", target_parameters=["0.weight"])
-        )
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules="0", target_parameters=["0.weight"]))

@@ -138,7 +138,9 @@ def test_doras_magnitude_is_a_module_with_a_weight() -> None:
     layers = []
     for library in (peftcore, peft):
         torch.manual_seed(0)
-        model = library.get_peft_model(nn.Sequential(nn.Linear(4, 3)), library.LoraConfig(target_modules="0", use_dora=True))
+        model = library.get_peft_model(
+            nn.Sequential(nn.Linear(4, 3)), library.LoraConfig(target_modules="0", use_dora=True)
+        )
         layers.append(model.base_model.model[0])
     ours, theirs = (layer.lora_magnitude_vector["default"].weight for layer in layers)
     torch.testing.assert_close(ours, theirs)
