@@ -584,7 +584,8 @@ class PeftModel:
             is_main_process: False writes nothing, and only takes part in gathering sharded tensors.
             path_initial_model_for_weight_conversion: only None; use `peftcore.conversion.convert_to_lora`.
             state_dict: a state dict of the model to take the values from; None for the model's own parameters.
-            other: further options of transformers, only with values that mean one whole local file.
+            other: further options of transformers, only with values that mean one whole local file; and
+                `save_function` of accelerate's scripts, which is a warning.
 
         Raises:
             ConfigError: an option has a value that is not supported.
@@ -861,6 +862,13 @@ def _check_saving(safe_serialization: Any, initial: Any, other: Mapping[str, Any
             "original base, use peftcore.conversion.convert_to_lora and save its result"
         )
     for name, value in other.items():
+        if name == "save_function":
+            warnings.warn(
+                "save_pretrained: save_function is not called, because all files of an adapter are replaced together; "
+                "is_main_process decides which process writes",
+                stacklevel=3,
+            )
+            continue
         if name not in _WHOLE_LOCAL_FILE:
             raise TypeError(f"save_pretrained() has no option {name!r}")
         if value not in _WHOLE_LOCAL_FILE[name]:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -37,8 +37,10 @@ class _Finder:
         """Return the import spec of the module; None for every other module."""
         if name != self._module:
             return None
+        from importlib.util import find_spec  # here, because it imports much
+
         sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
+        spec = find_spec(name)  # by all other finders, of which some may wait for the same module
         loader: Any = None if spec is None else spec.loader
         if loader is not None:
             run = loader.exec_module

@@ -1,5 +1,7 @@
 """Putting adapters into a model and deleting them again."""
 
+import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from net import Net
 from torch import Tensor, nn
 
-from peftcore import AdapterNameError, LoraConfig, TargetError, get_peft_model, inject_adapter_in_model
+from peftcore import AdapterNameError, LoraConfig, PeftError, TargetError, get_peft_model, inject_adapter_in_model
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.wrapper import LayerWrapper
@@ -77,3 +79,62 @@ def test_an_adapter_in_use_by_a_route_is_not_deleted() -> None:
         model.delete_adapter("b")
     model.delete_adapter("b")
     assert list(model.peft_config) == ["a"]
+
+
+def removed_by_a_library(model: nn.Module) -> None:
+    """Do what diffusers does to unload adapters: put the base layers back, and delete `peft_config`."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, AdapterLayer):
+            setattr(model, path, module.get_base_layer())
+    del model.peft_config
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_adapters_that_a_library_has_removed_are_forgotten(merges: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = inject_adapter_in_model(config, plain)
+    base, adapted = model[0].base_layer, model(x)
+    if merges:
+        model[0].merge()
+    removed_by_a_library(model)
+    after = model(x)
+    if merges:
+        torch.testing.assert_close(after, adapted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # not: the adapter was loaded already
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["1"]), model)
+    assert model[0] is base and list(model.peft_config) == ["default"]
+    assert torch.equal(model(x), after)
+    model[1].merge()
+    model[1].unmerge()
+    assert torch.equal(model(x), after)
+
+
+def test_the_configurations_of_a_model_that_keeps_its_class() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    first, second = (LoraConfig(r=2, target_modules=["0"]) for _ in range(2))
+    inject_adapter_in_model(first, model, "a")
+    inject_adapter_in_model(second, model, "b")
+    assert "a" in model.peft_config and "c" not in model.peft_config
+    assert [config.r for config in model.peft_config.values()] == [2, 2]
+    with pytest.raises(PeftError, match="cannot be set; inject_adapter_in_model adds"):
+        model.peft_config["c"] = first
+    assert model.peft_config.pop("c", None) is None
+    model.peft_config.pop("a")
+    assert list(model.peft_config) == ["b"] == list(model[0].adapters)
+    with pytest.warns(UserWarning, match="already"):
+        inject_adapter_in_model(second, model, "b")
+    copied = copy.deepcopy(model)
+    del copied.peft_config["b"]
+    assert type(copied[0]) is nn.Linear and type(model[0]) is AdapterLayer
+
+
+def test_a_peft_model_has_its_own_configurations() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), model, "a")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["1"]), "b")
+    assert isinstance(adapted.peft_config, dict) and list(adapted.peft_config) == ["a", "b"]
+    assert not hasattr(adapted.unload(), "peft_config")

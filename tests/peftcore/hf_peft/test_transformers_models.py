@@ -1,0 +1,131 @@
+"""`load_adapter` of a plain transformers model: its options and its errors."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peftcore import (
+    AdapterNameError,
+    CheckpointError,
+    ConfigError,
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from peftcore.hf_peft.transformers_models import load_adapter
+
+
+def llama(hidden_size: int = 32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+IDS = torch.arange(8).reshape(2, 4)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def logits(model: LlamaForCausalLM) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_the_model_keeps_its_class_and_computes_with_the_adapter(saved: Path) -> None:
+    model, kind = llama(), type(llama())
+    base = logits(model)
+    info = load_adapter(model, saved)
+    assert type(model) is kind and not info.missing_keys and not info.unexpected_keys
+    assert not torch.equal(logits(model), base)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert list(model.peft_config) == ["default"] and model._hf_peft_config_loaded
+
+
+def test_a_trainable_adapter_alone_trains(saved: Path) -> None:
+    model = llama().train()
+    load_adapter(model, str(saved), "first", is_trainable=True)
+    assert model.training
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    load_adapter(model, str(saved), "second", is_trainable=True)
+    assert all(".second." in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_the_configuration_and_the_tensors_may_be_given(saved: Path) -> None:
+    expected = llama()
+    load_adapter(expected, saved)
+    tensors = get_peft_model_state_dict(expected)
+    model = llama()
+    load_adapter(
+        model, adapter_state_dict=tensors, peft_config=LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="x"
+    )
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_tensors_that_do_not_fit_leave_the_model_as_it_was(saved: Path) -> None:
+    model = llama()
+    tensors = {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(5, 5)}
+    with pytest.raises(CheckpointError, match="another"):
+        load_adapter(model, adapter_state_dict=tensors, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    assert not len(model.peft_config)
+    assert torch.equal(logits(model), logits(llama()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, AdapterNameError, "'default' is loaded already; give another adapter_name"),
+        ({"adapter_name": "b", "hotswap": True}, ConfigError, "use hotswap_adapter"),
+        ({"adapter_name": "b", "hotswap": "no"}, ConfigError, "hotswap must be True, False or 'auto'; got 'no'"),
+        ({"adapter_name": "b", "revision": "x"}, TypeError, "no option 'revision'; .* adapter_kwargs"),
+        ({"adapter_name": "b", "adapter_kwargs": {"revizion": "x"}}, TypeError, "no option 'revizion'"),
+        ({"adapter_name": "b", "use_safetensors": False}, ConfigError, "pickles are never read"),
+        ({"adapter_name": "b", "adapter_state_dict": {}}, ConfigError, "adapter_state_dict needs peft_config"),
+        ({"adapter_name": "b", "peft_model_id": None}, ConfigError, "needs a directory or a hub id"),
+        ({"adapter_name": "b", "peft_model_id": Path("/nothing/here")}, CheckpointError, "/nothing/here"),
+    ],
+)
+def test_errors_leave_the_model_as_it_was(
+    saved: Path, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = llama()
+    load_adapter(model, saved)
+    before = logits(model)
+    with pytest.raises(error, match=message):
+        load_adapter(model, **{"peft_model_id": saved, **arguments})
+    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
+
+
+def test_hot_swapping_by_itself_is_refused(saved: Path) -> None:
+    model = llama()
+    model._hotswap_enabled = True
+    load_adapter(model, saved)
+    with pytest.raises(ConfigError, match="hotswap is not supported"):
+        load_adapter(model, saved)
+
+
+def test_missing_sizes_and_low_memory(saved: Path) -> None:
+    model = llama()
+    load_adapter(model, saved, low_cpu_mem_usage=True)
+    expected = llama()
+    load_adapter(expected, saved)
+    assert torch.equal(logits(model), logits(expected))
+    other = llama(hidden_size=48)
+    with pytest.warns(UserWarning, match="shape|sizes"):
+        load_adapter(other, saved, ignore_mismatched_sizes=True)
+    with pytest.raises(CheckpointError):
+        load_adapter(llama(hidden_size=48), saved)

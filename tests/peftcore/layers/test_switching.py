@@ -1,0 +1,138 @@
+"""One layer switches, merges and deletes adapters, by the methods of HF PEFT's layers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from peftcore import AdapterNameError, LoraConfig, MergeError, get_peft_model, inject_adapter_in_model
+from peftcore.layers.adapter_layer import AdapterLayer
+from peftcore.layers.saved_module import SavedModule
+from peftcore.layers.switching import MergingMethods, SwitchingMethods
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+
+
+def with_adapters() -> nn.Module:
+    model = net()
+    for name in ("a", "b"):
+        config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+        inject_adapter_in_model(config, model, name)
+    return model
+
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+
+
+def layers(model: nn.Module) -> list[AdapterLayer]:
+    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
+
+
+def trainable(layer: AdapterLayer) -> list[str]:
+    return [n for n in layer.adapters if all(p.requires_grad for p in layer.adapters[n].parameters())]
+
+
+def test_set_adapter_of_a_layer_is_that_of_the_model() -> None:
+    model = with_adapters()
+    first, second = layers(model)
+    first.set_adapter("a")
+    assert first.active_adapters == second.active_adapters == ["a"]
+    assert trainable(first) == ["a"] and trainable(second) == ["b"]
+    second.set_adapter(["a", "b"], inference_mode=True)
+    assert first.active_adapter == ["a", "b"] and trainable(second) == []
+    with pytest.raises(AdapterNameError, match="no adapter named 'c'"):
+        first.set_adapter("c")
+    assert first.active_adapters == ["a", "b"]
+
+
+def test_what_a_layer_has_set_to_train_is_frozen_by_the_model() -> None:
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], inference_mode=True))
+    (layer,) = layers(model)
+    layer.set_adapter("b")
+    assert trainable(layer) == ["b"]
+    model.set_adapter("a")
+    assert trainable(layer) == ["a"]
+
+
+def test_disabled_adapters_leave_the_base() -> None:
+    model = with_adapters()
+    y = model(X)
+    layers(model)[0].enable_adapters(enabled=False)
+    assert layers(model)[1].disable_adapters
+    assert torch.equal(model(X), net()(X))
+    layers(model)[0].enable_adapters(enabled=True)
+    assert torch.equal(model(X), y)
+
+
+def test_disabling_unmerges() -> None:
+    """As in HF PEFT, where a merged layer computes its base after `enable_adapters(False)`."""
+    model = with_adapters()
+    for layer in layers(model):
+        layer.merge()
+    for layer in layers(model):
+        layer.enable_adapters(enabled=False)
+    assert torch.equal(model(X), net()(X))
+
+
+def test_a_layer_merges_and_unmerges_alone() -> None:
+    model = with_adapters()
+    y = model(X)
+    first, second = layers(model)
+    weight = first.base_layer.weight.clone()
+    first.merge(safe_merge=True, adapter_names=["b"])
+    assert first.merged_adapters == ["b"] and not second.merged_adapters
+    assert not torch.equal(first.base_layer.weight, weight)
+    torch.testing.assert_close(model(X), y)
+    second.merge()
+    first.unmerge()
+    assert torch.equal(first.base_layer.weight, weight) and second.merged_adapters == ["b"]
+    with pytest.raises(MergeError, match="merged into 2"):
+        second.delete_adapter("b")
+    second.unmerge()
+    assert torch.equal(model(X), y)
+
+
+def test_a_merge_that_fails_changes_nothing() -> None:
+    model = with_adapters()
+    first = layers(model)[0]
+    with torch.no_grad():
+        first.lora_B["b"].weight.fill_(float("inf"))
+    weight = first.base_layer.weight.clone()
+    with pytest.raises(MergeError, match="NaN or Inf"):
+        first.merge(safe_merge=True)
+    assert torch.equal(first.base_layer.weight, weight) and not first.merged_adapters
+
+
+def test_a_layer_loses_one_adapter() -> None:
+    model = with_adapters()
+    first, second = layers(model)
+    first.delete_adapter("b")
+    first.delete_adapter("b")  # a layer without the adapter stays as it is
+    assert list(first.adapters) == ["a"] and list(second.adapters) == ["a", "b"]
+    del model.peft_config["b"]
+    assert list(second.adapters) == ["a"] and list(model.peft_config) == ["a"]
+
+
+def test_copies_of_modules_are_switched_too() -> None:
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"], modules_to_save=["3"]), "a")
+    wrapper = model[3]
+    assert isinstance(wrapper, SavedModule) and isinstance(wrapper, SwitchingMethods)
+    assert not isinstance(wrapper, MergingMethods)
+    wrapper.set_adapter("a", inference_mode=True)
+    assert not any(p.requires_grad for p in wrapper.copies["a"].parameters())
+    wrapper.set_adapter("a")
+    assert all(p.requires_grad for p in wrapper.copies["a"].parameters())
+    wrapper.enable_adapters(enabled=False)
+    assert model[0].disable_adapters
+
+
+def test_a_copied_model_switches_itself() -> None:
+    model = with_adapters()
+    copied = copy.deepcopy(model)
+    layers(copied)[0].set_adapter("a")
+    assert layers(model)[0].active_adapters == ["b"] and layers(copied)[1].active_adapters == ["a"]
