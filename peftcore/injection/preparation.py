@@ -115,6 +115,9 @@ def prepare_injection(
     adapters = _adapters_for(module_index, config, paths, creation)
     adapters |= _token_adapters(module_index, config, adapters, creation)
     _check_new_bases(module_index, adapters)
+    if creation.initialise:
+        for option, setting in config.without_effect().items():
+            warnings.warn(f"{option} has no effect without {setting}; leave it out", stacklevel=2)
     _warn_of_orientation(config, adapters)
     _warn_of_missing_ties(module_index, config, adapters, saved)
     biases = _trained_biases(module_index, config, adapters, saved)
