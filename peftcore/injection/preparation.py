@@ -116,8 +116,7 @@ def prepare_injection(
     adapters |= _token_adapters(module_index, config, adapters, creation)
     _check_new_bases(module_index, adapters)
     if creation.initialise:
-        for option, setting in config.without_effect().items():
-            warnings.warn(f"{option} has no effect without {setting}; leave it out", stacklevel=2)
+        _warn_of_unused(config)
     _warn_of_orientation(config, adapters)
     _warn_of_missing_ties(module_index, config, adapters, saved)
     biases = _trained_biases(module_index, config, adapters, saved)
@@ -129,11 +128,18 @@ def prepare_injection(
     return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
+def _warn_of_unused(config: PeftConfig) -> None:
+    for option, setting in config.without_effect().items():
+        warnings.warn(f"{option} has no effect without {setting}; leave it out", stacklevel=2)
+
+
 def _prepare_prompt(
     model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, initialise: bool
 ) -> Injection:
     _check_name(model, name)
     _check_not_compiled(model)
+    if initialise:
+        _warn_of_unused(config)
     config, copies, module_index = kind.completed(config, model), {}, ModuleIndex(model)
     if isinstance(config, PromptLearningConfig):
         config = with_heads(module_index, config)
