@@ -242,6 +242,10 @@ class PeftConfig(SharedOptions):
         """
         return None
 
+    def without_effect(self) -> dict[str, str]:
+        """Return {option that has a value: the setting without which the option has no effect}."""
+        return {}
+
     def can_be_overwritten_by(self, other: "PeftConfig") -> bool:
         """Return True if the tensors of an adapter with `other` may be copied over those of this one."""
         return False

@@ -263,14 +263,15 @@ class PeftModel:
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Delete adapters; layers without an adapter become plain layers again.
 
-        If all active adapters are deleted, the first remaining one becomes active, with a warning.
+        If all active adapters are deleted, the first remaining one becomes active, with a warning. An error leaves all
+        adapters in place.
 
         Args:
             adapter_name: one name or several.
 
         Raises:
             AdapterNameError: an adapter is not loaded, or in use by an open route.
-            MergeError: an adapter is merged.
+            MergeError: an adapter of this name is merged; other merged adapters may stay merged.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         activation.delete_adapter(self._module, *names)
@@ -343,12 +344,15 @@ class PeftModel:
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones. As in PEFT, their parameters then train, and those of all others do not.
 
+        Merged adapters are unmerged first, with a warning.
+
         Args:
             adapter_name: one name or several, in order; [] for none.
             inference_mode: True freezes the active adapters, too.
 
         Raises:
-            AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
+            AdapterNameError: a name is not loaded, or given twice; several prompts are named; or several of the
+                adapters train the same module whole (`modules_to_save`), or the same row of an embedding.
         """
         activation.set_adapter(self._module, adapter_name, inference_mode)
 

@@ -122,8 +122,9 @@ def prepare_injection(
     if config.ensure_weight_tying:
         _warn_without_ties(module_index, [*adapters, *saved])
     _check_new_bases(module_index, adapters)
+    if creation.initialise:
+        _warn_of_unused(config)
     _warn_of_orientation(config, adapters)
-    _warn_of_missing_ties(module_index, config, adapters, saved)
     biases = _trained_biases(module_index, config, adapters, saved)
     if not creation.autocast_adapter_dtype:
         _narrow([*adapters.values(), *biases.values()])
@@ -133,11 +134,18 @@ def prepare_injection(
     return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
+def _warn_of_unused(config: PeftConfig) -> None:
+    for option, setting in config.without_effect().items():
+        warnings.warn(f"{option} has no effect without {setting}; leave it out", stacklevel=2)
+
+
 def _prepare_prompt(
     model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, initialise: bool
 ) -> Injection:
     _check_name(model, name)
     _check_not_compiled(model)
+    if initialise:
+        _warn_of_unused(config)
     module_index = ModuleIndex(model)
     refuse_layers_of_hf_peft((model, *module_index.modules.values()))
     config, copies = kind.completed(config, model), {}
@@ -190,21 +198,6 @@ def _warn_of_orientation(config: TunerConfig, adapters: Mapping[str, Adapter]) -
         warnings.warn(
             "fan_in_fan_out=True has no effect, because none of the layers is a Conv1D: the orientation of a weight is "
             "found per layer; leave the option out",
-            stacklevel=2,
-        )
-
-
-def _warn_of_missing_ties(
-    module_index: ModuleIndex, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
-) -> None:
-    """Warn of `ensure_weight_tying` if no layer of the adapter shares its weight with another."""
-    if not config.ensure_weight_tying or tied_paths(module_index, saved):
-        return
-    paths = (adapters.keys() | saved.keys()) & module_index.modules.keys()
-    weights = [unwrapped(module_index.modules[path])._parameters.get("weight") for path in paths]
-    if len({id(weight) for weight in weights}) == len(weights):
-        warnings.warn(
-            "ensure_weight_tying=True has no effect, because no adapted or saved layer shares its weight with another",
             stacklevel=2,
         )
 

@@ -51,7 +51,7 @@ class TunerModel:
         configs = {adapter_name: config} if isinstance(config, PeftConfig) else config or {}
         for name, one in configs.items():
             if ATTRIBUTE in model.__dict__:
-                inject.add_adapter(model, one, name)
+                inject.add_adapter(model, one, name).set_requires_grad([name], False)  # until it is active
             else:
                 inject.inject_adapter_in_model(one, model, name)
         adapter_set(model)

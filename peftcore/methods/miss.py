@@ -45,6 +45,9 @@ class MissConfig(TunerConfig):
         self.one_of("bias", self.bias, ("none", "all", "MiSS_only"))
         self.one_of("init_weights", self.init_weights, self.starts)
 
+    def without_effect(self) -> dict[str, str]:
+        return {"mini_r": "init_weights='mini'"} if self.mini_r != 1 and self.init_weights != "mini" else {}
+
 
 @register("MISS", MissConfig)
 class Miss(Adapter):

@@ -34,7 +34,7 @@ class CPTConfig(PromptLearningConfig):
     cpt_token_ids: list[int] | None = None
     """Token ids of the examples; None: [0]."""
     cpt_mask: list[int] | None = None
-    """Accepted for compatibility; unused, as in HF PEFT."""
+    """One number per token, saved for HF PEFT; its values have no effect, as there."""
     cpt_tokens_type_mask: list[int] | None = None
     """Type of each token; None: templates."""
     opt_weighted_loss_type: str = "none"
@@ -45,6 +45,7 @@ class CPTConfig(PromptLearningConfig):
     opt_projection_format_epsilon: float = 0.1
     """ε of template tokens."""
     tokenizer_name_or_path: str | None = None
+    """Saved for HF PEFT."""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -61,6 +62,10 @@ class CPTConfig(PromptLearningConfig):
             raise ConfigError(
                 f"CPTConfig: cpt_token_ids, cpt_mask and cpt_tokens_type_mask must be equally long; got {lengths}"
             )
+
+    def without_effect(self) -> dict[str, str]:
+        unused = self.opt_loss_decay_factor != 1 and self.opt_weighted_loss_type != "decay"
+        return {"opt_loss_decay_factor": "opt_weighted_loss_type='decay'"} if unused else {}
 
 
 @register("CPT", CPTConfig)

@@ -48,6 +48,14 @@ class MultitaskPromptTuningConfig(VocabularyPromptConfig):
                 "prompt_tuning_init_state_dict_path, the source tasks' adapter_model.safetensors"
             )
 
+    def without_effect(self) -> dict[str, str]:
+        unused = super().without_effect()
+        if self.prompt_tuning_init_state_dict_path and self.prompt_tuning_init not in FROM_SOURCE:
+            unused["prompt_tuning_init_state_dict_path"] = "a prompt_tuning_init from source tasks"
+        if self.prompt_tuning_init_task and self.prompt_tuning_init != "EXACT_SOURCE_TASK":
+            unused["prompt_tuning_init_task"] = "prompt_tuning_init='EXACT_SOURCE_TASK'"
+        return unused
+
 
 @register("MULTITASK_PROMPT_TUNING", MultitaskPromptTuningConfig)
 class MultitaskPromptTuning(VirtualTokens):

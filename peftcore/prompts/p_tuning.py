@@ -37,6 +37,14 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.positive("encoder_num_layers", *(["encoder_hidden_size"] if self.encoder_hidden_size is not None else []))
         self.probability("encoder_dropout")
 
+    def without_effect(self) -> dict[str, str]:
+        if self.encoder_reparameterization_type == "LSTM":
+            return {}
+        unused = [
+            name for name, usual in (("encoder_num_layers", 2), ("encoder_dropout", 0)) if vars(self)[name] != usual
+        ]
+        return dict.fromkeys(unused, "encoder_reparameterization_type='LSTM'")
+
 
 @register("P_TUNING", PromptEncoderConfig)
 class PTuning(VirtualTokens):

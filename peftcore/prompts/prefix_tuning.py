@@ -55,6 +55,10 @@ class PrefixTuningConfig(PromptLearningConfig):
         if self.encoder_hidden_size is not None:
             self.positive("encoder_hidden_size")
 
+    def without_effect(self) -> dict[str, str]:
+        unused = self.encoder_hidden_size is not None and not self.prefix_projection
+        return {"encoder_hidden_size": "prefix_projection=True"} if unused else {}
+
 
 @register("PREFIX_TUNING", PrefixTuningConfig)
 class PrefixTuning(PromptLearner):

@@ -188,8 +188,9 @@ def test_merge_and_unload_keeps_the_function(method: str, layer: str) -> None:
 def test_two_adapters_act_together_and_one_merges_alone(method: str, layer: str) -> None:
     net, x, base = make(method, layer)
     first = net(x)
-    net.add_adapter("other", EXAMPLES[method].make(layer, target_modules=["target"]))
+    net.add_adapter("other", EXAMPLES[method].make(layer, target_modules=["target"], **EXAMPLES[method].second))
     net.set_requires_grad("default", False)
+    net.set_requires_grad("other")
     randomise(net, EXAMPLES[method].spread, seed=3)
     net.set_adapter("other")
     other = net(x)

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from method_example import examples
+from routed_models import llama
 from torch import Tensor, nn
 
 from peftcore import ConfigError, PeftConfig, get_peft_model, initialize_from_data
 from peftcore.errors import PeftError
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.registry import methods
 
 DESCRIBES = {"auto_mapping", "base_model_name_or_path", "extra", "peft_version", "revision", "task_type"}
 """Fields that describe the base model or the file; `test_descriptions_are_saved` checks them."""
@@ -219,3 +221,105 @@ def test_descriptions_are_saved(method: str, tmp_path: Path) -> None:
     assert PeftConfig.from_pretrained(tmp_path) == config
     with pytest.raises(ConfigError, match="task_type must be one of"):
         EXAMPLES[method].make(task_type="NO_SUCH_TASK")
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+PROMPTS: dict[str, dict[str, Any]] = {
+    "PROMPT_TUNING": {"num_virtual_tokens": 3},
+    "PREFIX_TUNING": {"num_virtual_tokens": 3},
+    "P_TUNING": {"num_virtual_tokens": 3, "encoder_hidden_size": 6},
+    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 3, "num_tasks": 2},
+    "CPT": {"cpt_token_ids": [4, 5, 6], "cpt_tokens_type_mask": [1, 2, 3], "opt_projection_epsilon": 0.01},
+    "ADAPTION_PROMPT": {"adapter_len": 2, "adapter_layers": 1},
+}
+PROMPT_VALUES: dict[str, list[Any]] = {
+    "num_virtual_tokens": [4],
+    "token_dim": [7],
+    "num_transformer_submodules": [2],
+    "num_attention_heads": [3],
+    "num_layers": [1],
+    "modules_to_save": [["lm_head"]],
+    "prompt_tuning_init": ["SAMPLE_VOCAB", "RANDOM"],
+    "prompt_tuning_init_text": ["a text"],
+    "prompt_tuning_init_state_dict_path": ["none.safetensors"],
+    "tokenizer_kwargs": [{"use_fast": True}],
+    "encoder_hidden_size": [9],
+    "encoder_reparameterization_type": ["LSTM"],
+    "init_weights": ["zero"],
+    "cpt_token_ids": [[7, 8, 9]],
+    "cpt_mask": [[1]],
+    "cpt_tokens_type_mask": [[4, 4, 4]],
+    "opt_weighted_loss_type": ["decay"],
+    "target_modules": ["self_attn", "no_such_module"],
+    "adapter_len": [3],
+    "adapter_layers": [2],
+}
+PROMPT_TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
+    ("CPT", "opt_weighted_loss_type"): {"opt_loss_decay_factor": 0.5},
+}
+NAMES_A_TOKENIZER = "tokenizer_name_or_path"
+"""Read with prompt_tuning_init="TEXT" (prompts/test_vocabulary.py); without, only a description."""
+
+
+def facts_of_prompt(method: str, options: dict[str, Any]) -> list[Any]:
+    """Return everything that an option of a prompt can change, on a tiny language model."""
+    model = llama()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.manual_seed(1)
+        model = get_peft_model(model, methods()[method].config(**{**PROMPTS[method], **options}))
+    found: list[Any] = [sorted(str(warning.message) for warning in caught)]
+    found += [(n, p.shape, p.requires_grad) for n, p in model.named_parameters()]
+    found += [p.detach().clone() for p in model.parameters() if p.requires_grad] + list(model.buffers())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    ids = torch.arange(3, 11).view(2, 4)
+    further = {"task_ids": torch.tensor([0, 1])} if method == "MULTITASK_PROMPT_TUNING" else {}
+    for mode in (True, False):
+        model.train(mode)
+        torch.manual_seed(2)
+        outputs = model(input_ids=ids, labels=ids, **further)
+        found += [outputs.logits.detach(), outputs.loss.detach()]
+    found += [(key, tensor.shape) for key, tensor in model.get_adapter_state_dict().items()]
+    return found
+
+
+@cache
+def usual_prompt(method: str, together: str) -> list[Any]:
+    return facts_of_prompt(method, json.loads(together))
+
+
+@pytest.mark.parametrize(
+    "method, name",
+    [
+        pytest.param(method, field.name, id=f"{method}-{field.name}")
+        for method in PROMPTS
+        for field in dataclasses.fields(methods()[method].config)
+        if field.name not in DESCRIBES | {NAMES_A_TOKENIZER}
+    ],
+)
+def test_an_option_of_a_prompt_is_not_ignored(method: str, name: str) -> None:
+    together = PROMPT_TOGETHER.get((method, name), {})
+    config = methods()[method].config(**{**PROMPTS[method], **together})
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    values = PROMPT_VALUES.get(name) or other_values(config, field)
+    assert values, f"this test needs values of {name}: {field.type}"
+    outcomes = []
+    for value in values:
+        if value == getattr(config, name):
+            continue
+        try:
+            changed = facts_of_prompt(method, {**together, name: value})
+            outcomes.append(differ(changed, usual_prompt(method, json.dumps(together))))
+        except PeftError as error:
+            outcomes.append(bool(str(error)))
+    assert any(outcomes), list(zip(values, outcomes, strict=False))
+
+
+def test_every_method_is_asked_about_its_options() -> None:
+    whole = {method for method, example in examples().items() if example.whole_model}
+    assert whole == {"XLORA"}, "methods/xlora tests each of its options"
+    assert EXAMPLES.keys() | PROMPTS.keys() | whole == methods().keys()

@@ -152,6 +152,11 @@ class LoraConfig(TunerConfig):
             return classes[0] if classes else cls
         return make_dataclass(cls.__name__, [], bases=tuple(dict.fromkeys(classes)))
 
+    def without_effect(self) -> dict[str, str]:
+        starts = ("loftq", "eva", "corda", "lora_ga")
+        unused = [start for start in starts if getattr(self, f"{start}_config") and self.init_lora_weights != start]
+        return {f"{start}_config": f"init_lora_weights={start!r}" for start in unused}
+
     # -- variants --------------------------------------------------------------------------------------------
 
     def variants(self) -> tuple[Variant, ...]:

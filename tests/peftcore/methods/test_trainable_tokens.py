@@ -18,6 +18,7 @@ from peftcore.methods.trainable_tokens import TrainableTokensConfig
 EXAMPLE = Example(
     TrainableTokensConfig,
     options={"token_indices": [1, 5, 7]},
+    second={"token_indices": [0, 2]},
     theirs="TrainableTokensConfig",
     parity={"plain": {"token_indices": [1, 5, 60]}, "one": {"token_indices": [30]}},
     families=("gpt2", "llama", "mistral", "bert"),
