@@ -85,7 +85,8 @@ def test_encoder_and_decoder_use_the_same_route() -> None:
     assert_rows_as_alone(model, names, decoder_input_ids=TOKENS[:4, :3])
     mixed = model.generate(TOKENS[:4], adapter_names=names, **GREEDY)
     for row, name in enumerate(names):
-        alone = model.generate(TOKENS[row : row + 1], adapter_names=name, **GREEDY)
+        with model.route(name):
+            alone = model.generate(TOKENS[row : row + 1], **GREEDY)
         assert torch.equal(mixed[row, : alone.shape[1]], alone[0])
 
 

@@ -111,7 +111,7 @@ def test_adapters_with_equally_many_rows_are_batched_by_adapter(
     for row, name in enumerate(names):
         with torch.no_grad(), model.route(name):
             alone = model.generate(tokens[row : row + 1], num_beams=2, **GREEDY)
-        assert torch.equal(beams[row : row + 1], alone)
+        assert torch.equal(beams[row, : alone.shape[1]], alone[0])  # alone it may end earlier
 
 
 def _hooked(model: Any) -> None:

@@ -60,7 +60,7 @@ def test_it_learns_which_adapter_to_weigh_for_which_token() -> None:
     with torch.no_grad():
         target = torch.where(x[:, :1] > 0, model(x, adapter_names="a"), model(x, adapter_names="b"))
     fusion = Fusion(model, ["a", "b"])
-    optimizer = torch.optim.Adam(fusion.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(fusion.parameters(), lr=0.03)
     losses = []
     for _ in range(300):
         loss = F.mse_loss(model(x, adapter_names=fusion.gate), target)
