@@ -194,8 +194,8 @@ class AdapterSet:
         for path, wrapper in self.saved.items():
             if len(several := [name for name in names if name in wrapper.copies]) > 1:
                 raise AdapterNameError(
-                    f"set_adapter: {several} each have a copy of {path} (modules_to_save), and only one copy can be "
-                    "used; name one of them"
+                    f"set_adapter: {several} each train {path} whole (modules_to_save), and only one copy can be used; "
+                    "name one of them"
                 )
         for path, slot in self.layers.items() if len(names) > 1 else ():
             by_row: dict[int, str] = {}

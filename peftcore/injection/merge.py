@@ -321,7 +321,10 @@ def merge_and_unload(
     Raises:
         MergeError: see `merge_adapter`.
     """
-    merge_adapter(model, adapter_names, safe_merge, progressbar)
+    adapters = adapter_set(model)
+    chosen = adapters.selection.active if adapter_names is None else adapter_names
+    if not set([chosen] if isinstance(chosen, str) else chosen) <= set(adapters.merged):
+        merge_adapter(model, adapter_names, safe_merge, progressbar)
     if adapter_names is not None:
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         adapter_set(model).selection.active = names

@@ -346,7 +346,8 @@ def test_few_tokens_are_computed_in_the_wider_type(x_type: torch.dtype, factor_t
         a, b, scaling, *_ = model[0].adapters["default"].low_rank()
         exact = model[0].base_layer(x).double() + scaling * x.double() @ a.double().T @ b.double().T
     assert y.dtype == x_type
-    torch.testing.assert_close(y, exact.to(x_type))
+    rounded = factor_type.itemsize <= x_type.itemsize == 2  # then A x is rounded to 16 bits on the way
+    torch.testing.assert_close(y, exact.to(x_type), **({"rtol": 3e-2, "atol": 1e-2} if rounded else {}))
 
 
 def test_every_change_of_the_factors_is_seen_at_once() -> None:
