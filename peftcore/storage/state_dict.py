@@ -192,8 +192,8 @@ def _write_base(adapters: AdapterSet, values: Mapping[str, tuple[Tensor, Tensor]
         return
     if adapters.merged:
         raise MergeError(
-            f"set_peft_model_state_dict: {list(changed)[:3]} belong to the base, and {list(adapters.merged)} are merged "
-            "into it; call unmerge_adapter first"
+            f"set_peft_model_state_dict: {list(changed)[:3]} belong to the base, and {list(adapters.merged)} are "
+            "merged into it; call unmerge_adapter first"
         )
     warnings.warn(f"tensors of the base are changed, for all adapters: {list(changed)[:5]}", stacklevel=4)
     with torch.no_grad():
