@@ -6,14 +6,10 @@ With HF_HUB_CACHE=CACHE_FOLDER and HF_HUB_OFFLINE=1, `from_pretrained(id)` finds
 the id names, but neither the weights nor the words of the original.
 """
 
+# torch and transformers are imported where they are used: the parent process asks only what is missing
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 REVISION = "0" * 40
 WORDS = 1000
@@ -104,30 +100,42 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """{id on the hub: (class, options)}."""
 
 
+def missing(cache: Path) -> list[str]:
+    """Return the ids of the models that the cache folder lacks."""
+    return [name for name in MODELS if not (_folder(cache, name) / "refs" / "main").exists()]
+
+
+def _folder(cache: Path, name: str) -> Path:
+    return cache / f"models--{name.replace('/', '--')}"
+
+
 def build(cache: Path) -> None:
-    """Write every model into a cache folder, unless it is there."""
-    tokenizer = None
-    for name, (class_name, options) in MODELS.items():
-        repository = cache / f"models--{name.replace('/', '--')}"
-        if (repository / "refs" / "main").exists():
-            continue
-        snapshot = repository / "snapshots" / REVISION
-        tokenizer = tokenizer or make_tokenizer()
+    """Write the models that the cache folder lacks."""
+    tokenizer = make_tokenizer()
+    for name in missing(cache):
+        class_name, options = MODELS[name]
+        snapshot, main = _folder(cache, name) / "snapshots" / REVISION, _folder(cache, name) / "refs" / "main"
         make_model(class_name, options).save_pretrained(snapshot)
         tokenizer.save_pretrained(snapshot)
-        (repository / "refs").mkdir(parents=True, exist_ok=True)
-        (repository / "refs" / "main").write_text(REVISION)
+        main.parent.mkdir(parents=True, exist_ok=True)
+        main.write_text(REVISION)
 
 
 def make_model(class_name: str, options: dict[str, Any]) -> Any:
+    import torch
+    import transformers
+
     family = max((start for start in OPTIONS if class_name.startswith(start)), key=len)
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
     return model_class(model_class.config_class(**{**OPTIONS[family], **options})).eval()
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> Any:
     """Return a tokenizer of bytes and their most frequent pairs."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     tokenizer.decoder = decoders.ByteLevel()
@@ -135,7 +143,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=WORDS - 100, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator([Path(__file__).read_text(), str(torch.nn.__doc__)], trainer)
+    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
     names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 

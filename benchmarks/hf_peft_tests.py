@@ -8,8 +8,8 @@
 
 Each file runs in two processes: with the installed HF PEFT, and with peftcore through `peftcore.as_peft`. Every test's
 outcome is kept in --cells, so a run that was cut off goes on. The tests stay where they are: nothing of their text
-enters the results, which hold ids of tests and causes of failures. Nothing is downloaded: tiny models with random weights
-stand in for those that the tests load (`benchmarks.hf_peft_models`).
+enters the results, which hold ids of tests and causes of failures. Nothing is downloaded: tiny models with random
+weights stand in for those that the tests load (`benchmarks.hf_peft_models`).
 """
 
 import argparse
@@ -30,6 +30,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.hf_peft_models import missing
 from benchmarks.hf_peft_tests_side import read
 from benchmarks.machine import cpu_model
 
@@ -49,19 +50,34 @@ FIRST = (
 )
 """Files that run first: those of which 95 % are to pass."""
 LIBRARIES = ("peft", "peftcore")
-NOT_BUILT = "a method or variant that peftcore does not have"
+BEGIN, END = "<!-- tests -->", "<!-- /tests -->"
+NOT_BUILT = "the method or variant is not built"
+INTERNAL = "a private name of HF PEFT, which only tests use"
+WHOLE_MODEL = "adapters are switched, merged and disabled for the whole model, never for one layer"
 REASONS = (
     (
-        r"NotInPeftcore: \w+Config is not|got 'mica'|unknown option '(monteclora|kasa|velora|qalora|use_bdlora)",
+        r"NotInPeftcore: \w+Config is not|got 'mica'|unknown option '(monteclora|kasa|velora|qalora|use_bdlora)"
+        r"|does not have this method",
         NOT_BUILT,
     ),
-    (r"NotInPeftcore", "a private name of HF PEFT"),
-    (r"safe_serialization must be True", "pickles are not written"),
-    (r"test_adding_multiple_adapters_with_bias_raises", "several adapters may train biases"),
-    (r"TestRequiresGrad", "parameters have other names, and an added adapter trains at once"),
+    (r"NotInPeftcore|no attribute '_|_get_commit_hash|has no attribute 'get'|'MockBackend'", INTERNAL),
+    (r"safe_serialization must be True", "pickles are never written (`safe_serialization=False` is refused)"),
+    (r"test_adding_multiple_adapters_with_bias_raises|multiple_adapters.*bias", "several adapters may train biases"),
+    (r"TestRequiresGrad", "parameters have the names of modules here, and an added adapter trains at once"),
     (r"test_set_requires_grad|non_overlapping_modules_to_save", "an added adapter trains at once"),
-    (r"'Conv2d' object has no attribute 'enable_adapters'|irregular_state", "one layer alone cannot be disabled"),
+    (r"no attribute '(enable_adapters|set_adapter|merge|unmerge)'|irregular_state", WHOLE_MODEL),
     (r"Tensor.__contains__", "the modules inside of a layer hold parameters under HF PEFT's names"),
+    (r"test_mixed.*AssertionError", "one class of layer serves all methods, so the number of layer types differs"),
+    (r"no attribute 'model'", "`peft_model.model` is the base model's own attribute; `base_model.model` works"),
+    (
+        r"vblora_vector_bank|no attribute '(vera|randlora)_[AB]'",
+        "tensors that layers share are no attributes of the model",
+    ),
+    (r"corda", "CorDA's statistics are collected by `initialize_from_data`, after get_peft_model"),
+    (r"(pissa|olora).*(AssertionError|Failed)", "PiSSA and OLoRA keep the base weight, so nothing has to be converted"),
+    (r"svd_rank", "a layer never gets a rank above its own size"),
+    (r"hotswap", "hot swapping"),
+    (r"tied|tying", "tied weights go by the shared parameter, and a tied weight is never changed by merging"),
 )
 """Pairs of a pattern and the reason of the failures that it finds in "id of the test | type: message"."""
 
@@ -98,9 +114,9 @@ def main() -> None:
     checkout = options.checkout.resolve()
     run = Run(checkout, commit_of(checkout), options.cells.resolve(), options.sample, options.limit, options.select)
     files = options.files or ordered(run.checkout)
-    missing = [file for file in files if not (run.checkout / "tests" / f"{file}.py").exists()]
-    if missing:
-        sys.exit(f"--files: there is no {missing[0]} in {run.checkout / 'tests'}; give names such as test_mixed")
+    unknown = [file for file in files if not (run.checkout / "tests" / f"{file}.py").exists()]
+    if unknown:
+        sys.exit(f"--files: there is no {unknown[0]} in {run.checkout / 'tests'}; give names such as test_mixed")
     if not options.draw:
         measure(run, files, options)
     known = [file for file in ordered(run.checkout) if all(read(run.results(one, file)) for one in LIBRARIES)]
@@ -152,7 +168,8 @@ def fingerprint() -> str:
 
 def measure(run: Run, files: list[str], options: argparse.Namespace) -> None:
     """Run the files with both libraries."""
-    subprocess.run([sys.executable, "-m", "benchmarks.hf_peft_models", str(run.cells / "hub")], cwd=ROOT, check=True)
+    if missing(hub := run.cells / "hub"):
+        subprocess.run([sys.executable, "-m", "benchmarks.hf_peft_models", str(hub)], cwd=ROOT, check=True)
     units = [(library, file) for file in files for library in LIBRARIES if options.library in (None, library)]
     for library, file in units:
         prepare(run, library, file, keep=options.keep)
@@ -289,6 +306,10 @@ def report(run: Run, files: list[str], folder: Path) -> None:
     (folder / "hf_peft_tests.json").write_text(json.dumps(facts, indent=1) + "\n")
     text = table(run, rows)
     (folder / "hf_peft_tests.md").write_text(text)
+    if folder == RESULTS:
+        page = ROOT / "docs" / "peft-tests.md"
+        before, _, rest = page.read_text().partition(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
     print(text)
 
 
@@ -317,10 +338,15 @@ def table(run: Run, rows: list[dict[str, Any]]) -> str:
     versions = f"torch {version('torch')}, transformers {version('transformers')}"
     measured = f"Measured on {cpu_model()}, {time.strftime('%Y-%m-%d')}, {versions}."
     lines += ["", f"{measured} `python -m benchmarks.hf_peft_tests CHECKOUT`"]
+    reasons: Counter[str] = Counter()
+    places: dict[str, list[str]] = {}
     for row in rows:
-        if row["causes"]:
-            lines += ["", f"## {row['file']}", "", "| failing with peftcore | tests |", "|---|---:|"]
-            lines += [f"| {reason.replace('|', '/')} | {number} |" for reason, number in row["causes"].items()]
+        for reason, number in row["causes"].items():
+            reasons[reason] += number
+            places.setdefault(reason, []).append(f"{row['file'].removeprefix('test_')} {number}")
+    lines += ["", "| tests that do not pass with peftcore | number | where |", "|---|---:|---|"]
+    for reason, number in reasons.most_common():
+        lines.append(f"| {reason.replace('|', '/')} | {number:,} | {', '.join(places[reason])} |")
     return "\n".join(lines) + "\n"
 
 
