@@ -60,7 +60,8 @@ def merge_adapter(
         AdapterNameError: a name is not loaded.
     """
     adapters = adapter_set(model)
-    merge_slots(adapters, adapters.layers, adapter_names, safe_merge, progressbar)
+    if not merge_slots(adapters, adapters.layers, adapter_names, safe_merge, progressbar) and adapters.merged:
+        warnings.warn(f"merge_adapter changes nothing: {list(adapters.merged)} are merged already", stacklevel=4)
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def merge_slots(
     adapter_names: str | list[str] | None = None,
     safe_merge: bool = False,
     progressbar: bool = False,
-) -> None:
+) -> bool:
     """Merge adapters into the base weights of some slots; see `merge_adapter`.
 
     Args:
@@ -79,6 +80,9 @@ def merge_slots(
         adapter_names: see `merge_adapter`.
         safe_merge: see `merge_adapter`.
         progressbar: see `merge_adapter`.
+
+    Returns:
+        False if no weight was changed.
 
     Raises:
         MergeError, AdapterNameError: see `merge_adapter`.
@@ -92,11 +96,10 @@ def merge_slots(
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)
     merges = _checked_merges(adapters, slots, names, check_values=safe_merge)
-    if names and not merges and all(name in adapters.merged for name in names):
-        warnings.warn(f"merge_adapter changes nothing: {names} are merged already", stacklevel=5)
     _write(merges, progressbar)
     merged = (name for merge in merges for name in merge.adapters)
     adapters.merged = tuple(dict.fromkeys((*adapters.merged, *merged)))
+    return bool(merges)
 
 
 def check_mergeable(model: nn.Module, adapter_names: list[str]) -> None:
@@ -322,9 +325,7 @@ def merge_and_unload(
         MergeError: see `merge_adapter`.
     """
     adapters = adapter_set(model)
-    chosen = adapters.selection.active if adapter_names is None else adapter_names
-    if not set([chosen] if isinstance(chosen, str) else chosen) <= set(adapters.merged):
-        merge_adapter(model, adapter_names, safe_merge, progressbar)
+    merge_slots(adapters, adapters.layers, adapter_names, safe_merge, progressbar)
     if adapter_names is not None:
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         adapter_set(model).selection.active = names
