@@ -78,8 +78,8 @@ def _check_nothing_is_trained_twice(adapters: AdapterSet, active: tuple[str, ...
             )
     for path, slot in adapters.layers.items():
         by_row: dict[int, str] = {}
-        for name in slot.adapters:
-            rows = slot.adapters[name].replaced_rows() if name in active else ()
+        for name in active:
+            rows = slot.adapters[name].replaced_rows() if name in slot.adapters else ()
             if (row := next((row for row in rows if row in by_row), None)) is not None:
                 raise AdapterNameError(
                     f"set_adapter: {[by_row[row], name]} each train row {row} of {path} whole, and only one can be "

@@ -128,6 +128,10 @@ def prepare_injection(
     return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
+_SIZES = ("token_dim", "num_attention_heads", "num_layers")
+"""Sizes in the configuration of a prompt that the model may determine."""
+
+
 def _warn_of_unused(config: PeftConfig) -> None:
     for option, setting in config.without_effect().items():
         warnings.warn(f"{option} has no effect without {setting}; leave it out", stacklevel=2)
@@ -140,7 +144,11 @@ def _prepare_prompt(
     _check_not_compiled(model)
     if initialise:
         _warn_of_unused(config)
+    given = config
     config, copies, module_index = kind.completed(config, model), {}, ModuleIndex(model)
+    for name in _SIZES if initialise else ():
+        if (size := getattr(given, name, None)) not in (None, getattr(config, name, None)):
+            warnings.warn(f"{name}={size} has no effect: the model has {getattr(config, name)}", stacklevel=2)
     if isinstance(config, PromptLearningConfig):
         config = with_heads(module_index, config)
         copies = {path: _copy_of(module) for path, module in find_saved_modules(module_index, config).items()}
