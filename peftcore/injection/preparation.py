@@ -134,6 +134,10 @@ def prepare_injection(
     return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
+_SIZES = ("token_dim", "num_attention_heads", "num_layers")
+"""Sizes in the configuration of a prompt that the model may determine."""
+
+
 def _warn_of_unused(config: PeftConfig) -> None:
     for option, setting in config.without_effect().items():
         warnings.warn(f"{option} has no effect without {setting}; leave it out", stacklevel=2)
@@ -148,7 +152,11 @@ def _prepare_prompt(
         _warn_of_unused(config)
     module_index = ModuleIndex(model)
     refuse_layers_of_hf_peft((model, *module_index.modules.values()))
-    config, copies = kind.completed(config, model), {}
+    given, copies = config, {}
+    config = kind.completed(config, model)
+    for name in _SIZES if initialise else ():
+        if (size := getattr(given, name, None)) not in (None, getattr(config, name, None)):
+            warnings.warn(f"{name}={size} has no effect: the model has {getattr(config, name)}", stacklevel=2)
     if isinstance(config, PromptLearningConfig):
         config = with_heads(module_index, config)
         copies = {path: _copy_of(module) for path, module in find_saved_modules(module_index, config).items()}

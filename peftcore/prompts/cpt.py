@@ -50,7 +50,14 @@ class CPTConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         self._check_types()
         self.cpt_token_ids = [0] if self.cpt_token_ids is None else list(self.cpt_token_ids)
-        self.num_virtual_tokens, self.num_transformer_submodules = len(self.cpt_token_ids), 1
+        fixed = {"num_virtual_tokens": len(self.cpt_token_ids), "num_transformer_submodules": 1}
+        for name, value in fixed.items():
+            if getattr(self, name) not in (None, value):
+                raise ConfigError(
+                    f"CPTConfig: {name} must be {value}, for {len(self.cpt_token_ids)} tokens of a decoder; got "
+                    f"{getattr(self, name)}; leave it out"
+                )
+            setattr(self, name, value)
         self.cpt_mask = self.cpt_mask or [1] * len(self.cpt_token_ids)
         self.cpt_tokens_type_mask = self.cpt_tokens_type_mask or [1] * len(self.cpt_token_ids)
         super().__post_init__()
