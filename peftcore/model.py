@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache, wraps
 from pathlib import Path
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import hub, merging
+from peftcore._util.fingerprint import unchanging_weights
 from peftcore.composition.algebra import Composition, Spec, weights_of
-from peftcore.composition.fingerprint import unchanging_weights
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError, MergeError, suggestion
@@ -432,6 +432,28 @@ class PeftModel:
     def unmerge_adapter(self) -> None:
         """Restore the unmerged base weights, bit for bit."""
         merge.unmerge_adapter(self._module)
+
+    @contextlib.contextmanager
+    def merged(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> Iterator[None]:
+        """Merge adapters for the time of a `with` block, so that forward passes cost what the base alone costs.
+
+        It pays for `generate` with a base in 16 or 32 bits: merging and unmerging SmolLM2-135M takes 0.1 s. One copy of
+        each merged weight is held meanwhile. On a quantised base the merged weights are quantised again, which changes
+        the outputs; stay unmerged there. All threads see the merged weights.
+
+        Args:
+            adapter_names: the adapters, in order; None for the active ones.
+            safe_merge: check each merged weight for NaN and Inf before any weight is written.
+
+        Yields:
+            Nothing. After the block, also after an error, the unmerged weights are back bit for bit.
+
+        Raises:
+            MergeError: adapters are merged already; or see `merge_adapter`.
+            AdapterNameError: a name is not loaded.
+        """
+        with merge.merged(self._module, adapter_names, safe_merge):
+            yield
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None

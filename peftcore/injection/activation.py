@@ -109,7 +109,7 @@ def refresh_adapters(model: nn.Module) -> None:
     """Drop all values that were computed from weights, so the next forward computes them again.
 
     Call this after edits that cannot be noticed: in place through `parameter.data`, through memory shared with NumPy,
-    by the replay of a CUDA graph. Every other change is noticed (`peftcore.composition.fingerprint`).
+    by the replay of a CUDA graph. Every other change is noticed (`peftcore._util.fingerprint`).
     """
     adapters = adapter_set(model)
     adapters.selection.forget()

@@ -192,6 +192,28 @@ def unmerge_adapter(model: nn.Module) -> None:
     adapters.merged = ()
 
 
+@contextlib.contextmanager
+def merged(model: nn.Module, adapter_names: str | list[str] | None = None, safe_merge: bool = False) -> Iterator[None]:
+    """Merge adapters for the time of the context; the unmerged weights come back bit for bit, also after an error.
+
+    Args:
+        model: the model with adapters.
+        adapter_names: see `merge_adapter`.
+        safe_merge: see `merge_adapter`.
+
+    Raises:
+        MergeError: adapters are merged already, or see `merge_adapter`.
+        AdapterNameError: a name is not loaded.
+    """
+    if names := adapter_set(model).merged:
+        raise MergeError(f"{list(names)} are merged already; call unmerge_adapter first, or go without the context")
+    merge_adapter(model, adapter_names, safe_merge)
+    try:
+        yield
+    finally:
+        unmerge_adapter(model)
+
+
 def _merged_slots(adapters: AdapterSet) -> list[AdapterSlot]:
     """Return the slots with merged adapters, without a search if no adapter is merged."""
     return list(dict.fromkeys(slot for slot in adapters.layers.values() if slot.merged)) if adapters.merged else []

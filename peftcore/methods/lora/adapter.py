@@ -146,6 +146,9 @@ class Lora(Adapter):
 
     def low_rank(self) -> LowRankBranch | None:
         dropout = self.dropout if self.training else 0.0
+        own = self._parameters  # attributes of a module are slow to read, and this runs in every layer's forward
+        if self.source is None and self._buffers["start_A"] is None and not self.variants:
+            return LowRankBranch(own["lora_A"], own["lora_B"], self.scaling, dropout)  # type: ignore[arg-type]
         if dropout and self.start is not None:
             return None  # the subtracted start sees the whole input
         branch: LowRankBranch | None = LowRankBranch(*self._all_factors(), self.scaling, dropout)

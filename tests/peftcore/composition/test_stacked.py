@@ -32,7 +32,7 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def test_layers_of_one_input_share_one_stacked_product(stacks: list[int]) -> None:
     model = mixture(llama())
     with torch.no_grad():
-        for given in (["a", "b", None, "a", "b", "a"], {"a": 0.5, "b": 0.5}, Split(a=3, b=2), "a", Stack("a", "b")):
+        for given in (["a", "b", None, "a", "b", "a"], {"a": 0.5, "b": 0.5}, Split(a=3, b=2)):
             stacks.clear()
             model(TOKENS, adapter_names=given)
             assert stacks == [3, 1, 2, 1] * 2, given  # query, key, value; output; gate, up; down

@@ -16,7 +16,7 @@ from quantised_layers import quantised
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftcore import LoraConfig, MergeError, get_peft_model
+from peftcore import AdapterNameError, LoraConfig, MergeError, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
@@ -238,3 +238,30 @@ def test_a_tied_base_that_keeps_its_weights_stays_tied() -> None:
     model = get_peft_model(tied(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     merged = model.merge_and_unload()
     assert merged.config.tie_word_embeddings and merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+# -- merged for the time of a block
+
+
+def test_a_block_merges_and_gives_the_same_weights_back() -> None:
+    net: Any = get_peft_model(nn.Sequential(nn.Linear(8, 6)).double(), LoraConfig(r=2, target_modules=["0"])).eval()
+    randomise(net, 0.3)
+    x, weight = torch.randn(3, 8, dtype=torch.float64), net[0].base_layer.weight
+    expected = net(x)
+    with net.merged():
+        assert net[0].merged == ("default",)
+        torch.testing.assert_close(net(x), expected)
+        with pytest.raises(MergeError, match=r"\['default'\] are merged already"), net.merged():
+            pass
+        assert net[0].merged == ("default",)  # the refused block has not unmerged them
+    assert not net[0].merged and net[0].base_layer.weight is weight
+
+
+def test_a_block_that_fails_unmerges_too() -> None:
+    net: Any = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"]))
+    weight = net[0].base_layer.weight
+    with pytest.raises(ZeroDivisionError), net.merged(["default"], safe_merge=True):
+        raise ZeroDivisionError
+    assert not net[0].merged and net[0].base_layer.weight is weight
+    with pytest.raises(AdapterNameError), net.merged(["absent"]):
+        pass

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftcore._util.fingerprint import Fingerprint
 from peftcore.bases.base import WeightVersion
 from peftcore.errors import ConfigError
 from peftcore.kernels.factors import Factors
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _ROW_NORMS = "_dora_row_norms"
 """Attribute of the adapter: (version of the base weight, ‖W‖² by rows (o,))."""
+_RATIO = "_dora_ratio"
+"""Attribute of the adapter: (version of the base weight, fingerprint of the adapter, m/n (o,))."""
 
 
 @register_variant
@@ -53,7 +56,7 @@ class Dora(Variant):
     def low_rank(self, lora: "Lora", branch: LowRankBranch) -> LowRankBranch | None:
         if branch.dropout or lora.base.bias is not None:  # with dropout, part of the change sees the whole input
             return None
-        return branch._replace(gain=_ratio(lora))
+        return branch._replace(gain=_ratio(lora) if torch.is_grad_enabled() else _cached_ratio(lora))
 
     def output(self, lora: "Lora", y: Tensor, x: Tensor, dropped: Tensor, h: Tensor) -> Tensor:
         base = lora.base
@@ -95,6 +98,21 @@ def _ratio(lora: "Lora") -> Tensor:
     """Return m/n (o,)."""
     magnitude = _magnitude(lora)
     return magnitude / row_lengths(lora).to(magnitude).clamp_min(torch.finfo(magnitude.dtype).tiny)
+
+
+def _cached_ratio(lora: "Lora") -> Tensor:
+    """Return m/n (o,) for a forward without gradients, from the last one if no weight has changed since.
+
+    n takes as long as a product with W.
+    """
+    version: WeightVersion | None = lora.base.unmerged_version()
+    cached = vars(lora).get(_RATIO)
+    if cached is not None and version is not None and cached[0] == version and cached[1].holds():
+        return cached[2]
+    fingerprint, ratio = Fingerprint([lora]), _ratio(lora)
+    if version is not None and fingerprint.countable:
+        vars(lora)[_RATIO] = version, fingerprint, ratio
+    return ratio
 
 
 @torch.no_grad()
