@@ -30,6 +30,8 @@ with warnings.catch_warnings():
 
 PROMPTS = ["a b c", "a b", "c a", "b"]
 ANSWERS = [" d e", " f g h", " b", " a e f"]
+WITHOUT_ADAM: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.5}
+"""Options for two processes with the same result: Adam makes the rounding of a tiny gradient as large as a step."""
 
 
 class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
@@ -122,6 +124,6 @@ def by_rewards(model: Any, folder: Path, made_by: Any, **own: Any) -> Any:
 def train_both_ways(folder: Path) -> None:
     """What a process without HF PEFT does: SFT by TRL alone and with the mixin, saved below a folder."""
     for name, made_by in (("plain", SFTTrainer), ("mixin", AdapterSFTTrainer)):
-        made = sft(adapted(), folder / name, made_by)
+        made = sft(adapted(), folder / name, made_by, **WITHOUT_ADAM)
         made.train()
         made.save_model(str(folder / name / "saved"))

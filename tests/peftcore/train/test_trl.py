@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, Trainer
 
 pytest.importorskip("trl")
 from trl_runs import (
+    WITHOUT_ADAM,
     AdapterDPOTrainer,
     AdapterSFTTrainer,
     DPOTrainer,
@@ -99,16 +100,15 @@ def test_a_configuration_of_ours_is_refused_by_trl(tmp_path: Path) -> None:
 
 def test_without_hf_peft_installed_trl_trains_the_same(nursery: Nursery, tmp_path: Path) -> None:
     assert nursery.run(tmp_path / "none", "trl") == 0
-    made = sft(adapted(), tmp_path / "here")
+    made = sft(adapted(), tmp_path / "here", **WITHOUT_ADAM)
     made.train()
     made.save_model(str(tmp_path / "here" / "saved"))
     here = load_file(tmp_path / "here" / "saved" / "adapter_model.safetensors")
-    # Adam divides each gradient by its size, so the rounding of a tiny gradient moves its element visibly
-    rounding = 0.01 * made.args.learning_rate * made.args.max_steps
+    assert max(tensor.abs().max() for name, tensor in here.items() if "lora_B" in name) > 0.01  # it started at zero
     for way in ("plain", "mixin"):
         there = load_file(tmp_path / "none" / way / "saved" / "adapter_model.safetensors")
         for name, tensor in here.items():
-            torch.testing.assert_close(there[name], tensor, rtol=1e-4, atol=rounding)
+            torch.testing.assert_close(there[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 # -- DPO -------------------------------------------------------------------------------------------------------------
