@@ -154,9 +154,9 @@ def _prepare_prompt(
     refuse_layers_of_hf_peft((model, *module_index.modules.values()))
     given, copies = config, {}
     config = kind.completed(config, model)
-    for name in _SIZES if initialise else ():
-        if (size := getattr(given, name, None)) not in (None, getattr(config, name, None)):
-            warnings.warn(f"{name}={size} has no effect: the model has {getattr(config, name)}", stacklevel=2)
+    for option in _SIZES if initialise else ():
+        if (size := getattr(given, option, None)) not in (None, getattr(config, option, None)):
+            warnings.warn(f"{option}={size} has no effect: the model has {getattr(config, option)}", stacklevel=2)
     if isinstance(config, PromptLearningConfig):
         config = with_heads(module_index, config)
         copies = {path: _copy_of(module) for path, module in find_saved_modules(module_index, config).items()}
