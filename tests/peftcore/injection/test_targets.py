@@ -36,7 +36,11 @@ def test_names_match_whole_segments() -> None:
 
 def test_modules_to_save_match_whole_segments() -> None:
     model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["head"]))
-    trained = {n.split(".modules_to_save.")[0] for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in n}
+    trained = {
+        n.split(".modules_to_save.")[0]
+        for n, p in model.named_parameters()
+        if p.requires_grad and ".modules_to_save." in n
+    }
     assert trained == {"head", "block.head"}
     model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["block.head"]))
     assert isinstance(model.head, nn.Linear) and type(model.head) is nn.Linear

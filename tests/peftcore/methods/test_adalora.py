@@ -13,7 +13,15 @@ from method_example import Example
 from quantised_layers import quantised
 from torch import nn
 
-from peftcore import AdaLoraConfig, ConfigError, PeftConfig, PeftModel, TrainingError, get_peft_model, set_peft_model_state_dict
+from peftcore import (
+    AdaLoraConfig,
+    ConfigError,
+    PeftConfig,
+    PeftModel,
+    TrainingError,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from peftcore.injection.adapter_set import adapter_set
 
 EXAMPLE = Example(
