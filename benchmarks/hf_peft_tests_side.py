@@ -255,6 +255,7 @@ def main() -> None:
         add_missing_names(options.file)
         wording.install()
     arguments = [str(options.file), "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts="]
+    arguments += ["-o", "filterwarnings="]  # deprecations of a newer transformers are errors in HF PEFT's settings
     arguments += [f"--rootdir={options.file.parents[1]}", f"--timeout={options.test_limit}", "-k", options.select]
     status = pytest.main(arguments, plugins=[Recorder(options.results, options.sample, wording)])
     sys.exit(0 if status in (0, 1, 5) else int(status))  # 1: tests failed, 5: none were left

@@ -22,8 +22,8 @@ from peftcore.errors import PeftError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
-DESCRIBES = {"auto_mapping", "base_model_name_or_path", "extra", "peft_version", "revision", "task_type"}
-"""Fields that describe the base model or the file; `test_descriptions_are_saved` checks them."""
+DESCRIBES = {"auto_mapping", "base_model_name_or_path", "extra", "peft_type", "peft_version", "revision", "task_type"}
+"""Fields that describe the base model, the method or the file; `test_descriptions_are_saved` checks them."""
 EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
 OF_CONVOLUTIONS = {"use_effective_conv2d"}
 """Options that only concern convolutions."""
