@@ -33,8 +33,8 @@ faults: install         ## fault tests (kill -9, full disk, damaged files, ...) 
 	@$(BIN)/pytest tests/faults tests/flows tests/peftcore/train tests/peftcore/storage/test_checkpoint.py -m faults
 
 slow: export OMP_NUM_THREADS ?= 1
-slow: install           ## tests of the whole pipeline
-	@$(BIN)/pytest -m slow --numprocesses auto --dist loadfile
+slow: install           ## tests of whole pipelines, real processes and every model type
+	@$(BIN)/pytest -m slow --numprocesses auto --dist loadgroup
 
 proof: export OMP_NUM_THREADS ?= 1
 proof: install          ## longest tests: faults, work pool with PostgreSQL, sweeps, nodes, benchmarks; PEFTCORE_LONG=1 adds those that wait for minutes

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         TaskType,
     )
     from peftcore.conversion import (
+        add_as_lora,
         convert_directory_to_lora,
         convert_to_lora,
         save_as_lora,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         ExportError,
+        HotswapError,
         MergeError,
         MissingExtraError,
         NoMatchingPeftModuleError,
@@ -80,7 +82,6 @@ if TYPE_CHECKING:
         EvaConfig,
         LoftQConfig,
         LoraGAConfig,
-        LoraRuntimeConfig,
         MultitaskPromptTuningInit,
         PromptEncoderReparameterizationType,
         PromptTuningInit,
@@ -179,6 +180,10 @@ if TYPE_CHECKING:
         get_layer_status,
         get_model_status,
     )
+    from peftcore.kernels.dropout_masks import (
+        get_dropout_masks,
+        set_dropout_masks,
+    )
     from peftcore.layers.adapter_layer import (
         AdapterLayer,
     )
@@ -220,6 +225,7 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.lora import (
         LoraConfig,
+        LoraRuntimeConfig,
     )
     from peftcore.methods.miss import (
         MissConfig,
@@ -346,6 +352,7 @@ _MODULES = {
     "HRAModel": "peftcore.hf_peft.tuner_models",
     "HiraConfig": "peftcore.methods.hira",
     "HiraModel": "peftcore.hf_peft.tuner_models",
+    "HotswapError": "peftcore.errors",
     "IA3Config": "peftcore.methods.ia3",
     "IA3Model": "peftcore.hf_peft.tuner_models",
     "KasaConfig": "peftcore.hf_peft.unsupported",
@@ -361,7 +368,7 @@ _MODULES = {
     "LoraConfig": "peftcore.methods.lora",
     "LoraGAConfig": "peftcore.hf_peft.options",
     "LoraModel": "peftcore.hf_peft.tuner_models",
-    "LoraRuntimeConfig": "peftcore.hf_peft.options",
+    "LoraRuntimeConfig": "peftcore.methods.lora",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "peftcore.hf_peft.mapping",
     "MergeError": "peftcore.errors",
     "MissConfig": "peftcore.methods.miss",
@@ -443,6 +450,7 @@ _MODULES = {
     "check_vllm": "peftcore.export",
     "compose_cartridge_adapters": "peftcore.hf_peft.unsupported",
     "convert_directory_to_lora": "peftcore.conversion",
+    "add_as_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
     "create_arrow_model": "peftcore.hf_peft.unsupported",
     "export_gguf_lora": "peftcore.export",
@@ -450,6 +458,7 @@ _MODULES = {
     "export_vllm": "peftcore.export",
     "find_kappa_target_modules": "peftcore.hf_peft.unsupported",
     "get_base_model_state_dict": "peftcore.storage.state_dict",
+    "get_dropout_masks": "peftcore.kernels.dropout_masks",
     "get_eva_state_dict": "peftcore.hf_peft.unsupported",
     "get_layer_status": "peftcore.injection.status",
     "get_model_status": "peftcore.injection.status",
@@ -470,6 +479,7 @@ _MODULES = {
     "replace_lora_weights_loftq": "peftcore.init",
     "save_as_lora": "peftcore.conversion",
     "set_base_model_state_dict": "peftcore.storage.state_dict",
+    "set_dropout_masks": "peftcore.kernels.dropout_masks",
     "set_peft_model_state_dict": "peftcore.storage.state_dict",
     "shift_tokens_right": "peftcore.hf_peft.data_start",
     "tuner_names": "peftcore.registry",
@@ -546,6 +556,7 @@ __all__ = [
     "HRAModel",
     "HiraConfig",
     "HiraModel",
+    "HotswapError",
     "IA3Config",
     "IA3Model",
     "KasaConfig",
@@ -632,6 +643,7 @@ __all__ = [
     "WaveFTModel",
     "XLoraConfig",
     "XLoraModel",
+    "add_as_lora",
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "check_mergeable",
@@ -645,6 +657,7 @@ __all__ = [
     "export_vllm",
     "find_kappa_target_modules",
     "get_base_model_state_dict",
+    "get_dropout_masks",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -665,6 +678,7 @@ __all__ = [
     "replace_lora_weights_loftq",
     "save_as_lora",
     "set_base_model_state_dict",
+    "set_dropout_masks",
     "set_peft_model_state_dict",
     "shift_tokens_right",
     "tuner_names",

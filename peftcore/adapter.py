@@ -22,7 +22,7 @@ Shapes: o out_features, i in_features, r rank; x (..., i), y (..., o). A weight 
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,9 @@ from peftcore.kernels.low_rank import LowRankBranch
 
 class _Constants(nn.Module):
     """A module whose non-persistent buffers are computed from the configuration, and are therefore never saved."""
+
+    unrounded: ClassVar[frozenset[str]] = frozenset()
+    """Parameters and buffers whose start values are not rounded to the 16 bits of a base."""
 
     def make_constants(self) -> None:
         """Compute the non-persistent buffers; called again after `to_empty` has moved them from the meta device."""
@@ -301,11 +304,25 @@ class Adapter(_Constants):
 
     # -- merging ---------------------------------------------------------------------------------------------------
 
+    def replaced_rows(self) -> Collection[int]:
+        """Return the numbers of the weight's rows that the adapter replaces; two active adapters must not share any."""
+        return ()
+
     def check_mergeable(self) -> None:
         """Check that a fixed weight can equal this adapter.
 
         Raises:
             MergeError: no weight can, for example because the adapter depends on the input.
+        """
+
+    def check_mergeable_with(self, others: "Iterable[Adapter]") -> None:
+        """Check that this adapter may be merged into a weight after other adapters.
+
+        Args:
+            others: adapters that are merged before this one.
+
+        Raises:
+            MergeError: this adapter would overwrite what another one has merged.
         """
 
     def delta_weight(self) -> Tensor:
@@ -354,6 +371,10 @@ class Adapter(_Constants):
         return None if torch.equal(changed.to(bias), bias) else changed.double() - bias.double()
 
     # -- saving and loading ----------------------------------------------------------------------------------------
+
+    def shown_parameter(self, name: str) -> Tensor:
+        """Return the tensor that a view shows as the parameter `name`: the parameter itself, unless another has it."""
+        return self._parameter(name)
 
     def checkpoint_keys(self) -> dict[str, str]:
         """Return {parameter name: its key suffix in PEFT's format}; by default both are equal."""

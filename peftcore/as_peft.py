@@ -6,6 +6,9 @@
 
 Then `import peft`, `from peft.tuners.lora import LoraLayer` and transformers' `is_peft_available()` find peftcore,
 whether HF PEFT is installed or not. Nothing changes in a process without one of these lines.
+
+Dropout masks are then PyTorch's own, as in HF PEFT: a seeded script has the losses that it has with HF PEFT. Where
+speed matters more, call `peftcore.set_dropout_masks("fast")` after the import.
 """
 
 import email.message
@@ -20,6 +23,7 @@ from peftcore import hf_peft
 from peftcore._util.after_import import after_import
 from peftcore.errors import PeftError
 from peftcore.hf_peft.alias import PACKAGE, AliasFinder, MethodFinder, install
+from peftcore.kernels.dropout_masks import set_dropout_masks
 
 _REPORTED_VERSION = "0.22.0"
 """Version of the distribution `peft` in this process: the lowest that transformers 5.24 accepts.
@@ -55,7 +59,7 @@ class _DistributionFinder:
 
 
 def activate() -> None:
-    """Make `import peft` find peftcore from now on.
+    """Make `import peft` find peftcore from now on, and choose PyTorch's dropout masks.
 
     Raises:
         PeftError: HF PEFT has been imported already.
@@ -67,6 +71,7 @@ def activate() -> None:
             "line of the script, or by a library such as trl); move `import peftcore.as_peft` to the top of the script"
         )
     install(_DistributionFinder(), MethodFinder(), AliasFinder("peft", PACKAGE))
+    set_dropout_masks("pytorch")
     after_import("transformers.integrations.peft", "PeftAdapterMixin", _replace_load_adapter)
     after_import("transformers.trainer", "Trainer", _teach_trainer)
 

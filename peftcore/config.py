@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_orig
 
 from peftcore import hub
 from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
-from peftcore.errors import CheckpointError, ConfigError, suggestion
+from peftcore.errors import CheckpointError, ConfigError, UnknownOptionError, suggestion
 from peftcore.files import CONFIG_NAME, read_limited, whole_files, write_atomically
 from peftcore.registry import PeftType, method_named, methods
 
@@ -141,6 +141,8 @@ class PeftConfig(SharedOptions):
     """True if training follows a schedule over one whole run; a finished adapter then cannot be trained further."""
     ignored_on_disk: ClassVar[dict[str, Any]] = {}
     """{key that PEFT writes for this method: value at which the key has no effect}."""
+    not_saved: ClassVar[tuple[str, ...]] = ()
+    """Fields that are options of the running program and are never saved."""
     size_fields: ClassVar[tuple[str, ...]] = ()
     """Fields with integers (or {pattern: integer}) that never exceed the largest dimension of the saved tensors.
 
@@ -164,7 +166,7 @@ class PeftConfig(SharedOptions):
         known = [f.name for f in dataclasses.fields(cls)]
         for key in options:
             if key not in known:
-                raise ConfigError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
+                raise UnknownOptionError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -224,7 +226,7 @@ class PeftConfig(SharedOptions):
         """Return the ranks (counts) that the configuration states; [] for methods without a stated rank."""
         return []
 
-    def token_configs(self) -> list["TunerConfig"]:
+    def token_configs(self) -> list[Any]:
         """Return configurations of the adapters of embedding rows that belong to this adapter."""
         return []
 
@@ -239,6 +241,10 @@ class PeftConfig(SharedOptions):
             tensors: {path and suffix: tensor} of the directory; the adapter's own tensors are removed.
         """
         return None
+
+    def without_effect(self) -> dict[str, str]:
+        """Return {option that has a value: the setting without which the option has no effect}."""
+        return {}
 
     def can_be_overwritten_by(self, other: "PeftConfig") -> bool:
         """Return True if the tensors of an adapter with `other` may be copied over those of this one."""
@@ -318,7 +324,8 @@ class PeftConfig(SharedOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, `peft_type` and unknown keys read from disk as JSON types; sets become sorted lists."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("extra", *self.not_saved)]
+        values = {name: getattr(self, name) for name in names}
         plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
         return {**self.extra, **plain}
 
@@ -347,12 +354,16 @@ class PeftConfig(SharedOptions):
         target = method_named(method if method in methods() else method.upper()).config.class_for(values)
         if not from_disk:
             return target(**values)
+        for name in target.not_saved:
+            if values.pop(name, None) is not None:
+                message = f"{CONFIG_NAME}: {name} is ignored, because it concerns the running program only"
+                warnings.warn(message, stacklevel=4)
         known = {f.name for f in dataclasses.fields(target)}
         extra = {k: v for k, v in values.items() if k not in known}
         if extra and not named:
             raise ConfigError(
-                f"{CONFIG_NAME} has no peft_type, and {next(iter(extra))!r} is no field of {target.__name__}; it is not "
-                "the configuration of an adapter"
+                f"{CONFIG_NAME} has no peft_type, and {next(iter(extra))!r} is no field of {target.__name__}; it is "
+                "not the configuration of an adapter"
             )
         target._refuse_other_mathematics(extra)
         config = target(**{k: v for k, v in values.items() if k in known})
@@ -410,8 +421,8 @@ class PeftConfig(SharedOptions):
         """
         if kwargs.pop("trust_remote_code", None):
             warnings.warn(
-                "PeftConfig.from_pretrained: trust_remote_code has no effect, because an adapter's configuration has no "
-                "code; give it to the base model's from_pretrained",
+                "PeftConfig.from_pretrained: trust_remote_code has no effect, because an adapter's configuration has "
+                "no code; give it to the base model's from_pretrained",
                 stacklevel=2,
             )
         options = hub.checked_options(f"{cls.__name__}.from_pretrained", {**kwargs, "subfolder": subfolder})
@@ -555,6 +566,7 @@ class PromptLearningConfig(PeftConfig):
         return True
 
     def check_complete(self) -> None:
+        """Check that the prompt has tokens."""
         self.positive("num_virtual_tokens")
 
 
@@ -587,6 +599,7 @@ class TunerConfig(PeftConfig):
             raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")
 
     def check_complete(self) -> None:
+        """Check that the targets are not empty."""
         if self.target_modules is not None and not self.target_modules and not self.target_parameters:
             raise ConfigError(f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'")
 

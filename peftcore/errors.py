@@ -33,6 +33,10 @@ class ConfigError(PeftError, ValueError):
     """An invalid configuration: an unknown key, a wrong type or an impossible value."""
 
 
+class UnknownOptionError(ConfigError, TypeError):
+    """A configuration with an option that its method does not have."""
+
+
 class TargetError(PeftError, ValueError):
     """Target modules that match no layer, or match layers that cannot be adapted."""
 
@@ -51,6 +55,10 @@ class AdapterNameError(PeftError, ValueError):
 
 class CheckpointError(PeftError, ValueError):
     """An adapter directory that is damaged, incomplete, of a foreign format or made for another base model."""
+
+
+class HotswapError(PeftError, ValueError, RuntimeError):
+    """A saved adapter that cannot take the place of a loaded one; the model is unchanged."""
 
 
 class MergeError(PeftError, RuntimeError, ValueError):

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache, wraps
 from pathlib import Path
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import hub, merging
+from peftcore._util.both_libraries import refuse_hf_peft
+from peftcore._util.fingerprint import unchanging_weights
 from peftcore.composition.algebra import Composition, Spec, weights_of
-from peftcore.composition.fingerprint import unchanging_weights
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError, MergeError, suggestion
@@ -39,6 +40,8 @@ __all__ = ["PeftModel", "get_peft_model", "prepare_model_for_kbit_training"]
 
 _CALLERS_ROUTE = "_callers_route"
 """Attribute of a DataParallel replica that was made inside of a route: a function that opens the route."""
+IS_MIXED = "_is_mixed"
+"""Attribute of a model that was made with `mixed=True`."""
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 """Attribute of a model in which DistributedDataParallel stores the names of tensors that it does not send."""
 
@@ -109,7 +112,9 @@ class PeftModel:
                 `local_files_only` and the others of `huggingface_hub.hf_hub_download`), and
                 `torch_device`: the device to which the tensors are read, before each moves to its layer's device;
                 `strict`: False accepts missing and unexpected keys, with a warning;
-                `ignore_mismatched_sizes`: True treats tensors of another shape as missing.
+                `ignore_mismatched_sizes`: True treats tensors of another shape as missing;
+                `adapters`: {name: directory or hub id} of the LoRAs that a saved X-LoRA mixes, if they are no longer
+                where its configuration says.
 
         Returns:
             The model, as a `PeftModel`.
@@ -124,7 +129,9 @@ class PeftModel:
             raise TypeError(
                 f"PeftModel.from_pretrained needs the base model first, then the adapter; got {model!r:.200}"
             )
+        experts = kwargs.pop("adapters", None)
         options, further = _split_reading("from_pretrained", kwargs)
+        config = _with_experts("from_pretrained", config, model_id, experts, options)
         check_offload(ephemeral_gpu_offload)
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
         directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
@@ -136,6 +143,7 @@ class PeftModel:
             vars(config).update(vars(adapters.configs[adapter_name]))
             adapters.configs[adapter_name] = config
         adapters.selection.active = (adapter_name,)
+        adapters.set_requires_grad(adapters.trainable - {adapter_name}, False)
         adapted = _as_peft_model(model)
         return adapted if is_trainable else adapted.eval()
 
@@ -146,14 +154,15 @@ class PeftModel:
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an untrained adapter, without making it active.
+        """Add an untrained adapter, without making it active. As in PEFT, it trains from `set_adapter` on.
 
-        In transformers' order, `add_adapter(config, name="default")`, the adapter becomes the active one, as in
-        transformers. On an error the model stays as it was.
+        Routes can train adapters that are not active: call `set_requires_grad` for those. In transformers' order,
+        `add_adapter(config, name="default")`, the adapter becomes the active one, as in transformers. On an error the
+        model stays as it was.
 
         Args:
             adapter_name: the adapter's name.
-            peft_config: the configuration; the adapter is trainable unless it says `inference_mode`.
+            peft_config: the configuration.
             low_cpu_mem_usage: True leaves the parameters on the meta device, until a saved adapter is read into them.
             autocast_adapter_dtype: True: float32 parameters on 16-bit layers; False: the dtype of the layers.
 
@@ -168,6 +177,8 @@ class PeftModel:
             name, config = peft_config or "default", adapter_name
         else:
             name, config = adapter_name, peft_config
+        refuse_hf_peft(adapter_name)
+        refuse_hf_peft(config)
         if not isinstance(config, PeftConfig):
             raise ConfigError(
                 f"add_adapter takes a name and a configuration, such as LoraConfig(); got {adapter_name!r:.200} and "
@@ -177,6 +188,8 @@ class PeftModel:
         inject.add_adapter(self._module, config, name, creation)
         if in_transformers_order:
             self.set_adapter(name)
+        else:
+            self.set_requires_grad(name, False)
 
     def load_adapter(
         self,
@@ -190,7 +203,7 @@ class PeftModel:
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> IncompatibleKeys:
-        """Load a further adapter, without making it active.
+        """Load a further adapter, without making it active. As in PEFT, its parameters train from `set_adapter` on.
 
         As with PEFT, the whole model is then in evaluation mode. With `is_trainable` modes stay as they are, and the
         new adapter is in training mode. On an error the model stays as it was.
@@ -198,14 +211,14 @@ class PeftModel:
         Args:
             model_id: a directory, or a hub id such as "owner/name"; an existing directory has precedence.
             adapter_name: the adapter's name in this model.
-            is_trainable: whether its parameters get gradients.
+            is_trainable: True to train the adapter further.
             torch_device: the device to which the tensors are read, before each moves to its layer's device.
             autocast_adapter_dtype: see `from_pretrained`.
             ephemeral_gpu_offload: see `from_pretrained`.
             low_cpu_mem_usage: see `from_pretrained`.
             key_mapping: see `from_pretrained`.
-            kwargs: options of the download, `strict` and `ignore_mismatched_sizes`, see `from_pretrained`; and
-                `config`: a configuration in place of the saved one.
+            kwargs: options of the download, `strict`, `ignore_mismatched_sizes` and `adapters`, see `from_pretrained`;
+                and `config`: a configuration in place of the saved one.
 
         Returns:
             The missing and the unexpected keys, as in PEFT; both empty, unless `strict=False` or
@@ -217,8 +230,9 @@ class PeftModel:
             ConfigError: an option has a value that does not fit.
             TypeError: an option is unknown.
         """
-        config = kwargs.pop("config", None)
+        config, experts = kwargs.pop("config", None), kwargs.pop("adapters", None)
         options, further = _split_reading("load_adapter", {**kwargs, "torch_device": torch_device})
+        config = _with_experts("load_adapter", config, model_id, experts, options)
         check_offload(ephemeral_gpu_offload)
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
         directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
@@ -226,6 +240,8 @@ class PeftModel:
             result = checkpoint.load_adapter(
                 self._module, directory, adapter_name, is_trainable, config, reading=reading
             ).result
+        if is_trainable:
+            self.set_requires_grad(adapter_name, False)
         wrappers = adapter_set(self._module).layers.values()
         if not is_trainable and (self._module.training or any(wrapper.training for wrapper in wrappers)):
             self._module.eval()  # slow: visits every adapter that is loaded
@@ -247,14 +263,15 @@ class PeftModel:
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Delete adapters; layers without an adapter become plain layers again.
 
-        If all active adapters are deleted, the first remaining one becomes active, with a warning.
+        If all active adapters are deleted, the first remaining one becomes active, with a warning. An error leaves all
+        adapters in place.
 
         Args:
             adapter_name: one name or several.
 
         Raises:
             AdapterNameError: an adapter is not loaded, or in use by an open route.
-            MergeError: an adapter is merged.
+            MergeError: an adapter of this name is merged; other merged adapters may stay merged.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         activation.delete_adapter(self._module, *names)
@@ -327,15 +344,17 @@ class PeftModel:
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones. As in PEFT, their parameters then train, and those of all others do not.
 
+        Merged adapters are unmerged first, with a warning.
+
         Args:
             adapter_name: one name or several, in order; [] for none.
             inference_mode: True freezes the active adapters, too.
 
         Raises:
-            AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
+            AdapterNameError: a name is not loaded, or given twice; several prompts are named; or several of the
+                adapters train the same module whole (`modules_to_save`), or the same row of an embedding.
         """
-        activation.set_adapter(self._module, adapter_name)
-        activation.train_active_only(self._module, not inference_mode)
+        activation.set_adapter(self._module, adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Set `requires_grad` of all parameters of adapters.
@@ -454,6 +473,28 @@ class PeftModel:
     def unmerge_adapter(self) -> None:
         """Restore the unmerged base weights, bit for bit."""
         merge.unmerge_adapter(self._module)
+
+    @contextlib.contextmanager
+    def merged(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> Iterator[None]:
+        """Merge adapters for the time of a `with` block, so that forward passes cost what the base alone costs.
+
+        It pays for `generate` with a base in 16 or 32 bits: merging and unmerging SmolLM2-135M takes 0.1 s. One copy of
+        each merged weight is held meanwhile. On a quantised base the merged weights are quantised again, which changes
+        the outputs; stay unmerged there. All threads see the merged weights.
+
+        Args:
+            adapter_names: the adapters, in order; None for the active ones.
+            safe_merge: check each merged weight for NaN and Inf before any weight is written.
+
+        Yields:
+            Nothing. After the block, also after an error, the unmerged weights are back bit for bit.
+
+        Raises:
+            MergeError: adapters are merged already; or see `merge_adapter`.
+            AdapterNameError: a name is not loaded.
+        """
+        with merge.merged(self._module, adapter_names, safe_merge):
+            yield
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -728,6 +769,31 @@ class PeftModel:
         ranks = {path: adapter.rank for name in names for path, adapter in adapters.adapters(name).items()}
         return {path: rank for path, rank in ranks.items() if rank is not None}
 
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """Return what the active prompt adds to a call.
+
+        Args:
+            batch_size: rows (count).
+            task_ids: the task of each row (batch_size,), for multitask prompt tuning.
+            max_cache_len: only None; caches of fixed size get room for the prompt by themselves.
+
+        Returns:
+            The virtual tokens (batch_size, tokens, embedding width); for prefix tuning, a cache with the prefix.
+
+        Raises:
+            ConfigError: the active adapter is no prompt, or an argument does not fit it.
+        """
+        if max_cache_len is not None:
+            raise ConfigError("get_prompt: max_cache_len must be None; caches get room for the prompt by themselves")
+        adapters = adapter_set(self._module)
+        prompt = adapters.prompt(self.active_adapter)
+        if prompt is None:
+            raise ConfigError(
+                f"get_prompt: the active adapter {self.active_adapter!r} is {self.active_peft_config.peft_type}, which "
+                "adds no prompt to the model's inputs; call set_adapter with the name of a prompt"
+            )
+        return prompt.for_rows(self._module, batch_size, {} if task_ids is None else {"task_ids": task_ids})
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the numbers of (trainable, all) parameters; inactive adapters do not count as trainable."""
         adapters = adapter_set(self._module)
@@ -981,6 +1047,7 @@ def _as_peft_model(model: nn.Module) -> Any:
 def _as_plain(model: nn.Module) -> Any:
     if isinstance(model, PeftModel):
         model.__class__ = _plain_class(type(model))
+        vars(model).pop(IS_MIXED, None)
     return model
 
 
@@ -1002,7 +1069,8 @@ def get_peft_model(
         model: the base model; changed in place.
         peft_config: the configuration; with `inference_mode` the adapter is not trainable.
         adapter_name: the adapter's name. A loaded adapter of this name is replaced, with a warning.
-        mixed: True or False, with the same result: adapters of different methods fit into every model.
+        mixed: True makes the model an instance of `PeftMixedModel`, too. Adapters of different methods fit into every
+            model, so nothing else depends on it.
         autocast_adapter_dtype: True: float32 parameters on layers of 16 bits; False: the dtype of the layers.
         revision: revision of the base model, to be saved in the adapter's configuration; None for the configuration's.
         low_cpu_mem_usage: True leaves the parameters on the meta device, until a saved adapter is read into them.
@@ -1030,6 +1098,8 @@ def get_peft_model(
         peft_config = dataclasses.replace(peft_config, base_model_name_or_path=name)
     creation = Creation(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
     inject.inject_untrained(model, peft_config, adapter_name, creation)
+    if mixed:
+        vars(model)[IS_MIXED] = True
     return _as_peft_model(model)
 
 
@@ -1056,10 +1126,29 @@ def _split_reading(function: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, 
     return options, further
 
 
+def _with_experts(
+    function: str,
+    config: PeftConfig | None,
+    model_id: str | os.PathLike[str],
+    experts: Mapping[str, str] | None,
+    options: Mapping[str, Any],
+) -> PeftConfig | None:
+    """Return the configuration with other places of the LoRAs that an X-LoRA mixes; unchanged if none are given."""
+    if experts is None:
+        return config
+    saved = PeftConfig.from_pretrained(model_id, **options) if config is None else config
+    if not hasattr(saved, "adapters"):
+        raise ConfigError(
+            f"{function}: adapters is an option of X-LoRA; the adapter is {saved.peft_type}, leave it out"
+        )
+    return dataclasses.replace(saved, adapters=dict(experts))  # type: ignore[call-arg]
+
+
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Prepare a 4- or 8-bit model for training adapters.
 
@@ -1070,6 +1159,7 @@ def prepare_model_for_kbit_training(
         model: the quantised model; changed in place.
         use_gradient_checkpointing: True enables gradient checkpointing.
         gradient_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`.
+        auto_clear_cache: True returns the memory of the former 16-bit parameters to the device after the cast.
 
     Returns:
         The model.
@@ -1078,6 +1168,8 @@ def prepare_model_for_kbit_training(
         parameter.requires_grad = False
         if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter) is nn.Parameter:
             parameter.data = parameter.data.float()
+    if auto_clear_cache and torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
     if use_gradient_checkpointing:
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if kwargs["use_reentrant"]:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from peftcore._util.both_libraries import refuse_hf_peft
 from peftcore.errors import ConfigError, suggestion
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def method_of(config: "PeftConfig") -> Method:
     Raises:
         ConfigError: If the object is not a configuration, or its method is unknown.
     """
+    refuse_hf_peft(config)
     name = getattr(type(config), "peft_type", None)
     if not isinstance(name, str):
         raise ConfigError(

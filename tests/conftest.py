@@ -2,7 +2,8 @@
 
 import gc
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,34 @@ CHATML = (
 )
 
 
+MANY_MODULES = 20
+_modules_at_freeze = 0
+
+
 def pytest_collection_finish() -> None:
     """Exempt all that the imports have made from garbage collection.
 
-    accelerate collects garbage at the end of each training, and a collection looks at every object that is not exempt.
+    A full collection looks at every object that is not exempt. accelerate runs one at the end of each training.
     """
+    _freeze()
+    youngest, middle, _ = gc.get_threshold()
+    gc.set_threshold(youngest, middle, 100)  # full collections, a tenth of the time of small tests, are rarer
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[object]:
+    """Exempt what the test imported, if it imported many modules: transformers and DVC import theirs when used."""
+    result = yield
+    if len(sys.modules) >= _modules_at_freeze + MANY_MODULES:
+        _freeze()
+    return result
+
+
+def _freeze() -> None:
+    global _modules_at_freeze
     gc.collect()
     gc.freeze()
+    _modules_at_freeze = len(sys.modules)
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def _adapted(adapter: Path, base: Path) -> Any:
 
 
 def _converted(model: Any, rank: int | None, tolerance: float | None) -> str:
-    from peftcore.conversion import convert_to_lora
+    from peftcore.conversion import add_as_lora
 
-    report = convert_to_lora(model, "default", "plain", rank, tolerance)
+    report = add_as_lora(model, "default", "plain", rank, tolerance)
     return f"; converted to LoRA of rank {max(report.ranks.values())}, relative error {report.error:.2%}"

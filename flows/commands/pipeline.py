@@ -28,7 +28,7 @@ def run(
     """
     with errors(), project() as (_, paths):
         set_prefect_environment(paths.root)
-        from flows.pipeline import run_pipeline
+        from flows.pipeline.run import run_pipeline
         from flows.runtime.last_run import last_run
 
         before = last_run(paths)

@@ -26,7 +26,7 @@ from flows.gate.promote import Promotion, last_version, promote
 from flows.gate.reevaluation import measured_with
 from flows.params import Params, left_over, load_params
 from flows.paths import Paths
-from flows.pipeline import is_without_server
+from flows.pipeline.run import is_without_server
 from flows.registry.lineage import LOCK, check_artifact_name, headline_metrics
 from flows.registry.project_registry import registry_of
 from flows.registry.reader import Version

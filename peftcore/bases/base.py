@@ -287,12 +287,23 @@ class BaseWeight(ABC):
         return None
 
     def product(self, x: Tensor) -> Tensor:
-        """Return x Wᵀ + b (n, o) in newly allocated memory and without gradient.
+        """Return x Wᵀ + b (..., o) in newly allocated memory and without gradient.
 
         Args:
-            x: The input (n, i), of the dtype that `compute_dtype` returned.
+            x: The input (..., i), of the dtype that `compute_dtype` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} has no product")
+
+    def plain_output(self, x: Tensor) -> Tensor | None:
+        """Return the layer's output if that is exactly x Wᵀ + b (..., o); for use without gradients.
+
+        Args:
+            x: The layer's input (..., i).
+
+        Returns:
+            The output in newly allocated memory; None if the layer's forward must compute it.
+        """
+        return self.product(x) if self.compute_dtype(x) == x.dtype else None
 
     def prefers_product(self, x: Tensor) -> bool:
         """Return True if `product` is a faster way to the layer's output than its own forward.

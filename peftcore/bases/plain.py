@@ -61,6 +61,12 @@ class LinearWeight(BaseWeight):
         bias = current_parameter(self.layer, "bias")
         return F.linear(x, self._weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
+    def plain_output(self, x: Tensor) -> Tensor | None:
+        weight, bias = self.layer._parameters.get("weight"), self.layer._parameters.get("bias")
+        if type(self.layer) is not nn.Linear or type(weight) is not nn.Parameter or weight.dtype != x.dtype:
+            return super().plain_output(x)
+        return None if torch._C._is_any_autocast_enabled() or weight.is_meta else F.linear(x, weight, bias)
+
     def weight_for_backward(self) -> Tensor | None:
         return self._weight()
 

@@ -59,31 +59,34 @@ class FourBitWeight(LinearWeight):
         return None if autocast else dtype
 
     def product(self, x: Tensor) -> Tensor:
-        if not self._can_use_packed(x, len(x)):
-            self._packed = None
+        packed = self._packed = self._packed_for(x)
+        if packed is None:
             return self.layer(x)
-        weight = self.layer.weight
-        if self._packed is None or not self._packed.is_current(weight):
-            self._packed = _packed(weight)
-        codes, scales, *_ = self._packed
-        state = weight.quant_state
-        product: Any = torch.ops.bitsandbytes.gemv_4bit.default
-        y = product(x.contiguous(), codes, state.shape, scales, state.code, state.blocksize)
+        codes, scales, _, state, _ = packed
+        y = _packed_product()(x.contiguous(), codes, state.shape, scales, state.code, state.blocksize)
         return y if self.layer.bias is None else y.add_(self.layer.bias)
 
-    def prefers_product(self, x: Tensor) -> bool:
-        rows = x.numel() // x.shape[-1]
-        wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        return not wants_gradient and self._can_use_packed(x, rows) and self.compute_dtype(x) is not None
+    def plain_output(self, x: Tensor) -> Tensor | None:
+        if x.dtype != self.layer.compute_dtype or torch._C._is_any_autocast_enabled():
+            return super().plain_output(x)
+        return self.product(x)
 
-    def _can_use_packed(self, x: Tensor, rows: int) -> bool:
+    def prefers_product(self, x: Tensor) -> bool:
+        wants_gradient = torch.is_grad_enabled() and x.requires_grad
+        return not wants_gradient and self._can_use_packed(x) and self.compute_dtype(x) is not None
+
+    def _packed_for(self, x: Tensor) -> "_PackedWeight | None":
+        """Return the current packed copy of the weight if the packed product fits x."""
+        if not _is_short(x) or self.layer.training:
+            return None
+        weight = self.layer.weight
+        if self._packed is not None and self._packed.is_current(weight):
+            return self._packed
+        return _packed(weight) if self._can_use_packed(x) else None
+
+    def _can_use_packed(self, x: Tensor) -> bool:
         """Return True for few bfloat16 tokens on the CPU; the packed product would round float32 inputs to bfloat16."""
-        if (
-            self.layer.training
-            or not 0 < rows <= MAX_PACKED_TOKENS
-            or x.dtype != torch.bfloat16
-            or x.device.type != "cpu"
-        ):
+        if not _is_short(x) or self.layer.training:
             return False
         state = self.layer.weight.quant_state
         has_whole_blocks = state.shape[0] % PACKED_OUTPUTS == 0 and state.shape[1] % state.blocksize == 0
@@ -132,8 +135,13 @@ class _PackedWeight(NamedTuple):
 
     def is_current(self, weight: Any) -> bool:
         """Return True if the copy was made from this weight and the weight has not changed since."""
-        same_weight = self.memory() is weight.untyped_storage() and self.state is weight.quant_state
-        return same_weight and self.version == _version(weight)
+        same_values = self.state is weight.quant_state and self.version == _version(weight)
+        return same_values and self.memory() is weight.untyped_storage()
+
+
+def _is_short(x: Tensor) -> bool:
+    """Return True for bfloat16 inputs on the CPU that are short enough for the packed product."""
+    return x.dtype == torch.bfloat16 and x.is_cpu and 0 < x.numel() <= MAX_PACKED_TOKENS * x.shape[-1]
 
 
 def _packed(weight: Any) -> _PackedWeight:
@@ -154,6 +162,11 @@ def _packed(weight: Any) -> _PackedWeight:
 def _version(weight: Tensor) -> int:
     """Return autograd's count of in-place changes; 0 for an inference tensor, which has no count."""
     return 0 if weight.is_inference() else weight._version
+
+
+@cache
+def _packed_product() -> Any:
+    return torch.ops.bitsandbytes.gemv_4bit.default
 
 
 @cache

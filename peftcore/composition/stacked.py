@@ -5,7 +5,7 @@ row, 0 where a row does not use an adapter. Layers that read the same input are 
 the same number of rows, the products are batched by adapter, and no product is computed only to be masked.
 
 Stacks are cached in the type of the activations. A cached stack is used until its fingerprint changes
-(`peftcore.composition.fingerprint`). Stacks of trainable adapters are cached during one `generate` only.
+(`peftcore._util.fingerprint`).
 
 Shapes: n tokens, i in_features, o out_features, R sum of the ranks of all adapters, of all layers together.
 """
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftcore._util.fingerprint import Fingerprint
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.composition.fingerprint import Fingerprint
 from peftcore.composition.route import Blocks, Mask, Run
 from peftcore.kernels.low_rank import LowRankBranch
 
@@ -51,7 +51,7 @@ class Stacked(NamedTuple):
 
     def is_current(self) -> bool:
         """Return True if the weights have not changed since they were stacked."""
-        return self.fingerprint.holds(trusts_learning=False)
+        return self.fingerprint.holds()
 
 
 def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | None:

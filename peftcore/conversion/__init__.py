@@ -8,10 +8,10 @@ import warnings
 from typing import Any
 
 from peftcore.conversion.adalora import convert_directory_to_lora
-from peftcore.conversion.convert import convert_to_lora, save_as_lora
+from peftcore.conversion.convert import add_as_lora, convert_to_lora, save_as_lora
 from peftcore.kernels.factors import LowRankReport
 
-__all__ = ["LowRankReport", "convert_directory_to_lora", "convert_to_lora", "save_as_lora"]
+__all__ = ["LowRankReport", "add_as_lora", "convert_directory_to_lora", "convert_to_lora", "save_as_lora"]
 
 
 def __getattr__(name: str) -> Any:

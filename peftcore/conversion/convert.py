@@ -1,15 +1,17 @@
-"""Conversion of a model's adapter to plain LoRA: as a second adapter of that model, or as a directory."""
+"""Conversion of a model's adapter to plain LoRA: as tensors, as a second adapter of that model, or as a directory."""
 
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftcore._util.tensors import PREFIX, WEIGHTS_NAME
 from peftcore.config import CONFIG_NAME
-from peftcore.conversion.layer_factors import factors_by_layer
+from peftcore.conversion.layer_factors import Limits, factors_by_layer
 from peftcore.conversion.lora import lora_config, lora_tensors
+from peftcore.errors import ConfigError
 from peftcore.files import directory_written_atomically, write_manifest
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.inject import commit_injection
@@ -18,6 +20,7 @@ from peftcore.kernels.factors import LowRankReport
 from peftcore.methods.lora import LoraConfig
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import embeddings_to_save
+from peftcore.storage.state_dict import has_prefix
 
 
 class _PlainLora(NamedTuple):
@@ -30,24 +33,62 @@ class _PlainLora(NamedTuple):
 
 def convert_to_lora(
     model: nn.Module,
+    rank: int | float | None = None,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+    *,
+    tolerance: float | None = None,
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return a plain LoRA that computes the same as an adapter, exactly or approximately. The model stays as it is.
+
+    Without `rank` and `tolerance` the conversion is exact, which only low-rank methods allow (LoRA, rsLoRA, AdaLoRA,
+    VeRA). Saved modules and trained biases are copied.
+
+    Args:
+        model: a model with adapters.
+        rank: an integer: largest rank of a layer (count). A float in (0, 1]: each layer gets the smallest rank whose
+            singular values have at least this share of the sum of all squared singular values.
+        adapter_name: the adapter to convert.
+        progressbar: True shows a progress bar.
+        compile_kwargs: arguments of `torch.compile` for the function that converts one layer; None does not compile.
+        tolerance: largest relative error of a layer's change, in Frobenius norm; each layer gets the smallest rank
+            that meets it.
+
+    Returns:
+        The LoRA's configuration, and {HF PEFT's key: tensor}. They belong together: the scaling is in the
+        configuration.
+
+    Raises:
+        ConfigError, MergeError: an argument is not valid, or no LoRA can replace the adapter.
+    """
+    if isinstance(rank, str):
+        raise ConfigError(
+            f"convert_to_lora: rank must be a number or None; got {rank!r:.200}; to add the LoRA to the model, call "
+            "add_as_lora(model, adapter_name, new_name)"
+        )
+    plain = _plain_lora(model, adapter_name, Limits.of(rank, tolerance), progressbar, compile_kwargs)
+    if has_prefix(model):
+        return plain.config, plain.tensors
+    return plain.config, {key.removeprefix(PREFIX): tensor for key, tensor in plain.tensors.items()}
+
+
+def add_as_lora(
+    model: nn.Module,
     adapter_name: str,
     new_name: str,
-    rank: int | None = None,
+    rank: int | float | None = None,
     tolerance: float | None = None,
     is_trainable: bool = False,
 ) -> LowRankReport:
-    """Add a plain LoRA to a model that computes the same as another of its adapters, exactly or approximately.
-
-    Without `rank` and `tolerance` the conversion is exact, which only low-rank methods allow (LoRA, rsLoRA, AdaLoRA,
-    VeRA). Saved modules and trained biases are copied. Call `set_adapter(new_name)` to make the new adapter active.
+    """Add the LoRA of `convert_to_lora` to the model. Call `set_adapter(new_name)` to make it active.
 
     Args:
         model: a model with adapters.
         adapter_name: the adapter to convert; it stays unchanged.
         new_name: the new adapter's name.
-        rank: largest rank of a layer (count).
-        tolerance: largest relative error of a layer's change, in Frobenius norm; each layer gets the smallest rank
-            that meets it.
+        rank: as in `convert_to_lora`.
+        tolerance: as in `convert_to_lora`.
         is_trainable: True to leave the new adapter trainable, False to freeze it.
 
     Returns:
@@ -56,7 +97,7 @@ def convert_to_lora(
     Raises:
         ConfigError, MergeError: no LoRA can replace the adapter; the model is unchanged.
     """
-    plain = _plain_lora(model, adapter_name, rank, tolerance)
+    plain = _plain_lora(model, adapter_name, Limits.of(rank, tolerance))
     injection = prepare_injection(model, plain.config, new_name, Creation(initialise=False))
     state = AdapterState(injection.adapters, injection.biases, injection.copies, None)
     state.read(state.with_our_keys(plain.tensors, state.tensors(), new_name))
@@ -65,32 +106,39 @@ def convert_to_lora(
 
 
 def save_as_lora(
+    path: str | os.PathLike[str],
     model: nn.Module,
-    directory: str | Path,
+    rank: int | float | None = None,
     adapter_name: str = "default",
-    rank: int | None = None,
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+    *,
     tolerance: float | None = None,
 ) -> LowRankReport:
-    """Write a model's adapter as a directory of plain LoRA; the adapter itself stays unchanged.
+    """Write the LoRA of `convert_to_lora` as a directory; the adapter itself stays unchanged.
 
     Args:
+        path: directory to write; an existing one is replaced, and stays if an error occurs.
         model: a model with adapters.
-        directory: where to write; an existing directory is replaced, and stays if an error occurs.
-        adapter_name: the adapter to convert; its trained biases are written too.
         rank: as in `convert_to_lora`.
+        adapter_name: the adapter to convert; its trained biases are written too.
+        progressbar: as in `convert_to_lora`.
+        compile_kwargs: as in `convert_to_lora`.
         tolerance: as in `convert_to_lora`.
 
     Returns:
         Rank and error of each layer.
 
     Raises:
-        ConfigError, MergeError: no LoRA can replace the adapter.
+        ConfigError, MergeError: an argument is not valid, or no LoRA can replace the adapter.
     """
-    plain = _plain_lora(model, adapter_name, rank, tolerance)
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"save_as_lora takes the directory first, then the model; got {type(path).__name__}")
+    plain = _plain_lora(model, adapter_name, Limits.of(rank, tolerance), progressbar, compile_kwargs)
     rows = embeddings_to_save(model, adapter_state_of(adapter_set(model), adapter_name), adapter_name, "auto")
     base = plain.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     plain.config.base_model_name_or_path = base
-    write_lora(plain.config, rows | plain.tensors, Path(directory))
+    write_lora(plain.config, rows | plain.tensors, Path(path))
     return plain.report
 
 
@@ -104,9 +152,15 @@ def write_lora(config: LoraConfig, tensors: dict[str, Tensor], directory: Path) 
         write_manifest(fresh)
 
 
-def _plain_lora(model: nn.Module, name: str, rank: int | None, tolerance: float | None) -> _PlainLora:
+def _plain_lora(
+    model: nn.Module,
+    name: str,
+    limits: Limits,
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> _PlainLora:
     adapters = adapter_set(model)
-    layers, report = factors_by_layer(model, name, rank, tolerance)
+    layers, report = factors_by_layer(model, name, limits, progressbar, compile_kwargs)
     bases = {path: adapter.base for path, adapter in adapters.adapters(name).items()}
     tensors = lora_tensors(layers, {path: (base.kind, base.kernel) for path, base in bases.items()})
     for path, module in adapters.copies(name).items():

@@ -6,11 +6,13 @@ exact change. For every other method the factors approximate ΔW = W' − W, W' 
 Shapes: i in_features times kernel size, o out_features, r rank.
 """
 
+import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from peftcore.adapter import Adapter
 from peftcore.errors import ConfigError, MergeError
@@ -33,34 +35,74 @@ class _Approximation(NamedTuple):
     """‖ΔW‖²."""
 
 
+class Limits(NamedTuple):
+    """Limits of a layer's rank; without any, the factors are exact."""
+
+    rank: int | None
+    """Largest rank (count)."""
+    tolerance: float | None
+    """Largest relative error in Frobenius norm."""
+
+    @classmethod
+    def of(cls, rank: int | float | None, tolerance: float | None) -> "Limits":
+        """Return checked limits; a float as rank is a share of the squared singular values, as in `convert_to_lora`."""
+        if isinstance(rank, float):
+            if not 0 < rank <= 1:
+                raise ConfigError(f"a rank that is a float is a share, above 0 and at most 1; got {rank}; try 0.95")
+            share = math.sqrt(1 - rank)
+            rank, tolerance = None, share if tolerance is None else min(share, tolerance)
+        if rank is not None and (isinstance(rank, bool) or rank < 1):
+            raise ConfigError(f"rank must be a positive integer, or a share in (0, 1]; got {rank}; try 16")
+        if tolerance is not None and not 0 <= tolerance < 1:
+            raise ConfigError(f"tolerance is a relative error, at least 0 and below 1; got {tolerance}; try 0.05")
+        return cls(rank, tolerance)
+
+
 @torch.no_grad()
 def factors_by_layer(
-    model: nn.Module, name: str, rank: int | None, tolerance: float | None
+    model: nn.Module,
+    name: str,
+    limits: Limits,
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Factors], LowRankReport]:
-    """Compute {path: factors} of one adapter, and their report; see `convert_to_lora` for rank, tolerance and errors.
+    """Compute {path: factors} of one adapter, and their report.
 
     A layer whose weight does not change has factors of rank 0.
+
+    Args:
+        model: the model with the adapter.
+        name: the adapter.
+        limits: limits of the ranks.
+        progressbar: as in `convert_to_lora`.
+        compile_kwargs: as in `convert_to_lora`.
+
+    Raises:
+        ConfigError, MergeError: as in `convert_to_lora`.
     """
-    _check_limits(rank, tolerance)
     check_convertible(model, name)
+    compute: Any = _layer_factors if compile_kwargs is None else torch.compile(_layer_factors, **compile_kwargs)
+    adapters = adapter_set(model).adapters(name).items()
     layers: dict[str, _Approximation] = {}
-    for path, adapter in adapter_set(model).adapters(name).items():
-        exact = exact_factors(adapter)
-        if exact is not None:
-            layers[path] = _reduced(exact, rank, tolerance)
-        elif rank is None and tolerance is None:
-            method = type(adapter).__name__
-            raise ConfigError(
-                f"{path}: {method} has no exact low-rank form; give rank=16, or tolerance=0.05 for the smallest rank "
-                "with an error of at most 5 %"
-            )
-        else:
-            layers[path] = _approximated(dense_change(adapter), rank, tolerance)
+    for path, adapter in tqdm(adapters, desc="converting to LoRA", disable=not progressbar):
+        layers[path] = compute(path, adapter, limits)
     report = LowRankReport.of(
         {path: layer.factors.rank for path, layer in layers.items()},
         {path: (layer.lost, layer.total) for path, layer in layers.items()},
     )
     return {path: layer.factors for path, layer in layers.items()}, report
+
+
+def _layer_factors(path: str, adapter: Adapter, limits: Limits) -> _Approximation:
+    exact = exact_factors(adapter)
+    if exact is not None:
+        return _reduced(exact, *limits)
+    if limits.rank is None and limits.tolerance is None:
+        raise ConfigError(
+            f"{path}: {type(adapter).__name__} has no exact low-rank form; give rank=16, or tolerance=0.05 for the "
+            "smallest rank with an error of at most 5 %"
+        )
+    return _approximated(dense_change(adapter), *limits)
 
 
 def exact_factors(adapter: Adapter) -> Factors | None:
@@ -125,10 +167,3 @@ def check_convertible(model: nn.Module, name: str) -> None:
                 "adapter instead"
             )
     check_mergeable(model, [name])
-
-
-def _check_limits(rank: int | None, tolerance: float | None) -> None:
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank must be a positive integer; got {rank}; try 16")
-    if tolerance is not None and not 0 <= tolerance < 1:
-        raise ConfigError(f"tolerance is a relative error, at least 0 and below 1; got {tolerance}; try 0.05")

@@ -72,7 +72,8 @@ def canonicalise(
     most = max(own.rank for own in layers.values())
     if rank is not None and rank < most:
         raise ExportError(
-            f"rank {rank} is below the adapter's {most}; give at least that, or convert_to_lora(rank=...)"
+            f"rank {rank} is below the adapter's {most}; give at least that, or "
+            "add_as_lora(model, name, new_name, rank=...)"
         )
     layers = {path: padded(own, rank or most) for path, own in layers.items()}
     tensors = {path: (own.a[0].contiguous(), own.b[0].contiguous()) for path, own in layers.items()}
@@ -126,7 +127,7 @@ _SAVED_MODULES = (
 
 def _not_low_rank(method: str) -> str:
     return (
-        f"{method} is not low-rank; convert it by convert_to_lora(model, name, new_name, rank=...) and export the "
+        f"{method} is not low-rank; convert it by add_as_lora(model, name, new_name, rank=...) and export the "
         "result, or merge it into the base"
     )
 

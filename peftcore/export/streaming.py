@@ -72,6 +72,10 @@ def merge_streaming(
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)} or None; got {dtype!r}")
     if storage is not None and storage not in STORAGES:
         raise ExportError(f"storage must be one of {', '.join(STORAGES)} or None; got {storage!r}")
+    if double_quant and storage is None:
+        raise ExportError(
+            "double_quant=True needs storage, the 4-bit type in training; give storage='nf4', or leave it out"
+        )
     if damaged := damaged_files(base):
         raise ExportError(f"{base}: {', '.join(damaged)} does not match {MANIFEST}; take another copy")
     tensors = mapped_tensors(base)

@@ -44,7 +44,8 @@ def export_vllm(model: nn.Module, adapter_name: str, folder: str | Path) -> int:
     rank = next((rank for rank in RANKS if rank >= lora.rank), None)
     if rank is None:
         raise ExportError(
-            f"rank {lora.rank} is above vLLM's largest, {RANKS[-1]}; use convert_to_lora(rank={RANKS[-1]})"
+            f"rank {lora.rank} is above vLLM's largest, {RANKS[-1]}; use "
+            f"add_as_lora(model, name, new_name, rank={RANKS[-1]})"
         )
     lora = canonicalise(model, adapter_name, rank)
     tensors = _tensors(model, lora)

@@ -13,7 +13,7 @@ from peftcore.model import PeftModel
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _OF_THE_ADAPTER = frozenset(
-    {"autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "strict", "torch_device"}
+    {"adapters", "autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "strict", "torch_device"}
 )
 """Options that only the adapter gets."""
 _OF_BOTH = frozenset({"ignore_mismatched_sizes", "key_mapping"})

@@ -14,7 +14,7 @@ from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.adapter_parameters import AdapterParameters
 from peftcore.layers.saved_module import SavedModule
-from peftcore.model import PeftModel, get_peft_model
+from peftcore.model import IS_MIXED, PeftModel, get_peft_model
 from peftcore.registry import methods
 
 
@@ -81,7 +81,7 @@ class _Mixed(type):
     def __instancecheck__(cls, instance: Any) -> bool:
         if not isinstance(instance, PeftModel):
             return False
-        return bool(vars(instance).get("_is_mixed")) or len({c.peft_type for c in instance.peft_config.values()}) > 1
+        return IS_MIXED in vars(instance) or len({c.peft_type for c in instance.peft_config.values()}) > 1
 
     def __call__(cls, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> Any:
         return get_peft_model(model, peft_config, adapter_name, mixed=True)
@@ -89,7 +89,7 @@ class _Mixed(type):
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a saved adapter; see `PeftModel.from_pretrained`."""
         loaded = PeftModel.from_pretrained(model, *args, **kwargs)
-        vars(loaded)["_is_mixed"] = True
+        vars(loaded)[IS_MIXED] = True
         return loaded
 
 

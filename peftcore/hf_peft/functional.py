@@ -45,8 +45,7 @@ def set_adapter(
         AdapterNameError: a name is not loaded.
     """
     _all_layers("set_adapter", layer_cls)
-    activation.set_adapter(model, adapter_name)
-    activation.train_active_only(model, not inference_mode)
+    activation.set_adapter(model, adapter_name, inference_mode)
 
 
 def delete_adapter(

@@ -44,7 +44,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     ]
     if not scaled:
         raise PeftError("rescale_adapter_scale: no adapter of this model has a scaling, as LoRA's do")
-    original = [adapter.scaling for adapter in scaled]
+    original = [float(adapter.scaling) for adapter in scaled]
     for adapter in scaled:
         adapter.scaling *= multiplier
     try:
@@ -60,11 +60,14 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
     Args:
         model: a model with adapters.
-        active: without effect, too.
+        active: True or False, with the same result.
 
     Raises:
         AdapterNameError: the model has no adapters.
+        TypeError: `active` is not True or False.
     """
+    if not isinstance(active, bool):
+        raise TypeError(f"disable_input_dtype_casting: active must be True or False; got {active!r:.200}")
     adapter_set(model)
     yield
 

@@ -175,11 +175,8 @@ DIFFERENT = {
     "PromptEmbedding": _LEARNER,
     "PromptEncoder": _LEARNER,
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "empty: no architecture needs an entry",
-    "convert_to_lora": "adds the LoRA to the model: (model, adapter_name, new_name, rank, tolerance)",
     "initialize_lora_eva_weights": "does what `initialize_from_data` does; takes no saved start and no input functions",
-    "prepare_model_for_kbit_training": "takes no `auto_clear_cache`; caches are not cleared",
-    "replace_lora_weights_loftq": "needs the original weights: (model, weights, adapter_name, callback)",
-    "save_as_lora": "(model, directory, adapter_name, rank, tolerance)",
+    "prepare_model_for_kbit_training": "same; also turns checkpointing on for a model that is not quantised",
 }
 """{name: how its arguments or its meaning differ from HF PEFT's}"""
 

@@ -37,6 +37,9 @@ class EvaConfig(_Options):
         label_mask_value: the label of tokens without a label.
         whiten: scale the components to unit variance.
         adjust_scaling_factors: adjust lora_alpha to each layer's new rank.
+
+    Raises:
+        ConfigError: rho or tau is out of its range.
     """
 
     def __init__(
@@ -48,6 +51,10 @@ class EvaConfig(_Options):
         whiten: bool = False,
         adjust_scaling_factors: bool = True,
     ):
+        if rho < 1:
+            raise ConfigError(f"EvaConfig: `rho` must be >= 1.0; got {rho!r}")
+        if not 0 <= tau <= 1:
+            raise ConfigError(f"EvaConfig: `tau` must be between 0.0 and 1.0; got {tau!r}")
         super().__init__(
             rho=rho,
             tau=tau,
@@ -125,25 +132,6 @@ class LoftQConfig(_Options):
 
     def __init__(self, loftq_bits: int = 4, loftq_iter: int = 1):
         super().__init__(loftq_bits=loftq_bits, loftq_iter=loftq_iter)
-
-
-class LoraRuntimeConfig(_Options):
-    """Options that are not saved.
-
-    Args:
-        ephemeral_gpu_offload: only False; DoRA's norms are computed where the weights are.
-
-    Raises:
-        ConfigError: ephemeral_gpu_offload is True.
-    """
-
-    def __init__(self, ephemeral_gpu_offload: bool = False):
-        if ephemeral_gpu_offload:
-            raise ConfigError(
-                "LoraRuntimeConfig: ephemeral_gpu_offload is not supported; move the model to the GPU for DoRA, or "
-                "leave the option out"
-            )
-        super().__init__(ephemeral_gpu_offload=False)
 
 
 class PromptTuningInit(StrEnum):

@@ -90,8 +90,7 @@ def load_adapter(
             keys = checkpoint.load_adapter(self, directory, name, is_trainable, peft_config, reading=reading).result
     self._hf_peft_config_loaded = True
     show_configs(self)
-    activation.set_adapter(self, name)
-    activation.train_active_only(self, is_trainable)
+    activation.set_adapter(self, name, inference_mode=not is_trainable)
     if not is_trainable:
         self.eval()
     teach_trainer()
@@ -113,7 +112,10 @@ def _options(
 ) -> tuple[dict[str, Any], bool]:
     """Return (options of the adapter's download, `ignore_mismatched_sizes`)."""
     if unknown := sorted(fields.keys() - _UNUSED):
-        raise TypeError(f"load_adapter() has no option {unknown[0]!r}; options of the download are adapter_kwargs")
+        raise TypeError(
+            f"load_adapter() has no option {unknown[0]!r}; "
+            "give those of the download, such as revision, in adapter_kwargs"
+        )
     values = {name: getattr(load_config, name, None) for name in _UNUSED} | dict(fields)
     if values["use_safetensors"] is False:
         raise ConfigError("load_adapter: use_safetensors must not be False, because pickles are never read")

@@ -1,7 +1,8 @@
-"""Activation: which adapters are active, and which train. Switching takes constant time."""
+"""Activation: which adapters are active, and which train. Switching between frozen adapters takes constant time."""
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -11,15 +12,36 @@ from peftcore.composition.route import Route
 from peftcore.errors import MergeError, RoutingError
 from peftcore.injection import inject
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
-from peftcore.injection.merge import original_weights
+from peftcore.injection.merge import original_weights, unmerge_adapter
 
 _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 
 
-def set_adapter(model: nn.Module, names: str | list[str]) -> None:
-    """Make adapters the active ones.
+def set_adapter(model: nn.Module, names: str | list[str], inference_mode: bool = False) -> None:
+    """Make adapters the active ones. As in HF PEFT, their parameters then train, and those of all others do not.
 
-    `requires_grad` does not change; see `train_active_only`.
+    Merged adapters are unmerged first, with a warning.
+
+    Args:
+        model: the model with adapters.
+        names: one name or several, in order.
+        inference_mode: True freezes the active adapters, too.
+
+    Raises:
+        AdapterNameError: see `activate`.
+    """
+    adapters = adapter_set(model)
+    activate(model, names)
+    if adapters.merged:
+        warnings.warn(
+            f"set_adapter: {list(adapters.merged)} were merged into the base, and are unmerged now", stacklevel=3
+        )
+        unmerge_adapter(model)
+    adapters.train_active_only(not inference_mode)
+
+
+def activate(model: nn.Module, names: str | list[str]) -> None:
+    """Make adapters the active ones. `requires_grad` does not change, and merged adapters stay merged.
 
     Args:
         model: the model with adapters.
@@ -34,6 +56,8 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
 
 def delete_adapter(model: nn.Module, *names: str) -> None:
     """Delete adapters. If all active ones are deleted, the first remaining adapter becomes active, as in HF PEFT.
+
+    The parameters of that adapter then train, unless its configuration says `inference_mode`.
 
     Args:
         model: the model with adapters.
@@ -60,36 +84,14 @@ def set_requires_grad(model: nn.Module, names: str | list[str], requires_grad: b
     adapters = adapter_set(model)
     names = [names] if isinstance(names, str) else names
     adapters.require(*names)
-    for name in names:
-        for parameter in adapters.parameters(name):
-            parameter.requires_grad_(requires_grad)
-        if requires_grad:
-            adapters.trainable.add(name)
-        else:
-            adapters.trainable.discard(name)
-
-
-def train_active_only(model: nn.Module, trains: bool = True) -> None:
-    """Set `requires_grad` as HF PEFT's `set_adapter` does: the active adapters' parameters train, all others do not.
-
-    Args:
-        model: the model with adapters.
-        trains: False freezes the active adapters, too.
-    """
-    adapters = adapter_set(model)
-    active = set(adapters.selection.active)
-    for name in adapters.trainable - active:
-        set_requires_grad(model, name, False)
-    for name in active:  # last, because adapters may share parameters
-        if trains or name in adapters.trainable:
-            set_requires_grad(model, name, trains)
+    adapters.set_requires_grad(names, requires_grad)
 
 
 def refresh_adapters(model: nn.Module) -> None:
     """Drop all values that were computed from weights, so the next forward computes them again.
 
     Call this after edits that cannot be noticed: in place through `parameter.data`, through memory shared with NumPy,
-    by the replay of a CUDA graph. Every other change is noticed (`peftcore.composition.fingerprint`).
+    by the replay of a CUDA graph. Every other change is noticed (`peftcore._util.fingerprint`).
     """
     adapters = adapter_set(model)
     adapters.selection.forget()

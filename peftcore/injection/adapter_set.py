@@ -1,10 +1,11 @@
 """The adapters of a model: their configurations, their slots, and which of them are active."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from peftcore._util.both_libraries import refuse_layers_of_hf_peft
 from peftcore._util.per_thread import PerThread
 from peftcore.adapter import Adapter, Shared
 from peftcore.config import PeftConfig
@@ -105,6 +106,32 @@ class AdapterSet:
         modules = [*self._parts(name).values(), *self.copies(name).values(), *prompts]
         return list(dict.fromkeys(p for module in modules for p in module.parameters()))
 
+    def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
+        """Set `requires_grad` of all parameters of adapters; other adapters stay as they are.
+
+        Args:
+            names: names of loaded adapters.
+            requires_grad: False freezes the adapters.
+        """
+        for name in names:
+            for parameter in self.parameters(name):
+                parameter.requires_grad_(requires_grad)
+            if requires_grad:
+                self.trainable.add(name)
+            else:
+                self.trainable.discard(name)
+
+    def train_active_only(self, trains: bool = True) -> None:
+        """Set `requires_grad` as HF PEFT's `set_adapter` does: the active adapters train, all others do not.
+
+        Args:
+            trains: False freezes the active adapters, too.
+        """
+        active = set(self.selection.active)
+        self.set_requires_grad(self.trainable - active, False)
+        # last, because adapters may share parameters
+        self.set_requires_grad((name for name in active if trains or name in self.trainable), trains)
+
     def tensors(self) -> list[Tensor]:
         """Return all tensors that adapters have added or replaced, trainable or not."""
         modules: list[nn.Module] = []
@@ -143,7 +170,7 @@ class AdapterSet:
         for name in names:
             if name not in self.configs:
                 known = ", ".join(self.configs) or "none yet"
-                raise AdapterNameError(f"no adapter named {name!r}; loaded: {known}")
+                raise AdapterNameError(f"Adapter {name} does not exist; loaded: {known}")
 
     def activate(self, names: Sequence[str]) -> None:
         """Make adapters the active ones; `requires_grad` does not change.
@@ -152,8 +179,8 @@ class AdapterSet:
             names: names of adapters, in order.
 
         Raises:
-            AdapterNameError: a name is not loaded, or given twice; or several prompts are named, or several adapters
-                with a copy of the same module (`modules_to_save`).
+            AdapterNameError: a name is not loaded, or given twice; several prompts are named; or several of the
+                adapters train the same module whole (`modules_to_save`), or the same row of an embedding.
         """
         self.require(*names)
         if len(set(names)) < len(names):
@@ -167,9 +194,19 @@ class AdapterSet:
         for path, wrapper in self.saved.items():
             if len(several := [name for name in names if name in wrapper.copies]) > 1:
                 raise AdapterNameError(
-                    f"set_adapter: {several} each have a copy of {path} (modules_to_save), and only one copy can be "
-                    "used; name one of them"
+                    f"set_adapter: {several} each train {path} whole (modules_to_save), and only one copy can be used; "
+                    "name one of them"
                 )
+        for path, slot in self.layers.items() if len(names) > 1 else ():
+            by_row: dict[int, str] = {}
+            for name in names:
+                rows = slot.adapters[name].replaced_rows() if name in slot.adapters else ()
+                if (row := next((row for row in rows if row in by_row), None)) is not None:
+                    raise AdapterNameError(
+                        f"set_adapter: {[by_row[row], name]} each train row {row} of {path} whole, and only one can be "
+                        "used; name one of them"
+                    )
+                by_row |= dict.fromkeys(rows, name)
         self.selection.active = tuple(names)
 
     def merge_slots(self, slots: Sequence[AdapterSlot], adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -202,6 +239,7 @@ def adapter_set(model: nn.Module) -> AdapterSet:
     """
     adapters = model.__dict__.get(ATTRIBUTE)
     if adapters is None:
+        refuse_layers_of_hf_peft(model.modules())
         raise AdapterNameError(f"this {type(model).__name__} has no adapters; call get_peft_model first")
     return adapters
 

@@ -299,7 +299,9 @@ def inject_untrained(
             "give the new one another adapter_name",
             stacklevel=3,
         )
-    add_adapter(model, config, name, creation).selection.active = (name,)
+    adapters = add_adapter(model, config, name, creation)
+    adapters.selection.active = (name,)
+    adapters.set_requires_grad(adapters.trainable - {name}, False)
     return model
 
 
@@ -392,14 +394,15 @@ def check_deletable(model: nn.Module, *names: str) -> None:
     """
     adapters = adapter_set(model)
     adapters.require(*names)
-    for name in names:
-        if name in adapters.merged:
-            raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
-        if merged := [path for path, slot in adapters.layers.items() if slot.merged and slot.replaced_by == (name,)]:
+    if merged := [name for name in names if name in adapters.merged]:
+        raise MergeError(f"{merged} are merged into the base, so they cannot be deleted; call unmerge_adapter first")
+    for path, slot in adapters.layers.items():
+        if slot.merged and slot.replaced_by and set(slot.replaced_by) <= set(names):
             raise MergeError(
-                f"adapter {name!r} replaced the weight of {merged[0]} (LoftQ), and {list(adapters.merged)} are merged "
-                "into it; call unmerge_adapter first"
+                f"{list(slot.replaced_by)} replaced the weight of {path} (LoftQ), and {list(adapters.merged)} are "
+                "merged into it; call unmerge_adapter first"
             )
+    for name in names:
         if adapters.selection.in_use[name] > 0:
             raise AdapterNameError(
                 f"adapter {name!r} is in use by an open route; leave the route, or wait for its end, first"
@@ -465,11 +468,13 @@ def delete_adapter_and_activate(model: nn.Module, *names: str) -> None:
     adapters = adapter_set(model)
     check_deletable(model, *names)
     active = [name for name in names if name in adapters.selection.active]
-    for name in sorted(names, key=adapters.deepened_by):  # what made the model deeper is deleted last
+    for name in sorted(dict.fromkeys(names), key=adapters.deepened_by):  # what made the model deeper is deleted last
         delete_adapter(model, name)
     if active and adapters.configs and not adapters.selection.active:
         first = next(iter(adapters.configs))
         adapters.selection.active = (first,)
+        if not adapters.configs[first].inference_mode:
+            adapters.set_requires_grad([first], True)
         warnings.warn(f"the active adapters {active} are deleted; {first!r} is the active one now", stacklevel=4)
 
 

@@ -7,6 +7,7 @@ then each merged weight takes one more copy in memory. `merge_and_unload` keeps 
 import contextlib
 import logging
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ def merge_adapter(
     """Merge adapters into their base weights, in place; other active adapters stay in effect.
 
     Modules that an adapter trains whole (`modules_to_save`) are used while it is active, merged or not, as in PEFT.
+    Warns if the adapters are merged already.
 
     Args:
         model: the model with adapters.
@@ -58,7 +60,8 @@ def merge_adapter(
         AdapterNameError: a name is not loaded.
     """
     adapters = adapter_set(model)
-    merge_slots(adapters, adapters.layers, adapter_names, safe_merge, progressbar)
+    if not merge_slots(adapters, adapters.layers, adapter_names, safe_merge, progressbar) and adapters.merged:
+        warnings.warn(f"merge_adapter changes nothing: {list(adapters.merged)} are merged already", stacklevel=4)
 
 
 @torch.no_grad()
@@ -68,7 +71,7 @@ def merge_slots(
     adapter_names: str | list[str] | None = None,
     safe_merge: bool = False,
     progressbar: bool = False,
-) -> None:
+) -> bool:
     """Merge adapters into the base weights of some slots; see `merge_adapter`.
 
     Args:
@@ -77,6 +80,9 @@ def merge_slots(
         adapter_names: see `merge_adapter`.
         safe_merge: see `merge_adapter`.
         progressbar: see `merge_adapter`.
+
+    Returns:
+        False if no weight was changed.
 
     Raises:
         MergeError, AdapterNameError: see `merge_adapter`.
@@ -93,6 +99,7 @@ def merge_slots(
     _write(merges, progressbar)
     merged = (name for merge in merges for name in merge.adapters)
     adapters.merged = tuple(dict.fromkeys((*adapters.merged, *merged)))
+    return bool(merges)
 
 
 def check_mergeable(model: nn.Module, adapter_names: list[str]) -> None:
@@ -132,8 +139,11 @@ def _checked_merges(
 
 def _check(merge: _LayerMerge) -> None:
     bias = merge.base.bias
+    before = [merge.slot.adapters[name] for name in merge.slot.merged]
     for adapter in with_trained_biases(merge.adapters.values()):
         try:
+            adapter.check_mergeable_with(before)
+            before.append(adapter)
             adapter.check_mergeable()
             adapter.merged_bias(bias)
         except MergeError as error:
@@ -230,6 +240,28 @@ def unmerge_slots(adapters: AdapterSet, slots: Iterable[AdapterSlot]) -> None:
     adapters.merged = tuple(name for name in adapters.merged if name in still)
 
 
+@contextlib.contextmanager
+def merged(model: nn.Module, adapter_names: str | list[str] | None = None, safe_merge: bool = False) -> Iterator[None]:
+    """Merge adapters for the time of the context; the unmerged weights come back bit for bit, also after an error.
+
+    Args:
+        model: the model with adapters.
+        adapter_names: see `merge_adapter`.
+        safe_merge: see `merge_adapter`.
+
+    Raises:
+        MergeError: adapters are merged already, or see `merge_adapter`.
+        AdapterNameError: a name is not loaded.
+    """
+    if names := adapter_set(model).merged:
+        raise MergeError(f"{list(names)} are merged already; call unmerge_adapter first, or go without the context")
+    merge_adapter(model, adapter_names, safe_merge)
+    try:
+        yield
+    finally:
+        unmerge_adapter(model)
+
+
 def _merged_slots(adapters: AdapterSet) -> list[AdapterSlot]:
     """Return the slots with merged adapters, without a search if no adapter is merged."""
     return list(dict.fromkeys(slot for slot in adapters.layers.values() if slot.merged)) if adapters.merged else []
@@ -292,7 +324,8 @@ def merge_and_unload(
     Raises:
         MergeError: see `merge_adapter`.
     """
-    merge_adapter(model, adapter_names, safe_merge, progressbar)
+    adapters = adapter_set(model)
+    merge_slots(adapters, adapters.layers, adapter_names, safe_merge, progressbar)
     if adapter_names is not None:
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         adapter_set(model).selection.active = names

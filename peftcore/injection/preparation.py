@@ -6,15 +6,24 @@ import dataclasses
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
+from peftcore._util.both_libraries import refuse_layers_of_hf_peft
 from peftcore.adapter import Adapter, Shared
-from peftcore.bases import BaseWeight, BiasParameter, ParameterWeight, base_weight, is_adaptable, raw_projections
+from peftcore.bases import (
+    BaseWeight,
+    BiasParameter,
+    Conv1DWeight,
+    ParameterWeight,
+    base_weight,
+    is_adaptable,
+    raw_projections,
+)
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
@@ -105,13 +114,17 @@ def prepare_injection(
     _check_name(model, name)
     _check_not_compiled(model)
     module_index = ModuleIndex(model)
+    refuse_layers_of_hf_peft((model, *module_index.modules.values()))
     config, paths = complete(module_index, config)
     saved = find_saved_modules(module_index, config)
     adapters = _adapters_for(module_index, config, paths, creation)
-    adapters |= _token_adapters(module_index, config, adapters, creation)
+    adapters |= _token_adapters(module_index, config, {*adapters}, {*saved}, creation)
     if config.ensure_weight_tying:
         _warn_without_ties(module_index, [*adapters, *saved])
     _check_new_bases(module_index, adapters)
+    if creation.initialise:
+        _warn_of_unused(config)
+    _warn_of_orientation(config, adapters)
     biases = _trained_biases(module_index, config, adapters, saved)
     if not creation.autocast_adapter_dtype:
         _narrow([*adapters.values(), *biases.values()])
@@ -121,12 +134,29 @@ def prepare_injection(
     return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
+_SIZES = ("token_dim", "num_attention_heads", "num_layers")
+"""Sizes in the configuration of a prompt that the model may determine."""
+
+
+def _warn_of_unused(config: PeftConfig) -> None:
+    for option, setting in config.without_effect().items():
+        warnings.warn(f"{option} has no effect without {setting}; leave it out", stacklevel=2)
+
+
 def _prepare_prompt(
     model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, initialise: bool
 ) -> Injection:
     _check_name(model, name)
     _check_not_compiled(model)
-    config, copies, module_index = kind.completed(config, model), {}, ModuleIndex(model)
+    if initialise:
+        _warn_of_unused(config)
+    module_index = ModuleIndex(model)
+    refuse_layers_of_hf_peft((model, *module_index.modules.values()))
+    given, copies = config, {}
+    config = kind.completed(config, model)
+    for name in _SIZES if initialise else ():
+        if (size := getattr(given, name, None)) not in (None, getattr(config, name, None)):
+            warnings.warn(f"{name}={size} has no effect: the model has {getattr(config, name)}", stacklevel=2)
     if isinstance(config, PromptLearningConfig):
         config = with_heads(module_index, config)
         copies = {path: _copy_of(module) for path, module in find_saved_modules(module_index, config).items()}
@@ -141,13 +171,18 @@ def _prepare_prompt(
 
 
 def _adapters_for(
-    module_index: ModuleIndex, config: TunerConfig, paths: list[str], creation: Creation
+    module_index: ModuleIndex,
+    config: TunerConfig,
+    paths: list[str],
+    creation: Creation,
+    separate: Collection[str] = (),
 ) -> dict[str, Adapter]:
-    """Make {path: adapter} for the targets of a configuration."""
+    """Make {path: adapter} for the targets of a configuration; those at `separate` follow no tied weight."""
     kind = method_of(config).adapter
     targets = checked_targets(module_index, config, paths)
     if kind.follows_ties or config.ensure_weight_tying:
-        targets |= {path: module_index.modules[path] for path in tied_paths(module_index, targets)}
+        ties = (path for path in tied_paths(module_index, targets) if path not in separate)
+        targets |= {path: module_index.modules[path] for path in ties}
     bases: dict[str, BaseWeight] = {}
     for path, layer in targets.items():
         for base in _bases_of(kind, config, layer, path):
@@ -162,6 +197,17 @@ def _adapters_for(
     kind.link(config, adapters)
     _set_parameter_prefixes(adapters)
     return adapters
+
+
+def _warn_of_orientation(config: TunerConfig, adapters: Mapping[str, Adapter]) -> None:
+    """Warn of an option that says that weights are stored as (i, o), if no weight of the adapter is."""
+    stored = {type(adapter.base) for adapter in adapters.values()}
+    if adapters and getattr(config, "fan_in_fan_out", False) and Conv1DWeight not in stored:
+        warnings.warn(
+            "fan_in_fan_out=True has no effect, because none of the layers is a Conv1D: the orientation of a weight is "
+            "found per layer; leave the option out",
+            stacklevel=2,
+        )
 
 
 def _set_parameter_prefixes(adapters: Mapping[str, Adapter]) -> None:
@@ -180,14 +226,29 @@ def _parameter_bases(module_index: ModuleIndex, config: TunerConfig) -> dict[str
 
 
 def _token_adapters(
-    module_index: ModuleIndex, config: TunerConfig, taken: Mapping[str, Adapter], creation: Creation
+    module_index: ModuleIndex, config: TunerConfig, taken: set[str], saved: set[str], creation: Creation
 ) -> dict[str, Adapter]:
-    """Return the adapters of single embedding rows (`trainable_token_indices`)."""
+    """Return the adapters of single embedding rows (`trainable_token_indices`).
+
+    Layers with one weight train the same rows, unless the configuration names different rows for them.
+    """
     adapters: dict[str, Adapter] = {}
-    for token_config in config.token_configs():
-        adapters |= _adapters_for(module_index, token_config, target_paths(module_index, token_config), creation)
-    if both := sorted(adapters.keys() & taken.keys()):
+    targets = [(one, target_paths(module_index, one)) for one in config.token_configs()]
+    tokens = {path: set(one.token_indices) for one, paths in targets for path in paths}
+    for one, paths in targets:
+        others = {path for path, indices in tokens.items() if indices != set(one.token_indices)}
+        if config.ensure_weight_tying and (ties := others & tied_paths(module_index, paths).keys()):
+            raise ConfigError(
+                f"ensure_weight_tying: {paths[0]} and {min(ties)} share a weight, and trainable_token_indices has "
+                "different tokens for them; give both the same"
+            )
+        adapters |= _adapters_for(module_index, one, paths, creation, others)
+    if both := sorted(adapters.keys() & taken):
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
+    if whole := sorted(path for path in adapters if is_within(path, saved)):
+        raise ConfigError(
+            f"trainable_token_indices: {whole[0]} trains whole (modules_to_save); leave out one of the two"
+        )
     for adapter in adapters.values():
         adapter.disk_prefix = "token_adapter."
     return adapters
@@ -224,12 +285,28 @@ def _make_adapters(
             adapters[path] = adapter = _make(kind, config, base, path, shared)
             if creation.initialise and not creation.low_cpu_mem_usage:
                 adapter.reset_parameters()
+                _round_start(adapter, base)
             else:
                 adapter.prepare_to_read()
                 vars(adapter).update(is_unread=config.inference_mode and not creation.initialise)
             if creation.low_cpu_mem_usage:
                 _forget_values(adapter)
+    if creation.initialise and not creation.low_cpu_mem_usage and shared is not None:
+        _round_start(shared, first)
     return adapters
+
+
+@torch.no_grad()
+def _round_start(module: Adapter | Shared, base: BaseWeight) -> None:
+    """Round start values to 16 bits if the base computes in 16 bits, as HF PEFT does before it widens them again."""
+    dtype = getattr(base.layer, "compute_dtype", None) if base.quantized else base.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return
+    exact = module._non_persistent_buffers_set | module.unrounded
+    deep = isinstance(module, Adapter)  # modules inside of a `Shared` are read from disk (X-LoRA's experts)
+    for name, tensor in itertools.chain(module.named_parameters(recurse=deep), module.named_buffers(recurse=deep)):
+        if name not in exact and not name.startswith("shared.") and tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
 
 
 def _forget_values(module: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from peftcore._util.both_libraries import refuse_layers_of_hf_peft
 from peftcore.errors import TargetError
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
@@ -91,6 +92,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         TargetError: no layer of the model has an adapter, as with prompt methods.
     """
     if ATTRIBUTE not in model.__dict__ or not (adapter_set(model).layers or adapter_set(model).saved):
+        refuse_layers_of_hf_peft(model.modules())
         raise TargetError("No adapter layers found in the model; add an adapter of layers by get_peft_model first")
     adapters = adapter_set(model)
     layers = {path: _layer_status(adapters, slot) for path, slot in adapters.layers.items()}
@@ -127,7 +129,7 @@ def _layer_status(adapters: AdapterSet, slot: AdapterSlot) -> TunerLayerStatus |
 
 
 def _with_own_active(status: TunerLayerStatus) -> TunerLayerStatus:
-    """Return a status with those active adapters that the layer has: HF PEFT's for modules and rows that train whole."""
+    """Return a status with those active adapters that the layer has: as in HF PEFT, for parts that train whole."""
     active = [name for name in status.active_adapters if name in status.available_adapters]
     return dataclasses.replace(status, active_adapters=active)
 

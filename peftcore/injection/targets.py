@@ -4,6 +4,7 @@ Names match whole path segments: "head" matches `head` and `decoder.head`, never
 """
 
 import dataclasses
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
@@ -91,6 +92,11 @@ def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[
         and not (saved and is_within(path, saved))
         and _in_chosen_block(path, config)
     }
+    if config.exclude_modules and targets and not any(named(path, config.exclude_modules) for path in paths):
+        warnings.warn(
+            f"exclude_modules {config.exclude_modules!r} has no effect: it matches no layer of target_modules",
+            stacklevel=6,
+        )
     if not targets and not parameter_names(config):
         raise NoMatchingPeftModuleError(_nothing_matched(module_index.modules, paths, config))
     for path, layer in targets.items():

@@ -51,7 +51,7 @@ class TunerModel:
         configs = {adapter_name: config} if isinstance(config, PeftConfig) else config or {}
         for name, one in configs.items():
             if ATTRIBUTE in model.__dict__:
-                inject.add_adapter(model, one, name)
+                inject.add_adapter(model, one, name).set_requires_grad([name], False)  # until it is active
             else:
                 inject.inject_adapter_in_model(one, model, name)
         adapter_set(model)
@@ -113,8 +113,7 @@ class TunerModel:
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones; see `PeftModel.set_adapter`."""
-        activation.set_adapter(self.model, adapter_name)
-        activation.train_active_only(self.model, not inference_mode)
+        activation.set_adapter(self.model, adapter_name, inference_mode)
 
     def enable_adapter_layers(self) -> None:
         """Enable the active adapters again after `disable_adapter_layers`."""

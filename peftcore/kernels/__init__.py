@@ -1,1 +1,1 @@
-"""Computations that layers share: low-rank products, seeded dropout, matrix functions."""
+"""Computations that layers share: low-rank products, dropout, start values, matrix functions."""

@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.bases import BaseWeight
+from peftcore.kernels.dropout_masks import get_dropout_masks
 from peftcore.kernels.maths import scaled
+from peftcore.kernels.pytorch_dropout import PytorchDropout
 from peftcore.kernels.seeded_dropout import Dropout, mask_, masked
 
 
@@ -34,7 +36,8 @@ class LowRankBranch(NamedTuple):
     """A (r, i), of any floating type."""
     b: Tensor
     """B (o, r)."""
-    scaling: float
+    scaling: Any
+    """s: a number, or a tensor without dimensions."""
     dropout: float = 0.0
     """Probability of dropping an element of the input in this forward pass."""
     gain: Tensor | None = None
@@ -52,7 +55,7 @@ def low_rank_linears(x: Tensor, layers: Sequence[tuple[BaseWeight, LowRankBranch
     Returns:
         Output (..., o) of each layer.
     """
-    dropout = Dropout(layers[0][1].dropout) if layers[0][1].dropout else None
+    dropout = _new_mask(layers[0][1].dropout) if layers[0][1].dropout else None
     scale = 1.0 if dropout is None else dropout.scale
     call = _Call([base for base, _ in layers], [branch.scaling * scale for _, branch in layers], dropout)
     if torch.is_grad_enabled():
@@ -64,13 +67,17 @@ def low_rank_linears(x: Tensor, layers: Sequence[tuple[BaseWeight, LowRankBranch
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
+def _new_mask(p: float) -> Dropout | PytorchDropout:
+    return Dropout(p) if get_dropout_masks() == "fast" else PytorchDropout(p)
+
+
 class _Call(NamedTuple):
     """Arguments of one call that have no gradient."""
 
     bases: list[BaseWeight]
-    scalings: list[float]
+    scalings: list[Any]
     """s of each layer times dropout's scale, so that no large tensor has to be scaled."""
-    dropout: Dropout | None
+    dropout: Dropout | PytorchDropout | None
 
 
 _Branch = tuple[Tensor, Tensor, Tensor | None]
@@ -83,7 +90,7 @@ class _Forward(NamedTuple):
     h: Tensor
     """A d(x) (n, R) of all layers."""
     bits: Tensor | None
-    """Packed bits of the dropout mask, saved for the backward pass."""
+    """The dropout mask as saved for the backward pass; None if a seed restores it."""
     a: Tensor
     """Stacked A (R, i) in the type of the activations."""
     b: list[Tensor]

@@ -90,10 +90,11 @@ def drop_blocks(blocks: Tensor, probability: float) -> Tensor:
     return torch.where(chosen.view(-1, 1, 1), eye, blocks)
 
 
-def keep_rows(rows: int, like: Tensor, row_dropout: float, module_dropout: float, rescale: bool) -> Tensor:
+def keep_rows(rows: int, like: Tensor, row_dropout: float, module_dropout: float, rescale: bool) -> Tensor | None:
     """Draw LyCORIS's row dropout and module dropout as factors of the rows of ΔW.
 
-    Module dropout gives zeros for all rows instead of skipping ΔW: DDP needs a gradient of every parameter.
+    Module dropout gives zeros for all rows instead of skipping ΔW: DDP needs a gradient of every parameter. The random
+    numbers are HF PEFT's: one for the module, also if its probability is 0, and then one for each row.
 
     Args:
         rows: number of rows.
@@ -103,9 +104,14 @@ def keep_rows(rows: int, like: Tensor, row_dropout: float, module_dropout: float
         rescale: True to divide by the share of rows that are kept.
 
     Returns:
-        Factors (rows,).
+        Factors (rows,); None if both probabilities are 0.
     """
-    factors = (torch.rand(rows, device=like.device) >= row_dropout).to(like.dtype)
-    if rescale:
-        factors = factors / factors.mean().clamp(min=1 / rows)
-    return factors * (torch.rand((), device=like.device) >= module_dropout)
+    keeps = torch.rand(1, device="cpu") > module_dropout
+    if not row_dropout and not module_dropout:
+        return None
+    factors = torch.ones(rows, dtype=like.dtype, device=like.device)
+    if row_dropout and (not module_dropout or bool(keeps)):
+        factors = (torch.rand(rows, device="cpu") > row_dropout).to(factors)
+        if rescale:
+            factors = factors / factors.mean().clamp(min=1 / rows)
+    return factors * keeps.to(factors) if module_dropout else factors

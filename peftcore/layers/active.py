@@ -191,6 +191,12 @@ class Selection:
         return now if isinstance(now, Route) else None
 
     @property
+    def disabled(self) -> bool:
+        """True while the adapters are disabled, for the whole model or by the context in this thread."""
+        route = self.route
+        return self.switched_off if route is None else route.is_final
+
+    @property
     def in_effect(self) -> tuple[str, ...]:
         """Names of the adapters in effect, in order; with a mixed route, every adapter that is in it."""
         now = self.now

@@ -140,4 +140,6 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
             y = base.apply(x, weight)
         else:  # W' rounded to 16 bits would lose changes below their precision, and W' − W does not
             y = base.apply(x, unchanged) + base.apply(x, weight - unchanged)
+        if base.kind == "embedding":  # token ids have no type that the output could have
+            y = y.to(base.dtype)
         return y if bias is None else y + base.per_output(bias).to(y.dtype)

@@ -1,11 +1,15 @@
-"""The one place that decides how an adapter layer computes its output: general, fused or stacked.
+"""The one place that decides how an adapter layer computes its output: general, added, fused or stacked.
 
     general   the base layer, then `before` and `after` of each adapter; right for every method and every layer
-    fused     base and low-rank adapters as one autograd operation (`peftcore.kernels.low_rank`), for training
-    stacked   base and all low-rank adapters in two products (`peftcore.composition.stacked`), without gradients
+    added     the base's product, then s·B(A x) of each low-rank adapter; one chain of adapters, few tokens, without
+              gradients and in evaluation mode
+    fused     base and low-rank adapters as one operation (`peftcore.kernels.low_rank`); for training and long inputs
+    stacked   base and all low-rank adapters in two products (`peftcore.composition.stacked`); mixed batches, without
+              gradients
 
-The fused and the stacked path give the numbers of the general path. They apply only if the adapter is two low-rank
-factors and nothing else, the base weight is frozen, and the base layer has no hook that would be skipped.
+The last three give the numbers of the general path. They apply only if the adapter is two low-rank factors, the base
+weight is frozen, and the base layer has no hook that would be skipped. "Added" and "fused" read the adapters'
+parameters in every forward, so no change of a weight can be missed.
 
 A stacked layer remembers its `Plan`. Each forward checks that the plan still holds before it is used again.
 """
@@ -16,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
@@ -31,12 +36,17 @@ from peftcore.composition.stacked import (
     stacked_outputs,
     stretched_outputs,
 )
+from peftcore.kernels.dropout_masks import get_dropout_masks
 from peftcore.kernels.low_rank import LowRankBranch, low_rank_linears
+from peftcore.kernels.maths import scaled
 from peftcore.layers.composed import ascend, composed_output, descend
 from peftcore.layers.shared_inputs import cache_outputs, cached_output, is_replica, siblings_of
 
 if TYPE_CHECKING:
     from peftcore.layers.adapter_layer import AdapterLayer
+
+FEW_TOKENS = 32
+"""Largest number of tokens for which x, not the factors, is cast (count); measured by `benchmarks.decoding`."""
 
 
 def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -63,34 +73,58 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
         names = in_effect.chain
     else:
         mixed, names = in_effect, in_effect.names
-    plans: Any = None
-    can_stack = only_x and not torch.is_grad_enabled() and not is_traced()
-    if can_stack and names:  # stacked, by the plan of an earlier forward
-        plans = selection.plans_of(names) if mixed is None else mixed.plans
-        plan: Plan | None = plans.get(layer)
-        if plan is not None and plan.holds(layer, x) and (stack := plan.stack(layer)) is not None:
-            return _stacked(layer, x, plan, stack, mixed)
-    adapters = layer.in_order(names)
+    without_gradients = only_x and not torch.is_grad_enabled() and not is_traced()
+    if mixed is not None and without_gradients and (y := _stacked(layer, mixed, x)) is not None:
+        return y
+    adapters = layer.in_order(names) if names else ()
+    if mixed is None and without_gradients and not layer.training and (y := _added(layer, adapters, x)) is not None:
+        return y
     if not adapters:
         return layer.base_output(x, *args, **kwargs)
-    in_weight_space = any(adapter.weight_space_forward for adapter in adapters)
-    # Stacked, by a new plan. A chain with a weight-space adapter has no plan, so none is tried. A mixed batch is tried:
-    # `_make_plan` looks at each adapter's factors, and returns None if one is not exactly two factors.
-    if can_stack and not (mixed is None and in_weight_space):
-        plan = _make_plan(layer, x, names, mixed)
-        if plan is not None and (stack := plan.stack(layer)) is not None:
-            if not is_replica(layer):
-                plans[layer] = plan
-            return _stacked(layer, x, plan, stack, mixed)
     layer.follow_base()
     if mixed is not None:  # the general path of a mixed batch
         return composed_output(layer, mixed, x, args, kwargs)
-    if in_weight_space or not only_x:
+    if not only_x or any(adapter.weight_space_forward for adapter in adapters):
         return layer.chain_output(adapters, x, *args, **kwargs)
     inputs, base_input = descend(adapters, x)  # fused, or else the general path of a chain
     if (y := _fused(layer, adapters[0], base_input)) is not None:
         return ascend(adapters[1:], inputs[:-1], y)
     return ascend(adapters, inputs, layer.base_output(base_input))
+
+
+# -- added: one chain, few tokens, without gradients ----------------------------------------------------------------
+
+
+def _added(layer: "AdapterLayer", adapters: Sequence[Adapter], x: Tensor) -> Tensor | None:
+    """Return the base's product plus s·B(A x) of each adapter, if any; None if that does not apply.
+
+    The factors stay as they are, and the few tokens of x are cast to their type. For a long input the reverse is
+    faster, and then this function returns None.
+    """
+    base = layer.base
+    if not x.dim() or not 0 < x.numel() <= FEW_TOKENS * x.shape[-1] or not has_no_hooks(base.layer):
+        return None
+    branches: list[LowRankBranch] = []
+    for adapter in adapters:  # no generator expressions here: they would cost as much as a product
+        branch = adapter.low_rank()
+        if branch is None or branch.dropout:
+            return None
+        branches.append(branch)
+    if (y := base.plain_output(x)) is None:
+        return None
+    for a, b, scaling, _, gain in branches:
+        if a.dtype == b.dtype == x.dtype:
+            wide = x
+        else:  # even a cast that does nothing costs as much as a small product
+            wide = x.to(torch.promote_types(x.dtype, a.dtype))
+            a, b = (
+                (a if a.dtype == wide.dtype else a.to(wide.dtype)),
+                (b if b.dtype == wide.dtype else b.to(wide.dtype)),
+            )
+        y.add_(F.linear(F.linear(wide, a), b), alpha=scaling)
+        if gain is not None:
+            y = scaled(y, gain)
+    return y
 
 
 # -- fused: for training -------------------------------------------------------------------------------------------
@@ -99,14 +133,16 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
 def _fused(layer: "AdapterLayer", adapter: Adapter, x: Tensor) -> Tensor | None:
     """Return the output of base and first adapter from one operation; None if that does not apply.
 
-    The outputs of the siblings are computed in the same operation and cached.
+    The outputs of the siblings are computed in the same operation and cached. With dropout and PyTorch's masks, each
+    layer must draw its own mask when the model calls the layer, so its siblings are left out.
     """
     dtype = None if is_traced() or not has_no_hooks(layer.base_layer) else layer.base.compute_dtype(x)
     low_rank = None if dtype is None else adapter.low_rank()
     if dtype is None or low_rank is None:
         return None
     together: dict[Any, tuple[BaseWeight, LowRankBranch]] = {}
-    for sibling in _plain_layers(siblings_of(layer, x), x, dtype):
+    own_mask = low_rank.dropout and get_dropout_masks() == "pytorch"
+    for sibling in _plain_layers(() if own_mask else siblings_of(layer, x), x, dtype):
         adapters = sibling.in_effect()
         factors = adapters[0].low_rank() if len(adapters) == 1 else None
         if factors is not None and factors.dropout == low_rank.dropout:
@@ -170,16 +206,27 @@ class Plan(NamedTuple):
         return stack if stack is not None and stack.ranks == self.columns.ranks else None
 
 
-def _stacked(layer: "AdapterLayer", x: Tensor, plan: Plan, stack: Stacked, mixed: Route | None) -> Tensor:
-    """Compute all layers of a plan in two products, and cache the siblings' outputs."""
-    mask, runs = plan.mask, None
-    if mixed is not None:
-        layer.check_rows(x, mixed)
-        tokens = x.shape[:-1].numel()
-        if 0 < LONG_STRETCH * mixed.stretches <= tokens and len(plan.columns.adapters) > 1:
-            runs = mixed.runs(tokens)
-        elif mixed.depends_on_tokens:
-            mask = mixed.mask(x, layer.path, plan.columns, plan.spec.dtype)
+def _stacked(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:
+    """Compute the layer and its siblings for a mixed batch in two products; None if that does not apply.
+
+    The siblings' outputs are cached. The plan of an earlier forward is used if it still holds.
+    """
+    plan: Plan | None = route.plans.get(layer)
+    stack = plan.stack(layer) if plan is not None and plan.holds(layer, x) else None
+    if plan is None or stack is None:
+        # any method is tried: `_make_plan` returns None if an adapter is not exactly two factors
+        plan = _make_plan(layer, x, route) if layer.in_order(route.names) else None
+        stack = None if plan is None else plan.stack(layer)
+        if plan is None or stack is None:
+            return None
+        if not is_replica(layer):
+            route.plans[layer] = plan
+    layer.check_rows(x, route)
+    mask, runs, tokens = plan.mask, None, x.shape[:-1].numel()
+    if 0 < LONG_STRETCH * route.stretches <= tokens and len(plan.columns.adapters) > 1:
+        runs = route.runs(tokens)
+    elif route.depends_on_tokens:
+        mask = route.mask(x, layer.path, plan.columns, plan.spec.dtype)
     inputs, bases = x.to(plan.spec.dtype), [member.base for member in plan.members]
     if runs is not None:
         y, *outputs = stretched_outputs(inputs, bases, stack, plan.columns.names, runs)
@@ -191,14 +238,15 @@ def _stacked(layer: "AdapterLayer", x: Tensor, plan: Plan, stack: Stacked, mixed
     return y
 
 
-def _make_plan(layer: "AdapterLayer", x: Tensor, names: Iterable[str], mixed: Route | None) -> Plan | None:
+def _make_plan(layer: "AdapterLayer", x: Tensor, route: Route) -> Plan | None:
     """Return a plan for the layer and its siblings; None if stacking does not apply to this layer."""
     dtype = layer.base.compute_dtype(x) if has_no_hooks(layer.base_layer) else None
     if dtype is None:
         return None
+    names = route.names
     own, siblings = layer.unmerged_among(names), siblings_of(layer, x)
     together: dict[Any, Mapping[str, Adapter]] = {layer: own}
-    if mixed is None or not mixed.has_gates:  # a gate reads the adapters of one layer only
+    if not route.has_gates:  # a gate reads the adapters of one layer only
         others = _plain_layers(siblings, x, dtype)
         together |= {other: adapters for other in others if (adapters := other.unmerged_among(names))}
 
@@ -215,11 +263,10 @@ def _make_plan(layer: "AdapterLayer", x: Tensor, names: Iterable[str], mixed: Ro
         return None
     members = [Member(each, each.base, each.adapters.changes, each.merged, each.training) for each in together]
     columns = Columns(tuple(name for by_name in together.values() for name in by_name), stack.ranks, own)
-    is_fixed = mixed is not None and not mixed.depends_on_tokens
-    mask = mixed.mask(x, layer.path, columns, dtype) if mixed is not None and is_fixed else None
+    mask = None if route.depends_on_tokens else route.mask(x, layer.path, columns, dtype)
     many = stack.batched and len(own) >= MANY_ADAPTERS and dtype.itemsize > 2
     same_names = many and all(by_name.keys() == own.keys() for by_name in together.values())
-    blocks = mixed.blocks(columns, x.device) if mixed is not None and same_names else None
+    blocks = route.blocks(columns, x.device) if same_names else None
     return Plan(members, siblings, spec(), columns, mask, blocks)
 
 

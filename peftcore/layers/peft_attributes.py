@@ -38,7 +38,7 @@ class FactorView:
 
     def __getattr__(self, name: str) -> Any:
         if name in self._parameters:
-            return self._adapter.get_parameter(self._parameters[name])
+            return self._adapter.shown_parameter(self._parameters[name])
         if name == "bias":
             return None
         if name in ("in_features", "out_features") and self.weight.dim() == 2:
@@ -48,27 +48,27 @@ class FactorView:
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._parameters:
             raise AttributeError(f"this view of an adapter's parameters has {sorted(self._parameters)}, not {name!r}")
+        shown = self._adapter.shown_parameter(self._parameters[name])
+        if not isinstance(shown, nn.Parameter):
+            raise PeftError(f"{name} is that of the tied embedding's adapter, transposed; assign it there")
         path, _, leaf = self._parameters[name].rpartition(".")
         owner = self._adapter.get_submodule(path)
-        if (
-            not isinstance(value, nn.Parameter)
-            or value.shape != self._adapter.get_parameter(self._parameters[name]).shape
-        ):
+        if not isinstance(value, nn.Parameter) or value.shape != shown.shape:
             raise ConfigError(
-                f"{name} of an adapter must be an nn.Parameter of shape "
-                f"{tuple(self._adapter.get_parameter(self._parameters[name]).shape)}; got {type(value).__name__} of "
-                f"shape {tuple(getattr(value, 'shape', ()))}"
+                f"{name} of an adapter must be an nn.Parameter of shape {tuple(shown.shape)}; got "
+                f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
             )
         setattr(owner, leaf, value)
         self._adapter.mark_changed()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters."""
-        return (self._adapter.get_parameter(name) for name in self._parameters.values())
+        """Yield the parameters that the adapter has itself."""
+        return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (attribute, parameter)."""
-        return ((name, self._adapter.get_parameter(full)) for name, full in self._parameters.items())
+        """Yield (attribute, parameter) of the parameters that the adapter has itself."""
+        shown = ((name, self._adapter.shown_parameter(full)) for name, full in self._parameters.items())
+        return ((name, tensor) for name, tensor in shown if isinstance(tensor, nn.Parameter))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return {attribute: tensor}."""
@@ -117,7 +117,7 @@ class PerAdapter(MutableMapping[str, Any]):
         attribute = _NUMBERS.get(self._attribute, self._attribute)
         if parameters == {"": self._attribute}:
             setattr(adapter, self._attribute, value)
-        elif not parameters and isinstance(vars(adapter).get(attribute), int | float) and attribute != "rank":
+        elif not parameters and isinstance(vars(adapter).get(attribute), int | float | Tensor) and attribute != "rank":
             if attribute == "scaling":
                 _start_scaling(adapter)
             setattr(adapter, attribute, value)
@@ -164,13 +164,15 @@ def _parameters(adapter: Adapter, attribute: str) -> dict[str, str]:
 
 def _number(adapter: Adapter, attribute: str) -> Any:
     value = getattr(adapter, _NUMBERS.get(attribute, attribute), None)
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) or (attribute == "scaling" and isinstance(value, Tensor)):
         return value
     config, path = adapter.printed
+    if not hasattr(config, attribute):
+        attribute = attribute.removeprefix(f"{getattr(config, 'peft_type', '').lower()}_")  # waveft_n_frequency
     if not hasattr(config, attribute) or attribute.startswith("_"):
         return None
     value = options_at(config, path).get(attribute, getattr(config, attribute))
-    return value if isinstance(value, int | float) else None
+    return value if isinstance(value, int | float) or attribute == "token_indices" else None
 
 
 def _element(adapter: Adapter, attribute: str) -> Any:
@@ -212,6 +214,16 @@ class PeftLayerAttributes(MergingMethods):
         options = (o.name for config in configs if dataclasses.is_dataclass(config) for o in dataclasses.fields(config))
         names = dict.fromkeys(("r", "scaling", *options))
         return tuple(name for name in names if self.peft_attribute(name) and name not in self.adapter_layer_names)
+
+    @property
+    def in_features(self) -> int:
+        """Size of the layer's input; channels of a convolution, rows of an embedding."""
+        return self._slot.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of the layer's output; channels of a convolution, columns of an embedding."""
+        return self._slot.base.out_features
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -314,4 +326,4 @@ class PeftLayerAttributes(MergingMethods):
 
 def _start_scaling(adapter: Any) -> float:
     """Return the scaling from before the first change through a view; call this before each change."""
-    return vars(adapter).setdefault("start_scaling", adapter.scaling)
+    return vars(adapter).setdefault("start_scaling", float(adapter.scaling))

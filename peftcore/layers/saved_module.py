@@ -19,7 +19,13 @@ class SavedModule(SwitchingMethods, LayerWrapper):
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__(base_layer, selection)
-        self.copies = NamedModules()
+        self.modules_to_save = NamedModules()
+        """{adapter: its trainable copy}; HF PEFT's name, so that filters of parameters by name find the copies."""
+
+    @property
+    def copies(self) -> NamedModules:
+        """{adapter: its trainable copy}."""
+        return self.modules_to_save
 
     def _holders(self) -> Iterable[Any]:
         return [self.copies]
@@ -30,9 +36,9 @@ class SavedModule(SwitchingMethods, LayerWrapper):
     other_param_names = ()
 
     @property
-    def modules_to_save(self) -> NamedModules:
-        """{adapter: its trainable copy}."""
-        return self.copies
+    def _adapters(self) -> set[str]:
+        """Names of the adapters with a copy; HF PEFT's wrappers of whole modules have this attribute."""
+        return set(self.copies)
 
     @property
     def original_module(self) -> nn.Module:

@@ -34,8 +34,7 @@ class SwitchingMethods:
     @property
     def disable_adapters(self) -> bool:
         """True while the model's adapters are disabled."""
-        route = self.selection.route
-        return self.selection.switched_off if route is None else route.is_final
+        return self.selection.disabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones of the model; in this layer, their parameters then train and no others.

@@ -7,8 +7,9 @@ changes. `Recipe.ties` is the paper's variant.
 """
 
 import math
-from collections.abc import Sequence
-from typing import cast
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,13 @@ def add_weighted_adapter(
         svd_rank: largest rank (count) of svd and *_svd; None: the largest of the adapters.
         svd_clamp: quantile of the elements of B = U·S and A = Vᵀ to which they are clamped; the report does not count
             the clamping as an error.
-        svd_full_matrices: accepted for compatibility; the result does not depend on it.
-        svd_driver: accepted for compatibility; the result does not depend on it.
-        density: share of elements to keep, in (0, 1], for types that prune; other types ignore it.
-        majority_sign_method: "total", the sign of the sum, or "frequency", the sign of the majority of changes.
+        svd_full_matrices: True or False, with the same result, as in PEFT.
+        svd_driver: without effect, with a warning: no driver of CUDA is called.
+        density: share of elements to keep, in (0, 1], for types that prune.
+        majority_sign_method: "total", the sign of the sum, or "frequency", the sign of the majority of changes; for the
+            types with "ties".
+
+    Options that a type does not use give a warning.
 
     Returns:
         Rank and error of each layer.
@@ -70,7 +74,9 @@ def add_weighted_adapter(
         AdapterNameError, ConfigError, MergeError: the arguments or the adapters do not fit; the model is unchanged.
     """
     recipe = _recipe(combination_type, density, majority_sign_method)
-    _check_svd(svd_clamp, svd_driver)
+    _check_svd(svd_clamp, svd_driver, svd_full_matrices)
+    options = {"svd_rank": svd_rank, "svd_clamp": svd_clamp, "svd_driver": svd_driver, "density": density}
+    _warn_of_unused(combination_type, {**options, "majority_sign_method": majority_sign_method})
     if len(adapters) != len(weights):
         raise ConfigError(f"each adapter needs one weight: got {len(adapters)} adapters and {len(weights)} weights")
     recipe.check_weights(weights)
@@ -108,7 +114,20 @@ def _recipe(kind: str, density: float | None, majority: str) -> Recipe:
     return Recipe(sparsify, cast(float, density), elect=elect, elect_weighted=False, normalise="count", seed=None)
 
 
-def _check_svd(clamp: float | None, driver: str | None) -> None:
+def _warn_of_unused(kind: str, options: Mapping[str, Any]) -> None:
+    used = {"svd_rank", "svd_clamp"} if kind.endswith("svd") else set()
+    if kind not in ("svd", "cat", "linear"):
+        used.add("density")
+    if "ties" in kind:
+        used.add("majority_sign_method")
+    unused = [name for name, value in options.items() if name not in used and value not in (None, "total")]
+    if unused:
+        warnings.warn(f"combination_type={kind!r}: {', '.join(unused)} has no effect; leave it out", stacklevel=4)
+
+
+def _check_svd(clamp: float | None, driver: str | None, full_matrices: bool) -> None:
+    if not isinstance(full_matrices, bool):
+        raise ConfigError(f"svd_full_matrices must be True or False; got {full_matrices!r}")
     if clamp is not None and not 0.5 < clamp <= 1:
         raise ConfigError(f"svd_clamp is a quantile above 0.5 and at most 1; got {clamp!r}; try 0.99")
     if driver not in DRIVERS:

@@ -5,9 +5,11 @@ s(w) = Ī·Ū, Ī ← β₁Ī + (1−β₁)|w·∇w| and Ū ← β₂Ū + (1−�
 whole model keep their λ, and the λ of the others is set to zero; these still get gradients and may return. The budget
 is b₀ for t ≤ tinit, b_T in the last tfinal steps, and b_T + (b₀ − b_T)(1 − (t − tinit)/(T − tinit − tfinal))³ between.
 
-Shapes: i in_features, o out_features, r rank; Q = lora_A (r, i), Λ = lora_E (r, 1), P = lora_B (o, r).
+Shapes: i in_features (of a convolution: input channels times the kernel's size), o out_features, r rank; Q = lora_A
+(r, i), Λ = lora_E (r, 1), P = lora_B (o, r).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
@@ -23,6 +25,7 @@ from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError, TrainingError
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
+from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
 _NAMES = ("lora_A", "lora_B", "lora_E")
@@ -139,8 +142,12 @@ class AdaLoraConfig(TunerConfig):
 class AdaLora(Adapter):
     """AdaLoRA at one layer."""
 
+    layer_kinds = frozenset({"linear", "conv"})
+
     def __init__(self, config: AdaLoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
+        if base.kind == "conv" and base.layer.groups > 1:
+            raise ConfigError(f"ADALORA: {path} is a convolution with groups, which AdaLoRA does not adapt; exclude it")
         mask = config.mask_at(path)
         kept = torch.tensor([True] * config.init_r if mask is None else mask, device="cpu").flatten().bool()
         if len(kept) != config.init_r:
@@ -152,7 +159,7 @@ class AdaLora(Adapter):
         self.scaling = scaling_of(config)
         self.dropout = config.lora_dropout
         self.random = config.init_lora_weights is False
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features))
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features * math.prod(base.kernel)))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, r))
         self.lora_E = nn.Parameter(torch.empty(r, 1))
         self.kept = kept
@@ -162,34 +169,42 @@ class AdaLora(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.lora_A, std=0.02)
-        nn.init.normal_(self.lora_B, std=0.02)
-        if self.random:
-            nn.init.normal_(self.lora_E)
-        else:
+        for parameter in (self.lora_A, self.lora_E, self.lora_B, torch.empty(1, device="cpu")):
+            normal_(parameter)  # PEFT's fourth is the number of triplets
+        if not self.random:
             nn.init.zeros_(self.lora_E)
+            normal_(self.lora_A, std=0.02)
+            normal_(self.lora_B, std=0.02)
 
     @property
     def rank(self) -> int:
         return int(self.kept.sum())
 
     def low_rank(self) -> LowRankBranch:
-        return LowRankBranch(
-            self.lora_A * self.lora_E, self.lora_B, self.scaling, self.dropout if self.training else 0.0
-        )
+        return LowRankBranch(*self._factors(), self.scaling, self.dropout if self.training else 0.0)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return ΛQ and P; for a convolution, as the weights of two convolutions."""
+        a, b, kernel = self.lora_A * self.lora_E, self.lora_B, self.base.kernel
+        if not kernel:
+            return a, b
+        return a.view(len(a), self.base.in_features, *kernel), b.view(*b.shape, *(1 for _ in kernel))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        h = self.base.apply(x, self.lora_A * (self.lora_E * self.scaling))
-        return self.base.add_pointwise(y, h.to(y.dtype), self.lora_B)
+        a, b = self._factors()
+        h = self.base.apply(x, a * self.scaling)
+        return self.base.add_pointwise(y, h.to(y.dtype), b)
 
     def exact_factors(self) -> Factors:
         kept = self.checkpoint_tensors()  # without the triplets that the budget has dropped
         return Factors((kept["lora_A"] * kept["lora_E"])[None], kept["lora_B"][None], self.scaling)
 
     def delta_weight(self) -> Tensor:
-        return self.scaling * self.lora_B @ (self.lora_A * self.lora_E)
+        change = self.scaling * self.lora_B @ (self.lora_A * self.lora_E)
+        kernel = self.base.kernel
+        return change.view(len(change), -1, *kernel) if kernel else change
 
     # -- disk: PEFT stores the kept triplets only, and the mask in the configuration -----------------------------
 

@@ -16,6 +16,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
 from peftcore.kernels.maths import cayley, drop_blocks, rotate_blocks, scaled, weight_shape, widened
+from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
 
@@ -87,8 +88,8 @@ class BOFT(Adapter):
         nn.init.zeros_(self.boft_R)
         nn.init.ones_(self.boft_s)
         if not self.starts_at_base:
-            nn.init.normal_(self.boft_R, std=0.1)
-            nn.init.normal_(self.boft_s, mean=1, std=0.1)
+            normal_(self.boft_R, std=0.1)
+            normal_(self.boft_s, mean=1, std=0.1)
 
     def factors(self) -> list[Tensor]:
         """Return the blocks (n, c, c) of each factor, in float32 or float64."""

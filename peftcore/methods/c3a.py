@@ -16,6 +16,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
 from peftcore.kernels.maths import widened
+from peftcore.kernels.start_values import normal_, uniform_
 from peftcore.registry import register
 
 _STARTS = (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
@@ -63,10 +64,10 @@ class C3A(Adapter):
         if self.init is True:
             nn.init.zeros_(self.c3a_kernel)
         elif self.init == "gaussian":
-            nn.init.normal_(self.c3a_kernel)
+            normal_(self.c3a_kernel)
         else:
             bound = math.sqrt(1 / i) if self.init == "kaiming_uniform" else math.sqrt(6 / (i + o))
-            nn.init.uniform_(self.c3a_kernel, -bound, bound)
+            uniform_(self.c3a_kernel, bound)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if not x.numel():  # no FFT takes an empty batch

@@ -4,7 +4,6 @@ w are the lengths of W₀'s columns, taken once and saved: base weights that wer
 Shapes: i in_features, o out_features, r rank, A_k row and B_k column k; A (r, i), B (o, r), λ (1), w (i).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
+from peftcore.kernels.start_values import kaiming_uniform_
 from peftcore.registry import register
 
 SHORTEST = 1e-4
@@ -66,11 +66,11 @@ class Delora(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.delora_A, a=math.sqrt(5))
+        kaiming_uniform_(self.delora_A)
         if self.init:
             nn.init.zeros_(self.delora_B)
         else:
-            nn.init.kaiming_uniform_(self.delora_B, a=math.sqrt(5))
+            kaiming_uniform_(self.delora_B)
         self.delora_lambda.fill_(self.start)
         self.w_norm.copy_(self.base.read_unmerged().to(self.w_norm).norm(dim=0))
 

@@ -18,6 +18,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
 from peftcore.kernels.maths import random_places, weight_shape, widened
+from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
 
@@ -73,10 +74,9 @@ class FourierFT(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        normal_(self.fourierft_spectrum)
         if self.config.init_weights:
             nn.init.zeros_(self.fourierft_spectrum)
-        else:
-            nn.init.normal_(self.fourierft_spectrum)
 
     def delta_weight(self) -> Tensor:
         spectrum = widened(self.fourierft_spectrum)

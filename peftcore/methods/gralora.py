@@ -16,6 +16,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
+from peftcore.kernels.start_values import kaiming_uniform_
 from peftcore.registry import register
 
 
@@ -71,12 +72,13 @@ class Gralora(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for down, up in ((self.gralora_A, self.gralora_B), (self.general_A, self.general_B)):
-            if down is not None and up is not None:
-                inputs, rank = down.shape[1], up.shape[1]
-                nn.init.uniform_(down, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
-                bound = 0.0 if self.init else 1 / math.sqrt(rank)
-                nn.init.uniform_(up, -bound, bound)
+        for down, up in zip(self.gralora_A, self.gralora_B, strict=True):  # blocks (i/k, r) and (r, o/k)
+            down.copy_(kaiming_uniform_(torch.empty(down.T.shape, device="cpu")).T)
+            up.zero_() if self.init else up.copy_(kaiming_uniform_(torch.empty(up.T.shape, device="cpu")).T)
+        if self.general_A is not None and self.general_B is not None:
+            for factor in (self.general_A, self.general_B, self.general_A):  # `nn.Linear`'s own values come first
+                kaiming_uniform_(factor)
+            nn.init.zeros_(self.general_B) if self.init else kaiming_uniform_(self.general_B)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if self.dropout and self.training:

@@ -6,7 +6,6 @@ Unlike PEFT it also scales its part on scaled embeddings, and takes convolutions
 in a layer's first adapter, so its tensors may have rank r where the pattern states another; both are read.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
+from peftcore.kernels.start_values import kaiming_uniform_, normal_
 from peftcore.registry import register
 
 
@@ -66,18 +66,19 @@ class Hira(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.hira_A)
-        nn.init.normal_(self.hira_B)
+        normal_(self.hira_A)
+        normal_(self.hira_B)
         if not self.init:
             return
         if self.base.kind == "embedding":
             nn.init.zeros_(self.hira_A)
+            normal_(self.hira_B)
             return
         nn.init.zeros_(self.hira_B)
-        if self.init == "gaussian":
-            nn.init.normal_(self.hira_A, std=1 / self.hira_A.shape[0])
+        if self.init == "gaussian" and self.base.kind == "linear":
+            normal_(self.hira_A, std=1 / self.hira_A.shape[0])
         else:
-            nn.init.kaiming_uniform_(self.hira_A, a=math.sqrt(5))
+            kaiming_uniform_(self.hira_A)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if self.base.kind == "embedding":

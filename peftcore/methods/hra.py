@@ -17,6 +17,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
 from peftcore.kernels.maths import weight_shape, widened
+from peftcore.kernels.start_values import kaiming_uniform_
 from peftcore.registry import register
 
 
@@ -59,14 +60,13 @@ class HRA(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
-        r = self.hra_u.shape[1]
-        if not self.starts_at_base or self.orthogonal:
-            return
-        if r % 2:
+        rows, r = self.hra_u.shape
+        if not self.starts_at_base or self.orthogonal or r % 2:
+            kaiming_uniform_(self.hra_u)
+        else:
+            self.hra_u.copy_(kaiming_uniform_(torch.empty(rows, r // 2, device="cpu")).repeat_interleave(2, 1))
+        if self.starts_at_base and not self.orthogonal and r % 2:
             warnings.warn(f"HRA: an odd number of reflections never cancels, got r={r}; try {r + 1}", stacklevel=2)
-            return
-        self.hra_u[:, 1::2] = self.hra_u[:, ::2]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (L, U), both (i·k, r), with H₁⋯H_r = I − L Uᵀ, in float32 or float64 even under autocast."""

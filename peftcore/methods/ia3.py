@@ -19,6 +19,7 @@ from peftcore.config import TunerConfig
 from peftcore.detection import detect
 from peftcore.errors import ConfigError, TargetError
 from peftcore.kernels.maths import scaled
+from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
 
@@ -78,7 +79,9 @@ class IA3(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.ia3_l) if self.starts_at_one else nn.init.normal_(self.ia3_l)
+        normal_(self.ia3_l)
+        if self.starts_at_one:
+            nn.init.ones_(self.ia3_l)
 
     def _scaled(self, features: Tensor) -> Tensor:
         return scaled(features, self.base.per_output(self.ia3_l.flatten()))

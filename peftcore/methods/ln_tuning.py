@@ -1,8 +1,8 @@
 """LN tuning: each normalisation trains a weight and bias of its own, copied from the base's. arXiv:2312.11420.
 
-Of several active adapters at a layer, the last one's weight applies. PEFT also copies other layers (LLaVA's projector,
-embeddings, head) under this name; use `modules_to_save` for those here.
-Shapes: d features; weight (d), bias (d) if the base has one.
+Other layers that are named as targets (LLaVA's projector, a head) train a whole weight and bias in the same way. Of
+several active adapters at a layer, the last one's weight applies.
+Shapes: o out_features; weight of the base layer's shape, (o) for a norm; bias (o) if the base has one.
 """
 
 from dataclasses import dataclass
@@ -19,36 +19,37 @@ from peftcore.registry import register
 
 @dataclass
 class LNTuningConfig(TunerConfig):
-    """Options of LN tuning: only the targets, which are norms."""
+    """Options of LN tuning: only the targets; all norms by default."""
 
 
 @register("LN_TUNING", LNTuningConfig)
 class LNTuning(Adapter):
     """LN tuning at one layer."""
 
-    layer_kinds = frozenset({"norm"})
+    layer_kinds = frozenset({"norm", "linear", "conv", "embedding"})
 
     def __init__(self, config: LNTuningConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
-        self.weight = nn.Parameter(torch.empty(base.out_features))
-        self.bias = None if base.bias is None else nn.Parameter(torch.empty(base.out_features))
-        self.weight_space_forward = self.bias is None  # saves one norm; with a bias the layer's own fused sum is exact
+        self.ln_tuning_weight = nn.Parameter(torch.empty(base.oriented(base.read_unmerged()).shape))
+        self.ln_tuning_bias = None if base.bias is None else nn.Parameter(torch.empty(base.out_features))
+        # saves one norm; with a bias the norm's own fused sum is exact
+        self.weight_space_forward = base.kind != "norm" or self.ln_tuning_bias is None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.weight.copy_(self.base.read_unmerged())
-        if self.bias is not None and (bias := self.base.unmerged_bias) is not None:
-            self.bias.copy_(bias)
+        self.ln_tuning_weight.copy_(self.base.oriented(self.base.read_unmerged()))
+        if self.ln_tuning_bias is not None and (bias := self.base.unmerged_bias) is not None:
+            self.ln_tuning_bias.copy_(bias)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         assert isinstance(self.base, NormWeight)
-        return self.base.apply(x, self.weight, self.bias)
+        return self.base.apply(x, self.ln_tuning_weight, self.ln_tuning_bias)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        return self.weight.to(weight)
+        return self.base.oriented(self.ln_tuning_weight).to(weight)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
-        return bias if self.bias is None or bias is None else self.bias.to(bias)
+        return bias if self.ln_tuning_bias is None or bias is None else self.ln_tuning_bias.to(bias)
 
     def checkpoint_keys(self) -> dict[str, str]:
-        return {name: f"ln_tuning_layers.{name}" for name, _ in self.named_parameters()}
+        return {name: name.replace("ln_tuning_", "ln_tuning_layers.") for name, _ in self.named_parameters()}

@@ -14,6 +14,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.kernels.maths import keep_rows, weight_shape
+from peftcore.kernels.start_values import kaiming_uniform_
 from peftcore.registry import register
 
 
@@ -77,32 +78,31 @@ class LoHa(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for parameter in self.parameters(recurse=False):
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-        if self.starts_at_zero:
-            nn.init.zeros_(self.get_parameter("hada_w2_b"))
+        for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"):
+            parameter = self._parameters.get(f"hada_{name}")
+            if name == "w2_b" and self.starts_at_zero:
+                nn.init.zeros_(self.get_parameter("hada_w2_b"))
+            elif parameter is not None:
+                kaiming_uniform_(parameter)
 
     def _factors(self, side: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"hada_w1_{side}"), getattr(self, f"hada_w2_{side}")
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        drops = self.training and any(self.dropouts)
+        kept = keep_rows(self.shape[0], self._factors("a")[0], *self.dropouts, rescale=True) if self.training else None
         if not self.as_product:
             delta = self.delta_weight()
-            if drops:
-                delta = delta * self._kept(delta).view(-1, *(1 for _ in self.shape[1:]))
+            if kept is not None:
+                delta = delta * kept.view(-1, *(1 for _ in self.shape[1:]))
             return y + self.base.apply(x, delta).to(y.dtype)
         # (A₁B₁ ⊙ A₂B₂) = AB with rows of A the products of all pairs of A₁'s and A₂'s columns, B's likewise
         (a1, a2), (b1, b2) = self._factors("a"), self._factors("b")
         a, b = (a1[:, :, None] * a2[:, None]).flatten(1), (b1[:, None] * b2[None]).flatten(0, 1)
-        if drops:
-            a = a * self._kept(a)[:, None]
+        if kept is not None:
+            a = a * kept[:, None]
         h = self.base.apply(x, b.view(-1, *self.shape[1:]))
         a = a.view(*a.shape, *(1 for _ in self.base.kernel))
         return self.base.add_pointwise(y, h.to(y.dtype) * self.scaling, a)
-
-    def _kept(self, like: Tensor) -> Tensor:
-        return keep_rows(len(like), like, *self.dropouts, rescale=True)
 
     def delta_weight(self) -> Tensor:
         (a1, a2), (b1, b2) = self._factors("a"), self._factors("b")

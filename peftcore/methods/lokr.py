@@ -16,6 +16,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
 from peftcore.kernels.maths import keep_rows, weight_shape
+from peftcore.kernels.start_values import kaiming_uniform_
 from peftcore.registry import register
 
 
@@ -111,11 +112,11 @@ class LoKr(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for parameter in self.parameters(recurse=False):
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-        if self.init is not False:
-            names = ("lokr_w2", "lokr_w2_b") if self.init == "lycoris" else ("lokr_w1", "lokr_w1_a")
-            nn.init.zeros_(next(self.get_parameter(name) for name in names if name in self._parameters))
+        zero = {True: ("w1", "w1_a"), "lycoris": ("w2", "w2_b"), False: ()}[self.init]
+        for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"):
+            if name in self.parts:
+                parameter = self.get_parameter(f"lokr_{name}")
+                nn.init.zeros_(parameter) if name in zero else kaiming_uniform_(parameter)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return (W₁, W₂); W₂ is (b, d·k) if it is a product of two factors, else (b, d, *k)."""
@@ -133,8 +134,8 @@ class LoKr(Adapter):
             delta = torch.einsum("...cd,bd,ac->...ab", x, w2, w1 * self.scaling).flatten(-2)
         else:
             delta = self.base.apply(x, self.delta_weight())
-        if self.training and any(self.dropouts):
-            kept = keep_rows(self.shape[0], delta, *self.dropouts, rescale=self.rescale)
+        kept = keep_rows(self.shape[0], delta, *self.dropouts, rescale=self.rescale) if self.training else None
+        if kept is not None:
             delta = delta * self.base.per_output(kept)
         return y + delta.to(y.dtype)
 

@@ -17,6 +17,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
+from peftcore.kernels.start_values import kaiming_uniform_
 from peftcore.registry import register
 
 
@@ -43,6 +44,9 @@ class MissConfig(TunerConfig):
         self.probability("miss_dropout")
         self.one_of("bias", self.bias, ("none", "all", "MiSS_only"))
         self.one_of("init_weights", self.init_weights, self.starts)
+
+    def without_effect(self) -> dict[str, str]:
+        return {"mini_r": "init_weights='mini'"} if self.mini_r != 1 and self.init_weights != "mini" else {}
 
 
 @register("MISS", MissConfig)
@@ -71,7 +75,7 @@ class Miss(Adapter):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         if self.variant is False:
-            nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
+            kaiming_uniform_(self.miss_block)
         else:
             nn.init.zeros_(self.miss_block)
 

@@ -20,6 +20,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
 from peftcore.kernels.maths import cayley, drop_blocks, rotate_blocks, weight_shape, widened
+from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
 
@@ -120,7 +121,7 @@ class OFT(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.oft_R) if self.config.init_weights else nn.init.normal_(self.oft_R, std=0.1)
+        nn.init.zeros_(self.oft_R) if self.config.init_weights else normal_(self.oft_R, std=0.1)
 
     def projected(self) -> Tensor:
         """Return oft_R with each block's ‖S‖ = √2‖row‖ limited to eps/√n; oft_R itself without `coft`."""

@@ -20,6 +20,7 @@ from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError, MergeError
+from peftcore.kernels.start_values import kaiming_uniform_, uniform_
 from peftcore.registry import register
 
 
@@ -87,11 +88,9 @@ class Poly(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        inputs, rank = self.poly_lora_A.shape[2:]
-        nn.init.uniform_(self.poly_lora_A, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
-        bound = 0.0 if self.init else 1 / math.sqrt(rank)
-        nn.init.uniform_(self.poly_lora_B, -bound, bound)
-        nn.init.uniform_(self.poly_router.module_logits, -1e-3, 1e-3)
+        _draw_skills(self.poly_lora_A)
+        nn.init.zeros_(self.poly_lora_B) if self.init else _draw_skills(self.poly_lora_B)
+        uniform_(self.poly_router.module_logits, 1e-3)
 
     @classmethod
     def forward_arguments(cls, config: PolyConfig) -> frozenset[str]:
@@ -121,3 +120,10 @@ class Poly(Adapter):
 
     def check_mergeable(self) -> None:
         raise MergeError("POLY's weights depend on the task, so no fixed weight equals the adapter; keep it unmerged")
+
+
+def _draw_skills(factors: Tensor) -> None:
+    """Draw the factors (splits, skills, i, o) of each skill and split by themselves, as (o, i)."""
+    for of_skill in factors.transpose(0, 1):
+        for factor in of_skill:
+            factor.copy_(kaiming_uniform_(torch.empty(factor.T.shape, device="cpu")).T)

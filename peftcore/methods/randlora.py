@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
 from peftcore.config import RandomProjectionConfig
+from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
 
@@ -107,11 +108,11 @@ class RandLora(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        normal_(self.randlora_lambda)
         if self.config.init_weights:
             nn.init.zeros_(self.randlora_lambda)
             nn.init.constant_(self.randlora_gamma, 1 / max(self.randlora_gamma.shape))
         else:
-            nn.init.normal_(self.randlora_lambda)
             nn.init.constant_(self.randlora_gamma, 1 / self.larger)
 
     def _factors(self) -> tuple[Tensor, Tensor]:

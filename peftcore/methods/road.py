@@ -15,6 +15,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
 from peftcore.kernels.maths import scaled
+from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
 SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
@@ -60,9 +61,12 @@ class Road(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        deviation = 0.0 if self.init else 0.5
-        nn.init.normal_(self.road_theta, std=deviation)
-        nn.init.normal_(self.road_alpha, mean=1.0, std=deviation)
+        if self.init:
+            nn.init.zeros_(self.road_theta)
+            nn.init.ones_(self.road_alpha)
+        else:
+            normal_(self.road_theta, std=0.5)
+            normal_(self.road_alpha, mean=1.0, std=0.5)
 
     def _turned(self, values: Tensor, axis: int) -> Tensor:
         """Return R times a tensor along `axis`, which has size o."""

@@ -17,6 +17,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
 from peftcore.kernels.maths import random_places, weight_shape
+from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
 
@@ -91,7 +92,7 @@ class Shira(Adapter):
         if self.config.init_weights:
             nn.init.zeros_(self.shira_weight)
         else:
-            nn.init.normal_(self.shira_weight)
+            normal_(self.shira_weight)
 
     def _known_places(self) -> Tensor:
         if self.places is None:

@@ -4,7 +4,7 @@ A head that shares the embedding's weight follows it: one parameter serves both.
 Shapes: t chosen tokens, d embedding dimension; rows (t, d). On a linear layer, such as a head, rows of its weight.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
-from peftcore.errors import ConfigError, TargetError
+from peftcore.errors import ConfigError, MergeError, TargetError
 from peftcore.registry import register
 
 
@@ -79,6 +79,9 @@ class TrainableTokens(Adapter):
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("place", place, persistent=False)
 
+    def replaced_rows(self) -> tuple[int, ...]:
+        return self.chosen
+
     def extra_repr(self) -> str:
         return f"tokens={len(self.chosen)}"
 
@@ -109,7 +112,8 @@ class TrainableTokens(Adapter):
             rows = self.base.read_unmerged().index_select(self.axis, self.tokens)
             self.trainable_tokens_delta.copy_(rows.T if self.axis else rows)
         else:
-            nn.init.normal_(self.trainable_tokens_delta)
+            # PEFT draws on the device and in the type of the base
+            self.trainable_tokens_delta.copy_(torch.randn_like(self.trainable_tokens_delta, dtype=self.base.dtype))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if self.base.kind == "linear":  # as a change, because other adapters may have changed the bias
@@ -124,6 +128,11 @@ class TrainableTokens(Adapter):
         if self.base.kind == "linear":
             return weight.index_add(0, self.tokens, self._change().to(weight))
         return weight.index_copy(1, self.tokens, self.trainable_tokens_delta.to(weight).T)
+
+    def check_mergeable_with(self, others: Iterable[Adapter]) -> None:
+        for other in others:
+            if isinstance(other, TrainableTokens) and (both := sorted(set(self.chosen) & set(other.chosen))):
+                raise MergeError(f"two adapters train the rows of tokens {both}, and one would overwrite the other's")
 
     def _change(self) -> Tensor:
         """Return (t, d): the trained rows of a linear layer minus the base's own."""

@@ -18,6 +18,7 @@ from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError, TrainingError
+from peftcore.kernels.start_values import normal_, uniform_
 from peftcore.registry import register
 
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
@@ -65,7 +66,6 @@ class VectorBank(Shared):
     def __init__(self, config: VBLoRAConfig):
         super().__init__()
         self.vblora_vector_bank = nn.Parameter(torch.empty(config.num_vectors, config.vector_length))
-        nn.init.uniform_(self.vblora_vector_bank, -config.init_vector_bank_bound, config.init_vector_bank_bound)
 
 
 @register("VBLORA", VBLoRAConfig)
@@ -96,8 +96,13 @@ class VBLora(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        # as in PEFT, each layer draws the bank anew, and the last layer's draw stays
+        uniform_(self.shared.vblora_vector_bank, self.config.init_vector_bank_bound)
         for name in _LOGITS:
-            nn.init.normal_(getattr(self, name), std=self.config.init_logits_std)
+            normal_(getattr(self, name), std=self.config.init_logits_std)
+
+    def prepare_to_read(self) -> None:
+        """Do nothing: a directory has the bank, and of the logits all that it needs."""
 
     def _tiles(self, logits: Tensor) -> Tensor:
         """Return the mixed vectors (..., l) for logits (..., h)."""

@@ -16,6 +16,7 @@ from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
 from peftcore.config import RandomProjectionConfig
 from peftcore.kernels.factors import Factors
+from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
 
@@ -84,12 +85,11 @@ class Vera(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        nn.init.ones_(self.vera_lambda_b)
+        normal_(self.vera_lambda_d)
         if self.config.init_weights:
             nn.init.zeros_(self.vera_lambda_b)
             nn.init.constant_(self.vera_lambda_d, self.config.d_initial)
-        else:
-            nn.init.ones_(self.vera_lambda_b)
-            nn.init.normal_(self.vera_lambda_d)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return A (r, i) and Λ_b B Λ_d (o, r)."""

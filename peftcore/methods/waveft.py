@@ -23,6 +23,7 @@ from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
 from peftcore.kernels.maths import random_places, weight_shape, widened
+from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
 _SYMLETS = {2: 0, 3: 0, 4: 1, 5: 2, 6: 5, 7: 4, 8: 5, 9: 6, 10: 21}
@@ -194,7 +195,7 @@ class WaveFT(Adapter):
         if self.config.init_weights:
             nn.init.zeros_(self.waveft_spectrum)
         else:
-            nn.init.normal_(self.waveft_spectrum, std=0.01)
+            self.waveft_spectrum.copy_(0.01 * normal_(torch.empty(len(self.waveft_spectrum), device="cpu")))
 
     def delta_weight(self) -> Tensor:
         rows, columns = self.shape[0], math.prod(self.shape[1:])

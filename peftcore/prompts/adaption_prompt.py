@@ -81,8 +81,9 @@ class AdaptionPrompt(PromptLearner):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
-        for prompt, gate in zip(self.prompts, self.gates, strict=True):
-            prompt.normal_()
+        for path, prompt, gate in zip(self.paths, self.prompts, self.gates, strict=True):
+            dtype = next(model.get_submodule(path).parameters()).dtype  # PEFT draws in the base's type
+            prompt.copy_(torch.empty_like(prompt, dtype=dtype if dtype.is_floating_point else None).normal_())
             gate.zero_()
 
     # -- forward: a hook on each attention module, whose own code and cache are unchanged --------------------

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from peftcore._util.per_thread import PerThread
 from peftcore.config import PromptLearningConfig, TaskType
 from peftcore.errors import ConfigError
+from peftcore.kernels.start_values import normal_
 from peftcore.prompts.placement import mask_of, placement
 from peftcore.prompts.virtual_tokens import IGNORED, VirtualTokens
 from peftcore.prompts.vocabulary import embeddings_of
@@ -33,7 +34,7 @@ class CPTConfig(PromptLearningConfig):
     cpt_token_ids: list[int] | None = None
     """Token ids of the examples; None: [0]."""
     cpt_mask: list[int] | None = None
-    """Accepted for compatibility; unused, as in HF PEFT."""
+    """One number per token, saved for HF PEFT; its values have no effect, as there."""
     cpt_tokens_type_mask: list[int] | None = None
     """Type of each token; None: templates."""
     opt_weighted_loss_type: str = "none"
@@ -44,11 +45,19 @@ class CPTConfig(PromptLearningConfig):
     opt_projection_format_epsilon: float = 0.1
     """ε of template tokens."""
     tokenizer_name_or_path: str | None = None
+    """Saved for HF PEFT."""
 
     def __post_init__(self) -> None:
         self._check_types()
         self.cpt_token_ids = [0] if self.cpt_token_ids is None else list(self.cpt_token_ids)
-        self.num_virtual_tokens, self.num_transformer_submodules = len(self.cpt_token_ids), 1
+        fixed = {"num_virtual_tokens": len(self.cpt_token_ids), "num_transformer_submodules": 1}
+        for name, value in fixed.items():
+            if getattr(self, name) not in (None, value):
+                raise ConfigError(
+                    f"CPTConfig: {name} must be {value}, for {len(self.cpt_token_ids)} tokens of a decoder; got "
+                    f"{getattr(self, name)}; leave it out"
+                )
+            setattr(self, name, value)
         self.cpt_mask = self.cpt_mask or [1] * len(self.cpt_token_ids)
         self.cpt_tokens_type_mask = self.cpt_tokens_type_mask or [1] * len(self.cpt_token_ids)
         super().__post_init__()
@@ -60,6 +69,10 @@ class CPTConfig(PromptLearningConfig):
             raise ConfigError(
                 f"CPTConfig: cpt_token_ids, cpt_mask and cpt_tokens_type_mask must be equally long; got {lengths}"
             )
+
+    def without_effect(self) -> dict[str, str]:
+        unused = self.opt_loss_decay_factor != 1 and self.opt_weighted_loss_type != "decay"
+        return {"opt_loss_decay_factor": "opt_weighted_loss_type='decay'"} if unused else {}
 
 
 @register("CPT", CPTConfig)
@@ -76,6 +89,8 @@ class Cpt(VirtualTokens):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
+        for _ in range(2):  # PEFT draws two embeddings and overwrites both
+            normal_(self.embedding)
         self.embedding.copy_(embeddings_of(model, torch.tensor(self.config.cpt_token_ids)))
 
     # -- the prompt ------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.config import TaskType, options_at
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, ConfigError
 
 EMBEDDINGS = "prompt_embeddings"
 """HF PEFT's checkpoint key of the computed prompt."""
@@ -97,6 +97,24 @@ class PromptLearner(nn.Module):
             model: The model.
             inputs: The call's arguments by name; changed in place.
         """
+
+    def for_rows(self, model: nn.Module, rows: int, inputs: dict[str, Any]) -> Any:
+        """Return what the prompt adds to a call: virtual tokens, or a cache with the prefix.
+
+        Args:
+            model: The model.
+            rows: Number of rows.
+            inputs: The additional arguments of the call by name, such as "task_ids".
+
+        Raises:
+            ConfigError: The method adds nothing to the inputs, or does not take one of the arguments.
+        """
+        raise ConfigError(f"{type(self).__name__} adds nothing to the model's inputs, so there is no prompt to return")
+
+    def check_arguments(self, inputs: dict[str, Any]) -> None:
+        """Raise ConfigError unless the method takes all of these arguments."""
+        if others := inputs.keys() - (self.forward_arguments(self.config) or frozenset()):
+            raise ConfigError(f"{type(self).__name__} takes no {', '.join(sorted(others))}; leave it out")
 
     def before_encoder(self, encoder: nn.Module, inputs: dict[str, Any]) -> None:
         """Add the prompt to a separate call of an encoder, as `generate` makes for encoder-decoder models.

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftcore.errors import CheckpointError, ConfigError
+from peftcore.kernels.start_values import normal_
 from peftcore.prompts.learner import EMBEDDINGS
 from peftcore.prompts.virtual_tokens import VirtualTokens
 from peftcore.prompts.vocabulary import VocabularyPromptConfig, initial_embeddings
@@ -47,6 +48,14 @@ class MultitaskPromptTuningConfig(VocabularyPromptConfig):
                 "prompt_tuning_init_state_dict_path, the source tasks' adapter_model.safetensors"
             )
 
+    def without_effect(self) -> dict[str, str]:
+        unused = super().without_effect()
+        if self.prompt_tuning_init_state_dict_path and self.prompt_tuning_init not in FROM_SOURCE:
+            unused["prompt_tuning_init_state_dict_path"] = "a prompt_tuning_init from source tasks"
+        if self.prompt_tuning_init_task and self.prompt_tuning_init != "EXACT_SOURCE_TASK":
+            unused["prompt_tuning_init_task"] = "prompt_tuning_init='EXACT_SOURCE_TASK'"
+        return unused
+
 
 @register("MULTITASK_PROMPT_TUNING", MultitaskPromptTuningConfig)
 class MultitaskPromptTuning(VirtualTokens):
@@ -63,10 +72,12 @@ class MultitaskPromptTuning(VirtualTokens):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
+        normal_(self.embedding)
         initial = initial_embeddings(self.config, model, self.total)
-        self.embedding.normal_() if initial is None else self.embedding.copy_(initial)
-        self.prefix_task_cols.normal_(std=0.02)
-        self.prefix_task_rows.normal_(std=0.02)
+        if initial is not None:
+            self.embedding.copy_(initial)
+        normal_(self.prefix_task_cols, std=0.02)
+        normal_(self.prefix_task_rows, std=0.02)
         if self.config.prompt_tuning_init in FROM_SOURCE:
             self._start_from_source(Path(self.config.prompt_tuning_init_state_dict_path))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.config import PromptLearningConfig
+from peftcore.kernels.start_values import module_, normal_, without_values
 from peftcore.prompts.virtual_tokens import VirtualTokens
 from peftcore.registry import register
 
@@ -36,6 +37,14 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.positive("encoder_num_layers", *(["encoder_hidden_size"] if self.encoder_hidden_size is not None else []))
         self.probability("encoder_dropout")
 
+    def without_effect(self) -> dict[str, str]:
+        if self.encoder_reparameterization_type == "LSTM":
+            return {}
+        unused = [
+            name for name, usual in (("encoder_num_layers", 2), ("encoder_dropout", 0)) if vars(self)[name] != usual
+        ]
+        return dict.fromkeys(unused, "encoder_reparameterization_type='LSTM'")
+
 
 @register("P_TUNING", PromptEncoderConfig)
 class PTuning(VirtualTokens):
@@ -51,12 +60,12 @@ class PTuning(VirtualTokens):
         self.embedding = nn.Parameter(torch.empty(self.total, d))
         self.lstm_head = None
         if config.encoder_reparameterization_type == "MLP":
-            self.mlp_head = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
+            self.mlp_head = nn.Sequential(_linear(d, h), nn.ReLU(), _linear(h, h), nn.ReLU(), _linear(h, d))
             return
         layers = config.encoder_num_layers
         dropout = config.encoder_dropout if layers > 1 else 0.0
-        self.lstm_head = nn.LSTM(d, h, layers, dropout=dropout, bidirectional=True, batch_first=True)
-        self.mlp_head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
+        self.lstm_head = without_values(nn.LSTM, d, h, layers, dropout=dropout, bidirectional=True, batch_first=True)
+        self.mlp_head = nn.Sequential(_linear(2 * h, 2 * h), nn.ReLU(), _linear(2 * h, d))
 
     @classmethod
     def completed(cls, config: PromptEncoderConfig, model: nn.Module) -> Any:
@@ -65,7 +74,10 @@ class PTuning(VirtualTokens):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
-        self.embedding.normal_()  # the encoder has PyTorch's default initialisation
+        normal_(self.embedding)
+        for encoder in (self.lstm_head, self.mlp_head):
+            if encoder is not None:
+                module_(encoder)
 
     def encoded(self) -> Tensor:
         if self.mlp_head is None:
@@ -79,3 +91,7 @@ class PTuning(VirtualTokens):
     def drop_encoder(self, encoded: Tensor) -> None:
         self.lstm_head = self.mlp_head = None
         self.embedding = nn.Parameter(encoded.to(self.embedding), requires_grad=False)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    return without_values(nn.Linear, inputs, outputs)

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from peftcore._util.per_thread import PerThread
 from peftcore.config import PromptLearningConfig
 from peftcore.errors import ConfigError, TrainingError
+from peftcore.kernels.start_values import module_, normal_, without_values
 from peftcore.prompts.cache import (
     cache_name,
     cache_of,
@@ -54,6 +55,10 @@ class PrefixTuningConfig(PromptLearningConfig):
         if self.encoder_hidden_size is not None:
             self.positive("encoder_hidden_size")
 
+    def without_effect(self) -> dict[str, str]:
+        unused = self.encoder_hidden_size is not None and not self.prefix_projection
+        return {"encoder_hidden_size": "prefix_projection=True"} if unused else {}
+
 
 @register("PREFIX_TUNING", PrefixTuningConfig)
 class PrefixTuning(PromptLearner):
@@ -75,7 +80,8 @@ class PrefixTuning(PromptLearner):
         self.transform = None
         if config.prefix_projection:
             self.embedding = nn.Parameter(torch.empty(n, width))
-            self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, layers * 2 * width))
+            down, up = (without_values(nn.Linear, *size) for size in ((width, hidden), (hidden, layers * 2 * width)))
+            self.transform = nn.Sequential(down, nn.Tanh(), up)
         else:
             self.embedding = nn.Parameter(torch.empty(n, layers * 2 * width))
 
@@ -99,7 +105,9 @@ class PrefixTuning(PromptLearner):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
-        self.embedding.normal_()
+        normal_(self.embedding)
+        if self.transform is not None:
+            module_(self.transform)
         if self.config.init_weights == "zero":
             for parameter in (self.embedding,) if self.transform is None else self.transform[-1].parameters():
                 parameter.zero_()
@@ -151,6 +159,10 @@ class PrefixTuning(PromptLearner):
                 key, value = (each[:, :heads, :, :width].to(device) for each in (key, value))
                 self_attention.update(key, value, layer)
         return cache
+
+    def for_rows(self, model: nn.Module, rows: int, inputs: dict[str, Any]) -> Any:
+        self.check_arguments(inputs)
+        return self._fill(model, new_cache(model), torch.empty(rows, 0, device=self.embedding.device))
 
     def key_values(self) -> Tensor:
         """Return the prefix (2·L, k, n, w), from (n, 2·L·k·w) in the checkpoint's layout."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from peftcore.kernels.start_values import normal_
 from peftcore.prompts.virtual_tokens import VirtualTokens
 from peftcore.prompts.vocabulary import VocabularyPromptConfig, initial_embeddings
 from peftcore.registry import register
@@ -29,5 +30,7 @@ class PromptTuning(VirtualTokens):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
+        normal_(self.embedding)
         initial = initial_embeddings(self.config, model, self.total)
-        self.embedding.normal_() if initial is None else self.embedding.copy_(initial)
+        if initial is not None:
+            self.embedding.copy_(initial)

@@ -5,6 +5,7 @@ and only their mask and positions are extended. In encoder-decoder models the pr
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class VirtualTokens(PromptLearner):
             raise ConfigError(
                 f"token_dim={config.token_dim}, but the model's embeddings have width {width}; leave it out"
             )
+        _warn_of_sizes(config, model)
         return dataclasses.replace(config, token_dim=width, **model_sizes(config, model))
 
     def prompts(self, inputs: dict[str, Any], rows: int) -> Tensor:
@@ -60,6 +62,10 @@ class VirtualTokens(PromptLearner):
             rows: B.
         """
         return self.encoded().expand(rows, -1, -1)
+
+    def for_rows(self, model: nn.Module, rows: int, inputs: dict[str, Any]) -> Tensor:
+        self.check_arguments(inputs)
+        return self.prompts(inputs, rows)
 
     def filler_count(self, rows: int, decoder: bool = False) -> Tensor | None:
         """Return the number of filler tokens in each row (B, 1); None if all rows have all virtual tokens."""
@@ -182,3 +188,15 @@ class VirtualTokens(PromptLearner):
         if inputs.get("labels") is not None and not self.classifies_rows:
             inputs["labels"] = place.shift(inputs["labels"], IGNORED)
         make_room(cache, self.count, self.count + length)
+
+
+def _warn_of_sizes(config: Any, model: nn.Module) -> None:
+    """Warn of numbers of layers and heads that are not the model's; a prompt at the embeddings does not use them."""
+    sizes = model_sizes(dataclasses.replace(config, num_layers=None, num_attention_heads=None), model)
+    for name in ("num_layers", "num_attention_heads"):
+        given = getattr(config, name)
+        if given is not None and name in sizes and given != sizes[name]:
+            warnings.warn(
+                f"{name}={given} has no effect on {config.peft_type}, whose prompt is at the embeddings; leave it out",
+                stacklevel=2,
+            )

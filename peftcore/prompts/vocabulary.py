@@ -1,5 +1,6 @@
 """Initial values of virtual tokens: random numbers, sampled tokens of the vocabulary, or the tokens of a text."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +36,14 @@ class VocabularyPromptConfig(PromptLearningConfig):
         if self.tokenizer_kwargs and not from_text:
             raise ConfigError(f"{name}: tokenizer_kwargs are for prompt_tuning_init='TEXT' only; leave them out")
 
+    def without_effect(self) -> dict[str, str]:
+        from_text = self.prompt_tuning_init == "TEXT"
+        return (
+            {"prompt_tuning_init_text": "prompt_tuning_init='TEXT'"}
+            if self.prompt_tuning_init_text and not from_text
+            else {}
+        )
+
 
 def initial_embeddings(config: VocabularyPromptConfig, model: nn.Module, total: int) -> Tensor | None:
     """Return the initial embeddings (total, d) that the configuration asks for; None for random numbers."""
@@ -57,7 +66,9 @@ def embeddings_of(model: nn.Module, tokens: Tensor) -> Tensor:
 def _text_tokens(config: VocabularyPromptConfig, total: int) -> Tensor:
     from transformers import AutoTokenizer
 
-    options = {key: value for key, value in (config.tokenizer_kwargs or {}).items() if key != "trust_remote_code"}
+    options = dict(config.tokenizer_kwargs or {})
+    if options.pop("trust_remote_code", False):
+        warnings.warn("tokenizer_kwargs: trust_remote_code has no effect; no code of a repository runs", stacklevel=2)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
     tokens = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     if not tokens:

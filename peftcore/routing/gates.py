@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftcore._util.fingerprint import Fingerprint
 from peftcore.adapter import Adapter
 from peftcore.composition.algebra import Gate
-from peftcore.composition.fingerprint import Fingerprint
 from peftcore.errors import RoutingError
 from peftcore.kernels.factors import Factors, svd_of_factors
 
@@ -57,7 +57,7 @@ class _Arrow:
     @torch.no_grad()
     def _prototype(self, path: str, adapter: Adapter) -> Tensor:
         cached = self.prototypes.get(adapter)
-        if cached is not None and cached[0].holds():
+        if cached is not None and cached[0].holds(trusts_learning=True):
             return cached[1]
         fingerprint, factors = Fingerprint([adapter]), adapter.low_rank()
         if factors is None or adapter.base.kind != "linear":

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftcore._util.fingerprint import unchanging_weights
 from peftcore.composition import Composition
-from peftcore.composition.fingerprint import unchanging_weights
 from peftcore.serving.admission import Admission
 from peftcore.serving.catalog import Catalog
 from peftcore.serving.errors import ServingError, ShuttingDownError

@@ -97,8 +97,8 @@ class AdapterState:
     ) -> Mapping[str, Tensor]:
         """Return a directory's tensors with our keys, without the other spellings that occur in published adapters.
 
-        A trained bias is `bias` or `base_layer.bias`. `_orig_mod` comes from a compiled model whose state dict was
-        saved by hand, the adapter's name from any state dict that was saved by hand.
+        A trained bias is `bias` or `base_layer.bias`. State dicts that were saved by hand have further parts:
+        `_orig_mod` of a compiled model, `module` of DistributedDataParallel, and the adapter's name.
 
         Args:
             tensors: The tensors by key.
@@ -193,7 +193,7 @@ def _bias_prefix(path: str, bias: TrainedBias, adapters: Mapping[str, Adapter]) 
 
 def _plain_spellings(key: str, name: str) -> list[str]:
     """Return a foreign key without what a state dict that was saved by hand has in it, the likeliest spelling first."""
-    parts = [part for part in key.split(".") if part != "_orig_mod"]
+    parts = [part for part in key.removeprefix("module.").split(".") if part != "_orig_mod"]
     if parts[:2] == ["base_model", "model"] and "base_model" in parts[2:]:
         parts = parts[parts.index("base_model", 2) :]
     if parts[0] != "base_model":

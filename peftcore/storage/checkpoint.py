@@ -7,7 +7,7 @@ on disk is `base_model.model.` + the module's path + the parameter, without the 
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peftcore._util.both_libraries import refuse_hf_peft
 from peftcore._util.tensors import (
     PREFIX,
     PROMPT_STATE,
@@ -37,10 +38,13 @@ from peftcore.files import MANIFEST, damaged_files, files_written_together, mani
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.inject import commit_injection, deepened
 from peftcore.injection.module_index import ModuleIndex
-from peftcore.injection.preparation import Creation, prepare_injection
+from peftcore.injection.preparation import Creation, Injection, prepare_injection
+from peftcore.prompts.learner import PromptLearner
+from peftcore.registry import method_of
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import EmbeddingLoader, SaveEmbeddings, embeddings_to_save
-from peftcore.storage.reading import IncompatibleKeys, Reading, under_new_names
+from peftcore.storage.older_models import for_present_modules, under_new_names, with_fused_experts
+from peftcore.storage.reading import IncompatibleKeys, Reading
 
 _LARGE = 4096
 """Sizes up to this one are not checked before memory is allocated."""
@@ -50,13 +54,12 @@ MODEL_CARD = "README.md"
 _CARD = """\
 ---
 library_name: peft
-base_model: {base}
-tags: [{method}]
+{base}tags: [{method}]
 ---
 
 # {method} adapter
 
-Trained on `{base}`. Load it onto that model with `PeftModel.from_pretrained(model, directory)`.
+{trained}Load it onto that model with `PeftModel.from_pretrained(model, directory)`.
 """
 
 
@@ -149,7 +152,19 @@ def save_adapter(
             save_file(state, fresh / PROMPT_STATE, metadata={"format": "pt"})
         (fresh / MANIFEST).write_text(manifest_text({file.name: sha256(file) for file in sorted(fresh.iterdir())}))
         if not (directory / MODEL_CARD).exists():
-            (fresh / MODEL_CARD).write_text(_CARD.format(base=base or "unknown", method=config.peft_type.lower()))
+            (fresh / MODEL_CARD).write_text(_card(_base_name(model, config), config.peft_type.lower()))
+
+
+def _base_name(model: nn.Module, config: PeftConfig) -> str | None:
+    """Return the base model's name for the model card; None for a model that is not one of transformers, as in PEFT."""
+    return (
+        (config.base_model_name_or_path or getattr(model, "name_or_path", None)) if hasattr(model, "config") else None
+    )
+
+
+def _card(base: str | None, method: str) -> str:
+    named, trained = (f"base_model: {base}\n", f"Trained on `{base}`. ") if base else ("", "")
+    return _CARD.format(base=named, trained=trained, method=method)
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
@@ -194,7 +209,8 @@ def update_model_card(model: nn.Module, directory: Path) -> None:
     card = ModelCard.load(directory / MODEL_CARD)
     data: Any = card.data
     data.library_name = "peft"
-    data.base_model = config.base_model_name_or_path or getattr(model, "name_or_path", None) or "unknown"
+    if base := _base_name(model, config):
+        data.base_model = base
     data.tags = sorted({*(data.tags or []), *(c.peft_type.lower() for c in adapters.configs.values())})
     card.save(directory / MODEL_CARD)
 
@@ -240,6 +256,7 @@ def load_adapter(
         refuse_pickles(directory)
         config = PeftConfig.from_pretrained(directory)
     elif not isinstance(config, PeftConfig):
+        refuse_hf_peft(config)
         raise ConfigError(f"config must be a configuration, such as LoraConfig(); got {config!r:.200}")
     config = dataclasses.replace(config, inference_mode=not trainable)
     with ThreadPoolExecutor(1, "adapter-reader") as executor, deepened(model, config) as replication:
@@ -248,10 +265,13 @@ def load_adapter(
         try:
             _check_sizes(config, directory, tensors if read is None else read)
             creation = Creation(reading.accepts_missing, reading.autocast_adapter_dtype, reading.low_cpu_mem_usage)
-            injection = prepare_injection(model, config, name, creation)
-            state = AdapterState(injection.adapters, injection.biases, injection.copies, injection.prompt)
-            on_disk = (tensors or {}) if read is None else parsed(read, directory)
-            on_disk = reading.prepared(on_disk, _renamed_since(model) if injection.prompt is None else None)
+
+            def on_disk_now() -> Mapping[str, Tensor]:
+                on_disk = (tensors or {}) if read is None else parsed(read, directory)
+                is_prompt = issubclass(method_of(config).adapter, PromptLearner)
+                return reading.prepared(on_disk, None if is_prompt else renamed_since(model))
+
+            injection, state, on_disk = _prepared(model, config, name, creation, reading, on_disk_now)
             rows = EmbeddingLoader(
                 lambda: injection.module_index, model.__dict__.get(ATTRIBUTE), name, replaces_embeddings
             )
@@ -275,7 +295,42 @@ def load_adapter(
     return Loaded(adapters, result)
 
 
-def _renamed_since(model: nn.Module) -> Mapping[str, str] | None:
+def _prepared(
+    model: nn.Module,
+    config: PeftConfig,
+    name: str,
+    creation: Creation,
+    reading: Reading,
+    read_tensors: Callable[[], Mapping[str, Tensor]],
+) -> tuple[Injection, AdapterState, Mapping[str, Tensor]]:
+    """Return the prepared adapter, its state, and the directory's tensors.
+
+    If they do not fit together, transformers may have renamed modules since; see `for_present_modules`.
+    """
+    on_disk: Mapping[str, Tensor] | None = None
+    try:
+        injection = prepare_injection(model, config, name, creation)
+        state = _state_of(injection)
+        on_disk = read_tensors()
+        fits = state.tensors().keys() == on_disk.keys()
+    except TargetError:
+        on_disk = read_tensors()
+        present = config if reading.key_mapping is not None else for_present_modules(config, on_disk, model)
+        if present is config:
+            raise
+    else:
+        present = config if fits or reading.key_mapping is not None else for_present_modules(config, on_disk, model)
+        if present is config:
+            return injection, state, on_disk
+    injection = prepare_injection(model, present, name, creation)
+    return injection, _state_of(injection), on_disk
+
+
+def _state_of(injection: Injection) -> AdapterState:
+    return AdapterState(injection.adapters, injection.biases, injection.copies, injection.prompt)
+
+
+def renamed_since(model: nn.Module) -> Mapping[str, str] | None:
     """Return a transformers model's {regular expression: replacement} of keys from before its modules were renamed."""
     return getattr(model, "_checkpoint_conversion_mapping", None)
 
@@ -327,7 +382,7 @@ def load_adapter_weights(
     trains = prompt is not None and any(p.requires_grad for p in prompt.parameters())
     with writing_shards(adapters.parameters(name)), torch.no_grad():
         on_disk = read_tensors(directory) if tensors is None else tensors
-        on_disk = reading.prepared(on_disk, _renamed_since(model) if prompt is None else None)
+        on_disk = reading.prepared(on_disk, renamed_since(model) if prompt is None else None)
         rows = EmbeddingLoader(lambda: ModuleIndex(model), adapters, name, replaces_embeddings)
         result = _take_tensors(model, adapter_state_of(adapters, name), rows, on_disk, directory, name, trains, reading)
         rows.replace(adapters)
@@ -348,7 +403,7 @@ def _take_tensors(
     expected, file = state.tensors(), directory / WEIGHTS_NAME
     tensors = state.with_our_keys(tensors, expected, name)
     if not expected.keys() <= tensors.keys() and reading.key_mapping is None:
-        tensors = under_new_names(tensors, expected.keys(), model)
+        tensors = with_fused_experts(under_new_names(tensors, expected.keys(), model), state, model)
     missing = sorted(expected.keys() - tensors.keys() - state.optional())
     others = tensors.keys() - expected.keys()
     others = others and others - state.repeated()

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -134,30 +134,6 @@ def _mapped_key(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
         if count:
             return f"{prefix}{replaced}"
     return key
-
-
-def under_new_names(tensors: Mapping[str, Tensor], expected: Collection[str], model: Any) -> Mapping[str, Tensor]:
-    """Return a directory's tensors under the present names of modules that transformers has renamed since.
-
-    Args:
-        tensors: The tensors by key.
-        expected: The adapter's keys. Only a key that is not among them is renamed, and only to one of them.
-        model: The model; models that are not of transformers have no renamed modules.
-    """
-    foreign = tensors.keys() - expected
-    if not foreign or not hasattr(getattr(model, "config", None), "model_type"):
-        return tensors
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    renamed: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if key in foreign:
-            new = PREFIX + rename_source_key(key.removeprefix(PREFIX), renamings, [])[0]
-            key = new if new in expected and new not in tensors else key
-        renamed[key] = tensor
-    return renamed
 
 
 def load_peft_weights(

@@ -4,15 +4,17 @@ A saved adapter's key is `base_model.model.` + the module's path + the parameter
 of a `PeftModel` begin with that prefix; those of a model whose class is unchanged (`inject_adapter_in_model`) do not.
 """
 
+import contextlib
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftcore._util.tensors import PREFIX, is_sharded, whole
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, MergeError
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.layers.wrapper import LayerWrapper, Prompts
 from peftcore.storage.adapter_state import SHARED_PREFIX, AdapterState, adapter_state_of
@@ -21,7 +23,7 @@ from peftcore.storage.embedding_rows import SaveEmbeddings
 from peftcore.storage.reading import IncompatibleKeys
 
 
-def _has_prefix(model: nn.Module) -> bool:
+def has_prefix(model: nn.Module) -> bool:
     """Return True if the keys of the model's adapters begin with `base_model.`, as those of a `PeftModel`."""
     return hasattr(model, "merge_and_unload")
 
@@ -36,7 +38,7 @@ def get_peft_model_state_dict(
     """Return the tensors of one adapter, without the parameters of the base.
 
     Args:
-        model: a model with adapters.
+        model: a model with adapters, or FSDP version 1 around one. Then every process has to call this function.
         state_dict: a state dict of the model to take the values from; None for the model's own parameters.
         adapter_name: the adapter.
         unwrap_compiled: True if the model is the result of `torch.compile`.
@@ -50,13 +52,34 @@ def get_peft_model_state_dict(
         CheckpointError: `state_dict` lacks parameters of the adapter.
     """
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
-    adapter_set(model).require(adapter_name)
-    if state_dict is None:
-        tensors = adapter_tensors(model, adapter_name, save_embedding_layers)
-    else:
-        tensors = adapter_values(model, adapter_name, save_embedding_layers, state_dict)
+    with _gathered(model, writes=False) as plain:
+        adapter_set(plain).require(adapter_name)
+        if state_dict is None:
+            tensors = adapter_tensors(plain, adapter_name, save_embedding_layers)
+        else:
+            tensors = adapter_values(plain, adapter_name, save_embedding_layers, state_dict)
+        if plain is not model:
+            tensors = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     tensors = {key: whole(tensor) if is_sharded(tensor) else tensor for key, tensor in tensors.items()}
-    return tensors if _has_prefix(model) else {key.removeprefix(PREFIX): t for key, t in tensors.items()}
+    return tensors if has_prefix(plain) else {key.removeprefix(PREFIX): t for key, t in tensors.items()}
+
+
+@contextlib.contextmanager
+def _gathered(model: Any, writes: bool) -> Iterator[Any]:
+    """Yield the model inside of FSDP version 1 with whole parameters; every process has to enter the context.
+
+    Other models are yielded as they are.
+
+    Args:
+        model: the model, wrapped or not.
+        writes: True keeps what is written into the parameters.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # it cannot wrap a model before it is imported
+    if fsdp is None or not isinstance(model, fsdp.FullyShardedDataParallel):
+        yield model
+        return
+    with fsdp.FullyShardedDataParallel.summon_full_params(model, writeback=writes):
+        yield model.module
 
 
 def set_peft_model_state_dict(
@@ -68,8 +91,11 @@ def set_peft_model_state_dict(
 ) -> IncompatibleKeys:
     """Write tensors into an adapter that is in the model; the adapter keeps what the state dict lacks.
 
+    As in HF PEFT, tensors of the base (trained biases of an adapter whose configuration has `bias="none"`, embeddings)
+    are written into the base, for all adapters. A warning names those that change.
+
     Args:
-        model: a model with adapters.
+        model: a model with adapters, or FSDP version 1 around one. Then every process has to call this function.
         peft_model_state_dict: {HF PEFT's key without the adapter's name: tensor}, with or without the prefix
             `base_model.model.`.
         adapter_name: the adapter.
@@ -83,19 +109,33 @@ def set_peft_model_state_dict(
     Raises:
         AdapterNameError: the adapter is not loaded.
         CheckpointError: a tensor has another shape, and `ignore_mismatched_sizes` is False.
+        MergeError: a tensor of the base changes, and adapters are merged into it.
     """
+    with _gathered(model, writes=True) as plain:
+        return _write(plain, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
+
+
+def _write(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    ignore_mismatched_sizes: bool,
+    low_cpu_mem_usage: bool,
+) -> IncompatibleKeys:
+    """Write tensors into an adapter; see `set_peft_model_state_dict`."""
     adapters = adapter_set(model)
     adapters.require(adapter_name)
     state = adapter_state_of(adapters, adapter_name)
     if low_cpu_mem_usage:
         _leave_meta_device(adapters, adapter_name)
         state = adapter_state_of(adapters, adapter_name)
-    given = {_with_prefix(key, state): tensor for key, tensor in peft_model_state_dict.items()}
+    given = {with_prefix(key, state): tensor for key, tensor in peft_model_state_dict.items()}
     given = dict(state.with_our_keys(given))
     present = state.tensors()
     if state.prompt is not None:
         present = state.prompt.checkpoint_tensors()
-    unexpected = sorted(given.keys() - present.keys() - state.repeated())
+    of_base = _of_base(model, given.keys() - present.keys() - state.repeated())
+    unexpected = sorted(given.keys() - present.keys() - state.repeated() - of_base.keys())
     matching = {key: tensor for key, tensor in given.items() if key in present}
     wrong = {
         key: tensor
@@ -109,8 +149,9 @@ def set_peft_model_state_dict(
                 f"set_peft_model_state_dict: {listed:.1000}; the adapter in the model has another configuration "
                 "(ignore_mismatched_sizes=True skips these tensors)"
             )
-        warnings.warn(f"tensors of another shape are skipped: {listed:.1000}", stacklevel=2)
+        warnings.warn(f"tensors of another shape are skipped: {listed:.1000}", stacklevel=3)
         matching = {key: tensor for key, tensor in matching.items() if key not in wrong}
+    _write_base(adapters, {key: (tensor, given[key]) for key, tensor in of_base.items()})
     with torch.no_grad():
         values = {key: tensor.clone() for key, tensor in present.items()} | matching
         if state.prompt is not None:
@@ -118,14 +159,50 @@ def set_peft_model_state_dict(
         state.read(values)
     missing = sorted(present.keys() - matching.keys() - state.optional())
     named = [state.parameter_name(key, adapter_name) for key in missing]
-    keep = _has_prefix(model)
+    keep = has_prefix(model)
     return IncompatibleKeys(
         named if keep else [key.removeprefix(PREFIX) for key in named],
         unexpected if keep else [key.removeprefix(PREFIX) for key in unexpected],
     )
 
 
-def _with_prefix(key: str, state: AdapterState) -> str:
+def _of_base(model: nn.Module, keys: Iterable[str]) -> dict[str, Tensor]:
+    """Return {PEFT's key: tensor of the base} of those keys that name one."""
+    tensors = model.state_dict(keep_vars=True)
+    of_base = {key: tensors[ours] for key, ours in _base_tensors(model) if ours in tensors}
+    plain = {key: key.removeprefix(PREFIX).replace("base_layer.", "") for key in keys}
+    return {key: of_base[name] for key, name in plain.items() if name in of_base}
+
+
+def _write_base(adapters: AdapterSet, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Write {key: (tensor of the base, its new value)}, and warn of those that change.
+
+    Raises:
+        CheckpointError: a value has another shape.
+        MergeError: a value changes while adapters are merged into the base.
+    """
+    for key, (tensor, value) in values.items():
+        if tensor.shape != value.shape:
+            raise CheckpointError(
+                f"set_peft_model_state_dict: {key} belongs to the base and is {list(value.shape)}, here "
+                f"{list(tensor.shape)}; leave it out of the state dict"
+            )
+    changed = {k: (t, v) for k, (t, v) in values.items() if not torch.equal(t.detach(), v.to(t))}
+    if not changed:
+        return
+    if adapters.merged:
+        raise MergeError(
+            f"set_peft_model_state_dict: {list(changed)[:3]} belong to the base, and {list(adapters.merged)} are "
+            "merged into it; call unmerge_adapter first"
+        )
+    warnings.warn(f"tensors of the base are changed, for all adapters: {list(changed)[:5]}", stacklevel=4)
+    with torch.no_grad():
+        for tensor, value in changed.values():
+            tensor.copy_(value)
+    adapters.selection.forget()
+
+
+def with_prefix(key: str, state: AdapterState) -> str:
     is_prompt = state.prompt is not None
     return key if is_prompt or key.startswith(SHARED_PREFIX) else f"{PREFIX}{key}"
 

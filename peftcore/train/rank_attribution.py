@@ -70,7 +70,7 @@ def to_singular_directions(adapter: Lora) -> Tensor:
 @contextlib.contextmanager
 def scaled(adapters: Mapping[str, Lora], t: float) -> Iterator[None]:
     """Multiply the adapters' updates by t inside."""
-    before = {path: adapter.scaling for path, adapter in adapters.items()}
+    before = {path: float(adapter.scaling) for path, adapter in adapters.items()}
     for path, adapter in adapters.items():
         adapter.scaling = t * before[path]
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import TrainingError
-from peftcore.injection.activation import set_adapter
+from peftcore.injection.activation import activate
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.layers.training_flags import training_flags_restored
 from peftcore.train.batches import REFERENCE_COLUMNS, WEIGHT
@@ -74,8 +74,8 @@ def reference_acting(model: Any, adapter: str | None = None) -> Iterator[None]:
         if adapter is None:
             stack.enter_context(model.disable_adapter())
         else:
-            stack.callback(set_adapter, model, active)  # unlike the model's method, this changes no requires_grad
-            set_adapter(model, adapter)
+            stack.callback(activate, model, active)  # unlike the model's method, this changes no requires_grad
+            activate(model, adapter)
         model.eval()
         yield
 

@@ -58,7 +58,9 @@ def assert_clean_rerun(root: Path, *command: str) -> None:
     assert not left_in(root)
 
 
-@pytest.mark.parametrize("killed", ["flow", "stage", pytest.param("dvc", marks=pytest.mark.proof)])
+@pytest.mark.parametrize(
+    "killed", ["stage", pytest.param("flow", marks=pytest.mark.slow), pytest.param("dvc", marks=pytest.mark.proof)]
+)
 def test_kill_9_leaves_no_orphan_and_a_rerun_is_clean(root: Path, fault: Any, killed: str) -> None:
     words = {"flow": ("flows.cli",), "dvc": ("dvc", "repro"), "stage": ("make.py",)}[killed]
     with started(root, *PEFTCORE, "stage", "make") as command, fault(KILL):

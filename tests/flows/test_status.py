@@ -100,6 +100,7 @@ def ended_process() -> int:
     return process.pid
 
 
+@pytest.mark.slow
 def test_a_run_is_seen_while_it_runs_and_after_it_was_killed(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (project.root / "make.py").write_text("open('began', 'w').close(); import time; time.sleep(100)")
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")  # no server to wait for

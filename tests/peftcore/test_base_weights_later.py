@@ -1,5 +1,6 @@
 """A base whose weights come after the adapters, on the meta device or not, and inputs without a row."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -50,23 +51,22 @@ def trained(method: str, layer: str) -> tuple[Any, Tensor]:
 
 
 @pytest.mark.parametrize("method, layer", [*CASES, DORA])
-@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
-@pytest.mark.parametrize("meta", [False, True], ids=["other weights", "meta"])
-def test_a_state_dict_holds_all_that_a_model_computes_with(method: str, layer: str, assign: bool, meta: bool) -> None:
-    net, x = trained(method, layer)
-    torch.manual_seed(1)
-    if meta:
-        with torch.device("meta"):
-            base = net_of(layer)
-        other = get_peft_model(base, net.peft_config["default"])
-        other.to_empty(device="cpu")
-    else:
-        other = adapted(method, layer)
-        with torch.no_grad():
-            other(x)  # what may be kept of the first weights is kept now
-    other.load_state_dict(net.state_dict(), assign=assign)
-    other.eval()
-    torch.testing.assert_close(other(x), net(x), rtol=1e-10, atol=1e-10)
+def test_a_state_dict_holds_all_that_a_model_computes_with(method: str, layer: str) -> None:
+    for meta, assign in itertools.product((False, True), repeat=2):
+        net, x = trained(method, layer)
+        torch.manual_seed(1)
+        if meta:
+            with torch.device("meta"):
+                base = net_of(layer)
+            other = get_peft_model(base, net.peft_config["default"])
+            other.to_empty(device="cpu")
+        else:
+            other = adapted(method, layer)
+            with torch.no_grad():
+                other(x)  # what may be kept of the first weights is kept now
+        other.load_state_dict(net.state_dict(), assign=assign)
+        other.eval()
+        torch.testing.assert_close(other(x), net(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("change", ["in place", "another parameter"])
@@ -84,14 +84,14 @@ def test_dora_follows_a_base_weight_that_changes(change: str) -> None:
     torch.testing.assert_close(net(x), y, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("method, layer", [case for case in [*CASES, DORA] if case.values[1] != "Conv2d"])
-def test_inputs_without_a_row_pass(method: str, layer: str, gradients: bool) -> None:
+def test_inputs_without_a_row_pass(method: str, layer: str) -> None:
     net, x = trained(method, layer)
-    with torch.set_grad_enabled(gradients):
-        whole = net(x)
-        for empty in (x[:, :0], x[:0]):
-            assert net(empty).shape == (*empty.shape[:2], whole.shape[-1])
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            whole = net(x)
+            for empty in (x[:, :0], x[:0]):
+                assert net(empty).shape == (*empty.shape[:2], whole.shape[-1])
 
 
 def test_dora_follows_a_base_weight_whose_memory_comes_back() -> None:

@@ -12,7 +12,7 @@ from net import Net
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from peftcore import LoraConfig, get_peft_model
+from peftcore import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
@@ -92,4 +92,32 @@ def test_raw_parameters(recomputes: bool) -> None:
     config = LoraConfig(r=4, target_modules=[], target_parameters=["target.weight_of_all"], init_lora_weights=False)
     net = get_peft_model(Net(Experts(), recomputes), config)
     randomise(net, 0.3)
+    assert_same_under_fsdp(net, torch.randn(3, 5, 12))
+
+
+def test_the_state_dict_of_a_wrapped_model_is_that_of_the_model() -> None:
+    def base() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+
+    options: dict[str, Any] = {"r": 2, "target_modules": ["0"], "modules_to_save": ["1"], "init_lora_weights": False}
+    net = get_peft_model(base(), LoraConfig(**options))
+    before = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(net).items()}
+    wrapped = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
+    state_dict = get_peft_model_state_dict(wrapped)
+    assert state_dict.keys() == before.keys()
+    for key, tensor in state_dict.items():
+        assert torch.equal(tensor, before[key]), key
+    other = FullyShardedDataParallel(
+        get_peft_model(base(), LoraConfig(**options)), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    x = torch.randn(2, 4)
+    assert set_peft_model_state_dict(other, state_dict) == ([], [])
+    torch.testing.assert_close(other(x), wrapped(x))
+
+
+def test_lora_with_a_bias_of_its_own() -> None:
+    torch.manual_seed(0)
+    net = get_peft_model(Net(nn.Linear(12, 8), False), LoraConfig(r=2, target_modules=["target"], lora_bias=True))
+    randomise(net, 0.1)
     assert_same_under_fsdp(net, torch.randn(3, 5, 12))

@@ -154,7 +154,7 @@ def test_changes_as_small_as_the_precision_of_16_bits_act_and_train(case: str, d
 
 UNIFORM = {
     "IA3": (IA3Config, {"feedforward_modules": []}, "ia3_l"),
-    "DoRA": (LoraConfig, {"r": 4, "use_dora": True}, "magnitude"),
+    "DoRA": (LoraConfig, {"r": 4, "use_dora": True}, "lora_magnitude_vector"),
     "BOFT": (EXAMPLES["BOFT"].config, {"boft_block_size": 4}, "boft_s"),
     "RoAd": (EXAMPLES["ROAD"].config, {}, "road_alpha"),
 }
@@ -166,14 +166,14 @@ UNIFORM = {
 def test_a_multiplier_of_1_003_acts_in_bfloat16_as_it_does_with_peft(case: str, bias: bool) -> None:
     kind, options, name = UNIFORM[case]
     gains = []
-    for tool, key in ((peftcore, name), (peft, "lora_magnitude_vector" if name == "magnitude" else name)):
+    for tool in (peftcore, peft):
         torch.manual_seed(0)
         net: Any = nn.Sequential(nn.Linear(64, 64, bias=bias), nn.Identity()).bfloat16()
         x = torch.randn(4096, 64).bfloat16()
         base = net(x).detach().double()
         net = tool.get_peft_model(net, getattr(tool, kind.__name__)(target_modules=["0"], **options))
         with torch.no_grad():
-            for parameter in (p for n, p in net.named_parameters() if key in n):
+            for parameter in (p for n, p in net.named_parameters() if name in n):
                 parameter.mul_(1.003)
         fixed = net.get_submodule("0" if tool is peftcore else "base_model.model.0").base_layer.bias
         scaled = 0 if fixed is None or case in ("IA3", "RoAd") else fixed.detach().double()

@@ -1,6 +1,6 @@
 """Every method learns: with all else frozen, its held-out loss on a tiny real task gets under its own bound.
 
-The quick tests train one method of each family, `make slow` the others.
+The quick tests train one method that changes weights and one that has virtual tokens, `make slow` the others.
 """
 
 import math
@@ -12,7 +12,7 @@ from digits_rows import ROWS, Row, learn
 
 from peftcore.registry import methods
 
-QUICK = {"LoRA", "VeRA", "OFT", "SHiRA", "LN tuning", "prefix tuning"}
+QUICK = {"LoRA", "prefix tuning"}
 CASES = [pytest.param(row, id=row.name, marks=[] if row.name in QUICK else [pytest.mark.slow]) for row in ROWS]
 
 
@@ -25,10 +25,6 @@ def test_learns(row: Row, tmp_path: Path) -> None:
 def test_every_method_has_a_row() -> None:
     own = {name for name, method in methods().items() if method.adapter.__module__.startswith("peftcore.")}
     assert {row.method for row in ROWS} == own
-
-
-def test_the_quick_ones_are_one_of_each_family() -> None:
-    assert sorted(row.family for row in ROWS if row.name in QUICK) == sorted({row.family for row in ROWS})
 
 
 def test_a_bound_is_below_knowing_nothing() -> None:

@@ -56,9 +56,9 @@ def calls_in(operation: Callable[[], Any]) -> int:
 Operation = Callable[[Any, Path], Any]
 OPERATIONS: dict[str, Operation] = {
     "load": lambda model, folder: model.load_adapter(folder / "saved", "last"),
-    "add": lambda model, _: model.add_adapter("other", config(modules_to_save=["2"])),
+    "add": lambda model, _: model.add_adapter("other", config()),
     "switch": lambda model, _: model.set_adapter("last"),
-    "switch to two": lambda model, _: model.set_adapter(["default", "last"]),
+    "switch to two": lambda model, _: model.set_adapter(["other", "last"]),
     "disable": lambda model, _: disabled(model),
     "train": lambda model, _: model.set_requires_grad("last", True),
     "state dict": lambda model, _: adapter_tensors(model, "last"),

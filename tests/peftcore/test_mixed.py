@@ -1,6 +1,5 @@
 """Several adapters of different methods at once on one model: switched, together, merged, saved, loaded, deleted."""
 
-import itertools
 from typing import Any
 
 import pytest
@@ -18,7 +17,11 @@ EXAMPLES = {
     if "linear" in methods()[method].adapter.layer_kinds and not example.whole_model
 }
 MERGING = [method for method, example in EXAMPLES.items() if example.merges]
-PAIRS = [pytest.param(a, b, id=f"{a}-{b}") for a, b in itertools.permutations(MERGING, 2)]
+REPLACES = "LN_TUNING"
+"""The method that trains the weight itself: at a layer, it replaces what the adapters before it do."""
+NEIGHBOURS = zip(MERGING, MERGING[1:] + MERGING[:1], strict=True)
+PAIRS = [pytest.param(a, b, id=f"{a}-{b}") for a, b in NEIGHBOURS if b != REPLACES]
+"""Each method is once the first and once the second; `test_pairs_on_biased_layers` merges every pair."""
 
 
 def net() -> nn.Module:
@@ -31,6 +34,7 @@ def add(model: Any, method: str, name: str, targets: list[str], seed: int) -> No
     for other in model.peft_config:
         model.set_requires_grad(other, False)
     model.add_adapter(name, EXAMPLES[method].make(target_modules=targets))
+    model.set_requires_grad(name)
     randomise(model, EXAMPLES[method].spread, seed=seed)
     model.set_adapter(active())
 

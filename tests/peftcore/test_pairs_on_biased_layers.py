@@ -1,6 +1,5 @@
 """Every ordered pair of methods on a layer with a bias: merging the lower adapter, or both, changes no output."""
 
-import itertools
 from typing import Any
 
 import pytest
@@ -29,24 +28,27 @@ def config(name: str, layer: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "layer, lower, upper",
-    [("Linear", *pair) for pair in itertools.product(LINEAR, LINEAR)]
-    + [("Conv2d", *pair) for pair in itertools.product(CONV, CONV)],
+    "layer, lower", [("Linear", lower) for lower in LINEAR] + [("Conv2d", lower) for lower in CONV]
 )
-def test_merging_changes_no_output(layer: str, lower: str, upper: str) -> None:
+def test_merging_changes_no_output(layer: str, lower: str) -> None:
     torch.manual_seed(0)
     net: Any = nn.Module()
     net.target = (nn.Linear(12, 8) if layer == "Linear" else nn.Conv2d(6, 8, 3)).double()
     x = (torch.randn(3, 5, 12) if layer == "Linear" else torch.randn(2, 6, 7, 7)).double()
     net = get_peft_model(net, config(lower, layer), "lower")
-    net.add_adapter("upper", config(upper, layer))
     randomise(net, 0.3)
-    net.set_adapter(["lower", "upper"])
-    net.eval()
-    with torch.no_grad():
-        both = net.target(x)
-        for names in (["lower"], ["upper"]):
-            net.merge_adapter(names)
-            torch.testing.assert_close(net.target(x), both, rtol=1e-9, atol=1e-9)
-        net.unmerge_adapter()
-        assert torch.equal(net.target(x), both)
+    for upper in LINEAR if layer == "Linear" else CONV:
+        net.add_adapter("upper", config(upper, layer))
+        net.set_adapter(["lower", "upper"])
+        net.set_requires_grad("lower", False)
+        randomise(net, 0.3)
+        net.eval()
+        with torch.no_grad():
+            both = net.target(x)
+            for names in (["lower"], ["upper"]):
+                net.merge_adapter(names)
+                told = f"{upper}, {names}: ".__add__
+                torch.testing.assert_close(net.target(x), both, rtol=1e-9, atol=1e-9, msg=told)
+            net.unmerge_adapter()
+            assert torch.equal(net.target(x), both), upper
+        net.delete_adapter("upper")

@@ -58,6 +58,7 @@ def guides_method() -> str:
     return found.group(1)
 
 
+@pytest.mark.slow
 def test_the_guides_method_works_from_a_package_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "acme_ssf.py").write_text(guides_method())
     installed = tmp_path / "acme_ssf-1.0.dist-info"

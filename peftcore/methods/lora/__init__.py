@@ -4,8 +4,16 @@ Each variant (DoRA, aLoRA, PiSSA, ...) is one file of `variants/`. `peftcore/met
 """
 
 from peftcore.methods.lora.adapter import Lora
-from peftcore.methods.lora.config import LoraConfig
+from peftcore.methods.lora.config import LoraConfig, LoraRuntimeConfig
 from peftcore.methods.lora.initialisation import Initialisation, WeightInitialisation
 from peftcore.methods.lora.variant import Variant, register_variant
 
-__all__ = ["Initialisation", "Lora", "LoraConfig", "Variant", "WeightInitialisation", "register_variant"]
+__all__ = [
+    "Initialisation",
+    "Lora",
+    "LoraConfig",
+    "LoraRuntimeConfig",
+    "Variant",
+    "WeightInitialisation",
+    "register_variant",
+]

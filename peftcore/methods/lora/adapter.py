@@ -7,7 +7,7 @@ Shapes: i in_features, o out_features, r rank, k kernel; A (r, i, *k), B (o, r, 
 d: A (r, v), B (d, r), and A starts at zero instead of B. Of e experts: A (e·r, i), B (o, r·e).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -29,9 +29,11 @@ class Lora(Adapter):
     """LoRA at one layer."""
 
     layer_kinds = frozenset({"linear", "conv", "embedding", "parameter"})
+    unrounded = frozenset({"magnitude"})  # DoRA would not start at the base's own output
     config: LoraConfig
     r: int
-    scaling: float
+    scaling: Any
+    """s: a number; after `peftcore.methods.lora.hotswap.use_tensor_scaling` a tensor without dimensions."""
     dropout: float
     groups: int
     """Groups of a convolution; 1 for other layers."""
@@ -44,15 +46,13 @@ class Lora(Adapter):
 
     def __init__(self, config: LoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
+        vars(self)["config"] = config
         r, alpha = config.at(path)
-        scaling = alpha / config.denominator(r)
-        if isinstance(base, ParameterWeight) and base.owner_path == "out_proj":
-            scaling *= 2  # HF PEFT adds the change of nn.MultiheadAttention's output twice, so its files mean that
         dropout = 0.0 if base.kind == "embedding" else config.lora_dropout
         groups = base.layer.groups if base.kind == "conv" else 1
         if r % groups:
             raise ConfigError(f"LORA: r at {path} must be a multiple of its {groups} groups, got {r}; try {groups}")
-        vars(self).update(config=config, r=r, scaling=scaling, dropout=dropout, groups=groups, source=None)
+        vars(self).update(r=r, scaling=self.scaling_for(r, alpha), dropout=dropout, groups=groups, source=None)
         self._buffers.update(start_A=None, start_B=None)
         rows = r * base.count
         a = torch.empty(rows, base.in_features, *base.kernel)
@@ -71,6 +71,26 @@ class Lora(Adapter):
             variant.check_layer(self, path)
             variant.add_parameters(self)
         return variants
+
+    def scaling_for(self, r: int, alpha: float) -> float:
+        """Return the scaling s of this layer for a rank and an α of its configuration."""
+        scaling = alpha / self.config.denominator(r)
+        # HF PEFT adds the change of nn.MultiheadAttention's output twice, so its files mean that
+        is_attention_output = isinstance(self.base, ParameterWeight) and self.base.owner_path == "out_proj"
+        return 2 * scaling if is_attention_output else scaling
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scaling" and isinstance(present := vars(self).get(name), Tensor):
+            present.fill_(value)  # a new object would make compiled code compile again
+            self.mark_changed()
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if isinstance(self.scaling, Tensor):
+            vars(self)["scaling"] = self.scaling.to(self.own_factors()[0].device)
+        return self
 
     # -- factors ---------------------------------------------------------------------------------------------
 
@@ -146,6 +166,9 @@ class Lora(Adapter):
 
     def low_rank(self) -> LowRankBranch | None:
         dropout = self.dropout if self.training else 0.0
+        own = self._parameters  # attributes of a module are slow to read, and this runs in every layer's forward
+        if self.source is None and self._buffers["start_A"] is None and not self.variants:
+            return LowRankBranch(own["lora_A"], own["lora_B"], self.scaling, dropout)  # type: ignore[arg-type]
         if dropout and self.start is not None:
             return None  # the subtracted start sees the whole input
         branch: LowRankBranch | None = LowRankBranch(*self._all_factors(), self.scaling, dropout)
@@ -208,7 +231,7 @@ class Lora(Adapter):
         a, b = self._all_factors()
         experts = self.base.count
         a = a.reshape(experts, len(a) // experts, -1)
-        factors: Factors | None = Factors(a, b.reshape(len(b), -1, experts).permute(2, 0, 1), self.scaling)
+        factors: Factors | None = Factors(a, b.reshape(len(b), -1, experts).permute(2, 0, 1), float(self.scaling))
         for variant in self.variants:
             if (factors := variant.exact_factors(self, factors)) is None:
                 return None
@@ -228,7 +251,7 @@ class Lora(Adapter):
     def merged_weight(self, weight: Tensor) -> Tensor:
         if self.base.kind == "linear" and self.start is None:
             a, b = self.own_factors()
-            merged = torch.addmm(weight, b.to(weight), a.to(weight), alpha=self.scaling)
+            merged = torch.addmm(weight, b.to(weight), a.to(weight), alpha=float(self.scaling))
         else:
             merged = super().merged_weight(weight)
         for variant in self.variants:
@@ -239,7 +262,7 @@ class Lora(Adapter):
         if self.base.kind != "linear" or self.start is not None or self.variants:
             return self.merged_weight(weight)
         a, b = self.own_factors()
-        return weight.addmm_(b.to(weight), a.to(weight), alpha=self.scaling)
+        return weight.addmm_(b.to(weight), a.to(weight), alpha=float(self.scaling))
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         for variant in self.variants:
@@ -251,6 +274,11 @@ class Lora(Adapter):
         return sum(changes[1:], changes[0]) if changes else None
 
     # -- disk ------------------------------------------------------------------------------------------------
+
+    def shown_parameter(self, name: str) -> Tensor:
+        if self.source is not None and name in ("lora_A", "lora_B"):
+            return self.own_factors()[name == "lora_B"]
+        return super().shown_parameter(name)
 
     def checkpoint_keys(self) -> dict[str, str]:
         weight = "lora_{}.weight" if self.base.kind != "embedding" else "lora_embedding_{}"

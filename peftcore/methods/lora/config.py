@@ -1,8 +1,11 @@
 """LoRA's options under PEFT's names. The options of variants are checked by the variants."""
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+
+import torch
 
 from peftcore.config import PeftConfig, TunerConfig, first_match
 from peftcore.errors import ConfigError
@@ -28,6 +31,30 @@ _CHOSEN = "_chosen_variants"
 
 
 @dataclass
+class LoraRuntimeConfig:
+    """Options that are not saved."""
+
+    ephemeral_gpu_offload: bool = False
+    """Compute DoRA's first row lengths on a CUDA device, one layer at a time, for layers that are on the CPU."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ephemeral_gpu_offload, bool):
+            raise ConfigError(
+                f"LoraRuntimeConfig: ephemeral_gpu_offload must be True or False; got {self.ephemeral_gpu_offload!r}"
+            )
+        if self.ephemeral_gpu_offload and not torch.cuda.is_available():
+            warnings.warn(
+                "LoraRuntimeConfig: ephemeral_gpu_offload=True needs a CUDA device, and PyTorch finds none; everything "
+                "is computed on the CPU",
+                stacklevel=3,
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as a plain dictionary."""
+        return dict(vars(self))
+
+
+@dataclass
 class LoraConfig(TunerConfig):
     """LoRA's options under PEFT's names."""
 
@@ -42,6 +69,8 @@ class LoraConfig(TunerConfig):
         "use_qalora": False,
         "velora_config": None,
     }
+
+    not_saved: ClassVar[tuple[str, ...]] = ("runtime_config",)
 
     r: int = 8
     """Rank (count)."""
@@ -84,13 +113,27 @@ class LoraConfig(TunerConfig):
     """Token ids that switch the adapter on; it acts from their last occurrence (aLoRA)."""
     fan_in_fan_out: bool = False
     """Read and saved for PEFT; without effect, because the orientation is found per layer."""
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, repr=False)
+    """Options that are not saved."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.runtime_config.ephemeral_gpu_offload and not self.use_dora:
+            warnings.warn(
+                "LoraConfig: ephemeral_gpu_offload acts on use_dora=True only; leave it out for this configuration",
+                stacklevel=3,
+            )
         self.positive("r")
         self.probability("lora_dropout")
         self.one_of("bias", self.bias, ("none", "all", "lora_only"))
         self.initialisation()
+        for start in ("loftq", "eva", "corda", "lora_ga"):
+            if getattr(self, f"{start}_config") and str(self.init_lora_weights).lower() != start:
+                warnings.warn(
+                    f"LoraConfig: {start}_config has no effect with init_lora_weights={self.init_lora_weights!r}; set "
+                    f"it to {start!r}, or leave {start}_config out",
+                    stacklevel=4,
+                )
         for variant in self.variants():
             variant.check(self)
             for other, reason in variant.excludes.items():
@@ -108,6 +151,11 @@ class LoraConfig(TunerConfig):
         if len(classes) < 2:
             return classes[0] if classes else cls
         return make_dataclass(cls.__name__, [], bases=tuple(dict.fromkeys(classes)))
+
+    def without_effect(self) -> dict[str, str]:
+        starts = ("loftq", "eva", "corda", "lora_ga")
+        unused = [start for start in starts if getattr(self, f"{start}_config") and self.init_lora_weights != start]
+        return {f"{start}_config": f"init_lora_weights={start!r}" for start in unused}
 
     # -- variants --------------------------------------------------------------------------------------------
 
@@ -194,7 +242,7 @@ class LoraConfig(TunerConfig):
     def ranks(self) -> list[int]:
         return [self.r, *(self.rank_pattern or {}).values()]
 
-    def token_configs(self) -> list[TunerConfig]:
+    def token_configs(self) -> list[Any]:
         ids = self.trainable_token_indices
         if not ids:
             return []

@@ -4,13 +4,13 @@ An initialisation sets A and B. It may also subtract the start s·B₀A₀ from 
 the base's own output, or replace the base weight (LoftQ).
 """
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.errors import ConfigError, TargetError
+from peftcore.kernels.start_values import bias_, kaiming_uniform_, normal_
 from peftcore.methods.lora.variant import Variant
 
 if TYPE_CHECKING:
@@ -40,13 +40,24 @@ class Initialisation(Variant):
     """Class that computes the factors from data; `peftcore.init.initialize_from_data` runs it. None: no data needed."""
 
     def is_chosen(self, config: "LoraConfig") -> bool:
-        return config.init_lora_weights in self.names
+        chosen = config.init_lora_weights
+        return (chosen.lower() if isinstance(chosen, str) else chosen) in self.names
 
     def initialise(self, lora: "Lora") -> None:
         """Set A and B of one layer; called without gradients."""
+        draw_defaults(lora)
         random, zero = random_and_zero(lora)
-        nn.init.normal_(random) if lora.base.kind == "embedding" else nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+        normal_(random) if lora.base.kind == "embedding" else kaiming_uniform_(random)
         nn.init.zeros_(zero)
+
+
+def draw_defaults(lora: "Lora") -> None:
+    """Set A and B to the default values of the modules that hold them in HF PEFT, which draws these first."""
+    draw = normal_ if lora.base.kind == "embedding" else kaiming_uniform_
+    draw(lora.lora_A)
+    draw(lora.lora_B)
+    if lora.config.lora_bias:
+        bias_(lora.get_parameter("lora_bias"), lora.lora_B)  # `LoraBias` then sets it to zero
 
 
 def random_and_zero(lora: "Lora") -> tuple[Tensor, Tensor]:
@@ -68,6 +79,7 @@ class WeightInitialisation(Initialisation):
         self.check_linear(lora)
         weight = lora.base.read_unmerged().float()
         self.check_rank(lora, weight)
+        draw_defaults(lora)
         lora.set_factors(*self.factors(lora, weight))
         lora.subtract_start()
 

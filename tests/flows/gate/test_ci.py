@@ -129,6 +129,7 @@ def test_a_bad_version_is_refused_with_its_reason(origin: Origin) -> None:
     assert (outputs["verdict"], outputs["version"]) == ("refused", "v0.1.2")
 
 
+@pytest.mark.slow
 def test_of_two_jobs_at_once_the_slower_one_judges_again_against_the_new_champion(origin: Origin) -> None:
     """The loser of the race is not lost: v0.1.1 is better than v0.1.0, whichever of the two was first."""
     jobs = [origin.process(number, f"refs/tags/docstrings@{number}") for number in ("v0.1.0", "v0.1.1")]
@@ -157,6 +158,7 @@ def test_a_pushed_version_waits_until_its_commit_is_in_the_default_branch(origin
     assert (status, outputs["verdict"], outputs["version"]) == (0, "promoted", "v0.1.3")
 
 
+@pytest.mark.slow
 def test_a_version_that_is_named_need_not_be_merged(origin: Origin) -> None:
     *_, outputs = origin.job("empty", "refs/tags/docstrings@v0.1.3", "--promote", "--version", "").end()
     assert (outputs["verdict"], origin.tags()) == ("not merged", []), "an empty input names none"

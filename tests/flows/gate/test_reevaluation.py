@@ -99,6 +99,7 @@ def detail(promotion: Any) -> str:
     return {check.name: check.detail for check in promotion.report.checks}["against the champion"]
 
 
+@pytest.mark.slow
 def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     weeks: Paths, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

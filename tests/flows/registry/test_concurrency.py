@@ -65,6 +65,7 @@ def figures(kind: str, outcomes: Counter[int], stale: int, started: float) -> No
     )
 
 
+@pytest.mark.slow
 @pytest.mark.faults("concurrent promotions", trials=ROUNDS)
 def test_of_ten_processes_one_wins(registered: Any, tmp_path: Path, stack: ExitStack) -> None:
     (tmp_path / "meeting").mkdir()

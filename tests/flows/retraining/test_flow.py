@@ -126,6 +126,7 @@ def drifting(weekly: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow, "measure_drift", measured)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drifting")
 def test_wrong_rows_may_not_vouch_for_themselves(weekly: Any) -> None:
     """A candidate that has learned them is better at them than the champion."""
@@ -147,6 +148,7 @@ def test_wrong_rows_may_not_vouch_for_themselves(weekly: Any) -> None:
     assert retrain(weekly).outcome == "unchanged"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drifting")
 def test_what_was_promoted_in_spite_of_a_doubt_stays_in_doubt_until_somebody_vouches(weekly: Any) -> None:
     """A good week beside it makes the candidate better; its own rows judge no later candidate."""
@@ -166,6 +168,7 @@ def test_what_was_promoted_in_spite_of_a_doubt_stays_in_doubt_until_somebody_vou
     assert (fourth.new_files, fourth.quarantined) == (["week2.jsonl"], [])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drifting")
 def test_after_a_refused_and_a_set_aside_week_it_comes_to_rest(weekly: Any) -> None:
     drop(weekly, "week1.jsonl", "first\n")
@@ -230,6 +233,7 @@ def test_data_that_git_does_not_have_are_named_with_what_to_do(weekly: Any) -> N
         retrain(weekly)
 
 
+@pytest.mark.slow
 def test_what_colleagues_did_is_taken_in_first(
     weekly: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -298,6 +302,7 @@ def test_a_number_that_another_took_is_left_to_him(weekly: Any, tmp_path: Path) 
     assert len(weekly.git("tag", root=remote).split()) == 2
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_nothing_is_tried_once(weekly: Any) -> None:
     """The version that comes of it is there already, with a list of files that lacks it."""
     drop(weekly, "week1.jsonl", "first\n")

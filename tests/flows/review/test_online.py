@@ -22,6 +22,8 @@ from flows.runtime.tracking import LOGIN_SECONDS
 
 BIN = Path(sys.executable).parent
 
+pytestmark = pytest.mark.xdist_group("online")
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer]:
@@ -38,6 +40,7 @@ def command(server: WandbServer, *arguments: str, cwd: Path, **environment: str)
     return subprocess.run(arguments, cwd=cwd, env=everything, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.slow
 def test_what_the_server_was_told(server: WandbServer) -> None:
     assert server.unknown == [], "nothing was asked that is not imitated"
     trained = {run.name: run for run in server.runs.values() if run.told["jobType"] == "train"}
@@ -57,6 +60,7 @@ def test_what_the_server_was_told(server: WandbServer) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_project_is_read_back_and_compared(server: WandbServer, tmp_path: Path) -> None:
     done = command(server, "peftcore", "review", "--project", "ada/docs", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -84,6 +88,7 @@ def test_a_path_that_is_none(path: str) -> None:
         online.read(path)
 
 
+@pytest.mark.slow
 def test_a_project_that_is_not_there_is_one_message(server: WandbServer, tmp_path: Path) -> None:
     done = command(server, "peftcore", "review", "wandb:ada/nothing", cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""

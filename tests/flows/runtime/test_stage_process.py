@@ -34,7 +34,7 @@ run_stage(Path.cwd(), "wait", 60)
 """
 
 
-@pytest.fixture(params=["/bin/sh", "/bin/bash"])
+@pytest.fixture(params=["/bin/sh", pytest.param("/bin/bash", marks=pytest.mark.slow)])
 def shell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shell that DVC starts commands with; bash gives its place to a lone command by itself, dash does not."""
     if not Path(request.param).exists():

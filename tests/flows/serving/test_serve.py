@@ -72,6 +72,7 @@ def started(base: Path, adapters: Path) -> Iterator[Callable[..., tuple[Any, str
         process.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, str]]) -> None:
     mix = 'mix={"sql": 0.5, "chat": 0.5}'
     options = ("--name", "tiny", "--composition", mix, "--grace", "300")  # for the answer, on a busy machine

@@ -20,7 +20,7 @@ from peftcore import LoraConfig, PolyConfig, get_peft_model
 from peftcore._util.forward_records import live_records
 from peftcore.composition import Parallel, Split, Stack
 from peftcore.errors import RoutingError
-from peftcore.injection.activation import set_adapter
+from peftcore.injection.activation import activate
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
@@ -143,11 +143,11 @@ def test_backwards_in_any_order_and_more_than_once(reentrant: bool) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_what_acts_at_the_time_of_the_backward_does_not_matter(reentrant: bool) -> None:
     def switched(model: Any) -> None:
-        set_adapter(model, "a")
+        activate(model, "a")
         first = loss(model)
-        set_adapter(model, ["b", "a"])
+        activate(model, ["b", "a"])
         second = loss(model)
-        set_adapter(model, "b")
+        activate(model, "b")
         (first + second).backward()
 
     def disabled(model: Any) -> None:
@@ -156,7 +156,7 @@ def test_what_acts_at_the_time_of_the_backward_does_not_matter(reentrant: bool) 
             first.backward()
 
     def routed(model: Any) -> None:
-        set_adapter(model, "a")
+        activate(model, "a")
         first = loss(model)
         with model.route("b"):
             second = loss(model)
@@ -333,7 +333,7 @@ def test_hidden_states_that_a_hook_kept_are_enough() -> None:
             lambda _m, _x, y: kept.append(y[0] if isinstance(y, tuple) else y)
         ):
             model(TOKENS, adapter_names="a")
-        set_adapter(model, "b")
+        activate(model, "b")
         kept[0].square().sum().backward()
 
     assert_as_without(mixture(), backward, reentrant=False)
@@ -389,7 +389,7 @@ def test_a_backward_that_failed_says_nothing_of_later_ones() -> None:
     with pytest.raises(ArithmeticError):
         y.sum().backward()
     handle.remove()
-    set_adapter(model, "b")
+    model.set_adapter("b")
     gradients = []
     for output in (model.first(x), checkpoint(model.first, x, use_reentrant=False)):  # no call of the whole model
         model.zero_grad()

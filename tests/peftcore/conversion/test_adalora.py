@@ -54,7 +54,7 @@ def adalora(base: Any, **options: Any) -> Any:
 def test_the_same_function_to_the_bit(tmp_path: Path) -> None:
     model = adalora(llama())
     expected, before = model(TOKENS).logits, copy.deepcopy(model.state_dict())
-    save_as_lora(model, tmp_path / "lora")
+    save_as_lora(tmp_path / "lora", model)
     here = PeftModel.from_pretrained(llama(), tmp_path / "lora")
     assert torch.equal(here(TOKENS).logits, expected)
     assert (expected - llama()(TOKENS).logits).abs().max() > 1e-3
@@ -67,7 +67,7 @@ def test_layers_keep_their_rank_and_scaling_and_those_of_rank_0_are_no_targets(t
     layers: Any = adapter_set(model).of_method("default")
     ranks = {path: len(adapter.lora_E) for path, adapter in layers.items()}
     assert min(ranks.values()) == 0 < 2 < max(ranks.values())
-    save_as_lora(model, tmp_path)
+    save_as_lora(tmp_path, model)
     config: Any = PeftConfig.from_pretrained(tmp_path)
     assert isinstance(config, LoraConfig) and config.target_modules == {path for path, rank in ranks.items() if rank}
     loaded: Any = adapter_set(PeftModel.from_pretrained(llama(), tmp_path)).of_method("default")
@@ -80,7 +80,7 @@ def test_layers_keep_their_rank_and_scaling_and_those_of_rank_0_are_no_targets(t
 def test_hf_peft_reads_it_as_lora_whoever_trained_it(writer: str, tmp_path: Path) -> None:
     if writer == "ours":
         model = adalora(llama())
-        save_as_lora(model, tmp_path / "lora")
+        save_as_lora(tmp_path / "lora", model)
     else:
         model = peft.get_peft_model(
             llama(),
@@ -109,7 +109,7 @@ def test_triplets_that_are_masked_and_not_pruned_are_left_out(tmp_path: Path) ->
     model = adalora(llama(), total_step=12)  # the budget is still falling
     layers: Any = adapter_set(model).of_method("default")
     assert any(0 < int(a.kept.sum()) < len(a.lora_E) for a in layers.values())
-    save_as_lora(model, tmp_path)
+    save_as_lora(tmp_path, model)
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-6)
     found: Any = adapter_set(loaded).of_method("default")
@@ -122,7 +122,7 @@ def test_heads_and_biases_trained_with_it_come_along(tmp_path: Path) -> None:
         return LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=3, attention_bias=True)).eval()
 
     model = adalora(classifier(), task_type="SEQ_CLS", bias="all")
-    save_as_lora(model, tmp_path)
+    save_as_lora(tmp_path, model)
     loaded = PeftModel.from_pretrained(classifier(), tmp_path)
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=1e-6, atol=1e-6)
     assert not torch.equal(loaded.score.current().weight, classifier().score.weight)
@@ -139,8 +139,8 @@ def test_what_no_lora_equals_is_refused(tmp_path: Path) -> None:
             setattr(adapter, name, nn.Parameter(getattr(adapter, name)[:0]))
         adapter.lora_B = nn.Parameter(adapter.lora_B[:, :0])  # type: ignore[index]
     with pytest.raises(ConfigError, match="every layer of this ADALORA adapter has rank 0"):
-        save_as_lora(empty, tmp_path / "out")
+        save_as_lora(tmp_path / "out", empty)
     with_biases = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True))
     with pytest.raises(ConfigError, match="lora_only"):
-        save_as_lora(adalora(with_biases, bias="lora_only"), tmp_path / "out")
+        save_as_lora(tmp_path / "out", adalora(with_biases, bias="lora_only"))
     assert not (tmp_path / "out").exists()

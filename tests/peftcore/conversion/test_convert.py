@@ -2,20 +2,24 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conversion_models import OTHERS, TOKENS, llama, random_adapter
+from torch import nn
 
 from peftcore import (
+    ConfigError,
     LoHaConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
     VeraConfig,
     conversion,
+    inject_adapter_in_model,
 )
-from peftcore.conversion import convert_to_lora, save_as_lora
+from peftcore.conversion import add_as_lora, convert_to_lora, save_as_lora
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the oracle warns of on import is its own affair
@@ -27,7 +31,7 @@ def test_any_mergeable_method_becomes_a_lora_of_its_model(method: str) -> None:
     config, rank = OTHERS[method]
     model = random_adapter(config)
     expected = model(TOKENS).logits
-    report = convert_to_lora(model, "default", "plain", rank=rank)
+    report = add_as_lora(model, "default", "plain", rank=rank)
     assert report.error < 1e-5 and max(report.errors.values()) < 1e-5 and max(report.ranks.values()) <= rank
     assert torch.equal(model(TOKENS).logits, expected)  # the new one does not act yet
     model.set_adapter("plain")
@@ -49,7 +53,7 @@ def test_any_mergeable_method_becomes_a_lora_of_its_model(method: str) -> None:
 )
 def test_low_rank_methods_convert_exactly_and_hf_peft_reads_them(config: PeftConfig, tmp_path: Path) -> None:
     model = random_adapter(config)
-    report = save_as_lora(model, tmp_path)
+    report = save_as_lora(tmp_path, model)
     assert report.error == 0 and set(report.errors.values()) == {0}
     with torch.no_grad():
         expected = model(TOKENS).logits
@@ -62,9 +66,66 @@ def test_low_rank_methods_convert_exactly_and_hf_peft_reads_them(config: PeftCon
 def test_saved_modules_come_along_in_the_model() -> None:
     model = random_adapter(LoHaConfig(target_modules=["q_proj"], r=2, modules_to_save=["norm"], init_weights=False))
     expected = model(TOKENS).logits
-    convert_to_lora(model, "default", "plain", tolerance=1e-6)
+    add_as_lora(model, "default", "plain", tolerance=1e-6)
     model.set_adapter("plain")
     torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # the oracle's own
+@pytest.mark.parametrize("rank", [3, 0.9])
+def test_the_same_change_as_with_hf_peft(rank: float, tmp_path: Path) -> None:
+    config = LoHaConfig(target_modules=["q_proj", "down_proj"], r=3, alpha=24, init_weights=False)
+    random_adapter(config).save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(llama(), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(), str(tmp_path))
+    our_config, our_tensors = convert_to_lora(ours, rank=rank)
+    _, their_tensors = peft.convert_to_lora(theirs, rank=rank)
+    assert our_tensors.keys() == their_tensors.keys()
+    for key in our_tensors:
+        assert our_tensors[key].shape == their_tensors[key].shape
+        if ".lora_A." in key:
+            path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            other = key.replace(".lora_A.", ".lora_B.")
+            r, alpha = our_config.at(path)
+            change = our_tensors[other] @ our_tensors[key] * (alpha / our_config.denominator(r))
+            torch.testing.assert_close(change, their_tensors[other] @ their_tensors[key], rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_whose_class_is_unchanged_has_keys_without_the_prefix() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    net = inject_adapter_in_model(config, net)
+    _, tensors = convert_to_lora(net)
+    assert set(tensors) == {"0.lora_A.weight", "0.lora_B.weight"}
+
+
+def test_options_of_the_conversion_act(capsys: pytest.CaptureFixture[str]) -> None:
+    model = random_adapter(LoHaConfig(target_modules=["q_proj"], r=2, init_weights=False))
+    expected = convert_to_lora(model, 3)[1]
+    assert "converting to LoRA" not in capsys.readouterr().err
+    convert_to_lora(model, 3, progressbar=True)
+    assert "converting to LoRA" in capsys.readouterr().err
+    calls = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    compiled = convert_to_lora(model, 3, compile_kwargs={"backend": backend})[1]
+    assert calls
+    for key, tensor in expected.items():
+        torch.testing.assert_close(compiled[key], tensor)
+
+
+def test_arguments_in_the_old_order_are_explained(tmp_path: Path) -> None:
+    model = random_adapter(LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(ConfigError, match=r"call add_as_lora\(model, adapter_name, new_name\)"):
+        convert_to_lora(model, "default", "plain")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="takes the directory first"):
+        save_as_lora(model, tmp_path)  # type: ignore[arg-type]
+    for rank in (0, -1, True, 0.0, 1.5):
+        with pytest.raises(ConfigError, match="rank"):
+            convert_to_lora(model, rank)
 
 
 def test_the_old_name_of_the_report_warns() -> None:

@@ -16,14 +16,14 @@ from peftcore import (
     PeftError,
     PromptTuningConfig,
 )
-from peftcore.conversion import convert_to_lora
+from peftcore.conversion import add_as_lora
 from peftcore.injection.adapter_set import adapter_set
 
 
 @pytest.mark.parametrize("config", [LoraConfig(target_modules=["q_proj", "v_proj"], r=6), OTHERS["loha"][0]])
 def test_a_smaller_rank_is_the_best_there_is_and_its_error_is_told(config: PeftConfig) -> None:
     model = random_adapter(config)
-    report = convert_to_lora(model, "default", "plain", rank=2)
+    report = add_as_lora(model, "default", "plain", rank=2)
     layers: Any = adapter_set(model).adapters("plain")
     whole = missing = 0.0
     for path, adapter in adapter_set(model).adapters("default").items():
@@ -37,7 +37,7 @@ def test_a_smaller_rank_is_the_best_there_is_and_its_error_is_told(config: PeftC
 
 def test_a_tolerance_gives_each_layer_the_least_rank_that_meets_it() -> None:
     model = random_adapter(LoHaConfig(target_modules="all-linear", r=3, init_weights=False))
-    report = convert_to_lora(model, "default", "plain", tolerance=0.2)
+    report = add_as_lora(model, "default", "plain", tolerance=0.2)
     layers: Any = adapter_set(model).adapters("plain")
     assert len(set(report.ranks.values())) > 1 and 0 < report.error <= 0.2
     for path, adapter in adapter_set(model).adapters("default").items():
@@ -67,5 +67,5 @@ def test_what_two_factors_cannot_be_is_refused_and_nothing_is_half_made(config: 
     before = list(model.state_dict())
     limits = {} if isinstance(config, LoHaConfig) else {"rank": 4}
     with pytest.raises(PeftError, match=match):
-        convert_to_lora(model, "default", "plain", **limits)
+        add_as_lora(model, "default", "plain", **limits)
     assert list(model.state_dict()) == before and list(model.peft_config) == ["default"]

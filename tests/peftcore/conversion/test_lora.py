@@ -47,7 +47,7 @@ def test_a_name_that_ends_another_means_itself_alone(tmp_path: Path) -> None:
         layers[name].kept = torch.tensor(kept)
         with torch.no_grad():
             layers[name]._silence_dropped()
-    save_as_lora(model, tmp_path)
+    save_as_lora(tmp_path, model)
     assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x))
     there = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
     torch.testing.assert_close(there(x), model(x))

@@ -1,14 +1,19 @@
-"""Every model type of transformers that can be built tiny, on the meta device: what `detect` says against the model."""
+"""Every model type of transformers that can be built tiny, on the meta device: what `detect` says against the model.
+
+The quick tests ask it of the types in PEFT's tables, `make slow` of all others.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from tiny_models import MAPPINGS, tiny
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from tiny_models import TYPES as NAMED
+from tiny_models import tiny
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from peftcore.bases import is_adaptable
 from peftcore.detection import Architecture, detect
@@ -26,6 +31,7 @@ NOT_BUILT = {
     "informer moonshine_streaming musicgen musicgen_melody nemotron_h_omni nougat pp_ocrv5_server_det "
     "pp_ocrv6_medium_det qwen3_omni_moe t5gemma2_encoder time_series_transformer upernet vitmatte",
     "its class is not in its module": "voxtral_realtime_text",
+    "no auto class knows its configuration's class": "evolla",
     "sizes of its towers hang together in a way of their own": "d_fine depth_pro fun_asr_nano inkling2_loop lw_detr",
 }
 """{reason: types}. Beside them only those that no auto class knows: parts of other types, which are built with them."""
@@ -78,11 +84,7 @@ OTHER_WIDTHS = {
 }
 """Widths where the configuration gives another one or none."""
 
-TYPES = sorted(
-    name
-    for name in set(CONFIG_MAPPING_NAMES) - {name for names in NOT_BUILT.values() for name in names.split()}
-    if any(CONFIG_MAPPING[name] in mapping for mapping in MAPPINGS)
-)
+TYPES = sorted(NAMED & set(CONFIG_MAPPING_NAMES) - {name for names in NOT_BUILT.values() for name in names.split()})
 
 
 def listed(table: dict[str, str]) -> set[str]:
@@ -186,7 +188,13 @@ def only_models_whose_tokens_meet_in_attention_alone_are_packable(
     assert found.packable == (text and model_type not in listed(NOT_PACKABLE))
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        name if name in PEFT_TARGETS else pytest.param(name, marks=pytest.mark.slow)  # each imports a module of its own
+        for name in TYPES
+    ],
+)
 def test_what_is_detected_is_true_of_the_model(model_type: str) -> None:
     model = tiny(model_type)
     found = detect(model)

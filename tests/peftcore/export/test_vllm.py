@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from vllm_models import adapted, llama
 
 from peftcore import LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peftcore.conversion import convert_to_lora
+from peftcore.conversion import add_as_lora
 from peftcore.export import ExportError, check_vllm, export_vllm
 
 with warnings.catch_warnings():
@@ -66,7 +66,7 @@ def test_the_advice_works(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = get_peft_model(llama(), LoHaConfig(target_modules=["q_proj"], r=2, init_weights=False)).eval()
     expected = model(TOKENS).logits
-    report = convert_to_lora(model, "default", "plain", tolerance=1e-4)
+    report = add_as_lora(model, "default", "plain", tolerance=1e-4)
     assert export_vllm(model, "plain", tmp_path) == 8 and max(report.ranks.values()) == 4  # r² of a Hadamard product
     torch.testing.assert_close(
         PeftModel.from_pretrained(llama(), tmp_path)(TOKENS).logits, expected, rtol=1e-4, atol=1e-4

@@ -35,6 +35,7 @@ def test_a_submodule_of_peft_is_a_submodule_of_peftcore(name: str) -> None:
         ("tuners.tuners_utils", "BaseTunerLayer"),
         ("utils.other", "ModulesToSaveWrapper"),
         ("utils.save_and_load", "get_peft_model_state_dict"),
+        ("utils.hotswap", "hotswap_adapter"),
         ("utils", "SAFETENSORS_WEIGHTS_NAME"),
         ("mapping", "PEFT_TYPE_TO_CONFIG_MAPPING"),
     ],
@@ -64,6 +65,7 @@ def run(code: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_with_the_alias_import_peft_finds_peftcore() -> None:
     printed = run(
         "import peftcore.as_peft, peft, peftcore, importlib.metadata as metadata\n"

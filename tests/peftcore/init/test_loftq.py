@@ -6,6 +6,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -37,6 +38,46 @@ def test_loftq_takes_up_what_quantising_lost(tmp_path: Any) -> None:
         replace_lora_weights_loftq(model, {})
     with pytest.raises(CheckpointError, match="no safetensors"):
         replace_lora_weights_loftq(model, tmp_path)
+    with pytest.raises(CheckpointError, match="give the original model's as model_path"):
+        replace_lora_weights_loftq(model)
+
+
+def test_the_original_weights_are_found_by_the_name_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    made: Any = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    made.load_state_dict({"weight": weight})
+    model = get_peft_model(nn.Sequential(made.to("cpu")), LoraConfig(r=4, target_modules=["0"]))
+    adapter = adapter_set(model).adapters("default")["0"]
+    replace_lora_weights_loftq(model, {"0.weight": weight})
+    expected = adapter.delta_weight()
+    save_file({"0.weight": weight}, tmp_path / "model.safetensors")
+    for place in (tmp_path, str(tmp_path / "model.safetensors")):
+        adapter.reset_parameters()
+        replace_lora_weights_loftq(model, place)
+        assert torch.equal(adapter.delta_weight(), expected)
+    model.name_or_path = str(tmp_path)
+    adapter.reset_parameters()
+    replace_lora_weights_loftq(model)
+    assert torch.equal(adapter.delta_weight(), expected)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model.name_or_path = "nobody/nothing"
+    with pytest.raises(CheckpointError, match="'nobody/nothing' is no directory, and is not in the hub's cache"):
+        replace_lora_weights_loftq(model)
+
+
+def test_keys_of_a_checkpoint_without_the_head() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    made: Any = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    made.load_state_dict({"weight": weight})
+    base: Any = nn.Sequential(nn.Sequential(made.to("cpu")))
+    base.base_model_prefix = "0"
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0.0"]))
+    replace_lora_weights_loftq(model, {"0.weight": weight})
+    assert adapter_set(model).adapters("default")["0.0"].delta_weight().abs().max() > 0
 
 
 def test_loftq_with_dora_starts_at_the_same_weight() -> None:

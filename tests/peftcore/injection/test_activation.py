@@ -19,7 +19,7 @@ from peftcore import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peftcore.conversion import convert_to_lora
+from peftcore.conversion import add_as_lora
 from peftcore.errors import MergeError, RoutingError
 from peftcore.injection.activation import set_adapter
 from peftcore.injection.adapter_set import adapter_set
@@ -42,7 +42,7 @@ def test_adding_never_changes_another_adapter() -> None:
     model.add_adapter("b", lora("0", "1"))
     now = {n.replace("1.base_layer", "1"): p.requires_grad for n, p in model.named_parameters() if ".b." not in n}
     assert now == before
-    assert all(p.requires_grad for n, p in model.named_parameters() if ".b." in n)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".b." in n), "until it is active"
 
 
 @pytest.mark.parametrize("name", ["o", "0", "base_layer", "weight", "lora_A", "default2"])
@@ -58,9 +58,10 @@ def test_loading_or_freezing_one_by_any_name_never_changes_another(name: str, tm
     for is_trainable in (False, True):
         model.load_adapter(tmp_path, name, is_trainable=is_trainable)
         own = [p.requires_grad for n, p in model.named_parameters() if f".adapters.{name}." in n]
-        assert trained() == before and own == [is_trainable] * 4
-        model.set_requires_grad(name, not is_trainable)
-        assert trained() == before
+        assert trained() == before and own == [False] * 4
+        for requires_grad in (True, False):
+            model.set_requires_grad(name, requires_grad)
+            assert trained() == before
         model.delete_adapter(name)
     assert trained() == before
 
@@ -118,7 +119,7 @@ def test_who_activates_an_adapter_is_who_does_in_peft(tmp_path: Path) -> None:
         model.add_adapter("b", lora("0"))
         model.load_adapter(tmp_path, "c")
         model.add_weighted_adapter(["b", "c"], [1.0, 1.0], "d")
-        convert_to_lora(model, "b", "e")
+        add_as_lora(model, "b", "e")
         store = AdapterStore(model)
         store.register("f", tmp_path)
         store.acquire("f").release()
@@ -181,7 +182,7 @@ def test_names_that_are_not_there(tmp_path: Path) -> None:
     model = net()
     model.save_pretrained(tmp_path)
     for call in (model.set_adapter, model.delete_adapter, model.set_requires_grad):
-        with pytest.raises(AdapterNameError, match="no adapter named 'x'; loaded: default"):
+        with pytest.raises(AdapterNameError, match="Adapter x does not exist; loaded: default"):
             call("x")
     with pytest.raises(AdapterNameError, match="at most once"):
         model.set_adapter(["default", "default"])
@@ -358,7 +359,7 @@ def test_of_several_adapters_all_or_none_are_deleted() -> None:
     model = net()
     model.add_adapter("b", lora("1"))
     model.merge_adapter(["b"])
-    with pytest.raises(MergeError, match="'b' is merged"):
+    with pytest.raises(MergeError, match=r"\['b'\] are merged"):
         model.delete_adapter(["default", "b"])
     assert list(model.peft_config) == ["default", "b"]
     with pytest.warns(UserWarning, match="'b' is the active one now"):
@@ -370,7 +371,7 @@ def test_only_one_copy_of_a_module_can_be_active() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), lora("0", modules_to_save=["1"]))
     model.add_adapter("b", lora("0", modules_to_save=["1"]))
     model.add_adapter("c", lora("0"))
-    with pytest.raises(AdapterNameError, match=r"\['default', 'b'\] each have a copy of 1"):
+    with pytest.raises(AdapterNameError, match=r"\['default', 'b'\] each train 1 whole"):
         model.set_adapter(["default", "b"])
     model.set_adapter(["c", "b"])
     assert model[1].active_adapters == ["b"]

@@ -46,7 +46,9 @@ def test_the_parameters_of_a_name_are_all_that_it_trains_each_once() -> None:
     model.add_adapter("b", LoraConfig(r=3, target_modules=["1"]))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and ".b." not in name}
     assert names_of(model, adapter_set(model).parameters("a")) == trained
-    assert {"2.copies.a.weight", "2.copies.a.bias"} < trained and len(trained) == 5  # A, B and the layer's bias
+    assert {"2.modules_to_save.a.weight", "2.modules_to_save.a.bias"} < trained and len(
+        trained
+    ) == 5  # A, B and the layer's bias
     assert names_of(model, adapter_set(model).parameters("b")) == {"1.adapters.b.lora_A", "1.adapters.b.lora_B"}
 
 
@@ -93,7 +95,7 @@ def test_a_name_that_is_not_loaded_is_an_error_that_lists_the_loaded_ones() -> N
     adapters = adapter_set(model)
     adapters.require("a", "b")
     for call in (adapters.require, adapters.adapters, adapters.biases, adapters.parameters, adapters.shared):
-        with pytest.raises(AdapterNameError, match="no adapter named 'x'; loaded: a, b"):
+        with pytest.raises(AdapterNameError, match="Adapter x does not exist; loaded: a, b"):
             call("x")
     model.delete_adapter(["a", "b"])
     with pytest.raises(AdapterNameError, match="loaded: none yet"):

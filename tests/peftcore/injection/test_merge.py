@@ -16,7 +16,7 @@ from quantised_layers import quantised
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftcore import LoraConfig, MergeError, get_peft_model
+from peftcore import AdapterNameError, LoraConfig, MergeError, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
@@ -31,6 +31,15 @@ def adapt(net: nn.Module, method: str = "LORA", **options: Any) -> Any:
     net = get_peft_model(net, EXAMPLES[method].make(**{"target_modules": ["0"], **options}))
     randomise(net, EXAMPLES[method].spread)
     return net
+
+
+def test_merging_what_is_merged_changes_nothing_and_warns() -> None:
+    net = adapt(nn.Sequential(nn.Linear(12, 8)), "LORA", init_lora_weights=False)
+    net.merge_adapter()
+    weight = net[0].base_layer.weight.clone()
+    with pytest.warns(UserWarning, match="merged already"):
+        net.merge_adapter()
+    assert torch.equal(net[0].base_layer.weight, weight)
 
 
 # -- types ---------------------------------------------------------------------------------------------------------
@@ -131,7 +140,7 @@ def test_a_merged_model_and_its_copies_can_be_disabled_and_unmerged_on_their_own
             torch.testing.assert_close(other(x), base(x), rtol=0, atol=0)
             raise RuntimeError
         torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
-    with pytest.raises(MergeError, match="'b' is merged into the base; call unmerge_adapter first"):
+    with pytest.raises(MergeError, match=r"\['b'\] are merged into the base, so they cannot be deleted"):
         other.delete_adapter("b")
     other.unmerge_adapter()
     other.delete_adapter("b")
@@ -238,3 +247,30 @@ def test_a_tied_base_that_keeps_its_weights_stays_tied() -> None:
     model = get_peft_model(tied(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     merged = model.merge_and_unload()
     assert merged.config.tie_word_embeddings and merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+# -- merged for the time of a block
+
+
+def test_a_block_merges_and_gives_the_same_weights_back() -> None:
+    net: Any = get_peft_model(nn.Sequential(nn.Linear(8, 6)).double(), LoraConfig(r=2, target_modules=["0"])).eval()
+    randomise(net, 0.3)
+    x, weight = torch.randn(3, 8, dtype=torch.float64), net[0].base_layer.weight
+    expected = net(x)
+    with net.merged():
+        assert net[0].merged == ("default",)
+        torch.testing.assert_close(net(x), expected)
+        with pytest.raises(MergeError, match=r"\['default'\] are merged already"), net.merged():
+            pass
+        assert net[0].merged == ("default",)  # the refused block has not unmerged them
+    assert not net[0].merged and net[0].base_layer.weight is weight
+
+
+def test_a_block_that_fails_unmerges_too() -> None:
+    net: Any = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"]))
+    weight = net[0].base_layer.weight
+    with pytest.raises(ZeroDivisionError), net.merged(["default"], safe_merge=True):
+        raise ZeroDivisionError
+    assert not net[0].merged and net[0].base_layer.weight is weight
+    with pytest.raises(AdapterNameError), net.merged(["absent"]):
+        pass

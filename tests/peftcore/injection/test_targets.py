@@ -36,7 +36,11 @@ def test_names_match_whole_segments() -> None:
 
 def test_modules_to_save_match_whole_segments() -> None:
     model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["head"]))
-    trained = {n.split(".copies.")[0] for n, p in model.named_parameters() if p.requires_grad and ".copies." in n}
+    trained = {
+        n.split(".modules_to_save.")[0]
+        for n, p in model.named_parameters()
+        if p.requires_grad and ".modules_to_save." in n
+    }
     assert trained == {"head", "block.head"}
     model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["block.head"]))
     assert isinstance(model.head, nn.Linear) and type(model.head) is nn.Linear
@@ -62,7 +66,7 @@ def test_a_sequence_classifier_keeps_its_head_out_of_all_linear() -> None:
     model = BertForSequenceClassification(config)
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type=TaskType.SEQ_CLS))
     trained = {n for n, p in adapted.named_parameters() if p.requires_grad and "adapters" not in n}
-    assert trained == {"classifier.copies.default.weight", "classifier.copies.default.bias"}
+    assert trained == {"classifier.modules_to_save.default.weight", "classifier.modules_to_save.default.bias"}
 
 
 def test_attention_that_reads_weights_directly_is_refused() -> None:
@@ -145,3 +149,8 @@ def test_loading_a_directory_resolves_its_targets_once(tmp_path: Path, monkeypat
         monkeypatch.setattr(module, "target_paths", counted)
     model = PeftModel.from_pretrained(Heads(), tmp_path)
     assert len(resolved) == 1 and model.peft_config["default"].target_modules == {"head"}
+
+
+def test_an_exclusion_that_matches_nothing_warns() -> None:
+    with pytest.warns(UserWarning, match="exclude_modules .* has no effect"):
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"], exclude_modules=["7"]))

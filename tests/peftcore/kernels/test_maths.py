@@ -60,8 +60,11 @@ def test_random_places_are_distinct_and_depend_on_the_seed() -> None:
 def test_row_dropout_keeps_the_mean_and_module_dropout_drops_all_rows() -> None:
     torch.manual_seed(0)
     factors = keep_rows(1000, torch.zeros(1), 0.3, 0.0, rescale=True)
-    assert len(factors.unique()) == 2 and float(factors.mean()) == pytest.approx(1, abs=1e-5)
-    assert not keep_rows(10, torch.zeros(1), 0.0, 1.0, rescale=False).any()
+    assert factors is not None and len(factors.unique()) == 2
+    assert float(factors.mean()) == pytest.approx(1, abs=1e-5)
+    dropped = keep_rows(10, torch.zeros(1), 0.0, 1.0, rescale=False)
+    assert dropped is not None and not dropped.any()
+    assert keep_rows(10, torch.zeros(1), 0.0, 0.0, rescale=True) is None
 
 
 def test_shapes_and_types() -> None:

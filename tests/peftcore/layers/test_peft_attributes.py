@@ -1,11 +1,13 @@
 """Attributes that scripts read and write on HF PEFT's layers, compared with HF PEFT's own layers."""
 
+import copy
 from typing import Any
 
 import peft
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore import ConfigError, PeftError
@@ -155,3 +157,24 @@ def test_rows_that_train_are_an_adapter_of_their_own() -> None:
     torch.testing.assert_close(ours, theirs)
     with pytest.raises(AttributeError):
         _ = models[0][1].token_adapter
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set:UserWarning")
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(6, 5), nn.Embedding(7, 6), nn.Conv2d(3, 4, 2), nn.Conv1d(2, 6, 3), Conv1D(5, 6)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_every_kind_of_layer_has_the_sizes_of_its_input_and_output(layer: nn.Module) -> None:
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), peft.LoraConfig(r=2, target_modules=["0"]))
+    ours = peftcore.get_peft_model(nn.Sequential(layer), peftcore.LoraConfig(r=2, target_modules=["0"]))
+    expected = theirs.base_model.model[0]
+    assert (ours[0].in_features, ours[0].out_features) == (expected.in_features, expected.out_features)
+
+
+def test_a_number_may_have_the_name_of_its_method() -> None:
+    layers = []
+    for library in (peftcore, peft):
+        config = library.WaveFTConfig(target_modules=["0"], n_frequency=7)
+        layers.append(library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).base_model.model[0])
+    assert [layer.waveft_n_frequency["default"] for layer in layers] == [7, 7]

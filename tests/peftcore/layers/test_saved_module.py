@@ -11,7 +11,7 @@ from routed_models import TOKENS, adapted, assert_rows_as_alone, llama, lora
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import LoraConfig, RoutingError, get_peft_model
+from peftcore import AdapterNameError, LoraConfig, RoutingError, get_peft_model
 from peftcore.composition import Stack
 from peftcore.layers.saved_module import SavedModule
 
@@ -53,6 +53,9 @@ def test_the_active_adapters_copy_is_used_and_else_the_original() -> None:
     for active, factor in ((["a"], 2), (["b"], 1), (["b", "c"], 3), (["c"], 3), ([], 1)):
         model.set_adapter(active)
         torch.testing.assert_close(model(X), factor * base)
+    with pytest.raises(AdapterNameError, match=r"\['c', 'a'\] each train head whole"):
+        model.set_adapter(["c", "a"])
+    assert model.active_adapters == []
 
 
 def test_each_row_of_a_mixed_batch_uses_its_own_copy() -> None:

@@ -179,7 +179,7 @@ def test_contexts_between_two_layers_that_are_called_by_themselves(fails: bool, 
 def test_layers_share_inside_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Query, key and value in one product, with gradients and without, on every call but in inference mode."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes)), lora())
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes)), lora()).train()
     counts: list[int] = []
     for name in ("low_rank_linears", "stacked_outputs"):
         original = getattr(forward_paths, name)

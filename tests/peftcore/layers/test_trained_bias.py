@@ -26,7 +26,7 @@ from peftcore import (
     get_peft_model,
 )
 from peftcore._util.tensors import WEIGHTS_NAME
-from peftcore.conversion import convert_to_lora
+from peftcore.conversion import add_as_lora
 from peftcore.files import MANIFEST
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.routing import AdapterStore
@@ -322,7 +322,7 @@ def test_a_conversion_keeps_them() -> None:
     model = get_peft_model(net("norm"), lora(bias="all"))
     randomise(model, 0.3)
     adapted = model(X)
-    convert_to_lora(model, "default", "plain")
+    add_as_lora(model, "default", "plain")
     model.set_adapter("plain")
     torch.testing.assert_close(model(X), adapted, rtol=1e-6, atol=1e-6)
 

@@ -59,8 +59,8 @@ def test_dropout_acts_at_once_on_a_base_in_evaluation_mode_and_the_base_stays_th
     assert drops(net) and not net[0].base_layer.training and not net[1].training
     assert not drops(net.eval())
     net.add_adapter("other", config)
-    move(net)
     net.set_adapter("other")
+    move(net)
     assert drops(net)
     net.set_adapter("default")
     assert not drops(net)

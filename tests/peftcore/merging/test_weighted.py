@@ -240,7 +240,7 @@ def test_svd_does_not_depend_on_the_order(order: tuple[int, ...], linears: Any) 
     [
         ({"adapter_name": "b"}, AdapterNameError, "an adapter named .b. exists already"),
         ({"adapter_name": "x.y"}, AdapterNameError, r"must not be empty or contain '\.'"),
-        ({"adapters": ["a", "z"]}, AdapterNameError, "no adapter named 'z'; loaded: a, b"),
+        ({"adapters": ["a", "z"]}, AdapterNameError, "Adapter z does not exist; loaded: a, b"),
         ({"adapters": [], "weights": []}, ConfigError, "no adapters to merge"),
         ({"weights": [1.0]}, ConfigError, "got 2 adapters and 1 weights"),
         ({"weights": [1.0, float("nan")]}, ConfigError, "weights must be finite numbers; got nan"),

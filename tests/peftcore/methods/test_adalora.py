@@ -3,17 +3,27 @@
 import copy
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from layer_parity import agrees_with_peft
 from method_example import Example
 from quantised_layers import quantised
 from torch import nn
 
-from peftcore import AdaLoraConfig, ConfigError, PeftConfig, PeftModel, TargetError, TrainingError, get_peft_model
+from peftcore import (
+    AdaLoraConfig,
+    ConfigError,
+    PeftConfig,
+    PeftModel,
+    TrainingError,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from peftcore.injection.adapter_set import adapter_set
 
 EXAMPLE = Example(
@@ -255,8 +265,23 @@ def test_impossible_options() -> None:
         AdaLoraConfig(tinit=5, tfinal=5, total_step=10)
     with pytest.raises(TrainingError, match="total_step"):
         net(total_step=None).on_optimizer_step(1)
-    with pytest.raises(TargetError, match="ADALORA does not adapt conv layers"):
-        get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 1)), AdaLoraConfig(target_modules=["0"]))
+    with pytest.raises(ConfigError, match="0 is a convolution with groups"):
+        get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), AdaLoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 2, padding=1), nn.Linear(3, 4)], ids=["Conv2d", "Linear"])
+def test_a_convolution_computes_what_peft_does(layer: nn.Module) -> None:
+    options: dict[str, Any] = {"init_r": 3, "target_r": 2, "total_step": 9, "target_modules": ["0"]}
+    theirs = peft.get_peft_model(
+        nn.Sequential(copy.deepcopy(layer)), peft.AdaLoraConfig(**options, init_lora_weights=False)
+    )
+    ours = get_peft_model(nn.Sequential(layer), AdaLoraConfig(**options))
+    set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    x = torch.randn(2, 3, 5, 3)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(
+        ours[0].get_delta_weight("default"), theirs.base_model.model[0].get_delta_weight("default")
+    )
 
 
 @pytest.mark.parametrize("storage", ["nf4", "nf4+double", "int8"])
@@ -298,3 +323,10 @@ def test_pruning_takes_moments_of_eight_bits_along() -> None:
     for a in layers(model):
         for name in ("lora_A", "lora_B", "lora_E"):
             assert optimizer.state[getattr(a, name)]["state1"].shape == getattr(a, name).shape
+
+
+def test_a_convolution_means_what_it_means_in_peft(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(6, 8, 3, stride=2, padding=1), torch.randn(2, 6, 9, 9)
+    options = {"init_r": 4, "target_r": 2, "total_step": 10}
+    agrees_with_peft(layer, x, "AdaLoraConfig", AdaLoraConfig, options, tmp_path)

@@ -1,10 +1,13 @@
 """LN tuning: which norms it finds, and that it computes with its own weight as each norm does with the base's."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from layer_parity import agrees_with_peft
 from method_example import Example, randomise
 from torch import nn
 from transformers import (
@@ -19,8 +22,9 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.pytorch_utils import Conv1D
 
-from peftcore import LoraConfig, PeftModel, TargetError, get_peft_model
+from peftcore import LoraConfig, PeftModel, TargetError, get_peft_model, set_peft_model_state_dict
 from peftcore.methods.ln_tuning import LNTuningConfig
 
 DECODER: dict[str, Any] = {
@@ -105,7 +109,7 @@ def test_other_norms_merge_to_what_they_computed(kind: str) -> None:
     own = net[0].adapters["default"]
     adapted = net(x)
     reference = type(layer)(*((2, 4) if kind == "group" else (4,)), **({"bias": False} if kind == "no bias" else {}))
-    reference.double().load_state_dict(own.state_dict())
+    reference.double().load_state_dict({name.removeprefix("ln_tuning_"): p for name, p in own.named_parameters()})
     torch.testing.assert_close(adapted, reference(x), rtol=1e-12, atol=1e-12)
     net.merge_adapter()
     torch.testing.assert_close(net(x), adapted, rtol=1e-12, atol=1e-12)
@@ -123,7 +127,9 @@ def test_what_a_norm_does_with_its_weight_stays_its_own(model: str) -> None:
     randomise(net, 0.3)
     tokens = torch.randint(0, 32, (2, 5))
     adapted = net(tokens).last_hidden_state
-    weights = {path: host.adapters["default"].weight.detach() for path, host in net._adapter_set.layers.items()}
+    weights = {
+        path: host.adapters["default"].ln_tuning_weight.detach() for path, host in net._adapter_set.layers.items()
+    }
     plain = net.unload()
     before = plain(tokens).last_hidden_state
     for path, weight in weights.items():
@@ -138,7 +144,7 @@ def test_it_starts_from_the_base_also_while_that_is_merged() -> None:
     net.merge_adapter()
     net.add_adapter("other", LNTuningConfig(target_modules=["0"]))
     other = net[0].adapters["other"]
-    assert torch.equal(other.weight, base) and torch.equal(other.bias, torch.zeros_like(base))
+    assert torch.equal(other.ln_tuning_weight, base) and torch.equal(other.ln_tuning_bias, torch.zeros_like(base))
 
 
 def test_half_precision_starts_bit_for_bit_as_the_base() -> None:
@@ -159,8 +165,30 @@ def test_default_targets_beside_another_adapter(tmp_path: Path) -> None:
     assert isinstance(PeftModel.from_pretrained(LlamaModel(LlamaConfig(**DECODER)), tmp_path / "again"), PeftModel)
 
 
-def test_only_norms() -> None:
-    with pytest.raises(TargetError, match="LN_TUNING does not adapt linear layers such as 0; it adapts norm"):
-        get_peft_model(nn.Sequential(nn.Linear(4, 4)), LNTuningConfig(target_modules=["0"]))
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (nn.Linear(4, 6), torch.randn(3, 4)),
+        (nn.Embedding(5, 4), torch.tensor([[0, 3], [1, 1]])),
+        (nn.Conv2d(2, 4, 2), torch.randn(2, 2, 4, 4)),
+    ],
+    ids=["Linear", "Embedding", "Conv2d"],
+)
+def test_other_layers_that_are_named_train_whole_as_in_peft(layer: nn.Module, x: torch.Tensor) -> None:
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), peft.LNTuningConfig(target_modules=["0"]))
+    randomise(theirs, 0.3)
+    ours = get_peft_model(nn.Sequential(layer), LNTuningConfig(target_modules=["0"]))
+    set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours.merge_adapter()
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_only_norms_are_default_targets() -> None:
     with pytest.raises(TargetError, match="LN_TUNING in Sequential"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), LNTuningConfig())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Linear(6, 4, bias=False), Conv1D(4, 6)], ids=str)
+def test_a_linear_layer_means_what_it_means_in_peft(layer: nn.Module, tmp_path: Path) -> None:
+    agrees_with_peft(layer, torch.randn(3, 6), "LNTuningConfig", LNTuningConfig, {}, tmp_path)

@@ -135,7 +135,6 @@ def test_grouped_convolution_trains_but_does_not_merge() -> None:
         ({"alora_invocation_tokens": []}, "empty"),
         ({"lora_aplha": 3}, "did you mean 'lora_alpha'"),
         ({"task_type": "CHAT"}, "CAUSAL_LM"),
-        ({"target_modules": []}, "empty"),
         ({"layers_pattern": "h"}, "needs layers_to_transform"),
     ],
 )

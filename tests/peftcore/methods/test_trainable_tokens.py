@@ -9,13 +9,16 @@ from method_example import Example, randomise
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from peftcore import ConfigError, PeftModel, TargetError, get_peft_model
+import peftcore
+from peftcore import ConfigError, LoraConfig, PeftModel, TargetError, get_peft_model
+from peftcore.errors import MergeError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.trainable_tokens import TrainableTokensConfig
 
 EXAMPLE = Example(
     TrainableTokensConfig,
     options={"token_indices": [1, 5, 7]},
+    second={"token_indices": [0, 2]},
     theirs="TrainableTokensConfig",
     parity={"plain": {"token_indices": [1, 5, 60]}, "one": {"token_indices": [30]}},
     families=("gpt2", "llama", "mistral", "bert"),
@@ -87,3 +90,39 @@ def test_tokens_beyond_the_vocabulary_and_models_without_an_embedding() -> None:
         get_peft_model(llama(True), TrainableTokensConfig(token_indices=[40]))
     with pytest.raises(TargetError, match="give target_modules"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), TrainableTokensConfig(token_indices=[0]))
+
+
+def test_tied_layers_with_different_tokens_train_their_own_rows() -> None:
+    options: dict[str, Any] = {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"lm_head": [1], "embed_tokens": [3]},
+    }
+    model = get_peft_model(llama(True), LoraConfig(**options))
+    ours = {path: part for path, part in adapter_set(model).adapters("default").items() if "q_proj" not in path}
+    assert {path: part.chosen for path, part in ours.items()} == {"lm_head": (1,), "model.embed_tokens": (3,)}
+    theirs = peft.get_peft_model(llama(True), peft.LoraConfig(**options)).base_model.model
+    assert theirs.lm_head.token_adapter.token_indices["default"] == model.lm_head.token_indices["default"] == [1]
+    for library in (peftcore, peft):
+        with pytest.raises(ValueError, match=r"ensure_weight_tying|weight tying"):
+            library.get_peft_model(llama(True), library.LoraConfig(ensure_weight_tying=True, **options))
+
+
+def test_rows_of_a_layer_that_trains_whole_are_refused() -> None:
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    for library in (peftcore, peft):
+        config = library.LoraConfig(trainable_token_indices={"embed_tokens": [1]}, **options)
+        with pytest.raises(ValueError, match=r"trains whole|trained fully"):
+            library.get_peft_model(llama(False), config)
+
+
+def test_two_adapters_with_a_common_token_are_not_merged_together() -> None:
+    for library in (peftcore, peft):
+        model = library.get_peft_model(llama(False), library.TrainableTokensConfig(token_indices=[0, 1]), "a")
+        model.add_adapter("b", library.TrainableTokensConfig(token_indices=[1, 2]))
+        with pytest.raises(ValueError, match=r"tokens \[1\]|already defined"):
+            model.merge_and_unload(adapter_names=["a", "b"])
+    model = get_peft_model(llama(False), TrainableTokensConfig(token_indices=[0, 1]), "a")
+    model.add_adapter("b", TrainableTokensConfig(token_indices=[1, 2]))
+    model.merge_adapter(["a"])
+    with pytest.raises(MergeError, match=r"the rows of tokens \[1\]"):
+        model.merge_adapter(["b"])

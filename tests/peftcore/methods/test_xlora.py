@@ -1,5 +1,6 @@
 """X-LoRA on whole models: parity with HF PEFT, both ways, and saving."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from parity_log import agree
 from safetensors.torch import save_file
 from xlora_models import build, config, llama, mixed, tokens, trained_loras
 
-from peftcore import PeftModel
+from peftcore import CheckpointError, ConfigError, LoraConfig, PeftModel, get_peft_model
 from peftcore.methods.xlora import XLoraConfig
 
 EXAMPLE = Example(XLoraConfig, options={"hidden_size": 32, "adapters": {"0": "unread"}}, whole_model=True)
@@ -58,3 +59,28 @@ def test_save_and_load_keeps_the_classes_in_order(loras: dict[str, str], tmp_pat
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
     assert "target_modules" not in (tmp_path / "adapter_config.json").read_text()
+
+
+def test_loras_that_were_moved_are_named_by_adapters(loras: dict[str, str], tmp_path: Path) -> None:
+    model = mixed(loras)
+    model.save_pretrained(tmp_path / "mixture")
+    moved = {name: str(shutil.copytree(place, tmp_path / f"moved-{name}")) for name, place in loras.items()}
+    config = tmp_path / "mixture" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(Path(loras["0"]).parent), "/nowhere"))
+    (tmp_path / "mixture" / "SHA256SUMS").unlink()
+    with pytest.raises(CheckpointError, match="nowhere"):
+        PeftModel.from_pretrained(llama(), tmp_path / "mixture")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "mixture", adapters=moved)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert loaded.peft_config["default"].adapters == moved
+    loaded.delete_adapter("default")
+    loaded.load_adapter(tmp_path / "mixture", "again", adapters=moved)
+    loaded.set_adapter("again")
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_adapters_is_an_option_of_xlora_only(loras: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="adapters is an option of X-LoRA; the adapter is LORA"):
+        PeftModel.from_pretrained(llama(), loras["0"], adapters=loras)
+    with pytest.raises(ConfigError, match="adapters is an option of X-LoRA"):
+        get_peft_model(llama(), LoraConfig()).load_adapter(loras["0"], "other", adapters=loras)

@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from method_example import randomise
@@ -423,3 +424,39 @@ def test_the_trainer_computes_the_models_loss_and_resumes(method: str, tmp_path:
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     first, second = (t.model.peftcore_prompts["default"].state_dict() for t in (whole, resumed))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.filterwarnings("ignore")  # the oracle's own
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [*((method, "llama") for method in (*FED, "PREFIX_TUNING")), ("PROMPT_TUNING", "t5"), ("PREFIX_TUNING", "t5")],
+)
+def test_get_prompt_returns_what_hf_peft_returns(method: str, family: str, tmp_path: Path) -> None:
+    model = prompted(method, family).eval()
+    model.peft_config["default"].task_type = FAMILIES[family][1]  # PEFT's CPT needs it
+    model.save_pretrained(tmp_path)
+    other = peft.PeftModel.from_pretrained(build(family), str(tmp_path)).eval()
+    with torch.no_grad():
+        ours, theirs = model.get_prompt(2, **extra(method)), other.get_prompt(2, **extra(method))
+    if method == "PREFIX_TUNING":
+        ours, theirs = (getattr(cache, "self_attention_cache", cache) for cache in (ours, theirs))
+        pairs = zip(ours.layers, theirs.layers, strict=True)
+        values = [(own.keys, other.keys) for own, other in pairs]
+        values += [(own.values, other.values) for own, other in zip(ours.layers, theirs.layers, strict=True)]
+    else:
+        values = [(ours, theirs)]
+    for own, expected in values:
+        torch.testing.assert_close(own, expected.reshape(own.shape), rtol=1e-5, atol=1e-6)
+
+
+def test_get_prompt_needs_a_prompt_and_its_own_arguments() -> None:
+    with pytest.raises(ConfigError, match="PromptTuning takes no task_ids; leave it out"):
+        prompted("PROMPT_TUNING", "llama").get_prompt(2, task_ids=torch.arange(2))
+    with pytest.raises(ConfigError, match="needs task_ids"):
+        prompted("MULTITASK_PROMPT_TUNING", "llama").get_prompt(2)
+    with pytest.raises(ConfigError, match="max_cache_len must be None"):
+        prompted("PREFIX_TUNING", "llama").get_prompt(2, max_cache_len=5)
+    with pytest.raises(ConfigError, match="AdaptionPrompt adds nothing to the model's inputs"):
+        prompted("ADAPTION_PROMPT", "llama").get_prompt(2)
+    with pytest.raises(ConfigError, match="'default' is LORA, which adds no prompt"):
+        get_peft_model(build("llama"), LoraConfig()).get_prompt(2)

@@ -60,7 +60,7 @@ def test_it_learns_which_adapter_to_weigh_for_which_token() -> None:
     with torch.no_grad():
         target = torch.where(x[:, :1] > 0, model(x, adapter_names="a"), model(x, adapter_names="b"))
     fusion = Fusion(model, ["a", "b"])
-    optimizer = torch.optim.Adam(fusion.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(fusion.parameters(), lr=0.03)
     losses = []
     for _ in range(300):
         loss = F.mse_loss(model(x, adapter_names=fusion.gate), target)
@@ -94,7 +94,7 @@ def test_its_file(tmp_path: Path) -> None:
         Fusion.load(model, path)
     path.write_bytes(whole)
     model.delete_adapter("c")
-    with pytest.raises(AdapterNameError, match="'c'"):
+    with pytest.raises(AdapterNameError, match="Adapter c does"):
         Fusion.load(model, path)
     save_file({"queries.0": torch.ones(4, 12)}, path, metadata={"members": '["a", "b"]', "width": "4"})
     with pytest.raises(CheckpointError, match=r"other layers: keys\.0"):
@@ -105,7 +105,7 @@ def test_bad_input_is_named() -> None:
     model = adapted()
     with pytest.raises(RoutingError, match="two adapters or more"):
         Fusion(model, ["a"])
-    with pytest.raises(AdapterNameError, match="'z'"):
+    with pytest.raises(AdapterNameError, match="Adapter z does"):
         Fusion(model, ["a", "z"])
     model.add_adapter("ia3", IA3Config(target_modules=["0"], feedforward_modules=[], inference_mode=True))
     with pytest.raises(RoutingError, match="low-rank adapters; IA3 at 0"):

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftcore import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peftcore._util.fingerprint import unchanging_weights
 from peftcore._util.tensors import WEIGHTS_NAME
 from peftcore.composition import Stack
-from peftcore.composition.fingerprint import unchanging_weights
 from peftcore.errors import AdapterNameError, AdapterStoreError, CheckpointError, RoutingError
 from peftcore.files import MANIFEST
 from peftcore.routing import AdapterStore

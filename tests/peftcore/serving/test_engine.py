@@ -45,23 +45,24 @@ def prompts(count: int) -> list[list[int]]:
 # -- exactness ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limits", [Limits(), Limits(max_batch=3), Limits(max_batch=5, prefill_tokens=16)])
 def test_whatever_is_in_the_batch_a_request_gets_what_generate_gives_it_alone(
-    serving: Callable[..., Any], limits: Limits
+    serving: Callable[..., Any], world: Any
 ) -> None:
-    served = serving(limits=limits, max_loaded=4)
     chance = random.Random(2)
     jobs = [(NAMES[n % len(NAMES)], prompt, chance.randint(1, 25)) for n, prompt in enumerate(prompts(18))]
-    asked = []
-    for name, prompt, tokens in jobs:
-        asked.append(served.begin(name, prompt, tokens))
-        time.sleep(chance.choice([0, 0, 0.01]))
-    for one, (name, prompt, tokens) in zip(asked, jobs, strict=True):
-        text, finish, count = one.result()
-        assert text == served.world.expected(name, prompt, tokens), name
-        assert (finish == "length") == (count == tokens) or finish == "stop"
-    served.wait(lambda: served.service.engine.idle)
-    assert served.service.catalog.store.statistics()["in_use"] == 0
+    expected = [world.expected(*job) for job in jobs]
+    for limits in (Limits(), Limits(max_batch=3), Limits(max_batch=5, prefill_tokens=16)):
+        served = serving(limits=limits, max_loaded=4)
+        asked = []
+        for name, prompt, tokens in jobs:
+            asked.append(served.begin(name, prompt, tokens))
+            time.sleep(chance.choice([0, 0, 0.01]))
+        for one, text, (name, _, tokens) in zip(asked, expected, jobs, strict=True):
+            found, finish, count = one.result()
+            assert found == text, (name, limits)
+            assert (finish == "length") == (count == tokens) or finish == "stop"
+        served.wait(lambda engine=served.service.engine: engine.idle)
+        assert served.service.catalog.store.statistics()["in_use"] == 0
 
 
 def test_adapters_make_a_difference(world: Any) -> None:

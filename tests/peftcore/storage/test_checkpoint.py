@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel as HfPeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -43,6 +44,14 @@ def refused(directory: Path, message: str, model: nn.Module | None = None) -> No
     with pytest.raises(CheckpointError, match=message):
         PeftModel.from_pretrained(model, directory)
     assert dict(model.named_modules()) == modules
+
+
+def test_the_card_of_a_model_without_a_configuration_names_no_base(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["0"], base_model_name_or_path="somewhere")
+    get_peft_model(net(), config).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model is None
 
 
 @pytest.mark.faults("flipped bit, truncated file, NaN")
@@ -177,7 +186,9 @@ FILE_SYSTEM = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdi
 
 
 @pytest.mark.usefixtures("no_power_cut")
-@pytest.mark.parametrize("links", [True, False], ids=["with hard links", "without"])
+@pytest.mark.parametrize(
+    "links", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["with hard links", "without"]
+)
 def test_killed_at_any_step_of_a_save_one_whole_adapter_loads(
     links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,12 +52,13 @@ def output(model: nn.Module) -> Tensor:
     [
         lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
         lambda key: f"_orig_mod.{key}",
+        lambda key: f"module.{key}",
         lambda key: key.replace(".weight", ".default.weight") if "lora" in key else key,
         lambda key: key.replace(".weight", ".mine.weight") if "lora" in key else key,
         lambda key: key.replace("second.", "second.modules_to_save.default."),
         lambda key: key.removeprefix("base_model.model."),
     ],
-    ids=["compiled layer", "compiled model", "default", "own name", "copy", "no prefix"],
+    ids=["compiled layer", "compiled model", "distributed", "default", "own name", "copy", "no prefix"],
 )
 def test_keys_of_a_state_dict_that_was_saved_by_hand(spelled: Any, saved: Path) -> None:
     expected = output(PeftModel.from_pretrained(Net(), saved))

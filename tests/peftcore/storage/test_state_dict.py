@@ -1,16 +1,20 @@
 """State dicts under HF PEFT's keys: each library reads what the other returns."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import peftcore
 from peftcore import (
     CheckpointError,
     LoraConfig,
+    MergeError,
     get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
@@ -115,3 +119,49 @@ def test_the_bases_state_dict_must_fit_unless_it_need_not() -> None:
     result = set_base_model_state_dict(model, partial, strict=False)
     assert result.unexpected_keys == ["9.weight"]
     assert not model.unload()[0].weight.any()
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of FSDP on a CPU
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("further", [{}, {"bias": "all", "modules_to_save": None}], ids=["module", "biases"])
+def test_a_model_inside_of_fsdp(further: dict[str, Any], nested: bool, one_process: None) -> None:
+    """The keys and values are those from before, as with HF PEFT, whose own function is called for comparison."""
+    device, keys = torch.device("cpu"), []
+    for library in (peft, peftcore):
+        config = library.LoraConfig(**{**OPTIONS, **further})
+        model: Any = library.get_peft_model(base(), config)
+        before = {k: t.clone() for k, t in library.get_peft_model_state_dict(model).items()}
+        if nested and library is peftcore:
+            model[0] = FullyShardedDataParallel(model[0], use_orig_params=True, device_id=device)
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=device)
+        state = library.get_peft_model_state_dict(wrapped)
+        assert state.keys() == before.keys()
+        for key, tensor in before.items():
+            assert torch.equal(state[key], tensor)
+        keys.append(state.keys())
+    assert keys[0] == keys[1]
+
+
+def test_tensors_of_the_base_are_written_into_it_as_in_peft() -> None:
+    trained = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["0"], bias="all"))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    state_dict = peft.get_peft_model_state_dict(trained)
+    ours = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match="tensors of the base are changed"):
+        result = set_peft_model_state_dict(ours, state_dict)
+    assert not result.unexpected_keys
+    torch.testing.assert_close(ours(X), trained(X))
+    ours.merge_adapter()
+    state_dict = {key: tensor + 1 for key, tensor in state_dict.items()}
+    with pytest.raises(MergeError, match="call unmerge_adapter first"):
+        set_peft_model_state_dict(ours, state_dict)

@@ -18,16 +18,20 @@ from peftcore.storage.trainer_checkpoints import teach_trainer
 
 
 def test_trainer_ends_with_the_best_adapter(tmp_path: Path) -> None:
-    """The highest loss counts as best here, so that the best checkpoint is not the last."""
+    """The scores are made up, so that the best checkpoint is not the last."""
     model = adapted()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
-    made = plain(model, tmp_path, **SAVING, load_best_model_at_end=True, greater_is_better=True)
+    scored = SAVING | {"metric_for_best_model": "score", "greater_is_better": True}
+    made = plain(model, tmp_path, **scored, load_best_model_at_end=True)
+    scores = iter([0.1, 0.9, 0.3, 0.2, 0.0])
+    made.compute_metrics = lambda predictions: {"score": next(scores)}
     made.train()
     best = Path(str(made.state.best_model_checkpoint))
-    assert best.name != "checkpoint-4"
+    assert best.name == "checkpoint-2"
     saved = PeftModel.from_pretrained(adapted().unload(), best, is_trainable=True)
     assert_same(trained(saved), {name: p for name, p in trained(model).items() if ".second." not in name})
-    assert made.evaluate()["eval_loss"] == pytest.approx(made.state.best_metric)
+    [loss] = [r["eval_loss"] for r in made.state.log_history if r["step"] == 2 and "eval_loss" in r]
+    assert made.evaluate()["eval_loss"] == pytest.approx(loss)
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -25,6 +25,8 @@ class Example:
     rows (Embedding), and 8 outputs (32 for 4 and 8 bit)."""
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """{name in the contract's LAYERS: options that differ there}."""
+    second: Mapping[str, Any] = field(default_factory=dict)
+    """Options that differ for a second adapter that is active beside the first."""
     starts_at_base: bool = True
     """Whether an adapted layer computes what its base does before training."""
     merges: bool = True

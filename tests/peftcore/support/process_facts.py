@@ -131,6 +131,7 @@ def idle_adapters(folder: Path) -> dict[str, Tensor]:
     for recomputes in (False, True):
         model = adapted()
         model.add_adapter("idle", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        model.set_requires_grad("idle")
         trainer(model, folder, max_steps=3, activation_checkpointing=recomputes).train()
         found |= {f"{recomputes} {name}": tensor for name, tensor in trained(model).items()}
     return found
@@ -140,6 +141,7 @@ def adapter_of_one_process(folder: Path) -> dict[str, Any]:
     """What is trained where a second adapter acts in the last process alone, and how it began."""
     model = adapted()
     model.add_adapter("routed", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_requires_grad("routed")
     if dist.get_rank():
         model.set_adapter(["default", "routed"])
     made = trainer(model, folder, max_steps=3)

@@ -16,6 +16,12 @@ _ORDER = (
 )
 MAPPINGS = [getattr(auto, f"MODEL_FOR_{task}_MAPPING" if task else "MODEL_MAPPING") for task in _ORDER]
 """The first that knows a type gives its class."""
+TYPES = {
+    name
+    for task in _ORDER
+    for name in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES" if task else "MODEL_MAPPING_NAMES")
+}
+"""Every type that one of MAPPINGS names; no configuration is imported for it."""
 
 _KEYS = {
     "hidden": "hidden_size d_model n_embd dim model_dim emb_dim embed_dim embedding_size word_embed_proj_dim "

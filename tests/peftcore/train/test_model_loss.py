@@ -10,7 +10,7 @@ from tiny_models import tiny
 from torch import Tensor, nn
 from transformers import BambaConfig, BambaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.models.auto import modeling_auto as auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from peftcore import LoraConfig, TrainingError, get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator, find_ranks
@@ -27,12 +27,8 @@ FLAGS: dict[str, Any] = {
 TINY = 3_000_000
 """Parameters (count) of the largest model that is computed here."""
 TYPES = sorted(
-    name
-    for name in CONFIG_MAPPING_NAMES
-    if any(
-        CONFIG_MAPPING[name] in mapping
-        for mapping in (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    )
+    {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    & set(CONFIG_MAPPING_NAMES)
 )
 
 

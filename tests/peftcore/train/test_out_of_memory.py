@@ -161,6 +161,7 @@ def test_gradients_of_a_failure_are_dropped_and_others_added_bit_for_bit() -> No
     assert torch.equal(used.grad, factors[0] + factors[1]) and idle.grad.tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits the address space as Linux does")
 def test_a_real_allocators_failure_is_split(nursery: Nursery, tmp_path: Path) -> None:
     assert nursery.run(tmp_path, "limited memory") == 0, (tmp_path / "error.txt").read_text()

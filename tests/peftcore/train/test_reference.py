@@ -82,7 +82,7 @@ def test_everything_is_as_before_afterwards(adapter: str | None) -> None:
 def test_an_unknown_reference_is_an_error_that_names_the_known() -> None:
     model = adapted()
     with (
-        pytest.raises(AdapterNameError, match="no adapter named 'ref'; loaded: default"),
+        pytest.raises(AdapterNameError, match="Adapter ref does not exist; loaded: default"),
         reference_acting(model, "ref"),
     ):
         pass

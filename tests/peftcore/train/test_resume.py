@@ -24,7 +24,7 @@ from peftcore import TrainingError
 
 SIGKILLED = -signal.SIGKILL
 RANDOM_KILLS = 5 * int(os.environ.get("PEFTCORE_FAULTS", "1"))
-CASES = ["grouped", "random", "packed", "float16"]
+CASES = ["random", *(pytest.param(case, marks=pytest.mark.slow) for case in ("grouped", "packed", "float16"))]
 Straight = Callable[[str], tuple[Path, float]]
 
 
@@ -83,9 +83,7 @@ def test_a_run_killed_at_given_places_ends_bit_equal(
 
 
 @pytest.mark.faults("kill -9 of training", trials=RANDOM_KILLS)
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[] if case == "random" else pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_random_moments_ends_bit_equal(
     nursery: Nursery, straight: Straight, tmp_path: Path, case: str
 ) -> None:

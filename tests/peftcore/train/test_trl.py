@@ -103,10 +103,12 @@ def test_without_hf_peft_installed_trl_trains_the_same(nursery: Nursery, tmp_pat
     made.train()
     made.save_model(str(tmp_path / "here" / "saved"))
     here = load_file(tmp_path / "here" / "saved" / "adapter_model.safetensors")
+    # Adam divides each gradient by its size, so the rounding of a tiny gradient moves its element visibly
+    rounding = 0.01 * made.args.learning_rate * made.args.max_steps
     for way in ("plain", "mixin"):
         there = load_file(tmp_path / "none" / way / "saved" / "adapter_model.safetensors")
         for name, tensor in here.items():
-            torch.testing.assert_close(there[name], tensor, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(there[name], tensor, rtol=1e-4, atol=rounding)
 
 
 # -- DPO -------------------------------------------------------------------------------------------------------------

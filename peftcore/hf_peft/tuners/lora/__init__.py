@@ -3,7 +3,7 @@
 from peftcore.conversion import convert_to_lora, save_as_lora
 from peftcore.hf_peft.classes import layer_class
 from peftcore.hf_peft.data_start import initialize_lora_eva_weights
-from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peftcore.hf_peft.tuner_models import LoraModel
 from peftcore.hf_peft.unsupported import (
     ArrowConfig,
@@ -15,7 +15,7 @@ from peftcore.hf_peft.unsupported import (
     get_eva_state_dict,
     preprocess_loraga,
 )
-from peftcore.methods.lora import LoraConfig
+from peftcore.methods.lora import LoraConfig, LoraRuntimeConfig
 
 LoraLayer = layer_class("LoraLayer", "LORA")
 Linear = layer_class("Linear", "LORA", "linear")

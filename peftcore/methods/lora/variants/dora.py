@@ -1,7 +1,8 @@
 """DoRA: W' = m/n·(W + s·BA), n the length of each output row of W + s·BA, without gradient. arXiv:2402.09353.
 
 m starts at n, so training begins at the base's own output. The forward pass adds (m/n − 1) times the output without
-bias. Shapes: i in_features, o out_features, r rank, k kernel; m, n (o,), A (r, i, *k), B (o, r, *1).
+bias. On a convolution with groups, n is computed as in HF PEFT: its product of A and B is reshaped to W.
+Shapes: i in_features, o out_features, r rank, k kernel; m, n (o,), A (r, i, *k), B (o, r, *1).
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftcore._util.fingerprint import Fingerprint
 from peftcore.bases.base import WeightVersion
-from peftcore.errors import ConfigError
+from peftcore.bases.current_parameters import current_parameter
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.methods.lora.variant import Variant, register_variant
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 _ROW_NORMS = "_dora_row_norms"
 """Attribute of the adapter: (version of the base weight, ‖W‖² by rows (o,))."""
+_RATIO = "_dora_ratio"
+"""Attribute of the adapter: (version of the base weight, fingerprint of the adapter, m/n (o,))."""
 
 
 @register_variant
@@ -33,27 +37,25 @@ class Dora(Variant):
         "alora_invocation_tokens": "DoRA changes every position, aLoRA only some",
         "target_parameters": "raw parameters take plain LoRA only",
     }
-    keys: ClassVar = {"magnitude": "lora_magnitude_vector"}
+    keys: ClassVar = {"lora_magnitude_vector": "lora_magnitude_vector"}
     is_additive = False
     beyond_low_rank = (
-        "DoRA is not low-rank; convert it by convert_to_lora(model, name, new_name, rank=...) and export "
+        "DoRA is not low-rank; convert it by add_as_lora(model, name, new_name, rank=...) and export "
         "that, or merge it into the base"
     )
 
-    def check_layer(self, lora: "Lora", path: str) -> None:
-        if lora.groups > 1:
-            raise ConfigError(f"LORA: use_dora does not fit {path}, a convolution with groups; exclude it")
-
     def add_parameters(self, lora: "Lora") -> None:
-        lora.magnitude = nn.Parameter(torch.empty(lora.base.out_features))
+        lora.lora_magnitude_vector = nn.Parameter(torch.empty(lora.base.out_features))
 
     def reset_parameters(self, lora: "Lora") -> None:
-        _magnitude(lora).copy_(row_lengths(lora))
+        offloads = lora.config.runtime_config.ephemeral_gpu_offload and torch.cuda.is_available()
+        on_cpu = lora.base.device.type == "cpu"
+        _magnitude(lora).copy_(row_lengths(lora, torch.device("cuda") if offloads and on_cpu else None))
 
     def low_rank(self, lora: "Lora", branch: LowRankBranch) -> LowRankBranch | None:
         if branch.dropout or lora.base.bias is not None:  # with dropout, part of the change sees the whole input
             return None
-        return branch._replace(gain=_ratio(lora))
+        return branch._replace(gain=_ratio(lora) if torch.is_grad_enabled() else _cached_ratio(lora))
 
     def output(self, lora: "Lora", y: Tensor, x: Tensor, dropped: Tensor, h: Tensor) -> Tensor:
         base = lora.base
@@ -85,8 +87,8 @@ class Dora(Variant):
         return {"lora_magnitude_vector": magnitude}
 
 
-def _magnitude(lora: "Lora") -> nn.Parameter:
-    magnitude = lora._parameters["magnitude"]
+def _magnitude(lora: "Lora") -> Tensor:
+    magnitude = current_parameter(lora, "lora_magnitude_vector")
     assert magnitude is not None
     return magnitude
 
@@ -97,20 +99,57 @@ def _ratio(lora: "Lora") -> Tensor:
     return magnitude / row_lengths(lora).to(magnitude).clamp_min(torch.finfo(magnitude.dtype).tiny)
 
 
+def _cached_ratio(lora: "Lora") -> Tensor:
+    """Return m/n (o,) for a forward without gradients, from the last one if no weight has changed since.
+
+    n takes as long as a product with W.
+    """
+    version: WeightVersion | None = lora.base.unmerged_version()
+    cached = vars(lora).get(_RATIO)
+    if cached is not None and version is not None and cached[0] == version and cached[1].holds():
+        return cached[2]
+    fingerprint, ratio = Fingerprint([lora]), _ratio(lora)
+    if version is not None and fingerprint.countable:
+        vars(lora)[_RATIO] = version, fingerprint, ratio
+    return ratio
+
+
 @torch.no_grad()
-def row_lengths(lora: "Lora") -> Tensor:
-    """Return n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is cached while W does not change."""
+def row_lengths(lora: "Lora", device: torch.device | None = None) -> Tensor:
+    """Return n (o,): ‖W + sBA‖ by rows, expanded so that BA is never built; ‖W‖ is cached while W does not change.
+
+    Args:
+        lora: the layer's adapter.
+        device: where to compute; None for the device of the layer.
+    """
     weight = lora.base.read_unmerged() if lora.new_base is None else lora.new_base
-    weight = weight.flatten(1)
-    norms = _square_norms(lora, weight)
+    if lora.groups > 1:
+        return _grouped_row_lengths(lora, weight if device is None else weight.to(device))
     a, b = lora.own_factors()
     a, b = a.flatten(1), b.flatten(1) * lora.scaling
     if lora.start is not None:
         a = torch.cat([a, lora.start[0].flatten(1)])
         b = torch.cat([b, lora.start[1].flatten(1) * -lora.scaling], 1)
+    if device is not None:
+        weight, a, b = weight.to(device), a.to(device), b.to(device)
+    weight = weight.flatten(1)
+    norms = _square_norms(lora, weight)
     cross = ((weight @ a.to(weight.dtype).T).to(b) * b).sum(1)  # casting W would cost more than the rest
     square = norms.to(a) + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
     return square.clamp_min(0).sqrt()
+
+
+def _grouped_row_lengths(lora: "Lora", weight: Tensor) -> Tensor:
+    """Return n (o,) of a convolution with g groups, as HF PEFT defines it.
+
+    W is (o, i/g, *k), and BA as the layer applies it is (o, i, *k). HF PEFT reads B (o, r/g) as (o/g, r), multiplies
+    it by A (r, i·k), and reads the product as (o, i/g, *k). An adapter's file has a meaning only with these n.
+    """
+    a, b = lora.own_factors()
+    if lora.start is not None:
+        a, b = torch.cat([a, lora.start[0]]), torch.cat([b, -lora.start[1]], 1)
+    change = (lora.scaling * b.reshape(-1, len(a)) @ a.flatten(1)).to(weight.device)
+    return (weight.to(change).flatten(1) + change.reshape(len(weight), -1)).square().sum(1).sqrt()
 
 
 def _square_norms(lora: "Lora", weight: Tensor) -> Tensor:
@@ -119,7 +158,8 @@ def _square_norms(lora: "Lora", weight: Tensor) -> Tensor:
     cached = vars(lora).get(_ROW_NORMS)
     if version is not None and cached is not None and cached[0] == version:
         return cached[1]
-    norms = weight.to(_magnitude(lora)).square().sum(1)
+    # the root of the rounded square is the length itself, so m/n is exactly 1 at the start
+    norms = torch.linalg.vector_norm(weight.to(_magnitude(lora).dtype), dim=1).square()
     if version is not None:
-        vars(lora)[_ROW_NORMS] = version, norms
+        vars(lora)[_ROW_NORMS] = version, norms.to(_magnitude(lora).device)
     return norms

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftcore.errors import ConfigError
-from peftcore.methods.lora.initialisation import Factors, Initialisation
+from peftcore.methods.lora.initialisation import Factors, Initialisation, draw_defaults
 from peftcore.methods.lora.observer import Observer
 from peftcore.methods.lora.variant import register_variant
 
@@ -123,3 +123,7 @@ class EvaStart(Initialisation):
 
     names = ("eva",)
     observer = Eva
+
+    def initialise(self, lora: "Lora") -> None:
+        draw_defaults(lora)  # A keeps these values until the data are there
+        nn.init.zeros_(lora.lora_B)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftcore.errors import ConfigError, TargetError, require_extra, suggestion
-from peftcore.methods.lora.initialisation import WeightInitialisation, principal_factors
+from peftcore.methods.lora.initialisation import WeightInitialisation, draw_defaults, principal_factors
 from peftcore.methods.lora.variant import register_variant
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class LoftqStart(WeightInitialisation):
                 "init_lora_weights='loftq' needs the 16-bit weight, and this base is already quantised; call "
                 "peftcore.init.replace_lora_weights_loftq(model, directory of the original) after get_peft_model"
             )
+        draw_defaults(lora)
         options = {**DEFAULTS, **(lora.config.loftq_config or {})}
         residual = quantised = weight
         for _ in range(options["loftq_iter"]):

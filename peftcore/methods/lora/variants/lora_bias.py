@@ -25,6 +25,10 @@ class LoraBias(Variant):
     def add_parameters(self, lora: "Lora") -> None:
         lora.lora_bias = nn.Parameter(torch.zeros(lora.base.out_features))
 
+    def reset_parameters(self, lora: "Lora") -> None:
+        if lora.config.init_lora_weights is not False:  # else the start is random, for tests
+            nn.init.zeros_(lora.get_parameter("lora_bias"))
+
     def output(self, lora: "Lora", y: Tensor, x: Tensor, dropped: Tensor, h: Tensor) -> Tensor:
         return y + lora.base.per_output(self.bias_change(lora)).to(y.dtype)
 
@@ -34,4 +38,4 @@ class LoraBias(Variant):
         return bias + self.bias_change(lora).to(bias)
 
     def bias_change(self, lora: "Lora") -> Tensor:
-        return lora.get_parameter("lora_bias") * lora.scaling
+        return lora.lora_bias * lora.scaling

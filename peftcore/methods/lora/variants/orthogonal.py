@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftcore.errors import ConfigError
-from peftcore.methods.lora.initialisation import Factors, WeightInitialisation
+from peftcore.methods.lora.initialisation import Factors, WeightInitialisation, draw_defaults
 from peftcore.methods.lora.variant import register_variant
 
 if TYPE_CHECKING:
@@ -30,11 +30,12 @@ class OrthogonalStart(WeightInitialisation):
 
     def initialise(self, lora: "Lora") -> None:
         self.check_linear(lora)
+        draw_defaults(lora)
         lora.set_factors(*orthogonal(lora.r, lora.base.in_features, lora.base.out_features))
 
 
 def orthogonal(r: int, inputs: int, outputs: int) -> Factors:
     """Return A (r, i) and B (o, r) with BA = 0."""
-    q, _ = torch.linalg.qr(torch.randn(r, r))
-    a: Tensor = (torch.randn(inputs, r // 2) @ q[0::2]).T / 10
-    return a, (torch.randn(r // 2, outputs).T @ q[1::2]) / 10
+    q, _ = torch.linalg.qr(torch.randn(r, r, device="cpu"))
+    a: Tensor = (torch.randn(inputs, r // 2, device="cpu") @ q[0::2]).T / 10
+    return a, (torch.randn(r // 2, outputs, device="cpu").T @ q[1::2]) / 10

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from peftcore.methods.lora.initialisation import Initialisation, random_and_zero
+from peftcore.kernels.start_values import normal_
+from peftcore.methods.lora.initialisation import Initialisation, draw_defaults, random_and_zero
 from peftcore.methods.lora.variant import register_variant
 
 if TYPE_CHECKING:
@@ -20,13 +21,14 @@ class KaimingStart(Initialisation):
 
 @register_variant
 class GaussianStart(Initialisation):
-    """Initialisation `init_lora_weights="gaussian"`: normal with standard deviation 1/r."""
+    """Initialisation `init_lora_weights="gaussian"`: normal with standard deviation 1/r, on embeddings 1."""
 
     names = ("gaussian",)
 
     def initialise(self, lora: "Lora") -> None:
+        draw_defaults(lora)
         random, zero = random_and_zero(lora)
-        nn.init.normal_(random, std=1 / lora.r)
+        normal_(random, std=1.0 if lora.base.kind == "embedding" else 1 / lora.r)
         nn.init.zeros_(zero)
 
 
@@ -37,5 +39,4 @@ class NonzeroStart(Initialisation):
     names = (False,)
 
     def initialise(self, lora: "Lora") -> None:
-        super().initialise(lora)
-        nn.init.normal_(random_and_zero(lora)[1], std=0.02)
+        draw_defaults(lora)

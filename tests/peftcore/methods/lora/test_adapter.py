@@ -89,7 +89,7 @@ def test_experts_merge_unmerge_switch_and_leave() -> None:
 
 
 def test_experts_what_does_not_fit() -> None:
-    for names, message in ((["experts.gate_pu_proj"], "gate_up_proj"), (["q_proj.weight"], "target_modules")):
+    for names, message in ((["experts.gate_pu_proj"], "gate_up_proj"), (["norm.weight"], "only \\(o, i\\)")):
         with pytest.raises(TargetError, match=message):
             get_peft_model(mixtral(), LoraConfig(target_parameters=names))
 

@@ -1,8 +1,9 @@
-"""An adapter store reuses the slot of an adapter only if nothing but the weights differs."""
+"""Which adapters an adapter store puts into one slot, and the options that are not saved."""
 
 import pytest
+import torch
 
-from peftcore import IA3Config, LoraConfig, PeftConfig
+from peftcore import ConfigError, IA3Config, LoraConfig, LoraRuntimeConfig, PeftConfig
 
 PLAIN = {"r": 4, "target_modules": ["q_proj"]}
 
@@ -26,3 +27,32 @@ def test_equal_plain_loras_share_a_slot_whatever_their_base_is_called() -> None:
 )
 def test_other_adapters_get_a_slot_of_their_own(other: PeftConfig) -> None:
     assert not other.can_be_overwritten_by(LoraConfig(**PLAIN))
+
+
+def test_runtime_options_are_not_saved() -> None:
+    assert LoraConfig().runtime_config == LoraRuntimeConfig(ephemeral_gpu_offload=False)
+    assert "runtime_config" not in LoraConfig().to_dict()
+    assert "runtime_config" not in LoraConfig().to_json()
+    saved = {**LoraConfig().to_dict(), "runtime_config": {"ephemeral_gpu_offload": True}}
+    with pytest.warns(UserWarning, match="runtime_config is ignored"):
+        read = PeftConfig.from_dict(saved, from_disk=True)
+    assert read == LoraConfig()
+
+
+def test_offloading_that_cannot_act_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="ephemeral_gpu_offload=True needs a CUDA device, and PyTorch finds none"):
+        LoraRuntimeConfig(ephemeral_gpu_offload=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    runtime = LoraRuntimeConfig(ephemeral_gpu_offload=True)
+    LoraConfig(use_dora=True, runtime_config=runtime)
+    with pytest.warns(UserWarning, match="ephemeral_gpu_offload acts on use_dora=True only"):
+        LoraConfig(runtime_config=runtime)
+    with pytest.raises(ConfigError, match="ephemeral_gpu_offload must be True or False"):
+        LoraRuntimeConfig(ephemeral_gpu_offload="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("start", ["loftq", "eva", "corda", "lora_ga"])
+def test_options_of_another_start_warn(start: str) -> None:
+    with pytest.warns(UserWarning, match=f"{start}_config has no effect with init_lora_weights=True"):
+        LoraConfig(**{f"{start}_config": {"some": 1}})

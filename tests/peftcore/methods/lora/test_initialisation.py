@@ -15,7 +15,7 @@ from peftcore import ConfigError, LoraConfig, PeftModel
 pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about its own deprecated calls
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_8", "olora"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_8", "olora", "OLoRA"])
 def test_a_start_taken_out_of_the_base_changes_no_output_and_no_base(start: str, tmp_path: Any) -> None:
     net, x = net_and_input("linear")
     plain, base = copy.deepcopy(net), net(x)

@@ -22,7 +22,7 @@ USE = """\
 import json, sys, torch
 from pathlib import Path
 from torch import nn
-from peftcore import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model
+from peftcore import LoraConfig, PeftConfig, PeftModel, add_as_lora, get_peft_model
 from acme_gain import GainLoraConfig
 
 torch.manual_seed(0)
@@ -43,7 +43,7 @@ assert len(gains) == 2 and all((gain - 1).abs().max() > 0.01 for gain in gains)
 model.merge_adapter()
 torch.testing.assert_close(model(x), adapted)
 model.unmerge_adapter()
-convert_to_lora(model, "default", "plain")
+add_as_lora(model, "default", "plain")
 model.set_adapter("plain")
 torch.testing.assert_close(model(x), adapted)
 model.set_adapter("default")
@@ -56,6 +56,7 @@ print("variant by entry point:", type(LoraConfig.from_pretrained(sys.argv[1]))._
 """
 
 
+@pytest.mark.slow
 def test_the_guides_variant_works_from_a_package_of_its_own(tmp_path: Path) -> None:
     variant = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)[1]
     (tmp_path / "acme_gain.py").write_text(variant)
@@ -111,5 +112,7 @@ def test_an_initialisation_draws_the_numbers_that_torch_draws_for_it() -> None:
     adapter = adapter_set(net).adapters("default")["0"]
     torch.manual_seed(3)
     nn.Linear(6, 5)
+    for sizes in ((6, 2), (2, 5)):  # PEFT's modules, with values that it overwrites
+        nn.Linear(*sizes, bias=False)
     expected = nn.init.kaiming_uniform_(torch.empty(2, 6), a=5**0.5)
     assert torch.equal(adapter.lora_A, expected) and not adapter.lora_B.any()

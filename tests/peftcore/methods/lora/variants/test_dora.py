@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftcore import LoraConfig, PeftModel
+from peftcore import LoraConfig, LoraRuntimeConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peftcore.methods.lora.variants.dora import row_lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about its own deprecated calls
@@ -27,7 +27,7 @@ def test_dora_is_direction_times_magnitude(layer: str) -> None:
     v = a.base.read() + a.delta_weight()
     lengths = v.flatten(1).norm(dim=1)
     ones = (1,) * (v.dim() - 1)
-    expected = v / lengths.view(-1, *ones) * a.magnitude.view(-1, *ones)
+    expected = v / lengths.view(-1, *ones) * a.lora_magnitude_vector.view(-1, *ones)
     torch.testing.assert_close(a.merged_weight(a.base.read()), expected, rtol=1e-10, atol=1e-10)
     adapted = net(x)
     net.merge_adapter()
@@ -40,7 +40,7 @@ def test_dora_starts_at_the_base_with_its_own_lengths(layer: str) -> None:
     base = net(x)
     net = lora(net, use_dora=True)
     torch.testing.assert_close(net(x), base, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(adapter(net).magnitude, adapter(net).base.read().flatten(1).norm(dim=1))
+    torch.testing.assert_close(adapter(net).lora_magnitude_vector, adapter(net).base.read().flatten(1).norm(dim=1))
 
 
 @pytest.mark.parametrize("start", [True, "pissa"])
@@ -56,7 +56,7 @@ def test_dora_with_dropout_drops_the_input_of_both_parts(start: Any) -> None:
     taken_out = 0 if a.start is None else a._product(*a.start)
     w = layer.weight - taken_out
     low_rank = a._product(a.lora_A, a.lora_B)
-    ratio = a.magnitude / (w + low_rank).norm(dim=1)
+    ratio = a.lora_magnitude_vector / (w + low_rank).norm(dim=1)
     expected = x @ w.T + layer.bias + (ratio - 1) * (dropped @ w.T) + ratio * (dropped @ low_rank.T)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
@@ -70,7 +70,7 @@ def test_the_length_gets_no_gradient() -> None:
     got = a.lora_B.grad.clone()
     b = a.lora_B.detach().clone().requires_grad_()
     v = layer.weight + a.scaling * b @ a.lora_A
-    y = x @ (v * (a.magnitude / v.norm(dim=1).detach())[:, None]).T + layer.bias
+    y = x @ (v * (a.lora_magnitude_vector / v.norm(dim=1).detach())[:, None]).T + layer.bias
     y.square().sum().backward()
     torch.testing.assert_close(got, b.grad, rtol=1e-9, atol=1e-9)
 
@@ -151,3 +151,33 @@ def test_dora_compiles_into_one_graph_and_follows_its_base_there() -> None:
     with torch.no_grad():
         model[0].base_layer.weight.mul_(3)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_convolution_with_groups_computes_what_peft_does() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 8, 3, groups=2)
+    options: dict[str, Any] = {"r": 4, "target_modules": ["0"], "use_dora": True, "init_lora_weights": False}
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), peft.LoraConfig(**options))
+    randomise(theirs, 0.3)
+    ours = get_peft_model(nn.Sequential(layer), LoraConfig(**options))
+    set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    x = torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_lengths_are_computed_on_the_chosen_device() -> None:
+    net, _ = net_and_input("linear")
+    part = adapter(lora(net, use_dora=True))
+    assert row_lengths(part, torch.device("meta")).is_meta
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_lengths_of_layers_on_the_cpu_are_computed_on_the_gpu(layer: str) -> None:
+    plain, x = net_and_input(layer)
+    base = plain(x)
+    torch.cuda.reset_peak_memory_stats()
+    net = lora(plain, use_dora=True, runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
+    assert torch.cuda.max_memory_allocated() > 0
+    assert adapter(net).lora_magnitude_vector.device.type == "cpu"
+    torch.testing.assert_close(net(x), base, rtol=1e-12, atol=1e-12)

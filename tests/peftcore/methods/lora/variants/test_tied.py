@@ -9,7 +9,8 @@ from lora_nets import TOKENS, adapter, llama, lora
 from method_example import randomise
 from torch import Tensor, nn
 
-from peftcore import LoraConfig, PeftModel, get_peft_model
+import peftcore
+from peftcore import LoraConfig, PeftError, PeftModel, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about its own deprecated calls
@@ -28,6 +29,19 @@ def test_a_tied_pair_is_adapted_alike(tmp_path: Any) -> None:
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
     there = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path).eval()
     torch.testing.assert_close(there(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_heads_factors_show_those_of_the_embedding() -> None:
+    options: dict[str, Any] = {"r": 2, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    for library in (peftcore, peft):
+        model = library.get_peft_model(llama(tie_word_embeddings=True), library.LoraConfig(**options))
+        embedding, head = model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
+        assert torch.equal(head.lora_A["default"].weight, embedding.lora_embedding_B["default"].T)
+        assert head.lora_B["default"].weight.data_ptr() == embedding.lora_embedding_A["default"].data_ptr()
+    model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(**options))
+    with pytest.raises(PeftError, match="assign it there"):
+        model.lm_head.lora_A["default"].weight = nn.Parameter(torch.zeros(2, 8))
+    assert not list(model.lm_head.lora_A["default"].parameters())
 
 
 def test_a_tied_pair_trained_whole_stays_one_weight() -> None:

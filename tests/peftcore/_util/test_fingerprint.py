@@ -14,8 +14,8 @@ from method_example import randomise
 from torch import Tensor, nn
 
 from peftcore import LoraConfig, get_peft_model, inject_adapter_in_model, refresh_adapters
+from peftcore._util.fingerprint import Fingerprint, unchanging_weights
 from peftcore.composition import Gate
-from peftcore.composition.fingerprint import Fingerprint, unchanging_weights
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.routing.gates import arrow_gate
 from peftcore.train.adamw import FusedAdamW
@@ -23,11 +23,14 @@ from peftcore.train.adamw import FusedAdamW
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
 
 
-def adapted() -> Any:
+ROWS = ["a", "b", None, "a", "b"]
+
+
+def adapted(bias: bool = True, **options: Any) -> Any:
     """A linear layer with two frozen adapters, of which "a" acts."""
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=["0"], inference_mode=True)
-    model: Any = get_peft_model(nn.Sequential(nn.Linear(16, 16)), config, "a")
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["0"], inference_mode=True, **options)
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(16, 16, bias=bias)), config, "a")
     model.add_adapter("b", config)
     for name in ("a", "b"):
         model.set_requires_grad(name, True)
@@ -136,7 +139,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 }
 
 
-@pytest.mark.parametrize("given", [{}, {"adapter_names": ["a", "b", None, "a", "b"]}], ids=["active", "by rows"])
+@pytest.mark.parametrize("given", [{}, {"adapter_names": ROWS}], ids=["active", "by rows"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_outputs_follow_a_change(change: str, given: dict[str, Any]) -> None:
     model = adapted()
@@ -199,41 +202,71 @@ def stacked_anew(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_frozen_weights_are_stacked_once_and_learning_ones_once_in_a_scope(stacked_anew: list[int]) -> None:
+def test_weights_are_stacked_once_until_they_change(stacked_anew: list[int]) -> None:
     model = adapted()
     with torch.no_grad():
-        for _ in range(3):
-            model(X)
-        assert len(stacked_anew) == 1
-        model.set_requires_grad("a", True)
-        for _ in range(3):  # a loop by hand may edit them through `.data` between any two forwards
-            model(X)
-        assert len(stacked_anew) == 4
-        for _ in range(2):
-            with unchanging_weights():
-                for _ in range(3):
-                    model(X)
-        assert len(stacked_anew) == 6
+        for trainable in (False, True):
+            model.set_requires_grad("a", trainable)
+            stacked_anew.clear()
+            for _ in range(3):
+                model(X, adapter_names=ROWS)
+            assert len(stacked_anew) == 1
+        adapter_of(model).lora_B.data.mul_(2.0)
+        model(X, adapter_names=ROWS)
+        assert len(stacked_anew) == 2
 
 
-def test_generate_stacks_learning_weights_once(stacked_anew: list[int]) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_one_active_adapter_is_never_stacked(stacked_anew: list[int]) -> None:
+    outputs(adapted())
+    assert not stacked_anew
 
-    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    net = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).eval()
-    model: Any = get_peft_model(net, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    randomise(model, 0.3)
-    tokens = torch.arange(3, 9)[None]
-    before = model.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True,
-                            return_dict_in_generate=True)  # fmt: skip
-    assert len(stacked_anew) == 2  # of two layers
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.mul_(3.0)
-    after = model.generate(tokens, max_new_tokens=1, do_sample=False, pad_token_id=0, output_logits=True,
-                           return_dict_in_generate=True)  # fmt: skip
-    torch.testing.assert_close(after.logits[0], model(tokens).logits[:, -1])
-    assert not torch.allclose(after.logits[0], before.logits[0], atol=1e-4)
+
+def test_elements_that_cannot_be_compared_are_trusted_in_a_scope_only() -> None:
+    parameter = nn.Parameter(torch.ones(4, 6).T)  # stored by columns
+    module = nn.Module()
+    module.weight = parameter
+    fingerprint = Fingerprint([module])
+    assert not fingerprint.holds() and fingerprint.holds(trusts_learning=True)
+    with unchanging_weights():
+        inside = Fingerprint([module])
+        assert inside.holds()
+    assert not inside.holds()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_edit_of_every_element_through_data_is_noticed(dtype: torch.dtype) -> None:
+    module = nn.Linear(7, 5).to(dtype)
+    fingerprint = Fingerprint([module])
+    assert fingerprint.holds()
+    module.weight.data.add_(torch.full_like(module.weight, 0.25))
+    assert not fingerprint.holds()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+def test_the_lengths_of_dora_follow_a_change(change: str, trainable: bool) -> None:
+    model = adapted(use_dora=True, bias=False)
+    model.set_requires_grad("a", trainable)
+    before, general = outputs(model)
+    torch.testing.assert_close(before, general)
+    for _ in range(2):
+        CHANGES[change](model)
+        after, general = outputs(model)
+        torch.testing.assert_close(after, general)
+        assert not torch.allclose(after, before, atol=1e-3)
+        before = after
+
+
+def test_the_lengths_of_dora_follow_the_base_and_copies() -> None:
+    model = adapted(use_dora=True, bias=False)
+    outputs(model)
+    with torch.no_grad():
+        model[0].base_layer.weight.mul_(3.0)
+    torch.testing.assert_close(*outputs(model))
+    copied = copy.deepcopy(model)
+    sharpened(copied)
+    torch.testing.assert_close(*outputs(copied))
+    torch.testing.assert_close(*outputs(model))
 
 
 def test_a_step_between_forward_and_backward_is_an_error_as_with_other_optimisers() -> None:

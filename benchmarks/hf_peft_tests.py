@@ -1,0 +1,354 @@
+"""How many of HF PEFT's own tests pass with peftcore, of those that pass with HF PEFT in the same environment.
+
+    git clone https://github.com/huggingface/peft /tmp/peft      # at the tag of the installed peft
+    python -m benchmarks.hf_peft_tests /tmp/peft                 # results/hf_peft_tests.md and .json
+    python -m benchmarks.hf_peft_tests /tmp/peft --files test_mixed test_config --jobs 2
+    python -m benchmarks.hf_peft_tests /tmp/peft --sample 10     # one test in ten, to find causes
+    python -m benchmarks.hf_peft_tests /tmp/peft --draw          # the table from the results that are there
+
+Each file runs in two processes: with the installed HF PEFT, and with peftcore through `peftcore.as_peft`. Every test's
+outcome is kept in --cells, so a run that was cut off goes on. The tests stay where they are: nothing of their text
+enters the results, which hold ids of tests and causes of failures. Nothing is downloaded: tiny models with random
+weights stand in for those that the tests load (`benchmarks.hf_peft_models`).
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.hf_peft_models import missing
+from benchmarks.hf_peft_tests_side import read
+from benchmarks.machine import cpu_model
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+FIRST = (
+    "test_low_level_api",
+    "test_mixed",
+    "test_trainable_tokens",
+    "test_target_parameters",
+    "test_tuners_utils",
+    "test_config",
+    "test_lora_variants",
+    "test_lora_conversion",
+    "test_initialization",
+    "test_custom_models",
+)
+"""Files that run first: those of which 95 % are to pass."""
+LIBRARIES = ("peft", "peftcore")
+BEGIN, END = "<!-- tests -->", "<!-- /tests -->"
+NOT_BUILT = "the method or variant is not built"
+INTERNAL = "a private name of HF PEFT, which only tests use"
+WHOLE_MODEL = "adapters are switched, merged and disabled for the whole model, never for one layer"
+REASONS = (
+    (
+        r"NotInPeftcore: \w+Config is not|got 'mica'|unknown option '(monteclora|kasa|velora|qalora|use_bdlora)"
+        r"|does not have this method",
+        NOT_BUILT,
+    ),
+    (r"NotInPeftcore|no attribute '_|_get_commit_hash|has no attribute 'get'|'MockBackend'", INTERNAL),
+    (r"safe_serialization must be True", "pickles are never written (`safe_serialization=False` is refused)"),
+    (r"test_adding_multiple_adapters_with_bias_raises|multiple_adapters.*bias", "several adapters may train biases"),
+    (r"TestRequiresGrad", "parameters have the names of modules here, and an added adapter trains at once"),
+    (r"test_set_requires_grad|non_overlapping_modules_to_save", "an added adapter trains at once"),
+    (r"no attribute '(enable_adapters|set_adapter|merge|unmerge)'|irregular_state", WHOLE_MODEL),
+    (r"Tensor.__contains__", "the modules inside of a layer hold parameters under HF PEFT's names"),
+    (r"test_mixed.*AssertionError", "one class of layer serves all methods, so the number of layer types differs"),
+    (r"no attribute 'model'", "`peft_model.model` is the base model's own attribute; `base_model.model` works"),
+    (
+        r"vblora_vector_bank|no attribute '(vera|randlora)_[AB]'",
+        "tensors that layers share are no attributes of the model",
+    ),
+    (r"corda", "CorDA's statistics are collected by `initialize_from_data`, after get_peft_model"),
+    (r"(pissa|olora).*(AssertionError|Failed)", "PiSSA and OLoRA keep the base weight, so nothing has to be converted"),
+    (r"svd_rank", "a layer never gets a rank above its own size"),
+    (r"hotswap", "hot swapping"),
+    (r"tied|tying", "tied weights go by the shared parameter, and a tied weight is never changed by merging"),
+)
+"""Pairs of a pattern and the reason of the failures that it finds in "id of the test | type: message"."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run and where its results are kept."""
+
+    checkout: Path
+    commit: str
+    cells: Path
+    sample: int
+    """One test in so many runs."""
+    limit: int
+    """Seconds for one file."""
+    select: str
+    """pytest's -k."""
+
+    def results(self, library: str, file: str) -> Path:
+        return self.cells / library / f"{file}.jsonl"
+
+    def settings(self, library: str) -> dict[str, Any]:
+        code = version("peft") if library == "peft" else fingerprint()
+        return {
+            "tests": self.commit,
+            "library": code,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
+
+
+def main() -> None:
+    options = parse()
+    checkout = options.checkout.resolve()
+    run = Run(checkout, commit_of(checkout), options.cells.resolve(), options.sample, options.limit, options.select)
+    files = options.files or ordered(run.checkout)
+    unknown = [file for file in files if not (run.checkout / "tests" / f"{file}.py").exists()]
+    if unknown:
+        sys.exit(f"--files: there is no {unknown[0]} in {run.checkout / 'tests'}; give names such as test_mixed")
+    if not options.draw:
+        measure(run, files, options)
+    known = [file for file in ordered(run.checkout) if all(read(run.results(one, file)) for one in LIBRARIES)]
+    report(run, known, options.folder)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.hf_peft_tests", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("checkout", type=Path, help="folder of a clone of HF PEFT's repository")
+    parser.add_argument("--files", nargs="+", metavar="NAME", help="such as test_mixed; all by default")
+    parser.add_argument("--library", choices=LIBRARIES, help="run with this one only")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--limit", type=int, default=4 * 3600, help="seconds for one file with one library")
+    parser.add_argument("--sample", type=int, default=1, help="run one test in so many, the same ones each time")
+    parser.add_argument("--select", default="", metavar="EXPRESSION", help="pytest's -k")
+    parser.add_argument("--keep", action="store_true", help="keep results of peftcore though its code has changed")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the table is written")
+    kept = Path(tempfile.gettempdir()) / "peftcore-hf_peft_tests"
+    parser.add_argument("--cells", type=Path, default=kept, help="where each test's outcome is kept")
+    parser.add_argument("--draw", action="store_true", help="table from the outcomes that are there; run nothing")
+    options = parser.parse_args()
+    if not (options.checkout / "tests" / "testing_common.py").exists():
+        parser.error(f"{options.checkout} is no checkout of HF PEFT: there is no tests/testing_common.py")
+    if options.sample < 1 or options.jobs < 1:
+        parser.error("--sample and --jobs must be at least 1")
+    return options
+
+
+def ordered(checkout: Path) -> list[str]:
+    names = {path.stem for path in (checkout / "tests").glob("test_*.py")}
+    return [name for name in FIRST if name in names] + sorted(names - set(FIRST))
+
+
+def commit_of(checkout: Path) -> str:
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def fingerprint() -> str:
+    """Return a checksum of peftcore's source."""
+    digest = hashlib.sha256()
+    for path in [*sorted((ROOT / "peftcore").rglob("*.py")), Path(__file__).with_name("hf_peft_tests_side.py")]:
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+def measure(run: Run, files: list[str], options: argparse.Namespace) -> None:
+    """Run the files with both libraries."""
+    if missing(hub := run.cells / "hub"):
+        subprocess.run([sys.executable, "-m", "benchmarks.hf_peft_models", str(hub)], cwd=ROOT, check=True)
+    units = [(library, file) for file in files for library in LIBRARIES if options.library in (None, library)]
+    for library, file in units:
+        prepare(run, library, file, keep=options.keep)
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(units), unit="file", disable=None) as bar:
+        running = {pool.submit(run_file, run, *unit): unit for unit in units}
+        while running:
+            time.sleep(1)
+            for future in [future for future in running if future.done()]:
+                library, file = running.pop(future)
+                bar.update()
+                bar.write(f"{file} with {library}: {future.result()}")
+            bar.set_postfix_str(", ".join(filter(None, (progress(run, *unit) for unit in running.values()))))
+
+
+def prepare(run: Run, library: str, file: str, keep: bool) -> None:
+    """Begin a file of results, unless it has results of the same code."""
+    path, settings = run.results(library, file), run.settings(library)
+    lines = read(path)
+    begun = lines[0].get("settings", {}) if lines else None
+    if any("collected" in line for line in lines[1:]) and not any("id" in line for line in lines):
+        begun = None  # the file could not be imported
+    if begun == settings or (keep and library == "peftcore" and begun and begun["tests"] == run.commit):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"settings": settings}) + "\n")
+
+
+def run_file(run: Run, library: str, file: str) -> str:
+    """Run a file in a process, again after a crash; return how it ended."""
+    path, end = run.results(library, file), time.monotonic() + run.limit
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(run.cells / "hub")}
+    command = [sys.executable, "-m", "benchmarks.hf_peft_tests_side", library]
+    command += [str(run.checkout / "tests" / f"{file}.py"), str(path), f"--sample={run.sample}"]
+    command += [f"--select={run.select}"] if run.select else []
+    log = path.with_suffix(".log")
+    try:
+        while (left := end - time.monotonic()) > 0:
+            with log.open("w") as output:
+                try:
+                    done = subprocess.run(
+                        command, cwd=run.checkout, env=environment, stdout=output, stderr=output, timeout=left
+                    )
+                except subprocess.TimeoutExpired:
+                    break
+            if done.returncode == 0:
+                return outcomes(path)
+            crashed = (
+                json.loads(running.read_text())["id"] if (running := path.with_suffix(".running")).exists() else None
+            )
+            if crashed is None or crashed in {line.get("id") for line in read(path)}:
+                return f"ended with status {done.returncode}; see {log}"
+            failure = {"type": "Crash", "message": f"the process ended with status {done.returncode}"}
+            with path.open("a") as lines:
+                lines.write(json.dumps({"id": crashed, "outcome": "failed", "seconds": 0, **failure}) + "\n")
+        return f"stopped after {run.limit} s; {outcomes(path)}"
+    finally:
+        path.with_suffix(".running").unlink(missing_ok=True)
+
+
+def outcomes(path: Path) -> str:
+    counts = Counter(line["outcome"] for line in read(path) if "id" in line)
+    return ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())) or "no test"
+
+
+def progress(run: Run, library: str, file: str) -> str:
+    path = run.results(library, file).with_suffix(".running")
+    try:
+        state = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # not begun, or being written
+        return ""
+    return f"{file} with {library} {state['finished']}/{state['of']}"
+
+
+# -- table -----------------------------------------------------------------------------------------------------------
+
+
+def cause(line: dict[str, Any] | None) -> str:
+    """Return why a test fails, in words that hold nothing of the test's text."""
+    if line is None:
+        return "not collected"
+    message = line.get("message", "")
+    first = next((text for text in message.splitlines() if text.strip()), "")
+    subject = f"{line['id']} | {line.get('type')}: {message}"
+    for pattern, reason in REASONS:
+        if re.search(pattern, subject, re.DOTALL):
+            return reason
+    if line["outcome"] == "skipped":
+        return "skipped"
+    if line.get("type") == "NotInPeftcore":
+        return first.partition(" (")[0]
+    if line.get("raised", "").startswith("peftcore/"):
+        return f"{line['type']}: " + re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", first)[:90]
+    name = re.split(r"::|\[", line["id"])[-2 if "[" in line["id"] else -1]
+    return f"{line.get('type') or 'failure'} in {name}"
+
+
+def compare(run: Run, file: str) -> dict[str, Any]:
+    """Return what the table and the JSON say of a file."""
+    lines = {library: read(run.results(library, file)) for library in LIBRARIES}
+    by_id = {library: {line["id"]: line for line in lines[library] if "id" in line} for library in LIBRARIES}
+    ours = by_id["peftcore"]
+    collected = {one: max((line.get("collected", 0) for line in lines[one]), default=0) for one in LIBRARIES}
+    unfinished = len(by_id["peftcore"]) < collected["peftcore"]  # a sample, or a run that was cut off
+    passed = [test for test, line in by_id["peft"].items() if line["outcome"] == "passed"]
+    passed = [test for test in passed if test in ours or not unfinished]
+    failures = {test: cause(ours.get(test)) for test in passed if ours.get(test, {}).get("outcome") != "passed"}
+    wording = [test for test in passed if test not in failures and ours[test].get("other_wording")]
+    return {
+        "file": file,
+        "collected": collected["peft"],
+        "collected_with_peftcore": collected["peftcore"],
+        "run": len(by_id["peft"].keys() & ours.keys()) if unfinished else len(by_id["peft"]),
+        "passed_with_peft": len(passed),
+        "passed_with_both": len(passed) - len(failures),
+        "other_wording": len(wording),
+        "not_built": sum(reason == NOT_BUILT for reason in failures.values()),
+        "peftcore": lines["peftcore"][0]["settings"]["library"],
+        "causes": dict(Counter(failures.values()).most_common()),
+        "failures": failures,
+    }
+
+
+def report(run: Run, files: list[str], folder: Path) -> None:
+    rows = [compare(run, file) for file in files]
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "tests": run.commit,
+        "peft": version("peft"),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m benchmarks.hf_peft_tests CHECKOUT",
+        "rows": rows,
+    }
+    (folder / "hf_peft_tests.json").write_text(json.dumps(facts, indent=1) + "\n")
+    text = table(run, rows)
+    (folder / "hf_peft_tests.md").write_text(text)
+    if folder == RESULTS:
+        page = ROOT / "docs" / "peft-tests.md"
+        before, _, rest = page.read_text().partition(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+    print(text)
+
+
+def table(run: Run, rows: list[dict[str, Any]]) -> str:
+    """Return the page: one row per file, then the causes."""
+    lines = [
+        f"HF PEFT's own tests (commit {run.commit[:12]} of its repository) with HF PEFT {version('peft')} and with "
+        "peftcore through `peftcore.as_peft`, without GPU and network, with tiny stand-in models. Of the tests that "
+        "pass with HF PEFT here, how many pass with peftcore. Tests that need the network, a GPU or a package that is "
+        "not installed fail or are skipped with both, so they are not counted. A test passes also if an error or a "
+        "warning of the same type has other words; the number of these tests is in brackets. The last column leaves "
+        "out the tests of methods that peftcore does not have. Where fewer tests were run than collected, they are a "
+        "sample, chosen by a checksum of each test's id.",
+        "",
+        "| file | tests | run | passed with HF PEFT | of those with peftcore | % | % of the methods here |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    rows = [row for row in rows if row["passed_with_peft"]]
+    keys = ("collected", "run", "passed_with_peft", "passed_with_both", "other_wording", "not_built")
+    for row in [*rows, {"file": "all", **{key: sum(row[key] for row in rows) for key in keys}}]:
+        passed, both = row["passed_with_peft"], row["passed_with_both"]
+        cells = [row["file"], f"{row['collected']:,}", f"{row['run']:,}", f"{passed:,}"]
+        cells += [f"{both:,} ({row['other_wording']:,})", f"{100 * both / max(1, passed):.1f}"]
+        cells.append(f"{100 * both / max(1, passed - row['not_built']):.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    versions = f"torch {version('torch')}, transformers {version('transformers')}"
+    measured = f"Measured on {cpu_model()}, {time.strftime('%Y-%m-%d')}, {versions}."
+    lines += ["", f"{measured} `python -m benchmarks.hf_peft_tests CHECKOUT`"]
+    reasons: Counter[str] = Counter()
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        for reason, number in row["causes"].items():
+            reasons[reason] += number
+            places.setdefault(reason, []).append(f"{row['file'].removeprefix('test_')} {number}")
+    lines += ["", "| tests that do not pass with peftcore | number | where |", "|---|---:|---|"]
+    for reason, number in reasons.most_common():
+        lines.append(f"| {reason.replace('|', '/')} | {number:,} | {', '.join(places[reason])} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

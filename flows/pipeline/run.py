@@ -1,0 +1,159 @@
+"""The work of a run: bring every stage up to date, judge the version by the gate, write the review page.
+
+Each stage is a subprocess `dvc repro --single-item STAGE`. So DVC decides which stages run, and a run does the same
+work as `dvc repro`. If no stage has changed, no such subprocess and no Prefect server is started. Nothing here imports
+torch, and Prefect is imported only where it runs stages.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.errors import GateError, RepositoryError
+from flows.gate.promote import Promotion, promote
+from flows.params import left_over, load_params
+from flows.paths import Paths
+from flows.registry.lineage import check_artifact_name
+from flows.review.page import write_review
+from flows.review.summary import print_summary
+from flows.runtime.git import Git
+from flows.runtime.last_run import RunRecord, recorded
+from flows.runtime.project import stage_order, stage_states
+from flows.runtime.stage_process import run_stage
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[..., Any]
+HOUR = 3600.0
+CHECK = "check"
+"""Name of the task that finds out whether a stage has changed."""
+_NO_SERVER = ("Failed to reach API", "ephemeral Prefect API server")
+"""Texts of Prefect's RuntimeErrors if its server cannot be reached or does not start."""
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The result of a run. page: the review page; seconds: {task: wall clock}."""
+
+    promotion: Promotion
+    page: Path
+    seconds: dict[str, float]
+
+
+def run_pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None) -> PipelineResult:
+    """Run the pipeline by Prefect; without Prefect's server, or if it goes away, do the same work without Prefect.
+
+    Args:
+        root: The repository.
+        stage_timeout: Time limit for each stage (seconds).
+        push_to: The git remote that decides between clones.
+
+    Raises:
+        RepositoryError: The version could not be registered; raised before the first stage.
+        RegistryError: Likewise, or the registry cannot be used.
+        StageError: A stage failed.
+        GateError: The gate refuses; raised after page and summary.
+    """
+    check_registrable(root)  # before Prefect's server starts, which takes about 15 seconds
+    began = time.monotonic()
+    if unchanged := _unchanged_stages(root):
+        print(f"no stage has changed: {', '.join(unchanged)}", file=sys.stderr)
+        with recorded(Paths(root)) as record:
+            record.seconds[CHECK] = time.monotonic() - began
+            return _judged(root, push_to, _directly, record)
+    return _by_prefect(root, stage_timeout, push_to)
+
+
+def _unchanged_stages(root: Path) -> list[str]:
+    """Return all stages if every one is up to date, else []."""
+    try:
+        states = stage_states(root)
+    except RepositoryError as error:
+        logger.debug("%s", error)  # the run of the stages meets the same error, and reports it
+        return []
+    return [] if any(states.values()) else list(states)
+
+
+def _by_prefect(root: Path, stage_timeout: float, push_to: str | None) -> PipelineResult:
+    import httpx
+
+    from flows.pipeline.flow import pipeline
+    from flows.runtime.prefect_server import tie_temporary_server
+
+    try:
+        tie_temporary_server()
+        return pipeline(root, stage_timeout, push_to)
+    except (RuntimeError, httpx.TransportError) as error:
+        if not is_without_server(error):
+            raise
+        logger.warning("Prefect's server cannot be reached (%s); continuing without it", error)
+    return run_stages(root, stage_timeout, push_to, _directly)
+
+
+def check_registrable(root: Path) -> None:
+    """Check the requirements of the register stage, which comes last, before the training.
+
+    Raises:
+        RepositoryError: There is no git repository with a commit.
+        RegistryError: dvc.yaml declares no adapter of the project's name.
+        ParamsError: params.yaml cannot be used.
+    """
+    Git(root)
+    check_artifact_name(root, load_params(Paths(root).params).project.name)
+
+
+def run_stages(
+    root: Path, stage_timeout: float, push_to: str | None, in_task: Callable[[str, Work], Work]
+) -> PipelineResult:
+    """Bring every stage up to date, judge the version, write the page, print a summary.
+
+    Args:
+        root: The repository.
+        stage_timeout: Time limit for each stage (seconds).
+        push_to: The git remote that decides between clones.
+        in_task: Gives a task's work by its name and its function.
+
+    Raises:
+        StageError: A stage failed.
+        GateError: The gate refuses; raised after page and summary.
+    """
+    with recorded(Paths(root)) as record:
+        check_registrable(root)
+        stages = stage_order(root)
+        for done, stage in enumerate(stages):
+            with record.at(stage):
+                in_task(stage, run_stage)(root, stage, stage_timeout, False, f"{done}/{len(stages)}")
+        return _judged(root, push_to, in_task, record)
+
+
+def _judged(root: Path, push_to: str | None, in_task: Callable[[str, Work], Work], record: RunRecord) -> PipelineResult:
+    """Judge the version of stages that are up to date, write the page, print a summary; see `run_stages`."""
+    paths = Paths(root)
+    params = load_params(paths.params)
+    for warning in left_over(params):
+        logger.warning("%s", warning)
+    with record.at("promote"):
+        promotion: Promotion = in_task("promote", promote)(params, paths, None, False, push_to)
+    record.promotion = promotion.as_dict()
+    with record.at("review"):
+        page: Path = in_task("review", write_review)(params, paths)
+    record.page = str(page)
+    print_summary(paths, promotion, page, record.seconds)
+    if not promotion.accepted:
+        raise GateError(promotion.sentence)
+    return PipelineResult(promotion, page, record.seconds)
+
+
+def _directly(_name: str, work: Work) -> Work:
+    return work
+
+
+def is_without_server(error: Exception) -> bool:
+    """Return True if an error says that Prefect cannot reach or start its server."""
+    import httpx
+
+    return isinstance(error, httpx.TransportError) or any(sign in str(error) for sign in _NO_SERVER)

@@ -1,0 +1,293 @@
+"""Adapters that were saved before transformers renamed modules of the model, or before it fused the experts' layers.
+
+Before transformers 5 each expert was a module with its own layers, such as `experts.3.w1`. Now the layers of all
+experts are one parameter, and two layers of an expert may be one matrix: `experts.gate_up_proj` (e, o, i). The LoRAs of
+these layers become one LoRA of that parameter, of rank n·r for n layers: A is stacked, and B is block-diagonal.
+
+Shapes: e experts, i in_features, o out_features, r rank.
+"""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftcore._util.tensors import PREFIX
+from peftcore.bases import ParameterWeight, base_weight
+from peftcore.config import PeftConfig, TunerConfig, first_match
+from peftcore.errors import CheckpointError, TargetError
+from peftcore.injection.module_index import ModuleIndex
+from peftcore.layers.wrapper import unwrapped
+from peftcore.storage.adapter_state import AdapterState
+
+_TOKENS = "token_adapter."
+"""First part of the keys of single embedding rows, after the embedding's path."""
+
+
+class _Fusion(NamedTuple):
+    """Layers of the experts that have become one parameter."""
+
+    sources: list[re.Pattern[str]]
+    """Regular expressions of a layer's path, in the order of the parameter's rows; groups: path before, expert."""
+    target: str
+    """End of the parameter's path, such as ".experts.gate_up_proj"."""
+
+    def parameter_of(self, path: str) -> tuple[str, int, int] | None:
+        """Return (path of the parameter, index of the source, expert) of a former layer; None for other layers."""
+        for index, source in enumerate(self.sources):
+            if match := source.fullmatch(path):
+                return f"{match[1]}{self.target}", index, int(match[2])
+        return None
+
+
+class _Changes(NamedTuple):
+    """Changes of a transformers model since older versions."""
+
+    renamings: list[Any]
+    fusions: list[_Fusion]
+
+    def renamed(self, key: str) -> str:
+        """Return the present name of a key."""
+        from transformers.core_model_loading import rename_source_key
+
+        return PREFIX + rename_source_key(key.removeprefix(PREFIX), self.renamings, [])[0]
+
+    def fused(self, path: str) -> tuple[str, int, int] | None:
+        """Return the result of the fusion to which a former layer belongs; see `_Fusion.parameter_of`."""
+        return next((found for fusion in self.fusions if (found := fusion.parameter_of(path)) is not None), None)
+
+
+def _changes(model: Any) -> _Changes | None:
+    """Return the changes of a model that transformers states; None for other models."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return None
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+
+    steps = get_model_conversion_mapping(model)
+    fusions = [
+        _Fusion([_source(pattern) for pattern in step.source_patterns], _target(step.target_patterns[0]))
+        for step in steps
+        if isinstance(step, WeightConverter)
+        and len(step.target_patterns) == 1
+        and all(".*." in pattern and pattern.endswith(".weight") for pattern in step.source_patterns)
+        and all(isinstance(operation, MergeModulelist | Concatenate) for operation in step.operations)
+    ]
+    return _Changes([step for step in steps if isinstance(step, WeightRenaming)], fusions)
+
+
+def _target(pattern: str) -> str:
+    return f".{pattern.removeprefix('.')}"
+
+
+def _source(pattern: str) -> re.Pattern[str]:
+    before, after = _target(pattern).removesuffix(".weight").split(".*.")
+    return re.compile(rf"(.*){re.escape(before)}\.(\d+)\.{re.escape(after)}")
+
+
+# -- keys of renamed modules -----------------------------------------------------------------------------------------
+
+
+def under_new_names(tensors: Mapping[str, Tensor], expected: Collection[str], model: Any) -> Mapping[str, Tensor]:
+    """Return a directory's tensors under the present names of modules that transformers has renamed since.
+
+    Args:
+        tensors: The tensors by key.
+        expected: The adapter's keys. Only a key that is not among them is renamed, and only to one of them.
+        model: The model; models that are not of transformers have no renamed modules.
+    """
+    foreign = tensors.keys() - expected
+    changes = _changes(model) if foreign else None
+    if changes is None:
+        return tensors
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key in foreign:
+            new = changes.renamed(key)
+            key = new if new in expected and new not in tensors else key
+        renamed[key] = tensor
+    return renamed
+
+
+# -- the configuration -----------------------------------------------------------------------------------------------
+
+
+def for_present_modules(config: PeftConfig, keys: Iterable[str], model: nn.Module) -> PeftConfig:
+    """Return a saved adapter's configuration with the present names of the modules that it adapts.
+
+    Args:
+        config: The saved configuration.
+        keys: The keys of the saved tensors; they name the modules, as older versions of transformers did.
+        model: The model, with or without adapters.
+
+    Returns:
+        The configuration; unchanged if no module of the adapter was renamed or fused.
+
+    Raises:
+        CheckpointError: Layers that are one parameter now have different scalings.
+    """
+    changes = _changes(model) if isinstance(config, TunerConfig) else None
+    if changes is None:
+        return config
+    modules, new_of, fused = ModuleIndex(model).modules, {}, {}
+    is_older = False
+    for key in keys:
+        old, old_rest = _module_of(key, modules)
+        new, new_rest = _module_of(changes.renamed(key), modules)
+        former = _former_layer(changes.renamed(key))
+        if former is not None and (place := changes.fused(former)) is not None:
+            fused.setdefault(place[0], {})[place[1]] = _former_layer(key)
+            is_older = True
+        elif len(new_rest) < len(old_rest):
+            is_older = True
+            new_of[new] = ".".join([part for part in (old, *old_rest[: len(old_rest) - len(new_rest)]) if part])
+        elif new and not _is_own(modules[new], new_rest) and not new_rest[0].startswith(_TOKENS.rstrip(".")):
+            new_of[new] = new
+    return _with_targets(config, modules, new_of, fused) if is_older else config
+
+
+def _module_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, list[str]]:
+    """Return (path of the deepest module on the way to a tensor, the rest of the key in parts)."""
+    path, rest = key.removeprefix(PREFIX), []
+    while path and path not in modules:
+        path, _, part = path.rpartition(".")
+        rest.insert(0, part)
+    return path, rest
+
+
+def _former_layer(key: str) -> str | None:
+    """Return the path of the layer of a LoRA's tensor; None for other tensors."""
+    match = re.fullmatch(r"(.*)\.lora_[AB]\.weight", key.removeprefix(PREFIX))
+    return None if match is None else match[1]
+
+
+def _is_own(module: nn.Module, rest: list[str]) -> bool:
+    """Return True if the rest of a key names a tensor of the module itself, not of an adapter."""
+    return rest == [] or (rest[-1] in unwrapped(module)._parameters and len(rest) == 1)
+
+
+def _with_targets(
+    config: Any,
+    modules: Mapping[str, nn.Module],
+    new_of: Mapping[str, str],
+    fused: Mapping[str, Mapping[int, str]],
+) -> PeftConfig:
+    """Return the configuration with full paths as its targets, and with the ranks and scalings of the old paths."""
+    layers = [path for path in new_of if _can_be_adapted(modules[path])]
+    parameters = {f"{path}.weight": path for path in new_of if path not in layers}
+    values: dict[str, Any] = {"target_modules": _exactly(layers, modules), "exclude_modules": None}
+    values |= {"layers_to_transform": None, "layers_pattern": None}
+    for field in dataclasses.fields(config):
+        pattern = getattr(config, field.name)
+        if field.name.endswith("_pattern") and isinstance(pattern, dict):
+            by_path = {**{path: new_of[path] for path in layers}, **{p: new_of[m] for p, m in parameters.items()}}
+            found = {path: first_match(pattern, old, None) for path, old in by_path.items()}
+            values[field.name] = {_pattern_key(path): value for path, value in found.items() if value is not None}
+    for path, sources in fused.items():
+        numbers = [config.at(old) for old in sources.values()]
+        scalings = {alpha / config.denominator(rank) for rank, alpha in numbers}
+        if len(scalings) > 1:
+            raise CheckpointError(
+                f"{path} is one parameter now, and the adapter has different scalings for its parts "
+                f"{sorted(sources.values())}; merge the adapter with the version of transformers that trained it"
+            )
+        rank = sum(rank for rank, _ in numbers)
+        values["rank_pattern"][_pattern_key(path)] = rank
+        values["alpha_pattern"][_pattern_key(path)] = scalings.pop() * config.denominator(rank)
+    if fused or parameters:
+        values["target_parameters"] = [*(config.target_parameters or ()), *parameters, *fused]
+        if config.lora_dropout:
+            warnings.warn(
+                f"lora_dropout={config.lora_dropout} is dropped: the experts' layers are parameters now, whose input "
+                "is not seen",
+                stacklevel=6,
+            )
+            values["lora_dropout"] = 0.0
+    return dataclasses.replace(config, **values)
+
+
+def _can_be_adapted(module: nn.Module) -> bool:
+    try:
+        base_weight(unwrapped(module))
+    except TargetError:
+        return False
+    return True
+
+
+def _exactly(paths: list[str], modules: Iterable[str]) -> list[str] | str:
+    """Return `target_modules` that match these paths only."""
+    chosen = set(paths)
+    if any(other.endswith(f".{path}") for path in paths for other in modules if other not in chosen):
+        return "|".join(re.escape(path) for path in sorted(paths))
+    return sorted(paths)
+
+
+def _pattern_key(path: str) -> str:
+    return f"^{re.escape(path)}"
+
+
+# -- the tensors of experts ------------------------------------------------------------------------------------------
+
+
+def with_fused_experts(tensors: Mapping[str, Tensor], state: AdapterState, model: Any) -> Mapping[str, Tensor]:
+    """Return a directory's tensors with one LoRA per parameter in place of the LoRAs of the experts' former layers.
+
+    Args:
+        tensors: The tensors by key.
+        state: The adapter that is loaded.
+        model: The model.
+    """
+    wanted = {
+        adapter.printed[1]: (prefix, adapter, list(own))
+        for prefix, adapter, own in state.entries
+        if isinstance(adapter.base, ParameterWeight) and not any(f"{prefix}{key}" in tensors for key in own)
+    }
+    changes = _changes(model) if wanted else None
+    if changes is None or not changes.fusions:
+        return tensors
+    parts: dict[str, dict[tuple[int, int], str]] = {}
+    for key in tensors:
+        former = _former_layer(changes.renamed(key))
+        place = None if former is None else changes.fused(former)
+        if place is not None and place[0] in wanted:
+            old = _former_layer(key)
+            assert old is not None
+            parts.setdefault(place[0], {})[place[1], place[2]] = old
+    result = dict(tensors)
+    for path, layers in parts.items():
+        prefix, adapter, (key_a, key_b, *_) = wanted[path]
+        count = len(next(f for f in changes.fusions if path.endswith(f.target)).sources)
+        sources = sorted({source for source, _ in layers})
+        if layers.keys() != {(source, expert) for source in sources for expert in range(adapter.base.count)}:
+            continue  # some experts have no LoRA: the missing keys are reported
+        names = {
+            place: tuple(f"{PREFIX}{old}.lora_{letter}.weight" for letter in "AB") for place, old in layers.items()
+        }
+        if not all(name in tensors for pair in names.values() for name in pair):
+            continue
+        rows = adapter.base.out_features // count
+        factors = [
+            [(tensors[names[s, e][0]], tensors[names[s, e][1]], s) for s in sources] for e in range(adapter.base.count)
+        ]
+        result[f"{prefix}{key_a}"] = torch.cat([a for expert in factors for a, _, _ in expert])
+        b = torch.stack([_block_diagonal(expert, rows, count) for expert in factors], 2)
+        result[f"{prefix}{key_b}"] = b.flatten(1)
+        for pair in names.values():
+            for name in pair:
+                del result[name]
+    return result
+
+
+def _block_diagonal(factors: list[tuple[Tensor, Tensor, int]], rows: int, count: int) -> Tensor:
+    """Return B (count·rows, sum of the ranks) of one expert; B of each source changes the rows of its source only."""
+    ranks = [b.shape[1] for _, b, _ in factors]
+    result = factors[0][1].new_zeros(count * rows, sum(ranks))
+    column = 0
+    for (_, b, source), rank in zip(factors, ranks, strict=True):
+        result[source * rows : (source + 1) * rows, column : column + rank] = b
+        column += rank
+    return result

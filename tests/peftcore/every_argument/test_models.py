@@ -1,0 +1,275 @@
+"""Arguments of functions that make models, choose their adapters and call them."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from argument_checks import checks
+from argument_nets import Plain, X, lora, net, same, tensors_of, trained
+from torch import nn
+
+import peftcore
+from peftcore import (
+    ConfigError,
+    MergeError,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from peftcore.errors import AdapterNameError, AdapterStoreError, PeftError
+from peftcore.hf_peft import functional, helpers
+from peftcore.hf_peft.classes import BaseTunerLayer
+from peftcore.injection.adapter_set import adapter_set
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with two adapters: its own and `second`."""
+    folder = tmp_path_factory.mktemp("saved")
+    net("default", "second").save_pretrained(folder)
+    return folder
+
+
+# -- making a model ----------------------------------------------------------------------------------------------------
+
+
+@checks("get_peft_model", "model peft_config adapter_name mixed revision")
+def test_get_peft_model() -> None:
+    plain = Plain()
+    model = get_peft_model(plain, lora("1"), "other", mixed=True, revision="v2")
+    assert model is plain and list(model.peft_config) == ["other"] == model.active_adapters
+    assert list(adapter_set(model).layers) == ["1"] and model.peft_config["other"].revision == "v2"
+    assert isinstance(model, peftcore.PeftMixedModel) and not isinstance(net(), peftcore.PeftMixedModel)
+    with pytest.raises(ConfigError, match="mixed must be True or False"):
+        get_peft_model(Plain(), lora(), mixed="yes")  # type: ignore[arg-type]
+
+
+@checks("get_peft_model", "autocast_adapter_dtype low_cpu_mem_usage")
+@checks("PeftModel.add_adapter", "adapter_name peft_config autocast_adapter_dtype low_cpu_mem_usage")
+@checks("inject_adapter_in_model", "peft_config model adapter_name low_cpu_mem_usage state_dict")
+@checks("TunerModel.__init__", "model config adapter_name")
+def test_new_adapters() -> None:
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        model = get_peft_model(Plain(torch.bfloat16), lora(), autocast_adapter_dtype=autocast)
+        model.add_adapter("b", lora("1"), autocast_adapter_dtype=autocast)
+        assert {t.dtype for name in ("default", "b") for t in tensors_of(model, name).values()} == {dtype}
+    for low in (True, False):
+        model = get_peft_model(Plain(), lora(), low_cpu_mem_usage=low)
+        model.add_adapter("b", lora("1"), low_cpu_mem_usage=low)
+        injected = inject_adapter_in_model(lora("1"), Plain(), "c", low_cpu_mem_usage=low)
+        parameters = [p for m in (model, injected) for n, p in m.named_parameters() if "lora_" in n]
+        assert len(parameters) == 6 and {p.is_meta for p in parameters} == {low}
+    plain = Plain()
+    state = {key.replace("0.", "1."): tensor for key, tensor in tensors_of(net()).items()}
+    assert inject_adapter_in_model(lora("0"), plain, "c", state_dict=state) is plain
+    assert list(adapter_set(plain).layers) == ["1"] and list(adapter_set(plain).configs) == ["c"]
+    with pytest.raises(ConfigError, match="add_adapter takes a name and a configuration"):
+        net().add_adapter("b", "c")
+    view = peftcore.LoraModel(plain := Plain(), lora("1"), "d")
+    assert view.model is plain and list(view.peft_config) == ["d"] and view.targeted_module_names == ["1"]
+
+
+@checks("_TaskClass.__call__", "model peft_config adapter_name kwargs")
+@checks("_Mixed.__call__", "model peft_config adapter_name")
+@checks("_Wrapper.__call__", "args kwargs")
+def test_classes_of_tasks() -> None:
+    model = peftcore.PeftModelForCausalLM(plain := Plain(), lora("1"), "b", revision="v3")
+    assert model is plain and isinstance(model, peftcore.PeftModelForCausalLM)
+    assert model.peft_config["b"].revision == "v3" and list(adapter_set(model).layers) == ["1"]
+    mixed = peftcore.PeftMixedModel(plain := Plain(), lora("1"), "b")
+    assert mixed is plain and isinstance(mixed, peftcore.PeftMixedModel) and list(mixed.peft_config) == ["b"]
+    for arguments, options in (((1,), {}), ((), {"size": 1})):
+        with pytest.raises(PeftError, match="cannot be made by itself"):
+            peftcore.PromptEmbedding(*arguments, **options)
+
+
+# -- activation --------------------------------------------------------------------------------------------------------
+
+SETTERS: dict[str, Callable[..., None]] = {
+    "model": lambda model, *args, **options: model.set_adapter(*args, **options),
+    "view": lambda model, *args, **options: model.base_model.set_adapter(*args, **options),
+    "function": functional.set_adapter,
+}
+
+
+@checks("PeftModel.set_adapter", "adapter_name inference_mode")
+@checks("TunerModel.set_adapter", "adapter_name inference_mode")
+@checks("set_adapter", "model adapter_name inference_mode layer_cls")
+@pytest.mark.parametrize("setter", SETTERS.values(), ids=list(SETTERS))
+def test_set_adapter(setter: Callable[..., None]) -> None:
+    model = net("a", "b")
+    setter(model, "b")
+    assert model.active_adapters == ["b"] and trained(model) == {f"0.adapters.b.lora_{f}" for f in "AB"}
+    setter(model, ["b", "a"], inference_mode=True)
+    assert model.active_adapters == ["b", "a"] and not trained(model)
+    if setter is functional.set_adapter:
+        with pytest.raises(ConfigError, match="layer_cls must be BaseTunerLayer"):
+            setter(model, "a", layer_cls=nn.Linear)
+        setter(model, "a", layer_cls=BaseTunerLayer)
+
+
+@checks("PeftModel.set_requires_grad", "adapter_names requires_grad")
+@checks("set_requires_grad", "model adapter_names requires_grad")
+@pytest.mark.parametrize("setter", [PeftModel.set_requires_grad, functional.set_requires_grad])
+def test_set_requires_grad(setter: Any) -> None:
+    model = net("a", "b")
+    setter(model, "b")
+    assert len(trained(model)) == 4
+    setter(model, ["a"], requires_grad=False)
+    assert trained(model) == {f"0.adapters.b.lora_{f}" for f in "AB"}
+
+
+@checks("PeftModel.delete_adapter", "adapter_name")
+@checks("TunerModel.delete_adapter", "adapter_name")
+@checks("delete_adapter", "model adapter_name prefix layer_cls")
+def test_delete_adapter() -> None:
+    model = net("a", "b", "c", "d", "e")
+    model.delete_adapter(["b", "c"])
+    model.base_model.delete_adapter("d")
+    with pytest.raises(ConfigError, match="none with prefix 'ia3_'"):
+        functional.delete_adapter(model, "e", prefix="ia3_")
+    with pytest.raises(ConfigError, match="layer_cls must be BaseTunerLayer"):
+        functional.delete_adapter(model, "e", layer_cls=nn.Linear)
+    assert functional.delete_adapter(model, "e", prefix="lora_", layer_cls=BaseTunerLayer) == ["a"]
+    assert list(model.peft_config) == ["a"]
+
+
+@checks("PeftModel.__call__", "args adapter_names kwargs")
+@checks("PeftModel.route", "adapters")
+@checks("rescale_adapter_scale", "model multiplier")
+@checks("disable_input_dtype_casting", "model active")
+def test_calls() -> None:
+    model = net("a", "b")
+    with model.route("b"):
+        expected = model(X)
+    assert torch.equal(model(X, adapter_names="b"), expected) and not torch.equal(model(X), expected)
+    assert torch.equal(model(X, times=2.0), 2 * model(X)) and not torch.equal(model(2 * X), model(X))
+    with model.disable_adapter():
+        base = model(X)
+    with helpers.rescale_adapter_scale(model, 0):
+        torch.testing.assert_close(model(X), base)
+    for active in (True, False):
+        with helpers.disable_input_dtype_casting(model, active):
+            assert torch.equal(model(X, adapter_names="b"), expected)
+    with pytest.raises(TypeError, match="active must be True or False"), helpers.disable_input_dtype_casting(model, 3):
+        pass
+    with pytest.raises(AdapterNameError, match="has no adapters"), helpers.disable_input_dtype_casting(Plain()):
+        pass
+
+
+@checks("_has_own_signature", "model method")
+def test_signatures() -> None:
+    helpers.update_signature(net(), "forward")
+    with pytest.raises(ValueError, match="method must be"):
+        helpers.update_signature(net(), "backward")
+    with pytest.raises(AdapterNameError, match="has no adapters"):
+        helpers.update_signature(Plain())
+
+
+@checks("PeftLayerAttributes.get_delta_weight", "adapter")
+@checks("PeftLayerAttributes.set_scale", "adapter scale")
+@checks("PeftLayerAttributes.scale_layer", "scale")
+@checks("PeftLayerAttributes.unscale_layer", "scale")
+def test_methods_of_layers() -> None:
+    model = net("a", "b")
+    layer = model[0]
+    changes = {name: layer.get_delta_weight(name) for name in "ab"}
+    assert not torch.equal(changes["a"], changes["b"])
+    layer.set_scale("b", 3)
+    torch.testing.assert_close(layer.get_delta_weight("b"), 3 * changes["b"])
+    layer.scale_layer(6)
+    torch.testing.assert_close(layer.get_delta_weight("a"), 6 * changes["a"])
+    layer.unscale_layer(2)
+    torch.testing.assert_close(layer.get_delta_weight("a"), 3 * changes["a"])
+    layer.unscale_layer()
+    torch.testing.assert_close(layer.get_delta_weight("a"), changes["a"])
+
+
+@checks("refresh_adapters", "model")
+@checks("get_layer_status", "model")
+@checks("get_model_status", "model")
+@checks("get_base_model_state_dict", "model")
+@checks("check_mergeable", "model adapter_names")
+@checks("PeftModel.enable_peft_hotswap", "args kwargs")
+def test_functions_of_a_model_alone(tmp_path: Path) -> None:
+    model = net("a", "b")
+    with torch.no_grad():
+        before = model(X)
+        model[0].adapters["a"].lora_A.data.mul_(2)
+        peftcore.refresh_adapters(model)
+        assert not torch.equal(model(X), before)
+    assert len(peftcore.get_layer_status(model)) == 1
+    assert peftcore.get_model_status(model).available_adapters == ["a", "b"]
+    assert same(peftcore.get_base_model_state_dict(model), dict(Plain().state_dict()))
+    model.add_adapter("c", lora(alora_invocation_tokens=[1]))
+    peftcore.check_mergeable(model, ["a", "b"])
+    with pytest.raises(MergeError):
+        peftcore.check_mergeable(model, ["a", "c"])
+    for arguments, options in (((1,), {}), ((), {"target_rank": 4})):
+        with pytest.raises(ConfigError, match="load_adapter_weights"):
+            model.enable_peft_hotswap(*arguments, **options)
+    for function in (peftcore.refresh_adapters, peftcore.get_layer_status):
+        with pytest.raises(PeftError, match="get_peft_model first"):
+            function(Plain())
+
+
+# -- stores ------------------------------------------------------------------------------------------------------------
+
+
+@checks("AdapterStore.__init__", "model max_loaded max_bytes base")
+@checks("AdapterStore.register", "name source tags")
+@checks("AdapterStore.register_directory", "folder")
+@checks("AdapterStore.names", "tag")
+@checks("AdapterStore.acquire", "name timeout")
+@checks("AdapterStore.pin", "name")
+@checks("AdapterStore.prefetch", "names")
+@checks("AdapterStore.remove", "name")
+@checks("AdapterStore.replace", "name source")
+@checks("AdapterStore.route", "spec timeout")
+@checks("AdapterStore.using", "names timeout")
+@checks("AdapterStore.swap", "name source tags check")
+def test_stores(saved: Path, tmp_path: Path) -> None:
+    model: Any = Plain()
+    store = peftcore.AdapterStore(model, max_loaded=1)
+    store.register("a", saved, tags=["x"])
+    store.register("b", saved / "second")
+    assert store.names() == ["a", "b"] and store.names("x") == ["a"]
+    with torch.no_grad():
+        base = model(X)
+        with store.route("a"):
+            first = model(X)
+        with store.route("b"):
+            second = model(X)
+        assert not any(torch.equal(p, q) for p, q in ((base, first), (first, second), (base, second)))
+        with store.using("a") as names, pytest.raises(AdapterStoreError), store.using("b", timeout=0.01):
+            assert list(names) == ["a"]
+        lease = store.pin("a")
+        for call in (store.acquire, store.route):
+            with pytest.raises(AdapterStoreError), contextlib.ExitStack() as stack:
+                result = call("b", timeout=0.01)
+                if call == store.route:
+                    stack.enter_context(result)
+        lease.release()
+        store.replace("a", saved / "second")
+        with store.route("a"):
+            assert torch.equal(model(X), second)
+        checked: list[str] = []
+        store.swap("a", saved, check=checked.append)
+        store.swap("c", saved, tags=["x"])
+        assert checked and store.names("x") == ["a", "c"]
+        with store.route("a"):
+            assert torch.equal(model(X), first)
+        store.prefetch("b")[0].result()
+        assert store.loaded() == ["b"]
+        store.remove("b")
+        assert store.names() == ["a", "c"]
+    store.close()
+    assert peftcore.AdapterStore(Plain()).register_directory(saved) == ["second"]
+    for options in ({"max_bytes": 1}, {"base": "other"}):
+        limited = peftcore.AdapterStore(Plain(), **options)
+        limited.register("a", saved)
+        with pytest.raises(PeftError):
+            limited.acquire("a")

@@ -1,0 +1,165 @@
+"""Arguments of functions around training and starts from data."""
+
+from typing import Any
+
+import pytest
+import torch
+from argument_checks import checks
+from argument_nets import Plain, X, adalora, lora, net, same, tensors_of
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import (
+    ConfigError,
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from peftcore.hf_peft import functional, optimizers
+
+
+@checks("PeftModel.on_optimizer_step", "step optimizer")
+@checks("PeftModel.load_adapter_state", "state")
+@checks("PeftModel.adapter_ranks", "adapter_name")
+def test_steps_of_training() -> None:
+    widths = {}
+    for with_optimizer in (False, True):
+        model = adalora()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for step in (1, 2, 3):
+            model(X).square().sum().backward()
+            optimizer.step()
+            if step == 3:
+                before = sum(model.adapter_ranks().values())
+            model.on_optimizer_step(step, optimizer if with_optimizer else None)
+        widths[with_optimizer] = sum(p.numel() for p in model.parameters())
+        state = {
+            key: tensor + 1 if tensor.is_floating_point() else tensor for key, tensor in model.adapter_state().items()
+        }
+        model.load_adapter_state(state)
+        assert same(model.adapter_state(), state)
+        assert sum(model.adapter_ranks("default").values()) <= before
+    assert widths[True] < widths[False]
+    model = net("a")
+    model.add_adapter("b", lora("1", r=5))
+    assert model.adapter_ranks("b") == {"1": 5} != model.adapter_ranks()
+
+
+@checks("PeftModel.supports_lora_conversion", "adapter_name")
+@checks("PeftModel.get_prompt_embedding_to_save", "adapter_name")
+@checks("PeftModel.prepare_model_for_gradient_checkpointing", "model")
+@checks("prepare_model_for_kbit_training", "model use_gradient_checkpointing gradient_checkpointing_kwargs")
+def test_transformers_models() -> None:
+    from routed_models import llama
+
+    model = get_peft_model(llama(torch.bfloat16), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "p")
+    model.add_adapter("l", lora("q_proj"))
+    assert model.get_prompt_embedding_to_save("p").shape[0] == 3
+    with pytest.raises(ConfigError, match="'l' is not a prompt"):
+        model.get_prompt_embedding_to_save("l")
+    assert model.supports_lora_conversion("l") and not model.supports_lora_conversion("p")
+    other = llama()
+    assert not other.get_input_embeddings()(torch.tensor([1])).requires_grad or other.requires_grad_(False) is other
+    assert model.prepare_model_for_gradient_checkpointing(other) is other
+    assert other.get_input_embeddings()(torch.tensor([1])).requires_grad
+    for checkpoints in (False, True):
+        prepared: Any = peftcore.prepare_model_for_kbit_training(llama(torch.bfloat16), checkpoints)
+        assert prepared.is_activation_checkpointing is checkpoints and prepared.dtype == torch.float32
+    with pytest.warns(UserWarning, match="reentrant checkpointing"):
+        peftcore.prepare_model_for_kbit_training(llama(), True, {"use_reentrant": True})
+
+
+@checks("cast_mixed_precision_params", "model dtype")
+@checks("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype")
+@checks("shift_tokens_right", "input_ids pad_token_id decoder_start_token_id")
+def test_precision_and_tokens() -> None:
+    model = net("a", "b")
+    peftcore.cast_mixed_precision_params(model, torch.float16)
+    assert {p.dtype for n, p in model.named_parameters() if ".a." in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if ".b." in n} == {torch.float16}
+    functional.cast_adapter_dtype(model, "b", autocast_adapter_dtype=False)
+    assert {t.dtype for t in tensors_of(model, "b").values()} == {torch.float16}
+    functional.cast_adapter_dtype(model, "b")
+    assert {t.dtype for t in tensors_of(model, "b").values()} == {torch.float32}
+    labels = torch.tensor([[4, -100, 6]])
+    assert peftcore.shift_tokens_right(labels, 9, 2).tolist() == [[2, 4, 9]]
+    assert peftcore.shift_tokens_right(labels + 1, 0, 3).tolist() == [[3, 5, -99]]
+
+
+@checks("create_lorafa_optimizer", "model r lora_alpha lr weight_decay use_rslora")
+@checks("create_loraplus_optimizer", "model optimizer_cls lr loraplus_lr_ratio kwargs")
+@checks("create_riemannian_optimizer", "args kwargs")
+def test_optimizers() -> None:
+    model = net("a")
+    for wrong in ({"r": 4}, {"lora_alpha": 9}, {"use_rslora": True}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            optimizers.create_lorafa_optimizer(model, **{"r": 2, "lora_alpha": 8, "lr": 0.1, **wrong})
+    fa = optimizers.create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=0.1, weight_decay=0.5)
+    assert {(g["lr"], g["weight_decay"]) for g in fa.param_groups} == {(0.1, 0.5)}
+    model = net("a")
+    plus = optimizers.create_loraplus_optimizer(
+        model, torch.optim.SGD, lr=0.1, loraplus_lr_ratio=4, loraplus_weight_decay=0.2, momentum=0.3
+    )
+    assert isinstance(plus, torch.optim.SGD) and {round(g["lr"], 3) for g in plus.param_groups} == {0.1, 0.4}
+    assert {(g["momentum"], g["weight_decay"]) for g in plus.param_groups} == {(0.3, 0.2)}
+    for arguments, options in (((model,), {}), ((), {"lr": 0.1})):
+        with pytest.raises(ConfigError, match="does not have this optimiser"):
+            optimizers.create_riemannian_optimizer(*arguments, **options)
+
+
+DATA_START = "model adapter_name"
+
+
+@checks("initialize_from_data", f"{DATA_START} batches forward progress")
+@checks("initialize_lora_eva_weights", f"{DATA_START} dataloader forward_fn show_progress_bar")
+@checks("initialize_lora_eva_weights", "eva_state_dict prepare_model_inputs_fn prepare_layer_inputs_fn")
+@checks("initialize_lora_eva_weights", "gather_distributed_inputs")
+@pytest.mark.parametrize("function", [peftcore.initialize_from_data, peftcore.initialize_lora_eva_weights])
+def test_starts_from_data(function: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    is_eva = function is peftcore.initialize_lora_eva_weights
+    batches, forward, progress = (
+        ("dataloader", "forward_fn", "show_progress_bar") if is_eva else ("batches", "forward", "progress")
+    )
+    generator = torch.Generator().manual_seed(3)
+    data = [{"x": torch.randn(40, 6, generator=generator)} for _ in range(3)]
+
+    def started(rows: Any, name: str = "b", **options: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = get_peft_model(Plain(), lora("0"), "a")
+        torch.manual_seed(0)
+        model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva"))
+        function(model, **{batches: rows, "adapter_name": name, **options})
+        return tensors_of(model, "b")
+
+    plain = started(data, **{progress: False})
+    assert not capfd.readouterr().err.strip()
+    assert same(started(data), plain) and capfd.readouterr().err
+    assert not same(started([{"x": one["x"] ** 2} for one in data]), plain)
+    assert same(started([{"y": one["x"]} for one in data], **{forward: lambda model, one: model(one["y"])}), plain)
+    with pytest.raises(ConfigError, match="'a' needs no data"):
+        started(data, "a")
+    if is_eva:
+        for option in ("eva_state_dict", "prepare_model_inputs_fn", "prepare_layer_inputs_fn"):
+            with pytest.raises(ConfigError, match=option):
+                started(data, **{option: {}})
+        with pytest.raises(ConfigError, match="gather_distributed_inputs"):
+            started(data, gather_distributed_inputs=False)
+
+
+@checks("replace_lora_weights_loftq", "model weights adapter_name callback")
+def test_loftq_on_a_quantised_base() -> None:
+    from quantised_layers import quantised
+
+    torch.manual_seed(0)
+    original = {"0.weight": torch.randn(32, 64)}
+    model = get_peft_model(nn.Sequential(quantised("nf4")), lora("0"), "a")
+    model.add_adapter("b", lora("0"))
+    before = {name: tensors_of(model, name) for name in "ab"}
+    seen: list[str] = []
+    peftcore.replace_lora_weights_loftq(model, original, "b", lambda _, path: seen.append(path) is not None)
+    assert seen == ["0"] and same(tensors_of(model, "b"), before["b"]), "the callback refused the layer"
+    peftcore.replace_lora_weights_loftq(model, original, "b")
+    assert same(tensors_of(model, "a"), before["a"]) and not same(tensors_of(model, "b"), before["b"])
+    first = tensors_of(model, "b")
+    peftcore.replace_lora_weights_loftq(model, {"0.weight": 2 * original["0.weight"]}, "b")
+    assert not same(tensors_of(model, "b"), first)
