@@ -45,7 +45,7 @@ def test_set_adapter_of_a_layer_is_that_of_the_model() -> None:
     assert trainable(first) == ["a"] and trainable(second) == before
     second.set_adapter(["a", "b"], inference_mode=True)
     assert first.active_adapter == ["a", "b"] and trainable(second) == []
-    with pytest.raises(AdapterNameError, match="no adapter named 'c'"):
+    with pytest.raises(AdapterNameError, match="Adapter c does not exist"):
         first.set_adapter("c")
     assert first.active_adapters == ["a", "b"]
 
