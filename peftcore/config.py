@@ -389,6 +389,16 @@ class PeftConfig(SharedOptions):
                 stacklevel=5,
             )
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """True for prompts, prefixes and their encoders: methods of virtual tokens."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """True for adaption prompts."""
+        return self.peft_type == "ADAPTION_PROMPT"
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
@@ -549,6 +559,11 @@ class PromptLearningConfig(PeftConfig):
         super().__post_init__()
         sizes = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
         self.positive(*(name for name in sizes if getattr(self, name) is not None))
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """True: the method learns virtual tokens."""
+        return True
 
     def check_complete(self) -> None:
         """Check that the prompt has tokens."""

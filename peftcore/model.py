@@ -589,7 +589,7 @@ class PeftModel:
             path_initial_model_for_weight_conversion: only None; use `peftcore.conversion.convert_to_lora`.
             state_dict: a state dict of the model to take the values from; None for the model's own parameters.
             other: further options of transformers, only with values that mean one whole local file; and
-                `save_function` of accelerate's scripts, which is a warning.
+                `save_function` and `max_shard_size`, which are warnings.
 
         Raises:
             ConfigError: an option has a value that is not supported.
@@ -842,8 +842,9 @@ class PeftModel:
         return _unpickled, (_plain_class(type(self)),), self.__dict__
 
 
+_ONE_SHARD = ("50GB", "5GB", None)
+"""Values of `max_shard_size` that are the defaults of libraries."""
 _WHOLE_LOCAL_FILE: dict[str, tuple[Any, ...]] = {
-    "max_shard_size": ("50GB", "5GB", None),
     "push_to_hub": (False, None),
     "token": (None,),
     "variant": (None,),
@@ -872,6 +873,14 @@ def _check_saving(safe_serialization: Any, initial: Any, other: Mapping[str, Any
                 "is_main_process decides which process writes",
                 stacklevel=3,
             )
+            continue
+        if name == "max_shard_size":
+            if value not in _ONE_SHARD:
+                warnings.warn(
+                    f"save_pretrained: max_shard_size={value!r:.200} has no effect, because an adapter is saved as one "
+                    "file",
+                    stacklevel=3,
+                )
             continue
         if name not in _WHOLE_LOCAL_FILE:
             raise TypeError(f"save_pretrained() has no option {name!r}")

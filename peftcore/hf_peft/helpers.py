@@ -9,12 +9,14 @@ from torch import nn
 
 from peftcore.errors import ConfigError, PeftError
 from peftcore.hf_peft.classes import check_if_peft_model
+from peftcore.hf_peft.unsupported import find_kappa_target_modules
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 
 __all__ = [
     "DoraCaching",
     "check_if_peft_model",
     "disable_input_dtype_casting",
+    "find_kappa_target_modules",
     "rescale_adapter_scale",
     "update_forward_signature",
     "update_generate_signature",

@@ -108,3 +108,15 @@ def test_needed_options_may_be_assigned_later() -> None:
     config = LoraConfig(target_modules=[])
     config.target_modules = ["0"]
     assert peftcore.get_peft_model(nn.Sequential(nn.Linear(2, 2)), config).active_adapter == "default"
+
+
+def test_a_configuration_says_whether_it_is_of_a_prompt() -> None:
+    """Libraries around HF PEFT ask for this, such as MLflow and Trainer."""
+    for ours in (peftcore.LoraConfig(), peftcore.PrefixTuningConfig(num_virtual_tokens=2), peftcore.IA3Config()):
+        theirs = getattr(peft, type(ours).__name__)()
+        assert ours.is_prompt_learning == theirs.is_prompt_learning
+        assert ours.is_adaption_prompt == theirs.is_adaption_prompt
+    adaption = {"adapter_len": 2, "adapter_layers": 1, "target_modules": ["x"]}
+    ours, theirs = peftcore.AdaptionPromptConfig(**adaption), peft.AdaptionPromptConfig(**adaption)
+    assert ours.is_adaption_prompt and theirs.is_adaption_prompt
+    assert ours.is_prompt_learning == theirs.is_prompt_learning

@@ -278,7 +278,6 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
         ({"path_initial_model_for_weight_conversion": "x"}, ConfigError, "convert_to_lora"),
         ({"push_to_hub": True}, ConfigError, "push_to_hub is a method of its own"),
         ({"variant": "fp16"}, ConfigError, "variant='fp16' is not supported"),
-        ({"max_shard_size": "1MB"}, ConfigError, "one local file"),
         ({"save_embedding_layer": True}, TypeError, "no option 'save_embedding_layer'"),
         ({"selected_adapters": ["none"]}, AdapterNameError, "none"),
     ],
@@ -290,6 +289,17 @@ def test_an_option_is_honoured_or_refused(
     with pytest.raises(error, match=said):
         model.save_pretrained(tmp_path, **options)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"max_shard_size": "1MB"}, "saved as one file"), ({"save_function": torch.save}, "save_function is not called")],
+)
+def test_options_of_libraries_that_have_no_effect_warn(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match=said):
+        model.save_pretrained(tmp_path, **options)
+    assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_a_given_state_dictionary_is_what_is_saved(tmp_path: Path) -> None:

@@ -2,9 +2,19 @@
 
 from peftcore.conversion import convert_to_lora, save_as_lora
 from peftcore.hf_peft.classes import layer_class
+from peftcore.hf_peft.data_start import initialize_lora_eva_weights
 from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peftcore.hf_peft.tuner_models import LoraModel
-from peftcore.hf_peft.unsupported import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peftcore.hf_peft.unsupported import (
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
+    MontecloraConfig,
+    VeloraConfig,
+    create_arrow_model,
+    get_eva_state_dict,
+    preprocess_loraga,
+)
 from peftcore.methods.lora import LoraConfig, LoraRuntimeConfig
 
 LoraLayer = layer_class("LoraLayer", "LORA")
@@ -40,5 +50,9 @@ __all__ = [
     "ParamWrapper",
     "VeloraConfig",
     "convert_to_lora",
+    "create_arrow_model",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "preprocess_loraga",
     "save_as_lora",
 ]

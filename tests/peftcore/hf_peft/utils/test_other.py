@@ -1,0 +1,35 @@
+"""Tools for trainers that shard a model."""
+
+import pytest
+import torch
+from peftcore.utils.other import fsdp_auto_wrap_policy
+from quiet_training import tiny_llama
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+
+from peftcore import ConfigError, LoraConfig, get_peft_model
+
+
+def wrapped(policy, model: nn.Module) -> set[type]:
+    """Return the classes of the modules that FSDP would wrap."""
+    kinds = {type(m) for m in model.modules() if policy(module=m, recurse=False, nonwrapped_numel=0)}
+    assert policy(module=model, recurse=True, nonwrapped_numel=0)
+    return kinds
+
+
+def test_blocks_are_wrapped_with_their_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP", raising=False)
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2))
+    assert wrapped(fsdp_auto_wrap_policy(model), model) == {LlamaDecoderLayer}
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP,LlamaDecoderLayer")
+    assert wrapped(fsdp_auto_wrap_policy(model), model) == {LlamaDecoderLayer, LlamaMLP}
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "GPT2Block")
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no module of the class GPT2Block"):
+        fsdp_auto_wrap_policy(model)
+
+
+def test_a_model_without_named_blocks_is_one_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP", raising=False)
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    assert wrapped(fsdp_auto_wrap_policy(model), model) == set()
