@@ -34,7 +34,7 @@ def export(
         out: the file or folder to write.
         gguf: for gguf-merged, the base's own GGUF file; None converts the base's folder.
         dtype: type of the matrices in a GGUF file.
-        rank: convert to LoRA of this rank first, see `peftcore.convert_to_lora`.
+        rank: convert to LoRA of this rank first, see `peftcore.add_as_lora`.
         tolerance: convert to LoRA with at most this relative error per layer first.
 
     Returns:
