@@ -37,6 +37,7 @@ from peftcore.injection.targets import (
     target_paths,
     tied_paths,
     tied_weights,
+    warn_of_unused_exclusions,
     with_heads,
 )
 from peftcore.layers.adapter_layer import AdapterLayer
@@ -180,6 +181,8 @@ def _adapters_for(
     """Make {path: adapter} for the targets of a configuration; those at `separate` follow no tied weight."""
     kind = method_of(config).adapter
     targets = checked_targets(module_index, config, paths)
+    if creation.initialise:
+        warn_of_unused_exclusions(config, paths)
     if kind.follows_ties or config.ensure_weight_tying:
         ties = (path for path in tied_paths(module_index, targets) if path not in separate)
         targets |= {path: module_index.modules[path] for path in ties}

@@ -70,6 +70,20 @@ def find_targets(model: nn.Module, config: TunerConfig) -> dict[str, nn.Module]:
     return checked_targets(module_index, config, target_paths(module_index, config))
 
 
+def warn_of_unused_exclusions(config: TunerConfig, paths: Collection[str]) -> None:
+    """Warn if `exclude_modules` names none of the layers that `target_modules` matches.
+
+    Args:
+        config: the configuration.
+        paths: what `target_paths` returned for this configuration.
+    """
+    if config.exclude_modules and paths and not any(named(path, config.exclude_modules) for path in paths):
+        warnings.warn(
+            f"exclude_modules {config.exclude_modules!r} has no effect: it matches no layer of target_modules",
+            stacklevel=2,
+        )
+
+
 def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[str]) -> dict[str, nn.Module]:
     """Return the layers at `paths` without the excluded ones, after checking that each can be adapted.
 
@@ -92,11 +106,6 @@ def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[
         and not (saved and is_within(path, saved))
         and _in_chosen_block(path, config)
     }
-    if config.exclude_modules and targets and not any(named(path, config.exclude_modules) for path in paths):
-        warnings.warn(
-            f"exclude_modules {config.exclude_modules!r} has no effect: it matches no layer of target_modules",
-            stacklevel=6,
-        )
     if not targets and not parameter_names(config):
         raise NoMatchingPeftModuleError(_nothing_matched(module_index.modules, paths, config))
     for path, layer in targets.items():

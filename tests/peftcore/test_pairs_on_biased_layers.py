@@ -38,6 +38,8 @@ def test_merging_changes_no_output(layer: str, lower: str) -> None:
     net = get_peft_model(net, config(lower, layer), "lower")
     randomise(net, 0.3)
     for upper in LINEAR if layer == "Linear" else CONV:
+        if lower == upper == "TRAINABLE_TOKENS":  # both train the same rows whole, which is refused
+            continue
         net.add_adapter("upper", config(upper, layer))
         net.set_adapter(["lower", "upper"])
         net.set_requires_grad("lower", False)

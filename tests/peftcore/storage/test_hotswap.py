@@ -237,7 +237,7 @@ def test_what_cannot_be_exchanged(base: Net, tmp_path: Path) -> None:
         hotswap_adapter(model, more, "default")
     with pytest.raises(HotswapError, match="got LORA and IA3"):
         hotswap_adapter(model, tmp_path / "ia3", "default")
-    with pytest.raises(AdapterNameError, match="no adapter named 'other'; loaded: default"):
+    with pytest.raises(AdapterNameError, match="Adapter other does not exist; loaded: default"):
         hotswap_adapter(model, few, "other")
     with pytest.raises(TypeError, match="has no option 'subfolders'; did you mean 'subfolder'"):
         hotswap_adapter(model, few, "default", subfolders="x")
