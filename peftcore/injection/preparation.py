@@ -146,9 +146,9 @@ def _prepare_prompt(
         _warn_of_unused(config)
     given = config
     config, copies, module_index = kind.completed(config, model), {}, ModuleIndex(model)
-    for name in _SIZES if initialise else ():
-        if (size := getattr(given, name, None)) not in (None, getattr(config, name, None)):
-            warnings.warn(f"{name}={size} has no effect: the model has {getattr(config, name)}", stacklevel=2)
+    for option in _SIZES if initialise else ():
+        if (size := getattr(given, option, None)) not in (None, getattr(config, option, None)):
+            warnings.warn(f"{option}={size} has no effect: the model has {getattr(config, option)}", stacklevel=2)
     if isinstance(config, PromptLearningConfig):
         config = with_heads(module_index, config)
         copies = {path: _copy_of(module) for path, module in find_saved_modules(module_index, config).items()}

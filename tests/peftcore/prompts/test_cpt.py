@@ -108,7 +108,9 @@ def by_hand(model: Any, labels: Tensor, text: Tensor) -> Tensor:
 
 def test_padding_changes_no_loss() -> None:
     """PEFT puts the examples before the padding; here they stay next to the text."""
-    model = attach("llama", CPTConfig(**{**EXAMPLES, "opt_weighted_loss_type": "none"}), 0.001)
+    model = attach(
+        "llama", CPTConfig(**{**EXAMPLES, "opt_weighted_loss_type": "none", "opt_loss_decay_factor": 1.0}), 0.001
+    )
     text = batch(1, 4)
     expected = by_hand(model, text[0], text)
     for left in (True, False):
