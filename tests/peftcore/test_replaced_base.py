@@ -103,7 +103,7 @@ def test_a_weight_is_not_replaced_under_a_merged_adapter(tmp_path: Any) -> None:
     begin(model, "loftq", "a")
     model.merge_adapter("other")
     before = model(X)
-    with pytest.raises(MergeError, match=r"\['a'\] replaced the weight of 0 \(LoftQ\), and \['other'\] are merged into it"):
+    with pytest.raises(MergeError, match=r"\['a'\] replaced .* \(LoftQ\), and \['other'\] are merged into it"):
         model.delete_adapter("a")
     assert torch.equal(model(X), before)
     assert torch.equal(model.unload()(X), base(X))
