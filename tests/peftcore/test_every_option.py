@@ -256,6 +256,7 @@ PROMPT_VALUES: dict[str, list[Any]] = {
     "opt_weighted_loss_type": ["decay"],
     "target_modules": ["self_attn", "no_such_module"],
     "adapter_len": [3],
+    "num_tasks": [3],
     "adapter_layers": [2],
 }
 PROMPT_TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
