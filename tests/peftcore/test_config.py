@@ -116,7 +116,7 @@ def test_a_configuration_says_whether_it_is_of_a_prompt() -> None:
         theirs = getattr(peft, type(ours).__name__)()
         assert ours.is_prompt_learning == theirs.is_prompt_learning
         assert ours.is_adaption_prompt == theirs.is_adaption_prompt
-    adaption = {"adapter_len": 2, "adapter_layers": 1, "target_modules": ["x"]}
+    adaption = {"adapter_len": 2, "adapter_layers": 1, "target_modules": "x"}
     ours, theirs = peftcore.AdaptionPromptConfig(**adaption), peft.AdaptionPromptConfig(**adaption)
     assert ours.is_adaption_prompt and theirs.is_adaption_prompt
     assert ours.is_prompt_learning == theirs.is_prompt_learning
