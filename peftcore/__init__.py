@@ -163,18 +163,20 @@ if TYPE_CHECKING:
         preprocess_loraga,
         prompt_embeddings_from_past_key_values,
     )
-    from peftcore.init import (
-        initialize_from_data,
-        replace_lora_weights_loftq,
-    )
     from peftcore.injection.activation import (
         refresh_adapters,
     )
     from peftcore.injection.inject import (
         inject_adapter_in_model,
     )
+    from peftcore.injection.loftq import (
+        replace_lora_weights_loftq,
+    )
     from peftcore.injection.merge import (
         check_mergeable,
+    )
+    from peftcore.injection.start_from_data import (
+        initialize_from_data,
     )
     from peftcore.injection.status import (
         get_layer_status,
@@ -465,7 +467,7 @@ _MODULES = {
     "get_peft_config": "peftcore.hf_peft.mapping",
     "get_peft_model": "peftcore.model",
     "get_peft_model_state_dict": "peftcore.storage.state_dict",
-    "initialize_from_data": "peftcore.init",
+    "initialize_from_data": "peftcore.injection.start_from_data",
     "initialize_kv_prefix_from_past_key_values": "peftcore.hf_peft.unsupported",
     "initialize_kv_prefix_from_text": "peftcore.hf_peft.unsupported",
     "initialize_lora_eva_weights": "peftcore.hf_peft.data_start",
@@ -476,7 +478,7 @@ _MODULES = {
     "preprocess_loraga": "peftcore.hf_peft.unsupported",
     "prompt_embeddings_from_past_key_values": "peftcore.hf_peft.unsupported",
     "refresh_adapters": "peftcore.injection.activation",
-    "replace_lora_weights_loftq": "peftcore.init",
+    "replace_lora_weights_loftq": "peftcore.injection.loftq",
     "save_as_lora": "peftcore.conversion",
     "set_base_model_state_dict": "peftcore.storage.state_dict",
     "set_dropout_masks": "peftcore.kernels.dropout_masks",

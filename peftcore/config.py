@@ -16,10 +16,9 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_origin
 
-from peftcore import hub
 from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
 from peftcore.errors import CheckpointError, ConfigError, UnknownOptionError, suggestion
-from peftcore.files import CONFIG_NAME, read_limited, whole_files, write_atomically
+from peftcore.files import CONFIG_NAME, hub, read_limited, whole_files, write_atomically
 from peftcore.registry import PeftType, method_named, methods
 
 if TYPE_CHECKING:
@@ -203,7 +202,7 @@ class PeftConfig(SharedOptions):
 
     @property
     def needs_data(self) -> bool:
-        """True if the initialisation needs data: `peftcore.init.initialize_from_data` has to be called."""
+        """True if the initialisation needs data: `peftcore.initialize_from_data` has to be called."""
         return False
 
     @property

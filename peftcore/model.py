@@ -18,13 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import hub, merging
+from peftcore import merging
 from peftcore._util.both_libraries import refuse_hf_peft
 from peftcore._util.fingerprint import unchanging_weights
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError, MergeError, suggestion
+from peftcore.files import hub
 from peftcore.injection import activation, forward_hooks, inject, merge
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, untouched_names
 from peftcore.injection.preparation import Creation

@@ -27,7 +27,7 @@ def push(
     another hub.
     """
     with errors():
-        from peftcore.hub import push_directory
+        from peftcore.files.hub import push_directory
 
         with one_document(as_json):
             info = push_directory(

@@ -6,9 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peftcore import hub
 from peftcore.config import PeftConfig, TaskType
 from peftcore.errors import ConfigError
+from peftcore.files import hub
 from peftcore.model import PeftModel
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"

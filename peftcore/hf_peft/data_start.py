@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.errors import ConfigError
-from peftcore.init import initialize_from_data
+from peftcore.injection.start_from_data import initialize_from_data
 
 
 def initialize_lora_eva_weights(

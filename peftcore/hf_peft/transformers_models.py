@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore import hub
 from peftcore.config import PeftConfig
 from peftcore.errors import AdapterNameError, ConfigError
+from peftcore.files import hub
 from peftcore.injection import activation
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.inject import forget_removed_adapters, inject_adapter_in_model, show_configs

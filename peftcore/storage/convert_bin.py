@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftcore import hub
 from peftcore.errors import CheckpointError, PeftError
-from peftcore.files import CONFIG_NAME, WEIGHTS_NAME, directory_written_atomically
+from peftcore.files import CONFIG_NAME, WEIGHTS_NAME, directory_written_atomically, hub
 
 PICKLE = "adapter_model.bin"
 

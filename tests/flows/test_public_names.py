@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("peftcore", "peftcore.errors", "peftcore.files", "peftcore.hub")
+MODULES = ("peftcore", "peftcore.errors", "peftcore.files", "peftcore.files.hub")
 
 
 def is_public(module: str) -> bool:

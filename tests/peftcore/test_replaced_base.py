@@ -9,8 +9,8 @@ from method_example import randomise
 from torch import Tensor, nn
 
 from peftcore import ConfigError, LoraConfig, MergeError, PeftModel, get_peft_model
-from peftcore.init import initialize_from_data
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.injection.start_from_data import initialize_from_data
 
 WEIGHTS_ALONE = ["gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "loftq"]
 FROM_DATA = ["eva", "corda", "lora_ga"]

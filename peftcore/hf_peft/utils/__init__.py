@@ -10,7 +10,7 @@ from peftcore.files import CONFIG_NAME
 from peftcore.hf_peft.classes import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftcore.hf_peft.functional import cast_adapter_dtype
 from peftcore.hf_peft.precision import cast_mixed_precision_params
-from peftcore.init import replace_lora_weights_loftq
+from peftcore.injection.loftq import replace_lora_weights_loftq
 from peftcore.injection.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peftcore.model import prepare_model_for_kbit_training
 from peftcore.registry import PeftType

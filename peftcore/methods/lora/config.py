@@ -90,7 +90,7 @@ class LoraConfig(TunerConfig):
     """Initialisation of A and B. True: B is zero; False: random, for tests; or a name, see `lora/variants`.
 
     "pissa", "pissa_niter_N", "olora" and "loftq" need only the base weights. "eva", "corda" and "lora_ga" need data:
-    call `peftcore.init.initialize_from_data` after `get_peft_model`.
+    call `peftcore.initialize_from_data` after `get_peft_model`.
     """
     loftq_config: dict[str, Any] | None = field(default_factory=dict)
     """{"loftq_bits": 4 or 8, "loftq_iter": alternations (count)}."""

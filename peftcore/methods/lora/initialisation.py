@@ -37,7 +37,7 @@ class Initialisation(Variant):
     replaces_base: ClassVar[bool] = False
     """True if the base weight is replaced by `Lora.new_base`."""
     observer: ClassVar["type[Observer] | None"] = None
-    """Class that computes the factors from data; `peftcore.init.initialize_from_data` runs it. None: no data needed."""
+    """Class that computes the factors from data; `peftcore.initialize_from_data` runs it. None: no data needed."""
 
     def is_chosen(self, config: "LoraConfig") -> bool:
         chosen = config.init_lora_weights

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftcore import hub
 from peftcore.config import PeftConfig, TunerConfig
 from peftcore.errors import ConfigError
+from peftcore.files import hub
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import nn
 
 import peftcore
 from peftcore import LoraConfig, get_peft_model
-from peftcore.init import initialize_from_data
+from peftcore.injection.start_from_data import initialize_from_data
 
 EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
 DROPOUTS = {

@@ -46,7 +46,7 @@ class LoftqStart(WeightInitialisation):
         if lora.base.quantized:
             raise TargetError(
                 "init_lora_weights='loftq' needs the 16-bit weight, and this base is already quantised; call "
-                "peftcore.init.replace_lora_weights_loftq(model, directory of the original) after get_peft_model"
+                "peftcore.replace_lora_weights_loftq(model, directory of the original) after get_peft_model"
             )
         draw_defaults(lora)
         options = {**DEFAULTS, **(lora.config.loftq_config or {})}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from observed_lora import batches, lora
 
-from peftcore.init import initialize_from_data
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.injection.start_from_data import initialize_from_data
 
 
 @pytest.mark.parametrize("method", ["ipm", "kpm"])

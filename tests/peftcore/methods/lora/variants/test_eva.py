@@ -7,8 +7,8 @@ import torch
 from observed_lora import TOKENS, batches, llama, lora
 
 from peftcore import PeftModel
-from peftcore.init import initialize_from_data
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.injection.start_from_data import initialize_from_data
 from peftcore.methods.lora.variants.eva import PrincipalComponents
 
 

@@ -5,8 +5,8 @@ import torch
 from observed_lora import batches, llama, lora
 from torch import nn
 
-from peftcore.init import initialize_from_data
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.injection.start_from_data import initialize_from_data
 
 
 def test_lora_ga_first_step_follows_the_gradient_of_the_weight() -> None:

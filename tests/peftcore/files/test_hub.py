@@ -16,7 +16,8 @@ from hub_server import HubServer, use
 from huggingface_hub import constants
 from torch import nn
 
-from peftcore import CheckpointError, ConfigError, LoraConfig, PeftConfig, PeftModel, XLoraConfig, get_peft_model, hub
+from peftcore import CheckpointError, ConfigError, LoraConfig, PeftConfig, PeftModel, XLoraConfig, get_peft_model
+from peftcore.files import hub
 
 
 def net() -> nn.Module:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from observed_lora import TOKENS, batches, llama, lora
 
-from peftcore import ConfigError, LoraConfig, PeftModel, get_peft_model, init
-from peftcore.init import initialize_from_data
+from peftcore import ConfigError, LoraConfig, PeftModel, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.injection.start_from_data import initialize_from_data
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,3 @@ def test_what_does_not_fit_changes_nothing() -> None:
     with pytest.raises(ConfigError, match="at most 8"):
         initialize_from_data(lora("lora_ga", r=9, target_modules=["q_proj"]), batches(), progress=False)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def test_the_old_name_of_the_initialisations_warns() -> None:
-    with pytest.warns(DeprecationWarning, match="use the configuration.s `needs_data`"):
-        assert init.DATA_STARTS == ("eva", "corda", "lora_ga")

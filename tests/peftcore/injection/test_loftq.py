@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peftcore import CheckpointError, LoraConfig, get_peft_model
-from peftcore.init import replace_lora_weights_loftq
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.injection.loftq import replace_lora_weights_loftq
 
 SMOLLM2 = Path(__file__).parents[3] / "artifacts" / "base"
 
