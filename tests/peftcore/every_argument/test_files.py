@@ -148,17 +148,24 @@ def test_tensors_of_a_directory(saved: Path, tmp_path: Path) -> None:
 @checks("PeftConfig.from_dict", "values from_disk")
 @checks("PeftConfig.from_pretrained", "pretrained_model_name_or_path subfolder kwargs")
 @checks("PeftConfig.save_pretrained", "save_directory kwargs")
+@checks("PeftConfig.from_peft_type", "kwargs")
+@checks("PeftConfig.from_json_file", "path_json_file")
 @checks("get_peft_config", "config_dict")
 def test_configurations_on_disk(saved: Path, tmp_path: Path) -> None:
     values = {"peft_type": "LORA", "r": 3}
     assert PeftConfig.from_dict(values) == peftcore.get_peft_config(values) == LoraConfig(r=3)
     with pytest.raises(ConfigError, match="unknown option 'rang'"):
         PeftConfig.from_dict({**values, "rang": 3})
-    with pytest.warns(UserWarning, match="'rang' is unknown to this version"):
+    with pytest.warns(UserWarning, match="unknown to this version: 'rang'"):
         assert PeftConfig.from_dict({**values, "rang": 3}, from_disk=True).extra == {"rang": 3}
     LoraConfig(r=5).save_pretrained(tmp_path / "inner", auto_mapping_dict={"base_model_class": "B"})
     read = PeftConfig.from_pretrained(tmp_path, subfolder="inner")
     assert read.ranks() == [5] and read.auto_mapping == {"base_model_class": "B"}
+    assert PeftConfig.from_json_file(tmp_path / "inner" / "adapter_config.json")["r"] == 5
+    assert PeftConfig.from_json_file(saved / "adapter_config.json")["r"] == 2
+    assert LoraConfig.from_peft_type(r=3) == PeftConfig.from_peft_type(**values) == LoraConfig(r=3)
+    with pytest.raises(ConfigError, match="unknown option 'rang'"):
+        LoraConfig.from_peft_type(rang=3)
     with pytest.raises(TypeError, match="no option 'push'"):
         LoraConfig().save_pretrained(tmp_path, push=True)
     with pytest.raises(TypeError, match="'r'"):
@@ -193,7 +200,6 @@ def test_pushing_hands_every_option_to_the_upload(monkeypatch: pytest.MonkeyPatc
 @checks("EvaConfig.__init__", "rho tau use_label_mask label_mask_value whiten adjust_scaling_factors")
 @checks("LoraGAConfig.__init__", "direction scale stable_gamma")
 @checks("LoftQConfig.__init__", "loftq_bits loftq_iter")
-@checks("LoraRuntimeConfig.__init__", "ephemeral_gpu_offload")
 def test_options_of_starts_reach_the_configuration() -> None:
     """Their effects on the start: methods/lora/variants."""
     eva = {
@@ -214,8 +220,15 @@ def test_options_of_starts_reach_the_configuration() -> None:
             config = LoraConfig(init_lora_weights=start, **{f"{start}_config": kind(**{name: value})})
             plain = LoraConfig(init_lora_weights=start, **{f"{start}_config": kind()})
             assert getattr(config, f"{start}_config")[name] == value != getattr(plain, f"{start}_config")[name]
-    with pytest.raises(ConfigError, match="ephemeral_gpu_offload is not supported"):
+
+
+def test_offloading_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its effect on a GPU: methods/lora/variants."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="ephemeral_gpu_offload=True needs a CUDA device"):
         peftcore.LoraRuntimeConfig(ephemeral_gpu_offload=True)
+    with pytest.raises(ConfigError, match="ephemeral_gpu_offload must be True or False"):
+        peftcore.LoraRuntimeConfig(ephemeral_gpu_offload="yes")  # type: ignore[arg-type]
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -237,10 +250,12 @@ def test_save_pretrained(tmp_path: Path) -> None:
     for options in (
         {"safe_serialization": False},
         {"path_initial_model_for_weight_conversion": tmp_path},
-        {"max_shard_size": "1KB"},
+        {"push_to_hub": True},
     ):
         with pytest.raises(ConfigError, match=next(iter(options))):
             model.save_pretrained(tmp_path / "never", **options)
+    with pytest.warns(UserWarning, match="max_shard_size='1KB' has no effect"):
+        model.save_pretrained(tmp_path / "one", max_shard_size="1KB")
     with pytest.raises(TypeError, match="no option 'shards'"):
         model.save_pretrained(tmp_path / "never", shards=1)
     assert not (tmp_path / "never").exists()
@@ -313,6 +328,6 @@ def test_writing_state_dicts() -> None:
     peftcore.set_base_model_state_dict(model, base)
     assert same(peftcore.get_base_model_state_dict(model), base)
     del base["0.bias"]
-    with pytest.raises(RuntimeError, match=r"lacks \['0.bias'\]"):
+    with pytest.raises(RuntimeError, match=r"Missing keys: \['0.bias'\]"):
         peftcore.set_base_model_state_dict(model, base)
     assert peftcore.set_base_model_state_dict(model, base, strict=False).missing_keys == ["0.bias"]

@@ -61,6 +61,19 @@ def test_progress_of_a_merge(capfd: pytest.CaptureFixture[str]) -> None:
     assert "merge" in capfd.readouterr().err
 
 
+@checks("PeftModel.merged", "adapter_names safe_merge")
+def test_merging_for_a_block() -> None:
+    model = net("a", "b")
+    model[0].adapters["b"].lora_A.data.fill_(float("nan"))
+    with model.merged(["a"]):
+        assert model[0].merged == ("a",)
+    with model.merged(["b"]):
+        assert model[0].merged == ("b",) and model(X).isnan().any()
+    with pytest.raises(MergeError, match="NaN or Inf"), model.merged(["b"], safe_merge=True):
+        pass
+    assert not model[0].merged and not model(X).isnan().any()
+
+
 @checks("PeftModel.add_merged", "adapter_name weights recipe rank")
 def test_add_merged() -> None:
     model = net("a", "b")
@@ -121,23 +134,57 @@ def test_add_weighted_adapter_with_options_of_the_decomposition() -> None:
 # -- conversion and export ---------------------------------------------------------------------------------------------
 
 
-@checks("convert_to_lora", "model adapter_name new_name rank tolerance is_trainable")
-@checks("save_as_lora", "model directory adapter_name rank tolerance")
+@checks("convert_to_lora", "model adapter_name rank tolerance")
+@checks("add_as_lora", "model adapter_name new_name rank tolerance is_trainable")
+@checks("save_as_lora", "path model adapter_name rank tolerance")
 def test_conversion_to_lora(tmp_path: Path) -> None:
     model = net("default")
     model.add_adapter("h", peftcore.LoHaConfig(r=2, target_modules=["0"], init_weights=False))
-    convert = peftcore.convert_to_lora
-    assert convert(model, "default", "exact").ranks == {"0": 2}
-    assert convert(model, "h", "small", rank=1, is_trainable=True).ranks == {"0": 1}
+    add = peftcore.add_as_lora
+    assert add(model, "default", "exact").ranks == {"0": 2}
+    assert add(model, "h", "small", rank=1, is_trainable=True).ranks == {"0": 1}
     assert trained(model) >= {f"0.adapters.small.lora_{f}" for f in "AB"} and not any(
         "exact" in n for n in trained(model)
     )
-    loose, tight = (convert(model, "h", f"t{t}", tolerance=t / 10).ranks["0"] for t in (8, 1))
+    loose, tight = (add(model, "h", f"t{t}", tolerance=t / 10).ranks["0"] for t in (8, 1))
     assert loose < tight
+    for options, rank in (
+        ({}, 2),
+        ({"adapter_name": "h", "rank": 1}, 1),
+        ({"adapter_name": "h", "tolerance": 0.8}, loose),
+        ({"adapter_name": "h", "tolerance": 0.1}, tight),
+    ):
+        _, tensors = peftcore.convert_to_lora(model, **options)
+        assert {min(tensor.shape) for tensor in tensors.values()} == {rank}
     for number, options in enumerate(({}, {"adapter_name": "h", "rank": 1}, {"adapter_name": "h", "tolerance": 0.1})):
-        ranks = peftcore.save_as_lora(model, tmp_path / str(number), **options).ranks
+        ranks = peftcore.save_as_lora(tmp_path / str(number), model, **options).ranks
         assert ranks == {"0": (2, 1, tight)[number]}
         assert PeftConfig.from_pretrained(tmp_path / str(number)).peft_type == "LORA"
+
+
+CONVERSIONS: dict[str, Callable[..., Any]] = {
+    "convert_to_lora": lambda _path, model, **options: peftcore.convert_to_lora(model, **options),
+    "save_as_lora": peftcore.save_as_lora,
+}
+
+
+@checks("convert_to_lora", "progressbar compile_kwargs")
+@checks("save_as_lora", "progressbar compile_kwargs")
+@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=list(CONVERSIONS))
+def test_how_a_conversion_runs(convert: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = net()
+    convert(tmp_path / "a", model)
+    assert not capfd.readouterr().err
+    convert(tmp_path / "b", model, progressbar=True)
+    assert "converting to LoRA" in capfd.readouterr().err
+    compiled: list[Any] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    convert(tmp_path / "c", model, compile_kwargs={"backend": backend})
+    assert compiled
 
 
 @checks("convert_directory_to_lora", "source directory")

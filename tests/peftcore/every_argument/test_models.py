@@ -188,6 +188,34 @@ def test_methods_of_layers() -> None:
     torch.testing.assert_close(layer.get_delta_weight("a"), changes["a"])
 
 
+@checks("SwitchingMethods.set_adapter", "adapter_names inference_mode")
+@checks("SwitchingMethods.enable_adapters", "enabled")
+@checks("MergingMethods.merge", "safe_merge adapter_names")
+@checks("MergingMethods.delete_adapter", "adapter_name")
+def test_switching_by_a_layer() -> None:
+    model = net("a", "b")
+    layer = model[0]
+    layer.set_adapter(["b", "a"], inference_mode=True)
+    assert model.active_adapters == ["b", "a"] and not trained(model)
+    layer.set_adapter("b")
+    assert model.active_adapters == ["b"] and trained(model) == {f"0.adapters.b.lora_{f}" for f in "AB"}
+    adapted = model(X)
+    layer.enable_adapters(enabled=False)
+    assert torch.equal(model(X), Plain()(X)) and not torch.equal(model(X), adapted)
+    layer.enable_adapters(enabled=True)
+    assert torch.equal(model(X), adapted)
+    layer.adapters["b"].lora_A.data.fill_(float("nan"))
+    with pytest.raises(MergeError, match="NaN or Inf"):
+        layer.merge(safe_merge=True)
+    layer.merge()
+    assert layer.merged_adapters == ["b"] and layer.base_layer.weight.isnan().any()
+    layer.unmerge()
+    layer.merge(adapter_names=["a"])
+    assert layer.merged_adapters == ["a"]
+    layer.delete_adapter("b")
+    assert list(layer.adapters) == ["a"]
+
+
 @checks("refresh_adapters", "model")
 @checks("get_layer_status", "model")
 @checks("get_model_status", "model")

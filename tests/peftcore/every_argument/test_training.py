@@ -1,5 +1,6 @@
 """Arguments of functions around training and starts from data."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import peftcore
 from peftcore import (
     ConfigError,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PromptTuningConfig,
     get_peft_model,
 )
@@ -48,6 +50,7 @@ def test_steps_of_training() -> None:
 @checks("PeftModel.supports_lora_conversion", "adapter_name")
 @checks("PeftModel.get_prompt_embedding_to_save", "adapter_name")
 @checks("PeftModel.prepare_model_for_gradient_checkpointing", "model")
+@checks("PeftModel.get_prompt", "batch_size task_ids max_cache_len")
 @checks("prepare_model_for_kbit_training", "model use_gradient_checkpointing gradient_checkpointing_kwargs")
 def test_transformers_models() -> None:
     from routed_models import llama
@@ -55,6 +58,15 @@ def test_transformers_models() -> None:
     model = get_peft_model(llama(torch.bfloat16), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "p")
     model.add_adapter("l", lora("q_proj"))
     assert model.get_prompt_embedding_to_save("p").shape[0] == 3
+    assert [model.get_prompt(rows).shape[:2] for rows in (1, 2)] == [(1, 3), (2, 3)]
+    with pytest.raises(ConfigError, match="takes no task_ids"):
+        model.get_prompt(2, task_ids=torch.arange(2))
+    options: dict[str, Any] = {"num_virtual_tokens": 3, "num_tasks": 2, "task_type": "CAUSAL_LM"}
+    multitask = get_peft_model(llama(), MultitaskPromptTuningConfig(**options))
+    first, second = multitask.get_prompt(2, task_ids=torch.arange(2))
+    assert not torch.equal(first, second)
+    with pytest.raises(ConfigError, match="max_cache_len must be None"):
+        model.get_prompt(2, max_cache_len=5)
     with pytest.raises(ConfigError, match="'l' is not a prompt"):
         model.get_prompt_embedding_to_save("l")
     assert model.supports_lora_conversion("l") and not model.supports_lora_conversion("p")
@@ -67,6 +79,34 @@ def test_transformers_models() -> None:
         assert prepared.is_activation_checkpointing is checkpoints and prepared.dtype == torch.float32
     with pytest.warns(UserWarning, match="reentrant checkpointing"):
         peftcore.prepare_model_for_kbit_training(llama(), True, {"use_reentrant": True})
+
+
+@checks("prepare_model_for_kbit_training", "auto_clear_cache")
+def test_memory_is_returned_after_the_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: calls.append(True))
+    peftcore.prepare_model_for_kbit_training(Plain(), False, auto_clear_cache=False)
+    assert not calls
+    peftcore.prepare_model_for_kbit_training(Plain(), False, auto_clear_cache=True)
+    assert calls == [True]
+
+
+@checks("set_dropout_masks", "masks")
+def test_dropout_masks() -> None:
+    model = net(lora_dropout=0.5).train()
+
+    def output() -> Tensor:
+        torch.manual_seed(0)
+        return model(X)
+
+    fast = output()
+    try:
+        peftcore.set_dropout_masks("pytorch")
+        assert not torch.equal(output(), fast)
+    finally:
+        peftcore.set_dropout_masks("fast")
+    assert torch.equal(output(), fast)
 
 
 @checks("cast_mixed_precision_params", "model dtype")
@@ -146,9 +186,10 @@ def test_starts_from_data(function: Any, capfd: pytest.CaptureFixture[str]) -> N
             started(data, gather_distributed_inputs=False)
 
 
-@checks("replace_lora_weights_loftq", "model weights adapter_name callback")
-def test_loftq_on_a_quantised_base() -> None:
+@checks("replace_lora_weights_loftq", "peft_model model_path adapter_name callback")
+def test_loftq_on_a_quantised_base(tmp_path: Path) -> None:
     from quantised_layers import quantised
+    from safetensors.torch import save_file
 
     torch.manual_seed(0)
     original = {"0.weight": torch.randn(32, 64)}
@@ -163,3 +204,6 @@ def test_loftq_on_a_quantised_base() -> None:
     first = tensors_of(model, "b")
     peftcore.replace_lora_weights_loftq(model, {"0.weight": 2 * original["0.weight"]}, "b")
     assert not same(tensors_of(model, "b"), first)
+    save_file(original, tmp_path / "model.safetensors")
+    peftcore.replace_lora_weights_loftq(model, tmp_path, "b")
+    assert same(tensors_of(model, "b"), first)

@@ -82,7 +82,8 @@ def public_functions() -> dict[str, Callable[..., Any]]:
     found |= base
     for submodule in SUBMODULES:
         module = importlib.import_module(f"peftcore.hf_peft.{submodule}")
-        found |= {f.__qualname__: f for name in module.__all__ if inspect.isfunction(f := getattr(module, name))}
+        functions = (f for name in module.__all__ if inspect.isfunction(f := getattr(module, name)))
+        found |= {f.__qualname__: f for f in functions if peftcore._MODULES.get(f.__name__) != REFUSED}
     return {name: function for name, function in found.items() if arguments_of(function)}
 
 
