@@ -77,6 +77,9 @@ REASONS = (
     (r"(pissa|olora).*(AssertionError|Failed)", "PiSSA and OLoRA keep the base weight, so nothing has to be converted"),
     (r"svd_rank", "a layer never gets a rank above its own size"),
     (r"hotswap", "hot swapping"),
+    (r"convert_to_lora\(\) missing|supports_lora_conversion", "`convert_to_lora` has other arguments here"),
+    (r"in \W?<ExceptionInfo", "an error has other words, which the test compares by itself"),
+    (r"cannot be made by itself|calculate_alora_offsets", INTERNAL),
     (r"tied|tying", "tied weights go by the shared parameter, and a tied weight is never changed by merging"),
 )
 """Pairs of a pattern and the reason of the failures that it finds in "id of the test | type: message"."""

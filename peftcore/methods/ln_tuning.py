@@ -32,8 +32,9 @@ class LNTuning(Adapter):
         super().__init__(config, base, path)
         self.ln_tuning_weight = nn.Parameter(torch.empty(base.oriented(base.read_unmerged()).shape))
         self.ln_tuning_bias = None if base.bias is None else nn.Parameter(torch.empty(base.out_features))
-        # saves one norm; with a bias the norm's own fused sum is exact
-        self.weight_space_forward = base.kind != "norm" or self.ln_tuning_bias is None
+        # saves one norm; with a bias the norm's own fused sum is exact; an embedding's output has no input to take its
+        # type from
+        self.weight_space_forward = base.kind != "embedding" and (base.kind != "norm" or self.ln_tuning_bias is None)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -42,7 +43,8 @@ class LNTuning(Adapter):
             self.ln_tuning_bias.copy_(bias)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        assert isinstance(self.base, NormWeight)
+        if not isinstance(self.base, NormWeight):
+            return self.base.apply(x, self.base.oriented(self.ln_tuning_weight)).to(y.dtype)
         return self.base.apply(x, self.ln_tuning_weight, self.ln_tuning_bias)
 
     def merged_weight(self, weight: Tensor) -> Tensor:

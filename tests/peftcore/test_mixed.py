@@ -15,6 +15,7 @@ EXAMPLES = {
     method: example
     for method, example in examples().items()
     if "linear" in methods()[method].adapter.layer_kinds and not example.whole_model
+    if method != "LN_TUNING"  # replaces the weight, so nothing of the adapters before it is left
 }
 MERGING = [method for method, example in EXAMPLES.items() if example.merges]
 REPLACES = "LN_TUNING"
