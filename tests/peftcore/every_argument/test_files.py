@@ -20,9 +20,9 @@ from peftcore import (
     PeftConfig,
     PeftModel,
     get_peft_model,
-    hub,
 )
 from peftcore.errors import AdapterNameError
+from peftcore.files import hub
 from peftcore.hf_peft import helpers
 
 

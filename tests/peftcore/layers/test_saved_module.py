@@ -53,7 +53,7 @@ def test_the_active_adapters_copy_is_used_and_else_the_original() -> None:
     for active, factor in ((["a"], 2), (["b"], 1), (["b", "c"], 3), (["c"], 3), ([], 1)):
         model.set_adapter(active)
         torch.testing.assert_close(model(X), factor * base)
-    with pytest.raises(AdapterNameError, match=r"\['c', 'a'\] each have a copy of head"):
+    with pytest.raises(AdapterNameError, match=r"\['c', 'a'\] each train head whole"):
         model.set_adapter(["c", "a"])
     assert model.active_adapters == []
 
