@@ -12,10 +12,10 @@ from digits_rows import ROWS, Row, learn
 
 from peftcore.registry import methods
 
-QUICK = {"LoRA", "prefix tuning"}
-CASES = [pytest.param(row, id=row.name, marks=[] if row.name in QUICK else [pytest.mark.slow]) for row in ROWS]
+CASES = [pytest.param(row, id=row.name) for row in ROWS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", CASES)
 def test_learns(row: Row, tmp_path: Path) -> None:
     curve = learn(row, tmp_path)

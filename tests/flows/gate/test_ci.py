@@ -167,6 +167,7 @@ def test_a_version_that_is_named_need_not_be_merged(origin: Origin) -> None:
     assert (status, outputs["verdict"], origin.tags()) == (0, "promoted", ["docstrings#champion#1"])
 
 
+@pytest.mark.slow
 def test_a_job_of_the_default_branch_catches_up_newest_first_and_judges_nothing_twice(origin: Origin) -> None:
     """Of four tags that are pushed at once GitHub makes no event at all."""
     status, _, summary, outputs = origin.job("first", "refs/heads/main").end()

@@ -171,6 +171,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return tasks
 
 
+@pytest.mark.slow
 def test_a_working_tree_without_any_files_measures_the_same(weeks: Paths, pretended: list[dict[str, Any]]) -> None:
     params = load_params(weeks.params)
     here = promote(params, weeks, dry_run=True)

@@ -57,6 +57,7 @@ def edit(project: Any, *changes: tuple[str, str]) -> None:
     project.git("commit", "--quiet", "--all", "--message=Edit")
 
 
+@pytest.mark.slow
 def test_weeks_go_by(weekly: Any, tmp_path: Path) -> None:
     committed = weekly.paths.params.read_text()
     weekly.paths.params.write_text(committed + "gate: {min_loss_gain: 9.0}\n")  # not committed, so it does not count
@@ -351,6 +352,7 @@ def test_a_file_that_is_set_aside_is_out_of_tracked_data_as_well(weekly: Any, ke
     assert sorted(path.name for path in rows.iterdir()) == ["week1.jsonl", "week2.jsonl"], "the user's are as they were"
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
     weekly: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

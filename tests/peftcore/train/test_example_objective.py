@@ -89,6 +89,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return together(all_outcomes, tmp_path_factory.mktemp("group"), backend="gloo")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # in transformers' own set-up
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one_that_accumulates_twice_as_much(
