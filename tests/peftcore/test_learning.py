@@ -1,7 +1,4 @@
-"""Every method learns: with all else frozen, its held-out loss on a tiny real task gets under its own bound.
-
-The quick tests train one method that changes weights and one that has virtual tokens, `make slow` the others.
-"""
+"""Every method learns: with all else frozen, its held-out loss on a tiny real task gets under its own bound."""
 
 import math
 from pathlib import Path
