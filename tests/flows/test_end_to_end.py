@@ -17,10 +17,7 @@ BIN = Path(sys.executable).parent
 SMALL = {
     "data": {"train_rows": 32, "validation_rows": 8, "test_rows": 8, "max_length": 128},
     "train": {"batch_size": 4, "gradient_accumulation": 1, "max_steps": 2, "evaluations": 1},
-    "evaluate": {
-        **{"rows": 8, "batch_size": 8, "generate_rows": 4, "max_new_tokens": 8, "samples": 2, "latency_rows": 1},
-        "control": {"source": "stdlib:topics", "rows": 4, "max_length": 32},
-    },
+    "evaluate": {"rows": 8, "batch_size": 8, "generate_rows": 4, "max_new_tokens": 8, "samples": 2},
     "merge": {"rows": 4, "max_kl": 1.0, "min_top1_agreement": 0.5},
     "gate": {"min_loss_gain": -5.0, "min_rouge_l_gain": -1.0, "min_eos_rate": 0.0},
 }

@@ -49,6 +49,7 @@ cases = {
     "GRPO": (prompts, "CAUSAL_LM", {**sampling, "beta": 0.1}, {"reward_funcs": reward}),
     "RLOO": (prompts, "CAUSAL_LM", sampling, {"reward_funcs": reward}),
 }
+dropout = {"SFT": 0.1}
 losses = {}
 for name, (rows, task, options, more) in cases.items():
     args = getattr(trl, f"{name}Config")(
@@ -57,7 +58,7 @@ for name, (rows, task, options, more) in cases.items():
     )
     made = getattr(trl, f"{name}Trainer")(
         model=f"{folder}/base", args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", task_type=task), **more,
+        peft_config=LoraConfig(r=4, lora_dropout=dropout.get(name, 0.0), target_modules="all-linear", task_type=task), **more,
     )
     made.train()
     made.save_model(f"{folder}/{name}-adapter")
