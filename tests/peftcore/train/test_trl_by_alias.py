@@ -56,9 +56,10 @@ for name, (rows, task, options, more) in cases.items():
         output_dir=f"{folder}/{name}", max_steps=3, per_device_train_batch_size=4, logging_steps=1, report_to=[],
         use_cpu=True, save_strategy="no", seed=0, bf16=False, learning_rate=1e-3, **options,
     )
+    lora = LoraConfig(r=4, lora_dropout=dropout.get(name, 0.0), target_modules="all-linear", task_type=task)
     made = getattr(trl, f"{name}Trainer")(
         model=f"{folder}/base", args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, lora_dropout=dropout.get(name, 0.0), target_modules="all-linear", task_type=task), **more,
+        peft_config=lora, **more,
     )
     made.train()
     made.save_model(f"{folder}/{name}-adapter")
