@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peftcore.bases import BaseWeight
 from peftcore.config import options_at
@@ -101,6 +102,8 @@ class Adapter(_Constants):
     """True if layers that share the weight of a target are adapted, too; `link` then makes their adapters equal."""
     changes_weight: ClassVar[bool] = True
     """False if `merged_weight` returns W itself; spares a quantised weight a second rounding."""
+    dropout_option: ClassVar[str] = ""
+    """Name of the option that holds the probability of `add_dropout`; empty if the method has no such dropout."""
     generate_arguments: ClassVar[Mapping[str, Any]] = {}
     """Arguments that `generate` always gets while adapters of this method are active."""
     weight_space_forward: bool = False
@@ -242,6 +245,30 @@ class Adapter(_Constants):
             y: the output of the layer below (..., o), bias included.
         """
         return y + self.base.apply(x, self.delta_weight()).to(y.dtype)
+
+    def add_dropout(self) -> None:
+        """Give this adapter dropout of its input, as the submodule `dropout`; with probability 0, no submodule.
+
+        It is an `nn.Dropout`, so code that switches or changes all dropout of a model also reaches the adapters.
+        """
+        if p := getattr(self.printed[0], self.dropout_option):
+            self.add_module("dropout", nn.Dropout(p))
+
+    @property
+    def dropout_module(self) -> nn.Dropout | None:
+        """The dropout of this adapter's input; None if there is none."""
+        return self._modules.get("dropout")  # type: ignore[return-value]
+
+    @property
+    def dropout_probability(self) -> float:
+        """Probability with which this forward pass drops an element of the input; 0 in evaluation mode."""
+        dropout = self._modules.get("dropout")
+        return dropout.p if dropout is not None and dropout.training else 0.0  # type: ignore[return-value]
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return the input after dropout; x itself if there is none now."""
+        p = self.dropout_probability
+        return F.dropout(x, p) if p else x
 
     @property
     def rank(self) -> int | None:

@@ -2,8 +2,8 @@
 
 In HF PEFT a layer holds one dictionary per parameter, `layer.lora_A["default"].weight`. Here an adapter holds all its
 parameters, and `layer.lora_A` is a view: {adapter name: element}. An element is the parameter itself
-(`layer.ia3_l["default"]`), a number (`layer.scaling["default"]`), or an object with a `weight`, like PEFT's nn.Linear.
-Writing an element changes the adapter.
+(`layer.ia3_l["default"]`), a number (`layer.scaling["default"]`), a module (`layer.lora_dropout["default"]`), or an
+object with a `weight`, like PEFT's nn.Linear. Writing an element changes the adapter.
 """
 
 import dataclasses
@@ -181,6 +181,8 @@ def _element(adapter: Adapter, attribute: str) -> Any:
         parameters = {"weight": parameters[""]}
     if parameters == {"": parameters.get("")}:
         return adapter.get_parameter(parameters[""])
+    if attribute == adapter.dropout_option:
+        return adapter.dropout_module or nn.Identity()
     return FactorView(adapter, parameters) if parameters else _number(adapter, attribute)
 
 

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peftcore._util.state_pruning import can_prune, pruned
 from peftcore.adapter import Adapter
@@ -143,6 +142,7 @@ class AdaLora(Adapter):
     """AdaLoRA at one layer."""
 
     layer_kinds = frozenset({"linear", "conv"})
+    dropout_option = "lora_dropout"
 
     def __init__(self, config: AdaLoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
@@ -157,7 +157,7 @@ class AdaLora(Adapter):
             )
         r = int(kept.sum())
         self.scaling = scaling_of(config)
-        self.dropout = config.lora_dropout
+        self.add_dropout()
         self.random = config.init_lora_weights is False
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features * math.prod(base.kernel)))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, r))
@@ -181,7 +181,7 @@ class AdaLora(Adapter):
         return int(self.kept.sum())
 
     def low_rank(self) -> LowRankBranch:
-        return LowRankBranch(*self._factors(), self.scaling, self.dropout if self.training else 0.0)
+        return LowRankBranch(*self._factors(), self.scaling, self.dropout_probability)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return ΛQ and P; for a convolution, as the weights of two convolutions."""
@@ -191,10 +191,8 @@ class AdaLora(Adapter):
         return a.view(len(a), self.base.in_features, *kernel), b.view(*b.shape, *(1 for _ in kernel))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
         a, b = self._factors()
-        h = self.base.apply(x, a * self.scaling)
+        h = self.base.apply(self.dropped(x), a * self.scaling)
         return self.base.add_pointwise(y, h.to(y.dtype), b)
 
     def exact_factors(self) -> Factors:

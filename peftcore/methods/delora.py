@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
@@ -52,13 +51,16 @@ class DeloraConfig(TunerConfig):
 class Delora(Adapter):
     """DeLoRA at one layer."""
 
+    dropout_option = "module_dropout"
+
     w_norm: Tensor
 
     def __init__(self, config: DeloraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         r: Any = first_match(config.rank_pattern, path, config.r)
         self.start = float(first_match(config.lambda_pattern, path, config.delora_lambda))
-        self.dropout, self.init = config.module_dropout, config.init_weights
+        self.add_dropout()
+        self.init = config.init_weights
         self.delora_A = nn.Parameter(torch.empty(r, base.in_features))
         self.delora_B = nn.Parameter(torch.empty(base.out_features, r))
         self.delora_lambda = nn.Parameter(torch.empty(1))
@@ -80,9 +82,7 @@ class Delora(Adapter):
         return self.delora_lambda / (len(lengths) * lengths)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        h = self.base.apply(x, self.delora_A * self.w_norm)
+        h = self.base.apply(self.dropped(x), self.delora_A * self.w_norm)
         return self.base.add_pointwise(y, h.to(y.dtype), self.delora_B * self._scales())
 
     def delta_weight(self) -> Tensor:

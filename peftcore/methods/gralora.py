@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
@@ -58,13 +57,16 @@ class GraloraConfig(TunerConfig):
 class Gralora(Adapter):
     """GraLoRA at one layer."""
 
+    dropout_option = "gralora_dropout"
+
     def __init__(self, config: GraloraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         i, o, r, h, k = base.in_features, base.out_features, config.r, config.hybrid_r, config.gralora_k
         if i % k or o % k:
             raise ConfigError(f"GRALORA: gralora_k must divide {i} and {o} at {path}, got {k}; try {math.gcd(i, o, k)}")
         self.k, self.scaling = k, config.alpha / (r + h)
-        self.dropout, self.init = config.gralora_dropout, config.init_weights
+        self.add_dropout()
+        self.init = config.init_weights
         self.gralora_A = nn.Parameter(torch.empty(k, i // k, r))
         self.gralora_B = nn.Parameter(torch.empty(k, r, o // k))
         self.general_A = nn.Parameter(torch.empty(h, i)) if h else None
@@ -81,10 +83,8 @@ class Gralora(Adapter):
             nn.init.zeros_(self.general_B) if self.init else kaiming_uniform_(self.general_B)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
         a, b = self.gralora_A.to(x.dtype), self.gralora_B.to(x.dtype)
-        h = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (self.k, -1)), a)
+        h = torch.einsum("...ni,nir->...nr", self.dropped(x).unflatten(-1, (self.k, -1)), a)
         h = h.unflatten(-1, (self.k, -1)).transpose(-3, -2).flatten(-2)  # (..., n, j·c) becomes (..., j, n·c)
         blocks = torch.einsum("...jr,jro->...jo", h * self.scaling, b.to(h.dtype)).flatten(-2)
         y = y + blocks.to(y.dtype)

@@ -49,11 +49,13 @@ class Hira(Adapter):
     """HiRA at one layer."""
 
     layer_kinds = frozenset({"linear", "conv", "embedding"})
+    dropout_option = "hira_dropout"
 
     def __init__(self, config: HiraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         self.default_rank, r = config.r, first_match(config.rank_pattern, path, config.r)
-        self.dropout = 0.0 if base.kind == "embedding" else config.hira_dropout
+        if base.kind != "embedding":
+            self.add_dropout()
         self.init = config.init_weights
         shape_A, shape_B = self._shapes(r)
         self.hira_A, self.hira_B = nn.Parameter(torch.empty(shape_A)), nn.Parameter(torch.empty(shape_B))
@@ -84,9 +86,7 @@ class Hira(Adapter):
         if self.base.kind == "embedding":
             factor = F.linear(F.embedding(x, self.hira_A.T).to(y.dtype), self.hira_B.to(y.dtype))
             return y + self.base.apply(x, self.base.read_unmerged()).to(y.dtype) * factor
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        return y + self.base.apply(x, self._delta(x.dtype)).to(y.dtype)
+        return y + self.base.apply(self.dropped(x), self._delta(x.dtype)).to(y.dtype)
 
     def _delta(self, dtype: torch.dtype) -> Tensor:
         a, b = self.hira_A.to(dtype).flatten(1), self.hira_B.to(dtype).flatten(1)

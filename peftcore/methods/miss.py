@@ -53,12 +53,14 @@ class MissConfig(TunerConfig):
 class Miss(Adapter):
     """MiSS at one layer."""
 
+    dropout_option = "miss_dropout"
+
     def __init__(self, config: MissConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         i, o, r = base.in_features, base.out_features, config.r
         self.variant = config.init_weights
         self.weight_space_forward = self.variant == "bat"
-        self.dropout = config.miss_dropout
+        self.add_dropout()
         self.r = r
         if r > i:
             raise ConfigError(f"MISS: r must be at most the {i} inputs of {path}, got {r}")
@@ -84,8 +86,7 @@ class Miss(Adapter):
         return self.miss_block.repeat(1, self.base.out_features // self.miss_block.shape[1])
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+        x = self.dropped(x)
         if short := -x.shape[-1] % self.r:
             x = F.pad(x, (0, short))
         shards = x.unflatten(-1, (-1, self.r))

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
@@ -90,11 +89,14 @@ def _ternary(shape: tuple[int, ...], rare: float, generator: torch.Generator) ->
 class RandLora(Adapter):
     """RandLoRA at one layer."""
 
+    dropout_option = "randlora_dropout"
+
     shared: Bases
 
     def __init__(self, config: RandLoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         self.config = config
+        self.add_dropout()
         self.smaller, self.larger = sorted((base.in_features, base.out_features))
         bases = math.ceil(self.smaller / config.r)
         self.randlora_lambda = nn.Parameter(torch.empty(config.r, bases))
@@ -125,10 +127,8 @@ class RandLora(Adapter):
         return (a, b) if self.base.in_features == self.smaller else (b.T, a.T)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.config.randlora_dropout and self.training:
-            x = F.dropout(x, self.config.randlora_dropout)
         down, up = self._factors()
-        return self.base.add_pointwise(y, self.base.apply(x, down).to(y.dtype), up)
+        return self.base.add_pointwise(y, self.base.apply(self.dropped(x), down).to(y.dtype), up)
 
     def delta_weight(self) -> Tensor:
         down, up = self._factors()

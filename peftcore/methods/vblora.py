@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
@@ -72,6 +71,8 @@ class VectorBank(Shared):
 class VBLora(Adapter):
     """VB-LoRA at one layer."""
 
+    dropout_option = "vblora_dropout"
+
     shared: VectorBank
 
     def __init__(self, config: VBLoRAConfig, base: BaseWeight, path: str):
@@ -85,6 +86,7 @@ class VBLora(Adapter):
                 )
             tiles.append(size // length)
         self.config = config
+        self.add_dropout()
         self.vblora_logits_A = nn.Parameter(torch.empty(config.r, tiles[0], config.num_vectors))
         self.vblora_logits_B = nn.Parameter(torch.empty(tiles[1], config.r, config.num_vectors))
         self.choice_is_frozen = False
@@ -122,10 +124,8 @@ class VBLora(Adapter):
                 "VBLORA: this adapter was saved with save_only_topk_weights=True, which keeps too little to go on "
                 "training; train from a directory saved without it"
             )
-        if self.config.vblora_dropout and self.training:
-            x = F.dropout(x, self.config.vblora_dropout)
         down, up = self._factors()
-        return self.base.add_pointwise(y, self.base.apply(x, down).to(y.dtype), up)
+        return self.base.add_pointwise(y, self.base.apply(self.dropped(x), down).to(y.dtype), up)
 
     def delta_weight(self) -> Tensor:
         down, up = self._factors()

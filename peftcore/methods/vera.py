@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight
@@ -69,11 +68,14 @@ def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tens
 class Vera(Adapter):
     """VeRA at one layer."""
 
+    dropout_option = "vera_dropout"
+
     shared: Projections
 
     def __init__(self, config: VeraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         self.config = config
+        self.add_dropout()
         self.vera_lambda_b = nn.Parameter(torch.empty(base.out_features))
         self.vera_lambda_d = nn.Parameter(torch.empty(config.r))
 
@@ -99,10 +101,8 @@ class Vera(Adapter):
         return down, self.vera_lambda_b[:, None] * up * self.vera_lambda_d
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.config.vera_dropout and self.training:
-            x = F.dropout(x, self.config.vera_dropout)
         down, up = self._factors()
-        return self.base.add_pointwise(y, self.base.apply(x, down).to(y.dtype), up)
+        return self.base.add_pointwise(y, self.base.apply(self.dropped(x), down).to(y.dtype), up)
 
     def exact_factors(self) -> Factors:
         down, up = self._factors()

@@ -1,13 +1,14 @@
 """The method contract: what an adapter does by default, and what its base class keeps track of."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from method_example import examples
+from method_example import examples, randomise
 from torch import Tensor, nn
 
-from peftcore import LoraConfig, get_peft_model
+from peftcore import LoraConfig, get_peft_model, registry
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import base_weight
 from peftcore.injection.adapter_set import adapter_set
@@ -202,10 +203,54 @@ def test_printing_shows_the_rank_of_the_layer_itself() -> None:
     net = get_peft_model(
         nn.Sequential(nn.Linear(12, 8)), LoraConfig(target_modules=["0"], rank_pattern={"0": 2}, **options)
     )
-    assert "Lora(r=2, lora_alpha=16, lora_dropout=0.1, use_dora=True)" in repr(net)
+    assert "r=2, lora_alpha=16, lora_dropout=0.1, use_dora=True" in repr(net)
 
 
 @pytest.mark.parametrize("method", [name for name in EXAMPLES if name != "LN_TUNING"])
 def test_printing_a_model_shows_each_adapters_options(method: str) -> None:
     net = get_peft_model(nn.Sequential(nn.Linear(12, 8)), EXAMPLES[method].make(target_modules=["0"]))
     assert "=" in adapter_set(net).adapters("default")["0"].extra_repr()
+
+
+# -- dropout ----------------------------------------------------------------------------------------------------------
+
+WITH_DROPOUT = [method for method, example in EXAMPLES.items() if registry.methods()[method].adapter.dropout_option]
+
+
+def changed_layer(method: str) -> nn.Module:
+    """A linear layer with dropout 0.5 and adapter parameters that are far from zero; in training mode."""
+    adapter_class = registry.methods()[method].adapter
+    config = EXAMPLES[method].make(target_modules=["0"], **{adapter_class.dropout_option: 0.5})
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 12)), config)
+    randomise(model, 0.5)
+    return model.train()
+
+
+def test_the_methods_with_dropout_of_their_input_are_those_of_hf_peft() -> None:
+    assert {*WITH_DROPOUT} == {
+        *("ADALORA", "DELORA", "GRALORA", "HIRA", "LORA", "MISS", "RANDLORA", "VBLORA", "VERA"),
+    }
+
+
+@pytest.mark.parametrize("method", WITH_DROPOUT)
+def test_code_that_changes_every_dropout_module_changes_the_adapters_too(method: str) -> None:
+    model, x = changed_layer(method), torch.randn(5, 12)
+    (dropout,) = (module for module in model.modules() if isinstance(module, nn.Dropout))
+    expected = model.eval()(x)
+    assert not torch.allclose(model.train()(x), expected)
+    dropout.p = 0.0  # TRL switches dropout off in this way
+    torch.testing.assert_close(model(x), expected)
+    dropout.p = 0.5
+    model.eval()
+    dropout.train()  # predictions with dropout, to see their spread
+    assert not torch.allclose(model(x), expected)
+
+
+@pytest.mark.parametrize("method", WITH_DROPOUT)
+def test_the_layer_shows_its_dropout_as_hf_pefts_does(method: str) -> None:
+    option = registry.methods()[method].adapter.dropout_option
+    layer: Any = changed_layer(method).get_submodule("0")
+    assert getattr(layer, option)["default"].p == 0.5
+    config = EXAMPLES[method].make(target_modules=["0"], **{option: 0.0})
+    plain: Any = get_peft_model(nn.Sequential(nn.Linear(12, 12)), config).get_submodule("0")
+    assert isinstance(getattr(plain, option)["default"], nn.Identity)

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import BaseWeight, ParameterWeight
@@ -29,12 +28,12 @@ class Lora(Adapter):
     """LoRA at one layer."""
 
     layer_kinds = frozenset({"linear", "conv", "embedding", "parameter"})
+    dropout_option = "lora_dropout"
     unrounded = frozenset({"magnitude"})  # DoRA would not start at the base's own output
     config: LoraConfig
     r: int
     scaling: Any
     """s: a number; after `peftcore.methods.lora.hotswap.use_tensor_scaling` a tensor without dimensions."""
-    dropout: float
     groups: int
     """Groups of a convolution; 1 for other layers."""
     variants: tuple[Variant, ...]
@@ -48,11 +47,12 @@ class Lora(Adapter):
         super().__init__(config, base, path)
         vars(self)["config"] = config
         r, alpha = config.at(path)
-        dropout = 0.0 if base.kind == "embedding" else config.lora_dropout
         groups = base.layer.groups if base.kind == "conv" else 1
         if r % groups:
             raise ConfigError(f"LORA: r at {path} must be a multiple of its {groups} groups, got {r}; try {groups}")
-        vars(self).update(r=r, scaling=self.scaling_for(r, alpha), dropout=dropout, groups=groups, source=None)
+        vars(self).update(r=r, scaling=self.scaling_for(r, alpha), groups=groups, source=None)
+        if base.kind != "embedding":
+            self.add_dropout()
         self._buffers.update(start_A=None, start_B=None)
         rows = r * base.count
         a = torch.empty(rows, base.in_features, *base.kernel)
@@ -165,7 +165,7 @@ class Lora(Adapter):
         return all(variant.is_additive for variant in self.variants)
 
     def low_rank(self) -> LowRankBranch | None:
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout_probability
         own = self._parameters  # attributes of a module are slow to read, and this runs in every layer's forward
         if self.source is None and self._buffers["start_A"] is None and not self.variants:
             return LowRankBranch(own["lora_A"], own["lora_B"], self.scaling, dropout)  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ class Lora(Adapter):
         return branch
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
+        dropped = self.dropped(x)
         a, b = self.own_factors()
         h = self.base.apply(dropped, a)  # (..., r): scaling this costs less than scaling the output
         for variant in self.variants:

@@ -49,14 +49,13 @@ cases = {
     "GRPO": (prompts, "CAUSAL_LM", {**sampling, "beta": 0.1}, {"reward_funcs": reward}),
     "RLOO": (prompts, "CAUSAL_LM", sampling, {"reward_funcs": reward}),
 }
-dropout = {"SFT": 0.1}
 losses = {}
 for name, (rows, task, options, more) in cases.items():
     args = getattr(trl, f"{name}Config")(
         output_dir=f"{folder}/{name}", max_steps=3, per_device_train_batch_size=4, logging_steps=1, report_to=[],
         use_cpu=True, save_strategy="no", seed=0, bf16=False, learning_rate=1e-3, **options,
     )
-    lora = LoraConfig(r=4, lora_dropout=dropout.get(name, 0.0), target_modules="all-linear", task_type=task)
+    lora = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", task_type=task)
     made = getattr(trl, f"{name}Trainer")(
         model=f"{folder}/base", args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
         peft_config=lora, **more,
