@@ -1,15 +1,20 @@
 """Fidelity of one model's predictions to another's, at the supervised positions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flows.data.rows import Row
 from flows.evaluation.scoring import by_length, class_log_probs
 from peftcore.train import RightPaddingCollator, supervised_logits, supervised_positions
+
+MAX_KEPT = 512 * 2**20
+"""Memory for predictions of a reference that are kept (bytes)."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +39,49 @@ class Fidelity:
         )
 
 
+class Reference:
+    """The model that candidates are compared with, and its predictions for some rows.
+
+    Predictions are computed for the first candidate and kept for the next ones, as far as `MAX_KEPT` allows.
+
+    Args:
+        model: The reference.
+        rows: The rows to predict, with the columns of the model's task.
+        pad: Token id of padding.
+        batch_size: Rows per forward pass.
+    """
+
+    def __init__(self, model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int):
+        self.model, self.rows, self.pad, self.batch_size = model, rows, pad, batch_size
+        self._kept: dict[int, Tensor] = {}
+        self._room = MAX_KEPT
+
+    def predictions(self, key: int, compute: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Return the reference's predictions of batch `key`: compute(model), or what an earlier call computed."""
+        if key in self._kept:
+            return self._kept[key]
+        predicted = compute(self.model)
+        if (size := predicted.numel() * predicted.element_size()) <= self._room:
+            self._kept[key] = predicted
+            self._room -= size
+        return predicted
+
+
 @torch.no_grad()
-def fidelity(
-    reference: nn.Module, candidate: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None
-) -> Fidelity:
-    """Compare two models with one vocabulary at the supervised positions of `rows`. bar: progress bar in rows."""
-    collate = RightPaddingCollator(pad)
-    device = next(reference.parameters()).device
+def fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fidelity:
+    """Compare two models with one vocabulary at the supervised positions of the rows. bar: progress bar in rows."""
+    rows, collate = reference.rows, RightPaddingCollator(reference.pad)
+    device = next(candidate.parameters()).device
     divergence, agreed, tokens = 0.0, 0, 0
     losses = [0.0, 0.0]
-    for batch in by_length([len(row["input_ids"]) for row in rows], batch_size):
+    for number, batch in enumerate(by_length([len(row["input_ids"]) for row in rows], reference.batch_size)):
         inputs: dict[str, Any] = {name: t.to(device) for name, t in collate([rows[i] for i in batch]).items()}
         labels = inputs.pop("labels")
         mask = supervised_positions(labels)
         answers = labels[:, 1:][mask[:, :-1], None]
-        arguments = inputs | {"use_cache": False}
-        p, q = (supervised_logits(m, arguments, mask).float().log_softmax(-1) for m in (reference, candidate))
+        predict = partial(supervised_logits, inputs=inputs | {"use_cache": False}, mask=mask)
+        logits = (reference.predictions(number, predict), predict(candidate))
+        p, q = (each.float().log_softmax(-1) for each in logits)
         divergence += (p.exp() * (p - q)).sum(-1).double().sum().item()
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
         for k, predicted in enumerate((p, q)):
@@ -61,15 +93,28 @@ def fidelity(
     return Fidelity(divergence / tokens, agreed / tokens, loss, reference_loss, tokens)
 
 
-@torch.no_grad()
-def class_fidelity(
-    reference: nn.Module, candidate: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None
-) -> Fidelity:
-    """Compare two classifiers of the same classes on `rows`; each text counts as one token. bar: progress in rows."""
-    p = class_log_probs(reference, rows, pad, batch_size)
-    q = class_log_probs(candidate, rows, pad, batch_size, bar)
+def class_fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fidelity:
+    """Compare two classifiers of the same classes on the rows; each text counts as one token. bar: progress in rows."""
+    rows = reference.rows
+    predict = partial(class_log_probs, rows=rows, pad=reference.pad, batch_size=reference.batch_size)
+    p, q = reference.predictions(0, predict), predict(candidate, bar=bar)
     labels = torch.tensor([row["label"] for row in rows])[:, None]
     reference_loss, loss = (-log_probs.gather(1, labels).mean().item() for log_probs in (p, q))
     divergence = (p.exp() * (p - q)).sum(1).mean().item()
     agreement = (p.argmax(1) == q.argmax(1)).double().mean().item()
     return Fidelity(divergence, agreement, loss, reference_loss, len(rows))
+
+
+def same_function(first: PreTrainedModel, second: PreTrainedModel) -> bool:
+    """Return True if two models have the same class, configuration and tensors, so that they predict the same."""
+    if type(first) is not type(second) or _settings(first) != _settings(second):
+        return False
+    tensors, others = first.state_dict(), second.state_dict()
+    return tensors.keys() == others.keys() and all(
+        tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]) for name, tensor in tensors.items()
+    )
+
+
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    origin = ("_name_or_path", "transformers_version", "architectures")  # never change a prediction
+    return {name: value for name, value in model.config.to_dict().items() if name not in origin}

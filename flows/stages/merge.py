@@ -2,8 +2,9 @@
 
 An adapter trained on a quantised base compensates for its rounding, so there are three bases to merge into: the weights
 that training saw, in 16 bits (dequantized); the 16-bit weights as fetched (original); and the 4- or 8-bit weights,
-whose sum is rounded again (requantized). All are compared with the unmerged model on held-out rows, and so is the
-model read back from disk. For a base that is not quantised these are the same.
+whose sum is rounded again (requantized). All are compared with the unmerged model on held-out rows. So is the model
+read back from disk, unless its tensors and configuration are exactly those that were compared. For a base that is not
+quantised the three are the same.
 """
 
 import json
@@ -22,7 +23,7 @@ from flows.base.model import (
     padding_id,
 )
 from flows.errors import StageError
-from flows.evaluation.fidelity import Fidelity, class_fidelity, fidelity
+from flows.evaluation.fidelity import Fidelity, Reference, class_fidelity, fidelity, same_function
 from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
@@ -47,21 +48,24 @@ def run(params: Params, paths: Paths) -> None:
     rows = merged_rows(params, paths.split("test"), params.merge.rows)
     tokenizer, labels = load_tokenizer(paths.base), class_names(params, paths)
     compare = fidelity if labels is None else class_fidelity
-    reference = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, labels), paths.adapter)
+    adapted = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, labels), paths.adapter)
+    reference = Reference(adapted, rows, padding_id(tokenizer), BATCH_SIZE)
     names = ("original",) if params.quantization.storage == "none" else (*SIXTEEN_BIT, REQUANTIZED)
 
-    with progress((len(names) + 1) * len(rows), "merge", "row") as bar:
+    with progress(len(names) * len(rows), "merge", "row") as bar:
 
         def compared(candidate: PreTrainedModel) -> Fidelity:
             keep_quantized_weights_trainable(candidate)  # makes a prompt's forward several times faster on a CPU
-            return compare(reference, candidate, rows, padding_id(tokenizer), BATCH_SIZE, bar)
+            return compare(reference, candidate, bar)
 
         candidates = {name: compared(_merged(params, paths, name)) for name in names}
         into = _chosen(params.merge, candidates)
         with directory_written_atomically(paths.merged) as folder:
-            _merged(params, paths, into).save_pretrained(folder)
+            merged = _merged(params, paths, into)
+            merged.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            written = compared(load_original(folder, compute_dtype(params.quantization), labels))
+            read_back = load_original(folder, compute_dtype(params.quantization), labels)
+            written = candidates[into] if same_function(merged, read_back) else compared(read_back)
             if not _is_faithful(written, params.merge):
                 raise _unfaithful(f"read back from disk, the model merged into {into}", params.merge, candidates)
             write_manifest(folder)

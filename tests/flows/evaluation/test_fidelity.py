@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.data.rows import Row
-from flows.evaluation.fidelity import fidelity
+from flows.evaluation import fidelity as module
+from flows.evaluation.fidelity import Reference, fidelity, same_function
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def rows() -> list[Row]:
 
 
 def test_a_model_agrees_with_itself(model: LlamaForCausalLM, rows: list[Row]) -> None:
-    found = fidelity(model, model, rows, pad=0, batch_size=2)
+    found = fidelity(Reference(model, rows, 0, 2), model)
     assert found.kl == pytest.approx(0, abs=1e-7) and found.top1_agreement == 1.0
     assert found.tokens == 4 + 7 and found.loss == found.reference_loss
 
@@ -43,7 +44,36 @@ def test_divergence_is_that_from_the_reference_to_the_candidate(model: LlamaForC
         answers = ids[0, 2:, None]
         losses = [loss - float(m.gather(1, answers).sum()) for loss, m in zip(losses, (p, q), strict=True)]
         tokens += len(p)
-    found = fidelity(model, other, rows, pad=0, batch_size=1)
+    found = fidelity(Reference(model, rows, 0, 1), other)
     assert found.kl == pytest.approx(total / tokens, rel=1e-4) and found.kl > 0.01
     assert found.top1_agreement == agreed / tokens
     assert [found.reference_loss, found.loss] == pytest.approx([loss / tokens for loss in losses], rel=1e-5)
+
+
+@pytest.mark.parametrize("room", [0, 40 * 7 * 4, 2**20])
+def test_kept_predictions_of_the_reference_give_the_same_numbers(
+    model: LlamaForCausalLM, rows: list[Row], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_KEPT", room)  # none, the longer row alone (7 tokens of 40 floats), or all
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.add_(0.3 * torch.randn_like(other.lm_head.weight))
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    reference = Reference(model, rows, 0, 1)
+    first = fidelity(reference, other)
+    calls.clear()
+    assert fidelity(reference, other) == first
+    assert len(calls) == {0: 2, 40 * 7 * 4: 1, 2**20: 0}[room]
+
+
+def test_models_are_the_same_function_only_with_the_same_tensors_and_settings(model: LlamaForCausalLM) -> None:
+    assert same_function(model, copy.deepcopy(model))
+    other = copy.deepcopy(model)
+    other.config.rope_parameters["rope_theta"] = 5.0
+    assert not same_function(model, other)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1e-3
+    assert not same_function(model, other)
+    assert not same_function(model, copy.deepcopy(model).half())
