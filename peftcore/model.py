@@ -33,6 +33,7 @@ from peftcore.injection.status import TunerLayerStatus, TunerModelStatus, get_la
 from peftcore.injection.tuner_model import tuner_model
 from peftcore.merging import LowRankReport, Recipe
 from peftcore.storage import checkpoint
+from peftcore.storage.hotswap import hotswap_adapter, hotswaps, prepare_model_for_compiled_hotswap
 from peftcore.storage.reading import IncompatibleKeys, Reading, check_offload
 from peftcore.storage.trainer_checkpoints import teach_trainer
 
@@ -219,7 +220,9 @@ class PeftModel:
             low_cpu_mem_usage: see `from_pretrained`.
             key_mapping: see `from_pretrained`.
             kwargs: options of the download, `strict`, `ignore_mismatched_sizes` and `adapters`, see `from_pretrained`;
-                and `config`: a configuration in place of the saved one.
+                `config`: a configuration in place of the saved one; and `hotswap`: True exchanges the loaded LoRA
+                `adapter_name` for the saved one, in the same memory, as `hotswap_adapter` does. "auto", the default,
+                does so after `enable_peft_hotswap`.
 
         Returns:
             The missing and the unexpected keys, as in PEFT; both empty, unless `strict=False` or
@@ -231,6 +234,17 @@ class PeftModel:
             ConfigError: an option has a value that does not fit.
             TypeError: an option is unknown.
         """
+        hotswap, is_enabled = kwargs.pop("hotswap", "auto"), bool(vars(self).get("_hotswap_enabled"))
+        if hotswaps(hotswap, is_enabled=is_enabled, is_loaded=adapter_name in self.peft_config):
+            others = {"is_trainable": is_trainable, "ephemeral_gpu_offload": ephemeral_gpu_offload}
+            others |= {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": not autocast_adapter_dtype}
+            if unused := [name for name, is_set in others.items() if is_set]:
+                raise ConfigError(
+                    f"load_adapter: {unused[0]} has no effect on an exchange, which keeps the parameters of the loaded "
+                    "adapter; leave it out, or give hotswap=False"
+                )
+            hotswap_adapter(self._module, model_id, adapter_name, torch_device, key_mapping=key_mapping, **kwargs)
+            return IncompatibleKeys([], [])
         config, experts = kwargs.pop("config", None), kwargs.pop("adapters", None)
         options, further = _split_reading("load_adapter", {**kwargs, "torch_device": torch_device})
         config = _with_experts("load_adapter", config, model_id, experts, options)
@@ -390,12 +404,23 @@ class PeftModel:
         """Enable the active adapters again after `disable_adapters`."""
         activation.switch_adapters(self._module, on=True)
 
-    def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> None:
-        """Raise ConfigError: transformers' hot-swapping needs HF PEFT's layers."""
-        raise ConfigError(
-            "enable_peft_hotswap prepares HF PEFT's layers, which this model does not have; read another adapter's "
-            "weights into a loaded one by load_adapter_weights(directory, adapter_name), or use AdapterStore"
-        )
+    def enable_peft_hotswap(
+        self, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
+    ) -> None:
+        """Let `load_adapter` exchange a loaded LoRA for one of another rank, without a new compilation.
+
+        As `prepare_model_for_compiled_hotswap` does, this gives each LoRA of the model rank `target_rank`. From then
+        on `load_adapter` with the name of a loaded LoRA exchanges it, unless `hotswap=False`.
+
+        Args:
+            target_rank: largest rank of all adapters that will be loaded.
+            check_compiled: "error", "warn" or "ignore" a model that is compiled already.
+
+        Raises:
+            HotswapError: the model has no LoRA, is compiled already, or a layer cannot have this rank.
+        """
+        prepare_model_for_compiled_hotswap(self._module, target_rank=target_rank, check_compiled=check_compiled)
+        vars(self)["_hotswap_enabled"] = True
 
     def disable_adapter_layers(self) -> None:
         """Do what `disable_adapters` does; PEFT's name."""

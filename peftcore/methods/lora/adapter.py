@@ -145,6 +145,10 @@ class Lora(Adapter):
         if self.config.initialisation().reads_base:
             self.reset_parameters()
 
+    def placed(self) -> None:
+        if (prepared := self.config.initialisation().prepared) is not None:
+            vars(self.base.layer).pop(prepared, None)
+
     @classmethod
     def link(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> None:
         for variant in config.variants():
