@@ -34,6 +34,7 @@ from peftcore.injection.tuner_model import tuner_model
 from peftcore.merging import LowRankReport, Recipe
 from peftcore.storage import checkpoint
 from peftcore.storage.hotswap import hotswap_adapter, hotswaps, prepare_model_for_compiled_hotswap
+from peftcore.storage.initial_adapter import start_subtracted
 from peftcore.storage.reading import IncompatibleKeys, Reading, check_offload
 from peftcore.storage.trainer_checkpoints import teach_trainer
 
@@ -612,7 +613,9 @@ class PeftModel:
             save_embedding_layers: whether to save the base's input and output embeddings, too. "auto": those that the
                 adapter targets by the names `embed_tokens` or `lm_head`, and both if the vocabulary was resized.
             is_main_process: False writes nothing, and only takes part in gathering sharded tensors.
-            path_initial_model_for_weight_conversion: only None; use `peftcore.conversion.convert_to_lora`.
+            path_initial_model_for_weight_conversion: a LoRA as it was saved before training. Each saved LoRA then
+                subtracts it, as a plain LoRA of rank 2r for the original base. LoRAs that started from the base's
+                weights in this process (PiSSA, OLoRA, CorDA) are always saved so.
             state_dict: a state dict of the model to take the values from; None for the model's own parameters.
             other: further options of transformers, only with values that mean one whole local file; and
                 `save_function` and `max_shard_size`, which are warnings.
@@ -620,18 +623,20 @@ class PeftModel:
         Raises:
             ConfigError: an option has a value that is not supported.
             TypeError: an option is unknown.
-            CheckpointError: the state dict lacks parameters of an adapter.
+            CheckpointError: the state dict lacks parameters of an adapter, or the initial adapter does not fit.
             AdapterNameError: a name is not loaded.
         """
-        _check_saving(safe_serialization, path_initial_model_for_weight_conversion, other)
+        _check_saving(safe_serialization, other)
+        initial = path_initial_model_for_weight_conversion
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         adapter_set(self._module).require(*names)
         for name in names:
             root = Path(save_directory)
             directory = root if name == "default" else root / name
-            checkpoint.save_adapter(
-                self._module, name, directory, save_embedding_layers, state_dict, writes=is_main_process
-            )
+            with contextlib.nullcontext() if initial is None else start_subtracted(self._module, name, initial):
+                checkpoint.save_adapter(
+                    self._module, name, directory, save_embedding_layers, state_dict, writes=is_main_process
+                )
 
     def push_to_hub(
         self,
@@ -881,16 +886,11 @@ _WHOLE_LOCAL_FILE: dict[str, tuple[Any, ...]] = {
 """{option of transformers' `save_pretrained`: supported values, which change nothing}"""
 
 
-def _check_saving(safe_serialization: Any, initial: Any, other: Mapping[str, Any]) -> None:
+def _check_saving(safe_serialization: Any, other: Mapping[str, Any]) -> None:
     if safe_serialization is not True:
         raise ConfigError(
             f"save_pretrained: safe_serialization must be True, since adapters are always saved as safetensors; got "
             f"{safe_serialization!r:.200}. Names of adapters are selected_adapters="
-        )
-    if initial is not None:
-        raise ConfigError(
-            "save_pretrained: path_initial_model_for_weight_conversion is not supported; to get a plain LoRA for the "
-            "original base, use peftcore.conversion.convert_to_lora and save its result"
         )
     for name, value in other.items():
         if name == "save_function":

@@ -29,6 +29,8 @@ from peftcore.layers.wrapper import unwrapped
 from peftcore.methods.lora import LoraConfig
 from peftcore.methods.lora.variants import corda, lora_ga
 
+__all__ = ["preprocess_corda", "preprocess_loraga"]
+
 _PICKLE_STARTS = (b"PK", b"\x80")
 """First bytes of a file of `torch.save`: a zip archive, or a pickle of protocol 2 or later."""
 _EIGEN_FIELDS = ("S_WC", "U_WC", "V_WC")

@@ -20,7 +20,7 @@ from peftcore import (
     inject_adapter_in_model,
 )
 from peftcore.errors import AdapterNameError, AdapterStoreError, HotswapError, PeftError
-from peftcore.hf_peft import functional, helpers
+from peftcore.hf_peft import functional, helpers, preprocess
 from peftcore.hf_peft.classes import BaseTunerLayer
 from peftcore.hf_peft.utils import hotswap
 from peftcore.injection.adapter_set import adapter_set
@@ -256,14 +256,19 @@ def test_hotswap(saved: Path, tmp_path: Path) -> None:
     hotswap.prepare_model_for_compiled_hotswap(net(), target_rank=7, config=(further := lora()))
     assert further.r == 7
     model = net("default", "other")
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
     state = tensors_of(model)
-    before = {name: tensors_of(model, name) for name in ("default", "other")}
-    for name in before:
+    for name in ("default", "other"):
+        before = tensors_of(model, name)
         hotswap.hotswap_adapter(model, saved, name)
-        assert not same(tensors_of(model, name), before[name])
-        assert same(tensors_of(model, name), peftcore.load_peft_weights(saved))
+        assert not same(tensors_of(model, name), before)
+        assert [t.tolist() for t in tensors_of(model, name).values()] == [
+            t.tolist() for t in peftcore.load_peft_weights(saved).values()
+        ]
+    default = tensors_of(model, "other")
     hotswap.hotswap_adapter(model, saved, "other", subfolder="second")
-    assert same(tensors_of(model, "other"), peftcore.load_peft_weights(saved / "second"))
+    assert not same(tensors_of(model, "other"), default)
     with pytest.raises(RuntimeError):
         hotswap.hotswap_adapter(model, saved, "other", "cuda:99")
     hotswap.hotswap_adapter_from_state_dict(model, state, "other", lora())
@@ -276,6 +281,25 @@ def test_hotswap(saved: Path, tmp_path: Path) -> None:
     for pair in ((lora(use_rslora=True), lora()), (lora(), lora(use_dora=True))):
         with pytest.raises(HotswapError, match="cannot take the place|so one cannot"):
             hotswap.check_hotswap_configs_compatible(*pair)
+
+
+@checks("preprocess_corda", "model lora_config run_model hooked_model")
+@checks("preprocess_loraga", "model lora_config train_step cache_file")
+def test_starts_from_data_before_the_adapter(tmp_path: Path) -> None:
+    options = {"r": 2, "target_modules": ["1"]}
+    corda = peftcore.LoraConfig(init_lora_weights="corda", corda_config={"corda_method": "kpm"}, **options)
+    plain, hooked = Plain(), Plain()
+    preprocess.preprocess_corda(plain, corda, lambda: plain(X))
+    preprocess.preprocess_corda(other := Plain(), corda, lambda: hooked(10 * X), hooked)
+    assert not hasattr(plain[0], "eigens") and plain[1].eigens.S_WC.shape == (2,)
+    assert not torch.equal(plain[1].eigens.V_WC, other[1].eigens.V_WC)
+    loraga = peftcore.LoraConfig(init_lora_weights="lora_ga", lora_ga_config={"scale": "unit"}, **options)
+    file = tmp_path / "gradients"
+    preprocess.preprocess_loraga(plain, loraga, lambda: plain(X).square().sum().backward(), file)
+    preprocess.preprocess_loraga(other, loraga, lambda: pytest.fail("the file is there"), file)
+    assert torch.equal(plain[1]._peft_loraga_grad, other[1]._peft_loraga_grad)
+    with pytest.raises(ConfigError, match="no lora_ga_config"):
+        preprocess.preprocess_loraga(plain, lora(), lambda: None)
 
 
 # -- stores ------------------------------------------------------------------------------------------------------------
