@@ -346,7 +346,7 @@ class PeftConfig(SharedOptions):
     # -- JSON ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields and `peft_type` as JSON types; sets become sorted lists. Unknown keys are in `extra` only."""
+        """Return all fields and `peft_type` as JSON types; sets become sorted lists. Unknown keys stay in `extra`."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("extra", *self.not_saved)]
         values = {name: getattr(self, name) for name in names}
         return {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}

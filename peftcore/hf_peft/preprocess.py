@@ -27,7 +27,7 @@ from peftcore.injection.targets import find_targets
 from peftcore.layers.training_flags import training_flags_restored
 from peftcore.layers.wrapper import unwrapped
 from peftcore.methods.lora import LoraConfig
-from peftcore.methods.lora.variants import corda, lora_ga
+from peftcore.methods.lora.variants import corda
 
 __all__ = ["preprocess_corda", "preprocess_loraga"]
 
@@ -239,9 +239,7 @@ def _only_weights_train(model: nn.Module, weights: list[nn.Parameter]) -> Iterat
                 parameter.grad = gradient
 
 
-def _gradients(
-    model: nn.Module, bases: Mapping[str, BaseWeight], train_step: Callable[[], Any]
-) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, bases: Mapping[str, BaseWeight], train_step: Callable[[], Any]) -> dict[str, Tensor]:
     """Return {path: mean gradient of the weight, as it is stored} over the backward passes of `train_step`."""
     counts: dict[str, int] = dict.fromkeys(bases, 0)
 
@@ -267,8 +265,8 @@ def _gradients(
         )
     if missed := sorted(bases.keys() - gradients.keys()):
         warnings.warn(
-            f"preprocess_loraga: {missed[0]} got no gradient ({len(missed)} layers in all); the adapters of these layers "
-            "start as plain LoRAs",
+            f"preprocess_loraga: {missed[0]} got no gradient ({len(missed)} layers in all); the adapters of these "
+            "layers start as plain LoRAs",
             stacklevel=3,
         )
     return gradients
@@ -278,7 +276,7 @@ def _gradients(
 
 
 def _exists(file: str | os.PathLike[str] | None) -> bool:
-    return file is not None and os.path.exists(file) and os.path.getsize(file) > 0
+    return file is not None and Path(file).exists() and Path(file).stat().st_size > 0
 
 
 def _read(file: Any) -> dict[str, Tensor]:

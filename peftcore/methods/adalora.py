@@ -94,8 +94,8 @@ class AdaLoraConfig(TunerConfig):
         self.positive("target_r", "init_r", "deltaT")
         if self.r != 8:
             warnings.warn(
-                f"AdaLoraConfig: r={self.r} has no effect; set init_r, the rank at the start, and target_r, the average "
-                "rank at the end",
+                f"AdaLoraConfig: r={self.r} has no effect; set init_r, the rank at the start, and target_r, the "
+                "average rank at the end",
                 stacklevel=4,
             )
         self.probability("lora_dropout", "beta1", "beta2")

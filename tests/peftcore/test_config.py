@@ -74,7 +74,9 @@ def test_the_version_of_the_file_format_is_saved_and_read(tmp_path: Path) -> Non
 
 def test_a_development_version_of_the_format_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peftcore.config.__version__", "0.99.0.dev3")
-    monkeypatch.setattr("importlib.metadata.distribution", lambda _name: Installed('{"vcs_info": {"commit_id": "ab1"}}'))
+    monkeypatch.setattr(
+        "importlib.metadata.distribution", lambda _name: Installed('{"vcs_info": {"commit_id": "ab1"}}')
+    )
     assert LoraConfig().peft_version == "0.99.0.dev3@ab1"
     for text in (None, '{"url": "file:///here"}'):
         monkeypatch.setattr("importlib.metadata.distribution", lambda _name, text=text: Installed(text))

@@ -146,6 +146,7 @@ def test_every_public_method_of_transformers_is_ours(model: Any) -> None:
     names = [name for name in vars(PeftAdapterMixin) if not name.startswith("_")]
     assert names and [name for name in names if name not in vars(PeftModel)] == []
 
+
 def test_load_adapter_exchanges_a_loaded_lora_after_enable_peft_hotswap(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, selected_adapters=["a"])
     expected = logits(model)

@@ -279,7 +279,7 @@ def test_hotswap(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(HotswapError, match="parameter_prefix must be 'lora_'"):
         hotswap.hotswap_adapter_from_state_dict(model, state, "other", lora(), "ia3_")
     for pair in ((lora(use_rslora=True), lora()), (lora(), lora(use_dora=True))):
-        with pytest.raises(HotswapError, match="cannot take the place|so one cannot"):
+        with pytest.raises(HotswapError, match="so one cannot take the place"):
             hotswap.check_hotswap_configs_compatible(*pair)
 
 

@@ -3,10 +3,10 @@
 import inspect
 
 import peft
+import peftcore.tuners.lora
 import pytest
 from peftcore.tuners.lora import CordaConfig
 
-import peftcore.tuners.lora
 from peftcore import LoraConfig
 from peftcore.hf_peft import options
 

@@ -143,8 +143,8 @@ class CordaStart(Initialisation):
             return
         if eigens.U_WC.shape != lora.lora_B.shape or eigens.V_WC.T.shape != lora.lora_A.shape:
             raise ConfigError(
-                f"corda: preprocess_corda ran for rank {len(eigens.S_WC)}, and the adapter has rank {lora.r} at a layer "
-                "of the same model; give both the same configuration"
+                f"corda: preprocess_corda ran for rank {len(eigens.S_WC)}, and the adapter has rank {lora.r} at a "
+                "layer of the same model; give both the same configuration"
             )
         lora.set_factors(*factors_of(eigens, lora.scaling))
         lora.subtract_start()
