@@ -18,7 +18,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_origin
 
 from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
-from peftcore.errors import CheckpointError, ConfigError, UnknownOptionError, suggestion
+from peftcore.errors import CheckpointError, ConfigError, OptionTypeError, UnknownOptionError, suggestion
 from peftcore.files import CONFIG_NAME, hub, read_limited, whole_files, write_atomically
 from peftcore.registry import PeftType, method_named, methods
 
@@ -285,7 +285,7 @@ class PeftConfig(SharedOptions):
         for field_ in dataclasses.fields(self):
             value = getattr(self, field_.name)
             if not _fits(value, field_.type):
-                raise ConfigError(
+                raise OptionTypeError(
                     f"{type(self).__name__}: {field_.name} must be {_words_for(field_.type)}; got {value!r:.200}"
                 )
             if field_.name.endswith("_pattern") and isinstance(value, dict):
