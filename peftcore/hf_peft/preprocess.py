@@ -240,18 +240,22 @@ def _only_weights_train(model: nn.Module, weights: list[nn.Parameter]) -> Iterat
 
 
 def _gradients(model: nn.Module, bases: Mapping[str, BaseWeight], train_step: Callable[[], Any]) -> dict[str, Tensor]:
-    """Return {path: mean gradient of the weight, as it is stored} over the backward passes of `train_step`."""
+    """Return {path: mean gradient of the weight, as it is stored} over the differentiated calls of the layer."""
     counts: dict[str, int] = dict.fromkeys(bases, 0)
 
     def hook_at(path: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def count(_gradient: Tensor) -> None:
             counts[path] += 1
+
+        def hook(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(count)
 
         return hook
 
     with ExitStack() as stack:
         for path, base in bases.items():
-            stack.callback(base.layer.register_full_backward_hook(hook_at(path)).remove)
+            stack.callback(base.layer.register_forward_hook(hook_at(path)).remove)
         stack.enter_context(_only_weights_train(model, [base.layer.weight for base in bases.values()]))
         train_step()
         gradients = {

@@ -50,7 +50,7 @@ class FactorView:
             raise AttributeError(f"this view of an adapter's parameters has {sorted(self._parameters)}, not {name!r}")
         shown = self._adapter.shown_parameter(self._parameters[name])
         if not isinstance(shown, nn.Parameter):
-            raise PeftError(f"{name} is that of the tied embedding's adapter, transposed; assign it there")
+            raise PeftError(f"{name} is that of the tied embedding's adapter; assign it there")
         path, _, leaf = self._parameters[name].rpartition(".")
         owner = self._adapter.get_submodule(path)
         if not isinstance(value, nn.Parameter) or value.shape != shown.shape:
