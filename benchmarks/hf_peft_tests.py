@@ -33,6 +33,7 @@ from tqdm import tqdm
 from benchmarks.hf_peft_models import missing
 from benchmarks.hf_peft_tests_side import read
 from benchmarks.machine import cpu_model
+from peftcore.hf_peft import unsupported
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -54,7 +55,11 @@ BEGIN, END = "<!-- tests -->", "<!-- /tests -->"
 NOT_BUILT = "the method or variant is not built"
 INTERNAL = "a private name of HF PEFT, which only tests use"
 WHOLE_MODEL = "adapters are switched, merged and disabled for the whole model, never for one layer"
+REFUSED = sorted(name for name in vars(unsupported) if name.endswith("Config"))
+"""Configurations of the methods that are not built."""
 REASONS = (
+    (rf"\b({'|'.join(REFUSED)})\b|Test({'|'.join(REFUSED).replace('Config', '')})Init", NOT_BUILT),
+    (r"KeyError: 'CARTRIDGE'|test_from_peft_type", NOT_BUILT),
     (
         r"NotInPeftcore: \w+Config is not|got 'mica'|unknown option '(monteclora|kasa|velora|qalora|use_bdlora)"
         r"|does not have this method",
@@ -250,10 +255,10 @@ def progress(run: Run, library: str, file: str) -> str:
 # -- table -----------------------------------------------------------------------------------------------------------
 
 
-def cause(line: dict[str, Any] | None) -> str:
+def cause(line: dict[str, Any] | None, test: str = "") -> str:
     """Return why a test fails, in words that hold nothing of the test's text."""
     if line is None:
-        return "not collected"
+        return NOT_BUILT if re.search(REASONS[0][0], test) else "not collected"
     message = line.get("message", "")
     first = next((text for text in message.splitlines() if text.strip()), "")
     subject = f"{line['id']} | {line.get('type')}: {message}"
@@ -270,16 +275,21 @@ def cause(line: dict[str, Any] | None) -> str:
     return f"{line.get('type') or 'failure'} in {name}"
 
 
+def _id(test: str) -> str:
+    """Return a test's id without the number of its case in a list, which counts the methods of the library."""
+    return re.sub(r"mandatory_kwargs\d+", "mandatory_kwargs", test)
+
+
 def compare(run: Run, file: str) -> dict[str, Any]:
     """Return what the table and the JSON say of a file."""
     lines = {library: read(run.results(library, file)) for library in LIBRARIES}
-    by_id = {library: {line["id"]: line for line in lines[library] if "id" in line} for library in LIBRARIES}
+    by_id = {one: {_id(line["id"]): line for line in lines[one] if "id" in line} for one in LIBRARIES}
     ours = by_id["peftcore"]
     collected = {one: max((line.get("collected", 0) for line in lines[one]), default=0) for one in LIBRARIES}
     unfinished = len(by_id["peftcore"]) < collected["peftcore"]  # a sample, or a run that was cut off
     passed = [test for test, line in by_id["peft"].items() if line["outcome"] == "passed"]
     passed = [test for test in passed if test in ours or not unfinished]
-    failures = {test: cause(ours.get(test)) for test in passed if ours.get(test, {}).get("outcome") != "passed"}
+    failures = {test: cause(ours.get(test), test) for test in passed if ours.get(test, {}).get("outcome") != "passed"}
     wording = [test for test in passed if test not in failures and ours[test].get("other_wording")]
     return {
         "file": file,
@@ -323,8 +333,9 @@ def table(run: Run, rows: list[dict[str, Any]]) -> str:
         "peftcore through `peftcore.as_peft`, without GPU and network, with tiny stand-in models. Of the tests that "
         "pass with HF PEFT here, how many pass with peftcore. Tests that need the network, a GPU or a package that is "
         "not installed fail or are skipped with both, so they are not counted. A test passes also if an error or a "
-        "warning of the same type has other words; the number of these tests is in brackets. The last column leaves "
-        "out the tests of methods that peftcore does not have. Where fewer tests were run than collected, they are a "
+        "warning of the same type has other words, also where the test compares them by itself; the number of these "
+        "tests is in brackets. The last column leaves out the tests of methods that peftcore does not have. Where "
+        "fewer tests were run than collected, they are a "
         "sample, chosen by a checksum of each test's id.",
         "",
         "| file | tests | run | passed with HF PEFT | of those with peftcore | % | % of the methods here |",

@@ -89,6 +89,9 @@ if TYPE_CHECKING:
     from peftcore.hf_peft.precision import (
         cast_mixed_precision_params,
     )
+    from peftcore.hf_peft.preprocess import (
+        preprocess_loraga,
+    )
     from peftcore.hf_peft.tuner_models import (
         AdaLoraModel,
         AdaptionPromptModel,
@@ -160,7 +163,6 @@ if TYPE_CHECKING:
         get_eva_state_dict,
         initialize_kv_prefix_from_past_key_values,
         initialize_kv_prefix_from_text,
-        preprocess_loraga,
         prompt_embeddings_from_past_key_values,
     )
     from peftcore.injection.activation import (
@@ -475,7 +477,7 @@ _MODULES = {
     "load_peft_weights": "peftcore.storage.reading",
     "merge_streaming": "peftcore.export",
     "prepare_model_for_kbit_training": "peftcore.model",
-    "preprocess_loraga": "peftcore.hf_peft.unsupported",
+    "preprocess_loraga": "peftcore.hf_peft.preprocess",
     "prompt_embeddings_from_past_key_values": "peftcore.hf_peft.unsupported",
     "refresh_adapters": "peftcore.injection.activation",
     "replace_lora_weights_loftq": "peftcore.injection.loftq",

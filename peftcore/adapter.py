@@ -225,6 +225,9 @@ class Adapter(_Constants):
         """Initialise only what a saved adapter does not hold; called before all of `checkpoint_tensors` is read."""
         self.reset_parameters()
 
+    def placed(self) -> None:
+        """Delete what was only needed to initialise the parameters; called when the adapter is in its layer."""
+
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def before(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ warning. A key on disk that asks for unsupported mathematics is refused, because
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_origin
 
 from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
-from peftcore.errors import CheckpointError, ConfigError, UnknownOptionError, suggestion
+from peftcore.errors import CheckpointError, ConfigError, OptionTypeError, UnknownOptionError, suggestion
 from peftcore.files import CONFIG_NAME, hub, read_limited, whole_files, write_atomically
 from peftcore.registry import PeftType, method_named, methods
 
@@ -108,6 +109,27 @@ def parsed_json(content: bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def _get_commit_hash(pkg_name: str) -> str | None:
+    """Return the commit from which a distribution was installed; None if it was not installed from a repository."""
+    try:
+        text = importlib.metadata.distribution(pkg_name).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return None if text is None else json.loads(text).get("vcs_info", {}).get("commit_id")
+
+
+def _format_version() -> str:
+    """Return the `peft_version` of a new configuration. That of a development version names the commit, as in PEFT."""
+    if "dev" not in __version__:
+        return __version__
+    try:
+        commit = _get_commit_hash("peftcore")
+    except Exception as error:  # the installation's metadata may be damaged, and a configuration does not need it
+        warnings.warn(f"peft_version names no commit, because it cannot be found: {error!r}", stacklevel=2)
+        commit = None
+    return f"{__version__}@{commit or 'UNKNOWN'}"
+
+
 class SharedOptions:
     """Options that several methods have, each with its value for the methods that do not have the option.
 
@@ -142,6 +164,8 @@ class PeftConfig(SharedOptions):
     """{key that PEFT writes for this method: value at which the key has no effect}."""
     not_saved: ClassVar[tuple[str, ...]] = ()
     """Fields that are options of the running program and are never saved."""
+    not_shown: ClassVar[frozenset[str]] = frozenset({"bias", "fan_in_fan_out", "inference_mode"})
+    """Options that the printed adapters of a model leave out."""
     size_fields: ClassVar[tuple[str, ...]] = ()
     """Fields with integers (or {pattern: integer}) that never exceed the largest dimension of the saved tensors.
 
@@ -178,7 +202,7 @@ class PeftConfig(SharedOptions):
             )
         self.peft_type = kind
         if self.peft_version is None:
-            self.peft_version = __version__
+            self.peft_version = _format_version()
         if self.task_type is not None:
             self.task_type = self.one_of("task_type", self.task_type, TaskType)
 
@@ -261,7 +285,7 @@ class PeftConfig(SharedOptions):
         for field_ in dataclasses.fields(self):
             value = getattr(self, field_.name)
             if not _fits(value, field_.type):
-                raise ConfigError(
+                raise OptionTypeError(
                     f"{type(self).__name__}: {field_.name} must be {_words_for(field_.type)}; got {value!r:.200}"
                 )
             if field_.name.endswith("_pattern") and isinstance(value, dict):
@@ -322,15 +346,14 @@ class PeftConfig(SharedOptions):
     # -- JSON ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields, `peft_type` and unknown keys read from disk as JSON types; sets become sorted lists."""
+        """Return all fields and `peft_type` as JSON types; sets become sorted lists. Unknown keys stay in `extra`."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("extra", *self.not_saved)]
         values = {name: getattr(self, name) for name in names}
-        plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
-        return {**self.extra, **plain}
+        return {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
 
     def to_json(self) -> str:
-        """Return the text of `adapter_config.json`."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        """Return the text of `adapter_config.json`, with the unknown keys that were read from disk."""
+        return json.dumps({**self.extra, **self.to_dict()}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], from_disk: bool = False) -> "PeftConfig":
@@ -360,7 +383,7 @@ class PeftConfig(SharedOptions):
         known = {f.name for f in dataclasses.fields(target)}
         extra = {k: v for k, v in values.items() if k not in known}
         if extra and not named:
-            raise ConfigError(
+            raise UnknownOptionError(
                 f"{CONFIG_NAME} has no peft_type, and {next(iter(extra))!r} is no field of {target.__name__}; it is "
                 "not the configuration of an adapter"
             )
@@ -617,7 +640,6 @@ class RandomProjectionConfig(TunerConfig):
     """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
 
-_NOT_SHOWN = {"bias", "fan_in_fan_out", "inference_mode"}
 _STEMS = {"rank_pattern": "r"}
 """{pattern field: option}, for patterns that are not named after the option."""
 
@@ -628,7 +650,7 @@ def options_at(config: PeftConfig, path: str = "") -> dict[str, bool | int | flo
     shown: dict[str, bool | int | float | str] = {}
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
-        if option.name in inherited | _NOT_SHOWN or not isinstance(value, bool | int | float | str):
+        if option.name in inherited | config.not_shown or not isinstance(value, bool | int | float | str):
             continue
         for pattern in (name for name in vars(config) if name.endswith("_pattern")):
             stem = _STEMS.get(pattern, pattern.removesuffix("_pattern"))

@@ -37,6 +37,10 @@ class UnknownOptionError(ConfigError, TypeError):
     """A configuration with an option that its method does not have."""
 
 
+class OptionTypeError(ConfigError, TypeError):
+    """A configuration with an option whose value has a wrong type."""
+
+
 class TargetError(PeftError, ValueError):
     """Target modules that match no layer, or match layers that cannot be adapted."""
 
@@ -46,7 +50,7 @@ class NoMatchingPeftModuleError(TargetError):
 
 
 class PeftWarning(UserWarning):
-    """Base class of HF PEFT's own warnings; those of peftcore are plain UserWarnings."""
+    """A warning for which HF PEFT has this class, too; the other warnings of peftcore are plain UserWarnings."""
 
 
 class AdapterNameError(PeftError, ValueError):

@@ -33,6 +33,8 @@ from peftcore.injection.status import TunerLayerStatus, TunerModelStatus, get_la
 from peftcore.injection.tuner_model import tuner_model
 from peftcore.merging import LowRankReport, Recipe
 from peftcore.storage import checkpoint
+from peftcore.storage.hotswap import hotswap_adapter, hotswaps, prepare_model_for_compiled_hotswap
+from peftcore.storage.initial_adapter import start_subtracted
 from peftcore.storage.reading import IncompatibleKeys, Reading, check_offload
 from peftcore.storage.trainer_checkpoints import teach_trainer
 
@@ -219,7 +221,9 @@ class PeftModel:
             low_cpu_mem_usage: see `from_pretrained`.
             key_mapping: see `from_pretrained`.
             kwargs: options of the download, `strict`, `ignore_mismatched_sizes` and `adapters`, see `from_pretrained`;
-                and `config`: a configuration in place of the saved one.
+                `config`: a configuration in place of the saved one; and `hotswap`: True exchanges the loaded LoRA
+                `adapter_name` for the saved one, in the same memory, as `hotswap_adapter` does. "auto", the default,
+                does so after `enable_peft_hotswap`.
 
         Returns:
             The missing and the unexpected keys, as in PEFT; both empty, unless `strict=False` or
@@ -231,6 +235,17 @@ class PeftModel:
             ConfigError: an option has a value that does not fit.
             TypeError: an option is unknown.
         """
+        hotswap, is_enabled = kwargs.pop("hotswap", "auto"), bool(vars(self).get("_hotswap_enabled"))
+        if hotswaps(hotswap, is_enabled=is_enabled, is_loaded=adapter_name in self.peft_config):
+            others = {"is_trainable": is_trainable, "ephemeral_gpu_offload": ephemeral_gpu_offload}
+            others |= {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": not autocast_adapter_dtype}
+            if unused := [name for name, is_set in others.items() if is_set]:
+                raise ConfigError(
+                    f"load_adapter: {unused[0]} has no effect on an exchange, which keeps the parameters of the loaded "
+                    "adapter; leave it out, or give hotswap=False"
+                )
+            hotswap_adapter(self._module, model_id, adapter_name, torch_device, key_mapping=key_mapping, **kwargs)
+            return IncompatibleKeys([], [])
         config, experts = kwargs.pop("config", None), kwargs.pop("adapters", None)
         options, further = _split_reading("load_adapter", {**kwargs, "torch_device": torch_device})
         config = _with_experts("load_adapter", config, model_id, experts, options)
@@ -390,12 +405,23 @@ class PeftModel:
         """Enable the active adapters again after `disable_adapters`."""
         activation.switch_adapters(self._module, on=True)
 
-    def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> None:
-        """Raise ConfigError: transformers' hot-swapping needs HF PEFT's layers."""
-        raise ConfigError(
-            "enable_peft_hotswap prepares HF PEFT's layers, which this model does not have; read another adapter's "
-            "weights into a loaded one by load_adapter_weights(directory, adapter_name), or use AdapterStore"
-        )
+    def enable_peft_hotswap(
+        self, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
+    ) -> None:
+        """Let `load_adapter` exchange a loaded LoRA for one of another rank, without a new compilation.
+
+        As `prepare_model_for_compiled_hotswap` does, this gives each LoRA of the model rank `target_rank`. From then
+        on `load_adapter` with the name of a loaded LoRA exchanges it, unless `hotswap=False`.
+
+        Args:
+            target_rank: largest rank of all adapters that will be loaded.
+            check_compiled: "error", "warn" or "ignore" a model that is compiled already.
+
+        Raises:
+            HotswapError: the model has no LoRA, is compiled already, or a layer cannot have this rank.
+        """
+        prepare_model_for_compiled_hotswap(self._module, target_rank=target_rank, check_compiled=check_compiled)
+        vars(self)["_hotswap_enabled"] = True
 
     def disable_adapter_layers(self) -> None:
         """Do what `disable_adapters` does; PEFT's name."""
@@ -587,7 +613,9 @@ class PeftModel:
             save_embedding_layers: whether to save the base's input and output embeddings, too. "auto": those that the
                 adapter targets by the names `embed_tokens` or `lm_head`, and both if the vocabulary was resized.
             is_main_process: False writes nothing, and only takes part in gathering sharded tensors.
-            path_initial_model_for_weight_conversion: only None; use `peftcore.conversion.convert_to_lora`.
+            path_initial_model_for_weight_conversion: a LoRA as it was saved before training. Each saved LoRA then
+                subtracts it, as a plain LoRA of rank 2r for the original base. LoRAs that started from the base's
+                weights in this process (PiSSA, OLoRA, CorDA) are always saved so.
             state_dict: a state dict of the model to take the values from; None for the model's own parameters.
             other: further options of transformers, only with values that mean one whole local file; and
                 `save_function` and `max_shard_size`, which are warnings.
@@ -595,18 +623,20 @@ class PeftModel:
         Raises:
             ConfigError: an option has a value that is not supported.
             TypeError: an option is unknown.
-            CheckpointError: the state dict lacks parameters of an adapter.
+            CheckpointError: the state dict lacks parameters of an adapter, or the initial adapter does not fit.
             AdapterNameError: a name is not loaded.
         """
-        _check_saving(safe_serialization, path_initial_model_for_weight_conversion, other)
+        _check_saving(safe_serialization, other)
+        initial = path_initial_model_for_weight_conversion
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         adapter_set(self._module).require(*names)
         for name in names:
             root = Path(save_directory)
             directory = root if name == "default" else root / name
-            checkpoint.save_adapter(
-                self._module, name, directory, save_embedding_layers, state_dict, writes=is_main_process
-            )
+            with contextlib.nullcontext() if initial is None else start_subtracted(self._module, name, initial):
+                checkpoint.save_adapter(
+                    self._module, name, directory, save_embedding_layers, state_dict, writes=is_main_process
+                )
 
     def push_to_hub(
         self,
@@ -856,16 +886,11 @@ _WHOLE_LOCAL_FILE: dict[str, tuple[Any, ...]] = {
 """{option of transformers' `save_pretrained`: supported values, which change nothing}"""
 
 
-def _check_saving(safe_serialization: Any, initial: Any, other: Mapping[str, Any]) -> None:
+def _check_saving(safe_serialization: Any, other: Mapping[str, Any]) -> None:
     if safe_serialization is not True:
         raise ConfigError(
             f"save_pretrained: safe_serialization must be True, since adapters are always saved as safetensors; got "
             f"{safe_serialization!r:.200}. Names of adapters are selected_adapters="
-        )
-    if initial is not None:
-        raise ConfigError(
-            "save_pretrained: path_initial_model_for_weight_conversion is not supported; to get a plain LoRA for the "
-            "original base, use peftcore.conversion.convert_to_lora and save its result"
         )
     for name, value in other.items():
         if name == "save_function":

@@ -3,6 +3,7 @@
 Each object is a dictionary, the form that `LoraConfig` takes and saves, with its keys as attributes.
 """
 
+import os
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -68,16 +69,16 @@ class EvaConfig(_Options):
 class CordaConfig(_Options):
     """Options of `init_lora_weights="corda"`, for `LoraConfig(corda_config=...)`. arXiv:2406.05223.
 
-    Args:
-        cache_file: only None; `initialize_from_data` keeps nothing on disk.
-        covariance_file: only None.
-        corda_method: "ipm" (instruction-previewed) or "kpm" (knowledge-preserved).
-        verbose: only False.
-        use_float16_for_covariance: only False.
-        prune_temporary_fields: only True.
+    All but `corda_method` are options of `preprocess_corda`; `initialize_from_data` refuses them.
 
-    Raises:
-        ConfigError: an option has another value than the ones above.
+    Args:
+        cache_file: file of the singular vectors; read if it exists, and written as safetensors otherwise.
+        covariance_file: file of the covariances, which fit any rank; likewise.
+        corda_method: "ipm" (instruction-previewed) or "kpm" (knowledge-preserved).
+        verbose: show a progress bar.
+        use_float16_for_covariance: sum the covariances in the dtype of the layer's input, not in float32.
+        prune_temporary_fields: False keeps `sample_count`, `covariance_matrix`, `corda_method` and `rank` as attributes
+            of the layers.
     """
 
     def __init__(
@@ -89,19 +90,14 @@ class CordaConfig(_Options):
         use_float16_for_covariance: bool = False,
         prune_temporary_fields: bool = True,
     ):
-        fixed = {
-            "cache_file": (cache_file, None),
-            "covariance_file": (covariance_file, None),
-            "verbose": (verbose, False),
-            "use_float16_for_covariance": (use_float16_for_covariance, False),
-            "prune_temporary_fields": (prune_temporary_fields, True),
-        }
-        for name, (value, only) in fixed.items():
-            if value != only:
-                raise ConfigError(
-                    f"CordaConfig: {name} must be {only!r}, because covariances are kept in memory; got {value!r}"
-                )
-        super().__init__(corda_method=corda_method)
+        super().__init__(
+            cache_file=None if cache_file is None else os.fspath(cache_file),
+            covariance_file=None if covariance_file is None else os.fspath(covariance_file),
+            corda_method=corda_method,
+            verbose=verbose,
+            use_float16_for_covariance=use_float16_for_covariance,
+            prune_temporary_fields=prune_temporary_fields,
+        )
 
 
 class LoraGAConfig(_Options):

@@ -18,7 +18,14 @@ from peftcore.files import hub
 from peftcore.injection import activation
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.inject import forget_removed_adapters, inject_adapter_in_model, show_configs
+from peftcore.methods.lora import Lora
 from peftcore.storage import checkpoint
+from peftcore.storage.hotswap import (
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    hotswaps,
+    prepare_model_for_compiled_hotswap,
+)
 from peftcore.storage.reading import IncompatibleKeys, Reading
 from peftcore.storage.state_dict import set_peft_model_state_dict
 from peftcore.storage.trainer_checkpoints import teach_trainer
@@ -44,6 +51,7 @@ def load_adapter(
 ) -> Any:
     """Load an adapter into a plain transformers model, and make it the active one. The model's class stays the same.
 
+    An exchange by `hotswap` leaves the active adapters as they are.
     As in transformers, the model is in evaluation mode then, unless `is_trainable`. On an error the model stays as it
     was.
 
@@ -55,7 +63,8 @@ def load_adapter(
         adapter_state_dict: {HF PEFT's key: tensor}, in place of a directory; needs `peft_config`.
         low_cpu_mem_usage: True: parameters get no memory before the saved tensors are there.
         is_trainable: whether its parameters get gradients.
-        hotswap: True is an error, and so is "auto" after `enable_peft_hotswap` for a loaded adapter.
+        hotswap: True: exchange the loaded LoRA `adapter_name` for this one, in the same memory. "auto": do so after
+            `enable_peft_hotswap`, if the adapter is loaded.
         local_files_only: True: nothing is downloaded.
         adapter_kwargs: options of the adapter's download, such as `revision`.
         load_config: transformers' options of `from_pretrained`, of which `download_kwargs` and
@@ -67,44 +76,77 @@ def load_adapter(
 
     Raises:
         CheckpointError: the adapter is not found, is damaged, or was made for another base model.
-        AdapterNameError: the name is not valid, or taken.
+        AdapterNameError: the name is not valid, or taken, or with `hotswap` not loaded.
+        HotswapError: the new LoRA cannot take the place of the loaded one, or exceeds the rank of
+            `enable_peft_hotswap`.
         ConfigError: an option has a value that does not fit.
         TypeError: an option is unknown.
     """
     name = "default" if adapter_name is None else adapter_name
     forget_removed_adapters(self)
     loaded = adapter_set(self).configs if ATTRIBUTE in self.__dict__ else {}
-    _refuse_hotswap(hotswap, bool(vars(self).get("_hotswap_enabled")) and name in loaded)
-    if name in loaded:
-        raise AdapterNameError(f"load_adapter: {name!r} is loaded already; give another adapter_name")
+    swaps = hotswaps(hotswap, is_enabled=bool(vars(self).get("_hotswap_enabled")), is_loaded=name in loaded)
+    if name in loaded and not swaps:
+        raise AdapterNameError(
+            f"load_adapter: {name!r} is loaded already; give another adapter_name, or hotswap=True to exchange it"
+        )
     options, ignore_mismatched_sizes = _options(load_config, kwargs, adapter_kwargs or {}, local_files_only)
     peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
-    if adapter_state_dict is not None:
-        keys = _load_tensors(self, peft_config, adapter_state_dict, name, is_trainable, ignore_mismatched_sizes)
-    elif peft_model_id is None:
+    if adapter_state_dict is None and peft_model_id is None:
         raise ConfigError("load_adapter needs a directory or a hub id, or peft_config with adapter_state_dict")
+    if swaps:
+        if low_cpu_mem_usage or ignore_mismatched_sizes:
+            raise ConfigError("load_adapter: low_cpu_mem_usage and ignore_mismatched_sizes must be False with hotswap")
+        keys = _exchange(self, peft_model_id, name, peft_config, adapter_state_dict, options)
+    elif adapter_state_dict is not None:
+        keys = _load_tensors(self, peft_config, adapter_state_dict, name, is_trainable, ignore_mismatched_sizes)
     else:
         reading = Reading(False, low_cpu_mem_usage, ignore_mismatched_sizes=ignore_mismatched_sizes)
         directory = hub.adapter_directory(peft_model_id, needs_config=peft_config is None, **options)
         with hub.naming_download(peft_model_id):
             keys = checkpoint.load_adapter(self, directory, name, is_trainable, peft_config, reading=reading).result
+    if not swaps and vars(self).get("_hotswap_enabled"):
+        _prepare_for_hotswap(self, name)
     self._hf_peft_config_loaded = True
     show_configs(self)
-    activation.set_adapter(self, name, inference_mode=not is_trainable)
+    if swaps:
+        activation.set_requires_grad(self, name, is_trainable)
+    else:
+        activation.set_adapter(self, name, inference_mode=not is_trainable)
     if not is_trainable:
         self.eval()
     teach_trainer()
     return _loading_info(keys)
 
 
-def _refuse_hotswap(hotswap: bool | str, is_automatic: bool) -> None:
-    if hotswap not in (True, False, "auto"):
-        raise ConfigError(f"load_adapter: hotswap must be True, False or 'auto'; got {hotswap!r:.200}")
-    if hotswap is True or (hotswap == "auto" and is_automatic):
-        raise ConfigError(
-            "load_adapter: hotswap is not supported; use hotswap_adapter(model, directory, adapter_name) of "
-            "peft.utils.hotswap"
-        )
+def _exchange(
+    model: Any,
+    peft_model_id: str | os.PathLike[str] | None,
+    name: str,
+    config: PeftConfig | None,
+    tensors: Mapping[str, Tensor] | None,
+    options: dict[str, Any],
+) -> IncompatibleKeys:
+    """Exchange a loaded LoRA for a saved one, or for the one of a state dict."""
+    if tensors is not None:
+        hotswap_adapter_from_state_dict(model, tensors, name, _checked_config(config))
+    elif config is not None:
+        raise ConfigError("load_adapter: peft_config must be None with hotswap; the saved configuration is read")
+    else:
+        assert peft_model_id is not None  # checked by the caller
+        hotswap_adapter(model, peft_model_id, name, **options)
+    return IncompatibleKeys([], [])
+
+
+def _prepare_for_hotswap(model: Any, name: str) -> None:
+    """Give a LoRA just loaded the rank of `enable_peft_hotswap`; on an error the adapter is removed again."""
+    if adapter_set(model).kinds[name] is not Lora:
+        return
+    try:
+        prepare_model_for_compiled_hotswap(model, **(model._prepare_peft_hotswap_kwargs or {}))
+    except Exception:
+        activation.delete_adapter(model, name)
+        raise
 
 
 def _options(
@@ -137,15 +179,20 @@ def _load_tensors(
     is_trainable: bool,
     ignore_mismatched_sizes: bool,
 ) -> IncompatibleKeys:
-    if not isinstance(config, PeftConfig):
-        raise ConfigError(f"load_adapter: adapter_state_dict needs peft_config, a configuration; got {config!r:.200}")
-    config = dataclasses.replace(config, inference_mode=not is_trainable)
+    config = dataclasses.replace(_checked_config(config), inference_mode=not is_trainable)
     inject_adapter_in_model(config, model, name)
     try:
         return set_peft_model_state_dict(model, tensors, name, ignore_mismatched_sizes)
     except Exception:
         model.peft_config.pop(name)  # type: ignore[union-attr]
         raise
+
+
+def _checked_config(config: Any) -> Any:
+    """Return the configuration that comes with a state dict; raise ConfigError if there is none."""
+    if not isinstance(config, PeftConfig):
+        raise ConfigError(f"load_adapter: adapter_state_dict needs peft_config, a configuration; got {config!r:.200}")
+    return config
 
 
 def _loading_info(keys: IncompatibleKeys) -> Any:

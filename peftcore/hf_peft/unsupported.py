@@ -183,10 +183,6 @@ initialize_kv_prefix_from_text = _refused("initialize_kv_prefix_from_text", _NO_
 get_eva_state_dict = _refused(
     "get_eva_state_dict", "call initialize_from_data(model, batches), then save the adapter with its start"
 )
-preprocess_loraga = _refused(
-    "preprocess_loraga",
-    "call get_peft_model with init_lora_weights='lora_ga', then initialize_from_data(model, batches)",
-)
 prompt_embeddings_from_past_key_values = _refused("prompt_embeddings_from_past_key_values", _NO_CARTRIDGE)
 
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}

@@ -83,6 +83,7 @@ def commit_injection(
             adapter.train(slot.training)
         _set_trainable(adapter, trainable)
         slot.adapters[name] = adapter
+        adapter.placed()
         slot.has_trained_biases |= path in injection.biases
         if adapter.new_base is not None:
             slot.replace_base(adapter.new_base, name)

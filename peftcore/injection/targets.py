@@ -108,6 +108,9 @@ def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[
     }
     if not targets and not parameter_names(config):
         raise NoMatchingPeftModuleError(_nothing_matched(module_index.modules, paths, config))
+    if not targets and config.target_modules:
+        message = _nothing_matched(module_index.modules, paths, config)
+        warnings.warn(f"{message}; only target_parameters have an effect", RuntimeWarning, stacklevel=2)
     for path, layer in targets.items():
         _check_kind(path, layer)
     _check_called(module_index, targets)

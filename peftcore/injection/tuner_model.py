@@ -1,14 +1,16 @@
 """`TunerModel`: the object between a `PeftModel` and its base in HF PEFT, as a view: `model.base_model.model`."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.config import PeftConfig
 from peftcore.injection import activation, inject, merge
-from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, shared_by
 from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.peft_attributes import shared_tensor
 from peftcore.layers.trained_bias import TrainedBias
 
 _CLASSES: dict[str, type["TunerModel"]] = {}
@@ -68,7 +70,12 @@ class TunerModel:
             headless = model._modules.get(getattr(model, "base_model_prefix", ""))
             if headless is not None and hasattr(headless, name):
                 return getattr(headless, name)
-        return getattr(model, name)
+        try:
+            return getattr(model, name)
+        except AttributeError:
+            if name.startswith("_") or not (tensors := _shared_tensors(model, name)):
+                raise
+            return MappingProxyType(tensors)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.model, name, value)
@@ -134,6 +141,14 @@ class TunerModel:
     def unmerge_adapter(self) -> None:
         """Restore the unmerged base weights."""
         merge.unmerge_adapter(self.model)
+
+
+def _shared_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return {adapter: tensor that its layers share}, such as VB-LoRA's `vblora_vector_bank`; {} without any."""
+    adapters = adapter_set(model)
+    shared = {adapter: shared_by(adapters.adapters(adapter)) for adapter in adapters.configs}
+    tensors = {adapter: shared_tensor(one, name) for adapter, one in shared.items() if one is not None}
+    return {adapter: tensor for adapter, tensor in tensors.items() if tensor is not None}
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, AdapterSlot]]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.adapter import Adapter
+from peftcore.adapter import Adapter, Shared
 from peftcore.config import options_at
 from peftcore.errors import ConfigError, PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
@@ -50,7 +50,7 @@ class FactorView:
             raise AttributeError(f"this view of an adapter's parameters has {sorted(self._parameters)}, not {name!r}")
         shown = self._adapter.shown_parameter(self._parameters[name])
         if not isinstance(shown, nn.Parameter):
-            raise PeftError(f"{name} is that of the tied embedding's adapter, transposed; assign it there")
+            raise PeftError(f"{name} is that of the tied embedding's adapter; assign it there")
         path, _, leaf = self._parameters[name].rpartition(".")
         owner = self._adapter.get_submodule(path)
         if not isinstance(value, nn.Parameter) or value.shape != shown.shape:
@@ -147,7 +147,15 @@ class PerAdapter(MutableMapping[str, Any]):
 
 def has_attribute(adapter: Adapter, attribute: str) -> bool:
     """Return True if HF PEFT's layer has this attribute for the adapter's method."""
-    return bool(_parameters(adapter, attribute)) or _number(adapter, attribute) is not None
+    if _parameters(adapter, attribute) or _number(adapter, attribute) is not None:
+        return True
+    return adapter.shared is not None and shared_tensor(adapter.shared, attribute) is not None
+
+
+def shared_tensor(shared: Shared, name: str) -> Tensor | None:
+    """Return a parameter or buffer of what the layers of an adapter share, such as VeRA's `vera_A`; None without it."""
+    tensor = shared._parameters.get(name)
+    return shared._buffers.get(name) if tensor is None else tensor
 
 
 def parameter_attributes(adapter: Adapter) -> list[str]:
@@ -183,7 +191,10 @@ def _element(adapter: Adapter, attribute: str) -> Any:
         return adapter.get_parameter(parameters[""])
     if attribute == adapter.dropout_option:
         return adapter.dropout_module or nn.Identity()
-    return FactorView(adapter, parameters) if parameters else _number(adapter, attribute)
+    if parameters:
+        return FactorView(adapter, parameters)
+    number = _number(adapter, attribute)
+    return shared_tensor(adapter.shared, attribute) if number is None and adapter.shared is not None else number
 
 
 class PeftLayerAttributes(MergingMethods):

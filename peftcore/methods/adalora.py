@@ -10,6 +10,7 @@ Shapes: i in_features (of a convolution: input channels times the kernel's size)
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
@@ -50,7 +51,6 @@ class AdaLoraConfig(TunerConfig):
         "megatron_core": "megatron.core",
         "monteclora_config": None,
         "qalora_group_size": 16,
-        "r": 8,
         "target_parameters": None,
         "trainable_token_indices": None,
         "use_bdlora": None,
@@ -59,9 +59,12 @@ class AdaLoraConfig(TunerConfig):
         "use_rslora": False,
         "velora_config": None,
     }
+    not_shown: ClassVar[frozenset[str]] = TunerConfig.not_shown | {"r"}
     size_fields: ClassVar[tuple[str, ...]] = ("init_r",)
     has_schedule: ClassVar[bool] = True
 
+    r: int = 8
+    """Read and saved for PEFT; without effect: `init_r` and `target_r` are the ranks."""
     target_r: int = 8
     """Average rank per layer at the end."""
     init_r: int = 12
@@ -88,6 +91,12 @@ class AdaLoraConfig(TunerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.positive("target_r", "init_r", "deltaT")
+        if self.r != 8:
+            warnings.warn(
+                f"AdaLoraConfig: r={self.r} has no effect; set init_r, the rank at the start, and target_r, the "
+                "average rank at the end",
+                stacklevel=4,
+            )
         self.probability("lora_dropout", "beta1", "beta2")
         self.one_of("bias", self.bias, ("none", "all", "lora_only"))
         if self.target_r > self.init_r:

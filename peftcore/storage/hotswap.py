@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftcore._util.tensors import is_sharded, read_tensors
 from peftcore.config import PeftConfig
-from peftcore.errors import HotswapError, suggestion
+from peftcore.errors import AdapterNameError, ConfigError, HotswapError, suggestion
 from peftcore.files import hub
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
@@ -109,6 +109,28 @@ def prepare_model_for_compiled_hotswap(
         for own in config.values() if isinstance(config, dict) else [config]:
             own.r = target_rank
             own.rank_pattern = dict.fromkeys(own.rank_pattern or {}, target_rank)
+
+
+def hotswaps(hotswap: bool | str, *, is_enabled: bool, is_loaded: bool) -> bool:
+    """Return True if `load_adapter(hotswap=...)` exchanges a loaded adapter in place of loading a further one.
+
+    Args:
+        hotswap: True, False, or "auto": exchange if hot-swapping is enabled and the adapter is loaded.
+        is_enabled: whether `enable_peft_hotswap` was called.
+        is_loaded: whether the model has an adapter of this name.
+
+    Raises:
+        ConfigError: `hotswap` has another value.
+        AdapterNameError: `hotswap` is True, and the adapter is not loaded.
+    """
+    if hotswap is not True and hotswap is not False and hotswap != "auto":
+        raise ConfigError(f"load_adapter: hotswap must be True, False or 'auto'; got {hotswap!r:.200}")
+    if hotswap is True and not is_loaded:
+        raise AdapterNameError(
+            "load_adapter: hotswap=True exchanges a loaded adapter, and none has this adapter_name; leave hotswap out "
+            "for the first one"
+        )
+    return is_enabled and is_loaded if hotswap == "auto" else bool(hotswap)
 
 
 # -- the exchange ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Counting the tests of another repository that pass with either library: on a repository of four tests."""
+"""Counting the tests of another repository that pass with either library: on a repository of five tests."""
 
 import json
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hf_peft_models import MODELS
-from benchmarks.hf_peft_tests import cause
-from benchmarks.hf_peft_tests_side import imports_of, read, stand_in
+from benchmarks.hf_peft_tests import NOT_BUILT, cause
+from benchmarks.hf_peft_tests_side import compares_words, imports_of, read, stand_in
 
 ROOT = Path(__file__).parents[2]
 TESTS = """
@@ -27,6 +27,15 @@ def test_both(options):
 def test_words():
     with pytest.raises(ValueError, match="not found in the base model"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["x"]))
+
+def test_words_by_itself(recwarn):
+    with pytest.raises(ValueError) as error:
+        LoraConfig(r=-1)
+    assert "Words of another library" in str(error)
+    assert "Words of another library" in str(error.value)
+    LoraConfig(lora_ga_config={"scale": "unit"})
+    assert recwarn.list[0].message.args[0].startswith("Words of another library")
+    assert len(recwarn) == 1 and not any("?" in str(warning.message) for warning in recwarn.list[1:])
 
 def test_a_method_that_is_not_built():
     KasaConfig().beta
@@ -62,6 +71,20 @@ def test_a_cause_holds_no_text_of_the_test() -> None:
     assert cause(ours) == "ConfigError: r must be …, got …"
 
 
+def test_what_is_not_collected_because_its_method_is_not_built_says_so() -> None:
+    assert cause(None, "tests/a.py::test_x[BeftConfig-mandatory_kwargs]") == NOT_BUILT
+    assert cause(None, "tests/a.py::test_x[LoraConfig-mandatory_kwargs]") == "not collected"
+
+
+def test_only_tests_that_compare_words_by_themselves_run_again() -> None:
+    failed = {"type": "AssertionError", "message": "assert 'x' in \"<ExceptionInfo E('y')>\""}
+    assert compares_words(failed, [])
+    assert compares_words({"type": "AssertionError", "message": "assert False"}, ["recwarn"])
+    assert not compares_words({"type": "AssertionError", "message": "assert 1 == 2"}, ["tmp_path"])
+    assert not compares_words({"type": "ConfigError", "message": "ExceptionInfo"}, ["recwarn"])
+    assert not compares_words({}, ["recwarn"])
+
+
 @pytest.mark.slow
 def test_a_repository_is_counted(tmp_path: Path) -> None:
     checkout, cells = tmp_path / "checkout", tmp_path / "cells"
@@ -81,5 +104,5 @@ def test_a_repository_is_counted(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (row,) = json.loads((tmp_path / "out" / "hf_peft_tests.json").read_text())["rows"]
     counts = {key: row[key] for key in ("collected", "run", "passed_with_both", "other_wording", "not_built")}
-    assert counts == {"collected": 4, "run": 4, "passed_with_both": 2, "other_wording": 1, "not_built": 1}
+    assert counts == {"collected": 5, "run": 5, "passed_with_both": 3, "other_wording": 2, "not_built": 1}
     assert (tmp_path / "out" / "hf_peft_tests.md").read_text().count("| test_some |") == 1

@@ -72,6 +72,31 @@ def test_the_version_of_the_file_format_is_saved_and_read(tmp_path: Path) -> Non
     assert PeftConfig.from_pretrained(tmp_path).peft_version == "0.9"
 
 
+def test_a_development_version_of_the_format_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftcore.config.__version__", "0.99.0.dev3")
+    monkeypatch.setattr(
+        "importlib.metadata.distribution", lambda _name: Installed('{"vcs_info": {"commit_id": "ab1"}}')
+    )
+    assert LoraConfig().peft_version == "0.99.0.dev3@ab1"
+    for text in (None, '{"url": "file:///here"}'):
+        monkeypatch.setattr("importlib.metadata.distribution", lambda _name, text=text: Installed(text))
+        assert LoraConfig().peft_version == "0.99.0.dev3@UNKNOWN"
+    monkeypatch.setattr("importlib.metadata.distribution", lambda _name: Installed("no JSON"))
+    with pytest.warns(UserWarning, match="peft_version names no commit"):
+        assert LoraConfig().peft_version == "0.99.0.dev3@UNKNOWN"
+    assert LoraConfig(peft_version="0.9").peft_version == "0.9"
+
+
+class Installed:
+    """A distribution with this text of `direct_url.json`."""
+
+    def __init__(self, text: str | None) -> None:
+        self.text = text
+
+    def read_text(self, name: str) -> str | None:
+        return self.text if name == "direct_url.json" else None
+
+
 def test_the_fields_of_a_file_without_the_options_of_one_process(tmp_path: Path) -> None:
     config = LoraConfig(r=3)
     config.save_pretrained(tmp_path)
@@ -89,8 +114,9 @@ def test_from_peft_type_takes_the_class_of_the_method() -> None:
 
 def test_a_file_of_something_else_is_no_configuration(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"hidden_size": 8}')
-    with pytest.raises(ConfigError, match="has no peft_type, and 'hidden_size' is no field of LoraConfig"):
+    with pytest.raises(ConfigError, match="has no peft_type, and 'hidden_size' is no field of LoraConfig") as error:
         LoraConfig.from_pretrained(tmp_path)
+    assert isinstance(error.value, TypeError)  # the error of HF PEFT
 
 
 def test_options_of_later_versions_are_named_in_one_warning(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,8 +145,24 @@ def test_the_adapters_state_by_the_models_own_paths(model: Any, tmp_path: Any) -
 def test_every_public_method_of_transformers_is_ours(model: Any) -> None:
     names = [name for name in vars(PeftAdapterMixin) if not name.startswith("_")]
     assert names and [name for name in names if name not in vars(PeftModel)] == []
-    with pytest.raises(ConfigError, match="load_adapter_weights"):
-        model.enable_peft_hotswap()
+
+
+def test_load_adapter_exchanges_a_loaded_lora_after_enable_peft_hotswap(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, selected_adapters=["a"])
+    expected = logits(model)
+    model.enable_peft_hotswap(target_rank=8)
+    assert set(model.adapter_ranks("a").values()) == {8}
+    parameters = {name: p for name, p in model.named_parameters() if ".a." in name}
+    for parameter in parameters.values():
+        parameter.data.normal_()
+    assert not torch.allclose(logits(model), expected)
+    model.load_adapter(tmp_path / "a", "a")
+    torch.testing.assert_close(logits(model), expected)
+    assert all(p is parameters[name] for name, p in model.named_parameters() if ".a." in name)
+    with pytest.raises(AdapterNameError):
+        model.load_adapter(tmp_path / "a", "a", hotswap=False)
+    with pytest.raises(ConfigError, match="is_trainable has no effect on an exchange"):
+        model.load_adapter(tmp_path / "a", "a", is_trainable=True)
 
 
 @pytest.mark.parametrize("shown", [True, False])

@@ -41,7 +41,7 @@ class Lora(Adapter):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     source: "Lora | None"
-    """The embedding's LoRA whose factors this head uses, transposed, if both share one base weight."""
+    """The embedding's LoRA whose factors this layer uses, if both share one base weight; a head uses the transposes."""
 
     def __init__(self, config: LoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
@@ -98,6 +98,8 @@ class Lora(Adapter):
         """Return A and B, without a subtracted start."""
         if self.source is None:
             return self.lora_A, self.lora_B
+        if self.base.kind == self.source.base.kind:
+            return self.source.lora_A, self.source.lora_B
         return self.source.lora_B.T, self.source.lora_A.T
 
     def _all_factors(self) -> tuple[Tensor, Tensor]:
@@ -115,7 +117,7 @@ class Lora(Adapter):
         self.lora_B.copy_(b.view_as(self.lora_B))
 
     def follow(self, source: "Lora") -> None:
-        """Use the factors of an embedding's adapter, transposed, and drop this adapter's own A and B."""
+        """Use the factors of an embedding's adapter, and drop this adapter's own A and B."""
         self.source, self.lora_A, self.lora_B = source, None, None  # type: ignore[assignment]
 
     @property
@@ -144,6 +146,10 @@ class Lora(Adapter):
     def prepare_to_read(self) -> None:
         if self.config.initialisation().reads_base:
             self.reset_parameters()
+
+    def placed(self) -> None:
+        if (prepared := self.config.initialisation().prepared) is not None:
+            vars(self.base.layer).pop(prepared, None)
 
     @classmethod
     def link(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> None:
@@ -277,7 +283,7 @@ class Lora(Adapter):
 
     def shown_parameter(self, name: str) -> Tensor:
         if self.source is not None and name in ("lora_A", "lora_B"):
-            return self.own_factors()[name == "lora_B"]
+            return self.own_factors()[name == "lora_B"][:]  # a view, because assigning it would change nothing
         return super().shown_parameter(name)
 
     def checkpoint_keys(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ An initialisation sets A and B. It may also subtract the start s·B₀A₀ from 
 the base's own output, or replace the base weight (LoftQ).
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,12 @@ class Initialisation(Variant):
     """True if the base weight is replaced by `Lora.new_base`."""
     observer: ClassVar["type[Observer] | None"] = None
     """Class that computes the factors from data; `peftcore.initialize_from_data` runs it. None: no data needed."""
+    prepared: ClassVar[str | None] = None
+    """Attribute of a layer with what was computed from data before the adapter was made; deleted once it is used."""
+
+    def prepared_for(self, lora: "Lora") -> Any:
+        """Return what was computed for a layer from data before its adapter was made; None if nothing was."""
+        return None if self.prepared is None else vars(lora.base.layer).get(self.prepared)
 
     def is_chosen(self, config: "LoraConfig") -> bool:
         chosen = config.init_lora_weights

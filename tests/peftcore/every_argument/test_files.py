@@ -249,11 +249,12 @@ def test_save_pretrained(tmp_path: Path) -> None:
     assert same(tensors_of(read), {key: 2 * tensor for key, tensor in tensors_of(model).items()})
     for options in (
         {"safe_serialization": False},
-        {"path_initial_model_for_weight_conversion": tmp_path},
         {"push_to_hub": True},
     ):
         with pytest.raises(ConfigError, match=next(iter(options))):
             model.save_pretrained(tmp_path / "never", **options)
+    model.save_pretrained(tmp_path / "wide", path_initial_model_for_weight_conversion=tmp_path / "two")
+    assert PeftModel.from_pretrained(Plain(), tmp_path / "wide").peft_config["default"].r == 4
     with pytest.warns(UserWarning, match="max_shard_size='1KB' has no effect"):
         model.save_pretrained(tmp_path / "one", max_shard_size="1KB")
     with pytest.raises(TypeError, match="no option 'shards'"):

@@ -19,9 +19,10 @@ from peftcore import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peftcore.errors import AdapterNameError, AdapterStoreError, PeftError
-from peftcore.hf_peft import functional, helpers
+from peftcore.errors import AdapterNameError, AdapterStoreError, HotswapError, PeftError
+from peftcore.hf_peft import functional, helpers, preprocess
 from peftcore.hf_peft.classes import BaseTunerLayer
+from peftcore.hf_peft.utils import hotswap
 from peftcore.injection.adapter_set import adapter_set
 
 
@@ -221,7 +222,6 @@ def test_switching_by_a_layer() -> None:
 @checks("get_model_status", "model")
 @checks("get_base_model_state_dict", "model")
 @checks("check_mergeable", "model adapter_names")
-@checks("PeftModel.enable_peft_hotswap", "args kwargs")
 def test_functions_of_a_model_alone(tmp_path: Path) -> None:
     model = net("a", "b")
     with torch.no_grad():
@@ -236,12 +236,70 @@ def test_functions_of_a_model_alone(tmp_path: Path) -> None:
     peftcore.check_mergeable(model, ["a", "b"])
     with pytest.raises(MergeError):
         peftcore.check_mergeable(model, ["a", "c"])
-    for arguments, options in (((1,), {}), ((), {"target_rank": 4})):
-        with pytest.raises(ConfigError, match="load_adapter_weights"):
-            model.enable_peft_hotswap(*arguments, **options)
     for function in (peftcore.refresh_adapters, peftcore.get_layer_status):
         with pytest.raises(PeftError, match="get_peft_model first"):
             function(Plain())
+
+
+@checks("PeftModel.enable_peft_hotswap", "target_rank check_compiled")
+@checks("prepare_model_for_compiled_hotswap", "model target_rank config check_compiled")
+@checks("hotswap_adapter", "model model_name_or_path adapter_name torch_device kwargs")
+@checks("hotswap_adapter_from_state_dict", "model state_dict adapter_name config parameter_prefix")
+@checks("check_hotswap_configs_compatible", "config0 config1")
+def test_hotswap(saved: Path, tmp_path: Path) -> None:
+    for prepare in (hotswap.prepare_model_for_compiled_hotswap, PeftModel.enable_peft_hotswap):
+        model = net()
+        prepare(model, target_rank=7)
+        assert set(model.adapter_ranks().values()) == {7}
+        with pytest.raises(HotswapError, match="check_compiled must be"):
+            prepare(net(), check_compiled="no")
+    hotswap.prepare_model_for_compiled_hotswap(net(), target_rank=7, config=(further := lora()))
+    assert further.r == 7
+    model = net("default", "other")
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    state = tensors_of(model)
+    for name in ("default", "other"):
+        before = tensors_of(model, name)
+        hotswap.hotswap_adapter(model, saved, name)
+        assert not same(tensors_of(model, name), before)
+        assert [t.tolist() for t in tensors_of(model, name).values()] == [
+            t.tolist() for t in peftcore.load_peft_weights(saved).values()
+        ]
+    default = tensors_of(model, "other")
+    hotswap.hotswap_adapter(model, saved, "other", subfolder="second")
+    assert not same(tensors_of(model, "other"), default)
+    with pytest.raises(RuntimeError):
+        hotswap.hotswap_adapter(model, saved, "other", "cuda:99")
+    hotswap.hotswap_adapter_from_state_dict(model, state, "other", lora())
+    assert same(tensors_of(model, "other"), state) and not same(tensors_of(model), state)
+    scaling = model[0].adapters["other"].scaling
+    hotswap.hotswap_adapter_from_state_dict(model, state, "other", lora(lora_alpha=99))
+    assert model[0].adapters["other"].scaling != scaling
+    with pytest.raises(HotswapError, match="parameter_prefix must be 'lora_'"):
+        hotswap.hotswap_adapter_from_state_dict(model, state, "other", lora(), "ia3_")
+    for pair in ((lora(use_rslora=True), lora()), (lora(), lora(use_dora=True))):
+        with pytest.raises(HotswapError, match="so one cannot take the place"):
+            hotswap.check_hotswap_configs_compatible(*pair)
+
+
+@checks("preprocess_corda", "model lora_config run_model hooked_model")
+@checks("preprocess_loraga", "model lora_config train_step cache_file")
+def test_starts_from_data_before_the_adapter(tmp_path: Path) -> None:
+    options = {"r": 2, "target_modules": ["1"]}
+    corda = peftcore.LoraConfig(init_lora_weights="corda", corda_config={"corda_method": "kpm"}, **options)
+    plain, hooked = Plain(), Plain()
+    preprocess.preprocess_corda(plain, corda, lambda: plain(X))
+    preprocess.preprocess_corda(other := Plain(), corda, lambda: hooked(10 * X), hooked)
+    assert not hasattr(plain[0], "eigens") and plain[1].eigens.S_WC.shape == (2,)
+    assert not torch.equal(plain[1].eigens.V_WC, other[1].eigens.V_WC)
+    loraga = peftcore.LoraConfig(init_lora_weights="lora_ga", lora_ga_config={"scale": "unit"}, **options)
+    file = tmp_path / "gradients"
+    preprocess.preprocess_loraga(plain, loraga, lambda: plain(X).square().sum().backward(), file)
+    preprocess.preprocess_loraga(other, loraga, lambda: pytest.fail("the file is there"), file)
+    assert torch.equal(plain[1]._peft_loraga_grad, other[1]._peft_loraga_grad)
+    with pytest.raises(ConfigError, match="no lora_ga_config"):
+        preprocess.preprocess_loraga(plain, lora(), lambda: None)
 
 
 # -- stores ------------------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ def test_hf_pefts_own_directory(tmp_path: Path) -> None:
         canonicalise(tmp_path / "pissa")
 
 
+@pytest.mark.filterwarnings("ignore:lora_bias. .* has no bias")
 @pytest.mark.parametrize(
     ("config", "match"),
     [

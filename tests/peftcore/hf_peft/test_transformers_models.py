@@ -11,11 +11,13 @@ from peftcore import (
     AdapterNameError,
     CheckpointError,
     ConfigError,
+    HotswapError,
     LoraConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
 from peftcore.hf_peft.transformers_models import load_adapter
+from peftcore.injection.adapter_set import adapter_set
 
 
 def llama(hidden_size: int = 32) -> LlamaForCausalLM:
@@ -89,7 +91,10 @@ def test_tensors_that_do_not_fit_leave_the_model_as_it_was(saved: Path) -> None:
     ("arguments", "error", "message"),
     [
         ({}, AdapterNameError, "'default' is loaded already; give another adapter_name"),
-        ({"adapter_name": "b", "hotswap": True}, ConfigError, "use hotswap_adapter"),
+        ({"adapter_name": "b", "hotswap": True}, AdapterNameError, "exchanges a loaded adapter"),
+        ({"hotswap": True, "low_cpu_mem_usage": True}, ConfigError, "must be False with hotswap"),
+        ({"hotswap": True, "peft_config": LoraConfig()}, ConfigError, "peft_config must be None with hotswap"),
+        ({"hotswap": True, "adapter_state_dict": {}}, ConfigError, "adapter_state_dict needs peft_config"),
         ({"adapter_name": "b", "hotswap": "no"}, ConfigError, "hotswap must be True, False or 'auto'; got 'no'"),
         ({"adapter_name": "b", "revision": "x"}, TypeError, "no option 'revision'; .* adapter_kwargs"),
         ({"adapter_name": "b", "adapter_kwargs": {"revizion": "x"}}, TypeError, "no option 'revizion'"),
@@ -110,12 +115,63 @@ def test_errors_leave_the_model_as_it_was(
     assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
 
 
-def test_hot_swapping_by_itself_is_refused(saved: Path) -> None:
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A saved LoRA of another rank on the same layers."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(llama(), config).save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def loaded(*arguments: Any, **options: Any) -> LlamaForCausalLM:
     model = llama()
-    model._hotswap_enabled = True
+    load_adapter(model, *arguments, **options)
+    return model
+
+
+@pytest.mark.parametrize("from_tensors", [False, True])
+def test_a_hotswap_gives_the_outputs_of_the_other_adapter(saved: Path, other: Path, from_tensors: bool) -> None:
+    model, expected = loaded(saved), loaded(other)
+    if from_tensors:
+        source: dict[str, Any] = {"adapter_state_dict": get_peft_model_state_dict(expected)}
+        source["peft_config"] = expected.peft_config["default"]
+    else:
+        source = {"peft_model_id": other}
+    info = load_adapter(model, **source, hotswap=True, is_trainable=True)
+    assert not info.missing_keys and list(model.peft_config) == ["default"]
+    torch.testing.assert_close(logits(model), logits(expected))
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_an_exchange_keeps_the_memory_after_enable_peft_hotswap(saved: Path, other: Path) -> None:
+    model = llama()
+    model.enable_peft_hotswap(target_rank=5)
     load_adapter(model, saved)
-    with pytest.raises(ConfigError, match="hotswap is not supported"):
-        load_adapter(model, saved)
+    torch.testing.assert_close(logits(model), logits(loaded(saved)))
+    parameters = {name: (id(p), p.shape) for name, p in model.named_parameters() if "lora_" in name}
+    assert all(5 in shape for _, shape in parameters.values())
+    load_adapter(model, other)
+    assert parameters == {name: (id(p), p.shape) for name, p in model.named_parameters() if "lora_" in name}
+    torch.testing.assert_close(logits(model), logits(loaded(other)))
+    with pytest.raises(AdapterNameError, match="hotswap=True to exchange it"):
+        load_adapter(model, saved, hotswap=False)
+
+
+def test_a_rank_above_the_stated_one_leaves_the_model_as_it_was(other: Path) -> None:
+    model = llama()
+    model.enable_peft_hotswap(target_rank=2)
+    with pytest.raises(HotswapError, match="rank"):
+        load_adapter(model, other)
+    assert not model.peft_config and torch.equal(logits(model), logits(llama()))
+
+
+def test_only_the_exchanged_adapter_changes(saved: Path, other: Path) -> None:
+    model = loaded(saved, "first")
+    load_adapter(model, saved, "second")
+    load_adapter(model, other, "first", hotswap=True)
+    assert list(adapter_set(model).selection.active) == ["second"]
+    torch.testing.assert_close(logits(model), logits(loaded(saved)))
 
 
 def test_missing_sizes_and_low_memory(saved: Path) -> None:

@@ -22,7 +22,7 @@ def test_no_built_method_is_refused() -> None:
     assert not {method.config.__name__ for method in methods().values()} & set(CLASSES)
 
 
-@pytest.mark.parametrize("name", ["create_arrow_model", "preprocess_loraga", "get_eva_state_dict"])
+@pytest.mark.parametrize("name", ["create_arrow_model", "get_eva_state_dict"])
 def test_a_refused_function_names_the_way_that_exists(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: .*(arrow_gate|initialize_from_data)"):
         getattr(peftcore, name)()

@@ -137,3 +137,25 @@ def test_inside_of_a_forward_pass_base_model_is_the_model_without_its_head() -> 
     model(torch.ones(1, 2, dtype=torch.long))
     assert seen == [model.model]
     assert model.base_model.model is model
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "name"),
+    [
+        ("VBLoRA", {"vector_length": 1, "num_vectors": 4}, "vblora_vector_bank"),
+        ("Vera", {}, "vera_A"),
+        ("RandLora", {"r": 2}, "randlora_B"),
+    ],
+)
+def test_tensors_that_layers_share_are_attributes_as_in_peft(method: str, options: dict[str, int], name: str) -> None:
+    models = []
+    for library in (peftcore, peft):
+        config = getattr(library, f"{method}Config")(target_modules=["0", "2"], **options)
+        models.append(library.get_peft_model(base(), config))
+    ours, theirs = (getattr(model.base_model, name) for model in models)
+    assert list(ours) == ["default"] and ours["default"].shape == theirs["default"].shape
+    assert getattr(models[0][0], name)["default"] is ours["default"] is getattr(models[0][2], name).default
+    with pytest.raises(AttributeError, match="vera_C"):
+        _ = models[0].base_model.vera_C
+    with pytest.raises(AttributeError, match="vera_C"):
+        _ = models[0][0].vera_C

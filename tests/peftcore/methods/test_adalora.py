@@ -269,6 +269,13 @@ def test_impossible_options() -> None:
         get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), AdaLoraConfig(target_modules=["0"]))
 
 
+def test_the_rank_of_a_lora_has_no_effect_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="r=10 has no effect; set init_r"):
+        model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), config(r=10, target_modules=["0"], init_r=3, target_r=2))
+    adapter = adapter_set(model).adapters("default")["0"]
+    assert adapter.rank == 3 and "init_r=3" in repr(model) and " r=" not in repr(model)
+
+
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 2, padding=1), nn.Linear(3, 4)], ids=["Conv2d", "Linear"])
 def test_a_convolution_computes_what_peft_does(layer: nn.Module) -> None:
     options: dict[str, Any] = {"init_r": 3, "target_r": 2, "total_step": 9, "target_modules": ["0"]}

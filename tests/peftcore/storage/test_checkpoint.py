@@ -275,7 +275,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     [
         ({"safe_serialization": False}, ConfigError, "safe_serialization must be True"),
         ({"safe_serialization": ["default"]}, ConfigError, "selected_adapters="),
-        ({"path_initial_model_for_weight_conversion": "x"}, ConfigError, "convert_to_lora"),
+        ({"path_initial_model_for_weight_conversion": "/no/x"}, CheckpointError, "/no/x"),
         ({"push_to_hub": True}, ConfigError, "push_to_hub is a method of its own"),
         ({"variant": "fp16"}, ConfigError, "variant='fp16' is not supported"),
         ({"save_embedding_layer": True}, TypeError, "no option 'save_embedding_layer'"),

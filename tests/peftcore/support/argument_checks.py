@@ -14,7 +14,7 @@ from peftcore.injection.tuner_model import TunerModel
 from peftcore.layers.peft_attributes import PeftLayerAttributes
 
 REFUSED = "peftcore.hf_peft.unsupported"
-SUBMODULES = ("functional", "helpers", "optimizers")
+SUBMODULES = ("functional", "helpers", "optimizers", "preprocess", "utils.hotswap")
 """Modules of `peftcore.hf_peft` whose functions are public, too."""
 HOOKS = {
     *("can_be_overwritten_by", "class_for", "one_of", "peft_attribute", "positive", "probability"),

@@ -4,6 +4,7 @@ from peftcore.conversion import convert_to_lora, save_as_lora
 from peftcore.hf_peft.classes import layer_class
 from peftcore.hf_peft.data_start import initialize_lora_eva_weights
 from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from peftcore.hf_peft.preprocess import preprocess_loraga
 from peftcore.hf_peft.tuner_models import LoraModel
 from peftcore.hf_peft.unsupported import (
     ArrowConfig,
@@ -13,7 +14,6 @@ from peftcore.hf_peft.unsupported import (
     VeloraConfig,
     create_arrow_model,
     get_eva_state_dict,
-    preprocess_loraga,
 )
 from peftcore.methods.lora import LoraConfig, LoraRuntimeConfig
 

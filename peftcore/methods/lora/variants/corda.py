@@ -5,6 +5,7 @@ Shapes: i in_features, o out_features, r rank; C (i, i), W (o, i).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,69 @@ if TYPE_CHECKING:
     from peftcore.methods.lora.adapter import Lora
     from peftcore.methods.lora.config import LoraConfig
 
-_STORAGE = {"cache_file", "covariance_file", "verbose", "use_float16_for_covariance", "prune_temporary_fields"}
-"""Options for the files of PEFT's intermediate results; no effect here."""
+DEFAULTS: dict[str, Any] = {
+    "corda_method": "ipm",
+    "cache_file": None,
+    "covariance_file": None,
+    "verbose": False,
+    "use_float16_for_covariance": False,
+    "prune_temporary_fields": True,
+}
+"""`corda_config` under PEFT's names; all but the first are options of `preprocess_corda`."""
+
+
+@dataclass
+class CordaEigens:
+    """Singular values and vectors of W·C that start the adapter of one layer; the attribute `eigens` of the layer."""
+
+    S_WC: Tensor
+    """(r,)"""
+    U_WC: Tensor
+    """(o, r)"""
+    V_WC: Tensor
+    """(i, r): right singular vectors, multiplied by the inverse of C."""
+
+
+def all_options(chosen: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return all options of `corda_config`.
+
+    Raises:
+        ConfigError: For an unknown option, or an unknown `corda_method`.
+    """
+    options = {**DEFAULTS, **(chosen or {})}
+    if unknown := sorted(options.keys() - DEFAULTS.keys()):
+        raise ConfigError(f"corda_config: unknown {unknown}; known: {', '.join(DEFAULTS)}")
+    if options["corda_method"] not in ("ipm", "kpm"):
+        raise ConfigError(f"corda_config: corda_method must be 'ipm' or 'kpm'; got {options['corda_method']!r}")
+    return options
+
+
+def covariance(x: Tensor) -> Tensor:
+    """Return the covariance (i, i) of one input (..., i), scaled by its largest element as in the authors' code."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows / rows.max().abs().clamp_min(torch.finfo(rows.dtype).tiny)
+    return rows.T @ rows
+
+
+def eigens_of(weight: Tensor, mean_covariance: Tensor, r: int, method: str) -> CordaEigens:
+    """Return the r singular vectors of W·C that start an adapter.
+
+    Args:
+        weight: W (o, i) in float32.
+        mean_covariance: C (i, i) in float32.
+        r: Rank.
+        method: "ipm" for the largest singular values, "kpm" for the smallest.
+    """
+    damped, inverse = _invertible(mean_covariance)
+    u, s, vh = torch.linalg.svd(weight @ damped, full_matrices=False)
+    chosen = slice(None, r) if method == "ipm" else slice(len(s) - r, None)
+    return CordaEigens(s[chosen].clone(), u[:, chosen].clone(), (vh[chosen] @ inverse).T)
+
+
+def factors_of(eigens: CordaEigens, scaling: float) -> Factors:
+    """Return A and B of one layer, singular values shared by both sides."""
+    root = (eigens.S_WC / scaling).sqrt()
+    return root[:, None] * eigens.V_WC.T, eigens.U_WC * root
 
 
 class Corda(Observer):
@@ -30,29 +92,24 @@ class Corda(Observer):
 
     def __init__(self, config: "LoraConfig", layers: "Mapping[str, Lora]"):
         super().__init__(config, layers)
-        options: dict[str, Any] = {"corda_method": "ipm", **(config.corda_config or {})}
-        if unknown := set(options) - {"corda_method"} - _STORAGE:
-            raise ConfigError(f"corda_config: unknown {sorted(unknown)}; known: corda_method")
+        options = all_options(config.corda_config)
+        if unused := [name for name in DEFAULTS if name != "corda_method" and options[name] != DEFAULTS[name]]:
+            raise ConfigError(
+                f"corda_config: {unused[0]} is an option of preprocess_corda only; call that before get_peft_model, or "
+                "leave the option out"
+            )
         self.method = options["corda_method"]
-        if self.method not in ("ipm", "kpm"):
-            raise ConfigError(f"corda_config: corda_method must be 'ipm' or 'kpm'; got {self.method!r}")
         self.covariance: dict[str, Tensor] = {}
         self.samples: dict[str, int] = {}
 
     def observe(self, path: str, x: Tensor, y: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        rows = rows / rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        self.covariance[path] = self.covariance.get(path, torch.zeros(())) + rows.T @ rows
+        self.covariance[path] = self.covariance.get(path, torch.zeros(())) + covariance(x.float())
         self.samples[path] = self.samples.get(path, 0) + 1
 
     def factors(self, path: str, adapter: "Lora") -> Factors:
         weight = adapter.base.read_unmerged().float()
-        covariance, inverse = _invertible(self.covariance[path] / self.samples[path])
-        u, s, vh = torch.linalg.svd(weight @ covariance, full_matrices=False)
-        r = adapter.r
-        chosen = slice(None, r) if self.method == "ipm" else slice(len(s) - r, None)
-        root = (s[chosen] / adapter.scaling).sqrt()
-        return root[:, None] * (vh[chosen] @ inverse), u[:, chosen] * root
+        mean = self.covariance[path] / self.samples[path]
+        return factors_of(eigens_of(weight, mean, adapter.r, self.method), adapter.scaling)
 
 
 def _invertible(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,12 +126,25 @@ def _invertible(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 @register_variant
 class CordaStart(Initialisation):
-    """Initialisation `init_lora_weights="corda"`: factors of SVD(W·C), subtracted from the base; needs data."""
+    """Initialisation `init_lora_weights="corda"`: factors of SVD(W·C), subtracted from the base; needs data.
+
+    The data come before get_peft_model (`preprocess_corda`), or after it (`initialize_from_data`).
+    """
 
     names = ("corda",)
     observer = Corda
     subtracts = True
+    prepared = "eigens"
 
     def initialise(self, lora: "Lora") -> None:
         draw_defaults(lora)  # A keeps these values until the data are there
         nn.init.zeros_(lora.lora_B)
+        if (eigens := self.prepared_for(lora)) is None:
+            return
+        if eigens.U_WC.shape != lora.lora_B.shape or eigens.V_WC.T.shape != lora.lora_A.shape:
+            raise ConfigError(
+                f"corda: preprocess_corda ran for rank {len(eigens.S_WC)}, and the adapter has rank {lora.r} at a "
+                "layer of the same model; give both the same configuration"
+            )
+        lora.set_factors(*factors_of(eigens, lora.scaling))
+        lora.subtract_start()

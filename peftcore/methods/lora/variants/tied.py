@@ -1,4 +1,4 @@
-"""Tied weights: a head that shares an embedding's weight uses the embedding's factors, transposed."""
+"""Tied weights: layers that share an embedding's weight use the embedding's factors; a head uses the transposes."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @register_variant
 class TiedWeights(Variant):
-    """Variant for `ensure_weight_tying=True`: a tied head uses the embedding's factors, transposed."""
+    """Variant for `ensure_weight_tying=True`: tied layers use the factors of the first embedding among them."""
 
     option = "ensure_weight_tying"
     changes_layers = False
@@ -22,8 +22,11 @@ class TiedWeights(Variant):
         layers = list(adapters.values())
         # kept in a list, because a parametrised layer creates a new weight at each access and ids could repeat
         weights = [a.base.layer.weight if a.base.kind in ("embedding", "linear") else None for a in layers]
-        embeddings = {id(w): a for a, w in zip(layers, weights, strict=True) if a.base.kind == "embedding"}
+        embeddings: dict[int, Lora] = {}
         for adapter, weight in zip(layers, weights, strict=True):
-            source = embeddings.get(id(weight)) if adapter.base.kind == "linear" else None
-            if source is not None:
+            if adapter.base.kind == "embedding":
+                embeddings.setdefault(id(weight), adapter)
+        for adapter, weight in zip(layers, weights, strict=True):
+            source = None if weight is None else embeddings.get(id(weight))
+            if source is not None and source is not adapter:
                 adapter.follow(source)

@@ -6,7 +6,7 @@ from lora_nets import adapter, lora, net_and_input
 from method_example import randomise
 from torch import nn
 
-from peftcore import MergeError
+from peftcore import MergeError, PeftWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the oracle warns about its own deprecated calls
 
@@ -24,6 +24,7 @@ def test_lora_bias_merges_with_its_scale() -> None:
 
 
 def test_lora_bias_without_a_bias_to_merge_into_is_refused() -> None:
-    net = lora(nn.Sequential(nn.Linear(6, 5, bias=False)), lora_bias=True)
+    with pytest.warns(PeftWarning, match=r"lora_bias: 0 has no bias \(1 layers in all\), so the adapter cannot be"):
+        net = lora(nn.Sequential(nn.Linear(6, 5, bias=False)), lora_bias=True)
     with pytest.raises(MergeError, match="no bias"):
         net.merge_adapter()

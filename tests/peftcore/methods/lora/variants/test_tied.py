@@ -44,6 +44,40 @@ def test_the_heads_factors_show_those_of_the_embedding() -> None:
     assert not list(model.lm_head.lora_A["default"].parameters())
 
 
+class Tied(nn.Module):
+    """Three embeddings and a head with one weight, as in T5."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.shared, self.encoder, self.decoder = (nn.Embedding(9, 6) for _ in range(3))
+        self.lm_head = nn.Linear(6, 9, bias=False)
+        for layer in (self.encoder, self.decoder, self.lm_head):
+            layer.weight = self.shared.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm_head(self.shared(tokens) + self.encoder(tokens) * self.decoder(tokens))
+
+
+@pytest.mark.parametrize("target", ["shared", "decoder", "lm_head"])
+def test_several_embeddings_of_one_weight_use_one_pair_of_factors(target: str, tmp_path: Any) -> None:
+    model = get_peft_model(Tied(), LoraConfig(r=2, target_modules=[target], ensure_weight_tying=True))
+    randomise(model, 0.3)
+    layers = adapter_set(model).adapters("default")
+    assert set(layers) == {"shared", "encoder", "decoder", "lm_head"}
+    assert sum(p.requires_grad for p in model.parameters()) == 2
+    for name in ("encoder", "decoder"):
+        assert torch.equal(layers[name].delta_weight(), layers["shared"].delta_weight())
+    assert torch.equal(layers["lm_head"].delta_weight(), layers["shared"].delta_weight().T)
+    tokens = torch.arange(5)[None]
+    output = model(tokens)
+    output.sum().backward()
+    model.save_pretrained(tmp_path)
+    for low in (False, True):
+        loaded = PeftModel.from_pretrained(Tied(), tmp_path, low_cpu_mem_usage=low)
+        torch.testing.assert_close(loaded(tokens), output)
+
+
 def test_a_tied_pair_trained_whole_stays_one_weight() -> None:
     options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(ensure_weight_tying=True, **options))
