@@ -37,6 +37,10 @@ class UnknownOptionError(ConfigError, TypeError):
     """A configuration with an option that its method does not have."""
 
 
+class ConversionError(ConfigError, TypeError):
+    """An adapter that no LoRA can replace, or a model without such an adapter; nothing is changed."""
+
+
 class TargetError(PeftError, ValueError):
     """Target modules that match no layer, or match layers that cannot be adapted."""
 
