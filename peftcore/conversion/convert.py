@@ -18,7 +18,7 @@ from peftcore.files import directory_written_atomically, write_manifest
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.inject import commit_injection
 from peftcore.injection.preparation import Creation, prepare_injection
-from peftcore.kernels.factors import LowRankReport
+from peftcore.kernels.factors import Factors, LowRankReport
 from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import embeddings_to_save
@@ -176,6 +176,8 @@ def _plain_lora(
     if rank is not None:
         layers = {path: without_scaling(factors) for path, factors in layers.items()}
     adapters = adapter_set(model)
+    if (adapters.copies(name) or adapters.biases(name)) and not any(own.rank for own in layers.values()):
+        layers = {path: _zero(own) for path, own in layers.items()}  # a LoRA needs targets beside its saved modules
     bases = {path: adapter.base for path, adapter in adapters.adapters(name).items()}
     tensors = lora_tensors(layers, {path: (base.kind, base.kernel) for path, base in bases.items()})
     for path, module in adapters.copies(name).items():
@@ -184,6 +186,12 @@ def _plain_lora(
         inside = "base_layer." if path in layers and layers[path].rank else ""
         tensors[PREFIX + (path if own.base.kind == "parameter" else f"{path}.{inside}bias")] = own.bias.detach()
     return _PlainLora(lora_config(adapters.configs[name], layers, rank), tensors, report)
+
+
+def _zero(factors: Factors) -> Factors:
+    """Return factors of rank 1 that are zero, in place of factors of rank 0."""
+    a, b = factors.a, factors.b
+    return Factors(a.new_zeros(len(a), 1, a.shape[2]), b.new_zeros(len(b), b.shape[1], 1))
 
 
 def _warn_of_plain_lora(model: nn.Module, name: str) -> None:

@@ -75,6 +75,17 @@ def test_saved_modules_come_along_in_the_model() -> None:
     torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_saved_modules_come_along_beside_layers_that_never_changed() -> None:
+    model = get_peft_model(llama(), LoHaConfig(target_modules=["q_proj"], r=2, modules_to_save=["norm"])).eval()
+    torch.nn.init.ones_(model.get_submodule("model.norm").modules_to_save["default"].weight)
+    config, tensors = convert_to_lora(model, rank=2)
+    new = get_peft_model(llama(), config).eval()
+    assert not set_peft_model_state_dict(new, tensors).unexpected_keys
+    assert torch.equal(new(TOKENS).logits, model(TOKENS).logits)
+    with pytest.raises(ConfigError, match="every layer of this LOHA adapter has rank 0"):
+        convert_to_lora(get_peft_model(llama(), LoHaConfig(target_modules=["q_proj"], r=2)), rank=2)
+
+
 @pytest.mark.filterwarnings("ignore")  # the oracle's own
 @pytest.mark.parametrize("rank", [3, 0.9])
 def test_the_same_change_as_with_hf_peft(rank: float, tmp_path: Path) -> None:
