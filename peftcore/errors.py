@@ -41,6 +41,10 @@ class OptionTypeError(ConfigError, TypeError):
     """A configuration with an option whose value has a wrong type."""
 
 
+class ConversionError(ConfigError, TypeError):
+    """An adapter that no LoRA can replace, or a model without such an adapter; nothing is changed."""
+
+
 class TargetError(PeftError, ValueError):
     """Target modules that match no layer, or match layers that cannot be adapted."""
 

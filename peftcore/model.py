@@ -24,7 +24,7 @@ from peftcore._util.fingerprint import unchanging_weights
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
-from peftcore.errors import ConfigError, MergeError, suggestion
+from peftcore.errors import ConfigError, suggestion
 from peftcore.files import hub
 from peftcore.injection import activation, forward_hooks, inject, merge
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, untouched_names
@@ -32,6 +32,7 @@ from peftcore.injection.preparation import Creation
 from peftcore.injection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcore.injection.tuner_model import tuner_model
 from peftcore.merging import LowRankReport, Recipe
+from peftcore.merging.convertible import is_convertible
 from peftcore.storage import checkpoint
 from peftcore.storage.hotswap import hotswap_adapter, hotswaps, prepare_model_for_compiled_hotswap
 from peftcore.storage.initial_adapter import start_subtracted
@@ -750,13 +751,7 @@ class PeftModel:
         Raises:
             AdapterNameError: the adapter is not loaded.
         """
-        parts = adapter_set(self._module).of_method(adapter_name).values()
-        try:
-            for part in parts:
-                part.check_mergeable()
-        except MergeError:
-            return False
-        return bool(parts)
+        return is_convertible(self._module, adapter_name)
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
         """Make the output of a model's input embeddings require gradients, so that they reach adapters of its blocks.

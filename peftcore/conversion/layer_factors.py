@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peftcore.adapter import Adapter
-from peftcore.errors import ConfigError, MergeError
+from peftcore.errors import ConfigError
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.injection.merge import check_mergeable
 from peftcore.kernels.factors import Factors, LowRankReport, inner, svd_of_dense, svd_of_factors
+from peftcore.merging.convertible import check_convertible
+from peftcore.merging.sources import check_rank
 from peftcore.merging.weight_changes import dense_change
 
-KINDS = ("linear", "conv", "embedding")
-"""Kinds of layers whose weight a LoRA can change by two factors."""
 SMALLEST = 1e-7
 """Singular values below this share of the largest are rounding errors."""
 
@@ -81,10 +80,12 @@ def factors_by_layer(
         ConfigError, MergeError: as in `convert_to_lora`.
     """
     check_convertible(model, name)
+    if limits.rank is not None:
+        check_rank("rank", limits.rank, [adapter.base for adapter in adapter_set(model).adapters(name).values()])
     compute: Any = _layer_factors if compile_kwargs is None else torch.compile(_layer_factors, **compile_kwargs)
     adapters = adapter_set(model).adapters(name).items()
     layers: dict[str, _Approximation] = {}
-    for path, adapter in tqdm(adapters, desc="converting to LoRA", disable=not progressbar):
+    for path, adapter in tqdm(adapters, desc="Converting to LoRA", disable=not progressbar):
         layers[path] = compute(path, adapter, limits)
     report = LowRankReport.of(
         {path: layer.factors.rank for path, layer in layers.items()},
@@ -102,7 +103,8 @@ def _layer_factors(path: str, adapter: Adapter, limits: Limits) -> _Approximatio
             f"{path}: {type(adapter).__name__} has no exact low-rank form; give rank=16, or tolerance=0.05 for the "
             "smallest rank with an error of at most 5 %"
         )
-    return _approximated(dense_change(adapter), *limits)
+    dtype = next(adapter.parameters(), torch.empty(0)).dtype
+    return _approximated(dense_change(adapter), dtype, *limits)
 
 
 def exact_factors(adapter: Adapter) -> Factors | None:
@@ -125,11 +127,11 @@ def _reduced(factors: Factors, rank: int | None, tolerance: float | None) -> _Ap
     return _Approximation(reduced, float(svd.lost), float(svd.total))
 
 
-def _approximated(change: Tensor, rank: int | None, tolerance: float | None) -> _Approximation:
-    """Return the best factors, in float32, of a dense ΔW (1, o, i) in float64."""
+def _approximated(change: Tensor, dtype: torch.dtype, rank: int | None, tolerance: float | None) -> _Approximation:
+    """Return the best factors, in the given type, of a dense ΔW (1, o, i) in float64."""
     svd = svd_of_dense(change, partial(_count, rank=rank, tolerance=tolerance))
     a, b, _ = svd.balanced()
-    factors = Factors(a.float().contiguous(), b.float().contiguous())
+    factors = Factors(a.to(dtype).contiguous(), b.to(dtype).contiguous())
     return _Approximation(
         factors, float((change - factors.b.double() @ factors.a.double()).square().sum()), float(svd.total)
     )
@@ -143,27 +145,3 @@ def _count(sigma: Tensor, rank: int | None, tolerance: float | None) -> int:
         lost = values.square().flip(0).cumsum(0).flip(0).sqrt()  # lost[n]: error with only the first n singular values
         count = min(count, int((lost > tolerance * lost[0]).sum()))
     return count if rank is None else min(count, rank)
-
-
-def check_convertible(model: nn.Module, name: str) -> None:
-    """Raise ConfigError or MergeError, naming the layer, if an adapter does more than add ΔW to weights."""
-    adapters = adapter_set(model)
-    adapters.require(name)
-    config = adapters.configs[name]
-    if name in adapters.prompts:
-        raise ConfigError(f"{name!r} is a prompt ({config.peft_type}), which no LoRA can replace; use it as it is")
-    if name in adapters.merged:
-        raise MergeError(f"adapter {name!r} is merged into the base; call unmerge_adapter first")
-    if adapters.replication is not None:
-        raise ConfigError("layer_replication adds layers to the model, which plain LoRA does not; merge it instead")
-    for path, adapter in adapters.adapters(name).items():
-        if adapter.base.kind not in KINDS:
-            raise ConfigError(
-                f"{path} is a {adapter.base.kind}, which plain LoRA does not change; merge the adapter instead"
-            )
-        if adapter.bias_change() is not None:
-            raise ConfigError(
-                f"{path}: {config.peft_type} changes the layer's bias too, which plain LoRA does not; merge the "
-                "adapter instead"
-            )
-    check_mergeable(model, [name])

@@ -1,7 +1,7 @@
 """The configuration and the tensors of a plain LoRA, from the factors of its layers.
 
 Each layer keeps its rank (`rank_pattern`) and its scaling s (`alpha_pattern`, α of the layer = s·r). Layers of rank 0
-are not targeted.
+are not targeted. For a rank that the caller gave, s is 1 in every layer, as in HF PEFT: B contains the scaling.
 """
 
 import re
@@ -17,8 +17,19 @@ from peftcore.kernels.factors import Factors
 from peftcore.methods.lora import LoraConfig
 
 
-def lora_config(config: PeftConfig, layers: Mapping[str, Factors]) -> LoraConfig:
-    """Return the configuration of a LoRA with the factors `layers` (by path) that replaces an adapter with `config`.
+def without_scaling(factors: Factors) -> Factors:
+    """Return the same change with the scaling 1; B contains the scaling."""
+    return factors if factors.scaling == 1 else factors._replace(b=factors.b * factors.scaling, scaling=1.0)
+
+
+def lora_config(config: PeftConfig, layers: Mapping[str, Factors], rank: int | float | None = None) -> LoraConfig:
+    """Return the configuration of a LoRA that replaces an adapter.
+
+    Args:
+        config: the configuration of the adapter.
+        layers: {path: factors of the LoRA}; their scaling is 1 if `rank` is given.
+        rank: r and lora_alpha (count). A float gives 1 for both, and every layer has its own rank in `rank_pattern`.
+            None: the largest rank of the layers.
 
     Raises:
         ConfigError: every layer has rank 0, or trained biases would have no place.
@@ -40,24 +51,33 @@ def lora_config(config: PeftConfig, layers: Mapping[str, Factors]) -> LoraConfig
     # a name matches every path that ends with it, so names that would match other paths become regular expressions
     ambiguous = any(other.endswith(f".{path}") for path in targets for other in layers)
     key = {path: f"^{patterns[path]}" if ambiguous else path for path in targets}
-    largest = max(own.rank for own in targets.values())
-    scaling = next(own.scaling for own in targets.values() if own.rank == largest)
-    alphas = {path: own.scaling * own.rank for path, own in targets.items()}
+    r, alpha = _default(targets, rank)
+    ranks = {path: own.rank for path, own in targets.items()}
+    alphas = {path: own.scaling * own.rank if rank is None else own.rank for path, own in targets.items()}
+    each = isinstance(rank, float)
     return LoraConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
-        inference_mode=True,
         target_modules="|".join(sorted(patterns.values())) if ambiguous else sorted(targets),
         modules_to_save=source.modules_to_save,
-        r=largest,
-        lora_alpha=scaling * largest,
+        r=r,
+        lora_alpha=alpha,
         lora_dropout=getattr(source, "lora_dropout", 0.0),
         bias=bias,
-        rank_pattern={key[path]: own.rank for path, own in targets.items() if own.rank != largest},
-        alpha_pattern={key[path]: alpha for path, alpha in alphas.items() if alpha != scaling * largest},
+        rank_pattern={key[path]: own for path, own in ranks.items() if each or own != r},
+        alpha_pattern={key[path]: own for path, own in alphas.items() if each or own != alpha},
         fan_in_fan_out=getattr(source, "fan_in_fan_out", False),
     )
+
+
+def _default(targets: Mapping[str, Factors], rank: int | float | None) -> tuple[int, float]:
+    """Return r and lora_alpha of a configuration."""
+    if rank is not None:
+        r = 1 if isinstance(rank, float) else rank
+        return r, r
+    largest = max(targets.values(), key=lambda own: own.rank)
+    return largest.rank, largest.scaling * largest.rank
 
 
 def lora_tensors(layers: Mapping[str, Factors], shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:

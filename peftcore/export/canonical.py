@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.config import PeftConfig
-from peftcore.conversion.layer_factors import check_convertible, exact_factors
+from peftcore.conversion.layer_factors import exact_factors
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.kernels.factors import Factors, padded
+from peftcore.merging.convertible import check_convertible
 from peftcore.methods.lora import LoraConfig
 
 _EMBEDDING = ".lora_embedding_A"

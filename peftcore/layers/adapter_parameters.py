@@ -29,6 +29,11 @@ class AdapterParameters(PeftLayerAttributes, LayerWrapper):
         self.sites = NamedModules()
         """{name of a parameter, "/" for ".": its slot}; the attribute's name is part of paths in the state dict."""
 
+    @property
+    def parameter_name(self) -> str:
+        """Name of the first adapted parameter, whose adapters `lora_A` and the other attributes show."""
+        return next(iter(self.sites)).replace("/", ".")
+
     def is_empty(self) -> bool:
         """Return True if no slot holds an adapter."""
         return not any(len(self.sites[name].adapters) for name in self.sites)

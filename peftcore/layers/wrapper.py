@@ -19,21 +19,18 @@ from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
 
 
-class NamedModules(nn.Module):
-    """Modules by name; unlike `nn.ModuleDict`, names such as "keys" or "type" are allowed."""
+class NamedModules(nn.ModuleDict):
+    """Modules by name; more names are allowed than in other `nn.ModuleDict`s, such as "keys" or "type"."""
 
     changes = 0
     """Additions, replacements and removals so far (count)."""
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._modules
-
-    def __getitem__(self, name: str) -> Any:
-        return self._modules[name]
-
     def get(self, name: str) -> Any:
         """Return the module of this name, or None."""
         return self._modules.get(name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._modules[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -47,24 +44,6 @@ class NamedModules(nn.Module):
     def __delitem__(self, name: str) -> None:
         del self._modules[name]
         self.__dict__["changes"] = self.changes + 1
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def keys(self) -> Iterator[str]:
-        """Yield the names."""
-        return iter(self._modules)
-
-    def values(self) -> Iterator[Any]:
-        """Yield the modules."""
-        return iter(self._modules.values())
-
-    def items(self) -> Iterator[tuple[str, Any]]:
-        """Yield (name, module)."""
-        return iter(self._modules.items())
 
 
 class Prompts(NamedModules):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.adapter import Adapter
+from peftcore.bases import BaseWeight
 from peftcore.errors import AdapterNameError, ConfigError, MergeError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.merging.extra_modules import extra_modules_of
@@ -70,12 +71,15 @@ class Sources:
 
     def check_rank(self, option: str, rank: int | None) -> None:
         """Raise ConfigError for a rank (count) that no layer can have; None is valid."""
-        if rank is None:
-            return
-        bases = [self.set.layers[path].base for path in self.paths]
-        largest = max(min(b.out_features, b.in_features * math.prod(b.kernel)) for b in bases)
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
-            raise ConfigError(
-                f"{option} must be an integer from 1 to {largest}, the largest rank of a layer of these adapters; got "
-                f"{rank!r}"
-            )
+        if rank is not None:
+            check_rank(option, rank, [self.set.layers[path].base for path in self.paths])
+
+
+def check_rank(option: str, rank: int, bases: Sequence[BaseWeight]) -> None:
+    """Raise ConfigError for a rank (count) that a change of none of these weights can have."""
+    largest = max(min(b.out_features, b.in_features * math.prod(b.kernel)) for b in bases)
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
+        raise ConfigError(
+            f"{option} must be an integer from 1 to {largest}, the largest rank of a layer of these adapters; got "
+            f"{rank!r}"
+        )

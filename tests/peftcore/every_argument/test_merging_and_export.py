@@ -137,6 +137,7 @@ def test_add_weighted_adapter_with_options_of_the_decomposition() -> None:
 @checks("convert_to_lora", "model adapter_name rank tolerance")
 @checks("add_as_lora", "model adapter_name new_name rank tolerance is_trainable")
 @checks("save_as_lora", "path model adapter_name rank tolerance")
+@pytest.mark.filterwarnings("ignore:adapter 'default' is a plain LoRA")
 def test_conversion_to_lora(tmp_path: Path) -> None:
     model = net("default")
     model.add_adapter("h", peftcore.LoHaConfig(r=2, target_modules=["0"], init_weights=False))
@@ -171,12 +172,13 @@ CONVERSIONS: dict[str, Callable[..., Any]] = {
 @checks("convert_to_lora", "progressbar compile_kwargs")
 @checks("save_as_lora", "progressbar compile_kwargs")
 @pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=list(CONVERSIONS))
+@pytest.mark.filterwarnings("ignore:adapter 'default' is a plain LoRA")
 def test_how_a_conversion_runs(convert: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = net()
     convert(tmp_path / "a", model)
     assert not capfd.readouterr().err
     convert(tmp_path / "b", model, progressbar=True)
-    assert "converting to LoRA" in capfd.readouterr().err
+    assert "Converting to LoRA" in capfd.readouterr().err
     compiled: list[Any] = []
 
     def backend(graph: Any, _inputs: Any) -> Any:

@@ -28,6 +28,7 @@ def test_a_submodule_of_peft_is_a_submodule_of_peftcore(name: str) -> None:
         ("tuners.lora.layer", "Linear"),
         ("tuners.lora.config", "LoraConfig"),
         ("tuners.lora.model", "LoraModel"),
+        ("tuners.lora.variants", "get_alora_offsets_for_forward"),
         ("tuners.ia3", "IA3Config"),
         ("tuners.ia3.layer", "IA3Layer"),
         ("tuners.adalora.model", "AdaLoraModel"),

@@ -39,6 +39,14 @@ def test_raw_parameters_of_a_module_that_is_replaced() -> None:
     assert model.unload()[0] is other
 
 
+def test_the_attributes_of_hf_peft_name_the_parameter_that_they_show() -> None:
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["0.weights"], rank_pattern={"0.weights": 2})
+    model: Any = get_peft_model(nn.Sequential(Experts()), config)
+    assert model[0].parameter_name == "weights"
+    assert model[0].r["default"] == 2 and model[0].scaling["default"] == config.lora_alpha / 2
+    assert model[0].lora_A["default"].weight.shape == (2 * 2, 12)  # two experts
+
+
 def test_raw_parameters_that_are_merged_move_too() -> None:
     model: Any = get_peft_model(
         nn.Sequential(Experts()), LoraConfig(r=2, target_modules=[], target_parameters=["0.weights"])

@@ -4,6 +4,7 @@ Everything before is the base's own computation, so the cache entries of those p
 Shapes: b rows, t tokens, r rank.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -79,16 +80,24 @@ def _locate(shared: Invocation, tokens: list[int], inputs: dict[str, Any]) -> No
         beams = 1 if tokens_in is None else len(tokens_in) // len(positions)  # beams of one row are adjacent
         shared.last_positions = positions.repeat_interleave(beams)
         return
-    if tokens_in is None:
+    if tokens_in is None and inputs.get("encoder_outputs") is not None:
+        return
+    if ids is None:
+        warnings.warn(
+            f"aLoRA acts nowhere in this call: it has no input_ids, in which the invocation {tokens} could be found; "
+            "pass alora_offsets",
+            stacklevel=2,
+        )
+        shared.last_positions = None if tokens_in is None else torch.zeros(len(tokens_in), dtype=torch.long)
         return
     cache = inputs.get("cache", inputs.get("past_key_values"))
     if cache is not None and cache.get_seq_length() > 0 and shared.last_positions is not None:
-        shared.last_positions = (shared.last_positions > 0) * tokens_in.shape[1]
+        shared.last_positions = (shared.last_positions > 0) * ids.shape[1]
         return
-    shared.last_positions = None if ids is None else _last_positions(ids, tokens)
+    shared.last_positions = last_positions(ids, tokens)
 
 
-def _last_positions(ids: Tensor, tokens: list[int]) -> Tensor:
+def last_positions(ids: Tensor, tokens: list[int]) -> Tensor:
     """Return (b,): positions from the last occurrence of `tokens` to the row's end; 0 for rows without one."""
     wanted = torch.tensor(tokens, device=ids.device)
     if ids.shape[1] < len(wanted):

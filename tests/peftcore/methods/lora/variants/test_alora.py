@@ -9,6 +9,7 @@ import torch
 from lora_nets import llama
 from method_example import randomise
 from routed_models import TOKENS, adapted, assert_rows_as_alone, lora
+from torch import nn
 
 from peftcore import LoraConfig, MergeError, get_peft_model
 from peftcore.composition import Stack
@@ -60,6 +61,42 @@ def test_alora_generates_what_repeated_forwards_give(beams: int) -> None:
     assert torch.equal(cached[1], base[0])
     given = model.generate(prompt, attention_mask=torch.ones_like(prompt), alora_offsets=[3, None], **options)
     assert torch.equal(given, cached)
+
+
+def test_alora_acts_nowhere_in_embeddings_and_says_so() -> None:
+    model, embeddings = alora(), llama().get_input_embeddings()(INVOKED)
+    invoked = model(INVOKED).logits
+    with pytest.warns(UserWarning, match="it has no input_ids, in which the invocation .7, 8. could be found"):
+        assert torch.equal(model(inputs_embeds=embeddings).logits, llama()(INVOKED).logits)
+    assert torch.equal(model(inputs_embeds=embeddings, alora_offsets=[3, None]).logits, invoked)
+
+
+def test_embeddings_stay_the_base_model_while_text_is_generated() -> None:
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    embeddings = llama().get_input_embeddings()(INVOKED)
+    expected = llama().generate(inputs_embeds=embeddings, **options)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], alora_invocation_tokens=expected.unique().tolist()[:1])
+    model = get_peft_model(llama(), config)
+    randomise(model, 5.0)
+    with pytest.warns(UserWarning, match="acts nowhere"):
+        assert torch.equal(model.generate(inputs_embeds=embeddings, **options), expected)
+
+
+def test_a_call_without_named_tokens_does_not_use_the_positions_of_the_call_before() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.proj(x)
+
+    model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["proj"], alora_invocation_tokens=[1]))
+    randomise(model, 0.5)
+    x = torch.randn(2, 4, 3)
+    assert not torch.equal(model(x, alora_offsets=[1, 4]), model.proj.base_layer(x))
+    with pytest.warns(UserWarning, match="has no input_ids"):
+        assert torch.equal(model(x), model.proj.base_layer(x))
 
 
 def test_alora_acts_where_its_row_was_invoked() -> None:
