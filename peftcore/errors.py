@@ -49,6 +49,10 @@ class PeftWarning(UserWarning):
     """Base class of HF PEFT's own warnings; those of peftcore are plain UserWarnings."""
 
 
+class NoLayersError(TargetError, TypeError):
+    """A model whose adapters are prompts, given to a function for adapters of layers."""
+
+
 class AdapterNameError(PeftError, ValueError):
     """An adapter name that is in use, unknown or not allowed."""
 

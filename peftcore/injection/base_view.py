@@ -1,12 +1,13 @@
 """`peft_model.model` as in HF PEFT, where it is the base model.
 
-In HF PEFT a `PeftModel` holds the base model. So scripts write `peft_model.model.lin0` for a plain PyTorch model and
-`peft_model.model.model.layers` for a transformers model, whose own attribute `model` is the model without its head. Here
-the model is not wrapped. A view serves these scripts: a second object with the contents of the first one, of a class
-without the attribute `model`. So a loop such as `while hasattr(m, "model"): m = m.model` ends.
+In HF PEFT a `PeftModel` holds the base model. So scripts write `peft_model.model.lin0` for a plain PyTorch model, and
+`peft_model.model.model.layers` for a transformers model that calls the model without its head `model`. Here the model
+is not wrapped. A view serves these scripts: a second object with the contents of the first one, of a class without the
+attribute `model`. So a loop such as `while hasattr(m, "model"): m = m.model` ends.
 
-If the model has an attribute `model` of its own, `peft_model.model` stays that attribute, because transformers reads it.
-Its attribute `model` is then the view. `peft_model.base_model.model` is the base model in every case.
+If the model has an attribute `model` of its own, `peft_model.model` stays that attribute, because transformers reads
+it. Its attribute `model` is then the view, and `peft_model.model.lm_head` does not exist. `peft_model.base_model.model`
+is the base model in every case.
 """
 
 from functools import cache

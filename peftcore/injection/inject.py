@@ -471,7 +471,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         adapters.replication = None
     if not adapters.configs:
         adapters.restore_rows()
-    adapters.selection.active = tuple(n for n in adapters.selection.active if n != name)
+    adapters.deactivate(name)
     adapters.selection.forget()
 
 
@@ -499,9 +499,7 @@ def delete_adapter_and_activate(model: nn.Module, *names: str) -> None:
 
 
 def _is_empty_wrapper(module: nn.Module) -> bool:
-    if isinstance(module, SavedModule):
-        return not len(module.copies)
-    return isinstance(module, AdapterLayer | AdapterParameters) and module.is_empty()
+    return isinstance(module, AdapterLayer | AdapterParameters | SavedModule) and module.is_empty()
 
 
 def _remove_empty_wrappers(module_index: ModuleIndex) -> None:
