@@ -57,6 +57,10 @@ class PeftWarning(UserWarning):
     """A warning for which HF PEFT has this class, too; the other warnings of peftcore are plain UserWarnings."""
 
 
+class NoLayersError(TargetError, TypeError):
+    """A model whose adapters are prompts, given to a function for adapters of layers."""
+
+
 class AdapterNameError(PeftError, ValueError):
     """An adapter name that is in use, unknown or not allowed."""
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from peftcore import merging
 from peftcore._util.both_libraries import refuse_hf_peft
@@ -28,6 +29,7 @@ from peftcore.errors import ConfigError, suggestion
 from peftcore.files import hub
 from peftcore.injection import activation, forward_hooks, inject, merge
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, untouched_names
+from peftcore.injection.base_view import hide_model, show_model, view_of
 from peftcore.injection.preparation import Creation
 from peftcore.injection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcore.injection.tuner_model import tuner_model
@@ -865,7 +867,7 @@ class PeftModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so a pickle stores the plain class, and unpickling makes the subclass
-        return _unpickled, (_plain_class(type(self)),), self.__dict__
+        return _unpickled, (_plain_class(type(self)), _BASE_MODEL in vars(type(self)).values()), self.__dict__
 
 
 _ONE_SHARD = ("50GB", "5GB", None)
@@ -940,6 +942,31 @@ def _adapted_class(plain: type) -> type:
             "_hf_peft_config_loaded": True,
         },
     )
+
+
+@cache
+def _class_with_model(plain: type) -> type:
+    """Return the class of a model with adapters that has no attribute `model` of its own."""
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (_adapted_class(plain),), {**names, "model": _BASE_MODEL})
+
+
+class _BaseModel:
+    """`model` of PEFT's models, the base model: here a view; see `peftcore.injection.base_view`."""
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        if model is None:
+            raise AttributeError("model")
+        for tensors_or_modules in (model._parameters, model._buffers, model._modules):  # set after get_peft_model
+            if "model" in tensors_or_modules:
+                return tensors_or_modules["model"]
+        adapters = model.__dict__.get(ATTRIBUTE)
+        if adapters is None or adapters.selection.cache.calls or _OWN_BASE_MODEL.get() or is_compiling():
+            raise AttributeError("model")  # code of the model itself asks whether it has such an attribute
+        return view_of(model, _adapted_class(_plain_class(owner)))
+
+
+_BASE_MODEL = _BaseModel()
 
 
 class _Prefix:
@@ -1046,28 +1073,42 @@ def _masks(self: Any, **kwargs: Any) -> Any:
         return kwargs["attention_mask"]
     from transformers.masking_utils import create_masks_for_generate
 
-    return getattr(super(type(self), self), "create_masks_for_generate", create_masks_for_generate)(**kwargs)
+    own = super(_adapted_class(_plain_class(type(self))), self)
+    return getattr(own, "create_masks_for_generate", create_masks_for_generate)(**kwargs)
 
 
 def _plain_class(adapted: type) -> type:
     return adapted.__mro__[adapted.__mro__.index(PeftModel) + 1]
 
 
-def _unpickled(plain: type) -> Any:
+def _unpickled(plain: type, shows_base: bool = False) -> Any:
     teach_trainer()
-    return object.__new__(_adapted_class(plain))
+    return object.__new__(_class_with_model(plain) if shows_base else _adapted_class(plain))
 
 
 def _as_peft_model(model: nn.Module) -> Any:
     if not isinstance(model, PeftModel):
-        model.__class__ = _adapted_class(type(model))
+        if hasattr(model, "model"):
+            if (inner := _inner_model(model)) is not None:
+                show_model(inner)
+            model.__class__ = _adapted_class(type(model))
+        else:
+            model.__class__ = _class_with_model(type(model))
     teach_trainer()
     return model
+
+
+def _inner_model(model: nn.Module) -> Any:
+    """Return the model without its head of a transformers model that calls it `model`; None for other models."""
+    inner = model._modules.get("model")
+    return inner if getattr(model, "base_model_prefix", None) == "model" else None
 
 
 def _as_plain(model: nn.Module) -> Any:
     if isinstance(model, PeftModel):
         model.__class__ = _plain_class(type(model))
+        if (inner := _inner_model(model)) is not None:
+            hide_model(inner)
         vars(model).pop(IS_MIXED, None)
     return model
 

@@ -165,7 +165,17 @@ def layer_class(name: str, peft_type: str, *kinds: str) -> Any:
     return _OfMethod(name, (), {**members, "__doc__": f"A layer with an adapter of {peft_type}."})
 
 
-TrainableTokensWrapper = layer_class("TrainableTokensWrapper", "TRAINABLE_TOKENS")
+class _TokensWrapper(_Wrapper):
+    """Metaclass of the class of layers whose rows train beside an adapter of another method."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, AdapterLayer) and instance.has_token_adapter
+
+
+class TrainableTokensWrapper(metaclass=_TokensWrapper):
+    """A layer of which rows train (`trainable_token_indices`); its attribute `token_adapter` holds these rows."""
+
+    wrappers = (AdapterLayer,)
 
 
 class _Prompt(_Wrapper):

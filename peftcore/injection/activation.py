@@ -183,4 +183,4 @@ def switch_adapters(model: nn.Module, on: bool) -> None:
             f"disable_adapters: {list(adapters.merged)} are merged into the base; call unmerge_adapter first, or use "
             "the context disable_adapter(), which puts the unmerged weights in place"
         )
-    adapters.selection.switched_off = not on
+    adapters.switch(on)

@@ -13,6 +13,7 @@ from peftcore.errors import AdapterNameError
 from peftcore.injection.replication import Replication
 from peftcore.layers.active import Selection
 from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.layer_selection import LayerSelection
 from peftcore.layers.saved_module import SavedModule
 from peftcore.layers.trained_bias import TrainedBias
 from peftcore.layers.wrapper import Prompts
@@ -182,6 +183,11 @@ class AdapterSet:
             AdapterNameError: a name is not loaded, or given twice; several prompts are named; or several of the
                 adapters train the same module whole (`modules_to_save`), or the same row of an embedding.
         """
+        self.check_active(names)
+        self.selection.active = tuple(names)
+
+    def check_active(self, names: Sequence[str]) -> None:
+        """Check that adapters can be active together; see `activate`."""
         self.require(*names)
         if len(set(names)) < len(names):
             raise AdapterNameError(f"set_adapter: each adapter at most once; got {list(names)}")
@@ -207,7 +213,58 @@ class AdapterSet:
                         "used; name one of them"
                     )
                 by_row |= dict.fromkeys(rows, name)
-        self.selection.active = tuple(names)
+
+    def deactivate(self, name: str) -> None:
+        """Remove a name from the active adapters of the model and of single wrappers."""
+        self.selection.apart = [wrapper for wrapper in self.selection.apart if not wrapper.is_empty()]
+        for selection in (one.selection for one in self.selection.apart):
+            selection.active = tuple(other for other in selection.active if other != name)
+        self.selection._active = tuple(other for other in self.selection.active if other != name)
+        self.join_wrappers()
+
+    def switch(self, on: bool) -> None:
+        """Enable or disable the active adapters of the model, those of single wrappers included."""
+        self.selection.switched_off = not on
+        for wrapper in self.selection.apart:
+            wrapper.selection.switched_off = not on
+        self.join_wrappers()
+
+    def switch_wrapper(
+        self, wrapper: Any, active: Sequence[str] | None = None, switched_off: bool | None = None
+    ) -> None:
+        """Switch one wrapper, and the model if all its layers agree then.
+
+        Args:
+            wrapper: a wrapper of this model.
+            active: names of its active adapters; None to leave them.
+            switched_off: True disables them; None leaves them enabled or disabled.
+
+        Raises:
+            AdapterNameError: see `activate`.
+        """
+        if active is not None:
+            self.check_active(active)
+        if wrapper.selection is self.selection:
+            wrapper.use_selection(LayerSelection(self.selection))
+            self.selection.apart.append(wrapper)
+        if active is not None:
+            wrapper.selection.active = tuple(active)
+        if switched_off is not None:
+            wrapper.selection.switched_off = switched_off
+        self.join_wrappers()
+
+    def join_wrappers(self) -> None:
+        """Give the model the state that all its layers have, and wrappers with the model's state its selection."""
+        if not self.selection.apart:
+            return
+        states = [slot.selection for slot in self.layers.values()] or [one.selection for one in self.saved.values()]
+        # last layer first: libraries switch all layers in order, and all but the last time the last one differs
+        if states and all(_state(one) == _state(states[0]) for one in reversed(states)):
+            self.selection._active, self.selection.switched_off = _state(states[0])
+        for wrapper in list(self.selection.apart):
+            if _state(wrapper.selection) == _state(self.selection):
+                wrapper.use_selection(self.selection)
+                self.selection.apart.remove(wrapper)
 
     def merge_slots(self, slots: Sequence[AdapterSlot], adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Merge adapters into the base weights of some slots; see `peftcore.injection.merge.merge_slots`."""
@@ -220,6 +277,10 @@ class AdapterSet:
         from peftcore.injection.merge import unmerge_slots  # here, because that module imports this one
 
         unmerge_slots(self, slots)
+
+
+def _state(selection: Any) -> tuple[tuple[str, ...], bool]:
+    return selection.active, selection.switched_off
 
 
 def shared_by(adapters: Mapping[str, Adapter]) -> Shared | None:

@@ -115,7 +115,7 @@ def needs_call(model: nn.Module, arguments: dict[str, Any]) -> bool:
         return False
     if "adapter_names" in arguments or adapters.selection.route is not None:
         return True
-    return any(name in adapters.forward_arguments for name in adapters.selection.in_effect)
+    return any(name in adapters.forward_arguments for name in adapters.selection.in_effect_anywhere)
 
 
 def _end_call(model: nn.Module, _args: Any, outputs: Any) -> None:
@@ -189,7 +189,7 @@ def _prepare_methods(
     model: nn.Module, adapters: AdapterSet, names: list[str], inputs: dict[str, Any]
 ) -> dict[Any, dict[str, Any]]:
     """Call `before_forward` of the adapters in effect: {their shared module: values of the adapter arguments}."""
-    in_effect, route = adapters.selection.in_effect, adapters.selection.route
+    in_effect, route = adapters.selection.in_effect_anywhere, adapters.selection.route
     values: dict[Any, dict[str, Any]] = {}
     for name in names:
         if name not in in_effect or name in adapters.prompts:

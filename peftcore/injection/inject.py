@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -21,6 +21,7 @@ from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapt
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.preparation import DEFAULT_CREATION, Creation, Injection, prepare_injection
 from peftcore.injection.replication import Replication, replicate
+from peftcore.injection.targets import target_paths, without_excluded
 from peftcore.injection.torch_encoders import update_fused_paths
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.adapter_parameters import AdapterParameters
@@ -195,7 +196,8 @@ def inject_adapter_in_model(
         adapter_name: the adapter's name. A loaded adapter of this name is replaced, with a warning, as in HF PEFT.
         low_cpu_mem_usage: True leaves the parameters on the meta device, until a saved adapter is read into them.
         state_dict: the state dict of an adapter, by the model's own paths or by PEFT's keys. Its keys name the layers
-            to adapt, in place of `target_modules`; its values are not used.
+            to adapt, in place of `target_modules`; a RuntimeWarning names layers that only one of the two selects. Its
+            values are not used.
 
     Returns:
         The model.
@@ -310,8 +312,8 @@ def _with_targets_of(config: PeftConfig, state_dict: Mapping[str, Tensor], model
     """Return the configuration with the layers to which the keys of a state dict belong as its targets."""
     if not isinstance(config, TunerConfig):
         raise ConfigError(f"state_dict names layers, and {type(config).__name__} adapts none; leave it out")
-    modules = ModuleIndex(model).modules
-    targets = set()
+    module_index = ModuleIndex(model)
+    modules, targets = module_index.modules, set()
     for key in state_dict:
         path, own = key.removeprefix(PREFIX), ""
         while path and path not in modules:
@@ -325,9 +327,27 @@ def _with_targets_of(config: PeftConfig, state_dict: Mapping[str, Tensor], model
             f"state_dict names no layer of this {type(model).__name__}; it holds {example!r}; give the state dict of "
             "an adapter for this model, or leave it out"
         )
+    _warn_of_other_targets(module_index, config, targets)
     return dataclasses.replace(
         config, target_modules=sorted(targets), exclude_modules=None, layers_to_transform=None, layers_pattern=None
     )
+
+
+def _warn_of_other_targets(module_index: ModuleIndex, config: TunerConfig, targets: Collection[str]) -> None:
+    """Warn of layers that a configuration selects and the keys of a state dict do not, and of the reverse."""
+    try:
+        selected = set(without_excluded(target_paths(module_index, config), config))
+    except TargetError:  # the model has no default targets, which is why the state dict names them
+        return
+    targets = set(targets)
+    differences = {"the configuration": selected - targets, "state_dict": targets - selected}
+    listed = [f"only {source} names {sorted(paths)[:5]}" for source, paths in differences.items() if paths]
+    if listed:
+        warnings.warn(
+            f"inject_adapter_in_model adapts the {len(targets)} layers that state_dict names; {'; '.join(listed)}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def add_adapter(model: nn.Module, config: PeftConfig, name: str, creation: Creation = DEFAULT_CREATION) -> AdapterSet:
@@ -452,7 +472,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         adapters.replication = None
     if not adapters.configs:
         adapters.restore_rows()
-    adapters.selection.active = tuple(n for n in adapters.selection.active if n != name)
+    adapters.deactivate(name)
     adapters.selection.forget()
 
 
@@ -480,9 +500,7 @@ def delete_adapter_and_activate(model: nn.Module, *names: str) -> None:
 
 
 def _is_empty_wrapper(module: nn.Module) -> bool:
-    if isinstance(module, SavedModule):
-        return not len(module.copies)
-    return isinstance(module, AdapterLayer | AdapterParameters) and module.is_empty()
+    return isinstance(module, AdapterLayer | AdapterParameters | SavedModule) and module.is_empty()
 
 
 def _remove_empty_wrappers(module_index: ModuleIndex) -> None:

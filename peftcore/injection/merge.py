@@ -140,14 +140,15 @@ def _checked_merges(
 def _check(merge: _LayerMerge) -> None:
     bias = merge.base.bias
     before = [merge.slot.adapters[name] for name in merge.slot.merged]
-    for adapter in with_trained_biases(merge.adapters.values()):
-        try:
-            adapter.check_mergeable_with(before)
-            before.append(adapter)
-            adapter.check_mergeable()
-            adapter.merged_bias(bias)
-        except MergeError as error:
-            raise MergeError(f"{merge.path}: {error}") from error
+    for name, first in merge.adapters.items():
+        for adapter in with_trained_biases([first]):
+            try:
+                adapter.check_mergeable_with(before)
+                before.append(adapter)
+                adapter.check_mergeable()
+                adapter.merged_bias(bias)
+            except MergeError as error:
+                raise MergeError(f"{merge.path}: adapter {name!r} cannot be merged: {error}") from error
 
 
 def _check_values(merge: _LayerMerge) -> None:

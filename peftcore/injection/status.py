@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from peftcore._util.both_libraries import refuse_layers_of_hf_peft
-from peftcore.errors import TargetError
+from peftcore.errors import NoLayersError, TargetError
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.tuner_model import TunerModel
@@ -74,7 +74,7 @@ class TunerModelStatus:
     total_params: int
     num_adapter_layers: int
     enabled: bool | Irregular
-    active_adapters: list[str]
+    active_adapters: list[str] | Irregular
     merged_adapters: list[str] | Irregular
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
@@ -89,15 +89,18 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         model: a model with adapters.
 
     Raises:
-        TargetError: no layer of the model has an adapter, as with prompt methods.
+        TargetError: no layer of the model has an adapter.
+        NoLayersError: the model's adapters are prompts; as in HF PEFT, a TypeError.
     """
     if ATTRIBUTE not in model.__dict__ or not (adapter_set(model).layers or adapter_set(model).saved):
         refuse_layers_of_hf_peft(model.modules())
+        if ATTRIBUTE in model.__dict__ and (names := list(adapter_set(model).prompts)):
+            raise NoLayersError(f"{names} are prompts, which change no layer, so no layer has a status")
         raise TargetError("No adapter layers found in the model; add an adapter of layers by get_peft_model first")
     adapters = adapter_set(model)
     layers = {path: _layer_status(adapters, slot) for path, slot in adapters.layers.items()}
     copies = {
-        path: _with_own_active(_status(adapters, path, "ModulesToSaveWrapper", wrapper.copies, (), None))
+        path: _with_own_active(_status(wrapper.selection, path, "ModulesToSaveWrapper", wrapper.copies, (), None))
         for path, wrapper in adapters.saved.items()
     }
     position = {path: number for number, path in enumerate(ModuleIndex(model).modules)}
@@ -124,7 +127,7 @@ def _layer_status(adapters: AdapterSet, slot: AdapterSlot) -> TunerLayerStatus |
         layer = type(slot.base.layer).__name__
         kind = layer if slot.base.quantized else names.get(slot.base.kind, layer)
         kind = f"{adapters.configs[first].peft_type.lower()}.{kind}"
-    status = _status(adapters, path, kind, parts, slot.merged, _backend(slot.base))
+    status = _status(slot.selection, path, kind, parts, slot.merged, _backend(slot.base))
     return _with_own_active(status) if kind == "TrainableTokensLayer" else status
 
 
@@ -135,14 +138,14 @@ def _with_own_active(status: TunerLayerStatus) -> TunerLayerStatus:
 
 
 def _status(
-    adapters: AdapterSet, path: str, kind: str, parts: Any, merged: tuple[str, ...], backend: str | None
+    selection: Any, path: str, kind: str, parts: Any, merged: tuple[str, ...], backend: str | None
 ) -> TunerLayerStatus:
     parameters = {name: list(parts[name].parameters()) for name in parts}
     return TunerLayerStatus(
         name=path,
         module_type=kind,
-        enabled=not adapters.selection.switched_off,
-        active_adapters=list(adapters.selection.active),
+        enabled=not selection.switched_off,
+        active_adapters=list(selection.active),
         merged_adapters=list(merged),
         requires_grad={
             name: _same({parameter.requires_grad for parameter in of_one}, default=False)
@@ -174,10 +177,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         model: a model with adapters.
 
     Raises:
-        TargetError: no layer of the model has an adapter, as with prompt methods.
+        TargetError: no layer of the model has an adapter.
+        NoLayersError: the model's adapters are prompts; as in HF PEFT, a TypeError.
     """
     layers = get_layer_status(model)
     adapters = adapter_set(model)
+    wrappers = (*adapters.layers.values(), *adapters.saved.values())
+    active = _same({wrapper.selection.active for wrapper in wrappers}, default=())
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     is_partly_merged = any(
         name in layer.available_adapters and name not in layer.merged_adapters for layer in layers for name in merged
@@ -200,7 +206,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_same({layer.enabled for layer in layers}, default=True),
-        active_adapters=list(adapters.selection.active),
+        active_adapters=active if active == "irregular" else list(active),
         merged_adapters="irregular" if is_partly_merged else merged,
         requires_grad={
             name: _same({layer.requires_grad[name] for layer in layers if name in layer.requires_grad}, default=False)

@@ -23,6 +23,8 @@ from peftcore.layers.wrapper import unwrapped
 from peftcore.registry import method_of
 
 ALL_LINEAR = "all-linear"
+MANY_TARGETS = 20
+"""Number of listed `target_modules` from which on shorter names are looked for; HF PEFT's number."""
 
 C = TypeVar("C", TunerConfig, PromptLearningConfig)
 
@@ -101,10 +103,8 @@ def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[
     saved = {path for path in module_index.modules if named(path, config.modules_to_save)}
     targets = {
         path: module_index.modules[path]
-        for path in paths
-        if not named(path, config.exclude_modules)
-        and not (saved and is_within(path, saved))
-        and _in_chosen_block(path, config)
+        for path in without_excluded(paths, config)
+        if not (saved and is_within(path, saved))
     }
     if not targets and not parameter_names(config):
         raise NoMatchingPeftModuleError(_nothing_matched(module_index.modules, paths, config))
@@ -115,6 +115,16 @@ def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[
         _check_kind(path, layer)
     _check_called(module_index, targets)
     return targets
+
+
+def without_excluded(paths: Iterable[str], config: TunerConfig) -> list[str]:
+    """Return the paths that `exclude_modules` and `layers_to_transform` leave.
+
+    Args:
+        paths: what `target_paths` returned for this configuration.
+        config: the configuration.
+    """
+    return [path for path in paths if not named(path, config.exclude_modules) and _in_chosen_block(path, config)]
 
 
 def matches_targets(config: TunerConfig, path: str) -> bool:
@@ -328,8 +338,8 @@ def find_saved_modules(module_index: ModuleIndex, config: TunerConfig | PromptLe
 def complete(module_index: ModuleIndex, config: TunerConfig) -> tuple[TunerConfig, list[str]]:
     """Fill in what the model decides, so that readers of the saved file (PEFT, vLLM) need no architecture table.
 
-    Default targets and "all-linear" become names, `modules_to_save` gets the heads of the task, and the method may
-    fill in options of its own.
+    Default targets and "all-linear" become names, and so does a long list of paths, if fewer names match the same
+    layers. `modules_to_save` gets the heads of the task, and the method may fill in options of its own.
 
     Args:
         module_index: the model's modules.
@@ -343,11 +353,25 @@ def complete(module_index: ModuleIndex, config: TunerConfig) -> tuple[TunerConfi
     """
     paths, filled = target_paths(module_index, config), with_heads(module_index, config)
     if paths and (config.target_modules is None or config.target_modules == ALL_LINEAR):
-        filled = dataclasses.replace(filled, target_modules=_shortest_names(paths, module_index.modules))
+        filled = dataclasses.replace(filled, target_modules=shortest_names(paths, module_index.modules))
+    elif _is_long_list(config):
+        names = shortest_names(paths, module_index.modules)
+        if len(names) < len(config.target_modules or ()):
+            filled = dataclasses.replace(filled, target_modules=names)
     filled = method_of(config).adapter.completed(filled, module_index.model, paths)
     if filled.target_modules != config.target_modules:  # the names may match more than the paths
         paths = target_paths(module_index, filled)
     return filled, paths
+
+
+def _is_long_list(config: TunerConfig) -> bool:
+    """Return True if `target_modules` lists so many paths that names are shorter.
+
+    IA3's `feedforward_modules` must be among the listed names, so a list with that option beside it stays as it is.
+    """
+    names = config.target_modules
+    is_list = names is not None and not isinstance(names, str)
+    return is_list and len(names) >= MANY_TARGETS and not getattr(config, "feedforward_modules", None)
 
 
 def with_heads(module_index: ModuleIndex, config: C) -> C:
@@ -364,9 +388,22 @@ def with_heads(module_index: ModuleIndex, config: C) -> C:
     return dataclasses.replace(config, modules_to_save=[*names, *(head for head in heads if head not in names)])
 
 
-def _shortest_names(wanted: list[str], paths: Iterable[str]) -> set[str]:
-    """Return the last segment of each wanted path; the whole path if the segment also names an unwanted module."""
-    chosen = set(wanted)
-    unwanted = {path.rsplit(".", 1)[-1] for path in paths if path not in chosen}
-    last = {path: path.rsplit(".", 1)[-1] for path in chosen}
-    return {name if name not in unwanted else path for path, name in last.items()}
+def shortest_names(wanted: Collection[str], others: Iterable[str]) -> set[str]:
+    """Return the shortest name for each wanted path that names none of the other paths.
+
+    A name is the end of a path, in whole segments: "q_proj" or "self_attn.q_proj". A path that is itself the end of
+    another one is returned whole.
+
+    Args:
+        wanted: paths of modules.
+        others: paths that no name may match; those that are also wanted are left out.
+    """
+    wanted = set(wanted)
+    taken = {end for path in others if path not in wanted for end in _ends(path)}
+    return {next((end for end in _ends(path) if end not in taken), path) for path in wanted}
+
+
+def _ends(path: str) -> list[str]:
+    """Return the ends of a path in whole segments, shortest first: "c", "b.c" and "a.b.c" of "a.b.c"."""
+    segments = path.split(".")
+    return [".".join(segments[start:]) for start in range(len(segments) - 1, -1, -1)]

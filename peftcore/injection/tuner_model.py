@@ -1,5 +1,6 @@
 """`TunerModel`: the object between a `PeftModel` and its base in HF PEFT, as a view: `model.base_model.model`."""
 
+import dataclasses
 from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -16,6 +17,9 @@ from peftcore.layers.trained_bias import TrainedBias
 _CLASSES: dict[str, type["TunerModel"]] = {}
 _PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
 """{method: start of the names of its parameters}, where this is not the method's own name"""
+
+NO_MODEL_CONFIG = {"model_type": "custom"}
+"""The configuration that HF PEFT assumes of a model without one."""
 
 
 def parameter_prefix(peft_type: str) -> str:
@@ -107,6 +111,18 @@ class TunerModel:
     def active_adapter(self) -> list[str]:
         """Names of the active adapters, in order."""
         return self.active_adapters
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """Return a model's configuration as a dictionary, `NO_MODEL_CONFIG` if the model has none.
+
+        Args:
+            model: a model whose attribute `config` is a configuration of transformers, a dataclass or a dictionary.
+        """
+        config: Any = getattr(model, "config", NO_MODEL_CONFIG)
+        if hasattr(config, "to_dict"):
+            return config.to_dict()
+        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
 
     @property
     def targeted_module_names(self) -> list[str]:

@@ -43,9 +43,11 @@ class Selection:
     """
 
     def __init__(self) -> None:
-        self.active: tuple[str, ...] = ()
+        self._active: tuple[str, ...] = ()
         self.switched_off = False
         """True after `disable_adapters`, until `enable_adapters`."""
+        self.apart: list[Any] = []
+        """Wrappers whose own methods have switched them: each has a selection of its own (`LayerSelection`)."""
         self.cache = SharedInputCache()
         """The calls of the model that run in this thread, and the outputs that layers have cached in them."""
         self.stacks: dict[Any, Any] = {}
@@ -65,11 +67,31 @@ class Selection:
         """The model's `AdapterSet`, by which one wrapper switches or merges adapters."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "switched_off": self.switched_off, "owner": self.owner}
+        names = ("_active", "switched_off", "owner", "apart")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
-        self.active, self.switched_off, self.owner = state["active"], state["switched_off"], state["owner"]
+        vars(self).update(state)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the model's active adapters. Wrappers that were switched by themselves follow an assignment."""
+        return self._active
+
+    @active.setter
+    def active(self, names: tuple[str, ...]) -> None:
+        self._active = names
+        if self.apart:
+            for wrapper in self.apart:
+                wrapper.selection.active = names
+            self.owner.join_wrappers()
+
+    @property
+    def in_effect_anywhere(self) -> tuple[str, ...]:
+        """Names of the adapters in effect, followed by those in effect in single wrappers only."""
+        own = (name for wrapper in self.apart for name in wrapper.selection.in_effect)
+        return tuple(dict.fromkeys((*self.in_effect, *own))) if self.apart else self.in_effect
 
     @contextlib.contextmanager
     def routed(self, route: Route) -> Iterator[Route]:
@@ -170,13 +192,13 @@ class Selection:
 
     @property
     def _active_now(self) -> tuple[str, ...]:
-        return () if self.switched_off else self.active
+        return () if self.switched_off else self._active
 
     @property
     def now(self) -> Route | tuple[str, ...]:
         """The route in effect; without a route, the names of the adapters in effect."""
         if not self._open and (not self._records or torch.compiler.is_compiling()):
-            return () if self.switched_off else self.active
+            return () if self.switched_off else self._active
         opened = _ROUTES.get().get(id(self)) if self._open else None
         backward = torch._C._current_graph_task_id()
         if opened is not None and opened.backward == backward:  # also inside of a recomputation

@@ -21,6 +21,8 @@ from peftcore.layers.switching import MergingMethods
 
 _IN_A_MODULE = ("lora_magnitude_vector",)
 """Attributes that hold a module with a `weight` in HF PEFT's layers, while the keys on disk have no "weight"."""
+_COMPUTED = ("scaling", "trainable_tokens_original")
+"""Attributes of adapters that are shown although they may be tensors and no parameters."""
 _NUMBERS = {"r": "rank"}
 """{attribute of HF PEFT's layers: attribute of an adapter}, where the two names differ"""
 
@@ -172,7 +174,7 @@ def _parameters(adapter: Adapter, attribute: str) -> dict[str, str]:
 
 def _number(adapter: Adapter, attribute: str) -> Any:
     value = getattr(adapter, _NUMBERS.get(attribute, attribute), None)
-    if isinstance(value, int | float) or (attribute == "scaling" and isinstance(value, Tensor)):
+    if isinstance(value, int | float) or (attribute in _COMPUTED and isinstance(value, Tensor)):
         return value
     config, path = adapter.printed
     if not hasattr(config, attribute):
@@ -258,12 +260,33 @@ class PeftLayerAttributes(MergingMethods):
             view[name] = value
 
     @property
+    def is_feedforward(self) -> bool:
+        """True if an adapter of IA3 scales this layer's input, False if it scales the output."""
+        adapters = self._slot.adapters
+        scales_input = [vars(adapters[name]).get("scales_input") for name in adapters]
+        if all(value is None for value in scales_input):
+            raise AttributeError("is_feedforward")  # nn.Module then looks for the base layer's attribute
+        return any(scales_input)
+
+    @property
     def token_adapter(self) -> "PeftLayerAttributes":
         """This layer itself, if rows of it train (`trainable_token_indices`); HF PEFT has a layer inside of it."""
-        slot = self._slot
-        if any(slot.adapters[name].disk_prefix == "token_adapter." for name in slot.adapters):
+        if self.has_token_adapter:
             return self
         raise AttributeError("token_adapter")  # nn.Module then looks for the base layer's attribute
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The layer without adapters, if rows of it train (`trainable_token_indices`)."""
+        if self.has_token_adapter:
+            return self._slot.base.layer
+        raise AttributeError("original_module")  # nn.Module then looks for the base layer's attribute
+
+    @property
+    def has_token_adapter(self) -> bool:
+        """True if rows of the layer train beside an adapter of another method (`trainable_token_indices`)."""
+        slot = self._slot
+        return any(slot.adapters[name].disk_prefix == "token_adapter." for name in slot.adapters)
 
     def get_base_layer(self) -> nn.Module:
         """Return the layer without adapters."""

@@ -30,6 +30,10 @@ class SavedModule(SwitchingMethods, LayerWrapper):
     def _holders(self) -> Iterable[Any]:
         return [self.copies]
 
+    def is_empty(self) -> bool:
+        """Return True if no adapter has a copy."""
+        return not len(self.copies)
+
     # -- HF PEFT's names ------------------------------------------------------------------------------------
 
     adapter_layer_names = ("modules_to_save",)

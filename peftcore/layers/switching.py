@@ -1,21 +1,20 @@
 """The methods of HF PEFT's layers that switch, merge and delete adapters: diffusers and transformers call them.
 
-In HF PEFT every layer has its own active adapters. Here a model has them, so `set_adapter` and `enable_adapters` of one
-layer act on the whole model. Merging and deleting act on the one layer.
+As in HF PEFT, a method acts on the one layer. As soon as all layers of a model agree, the model has their state, too.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
 from peftcore.errors import MergeError
-from peftcore.layers.active import Selection
 from peftcore.layers.adapter_slot import AdapterSlot
 
 
 class SwitchingMethods:
     """Methods of a wrapper, by which libraries that walk over the modules of a model switch its adapters."""
 
-    selection: Selection
+    selection: Any
+    """The model's `Selection`; a `LayerSelection` while this wrapper differs from the model."""
 
     def _holders(self) -> Iterable[Any]:
         """Return the `NamedModules` that hold this wrapper's adapters or trained copies by adapter name."""
@@ -23,21 +22,23 @@ class SwitchingMethods:
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the model's active adapters."""
+        """Names of the active adapters."""
         return list(self.selection.active)
 
     @property
     def active_adapter(self) -> list[str]:
-        """Names of the model's active adapters."""
+        """Names of the active adapters."""
         return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
-        """True while the model's adapters are disabled."""
+        """True while the adapters are disabled."""
         return self.selection.disabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones of the model; in this layer, their parameters then train and no others.
+        """Make adapters the active ones of this layer; their parameters in it then train, and no others in it.
+
+        If all layers of the model have the same active adapters then, they are the model's, too.
 
         Args:
             adapter_names: one name or several, in order; [] for none.
@@ -47,7 +48,7 @@ class SwitchingMethods:
             AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
         """
         active = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.selection.owner.activate(active)
+        self.selection.owner.switch_wrapper(self, active=active)
         present = [(name, holder[name]) for holder in self._holders() for name in holder]
         for _, module in present:
             module.requires_grad_(False)
@@ -59,14 +60,22 @@ class SwitchingMethods:
         self.selection.owner.trainable.update(active)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable or disable the active adapters of the model.
+        """Enable or disable the active adapters of this layer.
 
         Args:
             enabled: False disables them, and restores this layer's unmerged weight.
         """
         if not enabled:
             self.unmerge()
-        self.selection.switched_off = not enabled
+        self.selection.owner.switch_wrapper(self, switched_off=not enabled)
+
+    def use_selection(self, selection: Any) -> None:
+        """Compute with the adapters of another selection from now on.
+
+        Args:
+            selection: the model's `Selection`, or a `LayerSelection` of this wrapper.
+        """
+        self.selection = selection
 
     def unmerge(self) -> None:
         """Restore the unmerged weight; without a weight of its own, do nothing."""
@@ -98,6 +107,12 @@ class MergingMethods(SwitchingMethods):
     def _holders(self) -> Iterable[Any]:
         return [slot.adapters for slot in self._slots()]
 
+    def use_selection(self, selection: Any) -> None:
+        """Compute with the adapters of another selection; see `SwitchingMethods.use_selection`."""
+        super().use_selection(selection)
+        for slot in self._slots():
+            slot.selection = selection
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into this layer's weight, in place; `unmerge` restores it bit for bit.
 
@@ -109,7 +124,8 @@ class MergingMethods(SwitchingMethods):
             MergeError: an adapter cannot be merged, or a merged weight is not finite; nothing is changed then.
             AdapterNameError: a name is not loaded.
         """
-        self.selection.owner.merge_slots(self._slots(), adapter_names, safe_merge)
+        names = list(self.selection.active) if adapter_names is None else adapter_names
+        self.selection.owner.merge_slots(self._slots(), names, safe_merge)
 
     def unmerge(self) -> None:
         """Restore the unmerged weight of this layer, bit for bit."""

@@ -82,6 +82,12 @@ class TrainableTokens(Adapter):
     def replaced_rows(self) -> tuple[int, ...]:
         return self.chosen
 
+    @property
+    def trainable_tokens_original(self) -> Tensor:
+        """The base's own rows of the chosen tokens (t, d); HF PEFT's name."""
+        rows = self.base.read_unmerged().index_select(self.axis, self.tokens)
+        return rows.T if self.axis else rows
+
     def extra_repr(self) -> str:
         return f"tokens={len(self.chosen)}"
 
@@ -109,8 +115,7 @@ class TrainableTokens(Adapter):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         if self.from_base:
-            rows = self.base.read_unmerged().index_select(self.axis, self.tokens)
-            self.trainable_tokens_delta.copy_(rows.T if self.axis else rows)
+            self.trainable_tokens_delta.copy_(self.trainable_tokens_original)
         else:
             # PEFT draws on the device and in the type of the base
             self.trainable_tokens_delta.copy_(torch.randn_like(self.trainable_tokens_delta, dtype=self.base.dtype))
@@ -132,12 +137,13 @@ class TrainableTokens(Adapter):
     def check_mergeable_with(self, others: Iterable[Adapter]) -> None:
         for other in others:
             if isinstance(other, TrainableTokens) and (both := sorted(set(self.chosen) & set(other.chosen))):
-                raise MergeError(f"two adapters train the rows of tokens {both}, and one would overwrite the other's")
+                raise MergeError(
+                    f"another adapter trains the rows of tokens {both}, too, and one would overwrite the other's"
+                )
 
     def _change(self) -> Tensor:
         """Return (t, d): the trained rows of a linear layer minus the base's own."""
-        own = self.base.read_unmerged().index_select(0, self.tokens)
-        return self.trainable_tokens_delta - own.to(self.trainable_tokens_delta)
+        return self.trainable_tokens_delta - self.trainable_tokens_original.to(self.trainable_tokens_delta)
 
     def checkpoint_keys(self) -> dict[str, str]:
         return {} if self.follows else super().checkpoint_keys()

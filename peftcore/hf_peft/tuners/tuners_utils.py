@@ -1,14 +1,24 @@
 """`peft.tuners.tuners_utils`: the classes of layers with adapters, and functions on models with such layers."""
 
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
 from torch import nn
 
+from peftcore._util.tensors import PREFIX
 from peftcore.config import TunerConfig
 from peftcore.errors import TargetError
 from peftcore.hf_peft.classes import BaseTunerLayer
 from peftcore.hf_peft.functional import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
-from peftcore.injection.targets import matches_targets
+from peftcore.injection.adapter_set import adapter_set
+from peftcore.injection.module_index import ModuleIndex
+from peftcore.injection.targets import ALL_LINEAR, is_within, matches_targets, shortest_names, target_paths
 from peftcore.injection.tuner_model import TunerModel as BaseTuner
+from peftcore.layers.trained_bias import TrainedBias
 from peftcore.layers.wrapper import original_modules
+from peftcore.storage.adapter_state import SHARED_PREFIX, adapter_state_of
+from peftcore.storage.state_dict import has_prefix
 
 __all__ = [
     "BaseTuner",
@@ -54,3 +64,72 @@ def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> 
     for path, _ in original_modules(model):
         paths["matched" if matches_targets(config, path) else "unmatched"].append(path)
     return paths
+
+
+def _find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
+    """Return the shortest names that match some modules of a model and no others.
+
+    Args:
+        target_modules: paths of the modules to match.
+        other_module_names: paths that no name may match.
+
+    Raises:
+        TargetError: no path is given, one is empty, or a path is in both collections.
+    """
+    if isinstance(target_modules, str) or not target_modules:
+        raise TargetError(f"target_modules must be paths of modules, at least one; got {target_modules!r:.200}")
+    if "" in target_modules:
+        raise TargetError("target_modules holds the model's own path '', which has no name; leave it out")
+    if both := set(target_modules) & set(other_module_names):
+        raise TargetError(f"{sorted(both)[:5]} are in target_modules and in other_module_names; leave them out of one")
+    return shortest_names(target_modules, other_module_names)
+
+
+def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+    """Return the configuration with the paths of the linear layers in place of `target_modules="all-linear"`.
+
+    Args:
+        peft_config: a configuration; returned itself if it has other targets, or none.
+        model: the model, with or without adapters.
+    """
+    if not isinstance(peft_config, TunerConfig) or peft_config.target_modules != ALL_LINEAR:
+        return peft_config
+    return dataclasses.replace(peft_config, target_modules=set(target_paths(ModuleIndex(model), peft_config)))
+
+
+def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
+    """Return how HF PEFT's names of the parameters of adapters begin, such as "base_model.model.q_proj.lora_A".
+
+    Modules that train whole (`modules_to_save`) and rows of embeddings (`trainable_token_indices`) are left out.
+
+    Args:
+        model: a model with adapters. Without a `PeftModel`'s class, no name begins with `base_model.model`.
+        adapter_name: the only adapter whose names are returned, with the adapter's name at their end; None for all.
+
+    Raises:
+        AdapterNameError: the adapter is not loaded.
+    """
+    adapters = adapter_set(model)
+    if adapter_name is not None:
+        adapters.require(adapter_name)
+    end = "" if adapter_name is None else f".{adapter_name}"
+    prefixes: set[str] = set()
+    for name in adapters.configs if adapter_name is None else (adapter_name,):
+        state = adapter_state_of(adapters, name)
+        for prefix, adapter, tensors in state.entries:
+            if not isinstance(adapter, TrainedBias) and not adapter.disk_prefix:
+                prefixes.update(f"{prefix}{key.partition('.')[0]}{end}" for key in tensors)
+        if state.shared is not None:
+            prefixes.update(f"{SHARED_PREFIX}{key}{end}" for key in state.shared.checkpoint_tensors())
+    return prefixes if has_prefix(model) else {prefix.removeprefix(PREFIX) for prefix in prefixes}
+
+
+def _filter_state_dict_by_key_prefixes(state_dict: Mapping[str, Any], prefixes: Collection[str]) -> dict[str, Any]:
+    """Return the entries of a state dict whose key is a prefix, or goes on after a prefix with a dot.
+
+    Args:
+        state_dict: {key: value}.
+        prefixes: beginnings of keys, in whole segments.
+    """
+    prefixes = frozenset(prefixes)
+    return {key: value for key, value in state_dict.items() if is_within(key, prefixes)}

@@ -79,3 +79,13 @@ def test_directories_with_an_adapter(tmp_path: Path) -> None:
     get_peft_model(base(), LoraConfig(target_modules=["1"])).save_pretrained(directory)
     assert classes.check_if_peft_model(str(directory))
     assert not classes.check_if_peft_model(str(tmp_path))
+
+
+def test_rows_that_train_beside_another_method_are_a_wrapper() -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3))
+
+    beside = get_peft_model(net(), LoraConfig(target_modules=["1"], trainable_token_indices={"0": [1]}))
+    alone = get_peft_model(net(), peftcore.TrainableTokensConfig(target_modules=["0"], token_indices=[1]))
+    assert [isinstance(layer, classes.TrainableTokensWrapper) for layer in beside] == [True, False]
+    assert not isinstance(alone[0], classes.TrainableTokensWrapper)

@@ -138,3 +138,26 @@ def test_a_peft_model_has_its_own_configurations() -> None:
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["1"]), "b")
     assert isinstance(adapted.peft_config, dict) and list(adapted.peft_config) == ["a", "b"]
     assert not hasattr(adapted.unload(), "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["0", "2"], r"adapts the 1 layers that state_dict names; only the configuration names \['2'\]"),
+        (["2"], r"only the configuration names \['2'\]; only state_dict names \['0'\]"),
+        ("all-linear", r"only the configuration names \['2'\]"),
+    ],
+)
+def test_targets_other_than_those_of_the_state_dict_are_named(targets: Any, message: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    with pytest.warns(RuntimeWarning, match=message):
+        inject_adapter_in_model(LoraConfig(target_modules=targets), model, state_dict={"0.lora_A.weight": Tensor()})
+    assert isinstance(model[0], AdapterLayer) and not isinstance(model[2], AdapterLayer)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(), LoraConfig(target_modules=["0", "2"], exclude_modules=["2"])])
+def test_the_same_targets_or_none_are_no_difference(config: LoraConfig) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inject_adapter_in_model(config, model, state_dict={"0.lora_A.weight": Tensor()})

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
 from peftcore import LoraConfig, TargetError, get_layer_status, get_model_status, get_peft_model
@@ -95,6 +96,27 @@ def test_disabled_adapters_are_not_enabled() -> None:
 def test_a_copy_of_a_whole_module_is_a_layer_too() -> None:
     model = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
     assert [status.name for status in get_layer_status(model)] == ["model.0", "model.2"]
+
+
+def test_layers_that_were_switched_by_themselves_are_irregular() -> None:
+    ours, theirs = (several(library) for library in (peftcore, peft))
+    for model in (ours, theirs):
+        model.base_model.model.linear.enable_adapters(False)
+        model.base_model.model.head.set_adapter("default")
+    assert ours.get_model_status().enabled == theirs.get_model_status().enabled == "irregular"
+    assert ours.get_model_status().active_adapters == "irregular"
+    enabled = [[status.enabled for status in model.get_layer_status()] for model in (ours, theirs)]
+    assert enabled[0] == enabled[1]
+
+
+def test_prompts_have_no_layers() -> None:
+    config = peftcore.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=20, num_hidden_layers=1, **sizes)), config)
+    for status in (get_layer_status, get_model_status):
+        with pytest.raises(TypeError, match=r"\['default'\] are prompts") as error:
+            status(model)
+        assert isinstance(error.value, TargetError)
 
 
 def test_a_plain_model_has_no_status() -> None:

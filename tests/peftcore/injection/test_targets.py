@@ -12,7 +12,7 @@ from peftcore import IA3Config, LoraConfig, PeftModel, TargetError, TaskType, ge
 from peftcore.config import TunerConfig
 from peftcore.injection import preparation, targets
 from peftcore.injection.module_index import ModuleIndex
-from peftcore.injection.targets import find_targets
+from peftcore.injection.targets import MANY_TARGETS, find_targets, shortest_names, without_excluded
 
 
 class Heads(nn.Module):
@@ -154,3 +154,47 @@ def test_loading_a_directory_resolves_its_targets_once(tmp_path: Path, monkeypat
 def test_an_exclusion_that_matches_nothing_warns() -> None:
     with pytest.warns(UserWarning, match="exclude_modules .* has no effect"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"], exclude_modules=["7"]))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "others", "names"),
+    [
+        (["a.b.c"], [], {"c"}),
+        (["1.q", "2.q"], ["3.q"], {"1.q", "2.q"}),
+        (["a.b.c", "d.e.f"], ["d.x.f", "a.b"], {"c", "e.f"}),
+        (["net.proj", "net.time_proj"], ["time"], {"proj", "time_proj"}),
+        (["a.q"], ["b.a.q"], {"a.q"}),
+        (["a.q"], ["a.q"], {"q"}),
+    ],
+)
+def test_the_shortest_names_match_the_wanted_paths_only(wanted: list[str], others: list[str], names: set[str]) -> None:
+    assert shortest_names(wanted, others) == names
+
+
+def blocks(count: int) -> nn.Module:
+    layers = [nn.ModuleDict({"q": nn.Linear(2, 2), "k": nn.Linear(2, 2)}) for _ in range(count)]
+    return nn.ModuleDict({"layers": nn.ModuleList(layers), "head": nn.ModuleDict({"k": nn.Linear(2, 2)})})
+
+
+def test_a_long_list_of_paths_becomes_short_names_of_the_same_layers() -> None:
+    every = [f"layers.{number}.{name}" for number in range(MANY_TARGETS) for name in "qk"]
+    model = get_peft_model(blocks(MANY_TARGETS), LoraConfig(target_modules=every))
+    names = model.peft_config["default"].target_modules
+    assert "q" in names and "k" not in names and len(names) == 1 + MANY_TARGETS
+    assert sorted(model.targeted_module_names) == sorted(every)
+    short = [f"layers.{number}.q" for number in range(MANY_TARGETS - 1)]
+    model = get_peft_model(blocks(MANY_TARGETS - 1), LoraConfig(target_modules=short))
+    assert set(model.peft_config["default"].target_modules) == set(short)
+
+
+def test_feedforward_modules_of_a_long_list_stay_among_its_names(tmp_path: Path) -> None:
+    paths = [f"layers.{number}.q" for number in range(MANY_TARGETS)]
+    config = IA3Config(target_modules=paths, feedforward_modules=paths[:1])
+    get_peft_model(blocks(MANY_TARGETS), config).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(blocks(MANY_TARGETS), tmp_path)
+    assert [loaded.layers[number].q.is_feedforward for number in (0, 1)] == [True, False]
+
+
+def test_excluded_paths_and_other_blocks_are_left_out() -> None:
+    config = LoraConfig(target_modules=["q"], exclude_modules=["head.q"], layers_to_transform=[1])
+    assert without_excluded(["layers.0.q", "layers.1.q", "head.q"], config) == ["layers.1.q"]

@@ -155,8 +155,12 @@ def test_rows_that_train_are_an_adapter_of_their_own() -> None:
         models.append(library.get_peft_model(base(), config).base_model.model)
     ours, theirs = (model[0].token_adapter.trainable_tokens_delta.default for model in models)
     torch.testing.assert_close(ours, theirs)
-    with pytest.raises(AttributeError):
-        _ = models[0][1].token_adapter
+    original = models[0][0].token_adapter.trainable_tokens_original["default"]
+    torch.testing.assert_close(original, models[1][0].token_adapter.trainable_tokens_original["default"])
+    assert models[0][0].original_module is models[0][0].base_layer
+    for attribute in ("token_adapter", "original_module"):
+        with pytest.raises(AttributeError):
+            getattr(models[0][1], attribute)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set:UserWarning")
@@ -178,3 +182,11 @@ def test_a_number_may_have_the_name_of_its_method() -> None:
         config = library.WaveFTConfig(target_modules=["0"], n_frequency=7)
         layers.append(library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).base_model.model[0])
     assert [layer.waveft_n_frequency["default"] for layer in layers] == [7, 7]
+
+
+def test_only_layers_of_ia3_say_whether_their_input_is_scaled() -> None:
+    config = peftcore.IA3Config(target_modules=["0", "1"], feedforward_modules=["1"])
+    model = peftcore.get_peft_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), config)
+    assert [layer.is_feedforward for layer in model] == [False, True]
+    lora = peftcore.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peftcore.LoraConfig(target_modules=["0"]))
+    assert not hasattr(lora[0], "is_feedforward")

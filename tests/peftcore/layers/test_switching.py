@@ -36,18 +36,49 @@ def trainable(layer: AdapterLayer) -> list[str]:
     return [n for n in layer.adapters if all(p.requires_grad for p in layer.adapters[n].parameters())]
 
 
-def test_set_adapter_of_a_layer_is_that_of_the_model() -> None:
+def test_set_adapter_of_a_layer_acts_on_the_layer() -> None:
     model = with_adapters()
     first, second = layers(model)
     before = trainable(second)
     first.set_adapter("a")
-    assert first.active_adapters == second.active_adapters == ["a"]
+    assert first.active_adapters == ["a"] and second.active_adapters == ["b"]
     assert trainable(first) == ["a"] and trainable(second) == before
     second.set_adapter(["a", "b"], inference_mode=True)
-    assert first.active_adapter == ["a", "b"] and trainable(second) == []
+    assert second.active_adapter == ["a", "b"] and trainable(second) == []
     with pytest.raises(AdapterNameError, match="Adapter c does not exist"):
         first.set_adapter("c")
-    assert first.active_adapters == ["a", "b"]
+    assert first.active_adapters == ["a"]
+
+
+def test_the_model_has_the_state_on_which_all_layers_agree() -> None:
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "2"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["2"]))
+    first, second = layers(model)
+    first.set_adapter("b")
+    assert model.active_adapter == "a" and second.active_adapters == ["a"]
+    second.set_adapter("b")
+    assert model.active_adapter == "b"
+
+
+def test_switching_the_model_switches_every_layer() -> None:
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "2"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0", "2"]))
+    first, second = layers(model)
+    first.set_adapter("b")
+    first.enable_adapters(False)
+    model.set_adapter("a")
+    assert first.active_adapters == second.active_adapters == ["a"]
+    assert first.disable_adapters and not second.disable_adapters
+    model.enable_adapters()
+    assert not first.disable_adapters
+
+
+def test_a_deleted_adapter_is_active_in_no_layer() -> None:
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "2"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["2"]))
+    layers(model)[1].set_adapter(["a", "b"])
+    model.delete_adapter("b")
+    assert [layer.active_adapters for layer in layers(model)] == [["a"], ["a"]]
 
 
 def test_what_a_layer_has_set_to_train_is_frozen_by_the_model() -> None:
@@ -60,14 +91,22 @@ def test_what_a_layer_has_set_to_train_is_frozen_by_the_model() -> None:
     assert trainable(layer) == ["a"]
 
 
-def test_disabled_adapters_leave_the_base() -> None:
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_disabled_layer_computes_its_base(with_gradients: bool) -> None:
     model = with_adapters()
-    y = model(X)
-    layers(model)[0].enable_adapters(enabled=False)
-    assert layers(model)[1].disable_adapters
-    assert torch.equal(model(X), net()(X))
-    layers(model)[0].enable_adapters(enabled=True)
-    assert torch.equal(model(X), y)
+    with torch.set_grad_enabled(with_gradients):
+        y = model(X)
+        first, second = layers(model)
+        first.enable_adapters(enabled=False)
+        assert first.disable_adapters and not second.disable_adapters
+        expected = model[3](second(torch.relu(first.base_layer(X))))
+        torch.testing.assert_close(model(X), expected)
+        assert not torch.allclose(expected, y)
+        second.enable_adapters(enabled=False)
+        assert torch.equal(model(X), net()(X))
+        for layer in (first, second):
+            layer.enable_adapters(enabled=True)
+        assert torch.equal(model(X), y)
 
 
 def test_disabling_unmerges() -> None:
@@ -130,11 +169,18 @@ def test_copies_of_modules_are_switched_too() -> None:
     wrapper.set_adapter("a")
     assert all(p.requires_grad for p in wrapper.copies["a"].parameters())
     wrapper.enable_adapters(enabled=False)
-    assert model[0].disable_adapters
+    assert wrapper.disable_adapters and not model[0].disable_adapters
+    assert torch.equal(wrapper(X), wrapper.original_module(X))
 
 
 def test_a_copied_model_switches_itself() -> None:
     model = with_adapters()
     copied = copy.deepcopy(model)
-    layers(copied)[0].set_adapter("a")
+    for layer in layers(copied):
+        layer.set_adapter("a")
     assert layers(model)[0].active_adapters == ["b"] and layers(copied)[1].active_adapters == ["a"]
+    layers(model)[0].set_adapter("a")
+    again = copy.deepcopy(model)
+    assert [layer.active_adapters for layer in layers(again)] == [["a"], ["b"]]
+    layers(again)[1].set_adapter("a")
+    assert layers(model)[1].active_adapters == ["b"]

@@ -1,8 +1,20 @@
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import peft
 import pytest
-from peftcore.tuners.tuners_utils import check_target_module_exists, inspect_matched_modules
+from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes as their_key_prefixes
+from peftcore.tuners.tuners_utils import BaseTuner, check_target_module_exists, inspect_matched_modules
+from peftcore.tuners.tuners_utils import _filter_state_dict_by_key_prefixes as filtered
+from peftcore.tuners.tuners_utils import _find_minimal_target_modules as find_minimal
+from peftcore.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes as key_prefixes
+from peftcore.tuners.tuners_utils import _maybe_include_all_linear_layers as with_linear_layers
 from torch import nn
 
-from peftcore import LoraConfig, TargetError, get_peft_model
+import peftcore
+from peftcore import AdapterNameError, LoraConfig, TargetError, get_peft_model
 
 
 def test_a_path_is_selected_by_names_without_the_excluded_ones_and_in_the_chosen_blocks() -> None:
@@ -16,3 +28,82 @@ def test_the_modules_of_a_model_are_matched_or_not() -> None:
     assert inspect_matched_modules(model.base_model) == {"matched": ["0"], "unmatched": ["1"]}
     with pytest.raises(TargetError, match="'other' is not an adapter of layers"):
         inspect_matched_modules(model.base_model, "other")
+
+
+def test_the_shortest_names_of_some_modules() -> None:
+    names = find_minimal(["m.0.q", "m.1.q", "head.q"], ["m.0.k", "m.1.k"])
+    assert names == {"q"}
+    assert find_minimal({"m.0.q", "m.1.q"}, {"head.q"}) == {"0.q", "1.q"}
+    assert find_minimal(["q"], ["head.q"]) == {"q"}  # the end of another path: no name can tell them apart
+
+
+@pytest.mark.parametrize(
+    ("wanted", "others", "message"),
+    [
+        ([], [], "at least one; got"),
+        ("q", [], "must be paths of modules"),
+        (["q", ""], [], "the model's own path"),
+        (["q", "k"], ["k"], r"\['k'\] are in target_modules and in other_module_names"),
+    ],
+)
+def test_modules_that_cannot_be_named_are_refused(wanted: Any, others: list[str], message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        find_minimal(wanted, others)
+
+
+def test_all_linear_becomes_paths() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    assert with_linear_layers(LoraConfig(target_modules="all-linear"), model).target_modules == {"0", "2"}
+    config = LoraConfig(target_modules=["2"])
+    assert with_linear_layers(config, model) is config
+
+
+def net() -> nn.ModuleDict:
+    return nn.ModuleDict({"lora_base": nn.Linear(3, 3), "tokens": nn.Embedding(5, 3), "head": nn.Linear(3, 2)})
+
+
+def prefixes_of(library: Any, prefixes: Callable[..., set[str]], name: str | None) -> set[str]:
+    model = library.get_peft_model(
+        net(),
+        library.LoraConfig(
+            r=2, target_modules=["lora_base"], modules_to_save=["head"], trainable_token_indices={"tokens": [1]}
+        ),
+    )
+    return prefixes(model, name)
+
+
+@pytest.mark.parametrize("name", [None, "default"])
+def test_the_beginnings_of_the_keys_of_adapters_are_those_of_hf_peft(name: str | None) -> None:
+    ours = prefixes_of(peftcore, key_prefixes, name)
+    theirs = prefixes_of(peft, their_key_prefixes, name)
+    assert ours and ours <= theirs  # HF PEFT's also has those of modules without tensors, such as dropout
+    state = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["lora_base"])).state_dict()
+    assert set(filtered(state, ours)) == {key for key in state if ".lora_A." in key or ".lora_B." in key}
+
+
+def test_shared_tensors_and_plain_models_have_beginnings_too() -> None:
+    vera = get_peft_model(net(), peftcore.VeraConfig(r=2, target_modules=["head"]))
+    assert {"base_model.vera_A.default", "base_model.vera_B.default"} <= key_prefixes(vera, "default")
+    plain = peftcore.inject_adapter_in_model(LoraConfig(r=2, target_modules=["head"]), net())
+    assert key_prefixes(plain) == {"head.lora_A", "head.lora_B"}
+    with pytest.raises(AdapterNameError, match="Adapter other does not exist"):
+        key_prefixes(plain, "other")
+
+
+def test_keys_are_matched_in_whole_segments() -> None:
+    state = dict.fromkeys(["a", "a.b", "a.bc", "ab", "x.a"], 0)
+    assert list(filtered(state, {"a"})) == ["a", "a.b", "a.bc"]
+    assert list(filtered(state, {"a.b"})) == ["a.b"]
+
+
+@dataclass
+class Options:
+    layers: int = 2
+
+
+@pytest.mark.parametrize("config", [Options(), {"layers": 2}, types.SimpleNamespace(to_dict=lambda: {"layers": 2})])
+def test_the_configuration_of_a_model_is_a_dictionary(config: Any) -> None:
+    model = nn.Linear(1, 1)
+    assert BaseTuner.get_model_config(model) == {"model_type": "custom"}
+    model.config = config
+    assert BaseTuner.get_model_config(model) == {"layers": 2}
