@@ -20,21 +20,21 @@ check: install          ## within a minute: lint, types and tests of what change
 	@$(BIN)/python .ci/check.py $(BASE)
 
 # one thread per test process: more threads than cores slow every operation down
-test: export OMP_NUM_THREADS ?= 1
+test slow: export OMP_NUM_THREADS ?= 1
 # the tests write thousands of small files and flush each one; a file system in memory makes that free, if it has 4 GB
 ifeq ($(shell df -Pm /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 >= 4096 { print "roomy" }'),roomy)
-test: export PYTEST_DEBUG_TEMPROOT ?= /dev/shm
+test slow: export PYTEST_DEBUG_TEMPROOT ?= /dev/shm
 endif
-test: install           ## quick tests, on all cores
-	@$(BIN)/pytest --numprocesses auto --dist worksteal
+test: install           ## quick tests, on all cores; ORDER=random shuffles them and prints the seed
+	@$(BIN)/pytest --numprocesses auto --dist worksteal $(if $(filter random,$(ORDER)),-p randomly)
 
 faults: export OMP_NUM_THREADS ?= 1
 faults: install         ## fault tests (kill -9, full disk, damaged files, ...) and their table; PEFTCORE_FAULTS=N repeats the random ones N times
 	@$(BIN)/pytest tests/faults tests/flows tests/peftcore/train tests/peftcore/storage/test_checkpoint.py -m faults
 
-slow: export OMP_NUM_THREADS ?= 1
+# a file's tests share what they set up; tests/conftest.py starts the longest files first
 slow: install           ## tests of whole pipelines, real processes and every model type
-	@$(BIN)/pytest -m slow --numprocesses auto --dist loadgroup
+	@$(BIN)/pytest -m slow --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 proof: export OMP_NUM_THREADS ?= 1
 proof: install          ## longest tests: faults, work pool with PostgreSQL, sweeps, nodes, benchmarks; PEFTCORE_LONG=1 adds those that wait for minutes

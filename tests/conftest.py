@@ -24,6 +24,31 @@ MANY_MODULES = 20
 _modules_at_freeze = 0
 
 
+LONGEST_SLOW_FILES = (
+    "flows/test_end_to_end.py",
+    "flows/stages/test_train_processes.py",
+    "peftcore/test_learning.py",
+    "flows/retraining/test_flow.py",
+    "flows/retraining/test_real_stages.py",
+    "flows/pipeline/test_flow.py",
+    "flows/gate/test_ci.py",
+    "flows/gate/test_reevaluation.py",
+    "flows/retraining/test_schedule.py",
+    "test_packaging.py",
+    "peftcore/train/test_trl_by_alias.py",
+    "peftcore/hf_peft/test_transformers_by_alias.py",
+)
+"""Test files of `make slow` that take longest, below tests/. A file that began last would run alone at the end."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files of `make slow` first."""
+    if config.option.markexpr == "slow":
+        folder = Path(__file__).parent
+        ranks = {folder / name: rank for rank, name in enumerate(LONGEST_SLOW_FILES)}
+        items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 def pytest_collection_finish() -> None:
     """Exempt all that the imports have made from garbage collection.
 

@@ -20,7 +20,6 @@ import peftcore
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
-pytestmark = pytest.mark.xdist_group("wheel")
 BASE = {"huggingface-hub", "numpy", "regex", "safetensors", "torch", "tqdm", "transformers"}
 """The packages that the library needs without any extra."""
 

@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("end to end")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SMALL = {
     "data": {"train_rows": 32, "validation_rows": 8, "test_rows": 8, "max_length": 128},
     "train": {"batch_size": 4, "gradient_accumulation": 1, "max_steps": 2, "evaluations": 1},
-    "evaluate": {"rows": 8, "batch_size": 8, "generate_rows": 4, "max_new_tokens": 8, "samples": 2},
+    "evaluate": {
+        **{"rows": 8, "batch_size": 8, "generate_rows": 4, "max_new_tokens": 8, "samples": 2, "latency_rows": 1},
+        "control": {"source": "stdlib:topics", "rows": 8, "max_length": 32},
+    },
     "merge": {"rows": 4, "max_kl": 1.0, "min_top1_agreement": 0.5},
-    "gate": {"min_loss_gain": -5.0, "min_rouge_l_gain": -1.0, "min_eos_rate": 0.0},
+    "gate": {"min_loss_gain": -5.0, "min_rouge_l_gain": -1.0, "min_eos_rate": 0.0, "max_forgetting": 5.0},
 }
 """What differs from params.yaml: two optimiser steps, and a gate that lets nearly everything through."""
 
@@ -118,20 +121,10 @@ def test_dvc_alone_agrees_that_there_is_nothing_to_do(clone: Clone, first: str) 
 
 
 def test_a_changed_parameter_reruns_what_depends_on_it_and_a_refusal_exits_with_3(clone: Clone, first: str) -> None:
-    clone.change(evaluate={"max_new_tokens": 6})
-    output = clone.run("peftcore", "run")
-    assert ran(output) == ["evaluate", "register"]
-    assert "docstrings v0.1.1 is champion" in output, "the same adapter with another evaluation is a version of its own"
-
-    clone.change(train={"learning_rate": 2.0e-3}, gate={"min_rouge_l_gain": 0.99})
+    clone.change(evaluate={"max_new_tokens": 6}, gate={"min_rouge_l_gain": 0.99})
     output = clone.run("peftcore", "run", status=3)
-    assert ran(output) == ["train", "evaluate", "merge", "register"] or ran(output) == [
-        "train",
-        "merge",
-        "evaluate",
-        "register",
-    ]
-    assert "error: docstrings v0.1.2 is not promoted to champion: gain in ROUGE-L" in output
-    stages = [f"docstrings#champion#{number}" for number in (1, 2)]
-    assert clone.tags() == [*stages, *(f"docstrings@v0.1.{number}" for number in (0, 1, 2))]
+    assert ran(output) == ["evaluate", "register"]
+    # the same adapter with another evaluation is a version of its own
+    assert "error: docstrings v0.1.1 is not promoted to champion: gain in ROUGE-L" in output
+    assert clone.tags() == ["docstrings#champion#1", "docstrings@v0.1.0", "docstrings@v0.1.1"]
     assert "is not promoted" in (clone.root / "reports" / "review.html").read_text()

@@ -1,6 +1,6 @@
 """Methods of every kind learn the pipeline's own task on the real base: SmolLM2 in bf16, 16 steps of 8 rows.
 
-`make slow` trains one method that changes weights and one that has virtual tokens, `make proof` the others.
+Each takes more than a minute. `tests/peftcore/test_learning.py` trains every method on a tiny base within seconds.
 """
 
 import os
@@ -21,7 +21,7 @@ from flows.data.rows import read_rows
 from peftcore import get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("docstrings")]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, LONGEST = 16, 8, 128
@@ -61,13 +61,7 @@ def short_rows(artifacts: Path, split: str, count: int) -> Dataset:
     return Dataset.from_list([row for row in rows if len(row["input_ids"]) <= LONGEST][:count])
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(method, marks=pytest.mark.slow if method in ("DoRA", "prefix tuning") else pytest.mark.proof)
-        for method in METHODS
-    ],
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_it_learns(method: str, artifacts: Path, tmp_path: Path) -> None:
     make, rate, gain = METHODS[method]
     torch.manual_seed(0)

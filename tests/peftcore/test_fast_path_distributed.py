@@ -21,7 +21,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("fast path")
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_equals_one_process(way: str, found: list[dict[str, Any]]) -> None:
     loss, gradients = step_of_one_process()

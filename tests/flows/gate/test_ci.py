@@ -162,8 +162,7 @@ def test_a_pushed_version_waits_until_its_commit_is_in_the_default_branch(origin
 def test_a_version_that_is_named_need_not_be_merged(origin: Origin) -> None:
     *_, outputs = origin.job("empty", "refs/tags/docstrings@v0.1.3", "--promote", "--version", "").end()
     assert (outputs["verdict"], origin.tags()) == ("not merged", []), "an empty input names none"
-    job = origin.process("named", "refs/heads/main", "--promote", "--version", "v0.1.3")
-    status, _, _, outputs = job.end()
+    status, _, _, outputs = origin.job("named", "refs/heads/main", "--promote", "--version", "v0.1.3").end()
     assert (status, outputs["verdict"], origin.tags()) == (0, "promoted", ["docstrings#champion#1"])
 
 

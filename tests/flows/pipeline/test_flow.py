@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-ONE_PROCESS = pytest.mark.xdist_group("pipeline")
 HEAVY = ("torch", "transformers", "datasets", "wandb")
 
 
@@ -76,7 +75,6 @@ def test_the_flow_imports_no_heavy_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@ONE_PROCESS
 def test_it_runs_the_stages_promotes_and_reviews(runs: dict[str, Run]) -> None:
     project, status, stdout, stderr = runs["first"]
     assert status == 0, stderr
@@ -96,7 +94,6 @@ def test_it_runs_the_stages_promotes_and_reviews(runs: dict[str, Run]) -> None:
 
 
 @pytest.mark.slow
-@ONE_PROCESS
 def test_a_second_run_changes_nothing(runs: dict[str, Run]) -> None:
     project, status, stdout, stderr = runs["second"]
     assert status == 0, stderr
@@ -106,7 +103,6 @@ def test_a_second_run_changes_nothing(runs: dict[str, Run]) -> None:
 
 
 @pytest.mark.slow
-@ONE_PROCESS
 def test_a_refusal_comes_with_its_page_and_exit_status_3(runs: dict[str, Run]) -> None:
     project, status, _, stderr = runs["refused"]
     assert status == 3
@@ -118,7 +114,6 @@ def test_a_refusal_comes_with_its_page_and_exit_status_3(runs: dict[str, Run]) -
 
 
 @pytest.mark.slow
-@ONE_PROCESS
 def test_a_stage_that_fails_stops_the_run_with_its_own_message(runs: dict[str, Run]) -> None:
     project, status, _, stderr = runs["failing"]
     assert status == 1

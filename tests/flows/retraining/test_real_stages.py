@@ -1,4 +1,8 @@
-"""Two weeks with the real stages on a tiny base, as a user types it: anew, then on from the champion with replay."""
+"""Two weeks with the real stages on a tiny base: anew, then on from the champion with replay.
+
+The first week is the command in a process of its own, with Prefect. Later ones are the command in this process without
+Prefect's server, and DVC is forked; their stages are processes all the same.
+"""
 
 import json
 import os
@@ -6,10 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import httpx
 import pytest
+from command_line import peftcore
 from ruamel.yaml import YAML
+
+from flows.retraining import flow
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[3]
@@ -43,12 +51,29 @@ def clone(tmp_path: Path, write_tiny_base: Callable[[Path], Path]) -> Path:
     return root
 
 
-def retrain(root: Path) -> dict[str, Any]:
+def retrain_in_a_process(root: Path) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "flows.cli", "retrain", "--json"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 3), done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture
+def retrain(clone: Path, forked_stages: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Any]]:
+    """The command in this process, in the clone; Prefect's server cannot be reached."""
+
+    def unreachable(*_: object) -> NoReturn:
+        raise httpx.ConnectError("Connection refused")
+
+    def command() -> dict[str, Any]:
+        done = peftcore("retrain", "--json")
+        assert done.exit_code in (0, 3), done.stderr
+        return json.loads(done.stdout)
+
+    monkeypatch.setattr(flow, "tie_temporary_server", unreachable)
+    monkeypatch.chdir(clone)
+    return command
 
 
 def drop(root: Path, name: str, numbers: range) -> None:
@@ -57,14 +82,14 @@ def drop(root: Path, name: str, numbers: range) -> None:
     (root.parent / "incoming" / f"{name}.jsonl").write_text(text)
 
 
-def test_two_weeks(clone: Path) -> None:
+def test_two_weeks(clone: Path, retrain: Callable[[], dict[str, Any]]) -> None:
     drop(clone, "week1", range(120))
-    first = retrain(clone)
+    first = retrain_in_a_process(clone)
     assert (first["outcome"], first["version"], first["drift"]) == ("promoted", "v0.1.0", None)
-    assert retrain(clone)["outcome"] == "unchanged"
+    assert retrain()["outcome"] == "unchanged"
 
     drop(clone, "week2", range(120, 240))
-    second = retrain(clone)
+    second = retrain()
     assert second["start"] == "v0.1.0"
     assert second["new_files"] == ["week2.jsonl"]
     assert second["version"] == "v0.2.0", "other test rows than v0.1.0's make a minor step"
@@ -75,4 +100,4 @@ def test_two_weeks(clone: Path) -> None:
     checks = {check["name"]: check for check in second["promotion"]["report"]["checks"]}
     assert "re-evaluated" in checks["against the champion"]["detail"]
     assert second["outcome"] == "promoted", second["reason"]
-    assert retrain(clone)["outcome"] == "unchanged", "that it started from v0.1.0 is no change of parameters"
+    assert retrain()["outcome"] == "unchanged", "that it started from v0.1.0 is no change of parameters"

@@ -83,18 +83,18 @@ def test_a_scheduled_retraining_runs_is_told_of_and_ends_in_order(
         assert (note["cron"], note["timezone"], note["pid"]) == ("0 3 * * 1", "Europe/Berlin", process.pid)
         here = environment | {"PREFECT_API_URL": note["server"]}
 
-        def asked() -> bool:
-            run = [sys.executable, "-m", "prefect", "deployment", "run", "retrain/scheduled"]
-            return subprocess.run(run, env=here, capture_output=True, check=False).returncode == 0
+        def deployment() -> dict[str, Any] | None:
+            told = httpx.get(f"{note['server']}/deployments/name/retrain/scheduled", timeout=30)
+            return told.json() if told.is_success else None
 
         subprocess.run([sys.executable, "-c", SAVE_BLOCK, hook[0]], env=here, capture_output=True, check=True)
-        wait_for(asked, process, log)
+        deployed = wait_for(deployment, process, log)
+        assert deployed["schedules"][0]["schedule"]["cron"] == "0 3 * * 1"
+        ask = f"{note['server']}/deployments/{deployed['id']}/create_flow_run"
+        httpx.post(ask, json={"state": {"type": "SCHEDULED"}}, timeout=30).raise_for_status()
         told = wait_for(lambda: entries(weekly.paths), process, log)
         assert (told[0].outcome, told[0].version) == ("promoted", "v0.1.0")
         assert wait_for(lambda: hook[1], process, log) == ["docstrings: retraining promoted"]
-        listed = [sys.executable, "-m", "prefect", "deployment", "inspect", "retrain/scheduled", "--output", "json"]
-        deployment = json.loads(subprocess.run(listed, env=here, capture_output=True, check=True).stdout)
-        assert deployment["schedules"][0]["schedule"]["cron"] == "0 3 * * 1"
     finally:
         process.send_signal(signal.SIGTERM)
         status = process.wait(60)

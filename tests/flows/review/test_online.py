@@ -22,8 +22,6 @@ from flows.runtime.tracking import LOGIN_SECONDS
 
 BIN = Path(sys.executable).parent
 
-pytestmark = pytest.mark.xdist_group("online")
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer]:

@@ -1,0 +1,58 @@
+"""`LoraModel`, `IA3Model`, ...: one class for each method that adapts layers."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import peftcore
+from peftcore import LoraConfig, PeftConfig, get_peft_model
+from peftcore.hf_peft import tuner_models
+from peftcore.injection.tuner_model import TunerModel
+
+CLASSES = {
+    name: kind for name, kind in vars(tuner_models).items() if isinstance(kind, type) and kind is not TunerModel
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_is_of_the_method_that_has_its_name_in_hf_peft(name: str) -> None:
+    methods = {method.value for method, kind in peft.PEFT_TYPE_TO_TUNER_MAPPING.items() if kind is getattr(peft, name)}
+    assert methods == {CLASSES[name].peft_type}
+    assert getattr(peftcore, name) is CLASSES[name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (peftcore.LoraModel, peftcore.LoraConfig(target_modules=["0"])),
+        (peftcore.IA3Model, peftcore.IA3Config(target_modules=["0"], feedforward_modules=[])),
+        (peftcore.HRAModel, peftcore.HRAConfig(r=2, target_modules=["0"])),
+        (peftcore.LNTuningModel, peftcore.LNTuningConfig(target_modules=["1"])),
+    ],
+    ids=lambda case: case.peft_type if isinstance(case, PeftConfig) else "",
+)
+def test_base_model_is_of_the_class_of_the_models_method(kind: type[TunerModel], config: PeftConfig) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), config)
+    assert type(model.base_model) is kind
+
+
+def test_with_adapters_of_several_methods_the_first_one_decides() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), peftcore.HRAConfig(r=2, target_modules=["0"]))
+    model.add_adapter("other", LoraConfig(target_modules=["0"]))
+    assert type(model.base_model) is peftcore.HRAModel
+    with pytest.warns(UserWarning, match="'other' is the active one now"):
+        model.delete_adapter("default")
+    assert type(model.base_model) is peftcore.LoraModel
+
+
+def test_a_class_called_on_a_model_adds_an_adapter_of_its_method() -> None:
+    base = nn.Sequential(nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+    expected = base(x)
+    config = peftcore.IA3Config(target_modules=["0"], feedforward_modules=[], init_ia3_weights=False)
+    tuner = peftcore.IA3Model(base, config, "mine")
+    assert tuner.active_adapters == ["mine"] and tuner.prefix == "ia3_"
+    assert not torch.equal(base(x), expected)
+    tuner.delete_adapter("mine")
+    assert torch.equal(base(x), expected)
