@@ -62,7 +62,7 @@ REASONS = (
     ),
     (
         r"test_lora_variants.*cannot be made by itself",
-        "layers are made by injection, and `register_variant` adds a variant of LoRA, in place of a table in each class",
+        "layers are made by injection, and `register_variant` adds a variant of LoRA, not a table in each class",
     ),
     (
         r"test_num_beams_error|test_gradient_checkpointing_double_forward_raises",
