@@ -134,14 +134,14 @@ class ModulesToSaveWrapper(metaclass=_Wrapper):
 
 
 class _OfMethod(_Wrapper):
-    """Metaclass of the layer classes of one method."""
+    """Metaclass of the layer classes of one method, and of the methods whose layers are subclasses in HF PEFT."""
 
-    peft_type: ClassVar[str]
+    peft_types: ClassVar[tuple[str, ...]]
     kinds: ClassVar[frozenset[str]]
     """Kinds of layer; empty for all."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        adapter_class = methods()[cls.peft_type].adapter
+        adapter_classes = tuple(methods()[peft_type].adapter for peft_type in cls.peft_types)
         if isinstance(instance, AdapterParameters):
             slots = [instance.sites[name] for name in instance.sites]
         elif isinstance(instance, AdapterLayer):
@@ -150,18 +150,23 @@ class _OfMethod(_Wrapper):
             return False
         if cls.kinds and not any(slot.base.kind in cls.kinds for slot in slots):
             return False
-        return any(isinstance(slot.adapters[name], adapter_class) for slot in slots for name in slot.adapters)
+        return any(isinstance(slot.adapters[name], adapter_classes) for slot in slots for name in slot.adapters)
 
 
-def layer_class(name: str, peft_type: str, *kinds: str) -> Any:
+def layer_class(name: str, peft_type: str, *kinds: str, derived: tuple[str, ...] = ()) -> Any:
     """Return a class for `isinstance` checks of layers with an adapter of one method.
 
     Args:
         name: the class's name.
         peft_type: the method.
         kinds: kinds of layer, such as "linear"; none for all.
+        derived: further methods whose layer classes are subclasses of this one in HF PEFT.
     """
-    members = {"peft_type": peft_type, "kinds": frozenset(kinds), "wrappers": (AdapterLayer, AdapterParameters)}
+    members = {
+        "peft_types": (peft_type, *derived),
+        "kinds": frozenset(kinds),
+        "wrappers": (AdapterLayer, AdapterParameters),
+    }
     return _OfMethod(name, (), {**members, "__doc__": f"A layer with an adapter of {peft_type}."})
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from peftcore._util.patterns import matched
 from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_projections
@@ -176,6 +177,7 @@ def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str,
     matches = {path: match for path, match in every.items() if named(path, names)}
     for name in names:
         if not any(named(path, [name]) for path in matches):
+            _check_not_parametrised(name, owners)
             raise TargetError(f"target_parameters: {name!r} is no parameter{suggestion(name, list(every))}")
     for path, (module, _) in matches.items():
         owner = path.rpartition(".")[0]
@@ -186,6 +188,17 @@ def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str,
                 f"target_parameters: {path} is quantised; name the layer in target_modules in place of it"
             )
     return matches
+
+
+def _check_not_parametrised(name: str, owners: Mapping[str, nn.Module]) -> None:
+    """Raise TargetError if a name of `target_parameters` is that of a tensor which a parametrisation computes."""
+    for path, module in owners.items():
+        computed = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
+        if any(named(f"{path}.{own}", [name]) for own in computed):
+            raise TargetError(
+                f"target_parameters: {name!r} is computed by a parametrisation of {path}, so it is no raw parameter; "
+                "name the layer in target_modules in place of it"
+            )
 
 
 def tied_weights(module_index: ModuleIndex) -> list[list[str]]:

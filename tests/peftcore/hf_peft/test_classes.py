@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import peft
 import pytest
+from peftcore.tuners.adalora.layer import AdaLoraLayer
 from peftcore.tuners.ia3.layer import IA3Layer
 from peftcore.tuners.lora import Embedding, Linear, LoraLayer
 from torch import nn
 
 import peftcore
-from peftcore import ConfigError, IA3Config, LoraConfig, PeftError, get_peft_model
+from peftcore import AdaLoraConfig, ConfigError, IA3Config, LoraConfig, PeftError, get_peft_model
 from peftcore.hf_peft import classes
 
 
@@ -26,6 +28,21 @@ def test_layers() -> None:
     assert isinstance(head, classes.ModulesToSaveWrapper) and not isinstance(head, classes.BaseTunerLayer)
     assert not isinstance(linear, classes.AuxiliaryTrainingWrapper)
     assert issubclass(type(linear), classes.BaseTunerLayer)
+
+
+def test_a_layer_of_several_methods_is_a_layer_of_each() -> None:
+    model = get_peft_model(base(), LoraConfig(target_modules=["1", "3"]), mixed=True)
+    model.add_adapter("other", IA3Config(target_modules=["1"], feedforward_modules=[]))
+    assert isinstance(model[1], LoraLayer) and isinstance(model[1], IA3Layer)
+    assert isinstance(model[3], LoraLayer) and not isinstance(model[3], IA3Layer)
+
+
+def test_layers_of_adalora_are_layers_of_lora_but_not_its_linear_layers() -> None:
+    layer = get_peft_model(base(), AdaLoraConfig(target_modules=["1"], total_step=9))[1]
+    assert isinstance(layer, LoraLayer) and isinstance(layer, AdaLoraLayer) and not isinstance(layer, Linear)
+    plain = get_peft_model(base(), LoraConfig(target_modules=["1"]))[1]
+    assert isinstance(plain, LoraLayer) and not isinstance(plain, AdaLoraLayer)
+    assert issubclass(peft.tuners.adalora.AdaLoraLayer, peft.tuners.lora.LoraLayer)  # as in HF PEFT
 
 
 def test_the_parameters_of_lora_layers_can_be_selected() -> None:

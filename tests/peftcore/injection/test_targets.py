@@ -34,6 +34,22 @@ def test_names_match_whole_segments() -> None:
     assert targets_of(target_modules="all-linear", exclude_modules=["head"]) == ["overhead"]
 
 
+def test_a_parametrised_weight_is_adapted_by_its_layer() -> None:
+    model = Heads()
+    nn.utils.parametrizations.weight_norm(model.head)
+    x = torch.randn(2, 4)
+    expected = model.head(x)
+    nn.utils.parametrizations.weight_norm(model.block["head"])
+    with pytest.raises(
+        TargetError, match=r"computed by a parametrisation of head, .* name the layer in target_modules"
+    ):
+        get_peft_model(model, LoraConfig(target_modules=[], target_parameters=["head.weight"]))
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules="head", r=2))
+    assert torch.equal(adapted.head(x), expected)
+    torch.nn.init.ones_(adapted.head.lora_B["default"].weight)
+    assert not torch.allclose(adapted.head(x), expected)
+
+
 def test_modules_to_save_match_whole_segments() -> None:
     model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["head"]))
     trained = {

@@ -17,7 +17,7 @@ from peftcore.hf_peft.unsupported import (
 )
 from peftcore.methods.lora import LoraConfig, LoraRuntimeConfig
 
-LoraLayer = layer_class("LoraLayer", "LORA")
+LoraLayer = layer_class("LoraLayer", "LORA", derived=("ADALORA",))
 Linear = layer_class("Linear", "LORA", "linear")
 Embedding = layer_class("Embedding", "LORA", "embedding")
 Conv1d = layer_class("Conv1d", "LORA", "conv")
