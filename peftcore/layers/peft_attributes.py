@@ -171,6 +171,8 @@ def _parameters(adapter: Adapter, attribute: str) -> dict[str, str]:
 
 
 def _number(adapter: Adapter, attribute: str) -> Any:
+    if attribute in _NUMBERS.values():
+        return None  # HF PEFT's layers have the number under its other name only
     value = getattr(adapter, _NUMBERS.get(attribute, attribute), None)
     if isinstance(value, int | float) or (attribute == "scaling" and isinstance(value, Tensor)):
         return value
