@@ -252,7 +252,7 @@ def test_hotswap(saved: Path, tmp_path: Path) -> None:
         prepare(model, target_rank=7)
         assert set(model.adapter_ranks().values()) == {7}
         with pytest.raises(HotswapError, match="check_compiled must be"):
-            prepare(net(), check_compiled="no")
+            prepare(net(), check_compiled="no")  # type: ignore[arg-type]
     hotswap.prepare_model_for_compiled_hotswap(net(), target_rank=7, config=(further := lora()))
     assert further.r == 7
     model = net("default", "other")
