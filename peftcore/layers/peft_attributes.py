@@ -190,7 +190,7 @@ def _element(adapter: Adapter, attribute: str) -> Any:
     if attribute in _IN_A_MODULE and "" in parameters:
         parameters = {"weight": parameters[""]}
     if parameters == {"": parameters.get("")}:
-        return adapter.get_parameter(parameters[""])
+        return adapter.shown_parameter(parameters[""])
     if parameters:
         return FactorView(adapter, parameters)
     number = _number(adapter, attribute)

@@ -13,6 +13,7 @@ from peftcore import (
     ConfigError,
     HotswapError,
     LoraConfig,
+    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
 )
@@ -172,6 +173,20 @@ def test_only_the_exchanged_adapter_changes(saved: Path, other: Path) -> None:
     load_adapter(model, other, "first", hotswap=True)
     assert list(adapter_set(model).selection.active) == ["second"]
     torch.testing.assert_close(logits(model), logits(loaded(saved)))
+
+
+def test_from_pretrained_replaces_what_transformers_has_loaded(saved: Path, other: Path) -> None:
+    model = loaded(saved)
+    before = logits(model)
+    with pytest.raises(CheckpointError):
+        PeftModel.from_pretrained(model, "/nothing/here")
+    assert torch.equal(logits(model), before)
+    with pytest.warns(UserWarning, match="'default' was loaded already, by transformers, and is replaced"):
+        adapted: Any = PeftModel.from_pretrained(model, other)
+    assert list(adapted.peft_config) == ["default"] == list(adapted.active_adapters)
+    torch.testing.assert_close(logits(adapted), logits(loaded(other)))
+    with pytest.raises(AdapterNameError):
+        PeftModel.from_pretrained(adapted, saved)
 
 
 def test_missing_sizes_and_low_memory(saved: Path) -> None:
