@@ -159,6 +159,19 @@ def test_an_exchange_keeps_the_memory_after_enable_peft_hotswap(saved: Path, oth
         load_adapter(model, saved, hotswap=False)
 
 
+@pytest.mark.slow
+def test_an_exchange_compiles_nothing_anew(saved: Path, other: Path) -> None:
+    torch._dynamo.reset()
+    model = llama()
+    model.enable_peft_hotswap(target_rank=4)
+    load_adapter(model, saved)
+    compiled: Any = torch.compile(model, backend="eager")
+    logits(compiled)
+    load_adapter(model, other)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(logits(compiled), logits(loaded(other)))
+
+
 def test_a_rank_above_the_stated_one_leaves_the_model_as_it_was(other: Path) -> None:
     model = llama()
     model.enable_peft_hotswap(target_rank=2)
