@@ -156,6 +156,7 @@ class Wording:
         pytest.ExceptionInfo.__str__ = lambda info: text(repr(info))  # type: ignore[method-assign]
         PeftError.__str__ = lambda error: text(super(PeftError, error).__str__())  # type: ignore[method-assign]
         pytest.WarningsRecorder.list = property(recorded)  # type: ignore[assignment]
+        pytest.WarningsRecorder.__iter__ = lambda recorder: iter(recorded(recorder))  # type: ignore[method-assign]
 
     def _accepting(self, function: Any, texts: Callable[[Any], list[str]]) -> Any:
         @contextlib.contextmanager

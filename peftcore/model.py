@@ -127,7 +127,7 @@ class PeftModel:
 
         Raises:
             CheckpointError: the adapter is not found, is damaged, or was made for another base model.
-            AdapterNameError: the name is not valid, or taken.
+            AdapterNameError: the name is not valid, or that of an adapter of a PeftModel.
             ConfigError: an option has a value that does not fit.
             TypeError: an option is unknown.
         """
@@ -142,6 +142,8 @@ class PeftModel:
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
         directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
         with hub.naming_download(model_id):
+            if not isinstance(model, PeftModel) and ATTRIBUTE in model.__dict__:
+                _make_room(model, adapter_name, directory, config, reading)
             adapters = checkpoint.load_adapter(
                 model, directory, adapter_name, is_trainable, config, reading=reading
             ).adapters
@@ -881,6 +883,20 @@ _WHOLE_LOCAL_FILE: dict[str, tuple[Any, ...]] = {
     "distributed_checkpoint": (False,),
 }
 """{option of transformers' `save_pretrained`: supported values, which change nothing}"""
+
+
+def _make_room(model: nn.Module, name: str, directory: Path, config: PeftConfig | None, reading: Reading) -> None:
+    """Delete an adapter of a plain transformers model, so that the one of a directory can have its name, as in PEFT."""
+    if name not in adapter_set(model).configs:
+        return
+    checkpoint.load_adapter(model, directory, f"another {name}", False, config, reading=reading)  # errors come here
+    for one in (f"another {name}", name):
+        inject.delete_adapter(model, one)
+    warnings.warn(
+        f"adapter {name!r} was loaded already, by transformers, and is replaced by the one of {directory}; to keep "
+        "both, give the new one another adapter_name",
+        stacklevel=4,
+    )
 
 
 def _check_saving(safe_serialization: Any, other: Mapping[str, Any]) -> None:

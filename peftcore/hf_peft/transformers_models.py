@@ -30,6 +30,7 @@ from peftcore.storage.reading import IncompatibleKeys, Reading
 from peftcore.storage.state_dict import set_peft_model_state_dict
 from peftcore.storage.trainer_checkpoints import teach_trainer
 
+_NO_SOURCE = "load_adapter needs a directory or a hub id, or peft_config with adapter_state_dict"
 _ACCESS = ("cache_dir", "force_download", "local_files_only", "token")
 """Options of the base model's download that the adapter's download gets, too."""
 _UNUSED = frozenset({"pretrained_model_name_or_path", "download_kwargs", "use_safetensors", "ignore_mismatched_sizes"})
@@ -92,14 +93,14 @@ def load_adapter(
         )
     options, ignore_mismatched_sizes = _options(load_config, kwargs, adapter_kwargs or {}, local_files_only)
     peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
-    if adapter_state_dict is None and peft_model_id is None:
-        raise ConfigError("load_adapter needs a directory or a hub id, or peft_config with adapter_state_dict")
     if swaps:
         if low_cpu_mem_usage or ignore_mismatched_sizes:
             raise ConfigError("load_adapter: low_cpu_mem_usage and ignore_mismatched_sizes must be False with hotswap")
         keys = _exchange(self, peft_model_id, name, peft_config, adapter_state_dict, options)
     elif adapter_state_dict is not None:
         keys = _load_tensors(self, peft_config, adapter_state_dict, name, is_trainable, ignore_mismatched_sizes)
+    elif peft_model_id is None:
+        raise ConfigError(_NO_SOURCE)
     else:
         reading = Reading(False, low_cpu_mem_usage, ignore_mismatched_sizes=ignore_mismatched_sizes)
         directory = hub.adapter_directory(peft_model_id, needs_config=peft_config is None, **options)
@@ -132,8 +133,9 @@ def _exchange(
         hotswap_adapter_from_state_dict(model, tensors, name, _checked_config(config))
     elif config is not None:
         raise ConfigError("load_adapter: peft_config must be None with hotswap; the saved configuration is read")
+    elif peft_model_id is None:
+        raise ConfigError(_NO_SOURCE)
     else:
-        assert peft_model_id is not None  # checked by the caller
         hotswap_adapter(model, peft_model_id, name, **options)
     return IncompatibleKeys([], [])
 
@@ -179,8 +181,8 @@ def _load_tensors(
     is_trainable: bool,
     ignore_mismatched_sizes: bool,
 ) -> IncompatibleKeys:
-    config = dataclasses.replace(_checked_config(config), inference_mode=not is_trainable)
-    inject_adapter_in_model(config, model, name)
+    own = dataclasses.replace(_checked_config(config), inference_mode=not is_trainable)
+    inject_adapter_in_model(own, model, name)
     try:
         return set_peft_model_state_dict(model, tensors, name, ignore_mismatched_sizes)
     except Exception:
@@ -188,7 +190,7 @@ def _load_tensors(
         raise
 
 
-def _checked_config(config: Any) -> Any:
+def _checked_config(config: PeftConfig | None) -> Any:
     """Return the configuration that comes with a state dict; raise ConfigError if there is none."""
     if not isinstance(config, PeftConfig):
         raise ConfigError(f"load_adapter: adapter_state_dict needs peft_config, a configuration; got {config!r:.200}")

@@ -173,6 +173,8 @@ def _parameters(adapter: Adapter, attribute: str) -> dict[str, str]:
 
 
 def _number(adapter: Adapter, attribute: str) -> Any:
+    if attribute in _NUMBERS.values():
+        return None  # HF PEFT's layers have the number under its other name only
     value = getattr(adapter, _NUMBERS.get(attribute, attribute), None)
     if isinstance(value, int | float) or (attribute in _COMPUTED and isinstance(value, Tensor)):
         return value
@@ -190,7 +192,7 @@ def _element(adapter: Adapter, attribute: str) -> Any:
     if attribute in _IN_A_MODULE and "" in parameters:
         parameters = {"weight": parameters[""]}
     if parameters == {"": parameters.get("")}:
-        return adapter.get_parameter(parameters[""])
+        return adapter.shown_parameter(parameters[""])
     if attribute == adapter.dropout_option:
         return adapter.dropout_module or nn.Identity()
     if parameters:

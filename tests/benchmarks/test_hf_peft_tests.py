@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = """
 import pytest
 from torch import nn
-from peft import KasaConfig, LoraConfig, get_peft_model
+from peft import EvaConfig, KasaConfig, LoraConfig, get_peft_model
 from peft.utils import infer_device
 
 from .testing_common import CASES
@@ -30,11 +30,11 @@ def test_words():
 
 def test_words_by_itself(recwarn):
     with pytest.raises(ValueError) as error:
-        LoraConfig(r=-1)
-    assert "Words of another library" in str(error)
-    assert "Words of another library" in str(error.value)
-    LoraConfig(lora_ga_config={"scale": "unit"})
-    assert recwarn.list[0].message.args[0].startswith("Words of another library")
+        LoraConfig(layers_pattern="x")
+    assert "must also be specified" in str(error) and "must also be specified" in str(error.value)
+    LoraConfig(eva_config=EvaConfig())
+    assert recwarn.list[0].message.args[0].startswith("`eva_config` specified")
+    assert any("will be ignored" in str(warning.message) for warning in recwarn)
     assert len(recwarn) == 1 and not any("?" in str(warning.message) for warning in recwarn.list[1:])
 
 def test_a_method_that_is_not_built():

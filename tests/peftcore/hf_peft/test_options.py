@@ -13,7 +13,7 @@ from peftcore.hf_peft import options
 
 @pytest.mark.parametrize("name", ["CordaConfig", "EvaConfig", "LoraGAConfig", "LoftQConfig", "LoraRuntimeConfig"])
 def test_options_and_defaults_are_pefts(name: str) -> None:
-    ours, theirs = getattr(peftcore.tuners.lora, name), getattr(peft.tuners.lora, name)
+    ours, theirs = getattr(peftcore.tuners.lora, name), getattr(peft.tuners.lora.config, name)
     assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
     assert ours().to_dict() == vars(theirs())
 

@@ -67,7 +67,8 @@ def test_the_arguments_are_those_of_peft(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 def test_corda_starts_as_in_peft(method: str) -> None:
     starts = []
-    for library, preprocess in ((None, preprocess_corda), (peft, corda_of_peft.preprocess_corda)):
+    both: Any = ((None, preprocess_corda), (peft, corda_of_peft.preprocess_corda))
+    for library, preprocess in both:
         model, config = Net(), corda(library, corda_method=method)
         preprocess(model, config, run_model=lambda model=model: [model(X), model(X[:7])])
         assert hasattr(model.first, "eigens")
@@ -173,7 +174,8 @@ def test_corda_needs_a_function_finite_inputs_and_one_configuration() -> None:
 def loraga(library: Any = None, **options: Any) -> Any:
     if library is peft:
         own: Any = peft.LoraGAConfig(**options)
-        return peft.LoraConfig(init_lora_weights="lora_ga", target_modules=["first"], r=2, lora_ga_config=own)
+        fixed: dict[str, Any] = {"init_lora_weights": "lora_ga", "target_modules": ["first"], "r": 2}
+        return peft.LoraConfig(**fixed, lora_ga_config=own)
     return LoraConfig(
         init_lora_weights="lora_ga", target_modules=["first"], r=2, lora_ga_config=LoraGAConfig(**options)
     )

@@ -13,6 +13,7 @@ from peftcore import (
     ConfigError,
     HotswapError,
     LoraConfig,
+    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
 )
@@ -158,12 +159,25 @@ def test_an_exchange_keeps_the_memory_after_enable_peft_hotswap(saved: Path, oth
         load_adapter(model, saved, hotswap=False)
 
 
+@pytest.mark.slow
+def test_an_exchange_compiles_nothing_anew(saved: Path, other: Path) -> None:
+    torch._dynamo.reset()
+    model = llama()
+    model.enable_peft_hotswap(target_rank=4)
+    load_adapter(model, saved)
+    compiled: Any = torch.compile(model, backend="eager")
+    logits(compiled)
+    load_adapter(model, other)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(logits(compiled), logits(loaded(other)))
+
+
 def test_a_rank_above_the_stated_one_leaves_the_model_as_it_was(other: Path) -> None:
     model = llama()
     model.enable_peft_hotswap(target_rank=2)
     with pytest.raises(HotswapError, match="rank"):
         load_adapter(model, other)
-    assert not model.peft_config and torch.equal(logits(model), logits(llama()))
+    assert not getattr(model, "peft_config", None) and torch.equal(logits(model), logits(llama()))
 
 
 def test_only_the_exchanged_adapter_changes(saved: Path, other: Path) -> None:
@@ -172,6 +186,20 @@ def test_only_the_exchanged_adapter_changes(saved: Path, other: Path) -> None:
     load_adapter(model, other, "first", hotswap=True)
     assert list(adapter_set(model).selection.active) == ["second"]
     torch.testing.assert_close(logits(model), logits(loaded(saved)))
+
+
+def test_from_pretrained_replaces_what_transformers_has_loaded(saved: Path, other: Path) -> None:
+    model = loaded(saved)
+    before = logits(model)
+    with pytest.raises(CheckpointError):
+        PeftModel.from_pretrained(model, "/nothing/here")
+    assert torch.equal(logits(model), before)
+    with pytest.warns(UserWarning, match="'default' was loaded already, by transformers, and is replaced"):
+        adapted: Any = PeftModel.from_pretrained(model, other)
+    assert list(adapted.peft_config) == ["default"] == list(adapted.active_adapters)
+    torch.testing.assert_close(logits(adapted), logits(loaded(other)))
+    with pytest.raises(AdapterNameError):
+        PeftModel.from_pretrained(adapted, saved)
 
 
 def test_missing_sizes_and_low_memory(saved: Path) -> None:

@@ -113,6 +113,7 @@ def test_what_cannot_be_written_is_an_error(pair: tuple[Any, Any]) -> None:
 def test_a_layer_has_no_attribute_of_other_methods(pair: tuple[Any, Any]) -> None:
     assert not hasattr(pair[0][1], "ia3_l")
     assert not hasattr(pair[0][1], "no_such_attribute")
+    assert not any(hasattr(layers[1], "rank") for layers in pair)  # the rank is `r`
 
 
 def test_a_method_without_factors_has_its_parameter_as_the_element() -> None:

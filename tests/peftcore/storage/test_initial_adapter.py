@@ -31,7 +31,7 @@ def changed(model: Any) -> Any:
 @pytest.fixture
 def residual(tmp_path: Path) -> tuple[nn.Sequential, Path]:
     """The base without a PiSSA start, and the directory of that start: what HF PEFT's own script for PiSSA saves."""
-    model = peft.get_peft_model(net(), peft.LoraConfig(r=3, target_modules=["0", "1"], init_lora_weights="pissa"))
+    model: Any = peft.get_peft_model(net(), peft.LoraConfig(r=3, target_modules=["0", "1"], init_lora_weights="pissa"))
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(str(tmp_path / "start"))
     return model.unload(), tmp_path / "start"

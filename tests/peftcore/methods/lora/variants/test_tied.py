@@ -69,6 +69,8 @@ def test_several_embeddings_of_one_weight_use_one_pair_of_factors(target: str, t
     for name in ("encoder", "decoder"):
         assert torch.equal(layers[name].delta_weight(), layers["shared"].delta_weight())
     assert torch.equal(layers["lm_head"].delta_weight(), layers["shared"].delta_weight().T)
+    shown = [model.get_submodule(name).lora_embedding_A["default"] for name in ("shared", "encoder", "decoder")]
+    assert len({tensor.data_ptr() for tensor in shown}) == 1
     tokens = torch.arange(5)[None]
     output = model(tokens)
     output.sum().backward()
