@@ -115,7 +115,8 @@ class TunerModel:
         config: Any = getattr(model, "config", NO_MODEL_CONFIG)
         if hasattr(config, "to_dict"):
             return config.to_dict()
-        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+        is_options = dataclasses.is_dataclass(config) and not isinstance(config, type)
+        return dataclasses.asdict(config) if is_options else config
 
     @property
     def targeted_module_names(self) -> list[str]:
