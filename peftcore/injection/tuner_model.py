@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
@@ -115,8 +115,7 @@ class TunerModel:
         config: Any = getattr(model, "config", NO_MODEL_CONFIG)
         if hasattr(config, "to_dict"):
             return config.to_dict()
-        is_options = dataclasses.is_dataclass(config) and not isinstance(config, type)
-        return dataclasses.asdict(config) if is_options else config
+        return dataclasses.asdict(cast(Any, config)) if dataclasses.is_dataclass(config) else config
 
     @property
     def targeted_module_names(self) -> list[str]:
