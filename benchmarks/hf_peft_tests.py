@@ -54,9 +54,10 @@ LIBRARIES = ("peft", "peftcore")
 BEGIN, END = "<!-- tests -->", "<!-- /tests -->"
 NOT_BUILT = "the method or variant is not built"
 INTERNAL = "a private name of HF PEFT, which only tests use"
-WHOLE_MODEL = "adapters are switched, merged and disabled for the whole model, never for one layer"
 REFUSED = sorted(name for name in vars(unsupported) if name.endswith("Config"))
 """Configurations of the methods that are not built."""
+NAMES = "modules, parameters and `state_dict()` have the names of the plain model here"
+WORDS = "an error or a warning has other words, which the test compares by itself"
 REASONS = (
     (rf"\b({'|'.join(REFUSED)})\b|Test({'|'.join(REFUSED).replace('Config', '')})Init", NOT_BUILT),
     (r"KeyError: 'CARTRIDGE'|test_from_peft_type", NOT_BUILT),
@@ -88,18 +89,46 @@ REASONS = (
     ),
     (r"test_target_parameters.*existing_parametrization", "a weight that is parametrised already is no raw parameter"),
     (r"test_mixed.*get_nb_trainable", "AdaLoRA's number of ranks is no parameter, so it is not counted"),
+    (r"test_(model_)?quantization_backend", "the storage of a quantised weight is read from the layer, not assigned"),
+    (r"test_model_active_adapters_irregular", INTERNAL),
     (r"NotInPeftcore|no attribute '_|_get_commit_hash|has no attribute 'get'|'MockBackend'", INTERNAL),
     (r"safe_serialization must be True", "pickles are never written (`safe_serialization=False` is refused)"),
     (r"test_adding_multiple_adapters_with_bias_raises|multiple_adapters.*bias", "several adapters may train biases"),
-    (r"TestRequiresGrad", "parameters have the names of modules here, and an added adapter trains at once"),
-    (r"test_set_requires_grad|non_overlapping_modules_to_save", "an added adapter trains at once"),
-    (r"no attribute '(enable_adapters|set_adapter|merge|unmerge)'|irregular_state", WHOLE_MODEL),
+    (r"TestRequiresGrad|applies_find_target_modules|test_prefixes_select_correct_state_dict_keys", NAMES),
+    (r"exiting_context_irregular_state", "`disable_adapter` leaves a layer that was disabled before it as it was"),
+    (
+        r"learnable_bias",
+        "a trained bias is the adapter's own: `layer.bias` is a sum, and writing into it changes no parameter",
+    ),
+    (
+        r"no attribute 'lora_embedding_A'",
+        "a layer has the attributes of its own kind, and parameters are not added to it by hand",
+    ),
+    (r"FactorView", "an element of `layer.lora_A` is a view on the adapter, not an nn.Linear"),
+    (
+        r"test_model_with_injected_layers|test_prefixes_model_with_injected_layers_only",
+        "`base_model.model` is the PeftModel itself",
+    ),
+    (r"test_mixed_model_raises", "models of several methods have a status, too"),
+    (r"test_non_existing_model_card", "a model card says what is known, without a form to fill in"),
+    (
+        r"targeting_lora_to_embedding_layer_non_transformers",
+        "`save_embedding_layers=True` saves the embeddings of any model that names them",
+    ),
+    (r"test_repr_lora_embedding", "a layer prints as a layer of peftcore"),
     (
         r"Tensor.__contains__|values expected sparse tensor",
         "the modules inside of a layer hold parameters under HF PEFT's names",
     ),
     (r"test_mixed.*AssertionError", "one class of layer serves all methods, so the number of layer types differs"),
-    (r"no attribute 'model'", "`peft_model.model` is the base model's own attribute; `base_model.model` works"),
+    (
+        r"no attribute 'lm_head'",
+        "`peft_model.model` is the transformers model without its head; `model.lm_head` and `base_model.model` work",
+    ),
+    (
+        r"test_composite_model_multiple_embed_tokens_specific_targeting",
+        "`layer.trainable_tokens_delta` is a new view at each access",
+    ),
     (
         r"vblora_vector_bank|no attribute '(vera|randlora)_[AB]'",
         "tensors that layers share are attributes of `base_model` and of layers, not of the model",
@@ -136,7 +165,7 @@ REASONS = (
     (r"scalings_are_tensors", "the modules inside of a layer have attributes of HF PEFT's layers as numbers"),
     (r"accepts no cache", "prefix tuning needs a model with a cache"),
     (r"prompt_encoder_warning", INTERNAL),
-    (r"in \W?<ExceptionInfo", "an error has other words, which the test compares by itself"),
+    (r"in \W?<ExceptionInfo|token_indices_merging_sequentially|tying_warns_when_model_not_tied", WORDS),
     (r"cannot be made by itself", INTERNAL),
     (r"[Tt]ied|[Tt]ying", "tied weights go by the shared parameter, and a tied weight is never changed by merging"),
 )

@@ -1,6 +1,7 @@
 """The adapters of a model: their configurations, their slots, and which of them are active."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -232,7 +233,7 @@ class AdapterSet:
     def switch_wrapper(
         self, wrapper: Any, active: Sequence[str] | None = None, switched_off: bool | None = None
     ) -> None:
-        """Switch one wrapper, and the model if all its layers agree then.
+        """Switch one wrapper, and the model if all its wrappers agree then.
 
         Args:
             wrapper: a wrapper of this model.
@@ -244,27 +245,27 @@ class AdapterSet:
         """
         if active is not None:
             self.check_active(active)
+        before = _state(wrapper.selection)
+        state = before[0] if active is None else tuple(active), before[1] if switched_off is None else switched_off
+        if state == before:
+            return
         if wrapper.selection is self.selection:
             wrapper.use_selection(LayerSelection(self.selection))
             self.selection.apart.append(wrapper)
-        if active is not None:
-            wrapper.selection.active = tuple(active)
-        if switched_off is not None:
-            wrapper.selection.switched_off = switched_off
-        self.join_wrappers()
+        wrapper.selection.active, wrapper.selection.switched_off = state
+        # the last wrapper first: libraries switch all in order, and until the end the last one differs
+        wrappers = chain(reversed(self.saved.values()), reversed(self.layers.values()))
+        if all(_state(one.selection) == state for one in wrappers):
+            self.selection._active, self.selection.switched_off = state
+        if state == _state(self.selection):
+            self.join_wrappers()
 
     def join_wrappers(self) -> None:
-        """Give the model the state that all its layers have, and wrappers with the model's state its selection."""
-        if not self.selection.apart:
-            return
-        states = [slot.selection for slot in self.layers.values()] or [one.selection for one in self.saved.values()]
-        # last layer first: libraries switch all layers in order, and all but the last time the last one differs
-        if states and all(_state(one) == _state(states[0]) for one in reversed(states)):
-            self.selection._active, self.selection.switched_off = _state(states[0])
-        for wrapper in list(self.selection.apart):
-            if _state(wrapper.selection) == _state(self.selection):
-                wrapper.use_selection(self.selection)
-                self.selection.apart.remove(wrapper)
+        """Give the model's selection to the wrappers with the model's state."""
+        joining = [wrapper for wrapper in self.selection.apart if _state(wrapper.selection) == _state(self.selection)]
+        for wrapper in joining:
+            wrapper.use_selection(self.selection)
+        self.selection.apart = [wrapper for wrapper in self.selection.apart if wrapper.selection is not self.selection]
 
     def merge_slots(self, slots: Sequence[AdapterSlot], adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Merge adapters into the base weights of some slots; see `peftcore.injection.merge.merge_slots`."""

@@ -59,8 +59,11 @@ def _with_model(plain: type[Any]) -> type[Any]:
     def reduce(self: Any, protocol: Any) -> Any:  # the class is made at run time, so a pickle stores the plain class
         return _unpickled, (plain,), self.__dict__
 
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (plain,), {**names, "model": property(model), "__reduce_ex__": reduce})
+    members = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    members |= {"model": property(model), "__reduce_ex__": reduce}
+    if hasattr(plain, "base_model"):  # transformers looks for the attribute `model` there
+        members["base_model"] = property(lambda self: self)
+    return type(plain.__name__, (plain,), members)
 
 
 def _unpickled(plain: type[Any]) -> Any:

@@ -383,8 +383,9 @@ def _is_long_list(config: TunerConfig) -> bool:
     IA3's `feedforward_modules` must be among the listed names, so a list with that option beside it stays as it is.
     """
     names = config.target_modules
-    is_list = names is not None and not isinstance(names, str)
-    return is_list and len(names) >= MANY_TARGETS and not getattr(config, "feedforward_modules", None)
+    if names is None or isinstance(names, str) or getattr(config, "feedforward_modules", None):
+        return False
+    return len(names) >= MANY_TARGETS
 
 
 def with_heads(module_index: ModuleIndex, config: C) -> C:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -122,7 +122,7 @@ class TunerModel:
         config: Any = getattr(model, "config", NO_MODEL_CONFIG)
         if hasattr(config, "to_dict"):
             return config.to_dict()
-        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+        return dataclasses.asdict(cast(Any, config)) if dataclasses.is_dataclass(config) else config
 
     @property
     def targeted_module_names(self) -> list[str]:

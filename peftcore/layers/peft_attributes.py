@@ -169,6 +169,8 @@ def _parameters(adapter: Adapter, attribute: str) -> dict[str, str]:
     """Return {rest of the key on disk after the attribute: the parameter's name in the adapter}."""
     start = f"{attribute}."
     keys = adapter.checkpoint_keys().items()
+    if not keys and attribute in adapter._parameters:  # shared with another layer, which saves the parameter
+        return {"": attribute}
     return {key[len(start) :]: name for name, key in keys if key == attribute or key.startswith(start)}
 
 

@@ -1,6 +1,6 @@
 """The methods of HF PEFT's layers that switch, merge and delete adapters: diffusers and transformers call them.
 
-As in HF PEFT, a method acts on the one layer. As soon as all layers of a model agree, the model has their state, too.
+As in HF PEFT, a method acts on the one layer. As soon as all wrappers of a model agree, the model has their state, too.
 """
 
 from collections.abc import Iterable

@@ -24,6 +24,7 @@ from peftcore.hf_peft import functional, helpers, preprocess
 from peftcore.hf_peft.classes import BaseTunerLayer
 from peftcore.hf_peft.utils import hotswap
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.layers.layer_selection import LayerSelection
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,8 @@ def test_new_adapters() -> None:
         assert len(parameters) == 6 and {p.is_meta for p in parameters} == {low}
     plain = Plain()
     state = {key.replace("0.", "1."): tensor for key, tensor in tensors_of(net()).items()}
-    assert inject_adapter_in_model(lora("0"), plain, "c", state_dict=state) is plain
+    with pytest.warns(RuntimeWarning, match="adapts the 1 layers that state_dict names"):
+        assert inject_adapter_in_model(lora("0"), plain, "c", state_dict=state) is plain
     assert list(adapter_set(plain).layers) == ["1"] and list(adapter_set(plain).configs) == ["c"]
     with pytest.raises(ConfigError, match="add_adapter takes a name and a configuration"):
         net().add_adapter("b", "c")
@@ -94,6 +96,14 @@ SETTERS: dict[str, Callable[..., None]] = {
     "view": lambda model, *args, **options: model.base_model.set_adapter(*args, **options),
     "function": functional.set_adapter,
 }
+
+
+@checks("TunerModel.get_model_config", "model")
+def test_the_configuration_of_a_model() -> None:
+    plain = Plain()
+    assert peftcore.LoraModel.get_model_config(plain) == {"model_type": "custom"}
+    plain.config = {"layers": 2}  # type: ignore[assignment]
+    assert peftcore.LoraModel.get_model_config(plain) == {"layers": 2}
 
 
 @checks("PeftModel.set_adapter", "adapter_name inference_mode")
@@ -193,6 +203,7 @@ def test_methods_of_layers() -> None:
 @checks("SwitchingMethods.enable_adapters", "enabled")
 @checks("MergingMethods.merge", "safe_merge adapter_names")
 @checks("MergingMethods.delete_adapter", "adapter_name")
+@checks("MergingMethods.use_selection", "selection")
 def test_switching_by_a_layer() -> None:
     model = net("a", "b")
     layer = model[0]
@@ -204,6 +215,12 @@ def test_switching_by_a_layer() -> None:
     layer.enable_adapters(enabled=False)
     assert torch.equal(model(X), Plain()(X)) and not torch.equal(model(X), adapted)
     layer.enable_adapters(enabled=True)
+    assert torch.equal(model(X), adapted)
+    shared = layer.selection
+    layer.use_selection(own := LayerSelection(shared))
+    own.switched_off = True
+    assert torch.equal(model(X), Plain()(X))
+    layer.use_selection(shared)
     assert torch.equal(model(X), adapted)
     layer.adapters["b"].lora_A.data.fill_(float("nan"))
     with pytest.raises(MergeError, match="NaN or Inf"):

@@ -71,7 +71,7 @@ def test_a_transformers_model_keeps_its_own_attribute_and_shows_it_once_more() -
     assert model.model.model.layers is inner.layers
     assert innermost(model).layers is inner.layers
     assert [name for name, _ in model.named_modules() if name.startswith("model.model")] == []
-    assert model.get_decoder() is inner
+    assert model.get_decoder() is inner.base_model is inner
     unloaded = model.unload()
     assert type(unloaded.model) is LlamaModel and not hasattr(unloaded.model, "model")
 

@@ -109,6 +109,15 @@ def test_layers_that_were_switched_by_themselves_are_irregular() -> None:
     assert enabled[0] == enabled[1]
 
 
+def test_a_module_that_trains_whole_is_switched_by_itself_too() -> None:
+    model = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    model[0].enable_adapters(False)
+    assert [status.enabled for status in get_layer_status(model)] == [False, True]
+    assert get_model_status(model).enabled == "irregular"
+    model[2].enable_adapters(False)
+    assert get_model_status(model).enabled is False and not model.has_active_enabled_adapter
+
+
 def test_prompts_have_no_layers() -> None:
     config = peftcore.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -191,3 +191,11 @@ def test_only_layers_of_ia3_say_whether_their_input_is_scaled() -> None:
     assert [layer.is_feedforward for layer in model] == [False, True]
     lora = peftcore.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peftcore.LoraConfig(target_modules=["0"]))
     assert not hasattr(lora[0], "is_feedforward")
+
+
+def test_a_head_that_follows_its_embedding_shows_the_same_rows() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight  # type: ignore[assignment]
+    adapted = peftcore.get_peft_model(model, peftcore.TrainableTokensConfig(target_modules=["0"], token_indices=[1]))
+    rows = [layer.trainable_tokens_delta["default"] for layer in adapted]
+    assert rows[0] is rows[1]
