@@ -46,6 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.markexpr == "slow":
         folder = Path(__file__).parent
         ranks = {folder / name: rank for rank, name in enumerate(LONGEST_SLOW_FILES)}
+        assert all(path.exists() for path in ranks), "a file of LONGEST_SLOW_FILES was moved"
         items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 

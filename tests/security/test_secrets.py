@@ -72,9 +72,7 @@ def test_no_planted_key_is_found_in_anything_written_or_said(project: Any, tmp_p
 
     def run(script: str) -> bytes:
         command = [sys.executable, "-c", script, str(project.root)]
-        done = subprocess.run(
-            command, cwd=project.root, env=environment, capture_output=True, check=False, timeout=300
-        )
+        done = subprocess.run(command, cwd=project.root, env=environment, capture_output=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout + done.stderr
 

@@ -113,7 +113,9 @@ def test_a_killed_process_ends_the_others_with_one_message(prepared: Paths, tiny
 
 
 @pytest.mark.faults("kill -9 of training")
-def test_a_run_of_accelerate_says_which_process_was_killed_and_goes_on(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
+def test_a_run_of_accelerate_says_which_process_was_killed_and_goes_on(
+    prepared: Paths, tiny_params: Callable[..., Params]
+) -> None:
     params = tiny_params(train=LONG, quantization=EXACT)
     straight = start(prepared, params)
     _, said = straight.communicate(timeout=SECONDS)
