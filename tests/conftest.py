@@ -1,10 +1,13 @@
 """A tiny tokenizer with a real chat template, and a tiny model that goes with it: whole stages in milliseconds."""
 
 import gc
+import random
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +49,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.markexpr == "slow":
         folder = Path(__file__).parent
         ranks = {folder / name: rank for rank, name in enumerate(LONGEST_SLOW_FILES)}
+        assert all(path.exists() for path in ranks), "a file of LONGEST_SLOW_FILES was moved"
         items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+def pytest_configure() -> None:
+    """Seed no device that is not there: `torch.manual_seed` notes a traceback for each, which takes its time."""
+    devices: tuple[Any, ...] = (torch.cuda, torch.xpu, torch.mtia)
+    for device in devices:
+        if not device.is_available():
+            device.manual_seed_all = lambda seed: None
 
 
 def pytest_collection_finish() -> None:
@@ -60,8 +72,14 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Iterator[object]:
-    """Exempt what the test imported, if it imported many modules: transformers and DVC import theirs when used."""
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """Seed the random generators by the test's name, so that no test before it changes what it draws.
+
+    Afterwards exempt what the test imported, if it imported many modules: transformers and DVC import theirs when used.
+    """
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
     result = yield
     if len(sys.modules) >= _modules_at_freeze + MANY_MODULES:
         _freeze()

@@ -59,7 +59,12 @@ def assert_clean_rerun(root: Path, *command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "killed", ["stage", pytest.param("flow", marks=pytest.mark.slow), pytest.param("dvc", marks=pytest.mark.proof)]
+    "killed",
+    [
+        pytest.param("stage", marks=pytest.mark.slow),
+        pytest.param("flow", marks=pytest.mark.slow),
+        pytest.param("dvc", marks=pytest.mark.proof),
+    ],
 )
 def test_kill_9_leaves_no_orphan_and_a_rerun_is_clean(root: Path, fault: Any, killed: str) -> None:
     words = {"flow": ("flows.cli",), "dvc": ("dvc", "repro"), "stage": ("make.py",)}[killed]

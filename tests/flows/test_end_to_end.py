@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,6 @@ class Clone:
     """A clone of what is committed, and the commands that a user types in it."""
 
     def __init__(self, root: Path) -> None:
-        subprocess.run(["git", "clone", "--quiet", "--no-tags", str(ROOT), str(root)], check=True)
         self.root = root
         # the environment's `peftcore` is installed from the original; the clone's own code has to come first
         self.environment = {**os.environ, "PYTHONPATH": str(root), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
@@ -61,6 +61,7 @@ def ran(output: str) -> list[str]:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     clone = Clone(tmp_path_factory.mktemp("end-to-end") / "clone")
+    subprocess.run(["git", "clone", "--quiet", "--no-tags", str(ROOT), str(clone.root)], check=True)
     base = ROOT / "artifacts" / "base"
     if (base / "SHA256SUMS").exists():  # otherwise the default: fetched as a user would
         SMALL["base"] = {"source": f"path:{base}"}
@@ -120,7 +121,10 @@ def test_dvc_alone_agrees_that_there_is_nothing_to_do(clone: Clone, first: str) 
     assert ran(clone.run("dvc", "repro")) == []
 
 
-def test_a_changed_parameter_reruns_what_depends_on_it_and_a_refusal_exits_with_3(clone: Clone, first: str) -> None:
+def test_a_changed_parameter_reruns_what_depends_on_it_and_a_refusal_exits_with_3(
+    clone: Clone, first: str, tmp_path: Path
+) -> None:
+    clone = Clone(shutil.copytree(clone.root, tmp_path / "clone", symlinks=True))
     clone.change(evaluate={"max_new_tokens": 6}, gate={"min_rouge_l_gain": 0.99})
     output = clone.run("peftcore", "run", status=3)
     assert ran(output) == ["evaluate", "register"]

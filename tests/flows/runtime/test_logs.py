@@ -84,6 +84,7 @@ def test_an_exception_is_one_record_with_its_traceback() -> None:
     assert crashed["exception"].startswith("Traceback") and done.returncode == 1
 
 
+@pytest.mark.slow
 def test_quiet_leaves_results_warnings_and_errors(talkative: Path) -> None:
     done = peftcore(talkative, "stage", "make", "--quiet", "--json")
     assert (done.returncode, done.stderr) == (0, "")

@@ -102,6 +102,7 @@ def test_another_test_set_is_a_minor_step(registered: Any) -> None:
     assert versions(registered) == ["v0.1.0", "v0.1.1", "v0.2.0"]
 
 
+@pytest.mark.slow
 def test_as_a_stage_of_dvc_it_pushes_while_dvc_waits_and_reruns_only_when_needed(project: Any) -> None:
     done = repro(project)
     assert done.returncode == 0, done.stderr

@@ -46,6 +46,24 @@ def test_scripts_import_a_name_from_where_peft_has_it(module: str, name: str) ->
     assert hasattr(importlib.import_module(f"peftcore.{module}"), name)
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        "mapping_func",
+        "mixed_model",
+        "peft_model",
+        "utils.constants",
+        "utils.error",
+        "utils.loftq_utils",
+        "utils.peft_types",
+        "utils.save_and_load",
+    ],
+)
+def test_a_module_that_only_imports_names_has_those_of_pefts_module(module: str) -> None:
+    ours, theirs = (importlib.import_module(f"{package}.{module}") for package in ("peftcore.hf_peft", "peft"))
+    assert [name for name in ours.__all__ if not hasattr(theirs, name)] == []
+
+
 def test_a_class_is_the_same_class_in_each_place() -> None:
     import peftcore.tuners.lora.config as config
 
