@@ -869,7 +869,7 @@ class PeftModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so a pickle stores the plain class, and unpickling makes the subclass
-        return _unpickled, (_plain_class(type(self)), _BASE_MODEL in vars(type(self)).values()), self.__dict__
+        return _unpickled, (_plain_class(type(self)), vars(type(self)).get("model") is _BASE_MODEL), self.__dict__
 
 
 _ONE_SHARD = ("50GB", "5GB", None)
@@ -938,12 +938,20 @@ def _count(parameter: nn.Parameter) -> int:
 
 
 @cache
-def _adapted_class(plain: type) -> type:
+def _adapted_class(plain: type, shows_base: bool, /) -> type:
+    """Return the subclass `(PeftModel, plain)`.
+
+    Args:
+        plain: the model's own class.
+        shows_base: True for a model without an attribute `model` of its own; see `_BaseModel`.
+    """
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     extra = {"generate": _generate, "create_masks_for_generate": _masks} if hasattr(plain, "generate") else {}
     extra |= {name: _with_own_base_model(plain, name) for name in _BASE_MODEL_READERS if hasattr(plain, name)}
     if not hasattr(plain, "prefix"):
         extra["prefix"] = _Prefix()
+    if shows_base:
+        extra["model"] = _BASE_MODEL
     if hasattr(plain, "from_pretrained"):
         extra["from_pretrained"] = _from_pretrained_of(plain)
     return type(
@@ -960,13 +968,6 @@ def _adapted_class(plain: type) -> type:
     )
 
 
-@cache
-def _class_with_model(plain: type) -> type:
-    """Return the class of a model with adapters that has no attribute `model` of its own."""
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (_adapted_class(plain),), {**names, "model": _BASE_MODEL})
-
-
 class _BaseModel:
     """`model` of PEFT's models, the base model: here a view; see `peftcore.injection.base_view`."""
 
@@ -979,7 +980,7 @@ class _BaseModel:
         adapters = model.__dict__.get(ATTRIBUTE)
         if adapters is None or adapters.selection.cache.calls or _OWN_BASE_MODEL.get() or is_compiling():
             raise AttributeError("model")  # code of the model itself asks whether it has such an attribute
-        return view_of(model, _adapted_class(_plain_class(owner)))
+        return view_of(model, _adapted_class(_plain_class(owner), False))
 
 
 _BASE_MODEL = _BaseModel()
@@ -1089,7 +1090,7 @@ def _masks(self: Any, **kwargs: Any) -> Any:
         return kwargs["attention_mask"]
     from transformers.masking_utils import create_masks_for_generate
 
-    own = super(_adapted_class(_plain_class(type(self))), self)
+    own = super(PeftModel, self)
     return getattr(own, "create_masks_for_generate", create_masks_for_generate)(**kwargs)
 
 
@@ -1099,17 +1100,15 @@ def _plain_class(adapted: type) -> type:
 
 def _unpickled(plain: type, shows_base: bool = False) -> Any:
     teach_trainer()
-    return object.__new__(_class_with_model(plain) if shows_base else _adapted_class(plain))
+    return object.__new__(_adapted_class(plain, shows_base))
 
 
 def _as_peft_model(model: nn.Module) -> Any:
     if not isinstance(model, PeftModel):
-        if hasattr(model, "model"):
-            if (inner := _inner_model(model)) is not None:
-                show_model(inner)
-            model.__class__ = _adapted_class(type(model))
-        else:
-            model.__class__ = _class_with_model(type(model))
+        has_own = hasattr(model, "model")
+        if has_own and (inner := _inner_model(model)) is not None:
+            show_model(inner)
+        model.__class__ = _adapted_class(type(model), not has_own)
     teach_trainer()
     return model
 

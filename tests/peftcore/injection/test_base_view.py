@@ -82,6 +82,7 @@ def test_copies_show_their_own_base(copied: Any) -> None:
     for plain, target in ((llama(), "q_proj"), (gpt2, "c_attn")):
         model = get_peft_model(plain, LoraConfig(r=2, target_modules=[target]))
         other = copied(model)
+        assert type(other) is type(model)
         shown = other.model.model if plain is not gpt2 else other.model
         modules = {id(module) for module in other.modules()}
         assert all(id(module) in modules for _, module in shown.named_children())
