@@ -21,8 +21,8 @@ check: install          ## within a minute: lint, types and tests of what change
 
 # one thread per test process: more threads than cores slow every operation down
 test slow: export OMP_NUM_THREADS ?= 1
-# the tests write thousands of small files and flush each one; a file system in memory makes that free, if it has 4 GB
-ifeq ($(shell df -Pm /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 >= 4096 { print "roomy" }'),roomy)
+# the tests write thousands of small files and flush each one; a file system in memory makes that free, if it has 6 GB
+ifeq ($(shell df -Pm /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 >= 6144 { print "roomy" }'),roomy)
 test slow: export PYTEST_DEBUG_TEMPROOT ?= /dev/shm
 endif
 test: install           ## quick tests, on all cores; ORDER=random shuffles them and prints the seed
