@@ -31,6 +31,7 @@ from peftcore.merging.convertible import check_convertible
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), False),
     ],
 )
+@pytest.mark.filterwarnings("ignore:lora_bias:peftcore.errors.PeftWarning")  # q_proj has no bias
 def test_the_model_says_what_the_conversion_does(config: PeftConfig, fits: bool) -> None:
     model = random_adapter(config) if fits else get_peft_model(llama(), config)
     assert model.supports_lora_conversion() is fits

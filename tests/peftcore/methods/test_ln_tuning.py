@@ -64,8 +64,7 @@ def test_default_targets_are_the_norms_on_the_stream() -> None:
         LlamaModel(LlamaConfig(**DECODER)): {"input_layernorm", "post_attention_layernorm", "norm"},
         GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)): {"ln_1", "ln_2", "ln_f"},
         BertModel(BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)): {
-            "encoder.layer.0.attention.output.LayerNorm",
-            "encoder.layer.0.output.LayerNorm",  # the one of the embeddings stays as it is
+            "output.LayerNorm"  # the one of the embeddings stays as it is
         },
     }
     for model, names in wanted.items():
