@@ -211,10 +211,12 @@ class PeftModel:
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> IncompatibleKeys:
-        """Load a further adapter, without making it active. As in PEFT, its parameters train from `set_adapter` on.
+        """Load a further adapter, without making it active, or new weights into an adapter that is loaded.
 
-        As with PEFT, the whole model is then in evaluation mode. With `is_trainable` modes stay as they are, and the
-        new adapter is in training mode. On an error the model stays as it was.
+        As in PEFT: if the model has an adapter of this name, it keeps its configuration and gets the saved tensors. The
+        whole model is then in evaluation mode, and a further adapter trains from `set_adapter` on. With `is_trainable`
+        modes stay as they are, and a further adapter is in training mode and trains at once. On an error the model
+        stays as it was.
 
         Args:
             model_id: a directory, or a hub id such as "owner/name"; an existing directory has precedence.
@@ -235,8 +237,8 @@ class PeftModel:
             `ignore_mismatched_sizes=True` accepts some.
 
         Raises:
-            CheckpointError: the adapter is not found, is damaged, or was made for another base model.
-            AdapterNameError: the name is not valid, or taken.
+            CheckpointError: the adapter is not found, is damaged, or does not fit the base model or the loaded adapter.
+            AdapterNameError: the name is not valid.
             ConfigError: an option has a value that does not fit.
             TypeError: an option is unknown.
         """
@@ -258,11 +260,17 @@ class PeftModel:
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
         directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
         with hub.naming_download(model_id):
-            result = checkpoint.load_adapter(
-                self._module, directory, adapter_name, is_trainable, config, reading=reading
-            ).result
-        if is_trainable:
-            self.set_requires_grad(adapter_name, False)
+            if adapter_name in self.peft_config:
+                if config is not None:
+                    raise ConfigError(
+                        f"load_adapter: config has no effect on {adapter_name!r}, which is loaded and keeps its own; "
+                        "leave it out, or delete the adapter first"
+                    )
+                result = checkpoint.load_adapter_weights(self._module, directory, adapter_name, reading=reading)
+            else:
+                result = checkpoint.load_adapter(
+                    self._module, directory, adapter_name, is_trainable, config, reading=reading
+                ).result
         wrappers = adapter_set(self._module).layers.values()
         if not is_trainable and (self._module.training or any(wrapper.training for wrapper in wrappers)):
             self._module.eval()  # slow: visits every adapter that is loaded

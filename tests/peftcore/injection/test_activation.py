@@ -58,7 +58,7 @@ def test_loading_or_freezing_one_by_any_name_never_changes_another(name: str, tm
     for is_trainable in (False, True):
         model.load_adapter(tmp_path, name, is_trainable=is_trainable)
         own = [p.requires_grad for n, p in model.named_parameters() if f".adapters.{name}." in n]
-        assert trained() == before and own == [False] * 4
+        assert trained() == before and own == [is_trainable] * 4  # as in PEFT
         for requires_grad in (True, False):
             model.set_requires_grad(name, requires_grad)
             assert trained() == before
@@ -178,17 +178,15 @@ def test_a_second_adapter_of_one_name_takes_the_firsts_place(again: Any) -> None
     assert torch.equal(model(torch.ones(1, 6)), plain()(torch.ones(1, 6)))
 
 
-def test_names_that_are_not_there(tmp_path: Path) -> None:
+def test_names_that_are_not_there() -> None:
     model = net()
-    model.save_pretrained(tmp_path)
     for call in (model.set_adapter, model.delete_adapter, model.set_requires_grad):
         with pytest.raises(AdapterNameError, match="Adapter x does not exist; loaded: default"):
             call("x")
     with pytest.raises(AdapterNameError, match="at most once"):
         model.set_adapter(["default", "default"])
-    for add in (lambda: model.add_adapter("default", lora("0")), lambda: model.load_adapter(tmp_path, "default")):
-        with pytest.raises(AdapterNameError, match="already an adapter named 'default'"):
-            add()
+    with pytest.raises(AdapterNameError, match="already an adapter named 'default'"):
+        model.add_adapter("default", lora("0"))
     assert model.active_adapters == ["default"] == model.active_adapters()
 
 
