@@ -28,6 +28,7 @@ def test_a_bound_is_below_knowing_nothing() -> None:
     assert max(row.bound for row in ROWS) < math.log(CLASSES) - 0.1
 
 
+@pytest.mark.slow
 def test_the_base_reads_upright_digits_and_not_transposed_ones() -> None:
     assert judge(base(), "upright")[0] < 1
     assert judge(base(), "transposed")[0] > 4
