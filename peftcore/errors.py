@@ -69,6 +69,10 @@ class CheckpointError(PeftError, ValueError):
     """An adapter directory that is damaged, incomplete, of a foreign format or made for another base model."""
 
 
+class SizeMismatchError(CheckpointError, RuntimeError):
+    """Saved tensors with other shapes than the adapter's; PyTorch and HF PEFT raise a RuntimeError there."""
+
+
 class HotswapError(PeftError, ValueError, RuntimeError):
     """A saved adapter that cannot take the place of a loaded one; the model is unchanged."""
 

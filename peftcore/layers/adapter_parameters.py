@@ -34,6 +34,11 @@ class AdapterParameters(PeftLayerAttributes, LayerWrapper):
         """Name of the first adapted parameter, whose adapters `lora_A` and the other attributes show."""
         return next(iter(self.sites)).replace("/", ".")
 
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the adapters that are merged into the first adapted parameter."""
+        return self._slot.merged
+
     def is_empty(self) -> bool:
         """Return True if no slot holds an adapter."""
         return not any(len(self.sites[name].adapters) for name in self.sites)

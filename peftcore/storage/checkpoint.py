@@ -33,7 +33,7 @@ from peftcore._util.tensors import (
     writing_shards,
 )
 from peftcore.config import CONFIG_NAME, PeftConfig
-from peftcore.errors import CheckpointError, ConfigError, PeftError, TargetError
+from peftcore.errors import CheckpointError, ConfigError, PeftError, SizeMismatchError, TargetError
 from peftcore.files import MANIFEST, damaged_files, files_written_together, manifest_text, sha256, whole_files
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.inject import commit_injection, deepened
@@ -249,7 +249,8 @@ def load_adapter(
         reading: Further options.
 
     Raises:
-        CheckpointError: For damage, missing or unexpected keys, or shapes of another base.
+        CheckpointError: For damage, missing or unexpected keys.
+        SizeMismatchError: For shapes of another base.
     """
     directory = whole_files(directory)
     if config is None:
@@ -375,7 +376,8 @@ def load_adapter_weights(
         reading: Further options; those for new parameters have no meaning here.
 
     Raises:
-        CheckpointError: For damage, missing or unexpected keys, or shapes of another base.
+        CheckpointError: For damage, missing or unexpected keys.
+        SizeMismatchError: For shapes of another base.
     """
     adapters, directory = adapter_set(model), whole_files(directory)
     prompt = adapters.prompt(name)
@@ -421,7 +423,9 @@ def _take_tensors(
     }
     first_wrong = next(iter(wrong.values()), "")
     if wrong and not reading.ignore_mismatched_sizes:
-        raise CheckpointError(f"{directory} belongs to another base model: {first_wrong} ({len(wrong)} tensors in all)")
+        raise SizeMismatchError(
+            f"{directory} belongs to another base model, size mismatch: {first_wrong} ({len(wrong)} tensors in all)"
+        )
     if keys or wrong:
         warnings.warn(
             f"{file} is loaded without what does not fit: {keys}{first_wrong and f'{first_wrong}; '}parameters "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore._util.tensors import PREFIX, is_sharded, whole
-from peftcore.errors import CheckpointError, MergeError
+from peftcore.errors import CheckpointError, MergeError, SizeMismatchError
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.layers.wrapper import LayerWrapper, Prompts
 from peftcore.storage.adapter_state import SHARED_PREFIX, AdapterState, adapter_state_of
@@ -108,7 +108,7 @@ def set_peft_model_state_dict(
 
     Raises:
         AdapterNameError: the adapter is not loaded.
-        CheckpointError: a tensor has another shape, and `ignore_mismatched_sizes` is False.
+        SizeMismatchError: a tensor has another shape, and `ignore_mismatched_sizes` is False.
         MergeError: a tensor of the base changes, and adapters are merged into it.
     """
     with _gathered(model, writes=True) as plain:
@@ -145,9 +145,9 @@ def _write(
     if wrong:
         listed = ", ".join(f"{key} is {list(t.shape)}, here {list(present[key].shape)}" for key, t in wrong.items())
         if not ignore_mismatched_sizes:
-            raise CheckpointError(
-                f"set_peft_model_state_dict: {listed:.1000}; the adapter in the model has another configuration "
-                "(ignore_mismatched_sizes=True skips these tensors)"
+            raise SizeMismatchError(
+                f"set_peft_model_state_dict: size mismatch: {listed:.1000}; the adapter in the model has another "
+                "configuration (ignore_mismatched_sizes=True skips these tensors)"
             )
         warnings.warn(f"tensors of another shape are skipped: {listed:.1000}", stacklevel=3)
         matching = {key: tensor for key, tensor in matching.items() if key not in wrong}

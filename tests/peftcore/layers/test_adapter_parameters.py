@@ -34,7 +34,9 @@ def test_raw_parameters_of_a_module_that_is_replaced() -> None:
     adapter = adapter_set(model).adapters("default")["0.weights"]
     expected = torch.einsum("eoi,ni->no", adapter.merged_weight(other.weights.detach()), X)
     torch.testing.assert_close(model(X), expected)
+    assert not model[0].merged
     model.merge_adapter()
+    assert model[0].merged and model[0].merged_adapters == ["default"]
     torch.testing.assert_close(model(X), expected)
     assert model.unload()[0] is other
 
