@@ -424,7 +424,7 @@ def _take_tensors(
     first_wrong = next(iter(wrong.values()), "")
     if wrong and not reading.ignore_mismatched_sizes:
         raise SizeMismatchError(
-            f"{directory} belongs to another base model, size mismatch: {first_wrong} ({len(wrong)} tensors in all)"
+            f"{directory}: size mismatch; it belongs to another base model: {first_wrong} ({len(wrong)} tensors in all)"
         )
     if keys or wrong:
         warnings.warn(
