@@ -32,7 +32,7 @@ from benchmarks.machine import machine
 from benchmarks.routing import load
 from benchmarks.steps import quiet, random_base
 from benchmarks.store_picture import draw
-from peftcore._util.tensors import WEIGHTS_NAME
+from peftcore.files.tensors import WEIGHTS_NAME
 from peftcore.routing import AdapterStore
 
 RESULTS = Path(__file__).parent / "results"

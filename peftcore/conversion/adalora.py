@@ -8,11 +8,11 @@ Shapes: i in_features, o out_features, r rank; lora_A (r, i), lora_E (r, 1), lor
 
 from pathlib import Path
 
-from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.config import PeftConfig
 from peftcore.conversion.convert import write_lora
 from peftcore.conversion.lora import lora_config, lora_tensors
 from peftcore.errors import ConfigError
+from peftcore.files.tensors import PREFIX, read_tensors
 
 
 def convert_directory_to_lora(source: str | Path, directory: str | Path) -> None:

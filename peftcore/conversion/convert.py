@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftcore._util.tensors import PREFIX, WEIGHTS_NAME
 from peftcore.config import CONFIG_NAME
 from peftcore.conversion.layer_factors import Limits, factors_by_layer
 from peftcore.conversion.lora import lora_config, lora_tensors, without_scaling
 from peftcore.errors import ConfigError
 from peftcore.files import directory_written_atomically, write_manifest
+from peftcore.files.tensors import PREFIX, WEIGHTS_NAME
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.inject import commit_injection
 from peftcore.injection.preparation import Creation, prepare_injection

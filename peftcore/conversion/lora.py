@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore._util.tensors import PREFIX
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError
+from peftcore.files.tensors import PREFIX
 from peftcore.kernels.factors import Factors
 from peftcore.methods.lora import LoraConfig
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.config import PeftConfig
 from peftcore.conversion.layer_factors import exact_factors
 from peftcore.errors import CheckpointError, ExportError
+from peftcore.files.tensors import PREFIX, read_tensors
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.kernels.factors import Factors, padded
 from peftcore.merging.convertible import check_convertible

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from peftcore._util.tensors import PICKLES
 from peftcore.errors import ExportError
 from peftcore.export.mapped_model import SCRATCH, STORAGES, dequantised_tensors, mapped_model
 from peftcore.export.merged_tensors import Output, merged_tensors
 from peftcore.export.safetensors_stream import Header, aligned, mapped_tensors, shards_of, write_index, write_shard
 from peftcore.files import MANIFEST, damaged_files, directory_written_atomically, write_manifest
+from peftcore.files.tensors import PICKLES
 from peftcore.injection.merge import check_mergeable
 from peftcore.storage.checkpoint import load_adapter
 

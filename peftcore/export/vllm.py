@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftcore._util.tensors import PREFIX
 from peftcore.bases import base_weight, is_adaptable
 from peftcore.conversion.convert import write_lora
 from peftcore.errors import ExportError
 from peftcore.export.canonical import CanonicalLora, canonicalise
 from peftcore.export.vllm_rules import RANKS, check_vllm
+from peftcore.files.tensors import PREFIX
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.wrapper import unwrapped
 from peftcore.methods.lora import LoraConfig

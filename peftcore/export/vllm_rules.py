@@ -13,9 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from peftcore._util.tensors import PREFIX, WEIGHTS_NAME
 from peftcore.config import CONFIG_NAME
 from peftcore.files import damaged_files
+from peftcore.files.tensors import PREFIX, WEIGHTS_NAME
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of `--max-lora-rank`, apart from 1."""

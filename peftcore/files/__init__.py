@@ -1,4 +1,6 @@
-"""Atomic writes of files and directories, and SHA-256 manifests of directories; `hub.py`: adapters on the hub.
+"""Atomic writes of files and directories, and SHA-256 manifests of directories.
+
+`hub.py` finds adapters on the hub, and `tensors.py` reads their tensors.
 
 A write goes to a temporary file in the same directory, is flushed to the disk, and is then renamed over the target. So
 a crash or a full disk leaves either the complete old file or the complete new file.

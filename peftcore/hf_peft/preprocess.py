@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from peftcore._util.tensors import parsed, read_file
 from peftcore.bases import BaseWeight, base_weight
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.files import file_written_atomically
+from peftcore.files.tensors import parsed, read_file
 from peftcore.injection.targets import find_targets
 from peftcore.layers.training_flags import training_flags_restored
 from peftcore.layers.wrapper import unwrapped

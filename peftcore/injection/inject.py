@@ -10,12 +10,12 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from peftcore._util.tensors import PREFIX
 from peftcore.adapter import Adapter
 from peftcore.bases import ParameterWeight
 from peftcore.config import PeftConfig, TunerConfig
 from peftcore.detection.layer_inputs import shared_input_groups
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, PeftError, TargetError
+from peftcore.files.tensors import PREFIX
 from peftcore.injection import forward_hooks
 from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex

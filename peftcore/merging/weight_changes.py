@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftcore._util.tensors import is_sharded
 from peftcore.adapter import Adapter
 from peftcore.errors import MergeError
+from peftcore.files.tensors import is_sharded
 from peftcore.kernels.factors import Factors, inner
 from peftcore.methods.lora import Lora
 

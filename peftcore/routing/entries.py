@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftcore._util.tensors import WEIGHTS_NAME, read_tensors
 from peftcore.config import PeftConfig
 from peftcore.errors import CheckpointError
+from peftcore.files.tensors import WEIGHTS_NAME, read_tensors
 
 Source = Path | str | Callable[[], Path]
 """A directory in PEFT's format, or a function that fetches one and returns its path, such as from a DVC remote."""

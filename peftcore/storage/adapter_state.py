@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftcore._util.tensors import PREFIX
 from peftcore.adapter import Adapter
 from peftcore.bases import ParameterWeight
+from peftcore.files.tensors import PREFIX
 from peftcore.injection.adapter_set import AdapterSet, shared_by
 from peftcore.layers.trained_bias import TrainedBias
 from peftcore.prompts.learner import PromptLearner

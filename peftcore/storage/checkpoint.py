@@ -17,7 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftcore._util.both_libraries import refuse_hf_peft
-from peftcore._util.tensors import (
+from peftcore.config import CONFIG_NAME, PeftConfig
+from peftcore.errors import CheckpointError, ConfigError, PeftError, SizeMismatchError, TargetError
+from peftcore.files import MANIFEST, damaged_files, files_written_together, manifest_text, sha256, whole_files
+from peftcore.files.tensors import (
     PREFIX,
     PROMPT_STATE,
     WEIGHTS_NAME,
@@ -32,9 +35,6 @@ from peftcore._util.tensors import (
     whole,
     writing_shards,
 )
-from peftcore.config import CONFIG_NAME, PeftConfig
-from peftcore.errors import CheckpointError, ConfigError, PeftError, SizeMismatchError, TargetError
-from peftcore.files import MANIFEST, damaged_files, files_written_together, manifest_text, sha256, whole_files
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.inject import commit_injection, deepened
 from peftcore.injection.module_index import ModuleIndex

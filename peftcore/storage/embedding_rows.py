@@ -17,11 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore._util.tensors import is_sharded, whole
 from peftcore.bases import base_weight, is_adaptable
 from peftcore.bases.base import UNMERGED_STATE
 from peftcore.config import PeftConfig
 from peftcore.errors import CheckpointError, ConfigError
+from peftcore.files.tensors import is_sharded, whole
 from peftcore.injection.adapter_set import AdapterSet, ReplacedRows, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.wrapper import unwrapped

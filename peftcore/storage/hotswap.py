@@ -15,10 +15,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from peftcore._util.tensors import is_sharded, read_tensors
 from peftcore.config import PeftConfig
 from peftcore.errors import AdapterNameError, ConfigError, HotswapError, suggestion
 from peftcore.files import hub
+from peftcore.files.tensors import is_sharded, read_tensors
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.methods.lora import Lora, LoraConfig

@@ -12,9 +12,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from peftcore._util.tensors import read_tensors
 from peftcore.config import PeftConfig
 from peftcore.errors import CheckpointError, ConfigError
+from peftcore.files.tensors import read_tensors
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora import Lora
 from peftcore.storage.adapter_state import adapter_state_of

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftcore._util.tensors import PREFIX
 from peftcore.bases import ParameterWeight, base_weight
 from peftcore.config import PeftConfig, TunerConfig, first_match
 from peftcore.errors import CheckpointError, TargetError
+from peftcore.files.tensors import PREFIX
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.wrapper import unwrapped
 from peftcore.storage.adapter_state import AdapterState

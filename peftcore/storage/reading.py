@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.files import hub
+from peftcore.files.tensors import PREFIX, read_tensors
 
 _SHARED_PREFIX = "base_model."
 _FLAGS = ("autocast_adapter_dtype", "low_cpu_mem_usage", "strict", "ignore_mismatched_sizes")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore._util.tensors import PREFIX, is_sharded, whole
 from peftcore.errors import CheckpointError, MergeError, SizeMismatchError
+from peftcore.files.tensors import PREFIX, is_sharded, whole
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.layers.wrapper import LayerWrapper, Prompts
 from peftcore.storage.adapter_state import SHARED_PREFIX, AdapterState, adapter_state_of

@@ -15,7 +15,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from peftcore._util.tensors import PROMPT_STATE, WEIGHTS_NAME
 from peftcore.config import CONFIG_NAME
 from peftcore.errors import TrainingError
 from peftcore.files import (
@@ -26,6 +25,7 @@ from peftcore.files import (
     read_manifest,
     write_manifest,
 )
+from peftcore.files.tensors import PROMPT_STATE, WEIGHTS_NAME
 from peftcore.storage.checkpoint import MODEL_CARD
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from peftcore._util.tensors import is_sharded
+from peftcore.files.tensors import is_sharded
 from peftcore.train.head_hooks import flat_indices
 from peftcore.train.losses import supervised_positions
 from peftcore.train.out_of_memory import split_rows

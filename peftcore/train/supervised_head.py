@@ -26,9 +26,9 @@ from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore._util.tensors import is_sharded
 from peftcore.detection.head import LogitTransform, logit_transforms, output_head
 from peftcore.errors import PeftError
+from peftcore.files.tensors import is_sharded
 from peftcore.train.head_hooks import HeadHooks, HeadResult, flat_indices
 
 _LOG = logging.getLogger(__name__)

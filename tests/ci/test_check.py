@@ -68,7 +68,7 @@ def test_the_smoke_set_exists(check: ModuleType) -> None:
 
 
 def test_the_mirror_of_a_private_module(check: ModuleType) -> None:
-    assert check.mirror("peftcore/_util/tensors.py") == "tests/peftcore/_util/test_tensors.py"
+    assert check.mirror("peftcore/files/tensors.py") == "tests/peftcore/files/test_tensors.py"
     assert check.mirror("flows/__main__.py") == "tests/flows/test_main.py"
 
 

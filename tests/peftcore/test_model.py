@@ -23,7 +23,7 @@ from peftcore import (
     PromptTuningConfig,
     get_peft_model,
 )
-from peftcore._util.tensors import PREFIX
+from peftcore.files.tensors import PREFIX
 
 
 @pytest.fixture(params=[True, False], ids=["with peft", "without"], autouse=True)

@@ -19,8 +19,8 @@ from torch import nn
 from flows.registry.adapter_files import foreign_files, non_finite_tensors
 from peftcore import CheckpointError, ConfigError, PeftConfig, PeftError, PeftModel
 from peftcore._util.patterns import matched
-from peftcore._util.tensors import parsed, read_tensors
 from peftcore.files import damaged_files, read_manifest
+from peftcore.files.tensors import parsed, read_tensors
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "SHA256SUMS"
 ENTRY: dict[str, Any] = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}

@@ -28,9 +28,9 @@ from flows.errors import PipelineError
 from flows.params import Data, load_params
 from flows.registry.adapter_files import foreign_files, non_finite_tensors
 from peftcore import PeftConfig, PeftModel
-from peftcore._util.tensors import parsed
 from peftcore.errors import PeftError
 from peftcore.files import damaged_files
+from peftcore.files.tensors import parsed
 from peftcore.registry import methods
 
 INPUTS = int(os.environ.get("PEFTCORE_FUZZ", "0"))

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from peftcore._util.tensors import PREFIX
 from peftcore.config import TunerConfig
 from peftcore.errors import TargetError
+from peftcore.files.tensors import PREFIX
 from peftcore.hf_peft.classes import BaseTunerLayer
 from peftcore.hf_peft.functional import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 from peftcore.injection.adapter_set import adapter_set

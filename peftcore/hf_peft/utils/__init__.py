@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from peftcore._util.tensors import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from peftcore.config import TaskType
 from peftcore.errors import PeftError
 from peftcore.files import CONFIG_NAME
+from peftcore.files.tensors import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from peftcore.hf_peft.classes import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftcore.hf_peft.functional import cast_adapter_dtype
 from peftcore.hf_peft.precision import cast_mixed_precision_params

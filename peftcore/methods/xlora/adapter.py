@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftcore._util.tensors import read_tensors
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.errors import ConfigError, MergeError, TargetError
+from peftcore.files.tensors import read_tensors
 from peftcore.methods.xlora.config import XLoraConfig
 from peftcore.methods.xlora.experts import lora_paths
 from peftcore.methods.xlora.mixture import Mixture

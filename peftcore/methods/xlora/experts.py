@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore._util.tensors import PREFIX, read_tensors
 from peftcore.bases import BaseWeight
 from peftcore.config import PeftConfig
 from peftcore.errors import CheckpointError, ConfigError, TargetError
+from peftcore.files.tensors import PREFIX, read_tensors
 from peftcore.registry import method_of
 
 NOT_PLAIN = (

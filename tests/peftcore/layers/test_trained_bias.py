@@ -25,9 +25,9 @@ from peftcore import (
     TargetError,
     get_peft_model,
 )
-from peftcore._util.tensors import WEIGHTS_NAME
 from peftcore.conversion import add_as_lora
 from peftcore.files import MANIFEST
+from peftcore.files.tensors import WEIGHTS_NAME
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.routing import AdapterStore
 from peftcore.train.reference import reference_acting

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore._util.tensors import WEIGHTS_NAME
 from peftcore.errors import CheckpointError
 from peftcore.files import MANIFEST
+from peftcore.files.tensors import WEIGHTS_NAME
 from peftcore.routing.entries import Entry
 
 

@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftcore import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peftcore._util.fingerprint import unchanging_weights
-from peftcore._util.tensors import WEIGHTS_NAME
 from peftcore.composition import Stack
 from peftcore.errors import AdapterNameError, AdapterStoreError, CheckpointError, RoutingError
 from peftcore.files import MANIFEST
+from peftcore.files.tensors import WEIGHTS_NAME
 from peftcore.routing import AdapterStore
 
 TOKENS = torch.arange(3, 31).view(4, 7)

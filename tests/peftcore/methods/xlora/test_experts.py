@@ -14,9 +14,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from xlora_models import config, llama, mixed, tokens
 
 from peftcore import CheckpointError, ConfigError, LoraConfig, TargetError, get_peft_model
-from peftcore._util.tensors import WEIGHTS_NAME
 from peftcore.bases import base_weight
 from peftcore.files import MANIFEST
+from peftcore.files.tensors import WEIGHTS_NAME
 from peftcore.methods.xlora import XLoraConfig
 from peftcore.methods.xlora.experts import frozen, lora_paths, read_lora
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save, save_file
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore._util.tensors import WEIGHTS_NAME, _views, parsed, read_tensors
 from peftcore.errors import CheckpointError
+from peftcore.files.tensors import WEIGHTS_NAME, _views, parsed, read_tensors
 
 TENSORS = {
     "b.wide": torch.arange(6, dtype=torch.float64).view(2, 3),
