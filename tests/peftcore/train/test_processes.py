@@ -15,10 +15,13 @@ from tiny_training import adapted, trainer
 
 from peftcore import LoraConfig, PeftConfig, TrainingError, VeraConfig, get_peft_model
 
-pytestmark = pytest.mark.filterwarnings(
-    # the deprecation is inside transformers' own scheduler set-up
-    "ignore:Detected call of `lr_scheduler.step:UserWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        # the deprecation is inside transformers' own scheduler set-up
+        "ignore:Detected call of `lr_scheduler.step:UserWarning"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

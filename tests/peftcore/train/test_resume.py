@@ -67,6 +67,7 @@ FAULTS = ["kill in evaluation", "kill in step", "torn file", "kill before the ma
 """In an order that leaves something to do."""
 
 
+@pytest.mark.slow
 @pytest.mark.faults("kill -9 of training", trials=len(FAULTS))
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_given_places_ends_bit_equal(
@@ -82,6 +83,7 @@ def test_a_run_killed_at_given_places_ends_bit_equal(
     assert_equal_runs(tmp_path, straight(case)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.faults("kill -9 of training", trials=RANDOM_KILLS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_random_moments_ends_bit_equal(
