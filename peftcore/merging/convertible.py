@@ -1,4 +1,4 @@
-"""Whether a plain LoRA can replace an adapter: the adapter must only add ΔW to weights that a LoRA can change."""
+"""Checks that a plain LoRA can replace an adapter: the adapter must only add ΔW to weights that a LoRA can change."""
 
 from torch import nn
 
