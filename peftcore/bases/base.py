@@ -65,11 +65,11 @@ class BaseWeight(ABC):
 
     def __init__(self, layer: nn.Module):
         self.layer: Any = layer
-        self._storage = type(layer._parameters.get("weight"))
+        self.storage = type(layer._parameters.get("weight"))
 
     def still_fits(self, layer: nn.Module | None) -> bool:
         """Return True if this is a view of `layer` and the storage class of its weight has not changed."""
-        return layer is self.layer and type(self.layer._parameters.get("weight")) is self._storage
+        return layer is self.layer and type(self.layer._parameters.get("weight")) is self.storage
 
     def clear_cache(self) -> None:  # noqa: B027
         """Drop values that were computed from the weight, because the weight may have changed."""

@@ -6,7 +6,7 @@ f_k(x) = after_k(x, f_{k-1}(before_k(x))). Merging the adapters one after anothe
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,17 @@ from peftcore.layers.forward_paths import has_no_hooks, is_traced, layer_output
 from peftcore.layers.peft_attributes import PeftLayerAttributes
 from peftcore.layers.trained_bias import TrainedBias
 from peftcore.layers.wrapper import LayerWrapper, NamedModules
+
+
+class _Chain(NamedTuple):
+    """The adapters of a layer for some names, and the state that they were found in."""
+
+    names: tuple[str, ...]
+    holder: Any
+    changes: int
+    merged: tuple[str, ...]
+    with_biases: bool
+    adapters: list[Adapter]
 
 
 class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
@@ -38,6 +49,7 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
         self._view: BaseWeight | None = None
         self.siblings: list[AdapterLayer] = []
         """Adapter layers that are called later and may read the same input as this one."""
+        self._chain: _Chain | None = None
 
     def is_empty(self) -> bool:
         """Return True if the layer holds no adapter."""
@@ -83,8 +95,8 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
     @property
     def base(self) -> BaseWeight:
         """The view on the base layer that is in place now."""
-        view = self._view  # cached, because making one takes as long as a small layer
-        if view is None or not view.still_fits(self._modules["base_layer"]):
+        view, layer = self._view, self._modules["base_layer"]  # cached: making one takes as long as a small layer
+        if view is None or view.layer is not layer or view.storage is not type(layer._parameters.get("weight")):
             view = self._new_view(view)
         return view
 
@@ -96,11 +108,27 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
         self._view = view
         return view
 
+    def chain(self, names: tuple[str, ...]) -> list[Adapter]:
+        """Return `in_order(names)`, remembered from the last call."""
+        chain, adapters = self._chain, self._modules["adapters"]
+        if (
+            chain is None
+            or chain.names != names
+            or chain.holder is not adapters  # another one in a DataParallel replica
+            or chain.changes != adapters.changes
+            or chain.merged != self.merged
+            or chain.with_biases != self.has_trained_biases
+        ):
+            parts = self.in_order(names)
+            chain = _Chain(names, adapters, adapters.changes, self.merged, self.has_trained_biases, parts)
+            self.__dict__["_chain"] = chain
+        return chain.adapters
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the base layer with the adapters in effect, of the base layer's shape."""
         return layer_output(self, x, args, kwargs)
 
-    # -- the general path: what `layer_output` does if neither fast path applies -----------------------------------
+    # -- the general path: what `layer_output` does if no fast path applies ----------------------------------------
 
     def chain_output(self, adapters: Sequence[Adapter], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return f_n(x) for adapters 1..n in order.

@@ -50,7 +50,7 @@ FEW_TOKENS = 32
 
 
 def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the output of a layer with its adapters.
+    """Return the output of a layer with its adapters: of a fast path if one applies, else of the general path.
 
     Args:
         layer: the adapter layer that is called.
@@ -61,35 +61,28 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
     Returns:
         The output (..., out_features).
     """
-    selection = layer.selection
-    in_effect = selection.now
-    only_x = not args and not kwargs
-    if only_x and not torch.compiler.is_compiling() and (y := cached_output(layer, x, in_effect)) is not None:
-        return y
-    mixed: Route | None = None  # stays None if the adapters are one chain for all rows
-    if not isinstance(in_effect, Route):
-        names = in_effect
-    elif in_effect.chain is not None:
-        names = in_effect.chain
-    else:
-        mixed, names = in_effect, in_effect.names
-    without_gradients = only_x and not torch.is_grad_enabled() and not is_traced()
-    if mixed is not None and without_gradients and (y := _stacked(layer, mixed, x)) is not None:
-        return y
-    adapters = layer.in_order(names) if names else ()
-    if mixed is None and without_gradients and not layer.training and (y := _added(layer, adapters, x)) is not None:
-        return y
-    if not adapters:
-        return layer.base_output(x, *args, **kwargs)
-    layer.follow_base()
-    if mixed is not None:  # the general path of a mixed batch
-        return composed_output(layer, mixed, x, args, kwargs)
-    if not only_x or any(adapter.weight_space_forward for adapter in adapters):
-        return layer.chain_output(adapters, x, *args, **kwargs)
-    inputs, base_input = descend(adapters, x)  # fused, or else the general path of a chain
-    if (y := _fused(layer, adapters[0], base_input)) is not None:
-        return ascend(adapters[1:], inputs[:-1], y)
-    return ascend(adapters, inputs, layer.base_output(base_input))
+    in_effect: Any = layer.selection.now
+    chain = in_effect.chain if isinstance(in_effect, Route) else in_effect  # None if rows have different adapters
+    y = None if args or kwargs or is_traced() else _fast_output(layer, x, in_effect, chain)
+    if y is None and chain is None:
+        y = composed_output(layer, in_effect, x, args, kwargs)
+    elif y is None:
+        y = layer.chain_output(layer.in_order(chain), x, *args, **kwargs)
+    return y
+
+
+def _fast_output(layer: "AdapterLayer", x: Tensor, in_effect: Any, chain: tuple[str, ...] | None) -> Tensor | None:
+    """Return the output from a sibling layer or by a fast path; None if none of them applies."""
+    y = cached_output(layer, x, in_effect) if layer.selection.cache.outputs else None
+    if y is None and chain is None:
+        y = None if torch.is_grad_enabled() else _stacked(layer, in_effect, x)
+    elif y is None:
+        adapters = layer.chain(chain)
+        if not (layer.training or torch.is_grad_enabled()):
+            y = _added(layer, adapters, x)
+        if y is None and adapters:
+            y = _fused(layer, adapters, x)
+    return y
 
 
 # -- added: one chain, few tokens, without gradients ----------------------------------------------------------------
@@ -130,26 +123,33 @@ def _added(layer: "AdapterLayer", adapters: Sequence[Adapter], x: Tensor) -> Ten
 # -- fused: for training -------------------------------------------------------------------------------------------
 
 
-def _fused(layer: "AdapterLayer", adapter: Adapter, x: Tensor) -> Tensor | None:
-    """Return the output of base and first adapter from one operation; None if that does not apply.
+def _fused(layer: "AdapterLayer", adapters: Sequence[Adapter], x: Tensor) -> Tensor | None:
+    """Return the output with base and first adapter as one operation; None if that does not apply.
 
     The outputs of the siblings are computed in the same operation and cached. With dropout and PyTorch's masks, each
     layer must draw its own mask when the model calls the layer, so its siblings are left out.
     """
-    dtype = None if is_traced() or not has_no_hooks(layer.base_layer) else layer.base.compute_dtype(x)
-    low_rank = None if dtype is None else adapter.low_rank()
+    first, *later = adapters
+    base = layer.base  # also moves the adapters to the base layer that is in place now
+    if not has_no_hooks(base.layer) or any(adapter.weight_space_forward for adapter in later):
+        return None
+    inputs, x = descend(later, x) if later else ((), x)
+    dtype = base.compute_dtype(x)
+    low_rank = None if dtype is None else first.low_rank()
     if dtype is None or low_rank is None:
         return None
     together: dict[Any, tuple[BaseWeight, LowRankBranch]] = {}
     own_mask = low_rank.dropout and get_dropout_masks() == "pytorch"
-    for sibling in _plain_layers(() if own_mask else siblings_of(layer, x), x, dtype):
-        adapters = sibling.in_effect()
-        factors = adapters[0].low_rank() if len(adapters) == 1 else None
-        if factors is not None and factors.dropout == low_rank.dropout:
-            together[sibling] = sibling.base, factors
-    y, *outputs = low_rank_linears(x.to(dtype), [(layer.base, low_rank), *together.values()])
-    cache_outputs(layer, x, zip(together, outputs, strict=True))
-    return y
+    if not own_mask and (layer.siblings or layer.selection.recomputed is not None):
+        for sibling in _plain_layers(siblings_of(layer, x), x, dtype):
+            chain = sibling.in_effect()
+            factors = chain[0].low_rank() if len(chain) == 1 else None
+            if factors is not None and factors.dropout == low_rank.dropout:
+                together[sibling] = sibling.base, factors
+    y, *outputs = low_rank_linears(x.to(dtype), [(base, low_rank), *together.values()])
+    if together:
+        cache_outputs(layer, x, zip(together, outputs, strict=True))
+    return ascend(later, inputs, y) if later else y
 
 
 # -- stacked: without gradients ------------------------------------------------------------------------------------

@@ -171,8 +171,8 @@ class Lora(Adapter):
         return all(variant.is_additive for variant in self.variants)
 
     def low_rank(self) -> LowRankBranch | None:
-        dropout = self.dropout_probability
         own = self._parameters  # attributes of a module are slow to read, and this runs in every layer's forward
+        dropout = self.dropout_probability if "dropout" in self._modules else 0.0
         if self.source is None and self._buffers["start_A"] is None and not self.variants:
             return LowRankBranch(own["lora_A"], own["lora_B"], self.scaling, dropout)  # type: ignore[arg-type]
         if dropout and self.start is not None:

@@ -1,5 +1,6 @@
 """f_k(x) = after_k(x, f_{k-1}(before_k(x))): the chain of adapters at one layer, and what its wrapper lets see."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -50,6 +51,38 @@ def test_a_chain_nests_in_the_order_of_the_names(order: tuple[str, ...], gradien
 
     with torch.set_grad_enabled(gradients):
         torch.testing.assert_close(model(X), chain(len(order), X))
+
+
+def test_the_remembered_chain_follows_every_change_of_the_layer() -> None:
+    """After each change the layer uses the same adapters as one that remembers nothing."""
+    model = model_of(nn.Linear(12, 8), "lora", "loha")
+    layer = model.target
+
+    def replace() -> None:
+        other = copy.deepcopy(layer.adapters["loha"])
+        randomise(other, 0.3)
+        layer.set_submodule("adapters.loha", other)
+
+    changes = {
+        "switch": lambda: model.set_adapter("loha"),
+        "both": lambda: model.set_adapter(["lora", "loha"]),
+        "merge": lambda: model.merge_adapter(["lora"]),
+        "unmerge": model.unmerge_adapter,
+        "replace": replace,
+        "add": lambda: model.add_adapter("ia3", CONFIGS["ia3"]),
+        "switch to the new one": lambda: model.set_adapter(["ia3", "loha"]),
+        "delete": lambda: model.delete_adapter("loha"),
+    }
+    with torch.no_grad():
+        model(X)
+        for change, make in changes.items():
+            make()
+            layer(X.to(layer.base_layer.weight.dtype))
+            expected = layer.in_order(layer.selection.now)
+            remembered = layer.chain(layer.selection.now)
+            assert [id(each) for each in remembered] == [id(each) for each in expected], change
+        twin = copy.deepcopy(model).target
+        assert all(own is not other for own, other in zip(twin.chain(("ia3",)), layer.chain(("ia3",)), strict=True))
 
 
 @pytest.mark.parametrize("names", [("hra",), ("hra", "lora"), ("lora", "hra")])

@@ -1,8 +1,9 @@
-"""The host takes the fused operation by itself, wherever it gives the general path's numbers, and nowhere else."""
+"""An adapter layer takes a fast path wherever it gives the numbers of the general path, and nowhere else."""
 
 import contextlib
 import copy
 import pickle
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -496,3 +497,27 @@ def test_a_head_gets_the_last_tokens_of_the_rows_laid_together() -> None:
     model.add_adapter("second", lora(target_modules=["lm_head"]))
     assert len(model.lm_head.base_layer._forward_pre_hooks) == 1
     assert dict(model.unload().lm_head._forward_pre_hooks) == hooks
+
+
+@pytest.mark.parametrize(("training", "most"), [(False, 5), (True, 7)])
+def test_a_forward_enters_few_modules(training: bool, most: int) -> None:
+    """From the call of a LoRA layer to its matrix products a reader opens these modules, and no other."""
+    layer = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"])).train(training)[0]
+    x, entered = torch.randn(3, 8), set()
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and (module := frame.f_globals.get("__name__", "")).startswith("peftcore"):
+            entered.add(module.removeprefix("peftcore."))
+
+    with torch.set_grad_enabled(training):
+        layer(x)
+        sys.setprofile(note)
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+    decoding = {
+        "layers.adapter_layer", "layers.forward_paths", "layers.active", "methods.lora.adapter", "bases.plain",
+    }  # fmt: skip
+    assert entered == (decoding | {"kernels.low_rank", "bases.current_parameters"} if training else decoding)
+    assert len(entered) == most
