@@ -96,6 +96,10 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of waiting requests.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of tokens per answer.")] = 1024,
     max_loaded: Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of loaded adapters.")] = 64,
+    prefix_cache: Annotated[
+        int,
+        typer.Option(min=0, metavar="MIB", help="Memory for beginnings of prompts that are used again; 0: none."),
+    ] = 256,
     timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Time limit of one request.")] = 300.0,
     grace: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="Time for running requests after SIGTERM.")
@@ -144,7 +148,14 @@ def serve(
             project = (paths, load_params(paths.params))
         options = ServeOptions(
             base=base or Paths(find_root()).base,
-            limits=Limits(max_batch, max_queue, max_tokens, timeout=timeout, grace=grace),
+            limits=Limits(
+                max_batch,
+                max_queue,
+                max_tokens,
+                prefix_cache=prefix_cache * 2**20 or None,
+                timeout=timeout,
+                grace=grace,
+            ),
             adapters=adapters,
             mixtures=composition or (),
             project=project,

@@ -69,6 +69,8 @@ class Slot:
     size: int
     """Bytes of its parameters."""
     leases: int = 0
+    loads: int = 1
+    """Adapters that have been loaded into this slot so far (count)."""
     entry: Entry | None = None
     """The registered adapter in this slot; None if the slot holds an old version or nothing."""
 

@@ -40,6 +40,8 @@ class Lease:
         """The adapter's name in the model, for routes."""
         self.version = version
         """The adapter's version: 1, and one more with each replacement."""
+        self.weights = (slot.name, slot.loads)
+        """Identifies the loaded weights: other weights in this store never have the same value."""
         self._active = True
 
     def release(self) -> None:
@@ -323,6 +325,7 @@ class AdapterStore:
         assert entry.directory is not None
         reused = self._make_room(entry.name, config, size, timeout)
         if reused is not None:
+            reused.loads += 1
             checkpoint.load_adapter_weights(self._model, entry.directory, reused.name, tensors, False)
             return reused
         self._slots_created += 1

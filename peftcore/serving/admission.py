@@ -1,12 +1,19 @@
 """Admission of requests to the batch: a request waits, then its adapters are loaded, then it is ready for a row.
 
 Worker threads load adapters while the engine decodes, so an adapter that loads slowly delays only its own requests.
+
+Models share the server evenly: the next row goes to the model with the fewest requests in progress, and when the queue
+is full, the model with the most waiting requests gives up its newest one. So a flood of requests for one model does not
+keep out the others.
 """
 
+import itertools
 import logging
+import math
 import threading
-from collections import deque
-from collections.abc import Callable
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from peftcore.serving.catalog import Catalog, ModelLease
@@ -15,6 +22,10 @@ from peftcore.serving.generation import Generation
 
 LOAD_WAIT = 0.005
 """Seconds that the engine waits for an adapter; enough for an adapter that is already in the model."""
+LEAVING = 64
+"""Requests (count) from whose leaving times the time until the queue moves is estimated."""
+MAX_RETRY = 60
+"""Longest time after which a refused client is told to try again (seconds)."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +44,10 @@ class Admission:
         self._catalog, self._max_queue, self._wake = catalog, max_queue, wake
         self._lock = threading.Lock()
         """Protects the waiting requests, the only state that several threads use."""
-        self._waiting: deque[Generation] = deque()
+        self._waiting: dict[str, deque[Generation]] = {}
+        """{model: its waiting requests in the order of arrival}; no model without requests"""
+        self._left: deque[float] = deque(maxlen=LEAVING)
+        """Times at which the last requests left the queue."""
         self._loading: dict[Generation, Future[ModelLease]] = {}
         self._loaded: deque[Generation] = deque()
         self._full = False
@@ -41,14 +55,37 @@ class Admission:
         self._loaders = ThreadPoolExecutor(2 * rows, "adapter-load")
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._loading) + len(self._loaded)
+        return self._waiting_count() + len(self._loading) + len(self._loaded)
+
+    def _waiting_count(self) -> int:
+        return sum(map(len, list(self._waiting.values())))
 
     def add(self, generation: Generation) -> None:
-        """Append a request to the queue. Raise QueueFullError if the queue is full."""
+        """Append a request to the queue.
+
+        If the queue is full, the newest request of the model with the most waiting requests fails in its place.
+
+        Raises:
+            QueueFullError: The queue is full, and no model has more waiting requests than this one would have.
+        """
+        refused = None
         with self._lock:
-            if len(self._waiting) >= self._max_queue:
-                raise QueueFullError(f"the queue is full: {len(self._waiting)} requests are waiting; try again later")
-            self._waiting.append(generation)
+            if self._waiting_count() >= self._max_queue:
+                error = QueueFullError(self._waiting_count(), self._seconds_until_moved())
+                most = max(self._waiting, key=lambda model: len(self._waiting[model]))
+                if len(self._waiting[most]) <= len(self._waiting.get(generation.model, ())) + 1:
+                    raise error
+                refused = self._waiting[most].pop()
+            self._waiting.setdefault(generation.model, deque()).append(generation)
+        if refused is not None:
+            refused.fail(error)
+
+    def _seconds_until_moved(self) -> int:
+        """Estimate how long the waiting requests take to leave the queue, from how fast the last ones left."""
+        if not self._left:
+            return 1
+        rate = len(self._left) / max(time.monotonic() - self._left[0], 1e-3)
+        return max(1, min(MAX_RETRY, math.ceil(self._waiting_count() / rate)))
 
     def released(self) -> None:
         """Note that adapters have been released, and wake the engine if requests wait for them."""
@@ -56,16 +93,17 @@ class Admission:
             self._full = False
             self._wake()
 
-    def ready(self, room: int, alone: bool, others: bool) -> list[Generation]:
+    def ready(self, room: int, alone: bool, running: Sequence[Generation]) -> list[Generation]:
         """Return requests whose adapters are loaded. They stay in the queue until `take`.
 
         Args:
             room: Most requests to return (count).
             alone: Wait until adapters are loaded, without a limit of time.
-            others: True if the batch has rows, whose adapters will be released later.
+            running: Requests that have rows, whose adapters will be released later.
         """
+        others = bool(running)
         self._drop_abandoned()
-        loading = self._start_loading(room) if not self._full else []
+        loading = self._start_loading(room, running) if not self._full else []
         wait(loading, None if alone else LOAD_WAIT)
         for generation in [one for one, future in self._loading.items() if future.done()]:
             self._settle(generation, self._loading.pop(generation), others)
@@ -81,8 +119,8 @@ class Admission:
     def fail(self, error: ServingError) -> None:
         """End every request in the queue with an error."""
         with self._lock:
-            waiting, self._waiting = self._waiting, deque()
-        for generation in waiting:
+            waiting, self._waiting = self._waiting, {}
+        for generation in itertools.chain(*waiting.values()):
             generation.fail(error)
         for generation in [*self._loading, *self._loaded]:
             generation.abandoned = True
@@ -95,24 +133,38 @@ class Admission:
 
     def _drop_abandoned(self) -> None:
         with self._lock:
-            self._waiting = deque(one for one in self._waiting if not one.abandoned)
+            present = ((model, deque(one for one in own if not one.abandoned)) for model, own in self._waiting.items())
+            self._waiting = {model: own for model, own in present if own}
         for generation in [one for one in self._loading if one.abandoned]:
             self._loading.pop(generation).add_done_callback(_release)
         for generation in [one for one in self._loaded if one.abandoned]:
             self._loaded.remove(generation)
             generation.release()
 
-    def _start_loading(self, room: int) -> list[Future[ModelLease]]:
+    def _start_loading(self, room: int, running: Sequence[Generation]) -> list[Future[ModelLease]]:
         loading: list[Future[ModelLease]] = []
-        while self._waiting and len(self._loading) + len(self._loaded) < room:
-            with self._lock:
-                generation = self._waiting.popleft()
+        while len(self._loading) + len(self._loaded) < room:
+            if (generation := self._next(running)) is None:
+                break
             future = self._loaders.submit(self._catalog.acquire, generation.model)
             self._loading[generation] = future
             loading.append(future)
         for future in loading:
             future.add_done_callback(lambda _: self._wake())
         return loading
+
+    def _next(self, running: Sequence[Generation]) -> Generation | None:
+        """Remove and return the first waiting request of the model with the fewest requests in progress."""
+        in_progress = Counter(one.model for one in (*running, *self._loading, *self._loaded))
+        with self._lock:
+            if not self._waiting:
+                return None
+            model = min(self._waiting, key=lambda name: (in_progress[name], self._waiting[name][0].arrived))
+            generation = self._waiting[model].popleft()
+            if not self._waiting[model]:
+                del self._waiting[model]
+        self._left.append(time.monotonic())
+        return generation
 
     def _settle(self, generation: Generation, future: "Future[ModelLease]", others: bool) -> None:
         try:
@@ -121,7 +173,7 @@ class Admission:
             if others or self._loading or self._loaded:
                 self._full = True
                 with self._lock:
-                    self._waiting.appendleft(generation)
+                    self._waiting.setdefault(generation.model, deque()).appendleft(generation)
             else:
                 generation.fail(error)
         except ServingError as error:

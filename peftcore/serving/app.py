@@ -106,7 +106,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ServingError)
     async def refused(_: Request, error: ServingError) -> Response:
-        return JSONResponse(error.body(), error.status)
+        return JSONResponse(error.body(), error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

@@ -1,6 +1,6 @@
 """Model names of a server: the base model, each adapter, and each configured composition of adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,11 @@ class ModelLease:
 
     route: Composition
     leases: tuple[Lease, ...] = ()
+
+    @property
+    def weights(self) -> Hashable:
+        """Identifies what the model computes: leases with equal values give equal outputs."""
+        return self.route, tuple(lease.weights for lease in self.leases)
 
     def release(self) -> None:
         """Allow the adapters to be unloaded."""

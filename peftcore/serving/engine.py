@@ -1,12 +1,13 @@
 """Scheduler of continuous batching: one thread decodes all rows together, token by token, whatever their adapters.
 
 One turn removes finished rows, runs one prefill forward for a part of new prompts, and decodes one token for all rows.
-A long prompt therefore delays the other rows by one part at a time.
+A long prompt therefore delays the other rows by one part at a time. If an earlier prompt of the same model had the same
+beginning, its keys and values are taken from the prefix cache.
 """
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from peftcore.serving.generation import Generation
 from peftcore.serving.kv_cache import KVCache
 from peftcore.serving.limits import Limits
 from peftcore.serving.metrics import Metrics
+from peftcore.serving.prefix_cache import BLOCK, Block, PrefixCache, joined
 from peftcore.serving.sampling import next_tokens
 
 logger = logging.getLogger(__name__)
@@ -29,15 +31,27 @@ logger = logging.getLogger(__name__)
 class Prefill:
     """Requests whose prompts are processed together, part by part.
 
-    `tokens` and `mask` (B, T) hold the part that is not yet processed.
+    `tokens` and `mask` (B, T) hold the part that is not yet processed. T is the most tokens of a prompt that are not in
+    the prefix cache. A request with fewer such tokens processes its last T tokens all the same, so that no padding is
+    between reused tokens and others.
 
-    Shapes: B requests, T tokens of the longest prompt.
+    Args:
+        generations: The requests.
+        prefixes: For each request, the blocks of the beginning of its prompt.
+        device: Device of the model.
+
+    Shapes: B requests, T tokens.
     """
 
-    def __init__(self, generations: Sequence[Generation], device: torch.device):
+    def __init__(self, generations: Sequence[Generation], prefixes: Sequence[list[Block]], device: torch.device):
         self.generations = list(generations)
-        self.tokens, self.mask = _padded([one.prompt for one in generations], device)
-        self.cache = KVCache.empty(len(generations), device)
+        width = max(_not_reusable(*pair) for pair in zip(generations, prefixes, strict=True))
+        reused = [max(0, len(one.prompt) - width) for one in generations]
+        self.tokens, self.mask = _padded([one.prompt[-width:] for one in generations], device)
+        rows = [joined(blocks, count) if count else [] for blocks, count in zip(prefixes, reused, strict=True)]
+        self.cache = KVCache.of_rows(rows, reused, device)
+        self.reused = sum(reused)
+        """Tokens that are taken from the prefix cache (count)."""
 
     @property
     def is_complete(self) -> bool:
@@ -77,6 +91,7 @@ class Engine:
         self._rows: list[Generation] = []
         self._prefill: Prefill | None = None
         self._cache = KVCache.empty(0)
+        self._prefixes = PrefixCache(limits.prefix_cache)
         self._draining = self._stopping = False
         self._thread = threading.Thread(target=self._run, name="peftcore-engine", daemon=True)
 
@@ -194,6 +209,7 @@ class Engine:
         if not prefill.generations:
             self._prefill = None
         elif prefill.is_complete:
+            self._store_prefixes(prefill)
             self._push(prefill.generations, step)
             self._cache = KVCache.join([self._cache, prefill.cache])
             self._rows, self._prefill = self._rows + prefill.generations, None
@@ -204,14 +220,23 @@ class Engine:
     def _start_prefill(self) -> Prefill | None:
         # the first adapter replaces layers, so no forward may run at the same time
         alone = not self._forward.can_route
-        ready = self._admission.ready(self._limits.max_batch - len(self._rows), alone, bool(self._rows))
-        generations = _within(ready, self._limits.prefill_tokens)
-        if not generations:
+        ready = self._admission.ready(self._limits.max_batch - len(self._rows), alone, self._rows)
+        prefixes = [self._prefixes.find(_weights(one), one.prompt) for one in ready]
+        count = _how_many(ready, prefixes, self._limits.prefill_tokens)
+        if not count:
             return None
+        generations = ready[:count]
         # before `take`, so that `idle` is never true in between; a draining server would exit
-        prefill = self._prefill = Prefill(generations, self._forward.model.device)
+        prefill = self._prefill = Prefill(generations, prefixes[:count], self._forward.model.device)
+        self._metrics.reused_tokens.inc(prefill.reused)
         self._admission.take(generations)
         return prefill
+
+    def _store_prefixes(self, prefill: Prefill) -> None:
+        """Store the prompts of a complete prefill in the prefix cache."""
+        for row, one in enumerate(prefill.generations):
+            self._prefixes.store(_weights(one), one.prompt, prefill.cache.row(row, len(one.prompt)))
+        self._metrics.prefix_cache_bytes.set(self._prefixes.size)
 
     def _without_abandoned(self, prefill: Prefill | None) -> Prefill | None:
         """Return the prefill without abandoned requests, or None if none is left."""
@@ -266,14 +291,24 @@ def _route(generation: Generation) -> Composition:
     return generation.lease.route
 
 
-def _within(generations: list[Generation], tokens: int) -> list[Generation]:
-    """Return as many first requests as fit into one forward of `tokens` tokens with padding, but at least one."""
+def _weights(generation: Generation) -> Hashable:
+    assert generation.lease is not None
+    return generation.lease.weights
+
+
+def _not_reusable(generation: Generation, prefix: Sequence[Block]) -> int:
+    """Return how many tokens of a prompt must be processed: at least the last one, whose logits are needed."""
+    return max(1, len(generation.prompt) - BLOCK * len(prefix))
+
+
+def _how_many(generations: Sequence[Generation], prefixes: Sequence[list[Block]], tokens: int) -> int:
+    """Return how many first requests fit into one forward of `tokens` tokens with padding: at least one, if any."""
     longest = 0
-    for number, generation in enumerate(generations):
-        longest = max(longest, len(generation.prompt))
+    for number, pair in enumerate(zip(generations, prefixes, strict=True)):
+        longest = max(longest, _not_reusable(*pair))
         if number and (number + 1) * longest > tokens:
-            return generations[:number]
-    return generations
+            return number
+    return len(generations)
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

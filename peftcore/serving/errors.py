@@ -21,6 +21,11 @@ class ServingError(PeftError, RuntimeError):
         super().__init__(message)
         self.param = param
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers of the response, besides the usual ones."""
+        return {}
+
     def body(self) -> dict[str, Any]:
         """Return the error object of OpenAI's API."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
@@ -56,11 +61,25 @@ class UnknownModelError(ServingError):
 
 
 class QueueFullError(ServingError):
-    """The queue of waiting requests is full."""
+    """The queue of waiting requests is full.
+
+    Args:
+        waiting: Requests in the queue (count).
+        retry_after: Estimated time until the queue has moved on (whole seconds).
+    """
 
     status = 429
     kind = "rate_limit_error"
     code = "queue_full"
+
+    def __init__(self, waiting: int, retry_after: int):
+        super().__init__(f"the queue is full: {waiting} requests are waiting; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The time after which to try again, as `Retry-After`."""
+        return {"Retry-After": str(self.retry_after)}
 
 
 class AdapterFailedError(ServingError):

@@ -93,6 +93,25 @@ class KVCache:
         return cls(torch.zeros(rows, 0, dtype=torch.long, device=device))
 
     @classmethod
+    def of_rows(
+        cls, rows: Sequence[Sequence[tuple[Tensor, Tensor] | None]], lengths: Sequence[int], device: torch.device
+    ) -> "KVCache":
+        """Return the cache of rows whose keys and values are known.
+
+        Args:
+            rows: For each row, keys and values (h, S, d) of each layer, None for a layer that keeps none.
+            lengths: S of each row; a row of length 0 has no layers.
+            device: Device of the mask.
+        """
+        longest = max(lengths)
+        if not longest:
+            return cls.empty(len(rows), device)
+        mask = torch.arange(longest, device=device) >= longest - torch.tensor(lengths, device=device)[:, None]
+        nothing = [pair and (pair[0][:, :0], pair[1][:, :0]) for pair in rows[lengths.index(longest)]]
+        layers = zip(*(row or nothing for row in rows), strict=True)
+        return cls(mask.long(), [_filled([p and (p[0][None], p[1][None]) for p in parts], longest) for parts in layers])
+
+    @classmethod
     def join(cls, parts: Sequence["KVCache"]) -> "KVCache":
         """Concatenate the rows of several caches."""
         parts = [part for part in parts if len(part)]
@@ -132,6 +151,11 @@ class KVCache:
         start = self.length - int(mask.sum(1).max()) if len(rows) else 0
         picked = [p and tuple(t.index_select(0, chosen)[:, :, start:] for t in p) for p in self._tensors()]
         return KVCache(mask[:, start:], [_filled([pair], self.length - start) for pair in picked])
+
+    def row(self, row: int, tokens: int) -> list[tuple[Tensor, Tensor] | None]:
+        """Return keys and values (h, tokens, d) of each layer for the last tokens of a row, without copying."""
+        first = self.length - tokens
+        return [pair and (pair[0][row, :, first:], pair[1][row, :, first:]) for pair in self._tensors()]
 
     def _tensors(self) -> list[tuple[Tensor, Tensor] | None]:
         """Return keys and values of each layer; None for an unused layer."""

@@ -24,6 +24,9 @@ class Limits:
     prefill_tokens: int = 256
     """Prompt tokens, with padding, of one prefill forward (count). A longer prompt takes several forwards, and running
     rows decode a token between two of them."""
+    prefix_cache: int | None = 256 << 20
+    """Most memory for keys and values of earlier prompts, which later prompts with the same beginning reuse (bytes).
+    None: nothing is reused."""
     max_body: int = 4 << 20
     """Largest body of a request (bytes)."""
     read_timeout: float = 20.0

@@ -31,6 +31,12 @@ class Metrics:
             "peftcore_requests", "Requests answered, by model and HTTP status", ["model", "status"], registry=registry
         )
         self.prompt_tokens = Counter("peftcore_prompt_tokens", "Prompt tokens processed", registry=registry)
+        self.reused_tokens = Counter(
+            "peftcore_prefix_cache_tokens", "Prompt tokens taken from the prefix cache", registry=registry
+        )
+        self.prefix_cache_bytes = Gauge(
+            "peftcore_prefix_cache_bytes", "Size of the prefix cache in bytes", registry=registry
+        )
         self.generated_tokens = Counter("peftcore_generated_tokens", "Tokens generated", registry=registry)
         self.queue_depth = Gauge("peftcore_queue_depth", "Requests waiting for a row", registry=registry)
         self.running_rows = Gauge("peftcore_running_rows", "Requests being decoded", registry=registry)

@@ -51,6 +51,7 @@ def test_a_server_gets_each_option(tiny_base: Path, tmp_path: Path, served: list
         "--max-queue": 5,
         "--max-tokens": 7,
         "--max-loaded": 9,
+        "--prefix-cache": 2,
         "--timeout": 11.5,
         "--grace": 2.5,
     }
@@ -63,7 +64,7 @@ def test_a_server_gets_each_option(tiny_base: Path, tmp_path: Path, served: list
     assert (options.base, options.adapters, options.dtype) == (tiny_base, tmp_path, "float32")
     assert (options.host, options.port, options.name) == ("0.0.0.0", 0, "tiny")
     limits = options.limits
-    assert (limits.max_batch, limits.max_queue, limits.max_tokens) == (3, 5, 7)
+    assert (limits.max_batch, limits.max_queue, limits.max_tokens, limits.prefix_cache) == (3, 5, 7, 2 << 20)
     assert (options.max_loaded, limits.timeout, limits.grace) == (9, 11.5, 2.5)
     assert (list(options.keys), list(options.mixtures)) == (["one", "two"], ['mix={"a": 1}'])
     assert options.project is None, "nothing is watched"

@@ -1,12 +1,15 @@
 """Requests wait for a row and for their adapters."""
 
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from peftcore.serving import Limits
+from peftcore.serving.admission import MAX_RETRY
 from peftcore.serving.errors import (
     NoRoomError,
     QueueFullError,
@@ -50,6 +53,50 @@ def test_a_request_is_always_counted_between_the_queue_and_its_row(
     monkeypatch.setattr(engine._admission, "take", lambda generations: (take(generations), idle.append(engine.idle)))
     assert served.begin("sql", [5, 6, 7], 3).result()[0] == served.world.expected("sql", [5, 6, 7], 3)
     assert idle == [False]
+
+
+def test_the_next_row_goes_to_the_model_with_the_fewest_requests_in_progress(serving: Callable[..., Any]) -> None:
+    served = serving(limits=Limits(max_batch=2))
+    served.slow_down(0.003)
+    flood = [served.begin("sql", [5, n], 8) for n in range(3, 13)]
+    flood[0].first()
+    late = [served.begin(name, [5, 6], 8) for name in ("chat", "base")]
+    for one in late:
+        assert len(one.result()) == 3
+    finished = [one.generation.finished for one in flood]
+    assert sum(finished) < len(flood) - 2, "the flood was not served first"
+    assert all(len(one.result()) == 3 for one in flood)
+
+
+def test_a_full_queue_takes_a_model_with_few_requests_in_place_of_the_newest_of_the_one_with_most(
+    serving: Callable[..., Any],
+) -> None:
+    served = serving(limits=Limits(max_batch=1, max_queue=3))
+    running = served.begin("base", [5, 6, 7], 400)
+    running.first()
+    flood = [served.begin("sql", [5, n], 2) for n in (3, 4, 5)]
+    other = served.begin("chat", [5, 6], 2)
+    refused = flood[2].result()
+    assert isinstance(refused, QueueFullError) and refused.retry_after >= 1
+    with pytest.raises(QueueFullError):
+        served.begin("chat", [5, 7], 2)  # sql has two and chat one, so chat would have as many
+    served.service.engine.cancel(running.generation)
+    assert [len(one.result()) for one in (flood[0], flood[1], other)] == [3, 3, 3]
+    served.wait(lambda: served.service.engine.idle)
+
+
+def test_a_refused_client_is_told_when_to_try_again(serving: Callable[..., Any]) -> None:
+    """With 6 waiting requests, and 3 that have left the queue in the last 3 s, the queue takes 6 s."""
+    served = serving(limits=Limits(max_queue=6))
+    admission = served.service.engine._admission
+    assert admission._seconds_until_moved() == 1
+    served.service.engine.stop()
+    admission._waiting["sql"] = deque(range(6))
+    admission._left.extend(time.monotonic() - seconds for seconds in (3, 2, 1))
+    assert admission._seconds_until_moved() in (6, 7)
+    admission._left[0] -= 1e6
+    assert admission._seconds_until_moved() == MAX_RETRY
+    admission._waiting.clear()
 
 
 def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(
