@@ -8,17 +8,17 @@ import pytest
 pytestmark = pytest.mark.proof
 
 
-def test_four_cases_of_a_tiny_server(run_benchmark, tiny_base: Path, tmp_path: Path) -> None:
-    small = ("--rounds", "1", "--requests", "1", "--prompt", "8", "--tokens", "4", "--base", str(tiny_base))
-    done = run_benchmark("serving", *small, "--folder", str(tmp_path))
+def test_every_case_of_a_tiny_server(run_benchmark, tiny_base: Path, tmp_path: Path) -> None:
+    small = ("--rounds", "1", "--requests", "1", "--prompt", "8", "--tokens", "4", "--no-peer")
+    done = run_benchmark("serving", *small, "--base", str(tiny_base), "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    rows = re.findall(
-        r"^\| ([\w ,]+) \| (\d+) \| [\d.]+ \| [\d.]+ \(", (tmp_path / "serving.md").read_text(), re.MULTILINE
-    )
+    rows = re.findall(r"^\| ([\w ,']+) \| (\d+) \| [\d.]+ \| ", (tmp_path / "serving.md").read_text(), re.MULTILINE)
     assert rows == [
+        ("a loop of the base's forward, 16 rows", "16"),
         ("the base alone", "16"),
         ("1 adapter", "16"),
         ("16 adapters", "16"),
+        ("1 adapter, a system prompt of 192 tokens", "16"),
         ("16 adapters, one client", "1"),
     ]
 
