@@ -5,7 +5,19 @@ import sys
 
 import typer
 
-from flows.commands import ci, models, output, pipeline, promotion, publishing, registry, retraining, review, sweep
+from flows.commands import (
+    ci,
+    models,
+    output,
+    pipeline,
+    project,
+    promotion,
+    publishing,
+    registry,
+    retraining,
+    review,
+    sweep,
+)
 from flows.runtime.stage import exit_on_signal, set_quiet_environment
 
 app = typer.Typer(
@@ -27,6 +39,8 @@ def _prepare(log_format: output.Form = None, quiet: output.Quiet = False, verbos
 
 
 for command in (
+    project.init,
+    project.upgrade,
     pipeline.run,
     pipeline.stage,
     pipeline.status,

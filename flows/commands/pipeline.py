@@ -75,7 +75,7 @@ def status(
     """
     with errors(), project() as (params, paths):
         from flows.commands.status import print_status
-        from flows.status import status as read_status
+        from flows.pipeline.status import status as read_status
 
         result = ({"stages": stage_states(paths.root)} if states else {}) | read_status(params, paths)
         if as_json:

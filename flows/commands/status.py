@@ -12,7 +12,7 @@ SHOWN = 4
 
 
 def print_status(status: Mapping[str, Any]) -> None:
-    """Print the result of `flows.status.status`, and the pipeline's stages if it has the key `stages`."""
+    """Print the result of `flows.pipeline.status.status`, and the pipeline's stages if it has the key `stages`."""
     console = Console(highlight=False)
     if (stages := status.get("stages")) is not None:
         table = Table("stage", "state")

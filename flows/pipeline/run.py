@@ -23,6 +23,7 @@ from flows.review.summary import print_summary
 from flows.runtime.git import Git
 from flows.runtime.last_run import RunRecord, recorded
 from flows.runtime.project import stage_order, stage_states
+from flows.runtime.stage_code import refresh
 from flows.runtime.stage_process import run_stage
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def run_pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | Non
         GateError: The gate refuses; raised after page and summary.
     """
     check_registrable(root)  # before Prefect's server starts, which takes about 15 seconds
+    refresh(root)
     began = time.monotonic()
     if unchanged := _unchanged_stages(root):
         print(f"no stage has changed: {', '.join(unchanged)}", file=sys.stderr)

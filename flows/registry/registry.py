@@ -24,7 +24,7 @@ from flows.registry.reader import (
 )
 from flows.runtime.git import Git, GitError, Tag
 
-RAN = ("data", "flows", "peftcore")
+RAN = ("data", "flows", "peftcore", ".peftcore")
 """Folders whose tracked files a version's commit takes from the working tree."""
 ADDED = ("params.yaml", "dvc.yaml", ".dvc/config")
 """Files that a version's commit takes from the working tree, tracked or not."""

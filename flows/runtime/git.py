@@ -228,14 +228,7 @@ class Git:
     def _done(
         self, arguments: Sequence[str], stdin: str | None, environment: Mapping[str, str]
     ) -> subprocess.CompletedProcess[str]:
-        # without optional locks `git status` does not write the user's index file
-        everything = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environment}
-        command = ["git", "-C", str(self.root), *arguments]
-        done = subprocess.run(command, env=everything, input=stdin, capture_output=True, text=True, errors="replace",
-                              check=False)  # fmt: skip
-        if done.returncode:
-            raise GitError(f"`git {arguments[0]}` failed: {done.stderr.strip() or done.stdout.strip()}")
-        return done
+        return _completed(self.root, arguments, stdin, environment)
 
     def _identity(self) -> dict[str, str]:
         """Return environment variables with an author for commits, if git has none."""
@@ -247,6 +240,32 @@ class Git:
                 variables = (f"GIT_AUTHOR_{key.upper()}", f"GIT_COMMITTER_{key.upper()}")
                 missing |= {name: value for name in variables if name not in os.environ}
         return missing
+
+
+def git_output(folder: Path, *arguments: str) -> str:
+    """Run a git command in a folder that may be no repository, and return its output.
+
+    Raises:
+        GitError: The command failed; the message is git's.
+        RepositoryError: git is not installed.
+    """
+    try:
+        return _completed(folder, arguments, None, {}).stdout
+    except FileNotFoundError as error:
+        raise RepositoryError("git is not installed; install it and run this again") from error
+
+
+def _completed(
+    folder: Path, arguments: Sequence[str], stdin: str | None, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    # without optional locks `git status` does not write the user's index file
+    everything = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environment}
+    command = ["git", "-C", str(folder), *arguments]
+    done = subprocess.run(command, env=everything, input=stdin, capture_output=True, text=True, errors="replace",
+                          check=False)  # fmt: skip
+    if done.returncode:
+        raise GitError(f"`git {arguments[0]}` failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done
 
 
 def _settings(values: Mapping[str, str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from flows.errors import DataError
 from flows.runtime.git import Git, GitError
 
-INPUTS = ("params.yaml", "dvc.yaml", "data", "flows", "peftcore")
+INPUTS = ("params.yaml", "dvc.yaml", "data", "flows", "peftcore", ".peftcore")
 """Files and folders of a repository that can change the trained adapter."""
 SHOWN = 5
 

@@ -46,7 +46,7 @@ def find_root(start: Path | None = None) -> Path:
             return folder
     raise RepositoryError(
         f"no pipeline in {start} or above it (dvc.yaml beside a .dvc folder); "
-        "go to a clone of the repository, or make one with `git init`, `dvc init` and a dvc.yaml"
+        "go to the folder of a project, or make this one with `peftcore init`"
     )
 
 

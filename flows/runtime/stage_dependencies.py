@@ -11,7 +11,7 @@ import ast
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,17 @@ def imported_modules(module: str) -> set[str]:
     return modules
 
 
+def module_files(module: str) -> dict[str, Path]:
+    """Return {module: its file} of `imported_modules`."""
+    return {name: _file(name) for name in imported_modules(module)}
+
+
 def code_dependencies(root: Path, module: str) -> list[str]:
     """Return the files and folders below `root` that `module` depends on, as sorted relative paths.
 
     A folder stands for its modules if all of them are used.
     """
-    files = {_file(name) for name in imported_modules(module)}
+    files = set(module_files(module).values())
     paths = {path for path in files if path.is_relative_to(root) and _has_code(path)}
     folders = {parent for path in paths for parent in path.parents if parent.is_relative_to(root)} - {root}
     for folder in sorted(folders, key=lambda folder: len(folder.parts)):
@@ -75,16 +80,22 @@ def code_dependencies(root: Path, module: str) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in paths)
 
 
+def module_of(stage: Mapping[str, Any]) -> str | None:
+    """Return the module that a stage of dvc.yaml runs; None if it runs no module of `flows`."""
+    found = re.search(r"python -m (flows\.[\w.]+)", str(stage.get("cmd")))
+    return None if found is None else found[1]
+
+
 def updated(root: Path, stage: dict[str, Any]) -> list[str] | None:
     """Return all dependencies of a stage of dvc.yaml, with its code's; None if the stage runs no module of `flows`."""
-    module = re.search(r"python -m (flows\.[\w.]+)", str(stage.get("cmd")))
+    module = module_of(stage)
     if module is None:
         return None
     deps = [str(dep) for dep in stage.get("deps", [])]
     is_code = [dep.partition("/")[0] in PACKAGES for dep in deps]
     first = is_code.index(True) if True in is_code else len(deps)
     others = [dep for dep, code in zip(deps, is_code, strict=True) if not code]
-    return [*others[:first], *code_dependencies(root, module[1]), *others[first:]]
+    return [*others[:first], *code_dependencies(root, module), *others[first:]]
 
 
 def main() -> None:

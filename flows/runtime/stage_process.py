@@ -17,6 +17,7 @@ from flows.runtime import logs
 from flows.runtime.processes import die_with_parent, is_alive, this_host
 from flows.runtime.progress import RUN
 from flows.runtime.project import DVC, stage_environment
+from flows.runtime.stage_code import refresh
 
 SECONDS_TO_STOP = 60.0
 """Seconds that an interrupted stage gets to finish writing."""
@@ -47,6 +48,7 @@ def run_stage(
         StageError: The stage failed or exceeded the time limit.
         BusyError: Another host is working in this folder.
     """
+    refresh(root)
     with _at_work(root):
         _run_stage(root, stage, timeout, force, place, options)
 

@@ -95,7 +95,8 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
     @property
     def base(self) -> BaseWeight:
         """The view on the base layer that is in place now."""
-        view, layer = self._view, self._modules["base_layer"]  # cached: making one takes as long as a small layer
+        view = self._view  # cached, because making one takes as long as a small layer
+        layer: Any = self._modules["base_layer"]
         if view is None or view.layer is not layer or view.storage is not type(layer._parameters.get("weight")):
             view = self._new_view(view)
         return view
@@ -110,7 +111,8 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
 
     def chain(self, names: tuple[str, ...]) -> list[Adapter]:
         """Return `in_order(names)`, remembered from the last call."""
-        chain, adapters = self._chain, self._modules["adapters"]
+        chain = self._chain
+        adapters: Any = self._modules["adapters"]
         if (
             chain is None
             or chain.names != names

@@ -64,9 +64,11 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
     in_effect: Any = layer.selection.now
     chain = in_effect.chain if isinstance(in_effect, Route) else in_effect  # None if rows have different adapters
     y = None if args or kwargs or is_traced() else _fast_output(layer, x, in_effect, chain)
-    if y is None and chain is None:
+    if y is not None:
+        return y
+    if chain is None:
         y = composed_output(layer, in_effect, x, args, kwargs)
-    elif y is None:
+    else:
         y = layer.chain_output(layer.in_order(chain), x, *args, **kwargs)
     return y
 
@@ -74,9 +76,11 @@ def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs
 def _fast_output(layer: "AdapterLayer", x: Tensor, in_effect: Any, chain: tuple[str, ...] | None) -> Tensor | None:
     """Return the output from a sibling layer or by a fast path; None if none of them applies."""
     y = cached_output(layer, x, in_effect) if layer.selection.cache.outputs else None
-    if y is None and chain is None:
+    if y is not None:
+        return y
+    if chain is None:
         y = None if torch.is_grad_enabled() else _stacked(layer, in_effect, x)
-    elif y is None:
+    else:
         adapters = layer.chain(chain)
         if not (layer.training or torch.is_grad_enabled()):
             y = _added(layer, adapters, x)

@@ -68,16 +68,20 @@ class Admission:
         Raises:
             QueueFullError: The queue is full, and no model has more waiting requests than this one would have.
         """
-        refused = None
+        refused: Generation | None = None
+        error: QueueFullError | None = None
         with self._lock:
             if self._waiting_count() >= self._max_queue:
-                error = QueueFullError(self._waiting_count(), self._seconds_until_moved())
+                waiting, seconds = self._waiting_count(), self._seconds_until_moved()
+                error = QueueFullError(
+                    f"the queue is full: {waiting} requests are waiting; try again in {seconds} s", retry_after=seconds
+                )
                 most = max(self._waiting, key=lambda model: len(self._waiting[model]))
                 if len(self._waiting[most]) <= len(self._waiting.get(generation.model, ())) + 1:
                     raise error
                 refused = self._waiting[most].pop()
             self._waiting.setdefault(generation.model, deque()).append(generation)
-        if refused is not None:
+        if refused is not None and error is not None:
             refused.fail(error)
 
     def _seconds_until_moved(self) -> int:

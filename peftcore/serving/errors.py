@@ -64,7 +64,8 @@ class QueueFullError(ServingError):
     """The queue of waiting requests is full.
 
     Args:
-        waiting: Requests in the queue (count).
+        message: Text for the client.
+        param: Field of the request that caused the error.
         retry_after: Estimated time until the queue has moved on (whole seconds).
     """
 
@@ -72,8 +73,8 @@ class QueueFullError(ServingError):
     kind = "rate_limit_error"
     code = "queue_full"
 
-    def __init__(self, waiting: int, retry_after: int):
-        super().__init__(f"the queue is full: {waiting} requests are waiting; try again in {retry_after} s")
+    def __init__(self, message: str, param: str | None = None, retry_after: int = 1):
+        super().__init__(message, param)
         self.retry_after = retry_after
 
     @property

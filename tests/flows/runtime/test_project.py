@@ -24,7 +24,7 @@ def test_the_root_is_found_from_a_folder_within(project: Any, monkeypatch: pytes
 
 
 def test_no_pipeline_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(RepositoryError, match=r"no pipeline in .*`dvc init`"):
+    with pytest.raises(RepositoryError, match=r"no pipeline in .*`peftcore init`"):
         find_root(tmp_path)
 
 

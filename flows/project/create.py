@@ -1,0 +1,339 @@
+"""Makes a folder a project of its own (`peftcore init`), and brings its files up to date (`peftcore upgrade`).
+
+Everything is checked before the first file is written, and no file that exists is overwritten without `force`.
+"""
+
+import difflib
+import io
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from flows.errors import ParamsError, RepositoryError
+from flows.params import Params, load_params
+from flows.params.section import HUB
+from flows.paths import Paths
+from flows.project.presets import Hardware, Task, preset
+from flows.runtime.git import GitError, git_output
+from flows.runtime.project import dvc, find_root
+from flows.runtime.stage_code import FILE as STAGES
+from flows.runtime.stage_code import stage_file
+from flows.runtime.stage_dependencies import PACKAGES, module_of
+from peftcore.files import write_atomically
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+SCHEMA = ".peftcore/params.schema.json"
+WORKFLOW = ".github/workflows/gate.yml"
+OWNED = ("dvc.yaml", STAGES, SCHEMA, WORKFLOW)
+"""Files that `peftcore upgrade` writes again."""
+IGNORED = {
+    ".gitignore": (
+        "/artifacts",
+        "/checkpoints/",
+        "/reports/",
+        "/wandb/",
+        "/.prefect/",
+        "/.dvc-remote/",
+        ".venv/",
+        "__pycache__/",
+    ),
+    ".dvcignore": (".venv/", "__pycache__"),
+}
+"""{file: lines that it must have}; an existing file gets the lines that it lacks."""
+DVC_CONFIG = """\
+[core]
+    analytics = false
+    check_update = false
+    autostage = false
+    remote = local
+['remote "local"']
+    url = ../.dvc-remote
+    verify = true
+"""
+PIPELINE_HEADER = """\
+# Stages of the pipeline, written by `peftcore init`. `peftcore run` runs each stage as a Prefect task; `dvc repro` runs
+# the same stages without Prefect. `.peftcore/stages.yaml` stands for the code of the stages: an upgrade of peftcore
+# reruns those whose code has changed. `peftcore upgrade` brings this file up to date.
+"""
+SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA}\n"
+
+
+@dataclass(frozen=True)
+class NewProject:
+    """What a new project is about.
+
+    Raises:
+        ParamsError: The name cannot be one of the registry.
+    """
+
+    name: str
+    """Name of the adapter in the registry."""
+    data: str
+    """A .jsonl, .csv or .parquet file, a folder of them, or hub:NAME[@REVISION]."""
+    base: str
+    """Base model, as `base.source` of params.yaml."""
+    task: Task
+    hardware: Hardware
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", self.name):
+            raise ParamsError(
+                f"the name {self.name!r} must begin with a lower-case letter and have only lower-case letters, digits "
+                "and hyphens; give --name"
+            )
+
+
+def name_from(folder: Path) -> str:
+    """Return a project's name that is made of the folder's name; "adapter" if nothing is left of it."""
+    return re.sub(r"^[^a-z]+|[^a-z0-9]+$", "", re.sub(r"[^a-z0-9]+", "-", folder.name.lower())) or "adapter"
+
+
+def create_project(root: Path, project: NewProject, force: bool = False) -> list[str]:
+    """Write the files of a project into a folder, and make it a git and DVC repository if it is none.
+
+    Args:
+        root: An existing folder.
+        project: What the project is about.
+        force: Overwrite files that exist.
+
+    Returns:
+        The paths that were written, relative to `root`.
+
+    Raises:
+        RepositoryError: The folder is inside of another project or git repository, or files exist; nothing is written.
+        ParamsError: The data, the base or the name cannot be used; nothing is written.
+    """
+    _check_place(root)
+    source, copied = _data_source(root, project.data)
+    remote = _default_remote(root)
+    _check_params(params := params_text(project, source, remote))
+    files = {
+        "params.yaml": params,
+        "dvc.yaml": (pipeline := pipeline_text(project.name)),
+        STAGES: stage_file(_stages(pipeline)),
+        SCHEMA: schema_text(),
+        WORKFLOW: _template("gate.yml"),
+    }
+    existing = [name for name in (*files, *copied) if (root / name).exists()]
+    if existing and not force:
+        raise RepositoryError(f"{', '.join(existing)} exist in {root}; --force overwrites them")
+    if not (root / ".git").exists():
+        git_output(root, "init", "--quiet")
+    if not (root / ".dvc").is_dir():
+        dvc(root, "init", "--quiet")
+        files[".dvc/config"] = DVC_CONFIG
+    if not (root / "README.md").exists():
+        files["README.md"] = readme_text(project, source)
+    for name, lines in IGNORED.items():
+        files[name] = _with_lines(root / name, lines)
+    for name, file in copied.items():
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    (root / "data").mkdir(exist_ok=True)
+    if not any((root / "data").iterdir()):  # git keeps no empty folder, and the prepare stage depends on this one
+        files["data/README.md"] = "Put the training data here, and name it in `data.source` of params.yaml.\n"
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(root / name, text)
+    return [*copied, *files]
+
+
+def upgraded_files(root: Path) -> dict[str, str]:
+    """Return {path: new text} of the files of `OWNED` that differ from what the installed version writes.
+
+    Raises:
+        ParamsError: params.yaml cannot be used.
+    """
+    pipeline = pipeline_text(load_params(Paths(root).params).project.name)
+    new = {
+        "dvc.yaml": pipeline,
+        STAGES: stage_file(_stages(pipeline)),
+        SCHEMA: schema_text(),
+        WORKFLOW: _template("gate.yml"),
+    }
+    return {
+        name: text for name, text in new.items() if not (root / name).is_file() or (root / name).read_text() != text
+    }
+
+
+def difference(root: Path, files: dict[str, str]) -> str:
+    """Return a unified diff from the files of a project to their new texts."""
+    parts = []
+    for name, text in files.items():
+        old = (root / name).read_text() if (root / name).is_file() else ""
+        lines = difflib.unified_diff(old.splitlines(True), text.splitlines(True), f"{name} now", f"{name} new")
+        parts.append("".join(lines))
+    return "".join(parts)
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+
+
+def params_text(project: NewProject, source: str, remote: str = "local") -> str:
+    """Return params.yaml: every key with its comment, and the values of the preset.
+
+    Args:
+        project: What the project is about.
+        source: The value of `data.source`.
+        remote: The DVC remote to which versions are pushed.
+    """
+    yaml = _yaml()
+    values = yaml.load(_template("params.yaml"))
+    given = preset(project.task, project.hardware) | {
+        "project.name": project.name,
+        "base.source": project.base,
+        "data.source": source,
+        "register.remote": remote,
+        "tracking.project": project.name,
+    }
+    for key, value in given.items():
+        *sections, last = key.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    return SCHEMA_LINE + _dumped(yaml, values)
+
+
+def pipeline_text(name: str) -> str:
+    """Return dvc.yaml for a project with an installed peftcore.
+
+    Args:
+        name: The project's name, under which the adapter is declared as an artifact.
+    """
+    yaml = _yaml()
+    pipeline = yaml.load(_template("dvc.yaml"))
+    for stage, content in pipeline["stages"].items():
+        if "deps" in content:
+            content["deps"] = [dep for dep in content["deps"] if dep.partition("/")[0] not in PACKAGES]
+            if not content["deps"]:
+                del content["deps"]
+        if module_of(content) is not None:
+            if "params" not in content:
+                content.insert(1, "params", [])
+            content["params"].append({STAGES: [f"stages.{stage}"]})
+    (artifact,) = pipeline["artifacts"].values()
+    artifact["desc"] = f"Adapter of the project {name}"
+    pipeline["artifacts"].clear()
+    pipeline["artifacts"][name] = artifact
+    text = _dumped(yaml, pipeline)
+    return PIPELINE_HEADER + text[re.match(r"(#.*\n)*", text).end() :]  # type: ignore[union-attr]
+
+
+def schema_text() -> str:
+    """Return the JSON schema of params.yaml, with which editors complete and check it."""
+    return json.dumps(Params.model_json_schema(), indent=1) + "\n"
+
+
+def readme_text(project: NewProject, source: str) -> str:
+    """Return the README of a project."""
+    text = _template("readme.txt")
+    for mark, value in (("NAME", project.name), ("BASE", project.base), ("SOURCE", source)):
+        text = text.replace(mark, value)
+    return text
+
+
+def _template(name: str) -> str:
+    return (resources.files("flows.project") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 120, True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return yaml
+
+
+def _dumped(yaml: YAML, values: Any) -> str:
+    stream = io.StringIO()
+    yaml.dump(values, stream)
+    return stream.getvalue()
+
+
+def _stages(pipeline: str) -> dict[str, Any]:
+    return YAML(typ="safe").load(pipeline)["stages"]
+
+
+def _with_lines(file: Path, lines: Sequence[str]) -> str:
+    """Return the text of a file with the lines that it lacks added at its end."""
+    present = file.read_text() if file.is_file() else ""
+    missing = [line for line in lines if line not in present.splitlines()]
+    separator = "" if not present or present.endswith("\n") else "\n"
+    return present + separator + "".join(f"{line}\n" for line in missing)
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_place(root: Path) -> None:
+    """Check that the folder is no part of another project or git repository. Raises RepositoryError."""
+    for folder in root.resolve().parents:
+        if (folder / "dvc.yaml").is_file() and (folder / ".dvc").is_dir():
+            raise RepositoryError(f"{root} is inside of the project {find_root(folder)}; choose a folder outside of it")
+    try:
+        top = Path(git_output(root, "rev-parse", "--show-toplevel").strip())
+    except GitError:
+        return
+    if top.resolve() != root.resolve():
+        raise RepositoryError(
+            f"{root} is inside of the git repository {top}; run this in {top}, or make a repository of its own here "
+            "with `git init`"
+        )
+
+
+def _check_params(text: str) -> None:
+    """Raise ParamsError if a text is no valid params.yaml, for example because of the name of the base."""
+    with TemporaryDirectory(prefix="peftcore-init-") as folder:
+        file = Path(folder) / "params.yaml"
+        file.write_text(text)
+        load_params(file)
+
+
+def _data_source(root: Path, data: str) -> tuple[str, dict[str, Path]]:
+    """Return `data.source`, and {path in the project: file} of the files to copy into the project's folder `data`."""
+    if re.fullmatch(HUB, data):
+        return data, {}
+    path = (root / Path(data).expanduser()).resolve()
+    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    files = [file for file in files if file.suffix in SUFFIXES]
+    if not files:
+        raise ParamsError(
+            f"--data {data}: there is no {', '.join(SUFFIXES)} file at {path}; give such a file, a folder of them, or "
+            "hub:NAME"
+        )
+    inside = root.resolve() / "data"
+    if path.is_relative_to(inside):
+        return path.relative_to(root.resolve()).as_posix(), {}
+    folder = path if path.is_dir() else path.parent
+    target = Path("data") / path.name
+    if path.is_file():
+        return target.as_posix(), {target.as_posix(): path}
+    return target.as_posix(), {(target / file.relative_to(folder)).as_posix(): file for file in files}
+
+
+def _default_remote(root: Path) -> str:
+    """Return the default DVC remote of a repository that has DVC already; "local" for a new one."""
+    if not (root / ".dvc").is_dir():
+        return "local"
+    from dvc.config import Config
+
+    here: Any = Config(str(root / ".dvc"), validate=False)
+    remote = here["core"].get("remote")
+    if remote is None:
+        raise RepositoryError(
+            f"{root / '.dvc'} has no default remote, to which versions are pushed; add one with "
+            "`dvc remote add --default NAME URL`"
+        )
+    return str(remote)

@@ -1,0 +1,58 @@
+"""Parameters of a new project by task and hardware: what differs from the defaults in `params.yaml`."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+Task = Literal["chat", "preference", "classification"]
+Hardware = Literal["cpu", "gpu"]
+TASKS: tuple[Task, ...] = get_args(Task)
+HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
+
+Values = Mapping[str, Any]
+"""{section.key: value}"""
+
+OWN_DATA: Values = {
+    "data.system_prompt": None,
+    "data.max_length": 1024,
+    "data.train_rows": None,
+    "data.validation_rows": 200,
+    "data.test_rows": None,
+    "gate.min_loss_gain": 0.0,
+    "gate.min_rouge_l_gain": None,
+    "gate.min_eos_rate": None,
+}
+"""In place of the demonstration's limits: all rows are used, and the adapter must have a lower loss than the base."""
+
+BY_TASK: Mapping[Task, Values] = {
+    "chat": {"data.kind": "chat", "train.objective": "sft", "evaluate.max_new_tokens": 128, "gate.min_eos_rate": 0.9},
+    "preference": {
+        "data.kind": "preference",
+        "train.objective": "dpo",
+        "train.learning_rate": 5.0e-5,
+        "evaluate.max_new_tokens": 128,
+        "gate.min_accuracy": 0.55,
+    },
+    "classification": {
+        "data.kind": "classification",
+        "train.objective": "classification",
+        "data.max_length": 512,
+        "gate.max_forgetting": None,
+        "evaluate.control.source": None,
+    },
+}
+
+BY_HARDWARE: Mapping[Hardware, Values] = {
+    "cpu": {},
+    "gpu": {
+        "train.batch_size": 16,
+        "train.gradient_accumulation": 1,
+        "train.gradient_checkpointing": "blocks",
+        "train.optimizer": "paged_adamw_8bit",
+        "evaluate.batch_size": 64,
+    },
+}
+
+
+def preset(task: Task, hardware: Hardware) -> dict[str, Any]:
+    """Return {section.key: value} of a task on some hardware."""
+    return {**OWN_DATA, **BY_TASK[task], **BY_HARDWARE[hardware]}

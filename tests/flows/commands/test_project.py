@@ -1,0 +1,92 @@
+"""The commands init and upgrade, and a whole pipeline in a folder of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import peftcore
+
+from flows.runtime.stage_code import FILE
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    lines = [json.dumps({"prompt": f"What is {n} + 1?", "completion": f"It is {n + 1}."}) for n in range(120)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    return tmp_path / "rows.jsonl"
+
+
+def test_init_says_what_it_wrote_and_what_comes_next(rows: Path, tmp_path: Path) -> None:
+    done = peftcore("init", str(tmp_path / "My tickets"), "--data", str(rows), "--json")
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["name"] == "my-tickets" and {"params.yaml", "dvc.yaml", "data/rows.jsonl"} <= set(result["files"])
+    again = peftcore("init", str(tmp_path / "My tickets"), "--data", str(rows), "--force")
+    assert again.exit_code == 0, again.stderr
+    assert "peftcore run" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "--data FILE"),
+        (["--data", "{rows}", "--task", "poetry"], "chat, preference, classification"),
+        (["--data", "{rows}", "--hardware", "tpu"], "cpu, gpu"),
+    ],
+)
+def test_init_refuses_what_it_cannot_use(options: list[str], said: str, rows: Path, tmp_path: Path) -> None:
+    done = peftcore("init", str(tmp_path / "new"), *(option.format(rows=rows) for option in options))
+    assert done.exit_code == 1 and said in done.stderr
+    assert not (tmp_path / "new" / "params.yaml").exists()
+
+
+def test_upgrade_shows_a_difference_and_writes_it(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peftcore("init", str(tmp_path / "new"), "--data", str(rows))
+    monkeypatch.chdir(tmp_path / "new")
+    assert peftcore("upgrade").exit_code == 0
+    pipeline = Path("dvc.yaml").read_text()
+    Path("dvc.yaml").write_text(pipeline.replace("artifacts/merged", "artifacts/whole"))
+    shown = peftcore("upgrade")
+    assert shown.exit_code == 1 and "+      - artifacts/merged" in shown.stdout and "--write" in shown.stderr
+    assert peftcore("upgrade", "--write").exit_code == 0
+    assert Path("dvc.yaml").read_text() == pipeline
+
+
+def test_upgrade_is_for_projects_of_init(here: Any) -> None:
+    done = peftcore("upgrade")
+    assert done.exit_code == 1 and f"no {FILE}" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_pipeline_runs_in_a_folder_of_its_own(rows: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """From init to a registered version, then once more with nothing to do, and by DVC alone."""
+    folder = tmp_path / "tickets"
+
+    def run(*command: str | Path, code: int = 0) -> str:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    flows = (sys.executable, "-m", "flows")
+    peftcore("init", str(folder), "--data", str(rows), "--base", f"path:{tiny_base}")
+    text = (folder / "params.yaml").read_text()
+    for old, new in (("control:", "latency_rows: 0\n  control:"), ("source: stdlib:topics", "source: null")):
+        text = text.replace(old, new, 1)
+    lines = [line for line in text.splitlines(True) if not line.startswith("  latency_rows: 4")]
+    (folder / "params.yaml").write_text("".join(lines).replace("max_forgetting: 0.2", "max_forgetting: null"))
+    run("git", "add", "--all")
+    run("git", "-c", "user.name=Ada", "-c", "user.email=ada@example.org", "commit", "--quiet", "--message", "Start")
+    run(*flows, "run", code=3)  # the gate refuses what a random base learns in a few steps
+    assert run("git", "tag").split() == ["tickets@v0.1.0"]
+    assert "no stage has changed" in run(*flows, "run", code=3)
+    assert "up to date" in run(sys.executable, "-m", "dvc", "repro")
+    assert (folder / "reports" / "review.html").is_file()

@@ -1,0 +1,177 @@
+"""`peftcore init` makes a project of a folder, and changes nothing if something is in its way."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from check_jsonschema import main as check_schema
+from ruamel.yaml import YAML
+
+from flows.errors import ParamsError, RepositoryError
+from flows.project.create import (
+    IGNORED,
+    SCHEMA,
+    STAGES,
+    NewProject,
+    create_project,
+    difference,
+    name_from,
+    pipeline_text,
+    upgraded_files,
+)
+from flows.runtime.project import dvc, stage_order
+from flows.runtime.stage_dependencies import PACKAGES
+
+ROOT = Path(__file__).parents[3]
+
+
+def rows(folder: Path, name: str = "rows.jsonl") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text('{"prompt": "a", "completion": "b"}\n')
+    return folder / name
+
+
+def new(data: Path | str, **options: Any) -> NewProject:
+    return NewProject(
+        **{"name": "tickets", "data": str(data), "base": "hub:ORG/NAME", "task": "chat", "hardware": "cpu"} | options
+    )
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file() and ".git" not in file.parts)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with data from outside of it."""
+    outside, folder = rows(tmp_path_factory.mktemp("outside")), tmp_path_factory.mktemp("made")
+    written = create_project(folder, new(outside))
+    assert all((folder / name).is_file() for name in written)
+    return folder
+
+
+def test_the_stages_are_this_repository_s_with_digests_in_place_of_source_files(made: Path) -> None:
+    here, there = (YAML(typ="safe").load(folder / "dvc.yaml") for folder in (ROOT, made))
+    digests = YAML(typ="safe").load(made / STAGES)["stages"]
+    assert list(there["stages"]) == list(here["stages"]) == list(digests)
+    for name, stage in here["stages"].items():
+        own = there["stages"][name]
+        assert own["params"] == [*stage.get("params", []), {STAGES: [f"stages.{name}"]}]
+        assert own.get("deps", []) == [dep for dep in stage["deps"] if dep.partition("/")[0] not in PACKAGES]
+        assert {key: own[key] for key in ("cmd", "outs")} == {key: stage[key] for key in ("cmd", "outs")}
+    assert there["artifacts"]["tickets"]["path"] == "artifacts/adapter"
+    assert there["plots"] == here["plots"]
+    assert stage_order(made)[-1] == "register"
+    assert "fetch" in json.loads(dvc(made, "status", "--json"))
+
+
+def test_the_data_is_copied_and_git_ignores_what_the_pipeline_makes(made: Path) -> None:
+    assert (made / "data" / "rows.jsonl").is_file()
+    for name in ("artifacts/x", "checkpoints/x", "reports/x", ".dvc-remote/x"):
+        assert git(made, "check-ignore", name).strip() == name
+    assert "data/rows.jsonl" in git(made, "status", "--porcelain", "--untracked-files=all")
+
+
+def test_editors_can_check_the_parameters(made: Path) -> None:
+    first, *_ = (made / "params.yaml").read_text().splitlines()
+    assert first == f"# yaml-language-server: $schema={SCHEMA}"
+    with pytest.raises(SystemExit) as done:
+        check_schema(["--schemafile", str(made / SCHEMA), str(made / "params.yaml")])
+    assert done.value.code == 0
+
+
+def test_nothing_is_overwritten_without_force(made: Path) -> None:
+    before = contents(made)
+    with pytest.raises(RepositoryError, match=r"params\.yaml, dvc\.yaml.* exist in .*--force"):
+        create_project(made, new(made / "data" / "rows.jsonl"))
+    assert contents(made) == before
+
+
+def test_files_of_the_user_stay(tmp_path: Path) -> None:
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / ".gitignore").write_text("secret\n/artifacts")
+    create_project(tmp_path, new(rows(tmp_path / "data")))
+    assert (tmp_path / "README.md").read_text() == "mine"
+    lines = (tmp_path / ".gitignore").read_text().splitlines()
+    assert lines[:2] == ["secret", "/artifacts"] and sorted(set(lines)) == sorted(lines)
+    assert set(IGNORED[".gitignore"]) <= set(lines)
+
+
+def test_a_folder_of_files_and_a_hub_name_are_data_too(tmp_path: Path) -> None:
+    rows(tmp_path / "many" / "deep", "a.jsonl"), rows(tmp_path / "many", "b.csv")
+    (tmp_path / "many" / "notes.txt").write_text("no data")
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, data, source in ((one, tmp_path / "many", "data/many"), (two, "hub:ORG/ROWS", "hub:ORG/ROWS")):
+        folder.mkdir()
+        create_project(folder, new(data))
+        assert f"source: {source} " in (folder / "params.yaml").read_text()
+    assert (one / "data/many/deep/a.jsonl").is_file() and not (one / "data/many/notes.txt").exists()
+    assert (two / "data").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data": "nothing.jsonl"}, r"there is no \.jsonl"),
+        ({"base": "smollm"}, "give wheel:NAME==VERSION"),
+        ({"name": "My Tickets"}, "give --name"),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_anything_is_written(
+    options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "fresh"
+    data = rows(folder)
+    before = contents(folder)
+    with pytest.raises(ParamsError, match=said):
+        create_project(folder, new(**{"data": data, **options}))
+    assert contents(folder) == before
+
+
+def test_a_part_of_another_project_or_repository_is_refused(made: Path, tmp_path: Path) -> None:
+    inner = made / "inner"
+    inner.mkdir()
+    with pytest.raises(RepositoryError, match="inside of the project"):
+        create_project(inner, new("hub:ORG/ROWS"))
+    inner.rmdir()
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "inner").mkdir()
+    with pytest.raises(RepositoryError, match="inside of the git repository"):
+        create_project(tmp_path / "inner", new("hub:ORG/ROWS"))
+
+
+def test_dvc_without_a_default_remote_is_refused_and_a_remote_of_another_name_is_used(tmp_path: Path) -> None:
+    git(tmp_path, "init", "--quiet")
+    dvc(tmp_path, "init", "--quiet")
+    with pytest.raises(RepositoryError, match="dvc remote add --default"):
+        create_project(tmp_path, new("hub:ORG/ROWS"))
+    dvc(tmp_path, "remote", "add", "--default", "store", str(tmp_path / "store"))
+    create_project(tmp_path, new("hub:ORG/ROWS"))
+    assert "remote: store " in (tmp_path / "params.yaml").read_text()
+
+
+def test_an_upgrade_shows_and_writes_what_differs(made: Path) -> None:
+    assert upgraded_files(made) == {}
+    old = (made / "dvc.yaml").read_text()
+    try:
+        (made / "dvc.yaml").write_text(old.replace("      - artifacts/start\n", ""))
+        files = upgraded_files(made)
+        assert files == {"dvc.yaml": pipeline_text("tickets")} == {"dvc.yaml": old}
+        assert "+      - artifacts/start" in difference(made, files)
+    finally:
+        (made / "dvc.yaml").write_text(old)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("My Tickets (2)", "my-tickets-2"), ("7days", "days"), ("日本", "adapter"), ("a_b", "a-b")]
+)
+def test_a_name_is_made_of_the_folder(folder: str, name: str) -> None:
+    assert name_from(Path(folder)) == name
