@@ -150,3 +150,10 @@ def test_the_command_runs_with_the_extra_pipeline(wheel: Path, tmp_path: Path) -
     assert where.startswith(installed)
     told = run(tmp_path / "installed" / "bin" / "peftcore", "--help", cwd=tmp_path, PYTHONPATH=installed)
     assert all(name in told for name in ("Usage: peftcore", "promote", "serve", "registry"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    run(
+        *(tmp_path / "installed" / "bin" / "peftcore", "init", "mine", "--data", "rows.jsonl"),
+        cwd=tmp_path,
+        PYTHONPATH=installed,
+    )
+    assert f'peftcore: "{peftcore.__version__}"' in (tmp_path / "mine" / ".peftcore" / "stages.yaml").read_text()
