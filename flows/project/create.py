@@ -77,7 +77,7 @@ class NewProject:
     name: str
     """Name of the adapter in the registry."""
     data: str
-    """A .jsonl, .csv or .parquet file, a folder of them, or hub:NAME[@REVISION]."""
+    """A .jsonl, .csv or .parquet file or a folder of them, from the current folder, or hub:NAME[@REVISION]."""
     base: str
     """Base model, as `base.source` of params.yaml."""
     task: Task
@@ -305,7 +305,7 @@ def _data_source(root: Path, data: str) -> tuple[str, dict[str, Path]]:
     """Return `data.source`, and {path in the project: file} of the files to copy into the project's folder `data`."""
     if re.fullmatch(HUB, data):
         return data, {}
-    path = (root / Path(data).expanduser()).resolve()
+    path = Path(data).expanduser().resolve()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     files = [file for file in files if file.suffix in SUFFIXES]
     if not files:
