@@ -131,14 +131,14 @@ def _format_version() -> str:
 
 
 class SharedOptions:
-    """Options that several methods have, each with its value for the methods that do not have the option.
+    """Options that only some methods support, with the values that all other methods have.
 
-    These are plain class attributes, so reading one works for every configuration. A method that has the option
-    declares the dataclass field of the same name; only then is the option accepted and saved.
+    The options are plain class attributes, so they can be read from every configuration. A method that supports an
+    option declares a dataclass field of the same name. Only then can the option be set and is it saved.
     """
 
     bias: str = "none"
-    """Biases of the base that train too: "none", "all", or "METHOD_only" for those of the adapted layers."""
+    """Trained biases of the base model: "none", "all", or "METHOD_only" for the biases of the adapted layers."""
     modules_to_save: list[str] | None = None
     """Modules that train whole, one copy per adapter, and are saved with the adapter."""
     layer_replication: list[tuple[int, int]] | None = None
@@ -146,7 +146,7 @@ class SharedOptions:
     target_parameters: list[str] | None = None
     """Path suffixes of raw parameters to adapt, such as "experts.gate_up_proj": (experts, ...) or (out, in)."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Token ids whose embedding rows train whole; {path suffix: ids} for other embeddings."""
+    """Token ids whose embedding rows are trained in full; {path suffix: ids} for other embeddings."""
     ensure_weight_tying: bool = False
     """Adapt or copy both layers of a tied pair of weights in the same way, so that they stay tied."""
 
@@ -270,11 +270,11 @@ class PeftConfig(SharedOptions):
         return {}
 
     def can_be_overwritten_by(self, other: "PeftConfig") -> bool:
-        """Return True if the tensors of an adapter with `other` may be copied over those of this one."""
+        """Return True if an adapter with configuration `other` has tensors of the same names, shapes and meaning."""
         return False
 
     def check_complete(self) -> None:
-        """Raise ConfigError if a needed option has no value; called when an adapter is made.
+        """Raise ConfigError if a required option has no value; called when an adapter is created.
 
         Options may also be assigned after the configuration was created, as with HF PEFT.
         """
@@ -357,7 +357,7 @@ class PeftConfig(SharedOptions):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], from_disk: bool = False) -> "PeftConfig":
-        """Return a configuration of the class that `peft_type` names; without the key, of `cls`.
+        """Return a configuration of the class that `peft_type` names; of this class if `peft_type` is absent.
 
         Args:
             values: Fields of the configuration.
@@ -454,7 +454,7 @@ class PeftConfig(SharedOptions):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "PeftConfig":
-        """Return a configuration of the class that `peft_type` names; without it, of `cls`.
+        """Return a configuration of the class that `peft_type` names; of this class if `peft_type` is absent.
 
         Args:
             kwargs: Fields of the configuration.

@@ -69,7 +69,7 @@ class AdapterSet:
         """(the adapter with `layer_replication`, the state to undo it)"""
 
     def deepened_by(self, name: str) -> bool:
-        """Return True if this adapter has made the model deeper (`layer_replication`)."""
+        """Return True if this adapter added blocks to the model (`layer_replication`)."""
         return self.replication is not None and self.replication[0] == name
 
     def adapters(self, name: str) -> dict[str, Adapter]:
@@ -261,7 +261,7 @@ class AdapterSet:
             self.join_wrappers()
 
     def join_wrappers(self) -> None:
-        """Give the model's selection to the wrappers with the model's state."""
+        """Let wrappers whose active adapters equal the model's use the model's selection again."""
         joining = [wrapper for wrapper in self.selection.apart if _state(wrapper.selection) == _state(self.selection)]
         for wrapper in joining:
             wrapper.use_selection(self.selection)

@@ -62,7 +62,7 @@ def commit_injection(
     Args:
         model: the model that the injection was prepared for.
         injection: the prepared adapter.
-        trainable: whether its parameters get gradients, and its dropout is on.
+        trainable: True to train the adapter's parameters and to switch its dropout on.
         replication: the state to undo `layer_replication`, if the adapter has made the model deeper.
 
     Returns:
@@ -261,9 +261,9 @@ def keeps_class(model: nn.Module) -> bool:
 
 
 def forget_removed_adapters(model: nn.Module) -> None:
-    """Remove what is left of adapters whose model has lost its attribute `peft_config`.
+    """Remove the remaining state of adapters if the model's attribute `peft_config` was deleted.
 
-    diffusers unloads adapters by putting the base layers back and deleting this attribute.
+    diffusers unloads adapters by restoring the base layers and deleting this attribute.
 
     Args:
         model: a model with or without adapters; changed in place.
@@ -272,7 +272,7 @@ def forget_removed_adapters(model: nn.Module) -> None:
     if adapters is None or hasattr(model, _CONFIGS):
         return
     for slot in adapters.layers.values():
-        slot.unmerged_state = None  # what is merged stays, as in HF PEFT
+        slot.unmerged_state = None  # merged weights stay merged, as in HF PEFT
     remove_wrappers(model, keep_trained=True)
 
 
@@ -489,7 +489,7 @@ def delete_adapter_and_activate(model: nn.Module, *names: str) -> None:
     adapters = adapter_set(model)
     check_deletable(model, *names)
     active = [name for name in names if name in adapters.selection.active]
-    for name in sorted(dict.fromkeys(names), key=adapters.deepened_by):  # what made the model deeper is deleted last
+    for name in sorted(dict.fromkeys(names), key=adapters.deepened_by):  # `layer_replication`'s adapter last
         delete_adapter(model, name)
     if active and adapters.configs and not adapters.selection.active:
         first = next(iter(adapters.configs))

@@ -131,12 +131,12 @@ def prepare_injection(
         _narrow([*adapters.values(), *biases.values()])
     if creation.low_cpu_mem_usage:
         for module in {id(m): m for adapter in adapters.values() for m in adapter.modules()}.values():
-            _forget_values(module)  # also what the layers share
+            _forget_values(module)  # includes the tensors that the layers share
     return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
 _SIZES = ("token_dim", "num_attention_heads", "num_layers")
-"""Sizes in the configuration of a prompt that the model may determine."""
+"""Fields of a prompt's configuration that may be read from the model."""
 
 
 def _warn_of_unused(config: PeftConfig) -> None:
@@ -401,7 +401,7 @@ def _check_not_compiled(model: nn.Module) -> None:
 
 
 def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter]) -> None:
-    """Raise MergeError or ConfigError if an initialisation replaces a base weight that must stay now (LoftQ)."""
+    """Raise MergeError or ConfigError if an initialisation would replace a base weight that is in use (LoftQ)."""
     for path, adapter in adapters.items():
         wrapper = module_index.modules.get(path)
         if adapter.new_base is None or not isinstance(wrapper, AdapterLayer):

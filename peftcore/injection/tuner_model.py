@@ -23,12 +23,14 @@ NO_MODEL_CONFIG = {"model_type": "custom"}
 
 
 def parameter_prefix(peft_type: str) -> str:
-    """Return how HF PEFT names of a method's parameters begin, such as "lora_"."""
+    """Return the prefix of a method's parameter names in HF PEFT, such as "lora_"."""
     return _PREFIXES.get(peft_type, f"{peft_type.lower()}_")
 
 
 class TunerModel:
-    """A view on a model with adapters: attributes of the model without its head if it has them, else of the model.
+    """A view on a model with adapters.
+
+    An attribute is read from the model without its head if it is defined there, otherwise from the model.
 
     Each method of HF PEFT has a subclass, such as `peftcore.LoraModel`, whose call adds an adapter to a model without
     changing the model's class: `LoraModel(model, config, "default")`.

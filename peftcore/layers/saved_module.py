@@ -65,7 +65,7 @@ class SavedModule(SwitchingMethods, LayerWrapper):
         """Return the module in effect: the copy of the first adapter that has one, else the original.
 
         Args:
-            one: a composition; None stands for the adapters in effect now.
+            one: a composition of adapters; None for the adapters that are in effect in this thread.
 
         Raises:
             RoutingError: the composition mixes adapters of which several have a copy.

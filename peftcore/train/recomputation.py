@@ -30,7 +30,7 @@ from peftcore.errors import TrainingError
 Mode = Literal["none", "blocks", "selective", "offload"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 SELECTED = 2
-"""`selective` recomputes the first of so many successive blocks."""
+"""`selective` recomputes one block in each group of this many successive blocks."""
 
 _MARK = "gradient_checkpointing"
 """Attribute by which transformers and prefix tuning recognise a module that recomputes."""

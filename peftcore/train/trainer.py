@@ -197,7 +197,8 @@ class AdapterTrainerMixin(_Base):
         """Compute the gradients of a micro-batch, in parts if it does not fit into memory, and check the step's loss.
 
         Raises:
-            TrainingError: A batch does not fit and cannot be split, or a loss is bad and the policy is to stop.
+            TrainingError: A batch does not fit and cannot be split; or the step's loss is bad (see `FaultPolicy`), and
+                the policy is to stop.
         """
         self.guard.start_micro_batch()
         loss = self.splitter.forward_backward(super().training_step, model, inputs, num_items_in_batch)
