@@ -140,7 +140,7 @@ class SharedOptions:
     bias: str = "none"
     """Trained biases of the base model: "none", "all", or "METHOD_only" for the biases of the adapted layers."""
     modules_to_save: list[str] | None = None
-    """Modules that train whole, one copy per adapter, and are saved with the adapter."""
+    """Modules that train in full, one copy per adapter, and are saved with the adapter."""
     layer_replication: list[tuple[int, int]] | None = None
     """Ranges of blocks, such as [(0, 4), (2, 5)], of which the deeper model consists; blocks share base weights."""
     target_parameters: list[str] | None = None
@@ -575,7 +575,7 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: int | None = None
     num_layers: int | None = None
     modules_to_save: list[str] | None = None
-    """Modules that train whole, one copy per adapter, and are saved with the adapter."""
+    """Modules that train in full, one copy per adapter, and are saved with the adapter."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -602,7 +602,7 @@ class TunerConfig(PeftConfig):
     """Path suffixes, a regular expression for whole paths, or "all-linear"; None: the architecture's default."""
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
-    """Modules that train whole, one copy per adapter, and are saved with the adapter."""
+    """Modules that train in full, one copy per adapter, and are saved with the adapter."""
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     """Name of the block list that layers_to_transform indexes, such as "layers"; None: derived from the path."""

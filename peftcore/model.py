@@ -343,7 +343,7 @@ class PeftModel:
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that adapters train whole; None if there are none."""
+        """Names of the modules that adapters train in full; None if there are none."""
         names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
         return names or None
 
@@ -381,7 +381,7 @@ class PeftModel:
 
         Raises:
             AdapterNameError: a name is not loaded, or given twice; several prompts are named; or several of the
-                adapters train the same module whole (`modules_to_save`), or the same row of an embedding.
+                adapters train the same module in full (`modules_to_save`), or the same row of an embedding.
         """
         activation.set_adapter(self._module, adapter_name, inference_mode)
 

@@ -37,7 +37,7 @@ class Checkpoint:
 
 
 def obtain(source: str, root: Path, scratch: Path) -> Checkpoint:
-    """Bring the source to this machine.
+    """Return a local folder with the model of a source, after downloading it if necessary.
 
     Args:
         source: The value of base.source.
@@ -45,7 +45,7 @@ def obtain(source: str, root: Path, scratch: Path) -> Checkpoint:
         scratch: An empty folder for downloads.
 
     Raises:
-        BaseModelError: The source cannot be had.
+        BaseModelError: The source does not exist, or cannot be downloaded.
     """
     kind, _, rest = source.partition(":")
     try:
@@ -67,10 +67,10 @@ def obtain(source: str, root: Path, scratch: Path) -> Checkpoint:
 
 
 def load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the checkpoint in bfloat16 on the CPU, as a plain model without a trace of its source.
+    """Load the checkpoint in bfloat16 on the CPU, as a plain model without GGUF state or the source's name.
 
     Raises:
-        BaseModelError: It is incomplete or already quantised, or has a weight that is not finite.
+        BaseModelError: The checkpoint is incomplete or already quantised, or has a weight that is not finite.
     """
     transformers_logging.disable_progress_bar()
     try:

@@ -20,7 +20,12 @@ LEARNED = "learned by the version that training starts from"
 
 @dataclass(frozen=True)
 class Row:
-    """A tokenised example. weight: factor of its loss; truncated: its prompt was cut."""
+    """A tokenised example with its group and its slice.
+
+    Attributes:
+        weight: Factor of the row's loss.
+        truncated: True if the prompt was truncated.
+    """
 
     tokens: AnyTokens
     group: str
@@ -28,7 +33,7 @@ class Row:
     weight: float = 1.0
     truncated: bool = False
     new: bool = True
-    """True if training is about this row; False if the row may only be replayed."""
+    """True for a row to train on; False for an older row that is used for replay only."""
     trusted: bool = True
     """False if the row's file is quarantined, so that the row may not be used for evaluation."""
 

@@ -74,7 +74,7 @@ class Verdict:
     """The verdict of a job.
 
     Attributes:
-        word: the outcome of a promotion, NOTHING or NOT_MERGED.
+        word: the outcome in one word: that of a promotion, NOTHING or NOT_MERGED.
         version: the version that `word` is about; None if there is none.
         promotion: the promotion that `word` is about.
         judged: all promotions of the job, newest version first.
@@ -193,7 +193,7 @@ def judge(
         report: the Markdown file to write.
         version: the version to judge; None selects by the event.
         dry_run: judge only; None promotes on the push of a version's tag and in a job of the default branch.
-        remote: the git remote that decides between jobs.
+        remote: the git remote that accepts the promotion of only one of several concurrent jobs.
 
     Raises:
         GateError: the gate refuses all versions.

@@ -82,7 +82,10 @@ def reevaluate_candidate(
     candidate: Candidate,
     taken_from: Version | None,
 ) -> Reevaluation:
-    """Measure the candidate on the champion's registered test rows, rows that the candidate has learned included.
+    """Re-evaluate the candidate on all of the champion's registered test rows.
+
+    The result has the losses of all rows, and separately those of the rows that the candidate was not trained or
+    validated on.
 
     The arguments and errors are those of `reevaluate_champion`.
     """

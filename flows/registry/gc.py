@@ -4,9 +4,10 @@ A version's files are kept if the version has a stage, had a stage (for a rollba
 also kept if a branch, another tag, an experiment or a working tree refers to them. DVC itself finds the used objects
 and removes the others, under its own locks.
 
-A promotion may come between reading the tags and removing files. So before its files leave the remote, a version is
-marked by a tag, and then the stages are read again. A promotion makes its tag first and looks for the mark after that
-(`Registry.assign`). One of the two sees the other in any order, and no stage loses its files. Between clones this
+A promotion may run between reading the tags and removing files. So garbage collection first marks a version by a tag,
+then reads the stages again, and only then removes the version's files from the remote. A promotion first makes its tag
+and then looks for the mark (`Registry.assign`). In any order, at least one of the two detects the other, so no version
+with a stage loses its files. Between clones this
 holds for pushed tags only: a run that another clone is registering is not known here.
 """
 
@@ -41,7 +42,7 @@ NEWEST = 5
 
 
 class Freed(NamedTuple):
-    """Objects removed from one storage. size: bytes."""
+    """Number and total size (bytes) of the objects that were removed from one storage."""
 
     objects: int
     size: int
@@ -156,7 +157,7 @@ def _decide(
 ) -> tuple[dict[str, str], set["HashInfo"], list[Version], list[Version]]:
     """Return (kept versions, used objects, versions to remove, kept versions without files).
 
-    The decision is repeated until no promotion comes in between.
+    The selection is repeated until no promotion happened meanwhile.
     """
     while True:
         state = registry.snapshot()

@@ -1,4 +1,4 @@
-"""Take in the tags of a git remote, which decides between clones about version numbers and stages.
+"""Fetch the tags of a git remote, which are authoritative for version numbers and stages.
 
 `git fetch --tags` refuses a tag that exists here with another content. This happens if two clones have registered
 different versions under one number before either was pushed. The remote's version keeps the number. This clone's
@@ -22,7 +22,7 @@ FETCHED = "refs/peftcore/fetched"
 
 
 def synchronise(registry: Registry, remote: str) -> dict[str, str]:
-    """Take in a remote's tags; no version that is registered here is lost.
+    """Fetch a remote's tags without losing a version that is registered in this clone only.
 
     An assignment of a stage that this clone never pushed is replaced by the remote's tag of the same name.
 

@@ -62,7 +62,7 @@ OWN_PARAMS = (
 
 Work = Callable[..., Any]
 Runner = Callable[[str, Work, int, float], Work]
-"""(name, work, retries, seconds before a retry) -> the work with retries"""
+"""A function of (name, work, number of retries, seconds before a retry) that returns `work` with these retries."""
 
 
 def run_retraining(root: Path, push_to: str | None = None, force: bool = False) -> Entry:
@@ -83,7 +83,7 @@ def retrain(root: str = ".", push_to: str | None = None, force: bool = False) ->
 
     Args:
         root: the repository, or a folder in it.
-        push_to: the git remote that decides between clones.
+        push_to: the git remote whose tags are authoritative for all clones.
         force: train even if there are no new files.
 
     Raises:
@@ -210,7 +210,7 @@ class Retraining:
         raise RegistryConflict(f"conflict: other writers registered a version {TRIES} times meanwhile; run this again")
 
     def _promote(self) -> Promotion:
-        """Judge the candidate, and judge it again if the stage changes hands meanwhile. Raises RegistryConflict."""
+        """Judge the candidate; judge it again if the stage got another holder meanwhile. Raises RegistryConflict."""
         for _ in range(TRIES - 1):
             try:
                 return promote(self.params, self.tree, None, False, self.push_to)

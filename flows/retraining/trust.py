@@ -1,8 +1,8 @@
-"""Lists of files of rows: files excluded from retrainings, and files that a person trusts although drift doubts them.
+"""Lists of files of rows: files excluded from retrainings, and files that a person trusts.
 
-A quarantined file is trained on but kept out of evaluation; each version's record lists its quarantined files. If the
-gate refuses the candidate, the file is excluded from later retrainings. The lists of excluded and of trusted files
-belong to this clone and are in `reports/retraining`.
+A person can trust a file although it exceeded a drift limit. A quarantined file is trained on but kept out of
+evaluation; each version's record lists its quarantined files. If the gate refuses the candidate, the file is excluded
+from later retrainings. The lists of excluded and of trusted files belong to this clone and are in `reports/retraining`.
 """
 
 import json

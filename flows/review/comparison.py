@@ -72,7 +72,7 @@ class Figure:
         return frozenset(place for place, value in known.items() if value == best)
 
     def shown(self, place: int) -> str:
-        """Return the value of the run with index `place` as text."""
+        """Return the value of run number `place` (from 0) as text."""
         value = self.values[place]
         return "–" if value is None else self.headline.form.format(value)
 

@@ -91,7 +91,7 @@ class AdapterSet:
         return {path: adapter for path, adapter in self.adapters(name).items() if isinstance(adapter, kind)}
 
     def copies(self, name: str) -> dict[str, nn.Module]:
-        """Return {path: copy} of the modules that one adapter trains whole (`modules_to_save`)."""
+        """Return {path: copy} of the modules that one adapter trains in full (`modules_to_save`)."""
         return {path: wrapper.copies[name] for path, wrapper in self.saved.items() if name in wrapper.copies}
 
     def prompt(self, name: str) -> PromptLearner | None:
@@ -182,7 +182,7 @@ class AdapterSet:
 
         Raises:
             AdapterNameError: a name is not loaded, or given twice; several prompts are named; or several of the
-                adapters train the same module whole (`modules_to_save`), or the same row of an embedding.
+                adapters train the same module in full (`modules_to_save`), or the same row of an embedding.
         """
         self.check_active(names)
         self.selection.active = tuple(names)
@@ -201,8 +201,8 @@ class AdapterSet:
         for path, wrapper in self.saved.items():
             if len(several := [name for name in names if name in wrapper.copies]) > 1:
                 raise AdapterNameError(
-                    f"set_adapter: {several} each train {path} whole (modules_to_save), and only one copy can be used; "
-                    "name one of them"
+                    f"set_adapter: {several} each train {path} in full (modules_to_save), and only one copy can be "
+                    "used; name one of them"
                 )
         for path, slot in self.layers.items() if len(names) > 1 else ():
             by_row: dict[int, str] = {}
@@ -210,8 +210,8 @@ class AdapterSet:
                 rows = slot.adapters[name].replaced_rows() if name in slot.adapters else ()
                 if (row := next((row for row in rows if row in by_row), None)) is not None:
                     raise AdapterNameError(
-                        f"set_adapter: {[by_row[row], name]} each train row {row} of {path} whole, and only one can be "
-                        "used; name one of them"
+                        f"set_adapter: {[by_row[row], name]} each train row {row} of {path}, and only one can be used; "
+                        "name one of them"
                     )
                 by_row |= dict.fromkeys(rows, name)
 

@@ -250,7 +250,7 @@ def _token_adapters(
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
     if whole := sorted(path for path in adapters if is_within(path, saved)):
         raise ConfigError(
-            f"trainable_token_indices: {whole[0]} trains whole (modules_to_save); leave out one of the two"
+            f"trainable_token_indices: {whole[0]} trains in full (modules_to_save); leave out one of the two"
         )
     for adapter in adapters.values():
         adapter.disk_prefix = "token_adapter."
@@ -421,7 +421,7 @@ def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter])
 def _trained_biases(
     module_index: ModuleIndex, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
 ) -> dict[str, TrainedBias]:
-    """Make the trained biases: of the adapter's layers, or of all modules that it does not train whole."""
+    """Make the trained biases: of the adapter's layers, or of all modules that it does not train in full."""
     mode = config.bias
     if mode == "none":
         return {}
@@ -438,7 +438,7 @@ def _trained_biases(
             name.endswith("bias") for name, _ in module.base_layer.named_parameters()
         ):
             raise ConfigError(
-                f"bias={mode!r}: {path} is trained whole (modules_to_save) by another adapter; use bias='none', or "
+                f"bias={mode!r}: {path} is trained in full (modules_to_save) by another adapter; use bias='none', or "
                 f"name {path} in this adapter's modules_to_save too"
             )
         base_bias = unwrapped(module)._parameters.get("bias")

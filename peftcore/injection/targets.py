@@ -293,7 +293,7 @@ def _in_chosen_block(path: str, config: TunerConfig) -> bool:
 
 def _check_kind(path: str, layer: nn.Module) -> None:
     if isinstance(layer, SavedModule):
-        raise TargetError(f"{path} is already trained whole as one of modules_to_save; exclude it")
+        raise TargetError(f"{path} is already trained in full as one of modules_to_save; exclude it")
     if isinstance(layer, AdapterParameters) and is_adaptable(layer.base_layer):
         raise TargetError(f"{path}: an adapter on its parameter is in place (target_parameters); exclude this layer")
     if not isinstance(layer, AdapterLayer) and not raw_projections(unwrapped(layer)):

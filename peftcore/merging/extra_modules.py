@@ -59,7 +59,7 @@ def extra_modules_of(adapters: AdapterSet, names: Sequence[str]) -> ExtraModules
             del rows[path]
         if conflicts := sorted((own.keys() & copies.keys()) | (rows.keys() & tokens.keys())):
             raise MergeError(
-                f"{conflicts[0]} is trained whole (modules_to_save or trainable_token_indices) by more than one of "
+                f"{conflicts[0]} is trained in full (modules_to_save or trainable_token_indices) by more than one of "
                 f"{list(names)}, and such modules cannot be merged; leave all but one of these adapters out"
             )
         copies |= own

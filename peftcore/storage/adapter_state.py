@@ -33,7 +33,7 @@ class AdapterState:
     Args:
         adapters: {path: adapter of that layer}.
         biases: {path: trained bias of the base}.
-        copies: {path: module that trains whole} (`modules_to_save`).
+        copies: {path: module that trains in full} (`modules_to_save`).
         prompt: The prompt of a prompt method; None for methods that adapt layers.
     """
 
