@@ -138,7 +138,7 @@ class AdapterState:
         return f"{prefix}{first}.{name}{dot}{rest}"
 
     def fits(self, key: str, tensor: Tensor) -> bool:
-        """Return True if the adapter can read a tensor of another shape than the present one."""
+        """Return True if the adapter can read this tensor although its shape differs from the present parameter's."""
         owner = self._owners.get(key)
         return owner is not None and owner[0].fits(owner[1], tensor)
 
@@ -192,7 +192,10 @@ def _bias_prefix(path: str, bias: TrainedBias, adapters: Mapping[str, Adapter]) 
 
 
 def _plain_spellings(key: str, name: str) -> list[str]:
-    """Return a foreign key without what a state dict that was saved by hand has in it, the likeliest spelling first."""
+    """Return the candidates for PEFT's key of a foreign key, the likeliest first.
+
+    State dicts that were saved by hand have additional parts in their keys, such as `module` or the adapter's name.
+    """
     parts = [part for part in key.removeprefix("module.").split(".") if part != "_orig_mod"]
     if parts[:2] == ["base_model", "model"] and "base_model" in parts[2:]:
         parts = parts[parts.index("base_model", 2) :]
