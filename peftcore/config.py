@@ -186,10 +186,10 @@ class PeftConfig(SharedOptions):
 
     def __new__(cls, *_args: Any, **options: Any) -> Self:
         """Refuse unknown options; the error suggests a similar name."""
-        known = [f.name for f in dataclasses.fields(cls)]
+        field_names = [f.name for f in dataclasses.fields(cls)]
         for key in options:
-            if key not in known:
-                raise UnknownOptionError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
+            if key not in field_names:
+                raise UnknownOptionError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, field_names)}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -380,15 +380,15 @@ class PeftConfig(SharedOptions):
             if values.pop(name, None) is not None:
                 message = f"{CONFIG_NAME}: {name} is ignored, because it concerns the running program only"
                 warnings.warn(message, stacklevel=4)
-        known = {f.name for f in dataclasses.fields(target)}
-        extra = {k: v for k, v in values.items() if k not in known}
+        field_names = {f.name for f in dataclasses.fields(target)}
+        extra = {k: v for k, v in values.items() if k not in field_names}
         if extra and not named:
             raise UnknownOptionError(
                 f"{CONFIG_NAME} has no peft_type, and {next(iter(extra))!r} is no field of {target.__name__}; it is "
                 "not the configuration of an adapter"
             )
         target._refuse_other_mathematics(extra)
-        config = target(**{k: v for k, v in values.items() if k in known})
+        config = target(**{k: v for k, v in values.items() if k in field_names})
         config.extra = extra
         return config
 

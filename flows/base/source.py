@@ -94,20 +94,20 @@ def load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrain
 
 def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     # code that a base brings is never run, and nobody is asked about it
-    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    options = {"dtype": torch.bfloat16, "output_loading_info": True, **here}
+    local_options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    options = {"dtype": torch.bfloat16, "output_loading_info": True, **local_options}
     if checkpoint.gguf:
         options |= {"gguf_file": checkpoint.gguf, **_unpacked()}
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf, **here)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf, **local_options)
     else:
-        config = AutoConfig.from_pretrained(checkpoint.folder, **here)
+        config = AutoConfig.from_pretrained(checkpoint.folder, **local_options)
         if getattr(config, "quantization_config", None):
             raise BaseModelError(
                 f"base.source {source}: it is quantised already; give the unquantised model, "
                 "`quantization` in params.yaml quantises it for training"
             )
         options["use_safetensors"] = True
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, **here)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, **local_options)
     loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     _forget_gguf(model)

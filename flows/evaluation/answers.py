@@ -66,8 +66,8 @@ def sampled_prompts(rows: Sequence[Row], ids: str, reference: str, params: Param
         params: The parameters of the run, with the size and the seed of the sample.
     """
     count = min(params.evaluate.generate_rows, len(rows))
-    chosen = sorted(random.Random(params.project.seed).sample(range(len(rows)), count))
-    return [Prompt(i, rows[i][ids][: rows[i]["prompt_length"]], rows[i][reference]) for i in chosen]
+    sampled = sorted(random.Random(params.project.seed).sample(range(len(rows)), count))
+    return [Prompt(i, rows[i][ids][: rows[i]["prompt_length"]], rows[i][reference]) for i in sampled]
 
 
 def score_and_answer(
@@ -130,14 +130,14 @@ def add_answers(table: list[Row], prompts: Sequence[Prompt], answered: Mapping[s
         prompts: The answered prompts.
         answered: {"base": answers, "adapter": answers}, in the order of the prompts.
     """
-    for place, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         table[prompt.row]["reference"] = prompt.reference
         for name, one in answered.items():
-            output = one.answers.answers[place]
+            output = one.answers.answers[index]
             table[prompt.row] |= {
                 f"{name}_answer": output.text,
                 f"{name}_ended": output.has_eos,
-                f"{name}_rouge_l": one.rouge_l[place],
+                f"{name}_rouge_l": one.rouge_l[index],
             }
 
 

@@ -128,9 +128,9 @@ class RegistryReader(ABC):
         """Return the version with a number such as v0.1.0. Raises RegistryError that lists the versions there are."""
         versions = {version.number: version for version in self.versions()}
         if number not in versions:
-            there = ", ".join(versions) or "none yet"
+            available = ", ".join(versions) or "none yet"
             raise RegistryError(
-                f"{self.name} has no version {number}; there is: {there}. "
+                f"{self.name} has no version {number}; there is: {available}. "
                 "`peftcore registry fetch` gets the versions of a remote, `peftcore run` makes one"
             )
         return versions[number]

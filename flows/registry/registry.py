@@ -187,17 +187,17 @@ class Registry(RegistryReader):
         try:
             self.git.push_tags(remote, names)
         except GitError as error:
-            ours = self.git.objects("refs/tags/")
+            local = self.git.objects("refs/tags/")
             try:
-                theirs = self.git.remote_objects(remote, names)
+                at_remote = self.git.remote_objects(remote, names)
             except GitError as unreachable:
                 raise RegistryError(
                     f"{error}; {unreachable}. It is unknown if {remote} has {names[-1]}; run "
                     f"`peftcore registry fetch {remote}` once the remote can be reached"
                 ) from error
-            if all(theirs.get(name) == ours[name] for name in names):
+            if all(at_remote.get(name) == local[name] for name in names):
                 return
-            if clashing := [name for name in names if theirs.get(name, ours[name]) != ours[name]]:
+            if clashing := [name for name in names if at_remote.get(name, local[name]) != local[name]]:
                 raise self._conflict(names[-1], f"the remote {remote} has another {', '.join(clashing)}; ") from error
             raise RegistryError(f"{remote} refused {names[-1]}, so nothing has changed there: {error}") from error
 

@@ -223,17 +223,19 @@ def _missing_on_hub(repo_id: str, name: str, options: Mapping[str, Any]) -> str:
     from huggingface_hub import HfApi
 
     subfolder, revision = options.get("subfolder"), options.get("revision")
-    place = f"{repo_id}, subfolder {subfolder!r}" if subfolder else repo_id
-    place = f"{place}, revision {revision!r}" if revision else place
+    location = f"{repo_id}, subfolder {subfolder!r}" if subfolder else repo_id
+    location = f"{location}, revision {revision!r}" if revision else location
     if name == WEIGHTS_NAME:
         pickle = f"{subfolder}/{_PICKLE}" if subfolder else _PICKLE
         where = {key: options.get(key) for key in ("revision", "repo_type")}
         if HfApi(endpoint=options.get("endpoint"), token=options.get("token")).file_exists(repo_id, pickle, **where):
-            return f"{place} holds no {name} but {_PICKLE}: {pickle_advice(repo_id, subfolder)}"
-        return f"{place} holds a configuration without weights: no {name} there; ask its author to upload the weights"
+            return f"{location} holds no {name} but {_PICKLE}: {pickle_advice(repo_id, subfolder)}"
+        return (
+            f"{location} holds a configuration without weights: no {name} there; ask its author to upload the weights"
+        )
     return (
-        f"no {name} in {place}: it is not an adapter; check the name and subfolder=. The base model itself is loaded "
-        "with transformers"
+        f"no {name} in {location}: it is not an adapter; check the name and subfolder=. The base model itself is "
+        "loaded with transformers"
     )
 
 

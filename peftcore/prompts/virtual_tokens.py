@@ -197,9 +197,9 @@ def _warn_of_sizes(config: Any, model: nn.Module) -> None:
     """Warn of numbers of layers and heads that are not the model's; a prompt at the embeddings does not use them."""
     sizes = model_sizes(dataclasses.replace(config, num_layers=None, num_attention_heads=None), model)
     for name in ("num_layers", "num_attention_heads"):
-        given = getattr(config, name)
-        if given is not None and name in sizes and given != sizes[name]:
+        value = getattr(config, name)
+        if value is not None and name in sizes and value != sizes[name]:
             warnings.warn(
-                f"{name}={given} has no effect on {config.peft_type}, whose prompt is at the embeddings; leave it out",
+                f"{name}={value} has no effect on {config.peft_type}, whose prompt is at the embeddings; leave it out",
                 stacklevel=2,
             )

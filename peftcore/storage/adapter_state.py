@@ -163,13 +163,13 @@ class AdapterState:
 
     def _make_memory(self) -> None:
         """Give memory to parameters on the meta device; layers that share a parameter still do."""
-        made: dict[int, nn.Parameter] = {}
+        allocated: dict[int, nn.Parameter] = {}
         for _, adapter, _ in self.entries:
             for module in adapter.modules():
                 for name, parameter in module._parameters.items():
                     if parameter is not None and parameter.is_meta:
                         empty = torch.empty_like(parameter, device=adapter.base.device)
-                        new = made.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
+                        new = allocated.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
                         module._parameters[name] = new
 
 

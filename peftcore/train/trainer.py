@@ -381,8 +381,8 @@ class AdapterTrainerMixin(_Base):
         managed = self.is_fsdp_enabled or self.is_deepspeed_enabled or any(type(p) is not nn.Parameter for p in trained)
         before = self.optimizer_cls_and_kwargs
         if before is None and not managed:
-            chosen = self.get_optimizer_cls_and_kwargs(self.args, self.adapted_model)
-            self.optimizer_cls_and_kwargs = in_one_call(*chosen)
+            class_and_options = self.get_optimizer_cls_and_kwargs(self.args, self.adapted_model)
+            self.optimizer_cls_and_kwargs = in_one_call(*class_and_options)
         try:
             return super().create_optimizer(model)
         finally:
