@@ -99,7 +99,7 @@ class Adapter(_Constants):
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     """Kinds of layer that the method can adapt: "linear", "conv", "embedding", "norm", "parameter"."""
     follows_ties: ClassVar[bool] = False
-    """True if layers that share the weight of a target are adapted, too; `link` then makes their adapters equal."""
+    """True if layers that share the weight of a target are adapted as well; `link` must then tie their adapters."""
     changes_weight: ClassVar[bool] = True
     """False if `merged_weight` returns W itself; spares a quantised weight a second rounding."""
     dropout_option: ClassVar[str] = ""
@@ -254,9 +254,10 @@ class Adapter(_Constants):
         return y + self.base.apply(x, self.delta_weight()).to(y.dtype)
 
     def add_dropout(self) -> None:
-        """Give this adapter dropout of its input, as the submodule `dropout`; with probability 0, no submodule.
+        """Add the submodule `dropout` for the adapter's input, unless the dropout probability is 0.
 
-        It is an `nn.Dropout`, so code that switches or changes all dropout of a model also reaches the adapters.
+        The submodule is an `nn.Dropout`, so code that changes all dropout of a model also changes the adapters'
+        dropout.
         """
         if p := getattr(self.printed[0], self.dropout_option):
             self.add_module("dropout", nn.Dropout(p))

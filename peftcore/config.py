@@ -155,7 +155,8 @@ class SharedOptions:
 class PeftConfig(SharedOptions):
     """Base of every adapter configuration. Field names are those of PEFT's `adapter_config.json`.
 
-    The class variables and the methods under "hooks" tell the core about a method, so that the core names no method.
+    The core reads a method's properties from the class variables and from the methods under "hooks". So the core has no
+    code for single methods.
     """
 
     has_schedule: ClassVar[bool] = False
@@ -231,7 +232,7 @@ class PeftConfig(SharedOptions):
 
     @property
     def trains_single_rows(self) -> bool:
-        """True if the adapter trains chosen rows of embeddings, so that the whole embedding need not be saved."""
+        """True if the adapter trains single rows of embeddings, so `save_embedding_layers` may omit the embedding."""
         return self.trainable_token_indices is not None
 
     def sizes(self) -> dict[str, int]:

@@ -371,7 +371,7 @@ class PeftModel:
         return next(iter(adapter_set(self._module).selection.active), "")
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones. As in PEFT, their parameters then train, and those of all others do not.
+        """Set the active adapters. As in PEFT, their parameters become trainable, and all other adapters are frozen.
 
         Merged adapters are unmerged first, with a warning.
 

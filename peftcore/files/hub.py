@@ -126,7 +126,7 @@ def adapter_directory(
 
 
 def is_local(model_id: str | os.PathLike[str]) -> bool:
-    """Return True if an adapter's name is a local path, which need not exist if it cannot be a hub id."""
+    """Return True if an adapter's name is a local path: an existing one, or a name that cannot be a hub id."""
     if not isinstance(model_id, str | os.PathLike):
         raise TypeError(f"an adapter is a directory or a hub id such as 'owner/name'; got {model_id!r:.200}")
     return not isinstance(model_id, str) or os.path.lexists(model_id) or not _may_be_hub_id(model_id)
@@ -196,7 +196,7 @@ def _commit_of(file: Path, subfolder: str | None) -> dict[str, str]:
 
 
 def _optional_file(repo_id: str, name: str, options: Mapping[str, Any]) -> bool:
-    """Download a file that an adapter need not have; return False if it has none."""
+    """Download an optional file of an adapter; return False if the repository does not have the file."""
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 

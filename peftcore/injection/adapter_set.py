@@ -175,7 +175,7 @@ class AdapterSet:
                 raise AdapterNameError(f"Adapter {name} does not exist; loaded: {known}")
 
     def activate(self, names: Sequence[str]) -> None:
-        """Make adapters the active ones; `requires_grad` does not change.
+        """Set the active adapters; `requires_grad` does not change.
 
         Args:
             names: names of adapters, in order.
@@ -224,7 +224,7 @@ class AdapterSet:
         self.join_wrappers()
 
     def switch(self, on: bool) -> None:
-        """Enable or disable the active adapters of the model, those of single wrappers included."""
+        """Enable or disable the active adapters of the model and of wrappers that were switched separately."""
         self.selection.switched_off = not on
         for wrapper in self.selection.apart:
             wrapper.selection.switched_off = not on
@@ -233,7 +233,9 @@ class AdapterSet:
     def switch_wrapper(
         self, wrapper: Any, active: Sequence[str] | None = None, switched_off: bool | None = None
     ) -> None:
-        """Switch one wrapper, and the model if all its wrappers agree then.
+        """Change the active adapters of one wrapper.
+
+        If all wrappers have the same state afterwards, the model takes over this state.
 
         Args:
             wrapper: a wrapper of this model.

@@ -42,7 +42,7 @@ def hide_model(module: nn.Module) -> None:
     """Undo `show_model`.
 
     Args:
-        module: the module; left as it is if its class has been changed since.
+        module: the module; not changed if its class was changed after `show_model`.
     """
     plain = type(module).__bases__[0]
     if type(module) is _with_model(plain):

@@ -114,7 +114,7 @@ def commit_injection(
 
 
 def _with_biases(injection: Injection) -> dict[str, Adapter]:
-    """Return {path: adapter}, each trained bias in the adapter of its layer, or alone if the layer has none."""
+    """Return {path: adapter}. A trained bias becomes part of its layer's adapter, or a separate entry without one."""
     parts = dict(injection.adapters)
     for path, bias in injection.biases.items():
         if path in parts:
@@ -217,7 +217,7 @@ def inject_adapter_in_model(
 
 
 class Configs(MutableMapping[str, PeftConfig]):
-    """{adapter: configuration} of a model whose class stays as it is: its attribute `peft_config`, as in HF PEFT.
+    """{adapter: configuration} of a model whose class was not changed: its attribute `peft_config`, as in HF PEFT.
 
     Deleting an entry deletes the adapter.
 
@@ -256,7 +256,7 @@ def show_configs(model: nn.Module) -> None:
 
 
 def keeps_class(model: nn.Module) -> bool:
-    """Return True if a model with adapters is of its plain class, and no `PeftModel`."""
+    """Return True for a model with adapters whose class was not changed to a `PeftModel`."""
     return _CONFIGS in model.__dict__ and not hasattr(type(model), _CONFIGS)
 
 

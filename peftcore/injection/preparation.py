@@ -320,7 +320,7 @@ def _forget_values(module: nn.Module) -> None:
 
 
 def _narrow(adapters: list[Adapter]) -> None:
-    """Cast adapters to the dtype of their layers, if that is a dtype of 16 bits; for 4 bits, that of the products."""
+    """Cast adapters to the dtype of their layers if it has 16 bits; on 4-bit layers, to the layers' compute dtype."""
     for adapter in adapters:
         base = adapter.base
         dtype = getattr(base.layer, "compute_dtype", None) if base.quantized else base.dtype

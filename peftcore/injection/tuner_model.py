@@ -16,7 +16,7 @@ from peftcore.layers.trained_bias import TrainedBias
 
 _CLASSES: dict[str, type["TunerModel"]] = {}
 _PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
-"""{method: start of the names of its parameters}, where this is not the method's own name"""
+"""{method: prefix of its parameter names}, for methods whose prefix is not the method's name"""
 
 NO_MODEL_CONFIG = {"model_type": "custom"}
 """The configuration that HF PEFT assumes of a model without one."""
@@ -137,7 +137,7 @@ class TunerModel:
         return [path for path, slot in _adapted(self.model) if slot.base.kind == "parameter"]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones; see `PeftModel.set_adapter`."""
+        """Set the active adapters; see `PeftModel.set_adapter`."""
         activation.set_adapter(self.model, adapter_name, inference_mode)
 
     def enable_adapter_layers(self) -> None:

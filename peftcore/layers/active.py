@@ -47,7 +47,7 @@ class Selection:
         self.switched_off = False
         """True after `disable_adapters`, until `enable_adapters`."""
         self.apart: list[Any] = []
-        """Wrappers whose own methods have switched them: each has a selection of its own (`LayerSelection`)."""
+        """Wrappers whose active adapters differ from the model's; each has its own `LayerSelection`."""
         self.cache = SharedInputCache()
         """The calls of the model that run in this thread, and the outputs that layers have cached in them."""
         self.stacks: dict[Any, Any] = {}
@@ -76,7 +76,7 @@ class Selection:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Names of the model's active adapters. Wrappers that were switched by themselves follow an assignment."""
+        """Names of the model's active adapters. An assignment also changes wrappers that were switched separately."""
         return self._active
 
     @active.setter

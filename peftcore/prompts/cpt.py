@@ -145,7 +145,7 @@ class Cpt(VirtualTokens):
             return
         text = torch.full_like(labels, 4) if types is None else types.to(labels.device).long()
         prompt_types = self.types.to(labels.device).expand(len(labels), -1)
-        # the type numbers of the text continue after those of the examples
+        # example numbers in the text's token types continue after the prompt's
         before = prompt_types.max().clamp(min=0).add(3) // 4 * 4
         types = token_placement.insert(prompt_types, torch.where(text > 0, text + before, text))
         tokens = torch.tensor(self.config.cpt_token_ids, device=labels.device).expand(len(labels), -1)
