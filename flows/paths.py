@@ -70,7 +70,7 @@ class Paths:
 
     @property
     def start_learned(self) -> Path:
-        """Rows that this adapter has learned: question and answer; absent if training starts anew."""
+        """Question and answer of the rows that this adapter has learned (trained or validated on); may be absent."""
         return self.start / "learned.parquet"
 
     @property
@@ -170,12 +170,12 @@ class Paths:
 
     @property
     def tried(self) -> Path:
-        """Sets of files that a retraining has judged before."""
+        """Sets of files of rows on which an earlier retraining made a candidate that was judged."""
         return self.retraining / "tried.json"
 
     @property
     def trusted(self) -> Path:
-        """List of the files of rows that a person trusts although drift doubts them."""
+        """List of the files of rows that a person trusts although they exceeded a drift limit."""
         return self.retraining / "vouched.json"
 
     @property

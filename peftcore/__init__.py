@@ -503,7 +503,7 @@ _MOVED = {
     "Weighted": "peftcore.composition",
     "detect": "peftcore.detection",
 }
-"""Names that version 0.3 drops here; each remains in the module named."""
+"""Deprecated: version 0.3 removes these names from this module. Each name stays in the module that is given here."""
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",

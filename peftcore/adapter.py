@@ -12,10 +12,10 @@ The layer calls these methods:
 A method must define `reset_parameters`, and one of `delta_weight` and `merged_weight`. All other members have defaults.
 With adapters 1..n at a layer, the output is f_n(x), where f_0 is the base layer and
 f_k(x) = after_k(x, f_{k-1}(before_k(x))). Merging adapters 1..n into the weight in this order must give the same
-function. So the y that `after` gets may hold the work of other adapters.
+function. So the y that `after` gets may include the output of other adapters.
 
-The layer does all else for every method: target modules, switching, mixed batches, merging, dtypes, quantised bases,
-saving. `peftcore/methods/README.md` shows a complete method, step by step.
+Target modules, switching, mixed batches, merging, dtypes, quantised bases and saving are the same code for all methods.
+`peftcore/methods/README.md` shows a complete method, step by step.
 
 Shapes: o out_features, i in_features, r rank; x (..., i), y (..., o). A weight is canonical if it has the shape
 (o, i, *kernel), however the layer stores it; `base` (`peftcore.bases.BaseWeight`) converts.
@@ -99,7 +99,7 @@ class Adapter(_Constants):
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     """Kinds of layer that the method can adapt: "linear", "conv", "embedding", "norm", "parameter"."""
     follows_ties: ClassVar[bool] = False
-    """True if layers that share the weight of a target are adapted, too; `link` then makes their adapters equal."""
+    """True if layers that share the weight of a target are adapted as well; `link` must then tie their adapters."""
     changes_weight: ClassVar[bool] = True
     """False if `merged_weight` returns W itself; spares a quantised weight a second rounding."""
     dropout_option: ClassVar[str] = ""
@@ -161,7 +161,7 @@ class Adapter(_Constants):
         self.weight_space_forward = value
 
     def mark_changed(self) -> None:
-        """Invalidate everything that was computed from the weights; assigning an attribute does this, too."""
+        """Invalidate all values that were computed from the weights. Assigning an attribute has the same effect."""
         vars(self)["changes"] = self.changes + 1  # nn.Module's own assignment is slow
 
     def extra_repr(self) -> str:
@@ -178,10 +178,11 @@ class Adapter(_Constants):
         Args:
             config: a configuration with `target_modules=None`.
             model: the model.
-            layers: {path: layer} of all modules, without wrappers.
+            layers: {path: module} of all modules of the base model; the base layer in place of its wrapper.
 
         Returns:
-            Paths; None for the layers that LoRA adapts in this architecture.
+            Paths of the layers. None if the method has no rule of its own; `detect(model).targets_for(method)` then
+            names the layers.
         """
         return None
 
@@ -222,16 +223,19 @@ class Adapter(_Constants):
         raise NotImplementedError(f"{type(self).__name__} must define reset_parameters")
 
     def prepare_to_read(self) -> None:
-        """Initialise only what a saved adapter does not hold; called before all of `checkpoint_tensors` is read."""
+        """Initialise the parameters that a saved adapter does not hold; the default initialises all of them.
+
+        Called before every tensor of `checkpoint_tensors` is read from a saved adapter.
+        """
         self.reset_parameters()
 
     def placed(self) -> None:
-        """Delete what was only needed to initialise the parameters; called when the adapter is in its layer."""
+        """Delete tensors that only the initialisation needs; called after the adapter is in its layer."""
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def before(self, x: Tensor) -> Tensor:
-        """Return the input of the layer below.
+        """Return the input of f_{k-1}: of the base layer, or of the base layer with the adapters before this one.
 
         Args:
             x: the adapter's input (..., i).
@@ -250,9 +254,10 @@ class Adapter(_Constants):
         return y + self.base.apply(x, self.delta_weight()).to(y.dtype)
 
     def add_dropout(self) -> None:
-        """Give this adapter dropout of its input, as the submodule `dropout`; with probability 0, no submodule.
+        """Add the submodule `dropout` for the adapter's input, unless the dropout probability is 0.
 
-        It is an `nn.Dropout`, so code that switches or changes all dropout of a model also reaches the adapters.
+        The submodule is an `nn.Dropout`, so code that changes all dropout of a model also changes the adapters'
+        dropout.
         """
         if p := getattr(self.printed[0], self.dropout_option):
             self.add_module("dropout", nn.Dropout(p))
@@ -403,7 +408,7 @@ class Adapter(_Constants):
     # -- saving and loading ----------------------------------------------------------------------------------------
 
     def shown_parameter(self, name: str) -> Tensor:
-        """Return the tensor that a view shows as the parameter `name`: the parameter itself, unless another has it."""
+        """Return the tensor that HF PEFT's attributes show as `name`; for a tied adapter, that of its source."""
         return self._parameter(name)
 
     def checkpoint_keys(self) -> dict[str, str]:
@@ -478,7 +483,7 @@ class Adapter(_Constants):
         step: int,
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
-        """Update the adapters after an optimiser step, while the gradients are still there.
+        """Update the adapters after an optimiser step, before the gradients are cleared.
 
         Args:
             config: the configuration.

@@ -1,7 +1,7 @@
 """Let `import peft` find peftcore in this process: for libraries and scripts that import `peft` themselves.
 
     import peftcore.as_peft                     # the first line of a script
-    python -m peftcore.as_peft SCRIPT ARGS...   # for a script that stays as it is
+    python -m peftcore.as_peft SCRIPT ARGS...   # for an unchanged script
     python -m peftcore.as_peft -m MODULE ARGS...
 
 Then `import peft`, `from peft.tuners.lora import LoraLayer` and transformers' `is_peft_available()` find peftcore,

@@ -131,22 +131,22 @@ def _format_version() -> str:
 
 
 class SharedOptions:
-    """Options that several methods have, each with its value for the methods that do not have the option.
+    """Options that only some methods support, with the values that all other methods have.
 
-    These are plain class attributes, so reading one works for every configuration. A method that has the option
-    declares the dataclass field of the same name; only then is the option accepted and saved.
+    The options are plain class attributes, so they can be read from every configuration. A method that supports an
+    option declares a dataclass field of the same name. Only then can the option be set and is it saved.
     """
 
     bias: str = "none"
-    """Biases of the base that train too: "none", "all", or "METHOD_only" for those of the adapted layers."""
+    """Trained biases of the base model: "none", "all", or "METHOD_only" for the biases of the adapted layers."""
     modules_to_save: list[str] | None = None
-    """Modules that train whole, one copy per adapter, and are saved with the adapter."""
+    """Modules that train in full, one copy per adapter, and are saved with the adapter."""
     layer_replication: list[tuple[int, int]] | None = None
     """Ranges of blocks, such as [(0, 4), (2, 5)], of which the deeper model consists; blocks share base weights."""
     target_parameters: list[str] | None = None
     """Path suffixes of raw parameters to adapt, such as "experts.gate_up_proj": (experts, ...) or (out, in)."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Token ids whose embedding rows train whole; {path suffix: ids} for other embeddings."""
+    """Token ids whose embedding rows are trained in full; {path suffix: ids} for other embeddings."""
     ensure_weight_tying: bool = False
     """Adapt or copy both layers of a tied pair of weights in the same way, so that they stay tied."""
 
@@ -155,7 +155,8 @@ class SharedOptions:
 class PeftConfig(SharedOptions):
     """Base of every adapter configuration. Field names are those of PEFT's `adapter_config.json`.
 
-    The class variables and the methods under "hooks" tell the core about a method, so that the core names no method.
+    The core reads a method's properties from the class variables and from the methods under "hooks". So the core has no
+    code for single methods.
     """
 
     has_schedule: ClassVar[bool] = False
@@ -186,10 +187,10 @@ class PeftConfig(SharedOptions):
 
     def __new__(cls, *_args: Any, **options: Any) -> Self:
         """Refuse unknown options; the error suggests a similar name."""
-        known = [f.name for f in dataclasses.fields(cls)]
+        field_names = [f.name for f in dataclasses.fields(cls)]
         for key in options:
-            if key not in known:
-                raise UnknownOptionError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, known)}")
+            if key not in field_names:
+                raise UnknownOptionError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, field_names)}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -231,7 +232,7 @@ class PeftConfig(SharedOptions):
 
     @property
     def trains_single_rows(self) -> bool:
-        """True if the adapter trains chosen rows of embeddings, so that the whole embedding need not be saved."""
+        """True if the adapter trains single rows of embeddings, so `save_embedding_layers` may omit the embedding."""
         return self.trainable_token_indices is not None
 
     def sizes(self) -> dict[str, int]:
@@ -270,11 +271,11 @@ class PeftConfig(SharedOptions):
         return {}
 
     def can_be_overwritten_by(self, other: "PeftConfig") -> bool:
-        """Return True if the tensors of an adapter with `other` may be copied over those of this one."""
+        """Return True if an adapter with configuration `other` has tensors of the same names, shapes and meaning."""
         return False
 
     def check_complete(self) -> None:
-        """Raise ConfigError if a needed option has no value; called when an adapter is made.
+        """Raise ConfigError if a required option has no value; called when an adapter is created.
 
         Options may also be assigned after the configuration was created, as with HF PEFT.
         """
@@ -357,7 +358,7 @@ class PeftConfig(SharedOptions):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], from_disk: bool = False) -> "PeftConfig":
-        """Return a configuration of the class that `peft_type` names; without the key, of `cls`.
+        """Return a configuration of the class that `peft_type` names; of this class if `peft_type` is absent.
 
         Args:
             values: Fields of the configuration.
@@ -380,15 +381,15 @@ class PeftConfig(SharedOptions):
             if values.pop(name, None) is not None:
                 message = f"{CONFIG_NAME}: {name} is ignored, because it concerns the running program only"
                 warnings.warn(message, stacklevel=4)
-        known = {f.name for f in dataclasses.fields(target)}
-        extra = {k: v for k, v in values.items() if k not in known}
+        field_names = {f.name for f in dataclasses.fields(target)}
+        extra = {k: v for k, v in values.items() if k not in field_names}
         if extra and not named:
             raise UnknownOptionError(
                 f"{CONFIG_NAME} has no peft_type, and {next(iter(extra))!r} is no field of {target.__name__}; it is "
                 "not the configuration of an adapter"
             )
         target._refuse_other_mathematics(extra)
-        config = target(**{k: v for k, v in values.items() if k in known})
+        config = target(**{k: v for k, v in values.items() if k in field_names})
         config.extra = extra
         return config
 
@@ -454,7 +455,7 @@ class PeftConfig(SharedOptions):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "PeftConfig":
-        """Return a configuration of the class that `peft_type` names; without it, of `cls`.
+        """Return a configuration of the class that `peft_type` names; of this class if `peft_type` is absent.
 
         Args:
             kwargs: Fields of the configuration.
@@ -575,7 +576,7 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: int | None = None
     num_layers: int | None = None
     modules_to_save: list[str] | None = None
-    """Modules that train whole, one copy per adapter, and are saved with the adapter."""
+    """Modules that train in full, one copy per adapter, and are saved with the adapter."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -602,7 +603,7 @@ class TunerConfig(PeftConfig):
     """Path suffixes, a regular expression for whole paths, or "all-linear"; None: the architecture's default."""
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
-    """Modules that train whole, one copy per adapter, and are saved with the adapter."""
+    """Modules that train in full, one copy per adapter, and are saved with the adapter."""
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     """Name of the block list that layers_to_transform indexes, such as "layers"; None: derived from the path."""

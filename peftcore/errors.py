@@ -54,7 +54,7 @@ class NoMatchingPeftModuleError(TargetError):
 
 
 class PeftWarning(UserWarning):
-    """A warning for which HF PEFT has this class, too; the other warnings of peftcore are plain UserWarnings."""
+    """A warning that HF PEFT also gives under this class name; all other warnings of peftcore are UserWarnings."""
 
 
 class NoLayersError(TargetError, TypeError):
@@ -98,7 +98,7 @@ class ExportError(PeftError, ValueError):
 
 
 class MissingExtraError(PeftError, ImportError):
-    """A feature whose optional packages are not installed; the message has the command that installs them."""
+    """A feature was used whose optional packages are not installed; the message has the command that installs them."""
 
 
 def require_extra(extra: str, feature: str, *modules: str) -> None:

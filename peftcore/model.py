@@ -343,7 +343,7 @@ class PeftModel:
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that adapters train whole; None if there are none."""
+        """Names of the modules that adapters train in full; None if there are none."""
         names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
         return names or None
 
@@ -371,7 +371,7 @@ class PeftModel:
         return next(iter(adapter_set(self._module).selection.active), "")
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones. As in PEFT, their parameters then train, and those of all others do not.
+        """Set the active adapters. As in PEFT, their parameters become trainable, and all other adapters are frozen.
 
         Merged adapters are unmerged first, with a warning.
 
@@ -381,7 +381,7 @@ class PeftModel:
 
         Raises:
             AdapterNameError: a name is not loaded, or given twice; several prompts are named; or several of the
-                adapters train the same module whole (`modules_to_save`), or the same row of an embedding.
+                adapters train the same module in full (`modules_to_save`), or the same row of an embedding.
         """
         activation.set_adapter(self._module, adapter_name, inference_mode)
 
@@ -708,7 +708,7 @@ class PeftModel:
     # -- training ------------------------------------------------------------------------------------------------
 
     def adapter_regularizer(self) -> Tensor | None:
-        """Return the sum of the active adapters' regularisers, to add to the loss of each step; None for none."""
+        """Return the sum of the active adapters' regularisers, to add to each step's loss; None if there is none."""
         adapters = adapter_set(self._module)
         terms = [
             term
@@ -718,21 +718,22 @@ class PeftModel:
         return torch.stack(terms).sum() if terms else None
 
     def on_optimizer_step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Let the active adapters do their work of a training step, such as AdaLoRA's rank allocation.
+        """Run the active adapters' update of a training step, such as AdaLoRA's rank allocation.
 
-        Call it after each optimiser step and before `zero_grad`; `AdapterTrainer` does so by itself.
+        Call this method after each optimiser step and before `zero_grad`; `AdapterTrainer` calls it by itself.
 
         Args:
             step: number of the step, from 1.
-            optimizer: the optimiser; a method may then prune parameters together with their optimiser state. After
-                that a model in DistributedDataParallel must be wrapped again. None masks values instead of pruning.
+            optimizer: the optimiser, with which a method may prune parameters together with their optimiser state. A
+                model in DistributedDataParallel must be wrapped again after pruning. None: the method masks values
+                instead of pruning.
         """
         adapters = adapter_set(self._module)
         for name in adapters.selection.active:
             adapters.kinds[name].on_step(adapters.configs[name], adapters.of_method(name), step, optimizer)
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Return the training state that a saved adapter does not hold, for checkpoints: {"name/path/key": tensor}."""
+        """Return the training state that `save_pretrained` leaves out, for checkpoints: {"name/path/key": tensor}."""
         adapters = adapter_set(self._module)
         return {
             f"{name}/{path}/{key}": tensor
@@ -868,7 +869,7 @@ class PeftModel:
         vars(self)[_DDP_IGNORED] = list(names)
 
     def _replicate_for_data_parallel(self) -> Any:
-        """Make a replica, which opens the route of this thread in the thread that calls it."""
+        """Make a replica. Its calls in another thread use the route that is open in this thread."""
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
         selection = adapter_set(self._module).selection
         if (route := selection.route) is not None:
@@ -894,7 +895,7 @@ _WHOLE_LOCAL_FILE: dict[str, tuple[Any, ...]] = {
 
 
 def _make_room(model: nn.Module, name: str, directory: Path, config: PeftConfig | None, reading: Reading) -> None:
-    """Delete an adapter of a plain transformers model, so that the one of a directory can have its name, as in PEFT."""
+    """Delete an adapter of a plain transformers model, so that a saved adapter can get its name, as in PEFT."""
     if name not in adapter_set(model).configs:
         return
     checkpoint.load_adapter(model, directory, f"another {name}", False, config, reading=reading)  # errors come here
@@ -1218,7 +1219,7 @@ def _with_experts(
     experts: Mapping[str, str] | None,
     options: Mapping[str, Any],
 ) -> PeftConfig | None:
-    """Return the configuration with other places of the LoRAs that an X-LoRA mixes; unchanged if none are given."""
+    """Return X-LoRA's configuration with other locations of its LoRAs; unchanged if `experts` is None."""
     if experts is None:
         return config
     saved = PeftConfig.from_pretrained(model_id, **options) if config is None else config

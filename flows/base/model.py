@@ -1,10 +1,10 @@
-"""The base model in the forms that stages need: as trained on, dequantised, and as fetched.
+"""Loading of the base model: quantised for training, dequantised for evaluation and merging, or as fetched.
 
-`labels`, the names of classes, loads the base with a classification head, which is randomly initialised and not
-quantised; None loads the language-model head.
+If a function gets `labels`, the names of classes, it loads the base with a classification head. This head is randomly
+initialised and not quantised. With `labels=None` it loads the language-model head.
 
-An adapter trained on a quantised base has seen its dequantised weights, so evaluation and merging use these. They are
-dequantised once, because a quantised forward in evaluation mode is several times slower on a CPU.
+Training on a quantised base computes with dequantised weights, so evaluation and merging use the same dequantised
+weights. They are dequantised once, because a quantised forward in evaluation mode is several times slower on a CPU.
 """
 
 import hashlib

@@ -37,7 +37,7 @@ class Checkpoint:
 
 
 def obtain(source: str, root: Path, scratch: Path) -> Checkpoint:
-    """Bring the source to this machine.
+    """Return a local folder with the model of a source, after downloading it if necessary.
 
     Args:
         source: The value of base.source.
@@ -45,7 +45,7 @@ def obtain(source: str, root: Path, scratch: Path) -> Checkpoint:
         scratch: An empty folder for downloads.
 
     Raises:
-        BaseModelError: The source cannot be had.
+        BaseModelError: The source does not exist, or cannot be downloaded.
     """
     kind, _, rest = source.partition(":")
     try:
@@ -67,10 +67,10 @@ def obtain(source: str, root: Path, scratch: Path) -> Checkpoint:
 
 
 def load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the checkpoint in bfloat16 on the CPU, as a plain model without a trace of its source.
+    """Load the checkpoint in bfloat16 on the CPU, as a plain model without GGUF state or the source's name.
 
     Raises:
-        BaseModelError: It is incomplete or already quantised, or has a weight that is not finite.
+        BaseModelError: The checkpoint is incomplete or already quantised, or has a weight that is not finite.
     """
     transformers_logging.disable_progress_bar()
     try:
@@ -94,20 +94,20 @@ def load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrain
 
 def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     # code that a base brings is never run, and nobody is asked about it
-    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    options = {"dtype": torch.bfloat16, "output_loading_info": True, **here}
+    local_options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    options = {"dtype": torch.bfloat16, "output_loading_info": True, **local_options}
     if checkpoint.gguf:
         options |= {"gguf_file": checkpoint.gguf, **_unpacked()}
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf, **here)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf, **local_options)
     else:
-        config = AutoConfig.from_pretrained(checkpoint.folder, **here)
+        config = AutoConfig.from_pretrained(checkpoint.folder, **local_options)
         if getattr(config, "quantization_config", None):
             raise BaseModelError(
                 f"base.source {source}: it is quantised already; give the unquantised model, "
                 "`quantization` in params.yaml quantises it for training"
             )
         options["use_safetensors"] = True
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, **here)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, **local_options)
     loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     _forget_gguf(model)

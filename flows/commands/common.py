@@ -42,7 +42,7 @@ BaseFolder = Annotated[
 
 
 def adapter_and_base(adapter: Path | None, base: Path | None) -> tuple[Path, Path]:
-    """Return the given folders; a missing one is that of the current folder's pipeline."""
+    """Return the adapter's and the base's folder; a folder that is None is replaced by the pipeline's."""
     if adapter is not None and base is not None:
         return adapter, base
     paths = Paths(find_root())
@@ -51,7 +51,7 @@ def adapter_and_base(adapter: Path | None, base: Path | None) -> tuple[Path, Pat
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Turn expected errors into one message and an exit code; a bug keeps its traceback."""
+    """Turn expected errors, a full disk and Ctrl-C into one message and an exit code; a bug keeps its traceback."""
     try:
         yield
     except KeyboardInterrupt:

@@ -125,12 +125,12 @@ def approve(
         from flows.registry.signatures import allowed_signers
 
         registry = registry_of(params, paths.root, sign=True)
-        chosen = registry.version(version or newest(registry))
-        approval = approve_version(registry, chosen, note, allowed_signers(params.gate, paths.root), push_to)
+        target = registry.version(version or newest(registry))
+        approval = approve_version(registry, target, note, allowed_signers(params.gate, paths.root), push_to)
         if as_json:
-            print(json.dumps({"name": registry.name, "version": chosen.number, **asdict(approval)}, indent=2))
+            print(json.dumps({"name": registry.name, "version": target.number, **asdict(approval)}, indent=2))
         else:
-            print(f"{registry.name} {chosen.number} is approved by {approval.who}: {approval.tag}")
+            print(f"{registry.name} {target.number} is approved by {approval.who}: {approval.tag}")
             if params.gate.allowed_signers is None:
                 print("it proves nothing: anybody can set this e-mail; gate.allowed_signers requires signatures")
 

@@ -62,15 +62,15 @@ def show(version: Chosen = None, as_json: AsJson = False) -> None:
     """Show one version: its figures, its lineage and its stages. `--json` prints its whole lineage record."""
     with errors(), project() as (params, paths):
         registry = _registry(params, paths)
-        chosen = _version(registry, version)
-        record = registry.record(chosen)
+        target = _version(registry, version)
+        record = registry.record(target)
         if as_json:
             print(json.dumps(record, indent=2))
             return
         console = Console(highlight=False)
-        console.print(_figures(record, f"{registry.name} {chosen.number}"))
+        console.print(_figures(record, f"{registry.name} {target.number}"))
         facts = Table(show_header=False, box=None)
-        for name, value in _facts(registry, chosen, record):
+        for name, value in _facts(registry, target, record):
             facts.add_row(name, escape(str(value)))
         console.print(facts)
 
@@ -118,11 +118,11 @@ def card(version: Chosen = None) -> None:
         from flows.runtime.git import GitError
 
         registry = _registry(params, paths)
-        chosen = _version(registry, version)
+        target = _version(registry, version)
         try:
-            print(registry.git.show(chosen.commit, CARD), end="")
+            print(registry.git.show(target.commit, CARD), end="")
         except GitError:  # versions of old releases have no card
-            print(model_card(registry.record(chosen)), end="")
+            print(model_card(registry.record(target)), end="")
 
 
 def fetch(

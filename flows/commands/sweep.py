@@ -15,7 +15,7 @@ from flows.runtime.stage import fail
 
 
 class Runner(StrEnum):
-    """Execution of trials."""
+    """Executor of a sweep's trials."""
 
     THREAD = "thread"
     PROCESS = "process"

@@ -36,9 +36,16 @@ class Pair:
 
 
 def read(system_prompt: str | None, library: Path | None = None) -> list[Example]:
-    """Return all pairs as examples, ordered by module and line. A group is a module, a slice a top-level package.
+    """Return all pairs as examples, ordered by module and line.
 
-    library: the folder to read; None: the running Python's standard library. Raises DataError if there are no pairs.
+    An example's group is its module, and its slice is the top-level package.
+
+    Args:
+        system_prompt: System prompt of every example; None for no system turn.
+        library: The folder to read; None: the running Python's standard library.
+
+    Raises:
+        DataError: The folder has no sources with docstrings.
     """
     folder = library or Path(sysconfig.get_paths()["stdlib"])
     examples = [

@@ -37,10 +37,14 @@ Row = tuple[str, dict[str, Any]]
 
 
 def read_rows(place: Path, source: str) -> Iterator[Row]:
-    """Yield the rows of a file, or of all files below a folder, ordered by name.
+    """Yield the rows of a file, or of all readable files below a folder, ordered by name.
 
-    source: the source's name in messages. Raises DataError if the place is absent, has no such file or cannot be
-    parsed.
+    Args:
+        place: The file or folder.
+        source: The value of data.source, for error messages.
+
+    Raises:
+        DataError: `place` does not exist, no file is readable, or a file cannot be parsed.
     """
     if not place.exists():
         raise DataError(f"data.source {source}: there is no {place}; give stdlib:docstrings, hub:NAME or a path")
@@ -61,7 +65,7 @@ def read_rows(place: Path, source: str) -> Iterator[Row]:
 
 
 def is_of_rows(path: Path) -> bool:
-    """Return True if the file's suffix is that of a readable format."""
+    """Return True if the file's suffix belongs to a readable format: .jsonl, .csv or .parquet."""
     return path.suffix.lower() in _READERS
 
 

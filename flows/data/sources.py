@@ -34,22 +34,22 @@ def read_examples(data: Data, root: Path) -> list[AnyExample]:
         return list(docstrings.read(data.system_prompt))
     if data.source.startswith("hub:"):
         try:
-            place = download(data.source, "dataset")
+            path = download(data.source, "dataset")
         except DownloadError as error:
             raise DataError(
                 f"data.source {data.source}: the download failed: {error}. Check the name and the network, or give "
                 "the path of a file that is already here"
             ) from error
     else:
-        place = root / Path(data.source).expanduser()
-        if not place.resolve().is_relative_to((root / WATCHED).resolve()):
+        path = root / Path(data.source).expanduser()
+        if not path.resolve().is_relative_to((root / WATCHED).resolve()):
             log.warning(
                 "data.source %s is outside %s/, which DVC watches: after changing it, run `dvc repro --force prepare`",
                 data.source,
                 WATCHED,
             )
     examples, faults = [], []
-    for where, row in files.read_rows(place, data.source):
+    for where, row in files.read_rows(path, data.source):
         try:
             examples.append(_example(data, where, row))
         except FaultyRow as fault:

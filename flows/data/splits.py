@@ -20,7 +20,12 @@ LEARNED = "learned by the version that training starts from"
 
 @dataclass(frozen=True)
 class Row:
-    """A tokenised example. weight: factor of its loss; truncated: its prompt was cut."""
+    """A tokenised example with its group and its slice.
+
+    Attributes:
+        weight: Factor of the row's loss.
+        truncated: True if the prompt was truncated.
+    """
 
     tokens: AnyTokens
     group: str
@@ -28,7 +33,7 @@ class Row:
     weight: float = 1.0
     truncated: bool = False
     new: bool = True
-    """True if training is about this row; False if the row may only be replayed."""
+    """True for a row to train on; False for an older row that is used for replay only."""
     trusted: bool = True
     """False if the row's file is quarantined, so that the row may not be used for evaluation."""
 
@@ -78,9 +83,9 @@ def hashed_groups(groups: Iterable[str], shares: dict[Split, float], seed: int) 
     """Assign each group to a split by its own hash: added groups move no other group, and shares are approximate."""
     assigned: dict[str, Split] = {}
     for group in groups:
-        place = int(rank(seed, group)[:15], 16) / 16**15
-        in_test = place < shares["test"]
-        assigned[group] = "test" if in_test else "validation" if place < sum(shares.values()) else "train"
+        position = int(rank(seed, group)[:15], 16) / 16**15
+        in_test = position < shares["test"]
+        assigned[group] = "test" if in_test else "validation" if position < sum(shares.values()) else "train"
     return assigned
 
 
@@ -115,12 +120,12 @@ def without_learned(
 ) -> tuple[dict[Split, list[Row]], Counter[str]]:
     """Remove rows with learned prompts from test and validation, and count them; train keeps such rows."""
     known = set(map(canonical, learned))
-    kept: dict[Split, list[Row]] = {
+    remaining: dict[Split, list[Row]] = {
         split: [row for row in rows if split == "train" or row.prompt_key not in known]
         for split, rows in splits.items()
     }
-    count = sum(map(len, splits.values())) - sum(map(len, kept.values()))
-    return kept, Counter({LEARNED: count} if count else {})
+    count = sum(map(len, splits.values())) - sum(map(len, remaining.values()))
+    return remaining, Counter({LEARNED: count} if count else {})
 
 
 def without_near_duplicates(
@@ -144,18 +149,18 @@ def without_near_duplicates(
     texts = [(row.tokens.question, row.tokens.answer) for _, row in rows]
     index = NearDuplicates([f"{question}\n{answer}" for question, answer in [*texts, *learned]], similarity)
     known = range(len(rows), len(rows) + len(learned))
-    kept: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+    remaining: dict[Split, list[Row]] = {split: [] for split in SPLITS}
     elsewhere: set[int] = set()
     for split in order:
         numbers = [number for number, (of, _) in enumerate(rows) if of == split]
         if split != "train":
             numbers = [number for number in numbers if index.nearest(number, known) is None]
         stay = [number for number in numbers if index.nearest(number, elsewhere) is None]
-        kept[split] = [rows[number][1] for number in stay]
+        remaining[split] = [rows[number][1] for number in stay]
         elsewhere.update(stay)
-    count = len(rows) - sum(map(len, kept.values()))
+    count = len(rows) - sum(map(len, remaining.values()))
     of = "another split or of a learned row" if learned else "another split"
-    return kept, Counter({f"near-duplicate of {of}": count} if count else {})
+    return remaining, Counter({f"near-duplicate of {of}": count} if count else {})
 
 
 def sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:

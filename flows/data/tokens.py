@@ -20,12 +20,12 @@ class AnyTokens(Protocol):
 
     @property
     def question(self) -> str:
-        """Prompt or text; two splits may not share it."""
+        """Prompt of a chat or a pair, or the text to classify; no two splits may share one."""
         ...
 
     @property
     def answer(self) -> str:
-        """Text that the row teaches."""
+        """Text that the model is trained to produce."""
         ...
 
     @property
@@ -65,7 +65,7 @@ class Tokens:
 
     @property
     def answer(self) -> str:
-        """Text that the row teaches."""
+        """Text that the model is trained to produce."""
         return self.completion
 
     @property
@@ -103,7 +103,7 @@ class PairTokens:
 
     @property
     def answer(self) -> str:
-        """Text that the row teaches."""
+        """Text that the model is trained to produce."""
         return f"{self.chosen}\n{self.rejected}"
 
     def columns(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class TextTokens:
 
     @property
     def answer(self) -> str:
-        """Text that the row teaches."""
+        """Text that the model is trained to produce."""
         return self.label_name
 
     @property

@@ -57,10 +57,17 @@ class Answered:
 
 
 def sampled_prompts(rows: Sequence[Row], ids: str, reference: str, params: Params) -> list[Prompt]:
-    """Return the prompts of a random sample of the rows. ids, reference: columns of the tokens and the known answer."""
+    """Return the prompts of a random sample of the rows.
+
+    Args:
+        rows: Prepared rows of the test split.
+        ids: Name of the column with the token ids of prompt and reference answer.
+        reference: Name of the column with the text of the reference answer.
+        params: The parameters of the run, with the size and the seed of the sample.
+    """
     count = min(params.evaluate.generate_rows, len(rows))
-    chosen = sorted(random.Random(params.project.seed).sample(range(len(rows)), count))
-    return [Prompt(i, rows[i][ids][: rows[i]["prompt_length"]], rows[i][reference]) for i in chosen]
+    sampled = sorted(random.Random(params.project.seed).sample(range(len(rows)), count))
+    return [Prompt(i, rows[i][ids][: rows[i]["prompt_length"]], rows[i][reference]) for i in sampled]
 
 
 def score_and_answer(
@@ -71,9 +78,18 @@ def score_and_answer(
     evaluate: Evaluate,
     score: Callable[..., Scores],
 ) -> tuple[dict[str, Scores], dict[str, Answered]]:
-    """Return the scores of the rows and the greedy answers to the prompts, each as {"base", "adapter"}.
+    """Return the scores of the rows, and the greedy answers to the prompts, for the base and for the adapter.
 
-    model: a PeftModel; the adapter is disabled for the base. score: `row_losses` or `pairs_log_probs`.
+    Args:
+        model: A PeftModel; the adapter is disabled for the base.
+        tokenizer: The base's tokenizer.
+        rows: Prepared rows of the test split.
+        prompts: The prompts to answer.
+        evaluate: The section `evaluate` of params.yaml.
+        score: `row_losses` or `pairs_log_probs`.
+
+    Returns:
+        {"base": scores, "adapter": scores}, and the answers under the same keys.
     """
     ids = [prompt.ids for prompt in prompts]
     scores: dict[str, Scores] = {}
@@ -93,9 +109,13 @@ def score_and_answer(
 
 
 def known_lengths(rows: Sequence[Row], prompts: Sequence[Prompt], ids: str, evaluate: Evaluate) -> dict[str, Any]:
-    """Return the token limit of an answer, and the share of the reference answers that exceed the limit.
+    """Return the metrics `max_new_tokens` and `longer_known_answers`, the share of reference answers above that limit.
 
-    ids: the column with the tokens of prompt, reference answer and end of turn.
+    Args:
+        rows: Prepared rows of the test split.
+        prompts: Prompts of some of the rows.
+        ids: Name of the column with the token ids of prompt, reference answer and end of turn.
+        evaluate: The section `evaluate` of params.yaml.
     """
     lengths = [len(rows[prompt.row][ids]) - len(prompt.ids) for prompt in prompts]
     longer = sum(length > evaluate.max_new_tokens for length in lengths) / len(lengths)
@@ -103,15 +123,21 @@ def known_lengths(rows: Sequence[Row], prompts: Sequence[Prompt], ids: str, eval
 
 
 def add_answers(table: list[Row], prompts: Sequence[Prompt], answered: Mapping[str, Answered]) -> None:
-    """Add the ANSWERS columns to the rows that were answered; answered: {"base", "adapter"}."""
-    for place, prompt in enumerate(prompts):
+    """Add the ANSWERS columns to the rows with generated answers.
+
+    Args:
+        table: Rows of the evaluation's table; changed in place.
+        prompts: The answered prompts.
+        answered: {"base": answers, "adapter": answers}, in the order of the prompts.
+    """
+    for index, prompt in enumerate(prompts):
         table[prompt.row]["reference"] = prompt.reference
         for name, one in answered.items():
-            output = one.answers.answers[place]
+            output = one.answers.answers[index]
             table[prompt.row] |= {
                 f"{name}_answer": output.text,
                 f"{name}_ended": output.has_eos,
-                f"{name}_rouge_l": one.rouge_l[place],
+                f"{name}_rouge_l": one.rouge_l[index],
             }
 
 

@@ -1,7 +1,7 @@
 """Evaluation of labelled texts: loss, accuracy and macro-F1 of the classifier.
 
-The base has no head for these classes. Its place is taken by the class frequencies of the training rows: each class has
-its frequency as probability, and the most frequent class is the prediction.
+The base has no head for these classes. So the classifier is compared with the class frequencies of the training rows:
+each class has its frequency as probability, and the most frequent class is the prediction.
 """
 
 import math

@@ -57,7 +57,7 @@ class Reference:
         self._room = MAX_KEPT
 
     def predictions(self, key: int, compute: Callable[[nn.Module], Tensor]) -> Tensor:
-        """Return the reference's predictions of batch `key`: compute(model), or what an earlier call computed."""
+        """Return the reference's predictions of batch `key`, from the cache or as `compute(model)`."""
         if key in self._kept:
             return self._kept[key]
         predicted = compute(self.model)
@@ -69,7 +69,13 @@ class Reference:
 
 @torch.no_grad()
 def fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fidelity:
-    """Compare two models with one vocabulary at the supervised positions of the rows. bar: progress bar in rows."""
+    """Compare two models with the same vocabulary at the supervised positions of the reference's rows.
+
+    Args:
+        reference: The reference model and its rows.
+        candidate: The model to compare.
+        bar: Progress bar that counts rows.
+    """
     rows, collate = reference.rows, RightPaddingCollator(reference.pad)
     device = next(candidate.parameters()).device
     divergence, agreed, tokens = 0.0, 0, 0
@@ -94,7 +100,13 @@ def fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fid
 
 
 def class_fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fidelity:
-    """Compare two classifiers of the same classes on the rows; each text counts as one token. bar: progress in rows."""
+    """Compare two classifiers of the same classes on the reference's rows. Each text counts as one token.
+
+    Args:
+        reference: The reference model and its rows.
+        candidate: The model to compare.
+        bar: Progress bar that counts rows.
+    """
     rows = reference.rows
     predict = partial(class_log_probs, rows=rows, pad=reference.pad, batch_size=reference.batch_size)
     p, q = reference.predictions(0, predict), predict(candidate, bar=bar)

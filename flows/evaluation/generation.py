@@ -17,7 +17,12 @@ from flows.evaluation.scoring import by_length
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer. text: without special tokens; has_eos: the model ended its turn within the token limit."""
+    """A generated answer.
+
+    Attributes:
+        text: The answer without special tokens.
+        has_eos: True if the model ended its turn within the token limit.
+    """
 
     text: str
     has_eos: bool

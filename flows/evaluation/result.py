@@ -23,7 +23,13 @@ COMMON = (
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """metrics: content of metrics.json; table: of rows.parquet; samples: of samples.json."""
+    """The results of an evaluation.
+
+    Attributes:
+        metrics: Content of metrics.json.
+        table: Content of rows.parquet, one row per test row.
+        samples: Content of samples.json: some prompts with the reference answer and both models' answers.
+    """
 
     metrics: dict[str, Any]
     table: pa.Table
@@ -31,7 +37,7 @@ class EvaluationResult:
 
 
 def common_columns(rows: Sequence[Row], base: RowLosses, adapter: RowLosses) -> list[dict[str, Any]]:
-    """Return the COMMON columns, row by row."""
+    """Return the COMMON columns of each row, as one dictionary per row."""
     return [
         {
             "id": row["id"],
@@ -52,14 +58,15 @@ def common_metrics(
     adapter: Mapping[str, float],
     gains: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the metrics of both sides, the gains of the adapter, and the losses of each slice.
+    """Return the metrics of base and adapter, the gain of the adapter in each, and the losses of each slice.
 
     Args:
         rows: The test rows.
-        losses: {"base", "adapter"}: losses of the rows.
+        losses: {"base": losses of the rows, "adapter": losses of the rows}.
         base: Metrics of the base.
         adapter: Metrics of the adapter.
-        gains: Metrics of which more is better. The gain of the loss is its decrease.
+        gains: Names of metrics that are better if they are higher. Their gain is adapter minus base; the loss's gain is
+            base minus adapter.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):

@@ -23,7 +23,7 @@ from peftcore.train import (
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Per row: mean loss (nats), tokens, and weight in the total loss; None: a row weighs its number of tokens."""
+    """Mean loss (nats), number of tokens and weight of each row. Without `weighed`, a row's weight is its tokens."""
 
     means: list[float]
     tokens: list[int]
@@ -59,9 +59,17 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def row_losses(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None) -> RowLosses:
-    """Return the loss of each row; a row's weight in the total is its tokens times its own weight, if it has one.
+    """Return the loss of each row.
 
-    The output head runs at supervised positions only. bar: progress bar in rows.
+    A row's weight in the total loss is its number of supervised tokens, times the row's `weight` if there is one. The
+    output head runs at supervised positions only.
+
+    Args:
+        model: A causal language model.
+        rows: Prepared chats.
+        pad: Token id of padding.
+        batch_size: Rows per forward pass.
+        bar: Progress bar that counts rows.
     """
     means, tokens = [0.0] * len(rows), [0] * len(rows)
     collate = RightPaddingCollator(pad)
@@ -79,9 +87,14 @@ def row_losses(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int,
 
 @torch.no_grad()
 def pairs_log_probs(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None) -> PairLogProbs:
-    """Return the log-probabilities of all pairs in float64.
+    """Return the log-probabilities of all preference pairs in float64.
 
-    batch_size: answers per forward pass. bar: progress bar in rows.
+    Args:
+        model: A causal language model.
+        rows: Prepared preference pairs.
+        pad: Token id of padding.
+        batch_size: Answers per forward pass; a pair has two.
+        bar: Progress bar that counts rows.
     """
     collate, device = PreferenceCollator(pad), next(model.parameters()).device
     columns = torch.zeros(4, len(rows), dtype=torch.float64)
@@ -98,7 +111,15 @@ def pairs_log_probs(model: nn.Module, rows: Sequence[Row], pad: int, batch_size:
 
 @torch.no_grad()
 def class_log_probs(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None) -> Tensor:
-    """Return log-probabilities (rows, classes) in float64 on the CPU. bar: progress bar in rows."""
+    """Return the classes' log-probabilities (rows, classes) in float64 on the CPU.
+
+    Args:
+        model: A sequence classifier.
+        rows: Prepared labelled texts.
+        pad: Token id of padding.
+        batch_size: Rows per forward pass.
+        bar: Progress bar that counts rows.
+    """
     collate, device = ClassificationCollator(pad), next(model.parameters()).device
     results: list[Tensor | None] = [None] * len(rows)
     for batch in by_length([len(row["input_ids"]) for row in rows], batch_size):

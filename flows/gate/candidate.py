@@ -28,7 +28,7 @@ class HoldoutReuse(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A version and all facts that it is judged by.
+    """The version to judge, and everything that the gate's checks read about it.
 
     Attributes:
         name: the model's name.
@@ -50,7 +50,7 @@ class Candidate:
     control: "pyarrow.Table | None" = None
     """Losses of base and adapter on the control set; None if it was not measured."""
     evidence: Mapping[Path, str | None] = field(default_factory=dict)
-    """{file of the evaluation or the merge: its registered SHA-256, None if it was registered without}"""
+    """{file of the evaluation or the merge: its registered SHA-256; None if the record has none}"""
     record: Mapping[str, Any] = field(default_factory=dict)
     """The version's lineage record."""
     unmeasured: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class Candidate:
     withdrawn: str | None = None
     """How this adapter lost the stage, for example by a rollback; None if it did not."""
     again: bool = False
-    """A person asked to judge the version although it was withdrawn."""
+    """True if a person asked to judge the version again although it had lost the stage."""
     reuse: HoldoutReuse | None = None
 
 
@@ -78,12 +78,12 @@ class Reevaluation(NamedTuple):
     left_out: int
     """Number of test rows that the version was trained or validated on."""
     all_rows: "pyarrow.Table | None" = None
-    """All test rows, learned ones included; None if those were not measured."""
+    """All test rows, including rows that the version was trained or validated on; None if not measured."""
 
 
 @dataclass(frozen=True)
 class Champion:
-    """The version that holds the stage now, and the facts that it was judged by."""
+    """The version that holds the stage now, and everything that the gate's checks read about it."""
 
     version: str
     evaluation_set: str
@@ -92,9 +92,9 @@ class Champion:
     loss_function: str | None = None
     """Kind of the test loss; None in old records, where it is the cross entropy of tokens."""
     reevaluate_champion: Callable[[], Reevaluation] | None = None
-    """Measures the champion on the candidate's test rows, which takes a while; None if the rules forbid it."""
+    """Re-evaluates the champion on the candidate's test rows, in minutes; None if the rules forbid a re-evaluation."""
     reevaluate_candidate: Callable[[], Reevaluation] | None = None
-    """Measures the candidate on the champion's test rows, which takes a while; None if the rules forbid it."""
+    """Re-evaluates the candidate on the champion's test rows, in minutes; None if the rules forbid a re-evaluation."""
     base_manifest: str | None = None
     """SHA-256 of the base's manifest; None in old records, where `base_model` is that digest."""
     content: str | None = None

@@ -74,7 +74,7 @@ class Verdict:
     """The verdict of a job.
 
     Attributes:
-        word: the outcome of a promotion, NOTHING or NOT_MERGED.
+        word: the outcome in one word: that of a promotion, NOTHING or NOT_MERGED.
         version: the version that `word` is about; None if there is none.
         promotion: the promotion that `word` is about.
         judged: all promotions of the job, newest version first.
@@ -193,7 +193,7 @@ def judge(
         report: the Markdown file to write.
         version: the version to judge; None selects by the event.
         dry_run: judge only; None promotes on the push of a version's tag and in a job of the default branch.
-        remote: the git remote that decides between jobs.
+        remote: the git remote that accepts the promotion of only one of several concurrent jobs.
 
     Raises:
         GateError: the gate refuses all versions.
@@ -248,20 +248,20 @@ def _judge_one(
     sections: gets the version's report, also if recording its refusal fails.
     """
     state = registry.snapshot()
-    chosen = state.version(number) if number else _version_of(state, Event.of(environment), remote)
-    if chosen is None:
+    target = state.version(number) if number else _version_of(state, Event.of(environment), remote)
+    if target is None:
         return _none(state, tell)
     if not dry and number is None:
         default = default_branch(registry.git, environment, remote)
-        if not _is_merged(state, chosen, default):
-            tell(NOT_MERGED, chosen.number, f"## {_not_merged(state, chosen, default)}\n")
-            return Verdict(NOT_MERGED, chosen.number, None)
-    promotion = _promote(params, paths, chosen.number, dry, remote)
+        if not _is_merged(state, target, default):
+            tell(NOT_MERGED, target.number, f"## {_not_merged(state, target, default)}\n")
+            return Verdict(NOT_MERGED, target.number, None)
+    promotion = _promote(params, paths, target.number, dry, remote)
     sections.append(as_markdown(promotion))
     if not dry and not promotion.accepted:
-        note_judged(registry.snapshot(), params, chosen, remote)
-    tell(promotion.outcome, chosen.number, sections[0])
-    return Verdict(promotion.outcome, chosen.number, promotion, (promotion,))
+        note_judged(registry.snapshot(), params, target, remote)
+    tell(promotion.outcome, target.number, sections[0])
+    return Verdict(promotion.outcome, target.number, promotion, (promotion,))
 
 
 def _none(registry: RegistryReader, tell: Callable[[str, str | None, str], None]) -> Verdict:
@@ -315,8 +315,8 @@ def _catch_up(
     if not state.versions():
         return _none(state, tell)
     if not judged:
-        others = [_not_merged(state, version, default) for version in waiting]
-        tell(NOTHING, None, "\n".join(["## Nothing to judge\n", *others]) + "\n")
+        unmerged = [_not_merged(state, version, default) for version in waiting]
+        tell(NOTHING, None, "\n".join(["## Nothing to judge\n", *unmerged]) + "\n")
         return Verdict(NOTHING, None, None)
     decisive = next((one for one in judged if one.accepted), judged[0])
     tell(decisive.outcome, decisive.version, "\n".join(sections))
@@ -369,13 +369,13 @@ def _tagged(registry: RegistryReader, versions: list[Version], tag: str) -> Vers
     tagged = next((version for version in versions if version.tag == tag), None)
     if tagged is not None:
         return tagged
-    there = ", ".join(version.tag for version in versions) or "none"
+    available = ", ".join(version.tag for version in versions) or "none"
     if re.fullmatch(re.escape(registry.name) + r"@v\d+\.\d+\.\d+", tag):
         why = "is not an annotated tag here, or was withdrawn"
     else:
         why = f"names no version of {registry.name} (such as {registry.name}@v0.1.0)"
     raise RegistryError(
-        f"the tag {tag} {why}, so there is nothing to promote; there is: {there}. Clone with all tags and their "
+        f"the tag {tag} {why}, so there is nothing to promote; there is: {available}. Clone with all tags and their "
         "history, and let the job run for tags of versions only"
     )
 

@@ -79,7 +79,7 @@ def note_trial(paths: Paths, lock: str, parameters: str) -> None:
 
 
 def _first_tree(paths: Paths) -> Paths:
-    """Return the paths of the clone's first working tree, which keeps the counts; a retraining works in another."""
+    """Return the paths of the clone's main working tree, where the counts are stored for all working trees."""
     git_folder = Git(paths.root).common_folder().resolve()
     return Paths(git_folder.parent) if git_folder.name == ".git" else paths
 

@@ -109,15 +109,15 @@ def promote(
         version = synchronise(registry, push_to).get(version or "", version)
     # read before anything is compared: a promotion by another writer after this makes our tag impossible
     state = registry.snapshot()
-    chosen = state.version(version) if version else last_version(state, paths)
+    target = state.version(version) if version else last_version(state, paths)
     holder = state.stages().get(params.gate.stage)
-    if holder is not None and holder.version == chosen.number:
+    if holder is not None and holder.version == target.number:
         if push_to is not None and not dry_run:
-            registry.push_again(push_to, chosen, holder)
-        promotion = Promotion(registry.name, chosen.number, params.gate.stage, "already", None, _report_of(holder))
+            registry.push_again(push_to, target, holder)
+        promotion = Promotion(registry.name, target.number, params.gate.stage, "already", None, _report_of(holder))
     else:
-        report = _judge(params, paths, state, chosen, holder, version is None, again)
-        promotion = _decide(params, registry, chosen, report, state.last_event(), dry_run, push_to)
+        report = _judge(params, paths, state, target, holder, version is None, again)
+        promotion = _decide(params, registry, target, report, state.last_event(), dry_run, push_to)
     if not dry_run:
         write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
@@ -152,10 +152,10 @@ def roll_back(
     earlier = [one for one in state.holders(stage) if one.version not in (None, holder.version)]
     target = next((one for one in reversed(earlier) if version in (None, one.version)), None)
     if target is None or target.version is None:
-        there = ", ".join(dict.fromkeys(one.version for one in earlier if one.version)) or "none"
+        earlier_holders = ", ".join(dict.fromkeys(one.version for one in earlier if one.version)) or "none"
         never = f"no version was {stage} before" if version is None else f"{version} was never {stage} before"
         raise RegistryError(
-            f"{never} {holder.version}, so it cannot be rolled back to; these were: {there}. "
+            f"{never} {holder.version}, so it cannot be rolled back to; these were: {earlier_holders}. "
             "`peftcore promote --version` judges any other version"
         )
     chosen = state.version(target.version)

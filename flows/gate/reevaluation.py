@@ -61,16 +61,18 @@ def reevaluate_champion(
         StageError: the measurement failed.
     """
     with ExitStack() as stack:
-        theirs = _files(stack, paths, registry, champion)
-        ours = paths if taken_from is None else stack.enter_context(files_of(paths, registry, taken_from, [paths.data]))
-        test = _test_rows(ours, candidate.metrics["evaluation_set"], candidate.version)
-        labels = _same_labels(params, registry, champion, ours, theirs)
+        champion_files = _files(stack, paths, registry, champion)
+        candidate_files = (
+            paths if taken_from is None else stack.enter_context(files_of(paths, registry, taken_from, [paths.data]))
+        )
+        test = _test_rows(candidate_files, candidate.metrics["evaluation_set"], candidate.version)
+        labels = _same_labels(params, registry, champion, candidate_files, champion_files)
         rows = _texts(test)[: candidate.rows.num_rows]
-        unlearned = _not_learned(paths, registry, champion, theirs, rows)
+        unlearned = _not_learned(paths, registry, champion, champion_files, rows)
         if not unlearned:
             return Reevaluation(_no_rows(), len(rows))
         base = _base(stack, paths, registry, champion, candidate)
-        losses = _run(_task(params, registry, champion, base, theirs.adapter, test, len(rows), labels))
+        losses = _run(_task(params, registry, champion, base, champion_files.adapter, test, len(rows), labels))
         return Reevaluation(_selected(losses, unlearned), len(rows) - len(unlearned))
 
 
@@ -82,20 +84,23 @@ def reevaluate_candidate(
     candidate: Candidate,
     taken_from: Version | None,
 ) -> Reevaluation:
-    """Measure the candidate on the champion's registered test rows, rows that the candidate has learned included.
+    """Re-evaluate the candidate on all of the champion's registered test rows.
+
+    The result has the losses of all rows, and separately those of the rows that the candidate was not trained or
+    validated on.
 
     The arguments and errors are those of `reevaluate_champion`.
     """
     version = registry.version(candidate.version)
     with ExitStack() as stack:
-        theirs = stack.enter_context(files_of(paths, registry, champion, [paths.data, paths.evaluation_rows]))
-        ours = paths if taken_from is None else _files(stack, paths, registry, version)
-        test = _test_rows(theirs, registry.record(champion)["evaluation_set"], champion.number)
-        labels = _same_labels(params, registry, champion, ours, theirs)
-        rows = _texts(test)[: parquet.read_metadata(theirs.evaluation_rows).num_rows]
-        unlearned = _not_learned(paths, registry, version, ours, rows)
+        champion_files = stack.enter_context(files_of(paths, registry, champion, [paths.data, paths.evaluation_rows]))
+        candidate_files = paths if taken_from is None else _files(stack, paths, registry, version)
+        test = _test_rows(champion_files, registry.record(champion)["evaluation_set"], champion.number)
+        labels = _same_labels(params, registry, champion, candidate_files, champion_files)
+        rows = _texts(test)[: parquet.read_metadata(champion_files.evaluation_rows).num_rows]
+        unlearned = _not_learned(paths, registry, version, candidate_files, rows)
         base = _base(stack, paths, registry, champion, candidate)
-        losses = _run(_task(params, registry, version, base, ours.adapter, test, len(rows), labels))
+        losses = _run(_task(params, registry, version, base, candidate_files.adapter, test, len(rows), labels))
         return Reevaluation(_selected(losses, unlearned), len(rows) - len(unlearned), losses)
 
 

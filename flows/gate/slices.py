@@ -48,10 +48,10 @@ def slice_differences(
     slices = ours.column("slice").to_pylist() if "slice" in ours.column_names else [""] * len(ours)
     of_row = dict(zip(ours.column("id").to_pylist(), slices, strict=True))
     members: dict[str, list[int]] = defaultdict(list)
-    for place, name in enumerate(paired.ids):
-        members[of_row[name] or "all rows"].append(place)
+    for index, name in enumerate(paired.ids):
+        members[of_row[name] or "all rows"].append(index)
     small = [name for name, places in members.items() if len(places) < rule.min_rows]
-    if together := [place for name in small for place in members.pop(name)]:
+    if together := [index for name in small for index in members.pop(name)]:
         members[SMALL] = together
     level = 1 - rule.confidence
     resamples = max(resamples, math.ceil(10 * len(members) / level))  # or the smallest possible p would be too large
@@ -68,8 +68,8 @@ def slice_differences(
 def _holm(p_values: list[float], level: float) -> list[bool]:
     """Return the hypotheses to reject, with a probability of any false rejection of at most `level` (Holm, 1979)."""
     rejected = [False] * len(p_values)
-    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        if p_values[place] > level / (len(p_values) - rank):
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[index] > level / (len(p_values) - rank):
             break
-        rejected[place] = True
+        rejected[index] = True
     return rejected

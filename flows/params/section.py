@@ -25,8 +25,8 @@ argument."""
 class Section(BaseModel):
     """One mapping of params.yaml.
 
-    Sections are frozen and strict: unknown keys are errors, "8" is no number and true is no 1. An integer is accepted
-    for a float.
+    Sections are frozen and strict: unknown keys are errors, and values are not converted ("8" is not a number, true is
+    not 1). Only an integer is accepted for a float.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -16,7 +16,7 @@ def pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = 
     Args:
         root: the repository.
         stage_timeout: time limit for each stage, in seconds.
-        push_to: the git remote that decides between clones.
+        push_to: the git remote whose tags are authoritative for all clones.
 
     Raises:
         RepositoryError: the version could not be registered; raised before the first stage.

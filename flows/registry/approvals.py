@@ -2,8 +2,8 @@
 
     approved/NAME/vX.Y.Z/WHO
 
-WHO is made of the approver's e-mail, so two clones cannot make the same tag for different people. An approval counts
-if its tag is on the version's commit and its author did not register the version. With a list of signers
+WHO is derived from the approver's e-mail, so tags of different people have different names in all clones. An approval
+counts if its tag is on the version's commit and its author did not register the version. With a list of signers
 (`gate.allowed_signers`) the author is whoever signed the tag. Without a list the author is the e-mail in the tag.
 Anybody can set that e-mail, so such an approval is a note and proves nothing.
 """

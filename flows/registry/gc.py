@@ -4,9 +4,10 @@ A version's files are kept if the version has a stage, had a stage (for a rollba
 also kept if a branch, another tag, an experiment or a working tree refers to them. DVC itself finds the used objects
 and removes the others, under its own locks.
 
-A promotion may come between reading the tags and removing files. So before its files leave the remote, a version is
-marked by a tag, and then the stages are read again. A promotion makes its tag first and looks for the mark after that
-(`Registry.assign`). One of the two sees the other in any order, and no stage loses its files. Between clones this
+A promotion may run between reading the tags and removing files. So garbage collection first marks a version by a tag,
+then reads the stages again, and only then removes the version's files from the remote. A promotion first makes its tag
+and then looks for the mark (`Registry.assign`). In any order, at least one of the two detects the other, so no version
+with a stage loses its files. Between clones this
 holds for pushed tags only: a run that another clone is registering is not known here.
 """
 
@@ -41,7 +42,7 @@ NEWEST = 5
 
 
 class Freed(NamedTuple):
-    """Objects removed from one storage. size: bytes."""
+    """Number and total size (bytes) of the objects that were removed from one storage."""
 
     objects: int
     size: int
@@ -102,13 +103,13 @@ def collect_garbage(
     with _locked(paths.root, [Path(name) for name in leftovers]) as repos:
         if remote and not exclusive:
             _check_alone(repos, registry, params.register.remote)
-        kept, used, gone, lost = _decide(registry, repos, keep, forget_past, remote, mark=remote and not dry_run)
-        if push_to is not None and remote and gone and not dry_run:
-            git.push_tags(push_to, [_mark(registry, version) for version in gone])
+        kept, used, removable, lost = _decide(registry, repos, keep, forget_past, remote, mark=remote and not dry_run)
+        if push_to is not None and remote and removable and not dry_run:
+            git.push_tags(push_to, [_mark(registry, version) for version in removable])
         freed = _free_cache(repos[0], used, dry_run)
-        there = _free_remote(repos[0], params.register.remote, used, dry_run) if remote else None
-    numbers = [version.number for version in gone]
-    return Collection(dry_run, kept, numbers, [version.number for version in lost], freed, there, leftovers)
+        freed_remote = _free_remote(repos[0], params.register.remote, used, dry_run) if remote else None
+    numbers = [version.number for version in removable]
+    return Collection(dry_run, kept, numbers, [version.number for version in lost], freed, freed_remote, leftovers)
 
 
 def _check_alone(repos: list["Repo"], registry: Registry, name: str) -> None:
@@ -117,17 +118,17 @@ def _check_alone(repos: list["Repo"], registry: Registry, name: str) -> None:
     Otherwise another repository may share the remote, and it may need any object, because equal files are one object.
     """
     versions = [tag.commit for tag in registry.tags(f"{registry.name}@*", f"{registry.name}#*")]
-    known = [repos[0].used_objs(revs=sorted(set(versions)), all_commits=True, all_tags=True, all_branches=True,
+    used = [repos[0].used_objs(revs=sorted(set(versions)), all_commits=True, all_tags=True, all_branches=True,
                                 all_experiments=True, force=True)]  # fmt: skip
-    known += [repo.used_objs(force=True) for repo in repos[1:]]
-    place = repos[0].cloud.get_remote_odb(name, "gc", hash_name="md5")
-    hashes = {one.value for each in known for objects in each.values() for one in objects}
+    used += [repo.used_objs(force=True) for repo in repos[1:]]
+    remote_store = repos[0].cloud.get_remote_odb(name, "gc", hash_name="md5")
+    hashes = {one.value for each in used for objects in each.values() for one in objects}
     for version in registry.versions():  # DVC skips a folder if the cache has lost its list of files
         hashes |= _outputs(registry, version)
-    there = set(place.all())
-    for folder in [one for one in there & hashes if one.endswith(".dir")]:
-        hashes |= {file["md5"] for file in json.loads(place.fs.cat_file(place.oid_to_path(folder)))}
-    if strangers := there - hashes:
+    remote_hashes = set(remote_store.all())
+    for folder in [one for one in remote_hashes & hashes if one.endswith(".dir")]:
+        hashes |= {file["md5"] for file in json.loads(remote_store.fs.cat_file(remote_store.oid_to_path(folder)))}
+    if strangers := remote_hashes - hashes:
         raise RepositoryError(
             f"the DVC remote {name!r} holds {len(strangers):,} objects that this repository has never referred to. "
             "Another repository may use the remote and would lose files, so nothing was removed. If no other "
@@ -156,7 +157,7 @@ def _decide(
 ) -> tuple[dict[str, str], set["HashInfo"], list[Version], list[Version]]:
     """Return (kept versions, used objects, versions to remove, kept versions without files).
 
-    The decision is repeated until no promotion comes in between.
+    The selection is repeated until no promotion happened meanwhile.
     """
     while True:
         state = registry.snapshot()
@@ -165,19 +166,19 @@ def _decide(
         hashes = {one.value for one in used}
         adapters = {version: _adapter_hash(state, version) for version in state.versions()}
         collected, cache = state.collected(), repos[0].cache.local
-        gone = [
+        removable = [
             one
             for one, adapter in adapters.items()
             if adapter and one.number not in (*kept, *collected) and adapter not in hashes
             if remote or cache.exists(adapter)
         ]
         lost = [one for one, adapter in adapters.items() if one.number in kept and adapter and adapter not in hashes]
-        for version in gone if mark else ():
+        for version in removable if mark else ():
             text = f"The files of {version.tag} were removed: it had no stage, and {keep} newer ones are kept\n"
             registry.git.create_tag(_mark(registry, version), version.commit, text, after=0)
         if registry.last_event() == state.last_event():
-            return kept, used, gone, lost
-        for version in gone if mark else ():
+            return kept, used, removable, lost
+        for version in removable if mark else ():
             registry.git.delete_tag(_mark(registry, version))
 
 
@@ -274,10 +275,10 @@ def _free_cache(repo: "Repo", used: set["HashInfo"], dry_run: bool) -> Freed:
 def _free_remote(repo: "Repo", name: str, used: set["HashInfo"], dry_run: bool) -> Freed:
     from dvc_data.hashfile.db import get_index
 
-    place = repo.cloud.get_remote_odb(name, "gc", hash_name="md5")
-    freed = _free(place, used, dry_run)
+    remote_store = repo.cloud.get_remote_odb(name, "gc", hash_name="md5")
+    freed = _free(remote_store, used, dry_run)
     if freed.objects and not dry_run:
-        get_index(place).clear()  # DVC's index of the remote's objects
+        get_index(remote_store).clear()  # DVC's index of the remote's objects
     return freed
 
 

@@ -45,10 +45,10 @@ def check_artifact_name(root: Path, name: str) -> None:
     """Check that dvc.yaml declares `name` as the adapter, as `dvc artifacts get` needs. Raises RegistryError."""
     declared = YAML(typ="safe").load(root / "dvc.yaml").get("artifacts") or {}
     if declared.get(name, {}).get("path") != "artifacts/adapter":
-        there = ", ".join(declared) or "none"
+        declared_names = ", ".join(declared) or "none"
         raise RegistryError(
             f"project.name is {name!r}, but `artifacts:` in dvc.yaml has no {name!r} with path artifacts/adapter "
-            f"(declared: {there}); rename the one or add the other"
+            f"(declared: {declared_names}); rename the one or add the other"
         )
 
 

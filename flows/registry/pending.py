@@ -32,9 +32,9 @@ def pending_versions(registry: RegistryReader, params: Params, judged: set[str])
         Versions above the stage's holder whose files were not collected and that were not refused in this state.
     """
     holder = registry.stages().get(params.gate.stage)
-    above = (0, 0, 0) if holder is None or holder.version is None else registry.version(holder.version).parts
+    holder_number = (0, 0, 0) if holder is None or holder.version is None else registry.version(holder.version).parts
     collected = registry.collected()
-    newer = [one for one in registry.versions() if one.parts > above and one.number not in collected]
+    newer = [one for one in registry.versions() if one.parts > holder_number and one.number not in collected]
     return [one for one in reversed(newer) if reference(registry, params, one) not in judged]
 
 

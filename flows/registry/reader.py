@@ -29,7 +29,7 @@ APPROVED = "approved/{name}/{version}/{who}"
 FIRST = (0, 1, 0)
 
 Decides = Callable[[Tag], bool]
-"""Returns True if a tag counts. With a list of signers, a tag counts if a listed person signed it."""
+"""Returns True if a tag is valid. With a list of signers, a tag is valid if a listed person signed it."""
 
 _ROLLBACK = re.compile(r"becomes \S+ again, in place of (v\d+\.\d+\.\d+)\b")
 """Matches the message of a rollback's tag; the group is the version that lost the stage."""
@@ -96,8 +96,9 @@ class RegistryReader(ABC):
         Args:
             git: the repository.
             name: the project's name.
-            decides: which tags count when they give or withdraw a stage, or withdraw a version; None: all of them.
-            decided: earlier answers of `decides`, shared between a registry and its snapshots.
+            decides: test of a tag that gives or withdraws a stage, or withdraws a version. Tags that fail are ignored.
+                None: all tags are valid.
+            decided: cached results of `decides`, shared between a registry and its snapshots.
         """
         self.git = git
         self.name = name
@@ -127,9 +128,9 @@ class RegistryReader(ABC):
         """Return the version with a number such as v0.1.0. Raises RegistryError that lists the versions there are."""
         versions = {version.number: version for version in self.versions()}
         if number not in versions:
-            there = ", ".join(versions) or "none yet"
+            available = ", ".join(versions) or "none yet"
             raise RegistryError(
-                f"{self.name} has no version {number}; there is: {there}. "
+                f"{self.name} has no version {number}; there is: {available}. "
                 "`peftcore registry fetch` gets the versions of a remote, `peftcore run` makes one"
             )
         return versions[number]

@@ -34,13 +34,14 @@ class Registry(RegistryReader):
     """The versions and stages of one name, and their writers. Each query reads git's tags anew."""
 
     def __init__(self, git: Git, name: str, signing_key: Path | None = None, decides: Decides | None = None) -> None:
-        """Open a registry; `flows.registry.project_registry.registry_of` opens that of a project.
+        """Open the registry of one name. For a project, call `flows.registry.project_registry.registry_of`.
 
         Args:
             git: the repository.
             name: the project's name.
             signing_key: ssh key that signs the tags that are made here; None: tags are not signed.
-            decides: which tags count when they give or withdraw a stage, or withdraw a version; None: all of them.
+            decides: test of a tag that gives or withdraws a stage, or withdraws a version. Tags that fail are ignored.
+                None: all tags are valid.
         """
         super().__init__(git, name, decides)
         self.signing_key = signing_key
@@ -50,7 +51,7 @@ class Registry(RegistryReader):
         return self.git.tags(*patterns)
 
     def snapshot(self) -> RegistrySnapshot:
-        """Read all tags of this name once, approvals and marks of collected versions included."""
+        """Return a snapshot of all tags of this name, including approvals and marks of collected versions."""
         patterns = (
             f"{self.name}@*",
             f"{self.name}#*",
@@ -131,8 +132,8 @@ class Registry(RegistryReader):
         tag, state = f"{self.name}#{stage}#{last_event + 1}", self.snapshot()
         if state.last_event() != last_event:
             raise self._conflict(tag)
-        # without the random part, two clones that promote one version in the same second make the same tag object,
-        # and both would win
+        # without the random part, two clones that promote one version in the same second would make identical tag
+        # objects, and both pushes would succeed
         self._create(tag, version.commit, f"{message.rstrip()}\n\nAttempt: {uuid4().hex}\n", state.last_created())
         # read after the tag was made: `gc` marks versions first and reads the tags after that
         if version.number in self.collected():
@@ -163,7 +164,10 @@ class Registry(RegistryReader):
             raise
 
     def _push_or_delete(self, remote: str, names: Sequence[str]) -> None:
-        """Push tags; after a failure or an interruption delete the last tag here (a fetch brings it if it arrived)."""
+        """Push tags; if the push fails or is interrupted, delete the last tag in this repository.
+
+        If the remote has accepted the tag nevertheless, the next fetch restores it.
+        """
         try:
             self.push(remote, names)
         except BaseException:
@@ -183,17 +187,17 @@ class Registry(RegistryReader):
         try:
             self.git.push_tags(remote, names)
         except GitError as error:
-            ours = self.git.objects("refs/tags/")
+            local = self.git.objects("refs/tags/")
             try:
-                theirs = self.git.remote_objects(remote, names)
+                at_remote = self.git.remote_objects(remote, names)
             except GitError as unreachable:
                 raise RegistryError(
                     f"{error}; {unreachable}. It is unknown if {remote} has {names[-1]}; run "
                     f"`peftcore registry fetch {remote}` once the remote can be reached"
                 ) from error
-            if all(theirs.get(name) == ours[name] for name in names):
+            if all(at_remote.get(name) == local[name] for name in names):
                 return
-            if clashing := [name for name in names if theirs.get(name, ours[name]) != ours[name]]:
+            if clashing := [name for name in names if at_remote.get(name, local[name]) != local[name]]:
                 raise self._conflict(names[-1], f"the remote {remote} has another {', '.join(clashing)}; ") from error
             raise RegistryError(f"{remote} refused {names[-1]}, so nothing has changed there: {error}") from error
 

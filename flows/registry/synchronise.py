@@ -1,4 +1,4 @@
-"""Take in the tags of a git remote, which decides between clones about version numbers and stages.
+"""Fetch the tags of a git remote, which are authoritative for version numbers and stages.
 
 `git fetch --tags` refuses a tag that exists here with another content. This happens if two clones have registered
 different versions under one number before either was pushed. The remote's version keeps the number. This clone's
@@ -22,7 +22,7 @@ FETCHED = "refs/peftcore/fetched"
 
 
 def synchronise(registry: Registry, remote: str) -> dict[str, str]:
-    """Take in a remote's tags; no version that is registered here is lost.
+    """Fetch a remote's tags without losing a version that is registered in this clone only.
 
     An assignment of a stage that this clone never pushed is replaced by the remote's tag of the same name.
 
@@ -43,12 +43,12 @@ def synchronise(registry: Registry, remote: str) -> dict[str, str]:
 
 
 def _synchronise(registry: Registry, remote: str) -> dict[str, str]:
-    theirs = registry.git.fetch_tags(remote, FETCHED)
-    ours = registry.git.objects("refs/tags/")
-    for name, digest in theirs.items():
-        if name not in ours:
+    remote_tags = registry.git.fetch_tags(remote, FETCHED)
+    local_tags = registry.git.objects("refs/tags/")
+    for name, digest in remote_tags.items():
+        if name not in local_tags:
             registry.git.set_reference(f"refs/tags/{name}", digest, before=None)
-    clashing = {name for name, digest in theirs.items() if ours.get(name, digest) != digest}
+    clashing = {name for name, digest in remote_tags.items() if local_tags.get(name, digest) != digest}
     displaced = [version for version in registry.versions() if version.tag in clashing] if clashing else []
     # before their tags are replaced, so that an error or a kill in between loses no version
     renumbered = {version.number: _register_again(registry, version, clashing) for version in displaced}
@@ -57,9 +57,9 @@ def _synchronise(registry: Registry, remote: str) -> dict[str, str]:
             logger.warning("the remote's %s replaces the tag of this clone, which was never pushed", name)
         elif name not in {version.tag for version in displaced}:
             continue  # the registry changes no other tags
-        registry.git.set_reference(f"refs/tags/{name}", theirs[name], before=ours[name])
+        registry.git.set_reference(f"refs/tags/{name}", remote_tags[name], before=local_tags[name])
     for version in displaced:
-        _drop_stages(registry, version, theirs)
+        _drop_stages(registry, version, remote_tags)
     return renumbered
 
 

@@ -135,10 +135,10 @@ def _simulated(config: Any, params: Params, batch: BatchSize, longest: int, tota
         live = _Live([*model.parameters(), *model.buffers(), *inputs.values()])
         with _explained(model), live, torch.autocast(place.type, torch.float16, dtype is torch.float16):
             hidden = getattr(model, model.base_model_prefix)(**inputs, use_cache=False)[0]
-            kept = live.now
+            saved = live.now
             hidden.backward(torch.empty_like(hidden))
         gradients = sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad)
-        return kept, max(kept, live.peak - gradients)
+        return saved, max(saved, live.peak - gradients)
 
 
 def _base(config: Any, params: Params, longest: int) -> Any:

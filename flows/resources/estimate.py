@@ -1,10 +1,10 @@
 """Estimate of a run's memory, time and disk before it starts, and alternatives that fit: `peftcore plan`.
 
-memory   what does not depend on the batch (`sizes`, on the meta device), a step (`activations`, on fake tensors), and
-         libraries and allocator, measured by the probe (`probe`), which trains two shallow models of the real widths;
-         without the probe, the memory of this process
-time     of the probe, extrapolated to all blocks and batches; none without the probe
-disk     outputs of the stages
+memory   weights and optimiser state (`sizes`, on the meta device), plus one training step (`activations`, on fake
+         tensors), plus libraries and allocator. The probe (`probe`) measures the last part by training two shallow
+         models of the real widths. Without the probe, the memory of this process takes its place.
+time     the probe's time, extrapolated to all blocks and batches; no estimate without the probe
+disk     the outputs of the stages
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""The committed parameters: a retraining uses what is committed, whatever is being edited."""
+"""The committed parameters: a retraining ignores uncommitted changes of params.yaml."""
 
 from flows.errors import ParamsError, RepositoryError
 from flows.params import Params

@@ -41,10 +41,10 @@ class Collected:
 
     Attributes:
         files: all files to train on.
-        new_files: files that no earlier version was trained on; they are a reason to train.
+        new_files: files that no earlier version was trained on; a retraining starts if there are any.
         new_to_champion: files that the champion was not trained on.
         excluded: files that are left out.
-        quarantined: files that an earlier version kept out of evaluation, and that nobody trusts since.
+        quarantined: files that an earlier version kept out of evaluation, and that are not trusted files.
         skipped: {entry of `retrain.incoming` that is not a file of rows: reason}.
     """
 
@@ -95,10 +95,10 @@ class Source:
         excluded: Mapping[str, str],
         trusted: Collection[str],
     ) -> Collected:
-        """Bring the data into the working tree.
+        """Copy the data into the working tree.
 
-        Without `retrain.incoming` the data are those of the tree's commit. With it, they are the data of the newest
-        version and the files that came in since.
+        Without `retrain.incoming` the data are those of the tree's commit. With `retrain.incoming` the data are those
+        of the newest version, plus the files that arrived later.
 
         Args:
             before: versions whose files are not new, newest first.

@@ -65,8 +65,8 @@ def measure_drift(tree: Path, new_files: list[str], rule: Drift, champion: Known
     """Measure the drift of new files in the working tree `tree`. Raises StageError if the measuring process fails."""
     with TemporaryDirectory(prefix="peftcore-drift-") as folder:
         request, out = Path(folder) / "request.json", Path(folder) / "drift.json"
-        known = champion.root and {"root": str(champion.root), "params": champion.params}
-        asked = {"new_files": new_files, "rows": rule.rows, "champion": known}
+        champion_request = champion.root and {"root": str(champion.root), "params": champion.params}
+        asked = {"new_files": new_files, "rows": rule.rows, "champion": champion_request}
         request.write_text(json.dumps(asked | {"out": str(out)}))
         command = [sys.executable, "-m", "flows.retraining.measure", str(request)]
         # some libraries print to stdout, which is for results

@@ -62,7 +62,7 @@ OWN_PARAMS = (
 
 Work = Callable[..., Any]
 Runner = Callable[[str, Work, int, float], Work]
-"""(name, work, retries, seconds before a retry) -> the work with retries"""
+"""A function of (name, work, number of retries, seconds before a retry) that returns `work` with these retries."""
 
 
 def run_retraining(root: Path, push_to: str | None = None, force: bool = False) -> Entry:
@@ -83,7 +83,7 @@ def retrain(root: str = ".", push_to: str | None = None, force: bool = False) ->
 
     Args:
         root: the repository, or a folder in it.
-        push_to: the git remote that decides between clones.
+        push_to: the git remote whose tags are authoritative for all clones.
         force: train even if there are no new files.
 
     Raises:
@@ -210,7 +210,7 @@ class Retraining:
         raise RegistryConflict(f"conflict: other writers registered a version {TRIES} times meanwhile; run this again")
 
     def _promote(self) -> Promotion:
-        """Judge the candidate, and judge it again if the stage changes hands meanwhile. Raises RegistryConflict."""
+        """Judge the candidate; judge it again if the stage got another holder meanwhile. Raises RegistryConflict."""
         for _ in range(TRIES - 1):
             try:
                 return promote(self.params, self.tree, None, False, self.push_to)
@@ -244,8 +244,8 @@ class Retraining:
         reasons = ["--force was given"] if self.force else []
         if self.unfinished:
             reasons.append("the last retraining came to no verdict")
-        known = not collected.new_files and self._is_known(collected.files)
-        if not known and not has_been_tried(self.paths, collected.files):
+        is_known = not collected.new_files and self._is_known(collected.files)
+        if not is_known and not has_been_tried(self.paths, collected.files):
             new = f"{len(collected.new_files)} of {len(collected.files)} files are new"
             reasons.append(new if collected.new_files else "files were removed")
         if self.params.retrain.on == "any" and before and not reasons:
@@ -279,8 +279,8 @@ class Retraining:
 
     def _is_of_the_rows(self, word: str) -> bool:
         """Return True if a change in DVC's words, such as `modified data/rows`, is a change of the data source."""
-        place = word.partition(" ")[2]
-        return self.source.is_path and f"{self.source.name}/".startswith(f"{place}/")
+        path = word.partition(" ")[2]
+        return self.source.is_path and f"{self.source.name}/".startswith(f"{path}/")
 
     def _set_up(self, collected: Collected, champion: Version | None) -> None:
         """Commit the data, and set the start and the files of the training in the tree's params.yaml."""
@@ -345,12 +345,14 @@ class Retraining:
     def _drift(self, collected: Collected, champion: Version) -> DriftReport:
         record = self.registry.record(champion)
         loss, is_of_this_base = record["metrics"]["adapter"]["loss"], is_base(self.tree.base, record)
-        theirs = measured_with(self.params, self.registry, champion)
-        files = [self.tree.adapter] + ([self.tree.labels] if theirs["train"]["objective"] == "classification" else [])
+        champion_params = measured_with(self.params, self.registry, champion)
+        files = [self.tree.adapter] + (
+            [self.tree.labels] if champion_params["train"]["objective"] == "classification" else []
+        )
         names = [path.relative_to(self.tree.root).as_posix() for path in (*files, self.tree.evaluation_rows)]
         with files_at(self.paths.root, champion.commit, names) as at:
             spread = spread_of(at / names[-1])
-            known = Known(champion.number, loss, spread, at if is_of_this_base else None, theirs)
+            known = Known(champion.number, loss, spread, at if is_of_this_base else None, champion_params)
             return measure_drift(self.tree.root, collected.new_to_champion, self.params.retrain.drift, known)
 
     def _report(self) -> None:

@@ -115,10 +115,10 @@ def _losses(
     labels = class_names(params, champion)
     model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels), champion.adapter).eval()
     pad = padding_id(load_tokenizer(base))
-    chosen = {name: _judged(rows, params.data.max_length, labels)[:count] for name, rows in new_files.items()}
+    samples = {name: _judged(rows, params.data.max_length, labels)[:count] for name, rows in new_files.items()}
     result = {}
-    with progress(sum(map(len, chosen.values())), "the champion on new rows", unit="row") as bar:
-        for name, rows in chosen.items():
+    with progress(sum(map(len, samples.values())), "the champion on new rows", unit="row") as bar:
+        for name, rows in samples.items():
             if not rows:
                 continue
             losses = adapter_losses(params, model, rows, pad, bar)

@@ -35,7 +35,7 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
         paths: the repository.
         cron: five fields, as in '0 3 * * 1'.
         timezone: time zone of cron's hours, such as Europe/Berlin.
-        push_to: the git remote that decides between clones.
+        push_to: the git remote whose tags are authoritative for all clones.
 
     Raises:
         ParamsError: the cron expression or the time zone is invalid.

@@ -71,7 +71,7 @@ def note_unfinished(root: Path) -> None:
 
 
 def is_unfinished(root: Path) -> bool:
-    """Return True if the last retraining came to no verdict: it failed, was killed, or lost a race."""
+    """Return True if the last retraining has no verdict: it failed, was killed, or ended in a conflict."""
     return (home(root) / "unfinished").exists()
 
 

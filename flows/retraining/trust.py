@@ -1,8 +1,8 @@
-"""Lists of files of rows: files excluded from retrainings, and files that a person trusts although drift doubts them.
+"""Lists of files of rows: files excluded from retrainings, and files that a person trusts.
 
-A quarantined file is trained on but kept out of evaluation; each version's record lists its quarantined files. If the
-gate refuses the candidate, the file is excluded from later retrainings. The lists of excluded and of trusted files
-belong to this clone and are in `reports/retraining`.
+A person can trust a file although it exceeded a drift limit. A quarantined file is trained on but kept out of
+evaluation; each version's record lists its quarantined files. If the gate refuses the candidate, the file is excluded
+from later retrainings. The lists of excluded and of trusted files belong to this clone and are in `reports/retraining`.
 """
 
 import json
@@ -54,8 +54,8 @@ def trust(params: Params, paths: Paths, name: str) -> list[str]:
     untrusted |= {digest: why.partition(": ")[0] for digest, why in excluded.items()}
     matching = {digest: file for digest, file in untrusted.items() if name in (digest, file)}
     if not matching:
-        there = ", ".join(sorted(set(untrusted.values()))) or "none"
-        raise DataError(f"{name} is neither excluded nor quarantined; these files are: {there}")
+        names = ", ".join(sorted(set(untrusted.values()))) or "none"
+        raise DataError(f"{name} is neither excluded nor quarantined; these files are: {names}")
     write_atomically(paths.trusted, json.dumps(trusted | matching, indent=2) + "\n")
     paths.tried.unlink(missing_ok=True)  # the verdict on a set of files may change
     remaining = {digest: why for digest, why in excluded.items() if digest not in matching}

@@ -64,15 +64,15 @@ class Figure:
     @property
     def best(self) -> frozenset[int]:
         """Indices of the best runs; empty if all are equal or no direction is better."""
-        known = {place: value for place, value in enumerate(self.values) if value is not None}
-        if self.headline.lower_is_better is None or len(set(known.values())) < 2:
+        values_by_run = {index: value for index, value in enumerate(self.values) if value is not None}
+        if self.headline.lower_is_better is None or len(set(values_by_run.values())) < 2:
             return frozenset()
         choose: Callable[..., float] = min if self.headline.lower_is_better else max
-        best = choose(known.values())
-        return frozenset(place for place, value in known.items() if value == best)
+        best = choose(values_by_run.values())
+        return frozenset(index for index, value in values_by_run.items() if value == best)
 
     def shown(self, place: int) -> str:
-        """Return the value of the run with index `place` as text."""
+        """Return the value of run number `place` (from 0) as text."""
         value = self.values[place]
         return "–" if value is None else self.headline.form.format(value)
 

@@ -88,9 +88,9 @@ def series(rows: Iterable[Mapping[str, Any]], step: str) -> dict[str, list[Point
     for row in rows:
         at = number(row.get(step))
         for name, value in row.items():
-            known = None if name.startswith("_") or name == step else number(value)
-            if at is not None and known is not None:
-                columns.setdefault(name, {})[int(at)] = known
+            point = None if name.startswith("_") or name == step else number(value)
+            if at is not None and point is not None:
+                columns.setdefault(name, {})[int(at)] = point
     return {name: sorted(points.items()) for name, points in columns.items()}
 
 

@@ -222,7 +222,16 @@ class Git:
         return fetched
 
     def set_reference(self, name: str, digest: str, before: str | None) -> None:
-        """Point a reference elsewhere if it is still at `before` (None: if it is absent). Raises GitError."""
+        """Set a reference to the object `digest`, as a compare-and-swap.
+
+        Args:
+            name: Full name of the reference.
+            digest: Hash of the new object.
+            before: Expected hash of the present object; None if the reference must not exist.
+
+        Raises:
+            GitError: The reference has another value than `before`.
+        """
         self.run("update-ref", name, digest, before or "0" * len(digest))
 
     def _done(

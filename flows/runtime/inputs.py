@@ -1,4 +1,4 @@
-"""Inputs of a run that neither git nor DVC has, so that commands on commits do not use them."""
+"""Detection of inputs that are in the working tree only. Commands that work on a commit do not see these inputs."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ def uncommitted_files(
 
 
 def unused_changes(git: Git) -> str:
-    """Return the uncommitted files of parameters, data and code in words; an empty text if there are none."""
+    """Return the names of uncommitted files of parameters, data and code, as text; "" if there are none."""
     changed = uncommitted_files(git, "--untracked-files=all", paths=INPUTS)
     more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     return ", ".join(changed[:SHOWN]) + more
@@ -39,8 +39,8 @@ def check_source_is_tracked(git: Git, source: str, what: str, commit: str | None
     Args:
         git: The repository.
         source: The value of data.source.
-        what: Command that needs the source, such as "a trial".
-        commit: Commit that must contain the source; None: tracked at all.
+        what: Command that needs the source, such as "a trial"; for the error message.
+        commit: Commit that must contain the source. None: the source must be in git's index.
     """
     if source.startswith(("stdlib:", "hub:", "/", "~", "..")):
         return

@@ -1,4 +1,4 @@
-"""Prefect's temporary server, tied to the process that it serves.
+"""Prefect's temporary server, whose lifetime is bound to the process that started it.
 
 Prefect starts the server in the terminal's process group and does not end it when the flow is killed. Ctrl-C then ended
 the server first, and the flow waited minutes for answers; after a kill the server ran on.

@@ -34,19 +34,21 @@ def run_stage(
     place: str | None = None,
     options: Sequence[str] = (),
 ) -> None:
-    """Bring one stage up to date by DVC, with the code of `root`; its output goes to our stderr.
+    """Run one stage with `dvc repro --single-item`, which does nothing if the stage is up to date.
+
+    The stage runs the code of `root`. Its output goes to this process's stderr.
 
     Args:
         root: The repository.
         stage: Name of the stage.
         timeout: Time limit (seconds).
         force: Run the stage even if nothing changed.
-        place: Position in a run, as in `progress.RUN`.
+        place: Position of the stage in the run for the progress bar, such as "3/7"; see `progress.RUN`.
         options: Further options of `dvc repro`.
 
     Raises:
         StageError: The stage failed or exceeded the time limit.
-        BusyError: Another host is working in this folder.
+        BusyError: A process of another machine is running a stage in this folder.
     """
     refresh(root)
     with _at_work(root):
@@ -88,13 +90,13 @@ def _run_stage(root: Path, stage: str, timeout: float, force: bool, place: str |
 
 @contextmanager
 def _at_work(root: Path) -> Iterator[None]:
-    """Hold a shared lock of the folder for processes of this host; the system releases it when they end.
+    """Hold the folder's lock, which processes of one machine share; the system releases it when they end.
 
-    DVC's own lock file has process numbers only. On a disk shared by hosts, numbers of another host would be mistaken
-    for local or dead processes.
+    DVC's own lock file has process numbers only. On a disk shared by several machines, DVC would mistake the process
+    numbers of another machine for its own, or for those of dead processes.
 
     Raises:
-        BusyError: Another host has the lock.
+        BusyError: A process of another machine has the lock.
         RepositoryError: The folder cannot be written.
     """
     path = root / ".dvc" / "tmp" / "peftcore.lock"

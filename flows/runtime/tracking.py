@@ -1,4 +1,4 @@
-"""Weights & Biases as a mirror of a run: never authoritative, and never a reason for a run to fail.
+"""Mirroring of a run to Weights & Biases. The run reads nothing back, and an error of W&B never fails the run.
 
 A failure gives one warning, and the run continues without tracking. An online run that cannot reach its server becomes
 an offline run.

@@ -55,9 +55,9 @@ def leftovers() -> list[Path]:
     folders = []
     for folder in sorted(Path(gettempdir()).glob(f"{PREFIX}*")):
         process, *rest = folder.name.removeprefix(PREFIX).split("-")
-        own = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
-        here = len(rest) == 1 or rest[0] == _host()  # earlier releases noted no host
-        if own and here and process.isdigit() and is_noted_alive({"pid": process}) is False:
+        is_own = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+        is_of_this_host = len(rest) == 1 or rest[0] == _host()  # earlier releases noted no host
+        if is_own and is_of_this_host and process.isdigit() and is_noted_alive({"pid": process}) is False:
             folders.append(folder)
     return folders
 
@@ -78,9 +78,9 @@ def _share_dvc(root: Path, folder: Path) -> None:
     if local.exists():
         shutil.copyfile(local, target)
         target.chmod(0o600)
-    here: Any = Config(str(root / ".dvc"), validate=False)
-    there: Any
-    with Config(str(folder / ".dvc"), validate=False).edit("local") as there:
-        there.setdefault("cache", {})["dir"] = here["cache"].get("dir") or str(root / ".dvc" / "cache")
-        for name, remote in here["remote"].items():
-            there.setdefault("remote", {}).setdefault(name, {})["url"] = str(remote["url"])
+    config: Any = Config(str(root / ".dvc"), validate=False)
+    edited: Any
+    with Config(str(folder / ".dvc"), validate=False).edit("local") as edited:
+        edited.setdefault("cache", {})["dir"] = config["cache"].get("dir") or str(root / ".dvc" / "cache")
+        for name, remote in config["remote"].items():
+            edited.setdefault("remote", {}).setdefault(name, {})["url"] = str(remote["url"])

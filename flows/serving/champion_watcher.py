@@ -59,7 +59,9 @@ class ChampionWatcher:
         self._commit: str | None = None
         """Commit of the served version; after a fetch, another version may have its number."""
         self.warnings: dict[str, str] = {}
-        """{stage: why its version is not served, "fetch": why the remote's tags are unknown}; {} if all is well."""
+        """{stage: reason why its version is not served, "fetch": reason why the remote's tags are unknown}; {} without
+        warnings.
+        """
         self._paths, self._stage, self._store, self._base = paths, stage, store, base
         self._folder, self._seconds, self._check, self._remote = folder, seconds, check, remote
         git = Git(paths.root)

@@ -46,8 +46,8 @@ def settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     """
     end = end_of_turn(tokenizer)
     assert model.generation_config is not None
-    known = model.generation_config.eos_token_id
-    others = known if isinstance(known, list) else [] if known is None else [known]
+    configured = model.generation_config.eos_token_id
+    others = configured if isinstance(configured, list) else [] if configured is None else [configured]
     ends = [end, *(token for token in others if token != end)]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         _choose_padding(tokenizer, ends)

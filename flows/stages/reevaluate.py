@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def measure(task: dict[str, Any]) -> pyarrow.Table:
-    """Return one row per test row: id, tokens, weight, adapter_loss (nats)."""
+    """Return a table with one row per test row: id, tokens, weight and adapter_loss (nats)."""
     params, base, test = Params.model_validate(task["params"]), Path(task["base"]), Path(task["test"])
     set_seed(params.project.seed)
     check_base(base)
@@ -64,7 +64,15 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
 
 
 def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: Any = None) -> RowLosses:
-    """Return the loss of each row under the run's objective. model: a PeftModel. bar: progress bar in rows."""
+    """Return the loss of each row under the run's objective.
+
+    Args:
+        params: The parameters of the adapter's run.
+        model: A PeftModel.
+        rows: Prepared rows of the run's objective.
+        pad: Token id of padding.
+        bar: Progress bar that counts rows.
+    """
     size = params.evaluate.batch_size
     if params.train.objective == "sft":
         return row_losses(model, rows, pad, size, bar)

@@ -63,10 +63,10 @@ def run(params: Params, paths: Paths) -> None:
     if params.register.git_remote is not None:
         synchronise(registry, params.register.git_remote)
     content = content_digest(adapter_files(paths.adapter))
-    known = registry.registered(content, evidence_digests(paths))
-    if known is not None:
-        write_atomically(paths.version, as_text(registry.record(known)))
-        logger.info("this adapter with this evaluation is already %s %s", registry.name, known.number)
+    registered_version = registry.registered(content, evidence_digests(paths))
+    if registered_version is not None:
+        write_atomically(paths.version, as_text(registry.record(registered_version)))
+        logger.info("this adapter with this evaluation is already %s %s", registry.name, registered_version.number)
         return
 
     version, record = _register(registry, params, paths, git, lock, content, metrics, data)

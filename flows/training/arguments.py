@@ -19,7 +19,7 @@ OPTIMIZERS = {
 
 
 def fault_policy(params: Params) -> FaultPolicy:
-    """Return the handling of batches that do not fit in memory, and of invalid losses."""
+    """Return the trainer's policy for batches that do not fit into memory, and for bad losses."""
     train = params.train
     return FaultPolicy(
         on_out_of_memory=train.on_out_of_memory,

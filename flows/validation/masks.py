@@ -80,8 +80,8 @@ def end_of_turns(prepared: Prepared) -> Finding:
 
 def _from(sequences: Sequences, first: numpy.ndarray) -> numpy.ndarray:
     """Return a mask (tokens,) of the tokens at or after each row's `first`."""
-    place = numpy.arange(len(sequences.ids)) - numpy.repeat(sequences.starts[:-1], sequences.lengths)
-    return place >= numpy.repeat(first, sequences.lengths)
+    positions = numpy.arange(len(sequences.ids)) - numpy.repeat(sequences.starts[:-1], sequences.lengths)
+    return positions >= numpy.repeat(first, sequences.lengths)
 
 
 def _count(prepared: Prepared) -> int:

@@ -26,10 +26,13 @@ _SEQUENCES = {"chat": ("",), "preference": ("chosen_", "rejected_"), "classifica
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token ids of many rows end to end, their labels (None: the kind has none), and each row's start.
+    """The tokens of many rows in one array, as ragged rows.
 
-    ids, labels: (tokens,); starts: (rows + 1,), with the end as last element. answers: the texts that the rows end
-    with.
+    Attributes:
+        ids: Token ids of all rows, concatenated (tokens,).
+        labels: Labels of all rows, concatenated (tokens,); None for kinds of rows without labels.
+        starts: Index of each row's first token, then the number of tokens (rows + 1,).
+        answers: The text of each row's answer.
     """
 
     ids: numpy.ndarray
@@ -48,7 +51,7 @@ class Sequences:
         return numpy.zeros(len(self.ids), bool) if self.labels is None else self.labels != IGNORED
 
     def per_row(self, tokens: numpy.ndarray) -> numpy.ndarray:
-        """Return the number of tokens of each row in a mask; (rows,)."""
+        """Return the number of selected tokens in each row (rows,), for a mask `tokens` (tokens,)."""
         before = numpy.concatenate([[0], numpy.cumsum(tokens)])
         return before[self.starts[1:]] - before[self.starts[:-1]]
 
@@ -59,7 +62,13 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Table:
-    """One split. questions, answers, ids and groups: texts by row; sequences: one per row, or chosen and rejected."""
+    """The rows of one split, as one list or array per column.
+
+    Attributes:
+        questions: Prompt of each row.
+        answers: Answer of each row.
+        sequences: The sequences of the rows; for preference pairs the chosen and the rejected sequences.
+    """
 
     ids: list[str]
     groups: list[str]

@@ -8,11 +8,11 @@ from typing import Any
 
 
 def after_import(module: str, name: str, action: Callable[[Any], None]) -> None:
-    """Call an action on a module: now if the module is imported, else as soon as it is.
+    """Call `action(module)` at once if the module is imported already, otherwise right after its import.
 
     Args:
         module: the module's name.
-        name: a name that the module defines; without this name, its import has not ended.
+        name: a name that the module defines. A module without this name is still being imported.
         action: a function of the module. A second call with an equal action and module does nothing.
     """
     if hasattr(present := sys.modules.get(module), name):

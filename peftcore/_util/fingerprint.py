@@ -1,6 +1,7 @@
 """Fingerprints of adapters: a cheap check that cached values were computed from the current weights.
 
-Nothing tells a cache of every change of a weight, so a fingerprint is compared before each use. It notices:
+PyTorch does not report every change of a weight, so a cache compares a fingerprint before each use. A fingerprint
+detects:
 
 - in-place operations that autograd counts (`_version`), such as `copy_` under `no_grad` and unfused optimisers;
 - another tensor, or other memory, in a parameter's place: assignment, `load_state_dict(assign=True)`,
@@ -12,9 +13,9 @@ Nothing tells a cache of every change of a weight, so a fingerprint is compared 
 - an edit in place through `.data` of a trainable tensor on the CPU, which training loops written by hand make: some
   elements of the tensor, spread over its rows and columns, are compared.
 
-Not noticed: edits in place through `.data`, or of memory shared with NumPy, of frozen tensors, of tensors on other
-devices, and of so few elements that none of them is compared. Call `Adapter.mark_changed`, or `refresh_adapters(model)`
-for all adapters, after them.
+It does not detect edits in place through `.data`, or of memory shared with NumPy, of frozen tensors, of tensors on
+other devices, and of so few elements that none of them is compared. Call `Adapter.mark_changed`, or
+`refresh_adapters(model)` for all adapters, after them.
 """
 
 import contextlib
@@ -101,9 +102,10 @@ class Fingerprint:
         """Return True if no change is noticed since the fingerprint was made.
 
         Args:
-            trusts_learning: What is assumed of trainable tensors whose elements cannot be compared, such as those on a
-                GPU: True: only what is counted changes them; False: they may have changed, unless an
-                `unchanging_weights` context says otherwise. For values that are cheap to recompute.
+            trusts_learning: The assumption for trainable tensors whose elements cannot be compared, such as those on a
+                GPU. True: every change of these tensors is counted by autograd or by an optimiser. False: they may have
+                changed, unless an `unchanging_weights` context is open; use False for values that are cheap to
+                recompute.
         """
         if (
             not self.countable

@@ -72,12 +72,12 @@ class Blocks(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Consecutive tokens with one composition: from `start` to before `stop`, with all rows laid end to end."""
+    """Consecutive tokens with one composition: `start` to `stop` - 1, counted over the concatenated rows."""
 
     start: int
     stop: int
     weights: Mapping[str, float]
-    """{adapter: weight} of the composition."""
+    """{adapter: weight} of the run's composition."""
 
 
 class Route:
@@ -101,7 +101,7 @@ class Route:
         self.needs_positions = any(_is_or_has(one, Split) for one in self.compositions)
         self.depends_on_tokens = self.has_gates or self.needs_positions
         self.stretches = 0 if self.uniform is not None or self.depends_on_tokens else len(self._stretches())
-        """Stretches of consecutive rows with one composition (count); 0 if computing by stretches does not apply."""
+        """Number of runs of consecutive rows with one composition; 0 if the layers cannot be computed run by run."""
         self.plans: dict[Any, Any] = {}
         """{layer: its plan} under these compositions; see `peftcore.layers.forward_paths`."""
         self.model: nn.Module | None = None
@@ -194,7 +194,7 @@ class Route:
         return self._groups[key]
 
     def runs(self, tokens: int) -> list[Run]:
-        """Return the stretches of a layer's input (tokens, count) with one composition each."""
+        """Return the runs of consecutive tokens with one composition, for a layer's input of `tokens` tokens."""
         if tokens not in self._runs:
             each = tokens // len(self.compositions)
             self._runs[tokens] = [
@@ -203,7 +203,7 @@ class Route:
         return self._runs[tokens]
 
     def _stretches(self) -> list[tuple[int, int]]:
-        """Return (first, last + 1) of each stretch of equal consecutive compositions."""
+        """Return (first, last + 1) of each run of equal consecutive compositions."""
         starts = [n for n, one in enumerate(self.compositions) if not n or one != self.compositions[n - 1]]
         return list(zip(starts, [*starts[1:], len(self.compositions)], strict=True))
 

@@ -24,7 +24,7 @@ from peftcore.composition.route import Blocks, Mask, Run
 from peftcore.kernels.low_rank import LowRankBranch
 
 LONG_STRETCH = 64
-"""Mean length of a stretch with one composition (tokens) from which each stretch is computed separately."""
+"""Mean length (tokens) of a run with one composition from which each run is computed separately."""
 MANY_ADAPTERS = 8
 """Adapters (count) from which products batched by adapter pay for sorting the rows; never in 16 bits, on CPUs."""
 STACKS_PER_LAYER = 2
@@ -152,16 +152,17 @@ def current_stack(cache: dict[Any, Any], layer: Any, spec: StackSpec) -> Stacked
 def stretched_outputs(
     x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, names: Sequence[str], runs: Sequence[Run]
 ) -> list[Tensor]:
-    """Return the outputs of layers for tokens in long stretches; each stretch has one composition of adapters.
+    """Return the outputs of layers with a common input, for long runs of tokens; each run has one composition.
 
-    One product computes the base's output for all tokens. Each adapter then computes only the stretches that use it.
+    One product computes the base's output for all tokens. Each adapter then computes only the runs that use the
+    adapter.
 
     Args:
         x: input (..., i).
         bases: the base weights of the layers.
         stacked: the adapters of the layers.
         names: the names of the adapters in `stacked`: all of the first layer, then all of the second, and so on.
-        runs: the stretches of tokens.
+        runs: the runs of tokens; together they cover all tokens of x.
 
     Returns:
         y (..., o) for each layer, with base and adapters.

@@ -109,8 +109,8 @@ def _layer_factors(path: str, adapter: Adapter, limits: Limits) -> _Approximatio
 
 def exact_factors(adapter: Adapter) -> Factors | None:
     """Return the factors A (1, r, i) and B (1, o, r) of a layer's change; None for experts and other methods."""
-    own = adapter.exact_factors()
-    return None if own is None or len(own.a) > 1 else own._replace(a=own.a.detach(), b=own.b.detach())
+    exact = adapter.exact_factors()
+    return None if exact is None or len(exact.a) > 1 else exact._replace(a=exact.a.detach(), b=exact.b.detach())
 
 
 def _reduced(factors: Factors, rank: int | None, tolerance: float | None) -> _Approximation:

@@ -1,8 +1,8 @@
 """Roles of attention layers: query, key, value, output and fused projections.
 
-An attention is a module named so, or a group of siblings in which at least three layers read the block's width and one
-layer projects back to that width. Fused projections are recognised by shape (out = q + 2 kv). Query, key and value
-have equal shapes, so the words in their names decide.
+An attention is a module whose name contains "attention" or "attn", or a group of siblings in which at least three
+layers read the block's width and one layer projects back to that width. Fused projections are recognised by shape (out
+= q + 2 kv). Query, key and value have equal shapes, so the words in their names decide.
 """
 
 import re
@@ -23,8 +23,8 @@ def attention_roles(tree: ModuleTree, root: str, width: int | None = None) -> Ro
     Args:
         tree: The model's module tree.
         root: Path of a block, or "" for the model.
-        width: The block's width. None outside of blocks, where only modules named attention count, because by shape
-            alone a projector's MLP looks like attention.
+        width: The block's width. None outside of blocks: attention is then found by name only, because a projector's
+            MLP can have the shapes of an attention.
     """
     roles: Roles = {}
     for unit in attention_units(tree, root, width):

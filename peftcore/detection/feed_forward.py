@@ -35,12 +35,12 @@ def feed_forward_roles(tree: ModuleTree, root: str, layers: list[AdaptableLayer]
 
 
 def mlp_roles(group: list[AdaptableLayer], block_width: int, gated: bool = True) -> Roles:
-    """Return the roles of layers that may form one MLP; {} if their shapes do not.
+    """Return {path: role} of the layers that form MLPs by their shapes; {} if no layers of the group do.
 
     Args:
         group: The layers, in order of declaration.
-        block_width: Width of the block.
-        gated: Also look for gated MLPs.
+        block_width: Width of the residual stream in the block.
+        gated: True also finds gated MLPs: gate, up and down, or a fused gate-up and down.
     """
     roles: Roles = {}
     for position, down in reversed(list(enumerate(group))):
@@ -64,7 +64,7 @@ def mlp_roles(group: list[AdaptableLayer], block_width: int, gated: bool = True)
 
 
 def _named_mlp(part: str, group: list[AdaptableLayer]) -> Roles:
-    """Return up and down of a two-layer MLP that is named so and changes the width (LightGlue, Perceiver)."""
+    """Return up and down of a two-layer MLP that is found by its name and changes the width (LightGlue, Perceiver)."""
     first, last = group[0], group[-1]
     if (
         len(group) != 2

@@ -30,10 +30,10 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class PrefixGeometry:
-    """Shape of a learned prefix: that of the cache of the decoder, or of the only stack."""
+    """Shape of a learned prefix. It equals the shape of the decoder's cache, or of the only stack's."""
 
     num_layers: int
-    """Number of cache layers: one for each run of a block, including blocks without keys and values."""
+    """Number of cache layers: one for each time that a block is called, including blocks without keys and values."""
     num_attention_heads: int
     """Number of query heads of the widest layer."""
     num_kv_heads: int

@@ -14,7 +14,7 @@ from peftcore.export.gguf_folder import ModelFolder
 from peftcore.export.gguf_layout import GgufLayout, layout_of_file
 
 _NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version")
-"""Metadata keys that are not copied from the base's file: the new file has a value of its own, or none."""
+"""Metadata keys that are not copied from the base's file: the exporter writes other values, or leaves the key out."""
 
 
 @dataclass(frozen=True)

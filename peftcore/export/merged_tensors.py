@@ -1,4 +1,4 @@
-"""The tensors of a merged model's files: headers now, and values when they are written."""
+"""The tensors of a merged model's files: headers are known from the start, values are computed while writing."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -108,7 +108,7 @@ def _write(folder: Path, outputs: Mapping[str, Output], max_shard_bytes: int, pr
 
 def _computed(outputs: Mapping[str, Output], keys: Mapping[str, Header], bar: Any) -> Iterator[Tensor]:
     for key, header in keys.items():
-        yield outputs[key].compute()  # not bound to a name: a second tensor would stay in memory
+        yield outputs[key].compute()  # not assigned to a variable, which would keep a second tensor in memory
         bar.update(header.size)
 
 

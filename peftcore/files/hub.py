@@ -126,7 +126,7 @@ def adapter_directory(
 
 
 def is_local(model_id: str | os.PathLike[str]) -> bool:
-    """Return True if an adapter's name is a local path, which need not exist if it cannot be a hub id."""
+    """Return True if an adapter's name is a local path: an existing one, or a name that cannot be a hub id."""
     if not isinstance(model_id, str | os.PathLike):
         raise TypeError(f"an adapter is a directory or a hub id such as 'owner/name'; got {model_id!r:.200}")
     return not isinstance(model_id, str) or os.path.lexists(model_id) or not _may_be_hub_id(model_id)
@@ -196,7 +196,7 @@ def _commit_of(file: Path, subfolder: str | None) -> dict[str, str]:
 
 
 def _optional_file(repo_id: str, name: str, options: Mapping[str, Any]) -> bool:
-    """Download a file that an adapter need not have; return False if it has none."""
+    """Download an optional file of an adapter; return False if the repository does not have the file."""
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -223,17 +223,19 @@ def _missing_on_hub(repo_id: str, name: str, options: Mapping[str, Any]) -> str:
     from huggingface_hub import HfApi
 
     subfolder, revision = options.get("subfolder"), options.get("revision")
-    place = f"{repo_id}, subfolder {subfolder!r}" if subfolder else repo_id
-    place = f"{place}, revision {revision!r}" if revision else place
+    location = f"{repo_id}, subfolder {subfolder!r}" if subfolder else repo_id
+    location = f"{location}, revision {revision!r}" if revision else location
     if name == WEIGHTS_NAME:
         pickle = f"{subfolder}/{_PICKLE}" if subfolder else _PICKLE
         where = {key: options.get(key) for key in ("revision", "repo_type")}
         if HfApi(endpoint=options.get("endpoint"), token=options.get("token")).file_exists(repo_id, pickle, **where):
-            return f"{place} holds no {name} but {_PICKLE}: {pickle_advice(repo_id, subfolder)}"
-        return f"{place} holds a configuration without weights: no {name} there; ask its author to upload the weights"
+            return f"{location} holds no {name} but {_PICKLE}: {pickle_advice(repo_id, subfolder)}"
+        return (
+            f"{location} holds a configuration without weights: no {name} there; ask its author to upload the weights"
+        )
     return (
-        f"no {name} in {place}: it is not an adapter; check the name and subfolder=. The base model itself is loaded "
-        "with transformers"
+        f"no {name} in {location}: it is not an adapter; check the name and subfolder=. The base model itself is "
+        "loaded with transformers"
     )
 
 

@@ -18,7 +18,7 @@ _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 
 
 def set_adapter(model: nn.Module, names: str | list[str], inference_mode: bool = False) -> None:
-    """Make adapters the active ones. As in HF PEFT, their parameters then train, and those of all others do not.
+    """Set the active adapters. As in HF PEFT, their parameters become trainable, and all other adapters are frozen.
 
     Merged adapters are unmerged first, with a warning.
 
@@ -41,7 +41,7 @@ def set_adapter(model: nn.Module, names: str | list[str], inference_mode: bool =
 
 
 def activate(model: nn.Module, names: str | list[str]) -> None:
-    """Make adapters the active ones. `requires_grad` does not change, and merged adapters stay merged.
+    """Set the active adapters. `requires_grad` does not change, and merged adapters stay merged.
 
     Args:
         model: the model with adapters.

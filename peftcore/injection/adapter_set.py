@@ -69,7 +69,7 @@ class AdapterSet:
         """(the adapter with `layer_replication`, the state to undo it)"""
 
     def deepened_by(self, name: str) -> bool:
-        """Return True if this adapter has made the model deeper (`layer_replication`)."""
+        """Return True if this adapter added blocks to the model (`layer_replication`)."""
         return self.replication is not None and self.replication[0] == name
 
     def adapters(self, name: str) -> dict[str, Adapter]:
@@ -91,7 +91,7 @@ class AdapterSet:
         return {path: adapter for path, adapter in self.adapters(name).items() if isinstance(adapter, kind)}
 
     def copies(self, name: str) -> dict[str, nn.Module]:
-        """Return {path: copy} of the modules that one adapter trains whole (`modules_to_save`)."""
+        """Return {path: copy} of the modules that one adapter trains in full (`modules_to_save`)."""
         return {path: wrapper.copies[name] for path, wrapper in self.saved.items() if name in wrapper.copies}
 
     def prompt(self, name: str) -> PromptLearner | None:
@@ -175,14 +175,14 @@ class AdapterSet:
                 raise AdapterNameError(f"Adapter {name} does not exist; loaded: {known}")
 
     def activate(self, names: Sequence[str]) -> None:
-        """Make adapters the active ones; `requires_grad` does not change.
+        """Set the active adapters; `requires_grad` does not change.
 
         Args:
             names: names of adapters, in order.
 
         Raises:
             AdapterNameError: a name is not loaded, or given twice; several prompts are named; or several of the
-                adapters train the same module whole (`modules_to_save`), or the same row of an embedding.
+                adapters train the same module in full (`modules_to_save`), or the same row of an embedding.
         """
         self.check_active(names)
         self.selection.active = tuple(names)
@@ -201,8 +201,8 @@ class AdapterSet:
         for path, wrapper in self.saved.items():
             if len(several := [name for name in names if name in wrapper.copies]) > 1:
                 raise AdapterNameError(
-                    f"set_adapter: {several} each train {path} whole (modules_to_save), and only one copy can be used; "
-                    "name one of them"
+                    f"set_adapter: {several} each train {path} in full (modules_to_save), and only one copy can be "
+                    "used; name one of them"
                 )
         for path, slot in self.layers.items() if len(names) > 1 else ():
             by_row: dict[int, str] = {}
@@ -210,8 +210,8 @@ class AdapterSet:
                 rows = slot.adapters[name].replaced_rows() if name in slot.adapters else ()
                 if (row := next((row for row in rows if row in by_row), None)) is not None:
                     raise AdapterNameError(
-                        f"set_adapter: {[by_row[row], name]} each train row {row} of {path} whole, and only one can be "
-                        "used; name one of them"
+                        f"set_adapter: {[by_row[row], name]} each train row {row} of {path}, and only one can be used; "
+                        "name one of them"
                     )
                 by_row |= dict.fromkeys(rows, name)
 
@@ -224,7 +224,7 @@ class AdapterSet:
         self.join_wrappers()
 
     def switch(self, on: bool) -> None:
-        """Enable or disable the active adapters of the model, those of single wrappers included."""
+        """Enable or disable the active adapters of the model and of wrappers that were switched separately."""
         self.selection.switched_off = not on
         for wrapper in self.selection.apart:
             wrapper.selection.switched_off = not on
@@ -233,7 +233,9 @@ class AdapterSet:
     def switch_wrapper(
         self, wrapper: Any, active: Sequence[str] | None = None, switched_off: bool | None = None
     ) -> None:
-        """Switch one wrapper, and the model if all its wrappers agree then.
+        """Change the active adapters of one wrapper.
+
+        If all wrappers have the same state afterwards, the model takes over this state.
 
         Args:
             wrapper: a wrapper of this model.
@@ -261,7 +263,7 @@ class AdapterSet:
             self.join_wrappers()
 
     def join_wrappers(self) -> None:
-        """Give the model's selection to the wrappers with the model's state."""
+        """Let wrappers whose active adapters equal the model's use the model's selection again."""
         joining = [wrapper for wrapper in self.selection.apart if _state(wrapper.selection) == _state(self.selection)]
         for wrapper in joining:
             wrapper.use_selection(self.selection)

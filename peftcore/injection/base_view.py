@@ -2,8 +2,8 @@
 
 In HF PEFT a `PeftModel` holds the base model. So scripts write `peft_model.model.lin0` for a plain PyTorch model, and
 `peft_model.model.model.layers` for a transformers model that calls the model without its head `model`. Here the model
-is not wrapped. A view serves these scripts: a second object with the contents of the first one, of a class without the
-attribute `model`. So a loop such as `while hasattr(m, "model"): m = m.model` ends.
+is not wrapped. These scripts get a view: a second object that shares all attributes of the model object, and whose
+class has no attribute `model`. So a loop such as `while hasattr(m, "model"): m = m.model` ends.
 
 If the model has an attribute `model` of its own, `peft_model.model` stays that attribute, because transformers reads
 it. Its attribute `model` is then the view, and `peft_model.model.lm_head` does not exist. `peft_model.base_model.model`
@@ -17,7 +17,7 @@ from torch import nn
 
 
 def view_of(module: nn.Module, kind: type[Any]) -> Any:
-    """Return a second object with the contents of a module: a change of one is a change of both.
+    """Return a second object that shares the attributes of a module: setting an attribute of one sets both.
 
     Args:
         module: the module.
@@ -42,7 +42,7 @@ def hide_model(module: nn.Module) -> None:
     """Undo `show_model`.
 
     Args:
-        module: the module; left as it is if its class has been changed since.
+        module: the module; not changed if its class was changed after `show_model`.
     """
     plain = type(module).__bases__[0]
     if type(module) is _with_model(plain):

@@ -164,7 +164,7 @@ def _begin(route: Route, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
 
 
 def _flattened(args: tuple[Any, ...], inputs: dict[str, Any]) -> frozenset[int]:
-    """Return the numbers of tokens of the whole batch, of each text among the arguments."""
+    """Return the token counts B·T of the texts among the arguments, by which a layer recognises a flattened batch."""
     texts = [inputs[key] for key in _TEXTS if inputs.get(key) is not None]
     others = [value for value in (*args, *inputs.values()) if isinstance(value, Tensor) and value.dim() > 2]
     return frozenset(value.shape[0] * value.shape[1] for value in (*texts, *others) if value.dim() > 1)
@@ -175,7 +175,7 @@ def _has_rows(value: Any) -> bool:
 
 
 def _positions(tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Return the position (B, T) of each token in its row's text, without left padding, which is below 0."""
+    """Return the position (B, T) of each token in its row's text; the positions of left padding are negative."""
     cache = inputs.get("cache", inputs.get("past_key_values"))
     past = 0 if cache is None else int(cache.get_seq_length())
     positions = past + torch.arange(tokens.shape[1], device=tokens.device)

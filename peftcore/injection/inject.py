@@ -62,7 +62,7 @@ def commit_injection(
     Args:
         model: the model that the injection was prepared for.
         injection: the prepared adapter.
-        trainable: whether its parameters get gradients, and its dropout is on.
+        trainable: True to train the adapter's parameters and to switch its dropout on.
         replication: the state to undo `layer_replication`, if the adapter has made the model deeper.
 
     Returns:
@@ -114,7 +114,7 @@ def commit_injection(
 
 
 def _with_biases(injection: Injection) -> dict[str, Adapter]:
-    """Return {path: adapter}, each trained bias in the adapter of its layer, or alone if the layer has none."""
+    """Return {path: adapter}. A trained bias becomes part of its layer's adapter, or a separate entry without one."""
     parts = dict(injection.adapters)
     for path, bias in injection.biases.items():
         if path in parts:
@@ -217,7 +217,7 @@ def inject_adapter_in_model(
 
 
 class Configs(MutableMapping[str, PeftConfig]):
-    """{adapter: configuration} of a model whose class stays as it is: its attribute `peft_config`, as in HF PEFT.
+    """{adapter: configuration} of a model whose class was not changed: its attribute `peft_config`, as in HF PEFT.
 
     Deleting an entry deletes the adapter.
 
@@ -256,14 +256,14 @@ def show_configs(model: nn.Module) -> None:
 
 
 def keeps_class(model: nn.Module) -> bool:
-    """Return True if a model with adapters is of its plain class, and no `PeftModel`."""
+    """Return True for a model with adapters whose class was not changed to a `PeftModel`."""
     return _CONFIGS in model.__dict__ and not hasattr(type(model), _CONFIGS)
 
 
 def forget_removed_adapters(model: nn.Module) -> None:
-    """Remove what is left of adapters whose model has lost its attribute `peft_config`.
+    """Remove the remaining state of adapters if the model's attribute `peft_config` was deleted.
 
-    diffusers unloads adapters by putting the base layers back and deleting this attribute.
+    diffusers unloads adapters by restoring the base layers and deleting this attribute.
 
     Args:
         model: a model with or without adapters; changed in place.
@@ -272,7 +272,7 @@ def forget_removed_adapters(model: nn.Module) -> None:
     if adapters is None or hasattr(model, _CONFIGS):
         return
     for slot in adapters.layers.values():
-        slot.unmerged_state = None  # what is merged stays, as in HF PEFT
+        slot.unmerged_state = None  # merged weights stay merged, as in HF PEFT
     remove_wrappers(model, keep_trained=True)
 
 
@@ -489,7 +489,7 @@ def delete_adapter_and_activate(model: nn.Module, *names: str) -> None:
     adapters = adapter_set(model)
     check_deletable(model, *names)
     active = [name for name in names if name in adapters.selection.active]
-    for name in sorted(dict.fromkeys(names), key=adapters.deepened_by):  # what made the model deeper is deleted last
+    for name in sorted(dict.fromkeys(names), key=adapters.deepened_by):  # `layer_replication`'s adapter last
         delete_adapter(model, name)
     if active and adapters.configs and not adapters.selection.active:
         first = next(iter(adapters.configs))

@@ -45,7 +45,7 @@ def merge_adapter(
 ) -> None:
     """Merge adapters into their base weights, in place; other active adapters stay in effect.
 
-    Modules that an adapter trains whole (`modules_to_save`) are used while it is active, merged or not, as in PEFT.
+    Modules that an adapter trains in full (`modules_to_save`) are used while it is active, merged or not, as in PEFT.
     Warns if the adapters are merged already.
 
     Args:
@@ -311,7 +311,7 @@ def merge_and_unload(
 ) -> nn.Module:
     """Merge adapters for good and return the plain model, without wrappers and copies of the old weights.
 
-    Modules that the active adapter trained whole (`modules_to_save`) replace the originals.
+    Modules that the active adapter trained in full (`modules_to_save`) replace the originals.
 
     Args:
         model: the model with adapters; changed in place.

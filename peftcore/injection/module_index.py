@@ -1,4 +1,4 @@
-"""The index of a model's modules by path: each operation walks the model once, however many adapters are loaded."""
+"""The index of a model's modules by path. It is built once per operation, whatever the number of loaded adapters."""
 
 from functools import cached_property
 

@@ -131,12 +131,12 @@ def prepare_injection(
         _narrow([*adapters.values(), *biases.values()])
     if creation.low_cpu_mem_usage:
         for module in {id(m): m for adapter in adapters.values() for m in adapter.modules()}.values():
-            _forget_values(module)  # also what the layers share
+            _forget_values(module)  # includes the tensors that the layers share
     return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
 _SIZES = ("token_dim", "num_attention_heads", "num_layers")
-"""Sizes in the configuration of a prompt that the model may determine."""
+"""Fields of a prompt's configuration that may be read from the model."""
 
 
 def _warn_of_unused(config: PeftConfig) -> None:
@@ -250,7 +250,7 @@ def _token_adapters(
         raise ConfigError(f"trainable_token_indices: {both[0]} is a target itself; leave it out of one of the two")
     if whole := sorted(path for path in adapters if is_within(path, saved)):
         raise ConfigError(
-            f"trainable_token_indices: {whole[0]} trains whole (modules_to_save); leave out one of the two"
+            f"trainable_token_indices: {whole[0]} trains in full (modules_to_save); leave out one of the two"
         )
     for adapter in adapters.values():
         adapter.disk_prefix = "token_adapter."
@@ -320,7 +320,7 @@ def _forget_values(module: nn.Module) -> None:
 
 
 def _narrow(adapters: list[Adapter]) -> None:
-    """Cast adapters to the dtype of their layers, if that is a dtype of 16 bits; for 4 bits, that of the products."""
+    """Cast adapters to the dtype of their layers if it has 16 bits; on 4-bit layers, to the layers' compute dtype."""
     for adapter in adapters:
         base = adapter.base
         dtype = getattr(base.layer, "compute_dtype", None) if base.quantized else base.dtype
@@ -401,7 +401,7 @@ def _check_not_compiled(model: nn.Module) -> None:
 
 
 def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter]) -> None:
-    """Raise MergeError or ConfigError if an initialisation replaces a base weight that must stay now (LoftQ)."""
+    """Raise MergeError or ConfigError if an initialisation would replace a base weight that is in use (LoftQ)."""
     for path, adapter in adapters.items():
         wrapper = module_index.modules.get(path)
         if adapter.new_base is None or not isinstance(wrapper, AdapterLayer):
@@ -421,7 +421,7 @@ def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter])
 def _trained_biases(
     module_index: ModuleIndex, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
 ) -> dict[str, TrainedBias]:
-    """Make the trained biases: of the adapter's layers, or of all modules that it does not train whole."""
+    """Make the trained biases: of the adapter's layers, or of all modules that it does not train in full."""
     mode = config.bias
     if mode == "none":
         return {}
@@ -438,7 +438,7 @@ def _trained_biases(
             name.endswith("bias") for name, _ in module.base_layer.named_parameters()
         ):
             raise ConfigError(
-                f"bias={mode!r}: {path} is trained whole (modules_to_save) by another adapter; use bias='none', or "
+                f"bias={mode!r}: {path} is trained in full (modules_to_save) by another adapter; use bias='none', or "
                 f"name {path} in this adapter's modules_to_save too"
             )
         base_bias = unwrapped(module)._parameters.get("bias")

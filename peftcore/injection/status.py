@@ -132,7 +132,7 @@ def _layer_status(adapters: AdapterSet, slot: AdapterSlot) -> TunerLayerStatus |
 
 
 def _with_own_active(status: TunerLayerStatus) -> TunerLayerStatus:
-    """Return a status with those active adapters that the layer has: as in HF PEFT, for parts that train whole."""
+    """Return a status with those active adapters that the layer has: as in HF PEFT, for parts that train in full."""
     active = [name for name in status.active_adapters if name in status.available_adapters]
     return dataclasses.replace(status, active_adapters=active)
 

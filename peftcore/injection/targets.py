@@ -293,7 +293,7 @@ def _in_chosen_block(path: str, config: TunerConfig) -> bool:
 
 def _check_kind(path: str, layer: nn.Module) -> None:
     if isinstance(layer, SavedModule):
-        raise TargetError(f"{path} is already trained whole as one of modules_to_save; exclude it")
+        raise TargetError(f"{path} is already trained in full as one of modules_to_save; exclude it")
     if isinstance(layer, AdapterParameters) and is_adaptable(layer.base_layer):
         raise TargetError(f"{path}: an adapter on its parameter is in place (target_parameters); exclude this layer")
     if not isinstance(layer, AdapterLayer) and not raw_projections(unwrapped(layer)):
@@ -349,10 +349,10 @@ def find_saved_modules(module_index: ModuleIndex, config: TunerConfig | PromptLe
 
 
 def complete(module_index: ModuleIndex, config: TunerConfig) -> tuple[TunerConfig, list[str]]:
-    """Fill in what the model decides, so that readers of the saved file (PEFT, vLLM) need no architecture table.
+    """Fill in the options that depend on the model, so that readers of the saved file need no architecture table.
 
-    Default targets and "all-linear" become names, and so does a long list of paths, if fewer names match the same
-    layers. `modules_to_save` gets the heads of the task, and the method may fill in options of its own.
+    Default targets and "all-linear" are replaced by names. A long list of paths is replaced by names if fewer names
+    match the same layers. `modules_to_save` gets the heads of the task, and the method may fill in options of its own.
 
     Args:
         module_index: the model's modules.

@@ -16,19 +16,21 @@ from peftcore.layers.trained_bias import TrainedBias
 
 _CLASSES: dict[str, type["TunerModel"]] = {}
 _PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
-"""{method: start of the names of its parameters}, where this is not the method's own name"""
+"""{method: prefix of its parameter names}, for methods whose prefix is not the method's name"""
 
 NO_MODEL_CONFIG = {"model_type": "custom"}
 """The configuration that HF PEFT assumes of a model without one."""
 
 
 def parameter_prefix(peft_type: str) -> str:
-    """Return how HF PEFT names of a method's parameters begin, such as "lora_"."""
+    """Return the prefix of a method's parameter names in HF PEFT, such as "lora_"."""
     return _PREFIXES.get(peft_type, f"{peft_type.lower()}_")
 
 
 class TunerModel:
-    """A view on a model with adapters: attributes of the model without its head if it has them, else of the model.
+    """A view on a model with adapters.
+
+    An attribute is read from the model without its head if it is defined there, otherwise from the model.
 
     Each method of HF PEFT has a subclass, such as `peftcore.LoraModel`, whose call adds an adapter to a model without
     changing the model's class: `LoraModel(model, config, "default")`.
@@ -135,7 +137,7 @@ class TunerModel:
         return [path for path, slot in _adapted(self.model) if slot.base.kind == "parameter"]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones; see `PeftModel.set_adapter`."""
+        """Set the active adapters; see `PeftModel.set_adapter`."""
         activation.set_adapter(self.model, adapter_name, inference_mode)
 
     def enable_adapter_layers(self) -> None:

@@ -51,7 +51,7 @@ class TruncatedSvd(NamedTuple):
     vh: Tensor
     """Vᵀ (e, k, i), orthonormal rows."""
     lost: Tensor
-    """Squared Frobenius norm of what is cut off."""
+    """Squared Frobenius norm of the discarded part of ΔW."""
     total: Tensor
     """Squared Frobenius norm of ΔW."""
 

@@ -149,7 +149,7 @@ class _LowRankLinears(torch.autograd.Function):
         ]
         flat = x.reshape(-1, x.shape[-1])
         keep = None if call.dropout is None else call.dropout.again(flat, bits)
-        if torch.is_grad_enabled():  # a second derivative is wanted
+        if torch.is_grad_enabled():  # double backward (create_graph=True)
             return _plain_gradients(x, keep, call, tensors, weights, gradients, needed)
         grads: list[Tensor | None] = [None] * len(tensors)
         through_gain: list[Tensor] = []

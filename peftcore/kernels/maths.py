@@ -85,9 +85,9 @@ def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
 
 def drop_blocks(blocks: Tensor, probability: float) -> Tensor:
     """Apply multiplicative dropout: ⌊p·n⌋ of n blocks (n, b, b), chosen at random, become the identity."""
-    chosen = torch.randperm(len(blocks), device=blocks.device) < int(probability * len(blocks))
+    dropped = torch.randperm(len(blocks), device=blocks.device) < int(probability * len(blocks))
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    return torch.where(chosen.view(-1, 1, 1), eye, blocks)
+    return torch.where(dropped.view(-1, 1, 1), eye, blocks)
 
 
 def keep_rows(rows: int, like: Tensor, row_dropout: float, module_dropout: float, rescale: bool) -> Tensor | None:

@@ -1,8 +1,9 @@
 """Random start values, drawn as HF PEFT draws them: one seed gives the same adapter in both libraries.
 
 PEFT creates parameters on the CPU in PyTorch's default type, and moves them to the base's device and type afterwards.
-So the numbers are drawn there, wherever the parameter is. PEFT also draws numbers that it overwrites, such as the
-default values of `nn.Linear`. A method repeats these draws, because they advance the generator.
+So the numbers are drawn on the CPU in that type, whatever the parameter's device and type are. PEFT also draws numbers
+that it overwrites, such as the default values of `nn.Linear`. A method repeats these draws, because they advance the
+generator.
 """
 
 import math

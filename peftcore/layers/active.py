@@ -47,7 +47,7 @@ class Selection:
         self.switched_off = False
         """True after `disable_adapters`, until `enable_adapters`."""
         self.apart: list[Any] = []
-        """Wrappers whose own methods have switched them: each has a selection of its own (`LayerSelection`)."""
+        """Wrappers whose active adapters differ from the model's; each has its own `LayerSelection`."""
         self.cache = SharedInputCache()
         """The calls of the model that run in this thread, and the outputs that layers have cached in them."""
         self.stacks: dict[Any, Any] = {}
@@ -76,7 +76,7 @@ class Selection:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Names of the model's active adapters. Wrappers that were switched by themselves follow an assignment."""
+        """Names of the model's active adapters. An assignment also changes wrappers that were switched separately."""
         return self._active
 
     @active.setter
@@ -123,7 +123,7 @@ class Selection:
                 self.in_use.subtract(route.names)
 
     def begin_call(self, values: Mapping[Any, Mapping[str, Any]]) -> None:
-        """Note that a call of the model begins in this thread; its layers may share what they compute.
+        """Record the start of a model call in this thread. Sibling layers may share outputs until the call ends.
 
         Neither this method nor `end_call` is called for a call that `torch.compile` has made, part of which may run
         uncompiled.
@@ -140,10 +140,11 @@ class Selection:
             self._latest = record
 
     def end_call(self, outputs: Any) -> None:
-        """Note that the innermost call has ended.
+        """Record the end of the innermost model call, and clear the shared outputs after the outermost one.
 
         Args:
-            outputs: what the model returned; None if the call raised an error.
+            outputs: the model's outputs, whose autograd graph keeps the call's record; None if the call raised an
+                error.
         """
         if not self.cache.calls:  # another hook raised before the call began
             return

@@ -24,7 +24,7 @@ from peftcore.layers.wrapper import LayerWrapper, NamedModules
 
 
 class _Chain(NamedTuple):
-    """The adapters of a layer for some names, and the state that they were found in."""
+    """A cached result of `AdapterLayer.in_order`: the adapters, and the state that the result depends on."""
 
     names: tuple[str, ...]
     holder: Any
@@ -67,7 +67,7 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
         return self
 
     def take_view(self, view: BaseWeight) -> None:
-        """Use a view on the base that was made elsewhere, unless the layer has one already."""
+        """Use an existing view of the base layer, unless this layer has a view already."""
         self._view = self._view or view
 
     def __getattr__(self, name: str) -> Any:
@@ -83,7 +83,7 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
         return [self]
 
     def _trained_bias(self) -> Tensor | None:
-        """Return the base's bias as the active adapters have trained it."""
+        """Return the base layer's bias with the trained biases of the active adapters."""
         route, bias = self.selection.route, self.base.bias
         trained = [part for part in self.in_effect() if isinstance(part, TrainedBias)]
         if trained and route is not None and route.chain is None:

@@ -84,7 +84,7 @@ class AdapterSlot:
         self.base.layer.__dict__.pop(ORIGINAL_STATE, None)
 
     def apply_to_stored(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Apply `fn` (a move or a cast) to the parameters that are stored while others are in their place."""
+        """Apply `fn` (a move or a cast) to stored parameters that the layer does not use now, as unmerged weights."""
         base = self.base
         attributes = base.layer.__dict__
         states = [attributes[name] for name in (base.unmerged_attribute, ORIGINAL_STATE) if name in attributes]
@@ -107,7 +107,7 @@ class AdapterSlot:
         return self.adapters[name]
 
     def follow_base(self) -> None:
-        """Update the adapters' view, in case another layer was put in the base's place."""
+        """Update the adapters' view if the base layer was replaced."""
         _ = self.base
 
     def move_adapters(self, old: BaseWeight, new: BaseWeight) -> None:

@@ -1,4 +1,4 @@
-"""Selection of one wrapper whose adapters were switched by themselves, as in HF PEFT: `layer.enable_adapters(False)`.
+"""Selection of one wrapper that was switched separately from the model, as by `layer.enable_adapters(False)`.
 
 The wrappers of a model share one `Selection`. A wrapper gets its own `LayerSelection` only if its own `set_adapter` or
 `enable_adapters` makes it differ from the model, and loses it again when all layers agree.
@@ -11,7 +11,7 @@ from peftcore.layers.active import Selection
 
 
 class LayerSelection:
-    """The active adapters of one wrapper; caches, routes and the rest are those of the model's selection.
+    """The active adapters of one wrapper. All other attributes, such as caches and routes, are the model's selection's.
 
     As for the model, an open route has precedence. Do not switch one layer between a forward pass with activation
     checkpointing and its backward pass, because the layer is computed again with the adapters of that time.

@@ -155,7 +155,7 @@ def has_attribute(adapter: Adapter, attribute: str) -> bool:
 
 
 def shared_tensor(shared: Shared, name: str) -> Tensor | None:
-    """Return a parameter or buffer of what the layers of an adapter share, such as VeRA's `vera_A`; None without it."""
+    """Return a tensor that all layers of an adapter share, such as VeRA's `vera_A`; None if it does not exist."""
     tensor = shared._parameters.get(name)
     return shared._buffers.get(name) if tensor is None else tensor
 
@@ -274,21 +274,24 @@ class PeftLayerAttributes(MergingMethods):
 
     @property
     def token_adapter(self) -> "PeftLayerAttributes":
-        """This layer itself, if rows of it train (`trainable_token_indices`); HF PEFT has a layer inside of it."""
+        """This layer itself if some of its rows are trained (`trainable_token_indices`).
+
+        In HF PEFT this attribute is a second layer inside of this one.
+        """
         if self.has_token_adapter:
             return self
         raise AttributeError("token_adapter")  # nn.Module then looks for the base layer's attribute
 
     @property
     def original_module(self) -> nn.Module:
-        """The layer without adapters, if rows of it train (`trainable_token_indices`)."""
+        """The base layer, if some of its rows are trained (`trainable_token_indices`)."""
         if self.has_token_adapter:
             return self._slot.base.layer
         raise AttributeError("original_module")  # nn.Module then looks for the base layer's attribute
 
     @property
     def has_token_adapter(self) -> bool:
-        """True if rows of the layer train beside an adapter of another method (`trainable_token_indices`)."""
+        """True if `trainable_token_indices` trains rows of this layer beside the adapter of another method."""
         slot = self._slot
         return any(slot.adapters[name].disk_prefix == "token_adapter." for name in slot.adapters)
 

@@ -65,7 +65,7 @@ class SavedModule(SwitchingMethods, LayerWrapper):
         """Return the module in effect: the copy of the first adapter that has one, else the original.
 
         Args:
-            one: a composition; None stands for the adapters in effect now.
+            one: a composition of adapters; None for the adapters that are in effect in this thread.
 
         Raises:
             RoutingError: the composition mixes adapters of which several have a copy.
@@ -74,7 +74,7 @@ class SavedModule(SwitchingMethods, LayerWrapper):
         names = [name for name in (tuple(one.names()) if one and chain is None else chain or ()) if name in self.copies]
         if one is not None and chain is None and len(set(names)) > 1:
             raise RoutingError(
-                f"{self.path} was trained whole by {sorted(set(names))}, and whole modules cannot be mixed; compose "
+                f"{self.path} was trained in full by {sorted(set(names))}, and whole modules cannot be mixed; compose "
                 "adapters of which at most one has modules_to_save"
             )
         return self.copies[names[0]] if names else self.base_layer
@@ -95,15 +95,15 @@ class SavedModule(SwitchingMethods, LayerWrapper):
         """Call each copy with its own rows, and put the outputs in the order of the batch."""
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             raise RoutingError(
-                f"{self.path} was trained whole and takes more than one tensor, so a batch cannot mix its copies; give "
-                "all rows of a batch the same adapter"
+                f"{self.path} was trained in full and takes more than one tensor, so a batch cannot mix its copies; "
+                "give all rows of a batch the same adapter"
             )
         self.check_rows(args[0], route)
         groups = route.groups(args[0])
         outputs = [self.current(one)(args[0].index_select(0, rows)) for one, rows in groups]
         if not all(isinstance(y, Tensor) for y in outputs):
             raise RoutingError(
-                f"{self.path} was trained whole and returns more than a tensor, so a batch cannot mix its copies; give "
-                "all rows of a batch the same adapter"
+                f"{self.path} was trained in full and returns more than a tensor, so a batch cannot mix its copies; "
+                "give all rows of a batch the same adapter"
             )
         return torch.cat(outputs).index_select(0, torch.cat([rows for _, rows in groups]).argsort())

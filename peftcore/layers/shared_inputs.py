@@ -40,7 +40,7 @@ class CachedOutput(NamedTuple):
 
 
 class SharedInputCache(threading.local):
-    """Running calls of one model and their cached outputs; each thread sees its own."""
+    """Running calls of one model and their cached outputs, separately for each thread."""
 
     def __init__(self) -> None:
         self.calls: list[ForwardRecord | None] = []

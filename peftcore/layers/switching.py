@@ -1,6 +1,7 @@
-"""The methods of HF PEFT's layers that switch, merge and delete adapters: diffusers and transformers call them.
+"""HF PEFT's layer methods that switch, merge and delete adapters; diffusers and transformers call them.
 
-As in HF PEFT, a method acts on the one layer. As soon as all wrappers of a model agree, the model has their state, too.
+As in HF PEFT, each method acts on one layer. Once all wrappers of a model have the same active adapters, and all are
+enabled or all disabled, the model takes over this state.
 """
 
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from peftcore.layers.adapter_slot import AdapterSlot
 
 
 class SwitchingMethods:
-    """Methods of a wrapper, by which libraries that walk over the modules of a model switch its adapters."""
+    """Methods of a wrapper for libraries that visit a model's modules one by one and switch their adapters."""
 
     selection: Any
     """The model's `Selection`; a `LayerSelection` while this wrapper differs from the model."""
@@ -36,9 +37,9 @@ class SwitchingMethods:
         return self.selection.disabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones of this layer; their parameters in it then train, and no others in it.
+        """Set the active adapters of this layer. In this layer, only their parameters are trainable afterwards.
 
-        If all layers of the model have the same active adapters then, they are the model's, too.
+        If all layers of the model have the same active adapters afterwards, these become the model's active adapters.
 
         Args:
             adapter_names: one name or several, in order; [] for none.
@@ -70,7 +71,7 @@ class SwitchingMethods:
         self.selection.owner.switch_wrapper(self, switched_off=not enabled)
 
     def use_selection(self, selection: Any) -> None:
-        """Compute with the adapters of another selection from now on.
+        """Replace the selection that decides which adapters are active in this wrapper.
 
         Args:
             selection: the model's `Selection`, or a `LayerSelection` of this wrapper.
@@ -78,7 +79,7 @@ class SwitchingMethods:
         self.selection = selection
 
     def unmerge(self) -> None:
-        """Restore the unmerged weight; without a weight of its own, do nothing."""
+        """Restore the unmerged weight; does nothing for a wrapper that has no base weight."""
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter of this layer alone; a layer without the adapter stays as it is.
@@ -98,7 +99,7 @@ class SwitchingMethods:
 
 
 class MergingMethods(SwitchingMethods):
-    """The methods of a wrapper whose slots of adapters can be merged into base weights."""
+    """Methods of a wrapper whose adapters can be merged into base weights."""
 
     def _slots(self) -> list[AdapterSlot]:
         """Return the slots of this wrapper."""
@@ -108,7 +109,7 @@ class MergingMethods(SwitchingMethods):
         return [slot.adapters for slot in self._slots()]
 
     def use_selection(self, selection: Any) -> None:
-        """Compute with the adapters of another selection; see `SwitchingMethods.use_selection`."""
+        """Replace the selection of this wrapper and of its slots; see `SwitchingMethods.use_selection`."""
         super().use_selection(selection)
         for slot in self._slots():
             slot.selection = selection

@@ -1,8 +1,8 @@
 """Biases that train with an adapter: `bias="all"`, `bias="lora_only"` and similar.
 
 The base keeps its bias b. The adapter has a bias b' of its own, and adds b' − b to the layer's output after the
-method's own change. So b' is in effect exactly where its adapter is: not while adapters are disabled, not for another
-adapter, and row by row in a mixed batch.
+method's own change. So b' has an effect only where its adapter is in effect: not while adapters are disabled, not for
+another adapter, and in a mixed batch only in the rows of its adapter.
 
 Shapes: o out_features.
 """
@@ -75,7 +75,7 @@ class TrainedBias(Adapter):
         return weight
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
-        """Return b', or the given bias plus b' − b if others have changed it."""
+        """Return b', or bias + b' − b if other adapters have changed the bias before."""
         assert bias is not None
         return self.bias if bias is self._unmerged() else bias + self.change()
 
@@ -93,5 +93,5 @@ class TrainedBiasParameter(TrainedBias):
         return (weight + self.change()).to(weight.dtype)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
-        """Return the bias as it is."""
+        """Return the bias unchanged."""
         return bias

@@ -1,7 +1,7 @@
 """The base class of the wrappers, and the walk over a model's original modules.
 
-There are exactly three wrappers, each in a file of its own. Every one stands in the model in place of a module, holds
-that module as `base_layer`, and lets the model's code read the module's attributes.
+There are exactly three wrappers, each in a file of its own. A wrapper replaces a module of the model, holds that module
+as `base_layer`, and passes attribute reads on to that module.
 
     AdapterLayer        a layer with adapters: linear, convolution, embedding, norm   `adapter_layer.py`
     AdapterParameters   a module with adapters on raw parameters, such as experts     `adapter_parameters.py`

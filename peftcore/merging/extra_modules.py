@@ -1,7 +1,8 @@
 """Extra trained modules of the adapters to merge: `modules_to_save` and trained rows of embeddings.
 
-They are no weight changes that a recipe could weigh. They are copied into the merged adapter unchanged, and at most one
-of the adapters may have them at one path. (HF PEFT drops the trained module and copies the base's.)
+A recipe merges weight changes, and these modules are not weight changes. So they are copied unchanged into the merged
+adapter, and at most one of the source adapters may have such a module at one path. (HF PEFT drops the trained module
+and copies the base's.)
 """
 
 import copy
@@ -58,7 +59,7 @@ def extra_modules_of(adapters: AdapterSet, names: Sequence[str]) -> ExtraModules
             del rows[path]
         if conflicts := sorted((own.keys() & copies.keys()) | (rows.keys() & tokens.keys())):
             raise MergeError(
-                f"{conflicts[0]} is trained whole (modules_to_save or trainable_token_indices) by more than one of "
+                f"{conflicts[0]} is trained in full (modules_to_save or trainable_token_indices) by more than one of "
                 f"{list(names)}, and such modules cannot be merged; leave all but one of these adapters out"
             )
         copies |= own

@@ -40,7 +40,7 @@ def insert_lora(model: nn.Module, name: str, sources: Sources, layers: Mapping[s
 def _fill(injection: Injection, layers: Mapping[str, MergedLayer]) -> None:
     if missing := sorted(layers.keys() - injection.adapters.keys()):
         raise MergeError(
-            f"{missing[0]} is changed by one adapter and trained whole (modules_to_save) by another, and no adapter "
+            f"{missing[0]} is changed by one adapter and trained in full (modules_to_save) by another, and no adapter "
             "can do both; leave one of them out"
         )
     for path, (factors, bias, *_) in layers.items():

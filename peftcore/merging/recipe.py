@@ -106,52 +106,58 @@ class Recipe:
 
     @classmethod
     def task_arithmetic(cls, scale: float = 1.0) -> "Recipe":
-        """Return λ Σ wΔ; a negative weight subtracts an adapter's change."""
+        """Return task arithmetic: λ Σ wΔ. A negative weight subtracts an adapter's change."""
         return cls(scale=scale)
 
     @classmethod
     def linear(cls) -> "Recipe":
-        """Return the average Σ wΔ / Σ w."""
+        """Return the weighted average, as a recipe: Σ wΔ / Σ w."""
         return cls(normalise="weights")
 
     @classmethod
     def slerp(cls) -> "Recipe":
-        """Return (sin((1−t)θ)Δ₁ + sin(tθ)Δ₂)/sin θ layer by layer, θ the angle of Δ₁ and Δ₂, t = w₂/(w₁ + w₂)."""
+        """Return spherical interpolation, layer by layer: (sin((1−t)θ)Δ₁ + sin(tθ)Δ₂)/sin θ.
+
+        θ is the angle between Δ₁ and Δ₂, and t = w₂/(w₁ + w₂).
+        """
         return cls(weigh="slerp")
 
     @classmethod
     def model_stock(cls) -> "Recipe":
-        """Return t·mean Δ layer by layer, t = Nc/(1 + (N−1)c), c the mean cosine over all pairs of the N changes."""
+        """Return model stock, layer by layer: t times the mean of the N changes.
+
+        t = Nc/(1 + (N−1)c), and c is the mean cosine over all pairs of changes.
+        """
         return cls(weigh="stock")
 
     @classmethod
     def magnitude_prune(cls, density: float, scale: float = 1.0) -> "Recipe":
-        """Return λ Σ wτ, τ the largest elements of a layer's Δ."""
+        """Return magnitude pruning: λ Σ wτ, where τ keeps the largest elements of a layer's Δ."""
         return cls("magnitude", density, scale=scale)
 
     @classmethod
     def ties(cls, density: float = 0.2, scale: float = 1.0) -> "Recipe":
-        """Return the average of the largest elements of each Δ that have the elected sign."""
+        """Return TIES: the average of the largest elements of each Δ, of those with the elected sign."""
         return cls("magnitude", density, elect="sum", normalise="agreeing", scale=scale)
 
     @classmethod
     def dare_linear(cls, density: float, scale: float = 1.0, seed: int = 0) -> "Recipe":
-        """Return λ Σ wτ, τ a random share of Δ's elements, divided by that share."""
+        """Return DARE: λ Σ wτ, where τ keeps a random share of Δ's elements, divided by that share."""
         return cls("random", density, scale=scale, seed=seed)
 
     @classmethod
     def dare_ties(cls, density: float, scale: float = 1.0, seed: int = 0) -> "Recipe":
-        """Return the TIES average of changes that DARE sparsified."""
+        """Return DARE-TIES: the average of TIES over changes that DARE sparsified."""
         return cls("random", density, elect="sum", normalise="agreeing", scale=scale, seed=seed)
 
     @classmethod
     def della(cls, density: float, epsilon: float, scale: float = 1.0, seed: int = 0) -> "Recipe":
-        """Return DARE-TIES with probabilities density ± ε, so that large elements of a row are kept more often."""
+        """Return DELLA: DARE-TIES that keeps an element with probability density ± ε, more often if it is large."""
         return cls("row_rank", density, epsilon, elect="sum", normalise="agreeing", scale=scale, seed=seed)
 
     @classmethod
     def breadcrumbs(cls, density: float = 0.9, gamma: float = 0.01, scale: float = 1.0) -> "Recipe":
-        """Return λ Σ wτ, τ without the share γ of largest and the share 1 − density − γ of smallest elements."""
+        """Return breadcrumbs: λ Σ wτ, where τ drops the share γ of largest and 1 − density − γ of smallest elements."""
         return cls("outliers", density, gamma=gamma, scale=scale)
 
 

@@ -54,7 +54,11 @@ class Sources:
         return self.set.configs[name]
 
     def largest_rank(self, path: str | None = None) -> int:
-        """Return the largest rank (count) of the adapters, at one layer or at all; ConfigError if one has no rank."""
+        """Return the largest rank (count) of the adapters: at the layer `path`, or over all layers if `path` is None.
+
+        Raises:
+            ConfigError: an adapter has no rank, because its method is not low-rank.
+        """
         ranks: list[int] = []
         for layer in self.paths if path is None else [path]:
             for name, adapter in zip(self.names, self.at(layer), strict=True):

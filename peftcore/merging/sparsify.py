@@ -1,4 +1,4 @@
-"""Sparsification of one change: the elements that a recipe drops, and how the others make up for them.
+"""Sparsification of one change: the elements that a recipe drops, and the rescaling of the elements that it keeps.
 
 - magnitude (TIES): keep the ⌊density · n⌋ largest elements.
 - random (DARE): keep each element with probability density, and divide it by density.

@@ -75,7 +75,7 @@ def make_room(cache: Any, count: int, tokens: int) -> None:
 
 
 def decoder_config(model: nn.Module) -> Any:
-    """Return the configuration of the model, or of its decoder, which has the cache."""
+    """Return the configuration of the model or, for encoder-decoders, of the decoder, to which the cache belongs."""
     owner: Any = model
     return (owner.get_decoder() if is_encoder_decoder(model) else owner).config.get_text_config(decoder=True)
 

@@ -138,18 +138,18 @@ class Cpt(VirtualTokens):
 
     def before_forward(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         labels, types = inputs.get("labels"), inputs.get("input_type_mask")
-        place = placement(mask_of(inputs, "attention_mask"), self.count)
+        token_placement = placement(mask_of(inputs, "attention_mask"), self.count)
         super().before_forward(model, inputs)
         self._targets = None
         if labels is None:
             return
         text = torch.full_like(labels, 4) if types is None else types.to(labels.device).long()
         prompt_types = self.types.to(labels.device).expand(len(labels), -1)
-        # the type numbers of the text continue after those of the examples
+        # example numbers in the text's token types continue after the prompt's
         before = prompt_types.max().clamp(min=0).add(3) // 4 * 4
-        types = place.insert(prompt_types, torch.where(text > 0, text + before, text))
+        types = token_placement.insert(prompt_types, torch.where(text > 0, text + before, text))
         tokens = torch.tensor(self.config.cpt_token_ids, device=labels.device).expand(len(labels), -1)
-        targets = place.insert(tokens, labels).masked_fill((types <= 0) | (types % 4 != 0), IGNORED)
+        targets = token_placement.insert(tokens, labels).masked_fill((types <= 0) | (types % 4 != 0), IGNORED)
         inputs["labels"] = targets
         self._targets = {"labels": targets, "types": types, "items": inputs.get("num_items_in_batch"), "text": labels}
 

@@ -34,8 +34,9 @@ class PromptLearner(nn.Module):
     exclusive: ClassVar[bool] = True
     """True if the prompt is part of the model's input. Each row of a batch can have only one such prompt."""
     defines_loss: ClassVar[bool] = False
-    """True if the prompt changes the loss, which is then more than next-token prediction within the text. Shortcuts for
-    next-token prediction are not used then."""
+    """True if the loss with the prompt is not the next-token cross entropy of the text's tokens alone. The model's
+    forward then computes the loss, without the faster code for next-token cross entropy.
+    """
 
     generate_arguments: ClassVar[dict[str, Any]] = {}
     """Arguments that `generate` receives while the prompt is active."""
@@ -73,8 +74,8 @@ class PromptLearner(nn.Module):
 
         Args:
             model: The model.
-            share: A function share(B) that returns the prompt's present weight for a batch of B rows: a number, or a
-                tensor (B,) with one weight per row.
+            share: A function share(B) that returns the weight of the prompt's effect in the current call of B rows: 1
+                if the prompt is active, 0 if not, or a tensor (B,) with one weight per row.
         """
 
     def detach(self, model: nn.Module) -> None:
@@ -99,7 +100,7 @@ class PromptLearner(nn.Module):
         """
 
     def for_rows(self, model: nn.Module, rows: int, inputs: dict[str, Any]) -> Any:
-        """Return what the prompt adds to a call: virtual tokens, or a cache with the prefix.
+        """Return the prompt for one call: virtual tokens, or a cache that holds the prefix.
 
         Args:
             model: The model.
@@ -170,7 +171,7 @@ class PromptLearner(nn.Module):
         return dict(self.state_dict()) if self.has_encoder() else {}
 
     def read(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], trainable: bool) -> None:
-        """Load the tensors of a directory.
+        """Load the prompt, and the encoder's state if there is one, from the tensors of a saved adapter.
 
         Args:
             tensors: The saved prompt by key.
@@ -218,7 +219,7 @@ class PromptLearner(nn.Module):
 
     @classmethod
     def on_step(cls, config: Any, adapters: Mapping[str, Any], step: int, optimizer: Any) -> None:
-        """Run work after an optimiser step; the default does nothing."""
+        """Update the prompt after an optimiser step; the default does nothing."""
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

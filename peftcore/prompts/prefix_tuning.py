@@ -178,7 +178,10 @@ class PrefixTuning(PromptLearner):
         return text_positions(mask)
 
     def filler_count(self, rows: int) -> Tensor | None:
-        """Return the number of filler entries in each row (B, 1); None if all rows have the whole prefix."""
+        """Return the number of masked filler entries in each row's prefix (B, 1); None if no row has any.
+
+        A mixed batch extends shorter prefixes by filler entries; see `peftcore.prompts.mixed`.
+        """
         return None
 
     def indices_of(self, layer: int) -> tuple[int, int]:

@@ -68,7 +68,10 @@ class VirtualTokens(PromptLearner):
         return self.prompts(inputs, rows)
 
     def filler_count(self, rows: int, decoder: bool = False) -> Tensor | None:
-        """Return the number of filler tokens in each row (B, 1); None if all rows have all virtual tokens."""
+        """Return the number of masked filler tokens in each row (B, 1); None if no row has any.
+
+        A mixed batch extends shorter prompts by filler tokens; see `peftcore.prompts.mixed`.
+        """
         return None
 
     def place(self, mask: Tensor | None, rows: int, all_pads_first: bool = False, decoder: bool = False) -> Placement:
@@ -153,7 +156,7 @@ class VirtualTokens(PromptLearner):
         mask, filler_count = mask_of(inputs, "attention_mask"), self.filler_count(len(tokens_of(inputs)))
         if mask is None and filler_count is not None:
             mask = torch.ones(tokens_of(inputs).shape[:2], dtype=torch.long, device=tokens_of(inputs).device)
-        if mask is not None and mask.shape[1] == self.count + length:  # the whole model's forward has extended it
+        if mask is not None and mask.shape[1] == self.count + length:  # extended by the model's forward already
             place = self.place(mask, len(mask))
             place = dataclasses.replace(place, pads=None if place.pads is None else place.pads[:, :length])
         else:
@@ -194,9 +197,9 @@ def _warn_of_sizes(config: Any, model: nn.Module) -> None:
     """Warn of numbers of layers and heads that are not the model's; a prompt at the embeddings does not use them."""
     sizes = model_sizes(dataclasses.replace(config, num_layers=None, num_attention_heads=None), model)
     for name in ("num_layers", "num_attention_heads"):
-        given = getattr(config, name)
-        if given is not None and name in sizes and given != sizes[name]:
+        value = getattr(config, name)
+        if value is not None and name in sizes and value != sizes[name]:
             warnings.warn(
-                f"{name}={given} has no effect on {config.peft_type}, whose prompt is at the embeddings; leave it out",
+                f"{name}={value} has no effect on {config.peft_type}, whose prompt is at the embeddings; leave it out",
                 stacklevel=2,
             )

@@ -61,7 +61,7 @@ class Entry:
 
 @dataclass
 class Slot:
-    """A place in the model that holds one adapter."""
+    """One adapter name in the model, under which the store loads registered adapters, one at a time."""
 
     name: str
     """The adapter's name in the model."""
@@ -96,7 +96,7 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def _changes_the_base(config: PeftConfig) -> str:
-    """Return a description of how an adapter changes the base itself; "" if it does not."""
+    """Return the way in which an adapter changes the base model itself, as text; "" if it does not."""
     if config.replaces_base:
         return "replaces the base's weights by its initialisation"
     return "makes the base deeper (layer_replication)" if config.layer_replication else ""

@@ -367,10 +367,10 @@ class AdapterStore:
 
     def _has_room(self, size: int, reused: Slot | None = None) -> bool:
         """Return True if an adapter of `size` bytes fits, in a new slot or in a reused one."""
-        others = [slot for slot in self._slots.values() if slot is not reused]
-        if len(others) >= self._max_loaded:
+        other_slots = [slot for slot in self._slots.values() if slot is not reused]
+        if len(other_slots) >= self._max_loaded:
             return False
-        return self._max_bytes is None or sum(slot.size for slot in others) + size <= self._max_bytes
+        return self._max_bytes is None or sum(slot.size for slot in other_slots) + size <= self._max_bytes
 
     def _is_idle(self, slot: Slot) -> bool:
         return not slot.leases and adapter_set(self._model).selection.in_use[slot.name] <= 0

@@ -33,7 +33,7 @@ class AdapterState:
     Args:
         adapters: {path: adapter of that layer}.
         biases: {path: trained bias of the base}.
-        copies: {path: module that trains whole} (`modules_to_save`).
+        copies: {path: module that trains in full} (`modules_to_save`).
         prompt: The prompt of a prompt method; None for methods that adapt layers.
     """
 
@@ -138,7 +138,7 @@ class AdapterState:
         return f"{prefix}{first}.{name}{dot}{rest}"
 
     def fits(self, key: str, tensor: Tensor) -> bool:
-        """Return True if the adapter can read a tensor of another shape than the present one."""
+        """Return True if the adapter can read this tensor although its shape differs from the present parameter's."""
         owner = self._owners.get(key)
         return owner is not None and owner[0].fits(owner[1], tensor)
 
@@ -163,13 +163,13 @@ class AdapterState:
 
     def _make_memory(self) -> None:
         """Give memory to parameters on the meta device; layers that share a parameter still do."""
-        made: dict[int, nn.Parameter] = {}
+        allocated: dict[int, nn.Parameter] = {}
         for _, adapter, _ in self.entries:
             for module in adapter.modules():
                 for name, parameter in module._parameters.items():
                     if parameter is not None and parameter.is_meta:
                         empty = torch.empty_like(parameter, device=adapter.base.device)
-                        new = made.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
+                        new = allocated.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
                         module._parameters[name] = new
 
 
@@ -192,7 +192,10 @@ def _bias_prefix(path: str, bias: TrainedBias, adapters: Mapping[str, Adapter]) 
 
 
 def _plain_spellings(key: str, name: str) -> list[str]:
-    """Return a foreign key without what a state dict that was saved by hand has in it, the likeliest spelling first."""
+    """Return the candidates for PEFT's key of a foreign key, the likeliest first.
+
+    State dicts that were saved by hand have additional parts in their keys, such as `module` or the adapter's name.
+    """
     parts = [part for part in key.removeprefix("module.").split(".") if part != "_orig_mod"]
     if parts[:2] == ["base_model", "model"] and "base_model" in parts[2:]:
         parts = parts[parts.index("base_model", 2) :]

@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("directory", help="the new directory", type=Path)
     parser.add_argument("--subfolder", help="folder of the adapter inside of the source")
     parser.add_argument("--revision", help="revision of the hub's repository")
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        print(convert_bin(chosen.source, chosen.directory, chosen.subfolder, chosen.revision))
+        print(convert_bin(options.source, options.directory, options.subfolder, options.revision))
     except PeftError as error:
         sys.exit(f"error: {error}")
 

@@ -136,7 +136,7 @@ def embedding_paths(module_index: ModuleIndex) -> dict[str, nn.Module]:
 
 
 class EmbeddingLoader:
-    """Check of the base's embeddings in a directory, and their replacement in the model.
+    """Loader of the base's embeddings in a directory; all checks come before the first change.
 
     Args:
         module_index: Returns the model's index; called only if a directory holds embeddings.

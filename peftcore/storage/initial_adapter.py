@@ -1,7 +1,8 @@
-"""Saving a LoRA together with its start, so that it fits the base from before a start was subtracted (PiSSA, OLoRA).
+"""Saving a LoRA as a plain LoRA of the original base, if its initial product was subtracted from the base.
 
-HF PEFT's option `path_initial_model_for_weight_conversion`. The saved adapter is a plain LoRA of rank 2r:
-s(BA − B₀A₀) = s [B, −B₀] [A; A₀].
+PiSSA and OLoRA subtract the initial product s·B₀A₀ from the base. HF PEFT's option
+`path_initial_model_for_weight_conversion` names the initial adapter. The saved adapter is a LoRA of rank 2r that fits
+the original base: s(BA − B₀A₀) = s [B, −B₀] [A; A₀].
 """
 
 import contextlib
@@ -22,9 +23,9 @@ from peftcore.storage.adapter_state import adapter_state_of
 
 @contextlib.contextmanager
 def start_subtracted(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Let a LoRA subtract its start inside of the context, so that it is saved as a plain LoRA of rank 2r.
+    """Make a LoRA subtract its initial product inside the context, so that it is saved as a plain LoRA of rank 2r.
 
-    A LoRA that subtracts its start anyway stays as it is: peftcore always saves it so.
+    A LoRA that already subtracts its initial product is not changed, because peftcore always saves it with rank 2r.
 
     Args:
         model: The model with the adapter.

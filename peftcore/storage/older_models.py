@@ -185,8 +185,8 @@ def _with_targets(
         pattern = getattr(config, field.name)
         if field.name.endswith("_pattern") and isinstance(pattern, dict):
             by_path = {**{path: new_of[path] for path in layers}, **{p: new_of[m] for p, m in parameters.items()}}
-            found = {path: first_match(pattern, old, None) for path, old in by_path.items()}
-            values[field.name] = {_pattern_key(path): value for path, value in found.items() if value is not None}
+            matches = {path: first_match(pattern, old, None) for path, old in by_path.items()}
+            values[field.name] = {_pattern_key(path): value for path, value in matches.items() if value is not None}
     for path, sources in fused.items():
         numbers = [config.at(old) for old in sources.values()]
         scalings = {alpha / config.denominator(rank) for rank, alpha in numbers}
@@ -241,32 +241,30 @@ def with_fused_experts(tensors: Mapping[str, Tensor], state: AdapterState, model
         state: The adapter that is loaded.
         model: The model.
     """
-    wanted = {
+    targets = {
         adapter.printed[1]: (prefix, adapter, list(own))
         for prefix, adapter, own in state.entries
         if isinstance(adapter.base, ParameterWeight) and not any(f"{prefix}{key}" in tensors for key in own)
     }
-    changes = _changes(model) if wanted else None
+    changes = _changes(model) if targets else None
     if changes is None or not changes.fusions:
         return tensors
     parts: dict[str, dict[tuple[int, int], str]] = {}
     for key in tensors:
         former = _former_layer(changes.renamed(key))
-        place = None if former is None else changes.fused(former)
-        if place is not None and place[0] in wanted:
+        fused = None if former is None else changes.fused(former)
+        if fused is not None and fused[0] in targets:
             old = _former_layer(key)
             assert old is not None
-            parts.setdefault(place[0], {})[place[1], place[2]] = old
+            parts.setdefault(fused[0], {})[fused[1], fused[2]] = old
     result = dict(tensors)
     for path, layers in parts.items():
-        prefix, adapter, (key_a, key_b, *_) = wanted[path]
+        prefix, adapter, (key_a, key_b, *_) = targets[path]
         count = len(next(f for f in changes.fusions if path.endswith(f.target)).sources)
         sources = sorted({source for source, _ in layers})
         if layers.keys() != {(source, expert) for source in sources for expert in range(adapter.base.count)}:
             continue  # some experts have no LoRA: the missing keys are reported
-        names = {
-            place: tuple(f"{PREFIX}{old}.lora_{letter}.weight" for letter in "AB") for place, old in layers.items()
-        }
+        names = {part: tuple(f"{PREFIX}{old}.lora_{letter}.weight" for letter in "AB") for part, old in layers.items()}
         if not all(name in tensors for pair in names.values() for name in pair):
             continue
         rows = adapter.base.out_features // count

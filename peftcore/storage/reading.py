@@ -156,8 +156,8 @@ def load_peft_weights(
         TypeError: For an unknown option.
     """
     options = hub.checked_options("load_peft_weights", hf_hub_download_kwargs)
-    place = torch.accelerator.current_accelerator(check_available=True) if device is None else _device(device)
+    target_device = torch.accelerator.current_accelerator(check_available=True) if device is None else _device(device)
     directory = hub.adapter_directory(model_id, needs_config=False, **options)
     with hub.naming_download(model_id):
         tensors = read_tensors(directory)
-    return {key: tensor.to(place or "cpu") for key, tensor in mapped(tensors, key_mapping).items()}
+    return {key: tensor.to(target_device or "cpu") for key, tensor in mapped(tensors, key_mapping).items()}

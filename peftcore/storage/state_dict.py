@@ -129,14 +129,14 @@ def _write(
     if low_cpu_mem_usage:
         _leave_meta_device(adapters, adapter_name)
         state = adapter_state_of(adapters, adapter_name)
-    given = {with_prefix(key, state): tensor for key, tensor in peft_model_state_dict.items()}
-    given = dict(state.with_our_keys(given))
+    state_tensors = {with_prefix(key, state): tensor for key, tensor in peft_model_state_dict.items()}
+    state_tensors = dict(state.with_our_keys(state_tensors))
     present = state.tensors()
     if state.prompt is not None:
         present = state.prompt.checkpoint_tensors()
-    of_base = _of_base(model, given.keys() - present.keys() - state.repeated())
-    unexpected = sorted(given.keys() - present.keys() - state.repeated() - of_base.keys())
-    matching = {key: tensor for key, tensor in given.items() if key in present}
+    of_base = _of_base(model, state_tensors.keys() - present.keys() - state.repeated())
+    unexpected = sorted(state_tensors.keys() - present.keys() - state.repeated() - of_base.keys())
+    matching = {key: tensor for key, tensor in state_tensors.items() if key in present}
     wrong = {
         key: tensor
         for key, tensor in matching.items()
@@ -151,7 +151,7 @@ def _write(
             )
         warnings.warn(f"tensors of another shape are skipped: {listed:.1000}", stacklevel=3)
         matching = {key: tensor for key, tensor in matching.items() if key not in wrong}
-    _write_base(adapters, {key: (tensor, given[key]) for key, tensor in of_base.items()})
+    _write_base(adapters, {key: (tensor, state_tensors[key]) for key, tensor in of_base.items()})
     with torch.no_grad():
         values = {key: tensor.clone() for key, tensor in present.items()} | matching
         if state.prompt is not None:
@@ -224,8 +224,8 @@ def _base_tensors(module: nn.Module, prefix: str = "", path: str = "") -> Iterat
     """Yield (key in the plain model, key in the model with adapters) of the tensors of the base."""
     while isinstance(module, LayerWrapper):
         module, path = module.base_layer, f"{path}base_layer."
-    own = [*module._parameters, *(n for n in module._buffers if n not in module._non_persistent_buffers_set)]
-    for name in own:
+    names = [*module._parameters, *(n for n in module._buffers if n not in module._non_persistent_buffers_set)]
+    for name in names:
         if getattr(module, name) is not None:
             yield f"{prefix}{name}", f"{path}{name}"
     for name, child in module._modules.items():

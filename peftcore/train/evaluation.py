@@ -39,7 +39,7 @@ def evaluate_rows(trainer: Any, dataloader: Any, metric_key_prefix: str) -> Eval
     model.eval()
     trainer.callback_handler.eval_dataloader = dataloader
     batches: list[dict[str, Tensor]] = []
-    with torch.random.fork_rng(devices=[]):  # a data loader draws a number, which would change dropout in training
+    with torch.random.fork_rng(devices=[]):  # a data loader draws a random number, so dropout would change
         for inputs in dataloader:
             with trainer.compute_loss_context_manager():
                 if not objective.evaluates_rows(model, dict(trainer._prepare_inputs(inputs))):

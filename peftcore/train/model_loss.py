@@ -1,4 +1,4 @@
-"""The model's own loss: next-token cross entropy, or something with further terms."""
+"""Check that a model's own loss is plain next-token cross entropy, without additional terms."""
 
 import inspect
 import logging
@@ -45,7 +45,7 @@ class ModelLossCheck:
             labels: (B, T), -100 at positions that are not supervised.
         """
         if any(is_sharded(parameter) for parameter in model.parameters()):
-            return True  # a forward pass of a sharded model is collective: not all processes would make this one
+            return True  # a sharded model's forward is a collective call, and not all processes would call it here
         key = (model.training, frozenset(inputs))
         if key not in self._results and not self.differs:
             self._results[key] = _model_loss_is_cross_entropy(model, inputs, labels)
@@ -56,7 +56,7 @@ class ModelLossCheck:
 def _model_loss_is_cross_entropy(model: nn.Module, inputs: Mapping[str, object], labels: Tensor) -> bool:
     rows = split_rows({**inputs, "labels": labels}, 1)
     row = next((each for each in rows if supervised_positions(each["labels"]).any()), None)
-    if row is None:  # other processes have labels, and may be waiting for this one's forward pass
+    if row is None:  # other processes may have labels, and then wait for this process's forward pass
         row = rows[0] | {"labels": torch.zeros_like(rows[0]["labels"])}
     row = _some_positions(row)
     name = type(getattr(model, "module", model)).__name__

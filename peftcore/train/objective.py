@@ -90,7 +90,7 @@ class Objective:
         return total / (trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size())
 
     def share_of_mean(self, total: Tensor, num_items: Tensor | int) -> Tensor:
-        """Return the part that a summed loss contributes to the mean over the `num_items` of the optimiser step."""
+        """Return the contribution of a summed loss to the mean over the `num_items` items of the optimiser step."""
         loss = total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
         if self.trainer.args.average_tokens_across_devices:  # processes average their gradients
             loss = loss * (self.trainer.accelerator.num_processes // self.trainer.get_tp_size())

@@ -1,4 +1,4 @@
-"""Out-of-memory recovery: a micro-batch is split into parts of fewer rows, whose gradients add up to its own.
+"""Out-of-memory recovery: a micro-batch is split into parts of fewer rows. The sum of the parts' gradients is exact.
 
     ∇ Σ_b L_b / N = Σ_parts ∇ Σ_{b in part} L_b / N,    N: items of the whole optimiser step (tokens or examples)
 

@@ -154,7 +154,7 @@ class Packs(Dataset[list[Row]]):
         return [self.rows[row] for row in pack]
 
     def sampler(self, seed: int) -> PackSampler:
-        """Return the sampler whose packs index this set."""
+        """Return a sampler of packs: tuples of row indices, each of which is an index into this dataset."""
         return PackSampler(self.lengths, self.tokens, seed)
 
 

@@ -27,7 +27,10 @@ from peftcore.train.losses import IGNORED
 
 
 class EpochShard(BatchSamplerShard):
-    """accelerate's shard with the epoch passed on; without it, a resumed run would see the first epoch's order."""
+    """accelerate's shard that passes `set_epoch` on to its samplers.
+
+    Otherwise a resumed run would repeat the order of the first epoch.
+    """
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (from 0) whose order comes next; the trainer calls this method."""
@@ -47,7 +50,7 @@ class EvenShard(EpochShard):
 
     @property
     def is_filled_up(self) -> bool:
-        """True if this process's last batch only fills up the last round."""
+        """True if this process's last batch is a filler: the last round has too few batches for all processes."""
         last_round = len(self.batch_sampler) % self.num_processes
         return 0 < last_round <= self.process_index
 

@@ -41,7 +41,7 @@ def allocate_ranks(
         for first in range(ranks[path], len(best), multiple):
             pack = best[first : first + multiple]
             packs.append((-sum(pack) / (len(pack) * costs[path]), order, path, len(pack)))
-    full: set[str] = set()  # a layer's smaller last pack must not overtake one that was too large
+    full: set[str] = set()  # if a group of ranks exceeds the budget, the layer's later, smaller groups are not tried
     for _, _, path, count in sorted(packs, key=lambda pack: pack[:2]):
         if path in full or count * costs[path] > left:
             full.add(path)

@@ -30,7 +30,7 @@ from peftcore.errors import TrainingError
 Mode = Literal["none", "blocks", "selective", "offload"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 SELECTED = 2
-"""`selective` recomputes the first of so many successive blocks."""
+"""`selective` recomputes one block in each group of this many successive blocks."""
 
 _MARK = "gradient_checkpointing"
 """Attribute by which transformers and prefix tuning recognise a module that recomputes."""
@@ -85,15 +85,15 @@ def _switch_blocks(model: nn.Module, mode: Mode) -> None:
         del block.__dict__["forward"], block.__dict__[_MARK]
     if mode == "none":
         return
-    chosen = [block for blocks in lists for block in blocks[:: SELECTED if mode == "selective" else 1]]
-    if not chosen:
+    recomputed = [block for blocks in lists for block in blocks[:: SELECTED if mode == "selective" else 1]]
+    if not recomputed:
         raise TrainingError(
             f"{type(model).__name__} has no list of repeated blocks; call torch.utils.checkpoint in its code"
         )
-    taken = next((block for block in chosen if "forward" in block.__dict__), None)
+    taken = next((block for block in recomputed if "forward" in block.__dict__), None)
     if taken is not None:
         raise TrainingError(f"the forward of a {type(taken).__name__} has already been replaced by other code")
-    for block in chosen:
+    for block in recomputed:
         block.__dict__["forward"] = partial(_recomputed, block, type(block).forward, mode == "offload")
         block.__dict__[_MARK] = True
 

@@ -61,11 +61,13 @@ def _calls(function: Any, model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def reference_acting(model: Any, adapter: str | None = None) -> Iterator[None]:
-    """Let a model act as its own reference inside: in evaluation mode, without gradients. Restored on exit.
+    """Make a model compute the reference's outputs inside the context: in evaluation mode and without gradients.
+
+    The active adapters and the training mode are restored on exit.
 
     Args:
         model: A PeftModel.
-        adapter: Name of the only active adapter. None: no adapter is active.
+        adapter: Name of the adapter that is the reference. None: the base model is the reference.
     """
     active = list(model.active_adapters)
     with contextlib.ExitStack() as stack:

@@ -151,7 +151,7 @@ class Resume:
             trainer._maybe_log_save_evaluate(trainer._tr_loss, None, trainer.model_wrapped, None, epoch, None, 0.0)
 
     def run_is_complete(self) -> bool:
-        """Return True if a resumed run has no step left: all steps are done, or early stopping has ended the run."""
+        """Return True if a resumed run has no steps left: all steps are done, or early stopping has ended the run."""
         trainer = self.trainer
         stopped = any(
             isinstance(callback, EarlyStoppingCallback)

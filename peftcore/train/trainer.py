@@ -197,7 +197,8 @@ class AdapterTrainerMixin(_Base):
         """Compute the gradients of a micro-batch, in parts if it does not fit into memory, and check the step's loss.
 
         Raises:
-            TrainingError: A batch does not fit and cannot be split, or a loss is bad and the policy is to stop.
+            TrainingError: A batch does not fit and cannot be split; or the step's loss is bad (see `FaultPolicy`), and
+                the policy is to stop.
         """
         self.guard.start_micro_batch()
         loss = self.splitter.forward_backward(super().training_step, model, inputs, num_items_in_batch)
@@ -380,8 +381,8 @@ class AdapterTrainerMixin(_Base):
         managed = self.is_fsdp_enabled or self.is_deepspeed_enabled or any(type(p) is not nn.Parameter for p in trained)
         before = self.optimizer_cls_and_kwargs
         if before is None and not managed:
-            chosen = self.get_optimizer_cls_and_kwargs(self.args, self.adapted_model)
-            self.optimizer_cls_and_kwargs = in_one_call(*chosen)
+            class_and_options = self.get_optimizer_cls_and_kwargs(self.args, self.adapted_model)
+            self.optimizer_cls_and_kwargs = in_one_call(*class_and_options)
         try:
             return super().create_optimizer(model)
         finally:

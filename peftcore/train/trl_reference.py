@@ -1,7 +1,7 @@
 """The reference model of trainers that have one: TRL's DPO, KTO, GRPO and RLOO.
 
-TRL knows the model class of HF PEFT only. For any other class it loads the bare base as the reference, which differs
-from the model at the start of training as soon as the adapter is a trained one.
+TRL supports the model class of HF PEFT only. For any other class TRL loads the base model as the reference. That is the
+wrong reference if training continues an adapter, because the model at the start of training is then not the base.
 """
 
 import inspect
@@ -19,7 +19,7 @@ PARAMETER = "ref_model"
 
 
 def takes_reference(base_classes: Sequence[type]) -> bool:
-    """Return True if the base trainer's `__init__` has an argument for the reference.
+    """Return True if the base trainer's `__init__` has the argument `ref_model` for a reference model.
 
     Args:
         base_classes: The base trainer's class and its parents, in method resolution order.
@@ -38,8 +38,9 @@ def with_reference(
         kwargs: Keyword arguments of the base trainer.
 
     Returns:
-        No positional arguments, and all arguments by name. Both are returned unchanged if the trainer has no reference
-        argument, if a reference was given, if the model has no adapters, or if the reference's values are precomputed.
+        An empty tuple, and all arguments by name. `args` and `kwargs` are returned unchanged if the trainer has no
+        argument `ref_model`, if a reference model was given, if the model has no adapters, or if the reference's
+        log-probabilities are precomputed.
     """
     names = _parameters(base_classes)
     arguments = dict(zip(names, args, strict=False)) | kwargs
@@ -55,7 +56,7 @@ def _parameters(base_classes: Sequence[type]) -> list[str]:
 
 
 def _needs_reference(arguments: dict[str, Any]) -> bool:
-    """Return False if there is no adapted model, or if the model itself precomputes the reference's values."""
+    """Return False if the model has no adapters, or if the reference's log-probabilities are precomputed."""
     precomputed = getattr(arguments.get("args"), "precompute_ref_log_probs", False)
     return isinstance(arguments.get("model"), PeftModel) and not precomputed
 

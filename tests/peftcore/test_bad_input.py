@@ -382,7 +382,7 @@ def test_two_prompts_before_one_text() -> None:
 
 def test_a_module_that_is_adapted_and_trained_whole() -> None:
     model = get_peft_model(net(), lora("0", modules_to_save=["2"]))
-    with refused(model, TargetError, "2 is already trained whole", "exclude it"):
+    with refused(model, TargetError, "2 is already trained in full", "exclude it"):
         model.add_adapter("b", lora("2"))
     with refused(model, TargetError, "['0'] already have an adapter", "not both"):
         model.add_adapter("b", lora("2", modules_to_save=["0"]))

@@ -76,7 +76,7 @@ SCRIPTS: dict[str, list[Step]] = {
     "deleting an inactive one": [add("second"), call("delete_adapter", "second")],
     "deleting one of two active ones": [add("second"), activate("first", "second"), call("delete_adapter", "first")],
     "deleting the last one": [call("delete_adapter", "first")],
-    "deleting one whose module is trained whole": [
+    "deleting one whose module is trained in full": [
         add("second", modules_to_save=["2"]),
         call("set_adapter", "second"),
         call("delete_adapter", "second"),
@@ -179,7 +179,7 @@ def test_rows_of_an_embedding_train_for_one_active_adapter() -> None:
     model.add_adapter("second", config[2])
     model.add_adapter("third", config[1])
     model.set_adapter(["first", "second"])
-    with pytest.raises(AdapterNameError, match=r"\['first', 'third'\] each train row 1 of 0 whole"):
+    with pytest.raises(AdapterNameError, match=r"\['first', 'third'\] each train row 1 of 0"):
         model.set_adapter(["first", "third"])
     assert model.active_adapters == ["first", "second"]
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 TOKENS = "cross entropy of tokens"
 """The test loss of a record without `loss_function`."""
 FEWEST = 20
-"""Champion's rows that the candidate has not learned, at least; with fewer, the learned rows are used as well."""
+"""Minimum number of the champion's test rows that the candidate was not trained or validated on. With fewer such rows,
+all of the champion's test rows are compared.
+"""
 SAME_CONDITIONS = 0.01
 """Largest mean difference (nats per token, absolute per row) of the base's losses at which two evaluations are compared
 directly. The limit is well below the gains that adapters are promoted for."""
@@ -127,9 +129,10 @@ def _is_same_adapter(candidate: Candidate, champion: Champion) -> bool:
 
 
 def _evaluated_again(candidate: Candidate, champion: Champion, gate: Gate) -> CheckResult:
-    """Check a new evaluation of the champion's adapter: later versions are compared on its test rows.
+    """Check a version whose adapter is the champion's, with a new evaluation.
 
-    On the same test rows it passes. Other test rows need an approval.
+    Later versions are compared on the test rows of this evaluation. So the check passes for the champion's test rows,
+    and other test rows need an approval.
     """
     same = f"it is the adapter of {champion.version}, evaluated again"
     if not _has_other_rows(candidate, champion):

@@ -1,8 +1,9 @@
 """Check that a version was evaluated with the settings that the rules require.
 
-The rules are the gate's limits and the parameters of the measurements behind those limits. They belong to the judge; in
-CI they come from the protected branch. The version was evaluated with its own parameters, which its author chose:
-without a control set it would pass the limit on forgetting, and without slices the limit on slices.
+The rules are the gate's limits, and the parameters of the evaluation that these limits refer to. The rules come from
+the repository that runs the gate; in CI from the protected branch. A version is evaluated with its own parameters,
+which its author chose. An evaluation without a control set would pass the limit on forgetting, and one without slices
+the limit on slices.
 """
 
 import math

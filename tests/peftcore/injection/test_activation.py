@@ -369,7 +369,7 @@ def test_only_one_copy_of_a_module_can_be_active() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), lora("0", modules_to_save=["1"]))
     model.add_adapter("b", lora("0", modules_to_save=["1"]))
     model.add_adapter("c", lora("0"))
-    with pytest.raises(AdapterNameError, match=r"\['default', 'b'\] each train 1 whole"):
+    with pytest.raises(AdapterNameError, match=r"\['default', 'b'\] each train 1 in full"):
         model.set_adapter(["default", "b"])
     model.set_adapter(["c", "b"])
     assert model[1].active_adapters == ["b"]

@@ -53,7 +53,7 @@ def test_the_active_adapters_copy_is_used_and_else_the_original() -> None:
     for active, factor in ((["a"], 2), (["b"], 1), (["b", "c"], 3), (["c"], 3), ([], 1)):
         model.set_adapter(active)
         torch.testing.assert_close(model(X), factor * base)
-    with pytest.raises(AdapterNameError, match=r"\['c', 'a'\] each train head whole"):
+    with pytest.raises(AdapterNameError, match=r"\['c', 'a'\] each train head in full"):
         model.set_adapter(["c", "a"])
     assert model.active_adapters == []
 
@@ -68,7 +68,7 @@ def test_each_row_of_a_mixed_batch_uses_its_own_copy() -> None:
 
 def test_copies_cannot_be_mixed_and_outputs_of_several_tensors_have_no_rows() -> None:
     model = model_of(nn.Linear(6, 3))
-    with pytest.raises(RoutingError, match=r"trained whole by \['a', 'c'\]"):
+    with pytest.raises(RoutingError, match=r"trained in full by \['a', 'c'\]"):
         model(X, adapter_names={"a": 0.5, "c": 0.5})
 
     class Two(nn.Linear):
@@ -121,7 +121,7 @@ def test_each_row_uses_its_own_adapters_copy_of_a_module() -> None:
         c=lora(target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
     )
     assert_rows_as_alone(model, ["a", "b", "c", None, Stack("b", "c"), {"a": 0.5, "b": 0.5}])
-    with pytest.raises(RoutingError, match=r"trained whole by \['a', 'c'\], and whole modules cannot be mixed"):
+    with pytest.raises(RoutingError, match=r"trained in full by \['a', 'c'\], and whole modules cannot be mixed"):
         model(TOKENS, adapter_names={"a": 0.5, "c": 0.5})
 
 

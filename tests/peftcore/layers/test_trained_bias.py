@@ -239,7 +239,7 @@ def bert(kind: Any) -> Any:
 @pytest.mark.parametrize("mode", ["all", "lora_only"])
 @pytest.mark.parametrize("kind, task", [(BertForMaskedLM, None), (BertForSequenceClassification, "SEQ_CLS")])
 def test_peft_reads_and_writes_the_same_keys(kind: Any, task: str | None, mode: str, tmp_path: Path) -> None:
-    """Tied biases (a masked LM's head) stand twice, a head that trains whole has its own."""
+    """Tied biases (a masked LM's head) stand twice, a head that trains in full has its own."""
     tokens, options = (
         torch.tensor([[1, 2, 3, 4]]),
         {"r": 2, "target_modules": ["query"], "bias": mode, "task_type": task},
@@ -327,12 +327,12 @@ def test_a_conversion_keeps_them() -> None:
     torch.testing.assert_close(model(X), adapted, rtol=1e-6, atol=1e-6)
 
 
-# -- modules that are trained whole ----------------------------------------------------------------------------------
+# -- modules that are trained in full ----------------------------------------------------------------------------------
 
 
 def test_modules_trained_whole_exclude_trained_biases_of_another_adapter() -> None:
     model = get_peft_model(net("linear"), lora("0", modules_to_save=["1"]))
-    with pytest.raises(ConfigError, match=r"bias='all': 1 is trained whole \(modules_to_save\) by another adapter"):
+    with pytest.raises(ConfigError, match=r"bias='all': 1 is trained in full \(modules_to_save\) by another adapter"):
         model.add_adapter("b", lora("0", bias="all"))
     model.add_adapter("b", lora("0", bias="all", modules_to_save=["1"]))
     model = get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6))), lora("0", bias="all"))

@@ -17,7 +17,7 @@ def test_modules_that_more_than_one_trains_whole(linears: Any, refused: Any) -> 
         lambda: model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "m", "svd"),
         lambda: model.add_merged("m", {"a": 1.0, "b": 1.0}, SUM),
     ):
-        refused(model, MergeError, r"1 is trained whole .* by more than one of \['a', 'b'\]", call)
+        refused(model, MergeError, r"1 is trained in full .* by more than one of \['a', 'b'\]", call)
 
 
 def test_the_same_rows_of_an_embedding(llama: Any, with_adapters: Any, refused: Any) -> None:
@@ -27,7 +27,7 @@ def test_the_same_rows_of_an_embedding(llama: Any, with_adapters: Any, refused: 
         a=LoraConfig(trainable_token_indices=[1], **options),
         b=LoraConfig(trainable_token_indices=[2], **options),
     )
-    message = "model.embed_tokens is trained whole .*trainable_token_indices"
+    message = "model.embed_tokens is trained in full .*trainable_token_indices"
     refused(model, MergeError, message, lambda: model.add_merged("m", {"a": 1.0, "b": 1.0}, SUM))
 
 
