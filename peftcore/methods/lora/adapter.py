@@ -8,6 +8,7 @@ Shapes: i in_features, o out_features, r rank, k kernel; A (r, i, *k), B (o, r, 
 d: A (r, v), B (d, r), and A starts at zero instead of B. Of e experts: A (e·r, i), B (o, r·e).
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -335,6 +336,7 @@ class Lora(Adapter):
         return any(tensor.shape == (*shape[:axis], rank, *shape[axis + 1 :]) for rank in ranks)
 
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self._warn_without_start(tensors)
         for name, key in self.checkpoint_keys().items():
             if self.source is not None and name in ("lora_A", "lora_B"):
                 continue  # these repeat the embedding's tensors
@@ -344,6 +346,20 @@ class Lora(Adapter):
                 saved, start = saved.split(parameter.shape[axis], axis)
                 setattr(self, buffer, (start if axis == 0 else -start).to(parameter).contiguous())
             self._put(parameter, saved if saved.shape == parameter.shape else saved.reshape(parameter.shape))
+
+    def _warn_without_start(self, tensors: Mapping[str, Tensor]) -> None:
+        """Warn of trained factors without the start that belongs to them, which only data give (CorDA, LoRA-GA)."""
+        subtracts = self.config.initialisation().subtracts
+        if not subtracts or self.start is not None or self.start_in_base or self.source is not None:
+            return
+        key = self.checkpoint_keys()["lora_B"]
+        if tensors[key].shape == self.lora_B.shape and tensors[key].any():
+            warnings.warn(
+                f"this adapter with init_lora_weights={self.config.init_lora_weights!r} was saved without its start, "
+                "so it fits only the base from which the start was subtracted; for the original base, save it with "
+                "path_initial_model_for_weight_conversion",
+                stacklevel=2,
+            )
 
     @classmethod
     def config_to_save(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> LoraConfig:

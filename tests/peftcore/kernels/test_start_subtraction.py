@@ -117,6 +117,14 @@ def test_the_conversion_is_exact_with_rslora_and_patterns(options: Any, tmp_path
         assert close(read(X), expected)
 
 
+def test_a_start_from_data_cannot_be_computed_again(tmp_path: Path) -> None:
+    model = trained(started("corda"))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="fits only the base from which the start was subtracted"):
+        read = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert not close(read(X), net()(X))
+
+
 def test_another_adapter_on_a_changed_base_warns(tmp_path: Path) -> None:
     get_peft_model(net(), config(False)).save_pretrained(tmp_path / "plain")
     started("pissa").save_pretrained(tmp_path / "pissa")
