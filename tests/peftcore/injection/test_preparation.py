@@ -63,8 +63,9 @@ class Tied(nn.ModuleDict):
 
 @pytest.mark.parametrize("part", ["embed", "head"])
 def test_an_adapter_that_unties_a_weight_warns(part: str) -> None:
-    copied: Any = {"target_modules": ["target"], "modules_to_save": [part]}
-    for options in ({"target_modules": ["target", part]}, copied):
+    targeted: dict[str, Any] = {"target_modules": ["target", part]}
+    copied: dict[str, Any] = {"target_modules": ["target"], "modules_to_save": [part]}
+    for options in (targeted, copied):
         with pytest.warns(UserWarning, match="embed and head share a weight.*set ensure_weight_tying=True"):
             get_peft_model(Tied(), LoraConfig(**options))
         get_peft_model(Tied(), LoraConfig(ensure_weight_tying=True, **options))

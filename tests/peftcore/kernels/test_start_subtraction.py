@@ -72,7 +72,7 @@ def test_the_base_weight_becomes_the_residual(start: str) -> None:
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_base_and_adapter_are_those_of_hf_peft(start: str) -> None:
+def test_base_and_adapter_are_those_of_hf_peft(start: Any) -> None:
     ours = started(start)
     theirs: Any = peft.get_peft_model(net(), peft.LoraConfig(r=3, target_modules=["0", "1"], init_lora_weights=start))
     for layer, other in zip(ours, theirs.base_model.model, strict=True):
