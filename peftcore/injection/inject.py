@@ -19,7 +19,13 @@ from peftcore.files.tensors import PREFIX
 from peftcore.injection import forward_hooks
 from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
-from peftcore.injection.preparation import DEFAULT_CREATION, Creation, Injection, prepare_injection
+from peftcore.injection.preparation import (
+    DEFAULT_CREATION,
+    Creation,
+    Injection,
+    prepare_injection,
+    warn_of_separated_ties,
+)
 from peftcore.injection.replication import Replication, replicate
 from peftcore.injection.targets import target_paths, without_excluded
 from peftcore.injection.torch_encoders import update_fused_paths
@@ -390,6 +396,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, name: str, creation: Creat
     """
     with deepened(model, config) as replication:
         injection = prepare_injection(model, config, name, creation)
+        warn_of_separated_ties(injection)
         return commit_injection(model, injection, not config.inference_mode, replication)
 
 

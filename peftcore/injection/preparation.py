@@ -126,8 +126,6 @@ def prepare_injection(
     adapters |= _token_adapters(module_index, config, {*adapters}, {*saved}, creation)
     if config.ensure_weight_tying:
         _warn_without_ties(module_index, [*adapters, *saved])
-    elif creation.initialise and not kind.follows_ties and not says_untied(model):
-        _warn_of_separated_ties(module_index, config, [*paths, *saved])
     _check_new_bases(module_index, adapters)
     if creation.initialise:
         _warn_of_unused(config)
@@ -401,11 +399,19 @@ def _warn_of_ties_without_effect(reason: str) -> None:
     warnings.warn(f"ensure_weight_tying=True has no effect: {reason}", stacklevel=6)
 
 
-def _warn_of_separated_ties(module_index: ModuleIndex, config: TunerConfig, paths: list[str]) -> None:
-    """Warn of a path that shares an embedding's weight with other layers, and that the adapter changes by itself."""
-    for group in tied_weights(module_index):
-        path = next((path for path in group if path in paths), None)
-        if path is None or not any(isinstance(unwrapped(module_index.modules[p]), nn.Embedding) for p in group):
+def warn_of_separated_ties(injection: Injection) -> None:
+    """Warn if an adapter changes an embedding, or a layer that shares an embedding's weight, and leaves the other.
+
+    Args:
+        injection: the prepared adapter.
+    """
+    config, modules = injection.config, injection.module_index.modules
+    if not isinstance(config, TunerConfig) or config.ensure_weight_tying or says_untied(injection.module_index.model):
+        return
+    changed = {path for path, adapter in injection.adapters.items() if not adapter.follows_ties} | {*injection.copies}
+    for group in tied_weights(injection.module_index):
+        path = next((path for path in group if path in changed), None)
+        if path is None or not any(isinstance(unwrapped(modules[other]), nn.Embedding) for other in group):
             continue
         advice = (
             "set ensure_weight_tying=True to change them in the same way"

@@ -59,7 +59,7 @@ def test_of_modules_and_parameters_one_may_match_nothing() -> None:
     both["target_parameters"] = ["head.weight", "block.norm.weights"]
     with pytest.raises(TargetError, match=r"'block\.norm\.weights' is no parameter"):
         get_peft_model(Heads(), LoraConfig(**both))
-    with pytest.warns(RuntimeWarning), pytest.raises(TargetError, match="neither target_modules=.*foot.* nor"):
+    with pytest.warns(RuntimeWarning), pytest.raises(TargetError, match=r"neither target_modules=.*foot.* nor"):
         get_peft_model(Heads(), LoraConfig(target_modules=["foot"], target_parameters=["block.norm.weights"]))
 
 
