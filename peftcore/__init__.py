@@ -188,6 +188,10 @@ if TYPE_CHECKING:
         get_dropout_masks,
         set_dropout_masks,
     )
+    from peftcore.kernels.start_subtraction import (
+        get_start_subtraction,
+        set_start_subtraction,
+    )
     from peftcore.layers.adapter_layer import (
         AdapterLayer,
     )
@@ -469,6 +473,7 @@ _MODULES = {
     "get_peft_config": "peftcore.hf_peft.mapping",
     "get_peft_model": "peftcore.model",
     "get_peft_model_state_dict": "peftcore.storage.state_dict",
+    "get_start_subtraction": "peftcore.kernels.start_subtraction",
     "initialize_from_data": "peftcore.injection.start_from_data",
     "initialize_kv_prefix_from_past_key_values": "peftcore.hf_peft.unsupported",
     "initialize_kv_prefix_from_text": "peftcore.hf_peft.unsupported",
@@ -485,6 +490,7 @@ _MODULES = {
     "set_base_model_state_dict": "peftcore.storage.state_dict",
     "set_dropout_masks": "peftcore.kernels.dropout_masks",
     "set_peft_model_state_dict": "peftcore.storage.state_dict",
+    "set_start_subtraction": "peftcore.kernels.start_subtraction",
     "shift_tokens_right": "peftcore.hf_peft.data_start",
     "tuner_names": "peftcore.registry",
 }
@@ -668,6 +674,7 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "get_start_subtraction",
     "initialize_from_data",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
@@ -684,6 +691,7 @@ __all__ = [
     "set_base_model_state_dict",
     "set_dropout_masks",
     "set_peft_model_state_dict",
+    "set_start_subtraction",
     "shift_tokens_right",
     "tuner_names",
 ]

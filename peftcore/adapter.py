@@ -232,6 +232,18 @@ class Adapter(_Constants):
     def placed(self) -> None:
         """Delete tensors that only the initialisation needs; called after the adapter is in its layer."""
 
+    @classmethod
+    def all_placed(cls, adapters: Mapping[str, "Adapter"]) -> bool:
+        """Change base weights for good if the initialisation asks for it; called when all adapters are in their layers.
+
+        Args:
+            adapters: {path: adapter} of one configuration.
+
+        Returns:
+            True if base weights have changed.
+        """
+        return False
+
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def before(self, x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ Then `import peft`, `from peft.tuners.lora import LoraLayer` and transformers' `
 whether HF PEFT is installed or not. Nothing changes in a process without one of these lines.
 
 Dropout masks are then PyTorch's own, as in HF PEFT: a seeded script has the losses that it has with HF PEFT. Where
-speed matters more, call `peftcore.set_dropout_masks("fast")` after the import.
+speed matters more, call `peftcore.set_dropout_masks("fast")` after the import. PiSSA and similar initialisations
+subtract their start from the base weight, as in HF PEFT; `peftcore.set_start_subtraction("adapter")` keeps the base.
 """
 
 import email.message
@@ -24,6 +25,7 @@ from peftcore._util.after_import import after_import
 from peftcore.errors import PeftError
 from peftcore.hf_peft.alias import PACKAGE, AliasFinder, MethodFinder, install
 from peftcore.kernels.dropout_masks import set_dropout_masks
+from peftcore.kernels.start_subtraction import set_start_subtraction
 
 _REPORTED_VERSION = "0.22.0"
 """Version of the distribution `peft` in this process: the lowest that transformers 5.24 accepts.
@@ -59,7 +61,7 @@ class _DistributionFinder:
 
 
 def activate() -> None:
-    """Make `import peft` find peftcore from now on, and choose PyTorch's dropout masks.
+    """Make `import peft` find peftcore from now on, and choose HF PEFT's dropout masks and place of subtracted starts.
 
     Raises:
         PeftError: HF PEFT has been imported already.
@@ -72,6 +74,7 @@ def activate() -> None:
         )
     install(_DistributionFinder(), MethodFinder(), AliasFinder("peft", PACKAGE))
     set_dropout_masks("pytorch")
+    set_start_subtraction("base")
     after_import("transformers.integrations.peft", "PeftAdapterMixin", _replace_load_adapter)
     after_import("transformers.trainer", "Trainer", _teach_trainer)
 

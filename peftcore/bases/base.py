@@ -170,6 +170,13 @@ class BaseWeight(ABC):
         state = self.layer.__dict__.get(attribute)
         return self.read() if state is None else self.read_from(state)
 
+    @property
+    def holds_its_own_weight(self) -> bool:
+        """True if the weight is an unquantised parameter, and neither merged with adapters nor replaced by LoftQ."""
+        saved = (self.unmerged_attribute, ORIGINAL_STATE)
+        is_parameter = isinstance(_stored_parameter(self.layer, "weight"), nn.Parameter)
+        return is_parameter and not self.quantized and not any(name in self.layer.__dict__ for name in saved)
+
     def unmerged_version(self) -> "WeightVersion | None":
         """Return the version of the weight that `read_unmerged` reads.
 

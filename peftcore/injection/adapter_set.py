@@ -65,6 +65,8 @@ class AdapterSet:
         """{adapter: prompt learner}"""
         self.replaced_rows: dict[str, ReplacedRows] = {}
         """{path of an embedding's parameter: the original that a saved adapter replaced}"""
+        self.base_changed_by: str | None = None
+        """The last adapter whose initialisation changed base weights for good; it may be deleted since."""
         self.replication: tuple[str, Replication] | None = None
         """(the adapter with `layer_replication`, the state to undo it)"""
 

@@ -19,7 +19,13 @@ from peftcore.files.tensors import PREFIX
 from peftcore.injection import forward_hooks
 from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
-from peftcore.injection.preparation import DEFAULT_CREATION, Creation, Injection, prepare_injection
+from peftcore.injection.preparation import (
+    DEFAULT_CREATION,
+    Creation,
+    Injection,
+    prepare_injection,
+    warn_of_separated_ties,
+)
 from peftcore.injection.replication import Replication, replicate
 from peftcore.injection.targets import target_paths, without_excluded
 from peftcore.injection.torch_encoders import update_fused_paths
@@ -101,6 +107,8 @@ def commit_injection(
     if trainable:
         adapters.trainable.add(name)
     adapters.kinds[name] = method_of(injection.config).adapter
+    if injection.adapters:
+        note_changed_base(adapters, name, injection.adapters)
     arguments = adapters.kinds[name].forward_arguments(injection.config)
     if arguments is not None:  # a new dictionary, because a forward in another thread may iterate over the old one
         adapters.forward_arguments = {**adapters.forward_arguments, name: arguments}
@@ -111,6 +119,25 @@ def commit_injection(
     if replication is not None:
         adapters.replication = (name, replication)
     return adapters
+
+
+def note_changed_base(adapters: AdapterSet, name: str, placed: Mapping[str, Adapter]) -> None:
+    """Let an adapter change the base if its initialisation asks for it, and warn of several adapters on such a base.
+
+    Args:
+        adapters: the adapters of the model.
+        name: the adapter.
+        placed: {path: adapter} of that name, all in their layers.
+    """
+    if adapters.kinds[name].all_placed(placed):
+        adapters.base_changed_by = name
+    if adapters.base_changed_by is not None and len(adapters.configs) > 1:
+        warnings.warn(
+            f"the initialisation of {adapters.base_changed_by!r} changed the base weights, so another adapter of this "
+            "model gives other outputs than on the original base; save it with path_initial_model_for_weight_conversion"
+            ' and load that, or call peftcore.set_start_subtraction("adapter") before it is made',
+            stacklevel=4,
+        )
 
 
 def _with_biases(injection: Injection) -> dict[str, Adapter]:
@@ -369,6 +396,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, name: str, creation: Creat
     """
     with deepened(model, config) as replication:
         injection = prepare_injection(model, config, name, creation)
+        warn_of_separated_ties(injection)
         return commit_injection(model, injection, not config.inference_mode, replication)
 
 

@@ -25,7 +25,7 @@ from peftcore.bases import (
     raw_projections,
 )
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
-from peftcore.errors import AdapterNameError, ConfigError, MergeError, TargetError
+from peftcore.errors import AdapterNameError, ConfigError, MergeError, NoMatchingPeftModuleError, TargetError
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.targets import (
@@ -34,6 +34,7 @@ from peftcore.injection.targets import (
     find_parameters,
     find_saved_modules,
     is_within,
+    says_untied,
     target_paths,
     tied_paths,
     tied_weights,
@@ -117,6 +118,9 @@ def prepare_injection(
     module_index = ModuleIndex(model)
     refuse_layers_of_hf_peft((model, *module_index.modules.values()))
     config, paths = complete(module_index, config)
+    if config.ensure_weight_tying and says_untied(model):
+        _warn_of_ties_without_effect("no tied modules were found in the model: it has tie_word_embeddings=False")
+        config = dataclasses.replace(config, ensure_weight_tying=False)
     saved = find_saved_modules(module_index, config)
     adapters = _adapters_for(module_index, config, paths, creation)
     adapters |= _token_adapters(module_index, config, {*adapters}, {*saved}, creation)
@@ -196,6 +200,11 @@ def _adapters_for(
             f"target_parameters: {both[0]} belongs to a layer of target_modules; name it in one of the two"
         )
     bases |= parameters
+    if not bases:
+        raise NoMatchingPeftModuleError(
+            f"neither target_modules={config.target_modules!r} nor target_parameters={config.target_parameters!r} "
+            "names a part of this model"
+        )
     adapters = _make_adapters(kind, config, bases, creation)
     kind.link(config, adapters)
     _set_parameter_prefixes(adapters)
@@ -383,7 +392,38 @@ def _warn_without_ties(module_index: ModuleIndex, paths: list[str]) -> None:
         reason = f"no tied modules are added to the adapter; the model ties {tied[0]}"
     else:
         return
-    warnings.warn(f"ensure_weight_tying=True has no effect: {reason}", stacklevel=5)
+    _warn_of_ties_without_effect(reason)
+
+
+def _warn_of_ties_without_effect(reason: str) -> None:
+    warnings.warn(f"ensure_weight_tying=True has no effect: {reason}", stacklevel=6)
+
+
+def warn_of_separated_ties(injection: Injection) -> None:
+    """Warn if an adapter changes an embedding, or a layer that shares an embedding's weight, and leaves the other.
+
+    Args:
+        injection: the prepared adapter.
+    """
+    config, modules = injection.config, injection.module_index.modules
+    if not isinstance(config, TunerConfig) or config.ensure_weight_tying or says_untied(injection.module_index.model):
+        return
+    changed = {path for path, adapter in injection.adapters.items() if not adapter.follows_ties} | {*injection.copies}
+    for group in tied_weights(injection.module_index):
+        path = next((path for path in group if path in changed), None)
+        if path is None or not any(isinstance(unwrapped(modules[other]), nn.Embedding) for other in group):
+            continue
+        advice = (
+            "set ensure_weight_tying=True to change them in the same way"
+            if "ensure_weight_tying" in type(config).__dataclass_fields__
+            else f"no implementation exists to tie the adapters of {config.peft_type}"
+        )
+        warnings.warn(
+            f"{' and '.join(group)} share a weight, and the adapter changes {path} by itself, so that they are no "
+            f"longer tied once it is merged; {advice}",
+            stacklevel=5,
+        )
+        return
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -96,6 +96,7 @@ def _apply(model: nn.Module, name: str, config: LoraConfig, observer: Observer) 
         adapter.set_factors(*observer.factors(path, adapter))
         if config.initialisation().subtracts:
             adapter.subtract_start()
+    inject.note_changed_base(adapter_set(model), name, adapter_set(model).of_method(name))
 
 
 def _replace_adapter(model: nn.Module, name: str, config: LoraConfig) -> None:

@@ -6,7 +6,7 @@ Names match whole path segments: "head" matches `head` and `decoder.head`, never
 import dataclasses
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -167,7 +167,8 @@ def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str,
         {path: (module, name of the parameter)}
 
     Raises:
-        TargetError: a name matches no parameter, or one of a layer that has adapters or is quantised.
+        TargetError: a name matches no parameter, or one of a layer that has adapters or is quantised. If no name
+            matches and `target_modules` are given, too, a RuntimeWarning says so in place.
     """
     names = parameter_names(config)
     if not names:
@@ -176,9 +177,13 @@ def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str,
     every = {f"{p}.{name}": (m, name) for p, m in owners.items() for name, q in m._parameters.items() if q is not None}
     matches = {path: match for path, match in every.items() if named(path, names)}
     for name in names:
-        if not any(named(path, [name]) for path in matches):
-            _check_not_parametrised(name, owners)
-            raise TargetError(f"target_parameters: {name!r} is no parameter{suggestion(name, list(every))}")
+        if any(named(path, [name]) for path in matches):
+            continue
+        _check_not_parametrised(name, owners)
+        message = f"target_parameters: {name!r} is no parameter{suggestion(name, list(every))}"
+        if matches or not config.target_modules:
+            raise TargetError(message)
+        warnings.warn(f"{message}; only target_modules have an effect", RuntimeWarning, stacklevel=2)
     for path, (module, _) in matches.items():
         owner = path.rpartition(".")[0]
         if isinstance(module_index.modules[owner], AdapterLayer):
@@ -199,6 +204,13 @@ def _check_not_parametrised(name: str, owners: Mapping[str, nn.Module]) -> None:
                 f"target_parameters: {name!r} is computed by a parametrisation of {path}, so it is no raw parameter; "
                 "name the layer in target_modules in place of it"
             )
+
+
+def says_untied(model: nn.Module) -> bool:
+    """Return True if a transformers model's configuration has `tie_word_embeddings=False`."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "tie_word_embeddings", None) is False
 
 
 def tied_weights(module_index: ModuleIndex) -> list[list[str]]:

@@ -2,11 +2,13 @@
 
 An initialisation that subtracts its start from the base (PiSSA) is computed as ΔW = s(BA − B₀A₀) on the unchanged base.
 The numbers are the same, and other adapters, disabling and unloading see the true base. On disk it is LoRA of rank 2r.
+After `set_start_subtraction("base")`, W − s·B₀A₀ takes the place of W, and the adapter has rank r, as in HF PEFT.
 
 Shapes: i in_features, o out_features, r rank, k kernel; A (r, i, *k), B (o, r, *1). On an embedding of v rows of size
 d: A (r, v), B (d, r), and A starts at zero instead of B. Of e experts: A (e·r, i), B (o, r·e).
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from peftcore.bases import BaseWeight, ParameterWeight
 from peftcore.errors import ConfigError, MergeError
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
+from peftcore.kernels.start_subtraction import get_start_subtraction
 from peftcore.methods.lora.config import LoraConfig
 from peftcore.methods.lora.variant import Variant
 from peftcore.registry import register
@@ -40,6 +43,8 @@ class Lora(Adapter):
     """Variants whose hooks this layer calls; empty for plain LoRA, whatever its scaling and initialisation."""
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    start_in_base: bool
+    """True if the start was subtracted from the base weight itself."""
     source: "Lora | None"
     """The embedding's LoRA whose factors this layer uses, if both share one base weight; a head uses the transposes."""
 
@@ -50,7 +55,7 @@ class Lora(Adapter):
         groups = base.layer.groups if base.kind == "conv" else 1
         if r % groups:
             raise ConfigError(f"LORA: r at {path} must be a multiple of its {groups} groups, got {r}; try {groups}")
-        vars(self).update(r=r, scaling=self.scaling_for(r, alpha), groups=groups, source=None)
+        vars(self).update(r=r, scaling=self.scaling_for(r, alpha), groups=groups, source=None, start_in_base=False)
         if base.kind != "embedding":
             self.add_dropout()
         self._buffers.update(start_A=None, start_B=None)
@@ -131,9 +136,26 @@ class Lora(Adapter):
         copies = (f.detach().clone(memory_format=torch.contiguous_format) for f in (self.lora_A, self.lora_B))
         self.start_A, self.start_B = copies
 
+    @classmethod
+    @torch.no_grad()
+    def all_placed(cls, adapters: Mapping[str, Adapter]) -> bool:
+        loras = [a for a in adapters.values() if isinstance(a, Lora) and a.start is not None]
+        if get_start_subtraction() == "adapter" or not all(lora.base.holds_its_own_weight for lora in loras):
+            return False
+        for lora in loras:
+            assert lora.start is not None
+            weight = lora.base.read().float()
+            lora.base.write(weight - lora._product(*(factor.to(weight) for factor in lora.start)))
+            lora.base.clear_cache()
+            lora.start_A = lora.start_B = None
+            lora.start_in_base = True
+            lora.mark_changed()
+        return bool(loras)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.start_A = self.start_B = self.new_base = None
+        self.start_in_base = False
         self.config.initialisation().initialise(self)
         self.reset_variants()
 
@@ -144,7 +166,8 @@ class Lora(Adapter):
             variant.reset_parameters(self)
 
     def prepare_to_read(self) -> None:
-        if self.config.initialisation().reads_base:
+        start = self.config.initialisation()
+        if start.reads_base or (start.subtracts and start.prepared_for(self) is not None):
             self.reset_parameters()
 
     def placed(self) -> None:
@@ -307,11 +330,13 @@ class Lora(Adapter):
             return super().fits(key, tensor)
         axis = keys.index(key)
         shape = (self.lora_A, self.lora_B)[axis].shape
-        has_start = self.start is not None or self.config.initialisation().subtracts  # then stacked to rank 2r
+        subtracts = self.config.initialisation().subtracts and not self.start_in_base
+        has_start = self.start is not None or subtracts  # then stacked to rank 2r
         ranks = [shape[axis], 2 * shape[axis]] if has_start else [shape[axis]]
         return any(tensor.shape == (*shape[:axis], rank, *shape[axis + 1 :]) for rank in ranks)
 
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self._warn_without_start(tensors)
         for name, key in self.checkpoint_keys().items():
             if self.source is not None and name in ("lora_A", "lora_B"):
                 continue  # these repeat the embedding's tensors
@@ -321,6 +346,20 @@ class Lora(Adapter):
                 saved, start = saved.split(parameter.shape[axis], axis)
                 setattr(self, buffer, (start if axis == 0 else -start).to(parameter).contiguous())
             self._put(parameter, saved if saved.shape == parameter.shape else saved.reshape(parameter.shape))
+
+    def _warn_without_start(self, tensors: Mapping[str, Tensor]) -> None:
+        """Warn of trained factors without the start that belongs to them, which only data give (CorDA, LoRA-GA)."""
+        subtracts = self.config.initialisation().subtracts
+        if not subtracts or self.start is not None or self.start_in_base or self.source is not None:
+            return
+        key = self.checkpoint_keys()["lora_B"]
+        if tensors[key].shape == self.lora_B.shape and tensors[key].any():
+            warnings.warn(
+                f"this adapter with init_lora_weights={self.config.init_lora_weights!r} was saved without its start, "
+                "so it fits only the base from which the start was subtracted; for the original base, save it with "
+                "path_initial_model_for_weight_conversion",
+                stacklevel=2,
+            )
 
     @classmethod
     def config_to_save(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> LoraConfig:

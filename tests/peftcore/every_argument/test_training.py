@@ -109,6 +109,20 @@ def test_dropout_masks() -> None:
     assert torch.equal(output(), fast)
 
 
+@checks("set_start_subtraction", "place")
+def test_start_subtraction() -> None:
+    def keeps_base() -> bool:
+        model: Any = peftcore.get_peft_model(Plain(), lora("0", init_lora_weights="pissa"))
+        return torch.equal(model[0].base_layer.weight, Plain()[0].weight)
+
+    assert keeps_base()
+    try:
+        peftcore.set_start_subtraction("base")
+        assert not keeps_base()
+    finally:
+        peftcore.set_start_subtraction("adapter")
+
+
 @checks("cast_mixed_precision_params", "model dtype")
 @checks("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype")
 @checks("shift_tokens_right", "input_ids pad_token_id decoder_start_token_id")

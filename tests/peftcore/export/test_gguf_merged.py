@@ -48,6 +48,7 @@ def test_embeddings_and_head_where_they_are_two_weights(family: str, tmp_path: P
     assert furthest(LlamaCpp(merged).log_probs, partial(log_probs, model)) < CLOSE
 
 
+@pytest.mark.filterwarnings("ignore:.*share a weight, and the adapter changes:UserWarning")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("end", ["embeddings", "head"])
 def test_a_merge_into_one_end_of_tied_embeddings_makes_them_two(family: str, end: str, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def anonymous_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
+@pytest.mark.filterwarnings("ignore:.*share a weight, and the adapter changes:UserWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_the_bits_of_a_merge_in_memory(method: str, tmp_path: Path) -> None:
     base = saved(tmp_path / "base")

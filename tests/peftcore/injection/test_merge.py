@@ -210,6 +210,7 @@ def tied() -> Any:
 TOKENS = torch.tensor([[1, 5, 7, 29, 2]])
 
 
+@pytest.mark.filterwarnings("ignore:.*share a weight, and the adapter changes:UserWarning")
 @pytest.mark.parametrize("side, other", [("lm_head", "model.embed_tokens"), ("embed_tokens", "lm_head")])
 def test_merging_one_side_of_a_tied_pair_leaves_the_other(
     side: str, other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -1,5 +1,6 @@
 """An adapter is made and checked before the model is touched."""
 
+import types
 from typing import Any
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 from net import Net
 from torch import nn
 
-from peftcore import AdapterNameError, ConfigError, LoraConfig, get_peft_model
+from peftcore import (
+    AdapterNameError,
+    ConfigError,
+    LoHaConfig,
+    LoraConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from peftcore.injection.adapter_set import ATTRIBUTE
 from peftcore.injection.preparation import prepare_injection
 
@@ -41,6 +49,38 @@ def test_tied_copies_stay_tied() -> None:
     copies: Any = prepare_injection(net, config, "a").copies
     assert set(copies) == {"embed", "head"} and copies["embed"].weight is copies["head"].weight
     assert copies["embed"].weight is not net["embed"].weight
+
+
+class Tied(nn.ModuleDict):
+    """An embedding and a head with one weight, and another layer."""
+
+    def __init__(self, **config: Any) -> None:
+        layers = {"embed": nn.Embedding(5, 4), "target": nn.Linear(4, 4), "head": nn.Linear(4, 5, bias=False)}
+        super().__init__(layers)
+        self["head"].weight = self["embed"].weight
+        self.config = types.SimpleNamespace(**config)
+
+
+@pytest.mark.parametrize("part", ["embed", "head"])
+def test_an_adapter_that_unties_a_weight_warns(part: str) -> None:
+    targeted: dict[str, Any] = {"target_modules": ["target", part]}
+    copied: dict[str, Any] = {"target_modules": ["target"], "modules_to_save": [part]}
+    for options in (targeted, copied):
+        with pytest.warns(UserWarning, match="embed and head share a weight.*set ensure_weight_tying=True"):
+            get_peft_model(Tied(), LoraConfig(**options))
+        get_peft_model(Tied(), LoraConfig(ensure_weight_tying=True, **options))
+    with pytest.warns(UserWarning, match="no implementation exists to tie the adapters of LOHA"):
+        get_peft_model(Tied(), LoHaConfig(**copied))
+    get_peft_model(Tied(), LoraConfig(target_modules=["target"]))
+    get_peft_model(Tied(), TrainableTokensConfig(token_indices=[1], target_modules=["embed"]))
+
+
+def test_a_model_that_says_that_it_is_not_tied_is_not_tied() -> None:
+    config = LoraConfig(target_modules=["target", "head"], ensure_weight_tying=True)
+    with pytest.warns(UserWarning, match="has no effect: no tied modules were found.*tie_word_embeddings=False"):
+        injection = prepare_injection(Tied(tie_word_embeddings=False), config, "a")
+    assert set(injection.adapters) == {"target", "head"} and config.ensure_weight_tying
+    get_peft_model(Tied(tie_word_embeddings=False), LoraConfig(target_modules=["head"]))
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "a/b"])

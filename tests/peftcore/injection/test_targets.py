@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from peftcore import IA3Config, LoraConfig, PeftModel, TargetError, TaskType, get_peft_model
 from peftcore.config import TunerConfig
 from peftcore.injection import preparation, targets
+from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.targets import MANY_TARGETS, find_targets, shortest_names, without_excluded
 
@@ -48,6 +49,18 @@ def test_a_parametrised_weight_is_adapted_by_its_layer() -> None:
     assert torch.equal(adapted.head(x), expected)
     torch.nn.init.ones_(adapted.head.lora_B["default"].weight)
     assert not torch.allclose(adapted.head(x), expected)
+
+
+def test_of_modules_and_parameters_one_may_match_nothing() -> None:
+    both: dict[str, Any] = {"target_modules": ["overhead"], "target_parameters": ["block.norm.weights"]}
+    with pytest.warns(RuntimeWarning, match="'block.norm.weights' is no parameter.*only target_modules have an effect"):
+        model = get_peft_model(Heads(), LoraConfig(**both))
+    assert sorted(adapter_set(model).layers) == ["overhead"]
+    both["target_parameters"] = ["head.weight", "block.norm.weights"]
+    with pytest.raises(TargetError, match=r"'block\.norm\.weights' is no parameter"):
+        get_peft_model(Heads(), LoraConfig(**both))
+    with pytest.warns(RuntimeWarning), pytest.raises(TargetError, match=r"neither target_modules=.*foot.* nor"):
+        get_peft_model(Heads(), LoraConfig(target_modules=["foot"], target_parameters=["block.norm.weights"]))
 
 
 def test_modules_to_save_match_whole_segments() -> None:
@@ -104,6 +117,7 @@ def test_one_module_at_two_paths_is_adapted_at_both() -> None:
     assert net.unload()["b"][0] is shared
 
 
+@pytest.mark.filterwarnings("ignore:.*share a weight, and the adapter changes:UserWarning")
 def test_tied_head_merges_without_changing_the_embedding() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -28,6 +28,7 @@ from peftcore.export import ExportError, canonicalise, merge_streaming
 from peftcore.routing import AdapterStore
 
 pytestmark = [  # HF PEFT warns of its own doings
+    pytest.mark.filterwarnings("ignore:.*share a weight, and the adapter changes:UserWarning"),
     pytest.mark.filterwarnings(r"ignore::UserWarning:peft\."),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]

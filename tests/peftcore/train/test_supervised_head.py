@@ -243,6 +243,7 @@ def test_no_logits_are_kept() -> None:
 # -- other heads -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*share a weight, and the adapter changes:UserWarning")
 def test_an_adapted_head_makes_the_logits_of_supervised_rows(computed: list[tuple[int, ...]]) -> None:
     for name in ("llama", "gemma2", "granite"):
         torch.manual_seed(0)
@@ -481,6 +482,7 @@ def test_checkpointed_activations(computed: list[tuple[int, ...]]) -> None:
 # -- float16 ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*share a weight, and the adapter changes:UserWarning")
 @pytest.mark.parametrize("trains", ["adapted head", "saved head", "softcapped"])
 def test_rows_that_tell_of_the_model_leave_no_gradient_in_float16(trains: str) -> None:
     """A hidden state of 200 is fine in float16, and 512 times it is not: 0 times infinity is no gradient."""
