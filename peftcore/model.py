@@ -1115,7 +1115,7 @@ def _as_peft_model(model: nn.Module) -> Any:
     if not isinstance(model, PeftModel):
         has_own = hasattr(model, "model")
         if has_own and (inner := _inner_model(model)) is not None:
-            show_model(inner)
+            show_model(inner, model)
         model.__class__ = _adapted_class(type(model), not has_own)
     teach_trainer()
     return model

@@ -199,3 +199,14 @@ def test_a_head_that_follows_its_embedding_shows_the_same_rows() -> None:
     adapted = peftcore.get_peft_model(model, peftcore.TrainableTokensConfig(target_modules=["0"], token_indices=[1]))
     rows = [layer.trainable_tokens_delta["default"] for layer in adapted]
     assert rows[0] is rows[1]
+    assert adapted[0].trainable_tokens_delta is adapted[1].trainable_tokens_delta
+
+
+def test_a_dictionary_is_the_same_object_only_for_the_same_parameters() -> None:
+    config = peftcore.LoraConfig(r=2, target_modules=["1", "3"])
+    model = peftcore.get_peft_model(base(), config)
+    first = model[1].lora_A
+    assert first is model[1].lora_A
+    assert first is not model[3].lora_A and first is not model[1].lora_B
+    model.add_adapter("other", config)
+    assert list(first) == list(model[1].lora_A) == ["default", "other"]
