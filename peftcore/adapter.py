@@ -355,6 +355,14 @@ class Adapter(_Constants):
             MergeError: this adapter would overwrite what another one has merged.
         """
 
+    def changes_like(self, other: "Adapter") -> bool:
+        """Return True if both adapters, at two layers of one shared weight, always change this weight alike.
+
+        Args:
+            other: an adapter of the same name at another layer that has the weight.
+        """
+        return False
+
     def delta_weight(self) -> Tensor:
         """Return ΔW = W' − W in canonical orientation (o, i, *kernel), in the parameters' type."""
         raise NotImplementedError(f"{type(self).__name__} must define delta_weight or merged_weight")
