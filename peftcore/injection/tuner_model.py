@@ -18,6 +18,8 @@ _CLASSES: dict[str, type["TunerModel"]] = {}
 _PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
 """{method: start of the names of its parameters}, where this is not the method's own name"""
 
+SHARED_TENSORS = ("randlora_A", "randlora_B", "vblora_vector_bank", "vera_A", "vera_B")
+"""Attributes of HF PEFT's models that hold tensors which the layers of an adapter share."""
 NO_MODEL_CONFIG = {"model_type": "custom"}
 """The configuration that HF PEFT assumes of a model without one."""
 
@@ -77,7 +79,7 @@ class TunerModel:
         try:
             return getattr(model, name)
         except AttributeError:
-            if name.startswith("_") or not (tensors := _shared_tensors(model, name)):
+            if name.startswith("_") or not (tensors := shared_tensors(model, name)):
                 raise
             return MappingProxyType(tensors)
 
@@ -159,8 +161,13 @@ class TunerModel:
         merge.unmerge_adapter(self.model)
 
 
-def _shared_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return {adapter: tensor that its layers share}, such as VB-LoRA's `vblora_vector_bank`; {} without any."""
+def shared_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return {adapter: tensor that its layers share}; {} if no adapter has such a tensor.
+
+    Args:
+        model: a model with adapters.
+        name: HF PEFT's name of the tensor, such as "vblora_vector_bank".
+    """
     adapters = adapter_set(model)
     shared = {adapter: shared_by(adapters.adapters(adapter)) for adapter in adapters.configs}
     tensors = {adapter: shared_tensor(one, name) for adapter, one in shared.items() if one is not None}

@@ -20,11 +20,17 @@ from peftcore.errors import PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.factor_view import factor_view
 from peftcore.layers.switching import MergingMethods
+from peftcore.layers.trained_bias import TrainedBias
+from peftcore.registry import method_named
 
 _IN_A_MODULE = ("lora_magnitude_vector",)
 """Attributes that hold a module with a `weight` in HF PEFT's layers, while the keys on disk have no "weight"."""
 _COMPUTED = ("scaling", "trainable_tokens_original")
 """Attributes of adapters that are shown although they may be tensors and no parameters."""
+_OF_EACH_LORA_LAYER = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+"""Attributes that all layers of LoRA have in HF PEFT, empty if they do not fit the layer."""
+TOKENS_LAYER = "TrainableTokensLayer"
+"""Class of HF PEFT's layers of trained rows."""
 _NUMBERS = {"r": "rank"}
 """{attribute of HF PEFT's layers: attribute of an adapter}, where the two names differ"""
 
@@ -160,6 +166,20 @@ def _element(adapter: Adapter, attribute: str) -> Any:
     return shared_tensor(adapter.shared, attribute) if number is None and adapter.shared is not None else number
 
 
+def layer_type(slot: AdapterSlot) -> str:
+    """Return the class that HF PEFT has for the layer and the method of its first adapter, such as "lora.Linear"."""
+    parts = (slot.adapters[name] for name in slot.adapters)
+    part = next((part for part in parts if not isinstance(part, TrainedBias)), None)
+    if part is None:
+        return type(slot).__name__
+    if isinstance(part, method_named("TRAINABLE_TOKENS").adapter):
+        return TOKENS_LAYER
+    layer = type(slot.base.layer).__name__
+    names = {"parameter": "ParamWrapper", "linear": "Linear"}
+    kind = layer if slot.base.quantized else names.get(slot.base.kind, layer)
+    return f"{part.printed[0].peft_type.lower()}.{kind}"
+
+
 class PeftLayerAttributes(MergingMethods):
     """The attributes and methods of HF PEFT's `BaseTunerLayer`, for a wrapper with one slot of adapters."""
 
@@ -175,6 +195,10 @@ class PeftLayerAttributes(MergingMethods):
             if name.startswith("_") or (view := self.peft_attribute(name)) is None:
                 raise
             return view
+
+    def _get_name(self) -> str:
+        """Return the name by which the layer is printed."""
+        return layer_type(self._slot)
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
@@ -316,9 +340,15 @@ class PeftLayerAttributes(MergingMethods):
                 part.scaling = start if scale is None else part.scaling / scale
 
     def peft_attribute(self, name: str) -> PerAdapter | None:
-        """Return the view {adapter: element} of an attribute such as `lora_A`; None if no adapter here has it."""
-        view = PerAdapter(self._slot, name)
-        return shared_view(view) if len(view) else None
+        """Return the view {adapter: element} of an attribute such as `lora_A`; None if no adapter here can have it."""
+        slot = self._slot
+        view = PerAdapter(slot, name)
+        if len(view):
+            return shared_view(view)
+        is_lora = name in _OF_EACH_LORA_LAYER and any(
+            getattr(slot.adapters[one].printed[0], "peft_type", "") == "LORA" for one in slot.adapters
+        )
+        return view if is_lora else None
 
 
 def _start_scaling(adapter: Any) -> float:
