@@ -1,13 +1,13 @@
 """`TunerModel`: the object between a `PeftModel` and its base in HF PEFT, as a view: `model.base_model.model`."""
 
-import dataclasses
 from collections.abc import Iterator
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from peftcore.config import PeftConfig
+from peftcore.detection.model_kind import model_config_of
 from peftcore.injection import activation, inject, merge
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, shared_by
 from peftcore.layers.adapter_slot import AdapterSlot
@@ -20,8 +20,6 @@ _PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
 
 SHARED_TENSORS = ("randlora_A", "randlora_B", "vblora_vector_bank", "vera_A", "vera_B")
 """Attributes of HF PEFT's models that hold tensors which the layers of an adapter share."""
-NO_MODEL_CONFIG = {"model_type": "custom"}
-"""The configuration that HF PEFT assumes of a model without one."""
 
 
 def parameter_prefix(peft_type: str) -> str:
@@ -121,10 +119,7 @@ class TunerModel:
         Args:
             model: a model whose attribute `config` is a configuration of transformers, a dataclass or a dictionary.
         """
-        config: Any = getattr(model, "config", NO_MODEL_CONFIG)
-        if hasattr(config, "to_dict"):
-            return config.to_dict()
-        return dataclasses.asdict(cast(Any, config)) if dataclasses.is_dataclass(config) else config
+        return model_config_of(model)
 
     @property
     def targeted_module_names(self) -> list[str]:
