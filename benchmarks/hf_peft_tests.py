@@ -114,6 +114,7 @@ REASONS = (
         "`save_embedding_layers=True` saves the embeddings of any model that names them",
     ),
     (r"test_(training_custom_models|only_params_are_updated).*(trainable_tokens|Hybrid GraLoRA)", NAMES),
+    (r"test_repr_lora", "a layer prints the shapes of an adapter's parameters, not modules inside of the layer"),
     (r"test_existing_model_card", "a model card that the user wrote is left as it is"),
     (r"targeting_lora_to_embedding_layer\[", "that adapted embeddings are saved whole needs no warning"),
     (r"test_safe_merge.*AdaLora", "rounding: merged weights in float32 differ by 1e-7 of the output"),
