@@ -90,7 +90,6 @@ REASONS = (
     (r"test_target_parameters.*existing_parametrization", "a weight that is parametrised already is no raw parameter"),
     (r"test_mixed.*get_nb_trainable", "AdaLoRA's number of ranks is no parameter, so it is not counted"),
     (r"test_(model_)?quantization_backend", "the storage of a quantised weight is read from the layer, not assigned"),
-    (r"test_model_active_adapters_irregular", INTERNAL),
     (r"NotInPeftcore|no attribute '_|_get_commit_hash|has no attribute 'get'|'MockBackend'", INTERNAL),
     (r"safe_serialization must be True", "pickles are never written (`safe_serialization=False` is refused)"),
     (r"test_adding_multiple_adapters_with_bias_raises|multiple_adapters.*bias", "several adapters may train biases"),
@@ -98,13 +97,12 @@ REASONS = (
     (r"exiting_context_irregular_state", "`disable_adapter` leaves a layer that was disabled before it as it was"),
     (
         r"learnable_bias",
-        "a trained bias is the adapter's own: `layer.bias` is a sum, and writing into it changes no parameter",
+        "rounding: a trained bias b' is added as b' − b, which differs by 1e-7 of the output",
     ),
     (
-        r"no attribute 'lora_embedding_A'",
+        r"lora_embedding_A.*the layer has no such adapter",
         "a layer has the attributes of its own kind, and parameters are not added to it by hand",
     ),
-    (r"FactorView|this view of an adapter", "an element of `layer.lora_A` is a view on the adapter, not an nn.Linear"),
     (
         r"test_model_with_injected_layers|test_prefixes_model_with_injected_layers_only",
         "`base_model.model` is the PeftModel itself",
@@ -116,7 +114,7 @@ REASONS = (
         "`save_embedding_layers=True` saves the embeddings of any model that names them",
     ),
     (r"test_(training_custom_models|only_params_are_updated).*(trainable_tokens|Hybrid GraLoRA)", NAMES),
-    (r"test_repr_lora", "a layer prints as a layer of peftcore"),
+    (r"test_repr_lora", "a layer prints the shapes of an adapter's parameters, not modules inside of the layer"),
     (r"test_existing_model_card", "a model card that the user wrote is left as it is"),
     (r"targeting_lora_to_embedding_layer\[", "that adapted embeddings are saved whole needs no warning"),
     (r"test_safe_merge.*AdaLora", "rounding: merged weights in float32 differ by 1e-7 of the output"),
@@ -137,18 +135,6 @@ REASONS = (
         "the modules inside of a layer hold parameters under HF PEFT's names",
     ),
     (r"test_mixed.*AssertionError", "one class of layer serves all methods, so the number of layer types differs"),
-    (
-        r"no attribute 'lm_head'",
-        "`peft_model.model` is the transformers model without its head; `model.lm_head` and `base_model.model` work",
-    ),
-    (
-        r"test_composite_model_multiple_embed_tokens_specific_targeting",
-        "`layer.trainable_tokens_delta` is a new view at each access",
-    ),
-    (
-        r"vblora_vector_bank|no attribute '(vera|randlora)_[AB]'",
-        "tensors that layers share are attributes of `base_model` and of layers, not of the model",
-    ),
     (
         r"(pissa|olora|corda)\w*_rslora_raises|test_lora_config_pissa_olora_warns",
         "a PiSSA, OLoRA or CorDA with rsLoRA and patterns is converted to a plain LoRA exactly; HF PEFT refuses it",

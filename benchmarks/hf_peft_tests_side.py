@@ -197,7 +197,10 @@ class AnyWording(str):
 
 def compares_words(line: dict[str, Any], fixtures: Collection[str]) -> bool:
     """Return True if a test failed where it compares the text of an error or of a recorded warning by itself."""
-    return line.get("type") == "AssertionError" and ("ExceptionInfo" in line["message"] or "recwarn" in fixtures)
+    if line.get("type") != "AssertionError":
+        return False
+    searches_text = re.match(r"assert (['\"]).*\1 in (['\"])", line["message"])
+    return bool(searches_text) or "ExceptionInfo" in line["message"] or "recwarn" in fixtures
 
 
 # -- results ---------------------------------------------------------------------------------------------------------

@@ -165,9 +165,11 @@ class Adapter(_Constants):
         vars(self)["changes"] = self.changes + 1  # nn.Module's own assignment is slow
 
     def extra_repr(self) -> str:
-        """Return the method's options at this layer that are not at their defaults, and all non-zero numbers."""
+        """Return the options at this layer that are not at their defaults, all non-zero numbers, and the shapes."""
         config, path = self.printed
-        return ", ".join(f"{name}={value}" for name, value in options_at(config, path).items())
+        options = [f"{name}={value}" for name, value in options_at(config, path).items()]
+        shapes = {key: tuple(self.shown_parameter(name).shape) for name, key in self.checkpoint_keys().items()}
+        return ", ".join([*options, *(f"{key.removesuffix('.weight')}={shape}" for key, shape in shapes.items())])
 
     # -- making an adapter -----------------------------------------------------------------------------------------
 
@@ -371,6 +373,14 @@ class Adapter(_Constants):
         Raises:
             MergeError: this adapter would overwrite what another one has merged.
         """
+
+    def changes_like(self, other: "Adapter") -> bool:
+        """Return True if both adapters, at two layers of one shared weight, always change this weight alike.
+
+        Args:
+            other: an adapter of the same name at another layer that has the weight.
+        """
+        return False
 
     def delta_weight(self) -> Tensor:
         """Return ΔW = W' − W in canonical orientation (o, i, *kernel), in the parameters' type."""

@@ -9,10 +9,11 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,7 @@ from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, untouched_nam
 from peftcore.injection.base_view import hide_model, show_model, view_of
 from peftcore.injection.preparation import Creation
 from peftcore.injection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from peftcore.injection.tuner_model import tuner_model
+from peftcore.injection.tuner_model import SHARED_TENSORS, shared_tensors, tuner_model
 from peftcore.merging import LowRankReport, Recipe
 from peftcore.merging.convertible import is_convertible
 from peftcore.storage import checkpoint
@@ -957,8 +958,7 @@ def _adapted_class(plain: type, shows_base: bool, /) -> type:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     extra = {"generate": _generate, "create_masks_for_generate": _masks} if hasattr(plain, "generate") else {}
     extra |= {name: _with_own_base_model(plain, name) for name in _BASE_MODEL_READERS if hasattr(plain, name)}
-    if not hasattr(plain, "prefix"):
-        extra["prefix"] = _Prefix()
+    extra |= {one.name: one for one in _FROM_ADAPTERS if not hasattr(plain, one.name)}
     if shows_base:
         extra["model"] = _BASE_MODEL
     if hasattr(plain, "from_pretrained"):
@@ -995,16 +995,39 @@ class _BaseModel:
 _BASE_MODEL = _BaseModel()
 
 
-class _Prefix:
-    """`prefix` of PEFT's models, such as "lora_", unless the model has an attribute of this name itself."""
+def _shared(model: Any, name: str) -> Mapping[str, Tensor] | None:
+    tensors = shared_tensors(model, name) if ATTRIBUTE in model.__dict__ else {}
+    return MappingProxyType(tensors) if tensors else None
+
+
+class _FromAdapters:
+    """An attribute of PEFT's models that follows from the adapters, unless the model itself has such an attribute.
+
+    Args:
+        name: the attribute's name.
+        value: function of the model; None if its adapters do not have the attribute.
+    """
+
+    def __init__(self, name: str, value: Callable[[Any], Any]):
+        self.name, self._value = name, value
 
     def __get__(self, model: Any, owner: type) -> Any:
         if model is None:
-            raise AttributeError("prefix")
+            raise AttributeError(self.name)
         for tensors_or_modules in (model._parameters, model._buffers, model._modules):
-            if "prefix" in tensors_or_modules:
-                return tensors_or_modules["prefix"]
-        return tuner_model(model).prefix
+            if self.name in tensors_or_modules:
+                return tensors_or_modules[self.name]
+        value = self._value(model)
+        if value is None:
+            raise AttributeError(self.name)
+        return value
+
+
+_FROM_ADAPTERS = (
+    _FromAdapters("prefix", lambda model: tuner_model(model).prefix),
+    *(_FromAdapters(name, partial(_shared, name=name)) for name in SHARED_TENSORS),
+)
+"""Attributes such as `prefix`, "lora_", and `vera_A`, {adapter: matrix A of all layers}."""
 
 
 _BASE_MODEL_READERS = (
@@ -1116,7 +1139,7 @@ def _as_peft_model(model: nn.Module) -> Any:
     if not isinstance(model, PeftModel):
         has_own = hasattr(model, "model")
         if has_own and (inner := _inner_model(model)) is not None:
-            show_model(inner)
+            show_model(inner, model)
         model.__class__ = _adapted_class(type(model), not has_own)
     teach_trainer()
     return model

@@ -4,7 +4,7 @@ The defaults are HF PEFT's for the families that HF PEFT knows.
 """
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peftcore.detection.roles import ATTENTION, FEED_FORWARD, Role
 
@@ -59,6 +59,9 @@ PRACTICE = (
         "PEFT's default; the paper scales key and value",
     ),
 )
+
+GIVEN_TARGETS: dict[str, dict[str, Any]] = {}
+"""{peft_type: {model_type: target_modules}} that a program has set in place of the defaults."""
 
 RULES: dict[str, tuple[Role, ...]] = {
     "IA3": ("key", "value", "fused_qkv", "fused_kv", "down"),

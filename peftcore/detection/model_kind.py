@@ -3,13 +3,29 @@
 The configuration decides if it says so; otherwise the model's structure does.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 from torch import nn
 
 from peftcore.detection.module_tree import BlockList, ModuleTree
 from peftcore.detection.roles import Roles
 from peftcore.detection.trunk import token_embedding
+
+NO_MODEL_CONFIG = {"model_type": "custom"}
+"""The configuration that HF PEFT assumes of a model without one."""
+
+
+def model_config_of(model: nn.Module) -> dict[str, Any]:
+    """Return a model's configuration as a dictionary, `NO_MODEL_CONFIG` if the model has none.
+
+    Args:
+        model: a model whose attribute `config` is a configuration of transformers, a dataclass or a dictionary.
+    """
+    config: Any = getattr(model, "config", NO_MODEL_CONFIG)
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    return dataclasses.asdict(cast(Any, config)) if dataclasses.is_dataclass(config) else config
 
 
 def model_kind(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[BlockList, ...]) -> str:

@@ -104,6 +104,10 @@ class _MethodLoader:
 
 
 def _from_root(root: ModuleType, module: ModuleType, name: str) -> Any:
+    from peftcore.hf_peft.default_targets import is_table, table
+
+    if is_table(name):
+        return table(name, module.__name__)
     if name.startswith("__") or not hasattr(root, name):
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
     return getattr(root, name)

@@ -182,6 +182,13 @@ def _merged(merge: _LayerMerge, scratch: dict[Any, Tensor] | None = None) -> tup
     return weight, bias
 
 
+def _merged_bias(merge: _LayerMerge) -> Tensor | None:
+    bias = merge.base.bias
+    for adapter in with_trained_biases(merge.adapters.values()):
+        bias = adapter.merged_bias(bias)
+    return bias
+
+
 def _copied(weight: Tensor, dtype: torch.dtype, scratch: dict[Any, Tensor]) -> Tensor:
     """Copy a weight into reused memory, because allocating new pages takes longer than the arithmetic."""
     key = (weight.shape, weight.device)
@@ -194,10 +201,12 @@ def _write(merges: list[_LayerMerge], progressbar: bool) -> None:
     """Write every merged weight; on an error, such as too little memory, restore the weights already written."""
     before = []
     scratch: dict[Any, Tensor] = {}
+    first_with: dict[int, _LayerMerge] = {}  # {id of an unmerged weight: the first merge into it}
     try:
         for merge in tqdm(merges, desc="merge", unit="layer", disable=not progressbar):
             before.append((merge.base.state(), merge.slot.merged))
-            _write_one(merge, before[-1][0], scratch)
+            first = first_with.setdefault(id(before[-1][0].get("weight")), merge)
+            _write_one(merge, before[-1][0], scratch, first if _stay_tied(first, merge) else None)
     except BaseException:
         for (_, slot, base, _), (state, merged) in zip(merges, before, strict=False):
             base.restore(state)
@@ -207,12 +216,31 @@ def _write(merges: list[_LayerMerge], progressbar: bool) -> None:
         raise
 
 
-def _write_one(merge: _LayerMerge, before: dict[str, Any], scratch: dict[Any, Tensor]) -> None:
+def _stay_tied(first: _LayerMerge, second: _LayerMerge) -> bool:
+    """Return True if two merges into one shared weight give the same weight."""
+    if first is second or first.adapters.keys() != second.adapters.keys():
+        return False
+    return all(adapter.changes_like(first.adapters[name]) for name, adapter in second.adapters.items())
+
+
+def _write_one(
+    merge: _LayerMerge, before: dict[str, Any], scratch: dict[Any, Tensor], tied: _LayerMerge | None
+) -> None:
+    """Write the merged weight and bias of one layer.
+
+    Args:
+        merge: the layer and its adapters.
+        before: the parameters of the layer from before.
+        scratch: see `_merged`.
+        tied: a merge that was written before, and whose weight the layer shares; None to compute the weight.
+    """
     base = merge.base
     old_bias = base.bias
-    weight, bias = _merged(merge, scratch)
+    weight, bias = _merged(merge, scratch) if tied is None else (None, _merged_bias(merge))
     base.layer.__dict__.setdefault(base.unmerged_attribute, before)
-    if any(adapter.changes_weight for adapter in merge.adapters.values()):
+    if tied is not None:
+        base.layer._parameters["weight"] = tied.base.layer._parameters["weight"]
+    elif weight is not None and any(adapter.changes_weight for adapter in merge.adapters.values()):
         base.write(weight)
     if bias is not None and bias is not old_bias:
         base.write_bias(bias)

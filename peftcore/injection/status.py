@@ -13,8 +13,8 @@ from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.tuner_model import TunerModel
 from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.peft_attributes import TOKENS_LAYER, layer_type
 from peftcore.layers.trained_bias import TrainedBias
-from peftcore.registry import method_named
 
 Irregular = Literal["irregular"]
 """The value of a field that differs between layers."""
@@ -120,15 +120,9 @@ def _layer_status(adapters: AdapterSet, slot: AdapterSlot) -> TunerLayerStatus |
     if slot.base.kind == "parameter":
         path = path.rpartition(".")[0]
     path = f"{path}.{part.disk_prefix}".removesuffix(".")
-    if isinstance(part, method_named("TRAINABLE_TOKENS").adapter):
-        kind = "TrainableTokensLayer"
-    else:
-        names = {"parameter": "ParamWrapper", "linear": "Linear"}
-        layer = type(slot.base.layer).__name__
-        kind = layer if slot.base.quantized else names.get(slot.base.kind, layer)
-        kind = f"{adapters.configs[first].peft_type.lower()}.{kind}"
+    kind = layer_type(slot)
     status = _status(slot.selection, path, kind, parts, slot.merged, _backend(slot.base))
-    return _with_own_active(status) if kind == "TrainableTokensLayer" else status
+    return _with_own_active(status) if kind == TOKENS_LAYER else status
 
 
 def _with_own_active(status: TunerLayerStatus) -> TunerLayerStatus:

@@ -15,6 +15,8 @@ from peftcore._util.patterns import matched
 from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_projections
 from peftcore.config import BLOCK, PromptLearningConfig, TaskType, TunerConfig
 from peftcore.detection import detect
+from peftcore.detection.defaults import GIVEN_TARGETS
+from peftcore.detection.model_kind import model_config_of
 from peftcore.errors import NoMatchingPeftModuleError, TargetError, suggestion
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.adapter_layer import AdapterLayer
@@ -243,6 +245,7 @@ def target_paths(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
         TargetError: no default targets are known for this model.
     """
     model, modules = module_index.model, module_index.modules
+    config = _with_given_targets(model, config)
     if config.target_modules == ALL_LINEAR:
         heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
         output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -280,6 +283,20 @@ def target_paths(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
     names = config.target_modules
     names = names if isinstance(names, str) else frozenset(names)
     return [path for path in modules if named(path, names)]
+
+
+def _with_given_targets(model: nn.Module, config: TunerConfig) -> TunerConfig:
+    """Return a copy with the targets that a program has set for this type of model, if the configuration names none."""
+    given = GIVEN_TARGETS.get(config.peft_type)
+    if not given or config.target_modules is not None or parameter_names(config):
+        return config
+    model_config: Any = model_config_of(model)
+    is_table = isinstance(model_config, dict)
+    model_type = model_config.get("model_type") if is_table else getattr(model_config, "model_type", None)
+    targets = given.get(str(model_type))
+    if targets is None:
+        return config
+    return dataclasses.replace(config, target_modules=targets if isinstance(targets, str) else set(targets))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -376,6 +393,7 @@ def complete(module_index: ModuleIndex, config: TunerConfig) -> tuple[TunerConfi
     Raises:
         TargetError: no default targets are known for this model.
     """
+    config, original = _with_given_targets(module_index.model, config), config
     paths, filled = target_paths(module_index, config), with_heads(module_index, config)
     if paths and (config.target_modules is None or config.target_modules == ALL_LINEAR):
         filled = dataclasses.replace(filled, target_modules=shortest_names(paths, module_index.modules))
@@ -384,7 +402,7 @@ def complete(module_index: ModuleIndex, config: TunerConfig) -> tuple[TunerConfi
         if len(names) < len(config.target_modules or ()):
             filled = dataclasses.replace(filled, target_modules=names)
     filled = method_of(config).adapter.completed(filled, module_index.model, paths)
-    if filled.target_modules != config.target_modules:  # the names may match more than the paths
+    if filled.target_modules != original.target_modules:  # the names may match more than the paths
         paths = target_paths(module_index, filled)
     return filled, paths
 

@@ -1,13 +1,13 @@
 """`TunerModel`: the object between a `PeftModel` and its base in HF PEFT, as a view: `model.base_model.model`."""
 
-import dataclasses
 from collections.abc import Iterator
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from peftcore.config import PeftConfig
+from peftcore.detection.model_kind import model_config_of
 from peftcore.injection import activation, inject, merge
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, shared_by
 from peftcore.layers.adapter_slot import AdapterSlot
@@ -18,8 +18,8 @@ _CLASSES: dict[str, type["TunerModel"]] = {}
 _PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
 """{method: prefix of its parameter names}, for methods whose prefix is not the method's name"""
 
-NO_MODEL_CONFIG = {"model_type": "custom"}
-"""The configuration that HF PEFT assumes of a model without one."""
+SHARED_TENSORS = ("randlora_A", "randlora_B", "vblora_vector_bank", "vera_A", "vera_B")
+"""Attributes of HF PEFT's models that hold tensors which the layers of an adapter share."""
 
 
 def parameter_prefix(peft_type: str) -> str:
@@ -79,7 +79,7 @@ class TunerModel:
         try:
             return getattr(model, name)
         except AttributeError:
-            if name.startswith("_") or not (tensors := _shared_tensors(model, name)):
+            if name.startswith("_") or not (tensors := shared_tensors(model, name)):
                 raise
             return MappingProxyType(tensors)
 
@@ -121,10 +121,7 @@ class TunerModel:
         Args:
             model: a model whose attribute `config` is a configuration of transformers, a dataclass or a dictionary.
         """
-        config: Any = getattr(model, "config", NO_MODEL_CONFIG)
-        if hasattr(config, "to_dict"):
-            return config.to_dict()
-        return dataclasses.asdict(cast(Any, config)) if dataclasses.is_dataclass(config) else config
+        return model_config_of(model)
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -161,8 +158,13 @@ class TunerModel:
         merge.unmerge_adapter(self.model)
 
 
-def _shared_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return {adapter: tensor that its layers share}, such as VB-LoRA's `vblora_vector_bank`; {} without any."""
+def shared_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return {adapter: tensor that its layers share}; {} if no adapter has such a tensor.
+
+    Args:
+        model: a model with adapters.
+        name: HF PEFT's name of the tensor, such as "vblora_vector_bank".
+    """
     adapters = adapter_set(model)
     shared = {adapter: shared_by(adapters.adapters(adapter)) for adapter in adapters.configs}
     tensors = {adapter: shared_tensor(one, name) for adapter, one in shared.items() if one is not None}

@@ -34,6 +34,11 @@ class AdapterParameters(PeftLayerAttributes, LayerWrapper):
         """Name of the first adapted parameter, whose adapters `lora_A` and the other attributes show."""
         return next(iter(self.sites)).replace("/", ".")
 
+    def extra_repr(self) -> str:
+        """Return the names of the adapted parameters."""
+        names = [name.replace("/", ".") for name in self.sites]
+        return f"parameter_name={names[0]!r}" if len(names) == 1 else f"parameter_names={names}"
+
     @property
     def merged(self) -> tuple[str, ...]:
         """Names of the adapters that are merged into the first adapted parameter."""

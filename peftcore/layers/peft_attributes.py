@@ -2,95 +2,37 @@
 
 In HF PEFT a layer holds one dictionary per parameter, `layer.lora_A["default"].weight`. Here an adapter holds all its
 parameters, and `layer.lora_A` is a view: {adapter name: element}. An element is the parameter itself
-(`layer.ia3_l["default"]`), a number (`layer.scaling["default"]`), a module (`layer.lora_dropout["default"]`), or an
-object with a `weight`, like PEFT's nn.Linear. Writing an element changes the adapter.
+(`layer.ia3_l["default"]`), a number (`layer.scaling["default"]`), or a module: the adapter's own
+(`layer.lora_dropout["default"]`), or one that holds its parameters (`factor_view.py`). Writing an element changes the
+adapter.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peftcore.adapter import Adapter, Shared
 from peftcore.config import options_at
-from peftcore.errors import ConfigError, PeftError
+from peftcore.errors import PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.factor_view import factor_view
 from peftcore.layers.switching import MergingMethods
+from peftcore.layers.trained_bias import TrainedBias
+from peftcore.registry import method_named
 
 _IN_A_MODULE = ("lora_magnitude_vector",)
 """Attributes that hold a module with a `weight` in HF PEFT's layers, while the keys on disk have no "weight"."""
 _COMPUTED = ("scaling", "trainable_tokens_original")
 """Attributes of adapters that are shown although they may be tensors and no parameters."""
+_OF_EACH_LORA_LAYER = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+"""Attributes that all layers of LoRA have in HF PEFT, empty if they do not fit the layer."""
+TOKENS_LAYER = "TrainableTokensLayer"
+"""Class of HF PEFT's layers of trained rows."""
 _NUMBERS = {"r": "rank"}
 """{attribute of HF PEFT's layers: attribute of an adapter}, where the two names differ"""
-
-
-class FactorView:
-    """One module of HF PEFT's layer, such as `lora_A["default"]`, with the parameters `weight` and `bias`.
-
-    Args:
-        adapter: the adapter that holds the parameters.
-        parameters: {attribute: the parameter's name in the adapter}.
-    """
-
-    def __init__(self, adapter: Adapter, parameters: dict[str, str]):
-        self.__dict__.update(_adapter=adapter, _parameters=parameters)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._parameters:
-            return self._adapter.shown_parameter(self._parameters[name])
-        if name == "bias":
-            return None
-        if name in ("in_features", "out_features") and self.weight.dim() == 2:
-            return self.weight.shape[int(name == "in_features")]
-        raise AttributeError(f"this view of an adapter's parameters has {sorted(self._parameters)}, not {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self._parameters:
-            raise AttributeError(f"this view of an adapter's parameters has {sorted(self._parameters)}, not {name!r}")
-        shown = self._adapter.shown_parameter(self._parameters[name])
-        if not isinstance(shown, nn.Parameter):
-            raise PeftError(f"{name} is that of the tied embedding's adapter; assign it there")
-        path, _, leaf = self._parameters[name].rpartition(".")
-        owner = self._adapter.get_submodule(path)
-        if not isinstance(value, nn.Parameter) or value.shape != shown.shape:
-            raise ConfigError(
-                f"{name} of an adapter must be an nn.Parameter of shape {tuple(shown.shape)}; got "
-                f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
-            )
-        setattr(owner, leaf, value)
-        self._adapter.mark_changed()
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that the adapter has itself."""
-        return (parameter for _, parameter in self.named_parameters())
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (attribute, parameter) of the parameters that the adapter has itself."""
-        shown = ((name, self._adapter.shown_parameter(full)) for name, full in self._parameters.items())
-        return ((name, tensor) for name, tensor in shown if isinstance(tensor, nn.Parameter))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return {attribute: tensor}."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
-    def requires_grad_(self, requires_grad: bool = True) -> "FactorView":
-        """Set `requires_grad` of the parameters."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(requires_grad)
-        return self
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return x (..., in_features) times the transposed weight (out_features, in_features), plus the bias.
-
-        Raises:
-            PeftError: the weight is not a matrix.
-        """
-        if self.weight.dim() != 2:
-            raise PeftError("this view of an adapter's parameters can only be called for a matrix; call the layer")
-        return F.linear(x, self.weight, self.bias)
 
 
 class PerAdapter(MutableMapping[str, Any]):
@@ -146,6 +88,27 @@ class PerAdapter(MutableMapping[str, Any]):
     def __repr__(self) -> str:
         return f"{self._attribute}: {dict(self)!r}"
 
+    def identity(self) -> tuple[Any, ...]:
+        """Return the attribute's name, and for each adapter the id of the parameter, or of the adapter without one."""
+        parts = {name: self._slot.adapters[name] for name in self}
+        names = {name: _parameters(part, self._attribute) for name, part in parts.items()}
+        shown = {name: parts[name].shown_parameter(n[""]) for name, n in names.items() if n.keys() == {""}}
+        parts |= {name: parameter for name, parameter in shown.items() if isinstance(parameter, nn.Parameter)}
+        return self._attribute, *((name, id(part)) for name, part in parts.items())
+
+
+_VIEWS: WeakValueDictionary[tuple[Any, ...], PerAdapter] = WeakValueDictionary()
+"""Views that are in use: layers that show the same parameters, such as those of a tied weight, have one view."""
+
+
+def shared_view(view: PerAdapter) -> PerAdapter:
+    """Return the view that is in use for the same parameters; `view` itself if there is none."""
+    key = view.identity()
+    used = _VIEWS.setdefault(key, view)
+    if used.identity() != key:  # other objects had these ids when `used` was made
+        used = _VIEWS[key] = view
+    return used
+
 
 def has_attribute(adapter: Adapter, attribute: str) -> bool:
     """Return True if HF PEFT's layer has this attribute for the adapter's method."""
@@ -198,9 +161,23 @@ def _element(adapter: Adapter, attribute: str) -> Any:
     if attribute == adapter.dropout_option:
         return adapter.dropout_module or nn.Identity()
     if parameters:
-        return FactorView(adapter, parameters)
+        return factor_view(adapter, attribute, parameters)
     number = _number(adapter, attribute)
     return shared_tensor(adapter.shared, attribute) if number is None and adapter.shared is not None else number
+
+
+def layer_type(slot: AdapterSlot) -> str:
+    """Return the class that HF PEFT has for the layer and the method of its first adapter, such as "lora.Linear"."""
+    parts = (slot.adapters[name] for name in slot.adapters)
+    part = next((part for part in parts if not isinstance(part, TrainedBias)), None)
+    if part is None:
+        return type(slot).__name__
+    if isinstance(part, method_named("TRAINABLE_TOKENS").adapter):
+        return TOKENS_LAYER
+    layer = type(slot.base.layer).__name__
+    names = {"parameter": "ParamWrapper", "linear": "Linear"}
+    kind = layer if slot.base.quantized else names.get(slot.base.kind, layer)
+    return f"{part.printed[0].peft_type.lower()}.{kind}"
 
 
 class PeftLayerAttributes(MergingMethods):
@@ -218,6 +195,10 @@ class PeftLayerAttributes(MergingMethods):
             if name.startswith("_") or (view := self.peft_attribute(name)) is None:
                 raise
             return view
+
+    def _get_name(self) -> str:
+        """Return the name by which the layer is printed."""
+        return layer_type(self._slot)
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
@@ -362,9 +343,15 @@ class PeftLayerAttributes(MergingMethods):
                 part.scaling = start if scale is None else part.scaling / scale
 
     def peft_attribute(self, name: str) -> PerAdapter | None:
-        """Return the view {adapter: element} of an attribute such as `lora_A`; None if no adapter here has it."""
-        view = PerAdapter(self._slot, name)
-        return view if len(view) else None
+        """Return the view {adapter: element} of an attribute such as `lora_A`; None if no adapter here can have it."""
+        slot = self._slot
+        view = PerAdapter(slot, name)
+        if len(view):
+            return shared_view(view)
+        is_lora = name in _OF_EACH_LORA_LAYER and any(
+            getattr(slot.adapters[one].printed[0], "peft_type", "") == "LORA" for one in slot.adapters
+        )
+        return view if is_lora else None
 
 
 def _start_scaling(adapter: Any) -> float:

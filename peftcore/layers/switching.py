@@ -36,6 +36,24 @@ class SwitchingMethods:
         """True while the adapters are disabled."""
         return self.selection.disabled
 
+    @property
+    def _active_adapter(self) -> list[str]:
+        """Names of the active adapters; scripts also assign this attribute, which leaves `requires_grad` as it is."""
+        return self.active_adapters
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | list[str]) -> None:
+        self.selection.owner.switch_wrapper(self, active=[names] if isinstance(names, str) else names)
+
+    @property
+    def _disable_adapters(self) -> bool:
+        """True while this layer's adapters are switched off; an assignment does what `enable_adapters` does."""
+        return self.selection.switched_off
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, switched_off: bool) -> None:
+        self.enable_adapters(not switched_off)
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters of this layer. In this layer, only their parameters are trainable afterwards.
 

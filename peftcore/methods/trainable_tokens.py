@@ -141,6 +141,9 @@ class TrainableTokens(Adapter):
                     f"another adapter trains the rows of tokens {both}, too, and one would overwrite the other's"
                 )
 
+    def changes_like(self, other: Adapter) -> bool:
+        return isinstance(other, TrainableTokens) and other.trainable_tokens_delta is self.trainable_tokens_delta
+
     def _change(self) -> Tensor:
         """Return (t, d): the trained rows of a linear layer minus the base's own."""
         return self.trainable_tokens_delta - self.trainable_tokens_original.to(self.trainable_tokens_delta)

@@ -80,6 +80,8 @@ def test_only_tests_that_compare_words_by_themselves_run_again() -> None:
     failed = {"type": "AssertionError", "message": "assert 'x' in \"<ExceptionInfo E('y')>\""}
     assert compares_words(failed, [])
     assert compares_words({"type": "AssertionError", "message": "assert False"}, ["recwarn"])
+    assert compares_words({"type": "AssertionError", "message": "assert 'already merged' in 'adapter a is merged'"}, [])
+    assert not compares_words({"type": "AssertionError", "message": "assert 'a' in {'b'}"}, [])
     assert not compares_words({"type": "AssertionError", "message": "assert 1 == 2"}, ["tmp_path"])
     assert not compares_words({"type": "ConfigError", "message": "ExceptionInfo"}, ["recwarn"])
     assert not compares_words({}, ["recwarn"])

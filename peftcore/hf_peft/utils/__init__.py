@@ -1,5 +1,7 @@
 """`peft.utils`: state dicts, names of files, and small tools that scripts import from there."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -8,6 +10,7 @@ from peftcore.errors import PeftError
 from peftcore.files import CONFIG_NAME
 from peftcore.files.tensors import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from peftcore.hf_peft.classes import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peftcore.hf_peft.default_targets import table
 from peftcore.hf_peft.functional import cast_adapter_dtype
 from peftcore.hf_peft.precision import cast_mixed_precision_params
 from peftcore.injection.loftq import replace_lora_weights_loftq
@@ -63,3 +66,7 @@ def infer_device() -> str:
     """Return the type of the accelerator that PyTorch can use now; "cpu" if there is none."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if device is None else device.type
+
+
+def __getattr__(name: str) -> Any:
+    return table(name, __name__)

@@ -1,5 +1,9 @@
 """`peft.utils.constants`."""
 
+from typing import Any
+
+from peftcore.detection.model_kind import NO_MODEL_CONFIG as DUMMY_MODEL_CONFIG
+from peftcore.hf_peft.default_targets import table
 from peftcore.hf_peft.utils import (
     CONFIG_NAME,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -7,7 +11,6 @@ from peftcore.hf_peft.utils import (
     WEIGHTS_NAME,
 )
 from peftcore.injection.targets import MANY_TARGETS as MIN_TARGET_MODULES_FOR_OPTIMIZATION
-from peftcore.injection.tuner_model import NO_MODEL_CONFIG as DUMMY_MODEL_CONFIG
 
 __all__ = [
     "CONFIG_NAME",
@@ -17,3 +20,7 @@ __all__ = [
     "SAFETENSORS_WEIGHTS_NAME",
     "WEIGHTS_NAME",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return table(name, __name__)

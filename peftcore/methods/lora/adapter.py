@@ -277,6 +277,11 @@ class Lora(Adapter):
             return self.scaling * torch.einsum("ore,eri->eoi", b, a).reshape(self.base.read().shape)
         return self.scaling * (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
 
+    def changes_like(self, other: Adapter) -> bool:
+        if not isinstance(other, Lora) or self.variants or other.variants:
+            return False
+        return (self.source or self) is (other.source or other) and self.scaling == other.scaling
+
     def merged_weight(self, weight: Tensor) -> Tensor:
         if self.base.kind == "linear" and self.start is None:
             a, b = self.own_factors()

@@ -4,6 +4,7 @@ import copy
 import pickle
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -76,6 +77,26 @@ def test_a_transformers_model_keeps_its_own_attribute_and_shows_it_once_more() -
     assert type(unloaded.model) is LlamaModel and not hasattr(unloaded.model, "model")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # HF PEFT reads it
+def test_submodules_and_methods_of_the_whole_model_are_attributes_of_the_model_without_its_head() -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for one in (model, theirs):
+        assert one.model.lm_head is one.base_model.model.lm_head
+        one.model.lm_head = head = nn.Linear(16, 20)
+        assert one.base_model.model.lm_head is head is one.model.lm_head
+        assert len(one.model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, pad_token_id=0)[0]) == 4
+    assert "lm_head" not in dict(model.model.named_children()) and not hasattr(model.model, "no_such_attribute")
+    assert set(model.model.state_dict()) < {name.removeprefix("model.") for name in model.state_dict()}
+    assert copy.deepcopy(model).model.lm_head is not head
+
+
+def test_the_model_without_its_head_has_only_its_own_attributes_after_unloading() -> None:
+    inner = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"])).unload().model
+    assert type(inner) is LlamaModel and vars(inner).keys() == vars(llama().model).keys()
+    assert not hasattr(inner, "lm_head")
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_show_their_own_base(copied: Any) -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2))
@@ -86,6 +107,7 @@ def test_copies_show_their_own_base(copied: Any) -> None:
         shown = other.model.model if plain is not gpt2 else other.model
         modules = {id(module) for module in other.modules()}
         assert all(id(module) in modules for _, module in shown.named_children())
+        assert other.model.lm_head is other.lm_head
 
 
 def test_a_module_is_shown_and_hidden() -> None:

@@ -16,7 +16,7 @@ from quantised_layers import quantised
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftcore import AdapterNameError, LoraConfig, MergeError, get_peft_model
+from peftcore import AdapterNameError, LoraConfig, MergeError, TrainableTokensConfig, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
@@ -232,14 +232,27 @@ def test_merging_one_side_of_a_tied_pair_leaves_the_other(
     torch.testing.assert_close(LlamaForCausalLM.from_pretrained(tmp_path)(TOKENS).logits, adapted)
 
 
-def test_a_pair_that_is_merged_alike_stays_tied(tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True),
+        TrainableTokensConfig(token_indices=[1, 5]),
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5]),
+    ],
+    ids=["LoRA", "tokens", "LoRA and tokens"],
+)
+def test_a_pair_that_is_merged_alike_stays_tied(config: Any, tmp_path: Path) -> None:
     model = get_peft_model(tied(), config)
     randomise(model, 0.3)
     adapted = model(TOKENS).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(TOKENS).logits, adapted)
+    assert model.lm_head.base_layer.weight is model.model.embed_tokens.base_layer.weight
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(TOKENS).logits, adapted)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(TOKENS).logits, adapted)
-    torch.testing.assert_close(merged.lm_head.weight, merged.model.embed_tokens.weight)
+    assert merged.config.tie_word_embeddings and merged.lm_head.weight is merged.model.embed_tokens.weight
     merged.save_pretrained(tmp_path)
     torch.testing.assert_close(LlamaForCausalLM.from_pretrained(tmp_path)(TOKENS).logits, adapted)
 

@@ -152,8 +152,14 @@ def test_tensors_that_layers_share_are_attributes_as_in_peft(method: str, option
     for library in (peftcore, peft):
         config = getattr(library, f"{method}Config")(target_modules=["0", "2"], **options)
         models.append(library.get_peft_model(base(), config))
+    config = getattr(peftcore, f"{method}Config")(target_modules=["0", "2"], **options)
     ours, theirs = (getattr(model.base_model, name) for model in models)
     assert list(ours) == ["default"] and ours["default"].shape == theirs["default"].shape
+    assert getattr(models[0], name)["default"] is ours["default"]
+    other = base()
+    assert not hasattr(get_peft_model(other, LoraConfig(r=2, target_modules=["0"])), name)
+    other.unload().register_buffer(name, own := torch.ones(1))
+    assert getattr(get_peft_model(other, config), name) is own, "the model's own attribute comes first"
     assert getattr(models[0][0], name)["default"] is ours["default"] is getattr(models[0][2], name).default
     with pytest.raises(AttributeError, match="vera_C"):
         _ = models[0].base_model.vera_C

@@ -2,10 +2,12 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import nn
 
+import peftcore
 from peftcore import AdapterNameError, LoraConfig, MergeError, get_peft_model, inject_adapter_in_model
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.saved_module import SavedModule
@@ -48,6 +50,27 @@ def test_set_adapter_of_a_layer_acts_on_the_layer() -> None:
     with pytest.raises(AdapterNameError, match="Adapter c does not exist"):
         first.set_adapter("c")
     assert first.active_adapters == ["a"]
+
+
+def test_scripts_also_assign_the_state_of_a_layer() -> None:
+    results = []
+    for library in (peftcore, peft):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        config = library.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+        adapted = library.get_peft_model(base, config)
+        adapted.add_adapter("other", config)
+        layer, x = adapted.base_model.model[0], torch.ones(1, 4)
+        layer._active_adapter = "other"
+        assert layer.active_adapters == ["other"] and adapted.get_model_status().active_adapters == "irregular"
+        frozen = [not layer.lora_A[name].weight.requires_grad for name in ("default", "other")]
+        outputs = [layer(x)]
+        layer._disable_adapters = True
+        assert layer.disable_adapters and adapted.get_model_status().enabled == "irregular"
+        outputs.append(layer(x))
+        layer._disable_adapters = False
+        results.append((frozen, *outputs, layer(x)))
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_the_model_has_the_state_on_which_all_layers_agree() -> None:

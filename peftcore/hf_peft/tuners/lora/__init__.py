@@ -1,8 +1,11 @@
 """`peft.tuners.lora`: LoRA's classes, and the functions around it."""
 
+from typing import Any
+
 from peftcore.conversion import convert_to_lora, save_as_lora
 from peftcore.hf_peft.classes import layer_class
 from peftcore.hf_peft.data_start import initialize_lora_eva_weights
+from peftcore.hf_peft.default_targets import table
 from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peftcore.hf_peft.preprocess import preprocess_loraga
 from peftcore.hf_peft.tuner_models import LoraModel
@@ -56,3 +59,7 @@ __all__ = [
     "preprocess_loraga",
     "save_as_lora",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return table(name, __name__)
