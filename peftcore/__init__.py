@@ -114,6 +114,7 @@ if TYPE_CHECKING:
         RoadModel,
         ShiraModel,
         TrainableTokensModel,
+        UniLoraModel,
         VBLoRAModel,
         VeraModel,
         WaveFTModel,
@@ -153,8 +154,6 @@ if TYPE_CHECKING:
         SupertuningModel,
         TinyLoraConfig,
         TinyLoraModel,
-        UniLoraConfig,
-        UniLoraModel,
         VeloraConfig,
         bloom_model_postprocess_past_key_value,
         compose_cartridge_adapters,
@@ -251,6 +250,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.trainable_tokens import (
         TrainableTokensConfig,
+    )
+    from peftcore.methods.unilora import (
+        UniLoraConfig,
     )
     from peftcore.methods.vblora import (
         VBLoRAConfig,
@@ -437,8 +439,8 @@ _MODULES = {
     "TrainableTokensConfig": "peftcore.methods.trainable_tokens",
     "TrainableTokensModel": "peftcore.hf_peft.tuner_models",
     "TrainingError": "peftcore.errors",
-    "UniLoraConfig": "peftcore.hf_peft.unsupported",
-    "UniLoraModel": "peftcore.hf_peft.unsupported",
+    "UniLoraConfig": "peftcore.methods.unilora",
+    "UniLoraModel": "peftcore.hf_peft.tuner_models",
     "VBLoRAConfig": "peftcore.methods.vblora",
     "VBLoRAModel": "peftcore.hf_peft.tuner_models",
     "VeloraConfig": "peftcore.hf_peft.unsupported",

@@ -24,6 +24,7 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
     "miss": {"r": "r", "lora_dropout": "miss_dropout"},
     "poly": {"r": "r"},
     "randlora": {"lora_dropout": "randlora_dropout"},
+    "unilora": {"r": "r", "lora_dropout": "unilora_dropout"},
     "vblora": {"r": "r", "lora_dropout": "vblora_dropout"},
     "vera": {"r": "r", "lora_dropout": "vera_dropout"},
 }

@@ -64,14 +64,6 @@ class GloraModel(_Unsupported):
     """Model class of GLORA."""
 
 
-class UniLoraConfig(_Unsupported):
-    """Configuration of UNILORA."""
-
-
-class UniLoraModel(_Unsupported):
-    """Model class of UNILORA."""
-
-
 class OSFConfig(_Unsupported):
     """Configuration of OSF."""
 

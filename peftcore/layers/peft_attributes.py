@@ -22,7 +22,8 @@ from peftcore.layers.switching import MergingMethods
 _IN_A_MODULE = ("lora_magnitude_vector",)
 """Attributes that hold a module with a `weight` in HF PEFT's layers, while the keys on disk have no "weight"."""
 _COMPUTED = ("scaling", "trainable_tokens_original")
-"""Attributes of adapters that are shown although they may be tensors and no parameters."""
+"""Attributes of adapters that are shown although they may be tensors and no parameters, besides those whose names begin
+with the method's."""
 _NUMBERS = {"r": "rank"}
 """{attribute of HF PEFT's layers: attribute of an adapter}, where the two names differ"""
 
@@ -178,11 +179,13 @@ def _number(adapter: Adapter, attribute: str) -> Any:
     if attribute in _NUMBERS.values():
         return None  # HF PEFT's layers have the number under its other name only
     value = getattr(adapter, _NUMBERS.get(attribute, attribute), None)
-    if isinstance(value, int | float) or (attribute in _COMPUTED and isinstance(value, Tensor)):
-        return value
     config, path = adapter.printed
+    prefix = f"{getattr(config, 'peft_type', '').lower()}_"
+    is_shown_tensor = attribute in _COMPUTED or attribute.startswith(prefix)  # unilora_indices_A
+    if isinstance(value, int | float) or (is_shown_tensor and isinstance(value, Tensor)):
+        return value
     if not hasattr(config, attribute):
-        attribute = attribute.removeprefix(f"{getattr(config, 'peft_type', '').lower()}_")  # waveft_n_frequency
+        attribute = attribute.removeprefix(prefix)  # waveft_n_frequency
     if not hasattr(config, attribute) or attribute.startswith("_"):
         return None
     value = options_at(config, path).get(attribute, getattr(config, attribute))

@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "IA3Config": {"feedforward_modules": ["1"]},
     "VeraConfig": {"r": 2},
     "VBLoRAConfig": {"r": 2, "num_vectors": 16, "vector_length": 4},
+    "UniLoraConfig": {"r": 2},
     "BOFTConfig": {"boft_block_size": 4},
     "OFTConfig": {"oft_block_size": 4, "r": 0},
     "LoHaConfig": {"r": 2},

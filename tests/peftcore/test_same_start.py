@@ -249,6 +249,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "TrainableTokensConfig": [
         {"token_indices": [1, 3], "init_weights": init, "target_modules": ["emb"]} for init in (True, False)
     ],
+    "UniLoraConfig": [
+        {"r": 2, "theta_d_length": 32, "init_weights": init, "target_modules": targets}
+        for init in (True, False)
+        for targets in (["lin", "lin2"], ["gpt"])
+    ],
     "VBLoRAConfig": [{"r": 2, "num_vectors": 8, "vector_length": 4, **LINEAR}],
     "VeraConfig": [
         {"r": 3, "init_weights": init, "target_modules": targets}
@@ -433,6 +438,7 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
     ("LoKrConfig", "lin", {"module_dropout": 0.5, "rank_dropout": 0.5, "init_weights": False}),
     ("MissConfig", "lin", {"miss_dropout": 0.5, "init_weights": False, "r": 4}),
     ("RandLoraConfig", "lin", {"randlora_dropout": 0.5, "init_weights": False}),
+    ("UniLoraConfig", "lin", {"unilora_dropout": 0.5, "init_theta_d_bound": 1.0}),
     ("VBLoRAConfig", "lin", {"vblora_dropout": 0.5, "num_vectors": 8, "vector_length": 4}),
     ("VeraConfig", "lin", {"vera_dropout": 0.5, "init_weights": False}),
 ]
