@@ -110,6 +110,7 @@ if TYPE_CHECKING:
         MissModel,
         OFTModel,
         PolyModel,
+        PsoftModel,
         RandLoraModel,
         RoadModel,
         ShiraModel,
@@ -144,8 +145,6 @@ if TYPE_CHECKING:
         OSFModel,
         PeanutConfig,
         PeanutModel,
-        PsoftConfig,
-        PsoftModel,
         PveraConfig,
         PveraModel,
         ShadowConfig,
@@ -238,6 +237,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.poly import (
         PolyConfig,
+    )
+    from peftcore.methods.psoft import (
+        PsoftConfig,
     )
     from peftcore.methods.randlora import (
         RandLoraConfig,
@@ -416,8 +418,8 @@ _MODULES = {
     "PromptLearningConfig": "peftcore.config",
     "PromptTuningConfig": "peftcore.prompts.prompt_tuning",
     "PromptTuningInit": "peftcore.hf_peft.options",
-    "PsoftConfig": "peftcore.hf_peft.unsupported",
-    "PsoftModel": "peftcore.hf_peft.unsupported",
+    "PsoftConfig": "peftcore.methods.psoft",
+    "PsoftModel": "peftcore.hf_peft.tuner_models",
     "PveraConfig": "peftcore.hf_peft.unsupported",
     "PveraModel": "peftcore.hf_peft.unsupported",
     "RandLoraConfig": "peftcore.methods.randlora",

@@ -23,6 +23,7 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
     "lora": {"r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
     "miss": {"r": "r", "lora_dropout": "miss_dropout"},
     "poly": {"r": "r"},
+    "psoft": {"r": "r", "lora_dropout": "psoft_dropout"},
     "randlora": {"lora_dropout": "randlora_dropout"},
     "unilora": {"r": "r", "lora_dropout": "unilora_dropout"},
     "vblora": {"r": "r", "lora_dropout": "vblora_dropout"},

@@ -157,3 +157,9 @@ class UniLoraModel(TunerModel):
     """View on a model with adapters, the first of which is of the method UNILORA."""
 
     peft_type = "UNILORA"
+
+
+class PsoftModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method PSOFT."""
+
+    peft_type = "PSOFT"

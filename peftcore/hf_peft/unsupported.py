@@ -88,14 +88,6 @@ class TinyLoraModel(_Unsupported):
     """Model class of TINYLORA."""
 
 
-class PsoftConfig(_Unsupported):
-    """Configuration of PSOFT."""
-
-
-class PsoftModel(_Unsupported):
-    """Model class of PSOFT."""
-
-
 class PeanutConfig(_Unsupported):
     """Configuration of PEANUT."""
 

@@ -64,6 +64,20 @@ class FactorView:
         setattr(owner, leaf, value)
         self._adapter.mark_changed()
 
+    def __len__(self) -> int:
+        return len({name.split(".")[0] for name in self._parameters if name.split(".")[0].isdigit()})
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, number: int) -> "FactorView":
+        """Return one module of a list of modules."""
+        start = f"{number}."
+        parameters = {name[len(start) :]: full for name, full in self._parameters.items() if name.startswith(start)}
+        if not parameters:
+            raise IndexError(f"this view of an adapter's parameters has {len(self)} modules; got {number}")
+        return FactorView(self._adapter, parameters)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that the adapter has itself."""
         return (parameter for _, parameter in self.named_parameters())
@@ -180,16 +194,20 @@ def _number(adapter: Adapter, attribute: str) -> Any:
         return None  # HF PEFT's layers have the number under its other name only
     value = getattr(adapter, _NUMBERS.get(attribute, attribute), None)
     config, path = adapter.printed
-    prefix = f"{getattr(config, 'peft_type', '').lower()}_"
-    is_shown_tensor = attribute in _COMPUTED or attribute.startswith(prefix)  # unilora_indices_A
+    is_shown_tensor = attribute in _COMPUTED or attribute.startswith(_prefix(adapter))  # unilora_indices_A
     if isinstance(value, int | float) or (is_shown_tensor and isinstance(value, Tensor)):
         return value
     if not hasattr(config, attribute):
-        attribute = attribute.removeprefix(prefix)  # waveft_n_frequency
+        attribute = attribute.removeprefix(_prefix(adapter))  # waveft_n_frequency
     if not hasattr(config, attribute) or attribute.startswith("_"):
         return None
     value = options_at(config, path).get(attribute, getattr(config, attribute))
     return value if isinstance(value, int | float) or attribute == "token_indices" else None
+
+
+def _prefix(adapter: Adapter) -> str:
+    """Return how the names of the method's tensors begin, such as "vera_"."""
+    return f"{getattr(adapter.printed[0], 'peft_type', '').lower()}_"
 
 
 def _element(adapter: Adapter, attribute: str) -> Any:
@@ -198,7 +216,7 @@ def _element(adapter: Adapter, attribute: str) -> Any:
         parameters = {"weight": parameters[""]}
     if parameters == {"": parameters.get("")}:
         return adapter.shown_parameter(parameters[""])
-    if attribute == adapter.dropout_option:
+    if attribute in (option := adapter.dropout_option, f"{_prefix(adapter)}{option}"):  # supertuning_lora_dropout
         return adapter.dropout_module or nn.Identity()
     if parameters:
         return FactorView(adapter, parameters)

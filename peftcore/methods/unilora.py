@@ -124,6 +124,8 @@ class UniLora(Adapter):
         return Theta(config, bases)
 
     def make_constants(self) -> None:
+        if self.shared is None:  # cast on the meta device, before the adapter is complete
+            return
         a, b = self.unilora_indices_A, self.unilora_indices_B
         start = self.shared.starts[self.path]
         drawn = self.shared.indices()[start : start + a.numel() + b.numel()].split([a.numel(), b.numel()])

@@ -233,6 +233,10 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "PolyConfig": [
         {"r": 2, "n_tasks": 3, "n_skills": 2, "n_splits": 2, "init_weights": init, **LINEAR} for init in (True, False)
     ],
+    "PsoftConfig": [
+        {"r": 3, "init_weights": init, "psoft_orth": orth, **LINEAR}
+        for init, orth in ((True, True), (False, True), (False, False))
+    ],
     "RandLoraConfig": [
         {"r": 3, "init_weights": init, "target_modules": targets, **more}
         for init, more in ((True, {}), (False, {}), (True, {"sparse": True}))
@@ -339,6 +343,8 @@ def test_start_on_a_base_of_another_type(config: str, dtype: torch.dtype) -> Non
     for options in cases if dtype == torch.bfloat16 else cases[:: max(1, len(cases) // 3)]:
         if str(options.get("init_lora_weights")) in ("pissa", "pissa_niter_4", "olora") and dtype == torch.float64:
             continue  # PEFT refuses
+        if config == "PsoftConfig" and dtype == torch.float64:
+            continue  # PEFT refuses
         # DoRA's length rounded to 16 bits would not start at the base's own output
         assert_same(*both("net", config, options, dtype), except_for="lora_magnitude_vector")
 
@@ -437,6 +443,7 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
     *((config, "lin", {"module_dropout": 0.5, "init_weights": False}) for config in ("LoHaConfig", "LoKrConfig")),
     ("LoKrConfig", "lin", {"module_dropout": 0.5, "rank_dropout": 0.5, "init_weights": False}),
     ("MissConfig", "lin", {"miss_dropout": 0.5, "init_weights": False, "r": 4}),
+    ("PsoftConfig", "lin", {"psoft_dropout": 0.5, "init_weights": False, "r": 3}),
     ("RandLoraConfig", "lin", {"randlora_dropout": 0.5, "init_weights": False}),
     ("UniLoraConfig", "lin", {"unilora_dropout": 0.5, "init_theta_d_bound": 1.0}),
     ("VBLoRAConfig", "lin", {"vblora_dropout": 0.5, "num_vectors": 8, "vector_length": 4}),

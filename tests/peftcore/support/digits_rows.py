@@ -73,6 +73,7 @@ ROWS = [
     Row("OFT", "OFT", ORTHOGONAL, 2e-2, 1.3, EVERY_LINEAR | {"oft_block_size": 8}),
     Row("BOFT", "BOFT", ORTHOGONAL, 2e-2, 1.3, EVERY_LINEAR | {"boft_block_size": 8}),
     Row("HRA", "HRA", ORTHOGONAL, 2e-2, 1.3, EVERY_LINEAR | {"r": 8}),
+    Row("PSOFT", "PSOFT", ORTHOGONAL, 2e-2, 1.4, EVERY_LINEAR | {"r": 16}),
     Row("RoAd", "ROAD", ORTHOGONAL, 1e-1, 1.5, EVERY_LINEAR | {"group_size": 8}),
     Row("FourierFT", "FOURIERFT", SPARSE, 1e-1, 1.5, EVERY_LINEAR | {"n_frequency": 200, "scaling": 15}),
     Row("WaveFT", "WAVEFT", SPARSE, 3e-3, 1.3, EVERY_LINEAR | {"n_frequency": 400, "scaling": 10}),
