@@ -114,6 +114,7 @@ if TYPE_CHECKING:
         RandLoraModel,
         RoadModel,
         ShiraModel,
+        SupertuningModel,
         TrainableTokensModel,
         UniLoraModel,
         VBLoRAModel,
@@ -149,8 +150,6 @@ if TYPE_CHECKING:
         PveraModel,
         ShadowConfig,
         ShadowModel,
-        SupertuningConfig,
-        SupertuningModel,
         TinyLoraConfig,
         TinyLoraModel,
         VeloraConfig,
@@ -249,6 +248,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.shira import (
         ShiraConfig,
+    )
+    from peftcore.methods.supertuning import (
+        SupertuningConfig,
     )
     from peftcore.methods.trainable_tokens import (
         TrainableTokensConfig,
@@ -431,8 +433,8 @@ _MODULES = {
     "ShadowModel": "peftcore.hf_peft.unsupported",
     "ShiraConfig": "peftcore.methods.shira",
     "ShiraModel": "peftcore.hf_peft.tuner_models",
-    "SupertuningConfig": "peftcore.hf_peft.unsupported",
-    "SupertuningModel": "peftcore.hf_peft.unsupported",
+    "SupertuningConfig": "peftcore.methods.supertuning",
+    "SupertuningModel": "peftcore.hf_peft.tuner_models",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftcore.hf_peft.unsupported",
     "TargetError": "peftcore.errors",
     "TaskType": "peftcore.config",

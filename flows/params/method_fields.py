@@ -25,6 +25,7 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
     "poly": {"r": "r"},
     "psoft": {"r": "r", "lora_dropout": "psoft_dropout"},
     "randlora": {"lora_dropout": "randlora_dropout"},
+    "supertuning": {"r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
     "unilora": {"r": "r", "lora_dropout": "unilora_dropout"},
     "vblora": {"r": "r", "lora_dropout": "vblora_dropout"},
     "vera": {"r": "r", "lora_dropout": "vera_dropout"},

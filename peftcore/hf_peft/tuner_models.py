@@ -163,3 +163,9 @@ class PsoftModel(TunerModel):
     """View on a model with adapters, the first of which is of the method PSOFT."""
 
     peft_type = "PSOFT"
+
+
+class SupertuningModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method SUPERTUNING."""
+
+    peft_type = "SUPERTUNING"

@@ -104,14 +104,6 @@ class ShadowModel(_Unsupported):
     """Model class of SHADOW."""
 
 
-class SupertuningConfig(_Unsupported):
-    """Configuration of SUPERTUNING."""
-
-
-class SupertuningModel(_Unsupported):
-    """Model class of SUPERTUNING."""
-
-
 class DeftConfig(_Unsupported):
     """Configuration of DEFT."""
 

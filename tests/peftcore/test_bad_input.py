@@ -241,6 +241,10 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"group_size": 4}, "group_size must divide the 10 outputs of 2, got 4"),
     ],
     "SHIRA": [({"r": 0}, POSITIVE), ({"r": 6}, "r=6 at 2 asks for 132 entries of a weight of 120; r fits up to 5")],
+    "SUPERTUNING": [
+        ({"r": 0}, POSITIVE),
+        ({"sparsity": 0.995}, "sparsity=0.995 leaves no trainable entries of the 144 at 0; give at most 0.993"),
+    ],
     "UNILORA": [
         ({"r": 0}, POSITIVE),
         ({"theta_d_length": 0}, "theta_d_length must be a positive integer; got 0"),

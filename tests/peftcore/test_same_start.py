@@ -250,6 +250,10 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "ShiraConfig": [
         {"r": 2, "random_seed": seed, "init_weights": i, **LINEAR} for seed in (None, 3) for i in (True, False)
     ],
+    "SupertuningConfig": [
+        {"sparsity": 0.8, "r": r, "select_top": top, "init_weights": init, **LINEAR}
+        for r, top, init in ((None, True, True), (None, False, False), (2, True, True), (2, False, False))
+    ],
     "TrainableTokensConfig": [
         {"token_indices": [1, 3], "init_weights": init, "target_modules": ["emb"]} for init in (True, False)
     ],
@@ -445,6 +449,7 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
     ("MissConfig", "lin", {"miss_dropout": 0.5, "init_weights": False, "r": 4}),
     ("PsoftConfig", "lin", {"psoft_dropout": 0.5, "init_weights": False, "r": 3}),
     ("RandLoraConfig", "lin", {"randlora_dropout": 0.5, "init_weights": False}),
+    ("SupertuningConfig", "lin", {"lora_dropout": 0.5, "init_weights": False, "r": 2, "sparsity": 0.5}),
     ("UniLoraConfig", "lin", {"unilora_dropout": 0.5, "init_theta_d_bound": 1.0}),
     ("VBLoRAConfig", "lin", {"vblora_dropout": 0.5, "num_vectors": 8, "vector_length": 4}),
     ("VeraConfig", "lin", {"vera_dropout": 0.5, "init_weights": False}),

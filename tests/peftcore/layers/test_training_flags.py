@@ -27,6 +27,7 @@ DROPOUTS = {
     "OFT": {"module_dropout": 0.5},
     "PSOFT": {"psoft_dropout": 0.5},
     "RANDLORA": {"randlora_dropout": 0.5},
+    "SUPERTUNING": {"lora_dropout": 0.5},
     "UNILORA": {"unilora_dropout": 0.5},
     "VBLORA": {"vblora_dropout": 0.5},
     "VERA": {"vera_dropout": 0.5},

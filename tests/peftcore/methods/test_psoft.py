@@ -149,7 +149,7 @@ def test_a_second_adapter_takes_the_subspace_of_the_weight_without_merged_change
     randomise(model, 0.5)
     model.merge_adapter()
     model.add_adapter("second", PsoftConfig(r=4, target_modules=["0"]))
-    second = adapter_set(model).adapters("second")["0"]
+    second: Any = adapter_set(model).adapters("second")["0"]
     assert torch.equal(second.psoft_A, psoft_at(model).psoft_A)
 
 

@@ -88,7 +88,7 @@ def test_the_seed_draws_the_indices_as_in_peft() -> None:
     assert torch.equal(one, again) and not torch.equal(one, other)
     plain = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
     config = peft.UniLoraConfig(r=3, theta_d_length=24, proj_seed=3, target_modules=["0", "1"])
-    theirs = peft.get_peft_model(plain, config).base_model.model
+    theirs: Any = peft.get_peft_model(plain, config).base_model.model
     assert torch.equal(one[: 3 * 8].view(3, 8), theirs[0].unilora_indices_A["default"])
     assert torch.equal(one[-3 * 4 :].view(4, 3), theirs[1].unilora_indices_B["default"])
 

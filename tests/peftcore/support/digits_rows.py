@@ -79,6 +79,7 @@ ROWS = [
     Row("WaveFT", "WAVEFT", SPARSE, 3e-3, 1.3, EVERY_LINEAR | {"n_frequency": 400, "scaling": 10}),
     Row("C3A", "C3A", SPARSE, 2e-1, 1.6, EVERY_LINEAR | {"block_size": 24}),
     Row("SHiRA", "SHIRA", SPARSE, 3e-2, 1.3, EVERY_LINEAR | {"r": 4, "random_seed": 0}),
+    Row("Super-Tuning", "SUPERTUNING", SPARSE, 3e-2, 1.4, EVERY_LINEAR | {"sparsity": 0.9}),
     Row("IA3", "IA3", FEW, 1e-1, 1.5, SCALED, 120),
     Row("LN tuning", "LN_TUNING", FEW, 1e-1, 1.7, {}, 120),
     Row("trainable tokens", "TRAINABLE_TOKENS", FEW, 1e-1, 1.7, {"token_indices": list(range(17))}, 120),
