@@ -109,6 +109,7 @@ if TYPE_CHECKING:
         LoraModel,
         MissModel,
         OFTModel,
+        PeanutModel,
         PolyModel,
         PsoftModel,
         RandLoraModel,
@@ -144,8 +145,6 @@ if TYPE_CHECKING:
         MontecloraConfig,
         OSFConfig,
         OSFModel,
-        PeanutConfig,
-        PeanutModel,
         PveraConfig,
         PveraModel,
         ShadowConfig,
@@ -233,6 +232,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.oft import (
         OFTConfig,
+    )
+    from peftcore.methods.peanut import (
+        PeanutConfig,
     )
     from peftcore.methods.poly import (
         PolyConfig,
@@ -395,8 +397,8 @@ _MODULES = {
     "PEFT_TYPE_TO_CONFIG_MAPPING": "peftcore.hf_peft.mapping",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "peftcore.hf_peft.mapping",
     "PEFT_TYPE_TO_TUNER_MAPPING": "peftcore.hf_peft.mapping",
-    "PeanutConfig": "peftcore.hf_peft.unsupported",
-    "PeanutModel": "peftcore.hf_peft.unsupported",
+    "PeanutConfig": "peftcore.methods.peanut",
+    "PeanutModel": "peftcore.hf_peft.tuner_models",
     "PeftConfig": "peftcore.config",
     "PeftError": "peftcore.errors",
     "PeftMixedModel": "peftcore.hf_peft.classes",

@@ -169,3 +169,9 @@ class SupertuningModel(TunerModel):
     """View on a model with adapters, the first of which is of the method SUPERTUNING."""
 
     peft_type = "SUPERTUNING"
+
+
+class PeanutModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method PEANUT."""
+
+    peft_type = "PEANUT"

@@ -88,14 +88,6 @@ class TinyLoraModel(_Unsupported):
     """Model class of TINYLORA."""
 
 
-class PeanutConfig(_Unsupported):
-    """Configuration of PEANUT."""
-
-
-class PeanutModel(_Unsupported):
-    """Model class of PEANUT."""
-
-
 class ShadowConfig(_Unsupported):
     """Configuration of SHADOW."""
 

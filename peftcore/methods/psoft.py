@@ -9,7 +9,7 @@ A and B are not saved: loading computes them again, so the base must be the one 
 """
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,15 @@ from peftcore.errors import ConfigError
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.maths import cayley, neumann, widened
 from peftcore.registry import register
+
+_LOW_RANK, _SERIES = "psoft_svd='lowrank'", "use_cayley_neumann=True"
+_NEEDED = {
+    "psoft_svd_lowrank_niter": _LOW_RANK,
+    "random_seed": _LOW_RANK,
+    "num_cayley_neumann_terms": _SERIES,
+    "cayley_neumann_eps": _SERIES,
+}
+"""{option: the setting without which it has no effect}"""
 
 
 @dataclass
@@ -74,18 +83,10 @@ class PsoftConfig(TunerConfig):
             raise ConfigError(
                 f"PsoftConfig: cayley_neumann_eps must be between 0 and 1; got {self.cayley_neumann_eps}; try 0.9"
             )
-        used = {
-            "psoft_svd='lowrank'": (self.psoft_svd == "lowrank", ("psoft_svd_lowrank_niter", "random_seed")),
-            "use_cayley_neumann=True": (
-                self.use_cayley_neumann,
-                ("num_cayley_neumann_terms", "cayley_neumann_eps"),
-            ),
-        }
-        defaults = {field.name: field.default for field in fields(self)}
-        for setting, (is_set, names) in used.items():
-            for name in names if not is_set else ():
-                if getattr(self, name) != defaults[name]:
-                    warnings.warn(f"PsoftConfig: {name} has no effect without {setting}", stacklevel=3)
+        is_set = {_LOW_RANK: self.psoft_svd == "lowrank", _SERIES: self.use_cayley_neumann}
+        for name, setting in _NEEDED.items():
+            if not is_set[setting] and getattr(self, name) != getattr(type(self), name):  # the default
+                warnings.warn(f"PsoftConfig: {name} has no effect without {setting}", stacklevel=3)
 
 
 class Turn(nn.Module):

@@ -158,7 +158,7 @@ class UniLora(Adapter):
         """Return A (r, i) and B (o, r)."""
         a, b = self.unilora_indices_A, self.unilora_indices_B
         vector = (self.shared.unilora_theta_d * self.shared.scales).to(a.device)
-        return vector.take(a), vector.take(b)
+        return vector[a], vector[b]
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         down, up = self._factors()

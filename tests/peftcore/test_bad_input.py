@@ -232,6 +232,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"r": 12, "oft_block_size": 0}, "blocks of size 1 rotate nothing at 0, which has 12 features"),
         ({"r": -2, "oft_block_size": 0}, "r must be a positive integer; got -2"),
     ],
+    "PEANUT": [({"r": 0}, POSITIVE), ({"depth": -1}, "depth must be 0 or a positive integer; got -1")],
     "POLY": [({"r": 0}, POSITIVE), ({"n_splits": 4}, "n_splits must divide 12 and 10 at 2, got 4; try 2")],
     "PSOFT": [({"r": 0}, POSITIVE), ({"r": 11}, "r must be at most the 10 singular values of 2, got 11; try 10")],
     "RANDLORA": [({"r": 0}, POSITIVE)],

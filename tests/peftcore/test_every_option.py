@@ -59,6 +59,7 @@ WORDS: dict[str, list[Any]] = {
     "mask_fn": [lambda layer, r, **_: torch.ones_like(layer.weight).cumsum(1).remainder(3).eq(0).float()],
     "random_seed": [5],
     "ab_svd_init": ["pissa_init"],
+    "act_fn": ["gelu"],
     "psoft_svd": ["lowrank"],
     "cayley_neumann_eps": [0.5],
     "wavelet_family": ["haar", "sym3"],

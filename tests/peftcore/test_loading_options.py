@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "VeraConfig": {"r": 2},
     "VBLoRAConfig": {"r": 2, "num_vectors": 16, "vector_length": 4},
     "UniLoraConfig": {"r": 2},
+    "PeanutConfig": {"r": 2, "depth": 1},
     "PsoftConfig": {"r": 3},
     "BOFTConfig": {"boft_block_size": 4},
     "OFTConfig": {"oft_block_size": 4, "r": 0},

@@ -230,6 +230,9 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         for init in (True, False)
         for target in ("lin", "emb", "conv2")
     ],
+    "PeanutConfig": [
+        {"r": 3, "depth": depth, "init_weights": init, **LINEAR} for depth in (0, 2) for init in (True, False)
+    ],
     "PolyConfig": [
         {"r": 2, "n_tasks": 3, "n_skills": 2, "n_splits": 2, "init_weights": init, **LINEAR} for init in (True, False)
     ],

@@ -62,6 +62,7 @@ ROWS = [
     Row("HiRA", "HIRA", LOW_RANK, 3e-2, 1.45, EVERY_LINEAR | {"r": 8}),
     Row("GraLoRA", "GRALORA", LOW_RANK, 1e-2, 1.4, EVERY_LINEAR | {"r": 8, "alpha": 16}),
     Row("MiSS", "MISS", LOW_RANK, 1e-2, 1.3, EVERY_LINEAR | {"r": 8}),
+    Row("PEANuT", "PEANUT", LOW_RANK, 1e-2, 1.4, EVERY_LINEAR | {"r": 8, "depth": 1}),
     Row("LoHa", "LOHA", SHARED, 2e-2, 1.4, EVERY_LINEAR | {"r": 4, "alpha": 8}),
     Row("LoKr", "LOKR", SHARED, 5e-2, 1.5, EVERY_LINEAR | {"r": 4, "alpha": 8}),
     Row("VeRA", "VERA", SHARED, 1e-1, 1.4, EVERY_LINEAR | {"r": 64}),
