@@ -79,7 +79,7 @@ class Supertuning(Adapter):
         self.supertuning_values = nn.Parameter(torch.empty(count))
         self.register_buffer("supertuning_indices", torch.zeros(count, dtype=torch.int32))
         if config.r is not None:
-            self.scaling = float(config.lora_alpha or 0) / config.r
+            self.scaling = 2.0 if config.lora_alpha is None else config.lora_alpha / config.r
             self.add_dropout()
             self.supertuning_lora_A = nn.Parameter(torch.empty(config.r, base.in_features))
             self.supertuning_lora_B = nn.Parameter(torch.empty(base.out_features, config.r))

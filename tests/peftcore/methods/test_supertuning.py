@@ -69,6 +69,9 @@ def test_the_papers_formula() -> None:
 def test_lora_alpha_is_2r_by_default() -> None:
     assert SupertuningConfig(r=3).lora_alpha == 6
     assert adapter_of(net(r=3)).scaling == 2
+    config = SupertuningConfig(**PLAIN)
+    config.r = 3  # after the configuration was checked
+    assert adapter_of(get_peft_model(base(), config)).scaling == 2
 
 
 def test_dropout_acts_on_the_input_of_ba_alone() -> None:
