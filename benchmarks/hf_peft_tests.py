@@ -166,7 +166,7 @@ REASONS = (
     (r"test_warning_naming_conflict", "names of adapters cannot collide with names of parameters"),
     (r"there is already an adapter named", "`load_adapter` with a name that is taken is an error"),
     (
-        r"missing_keys_warning|hotswap_missing_key",
+        r"missing_keys_warning|hotswap_missing_key|missing_theta_d_key",
         "a saved adapter that lacks tensors is an error; `strict=False` warns",
     ),
     (r"does not match SHA256SUMS", "a weight file that was changed after it was saved is refused"),

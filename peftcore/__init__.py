@@ -109,11 +109,15 @@ if TYPE_CHECKING:
         LoraModel,
         MissModel,
         OFTModel,
+        PeanutModel,
         PolyModel,
+        PsoftModel,
         RandLoraModel,
         RoadModel,
         ShiraModel,
+        SupertuningModel,
         TrainableTokensModel,
+        UniLoraModel,
         VBLoRAModel,
         VeraModel,
         WaveFTModel,
@@ -141,20 +145,12 @@ if TYPE_CHECKING:
         MontecloraConfig,
         OSFConfig,
         OSFModel,
-        PeanutConfig,
-        PeanutModel,
-        PsoftConfig,
-        PsoftModel,
         PveraConfig,
         PveraModel,
         ShadowConfig,
         ShadowModel,
-        SupertuningConfig,
-        SupertuningModel,
         TinyLoraConfig,
         TinyLoraModel,
-        UniLoraConfig,
-        UniLoraModel,
         VeloraConfig,
         bloom_model_postprocess_past_key_value,
         compose_cartridge_adapters,
@@ -241,8 +237,14 @@ if TYPE_CHECKING:
     from peftcore.methods.oft import (
         OFTConfig,
     )
+    from peftcore.methods.peanut import (
+        PeanutConfig,
+    )
     from peftcore.methods.poly import (
         PolyConfig,
+    )
+    from peftcore.methods.psoft import (
+        PsoftConfig,
     )
     from peftcore.methods.randlora import (
         RandLoraConfig,
@@ -253,8 +255,14 @@ if TYPE_CHECKING:
     from peftcore.methods.shira import (
         ShiraConfig,
     )
+    from peftcore.methods.supertuning import (
+        SupertuningConfig,
+    )
     from peftcore.methods.trainable_tokens import (
         TrainableTokensConfig,
+    )
+    from peftcore.methods.unilora import (
+        UniLoraConfig,
     )
     from peftcore.methods.vblora import (
         VBLoRAConfig,
@@ -393,8 +401,8 @@ _MODULES = {
     "PEFT_TYPE_TO_CONFIG_MAPPING": "peftcore.hf_peft.mapping",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "peftcore.hf_peft.mapping",
     "PEFT_TYPE_TO_TUNER_MAPPING": "peftcore.hf_peft.mapping",
-    "PeanutConfig": "peftcore.hf_peft.unsupported",
-    "PeanutModel": "peftcore.hf_peft.unsupported",
+    "PeanutConfig": "peftcore.methods.peanut",
+    "PeanutModel": "peftcore.hf_peft.tuner_models",
     "PeftConfig": "peftcore.config",
     "PeftError": "peftcore.errors",
     "PeftMixedModel": "peftcore.hf_peft.classes",
@@ -418,8 +426,8 @@ _MODULES = {
     "PromptLearningConfig": "peftcore.config",
     "PromptTuningConfig": "peftcore.prompts.prompt_tuning",
     "PromptTuningInit": "peftcore.hf_peft.options",
-    "PsoftConfig": "peftcore.hf_peft.unsupported",
-    "PsoftModel": "peftcore.hf_peft.unsupported",
+    "PsoftConfig": "peftcore.methods.psoft",
+    "PsoftModel": "peftcore.hf_peft.tuner_models",
     "PveraConfig": "peftcore.hf_peft.unsupported",
     "PveraModel": "peftcore.hf_peft.unsupported",
     "RandLoraConfig": "peftcore.methods.randlora",
@@ -431,8 +439,8 @@ _MODULES = {
     "ShadowModel": "peftcore.hf_peft.unsupported",
     "ShiraConfig": "peftcore.methods.shira",
     "ShiraModel": "peftcore.hf_peft.tuner_models",
-    "SupertuningConfig": "peftcore.hf_peft.unsupported",
-    "SupertuningModel": "peftcore.hf_peft.unsupported",
+    "SupertuningConfig": "peftcore.methods.supertuning",
+    "SupertuningModel": "peftcore.hf_peft.tuner_models",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftcore.hf_peft.unsupported",
     "TargetError": "peftcore.errors",
     "TaskType": "peftcore.config",
@@ -441,8 +449,8 @@ _MODULES = {
     "TrainableTokensConfig": "peftcore.methods.trainable_tokens",
     "TrainableTokensModel": "peftcore.hf_peft.tuner_models",
     "TrainingError": "peftcore.errors",
-    "UniLoraConfig": "peftcore.hf_peft.unsupported",
-    "UniLoraModel": "peftcore.hf_peft.unsupported",
+    "UniLoraConfig": "peftcore.methods.unilora",
+    "UniLoraModel": "peftcore.hf_peft.tuner_models",
     "VBLoRAConfig": "peftcore.methods.vblora",
     "VBLoRAModel": "peftcore.hf_peft.tuner_models",
     "VeloraConfig": "peftcore.hf_peft.unsupported",

@@ -151,3 +151,27 @@ class GraloraModel(TunerModel):
     """View on a model with adapters, the first of which is of the method GRALORA."""
 
     peft_type = "GRALORA"
+
+
+class UniLoraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method UNILORA."""
+
+    peft_type = "UNILORA"
+
+
+class PsoftModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method PSOFT."""
+
+    peft_type = "PSOFT"
+
+
+class SupertuningModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method SUPERTUNING."""
+
+    peft_type = "SUPERTUNING"
+
+
+class PeanutModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method PEANUT."""
+
+    peft_type = "PEANUT"

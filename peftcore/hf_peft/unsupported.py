@@ -64,14 +64,6 @@ class GloraModel(_Unsupported):
     """Model class of GLORA."""
 
 
-class UniLoraConfig(_Unsupported):
-    """Configuration of UNILORA."""
-
-
-class UniLoraModel(_Unsupported):
-    """Model class of UNILORA."""
-
-
 class OSFConfig(_Unsupported):
     """Configuration of OSF."""
 
@@ -96,36 +88,12 @@ class TinyLoraModel(_Unsupported):
     """Model class of TINYLORA."""
 
 
-class PsoftConfig(_Unsupported):
-    """Configuration of PSOFT."""
-
-
-class PsoftModel(_Unsupported):
-    """Model class of PSOFT."""
-
-
-class PeanutConfig(_Unsupported):
-    """Configuration of PEANUT."""
-
-
-class PeanutModel(_Unsupported):
-    """Model class of PEANUT."""
-
-
 class ShadowConfig(_Unsupported):
     """Configuration of SHADOW."""
 
 
 class ShadowModel(_Unsupported):
     """Model class of SHADOW."""
-
-
-class SupertuningConfig(_Unsupported):
-    """Configuration of SUPERTUNING."""
-
-
-class SupertuningModel(_Unsupported):
-    """Model class of SUPERTUNING."""
 
 
 class DeftConfig(_Unsupported):

@@ -66,6 +66,20 @@ def cayley(skew: Tensor) -> Tensor:
     return torch.linalg.solve(eye + skew, eye - skew, left=False)
 
 
+def neumann(skew: Tensor, terms: int) -> Tensor:
+    """Return I + 2S + 2S² + … + Sᵐ, an approximation of (I + S)(I − S)⁻¹.
+
+    As in HF PEFT, m = terms − 1, except that terms = 2 and terms = 3 give m = 1 and m = 3.
+    """
+    last = 1 if terms == 2 else max(terms - 1, 3)
+    power = skew
+    total = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device) + 2 * skew
+    for n in range(2, last + 1):
+        power = power @ skew
+        total = total + (power if n == last else 2 * power)
+    return total
+
+
 def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """Return x R for the block-diagonal matrix R.
 

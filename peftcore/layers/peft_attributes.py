@@ -26,7 +26,8 @@ from peftcore.registry import method_named
 _IN_A_MODULE = ("lora_magnitude_vector",)
 """Attributes that hold a module with a `weight` in HF PEFT's layers, while the keys on disk have no "weight"."""
 _COMPUTED = ("scaling", "trainable_tokens_original")
-"""Attributes of adapters that are shown although they may be tensors and no parameters."""
+"""Attributes of adapters that are shown although they may be tensors and no parameters, besides buffers whose
+names begin with the method's."""
 _OF_EACH_LORA_LAYER = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 """Attributes that all layers of LoRA have in HF PEFT, empty if they do not fit the layer."""
 TOKENS_LAYER = "TrainableTokensLayer"
@@ -141,15 +142,22 @@ def _number(adapter: Adapter, attribute: str) -> Any:
     if attribute in _NUMBERS.values():
         return None  # HF PEFT's layers have the number under its other name only
     value = getattr(adapter, _NUMBERS.get(attribute, attribute), None)
-    if isinstance(value, int | float) or (attribute in _COMPUTED and isinstance(value, Tensor)):
-        return value
     config, path = adapter.printed
+    is_shown_tensor = attribute in _COMPUTED or attribute.startswith(_prefix(adapter))  # unilora_indices_A
+    is_shown_tensor = is_shown_tensor and isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    if isinstance(value, int | float) or is_shown_tensor:
+        return value
     if not hasattr(config, attribute):
-        attribute = attribute.removeprefix(f"{getattr(config, 'peft_type', '').lower()}_")  # waveft_n_frequency
+        attribute = attribute.removeprefix(_prefix(adapter))  # waveft_n_frequency
     if not hasattr(config, attribute) or attribute.startswith("_"):
         return None
     value = options_at(config, path).get(attribute, getattr(config, attribute))
     return value if isinstance(value, int | float) or attribute == "token_indices" else None
+
+
+def _prefix(adapter: Adapter) -> str:
+    """Return how the names of the method's tensors begin, such as "vera_"."""
+    return f"{getattr(adapter.printed[0], 'peft_type', '').lower()}_"
 
 
 def _element(adapter: Adapter, attribute: str) -> Any:
@@ -158,7 +166,7 @@ def _element(adapter: Adapter, attribute: str) -> Any:
         parameters = {"weight": parameters[""]}
     if parameters == {"": parameters.get("")}:
         return adapter.shown_parameter(parameters[""])
-    if attribute == adapter.dropout_option:
+    if attribute in (option := adapter.dropout_option, f"{_prefix(adapter)}{option}"):  # supertuning_lora_dropout
         return adapter.dropout_module or nn.Identity()
     if parameters:
         return factor_view(adapter, attribute, parameters)

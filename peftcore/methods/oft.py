@@ -19,7 +19,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
-from peftcore.kernels.maths import cayley, drop_blocks, rotate_blocks, weight_shape, widened
+from peftcore.kernels.maths import cayley, drop_blocks, neumann, rotate_blocks, weight_shape, widened
 from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
@@ -82,20 +82,6 @@ class OFTConfig(TunerConfig):
             option = "oft_block_size" if self.oft_block_size else "r"
             warnings.warn(f"OFT: {option}={asked} does not divide {features}; {nearest} is used", stacklevel=2)
         return size
-
-
-def neumann(skew: Tensor, terms: int) -> Tensor:
-    """Return I + 2S + 2S² + … + Sᵐ, an approximation of (I + S)(I − S)⁻¹.
-
-    As in HF PEFT, m = terms − 1, except that terms = 2 and terms = 3 give m = 1 and m = 3.
-    """
-    last = 1 if terms == 2 else max(terms - 1, 3)
-    power = skew
-    total = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device) + 2 * skew
-    for n in range(2, last + 1):
-        power = power @ skew
-        total = total + (power if n == last else 2 * power)
-    return total
 
 
 @register("OFT", OFTConfig)

@@ -149,14 +149,15 @@ class AdapterState:
     @torch.no_grad()
     def read(self, tensors: Mapping[str, Tensor]) -> None:
         """Read checked tensors, except the prompt's. Adapters without values may keep the tensors instead of copies."""
-        if any(tensor.is_meta for _, _, own in self.entries for tensor in own.values()):
+        shared = {} if self.shared is None else self.shared.checkpoint_tensors()
+        if any(tensor.is_meta for own in (shared, *(own for _, _, own in self.entries)) for tensor in own.values()):
             self._make_memory()
         for prefix, adapter, own in self.entries:
             adapter.load_checkpoint_tensors({key: tensors[f"{prefix}{key}"] for key in own})
             vars(adapter).pop("is_unread", None)
             adapter.mark_changed()  # caches do not check tensor versions in threads without edit tracking
         if self.shared is not None:
-            names = {name: f"{SHARED_PREFIX}{name}" for name in self.shared.checkpoint_tensors()}
+            names = {name: f"{SHARED_PREFIX}{name}" for name in shared}
             self.shared.load_checkpoint_tensors({n: tensors[key] for n, key in names.items() if key in tensors})
         for prefix, module in self.copies.items():
             module.load_state_dict({key: tensors[f"{prefix}{key}"] for key in module.state_dict()})

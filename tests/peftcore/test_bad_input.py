@@ -232,7 +232,9 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"r": 12, "oft_block_size": 0}, "blocks of size 1 rotate nothing at 0, which has 12 features"),
         ({"r": -2, "oft_block_size": 0}, "r must be a positive integer; got -2"),
     ],
+    "PEANUT": [({"r": 0}, POSITIVE), ({"depth": -1}, "depth must be 0 or a positive integer; got -1")],
     "POLY": [({"r": 0}, POSITIVE), ({"n_splits": 4}, "n_splits must divide 12 and 10 at 2, got 4; try 2")],
+    "PSOFT": [({"r": 0}, POSITIVE), ({"r": 11}, "r must be at most the 10 singular values of 2, got 11; try 10")],
     "RANDLORA": [({"r": 0}, POSITIVE)],
     "ROAD": [
         ({"group_size": 0}, POSITIVE),
@@ -240,6 +242,14 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"group_size": 4}, "group_size must divide the 10 outputs of 2, got 4"),
     ],
     "SHIRA": [({"r": 0}, POSITIVE), ({"r": 6}, "r=6 at 2 asks for 132 entries of a weight of 120; r fits up to 5")],
+    "SUPERTUNING": [
+        ({"r": 0}, POSITIVE),
+        ({"sparsity": 0.995}, "sparsity=0.995 leaves no trainable entries of the 144 at 0; give at most 0.993"),
+    ],
+    "UNILORA": [
+        ({"r": 0}, POSITIVE),
+        ({"theta_d_length": 0}, "theta_d_length must be a positive integer; got 0"),
+    ],
     "VBLORA": [
         ({"r": 0}, POSITIVE),
         ({"vector_length": 4}, "2 has out_features=10, got vector_length=4"),

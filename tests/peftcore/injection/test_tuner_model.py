@@ -143,6 +143,7 @@ def test_inside_of_a_forward_pass_base_model_is_the_model_without_its_head() -> 
     ("method", "options", "name"),
     [
         ("VBLoRA", {"vector_length": 1, "num_vectors": 4}, "vblora_vector_bank"),
+        ("UniLora", {}, "unilora_theta_d"),
         ("Vera", {}, "vera_A"),
         ("RandLora", {"r": 2}, "randlora_B"),
     ],

@@ -25,7 +25,10 @@ DROPOUTS = {
     "LOKR": {"rank_dropout": 0.5},
     "MISS": {"miss_dropout": 0.5},
     "OFT": {"module_dropout": 0.5},
+    "PSOFT": {"psoft_dropout": 0.5},
     "RANDLORA": {"randlora_dropout": 0.5},
+    "SUPERTUNING": {"lora_dropout": 0.5},
+    "UNILORA": {"unilora_dropout": 0.5},
     "VBLORA": {"vblora_dropout": 0.5},
     "VERA": {"vera_dropout": 0.5},
 }

@@ -11,7 +11,8 @@ from torch import nn
 
 from peftcore import ConfigError, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.methods.oft import OFTConfig, neumann
+from peftcore.kernels.maths import neumann
+from peftcore.methods.oft import OFTConfig
 
 EXAMPLE = Example(
     OFTConfig,
