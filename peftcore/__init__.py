@@ -110,6 +110,7 @@ if TYPE_CHECKING:
         MissModel,
         OFTModel,
         PolyModel,
+        PveraModel,
         RandLoraModel,
         RoadModel,
         ShiraModel,
@@ -145,8 +146,6 @@ if TYPE_CHECKING:
         PeanutModel,
         PsoftConfig,
         PsoftModel,
-        PveraConfig,
-        PveraModel,
         ShadowConfig,
         ShadowModel,
         SupertuningConfig,
@@ -239,6 +238,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.poly import (
         PolyConfig,
+    )
+    from peftcore.methods.pvera import (
+        PveraConfig,
     )
     from peftcore.methods.randlora import (
         RandLoraConfig,
@@ -416,8 +418,8 @@ _MODULES = {
     "PromptTuningInit": "peftcore.hf_peft.options",
     "PsoftConfig": "peftcore.hf_peft.unsupported",
     "PsoftModel": "peftcore.hf_peft.unsupported",
-    "PveraConfig": "peftcore.hf_peft.unsupported",
-    "PveraModel": "peftcore.hf_peft.unsupported",
+    "PveraConfig": "peftcore.methods.pvera",
+    "PveraModel": "peftcore.hf_peft.tuner_models",
     "RandLoraConfig": "peftcore.methods.randlora",
     "RandLoraModel": "peftcore.hf_peft.tuner_models",
     "RoadConfig": "peftcore.methods.road",

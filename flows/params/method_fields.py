@@ -23,6 +23,7 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
     "lora": {"r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
     "miss": {"r": "r", "lora_dropout": "miss_dropout"},
     "poly": {"r": "r"},
+    "pvera": {"r": "r", "lora_dropout": "pvera_dropout"},
     "randlora": {"lora_dropout": "randlora_dropout"},
     "vblora": {"r": "r", "lora_dropout": "vblora_dropout"},
     "vera": {"r": "r", "lora_dropout": "vera_dropout"},

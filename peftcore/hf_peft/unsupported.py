@@ -48,14 +48,6 @@ class FrodModel(_Unsupported):
     """Model class of FROD."""
 
 
-class PveraConfig(_Unsupported):
-    """Configuration of PVERA."""
-
-
-class PveraModel(_Unsupported):
-    """Model class of PVERA."""
-
-
 class GloraConfig(_Unsupported):
     """Configuration of GLORA."""
 

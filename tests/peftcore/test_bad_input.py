@@ -233,6 +233,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"r": -2, "oft_block_size": 0}, "r must be a positive integer; got -2"),
     ],
     "POLY": [({"r": 0}, POSITIVE), ({"n_splits": 4}, "n_splits must divide 12 and 10 at 2, got 4; try 2")],
+    "PVERA": [({"r": 0}, POSITIVE)],
     "RANDLORA": [({"r": 0}, POSITIVE)],
     "ROAD": [
         ({"group_size": 0}, POSITIVE),

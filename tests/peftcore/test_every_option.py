@@ -58,6 +58,7 @@ WORDS: dict[str, list[Any]] = {
     "mask_type": ["other"],
     "mask_fn": [lambda layer, r, **_: torch.ones_like(layer.weight).cumsum(1).remainder(3).eq(0).float()],
     "random_seed": [5],
+    "generator_seed": [5],
     "wavelet_family": ["haar", "sym3"],
     "eva_config": [{"rho": 3.0}],
     "corda_config": [{"corda_method": "kpm"}],

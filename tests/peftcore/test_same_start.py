@@ -233,6 +233,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "PolyConfig": [
         {"r": 2, "n_tasks": 3, "n_skills": 2, "n_splits": 2, "init_weights": init, **LINEAR} for init in (True, False)
     ],
+    "PveraConfig": [
+        {"r": 3, "init_weights": init, "target_modules": targets}
+        for init in (True, False)
+        for targets in (["lin", "lin2"], ["gpt"])
+    ],
     "RandLoraConfig": [
         {"r": 3, "init_weights": init, "target_modules": targets, **more}
         for init, more in ((True, {}), (False, {}), (True, {"sparse": True}))
@@ -432,6 +437,8 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
     *((config, "lin", {"module_dropout": 0.5, "init_weights": False}) for config in ("LoHaConfig", "LoKrConfig")),
     ("LoKrConfig", "lin", {"module_dropout": 0.5, "rank_dropout": 0.5, "init_weights": False}),
     ("MissConfig", "lin", {"miss_dropout": 0.5, "init_weights": False, "r": 4}),
+    ("PveraConfig", "lin", {"init_weights": False, "generator_seed": 3, "r": 8}),
+    ("PveraConfig", "lin", {"pvera_dropout": 0.5, "init_weights": False, "r": 8}),
     ("RandLoraConfig", "lin", {"randlora_dropout": 0.5, "init_weights": False}),
     ("VBLoRAConfig", "lin", {"vblora_dropout": 0.5, "num_vectors": 8, "vector_length": 4}),
     ("VeraConfig", "lin", {"vera_dropout": 0.5, "init_weights": False}),
@@ -469,6 +476,7 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdaLoRA": ("AdaLoraConfig", {"init_r": 4, "target_r": 2, "total_step": 20, "orth_reg_weight": 1e-12, **SOME}),
     "IA3": ("IA3Config", {**SOME, "feedforward_modules": ["down_proj"]}),
     "VeRA": ("VeraConfig", {"r": 8, **SOME}),
+    "PVeRA": ("PveraConfig", {"r": 8, **SOME}),
     "LoHa": ("LoHaConfig", {"r": 4, **SOME}),
     "LoKr": ("LoKrConfig", {"r": 4, **SOME}),
     "OFT": ("OFTConfig", {"oft_block_size": 4, **SOME}),

@@ -25,6 +25,7 @@ DROPOUTS = {
     "LOKR": {"rank_dropout": 0.5},
     "MISS": {"miss_dropout": 0.5},
     "OFT": {"module_dropout": 0.5},
+    "PVERA": {"pvera_dropout": 0.5},
     "RANDLORA": {"randlora_dropout": 0.5},
     "VBLORA": {"vblora_dropout": 0.5},
     "VERA": {"vera_dropout": 0.5},

@@ -65,6 +65,7 @@ ROWS = [
     Row("LoHa", "LOHA", SHARED, 2e-2, 1.4, EVERY_LINEAR | {"r": 4, "alpha": 8}),
     Row("LoKr", "LOKR", SHARED, 5e-2, 1.5, EVERY_LINEAR | {"r": 4, "alpha": 8}),
     Row("VeRA", "VERA", SHARED, 1e-1, 1.4, EVERY_LINEAR | {"r": 64}),
+    Row("PVeRA", "PVERA", SHARED, 1e-1, 1.4, EVERY_LINEAR | {"r": 64}),
     Row("RandLoRA", "RANDLORA", SHARED, 1e-2, 1.3, EVERY_LINEAR | {"r": 8, "randlora_alpha": 64}),
     Row("VB-LoRA", "VBLORA", SHARED, 5e-2, 1.4, EVERY_LINEAR | {"r": 4, "num_vectors": 32, "vector_length": 24}, 100),
     Row("Poly", "POLY", SHARED, 3e-2, 1.7, EVERY_LINEAR | {"r": 4, "n_tasks": 2, "n_skills": 2}),
