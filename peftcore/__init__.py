@@ -99,6 +99,7 @@ if TYPE_CHECKING:
         C3AModel,
         DeloraModel,
         FourierFTModel,
+        GloraModel,
         GraloraModel,
         HiraModel,
         HRAModel,
@@ -134,8 +135,6 @@ if TYPE_CHECKING:
         DeftModel,
         FrodConfig,
         FrodModel,
-        GloraConfig,
-        GloraModel,
         KasaConfig,
         LilyConfig,
         LilyModel,
@@ -204,6 +203,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.fourierft import (
         FourierFTConfig,
+    )
+    from peftcore.methods.glora import (
+        GloraConfig,
     )
     from peftcore.methods.gralora import (
         GraloraConfig,
@@ -350,8 +352,8 @@ _MODULES = {
     "FourierFTModel": "peftcore.hf_peft.tuner_models",
     "FrodConfig": "peftcore.hf_peft.unsupported",
     "FrodModel": "peftcore.hf_peft.unsupported",
-    "GloraConfig": "peftcore.hf_peft.unsupported",
-    "GloraModel": "peftcore.hf_peft.unsupported",
+    "GloraConfig": "peftcore.methods.glora",
+    "GloraModel": "peftcore.hf_peft.tuner_models",
     "GraloraConfig": "peftcore.methods.gralora",
     "GraloraModel": "peftcore.hf_peft.tuner_models",
     "HRAConfig": "peftcore.methods.hra",

@@ -15,6 +15,7 @@ SHARED = ("r", "lora_alpha", "lora_dropout")
 FIELDS: Mapping[str, Mapping[str, str]] = {
     "adalora": {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
     "delora": {"r": "r", "lora_dropout": "module_dropout"},
+    "glora": {"r": "r"},
     "gralora": {"r": "r", "lora_alpha": "alpha", "lora_dropout": "gralora_dropout"},
     "hira": {"r": "r", "lora_dropout": "hira_dropout"},
     "hra": {"r": "r"},

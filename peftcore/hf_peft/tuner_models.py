@@ -157,3 +157,9 @@ class PveraModel(TunerModel):
     """View on a model with adapters, the first of which is of the method PVERA."""
 
     peft_type = "PVERA"
+
+
+class GloraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method GLORA."""
+
+    peft_type = "GLORA"

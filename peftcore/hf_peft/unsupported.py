@@ -48,14 +48,6 @@ class FrodModel(_Unsupported):
     """Model class of FROD."""
 
 
-class GloraConfig(_Unsupported):
-    """Configuration of GLORA."""
-
-
-class GloraModel(_Unsupported):
-    """Model class of GLORA."""
-
-
 class UniLoraConfig(_Unsupported):
     """Configuration of UNILORA."""
 

@@ -197,6 +197,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"n_frequency": 0}, POSITIVE),
         ({"n_frequency": 144}, "n_frequency at 2 must be between 1 and the 120 weights; got 144"),
     ],
+    "GLORA": [({"r": 0}, POSITIVE)],
     "GRALORA": [
         ({"r": 0}, POSITIVE),
         ({"r": 5, "gralora_k": 2}, "r must be a multiple of gralora_k=2, got 5; try 6"),

@@ -53,6 +53,9 @@ VALUES: dict[str, list[Any]] = {
 WORDS: dict[str, list[Any]] = {
     "init_lora_weights": [False, "gaussian"],
     "init_weights": [False, True, "lycoris", "gaussian"],
+    "config_A_B": ["vector", "constant", "none"],
+    "config_C": ["vector", "none"],
+    "config_D_E": ["vector", "none"],
     "variant": ["road_2", "road_4"],
     "poly_type": ["other"],
     "mask_type": ["other"],

@@ -161,6 +161,16 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         for init in (True, False)
         for targets in (["lin", "lin2"], ["gpt"])
     ],
+    "GloraConfig": [
+        {"r": 3, "init_weights": init, **more, **LINEAR}
+        for init in (True, False)
+        for more in (
+            {},
+            {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+            {"config_A_B": "constant", "config_C": "none"},
+            {"config_A_B": "none", "config_D_E": "none"},
+        )
+    ],
     "GraloraConfig": [
         {"r": 4, "gralora_k": 2, "hybrid_r": hybrid, "init_weights": init, **LINEAR}
         for hybrid in (0, 2)
