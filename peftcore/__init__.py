@@ -104,6 +104,7 @@ if TYPE_CHECKING:
         HiraModel,
         HRAModel,
         IA3Model,
+        LilyModel,
         LNTuningModel,
         LoHaModel,
         LoKrModel,
@@ -136,8 +137,6 @@ if TYPE_CHECKING:
         FrodConfig,
         FrodModel,
         KasaConfig,
-        LilyConfig,
-        LilyModel,
         MontecloraConfig,
         OSFConfig,
         OSFModel,
@@ -218,6 +217,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.ia3 import (
         IA3Config,
+    )
+    from peftcore.methods.lily import (
+        LilyConfig,
     )
     from peftcore.methods.ln_tuning import (
         LNTuningConfig,
@@ -366,8 +368,8 @@ _MODULES = {
     "KasaConfig": "peftcore.hf_peft.unsupported",
     "LNTuningConfig": "peftcore.methods.ln_tuning",
     "LNTuningModel": "peftcore.hf_peft.tuner_models",
-    "LilyConfig": "peftcore.hf_peft.unsupported",
-    "LilyModel": "peftcore.hf_peft.unsupported",
+    "LilyConfig": "peftcore.methods.lily",
+    "LilyModel": "peftcore.hf_peft.tuner_models",
     "LoHaConfig": "peftcore.methods.loha",
     "LoHaModel": "peftcore.hf_peft.tuner_models",
     "LoKrConfig": "peftcore.methods.lokr",

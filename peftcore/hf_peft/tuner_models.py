@@ -163,3 +163,9 @@ class GloraModel(TunerModel):
     """View on a model with adapters, the first of which is of the method GLORA."""
 
     peft_type = "GLORA"
+
+
+class LilyModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method LILY."""
+
+    peft_type = "LILY"

@@ -32,14 +32,6 @@ class BeftModel(_Unsupported):
     """Model class of BEFT."""
 
 
-class LilyConfig(_Unsupported):
-    """Configuration of LILY."""
-
-
-class LilyModel(_Unsupported):
-    """Model class of LILY."""
-
-
 class FrodConfig(_Unsupported):
     """Configuration of FROD."""
 
