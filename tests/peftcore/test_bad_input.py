@@ -208,6 +208,10 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"r": 0}, POSITIVE),
         ({"r": 13, "apply_GS": True}, "r up to the 12 features of 0, got 13; try 12"),
     ],
+    "LILY": [
+        ({"r": 0}, POSITIVE),
+        ({"num_B": 1}, "num_B must be at least 2, for the router to choose; got 1"),
+    ],
     "LOHA": [({"r": 0}, POSITIVE), ({"rank_pattern": {"2": 0}}, "must be a positive integer; got 0")],
     "LOKR": [
         ({"r": 0}, POSITIVE),

@@ -191,6 +191,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         for init in (True, False)
         for targets, forward in ((["lin", "lin2"], ["lin2"]), (["gpt"], []), (["conv2"], []), (["conv3"], ["conv3"]))
     ],
+    "LilyConfig": [
+        {"r": 3, "init_weights": init, "target_modules": targets, "stride_A": stride}
+        for init in (True, False)
+        for targets, stride in ((["lin", "lin2"], 1), ("lin|head", 2))
+    ],
     "LNTuningConfig": [{"target_modules": ["norm"]}],
     "LoHaConfig": [
         {"r": 2, "init_weights": init, **more}

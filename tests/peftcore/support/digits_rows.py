@@ -63,6 +63,7 @@ ROWS = [
     Row("GLoRA", "GLORA", LOW_RANK, 1e-2, 1.5, EVERY_LINEAR | {"r": 4}),
     Row("GraLoRA", "GRALORA", LOW_RANK, 1e-2, 1.4, EVERY_LINEAR | {"r": 8, "alpha": 16}),
     Row("MiSS", "MISS", LOW_RANK, 1e-2, 1.3, EVERY_LINEAR | {"r": 8}),
+    Row("Lily", "LILY", SHARED, 1e-2, 1.5, EVERY_LINEAR | {"r": 16}),
     Row("LoHa", "LOHA", SHARED, 2e-2, 1.4, EVERY_LINEAR | {"r": 4, "alpha": 8}),
     Row("LoKr", "LOKR", SHARED, 5e-2, 1.5, EVERY_LINEAR | {"r": 4, "alpha": 8}),
     Row("VeRA", "VERA", SHARED, 1e-1, 1.4, EVERY_LINEAR | {"r": 64}),
