@@ -99,6 +99,7 @@ if TYPE_CHECKING:
         C3AModel,
         DeloraModel,
         FourierFTModel,
+        FrodModel,
         GloraModel,
         GraloraModel,
         HiraModel,
@@ -134,8 +135,6 @@ if TYPE_CHECKING:
         CartridgeEncoder,
         DeftConfig,
         DeftModel,
-        FrodConfig,
-        FrodModel,
         KasaConfig,
         MontecloraConfig,
         OSFConfig,
@@ -202,6 +201,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.fourierft import (
         FourierFTConfig,
+    )
+    from peftcore.methods.frod import (
+        FrodConfig,
     )
     from peftcore.methods.glora import (
         GloraConfig,
@@ -352,8 +354,8 @@ _MODULES = {
     "ExportError": "peftcore.errors",
     "FourierFTConfig": "peftcore.methods.fourierft",
     "FourierFTModel": "peftcore.hf_peft.tuner_models",
-    "FrodConfig": "peftcore.hf_peft.unsupported",
-    "FrodModel": "peftcore.hf_peft.unsupported",
+    "FrodConfig": "peftcore.methods.frod",
+    "FrodModel": "peftcore.hf_peft.tuner_models",
     "GloraConfig": "peftcore.methods.glora",
     "GloraModel": "peftcore.hf_peft.tuner_models",
     "GraloraConfig": "peftcore.methods.gralora",

@@ -15,6 +15,7 @@ SHARED = ("r", "lora_alpha", "lora_dropout")
 FIELDS: Mapping[str, Mapping[str, str]] = {
     "adalora": {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
     "delora": {"r": "r", "lora_dropout": "module_dropout"},
+    "frod": {"lora_dropout": "frod_dropout"},
     "glora": {"r": "r"},
     "gralora": {"r": "r", "lora_alpha": "alpha", "lora_dropout": "gralora_dropout"},
     "hira": {"r": "r", "lora_dropout": "hira_dropout"},
@@ -37,6 +38,7 @@ ALTERNATIVES: Mapping[str, Mapping[str, str]] = {
     "boft": {"lora_dropout": "options.boft_dropout, a share of blocks"},
     "delora": {"lora_alpha": "options.delora_lambda"},
     "fourierft": {"r": "options.n_frequency", "lora_alpha": "options.scaling"},
+    "frod": {"r": "options.sparse_rate, the share of entries that train"},
     "lily": {"lora_alpha": "options.scaling"},
     "loha": {"lora_dropout": "options.rank_dropout or options.module_dropout"},
     "lokr": {"lora_dropout": "options.rank_dropout or options.module_dropout"},

@@ -169,3 +169,9 @@ class LilyModel(TunerModel):
     """View on a model with adapters, the first of which is of the method LILY."""
 
     peft_type = "LILY"
+
+
+class FrodModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method FROD."""
+
+    peft_type = "FROD"

@@ -32,14 +32,6 @@ class BeftModel(_Unsupported):
     """Model class of BEFT."""
 
 
-class FrodConfig(_Unsupported):
-    """Configuration of FROD."""
-
-
-class FrodModel(_Unsupported):
-    """Model class of FROD."""
-
-
 class UniLoraConfig(_Unsupported):
     """Configuration of UNILORA."""
 

@@ -5,7 +5,7 @@ number ("constant"), or absent ("none"). A layer without a bias has A and B only
 
 Shapes: i in_features, o out_features, r rank. "lora": A and B are Xd (o, r) times Xu (r, i), C is Xd (i, r) times
 Xu (r, 1). "vector": A and B (o, 1), C (i, 1), D and E (o,). "constant": (1,).
-PEFT saves zeros for what is absent. Vectors of zeros are saved here too, whole matrices of zeros (A and B) are only read.
+PEFT saves zeros for what is absent. Vectors of zeros are saved here too; matrices of zeros (A and B) are only read.
 """
 
 from dataclasses import dataclass

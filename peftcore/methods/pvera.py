@@ -3,8 +3,8 @@
 y = Wx + b + Λ_b B z, z = μ + ε ⊙ exp(½ log σ²), ε ~ N(0, I), with (μ, log σ²) = Λ_d A x, the two halves of one product.
 In training z is drawn, in evaluation z is its mean μ: PVeRA is then VeRA, and this is what merging adds to the weight.
 
-Shapes: i in_features, o out_features, r rank, I and O the largest i and o of the adapted layers; A (2r, I) and B (O, r),
-of which a layer takes the first i columns and o rows; Λ_d = diag(pvera_lambda_d) (2r,), Λ_b (o,).
+Shapes: i in_features, o out_features, r rank, I and O the largest i and o of the adapted layers; A (2r, I) and
+B (O, r), of which a layer takes the first i columns and o rows; Λ_d = diag(pvera_lambda_d) (2r,), Λ_b (o,).
 """
 
 from collections.abc import Mapping

@@ -197,6 +197,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"n_frequency": 0}, POSITIVE),
         ({"n_frequency": 144}, "n_frequency at 2 must be between 1 and the 120 weights; got 144"),
     ],
+    "FROD": [({"sparse_rate": 1.5}, "sparse_rate must be from 0 to 1; got 1.5")],
     "GLORA": [({"r": 0}, POSITIVE)],
     "GRALORA": [
         ({"r": 0}, POSITIVE),

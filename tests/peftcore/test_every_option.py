@@ -24,8 +24,8 @@ from peftcore.registry import methods
 
 DESCRIBES = {"auto_mapping", "base_model_name_or_path", "extra", "peft_type", "peft_version", "revision", "task_type"}
 """Fields that describe the base model, the method or the file; `test_descriptions_are_saved` checks them."""
-ELSEWHERE = {"runtime_config"}
-"""Fields that other tests check: test_config.py of LoRA."""
+ELSEWHERE = {"runtime_config", "progressbar"}
+"""Fields that other tests check: test_config.py of LoRA, test_frod.py."""
 EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
 OF_CONVOLUTIONS = {"use_effective_conv2d"}
 """Options that only concern convolutions."""

@@ -161,6 +161,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         for init in (True, False)
         for targets in (["lin", "lin2"], ["gpt"])
     ],
+    "FrodConfig": [
+        {"sparse_rate": rate, "init_weights": init, "progressbar": False, "target_modules": targets}
+        for rate, init in ((0.1, True), (0.1, False), (0.0, True))
+        for targets in (["lin", "lin2"], ["gpt"])
+    ],
     "GloraConfig": [
         {"r": 3, "init_weights": init, **more, **LINEAR}
         for init in (True, False)
@@ -440,6 +445,7 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
         {"lora_dropout": 0.5, "init_lora_weights": False, "init_r": 3, "target_r": 2, "total_step": 9},
     ),
     ("DeloraConfig", "lin", {"module_dropout": 0.5, "init_weights": False}),
+    ("FrodConfig", "lin", {"frod_dropout": 0.5, "init_weights": False, "progressbar": False}),
     ("GraloraConfig", "lin", {"gralora_dropout": 0.5, "init_weights": False, "r": 4, "gralora_k": 2}),
     ("HiraConfig", "lin", {"hira_dropout": 0.5, "init_weights": False}),
     ("LoHaConfig", "lin", {"init_weights": False}),

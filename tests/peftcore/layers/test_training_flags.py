@@ -19,6 +19,7 @@ DROPOUTS = {
     "ADALORA": {"lora_dropout": 0.5},
     "BOFT": {"boft_dropout": 0.5},
     "DELORA": {"module_dropout": 0.5},
+    "FROD": {"frod_dropout": 0.5},
     "GRALORA": {"gralora_dropout": 0.5},
     "HIRA": {"hira_dropout": 0.5},
     "LOHA": {"rank_dropout": 0.5},

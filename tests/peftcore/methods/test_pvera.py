@@ -1,4 +1,4 @@
-"""What the PVeRA paper says: VeRA with a normal distribution of the inner activation, of which merging adds the mean."""
+"""What the PVeRA paper says: VeRA with a normal inner activation, of which merging adds the mean."""
 
 import copy
 import pickle

@@ -77,6 +77,7 @@ ROWS = [
     Row("HRA", "HRA", ORTHOGONAL, 2e-2, 1.3, EVERY_LINEAR | {"r": 8}),
     Row("RoAd", "ROAD", ORTHOGONAL, 1e-1, 1.5, EVERY_LINEAR | {"group_size": 8}),
     Row("FourierFT", "FOURIERFT", SPARSE, 1e-1, 1.5, EVERY_LINEAR | {"n_frequency": 200, "scaling": 15}),
+    Row("FRoD", "FROD", SPARSE, 1e-2, 1.5, EVERY_LINEAR | {"sparse_rate": 0.05, "progressbar": False}),
     Row("WaveFT", "WAVEFT", SPARSE, 3e-3, 1.3, EVERY_LINEAR | {"n_frequency": 400, "scaling": 10}),
     Row("C3A", "C3A", SPARSE, 2e-1, 1.6, EVERY_LINEAR | {"block_size": 24}),
     Row("SHiRA", "SHIRA", SPARSE, 3e-2, 1.3, EVERY_LINEAR | {"r": 4, "random_seed": 0}),
