@@ -13,7 +13,7 @@ from peftcore import ConfigError, PeftModel, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.frod import FrodConfig, role
 
-QUIET = {"progressbar": False}
+QUIET: dict[str, Any] = {"progressbar": False}
 EXAMPLE = Example(
     FrodConfig,
     options={"sparse_rate": 0.2, **QUIET},

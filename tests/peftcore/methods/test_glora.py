@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftcore import ConfigError, PeftModel, get_peft_model
 from peftcore.methods.glora import GloraConfig
 
-VECTORS = {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}
+VECTORS: dict[str, Any] = {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}
 EXAMPLE = Example(
     GloraConfig,
     options={"r": 3},
