@@ -95,6 +95,11 @@ REASONS = (
     (r"test_adding_multiple_adapters_with_bias_raises|multiple_adapters.*bias", "several adapters may train biases"),
     (r"TestRequiresGrad|applies_find_target_modules|test_prefixes_select_correct_state_dict_keys", NAMES),
     (r"exiting_context_irregular_state", "`disable_adapter` leaves a layer that was disabled before it as it was"),
+    (r"no attribute 'pvera_generator'", "the random generator of a PVeRA layer is no attribute of the layer"),
+    (
+        r"merge_and_unmerge\[PVeRA",
+        "an adapter that is added to train is in training mode at once, also on a model in evaluation mode",
+    ),
     (
         r"learnable_bias",
         "rounding: a trained bias b' is added as b' − b, which differs by 1e-7 of the output",

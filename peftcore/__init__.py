@@ -99,10 +99,13 @@ if TYPE_CHECKING:
         C3AModel,
         DeloraModel,
         FourierFTModel,
+        FrodModel,
+        GloraModel,
         GraloraModel,
         HiraModel,
         HRAModel,
         IA3Model,
+        LilyModel,
         LNTuningModel,
         LoHaModel,
         LoKrModel,
@@ -112,6 +115,7 @@ if TYPE_CHECKING:
         PeanutModel,
         PolyModel,
         PsoftModel,
+        PveraModel,
         RandLoraModel,
         RoadModel,
         ShiraModel,
@@ -135,18 +139,10 @@ if TYPE_CHECKING:
         CartridgeEncoder,
         DeftConfig,
         DeftModel,
-        FrodConfig,
-        FrodModel,
-        GloraConfig,
-        GloraModel,
         KasaConfig,
-        LilyConfig,
-        LilyModel,
         MontecloraConfig,
         OSFConfig,
         OSFModel,
-        PveraConfig,
-        PveraModel,
         ShadowConfig,
         ShadowModel,
         TinyLoraConfig,
@@ -206,6 +202,12 @@ if TYPE_CHECKING:
     from peftcore.methods.fourierft import (
         FourierFTConfig,
     )
+    from peftcore.methods.frod import (
+        FrodConfig,
+    )
+    from peftcore.methods.glora import (
+        GloraConfig,
+    )
     from peftcore.methods.gralora import (
         GraloraConfig,
     )
@@ -217,6 +219,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.ia3 import (
         IA3Config,
+    )
+    from peftcore.methods.lily import (
+        LilyConfig,
     )
     from peftcore.methods.ln_tuning import (
         LNTuningConfig,
@@ -245,6 +250,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.psoft import (
         PsoftConfig,
+    )
+    from peftcore.methods.pvera import (
+        PveraConfig,
     )
     from peftcore.methods.randlora import (
         RandLoraConfig,
@@ -358,10 +366,10 @@ _MODULES = {
     "ExportError": "peftcore.errors",
     "FourierFTConfig": "peftcore.methods.fourierft",
     "FourierFTModel": "peftcore.hf_peft.tuner_models",
-    "FrodConfig": "peftcore.hf_peft.unsupported",
-    "FrodModel": "peftcore.hf_peft.unsupported",
-    "GloraConfig": "peftcore.hf_peft.unsupported",
-    "GloraModel": "peftcore.hf_peft.unsupported",
+    "FrodConfig": "peftcore.methods.frod",
+    "FrodModel": "peftcore.hf_peft.tuner_models",
+    "GloraConfig": "peftcore.methods.glora",
+    "GloraModel": "peftcore.hf_peft.tuner_models",
     "GraloraConfig": "peftcore.methods.gralora",
     "GraloraModel": "peftcore.hf_peft.tuner_models",
     "HRAConfig": "peftcore.methods.hra",
@@ -374,8 +382,8 @@ _MODULES = {
     "KasaConfig": "peftcore.hf_peft.unsupported",
     "LNTuningConfig": "peftcore.methods.ln_tuning",
     "LNTuningModel": "peftcore.hf_peft.tuner_models",
-    "LilyConfig": "peftcore.hf_peft.unsupported",
-    "LilyModel": "peftcore.hf_peft.unsupported",
+    "LilyConfig": "peftcore.methods.lily",
+    "LilyModel": "peftcore.hf_peft.tuner_models",
     "LoHaConfig": "peftcore.methods.loha",
     "LoHaModel": "peftcore.hf_peft.tuner_models",
     "LoKrConfig": "peftcore.methods.lokr",
@@ -426,10 +434,10 @@ _MODULES = {
     "PromptLearningConfig": "peftcore.config",
     "PromptTuningConfig": "peftcore.prompts.prompt_tuning",
     "PromptTuningInit": "peftcore.hf_peft.options",
+    "PveraConfig": "peftcore.methods.pvera",
+    "PveraModel": "peftcore.hf_peft.tuner_models",
     "PsoftConfig": "peftcore.methods.psoft",
     "PsoftModel": "peftcore.hf_peft.tuner_models",
-    "PveraConfig": "peftcore.hf_peft.unsupported",
-    "PveraModel": "peftcore.hf_peft.unsupported",
     "RandLoraConfig": "peftcore.methods.randlora",
     "RandLoraModel": "peftcore.hf_peft.tuner_models",
     "RoadConfig": "peftcore.methods.road",

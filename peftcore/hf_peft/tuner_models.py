@@ -175,3 +175,27 @@ class PeanutModel(TunerModel):
     """View on a model with adapters, the first of which is of the method PEANUT."""
 
     peft_type = "PEANUT"
+
+
+class PveraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method PVERA."""
+
+    peft_type = "PVERA"
+
+
+class GloraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method GLORA."""
+
+    peft_type = "GLORA"
+
+
+class LilyModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method LILY."""
+
+    peft_type = "LILY"
+
+
+class FrodModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method FROD."""
+
+    peft_type = "FROD"

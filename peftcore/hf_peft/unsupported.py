@@ -32,38 +32,6 @@ class BeftModel(_Unsupported):
     """Model class of BEFT."""
 
 
-class LilyConfig(_Unsupported):
-    """Configuration of LILY."""
-
-
-class LilyModel(_Unsupported):
-    """Model class of LILY."""
-
-
-class FrodConfig(_Unsupported):
-    """Configuration of FROD."""
-
-
-class FrodModel(_Unsupported):
-    """Model class of FROD."""
-
-
-class PveraConfig(_Unsupported):
-    """Configuration of PVERA."""
-
-
-class PveraModel(_Unsupported):
-    """Model class of PVERA."""
-
-
-class GloraConfig(_Unsupported):
-    """Configuration of GLORA."""
-
-
-class GloraModel(_Unsupported):
-    """Model class of GLORA."""
-
-
 class OSFConfig(_Unsupported):
     """Configuration of OSF."""
 

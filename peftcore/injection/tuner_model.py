@@ -15,7 +15,7 @@ from peftcore.layers.peft_attributes import shared_tensor
 from peftcore.layers.trained_bias import TrainedBias
 
 _CLASSES: dict[str, type["TunerModel"]] = {}
-_PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
+_PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "PVERA": "pvera_lambda_", "VERA": "vera_lambda_"}
 """{method: prefix of its parameter names}, for methods whose prefix is not the method's name"""
 
 SHARED_TENSORS = ("randlora_A", "randlora_B", "vblora_vector_bank", "vera_A", "vera_B")

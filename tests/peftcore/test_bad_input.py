@@ -197,6 +197,8 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"n_frequency": 0}, POSITIVE),
         ({"n_frequency": 144}, "n_frequency at 2 must be between 1 and the 120 weights; got 144"),
     ],
+    "FROD": [({"sparse_rate": 1.5}, "sparse_rate must be from 0 to 1; got 1.5")],
+    "GLORA": [({"r": 0}, POSITIVE)],
     "GRALORA": [
         ({"r": 0}, POSITIVE),
         ({"r": 5, "gralora_k": 2}, "r must be a multiple of gralora_k=2, got 5; try 6"),
@@ -206,6 +208,10 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
     "HRA": [
         ({"r": 0}, POSITIVE),
         ({"r": 13, "apply_GS": True}, "r up to the 12 features of 0, got 13; try 12"),
+    ],
+    "LILY": [
+        ({"r": 0}, POSITIVE),
+        ({"num_B": 1}, "num_B must be at least 2, for the router to choose; got 1"),
     ],
     "LOHA": [({"r": 0}, POSITIVE), ({"rank_pattern": {"2": 0}}, "must be a positive integer; got 0")],
     "LOKR": [
@@ -235,6 +241,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
     "PEANUT": [({"r": 0}, POSITIVE), ({"depth": -1}, "depth must be 0 or a positive integer; got -1")],
     "POLY": [({"r": 0}, POSITIVE), ({"n_splits": 4}, "n_splits must divide 12 and 10 at 2, got 4; try 2")],
     "PSOFT": [({"r": 0}, POSITIVE), ({"r": 11}, "r must be at most the 10 singular values of 2, got 11; try 10")],
+    "PVERA": [({"r": 0}, POSITIVE)],
     "RANDLORA": [({"r": 0}, POSITIVE)],
     "ROAD": [
         ({"group_size": 0}, POSITIVE),

@@ -24,8 +24,8 @@ from peftcore.registry import methods
 
 DESCRIBES = {"auto_mapping", "base_model_name_or_path", "extra", "peft_type", "peft_version", "revision", "task_type"}
 """Fields that describe the base model, the method or the file; `test_descriptions_are_saved` checks them."""
-ELSEWHERE = {"runtime_config"}
-"""Fields that other tests check: test_config.py of LoRA."""
+ELSEWHERE = {"runtime_config", "progressbar"}
+"""Fields that other tests check: test_config.py of LoRA, test_frod.py."""
 EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
 OF_CONVOLUTIONS = {"use_effective_conv2d"}
 """Options that only concern convolutions."""
@@ -53,6 +53,9 @@ VALUES: dict[str, list[Any]] = {
 WORDS: dict[str, list[Any]] = {
     "init_lora_weights": [False, "gaussian"],
     "init_weights": [False, True, "lycoris", "gaussian"],
+    "config_A_B": ["vector", "constant", "none"],
+    "config_C": ["vector", "none"],
+    "config_D_E": ["vector", "none"],
     "variant": ["road_2", "road_4"],
     "poly_type": ["other"],
     "mask_type": ["other"],
@@ -62,6 +65,7 @@ WORDS: dict[str, list[Any]] = {
     "act_fn": ["gelu"],
     "psoft_svd": ["lowrank"],
     "cayley_neumann_eps": [0.5],
+    "generator_seed": [5],
     "wavelet_family": ["haar", "sym3"],
     "eva_config": [{"rho": 3.0}],
     "corda_config": [{"corda_method": "kpm"}],

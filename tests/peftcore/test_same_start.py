@@ -161,6 +161,21 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         for init in (True, False)
         for targets in (["lin", "lin2"], ["gpt"])
     ],
+    "FrodConfig": [
+        {"sparse_rate": rate, "init_weights": init, "progressbar": False, "target_modules": targets}
+        for rate, init in ((0.1, True), (0.1, False), (0.0, True))
+        for targets in (["lin", "lin2"], ["gpt"])
+    ],
+    "GloraConfig": [
+        {"r": 3, "init_weights": init, **more, **LINEAR}
+        for init in (True, False)
+        for more in (
+            {},
+            {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+            {"config_A_B": "constant", "config_C": "none"},
+            {"config_A_B": "none", "config_D_E": "none"},
+        )
+    ],
     "GraloraConfig": [
         {"r": 4, "gralora_k": 2, "hybrid_r": hybrid, "init_weights": init, **LINEAR}
         for hybrid in (0, 2)
@@ -180,6 +195,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         {"init_ia3_weights": init, "target_modules": targets, "feedforward_modules": forward}
         for init in (True, False)
         for targets, forward in ((["lin", "lin2"], ["lin2"]), (["gpt"], []), (["conv2"], []), (["conv3"], ["conv3"]))
+    ],
+    "LilyConfig": [
+        {"r": 3, "init_weights": init, "target_modules": targets, "stride_A": stride}
+        for init in (True, False)
+        for targets, stride in ((["lin", "lin2"], 1), ("lin|head", 2))
     ],
     "LNTuningConfig": [{"target_modules": ["norm"]}],
     "LoHaConfig": [
@@ -239,6 +259,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "PsoftConfig": [
         {"r": 3, "init_weights": init, "psoft_orth": orth, **LINEAR}
         for init, orth in ((True, True), (False, True), (False, False))
+    ],
+    "PveraConfig": [
+        {"r": 3, "init_weights": init, "target_modules": targets}
+        for init in (True, False)
+        for targets in (["lin", "lin2"], ["gpt"])
     ],
     "RandLoraConfig": [
         {"r": 3, "init_weights": init, "target_modules": targets, **more}
@@ -438,6 +463,7 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
         {"lora_dropout": 0.5, "init_lora_weights": False, "init_r": 3, "target_r": 2, "total_step": 9},
     ),
     ("DeloraConfig", "lin", {"module_dropout": 0.5, "init_weights": False}),
+    ("FrodConfig", "lin", {"frod_dropout": 0.5, "init_weights": False, "progressbar": False}),
     ("GraloraConfig", "lin", {"gralora_dropout": 0.5, "init_weights": False, "r": 4, "gralora_k": 2}),
     ("HiraConfig", "lin", {"hira_dropout": 0.5, "init_weights": False}),
     ("LoHaConfig", "lin", {"init_weights": False}),
@@ -451,6 +477,8 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
     ("LoKrConfig", "lin", {"module_dropout": 0.5, "rank_dropout": 0.5, "init_weights": False}),
     ("MissConfig", "lin", {"miss_dropout": 0.5, "init_weights": False, "r": 4}),
     ("PsoftConfig", "lin", {"psoft_dropout": 0.5, "init_weights": False, "r": 3}),
+    ("PveraConfig", "lin", {"init_weights": False, "generator_seed": 3, "r": 8}),
+    ("PveraConfig", "lin", {"pvera_dropout": 0.5, "init_weights": False, "r": 8}),
     ("RandLoraConfig", "lin", {"randlora_dropout": 0.5, "init_weights": False}),
     ("SupertuningConfig", "lin", {"lora_dropout": 0.5, "init_weights": False, "r": 2, "sparsity": 0.5}),
     ("UniLoraConfig", "lin", {"unilora_dropout": 0.5, "init_theta_d_bound": 1.0}),
@@ -490,6 +518,7 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdaLoRA": ("AdaLoraConfig", {"init_r": 4, "target_r": 2, "total_step": 20, "orth_reg_weight": 1e-12, **SOME}),
     "IA3": ("IA3Config", {**SOME, "feedforward_modules": ["down_proj"]}),
     "VeRA": ("VeraConfig", {"r": 8, **SOME}),
+    "PVeRA": ("PveraConfig", {"r": 8, **SOME}),
     "LoHa": ("LoHaConfig", {"r": 4, **SOME}),
     "LoKr": ("LoKrConfig", {"r": 4, **SOME}),
     "OFT": ("OFTConfig", {"oft_block_size": 4, **SOME}),

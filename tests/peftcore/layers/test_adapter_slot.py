@@ -55,7 +55,7 @@ WAYS = [("LORA", by_assignment), ("LORA", by_path), *((method, in_the_table) for
 def test_adapters_are_on_the_base_that_is_there_now(
     method: str, put: Callable[[Any, nn.Module], None], first: str
 ) -> None:
-    model: Any = get_peft_model(net(), LAYERED[method].make(target_modules=["0"]))
+    model: Any = get_peft_model(net(), LAYERED[method].make(target_modules=["0"])).eval()
     randomise(model, 0.2)
     with torch.no_grad():
         model(X)
@@ -67,7 +67,7 @@ def test_adapters_are_on_the_base_that_is_there_now(
     adapter = adapter_set(model).adapters("default")["0"]
     assert first == "forward" or adapter.base.layer is other
     fresh: Any = get_peft_model(nn.Sequential(copy.deepcopy(other)), LAYERED[method].make(target_modules=["0"]))
-    fresh[0].adapters["default"].load_state_dict(adapter.state_dict())
+    fresh.eval()[0].adapters["default"].load_state_dict(adapter.state_dict())
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(model(X), fresh(X), atol=1e-9, rtol=0)

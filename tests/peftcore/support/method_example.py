@@ -31,6 +31,8 @@ class Example:
     """Whether an adapted layer computes what its base does before training."""
     merges: bool = True
     """False for methods whose effect depends on the input; merging must then be refused."""
+    mixes_rows: bool = False
+    """True for methods by which a row's output depends on the other rows that the adapter computes."""
     whole_model: bool = False
     """True for methods that need a whole transformer: the contract's single layers pass them by."""
     sized: bool = True
