@@ -95,6 +95,7 @@ if TYPE_CHECKING:
     from peftcore.hf_peft.tuner_models import (
         AdaLoraModel,
         AdaptionPromptModel,
+        BeftModel,
         BOFTModel,
         C3AModel,
         DeloraModel,
@@ -125,8 +126,6 @@ if TYPE_CHECKING:
         AdamssModel,
         ArrowConfig,
         BdLoraConfig,
-        BeftConfig,
-        BeftModel,
         CartridgeConfig,
         CartridgeEncoder,
         DeftConfig,
@@ -193,6 +192,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.adalora import (
         AdaLoraConfig,
+    )
+    from peftcore.methods.beft import (
+        BeftConfig,
     )
     from peftcore.methods.boft import (
         BOFTConfig,
@@ -328,8 +330,8 @@ _MODULES = {
     "BOFTConfig": "peftcore.methods.boft",
     "BOFTModel": "peftcore.hf_peft.tuner_models",
     "BdLoraConfig": "peftcore.hf_peft.unsupported",
-    "BeftConfig": "peftcore.hf_peft.unsupported",
-    "BeftModel": "peftcore.hf_peft.unsupported",
+    "BeftConfig": "peftcore.methods.beft",
+    "BeftModel": "peftcore.hf_peft.tuner_models",
     "C3AConfig": "peftcore.methods.c3a",
     "C3AModel": "peftcore.hf_peft.tuner_models",
     "CPTConfig": "peftcore.prompts.cpt",

@@ -24,14 +24,6 @@ class AdamssModel(_Unsupported):
     """Model class of ADAMSS."""
 
 
-class BeftConfig(_Unsupported):
-    """Configuration of BEFT."""
-
-
-class BeftModel(_Unsupported):
-    """Model class of BEFT."""
-
-
 class LilyConfig(_Unsupported):
     """Configuration of LILY."""
 

@@ -146,6 +146,7 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         {"init_r": 3, "target_r": 2, "total_step": 10, **more}
         for more in (LINEAR, {**LINEAR, "init_lora_weights": False}, {"target_modules": ["gpt"]})
     ],
+    "BeftConfig": [{"init_weights": init, **LINEAR} for init in (True, False)],
     "BOFTConfig": [
         {"boft_block_size": 2, "target_modules": targets, "init_weights": init}
         for targets in (["lin", "lin2"], ["conv2"])

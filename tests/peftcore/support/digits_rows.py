@@ -78,6 +78,7 @@ ROWS = [
     Row("C3A", "C3A", SPARSE, 2e-1, 1.6, EVERY_LINEAR | {"block_size": 24}),
     Row("SHiRA", "SHIRA", SPARSE, 3e-2, 1.3, EVERY_LINEAR | {"r": 4, "random_seed": 0}),
     Row("IA3", "IA3", FEW, 1e-1, 1.5, SCALED, 120),
+    Row("BEFT", "BEFT", FEW, 1e-1, 2.0, EVERY_LINEAR, 120),
     Row("LN tuning", "LN_TUNING", FEW, 1e-1, 1.7, {}, 120),
     Row("trainable tokens", "TRAINABLE_TOKENS", FEW, 1e-1, 1.7, {"token_indices": list(range(17))}, 120),
     Row("prompt tuning", "PROMPT_TUNING", PROMPT, 5e-1, 1.9, CAUSAL | {"num_virtual_tokens": 32}, 150),
