@@ -114,6 +114,7 @@ if TYPE_CHECKING:
         RandLoraModel,
         RoadModel,
         ShiraModel,
+        TinyLoraModel,
         TrainableTokensModel,
         VBLoRAModel,
         VeraModel,
@@ -150,8 +151,6 @@ if TYPE_CHECKING:
         ShadowModel,
         SupertuningConfig,
         SupertuningModel,
-        TinyLoraConfig,
-        TinyLoraModel,
         UniLoraConfig,
         UniLoraModel,
         VeloraConfig,
@@ -250,6 +249,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.shira import (
         ShiraConfig,
+    )
+    from peftcore.methods.tinylora import (
+        TinyLoraConfig,
     )
     from peftcore.methods.trainable_tokens import (
         TrainableTokensConfig,
@@ -434,8 +436,8 @@ _MODULES = {
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftcore.hf_peft.unsupported",
     "TargetError": "peftcore.errors",
     "TaskType": "peftcore.config",
-    "TinyLoraConfig": "peftcore.hf_peft.unsupported",
-    "TinyLoraModel": "peftcore.hf_peft.unsupported",
+    "TinyLoraConfig": "peftcore.methods.tinylora",
+    "TinyLoraModel": "peftcore.hf_peft.tuner_models",
     "TrainableTokensConfig": "peftcore.methods.trainable_tokens",
     "TrainableTokensModel": "peftcore.hf_peft.tuner_models",
     "TrainingError": "peftcore.errors",

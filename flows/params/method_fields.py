@@ -24,6 +24,7 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
     "miss": {"r": "r", "lora_dropout": "miss_dropout"},
     "poly": {"r": "r"},
     "randlora": {"lora_dropout": "randlora_dropout"},
+    "tinylora": {"r": "r", "lora_dropout": "tinylora_dropout"},
     "vblora": {"r": "r", "lora_dropout": "vblora_dropout"},
     "vera": {"r": "r", "lora_dropout": "vera_dropout"},
 }

@@ -157,3 +157,9 @@ class BeftModel(TunerModel):
     """View on a model with adapters, the first of which is of the method BEFT."""
 
     peft_type = "BEFT"
+
+
+class TinyLoraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method TINYLORA."""
+
+    peft_type = "TINYLORA"

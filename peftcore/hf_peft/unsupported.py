@@ -80,14 +80,6 @@ class CartridgeEncoder(_Unsupported):
     """Model class of CARTRIDGE."""
 
 
-class TinyLoraConfig(_Unsupported):
-    """Configuration of TINYLORA."""
-
-
-class TinyLoraModel(_Unsupported):
-    """Model class of TINYLORA."""
-
-
 class PsoftConfig(_Unsupported):
     """Configuration of PSOFT."""
 

@@ -5,7 +5,6 @@ PEFT adapts linear layers only; convolutions work here, too. At a layer without 
 cannot be merged.
 """
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,10 +80,4 @@ class Beft(Adapter):
         """Return the configuration with all paths named, if it has options of targets that PEFT's BEFT lacks."""
         if config.layers_to_transform is None and config.exclude_modules is None:
             return config
-        return dataclasses.replace(
-            config,
-            target_modules=set(adapters),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-        )
+        return config.naming_targets(adapters)

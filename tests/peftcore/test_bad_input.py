@@ -203,6 +203,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"r": 8, "gralora_k": 4}, "gralora_k must divide 12 and 10 at 2, got 4; try 2"),
     ],
     "HIRA": [({"r": 0}, POSITIVE), ({"rank_pattern": {"2": -1}}, "must be a positive integer; got -1")],
+    "TINYLORA": [({"r": 0}, POSITIVE), ({"u": 0}, POSITIVE)],
     "HRA": [
         ({"r": 0}, POSITIVE),
         ({"r": 13, "apply_GS": True}, "r up to the 12 features of 0, got 13; try 12"),

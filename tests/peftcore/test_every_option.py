@@ -70,6 +70,7 @@ TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("LOKR", "rank_dropout_scale"): {"rank_dropout": 0.5},
     ("MISS", "mini_r"): {"init_weights": "mini", "r": 4},
     ("OFT", "eps"): {"coft": True},
+    ("TINYLORA", "init_v_bound"): {"init_weights": "uniform"},
     ("WAVEFT", "proportional_parameters"): {"target_modules": ["target", "narrow"]},
 }
 """{(method, field): options without which the field has no meaning}"""

@@ -247,6 +247,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "ShiraConfig": [
         {"r": 2, "random_seed": seed, "init_weights": i, **LINEAR} for seed in (None, 3) for i in (True, False)
     ],
+    "TinyLoraConfig": [
+        {"u": 5, "init_weights": init, "weight_tying": tying, "target_modules": targets}
+        for init, tying in ((True, 0.0), ("uniform", 0.0), ("uniform", 0.5))
+        for targets in (["lin", "lin2"], ["gpt", "emb"])
+    ],
     "TrainableTokensConfig": [
         {"token_indices": [1, 3], "init_weights": init, "target_modules": ["emb"]} for init in (True, False)
     ],
@@ -434,6 +439,10 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
     ("LoKrConfig", "lin", {"module_dropout": 0.5, "rank_dropout": 0.5, "init_weights": False}),
     ("MissConfig", "lin", {"miss_dropout": 0.5, "init_weights": False, "r": 4}),
     ("RandLoraConfig", "lin", {"randlora_dropout": 0.5, "init_weights": False}),
+    *(
+        ("TinyLoraConfig", layer, {"tinylora_dropout": 0.5, "init_weights": "uniform", "init_v_bound": 3.0})
+        for layer in ("lin", "gpt", "emb")
+    ),
     ("VBLoRAConfig", "lin", {"vblora_dropout": 0.5, "num_vectors": 8, "vector_length": 4}),
     ("VeraConfig", "lin", {"vera_dropout": 0.5, "init_weights": False}),
 ]

@@ -26,6 +26,7 @@ DROPOUTS = {
     "MISS": {"miss_dropout": 0.5},
     "OFT": {"module_dropout": 0.5},
     "RANDLORA": {"randlora_dropout": 0.5},
+    "TINYLORA": {"tinylora_dropout": 0.5},
     "VBLORA": {"vblora_dropout": 0.5},
     "VERA": {"vera_dropout": 0.5},
 }

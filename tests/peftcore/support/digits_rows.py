@@ -67,6 +67,7 @@ ROWS = [
     Row("VeRA", "VERA", SHARED, 1e-1, 1.4, EVERY_LINEAR | {"r": 64}),
     Row("RandLoRA", "RANDLORA", SHARED, 1e-2, 1.3, EVERY_LINEAR | {"r": 8, "randlora_alpha": 64}),
     Row("VB-LoRA", "VBLORA", SHARED, 5e-2, 1.4, EVERY_LINEAR | {"r": 4, "num_vectors": 32, "vector_length": 24}, 100),
+    Row("TinyLoRA", "TINYLORA", SHARED, 1e-1, 1.8, EVERY_LINEAR | {"r": 8, "u": 64}, 100),
     Row("Poly", "POLY", SHARED, 3e-2, 1.7, EVERY_LINEAR | {"r": 4, "n_tasks": 2, "n_skills": 2}),
     Row("X-LoRA", "XLORA", SHARED, 1e-2, 1.4, {"hidden_size": WIDTH, "layerwise_scalings": True}),
     Row("OFT", "OFT", ORTHOGONAL, 2e-2, 1.3, EVERY_LINEAR | {"oft_block_size": 8}),
