@@ -98,6 +98,7 @@ if TYPE_CHECKING:
         BeftModel,
         BOFTModel,
         C3AModel,
+        DeftModel,
         DeloraModel,
         FourierFTModel,
         GraloraModel,
@@ -129,8 +130,6 @@ if TYPE_CHECKING:
         BdLoraConfig,
         CartridgeConfig,
         CartridgeEncoder,
-        DeftConfig,
-        DeftModel,
         FrodConfig,
         FrodModel,
         GloraConfig,
@@ -200,6 +199,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.c3a import (
         C3AConfig,
+    )
+    from peftcore.methods.deft import (
+        DeftConfig,
     )
     from peftcore.methods.delora import (
         DeloraConfig,
@@ -342,8 +344,8 @@ _MODULES = {
     "CartridgeEncoder": "peftcore.hf_peft.unsupported",
     "CheckpointError": "peftcore.errors",
     "ConfigError": "peftcore.errors",
-    "DeftConfig": "peftcore.hf_peft.unsupported",
-    "DeftModel": "peftcore.hf_peft.unsupported",
+    "DeftConfig": "peftcore.methods.deft",
+    "DeftModel": "peftcore.hf_peft.tuner_models",
     "DeloraConfig": "peftcore.methods.delora",
     "DeloraModel": "peftcore.hf_peft.tuner_models",
     "EvaConfig": "peftcore.hf_peft.options",

@@ -14,6 +14,7 @@ SHARED = ("r", "lora_alpha", "lora_dropout")
 
 FIELDS: Mapping[str, Mapping[str, str]] = {
     "adalora": {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
+    "deft": {"r": "r", "lora_dropout": "deft_dropout"},
     "delora": {"r": "r", "lora_dropout": "module_dropout"},
     "gralora": {"r": "r", "lora_alpha": "alpha", "lora_dropout": "gralora_dropout"},
     "hira": {"r": "r", "lora_dropout": "hira_dropout"},
@@ -33,6 +34,7 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
 ALTERNATIVES: Mapping[str, Mapping[str, str]] = {
     "adalora": {"r": "options.init_r and options.target_r"},
     "boft": {"lora_dropout": "options.boft_dropout, a share of blocks"},
+    "deft": {"lora_alpha": "options.alpha, which scales the refill alone"},
     "delora": {"lora_alpha": "options.delora_lambda"},
     "fourierft": {"r": "options.n_frequency", "lora_alpha": "options.scaling"},
     "loha": {"lora_dropout": "options.rank_dropout or options.module_dropout"},

@@ -163,3 +163,9 @@ class TinyLoraModel(TunerModel):
     """View on a model with adapters, the first of which is of the method TINYLORA."""
 
     peft_type = "TINYLORA"
+
+
+class DeftModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method DEFT."""
+
+    peft_type = "DEFT"

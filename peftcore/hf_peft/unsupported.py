@@ -112,14 +112,6 @@ class SupertuningModel(_Unsupported):
     """Model class of SUPERTUNING."""
 
 
-class DeftConfig(_Unsupported):
-    """Configuration of DEFT."""
-
-
-class DeftModel(_Unsupported):
-    """Model class of DEFT."""
-
-
 class BdLoraConfig(_Unsupported):
     """Options of the LoRA variant BdLora."""
 

@@ -228,7 +228,7 @@ def changed_layer(method: str) -> nn.Module:
 
 def test_the_methods_with_dropout_of_their_input_are_those_of_hf_peft() -> None:
     assert {*WITH_DROPOUT} == {
-        *("ADALORA", "DELORA", "GRALORA", "HIRA", "LORA", "MISS", "RANDLORA", "TINYLORA", "VBLORA", "VERA"),
+        *("ADALORA", "DEFT", "DELORA", "GRALORA", "HIRA", "LORA", "MISS", "RANDLORA", "TINYLORA", "VBLORA", "VERA"),
     }
 
 

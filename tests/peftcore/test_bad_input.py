@@ -192,6 +192,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"block_size": 0}, POSITIVE),
         ({"block_size": 4}, "block_size at 2 must divide 12 inputs and 10 outputs; got 4; try 2"),
     ],
+    "DEFT": [({"r": 0}, POSITIVE), ({"deft_dropout": 1.0}, "below 1; got 1.0")],
     "DELORA": [({"r": 0}, POSITIVE), ({"rank_pattern": {"2": 0}}, "rank_pattern['2'] must be a positive integer")],
     "FOURIERFT": [
         ({"n_frequency": 0}, POSITIVE),

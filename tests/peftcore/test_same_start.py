@@ -156,6 +156,12 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         {"block_size": 4, "init_weights": init, **LINEAR}
         for init in (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
     ],
+    "DeftConfig": [
+        {"r": 3, "init_weights": init, **more, **LINEAR}
+        for init in (True, False)
+        for more in ({}, {"decomposition_method": "qr", "alpha": 6})
+    ]
+    + [{"r": 3, "para": True, **LINEAR}],
     "DeloraConfig": [{"r": 2, "init_weights": init, **LINEAR} for init in (True, False)],
     "FourierFTConfig": [
         {"n_frequency": 10, "init_weights": init, "target_modules": targets}
@@ -340,8 +346,9 @@ def test_start_on_a_base_of_another_type(config: str, dtype: torch.dtype) -> Non
     for options in cases if dtype == torch.bfloat16 else cases[:: max(1, len(cases) // 3)]:
         if str(options.get("init_lora_weights")) in ("pissa", "pissa_niter_4", "olora") and dtype == torch.float64:
             continue  # PEFT refuses
-        # DoRA's length rounded to 16 bits would not start at the base's own output
-        assert_same(*both("net", config, options, dtype), except_for="lora_magnitude_vector")
+        # DoRA's length rounded to 16 bits would not start at the base's own output, nor DEFT's R in PEFT's float32
+        differs = "deft_R" if dtype == torch.float64 and options.get("init_weights") else "lora_magnitude_vector"
+        assert_same(*both("net", config, options, dtype), except_for=differs)
 
 
 @pytest.mark.parametrize("config, model, options", PROMPTS, ids=[f"{c}-{n}" for n, (c, _, _) in enumerate(PROMPTS)])
@@ -426,6 +433,7 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
         {"lora_dropout": 0.5, "init_lora_weights": False, "init_r": 3, "target_r": 2, "total_step": 9},
     ),
     ("DeloraConfig", "lin", {"module_dropout": 0.5, "init_weights": False}),
+    ("DeftConfig", "lin", {"deft_dropout": 0.5, "init_weights": False, "init_scale": 50.0}),
     ("GraloraConfig", "lin", {"gralora_dropout": 0.5, "init_weights": False, "r": 4, "gralora_k": 2}),
     ("HiraConfig", "lin", {"hira_dropout": 0.5, "init_weights": False}),
     ("LoHaConfig", "lin", {"init_weights": False}),

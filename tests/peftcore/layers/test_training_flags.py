@@ -18,6 +18,7 @@ DROPOUTS = {
     "LORA": {"lora_dropout": 0.5},
     "ADALORA": {"lora_dropout": 0.5},
     "BOFT": {"boft_dropout": 0.5},
+    "DEFT": {"deft_dropout": 0.5},
     "DELORA": {"module_dropout": 0.5},
     "GRALORA": {"gralora_dropout": 0.5},
     "HIRA": {"hira_dropout": 0.5},
