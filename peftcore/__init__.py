@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     )
     from peftcore.hf_peft.tuner_models import (
         AdaLoraModel,
+        AdamssModel,
         AdaptionPromptModel,
         BeftModel,
         BOFTModel,
@@ -124,8 +125,6 @@ if TYPE_CHECKING:
     )
     from peftcore.hf_peft.unsupported import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
-        AdamssConfig,
-        AdamssModel,
         ArrowConfig,
         BdLoraConfig,
         CartridgeConfig,
@@ -190,6 +189,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.adalora import (
         AdaLoraConfig,
+    )
+    from peftcore.methods.adamss import (
+        AdamssConfig,
     )
     from peftcore.methods.beft import (
         BeftConfig,
@@ -315,8 +317,8 @@ __version__ = "0.2.0"
 _MODULES = {
     "AdaLoraConfig": "peftcore.methods.adalora",
     "AdaLoraModel": "peftcore.hf_peft.tuner_models",
-    "AdamssConfig": "peftcore.hf_peft.unsupported",
-    "AdamssModel": "peftcore.hf_peft.unsupported",
+    "AdamssConfig": "peftcore.methods.adamss",
+    "AdamssModel": "peftcore.hf_peft.tuner_models",
     "AdapterLayer": "peftcore.layers.adapter_layer",
     "AdapterNameError": "peftcore.errors",
     "AdapterStore": "peftcore.routing",

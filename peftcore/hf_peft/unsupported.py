@@ -16,14 +16,6 @@ class _Unsupported:
         )
 
 
-class AdamssConfig(_Unsupported):
-    """Configuration of ADAMSS."""
-
-
-class AdamssModel(_Unsupported):
-    """Model class of ADAMSS."""
-
-
 class LilyConfig(_Unsupported):
     """Configuration of LILY."""
 

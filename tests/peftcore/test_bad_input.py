@@ -188,6 +188,10 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"boft_block_size": 0, "boft_block_num": 7}, "7 must divide the 12 features of 0"),
         ({"boft_block_size": 2, "boft_n_butterfly_factor": 3}, "a multiple of 4 of them; 0 has 6 blocks of 2"),
     ],
+    "ADAMSS": [
+        ({"r": 0}, POSITIVE),
+        ({"use_asa": True, "init_warmup": 9, "final_warmup": 9}, "init_warmup must be below final_warmup=9; got 9"),
+    ],
     "C3A": [
         ({"block_size": 0}, POSITIVE),
         ({"block_size": 4}, "block_size at 2 must divide 12 inputs and 10 outputs; got 4; try 2"),

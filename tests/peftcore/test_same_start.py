@@ -146,6 +146,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         {"init_r": 3, "target_r": 2, "total_step": 10, **more}
         for more in (LINEAR, {**LINEAR, "init_lora_weights": False}, {"target_modules": ["gpt"]})
     ],
+    "AdamssConfig": [
+        {"r": 4, "num_subspaces": 3, "subspace_rank": 2, "init_weights": init, **more, **LINEAR}
+        for init in ("orthogonal", None)
+        for more in ({}, {"use_dynamic_rank": True, "svd_threshold": 0.5})
+    ],
     "BeftConfig": [{"init_weights": init, **LINEAR} for init in (True, False)],
     "BOFTConfig": [
         {"boft_block_size": 2, "target_modules": targets, "init_weights": init}

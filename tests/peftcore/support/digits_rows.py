@@ -60,6 +60,7 @@ ROWS = [
     }),
     Row("DeLoRA", "DELORA", LOW_RANK, 1e-2, 1.4, EVERY_LINEAR | {"r": 4}),
     Row("DEFT", "DEFT", LOW_RANK, 1e-2, 1.5, EVERY_LINEAR | {"r": 8}),
+    Row("AdaMSS", "ADAMSS", LOW_RANK, 3e-2, 1.6, EVERY_LINEAR | {"r": 32, "subspace_rank": 2}, 100),
     Row("HiRA", "HIRA", LOW_RANK, 3e-2, 1.45, EVERY_LINEAR | {"r": 8}),
     Row("GraLoRA", "GRALORA", LOW_RANK, 1e-2, 1.4, EVERY_LINEAR | {"r": 8, "alpha": 16}),
     Row("MiSS", "MISS", LOW_RANK, 1e-2, 1.3, EVERY_LINEAR | {"r": 8}),
