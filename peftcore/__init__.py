@@ -94,9 +94,12 @@ if TYPE_CHECKING:
     )
     from peftcore.hf_peft.tuner_models import (
         AdaLoraModel,
+        AdamssModel,
         AdaptionPromptModel,
+        BeftModel,
         BOFTModel,
         C3AModel,
+        DeftModel,
         DeloraModel,
         FourierFTModel,
         FrodModel,
@@ -120,6 +123,7 @@ if TYPE_CHECKING:
         RoadModel,
         ShiraModel,
         SupertuningModel,
+        TinyLoraModel,
         TrainableTokensModel,
         UniLoraModel,
         VBLoRAModel,
@@ -129,24 +133,16 @@ if TYPE_CHECKING:
     )
     from peftcore.hf_peft.unsupported import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
-        AdamssConfig,
-        AdamssModel,
         ArrowConfig,
         BdLoraConfig,
-        BeftConfig,
-        BeftModel,
         CartridgeConfig,
         CartridgeEncoder,
-        DeftConfig,
-        DeftModel,
         KasaConfig,
         MontecloraConfig,
         OSFConfig,
         OSFModel,
         ShadowConfig,
         ShadowModel,
-        TinyLoraConfig,
-        TinyLoraModel,
         VeloraConfig,
         bloom_model_postprocess_past_key_value,
         compose_cartridge_adapters,
@@ -190,11 +186,20 @@ if TYPE_CHECKING:
     from peftcore.methods.adalora import (
         AdaLoraConfig,
     )
+    from peftcore.methods.adamss import (
+        AdamssConfig,
+    )
+    from peftcore.methods.beft import (
+        BeftConfig,
+    )
     from peftcore.methods.boft import (
         BOFTConfig,
     )
     from peftcore.methods.c3a import (
         C3AConfig,
+    )
+    from peftcore.methods.deft import (
+        DeftConfig,
     )
     from peftcore.methods.delora import (
         DeloraConfig,
@@ -266,6 +271,9 @@ if TYPE_CHECKING:
     from peftcore.methods.supertuning import (
         SupertuningConfig,
     )
+    from peftcore.methods.tinylora import (
+        TinyLoraConfig,
+    )
     from peftcore.methods.trainable_tokens import (
         TrainableTokensConfig,
     )
@@ -329,8 +337,8 @@ __version__ = "0.2.0"
 _MODULES = {
     "AdaLoraConfig": "peftcore.methods.adalora",
     "AdaLoraModel": "peftcore.hf_peft.tuner_models",
-    "AdamssConfig": "peftcore.hf_peft.unsupported",
-    "AdamssModel": "peftcore.hf_peft.unsupported",
+    "AdamssConfig": "peftcore.methods.adamss",
+    "AdamssModel": "peftcore.hf_peft.tuner_models",
     "AdapterLayer": "peftcore.layers.adapter_layer",
     "AdapterNameError": "peftcore.errors",
     "AdapterStore": "peftcore.routing",
@@ -348,8 +356,8 @@ _MODULES = {
     "BOFTConfig": "peftcore.methods.boft",
     "BOFTModel": "peftcore.hf_peft.tuner_models",
     "BdLoraConfig": "peftcore.hf_peft.unsupported",
-    "BeftConfig": "peftcore.hf_peft.unsupported",
-    "BeftModel": "peftcore.hf_peft.unsupported",
+    "BeftConfig": "peftcore.methods.beft",
+    "BeftModel": "peftcore.hf_peft.tuner_models",
     "C3AConfig": "peftcore.methods.c3a",
     "C3AModel": "peftcore.hf_peft.tuner_models",
     "CPTConfig": "peftcore.prompts.cpt",
@@ -358,8 +366,8 @@ _MODULES = {
     "CartridgeEncoder": "peftcore.hf_peft.unsupported",
     "CheckpointError": "peftcore.errors",
     "ConfigError": "peftcore.errors",
-    "DeftConfig": "peftcore.hf_peft.unsupported",
-    "DeftModel": "peftcore.hf_peft.unsupported",
+    "DeftConfig": "peftcore.methods.deft",
+    "DeftModel": "peftcore.hf_peft.tuner_models",
     "DeloraConfig": "peftcore.methods.delora",
     "DeloraModel": "peftcore.hf_peft.tuner_models",
     "EvaConfig": "peftcore.hf_peft.options",
@@ -452,8 +460,8 @@ _MODULES = {
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftcore.hf_peft.unsupported",
     "TargetError": "peftcore.errors",
     "TaskType": "peftcore.config",
-    "TinyLoraConfig": "peftcore.hf_peft.unsupported",
-    "TinyLoraModel": "peftcore.hf_peft.unsupported",
+    "TinyLoraConfig": "peftcore.methods.tinylora",
+    "TinyLoraModel": "peftcore.hf_peft.tuner_models",
     "TrainableTokensConfig": "peftcore.methods.trainable_tokens",
     "TrainableTokensModel": "peftcore.hf_peft.tuner_models",
     "TrainingError": "peftcore.errors",

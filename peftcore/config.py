@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -625,6 +625,18 @@ class TunerConfig(PeftConfig):
         """Check that the targets are not empty."""
         if self.target_modules is not None and not self.target_modules and not self.target_parameters:
             raise ConfigError(f"{type(self).__name__}: target_modules is empty; name a layer or use 'all-linear'")
+
+    def naming_targets(self, paths: Iterable[str]) -> Self:
+        """Return a copy whose targets are these paths, without the options that choose among the layers.
+
+        For files of methods that lack such an option in HF PEFT.
+
+        Args:
+            paths: Paths of the adapted layers.
+        """
+        return dataclasses.replace(
+            self, target_modules=set(paths), exclude_modules=None, layers_to_transform=None, layers_pattern=None
+        )
 
 
 @dataclass

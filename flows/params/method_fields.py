@@ -14,6 +14,7 @@ SHARED = ("r", "lora_alpha", "lora_dropout")
 
 FIELDS: Mapping[str, Mapping[str, str]] = {
     "adalora": {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
+    "deft": {"r": "r", "lora_dropout": "deft_dropout"},
     "delora": {"r": "r", "lora_dropout": "module_dropout"},
     "frod": {"lora_dropout": "frod_dropout"},
     "glora": {"r": "r"},
@@ -32,6 +33,7 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
     "randlora": {"lora_dropout": "randlora_dropout"},
     "supertuning": {"r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
     "unilora": {"r": "r", "lora_dropout": "unilora_dropout"},
+    "tinylora": {"r": "r", "lora_dropout": "tinylora_dropout"},
     "vblora": {"r": "r", "lora_dropout": "vblora_dropout"},
     "vera": {"r": "r", "lora_dropout": "vera_dropout"},
 }
@@ -40,6 +42,7 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
 ALTERNATIVES: Mapping[str, Mapping[str, str]] = {
     "adalora": {"r": "options.init_r and options.target_r"},
     "boft": {"lora_dropout": "options.boft_dropout, a share of blocks"},
+    "deft": {"lora_alpha": "options.alpha, which scales the refill alone"},
     "delora": {"lora_alpha": "options.delora_lambda"},
     "fourierft": {"r": "options.n_frequency", "lora_alpha": "options.scaling"},
     "frod": {"r": "options.sparse_rate, the share of entries that train"},

@@ -1,6 +1,14 @@
 """HF PEFT's model class of each method: `LoraModel`, `IA3Model`, ...; see `TunerModel`."""
 
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from peftcore.injection.adapter_set import adapter_set, shared_by
 from peftcore.injection.tuner_model import TunerModel
+
+if TYPE_CHECKING:
+    from peftcore.methods.tinylora import TinyLoraConfig
 
 
 class LoraModel(TunerModel):
@@ -199,3 +207,34 @@ class FrodModel(TunerModel):
     """View on a model with adapters, the first of which is of the method FROD."""
 
     peft_type = "FROD"
+
+
+class BeftModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method BEFT."""
+
+    peft_type = "BEFT"
+
+
+class TinyLoraModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method TINYLORA."""
+
+    peft_type = "TINYLORA"
+
+    def _init_tinylora_v(self, config: "TinyLoraConfig", adapter_name: str) -> None:
+        """Give the vectors of an adapter uniform random values within `config.init_v_bound`."""
+        shared = shared_by(adapter_set(self.model).adapters(adapter_name))
+        assert shared is not None
+        for vector in shared.parameters():
+            nn.init.uniform_(vector, -config.init_v_bound, config.init_v_bound)
+
+
+class DeftModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method DEFT."""
+
+    peft_type = "DEFT"
+
+
+class AdamssModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method ADAMSS."""
+
+    peft_type = "ADAMSS"

@@ -16,22 +16,6 @@ class _Unsupported:
         )
 
 
-class AdamssConfig(_Unsupported):
-    """Configuration of ADAMSS."""
-
-
-class AdamssModel(_Unsupported):
-    """Model class of ADAMSS."""
-
-
-class BeftConfig(_Unsupported):
-    """Configuration of BEFT."""
-
-
-class BeftModel(_Unsupported):
-    """Model class of BEFT."""
-
-
 class OSFConfig(_Unsupported):
     """Configuration of OSF."""
 
@@ -48,28 +32,12 @@ class CartridgeEncoder(_Unsupported):
     """Model class of CARTRIDGE."""
 
 
-class TinyLoraConfig(_Unsupported):
-    """Configuration of TINYLORA."""
-
-
-class TinyLoraModel(_Unsupported):
-    """Model class of TINYLORA."""
-
-
 class ShadowConfig(_Unsupported):
     """Configuration of SHADOW."""
 
 
 class ShadowModel(_Unsupported):
     """Model class of SHADOW."""
-
-
-class DeftConfig(_Unsupported):
-    """Configuration of DEFT."""
-
-
-class DeftModel(_Unsupported):
-    """Model class of DEFT."""
 
 
 class BdLoraConfig(_Unsupported):

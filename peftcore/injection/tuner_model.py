@@ -149,6 +149,18 @@ class TunerModel:
         """Delete an adapter; see `PeftModel.delete_adapter`."""
         activation.delete_adapter(self.model, adapter_name)
 
+    def update_and_allocate(self, global_step: int) -> None:
+        """Let the active adapters do their work of a training step, such as AdaMSS's choice of what goes on training.
+
+        Call it after each optimiser step and before `zero_grad`; see `PeftModel.on_optimizer_step`.
+
+        Args:
+            global_step: number of the step.
+        """
+        adapters = adapter_set(self.model)
+        for name in adapters.selection.active:
+            adapters.kinds[name].on_step(adapters.configs[name], adapters.of_method(name), global_step, None)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights; see `PeftModel.merge_adapter`."""
         merge.merge_adapter(self.model, adapter_names, safe_merge)

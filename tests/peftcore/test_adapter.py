@@ -206,7 +206,7 @@ def test_printing_shows_the_rank_of_the_layer_itself() -> None:
     assert "r=2, lora_alpha=16, lora_dropout=0.1, use_dora=True" in repr(net)
 
 
-@pytest.mark.parametrize("method", [name for name in EXAMPLES if name != "LN_TUNING"])
+@pytest.mark.parametrize("method", [name for name in EXAMPLES if name not in ("BEFT", "LN_TUNING")])
 def test_printing_a_model_shows_each_adapters_options(method: str) -> None:
     net = get_peft_model(nn.Sequential(nn.Linear(12, 8)), EXAMPLES[method].make(target_modules=["0"]))
     assert "=" in adapter_set(net).adapters("default")["0"].extra_repr()
@@ -230,6 +230,7 @@ def test_the_methods_with_dropout_of_their_input_are_those_of_hf_peft() -> None:
     assert {*WITH_DROPOUT} == {
         *(
             "ADALORA",
+            "DEFT",
             "DELORA",
             "FROD",
             "GRALORA",
@@ -240,6 +241,7 @@ def test_the_methods_with_dropout_of_their_input_are_those_of_hf_peft() -> None:
             "PVERA",
             "RANDLORA",
             "SUPERTUNING",
+            "TINYLORA",
             "UNILORA",
             "VBLORA",
             "VERA",

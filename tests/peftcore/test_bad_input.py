@@ -188,10 +188,15 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"boft_block_size": 0, "boft_block_num": 7}, "7 must divide the 12 features of 0"),
         ({"boft_block_size": 2, "boft_n_butterfly_factor": 3}, "a multiple of 4 of them; 0 has 6 blocks of 2"),
     ],
+    "ADAMSS": [
+        ({"r": 0}, POSITIVE),
+        ({"use_asa": True, "init_warmup": 9, "final_warmup": 9}, "init_warmup must be below final_warmup=9; got 9"),
+    ],
     "C3A": [
         ({"block_size": 0}, POSITIVE),
         ({"block_size": 4}, "block_size at 2 must divide 12 inputs and 10 outputs; got 4; try 2"),
     ],
+    "DEFT": [({"r": 0}, POSITIVE), ({"deft_dropout": 1.0}, "below 1; got 1.0")],
     "DELORA": [({"r": 0}, POSITIVE), ({"rank_pattern": {"2": 0}}, "rank_pattern['2'] must be a positive integer")],
     "FOURIERFT": [
         ({"n_frequency": 0}, POSITIVE),
@@ -205,6 +210,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"r": 8, "gralora_k": 4}, "gralora_k must divide 12 and 10 at 2, got 4; try 2"),
     ],
     "HIRA": [({"r": 0}, POSITIVE), ({"rank_pattern": {"2": -1}}, "must be a positive integer; got -1")],
+    "TINYLORA": [({"r": 0}, POSITIVE), ({"u": 0}, POSITIVE)],
     "HRA": [
         ({"r": 0}, POSITIVE),
         ({"r": 13, "apply_GS": True}, "r up to the 12 features of 0, got 13; try 12"),

@@ -28,6 +28,8 @@ from peftcore import (
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
+pytestmark = pytest.mark.filterwarnings("ignore:BEFT.* has no bias")
+
 LAYERS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "Linear": ("linear", lambda: nn.Linear(12, 8), lambda: torch.randn(3, 5, 12)),
     "Linear without bias": ("linear", lambda: nn.Linear(12, 8, bias=False), lambda: torch.randn(3, 12)),
@@ -46,7 +48,8 @@ CASES = [
     for layer, (kind, _, _) in LAYERS.items()
     if kind in methods()[method].adapter.layer_kinds
 ]
-MERGING = [case for case in CASES if EXAMPLES[case.values[0]].merges]  # type: ignore[index]
+MERGING = [case for case in CASES if EXAMPLES[case.values[0]].merges_on(case.values[1])]  # type: ignore[index]
+UNMERGED = [case for case in CASES if case not in MERGING]
 METHODS = list(EXAMPLES)
 LINEAR = [method for method in EXAMPLES if "linear" in methods()[method].adapter.layer_kinds]
 
@@ -91,7 +94,7 @@ def test_starts_where_it_says(method: str, layer: str) -> None:
         assert not torch.allclose(start, base)
 
 
-@pytest.mark.parametrize("method, layer", [c for c in CASES if not EXAMPLES[c.values[0]].merges])  # type: ignore[index]
+@pytest.mark.parametrize("method, layer", UNMERGED)
 def test_what_cannot_merge_says_so_and_changes_nothing(method: str, layer: str) -> None:
     net, x, _ = make(method, layer)
     adapted = net(x)
@@ -136,7 +139,7 @@ def test_disabled_is_the_base_merged_or_not(method: str, layer: str) -> None:
     net, x, base = make(method, layer)
     with net.disable_adapter():
         assert torch.equal(net(x), base)
-    if not EXAMPLES[method].merges:
+    if not EXAMPLES[method].merges_on(layer):
         return
     net.merge_adapter()
     merged = net(x)
@@ -201,7 +204,7 @@ def test_two_adapters_act_together_and_one_merges_alone(method: str, layer: str)
     assert torch.equal(net(x), first)
     net.set_adapter(["default", "other"])
     both = net(x)
-    if not EXAMPLES[method].merges:
+    if not EXAMPLES[method].merges_on(layer):
         return
     net.merge_adapter(["default"])  # the other one goes on acting
     torch.testing.assert_close(net(x), both, rtol=1e-10, atol=1e-10)

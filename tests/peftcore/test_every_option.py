@@ -58,6 +58,8 @@ WORDS: dict[str, list[Any]] = {
     "config_D_E": ["vector", "none"],
     "variant": ["road_2", "road_4"],
     "poly_type": ["other"],
+    "decomposition_method": ["qr"],
+    "alpha": [5],
     "mask_type": ["other"],
     "mask_fn": [lambda layer, r, **_: torch.ones_like(layer.weight).cumsum(1).remainder(3).eq(0).float()],
     "random_seed": [5],
@@ -75,9 +77,11 @@ WORDS: dict[str, list[Any]] = {
     "feedforward_modules": [["target"]],
 }
 TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
+    ("DEFT", "init_scale"): {"init_weights": False},
     ("LOKR", "rank_dropout_scale"): {"rank_dropout": 0.5},
     ("MISS", "mini_r"): {"init_weights": "mini", "r": 4},
     ("OFT", "eps"): {"coft": True},
+    ("TINYLORA", "init_v_bound"): {"init_weights": "uniform"},
     ("WAVEFT", "proportional_parameters"): {"target_modules": ["target", "narrow"]},
 }
 """{(method, field): options without which the field has no meaning}"""

@@ -146,6 +146,12 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         {"init_r": 3, "target_r": 2, "total_step": 10, **more}
         for more in (LINEAR, {**LINEAR, "init_lora_weights": False}, {"target_modules": ["gpt"]})
     ],
+    "AdamssConfig": [
+        {"r": 4, "num_subspaces": 3, "subspace_rank": 2, "init_weights": init, **more, **LINEAR}
+        for init in ("orthogonal", None)
+        for more in ({}, {"use_dynamic_rank": True, "svd_threshold": 0.5})
+    ],
+    "BeftConfig": [{"init_weights": init, **LINEAR} for init in (True, False)],
     "BOFTConfig": [
         {"boft_block_size": 2, "target_modules": targets, "init_weights": init}
         for targets in (["lin", "lin2"], ["conv2"])
@@ -155,6 +161,12 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         {"block_size": 4, "init_weights": init, **LINEAR}
         for init in (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
     ],
+    "DeftConfig": [
+        {"r": 3, "init_weights": init, **more, **LINEAR}
+        for init in (True, False)
+        for more in ({}, {"decomposition_method": "qr", "alpha": 6})
+    ]
+    + [{"r": 3, "para": True, **LINEAR}],
     "DeloraConfig": [{"r": 2, "init_weights": init, **LINEAR} for init in (True, False)],
     "FourierFTConfig": [
         {"n_frequency": 10, "init_weights": init, "target_modules": targets}
@@ -282,6 +294,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         {"sparsity": 0.8, "r": r, "select_top": top, "init_weights": init, **LINEAR}
         for r, top, init in ((None, True, True), (None, False, False), (2, True, True), (2, False, False))
     ],
+    "TinyLoraConfig": [
+        {"u": 5, "init_weights": init, "weight_tying": tying, "target_modules": targets}
+        for init, tying in ((True, 0.0), ("uniform", 0.0), ("uniform", 0.5))
+        for targets in (["lin", "lin2"], ["gpt", "emb"])
+    ],
     "TrainableTokensConfig": [
         {"token_indices": [1, 3], "init_weights": init, "target_modules": ["emb"]} for init in (True, False)
     ],
@@ -377,8 +394,9 @@ def test_start_on_a_base_of_another_type(config: str, dtype: torch.dtype) -> Non
             continue  # PEFT refuses
         if config == "PsoftConfig" and dtype == torch.float64:
             continue  # PEFT refuses
-        # DoRA's length rounded to 16 bits would not start at the base's own output
-        assert_same(*both("net", config, options, dtype), except_for="lora_magnitude_vector")
+        # DoRA's length rounded to 16 bits would not start at the base's own output, nor DEFT's R in PEFT's float32
+        differs = "deft_R" if dtype == torch.float64 and options.get("init_weights") else "lora_magnitude_vector"
+        assert_same(*both("net", config, options, dtype), except_for=differs)
 
 
 @pytest.mark.parametrize("config, model, options", PROMPTS, ids=[f"{c}-{n}" for n, (c, _, _) in enumerate(PROMPTS)])
@@ -464,6 +482,7 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("DeloraConfig", "lin", {"module_dropout": 0.5, "init_weights": False}),
     ("FrodConfig", "lin", {"frod_dropout": 0.5, "init_weights": False, "progressbar": False}),
+    ("DeftConfig", "lin", {"deft_dropout": 0.5, "init_weights": False, "init_scale": 50.0}),
     ("GraloraConfig", "lin", {"gralora_dropout": 0.5, "init_weights": False, "r": 4, "gralora_k": 2}),
     ("HiraConfig", "lin", {"hira_dropout": 0.5, "init_weights": False}),
     ("LoHaConfig", "lin", {"init_weights": False}),
@@ -482,6 +501,10 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
     ("RandLoraConfig", "lin", {"randlora_dropout": 0.5, "init_weights": False}),
     ("SupertuningConfig", "lin", {"lora_dropout": 0.5, "init_weights": False, "r": 2, "sparsity": 0.5}),
     ("UniLoraConfig", "lin", {"unilora_dropout": 0.5, "init_theta_d_bound": 1.0}),
+    *(
+        ("TinyLoraConfig", layer, {"tinylora_dropout": 0.5, "init_weights": "uniform", "init_v_bound": 3.0})
+        for layer in ("lin", "gpt", "emb")
+    ),
     ("VBLoRAConfig", "lin", {"vblora_dropout": 0.5, "num_vectors": 8, "vector_length": 4}),
     ("VeraConfig", "lin", {"vera_dropout": 0.5, "init_weights": False}),
 ]

@@ -54,3 +54,11 @@ def test_a_class_called_on_a_model_adds_an_adapter_of_its_method() -> None:
     assert not torch.equal(base(x), expected)
     tuner.delete_adapter("mine")
     assert torch.equal(base(x), expected)
+
+
+def test_tinyloras_vectors_can_be_drawn_again() -> None:
+    config = peftcore.TinyLoraConfig(target_modules=["0"], init_v_bound=0.5, u=300)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+    model.base_model._init_tinylora_v(config, "default")  # type: ignore[operator]
+    (vector,) = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    assert 0.4 < vector.abs().max() <= 0.5

@@ -18,6 +18,7 @@ DROPOUTS = {
     "LORA": {"lora_dropout": 0.5},
     "ADALORA": {"lora_dropout": 0.5},
     "BOFT": {"boft_dropout": 0.5},
+    "DEFT": {"deft_dropout": 0.5},
     "DELORA": {"module_dropout": 0.5},
     "FROD": {"frod_dropout": 0.5},
     "GRALORA": {"gralora_dropout": 0.5},
@@ -31,6 +32,7 @@ DROPOUTS = {
     "RANDLORA": {"randlora_dropout": 0.5},
     "SUPERTUNING": {"lora_dropout": 0.5},
     "UNILORA": {"unilora_dropout": 0.5},
+    "TINYLORA": {"tinylora_dropout": 0.5},
     "VBLORA": {"vblora_dropout": 0.5},
     "VERA": {"vera_dropout": 0.5},
 }

@@ -33,6 +33,8 @@ class Example:
     """False for methods whose effect depends on the input; merging must then be refused."""
     mixes_rows: bool = False
     """True for methods by which a row's output depends on the other rows that the adapter computes."""
+    needs_bias: bool = False
+    """True for methods that merge into the bias, and refuse to merge into a layer that has none."""
     whole_model: bool = False
     """True for methods that need a whole transformer: the contract's single layers pass them by."""
     sized: bool = True
@@ -51,6 +53,10 @@ class Example:
     """{(case, family): why HF peft cannot compute its own adapter}; ours must still be read there."""
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the adapted model's call in the parity test, for two rows of tokens."""
+
+    def merges_on(self, layer: str) -> bool:
+        """Whether an adapter of one of the contract's layers can be merged."""
+        return self.merges and not (self.needs_bias and layer == "Linear without bias")
 
     def make(self, layer: str = "", **options: Any) -> PeftConfig:
         """The method's configuration for one of the contract's layers."""
