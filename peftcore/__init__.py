@@ -109,6 +109,7 @@ if TYPE_CHECKING:
         LoraModel,
         MissModel,
         OFTModel,
+        OSFModel,
         PolyModel,
         RandLoraModel,
         RoadModel,
@@ -139,8 +140,6 @@ if TYPE_CHECKING:
         LilyConfig,
         LilyModel,
         MontecloraConfig,
-        OSFConfig,
-        OSFModel,
         PeanutConfig,
         PeanutModel,
         PsoftConfig,
@@ -236,6 +235,9 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.oft import (
         OFTConfig,
+    )
+    from peftcore.methods.osf import (
+        OSFConfig,
     )
     from peftcore.methods.poly import (
         PolyConfig,
@@ -384,8 +386,8 @@ _MODULES = {
     "NoMatchingPeftModuleError": "peftcore.errors",
     "OFTConfig": "peftcore.methods.oft",
     "OFTModel": "peftcore.hf_peft.tuner_models",
-    "OSFConfig": "peftcore.hf_peft.unsupported",
-    "OSFModel": "peftcore.hf_peft.unsupported",
+    "OSFConfig": "peftcore.methods.osf",
+    "OSFModel": "peftcore.hf_peft.tuner_models",
     "PEFT_TYPE_TO_CONFIG_MAPPING": "peftcore.hf_peft.mapping",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "peftcore.hf_peft.mapping",
     "PEFT_TYPE_TO_TUNER_MAPPING": "peftcore.hf_peft.mapping",

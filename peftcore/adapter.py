@@ -172,7 +172,7 @@ class Adapter(_Constants):
     # -- making an adapter -----------------------------------------------------------------------------------------
 
     @classmethod
-    def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str] | None:
+    def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str] | str | None:
         """Return the layers to adapt if the configuration names none.
 
         Args:
@@ -181,7 +181,8 @@ class Adapter(_Constants):
             layers: {path: layer} of all modules, without wrappers.
 
         Returns:
-            Paths; None for the layers that LoRA adapts in this architecture.
+            Paths; "all-linear" for every linear layer except the head; None for the method's layers in this
+            architecture, or LoRA's if the architecture table names none.
         """
         return None
 

@@ -151,3 +151,9 @@ class GraloraModel(TunerModel):
     """View on a model with adapters, the first of which is of the method GRALORA."""
 
     peft_type = "GRALORA"
+
+
+class OSFModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method OSF."""
+
+    peft_type = "OSF"

@@ -72,14 +72,6 @@ class UniLoraModel(_Unsupported):
     """Model class of UNILORA."""
 
 
-class OSFConfig(_Unsupported):
-    """Configuration of OSF."""
-
-
-class OSFModel(_Unsupported):
-    """Model class of OSF."""
-
-
 class CartridgeConfig(_Unsupported):
     """Configuration of CARTRIDGE."""
 

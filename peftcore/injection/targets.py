@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from peftcore._util.patterns import matched
 from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_projections
-from peftcore.config import BLOCK, PromptLearningConfig, TaskType, TunerConfig
+from peftcore.config import ALL_LINEAR, BLOCK, PromptLearningConfig, TaskType, TunerConfig
 from peftcore.detection import detect
 from peftcore.errors import NoMatchingPeftModuleError, TargetError, suggestion
 from peftcore.injection.module_index import ModuleIndex
@@ -23,7 +23,6 @@ from peftcore.layers.saved_module import SavedModule
 from peftcore.layers.wrapper import unwrapped
 from peftcore.registry import method_of
 
-ALL_LINEAR = "all-linear"
 MANY_TARGETS = 20
 """Number of listed `target_modules` from which on shorter names are looked for; HF PEFT's number."""
 
@@ -232,22 +231,13 @@ def target_paths(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
     """
     model, modules = module_index.model, module_index.modules
     if config.target_modules == ALL_LINEAR:
-        heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        return [
-            path
-            for path, module in modules.items()
-            if _is_linear(module)
-            and module is not output
-            and not named(path, heads)
-            and calls_its_layers(module_index.parent(path))
-        ]
+        return _all_linear(module_index, config)
     if config.target_modules is None and parameter_names(config):
         return []
     if config.target_modules is None:
         layers = {path: m.base_layer if isinstance(m, AdapterLayer) else m for path, m in modules.items()}
         if (defaults := method_of(config).adapter.default_targets(config, model, layers)) is not None:
-            return defaults
+            return _all_linear(module_index, config) if defaults == ALL_LINEAR else defaults
         architecture = detect(model)
         if not (names := architecture.targets_for(config.peft_type)):
             raise TargetError(
@@ -268,6 +258,20 @@ def target_paths(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
     names = config.target_modules
     names = names if isinstance(names, str) else frozenset(names)
     return [path for path in modules if named(path, names)]
+
+
+def _all_linear(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
+    """Return the paths of all linear layers, except the model's head and the heads of the configuration's task."""
+    heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
+    output = getattr(module_index.model, "get_output_embeddings", lambda: None)()
+    return [
+        path
+        for path, module in module_index.modules.items()
+        if _is_linear(module)
+        and module is not output
+        and not named(path, heads)
+        and calls_its_layers(module_index.parent(path))
+    ]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -232,6 +232,11 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"r": 12, "oft_block_size": 0}, "blocks of size 1 rotate nothing at 0, which has 12 features"),
         ({"r": -2, "oft_block_size": 0}, "r must be a positive integer; got -2"),
     ],
+    "OSF": [
+        ({"effective_rank": 0}, "effective_rank must be a positive number; got 0; try 8, or 0.5 for half"),
+        ({"rank_pattern": {"2": -0.5}}, "2 must be a positive number; got -0.5"),
+        ({"effective_rank": 0.05}, "effective_rank keeps none of the 12 singular directions of 0; give a larger one"),
+    ],
     "POLY": [({"r": 0}, POSITIVE), ({"n_splits": 4}, "n_splits must divide 12 and 10 at 2, got 4; try 2")],
     "RANDLORA": [({"r": 0}, POSITIVE)],
     "ROAD": [

@@ -65,6 +65,8 @@ WORDS: dict[str, list[Any]] = {
     "loftq_config": [{"loftq_bits": 8}],
     "alora_invocation_tokens": [[1]],
     "feedforward_modules": [["target"]],
+    "effective_rank": [3, 0.25],
+    "target_svd_config": [{"target.weight": 3}],
 }
 TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("LOKR", "rank_dropout_scale"): {"rank_dropout": 0.5},

@@ -230,6 +230,10 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         for init in (True, False)
         for target in ("lin", "emb", "conv2")
     ],
+    "OSFConfig": [
+        *({"effective_rank": rank, **LINEAR} for rank in (None, 3, 0.25)),
+        {"rank_pattern": {"n2": 2}, "init_weights": False, **LINEAR},
+    ],
     "PolyConfig": [
         {"r": 2, "n_tasks": 3, "n_skills": 2, "n_splits": 2, "init_weights": init, **LINEAR} for init in (True, False)
     ],

@@ -64,6 +64,7 @@ ROWS = [
     Row("MiSS", "MISS", LOW_RANK, 1e-2, 1.3, EVERY_LINEAR | {"r": 8}),
     Row("LoHa", "LOHA", SHARED, 2e-2, 1.4, EVERY_LINEAR | {"r": 4, "alpha": 8}),
     Row("LoKr", "LOKR", SHARED, 5e-2, 1.5, EVERY_LINEAR | {"r": 4, "alpha": 8}),
+    Row("OSF", "OSF", LOW_RANK, 2e-2, 1.5, EVERY_LINEAR),
     Row("VeRA", "VERA", SHARED, 1e-1, 1.4, EVERY_LINEAR | {"r": 64}),
     Row("RandLoRA", "RANDLORA", SHARED, 1e-2, 1.3, EVERY_LINEAR | {"r": 8, "randlora_alpha": 64}),
     Row("VB-LoRA", "VBLORA", SHARED, 5e-2, 1.4, EVERY_LINEAR | {"r": 4, "num_vectors": 32, "vector_length": 24}, 100),
