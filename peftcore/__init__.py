@@ -54,7 +54,14 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from peftcore.hf_peft.cartridge import (
+        compose_cartridge_adapters,
+        initialize_kv_prefix_from_past_key_values,
+        initialize_kv_prefix_from_text,
+        prompt_embeddings_from_past_key_values,
+    )
     from peftcore.hf_peft.classes import (
+        CartridgeEncoder,
         CPTEmbedding,
         PeftMixedModel,
         PeftModelForCausalLM,
@@ -128,8 +135,6 @@ if TYPE_CHECKING:
         BdLoraConfig,
         BeftConfig,
         BeftModel,
-        CartridgeConfig,
-        CartridgeEncoder,
         DeftConfig,
         DeftModel,
         FrodConfig,
@@ -156,13 +161,9 @@ if TYPE_CHECKING:
         UniLoraModel,
         VeloraConfig,
         bloom_model_postprocess_past_key_value,
-        compose_cartridge_adapters,
         create_arrow_model,
         find_kappa_target_modules,
         get_eva_state_dict,
-        initialize_kv_prefix_from_past_key_values,
-        initialize_kv_prefix_from_text,
-        prompt_embeddings_from_past_key_values,
     )
     from peftcore.injection.activation import (
         refresh_adapters,
@@ -274,6 +275,9 @@ if TYPE_CHECKING:
     from peftcore.prompts.adaption_prompt import (
         AdaptionPromptConfig,
     )
+    from peftcore.prompts.cartridge import (
+        CartridgeConfig,
+    )
     from peftcore.prompts.cpt import (
         CPTConfig,
     )
@@ -336,8 +340,8 @@ _MODULES = {
     "C3AModel": "peftcore.hf_peft.tuner_models",
     "CPTConfig": "peftcore.prompts.cpt",
     "CPTEmbedding": "peftcore.hf_peft.classes",
-    "CartridgeConfig": "peftcore.hf_peft.unsupported",
-    "CartridgeEncoder": "peftcore.hf_peft.unsupported",
+    "CartridgeConfig": "peftcore.prompts.cartridge",
+    "CartridgeEncoder": "peftcore.hf_peft.classes",
     "CheckpointError": "peftcore.errors",
     "ConfigError": "peftcore.errors",
     "DeftConfig": "peftcore.hf_peft.unsupported",
@@ -454,7 +458,7 @@ _MODULES = {
     "cast_mixed_precision_params": "peftcore.hf_peft.precision",
     "check_mergeable": "peftcore.injection.merge",
     "check_vllm": "peftcore.export",
-    "compose_cartridge_adapters": "peftcore.hf_peft.unsupported",
+    "compose_cartridge_adapters": "peftcore.hf_peft.cartridge",
     "convert_directory_to_lora": "peftcore.conversion",
     "add_as_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
@@ -472,15 +476,15 @@ _MODULES = {
     "get_peft_model": "peftcore.model",
     "get_peft_model_state_dict": "peftcore.storage.state_dict",
     "initialize_from_data": "peftcore.injection.start_from_data",
-    "initialize_kv_prefix_from_past_key_values": "peftcore.hf_peft.unsupported",
-    "initialize_kv_prefix_from_text": "peftcore.hf_peft.unsupported",
+    "initialize_kv_prefix_from_past_key_values": "peftcore.hf_peft.cartridge",
+    "initialize_kv_prefix_from_text": "peftcore.hf_peft.cartridge",
     "initialize_lora_eva_weights": "peftcore.hf_peft.data_start",
     "inject_adapter_in_model": "peftcore.injection.inject",
     "load_peft_weights": "peftcore.storage.reading",
     "merge_streaming": "peftcore.export",
     "prepare_model_for_kbit_training": "peftcore.model",
     "preprocess_loraga": "peftcore.hf_peft.preprocess",
-    "prompt_embeddings_from_past_key_values": "peftcore.hf_peft.unsupported",
+    "prompt_embeddings_from_past_key_values": "peftcore.hf_peft.cartridge",
     "refresh_adapters": "peftcore.injection.activation",
     "replace_lora_weights_loftq": "peftcore.injection.loftq",
     "save_as_lora": "peftcore.conversion",

@@ -164,6 +164,7 @@ _TASK_CLASS = "same; answers `isinstance` by the first adapter's task, and is no
 _LEARNER = "for `isinstance`; get_peft_model makes the prompt"
 DIFFERENT = {
     "CPTEmbedding": _LEARNER,
+    "CartridgeEncoder": _LEARNER,
     "PeftMixedModel": "every PeftModel can mix methods; answers `isinstance` for models of several methods",
     "PeftModelForCausalLM": _TASK_CLASS,
     "PeftModelForFeatureExtraction": _TASK_CLASS,

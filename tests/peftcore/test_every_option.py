@@ -234,6 +234,7 @@ def test_descriptions_are_saved(method: str, tmp_path: Path) -> None:
 PROMPTS: dict[str, dict[str, Any]] = {
     "PROMPT_TUNING": {"num_virtual_tokens": 3},
     "PREFIX_TUNING": {"num_virtual_tokens": 3},
+    "CARTRIDGE": {"num_virtual_tokens": 3},
     "P_TUNING": {"num_virtual_tokens": 3, "encoder_hidden_size": 6},
     "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 3, "num_tasks": 2},
     "CPT": {"cpt_token_ids": [4, 5, 6], "cpt_tokens_type_mask": [1, 2, 3], "opt_projection_epsilon": 0.01},
@@ -253,6 +254,7 @@ PROMPT_VALUES: dict[str, list[Any]] = {
     "encoder_hidden_size": [9],
     "encoder_reparameterization_type": ["LSTM"],
     "init_weights": ["zero"],
+    "num_frozen_tokens": [2],
     "cpt_token_ids": [[7, 8, 9]],
     "cpt_mask": [[1]],
     "cpt_tokens_type_mask": [[4, 4, 4]],

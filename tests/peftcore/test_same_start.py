@@ -294,6 +294,10 @@ PROMPTS: list[tuple[str, str, dict[str, Any]]] = [
             **TOKENS,
         },
     ),
+    *(
+        ("CartridgeConfig", "llama", {"task_type": "CAUSAL_LM", "num_frozen_tokens": frozen, **TOKENS})
+        for frozen in (0, 1)
+    ),
     ("PrefixTuningConfig", "llama", {"task_type": "CAUSAL_LM", **TOKENS}),
     ("PrefixTuningConfig", "llama", {"task_type": "CAUSAL_LM", "init_weights": "zero", **TOKENS}),
     (

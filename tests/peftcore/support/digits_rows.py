@@ -83,6 +83,7 @@ ROWS = [
     Row("trainable tokens", "TRAINABLE_TOKENS", FEW, 1e-1, 1.7, {"token_indices": list(range(17))}, 120),
     Row("prompt tuning", "PROMPT_TUNING", PROMPT, 5e-1, 1.9, CAUSAL | {"num_virtual_tokens": 32}, 150),
     Row("prefix tuning", "PREFIX_TUNING", PROMPT, 1e-1, 1.3, CAUSAL | {"num_virtual_tokens": 16}, 120),
+    Row("Cartridge", "CARTRIDGE", PROMPT, 1e-1, 1.3, CAUSAL | {"num_virtual_tokens": 16}, 120),
     Row("P-tuning", "P_TUNING", PROMPT, 2e-2, 2.15, CAUSAL | {
         "num_virtual_tokens": 32, "encoder_hidden_size": 64,
     }, 250),
