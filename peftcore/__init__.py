@@ -120,6 +120,7 @@ if TYPE_CHECKING:
         PolyModel,
         RandLoraModel,
         RoadModel,
+        ShadowModel,
         ShiraModel,
         TrainableTokensModel,
         VBLoRAModel,
@@ -151,8 +152,6 @@ if TYPE_CHECKING:
         PsoftModel,
         PveraConfig,
         PveraModel,
-        ShadowConfig,
-        ShadowModel,
         SupertuningConfig,
         SupertuningModel,
         TinyLoraConfig,
@@ -293,6 +292,9 @@ if TYPE_CHECKING:
     from peftcore.prompts.prompt_tuning import (
         PromptTuningConfig,
     )
+    from peftcore.prompts.shadow import (
+        ShadowConfig,
+    )
     from peftcore.registry import (
         PeftType,
         tuner_names,
@@ -429,8 +431,8 @@ _MODULES = {
     "RoadConfig": "peftcore.methods.road",
     "RoadModel": "peftcore.hf_peft.tuner_models",
     "RoutingError": "peftcore.errors",
-    "ShadowConfig": "peftcore.hf_peft.unsupported",
-    "ShadowModel": "peftcore.hf_peft.unsupported",
+    "ShadowConfig": "peftcore.prompts.shadow",
+    "ShadowModel": "peftcore.hf_peft.tuner_models",
     "ShiraConfig": "peftcore.methods.shira",
     "ShiraModel": "peftcore.hf_peft.tuner_models",
     "SupertuningConfig": "peftcore.hf_peft.unsupported",

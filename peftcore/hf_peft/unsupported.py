@@ -96,14 +96,6 @@ class PeanutModel(_Unsupported):
     """Model class of PEANUT."""
 
 
-class ShadowConfig(_Unsupported):
-    """Configuration of SHADOW."""
-
-
-class ShadowModel(_Unsupported):
-    """Model class of SHADOW."""
-
-
 class SupertuningConfig(_Unsupported):
     """Configuration of SUPERTUNING."""
 

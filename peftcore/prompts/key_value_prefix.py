@@ -185,7 +185,7 @@ def _checkpointing(config: Any) -> str:
     """Return the error for a model with activation checkpointing."""
     return (
         f"{config.peft_type} does not work with gradient checkpointing, which disables the cache that the prefix "
-        "needs; turn checkpointing off (model.gradient_checkpointing_disable()) or use PromptTuningConfig"
+        "needs; turn checkpointing off (model.activation_checkpointing_disable()) or use PromptTuningConfig"
     )
 
 

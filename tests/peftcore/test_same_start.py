@@ -316,6 +316,9 @@ PROMPTS: list[tuple[str, str, dict[str, Any]]] = [
             "num_virtual_tokens": 3,
         },
     ),
+    ("ShadowConfig", "llama", {"task_type": "CAUSAL_LM", "r": 3}),
+    ("ShadowConfig", "gpt2", {"task_type": "CAUSAL_LM", "r": 3, "init_weights": False}),
+    ("ShadowConfig", "llama", {"r": 3, "shadow_hidden_size": 8, "shadow_num_hidden_layers": 2}),
     ("AdaptionPromptConfig", "llama", {"task_type": "CAUSAL_LM", "adapter_len": 3, "adapter_layers": 2}),
 ]
 NOT_POSSIBLE = {
