@@ -204,10 +204,9 @@ class Shadow(PromptLearner):
                         others.pop(key, None)
 
     def before_forward(self, model: Any, inputs: dict[str, Any]) -> None:
-        cache = cache_of(model, inputs)
-        if cache is None and wants_cache(model, inputs):
-            cache = new_cache(model)
-            inputs[str(cache_name(model))] = cache
+        cache, name = cache_of(model, inputs), cache_name(model)
+        if cache is None and name is not None and wants_cache(model, inputs):
+            cache = inputs[name] = new_cache(model)
         embedded, ids = inputs.get("inputs_embeds"), inputs.get("input_ids")
         if embedded is None and self.shares:
             embedded = model.get_input_embeddings()(ids)
@@ -247,13 +246,14 @@ class Shadow(PromptLearner):
     def after_forward(self, outputs: Any) -> Any:
         call: Any = self._call
         self._call = self._state = None
-        weight = self.config.auxiliary_loss_weight
-        if call is None or self.config.task_type is None or getattr(outputs, "loss", None) is None:
+        weight, is_tuple = self.config.auxiliary_loss_weight, isinstance(outputs, tuple)
+        if call is None or self.config.task_type is None or not (is_tuple or hasattr(outputs, "loss")):
             return outputs
         loss = self._loss(*call)
+        if is_tuple:
+            return (outputs[0] + weight * loss.to(outputs[0]), *outputs[1:])
         outputs.shadow_loss = loss.detach()
-        if weight:
-            outputs.loss = outputs.loss + weight * loss.to(outputs.loss)
+        outputs.loss = outputs.loss + weight * loss.to(outputs.loss)
         return outputs
 
     def _loss(self, model: Any, state: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
