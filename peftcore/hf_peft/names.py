@@ -176,6 +176,7 @@ DIFFERENT = {
     "PromptEmbedding": _LEARNER,
     "PromptEncoder": _LEARNER,
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "empty: no architecture needs an entry",
+    "ShadowConfig": '`shadow_model` must be "mirror"; only transformers\' decoders; the model has no `unload_shadow`',
     "initialize_lora_eva_weights": "does what `initialize_from_data` does; takes no saved start and no input functions",
     "prepare_model_for_kbit_training": "same; also turns checkpointing on for a model that is not quantised",
 }

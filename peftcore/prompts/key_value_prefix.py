@@ -184,8 +184,8 @@ def tokens_read(inputs: dict[str, Any], side: str) -> Tensor:
 def _checkpointing(config: Any) -> str:
     """Return the error for a model with activation checkpointing."""
     return (
-        f"{config.peft_type} does not work with gradient checkpointing, which disables the cache that the prefix "
-        "needs; turn checkpointing off (model.activation_checkpointing_disable()) or use PromptTuningConfig"
+        f"{config.peft_type} does not work with gradient checkpointing: it needs a cache, which checkpointing "
+        "disables; turn checkpointing off (model.activation_checkpointing_disable()) or use PromptTuningConfig"
     )
 
 
