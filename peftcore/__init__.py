@@ -54,7 +54,14 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from peftcore.hf_peft.cartridge import (
+        compose_cartridge_adapters,
+        initialize_kv_prefix_from_past_key_values,
+        initialize_kv_prefix_from_text,
+        prompt_embeddings_from_past_key_values,
+    )
     from peftcore.hf_peft.classes import (
+        CartridgeEncoder,
         CPTEmbedding,
         PeftMixedModel,
         PeftModelForCausalLM,
@@ -115,12 +122,14 @@ if TYPE_CHECKING:
         LoraModel,
         MissModel,
         OFTModel,
+        OSFModel,
         PeanutModel,
         PolyModel,
         PsoftModel,
         PveraModel,
         RandLoraModel,
         RoadModel,
+        ShadowModel,
         ShiraModel,
         SupertuningModel,
         TinyLoraModel,
@@ -135,23 +144,13 @@ if TYPE_CHECKING:
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
         ArrowConfig,
         BdLoraConfig,
-        CartridgeConfig,
-        CartridgeEncoder,
         KasaConfig,
         MontecloraConfig,
-        OSFConfig,
-        OSFModel,
-        ShadowConfig,
-        ShadowModel,
         VeloraConfig,
         bloom_model_postprocess_past_key_value,
-        compose_cartridge_adapters,
         create_arrow_model,
         find_kappa_target_modules,
         get_eva_state_dict,
-        initialize_kv_prefix_from_past_key_values,
-        initialize_kv_prefix_from_text,
-        prompt_embeddings_from_past_key_values,
     )
     from peftcore.injection.activation import (
         refresh_adapters,
@@ -247,6 +246,9 @@ if TYPE_CHECKING:
     from peftcore.methods.oft import (
         OFTConfig,
     )
+    from peftcore.methods.osf import (
+        OSFConfig,
+    )
     from peftcore.methods.peanut import (
         PeanutConfig,
     )
@@ -300,6 +302,9 @@ if TYPE_CHECKING:
     from peftcore.prompts.adaption_prompt import (
         AdaptionPromptConfig,
     )
+    from peftcore.prompts.cartridge import (
+        CartridgeConfig,
+    )
     from peftcore.prompts.cpt import (
         CPTConfig,
     )
@@ -314,6 +319,9 @@ if TYPE_CHECKING:
     )
     from peftcore.prompts.prompt_tuning import (
         PromptTuningConfig,
+    )
+    from peftcore.prompts.shadow import (
+        ShadowConfig,
     )
     from peftcore.registry import (
         PeftType,
@@ -362,8 +370,8 @@ _MODULES = {
     "C3AModel": "peftcore.hf_peft.tuner_models",
     "CPTConfig": "peftcore.prompts.cpt",
     "CPTEmbedding": "peftcore.hf_peft.classes",
-    "CartridgeConfig": "peftcore.hf_peft.unsupported",
-    "CartridgeEncoder": "peftcore.hf_peft.unsupported",
+    "CartridgeConfig": "peftcore.prompts.cartridge",
+    "CartridgeEncoder": "peftcore.hf_peft.classes",
     "CheckpointError": "peftcore.errors",
     "ConfigError": "peftcore.errors",
     "DeftConfig": "peftcore.methods.deft",
@@ -412,8 +420,8 @@ _MODULES = {
     "NoMatchingPeftModuleError": "peftcore.errors",
     "OFTConfig": "peftcore.methods.oft",
     "OFTModel": "peftcore.hf_peft.tuner_models",
-    "OSFConfig": "peftcore.hf_peft.unsupported",
-    "OSFModel": "peftcore.hf_peft.unsupported",
+    "OSFConfig": "peftcore.methods.osf",
+    "OSFModel": "peftcore.hf_peft.tuner_models",
     "PEFT_TYPE_TO_CONFIG_MAPPING": "peftcore.hf_peft.mapping",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "peftcore.hf_peft.mapping",
     "PEFT_TYPE_TO_TUNER_MAPPING": "peftcore.hf_peft.mapping",
@@ -451,8 +459,8 @@ _MODULES = {
     "RoadConfig": "peftcore.methods.road",
     "RoadModel": "peftcore.hf_peft.tuner_models",
     "RoutingError": "peftcore.errors",
-    "ShadowConfig": "peftcore.hf_peft.unsupported",
-    "ShadowModel": "peftcore.hf_peft.unsupported",
+    "ShadowConfig": "peftcore.prompts.shadow",
+    "ShadowModel": "peftcore.hf_peft.tuner_models",
     "ShiraConfig": "peftcore.methods.shira",
     "ShiraModel": "peftcore.hf_peft.tuner_models",
     "SupertuningConfig": "peftcore.methods.supertuning",
@@ -480,7 +488,7 @@ _MODULES = {
     "cast_mixed_precision_params": "peftcore.hf_peft.precision",
     "check_mergeable": "peftcore.injection.merge",
     "check_vllm": "peftcore.export",
-    "compose_cartridge_adapters": "peftcore.hf_peft.unsupported",
+    "compose_cartridge_adapters": "peftcore.hf_peft.cartridge",
     "convert_directory_to_lora": "peftcore.conversion",
     "add_as_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
@@ -499,15 +507,15 @@ _MODULES = {
     "get_peft_model_state_dict": "peftcore.storage.state_dict",
     "get_start_subtraction": "peftcore.kernels.start_subtraction",
     "initialize_from_data": "peftcore.injection.start_from_data",
-    "initialize_kv_prefix_from_past_key_values": "peftcore.hf_peft.unsupported",
-    "initialize_kv_prefix_from_text": "peftcore.hf_peft.unsupported",
+    "initialize_kv_prefix_from_past_key_values": "peftcore.hf_peft.cartridge",
+    "initialize_kv_prefix_from_text": "peftcore.hf_peft.cartridge",
     "initialize_lora_eva_weights": "peftcore.hf_peft.data_start",
     "inject_adapter_in_model": "peftcore.injection.inject",
     "load_peft_weights": "peftcore.storage.reading",
     "merge_streaming": "peftcore.export",
     "prepare_model_for_kbit_training": "peftcore.model",
     "preprocess_loraga": "peftcore.hf_peft.preprocess",
-    "prompt_embeddings_from_past_key_values": "peftcore.hf_peft.unsupported",
+    "prompt_embeddings_from_past_key_values": "peftcore.hf_peft.cartridge",
     "refresh_adapters": "peftcore.injection.activation",
     "replace_lora_weights_loftq": "peftcore.injection.loftq",
     "save_as_lora": "peftcore.conversion",

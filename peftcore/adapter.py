@@ -174,7 +174,7 @@ class Adapter(_Constants):
     # -- making an adapter -----------------------------------------------------------------------------------------
 
     @classmethod
-    def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str] | None:
+    def default_targets(cls, config: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str] | str | None:
         """Return the layers to adapt if the configuration names none.
 
         Args:
@@ -183,8 +183,8 @@ class Adapter(_Constants):
             layers: {path: module} of all modules of the base model; the base layer in place of its wrapper.
 
         Returns:
-            Paths of the layers. None if the method has no rule of its own; `detect(model).targets_for(method)` then
-            names the layers.
+            Paths of the layers, or "all-linear" for every linear layer except the head. None if the method has no rule
+            of its own; `detect(model).targets_for(method)` then names the layers.
         """
         return None
 

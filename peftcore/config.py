@@ -31,6 +31,8 @@ __version__ = "0.21.2"
 """Version of HF PEFT whose file format is written: `peft_version` of a new configuration."""
 LARGEST_CONFIG = 16 << 20
 """Largest configuration file that is read, in bytes. A `rank_pattern` of 100,000 experts takes half of the limit."""
+ALL_LINEAR = "all-linear"
+"""The value of `target_modules` that names every linear layer except the head."""
 _MOST_PATTERNS = 200
 """Most regular expressions among the keys of one field. Plain module names do not count."""
 

@@ -795,6 +795,13 @@ class PeftModel:
             raise ConfigError(f"get_prompt_embedding_to_save: {adapter_name!r} is not a prompt")
         return prompt.checkpoint_tensors()["prompt_embeddings"]
 
+    @property
+    def prompt_encoder(self) -> nn.ModuleDict:
+        """The prompts by adapter name, under HF PEFT's name of this attribute; only with a prompt method."""
+        if not len(prompts := adapter_set(self._module).prompts):
+            raise AttributeError("prompt_encoder")
+        return prompts
+
     def adapter_ranks(self, adapter_name: str | None = None) -> dict[str, int]:
         """Return the current ranks of one adapter.
 

@@ -51,6 +51,7 @@ ALTERNATIVES: Mapping[str, Mapping[str, str]] = {
     "lokr": {"lora_dropout": "options.rank_dropout or options.module_dropout"},
     "oft": {"r": "options.r (blocks) or options.oft_block_size", "lora_dropout": "options.module_dropout, of blocks"},
     "peanut": {"lora_alpha": "options.scaling"},
+    "osf": {"r": "options.effective_rank, of the directions that stay"},
     "randlora": {"r": "options.r, the rank of one basis", "lora_alpha": "options.randlora_alpha"},
     "shira": {"r": "options.r, by which it counts entries"},
     "waveft": {"r": "options.n_frequency", "lora_alpha": "options.scaling"},

@@ -26,8 +26,8 @@ SUBMODULES = (
     "utils",
 )
 """Submodules of HF PEFT that `peftcore` has under the same name, besides `config`."""
-_PARTS = ("config", "layer", "model")
-"""Submodules that each method has in HF PEFT."""
+_PARTS = ("config", "layer", "model", "utils")
+"""Submodules of methods in HF PEFT."""
 
 
 class _AliasLoader:
@@ -114,7 +114,7 @@ def _from_root(root: ModuleType, module: ModuleType, name: str) -> Any:
 
 
 class MethodFinder:
-    """Finder of `peftcore.hf_peft.tuners.METHOD` and of its submodules `config`, `layer` and `model`."""
+    """Finder of `peftcore.hf_peft.tuners.METHOD` and of its submodules in `_PARTS`."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         """Return the spec of a method's module; None for every other module."""

@@ -220,6 +220,13 @@ class PrefixEncoder(metaclass=_Prompt):
     wrappers = ()
 
 
+class CartridgeEncoder(metaclass=_Prompt):
+    """The prefix of Cartridge, a submodule of its model."""
+
+    peft_type = "CARTRIDGE"
+    wrappers = ()
+
+
 class CPTEmbedding(metaclass=_Prompt):
     """The prompt of context-aware prompt tuning, a submodule of its model."""
 

@@ -26,6 +26,7 @@ _PROMPTS: dict[str, Any] = {
         classes.MultitaskPromptEmbedding,
         classes.PromptEncoder,
         classes.PrefixEncoder,
+        classes.CartridgeEncoder,
         classes.CPTEmbedding,
     )
 }

@@ -164,6 +164,7 @@ _TASK_CLASS = "same; answers `isinstance` by the first adapter's task, and is no
 _LEARNER = "for `isinstance`; get_peft_model makes the prompt"
 DIFFERENT = {
     "CPTEmbedding": _LEARNER,
+    "CartridgeEncoder": _LEARNER,
     "PeftMixedModel": "every PeftModel can mix methods; answers `isinstance` for models of several methods",
     "PeftModelForCausalLM": _TASK_CLASS,
     "PeftModelForFeatureExtraction": _TASK_CLASS,
@@ -175,6 +176,7 @@ DIFFERENT = {
     "PromptEmbedding": _LEARNER,
     "PromptEncoder": _LEARNER,
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "empty: no architecture needs an entry",
+    "ShadowConfig": '`shadow_model` must be "mirror"; only transformers\' decoders; the model has no `unload_shadow`',
     "initialize_lora_eva_weights": "does what `initialize_from_data` does; takes no saved start and no input functions",
     "prepare_model_for_kbit_training": "same; also turns checkpointing on for a model that is not quantised",
 }

@@ -238,3 +238,15 @@ class AdamssModel(TunerModel):
     """View on a model with adapters, the first of which is of the method ADAMSS."""
 
     peft_type = "ADAMSS"
+
+
+class OSFModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method OSF."""
+
+    peft_type = "OSF"
+
+
+class ShadowModel(TunerModel):
+    """View on a model with adapters, the first of which is of the method SHADOW."""
+
+    peft_type = "SHADOW"

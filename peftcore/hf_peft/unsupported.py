@@ -16,30 +16,6 @@ class _Unsupported:
         )
 
 
-class OSFConfig(_Unsupported):
-    """Configuration of OSF."""
-
-
-class OSFModel(_Unsupported):
-    """Model class of OSF."""
-
-
-class CartridgeConfig(_Unsupported):
-    """Configuration of CARTRIDGE."""
-
-
-class CartridgeEncoder(_Unsupported):
-    """Model class of CARTRIDGE."""
-
-
-class ShadowConfig(_Unsupported):
-    """Configuration of SHADOW."""
-
-
-class ShadowModel(_Unsupported):
-    """Model class of SHADOW."""
-
-
 class BdLoraConfig(_Unsupported):
     """Options of the LoRA variant BdLora."""
 
@@ -71,23 +47,18 @@ def _refused(function: str, reason: str) -> Callable[..., Any]:
     return refuse
 
 
-_NO_CARTRIDGE = "peftcore does not have HF PEFT's method CARTRIDGE yet"
 _NO_ARROW = "HF PEFT's Arrow model is not built; route by `peftcore.routing.gates.arrow_gate`"
 
 bloom_model_postprocess_past_key_value = _refused(
     "bloom_model_postprocess_past_key_value", "prefixes go through transformers' own caches, for Bloom too"
 )
-compose_cartridge_adapters = _refused("compose_cartridge_adapters", _NO_CARTRIDGE)
 create_arrow_model = _refused("create_arrow_model", _NO_ARROW)
 find_kappa_target_modules = _refused(
     "find_kappa_target_modules", "peftcore does not choose targets by condition numbers; name target_modules"
 )
-initialize_kv_prefix_from_past_key_values = _refused("initialize_kv_prefix_from_past_key_values", _NO_CARTRIDGE)
-initialize_kv_prefix_from_text = _refused("initialize_kv_prefix_from_text", _NO_CARTRIDGE)
 get_eva_state_dict = _refused(
     "get_eva_state_dict", "call initialize_from_data(model, batches), then save the adapter with its start"
 )
-prompt_embeddings_from_past_key_values = _refused("prompt_embeddings_from_past_key_values", _NO_CARTRIDGE)
 
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
 """Empty: no architecture needs its prefixes converted, because they go through transformers' own caches."""

@@ -327,7 +327,8 @@ def generation(model: nn.Module, arguments: dict[str, Any]) -> Iterator[dict[str
 
 def _check_cache(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:
     cache = arguments.get("cache", arguments.get("past_key_values"))
-    has_prompt = any(learner.exclusive for learner in _prompts(adapters, is_encoder_decoder(model)))
+    learners = _prompts(adapters, is_encoder_decoder(model))
+    has_prompt = any(learner.exclusive and not learner.adapts_blocks for learner in learners)
     if has_prompt and cache is not None and cache.get_seq_length():
         raise ConfigError(
             "generate counts the cache's entries as tokens of the text, and a prompt adds entries; give the whole text "

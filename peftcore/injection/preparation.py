@@ -162,9 +162,10 @@ def _prepare_prompt(
     for option in _SIZES if initialise else ():
         if (size := getattr(given, option, None)) not in (None, getattr(config, option, None)):
             warnings.warn(f"{option}={size} has no effect: the model has {getattr(config, option)}", stacklevel=2)
-    if isinstance(config, PromptLearningConfig):
-        config = with_heads(module_index, config)
-        copies = {path: _copy_of(module) for path, module in find_saved_modules(module_index, config).items()}
+    if isinstance(config, PromptLearningConfig | TunerConfig):
+        whole: Any = config
+        whole = config = with_heads(module_index, whole)
+        copies = {path: _copy_of(module) for path, module in find_saved_modules(module_index, whole).items()}
     weight = next(model.parameters())
     with torch.device(weight.device):
         prompt = kind(config, model)

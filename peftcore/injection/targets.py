@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from peftcore._util.patterns import matched
 from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_projections
-from peftcore.config import BLOCK, PromptLearningConfig, TaskType, TunerConfig
+from peftcore.config import ALL_LINEAR, BLOCK, PromptLearningConfig, TaskType, TunerConfig
 from peftcore.detection import detect
 from peftcore.detection.defaults import GIVEN_TARGETS
 from peftcore.detection.model_kind import model_config_of
@@ -25,7 +25,6 @@ from peftcore.layers.saved_module import SavedModule
 from peftcore.layers.wrapper import unwrapped
 from peftcore.registry import method_of
 
-ALL_LINEAR = "all-linear"
 MANY_TARGETS = 20
 """Number of listed `target_modules` from which on shorter names are looked for; HF PEFT's number."""
 
@@ -247,22 +246,13 @@ def target_paths(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
     model, modules = module_index.model, module_index.modules
     config = _with_given_targets(model, config)
     if config.target_modules == ALL_LINEAR:
-        heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        return [
-            path
-            for path, module in modules.items()
-            if _is_linear(module)
-            and module is not output
-            and not named(path, heads)
-            and calls_its_layers(module_index.parent(path))
-        ]
+        return _all_linear(module_index, config)
     if config.target_modules is None and parameter_names(config):
         return []
     if config.target_modules is None:
         layers = {path: m.base_layer if isinstance(m, AdapterLayer) else m for path, m in modules.items()}
         if (defaults := method_of(config).adapter.default_targets(config, model, layers)) is not None:
-            return defaults
+            return _all_linear(module_index, config) if defaults == ALL_LINEAR else defaults
         architecture = detect(model)
         if not (names := architecture.targets_for(config.peft_type)):
             raise TargetError(
@@ -297,6 +287,20 @@ def _with_given_targets(model: nn.Module, config: TunerConfig) -> TunerConfig:
     if targets is None:
         return config
     return dataclasses.replace(config, target_modules=targets if isinstance(targets, str) else set(targets))
+
+
+def _all_linear(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
+    """Return the paths of all linear layers, except the model's head and the heads of the configuration's task."""
+    heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
+    output = getattr(module_index.model, "get_output_embeddings", lambda: None)()
+    return [
+        path
+        for path, module in module_index.modules.items()
+        if _is_linear(module)
+        and module is not output
+        and not named(path, heads)
+        and calls_its_layers(module_index.parent(path))
+    ]
 
 
 def _is_linear(module: nn.Module) -> bool:

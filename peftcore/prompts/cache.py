@@ -80,6 +80,12 @@ def decoder_config(model: nn.Module) -> Any:
     return (owner.get_decoder() if is_encoder_decoder(model) else owner).config.get_text_config(decoder=True)
 
 
+def wants_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Return True if a call keeps keys and values in a cache."""
+    use_cache = inputs.get("use_cache")
+    return bool(getattr(decoder_config(model), "use_cache", False) if use_cache is None else use_cache)
+
+
 def kv_shapes(model: nn.Module) -> list[tuple[int, int] | None]:
     """Return (number of key/value heads, their width) of each layer.
 

@@ -33,6 +33,8 @@ class PromptLearner(nn.Module):
     """Shown in the table of methods: a prompt is for the whole model, not for kinds of layers."""
     exclusive: ClassVar[bool] = True
     """True if the prompt is part of the model's input. Each row of a batch can have only one such prompt."""
+    adapts_blocks: ClassVar[bool] = False
+    """True if the method changes the model's blocks and adds no tokens; keys on disk begin with `base_model.model.`."""
     defines_loss: ClassVar[bool] = False
     """True if the loss with the prompt is not the next-token cross entropy of the text's tokens alone. The model's
     forward then computes the loss, without the faster code for next-token cross entropy.

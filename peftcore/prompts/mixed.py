@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from peftcore.errors import RoutingError
 from peftcore.prompts.cache import cache_of, is_empty
+from peftcore.prompts.key_value_prefix import KeyValuePrefix, tokens_read
 from peftcore.prompts.learner import PromptLearner, accepts, is_encoder_decoder
 from peftcore.prompts.placement import Placement, mask_of, placement, text_positions, tokens_of
-from peftcore.prompts.prefix_tuning import PrefixTuning, tokens_read
 from peftcore.prompts.virtual_tokens import VirtualTokens
 
 Learners = Sequence[Any]
@@ -46,7 +46,7 @@ def mixed_learners(
     """
     mixtures: list[Any] = []
     has_no_prompt = [not of_row for of_row in learners]
-    for learner_class, mixture in ((VirtualTokens, MixedTokens), (PrefixTuning, MixedPrefix)):
+    for learner_class, mixture in ((VirtualTokens, MixedTokens), (KeyValuePrefix, MixedPrefix)):
         of_class = [next((each for each in of_row if isinstance(each, learner_class)), None) for of_row in learners]
         if any(learner is not None for learner in of_class):
             mixtures.append(mixture(of_class, has_no_prompt, narrow, has_encoder))
@@ -58,7 +58,7 @@ def mixed_learners(
     for mixture in mixtures:
         mixture.in_cache = sum(each.count for each in mixtures if each.feeds_decoder)
     for learner in (each for of_row in learners for each in of_row):
-        if not isinstance(learner, VirtualTokens | PrefixTuning):
+        if not isinstance(learner, VirtualTokens | KeyValuePrefix):
             raise RoutingError(f"{type(learner).__name__} cannot differ between rows; use it for the whole batch")
     return mixtures
 
@@ -181,7 +181,7 @@ class MixedTokens(VirtualTokens):
         return torch.cat([prompts.get(index, filler) for index in range(len(learners))])
 
 
-class MixedPrefix(PrefixTuning):
+class MixedPrefix(KeyValuePrefix):
     """Prefixes that differ between the rows of a batch.
 
     Args:

@@ -1,8 +1,6 @@
 """Prefix tuning: n learned keys and values in each attention, softmax(q [K_P; K]ᵀ) [V_P; V]. arXiv:2101.00190.
 
-With projection, [K_P, V_P] of all layers = W₂ tanh(W₁ P). The prefix is written into the cache before the first call of
-a text; in encoder-decoder models into the decoder's cache. The checkpoint has (n, 2·L·k·w), layer by layer, key before
-value. Shapes: L layers, k key/value heads of width w, B rows, T text tokens, P (n, k·w).
+With projection, [K_P, V_P] of all layers = W₂ tanh(W₁ P). Shapes: L layers, k key/value heads of width w, P (n, k·w).
 """
 
 import dataclasses
@@ -11,31 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
-from peftcore._util.per_thread import PerThread
 from peftcore.config import PromptLearningConfig
-from peftcore.errors import ConfigError, TrainingError
 from peftcore.kernels.start_values import module_, normal_, without_values
-from peftcore.prompts.cache import (
-    cache_name,
-    cache_of,
-    decoder_config,
-    is_empty,
-    kv_shapes,
-    lacks_prompt,
-    layer_devices,
-    make_room,
-    new_cache,
-)
-from peftcore.prompts.learner import PromptLearner, accepts, is_causal, is_encoder_decoder, model_sizes
-from peftcore.prompts.placement import Placement, check_not_packed, mask_of, text_positions, tokens_of
+from peftcore.prompts.key_value_prefix import KeyValuePrefix
 from peftcore.registry import register
-
-_CHECKPOINTING = (
-    "prefix tuning needs a cache, and activation checkpointing disables the cache; turn checkpointing off "
-    "(model.activation_checkpointing_disable()) or use PromptTuningConfig"
-)
 
 
 @dataclass
@@ -61,47 +39,27 @@ class PrefixTuningConfig(PromptLearningConfig):
 
 
 @register("PREFIX_TUNING", PrefixTuningConfig)
-class PrefixTuning(PromptLearner):
+class PrefixTuning(KeyValuePrefix):
     """A learned prefix of the keys and values of every layer."""
 
     transform: nn.Sequential | None
-    _drops_cache = PerThread(False)
-    """True if this call's cache was created for the prefix only and is removed from the outputs."""
 
     def __init__(self, config: PrefixTuningConfig, model: nn.Module):
         super().__init__(config, model)
-        n, width, layers = config.num_virtual_tokens, config.token_dim, config.num_layers
-        hidden = config.encoder_hidden_size
-        assert n and width and layers and hidden and config.num_attention_heads
-        self.count, self.heads, self.width = n, config.num_attention_heads, width // config.num_attention_heads
-        self.shapes = kv_shapes(model)
-        self.is_causal = is_encoder_decoder(model) or is_causal(model)
-        self.counts_text = is_causal(model) and accepts(model, "position_ids")
+        width, hidden = config.token_dim, config.encoder_hidden_size
+        assert width and hidden
         self.transform = None
         if config.prefix_projection:
-            self.embedding = nn.Parameter(torch.empty(n, width))
-            down, up = (without_values(nn.Linear, *size) for size in ((width, hidden), (hidden, layers * 2 * width)))
+            self.embedding = nn.Parameter(torch.empty(self.count, width))
+            down, up = (without_values(nn.Linear, *size) for size in ((width, hidden), (hidden, self.size)))
             self.transform = nn.Sequential(down, nn.Tanh(), up)
         else:
-            self.embedding = nn.Parameter(torch.empty(n, layers * 2 * width))
+            self.embedding = nn.Parameter(torch.empty(self.count, self.size))
 
     @classmethod
     def completed(cls, config: PrefixTuningConfig, model: nn.Module) -> Any:
-        if not hasattr(model, "config") or cache_name(model) is None:
-            raise ConfigError(
-                f"{type(model).__name__} accepts no cache, which prefix tuning needs; use PromptTuningConfig"
-            )
-        if _checkpoints(model):
-            raise ConfigError(_CHECKPOINTING)
-        shapes = [shape for shape in kv_shapes(model) if shape is not None]
-        if not shapes:
-            raise ConfigError("no layer of this model caches keys and values; use PromptTuningConfig")
-        heads, width = max(shapes, key=lambda shape: shape[1])
-        if any(shape[0] > heads for shape in shapes):
-            raise ConfigError(f"one prefix cannot fit these key/value shapes (heads, width): {sorted(set(shapes))}")
-        sizes = {"token_dim": heads * width, "num_attention_heads": heads, "num_layers": len(kv_shapes(model))}
-        hidden = config.encoder_hidden_size or heads * width
-        return dataclasses.replace(config, **{**model_sizes(config, model), **sizes, "encoder_hidden_size": hidden})
+        filled = super().completed(config, model)
+        return dataclasses.replace(filled, encoder_hidden_size=config.encoder_hidden_size or filled.token_dim)
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
@@ -111,95 +69,6 @@ class PrefixTuning(PromptLearner):
         if self.config.init_weights == "zero":
             for parameter in (self.embedding,) if self.transform is None else self.transform[-1].parameters():
                 parameter.zero_()
-
-    # -- forward ---------------------------------------------------------------------------------------------
-
-    def before_forward(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        if model.training and _checkpoints(model):
-            raise TrainingError(_CHECKPOINTING)
-        side = "decoder_" if is_encoder_decoder(model) else ""
-        mask, positions = mask_of(inputs, f"{side}attention_mask"), inputs.get(f"{side}position_ids")
-        cache = cache_of(model, inputs)
-        tokens = tokens_read(inputs, side)
-        filler_count = self.filler_count(len(tokens))
-        self._drops_cache = False
-        if is_empty(cache):
-            check_not_packed(inputs)
-            name = cache_name(model)
-            assert name is not None
-            inputs[name] = self._fill(model, new_cache(model) if cache is None else cache, tokens)
-            self._drops_cache = cache is None and not _wants_cache(model, inputs)
-            if positions is None and self.counts_text and mask is not None and bool((mask[:, 0] == 0).any()):
-                positions = self.first_positions(mask)
-            elif positions is None and self.counts_text and filler_count is not None:
-                positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-            if mask is None and not self.is_causal:  # an encoder takes the number of keys from its mask
-                mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-        elif mask is not None and not lacks_prompt(mask, cache, tokens.shape[1]):
-            mask = None  # the caller's mask covers the prefix
-        if mask is not None:
-            inputs[f"{side}attention_mask"] = Placement(self.count, None, filler_count).extend(mask, 1)
-        if positions is not None:
-            inputs[f"{side}position_ids"] = positions + (
-                self.count if filler_count is None else self.count - filler_count
-            )
-
-    def _fill(self, model: nn.Module, cache: Any, tokens: Tensor) -> Any:
-        """Write the prefix into an empty cache, for each row of the call, and return the cache."""
-        make_room(cache, self.count, self.count + tokens.shape[1])
-        self_attention: Cache = getattr(cache, "self_attention_cache", cache)
-        devices = layer_devices(model, len(self.shapes), tokens.device)
-        dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else None
-        dtype = dtype or getattr(model, "dtype", self.embedding.dtype)
-        states = self.states(len(tokens)).to(dtype)
-        for layer, (shape, device) in enumerate(zip(self.shapes, devices, strict=True)):
-            if shape is not None:
-                key, value = states[2 * layer], states[2 * layer + 1]
-                heads, width = shape
-                key, value = (each[:, :heads, :, :width].to(device) for each in (key, value))
-                self_attention.update(key, value, layer)
-        return cache
-
-    def for_rows(self, model: nn.Module, rows: int, inputs: dict[str, Any]) -> Any:
-        self.check_arguments(inputs)
-        return self._fill(model, new_cache(model), torch.empty(rows, 0, device=self.embedding.device))
-
-    def key_values(self) -> Tensor:
-        """Return the prefix (2·L, k, n, w), from (n, 2·L·k·w) in the checkpoint's layout."""
-        return self.encoded().view(self.count, -1, self.heads, self.width).permute(1, 2, 0, 3)
-
-    def states(self, rows: int) -> Tensor:
-        """Return keys and values (2·L, B, k, n, w), layer by layer, for the B rows of a call."""
-        indices = [index for layer in range(len(self.shapes)) for index in self.indices_of(layer)]
-        return self.key_values()[indices].unsqueeze(1).expand(-1, rows, -1, -1, -1)
-
-    def first_positions(self, mask: Tensor) -> Tensor:
-        """Return the positions (B, T) of a first call without position_ids, for a mask (B, T) with left padding."""
-        return text_positions(mask)
-
-    def filler_count(self, rows: int) -> Tensor | None:
-        """Return the number of masked filler entries in each row's prefix (B, 1); None if no row has any.
-
-        A mixed batch extends shorter prefixes by filler entries; see `peftcore.prompts.mixed`.
-        """
-        return None
-
-    def indices_of(self, layer: int) -> tuple[int, int]:
-        """Return the indices of a layer's key and value among the 2·L tensors of the checkpoint.
-
-        With two submodules, HF PEFT groups the tensors in fours (self-attention and cross-attention) and ignores the
-        second pair of each group. So a layer takes every other pair, and the index wraps around at 2·L.
-        """
-        submodules = self.config.num_transformer_submodules
-        first = 2 * submodules * layer % (2 * len(self.shapes))
-        return first, first + 1
-
-    def after_forward(self, outputs: Any) -> Any:
-        if not self._drops_cache:
-            return outputs
-        if isinstance(outputs, tuple):
-            return tuple(part for part in outputs if not isinstance(part, Cache))
-        return type(outputs)(**{key: value for key, value in outputs.items() if not isinstance(value, Cache)})
 
     # -- disk ------------------------------------------------------------------------------------------------
 
@@ -212,25 +81,3 @@ class PrefixTuning(PromptLearner):
     def drop_encoder(self, encoded: Tensor) -> None:
         self.transform = None
         self.embedding = nn.Parameter(encoded.to(self.embedding), requires_grad=False)
-
-
-def tokens_read(inputs: dict[str, Any], side: str) -> Tensor:
-    """Return the input tokens of the decoder; an encoder-decoder model derives missing decoder tokens from the labels.
-
-    Args:
-        inputs: The call's arguments by name.
-        side: "decoder_" for an encoder-decoder model, else "".
-    """
-    tokens = [inputs.get(f"{side}input_ids"), inputs.get(f"{side}inputs_embeds")]
-    if side and all(each is None for each in tokens) and inputs.get("labels") is not None:
-        return inputs["labels"]
-    return tokens_of(inputs, side)
-
-
-def _checkpoints(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
-
-
-def _wants_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    use_cache = inputs.get("use_cache")
-    return bool(getattr(decoder_config(model), "use_cache", False) if use_cache is None else use_cache)

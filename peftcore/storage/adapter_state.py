@@ -52,7 +52,7 @@ class AdapterState:
         self.bias_keys = [f"{entry.prefix}bias" for entry in bias_entries]
         self.shared = shared_by(adapters)
         # PEFT wraps the model in one more module for adapters of layers than for prompts
-        self.path_prefix = PREFIX if prompt is None else SHARED_PREFIX
+        self.path_prefix = PREFIX if prompt is None or prompt.adapts_blocks else SHARED_PREFIX
         """First part of every key, before the path of a module."""
         self._adapters, self._copied = adapters, copies.keys()
         self.copies = {f"{self.path_prefix}{path}.": module for path, module in copies.items()}

@@ -245,6 +245,11 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"r": -2, "oft_block_size": 0}, "r must be a positive integer; got -2"),
     ],
     "PEANUT": [({"r": 0}, POSITIVE), ({"depth": -1}, "depth must be 0 or a positive integer; got -1")],
+    "OSF": [
+        ({"effective_rank": 0}, "effective_rank must be a positive number; got 0; try 8, or 0.5 for half"),
+        ({"rank_pattern": {"2": -0.5}}, "2 must be a positive number; got -0.5"),
+        ({"effective_rank": 0.05}, "effective_rank keeps none of the 12 singular directions of 0; give a larger one"),
+    ],
     "POLY": [({"r": 0}, POSITIVE), ({"n_splits": 4}, "n_splits must divide 12 and 10 at 2, got 4; try 2")],
     "PSOFT": [({"r": 0}, POSITIVE), ({"r": 11}, "r must be at most the 10 singular values of 2, got 11; try 10")],
     "PVERA": [({"r": 0}, POSITIVE)],

@@ -265,6 +265,10 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "PeanutConfig": [
         {"r": 3, "depth": depth, "init_weights": init, **LINEAR} for depth in (0, 2) for init in (True, False)
     ],
+    "OSFConfig": [
+        *({"effective_rank": rank, **LINEAR} for rank in (None, 3, 0.25)),
+        {"rank_pattern": {"n2": 2}, "init_weights": False, **LINEAR},
+    ],
     "PolyConfig": [
         {"r": 2, "n_tasks": 3, "n_skills": 2, "n_splits": 2, "init_weights": init, **LINEAR} for init in (True, False)
     ],
@@ -348,6 +352,10 @@ PROMPTS: list[tuple[str, str, dict[str, Any]]] = [
             **TOKENS,
         },
     ),
+    *(
+        ("CartridgeConfig", "llama", {"task_type": "CAUSAL_LM", "num_frozen_tokens": frozen, **TOKENS})
+        for frozen in (0, 1)
+    ),
     ("PrefixTuningConfig", "llama", {"task_type": "CAUSAL_LM", **TOKENS}),
     ("PrefixTuningConfig", "llama", {"task_type": "CAUSAL_LM", "init_weights": "zero", **TOKENS}),
     (
@@ -366,6 +374,9 @@ PROMPTS: list[tuple[str, str, dict[str, Any]]] = [
             "num_virtual_tokens": 3,
         },
     ),
+    ("ShadowConfig", "llama", {"task_type": "CAUSAL_LM", "r": 3}),
+    ("ShadowConfig", "gpt2", {"task_type": "CAUSAL_LM", "r": 3, "init_weights": False}),
+    ("ShadowConfig", "llama", {"r": 3, "shadow_hidden_size": 8, "shadow_num_hidden_layers": 2}),
     ("AdaptionPromptConfig", "llama", {"task_type": "CAUSAL_LM", "adapter_len": 3, "adapter_layers": 2}),
 ]
 NOT_POSSIBLE = {

@@ -69,6 +69,7 @@ ROWS = [
     Row("Lily", "LILY", SHARED, 1e-2, 1.5, EVERY_LINEAR | {"r": 16}),
     Row("LoHa", "LOHA", SHARED, 2e-2, 1.4, EVERY_LINEAR | {"r": 4, "alpha": 8}),
     Row("LoKr", "LOKR", SHARED, 5e-2, 1.5, EVERY_LINEAR | {"r": 4, "alpha": 8}),
+    Row("OSF", "OSF", LOW_RANK, 2e-2, 1.5, EVERY_LINEAR),
     Row("VeRA", "VERA", SHARED, 1e-1, 1.4, EVERY_LINEAR | {"r": 64}),
     Row("PVeRA", "PVERA", SHARED, 1e-1, 1.9, EVERY_LINEAR | {"r": 64, "d_initial": 0.4}),
     Row("RandLoRA", "RANDLORA", SHARED, 1e-2, 1.3, EVERY_LINEAR | {"r": 8, "randlora_alpha": 64}),
@@ -94,6 +95,7 @@ ROWS = [
     Row("trainable tokens", "TRAINABLE_TOKENS", FEW, 1e-1, 1.7, {"token_indices": list(range(17))}, 120),
     Row("prompt tuning", "PROMPT_TUNING", PROMPT, 5e-1, 1.9, CAUSAL | {"num_virtual_tokens": 32}, 150),
     Row("prefix tuning", "PREFIX_TUNING", PROMPT, 1e-1, 1.3, CAUSAL | {"num_virtual_tokens": 16}, 120),
+    Row("Cartridge", "CARTRIDGE", PROMPT, 1e-1, 1.3, CAUSAL | {"num_virtual_tokens": 16}, 120),
     Row("P-tuning", "P_TUNING", PROMPT, 2e-2, 2.15, CAUSAL | {
         "num_virtual_tokens": 32, "encoder_hidden_size": 64,
     }, 250),
@@ -101,6 +103,7 @@ ROWS = [
         "num_virtual_tokens": 32, "num_tasks": 2, "num_ranks": 4,
     }, 250),
     Row("CPT", "CPT", PROMPT, 2e-1, 1.85, CAUSAL | examples(2) | {"opt_projection_epsilon": 20.0}, 150),
+    Row("Shadow", "SHADOW", SHARED, 1e-2, 1.65, CAUSAL | {"r": 8, "shadow_alpha": 1.0}),
     Row("adaption prompt", "ADAPTION_PROMPT", PROMPT, 2e-1, 1.9, {"adapter_len": 16, "adapter_layers": 3}, 120),
 ]
 # fmt: on
