@@ -64,6 +64,7 @@ def upgrade(
     write: Annotated[
         bool, typer.Option("--write", help="Write the files; otherwise only the difference is shown.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Bring dvc.yaml, the CI workflow and the files in .peftcore up to date with the installed version.
 
@@ -80,7 +81,8 @@ def upgrade(
                 f"{paths.root} has no {FILE}, so `peftcore init` has not made it; it has its own dvc.yaml"
             )
         files = upgraded_files(paths.root)
-        print(difference(paths.root, files), end="")
+        shown = difference(paths.root, files)
+        print(json.dumps({"files": list(files), "written": write, "difference": shown}) if as_json else shown, end="")
         if files and not write:
             fail(f"{', '.join(files)} differ from the installed version; `peftcore upgrade --write` writes them")
         for name, text in files.items():
