@@ -135,7 +135,6 @@ if TYPE_CHECKING:
         FrodModel,
         GloraConfig,
         GloraModel,
-        KasaConfig,
         LilyConfig,
         LilyModel,
         MontecloraConfig,
@@ -231,6 +230,7 @@ if TYPE_CHECKING:
         LoraConfig,
         LoraRuntimeConfig,
     )
+    from peftcore.methods.lora.variants.kasa import KasaConfig
     from peftcore.methods.miss import (
         MissConfig,
     )
@@ -359,7 +359,7 @@ _MODULES = {
     "HotswapError": "peftcore.errors",
     "IA3Config": "peftcore.methods.ia3",
     "IA3Model": "peftcore.hf_peft.tuner_models",
-    "KasaConfig": "peftcore.hf_peft.unsupported",
+    "KasaConfig": "peftcore.methods.lora.variants.kasa",
     "LNTuningConfig": "peftcore.methods.ln_tuning",
     "LNTuningModel": "peftcore.hf_peft.tuner_models",
     "LilyConfig": "peftcore.hf_peft.unsupported",

@@ -140,10 +140,6 @@ class BdLoraConfig(_Unsupported):
     """Options of the LoRA variant BdLora."""
 
 
-class KasaConfig(_Unsupported):
-    """Options of the LoRA variant Kasa."""
-
-
 class MontecloraConfig(_Unsupported):
     """Options of the LoRA variant Monteclora."""
 

@@ -64,6 +64,7 @@ WORDS: dict[str, list[Any]] = {
     "lora_ga_config": [{"scale": "unit"}],
     "loftq_config": [{"loftq_bits": 8}],
     "alora_invocation_tokens": [[1]],
+    "kasa_config": [{"beta": 0.5}],
     "feedforward_modules": [["target"]],
 }
 TOGETHER: dict[tuple[str, str], dict[str, Any]] = {

@@ -60,7 +60,6 @@ class LoraConfig(TunerConfig):
 
     ignored_on_disk: ClassVar[dict[str, Any]] = {
         "arrow_config": None,
-        "kasa_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "monteclora_config": None,
@@ -111,6 +110,8 @@ class LoraConfig(TunerConfig):
     """Adapt or copy both layers of a tied pair of weights in the same way, so that they stay tied."""
     alora_invocation_tokens: list[int] | None = None
     """Token ids that switch the adapter on; it acts from their last occurrence (aLoRA)."""
+    kasa_config: dict[str, Any] | None = None
+    """Train B diag(λ) A beside the weight without its r smallest singular values (KaSA); see `KasaConfig`."""
     fan_in_fan_out: bool = False
     """Read and saved for PEFT; without effect, because the orientation is found per layer."""
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, repr=False)
@@ -118,6 +119,7 @@ class LoraConfig(TunerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._convert_options()
         if self.runtime_config.ephemeral_gpu_offload and not self.use_dora:
             warnings.warn(
                 "LoraConfig: ephemeral_gpu_offload acts on use_dora=True only; leave it out for this configuration",
@@ -139,11 +141,23 @@ class LoraConfig(TunerConfig):
             for other, reason in variant.excludes.items():
                 if getattr(self, other):
                     raise ConfigError(f"LoraConfig: {variant.option} and {other} exclude each other: {reason}")
+        alone = [variant.option for variant in self.variants() if variant.stands_alone]
+        if len(alone) > 1:
+            raise ConfigError(
+                f"LoraConfig: {' and '.join(alone)} exclude each other: each computes the change in its own way"
+            )
         if self.lora_dropout and self.target_parameters:
             raise ConfigError(
                 "LoraConfig: lora_dropout and target_parameters exclude each other: a raw parameter's input is not "
                 "seen; set lora_dropout=0"
             )
+
+    def _convert_options(self) -> None:
+        """Convert plain dictionaries, such as those of a file, to the variants' classes of options."""
+        for variant in variants():
+            value = getattr(self, variant.option, None)
+            if variant.options_class is not None and value is not None:
+                setattr(self, variant.option, variant.options_class.made_from(value, variant.option))
 
     @classmethod
     def class_for(cls, keys: Collection[str]) -> type[PeftConfig]:
@@ -233,11 +247,15 @@ class LoraConfig(TunerConfig):
 
     @property
     def replaces_base(self) -> bool:
-        return self.initialisation().replaces_base
+        return any(variant.replaces_base for variant in self.variants())
 
     @property
     def needs_data(self) -> bool:
         return self.initialisation().observer is not None
+
+    def check_beside(self, other: PeftConfig) -> None:
+        for variant in self.variants():
+            variant.check_beside(self, other)
 
     def ranks(self) -> list[int]:
         return [self.r, *(self.rank_pattern or {}).values()]

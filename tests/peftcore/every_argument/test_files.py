@@ -222,6 +222,24 @@ def test_options_of_starts_reach_the_configuration() -> None:
             assert getattr(config, f"{start}_config")[name] == value != getattr(plain, f"{start}_config")[name]
 
 
+@checks("KasaConfig.__init__", "beta gamma")
+def test_options_of_variants_reach_the_configuration() -> None:
+    """Their effects: methods/lora/variants."""
+    given = {"kasa_config": (peftcore.KasaConfig, {"beta": 0.5, "gamma": 0.5})}
+    for field, (kind, options) in given.items():
+        for name, value in options.items():
+            config = LoraConfig(**{field: kind(**{name: value})})
+            assert getattr(config, field)[name] == value != kind()[name]
+
+
+@checks("PeftConfig.check_beside", "other")
+def test_what_stands_beside_is_looked_at() -> None:
+    kasa = LoraConfig(kasa_config=peftcore.KasaConfig())
+    kasa.check_beside(kasa)
+    with pytest.raises(ConfigError, match="KaSA cannot be combined"):
+        kasa.check_beside(LoraConfig())
+
+
 def test_offloading_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its effect on a GPU: methods/lora/variants."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
