@@ -124,7 +124,6 @@ if TYPE_CHECKING:
         AdamssConfig,
         AdamssModel,
         ArrowConfig,
-        BdLoraConfig,
         BeftConfig,
         BeftModel,
         CartridgeConfig,
@@ -230,6 +229,7 @@ if TYPE_CHECKING:
         LoraConfig,
         LoraRuntimeConfig,
     )
+    from peftcore.methods.lora.variants.bdlora import BdLoraConfig
     from peftcore.methods.lora.variants.kasa import KasaConfig
     from peftcore.methods.miss import (
         MissConfig,
@@ -327,7 +327,7 @@ _MODULES = {
     "AutoPeftModelForTokenClassification": "peftcore.hf_peft.auto",
     "BOFTConfig": "peftcore.methods.boft",
     "BOFTModel": "peftcore.hf_peft.tuner_models",
-    "BdLoraConfig": "peftcore.hf_peft.unsupported",
+    "BdLoraConfig": "peftcore.methods.lora.variants.bdlora",
     "BeftConfig": "peftcore.hf_peft.unsupported",
     "BeftModel": "peftcore.hf_peft.unsupported",
     "C3AConfig": "peftcore.methods.c3a",

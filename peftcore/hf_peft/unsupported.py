@@ -136,10 +136,6 @@ class DeftModel(_Unsupported):
     """Model class of DEFT."""
 
 
-class BdLoraConfig(_Unsupported):
-    """Options of the LoRA variant BdLora."""
-
-
 class MontecloraConfig(_Unsupported):
     """Options of the LoRA variant Monteclora."""
 

@@ -235,6 +235,16 @@ class PeftLayerAttributes(MergingMethods):
         return tuple(name for name in names if self.peft_attribute(name) and name not in self.adapter_layer_names)
 
     @property
+    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
+        """{adapter: attributes whose parameters never train}, such as {"default": ("lora_B",)} for MiCA."""
+        adapters = {name: self._slot.adapters[name] for name in self._slot.adapters}
+        return {
+            name: tuple(part.checkpoint_keys()[frozen].split(".")[0] for frozen in sorted(part.frozen))
+            for name, part in adapters.items()
+            if part.frozen
+        }
+
+    @property
     def in_features(self) -> int:
         """Size of the layer's input; channels of a convolution, rows of an embedding."""
         return self._slot.base.in_features

@@ -41,6 +41,9 @@ _SAME = (
     "alora_invocation_tokens",
     "layer_replication",
     "kasa_config",
+    "use_bdlora",
+    "use_qalora",
+    "qalora_group_size",
 )
 """Options that both configurations must agree on."""
 PREFIX = "lora_"

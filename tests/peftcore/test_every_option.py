@@ -65,6 +65,7 @@ WORDS: dict[str, list[Any]] = {
     "loftq_config": [{"loftq_bits": 8}],
     "alora_invocation_tokens": [[1]],
     "kasa_config": [{"beta": 0.5}],
+    "use_bdlora": [{"target_modules_bd_a": ["target"], "nblocks": 2}],
     "feedforward_modules": [["target"]],
 }
 TOGETHER: dict[tuple[str, str], dict[str, Any]] = {

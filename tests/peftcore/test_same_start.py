@@ -213,6 +213,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         ),
         *({"r": 4, "use_dora": True, "target_modules": [target]} for target in ("lin", "gpt", "emb", "conv1", "conv2")),
         *({"r": 4, "kasa_config": {"beta": 0.1}, "init_lora_weights": init, **LINEAR} for init in (True, False)),
+        *(
+            {"r": 4, "use_bdlora": {f"target_modules_bd_{side}": ["lin"], "nblocks": 4}, **LINEAR}
+            for side in ("a", "b")
+        ),
+        *({"r": 4, "init_lora_weights": "mica", "target_modules": [target]} for target in ("lin", "gpt", "emb")),
         {"r": 4, "lora_bias": True, "target_modules": ["lin", "conv2"]},
         {"r": 4, "lora_bias": True, "target_modules": ["lin", "grouped"], "init_lora_weights": False},
         {"r": 4, "use_rslora": True, "lora_dropout": 0.1, "target_modules": r".*(lin|conv).*"},

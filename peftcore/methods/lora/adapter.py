@@ -46,6 +46,7 @@ class Lora(Adapter):
     def __init__(self, config: LoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         vars(self)["config"] = config
+        vars(self)["frozen"] = frozenset[str]().union(*(variant.frozen for variant in config.variants()))
         r, alpha = config.at(path)
         groups = base.layer.groups if base.kind == "conv" else 1
         if r % groups:
@@ -115,7 +116,9 @@ class Lora(Adapter):
         return (a, b) if start is None else (torch.cat([a, start[0]]), torch.cat([b, -start[1]], 1))
 
     def trained_factors(self) -> LowRankBranch | None:
-        return None if self.source is not None else LowRankBranch(self.lora_A, self.lora_B, self.scaling)
+        if self.source is not None or self.config.packs_factors:
+            return None
+        return LowRankBranch(self.lora_A, self.lora_B, self.scaling)
 
     def set_factors(self, a: Tensor, b: Tensor) -> None:
         """Copy values into A and B."""

@@ -63,9 +63,6 @@ class LoraConfig(TunerConfig):
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "monteclora_config": None,
-        "qalora_group_size": 16,
-        "use_bdlora": None,
-        "use_qalora": False,
         "velora_config": None,
     }
 
@@ -112,6 +109,12 @@ class LoraConfig(TunerConfig):
     """Token ids that switch the adapter on; it acts from their last occurrence (aLoRA)."""
     kasa_config: dict[str, Any] | None = None
     """Train B diag(λ) A beside the weight without its r smallest singular values (KaSA); see `KasaConfig`."""
+    use_bdlora: dict[str, Any] | None = None
+    """Make A or B block-diagonal (BD-LoRA); see `BdLoraConfig`."""
+    use_qalora: bool = False
+    """Give A the means of groups of inputs (QA-LoRA)."""
+    qalora_group_size: int = 16
+    """Inputs per group of `use_qalora` (count)."""
     fan_in_fan_out: bool = False
     """Read and saved for PEFT; without effect, because the orientation is found per layer."""
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, repr=False)
@@ -145,6 +148,15 @@ class LoraConfig(TunerConfig):
         if len(alone) > 1:
             raise ConfigError(
                 f"LoraConfig: {' and '.join(alone)} exclude each other: each computes the change in its own way"
+            )
+        if self.packs_factors and self.init_lora_weights not in (True, False, "gaussian"):
+            raise ConfigError(
+                f"LoraConfig: init_lora_weights={self.init_lora_weights!r} computes whole factors A and B, and this "
+                "variant trains parts of them; use init_lora_weights=True"
+            )
+        if self.qalora_group_size != 16 and not self.use_qalora:
+            warnings.warn(
+                "LoraConfig: qalora_group_size has no effect without use_qalora=True; leave it out", stacklevel=4
             )
         if self.lora_dropout and self.target_parameters:
             raise ConfigError(
@@ -242,6 +254,11 @@ class LoraConfig(TunerConfig):
             corda_config=None,
             lora_ga_config=None,
         )
+
+    @property
+    def packs_factors(self) -> bool:
+        """True if A or B trains and is saved in another shape than A (r, i) and B (o, r)."""
+        return any(variant.packs_factors for variant in self.variants())
 
     # -- hooks -----------------------------------------------------------------------------------------------
 

@@ -41,10 +41,14 @@ class Variant:
     """{field that cannot be set together with `option`: reason}."""
     stands_alone: ClassVar[bool] = False
     """True if a configuration can choose only one of the variants with this mark."""
+    packs_factors: ClassVar[bool] = False
+    """True if A or B trains and is saved in another shape than A (r, i) and B (o, r)."""
     options_class: ClassVar["type[Options] | None"] = None
     """Class of the option's value, for an option that holds several; a plain dictionary is converted to it."""
     keys: ClassVar[Mapping[str, str]] = {}
     """{parameter that the variant adds to the adapter: its suffix on disk}."""
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    """Parameters of the adapter that are saved and never train."""
     changes_layers: ClassVar[bool] = True
     """False: only the hooks for the configuration are used, so the layers do not keep the variant."""
     replaces_base: ClassVar[bool] = False
@@ -103,7 +107,7 @@ class Variant:
         """Set what a saved adapter does not hold, in place of `reset_parameters`."""
 
     def computed_factors(self, lora: "Lora", a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the A (r, i) and B (o, r) with which the layer computes, given the tensors that train and are saved."""
+        """Return the A (r, i) and B (o, r) with which the layer computes, given the trained and saved tensors."""
         return a, b
 
     def hidden(self, lora: "Lora", h: Tensor) -> Tensor:

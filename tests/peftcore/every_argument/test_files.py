@@ -223,9 +223,14 @@ def test_options_of_starts_reach_the_configuration() -> None:
 
 
 @checks("KasaConfig.__init__", "beta gamma")
+@checks("BdLoraConfig.__init__", "target_modules_bd_a target_modules_bd_b nblocks match_strict")
 def test_options_of_variants_reach_the_configuration() -> None:
     """Their effects: methods/lora/variants."""
-    given = {"kasa_config": (peftcore.KasaConfig, {"beta": 0.5, "gamma": 0.5})}
+    blocks = {"target_modules_bd_a": ["q"], "target_modules_bd_b": ["o"], "nblocks": 2, "match_strict": False}
+    given: dict[str, Any] = {
+        "kasa_config": (peftcore.KasaConfig, {"beta": 0.5, "gamma": 0.5}),
+        "use_bdlora": (peftcore.BdLoraConfig, blocks),
+    }
     for field, (kind, options) in given.items():
         for name, value in options.items():
             config = LoraConfig(**{field: kind(**{name: value})})

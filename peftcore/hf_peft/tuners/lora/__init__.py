@@ -8,13 +8,13 @@ from peftcore.hf_peft.preprocess import preprocess_loraga
 from peftcore.hf_peft.tuner_models import LoraModel
 from peftcore.hf_peft.unsupported import (
     ArrowConfig,
-    BdLoraConfig,
     MontecloraConfig,
     VeloraConfig,
     create_arrow_model,
     get_eva_state_dict,
 )
 from peftcore.methods.lora import LoraConfig, LoraRuntimeConfig
+from peftcore.methods.lora.variants.bdlora import BdLoraConfig
 from peftcore.methods.lora.variants.kasa import KasaConfig
 
 LoraLayer = layer_class("LoraLayer", "LORA", derived=("ADALORA",))
