@@ -136,7 +136,6 @@ if TYPE_CHECKING:
         GloraModel,
         LilyConfig,
         LilyModel,
-        MontecloraConfig,
         OSFConfig,
         OSFModel,
         PeanutConfig,
@@ -153,7 +152,6 @@ if TYPE_CHECKING:
         TinyLoraModel,
         UniLoraConfig,
         UniLoraModel,
-        VeloraConfig,
         bloom_model_postprocess_past_key_value,
         compose_cartridge_adapters,
         create_arrow_model,
@@ -231,6 +229,8 @@ if TYPE_CHECKING:
     )
     from peftcore.methods.lora.variants.bdlora import BdLoraConfig
     from peftcore.methods.lora.variants.kasa import KasaConfig
+    from peftcore.methods.lora.variants.monteclora import MontecloraConfig
+    from peftcore.methods.lora.variants.velora import VeloraConfig
     from peftcore.methods.miss import (
         MissConfig,
     )
@@ -378,7 +378,7 @@ _MODULES = {
     "MissConfig": "peftcore.methods.miss",
     "MissModel": "peftcore.hf_peft.tuner_models",
     "MissingExtraError": "peftcore.errors",
-    "MontecloraConfig": "peftcore.hf_peft.unsupported",
+    "MontecloraConfig": "peftcore.methods.lora.variants.monteclora",
     "MultitaskPromptTuningConfig": "peftcore.prompts.multitask_prompt_tuning",
     "MultitaskPromptTuningInit": "peftcore.hf_peft.options",
     "NoMatchingPeftModuleError": "peftcore.errors",
@@ -441,7 +441,7 @@ _MODULES = {
     "UniLoraModel": "peftcore.hf_peft.unsupported",
     "VBLoRAConfig": "peftcore.methods.vblora",
     "VBLoRAModel": "peftcore.hf_peft.tuner_models",
-    "VeloraConfig": "peftcore.hf_peft.unsupported",
+    "VeloraConfig": "peftcore.methods.lora.variants.velora",
     "VeraConfig": "peftcore.methods.vera",
     "VeraModel": "peftcore.hf_peft.tuner_models",
     "WaveFTConfig": "peftcore.methods.waveft",

@@ -447,7 +447,11 @@ class Adapter(_Constants):
 
     def _parameter(self, name: str) -> nn.Parameter:
         parameter = self._parameters.get(name)
-        return self.get_parameter(name) if parameter is None else parameter
+        if parameter is not None:
+            return parameter
+        path, _, leaf = name.rpartition(".")
+        buffer = self.get_submodule(path)._buffers.get(leaf)  # a saved tensor may be a buffer
+        return self.get_parameter(name) if buffer is None else buffer  # type: ignore[return-value]
 
     def _put(self, parameter: nn.Parameter, saved: Tensor) -> None:
         """Write saved values into a parameter; an unread parameter takes over the saved tensor's memory if possible."""

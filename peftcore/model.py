@@ -728,6 +728,14 @@ class PeftModel:
         """
         return self._regularizers_with("kasa_config", adapter_names)
 
+    def _get_monteclora_loss(self, adapter_names: str | list[str] | None = None) -> Tensor | float:
+        """Return the sum of the regularisers of adapters with `monteclora_config`; 0.0 without one.
+
+        Args:
+            adapter_names: the adapters; None for the active ones.
+        """
+        return self._regularizers_with("monteclora_config", adapter_names)
+
     def _regularizers_with(self, option: str, adapter_names: str | list[str] | None) -> Tensor | float:
         """Return the sum of the regularisers of those adapters whose configuration has an option; 0.0 without one."""
         adapters = adapter_set(self._module)

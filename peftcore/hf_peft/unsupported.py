@@ -136,14 +136,6 @@ class DeftModel(_Unsupported):
     """Model class of DEFT."""
 
 
-class MontecloraConfig(_Unsupported):
-    """Options of the LoRA variant Monteclora."""
-
-
-class VeloraConfig(_Unsupported):
-    """Options of the LoRA variant Velora."""
-
-
 class ArrowConfig(_Unsupported):
     """Options of the LoRA variant Arrow."""
 

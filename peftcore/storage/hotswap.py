@@ -41,7 +41,9 @@ _SAME = (
     "alora_invocation_tokens",
     "layer_replication",
     "kasa_config",
+    "monteclora_config",
     "use_bdlora",
+    "velora_config",
     "use_qalora",
     "qalora_group_size",
 )

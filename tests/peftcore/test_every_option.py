@@ -65,6 +65,8 @@ WORDS: dict[str, list[Any]] = {
     "loftq_config": [{"loftq_bits": 8}],
     "alora_invocation_tokens": [[1]],
     "kasa_config": [{"beta": 0.5}],
+    "velora_config": [{"num_groups": 3}],
+    "monteclora_config": [{"num_samples": 2, "buffer_size": 2}],
     "use_bdlora": [{"target_modules_bd_a": ["target"], "nblocks": 2}],
     "feedforward_modules": [["target"]],
 }

@@ -217,6 +217,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             {"r": 4, "use_bdlora": {f"target_modules_bd_{side}": ["lin"], "nblocks": 4}, **LINEAR}
             for side in ("a", "b")
         ),
+        *(
+            {"r": 4, "velora_config": {"num_groups": 5, "init_type": init}, **LINEAR}
+            for init in ("random", "batch_average")
+        ),
+        {"r": 4, "monteclora_config": {"num_samples": 2, "buffer_size": 2}, **LINEAR},
         *({"r": 4, "init_lora_weights": "mica", "target_modules": [target]} for target in ("lin", "gpt", "emb")),
         {"r": 4, "lora_bias": True, "target_modules": ["lin", "conv2"]},
         {"r": 4, "lora_bias": True, "target_modules": ["lin", "grouped"], "init_lora_weights": False},

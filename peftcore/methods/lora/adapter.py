@@ -198,7 +198,9 @@ class Lora(Adapter):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         dropped = self.dropped(x)
         a, b = self.own_factors()
-        h = self.base.apply(dropped, a)  # (..., r): scaling this costs less than scaling the output
+        products = (variant.product(self, dropped, a) for variant in self.variants)
+        h = next((product for product in products if product is not None), None)
+        h = self.base.apply(dropped, a) if h is None else h  # (..., r): scaling this costs less than scaling the output
         for variant in self.variants:
             h = variant.hidden(self, h)
         h = h.to(y.dtype) * self.scaling

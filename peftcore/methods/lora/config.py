@@ -62,8 +62,6 @@ class LoraConfig(TunerConfig):
         "arrow_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "monteclora_config": None,
-        "velora_config": None,
     }
 
     not_saved: ClassVar[tuple[str, ...]] = ("runtime_config",)
@@ -115,6 +113,10 @@ class LoraConfig(TunerConfig):
     """Give A the means of groups of inputs (QA-LoRA)."""
     qalora_group_size: int = 16
     """Inputs per group of `use_qalora` (count)."""
+    velora_config: dict[str, Any] | None = None
+    """Keep a compressed input for the gradient of A in training (VeLoRA); see `VeloraConfig`."""
+    monteclora_config: dict[str, Any] | None = None
+    """Compute with random samples around A in training (MonteCLoRA); see `MontecloraConfig`."""
     fan_in_fan_out: bool = False
     """Read and saved for PEFT; without effect, because the orientation is found per layer."""
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, repr=False)

@@ -110,6 +110,10 @@ class Variant:
         """Return the A (r, i) and B (o, r) with which the layer computes, given the trained and saved tensors."""
         return a, b
 
+    def product(self, lora: "Lora", x: Tensor, a: Tensor) -> Tensor | None:
+        """Return what replaces the product A x (..., r) in the forward pass; None for the product itself."""
+        return None
+
     def hidden(self, lora: "Lora", h: Tensor) -> Tensor:
         """Return what replaces h = A x (..., r) in the forward pass."""
         return h
