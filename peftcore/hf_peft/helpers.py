@@ -43,7 +43,8 @@ class MontecloraTrainerMixin:
             kwargs: further arguments of the Trainer's `compute_loss`.
         """
         result: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
-        losses = [m._get_monteclora_loss() for m in model.modules() if hasattr(m, "_get_monteclora_loss")]
+        models: list[Any] = [module for module in model.modules() if hasattr(module, "_get_monteclora_loss")]
+        losses = [adapted._get_monteclora_loss() for adapted in models]
         added = sum(losses) / max(len(losses), 1)
         return (result[0] + added, result[1]) if return_outputs else result + added
 
