@@ -147,6 +147,25 @@ class PerAdapter(MutableMapping[str, Any]):
         return f"{self._attribute}: {dict(self)!r}"
 
 
+class _FrozenNames(Mapping[str, tuple[str, ...]]):
+    """{adapter name: attributes whose parameters never train}, of the adapters of a slot that have such parameters."""
+
+    def __init__(self, slot: AdapterSlot):
+        self._slot = slot
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        if name not in self._slot.adapters or not (part := self._slot.adapters[name]).frozen:
+            raise KeyError(name)
+        keys = part.checkpoint_keys()
+        return tuple(keys[frozen].split(".")[0] for frozen in sorted(part.frozen))
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._slot.adapters if self._slot.adapters[name].frozen)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def has_attribute(adapter: Adapter, attribute: str) -> bool:
     """Return True if HF PEFT's layer has this attribute for the adapter's method."""
     if _parameters(adapter, attribute) or _number(adapter, attribute) is not None:
@@ -235,14 +254,9 @@ class PeftLayerAttributes(MergingMethods):
         return tuple(name for name in names if self.peft_attribute(name) and name not in self.adapter_layer_names)
 
     @property
-    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
+    def frozen_peft_weight_names(self) -> Mapping[str, tuple[str, ...]]:
         """{adapter: attributes whose parameters never train}, such as {"default": ("lora_B",)} for MiCA."""
-        adapters = {name: self._slot.adapters[name] for name in self._slot.adapters}
-        return {
-            name: tuple(part.checkpoint_keys()[frozen].split(".")[0] for frozen in sorted(part.frozen))
-            for name, part in adapters.items()
-            if part.frozen
-        }
+        return _FrozenNames(self._slot)
 
     @property
     def in_features(self) -> int:
