@@ -196,18 +196,20 @@ class Lora(Adapter):
         return branch
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        dropped = self.dropped(x)
+        dropped, variants = self.dropped(x), self.variants
         a, b = self.own_factors()
-        products = (variant.product(self, dropped, a) for variant in self.variants)
-        h = next((product for product in products if product is not None), None)
-        h = self.base.apply(dropped, a) if h is None else h  # (..., r): scaling this costs less than scaling the output
-        for variant in self.variants:
+        for variant in variants:
+            if (h := variant.product(self, dropped, a)) is not None:
+                break
+        else:
+            h = self.base.apply(dropped, a)  # (..., r): scaling this costs less than scaling the output
+        for variant in variants:
             h = variant.hidden(self, h)
         h = h.to(y.dtype) * self.scaling
         y = self.base.add_pointwise(y, h, b)
         if self.start is not None:
             y = y - self.start_output(x, y.dtype)
-        for variant in self.variants:
+        for variant in variants:
             y = variant.output(self, y, x, dropped, h)
         return y
 
