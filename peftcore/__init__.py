@@ -143,10 +143,6 @@ if TYPE_CHECKING:
     from peftcore.hf_peft.unsupported import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
         ArrowConfig,
-        BdLoraConfig,
-        KasaConfig,
-        MontecloraConfig,
-        VeloraConfig,
         bloom_model_postprocess_past_key_value,
         create_arrow_model,
         find_kappa_target_modules,
@@ -240,6 +236,10 @@ if TYPE_CHECKING:
         LoraConfig,
         LoraRuntimeConfig,
     )
+    from peftcore.methods.lora.variants.bdlora import BdLoraConfig
+    from peftcore.methods.lora.variants.kasa import KasaConfig
+    from peftcore.methods.lora.variants.monteclora import MontecloraConfig
+    from peftcore.methods.lora.variants.velora import VeloraConfig
     from peftcore.methods.miss import (
         MissConfig,
     )
@@ -363,7 +363,7 @@ _MODULES = {
     "AutoPeftModelForTokenClassification": "peftcore.hf_peft.auto",
     "BOFTConfig": "peftcore.methods.boft",
     "BOFTModel": "peftcore.hf_peft.tuner_models",
-    "BdLoraConfig": "peftcore.hf_peft.unsupported",
+    "BdLoraConfig": "peftcore.methods.lora.variants.bdlora",
     "BeftConfig": "peftcore.methods.beft",
     "BeftModel": "peftcore.hf_peft.tuner_models",
     "C3AConfig": "peftcore.methods.c3a",
@@ -395,7 +395,7 @@ _MODULES = {
     "HotswapError": "peftcore.errors",
     "IA3Config": "peftcore.methods.ia3",
     "IA3Model": "peftcore.hf_peft.tuner_models",
-    "KasaConfig": "peftcore.hf_peft.unsupported",
+    "KasaConfig": "peftcore.methods.lora.variants.kasa",
     "LNTuningConfig": "peftcore.methods.ln_tuning",
     "LNTuningModel": "peftcore.hf_peft.tuner_models",
     "LilyConfig": "peftcore.methods.lily",
@@ -414,7 +414,7 @@ _MODULES = {
     "MissConfig": "peftcore.methods.miss",
     "MissModel": "peftcore.hf_peft.tuner_models",
     "MissingExtraError": "peftcore.errors",
-    "MontecloraConfig": "peftcore.hf_peft.unsupported",
+    "MontecloraConfig": "peftcore.methods.lora.variants.monteclora",
     "MultitaskPromptTuningConfig": "peftcore.prompts.multitask_prompt_tuning",
     "MultitaskPromptTuningInit": "peftcore.hf_peft.options",
     "NoMatchingPeftModuleError": "peftcore.errors",
@@ -477,7 +477,7 @@ _MODULES = {
     "UniLoraModel": "peftcore.hf_peft.tuner_models",
     "VBLoRAConfig": "peftcore.methods.vblora",
     "VBLoRAModel": "peftcore.hf_peft.tuner_models",
-    "VeloraConfig": "peftcore.hf_peft.unsupported",
+    "VeloraConfig": "peftcore.methods.lora.variants.velora",
     "VeraConfig": "peftcore.methods.vera",
     "VeraModel": "peftcore.hf_peft.tuner_models",
     "WaveFTConfig": "peftcore.methods.waveft",

@@ -23,7 +23,7 @@ Shapes: o out_features, i in_features, r rank; x (..., i), y (..., o). A weight 
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,8 @@ class Adapter(_Constants):
     """A weight that replaces the base's (LoftQ), set in `reset_parameters`; unloading restores the original."""
     is_unread: bool = False
     """True while the parameters are placeholders, because a saved adapter is about to be read into them."""
+    frozen: frozenset[str] = frozenset()
+    """Names of parameters that are saved and never train."""
     disk_prefix: str = ""
     """Text between the layer's path and the adapter's keys in a saved adapter."""
     changes: int = 0
@@ -163,6 +165,13 @@ class Adapter(_Constants):
     def mark_changed(self) -> None:
         """Invalidate all values that were computed from the weights. Assigning an attribute has the same effect."""
         vars(self)["changes"] = self.changes + 1  # nn.Module's own assignment is slow
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set `requires_grad` of all parameters but the frozen ones."""
+        super().requires_grad_(requires_grad)
+        for name in self.frozen:
+            self._parameter(name).requires_grad = False
+        return self
 
     def extra_repr(self) -> str:
         """Return the options at this layer that are not at their defaults, all non-zero numbers, and the shapes."""
@@ -465,7 +474,11 @@ class Adapter(_Constants):
 
     def _parameter(self, name: str) -> nn.Parameter:
         parameter = self._parameters.get(name)
-        return self.get_parameter(name) if parameter is None else parameter
+        if parameter is not None:
+            return parameter
+        path, _, leaf = name.rpartition(".")
+        buffer = self.get_submodule(path)._buffers.get(leaf)  # a saved tensor may be a buffer
+        return self.get_parameter(name) if buffer is None else buffer  # type: ignore[return-value]
 
     def _put(self, parameter: nn.Parameter, saved: Tensor) -> None:
         """Write saved values into a parameter; an unread parameter takes over the saved tensor's memory if possible."""

@@ -710,13 +710,40 @@ class PeftModel:
 
     def adapter_regularizer(self) -> Tensor | None:
         """Return the sum of the active adapters' regularisers, to add to each step's loss; None if there is none."""
+        return self._sum_of_regularizers(adapter_set(self._module).selection.active)
+
+    def _sum_of_regularizers(self, names: Iterable[str]) -> Tensor | None:
         adapters = adapter_set(self._module)
         terms = [
             term
-            for name in adapters.selection.active
+            for name in names
             if (term := adapters.kinds[name].regularizer(adapters.configs[name], adapters.of_method(name))) is not None
         ]
         return torch.stack(terms).sum() if terms else None
+
+    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Tensor | float:
+        """Return the sum of the regularisers of adapters with `kasa_config`; 0.0 without one.
+
+        Args:
+            adapter_names: the adapters; None for the active ones.
+        """
+        return self._regularizers_with("kasa_config", adapter_names)
+
+    def _get_monteclora_loss(self, adapter_names: str | list[str] | None = None) -> Tensor | float:
+        """Return the sum of the regularisers of adapters with `monteclora_config`; 0.0 without one.
+
+        Args:
+            adapter_names: the adapters; None for the active ones.
+        """
+        return self._regularizers_with("monteclora_config", adapter_names)
+
+    def _regularizers_with(self, option: str, adapter_names: str | list[str] | None) -> Tensor | float:
+        """Return the sum of the regularisers of those adapters whose configuration has an option; 0.0 without one."""
+        adapters = adapter_set(self._module)
+        names = adapters.selection.active if adapter_names is None else adapter_names
+        names = [names] if isinstance(names, str) else names
+        total = self._sum_of_regularizers(name for name in names if getattr(adapters.configs.get(name), option, None))
+        return 0.0 if total is None else total
 
     def on_optimizer_step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Run the active adapters' update of a training step, such as AdaLoRA's rank allocation.

@@ -146,6 +146,11 @@ def _of_directory(config: PeftConfig, directory: Path) -> tuple[dict[str, Factor
             f"{directory}: init_lora_weights={config.init_lora_weights!r} subtracts a residual from the base; load "
             "the adapter onto the model and export it from there"
         )
+    if config.packs_factors:
+        raise ExportError(
+            f"{directory} holds parts of A or B (BD-LoRA, QA-LoRA); load the adapter onto the model and export it from "
+            "there"
+        )
     return _lora_factors(config, tensors, directory)
 
 

@@ -14,6 +14,7 @@ from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 
 __all__ = [
     "DoraCaching",
+    "MontecloraTrainerMixin",
     "check_if_peft_model",
     "disable_input_dtype_casting",
     "find_kappa_target_modules",
@@ -22,6 +23,30 @@ __all__ = [
     "update_generate_signature",
     "update_signature",
 ]
+
+
+class MontecloraTrainerMixin:
+    """Add the regulariser of MonteCLoRA to the loss of a Trainer: `class MyTrainer(MontecloraTrainerMixin, Trainer)`.
+
+    `peftcore.train.AdapterTrainer` adds the regularisers of all adapters by itself, and needs no mixin.
+    """
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Return the Trainer's loss plus the regulariser of the active adapters, and the outputs if asked for.
+
+        Args:
+            model: the model that trains; it may be wrapped.
+            inputs: a batch.
+            return_outputs: True to return (loss, outputs).
+            kwargs: further arguments of the Trainer's `compute_loss`.
+        """
+        result: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        models: list[Any] = [module for module in model.modules() if hasattr(module, "_get_monteclora_loss")]
+        losses = [adapted._get_monteclora_loss() for adapted in models]
+        added = sum(losses) / max(len(losses), 1)
+        return (result[0] + added, result[1]) if return_outputs else result + added
 
 
 @contextlib.contextmanager

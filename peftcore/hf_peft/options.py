@@ -5,30 +5,13 @@ Each object is a dictionary, the form that `LoraConfig` takes and saves, with it
 
 import os
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Literal
 
 from peftcore.errors import ConfigError
+from peftcore.methods.lora.options import Options
 
 
-class _Options(dict[str, Any]):
-    """A dictionary whose keys are attributes, too."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self:
-            return self[name]
-        raise AttributeError(f"{type(self).__name__} has no option {name!r}; it has {', '.join(self)}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self:
-            raise AttributeError(f"{type(self).__name__} has no option {name!r}; it has {', '.join(self)}")
-        self[name] = value
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as a plain dictionary."""
-        return dict(self)
-
-
-class EvaConfig(_Options):
+class EvaConfig(Options):
     """Options of `init_lora_weights="eva"`, for `LoraConfig(eva_config=...)`. arXiv:2410.07170.
 
     Args:
@@ -66,7 +49,7 @@ class EvaConfig(_Options):
         )
 
 
-class CordaConfig(_Options):
+class CordaConfig(Options):
     """Options of `init_lora_weights="corda"`, for `LoraConfig(corda_config=...)`. arXiv:2406.05223.
 
     All but `corda_method` are options of `preprocess_corda`; `initialize_from_data` refuses them.
@@ -100,7 +83,7 @@ class CordaConfig(_Options):
         )
 
 
-class LoraGAConfig(_Options):
+class LoraGAConfig(Options):
     """Options of `init_lora_weights="lora_ga"`, for `LoraConfig(lora_ga_config=...)`. arXiv:2407.05000.
 
     Args:
@@ -118,7 +101,7 @@ class LoraGAConfig(_Options):
         super().__init__(direction=direction, scale=scale, stable_gamma=stable_gamma)
 
 
-class LoftQConfig(_Options):
+class LoftQConfig(Options):
     """Options of `init_lora_weights="loftq"`, for `LoraConfig(loftq_config=...)`. arXiv:2310.08659.
 
     Args:

@@ -16,22 +16,6 @@ class _Unsupported:
         )
 
 
-class BdLoraConfig(_Unsupported):
-    """Options of the LoRA variant BdLora."""
-
-
-class KasaConfig(_Unsupported):
-    """Options of the LoRA variant Kasa."""
-
-
-class MontecloraConfig(_Unsupported):
-    """Options of the LoRA variant Monteclora."""
-
-
-class VeloraConfig(_Unsupported):
-    """Options of the LoRA variant Velora."""
-
-
 class ArrowConfig(_Unsupported):
     """Options of the LoRA variant Arrow."""
 

@@ -106,9 +106,11 @@ class AdapterSet:
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Return all parameters of one adapter, each once: of its layers, copies, biases and prompt."""
+        return list(dict.fromkeys(p for module in self._modules_of(name) for p in module.parameters()))
+
+    def _modules_of(self, name: str) -> list[nn.Module]:
         prompts = [self.prompts[name]] if name in self.prompts else []
-        modules = [*self._parts(name).values(), *self.copies(name).values(), *prompts]
-        return list(dict.fromkeys(p for module in modules for p in module.parameters()))
+        return [*self._parts(name).values(), *self.copies(name).values(), *prompts]
 
     def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
         """Set `requires_grad` of all parameters of adapters; other adapters stay as they are.
@@ -118,8 +120,8 @@ class AdapterSet:
             requires_grad: False freezes the adapters.
         """
         for name in names:
-            for parameter in self.parameters(name):
-                parameter.requires_grad_(requires_grad)
+            for module in self._modules_of(name):
+                module.requires_grad_(requires_grad)
             if requires_grad:
                 self.trainable.add(name)
             else:

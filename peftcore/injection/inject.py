@@ -153,8 +153,9 @@ def _with_biases(injection: Injection) -> dict[str, Adapter]:
 
 def _set_trainable(adapter: Adapter, trainable: bool) -> None:
     """Do `adapter.requires_grad_(trainable)`, faster for adapters without submodules."""
-    if adapter._modules:
+    if adapter._modules or adapter.frozen:
         adapter.requires_grad_(trainable)
+        return
     for parameter in adapter._parameters.values():
         if parameter is not None:
             parameter.requires_grad = trainable

@@ -114,6 +114,9 @@ def prepare_injection(
             f"{type(config).__name__} does not adapt layers; use that of an adapter method, such as LoraConfig"
         )
     _check_name(model, name)
+    for other in adapter_set(model).configs.values() if ATTRIBUTE in model.__dict__ else ():
+        config.check_beside(other)
+        other.check_beside(config)
     _check_not_compiled(model)
     module_index = ModuleIndex(model)
     refuse_layers_of_hf_peft((model, *module_index.modules.values()))
@@ -152,6 +155,9 @@ def _prepare_prompt(
     model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, initialise: bool
 ) -> Injection:
     _check_name(model, name)
+    for other in adapter_set(model).configs.values() if ATTRIBUTE in model.__dict__ else ():
+        config.check_beside(other)
+        other.check_beside(config)
     _check_not_compiled(model)
     if initialise:
         _warn_of_unused(config)
@@ -442,20 +448,20 @@ def _check_not_compiled(model: nn.Module) -> None:
 
 
 def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter]) -> None:
-    """Raise MergeError or ConfigError if an initialisation would replace a base weight that is in use (LoftQ)."""
+    """Raise MergeError or ConfigError if an adapter would replace a base weight that is in use (LoftQ, KaSA)."""
     for path, adapter in adapters.items():
         wrapper = module_index.modules.get(path)
         if adapter.new_base is None or not isinstance(wrapper, AdapterLayer):
             continue
         if wrapper.merged:
             raise MergeError(
-                f"the initialisation replaces the weight of {path} (LoftQ), and {list(wrapper.merged)} are merged into "
-                "it; call unmerge_adapter first"
+                f"the adapter replaces the weight of {path} (LoftQ or KaSA), and {list(wrapper.merged)} are merged "
+                "into it; call unmerge_adapter first"
             )
         if wrapper.has_replaced_base and not torch.equal(wrapper.base.read(), adapter.new_base.to(wrapper.base.dtype)):
             raise ConfigError(
-                f"{list(wrapper.replaced_by)} replaced the weight of {path} (LoftQ), and this adapter requires another "
-                "weight there; give both the same loftq_config and r, or delete the first"
+                f"{list(wrapper.replaced_by)} replaced the weight of {path} (LoftQ or KaSA), and this adapter requires "
+                "another weight there; give both the same loftq_config and r, or delete the first"
             )
 
 

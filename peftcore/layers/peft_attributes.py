@@ -111,6 +111,25 @@ def shared_view(view: PerAdapter) -> PerAdapter:
     return used
 
 
+class _FrozenNames(Mapping[str, tuple[str, ...]]):
+    """{adapter name: attributes whose parameters never train}, of the adapters of a slot that have such parameters."""
+
+    def __init__(self, slot: AdapterSlot):
+        self._slot = slot
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        if name not in self._slot.adapters or not (part := self._slot.adapters[name]).frozen:
+            raise KeyError(name)
+        keys = part.checkpoint_keys()
+        return tuple(keys[frozen].split(".")[0] for frozen in sorted(part.frozen))
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._slot.adapters if self._slot.adapters[name].frozen)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def has_attribute(adapter: Adapter, attribute: str) -> bool:
     """Return True if HF PEFT's layer has this attribute for the adapter's method."""
     if _parameters(adapter, attribute) or _number(adapter, attribute) is not None:
@@ -222,6 +241,11 @@ class PeftLayerAttributes(MergingMethods):
         options = (o.name for config in configs if dataclasses.is_dataclass(config) for o in dataclasses.fields(config))
         names = dict.fromkeys(("r", "scaling", *options))
         return tuple(name for name in names if self.peft_attribute(name) and name not in self.adapter_layer_names)
+
+    @property
+    def frozen_peft_weight_names(self) -> Mapping[str, tuple[str, ...]]:
+        """{adapter: attributes whose parameters never train}, such as {"default": ("lora_B",)} for MiCA."""
+        return _FrozenNames(self._slot)
 
     @property
     def in_features(self) -> int:

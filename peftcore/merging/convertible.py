@@ -2,9 +2,10 @@
 
 from torch import nn
 
-from peftcore.errors import AdapterNameError, ConversionError, MergeError
+from peftcore.errors import AdapterNameError, ConfigError, ConversionError, MergeError
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.injection.merge import check_mergeable
+from peftcore.methods.lora import LoraConfig
 
 KINDS = ("linear", "conv", "embedding")
 """Kinds of layers whose weight a LoRA can change by two factors."""
@@ -61,6 +62,10 @@ def _check(model: nn.Module, adapters: AdapterSet, name: str) -> None:
         raise ConversionError(f"{name!r} is a prompt ({config.peft_type}), which no LoRA can replace; use it as it is")
     if adapters.replication is not None:
         raise ConversionError("layer_replication adds layers to the model, which plain LoRA does not; merge it instead")
+    try:
+        config.check_beside(LoraConfig())
+    except ConfigError as error:
+        raise ConversionError(f"no plain LoRA can take the place of {name!r}: {error}") from error
     for path, adapter in adapters.adapters(name).items():
         if adapter.base.kind not in KINDS:
             raise ConversionError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
-from peftcore.errors import ConfigError, MissingExtraError
+from peftcore.errors import ConfigError, require_extra
 from peftcore.kernels.factors import Factors
 from peftcore.registry import register
 
@@ -96,10 +96,9 @@ class AdamssConfig(TunerConfig):
 
 def _clusters(rows: Tensor, count: int) -> list[Tensor]:
     """Return the numbers of the rows of each cluster, found by k-means as PEFT calls it."""
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise MissingExtraError("AdaMSS needs scikit-learn; install with: pip install scikit-learn") from error
+    require_extra("adamss", "AdaMSS", "sklearn")
+    from sklearn.cluster import KMeans
+
     options: dict[str, Any] = {"init": "random", "n_init": 1, "max_iter": 10, "random_state": 123456789}
     kmeans = KMeans(min(count, len(rows)), **options)
     labels = torch.from_numpy(kmeans.fit_predict(rows.cpu().numpy()))

@@ -40,6 +40,12 @@ _SAME = (
     "trainable_token_indices",
     "alora_invocation_tokens",
     "layer_replication",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "velora_config",
+    "use_qalora",
+    "qalora_group_size",
 )
 """Options that both configurations must agree on."""
 PREFIX = "lora_"
@@ -239,11 +245,10 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
                 "load_adapter"
             )
     for config in (old, new):
-        start = config.initialisation()
-        if start.subtracts or start.replaces_base:
+        if config.initialisation().subtracts or config.replaces_base:
             raise HotswapError(
-                f"init_lora_weights={config.init_lora_weights!r} changes the base for one adapter, so no other one can "
-                "take its place; use delete_adapter and load_adapter"
+                f"{'kasa_config' if config.kasa_config else f'init_lora_weights={config.init_lora_weights!r}'} changes "
+                "the base for one adapter, so no other one can take its place; use delete_adapter and load_adapter"
             )
 
 

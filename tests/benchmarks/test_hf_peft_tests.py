@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = """
 import pytest
 from torch import nn
-from peft import EvaConfig, KasaConfig, LoraConfig, get_peft_model
+from peft import CartridgeConfig, EvaConfig, LoraConfig, get_peft_model
 from peft.utils import infer_device
 
 from .testing_common import CASES
@@ -38,7 +38,7 @@ def test_words_by_itself(recwarn):
     assert len(recwarn) == 1 and not any("?" in str(warning.message) for warning in recwarn.list[1:])
 
 def test_a_method_that_is_not_built():
-    KasaConfig().beta
+    CartridgeConfig().peft_type
 
 def test_neither():
     assert LoraConfig().r == 3
@@ -46,9 +46,9 @@ def test_neither():
 
 
 def test_a_stand_in_can_be_made_and_not_used() -> None:
-    config = stand_in("KasaConfig")(rank=2)
+    config = stand_in("CartridgeConfig")(rank=2)
     assert config.rank == 2
-    with pytest.raises(Exception, match=r"KasaConfig is not in peftcore \(its peft_type was read\)"):
+    with pytest.raises(Exception, match=r"CartridgeConfig is not in peftcore \(its peft_type was read\)"):
         _ = config.peft_type
 
 

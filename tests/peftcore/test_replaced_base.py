@@ -96,7 +96,9 @@ def test_a_weight_is_not_replaced_under_a_merged_adapter(tmp_path: Any) -> None:
     model.merge_adapter()
     merged = model(X)
     for add in (lambda: begin(model, "loftq", "a"), lambda: model.load_adapter(tmp_path, "a")):
-        with pytest.raises(MergeError, match=r"replaces the weight of 0 \(LoftQ\), and \['other'\] are merged into it"):
+        with pytest.raises(
+            MergeError, match=r"replaces the weight of 0 \(LoftQ or KaSA\), and \['other'\] are merged into it"
+        ):
             add()
     assert torch.equal(model(X), merged) and list(model.peft_config) == ["other"]
     model.unmerge_adapter()
@@ -115,7 +117,7 @@ def test_two_that_bring_one_weight() -> None:
     """Each begins from the true weight, as it would alone, so the second changes nothing of the first."""
     base = net()
     model = get_peft_model(copy.deepcopy(base), lora("loftq"), "a")
-    with pytest.raises(ConfigError, match=r"\['a'\] replaced the weight of 0 \(LoftQ\), and this adapter"):
+    with pytest.raises(ConfigError, match=r"\['a'\] replaced the weight of 0 \(LoftQ or KaSA\), and this adapter"):
         model.add_adapter("b", lora("loftq", loftq_config={"loftq_bits": 8}))
     expected = model(X)
     model.add_adapter("b", lora("loftq"))

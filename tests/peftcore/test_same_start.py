@@ -244,6 +244,17 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             for init in ("orthogonal", "pissa", "pissa_niter_4", "olora", "eva")
         ),
         *({"r": 4, "use_dora": True, "target_modules": [target]} for target in ("lin", "gpt", "emb", "conv1", "conv2")),
+        *({"r": 4, "kasa_config": {"beta": 0.1}, "init_lora_weights": init, **LINEAR} for init in (True, False)),
+        *(
+            {"r": 4, "use_bdlora": {f"target_modules_bd_{side}": ["lin"], "nblocks": 4}, **LINEAR}
+            for side in ("a", "b")
+        ),
+        *(
+            {"r": 4, "velora_config": {"num_groups": 5, "init_type": init}, **LINEAR}
+            for init in ("random", "batch_average")
+        ),
+        {"r": 4, "monteclora_config": {"num_samples": 2, "buffer_size": 2}, **LINEAR},
+        *({"r": 4, "init_lora_weights": "mica", "target_modules": [target]} for target in ("lin", "gpt", "emb")),
         {"r": 4, "lora_bias": True, "target_modules": ["lin", "conv2"]},
         {"r": 4, "lora_bias": True, "target_modules": ["lin", "grouped"], "init_lora_weights": False},
         {"r": 4, "use_rslora": True, "lora_dropout": 0.1, "target_modules": r".*(lin|conv).*"},

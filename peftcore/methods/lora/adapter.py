@@ -51,6 +51,7 @@ class Lora(Adapter):
     def __init__(self, config: LoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)
         vars(self)["config"] = config
+        vars(self)["frozen"] = frozenset[str]().union(*(variant.frozen for variant in config.variants()))
         r, alpha = config.at(path)
         groups = base.layer.groups if base.kind == "conv" else 1
         if r % groups:
@@ -101,20 +102,28 @@ class Lora(Adapter):
 
     def own_factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B, without a subtracted start."""
+        a, b = self._stored_factors()
+        for variant in self.variants:
+            a, b = variant.computed_factors(self, a, b)
+        return a, b
+
+    def _stored_factors(self) -> tuple[Tensor, Tensor]:
+        """Return the tensors of A and B that train and are saved."""
         if self.source is None:
             return self.lora_A, self.lora_B
         if self.base.kind == self.source.base.kind:
             return self.source.lora_A, self.source.lora_B
         return self.source.lora_B.T, self.source.lora_A.T
 
-    def _all_factors(self) -> tuple[Tensor, Tensor]:
+    def _with_start(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B with the subtracted start stacked below, so that their product is all of ΔW / s."""
-        a, b = self.own_factors()
         start = self.start
         return (a, b) if start is None else (torch.cat([a, start[0]]), torch.cat([b, -start[1]], 1))
 
     def trained_factors(self) -> LowRankBranch | None:
-        return None if self.source is not None else LowRankBranch(self.lora_A, self.lora_B, self.scaling)
+        if self.source is not None or self.config.packs_factors:
+            return None
+        return LowRankBranch(self.lora_A, self.lora_B, self.scaling)
 
     def set_factors(self, a: Tensor, b: Tensor) -> None:
         """Copy values into A and B."""
@@ -169,6 +178,9 @@ class Lora(Adapter):
         start = self.config.initialisation()
         if start.reads_base or (start.subtracts and start.prepared_for(self) is not None):
             self.reset_parameters()
+        else:
+            for variant in self.variants:
+                variant.prepare_to_read(self)
 
     def placed(self) -> None:
         if (prepared := self.config.initialisation().prepared) is not None:
@@ -200,23 +212,27 @@ class Lora(Adapter):
             return LowRankBranch(own["lora_A"], own["lora_B"], self.scaling, dropout)  # type: ignore[arg-type]
         if dropout and self.start is not None:
             return None  # the subtracted start sees the whole input
-        branch: LowRankBranch | None = LowRankBranch(*self._all_factors(), self.scaling, dropout)
+        branch: LowRankBranch | None = LowRankBranch(*self._with_start(*self.own_factors()), self.scaling, dropout)
         for variant in self.variants:
             if (branch := variant.low_rank(self, branch)) is None:
                 return None
         return branch
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        dropped = self.dropped(x)
+        dropped, variants = self.dropped(x), self.variants
         a, b = self.own_factors()
-        h = self.base.apply(dropped, a)  # (..., r): scaling this costs less than scaling the output
-        for variant in self.variants:
+        for variant in variants:
+            if (h := variant.product(self, dropped, a)) is not None:
+                break
+        else:
+            h = self.base.apply(dropped, a)  # (..., r): scaling this costs less than scaling the output
+        for variant in variants:
             h = variant.hidden(self, h)
         h = h.to(y.dtype) * self.scaling
         y = self.base.add_pointwise(y, h, b)
         if self.start is not None:
             y = y - self.start_output(x, y.dtype)
-        for variant in self.variants:
+        for variant in variants:
             y = variant.output(self, y, x, dropped, h)
         return y
 
@@ -257,7 +273,7 @@ class Lora(Adapter):
             )
 
     def exact_factors(self) -> Factors | None:
-        a, b = self._all_factors()
+        a, b = self._with_start(*self.own_factors())
         experts = self.base.count
         a = a.reshape(experts, len(a) // experts, -1)
         factors: Factors | None = Factors(a, b.reshape(len(b), -1, experts).permute(2, 0, 1), float(self.scaling))
@@ -307,6 +323,14 @@ class Lora(Adapter):
         changes = [change for variant in self.variants if (change := variant.bias_change(self)) is not None]
         return sum(changes[1:], changes[0]) if changes else None
 
+    # -- training --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def regularizer(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        loras = cast(Mapping[str, Lora], adapters)
+        terms = [term for v in config.variants() if (term := v.regularizer(config, loras)) is not None]
+        return sum(terms[1:], terms[0]) if terms else None
+
     # -- disk ------------------------------------------------------------------------------------------------
 
     def shown_parameter(self, name: str) -> Tensor:
@@ -323,7 +347,7 @@ class Lora(Adapter):
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         key_a, key_b, *_ = self.checkpoint_keys().values()
-        a, b = self._all_factors()
+        a, b = self._with_start(*self._stored_factors())
         tensors = {key_a: a.detach(), key_b: b.detach()}
         for variant in self.variants:
             tensors |= variant.checkpoint_tensors(self)

@@ -60,14 +60,8 @@ class LoraConfig(TunerConfig):
 
     ignored_on_disk: ClassVar[dict[str, Any]] = {
         "arrow_config": None,
-        "kasa_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "monteclora_config": None,
-        "qalora_group_size": 16,
-        "use_bdlora": None,
-        "use_qalora": False,
-        "velora_config": None,
     }
 
     not_saved: ClassVar[tuple[str, ...]] = ("runtime_config",)
@@ -111,6 +105,18 @@ class LoraConfig(TunerConfig):
     """Adapt or copy both layers of a tied pair of weights in the same way, so that they stay tied."""
     alora_invocation_tokens: list[int] | None = None
     """Token ids that switch the adapter on; it acts from their last occurrence (aLoRA)."""
+    kasa_config: dict[str, Any] | None = None
+    """Train B diag(λ) A beside the weight without its r smallest singular values (KaSA); see `KasaConfig`."""
+    use_bdlora: dict[str, Any] | None = None
+    """Make A or B block-diagonal (BD-LoRA); see `BdLoraConfig`."""
+    use_qalora: bool = False
+    """Give A the means of groups of inputs (QA-LoRA)."""
+    qalora_group_size: int = 16
+    """Inputs per group of `use_qalora` (count)."""
+    velora_config: dict[str, Any] | None = None
+    """Keep a compressed input for the gradient of A in training (VeLoRA); see `VeloraConfig`."""
+    monteclora_config: dict[str, Any] | None = None
+    """Compute with random samples around A in training (MonteCLoRA); see `MontecloraConfig`."""
     fan_in_fan_out: bool = False
     """Read and saved for PEFT; without effect, because the orientation is found per layer."""
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, repr=False)
@@ -118,6 +124,7 @@ class LoraConfig(TunerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._convert_options()
         if self.runtime_config.ephemeral_gpu_offload and not self.use_dora:
             warnings.warn(
                 "LoraConfig: ephemeral_gpu_offload acts on use_dora=True only; leave it out for this configuration",
@@ -139,11 +146,32 @@ class LoraConfig(TunerConfig):
             for other, reason in variant.excludes.items():
                 if getattr(self, other):
                     raise ConfigError(f"LoraConfig: {variant.option} and {other} exclude each other: {reason}")
+        alone = [variant.option for variant in self.variants() if variant.stands_alone]
+        if len(alone) > 1:
+            raise ConfigError(
+                f"LoraConfig: {' and '.join(alone)} exclude each other: each computes the change in its own way"
+            )
+        if self.packs_factors and self.init_lora_weights not in (True, False, "gaussian"):
+            raise ConfigError(
+                f"LoraConfig: init_lora_weights={self.init_lora_weights!r} computes whole factors A and B, and this "
+                "variant trains parts of them; use init_lora_weights=True"
+            )
+        if self.qalora_group_size != 16 and not self.use_qalora:
+            warnings.warn(
+                "LoraConfig: qalora_group_size has no effect without use_qalora=True; leave it out", stacklevel=4
+            )
         if self.lora_dropout and self.target_parameters:
             raise ConfigError(
                 "LoraConfig: lora_dropout and target_parameters exclude each other: a raw parameter's input is not "
                 "seen; set lora_dropout=0"
             )
+
+    def _convert_options(self) -> None:
+        """Convert plain dictionaries, such as those of a file, to the variants' classes of options."""
+        for variant in variants():
+            value = getattr(self, variant.option, None)
+            if variant.options_class is not None and value is not None:
+                setattr(self, variant.option, variant.options_class.made_from(value, variant.option))
 
     @classmethod
     def class_for(cls, keys: Collection[str]) -> type[PeftConfig]:
@@ -229,15 +257,24 @@ class LoraConfig(TunerConfig):
             lora_ga_config=None,
         )
 
+    @property
+    def packs_factors(self) -> bool:
+        """True if A or B trains and is saved in another shape than A (r, i) and B (o, r)."""
+        return any(variant.packs_factors for variant in self.variants())
+
     # -- hooks -----------------------------------------------------------------------------------------------
 
     @property
     def replaces_base(self) -> bool:
-        return self.initialisation().replaces_base
+        return any(variant.replaces_base for variant in self.variants())
 
     @property
     def needs_data(self) -> bool:
         return self.initialisation().observer is not None
+
+    def check_beside(self, other: PeftConfig) -> None:
+        for variant in self.variants():
+            variant.check_beside(self, other)
 
     def ranks(self) -> list[int]:
         return [self.r, *(self.rank_pattern or {}).values()]

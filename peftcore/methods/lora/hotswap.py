@@ -32,8 +32,10 @@ def check_rank(lora: Lora, rank: int, path: str) -> None:
         path: the layer's path, for the error message.
 
     Raises:
-        HotswapError: the layer's rank is larger, or its groups do not divide `rank`.
+        HotswapError: the layer's rank is larger, its groups do not divide `rank`, or its A or B is packed.
     """
+    if lora.config.packs_factors:
+        raise HotswapError(f"{path} trains parts of A or B (BD-LoRA, QA-LoRA), which cannot be enlarged; load it anew")
     if lora.r > rank:
         raise HotswapError(f"{path} has rank {lora.r}, which is larger than target_rank={rank}; give the largest rank")
     if rank % lora.groups:

@@ -34,8 +34,6 @@ class Initialisation(Variant):
     """True if the initialisation needs the base weight, also when A and B are then read from disk."""
     subtracts: ClassVar[bool] = False
     """True if s·B₀A₀ is subtracted from the base."""
-    replaces_base: ClassVar[bool] = False
-    """True if the base weight is replaced by `Lora.new_base`."""
     observer: ClassVar["type[Observer] | None"] = None
     """Class that computes the factors from data; `peftcore.initialize_from_data` runs it. None: no data needed."""
     prepared: ClassVar[str | None] = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peftcore.adapter import Shared
 from peftcore.bases import BaseWeight
+from peftcore.config import PeftConfig
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.registry import import_plugins
@@ -22,6 +23,7 @@ from peftcore.registry import import_plugins
 if TYPE_CHECKING:
     from peftcore.methods.lora.adapter import Lora
     from peftcore.methods.lora.config import LoraConfig
+    from peftcore.methods.lora.options import Options
 
 ENTRY_POINTS = "peftcore.lora_variants"
 
@@ -37,10 +39,20 @@ class Variant:
     """Kinds of base layer that the variant fits; see `Adapter.layer_kinds`."""
     excludes: ClassVar[Mapping[str, str]] = {}
     """{field that cannot be set together with `option`: reason}."""
+    stands_alone: ClassVar[bool] = False
+    """True if a configuration can choose only one of the variants with this mark."""
+    packs_factors: ClassVar[bool] = False
+    """True if A or B trains and is saved in another shape than A (r, i) and B (o, r)."""
+    options_class: ClassVar["type[Options] | None"] = None
+    """Class of the option's value, for an option that holds several; a plain dictionary is converted to it."""
     keys: ClassVar[Mapping[str, str]] = {}
     """{parameter that the variant adds to the adapter: its suffix on disk}."""
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    """Parameters of the adapter that are saved and never train."""
     changes_layers: ClassVar[bool] = True
     """False: only the hooks for the configuration are used, so the layers do not keep the variant."""
+    replaces_base: ClassVar[bool] = False
+    """True if the base weight is replaced by `Lora.new_base`."""
     is_additive: ClassVar[bool] = True
     """True if the adapter still computes y + f(x), with f independent of the arguments of the model's call."""
     beyond_low_rank: ClassVar[str] = ""
@@ -54,6 +66,9 @@ class Variant:
 
     def check(self, config: "LoraConfig") -> None:
         """Raise ConfigError for option values that do not fit; called when the configuration is created."""
+
+    def check_beside(self, config: "LoraConfig", other: PeftConfig) -> None:
+        """Raise ConfigError if a model cannot have adapters of these two configurations at the same time."""
 
     def denominator(self, r: int, denominator: float) -> float:
         """Return d of the scaling s = α/d for rank r; `denominator` is the value so far, r in plain LoRA."""
@@ -73,6 +88,10 @@ class Variant:
     def before_forward(self, config: "LoraConfig", shared: Any, inputs: dict[str, Any]) -> None:
         """Read the arguments of the model's call before each forward pass; see `Adapter.before_forward`."""
 
+    def regularizer(self, config: "LoraConfig", adapters: "Mapping[str, Lora]") -> Tensor | None:
+        """Return a scalar to add to the loss of each step; None without one. `adapters` are by path."""
+        return None
+
     # -- hooks for one layer ---------------------------------------------------------------------------------
 
     def check_layer(self, lora: "Lora", path: str) -> None:
@@ -83,6 +102,17 @@ class Variant:
 
     def reset_parameters(self, lora: "Lora") -> None:
         """Set the start values of the variant's parameters; A and B are set already."""
+
+    def prepare_to_read(self, lora: "Lora") -> None:
+        """Set what a saved adapter does not hold, in place of `reset_parameters`."""
+
+    def computed_factors(self, lora: "Lora", a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the A (r, i) and B (o, r) with which the layer computes, given the trained and saved tensors."""
+        return a, b
+
+    def product(self, lora: "Lora", x: Tensor, a: Tensor) -> Tensor | None:
+        """Return what replaces the product A x (..., r) in the forward pass; None for the product itself."""
+        return None
 
     def hidden(self, lora: "Lora", h: Tensor) -> Tensor:
         """Return what replaces h = A x (..., r) in the forward pass."""

@@ -222,6 +222,44 @@ def test_options_of_starts_reach_the_configuration() -> None:
             assert getattr(config, f"{start}_config")[name] == value != getattr(plain, f"{start}_config")[name]
 
 
+@checks("KasaConfig.__init__", "beta gamma")
+@checks("VeloraConfig.__init__", "num_groups scale init_type")
+@checks(
+    "MontecloraConfig.__init__",
+    "num_samples use_entropy dirichlet_prior sample_scaler kl_loss_weight buffer_size",
+)
+@checks("BdLoraConfig.__init__", "target_modules_bd_a target_modules_bd_b nblocks match_strict")
+def test_options_of_variants_reach_the_configuration() -> None:
+    """Their effects: methods/lora/variants."""
+    samples = {
+        "num_samples": 2,
+        "use_entropy": True,
+        "dirichlet_prior": 0.5,
+        "sample_scaler": 0.5,
+        "kl_loss_weight": 0.5,
+        "buffer_size": 2,
+    }
+    blocks = {"target_modules_bd_a": ["q"], "target_modules_bd_b": ["o"], "nblocks": 2, "match_strict": False}
+    given: dict[str, Any] = {
+        "kasa_config": (peftcore.KasaConfig, {"beta": 0.5, "gamma": 0.5}),
+        "velora_config": (peftcore.VeloraConfig, {"num_groups": 2, "scale": 0.5, "init_type": "random"}),
+        "monteclora_config": (peftcore.MontecloraConfig, samples),
+        "use_bdlora": (peftcore.BdLoraConfig, blocks),
+    }
+    for field, (kind, options) in given.items():
+        for name, value in options.items():
+            config = LoraConfig(**{field: kind(**{name: value})})
+            assert getattr(config, field)[name] == value != kind()[name]
+
+
+@checks("PeftConfig.check_beside", "other")
+def test_what_stands_beside_is_looked_at() -> None:
+    kasa = LoraConfig(kasa_config=peftcore.KasaConfig())
+    kasa.check_beside(kasa)
+    with pytest.raises(ConfigError, match="KaSA cannot be combined"):
+        kasa.check_beside(LoraConfig())
+
+
 def test_offloading_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its effect on a GPU: methods/lora/variants."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

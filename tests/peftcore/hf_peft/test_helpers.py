@@ -1,8 +1,11 @@
+from typing import Any
+
 import peft
 import pytest
 import torch
 from peftcore.helpers import (
     DoraCaching,
+    MontecloraTrainerMixin,
     disable_input_dtype_casting,
     find_kappa_target_modules,
     rescale_adapter_scale,
@@ -70,3 +73,24 @@ def test_signatures_are_those_of_the_base_already() -> None:
 def test_what_is_not_built_is_importable_and_refused() -> None:
     with pytest.raises(ConfigError, match="find_kappa_target_modules"):
         find_kappa_target_modules(nn.Linear(2, 2))
+
+
+def test_the_mixin_adds_the_regulariser_of_monteclora_to_a_trainers_loss() -> None:
+    class Losses:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
+            loss = model(inputs).square().mean()
+            return (loss, "outputs") if return_outputs else loss
+
+    class Both(MontecloraTrainerMixin, Losses):
+        pass
+
+    samples = {"num_samples": 2, "buffer_size": 3, "kl_loss_weight": 1.0}
+    config = peftcore.LoraConfig(r=2, target_modules=["0"], monteclora_config=samples)
+    model: Any = peftcore.get_peft_model(nn.Sequential(nn.Linear(3, 2)), config)
+    x = torch.randn(2, 3)
+    plain = Losses().compute_loss(model, x)
+    loss = Both().compute_loss(model, x)
+    torch.testing.assert_close(loss, plain + model._get_monteclora_loss())
+    assert Both().compute_loss(model, x, return_outputs=True)[1] == "outputs"
+    other: Any = nn.Linear(3, 2)
+    assert torch.equal(Both().compute_loss(other, x), Losses().compute_loss(other, x))

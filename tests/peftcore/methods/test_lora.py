@@ -145,8 +145,8 @@ def test_impossible_options(options: dict, message: str) -> None:
 
 
 def test_mathematics_that_is_not_here_is_refused_not_ignored() -> None:
-    with pytest.raises(ConfigError, match="use_qalora=True is not supported"):
-        LoraConfig.from_dict({"peft_type": "LORA", "use_qalora": True}, from_disk=True)
+    with pytest.raises(ConfigError, match=r"megatron_config=\{'size': 2\} is not supported"):
+        LoraConfig.from_dict({"peft_type": "LORA", "megatron_config": {"size": 2}}, from_disk=True)
     assert LoraConfig.from_dict({"peft_type": "LORA", "use_dora": False, "eva_config": None}, from_disk=True)
     with pytest.warns(UserWarning, match="from_the_future"):
         config = LoraConfig.from_dict({"peft_type": "LORA", "from_the_future": 3}, from_disk=True)

@@ -11,14 +11,14 @@ from peftcore.hf_peft.preprocess import preprocess_loraga
 from peftcore.hf_peft.tuner_models import LoraModel
 from peftcore.hf_peft.unsupported import (
     ArrowConfig,
-    BdLoraConfig,
-    KasaConfig,
-    MontecloraConfig,
-    VeloraConfig,
     create_arrow_model,
     get_eva_state_dict,
 )
 from peftcore.methods.lora import LoraConfig, LoraRuntimeConfig
+from peftcore.methods.lora.variants.bdlora import BdLoraConfig
+from peftcore.methods.lora.variants.kasa import KasaConfig
+from peftcore.methods.lora.variants.monteclora import MontecloraConfig
+from peftcore.methods.lora.variants.velora import VeloraConfig
 
 LoraLayer = layer_class("LoraLayer", "LORA", derived=("ADALORA",))
 Linear = layer_class("Linear", "LORA", "linear")

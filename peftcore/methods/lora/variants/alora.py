@@ -35,6 +35,7 @@ class Alora(Variant):
 
     option = "alora_invocation_tokens"
     layer_kinds = frozenset({"linear", "conv", "embedding"})
+    stands_alone = True
     is_additive = False
     beyond_low_rank = "aLoRA acts at some positions only, which this format does not say; train a plain LoRA"
 

@@ -38,6 +38,7 @@ class Dora(Variant):
         "target_parameters": "raw parameters take plain LoRA only",
     }
     keys: ClassVar = {"lora_magnitude_vector": "lora_magnitude_vector"}
+    stands_alone = True
     is_additive = False
     beyond_low_rank = (
         "DoRA is not low-rank; convert it by add_as_lora(model, name, new_name, rank=...) and export "
