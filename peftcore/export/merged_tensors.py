@@ -28,11 +28,15 @@ def merged_tensors(
 
     The result has the keys of the base's `tensors`, plus the output head's if the merge unties it from the embeddings.
     """
-    changes = _changes(model, adapters, name, dtype)
+    still_tied = _still_tied(adapters, name)
+    changes = {
+        path: change for path, change in _changes(model, adapters, name, dtype).items() if path not in still_tied
+    }
     outputs = {key: _unchanged(tensor, dtype) for key, tensor in tensors.items()}
     for target, source in model.all_tied_weights_keys.items():
         key = key_of(source, model, tensors)
-        if target not in tensors and key is not None and (target in changes or source in changes):
+        unties = (target in changes or source in changes) and not {target, source} & still_tied
+        if target not in tensors and key is not None and unties:
             outputs[target] = outputs[key]
     for path, compute in changes.items():
         key = path if path in outputs else key_of(path, model, tensors)
@@ -44,6 +48,19 @@ def merged_tensors(
 def _unchanged(tensor: Tensor, dtype: torch.dtype | None) -> Output:
     target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     return Output(Header(target, tuple(tensor.shape)), lambda: tensor.to(target))
+
+
+def _still_tied(adapters: AdapterSet, name: str) -> set[str]:
+    """Return the paths of shared weights that the adapter changes in the same way as at another layer before."""
+    first: dict[int, Adapter] = {}
+    found = set()
+    for path, site in adapters.layers.items():
+        weight = site.base.state().get("weight")
+        if weight is not None:
+            other = first.setdefault(id(weight), site.adapters[name])
+            if other is not site.adapters[name] and site.adapters[name].changes_like(other):
+                found.add(f"{path}.weight")
+    return found
 
 
 def _changes(

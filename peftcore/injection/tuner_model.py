@@ -18,7 +18,10 @@ _CLASSES: dict[str, type["TunerModel"]] = {}
 _PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "PVERA": "pvera_lambda_", "VERA": "vera_lambda_"}
 """{method: prefix of its parameter names}, for methods whose prefix is not the method's name"""
 
-SHARED_TENSORS = ("randlora_A", "randlora_B", "vblora_vector_bank", "vera_A", "vera_B")
+SHARED_TENSORS = (
+    *("frod_V", "pvera_A", "pvera_B", "randlora_A", "randlora_B", "unilora_theta_d", "vblora_vector_bank"),
+    *("vera_A", "vera_B"),
+)
 """Attributes of HF PEFT's models that hold tensors which the layers of an adapter share."""
 
 

@@ -128,7 +128,7 @@ def test_an_unknown_key_on_disk_is_kept_and_warned_of(method: str, tmp_path: Pat
         ('{"peft_type": "LORRA"}', ConfigError, "unknown adapter method 'LORRA'; did you mean 'LORA'"),
         ('{"peft_type": "LORA", "r": "8"}', ConfigError, "r must be an integer; got '8'"),
         ('{"peft_type": "LORA", "r": 0}', ConfigError, "r must be a positive integer; got 0"),
-        ('{"peft_type": "LORA", "use_qalora": true}', ConfigError, "would change the results"),
+        ('{"peft_type": "LORA", "arrow_config": {"top_k": 2}}', ConfigError, "would change the results"),
     ],
 )
 def test_a_configuration_file_that_cannot_be(text: str, error: type[PeftError], message: str, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"n_frequency": 144}, "n_frequency at 2 must be between 1 and 120 weights; got 144"),
     ],
 }
-WITHOUT_A_SIZE = {"IA3", "LN_TUNING", "TRAINABLE_TOKENS"}
+WITHOUT_A_SIZE = {"BEFT", "IA3", "LN_TUNING", "TRAINABLE_TOKENS"}
 
 
 def test_every_method_with_a_size_is_asked() -> None:

@@ -51,7 +51,8 @@ ROWS = 4
 CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     name: (lambda example=example: example.make("", target_modules=WITH_BIAS if example.needs_bias else TARGETS))
     for name, example in examples().items()
-    if "linear" in methods()[name].adapter.layer_kinds and not example.whole_model and not example.inputs
+    if "linear" in methods()[name].adapter.layer_kinds
+    and not (example.whole_model or example.inputs or example.mixes_rows)
 } | {
     "rsLoRA": lambda: LoraConfig(r=3, use_rslora=True, target_modules=TARGETS),
     "DoRA": lambda: LoraConfig(r=3, use_dora=True, target_modules=TARGETS),

@@ -21,6 +21,7 @@ from peftcore.hf_peft import functional, optimizers
 
 
 @checks("PeftModel.on_optimizer_step", "step optimizer")
+@checks("TunerModel.update_and_allocate", "global_step")
 @checks("PeftModel.load_adapter_state", "state")
 @checks("PeftModel.adapter_ranks", "adapter_name")
 def test_steps_of_training() -> None:
@@ -42,6 +43,14 @@ def test_steps_of_training() -> None:
         assert same(model.adapter_state(), state)
         assert sum(model.adapter_ranks("default").values()) <= before
     assert widths[True] < widths[False]
+    ranks = {}
+    for end in (1, 3):  # AdaLoRA masks ranks in the steps between its first and its last
+        model = adalora()
+        for step in range(1, end + 1):
+            model(X).square().sum().backward()
+            model.base_model.update_and_allocate(step)
+        ranks[end] = sum(model.adapter_ranks().values())
+    assert ranks[3] < ranks[1]
     model = net("a")
     model.add_adapter("b", lora("1", r=5))
     assert model.adapter_ranks("b") == {"1": 5} != model.adapter_ranks()

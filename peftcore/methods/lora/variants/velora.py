@@ -131,7 +131,9 @@ class _Compressed(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(  # type: ignore[override]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (gradient,) = gradients
         compressed, a, direction = ctx.saved_tensors
         gradient_of_x = gradient @ a if ctx.needs_input_grad[0] else None
