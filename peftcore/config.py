@@ -279,8 +279,13 @@ class PeftConfig(SharedOptions):
     def check_beside(self, other: "PeftConfig") -> None:
         """Raise ConfigError if a model cannot have this adapter and another one at the same time.
 
-        Called for both configurations when an adapter is made for a model that has one.
+        Called if `restricts_others`, when this adapter or the other one is made for a model that has one.
         """
+
+    @property
+    def restricts_others(self) -> bool:
+        """True if `check_beside` refuses some other adapters."""
+        return False
 
     def check_complete(self) -> None:
         """Raise ConfigError if a required option has no value; called when an adapter is created.
@@ -628,12 +633,6 @@ class TunerConfig(PeftConfig):
             self.regular_expression("layers_pattern", pattern, *BLOCK)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"{type(self).__name__}: layers_pattern needs layers_to_transform; give both or neither")
-
-    def check_beside(self, other: "PeftConfig") -> None:
-        """Raise ConfigError if a model cannot have this adapter and another one at the same time.
-
-        Called for both configurations when an adapter is made for a model that has one.
-        """
 
     def check_complete(self) -> None:
         """Check that the targets are not empty."""

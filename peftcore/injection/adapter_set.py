@@ -47,6 +47,8 @@ class AdapterSet:
         self.selection = Selection()
         self.selection.owner = self
         self.configs: dict[str, PeftConfig] = {}
+        self.restricting: set[str] = set()
+        """Adapters beside which some others are refused (`PeftConfig.restricts_others`)."""
         self.kinds: dict[str, type[Any]] = {}
         """Adapter or prompt classes by adapter name."""
         self.forward_arguments: dict[str, frozenset[str]] = {}

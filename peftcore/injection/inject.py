@@ -104,6 +104,8 @@ def commit_injection(
     for parent in {module_index.parent(path) for path in wrapped}:
         _link_siblings(parent)
     adapters.configs[name] = injection.config
+    if injection.config.restricts_others:
+        adapters.restricting.add(name)
     if trainable:
         adapters.trainable.add(name)
     adapters.kinds[name] = method_of(injection.config).adapter
@@ -493,6 +495,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if emptied:
         _remove_empty_wrappers(ModuleIndex(model))
     del adapters.configs[name]
+    adapters.restricting.discard(name)
     del adapters.kinds[name]
     adapters.trainable.discard(name)
     adapters.forward_arguments = {n: arguments for n, arguments in adapters.forward_arguments.items() if n != name}

@@ -114,9 +114,7 @@ def prepare_injection(
             f"{type(config).__name__} does not adapt layers; use that of an adapter method, such as LoraConfig"
         )
     _check_name(model, name)
-    for other in adapter_set(model).configs.values() if ATTRIBUTE in model.__dict__ else ():
-        config.check_beside(other)
-        other.check_beside(config)
+    _check_beside(model, config)
     _check_not_compiled(model)
     module_index = ModuleIndex(model)
     refuse_layers_of_hf_peft((model, *module_index.modules.values()))
@@ -142,6 +140,17 @@ def prepare_injection(
     return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
+def _check_beside(model: nn.Module, config: PeftConfig) -> None:
+    """Check that the model can have this adapter beside those that it has. Raises ConfigError."""
+    if ATTRIBUTE not in model.__dict__:
+        return
+    adapters = adapter_set(model)
+    for other in adapters.configs.values() if config.restricts_others else ():
+        config.check_beside(other)
+    for name in adapters.restricting:
+        adapters.configs[name].check_beside(config)
+
+
 _SIZES = ("token_dim", "num_attention_heads", "num_layers")
 """Fields of a prompt's configuration that may be read from the model."""
 
@@ -155,9 +164,7 @@ def _prepare_prompt(
     model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, initialise: bool
 ) -> Injection:
     _check_name(model, name)
-    for other in adapter_set(model).configs.values() if ATTRIBUTE in model.__dict__ else ():
-        config.check_beside(other)
-        other.check_beside(config)
+    _check_beside(model, config)
     _check_not_compiled(model)
     if initialise:
         _warn_of_unused(config)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = """
 import pytest
 from torch import nn
-from peft import CartridgeConfig, EvaConfig, LoraConfig, get_peft_model
+from peft import ArrowConfig, EvaConfig, LoraConfig, get_peft_model
 from peft.utils import infer_device
 
 from .testing_common import CASES
@@ -38,7 +38,7 @@ def test_words_by_itself(recwarn):
     assert len(recwarn) == 1 and not any("?" in str(warning.message) for warning in recwarn.list[1:])
 
 def test_a_method_that_is_not_built():
-    CartridgeConfig().peft_type
+    ArrowConfig().peft_type
 
 def test_neither():
     assert LoraConfig().r == 3
@@ -46,9 +46,9 @@ def test_neither():
 
 
 def test_a_stand_in_can_be_made_and_not_used() -> None:
-    config = stand_in("CartridgeConfig")(rank=2)
+    config = stand_in("ArrowConfig")(rank=2)
     assert config.rank == 2
-    with pytest.raises(Exception, match=r"CartridgeConfig is not in peftcore \(its peft_type was read\)"):
+    with pytest.raises(Exception, match=r"ArrowConfig is not in peftcore \(its peft_type was read\)"):
         _ = config.peft_type
 
 
@@ -72,7 +72,7 @@ def test_a_cause_holds_no_text_of_the_test() -> None:
 
 
 def test_what_is_not_collected_because_its_method_is_not_built_says_so() -> None:
-    assert cause(None, "tests/a.py::test_x[BeftConfig-mandatory_kwargs]") == NOT_BUILT
+    assert cause(None, "tests/a.py::test_x[ArrowConfig-mandatory_kwargs]") == NOT_BUILT
     assert cause(None, "tests/a.py::test_x[LoraConfig-mandatory_kwargs]") == "not collected"
 
 

@@ -276,6 +276,10 @@ class LoraConfig(TunerConfig):
         for variant in self.variants():
             variant.check_beside(self, other)
 
+    @property
+    def restricts_others(self) -> bool:
+        return any(variant.restricts_others for variant in self.variants())
+
     def ranks(self) -> list[int]:
         return [self.r, *(self.rank_pattern or {}).values()]
 

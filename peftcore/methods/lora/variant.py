@@ -67,8 +67,14 @@ class Variant:
     def check(self, config: "LoraConfig") -> None:
         """Raise ConfigError for option values that do not fit; called when the configuration is created."""
 
+    restricts_others: ClassVar[bool] = False
+    """True if `check_beside` refuses some other adapters."""
+
     def check_beside(self, config: "LoraConfig", other: PeftConfig) -> None:
-        """Raise ConfigError if a model cannot have adapters of these two configurations at the same time."""
+        """Raise ConfigError if a model cannot have adapters of these two configurations at the same time.
+
+        Called only if `restricts_others`.
+        """
 
     def denominator(self, r: int, denominator: float) -> float:
         """Return d of the scaling s = α/d for rank r; `denominator` is the value so far, r in plain LoRA."""

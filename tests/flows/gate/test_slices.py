@@ -64,6 +64,7 @@ def test_few_resamples_are_enough_for_many_slices() -> None:
     assert [name for name, one in found.items() if one.is_worse] == ["s7"]
 
 
+@pytest.mark.slow
 def test_chance_alone_seldom_refuses_twenty_slices() -> None:
     """Twenty slices, each exactly as much worse as is allowed: uncorrected, 64 % of the draws would be refused."""
     refused = uncorrected = 0

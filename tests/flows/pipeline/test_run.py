@@ -52,6 +52,7 @@ def test_without_a_prefect_server_the_run_finishes(project: Any, monkeypatch: py
     assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_stages")
 def test_a_prefect_server_that_goes_away_does_not_stop_the_run(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def half_way(root: Path, *_: object) -> NoReturn:

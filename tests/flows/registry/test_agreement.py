@@ -84,6 +84,7 @@ def view_of_gto(root: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
     return {one["version"]: [] for one in listed}, {stage: found for stage, found in stages.items() if found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("PEFTCORE_SEEDS", "1"))))
 def test_after_many_operations_the_views_are_equal(registry: Registry, seed: int) -> None:
     chance = random.Random(seed)

@@ -89,6 +89,7 @@ def test_of_ten_processes_one_wins(registered: Any, tmp_path: Path, stack: ExitS
     figures("ten processes, one repository", outcomes, stale, started)
 
 
+@pytest.mark.slow
 @pytest.mark.faults("concurrent promotions", trials=ROUNDS)
 def test_of_two_clones_one_wins_and_the_other_keeps_no_tag(registered: Any, tmp_path: Path, stack: ExitStack) -> None:
     (tmp_path / "meeting").mkdir()

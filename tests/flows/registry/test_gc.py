@@ -116,6 +116,7 @@ def test_the_past_may_be_forgotten_and_what_a_branch_or_tag_needs_stays(versions
     assert collect(versions, forget_past=True).collected == []
 
 
+@pytest.mark.slow
 def test_a_working_tree_keeps_what_it_has(versions: Any) -> None:
     with worktree_at(versions.root, registry_of(versions).version(REFUSED).commit) as tree:
         assert collect(versions).collected == []

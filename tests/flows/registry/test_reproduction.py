@@ -79,6 +79,7 @@ def test_it_runs_the_commits_own_code_on_what_was_fetched_and_leaves_the_users_f
     assert fetched.git("worktree", "list").count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_was_fetched_comes_from_the_remote_where_the_cache_has_lost_it(fetched: Any) -> None:
     fetched.register()
     (fetched.root / ".dvc" / "cache").rename(fetched.root / "cache-away")
@@ -105,6 +106,7 @@ def test_a_version_that_was_registered_without_its_data_says_how_to_keep_them(pr
     assert project.git("worktree", "list").count("\n") == 1
 
 
+@pytest.mark.slow
 def test_another_adapter_is_told_with_its_largest_difference_and_what_was_another_then(
     project: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

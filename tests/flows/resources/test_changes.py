@@ -56,6 +56,7 @@ def test_an_optimiser_step_keeps_its_rows(rows: tuple[int, int]) -> None:
     assert {one.batch_size for one in others} == {rows[0], rows[0] // 2 or 1, 1}
 
 
+@pytest.mark.slow
 def test_each_peak_is_that_of_a_run_with_these_parameters_and_the_smallest_saving_comes_first(
     found: Any, paths: Paths
 ) -> None:
@@ -81,6 +82,7 @@ def test_four_bits_are_offered_for_a_base_that_is_stored_in_more(storage: str, o
     assert ("nf4" in stored) == offered and set(stored) <= {None, "nf4"}
 
 
+@pytest.mark.slow
 def test_a_pack_is_halved_unless_a_row_would_not_fit(found: Any) -> None:
     """The longest row has 29 tokens."""
     halved = found(train={"batching": "packed", "pack_tokens": 64}).found

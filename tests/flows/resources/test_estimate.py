@@ -52,6 +52,7 @@ def test_with_the_probe_it_has_time_and_what_libraries_take(paths: Paths, monkey
     assert found.seconds == pytest.approx(sum(found.time.values()))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_here_and_will_not_fit(
     tmp_path: Path, paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +70,7 @@ def test_a_model_that_is_not_here_and_will_not_fit(
     assert "train.gradient_checkpointing: blocks" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(in_a_project(paths))
     result = peftcore("plan", "--no-probe")

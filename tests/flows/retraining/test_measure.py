@@ -78,6 +78,7 @@ def labelled(number: int, wrong: bool = False) -> dict[str, str]:
     return {"text": f"{text} number {number}", "label": label, "book": f"book{number // 4}"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "kind", "make"),
     [("dpo", "preference", pair), ("orpo", "preference", pair), ("classification", "classification", labelled)],

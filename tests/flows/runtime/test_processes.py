@@ -19,6 +19,7 @@ time.sleep(300)
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_its_parent_without_prctl() -> None:
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!r}])"
     with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:

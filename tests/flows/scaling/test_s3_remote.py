@@ -68,6 +68,7 @@ def another_clone(project: Any, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_registered_version_is_got_from_s3(on_s3: Any, bucket: Any, tmp_path: Path) -> None:
     on_s3.register()
     assert sum(1 for _ in bucket.objects.filter(Prefix="store/files/md5/")) > 0
@@ -78,6 +79,7 @@ def test_a_registered_version_is_got_from_s3(on_s3: Any, bucket: Any, tmp_path: 
         assert (got / name).read_bytes() == (on_s3.paths.adapter / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_damaged_object_is_found_out_when_it_is_pulled(on_s3: Any, bucket: Any, tmp_path: Path) -> None:
     dvc(on_s3.root, "push", "--quiet")
     adapter = (on_s3.paths.adapter / "adapter_model.safetensors").read_bytes()

@@ -10,6 +10,7 @@ from flows.runtime.project import dvc, stage_order
 from flows.scaling.trial import SweepSettings, run_trial, snapshot
 
 
+@pytest.mark.slow
 def test_a_trial_takes_files_as_they_are_and_leaves_them_so(swept: Any) -> None:
     params = swept.root / "params.yaml"
     params.write_text(params.read_text().replace("0.001", "0.002"))  # not committed

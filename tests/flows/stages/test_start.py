@@ -26,6 +26,7 @@ def prepared_rows(project: Any) -> None:
         parquet.write_table(table, project.root / "source" / "data" / f"{name}.parquet")
 
 
+@pytest.mark.slow
 def test_nothing_or_a_versions_adapter_in_a_working_tree_as_well(project: Any) -> None:
     first = project.register(weight=2.0)["adapter"]["files"]
     project.register(weight=3.0)

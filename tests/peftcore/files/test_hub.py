@@ -55,6 +55,7 @@ def test_an_adapter_is_loaded_by_its_hub_id(server: HubServer, adapter: Path) ->
     assert sorted(server.downloaded()) == ["SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"]
 
 
+@pytest.mark.slow
 def test_the_environment_variable_names_the_server(server: HubServer, adapter: Path, tmp_path: Path) -> None:
     server.add("user/adapter", adapter)
     code = "from peftcore import PeftConfig; print(PeftConfig.from_pretrained('user/adapter').r)"

@@ -52,6 +52,7 @@ def test_a_completion_of_text_or_of_tokens(served: Any) -> None:
     assert parts[-1].choices[0].finish_reason in ("length", "stop")
 
 
+@pytest.mark.slow
 def test_sixteen_clients_at_once_with_different_adapters(served: Any) -> None:
     client = served.client()
 

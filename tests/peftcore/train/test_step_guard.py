@@ -180,6 +180,7 @@ def test_a_float16_run_is_rolled_back_with_its_scale(tmp_path: Path) -> None:
 # -- processes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_processes_roll_back_for_the_loss_of_one(tmp_path: Path) -> None:
     one, other = together(bad_loss_in_one, tmp_path)
     assert one["rollbacks"] == other["rollbacks"] == 1

@@ -98,6 +98,7 @@ def test_a_configuration_of_ours_is_refused_by_trl(tmp_path: Path) -> None:
         sft(adapted().unload(), tmp_path, peft_config=LoraConfig(r=4))
 
 
+@pytest.mark.slow
 def test_without_hf_peft_installed_trl_trains_the_same(nursery: Nursery, tmp_path: Path) -> None:
     assert nursery.run(tmp_path / "none", "trl") == 0
     made = sft(adapted(), tmp_path / "here", **WITHOUT_ADAM)

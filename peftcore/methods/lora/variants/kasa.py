@@ -66,6 +66,8 @@ class Kasa(Variant):
                 "change the base weight; use init_lora_weights=True"
             )
 
+    restricts_others = True
+
     def check_beside(self, config: "LoraConfig", other: PeftConfig) -> None:
         if not (other.is_prompt_learning or getattr(other, self.option, None)):
             raise ConfigError(
