@@ -24,7 +24,7 @@ BEGIN, END = "<!-- parity -->", "<!-- /parity -->"
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "parity.jsonl"
-        command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", "parity or peft"]
+        command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", "parity or peft", "-m", "slow or not slow"]
         subprocess.run(command, cwd=ROOT, env={**os.environ, "PEFTCORE_PARITY_LOG": str(log)}, check=True)
         text = table([json.loads(line) for line in log.read_text().splitlines()])
     page = ROOT / "docs" / "methods.md"

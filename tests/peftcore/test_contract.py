@@ -112,8 +112,14 @@ def test_forward_equals_merged_weight(method: str, layer: str) -> None:
     torch.testing.assert_close(net(x), adapted, rtol=1e-10, atol=1e-10)
 
 
+COMPILED_IN_QUICK_TESTS = ("LORA", "IA3", "OFT", "VERA")
+"""One method that adds a product, one that scales, one that changes the input, and one with shared tensors."""
+
+
 @pytest.mark.filterwarnings("ignore")  # dynamo's own
-@pytest.mark.parametrize("method", LINEAR)
+@pytest.mark.parametrize(
+    "method", [m if m in COMPILED_IN_QUICK_TESTS else pytest.param(m, marks=pytest.mark.slow) for m in LINEAR]
+)
 def test_compiles_into_one_graph(method: str) -> None:
     torch._dynamo.reset()
     net, x, _ = make(method, "Linear")

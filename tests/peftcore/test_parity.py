@@ -133,10 +133,12 @@ TARGETS: dict[str, list[str]] = {
     "t5": ["q", "wo"],
 }
 CASES = [
-    pytest.param(method, case, family, id=f"{method}-{case}-{family}")
+    pytest.param(
+        method, case, family, id=f"{method}-{case}-{family}", marks=[pytest.mark.slow] if number else []
+    )  # the quick tests compare each case on one family
     for method, example in examples().items()
     for case in example.parity
-    for family in example.families
+    for number, family in enumerate(example.families)
 ]
 
 

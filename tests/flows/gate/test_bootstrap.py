@@ -75,6 +75,7 @@ def test_where_a_few_rows_are_much_worse_the_bound_is_the_studentized_one() -> N
     assert upper > mean + 1.8 * error, "percentiles are some 1.7 errors above"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [30, 100])
 def test_models_that_are_no_better_are_not_judged_better_too_often(number: int) -> None:
     """Binomial: of 2,000 draws at 5 % more than 125 have a probability below 1 %."""

@@ -355,6 +355,7 @@ def test_records_live_as_long_as_the_graphs_of_their_outputs() -> None:
     assert len(calls()) == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_call_leaves_nothing_open() -> None:
     """A part of it runs uncompiled, because routes cannot be compiled."""
     model = small().eval()

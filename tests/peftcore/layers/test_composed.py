@@ -173,6 +173,7 @@ def test_autocast_and_inference_mode_change_only_the_precision() -> None:
     assert 0 < (cast - exact).abs().max() < 2 * (alone - exact).abs().max()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_outputs() -> None:
     """`torch.compile` takes the general path, because it fuses by itself."""
     torch.manual_seed(0)

@@ -250,6 +250,7 @@ def test_quantised_bases(storage: str, calls: list[int], tmp_path: Any) -> None:
     assert calls[:4] == [3, 1, 2, 1]
 
 
+@pytest.mark.slow
 def test_torch_compile_sees_the_general_path(calls: list[int]) -> None:
     model = get_peft_model(llama(torch.float32), lora())
     expected = model(TOKENS).logits

@@ -111,6 +111,7 @@ def test_a_run_killed_at_random_moments_ends_bit_equal(
         assert_equal_runs(run, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "at", "step"),
     [

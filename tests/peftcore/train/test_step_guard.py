@@ -190,6 +190,7 @@ def test_all_processes_roll_back_for_the_loss_of_one(tmp_path: Path) -> None:
         assert any(not torch.equal(t, process["before"][0][name]) for name, t in process["before"][2].items())
 
 
+@pytest.mark.slow
 def test_one_process_out_of_memory_ends_all_with_what_to_lower(tmp_path: Path) -> None:
     with pytest.raises(ProcessRaisedException, match=r"out of memory on one of several processes.*lower per_device"):
         together(out_of_memory_in_one, tmp_path)
