@@ -1,14 +1,16 @@
 """Methods are found by themselves: those here, and those of another package through its entry point."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 
 import peftcore
-from peftcore import ConfigError, LoraConfig
+from peftcore import ConfigError, LoraConfig, PeftType
 from peftcore.config import TunerConfig
 from peftcore.registry import method_named, method_table, methods, tuner_names
 
@@ -97,3 +99,20 @@ def test_an_unknown_method_is_named_with_a_suggestion() -> None:
     with pytest.raises(AttributeError, match="LoraaConfig"):
         _ = peftcore.LoraaConfig
     assert method_named("LORA").config is LoraConfig
+
+
+def test_each_method_of_hf_peft_is_here() -> None:
+    """A new release of HF PEFT with another method fails here."""
+    assert {str(PeftType(name)) for name in methods()} >= {kind.value for kind in peft.PeftType}
+
+
+@pytest.mark.parametrize("method", sorted(kind.value for kind in peft.PeftType))
+def test_each_option_of_hf_peft_is_here_or_refused(method: str) -> None:
+    """A new release of HF PEFT with another option fails here."""
+    theirs = dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)])
+    ours = method_named(method).config
+    missing = {field.name for field in theirs} - {field.name for field in dataclasses.fields(ours)}
+    assert missing <= {*ours.ignored_on_disk, "runtime_config"}, "runtime_config is never saved"
+    for option in missing - {"runtime_config"}:
+        with pytest.raises(ConfigError, match=rf"{option}.*would change the results"):
+            ours.from_dict({"peft_type": method, option: "another value"}, from_disk=True)
