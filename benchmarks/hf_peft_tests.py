@@ -65,6 +65,8 @@ REASONS = (
         r"NotInPeftcore: \w+Config is not|does not have this method",
         NOT_BUILT,
     ),
+    (r"no attribute 'tinylora_v'", "the vectors that TinyLoRA's layers share are no attribute of the model"),
+    (r"test_lora_mica_freezes_B", NAMES),
     (
         r"test_lora_variants.*cannot be made by itself",
         "layers are made by injection, and `register_variant` adds a variant of LoRA, not a table in each class",
@@ -150,8 +152,8 @@ REASONS = (
     ),
     (r"groups_greater_than_one|test_road_with_conv2d", "HiRA and RoAD fit convolutions that HF PEFT refuses"),
     (
-        r"TestVeraInitialization",
-        "each VeRA adapter has projections of its own, so a second one may have other sizes or `save_projection`",
+        r"TestVeraInitialization|test_frod_(mixing|add_second|multiple)",
+        "each VeRA or FRoD adapter has projections of its own, so a second one may have other options",
     ),
     (r"different_target_parameters_raises", "adapters of one model may have different `target_parameters`"),
     (r"regex_with_layer_indexing", "`layers_to_transform` also restricts targets of a regular expression"),

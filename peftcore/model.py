@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache, partial, wraps
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -33,7 +32,7 @@ from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, untouched_nam
 from peftcore.injection.base_view import hide_model, show_model, view_of
 from peftcore.injection.preparation import Creation
 from peftcore.injection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from peftcore.injection.tuner_model import SHARED_TENSORS, shared_tensors, tuner_model
+from peftcore.injection.tuner_model import SHARED_TENSORS, SharedTensors, tuner_model
 from peftcore.merging import LowRankReport, Recipe
 from peftcore.merging.convertible import is_convertible
 from peftcore.storage import checkpoint
@@ -1030,8 +1029,8 @@ _BASE_MODEL = _BaseModel()
 
 
 def _shared(model: Any, name: str) -> Mapping[str, Tensor] | None:
-    tensors = shared_tensors(model, name) if ATTRIBUTE in model.__dict__ else {}
-    return MappingProxyType(tensors) if tensors else None
+    tensors = SharedTensors(model, name) if ATTRIBUTE in model.__dict__ else None
+    return tensors or None
 
 
 class _FromAdapters:

@@ -1,7 +1,6 @@
 """`TunerModel`: the object between a `PeftModel` and its base in HF PEFT, as a view: `model.base_model.model`."""
 
-from collections.abc import Iterator
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -82,9 +81,9 @@ class TunerModel:
         try:
             return getattr(model, name)
         except AttributeError:
-            if name.startswith("_") or not (tensors := shared_tensors(model, name)):
+            if name.startswith("_") or not (tensors := SharedTensors(model, name)):
                 raise
-            return MappingProxyType(tensors)
+            return tensors
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.model, name, value)
@@ -173,17 +172,40 @@ class TunerModel:
         merge.unmerge_adapter(self.model)
 
 
-def shared_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return {adapter: tensor that its layers share}; {} if no adapter has such a tensor.
+class SharedTensors(Mapping[str, Tensor]):
+    """{adapter: tensor that its layers share} of the adapters that the model has at each access.
 
     Args:
         model: a model with adapters.
         name: HF PEFT's name of the tensor, such as "vblora_vector_bank".
     """
-    adapters = adapter_set(model)
-    shared = {adapter: shared_by(adapters.adapters(adapter)) for adapter in adapters.configs}
-    tensors = {adapter: shared_tensor(one, name) for adapter, one in shared.items() if one is not None}
-    return {adapter: tensor for adapter, tensor in tensors.items() if tensor is not None}
+
+    def __init__(self, model: nn.Module, name: str):
+        self._model, self._name = model, name
+
+    def __getitem__(self, adapter: str) -> Tensor:
+        adapters = adapter_set(self._model)
+        shared = shared_by(adapters.adapters(adapter)) if adapter in adapters.configs else None
+        tensor = None if shared is None else shared_tensor(shared, self._name)
+        if tensor is None:
+            raise KeyError(adapter)
+        return tensor
+
+    def __contains__(self, adapter: object) -> bool:
+        try:
+            self[str(adapter)]
+        except KeyError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return (adapter for adapter in adapter_set(self._model).configs if adapter in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"{self._name}: {dict(self)!r}"
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, AdapterSlot]]:

@@ -157,6 +157,11 @@ def test_tensors_that_layers_share_are_attributes_as_in_peft(method: str, option
     ours, theirs = (getattr(model.base_model, name) for model in models)
     assert list(ours) == ["default"] and ours["default"].shape == theirs["default"].shape
     assert getattr(models[0], name)["default"] is ours["default"]
+    held = getattr(models[0], name)
+    models[0].add_adapter("other", config)
+    assert list(held) == ["default", "other"]
+    models[0].delete_adapter("other")
+    assert list(held) == ["default"] and "other" not in held
     other = base()
     assert not hasattr(get_peft_model(other, LoraConfig(r=2, target_modules=["0"])), name)
     other.unload().register_buffer(name, own := torch.ones(1))
