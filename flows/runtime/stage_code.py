@@ -79,5 +79,5 @@ def _installed() -> str | None:
         distribution = metadata.distribution("peftcore")
     except metadata.PackageNotFoundError:
         return None
-    source = json.loads(distribution.read_text("direct_url.json") or "{}")
-    return None if source.get("dir_info", {}).get("editable") else distribution.version
+    listed = distribution.read_text("RECORD") or ""  # an editable installation and a source folder list no modules
+    return distribution.version if "flows/runtime/stage_code.py" in listed else None
