@@ -211,7 +211,7 @@ def pipeline_text(name: str) -> str:
         name: The project's name, under which the adapter is declared as an artifact.
     """
     yaml = _yaml()
-    pipeline = yaml.load(_template("dvc.yaml"))
+    pipeline = yaml.load(_template("pipeline.yaml"))
     for stage, content in pipeline["stages"].items():
         if "deps" in content:
             content["deps"] = [dep for dep in content["deps"] if dep.partition("/")[0] not in PACKAGES]
@@ -243,6 +243,7 @@ def readme_text(project: NewProject, source: str) -> str:
 
 
 def _template(name: str) -> str:
+    # pipeline.yaml is this repository's dvc.yaml; under that name DVC would read it here as a second pipeline
     return (resources.files("flows.project") / "templates" / name).read_text(encoding="utf-8")
 
 
