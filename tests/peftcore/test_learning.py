@@ -9,10 +9,17 @@ from digits_rows import ROWS, Row, learn
 
 from peftcore.registry import methods
 
-CASES = [pytest.param(row, id=row.name) for row in ROWS]
+IN_PROOF = {
+    *("ADAMSS", "BEFT", "CARTRIDGE", "DEFT", "FROD", "GLORA", "LILY", "OSF", "PEANUT", "PSOFT", "PVERA", "SHADOW"),
+    *("SUPERTUNING", "TINYLORA", "UNILORA"),
+}
+"""Methods that learn in `make proof`; each takes 15 seconds."""
+CASES = [
+    pytest.param(row, id=row.name, marks=pytest.mark.proof if row.method in IN_PROOF else pytest.mark.slow)
+    for row in ROWS
+]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("row", CASES)
 def test_learns(row: Row, tmp_path: Path) -> None:
     curve = learn(row, tmp_path)
