@@ -68,7 +68,7 @@ SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA}\n"
 
 @dataclass(frozen=True)
 class NewProject:
-    """What a new project is about.
+    """Name, data, base, task and hardware of a new project.
 
     Raises:
         ParamsError: The name cannot be one of the registry.
