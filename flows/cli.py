@@ -6,6 +6,7 @@ import sys
 import typer
 
 from flows.commands import (
+    chatting,
     ci,
     importing,
     models,
@@ -60,6 +61,7 @@ for command in (
     models.export,
     models.merge,
     models.serve,
+    chatting.chat,
     publishing.push,
 ):
     app.command()(command)
