@@ -55,7 +55,9 @@ def serve(options: ServeOptions) -> None:
         _check_adapters_exist(compositions, store)
         served_name = options.name or options.base.resolve().name
         warnings = None if watcher is None else watcher.warnings
-        service = make_service(model, tokenizer, store, served_name, compositions, options.limits, keys, warnings)
+        service = make_service(
+            model, tokenizer, store, served_name, compositions, options.limits, keys, warnings, options.load_from
+        )
         with contextlib.nullcontext() if watcher is None else watcher.running():
             run(service, options.host, options.port)
 

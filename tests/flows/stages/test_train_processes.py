@@ -27,7 +27,6 @@ EXACT = {"storage": "none", "compute_dtype": "float32"}
 """Of the base, so that an order of sums does not show."""
 
 
-
 def start(paths: Paths, params: Params) -> "subprocess.Popen[str]":
     paths.params.write_text(params.model_dump_json())  # JSON is YAML
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
