@@ -9,15 +9,22 @@ from flows.params.section import Count, NonNegative, Positive, Section, Share, i
 OnOutOfMemory = Literal["split", "stop"]
 OnBadLoss = Literal["stop", "rollback"]
 
-KINDS = {"sft": "chat", "dpo": "preference", "orpo": "preference", "classification": "classification"}
+KINDS = {
+    "sft": "chat",
+    "dpo": "preference",
+    "orpo": "preference",
+    "simpo": "preference",
+    "classification": "classification",
+}
 """{train.objective: the data.kind that it needs}"""
 
 
 class Preference(Section):
-    """Options of the objectives dpo and orpo."""
+    """Options of the objectives dpo, orpo and simpo."""
 
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     beta: Positive = 0.1
+    gamma: NonNegative = 0.5
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     length_normalized: bool = False
     rpo_alpha: NonNegative = 0.0
@@ -39,7 +46,7 @@ class Classification(Section):
 class Train(Section):
     """Options of a training run."""
 
-    objective: Literal["sft", "dpo", "orpo", "classification"] = "sft"
+    objective: Literal["sft", "dpo", "orpo", "simpo", "classification"] = "sft"
     preference: Preference = Preference()
     classification: Classification = Classification()
     epochs: Positive = 1.0

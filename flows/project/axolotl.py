@@ -118,7 +118,10 @@ def _preferences(kind: str, config: Config) -> Mapping[str, Any]:
         return {TASK: "preference", "train.objective": "dpo", **loss, **beta}
     if kind == "orpo":
         return {TASK: "preference", "train.objective": "orpo", **beta}
-    raise NoCounterpart(f"{kind}; dpo, ipo and orpo have one")
+    if kind == "simpo":
+        margin = {"train.preference.gamma": number(config.values.get("simpo_gamma") or 0.5)}
+        return {TASK: "preference", "train.objective": "simpo", **margin, **beta}
+    raise NoCounterpart(f"{kind}; dpo, ipo, orpo and simpo have one")
 
 
 def _special_tokens(tokens: Mapping[str, Any], _: Config) -> Mapping[str, Any]:
@@ -188,6 +191,8 @@ RULES: Mapping[str, Rule] = {
     "eot_tokens": noted("the end of a turn is what the base's chat template ends it with"),
     "rl": _preferences,
     "rl_beta": lambda value, _: {},  # read with rl
+    "simpo_gamma": lambda value, _: {},  # read with rl
+    "cpo_alpha": as_number("train.preference.rpo_alpha"),
     "orpo_alpha": as_number("train.preference.beta"),
     "dpo_label_smoothing": as_number("train.preference.label_smoothing"),
     "precompute_ref_log_probs": "train.preference.precompute_reference",

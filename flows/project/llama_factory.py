@@ -79,8 +79,11 @@ def _stage(stage: str, config: Config) -> Mapping[str, Any]:
     loss, beta = config.values.get("pref_loss", "sigmoid"), number(config.values.get("pref_beta", 0.1))
     if loss == "orpo":
         return {TASK: "preference", "train.objective": "orpo", "train.preference.beta": beta}
+    if loss == "simpo":
+        margin = {"train.preference.gamma": number(config.values.get("simpo_gamma", 0.5))}
+        return {TASK: "preference", "train.objective": "simpo", "train.preference.beta": beta, **margin}
     if loss not in LOSSES:
-        raise NoCounterpart(f"pref_loss {loss}; {', '.join(LOSSES)} and orpo have one")
+        raise NoCounterpart(f"pref_loss {loss}; {', '.join(LOSSES)}, orpo and simpo have one")
     options = {"train.preference.loss": loss, "train.preference.beta": beta}
     return {TASK: "preference", "train.objective": "dpo", **options}
 
@@ -138,6 +141,7 @@ RULES: Mapping[str, Rule] = {
     "stage": _stage,
     "pref_loss": lambda value, _: {},  # read with stage
     "pref_beta": lambda value, _: {},
+    "simpo_gamma": lambda value, _: {},
     "pref_ftx": as_number("train.preference.rpo_alpha"),
     "dpo_label_smoothing": as_number("train.preference.label_smoothing"),
     "finetuning_type": _finetuning_type,

@@ -3,7 +3,7 @@
 | objective | rows (data.kind) | model | loss |
 |---|---|---|---|
 | sft | chat | causal | cross entropy of supervised tokens |
-| dpo, orpo | preference | causal | preference loss, `peftcore.train.preference` |
+| dpo, orpo, simpo | preference | causal | preference loss, `peftcore.train.preference` |
 | classification | classification | sequence classifier | cross entropy of classes |
 """
 
@@ -34,6 +34,7 @@ from peftcore.train import (
     PreferenceObjective,
     PreferenceTrainer,
     RightPaddingCollator,
+    SimPo,
     balanced_class_weights,
 )
 
@@ -51,7 +52,7 @@ class Rows:
 CHATS = Rows("chat", ("input_ids", "labels"), ("input_ids",), TaskType.CAUSAL_LM)
 PAIRS = Rows("preference", PAIR_COLUMNS, ("chosen_input_ids", "rejected_input_ids"), TaskType.CAUSAL_LM)
 LABELLED = Rows("classification", ("input_ids", "label"), ("input_ids",), TaskType.SEQ_CLS)
-ROWS_OF = {"sft": CHATS, "dpo": PAIRS, "orpo": PAIRS, "classification": LABELLED}
+ROWS_OF = {"sft": CHATS, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "classification": LABELLED}
 """{train.objective: its rows}"""
 
 
@@ -174,6 +175,8 @@ def preference_objective(params: Params) -> PreferenceObjective:
     options = params.train.preference
     if params.train.objective == "orpo":
         return Orpo(options.beta)
+    if params.train.objective == "simpo":
+        return SimPo(options.beta, options.gamma, likelihood_weight=options.rpo_alpha)
     return Dpo(
         beta=options.beta,
         loss=options.loss,

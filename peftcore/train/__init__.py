@@ -24,7 +24,7 @@ from peftcore.train.fault_policy import FaultPolicy
 from peftcore.train.linear_cross_entropy import linear_cross_entropy
 from peftcore.train.losses import row_sums, supervised_positions, token_losses
 from peftcore.train.packing import PackedCollator, Packs, PackSampler, check_packable
-from peftcore.train.preference import Dpo, Orpo, PairLogProbs, PreferenceObjective
+from peftcore.train.preference import Dpo, Orpo, PairLogProbs, PreferenceObjective, SimPo
 from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, PreferenceTrainerMixin
 from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
@@ -57,6 +57,7 @@ __all__ = [
     "PreferenceTrainerMixin",
     "RankSearch",
     "RightPaddingCollator",
+    "SimPo",
     "balanced_class_weights",
     "check_packable",
     "fault_of_checkpoint",

@@ -1,4 +1,4 @@
-"""Losses of preference pairs: DPO, cDPO, IPO, hinge and RPO with a reference model, ORPO without.
+"""Losses of preference pairs: DPO, cDPO, IPO, hinge and RPO with a reference model, ORPO and SimPO without.
 
 π(y|x): the model's probability of an answer. ρ(y|x): the reference's. y⁺: the chosen answer. y⁻: the rejected one.
 
@@ -7,6 +7,7 @@
     IPO    (h̄ − 1/2β)²                                arXiv:2310.12036, eq. 17
     hinge  max(0, 1 − βh)                             arXiv:2305.10425
     ORPO   −log p̄⁺ − β log σ(log odds p̄⁺ − log odds p̄⁻)   arXiv:2403.07691; β is its λ
+    SimPO  −log σ(β (log p̄⁺ − log p̄⁻) − γ)                arXiv:2405.14734, eq. 6
 
 h̄: h with means over an answer's tokens instead of sums. p̄: geometric mean of an answer's token probabilities. Each
 loss is per pair; a batch's loss is the weighted mean over pairs.
@@ -43,7 +44,7 @@ class PairLogProbs:
 
 
 class PreferenceObjective(Protocol):
-    """Interface of a loss of pairs, such as `Dpo` and `Orpo`."""
+    """Interface of a loss of pairs, such as `Dpo`, `Orpo` and `SimPo`."""
 
     uses_reference: ClassVar[bool]
     """True if `losses` needs the reference's log-probabilities."""
@@ -130,6 +131,38 @@ class Orpo:
         losses = -means.chosen - self.beta * F.logsigmoid(ratio)
         metrics = _rewards(self.beta * means.chosen, self.beta * means.rejected) | _log_probs(policy)
         return losses, metrics | {"nll": -means.chosen.detach(), "log_odds_ratio": ratio.detach()}
+
+
+@dataclass(frozen=True)
+class SimPo:
+    """SimPO, which needs no reference and compares means over tokens.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    beta: float = 2.0
+    """Scale of the difference of mean log-probabilities, above 0."""
+    gamma: float = 1.0
+    """Margin by which the chosen answer is to win, at least 0."""
+    likelihood_weight: float = 0.0
+    """Weight of the additional mean token loss of the chosen answer, as CPO has it (arXiv:2401.08417)."""
+    uses_reference: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_beta(self.beta)
+        for name in ("gamma", "likelihood_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0; got {getattr(self, name)}")
+
+    def losses(self, policy: PairLogProbs, reference: PairLogProbs | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return losses (P,), and detached metrics (P,) under TRL's names; `reference` is not used."""
+        means = policy.per_token()
+        losses = -F.logsigmoid(self.beta * (means.chosen - means.rejected) - self.gamma)
+        if self.likelihood_weight:
+            losses = losses - self.likelihood_weight * means.chosen
+        metrics = _rewards(self.beta * means.chosen, self.beta * means.rejected) | _log_probs(policy)
+        return losses, metrics | {"nll": -means.chosen.detach()}
 
 
 def _check_beta(beta: float) -> None:

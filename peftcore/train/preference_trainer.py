@@ -39,7 +39,7 @@ class PairObjective(ExampleObjective):
 
     Args:
         trainer: The trainer that minimises this objective.
-        pair_loss: `Dpo(...)`, `Orpo(...)` or another loss of pairs.
+        pair_loss: `Dpo(...)`, `Orpo(...)`, `SimPo(...)` or another loss of pairs.
         reference: "start" or "base"; see `PreferenceTrainerMixin`.
         ref_adapter_name: A frozen adapter that is the reference instead.
     """
@@ -133,7 +133,7 @@ class PreferenceTrainerMixin(AdapterTrainerMixin):
     The arguments are those of AdapterTrainerMixin and:
 
     Args:
-        objective: `Dpo(...)`, `Orpo(...)` or another loss of pairs. None: `Dpo()`.
+        objective: `Dpo(...)`, `Orpo(...)`, `SimPo(...)` or another loss of pairs. None: `Dpo()`.
         reference: "start": the model as it is when the trainer is made, of which a frozen copy of the adapters is
             kept. "base": the model without adapters. Both are the same model for adapters that start at zero.
         ref_adapter_name: A frozen adapter that is the reference instead.

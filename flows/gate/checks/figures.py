@@ -7,6 +7,7 @@ FIGURES = {
     "sft": {"rouge_l", "ended"},
     "dpo": {"rouge_l", "ended", "accuracy"},
     "orpo": {"rouge_l", "ended", "accuracy"},
+    "simpo": {"rouge_l", "ended", "accuracy"},
     "classification": {"accuracy"},
 }
 """{objective: the figures beside the loss that its evaluation has}"""

@@ -66,6 +66,7 @@ def margins(model: Any, rows: list[Row], per_token: bool) -> list[float]:
         ({"objective": "dpo", "preference": {"length_normalized": True}}, True),
         ({"objective": "dpo", "preference": {"loss": "ipo"}}, True),
         ({"objective": "orpo"}, True),
+        ({"objective": "simpo"}, True),
     ],
 )
 def test_margins_are_sums_or_means_as_the_objective_compares_answers(

@@ -98,6 +98,7 @@ def test_what_a_file_leaves_out_has_axolotls_default(tmp_path: Path) -> None:
         ("warmup_steps: 10\nmax_steps: 100", {"train.warmup_share": 0.1, "train.max_steps": 100}),
         ("rl: ipo\nrl_beta: 0.2", {"train.objective": "dpo", "train.preference.loss": "ipo"}),
         ("rl: orpo\norpo_alpha: 0.2", {"train.objective": "orpo", "train.preference.beta": 0.2}),
+        ("rl: simpo\nrl_beta: 2\nsimpo_gamma: 1", {"train.objective": "simpo", "train.preference.gamma": 1.0}),
         ("gradient_checkpointing: offload", {"train.gradient_checkpointing": "offload"}),
         ("val_set_size: 100", {"data.validation_rows": 100}),
         ("peft_use_dora: true", {"method.options.use_dora": True}),

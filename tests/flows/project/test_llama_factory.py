@@ -86,6 +86,7 @@ def test_a_file_is_translated_whole(tmp_path: Path) -> None:
         ("finetuning_type: oft\noft_target: a,b", {"method.name": "oft", "method.options.oft_block_size": 32}),
         ("stage: dpo\npref_loss: ipo\npref_beta: 0.2", {"train.preference.loss": "ipo", "train.preference.beta": 0.2}),
         ("stage: dpo\npref_loss: orpo", {"train.objective": "orpo"}),
+        ("stage: dpo\npref_loss: simpo\npref_beta: 2", {"train.preference.beta": 2.0, "train.preference.gamma": 0.5}),
         ("pissa_init: true\npissa_iter: 4", {"method.options.init_lora_weights": "pissa_niter_4"}),
         ("additional_target: embed_tokens,lm_head", {"method.options.modules_to_save": ["embed_tokens", "lm_head"]}),
         ("mask_history: true", {"data.supervise": "last"}),
@@ -102,7 +103,7 @@ def test_single_keys(text: str, values: dict[str, Any], tmp_path: Path) -> None:
     ("text", "key"),
     [
         ("stage: ppo", "stage"),
-        ("stage: dpo\npref_loss: simpo", "stage"),
+        ("stage: dpo\npref_loss: kto_pair", "stage"),
         ("finetuning_type: full", "finetuning_type"),
         ("quantization_bit: 3", "finetuning_type"),
         ("quantization_method: hqq", "quantization_method"),

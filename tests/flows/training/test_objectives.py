@@ -12,12 +12,18 @@ from flows.errors import StageError
 from flows.params import Params
 from flows.paths import Paths
 from flows.training.objectives import class_names, loss_function, preference_objective, trainer_of, training_rows
-from peftcore.train import AdapterTrainer, ClassificationTrainer, Dpo, Orpo, PreferenceTrainer
+from peftcore.train import AdapterTrainer, ClassificationTrainer, Dpo, Orpo, PreferenceTrainer, SimPo
 
 CHAT = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
 
 
-KINDS = {"sft": "chat", "dpo": "preference", "orpo": "preference", "classification": "classification"}
+KINDS = {
+    "sft": "chat",
+    "dpo": "preference",
+    "orpo": "preference",
+    "simpo": "preference",
+    "classification": "classification",
+}
 
 
 def params(objective: str, **train: Any) -> Params:
@@ -42,7 +48,7 @@ def test_weights_are_kept_only_where_one_is_not_one(tmp_path: Path) -> None:
     assert none["train"].to_list() == [CHAT]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo", "classification"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "classification"])
 def test_rows_of_another_kind_are_refused(tmp_path: Path, objective: str) -> None:
     kind = KINDS[objective]  # as the parameters have it, and the rows that were prepared before have not
     with pytest.raises(
@@ -56,6 +62,8 @@ def test_the_loss_of_pairs_is_what_the_parameters_say() -> None:
     expected = Dpo(beta=0.3, loss="hinge", length_normalized=True, rpo_alpha=0.2)
     assert preference_objective(params("dpo", preference=given)) == expected
     assert preference_objective(params("orpo", preference={"beta": 0.3})) == Orpo(0.3)
+    simpo = {"beta": 2.5, "gamma": 1.5, "rpo_alpha": 0.2}
+    assert preference_objective(params("simpo", preference=simpo)) == SimPo(2.5, 1.5, 0.2)
 
 
 def test_losses_that_cannot_be_compared_have_other_words() -> None:
@@ -64,9 +72,10 @@ def test_losses_that_cannot_be_compared_have_other_words() -> None:
         loss_function(params("dpo")),
         loss_function(params("dpo", preference={"beta": 0.3})),
         loss_function(params("orpo")),
+        loss_function(params("simpo")),
         loss_function(params("classification")),
     ]
-    assert len(set(said)) == 5
+    assert len(set(said)) == 6
     assert loss_function(params("sft", batch_size=3)) == said[0]
 
 

@@ -12,7 +12,7 @@ from tiny_pairs import log_prob, pairs
 from torch.nn import functional as F
 
 from peftcore import ConfigError, PeftModel
-from peftcore.train import Dpo, Orpo, PairLogProbs, PreferenceCollator, pair_log_probs, reference_acting
+from peftcore.train import Dpo, Orpo, PairLogProbs, PreferenceCollator, SimPo, pair_log_probs, reference_acting
 
 TOKENS = torch.tensor([3, 5, 2]), torch.tensor([4, 1, 6])
 
@@ -86,6 +86,24 @@ def test_orpo_is_the_papers_formula() -> None:
         assert loss == pytest.approx(-math.log(p) - 0.25 * math.log(sigmoid(ratio)), rel=1e-12)
 
 
+def test_simpo_is_the_papers_formula() -> None:
+    losses, figures = SimPo(beta=2.5, gamma=1.5).losses(log_probs(*POLICY), None)
+    added, _ = SimPo(beta=2.5, gamma=1.5, likelihood_weight=0.3).losses(log_probs(*POLICY), None)
+    for i, loss in enumerate(losses.tolist()):
+        chosen, rejected = (POLICY[side][i] / TOKENS[side][i].item() for side in (0, 1))
+        assert loss == pytest.approx(-math.log(sigmoid(2.5 * (chosen - rejected) - 1.5)), rel=1e-12)
+        assert added[i].item() == pytest.approx(loss - 0.3 * chosen, rel=1e-12)
+        assert figures["rewards/margins"][i].item() == pytest.approx(2.5 * (chosen - rejected), rel=1e-12)
+
+
+def test_simpos_gradient_is_that_of_finite_differences() -> None:
+    def loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        return SimPo(likelihood_weight=0.2).losses(PairLogProbs(chosen, rejected, *TOKENS), None)[0]
+
+    given = log_probs(*POLICY, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, (given.chosen, given.rejected))
+
+
 def test_orpos_gradient_is_that_of_finite_differences() -> None:
     def loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         return Orpo(beta=0.7).losses(PairLogProbs(chosen, rejected, *TOKENS), None)[0]
@@ -110,6 +128,9 @@ def test_odds_stay_finite_where_an_answer_is_certain() -> None:
         (lambda: Dpo(label_smoothing=0.5), "below 0.5; got 0.5"),
         (lambda: Dpo(loss="ipo", label_smoothing=0.1), "for the sigmoid loss"),
         (lambda: Dpo(rpo_alpha=-0.1), "rpo_alpha must be at least 0"),
+        (lambda: SimPo(beta=0.0), "beta must be above 0; got 0"),
+        (lambda: SimPo(gamma=-0.5), "gamma must be at least 0; got -0.5"),
+        (lambda: SimPo(likelihood_weight=-1.0), "likelihood_weight must be at least 0"),
     ],
 )
 def test_values_that_cannot_be_are_refused(make: Any, fault: str) -> None:
@@ -223,3 +244,19 @@ def test_orpos_odds_are_trls(trl_trainer: Any) -> None:
     torch.testing.assert_close(figures["rewards/chosen"], chosen.double(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(figures["rewards/rejected"], rejected.double(), rtol=1e-5, atol=1e-6)
     assert figures["log_odds_ratio"].mean().item() == pytest.approx(ratio.item(), rel=1e-5)
+
+
+def test_simpos_losses_are_trls() -> None:
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+
+    policy = log_probs(*POLICY)
+    losses, figures = SimPo(beta=1.7, gamma=0.6).losses(policy, None)
+    fake: Any = SimpleNamespace(
+        beta=1.7, simpo_gamma=0.6, alpha=0.0, label_smoothing=0.0, loss_type="simpo",
+        accelerator=SimpleNamespace(device="cpu"),
+    )  # fmt: skip
+    means = policy.per_token()
+    expected, chosen, rejected = CPOTrainer.cpo_loss(fake, means.chosen, means.rejected)  # type: ignore[arg-type]
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(figures["rewards/chosen"], chosen)
+    torch.testing.assert_close(figures["rewards/rejected"], rejected)
