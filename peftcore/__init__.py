@@ -142,12 +142,11 @@ if TYPE_CHECKING:
     )
     from peftcore.hf_peft.unsupported import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
-        ArrowConfig,
         bloom_model_postprocess_past_key_value,
-        create_arrow_model,
         find_kappa_target_modules,
         get_eva_state_dict,
     )
+    from peftcore.hf_peft.tuners.lora.arrow import create_arrow_model
     from peftcore.injection.activation import (
         refresh_adapters,
     )
@@ -236,6 +235,7 @@ if TYPE_CHECKING:
         LoraConfig,
         LoraRuntimeConfig,
     )
+    from peftcore.methods.lora.variants.arrow import ArrowConfig
     from peftcore.methods.lora.variants.bdlora import BdLoraConfig
     from peftcore.methods.lora.variants.kasa import KasaConfig
     from peftcore.methods.lora.variants.monteclora import MontecloraConfig
@@ -353,7 +353,7 @@ _MODULES = {
     "AdapterStoreError": "peftcore.errors",
     "AdaptionPromptConfig": "peftcore.prompts.adaption_prompt",
     "AdaptionPromptModel": "peftcore.hf_peft.tuner_models",
-    "ArrowConfig": "peftcore.hf_peft.unsupported",
+    "ArrowConfig": "peftcore.methods.lora.variants.arrow",
     "AutoPeftModel": "peftcore.hf_peft.auto",
     "AutoPeftModelForCausalLM": "peftcore.hf_peft.auto",
     "AutoPeftModelForFeatureExtraction": "peftcore.hf_peft.auto",
@@ -492,7 +492,7 @@ _MODULES = {
     "convert_directory_to_lora": "peftcore.conversion",
     "add_as_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
-    "create_arrow_model": "peftcore.hf_peft.unsupported",
+    "create_arrow_model": "peftcore.hf_peft.tuners.lora.arrow",
     "export_gguf_lora": "peftcore.export",
     "export_gguf_merged": "peftcore.export",
     "export_vllm": "peftcore.export",

@@ -16,10 +16,6 @@ class _Unsupported:
         )
 
 
-class ArrowConfig(_Unsupported):
-    """Options of the LoRA variant Arrow."""
-
-
 def _refused(function: str, reason: str) -> Callable[..., Any]:
     """Return a function that raises ConfigError with the reason why peftcore does not have it."""
 
@@ -31,12 +27,9 @@ def _refused(function: str, reason: str) -> Callable[..., Any]:
     return refuse
 
 
-_NO_ARROW = "HF PEFT's Arrow model is not built; route by `peftcore.routing.gates.arrow_gate`"
-
 bloom_model_postprocess_past_key_value = _refused(
     "bloom_model_postprocess_past_key_value", "prefixes go through transformers' own caches, for Bloom too"
 )
-create_arrow_model = _refused("create_arrow_model", _NO_ARROW)
 find_kappa_target_modules = _refused(
     "find_kappa_target_modules", "peftcore does not choose targets by condition numbers; name target_modules"
 )

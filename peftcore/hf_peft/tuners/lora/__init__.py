@@ -9,12 +9,10 @@ from peftcore.hf_peft.default_targets import table
 from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peftcore.hf_peft.preprocess import preprocess_loraga
 from peftcore.hf_peft.tuner_models import LoraModel
-from peftcore.hf_peft.unsupported import (
-    ArrowConfig,
-    create_arrow_model,
-    get_eva_state_dict,
-)
+from peftcore.hf_peft.tuners.lora.arrow import create_arrow_model
+from peftcore.hf_peft.unsupported import get_eva_state_dict
 from peftcore.methods.lora import LoraConfig, LoraRuntimeConfig
+from peftcore.methods.lora.variants.arrow import ArrowConfig
 from peftcore.methods.lora.variants.bdlora import BdLoraConfig
 from peftcore.methods.lora.variants.kasa import KasaConfig
 from peftcore.methods.lora.variants.monteclora import MontecloraConfig
