@@ -75,9 +75,11 @@ if TYPE_CHECKING:
         PromptEncoder,
     )
     from peftcore.hf_peft.data_start import (
+        get_eva_state_dict,
         initialize_lora_eva_weights,
         shift_tokens_right,
     )
+    from peftcore.hf_peft.kappa import find_kappa_target_modules
     from peftcore.hf_peft.mapping import (
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -140,13 +142,11 @@ if TYPE_CHECKING:
         WaveFTModel,
         XLoraModel,
     )
-    from peftcore.hf_peft.unsupported import (
+    from peftcore.hf_peft.tuners.lora.arrow import create_arrow_model
+    from peftcore.hf_peft.utils import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
         bloom_model_postprocess_past_key_value,
-        find_kappa_target_modules,
-        get_eva_state_dict,
     )
-    from peftcore.hf_peft.tuners.lora.arrow import create_arrow_model
     from peftcore.injection.activation import (
         refresh_adapters,
     )
@@ -465,7 +465,7 @@ _MODULES = {
     "ShiraModel": "peftcore.hf_peft.tuner_models",
     "SupertuningConfig": "peftcore.methods.supertuning",
     "SupertuningModel": "peftcore.hf_peft.tuner_models",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftcore.hf_peft.unsupported",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftcore.hf_peft.utils",
     "TargetError": "peftcore.errors",
     "TaskType": "peftcore.config",
     "TinyLoraConfig": "peftcore.methods.tinylora",
@@ -484,7 +484,7 @@ _MODULES = {
     "WaveFTModel": "peftcore.hf_peft.tuner_models",
     "XLoraConfig": "peftcore.methods.xlora",
     "XLoraModel": "peftcore.hf_peft.tuner_models",
-    "bloom_model_postprocess_past_key_value": "peftcore.hf_peft.unsupported",
+    "bloom_model_postprocess_past_key_value": "peftcore.hf_peft.utils",
     "cast_mixed_precision_params": "peftcore.hf_peft.precision",
     "check_mergeable": "peftcore.injection.merge",
     "check_vllm": "peftcore.export",
@@ -496,10 +496,10 @@ _MODULES = {
     "export_gguf_lora": "peftcore.export",
     "export_gguf_merged": "peftcore.export",
     "export_vllm": "peftcore.export",
-    "find_kappa_target_modules": "peftcore.hf_peft.unsupported",
+    "find_kappa_target_modules": "peftcore.hf_peft.kappa",
     "get_base_model_state_dict": "peftcore.storage.state_dict",
     "get_dropout_masks": "peftcore.kernels.dropout_masks",
-    "get_eva_state_dict": "peftcore.hf_peft.unsupported",
+    "get_eva_state_dict": "peftcore.hf_peft.data_start",
     "get_layer_status": "peftcore.injection.status",
     "get_model_status": "peftcore.injection.status",
     "get_peft_config": "peftcore.hf_peft.mapping",

@@ -117,7 +117,7 @@ class Adapter(_Constants):
 
     base: BaseWeight
     """The view on the layer's weight."""
-    beside: Mapping[str, "Adapter"] = {}  # noqa: RUF012
+    beside: Mapping[str, "Adapter"] = {}
     """{name: adapter} of the layer's adapters, this one included, once it is in its layer; only if `sees_others`."""
     shared: Any
     """The `Shared` of this adapter name, or None; set after `__init__` and before `reset_parameters`."""

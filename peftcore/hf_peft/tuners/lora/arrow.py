@@ -1,4 +1,7 @@
-"""`peft.tuners.lora.arrow`: a model whose tokens are routed to trained LoRAs (`peftcore.methods.lora.variants.arrow`)."""
+"""`peft.tuners.lora.arrow`: a model whose tokens are routed to trained LoRAs.
+
+`peftcore.methods.lora.variants.arrow` is the router of one layer.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence

@@ -137,7 +137,9 @@ def _is_general(name: str, options: Mapping[str, Any]) -> bool:
 def _experts(lora: "Lora") -> dict[str, Factors]:
     """Return {name: A (1, r, i), B (1, o, r) and s} of the experts, after the subtraction of the general adapters."""
     options, path = _options(lora), lora.printed[1]
-    loras = {n: each for n, each in lora.beside.items() if isinstance(each, type(lora)) and not each.config.arrow_config}
+    loras = {
+        n: each for n, each in lora.beside.items() if isinstance(each, type(lora)) and not each.config.arrow_config
+    }
     general = [_factors(name, each, path) for name, each in loras.items() if _is_general(name, options)]
     experts = {name: _factors(name, each, path) for name, each in loras.items() if not _is_general(name, options)}
     if not experts:
