@@ -10,8 +10,9 @@ Shapes: i in_features, o out_features, r rank, m experts; x (..., i).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 _GENERAL = re.compile(r"gks_\d+")
 _STARTS = "_arrow_starts"
 """Attribute of the router: (names of the experts, start vectors (m, i) of their power iterations)."""
-_PROTOTYPES = "_arrow_prototypes"
-"""Attribute of the router: (names of the experts, fingerprint of their weights, prototypes (m, i))."""
+_PROTOTYPES: MutableMapping[Any, tuple[tuple[str, ...], Fingerprint, Tensor]] = WeakKeyDictionary()
+"""{router: (names of the experts, fingerprint of their weights, prototypes (m, i))}; no copy of a router has them."""
 
 
 class ArrowConfig(Options):
@@ -104,14 +105,12 @@ class Arrow(Variant):
         options = _options(lora)
         experts = _experts(lora)
         a = torch.cat([factors.a[0] for factors in experts.values()])
-        b = torch.cat([factors.b[0] for factors in experts.values()], 1)
-        weights = token_weights(x, _prototypes(lora, experts), options["top_k"], options["router_temperature"])
-        parts = [
-            weight * factors.scaling
-            for weight, factors in zip(weights.split(1, -1), experts.values(), strict=True)
-            for _ in range(factors.rank)
-        ]
-        change = lora.base.pointwise(lora.base.apply(x, a) * torch.cat(parts, -1), b)
+        b = torch.cat([factors.b[0] * factors.scaling for factors in experts.values()], 1)
+        prototypes: Tensor = _prototypes(lora, experts)  # type: ignore[call-arg]
+        weights = token_weights(x, prototypes, options["top_k"], options["router_temperature"])
+        columns = zip(weights.split(1, -1), experts.values(), strict=True)
+        by_row = torch.cat([weight.expand(*x.shape[:-1], factors.rank) for weight, factors in columns], -1)
+        change = lora.base.pointwise(lora.base.apply(x, a) * by_row, b)
         p = lora.dropout_probability
         return F.dropout(change, p) if p else change  # HF PEFT drops elements of the output
 
@@ -169,7 +168,7 @@ def _factors(name: str, lora: "Lora", path: str) -> Factors:
 @torch.compiler.disable
 def _prototypes(lora: "Lora", experts: Mapping[str, Factors]) -> Tensor:
     """Return the prototypes (m, i) of the experts, from the last forward pass if no weight has changed since."""
-    names, cached = tuple(experts), vars(lora).get(_PROTOTYPES)
+    names, cached = tuple(experts), _PROTOTYPES.get(lora)
     if cached is not None and cached[0] == names and cached[1].holds(trusts_learning=True):
         return cached[2]
     fingerprint = Fingerprint(lora.beside.values())
@@ -177,7 +176,7 @@ def _prototypes(lora: "Lora", experts: Mapping[str, Factors]) -> Tensor:
         starts = _starts(lora, experts)
         found = [iterated_prototype(e.a[0], e.b[0], v) for e, v in zip(experts.values(), starts, strict=True)]
         prototypes = torch.stack(found)
-    vars(lora)[_PROTOTYPES] = names, fingerprint, prototypes
+    _PROTOTYPES[lora] = names, fingerprint, prototypes
     return prototypes
 
 
