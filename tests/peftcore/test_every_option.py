@@ -77,6 +77,7 @@ WORDS: dict[str, list[Any]] = {
     "kasa_config": [{"beta": 0.5}],
     "velora_config": [{"num_groups": 3}],
     "monteclora_config": [{"num_samples": 2, "buffer_size": 2}],
+    "arrow_config": [{"top_k": 1}],
     "use_bdlora": [{"target_modules_bd_a": ["target"], "nblocks": 2}],
     "feedforward_modules": [["target"]],
     "effective_rank": [3, 0.25],

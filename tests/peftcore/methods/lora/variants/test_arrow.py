@@ -138,7 +138,8 @@ def test_half_types_compute_the_weights_in_the_type_of_the_loras() -> None:
     model = routed()
     y = model(X)
     model[0].base_layer.to(torch.bfloat16)
-    assert (half := model(X.bfloat16())).dtype == torch.bfloat16
+    half = model(X.bfloat16())
+    assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), y, rtol=0.05, atol=0.05)
 
 
