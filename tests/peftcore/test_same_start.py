@@ -254,7 +254,6 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             for init in ("random", "batch_average")
         ),
         {"r": 4, "monteclora_config": {"num_samples": 2, "buffer_size": 2}, **LINEAR},
-        {"r": 4, "arrow_config": {"top_k": 1}, **LINEAR},
         *({"r": 4, "init_lora_weights": "mica", "target_modules": [target]} for target in ("lin", "gpt", "emb")),
         {"r": 4, "lora_bias": True, "target_modules": ["lin", "conv2"]},
         {"r": 4, "lora_bias": True, "target_modules": ["lin", "grouped"], "init_lora_weights": False},

@@ -75,10 +75,13 @@ def bloom_model_postprocess_past_key_value(past_key_values: tuple[Tensor, ...]) 
             values if they are joined.
 
     Returns:
-        (key (rows·heads, features, tokens), value (rows·heads, tokens, features)) of each layer.
+        (key (rows·heads, features, tokens), value (rows·heads, tokens, features)) of each layer. The elements of a key
+        are in HF PEFT's order, which exchanges heads and tokens; a trained prefix has learned that order.
     """
-    keys, values = torch.cat(past_key_values).flatten(1, 2).chunk(2)
-    return tuple(zip(keys.mT, values, strict=True))
+    keys, values = torch.cat(past_key_values).chunk(2)
+    layers, rows, heads, tokens, features = keys.shape
+    keys = keys.transpose(2, 3).reshape(layers, rows * heads, features, tokens)
+    return tuple(zip(keys, values.flatten(1, 2), strict=True))
 
 
 def infer_device() -> str:

@@ -114,6 +114,20 @@ def test_gradients_reach_the_experts_and_the_input() -> None:
     assert not torch.equal(copied(X), model(X))
 
 
+def test_a_replica_uses_its_own_loras() -> None:
+    model = routed()
+    layer, y = model[0], model(X)
+    replica = layer._replicate_for_data_parallel()  # what nn.DataParallel calls for each module
+    holder = layer.adapters._replicate_for_data_parallel()
+    holder._modules = {name: copy.deepcopy(layer.adapters[name]) for name in layer.adapters}
+    replica._modules = {"base_layer": copy.deepcopy(layer.base_layer), "adapters": holder}
+    with torch.no_grad():
+        assert torch.equal(replica(X), y)
+        for name in "abc":
+            part(model, name).lora_B.zero_()
+        assert torch.equal(replica(X), y)
+
+
 def test_rows_with_other_adapters_and_sums_of_the_router() -> None:
     model = routed()
     with torch.no_grad():
