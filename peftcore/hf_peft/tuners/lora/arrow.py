@@ -16,7 +16,7 @@ from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.targets import target_paths
 from peftcore.methods.lora import Lora, LoraConfig
-from peftcore.methods.lora.variants.arrow import ArrowConfig
+from peftcore.methods.lora.variants.arrow import ArrowConfig, routed_factors
 from peftcore.model import PeftModel
 
 __all__ = ["GKS_ADAPTER_PREFIX", "TASK_ADAPTER_PREFIX", "create_arrow_model"]
@@ -140,7 +140,7 @@ def _shapes(name: str, adapters: Mapping[str, Adapter]) -> dict[str, list[tuple[
                 f"create_arrow_model: Arrow routes LoRAs of linear layers; {name!r} adapts {path}, which is "
                 f"{type(lora.base.layer).__name__}; give LoRAs of linear layers only"
             )
-        if lora.config.lora_bias or lora.config.arrow_config or lora.exact_factors() is None:
+        if routed_factors(lora) is None:
             raise ConfigError(f"create_arrow_model: {name!r} at {path} is a variant of LoRA; give plain LoRAs")
     return {path: [tuple(factor.shape) for factor in lora.own_factors()] for path, lora in adapters.items()}  # type: ignore[attr-defined]
 

@@ -159,10 +159,15 @@ def _experts(lora: "Lora") -> dict[str, Factors]:
 
 
 def _factors(name: str, lora: "Lora", path: str) -> Factors:
-    factors = None if lora.config.lora_bias else lora.exact_factors()
-    if factors is None:
-        raise RoutingError(f"Arrow routes plain LoRAs; {name!r} at {path} is a variant of LoRA; leave it out")
+    if (factors := routed_factors(lora)) is None:
+        raise RoutingError(f"Arrow routes plain LoRAs; {name!r} at {path} is a variant of LoRA; delete it")
     return factors
+
+
+def routed_factors(lora: "Lora") -> Factors | None:
+    """Return A (1, r, i), B (1, o, r) and s of a LoRA; None if its layer computes more than s·BA x."""
+    does_more = lora.config.beyond_low_rank() or lora.config.bias != "none"
+    return None if does_more else lora.exact_factors()
 
 
 @torch.compiler.disable

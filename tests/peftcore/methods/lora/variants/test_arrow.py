@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantised_layers import quantised
 from torch import Tensor, nn
 
 from peftcore import ArrowConfig, ConfigError, IA3Config, LoraConfig, MergeError, get_peft_model
@@ -51,6 +52,7 @@ def expected(model: Any, x: Tensor, names: str, top_k: int, temperature: float, 
     return model[0].base_layer(x) + (weights[..., None, :] * torch.stack(changes, -1)).sum(-1)
 
 
+RANDOM: dict[str, Any] = {"r": 2, "init_lora_weights": False}
 X = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1))
 
 
@@ -165,6 +167,29 @@ def test_a_compiled_model_routes_too() -> None:
     torch.testing.assert_close(compiled(X), y)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"lora_bias": True}, {"alora_invocation_tokens": [1]}, {"bias": "lora_only"}],
+    ids=str,
+)
+def test_a_variant_of_lora_is_no_expert(options: dict[str, Any]) -> None:
+    model = routed("ab")
+    model.add_adapter("c", LoraConfig(r=2, target_modules=["0"], **options))
+    with pytest.raises(RoutingError, match="Arrow routes plain LoRAs; 'c' at 0 is a variant"):
+        model(X)
+
+
+def test_the_base_may_be_quantised() -> None:
+    torch.manual_seed(0)
+    model: Any = get_peft_model(nn.Sequential(quantised("nf4")), LoraConfig(target_modules=["0"], **RANDOM), "a")
+    model.add_adapter("router", LoraConfig(target_modules=["0"], arrow_config=ArrowConfig()))
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        alone = model.eval()(x)
+        model.set_adapter("router")
+        torch.testing.assert_close(model(x), alone, rtol=1e-5, atol=1e-5)  # the only expert has the weight 1
+
+
 def test_what_cannot_be_routed_is_refused() -> None:
     model = routed()
     with pytest.raises(MergeError, match="Arrow weights other LoRAs for each token"):
@@ -173,9 +198,6 @@ def test_what_cannot_be_routed_is_refused() -> None:
         routed(use_gks=True)(X)
     model.add_adapter("ia3", IA3Config(target_modules=["0"], feedforward_modules=[]))
     torch.testing.assert_close(model(X), expected(model, X, "abc", 2, 1.0), rtol=1e-5, atol=1e-5)
-    model.add_adapter("dora", LoraConfig(r=2, target_modules=["0"], use_dora=True))
-    with pytest.raises(RoutingError, match="Arrow routes plain LoRAs; 'dora' at 0 is a variant"):
-        model(X)
     ranks = routed("a gks_0", use_gks=True)
     ranks.add_adapter("b", LoraConfig(r=3, target_modules=["0"]))
     with pytest.raises(RoutingError, match="use_gks=True needs LoRAs of one rank"):
