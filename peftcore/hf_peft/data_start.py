@@ -34,8 +34,8 @@ def initialize_lora_eva_weights(
     Args:
         model: the model with the adapter.
         dataloader: batches of the model's keyword arguments.
-        eva_state_dict: the result of `get_eva_state_dict`, in place of batches. Layers that are not in it keep their
-            start, with a warning; layers with rank 0 lose the adapter.
+        eva_state_dict: the result of `get_eva_state_dict`, in place of batches. Layers that are not in it get
+            the usual start, with a warning; layers with rank 0 lose the adapter.
         forward_fn: function to call as `forward_fn(model, batch)` in place of `model(**batch)`.
         prepare_model_inputs_fn: only None; `EvaConfig(use_label_mask=...)` chooses the tokens that count.
         prepare_layer_inputs_fn: only None.
@@ -98,8 +98,8 @@ def get_eva_state_dict(
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"get_eva_state_dict: EVA starts a LoRA; got {type(config).__name__}")
     config = replace(config, init_lora_weights="eva")
-    layers = cast(dict[str, Lora], prepare_injection(model, config, "eva_start", _WITHOUT_VALUES).adapters)
-    layers = {path: lora for path, lora in layers.items() if isinstance(lora, Lora) and lora.base.kind == "linear"}
+    adapters = prepare_injection(model, config, "eva_start", _WITHOUT_VALUES).adapters
+    layers = {path: lora for path, lora in adapters.items() if isinstance(lora, Lora) and lora.base.kind == "linear"}
     observer = Eva(config, layers)
     observe(model, observer, dataloader, forward_fn, show_progress_bar)
     prefix = PREFIX if is_adapted else ""
@@ -125,7 +125,7 @@ def _start_from(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_
                 f"{tuple(start.shape)}"
             )
     if missing := sorted(layers.keys() - starts.keys()):
-        warnings.warn(f"eva_state_dict has no {', '.join(missing)}; these layers keep their start", stacklevel=3)
+        warnings.warn(f"eva_state_dict has no {', '.join(missing)}; these layers get the usual start", stacklevel=3)
     apply_start(model, adapter_name, config, EvaStateDict(config, layers, starts))
 
 

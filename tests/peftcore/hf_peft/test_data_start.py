@@ -98,7 +98,7 @@ def test_a_start_with_other_ranks_changes_the_ranks() -> None:
     model: Any = get_peft_model(pair, LoraConfig(r=2, target_modules=["0", "1", "2"], init_lora_weights="eva"))
     kept = model[2].lora_A["default"].weight.clone()
     starts = {"base_model.model.0": torch.randn(3, 6), "base_model.model.1": torch.zeros(0, 5)}
-    with pytest.warns(UserWarning, match="eva_state_dict has no 2; these layers keep their start"):
+    with pytest.warns(UserWarning, match="eva_state_dict has no 2; these layers get the usual start"):
         initialize_lora_eva_weights(model, eva_state_dict=starts)
     assert torch.equal(model[0].lora_A["default"].weight, starts["base_model.model.0"])
     assert type(model[1]) is nn.Linear and model[2].r["default"] == 2

@@ -127,7 +127,7 @@ class EvaStateDict(Eva):
     def __init__(self, config: "LoraConfig", layers: "Mapping[str, Lora]", starts: Mapping[str, Tensor]):
         super().__init__(config, layers)
         self.starts = starts
-        """{path: A (r, i)}; a layer that is left out keeps its rank and its start."""
+        """{path: A (r, i)}; a layer that is left out keeps its rank and the usual start."""
 
     def ranks(self) -> dict[str, int]:
         return {path: len(self.starts[path]) if path in self.starts else lora.r for path, lora in self.layers.items()}
