@@ -43,7 +43,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             r=3, lora_alpha=number + 2, target_modules=["first", "second"], init_lora_weights=False
         )
         with warnings.catch_warnings(action="ignore"):
-            peft.get_peft_model(base, config).save_pretrained(folder / str(number))
+            peft.get_peft_model(base, config).save_pretrained(str(folder / str(number)))
     return [str(folder / str(number)) for number in range(4)]
 
 
