@@ -6,7 +6,9 @@ import sys
 import typer
 
 from flows.commands import (
+    chatting,
     ci,
+    importing,
     models,
     output,
     pipeline,
@@ -59,6 +61,7 @@ for command in (
     models.export,
     models.merge,
     models.serve,
+    chatting.chat,
     publishing.push,
 ):
     app.command()(command)
@@ -71,6 +74,11 @@ registry_app.command()(registry.card)
 registry_app.command()(registry.fetch)
 registry_app.command()(registry.gc)
 app.add_typer(registry_app, name="registry")
+
+import_app = typer.Typer(no_args_is_help=True, help="A project from another training tool's configuration file.")
+import_app.command()(importing.axolotl)
+import_app.command()(importing.llamafactory)
+app.add_typer(import_app, name="import")
 
 output.everywhere(app)
 

@@ -57,5 +57,9 @@ class EstimateError(PipelineError, ValueError):
     """A run whose resources cannot be estimated, or that does not fit this machine."""
 
 
+class ChatError(PipelineError, ValueError):
+    """A line of a chat that cannot be answered or obeyed; the chat goes on."""
+
+
 class ReviewError(PipelineError, RuntimeError):
     """A run to review that is absent, unreachable or unreadable."""

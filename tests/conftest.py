@@ -29,10 +29,10 @@ _modules_at_freeze = 0
 
 LONGEST_SLOW_FILES = (
     "flows/test_end_to_end.py",
+    "flows/commands/test_project.py",
     "flows/stages/test_train_processes.py",
-    "peftcore/test_learning.py",
     "flows/retraining/test_flow.py",
-    "flows/retraining/test_real_stages.py",
+    "peftcore/test_learning.py",
     "flows/pipeline/test_flow.py",
     "flows/gate/test_ci.py",
     "flows/gate/test_reevaluation.py",

@@ -60,7 +60,7 @@ def _content(path: Path, digest: str) -> str:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BaseModelError(f"{path} cannot be read ({error}); run the fetch stage again") from error
+        raise BaseModelError(f"{path} cannot be read ({error}); run `peftcore stage fetch` again") from error
     return hashlib.sha256(json.dumps(_without_version(values), sort_keys=True).encode()).hexdigest()
 
 

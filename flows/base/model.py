@@ -56,10 +56,10 @@ def check_base(folder: Path) -> str:
     """
     manifest = folder / MANIFEST
     if not manifest.exists():
-        raise BaseModelError(f"there is no base model in {folder}; run the fetch stage first")
+        raise BaseModelError(f"there is no base model in {folder}; run `peftcore stage fetch` first")
     damaged = damaged_files(folder)
     if damaged:
-        raise BaseModelError(f"{folder}: {', '.join(damaged)} is damaged or missing; run the fetch stage again")
+        raise BaseModelError(f"{folder}: {', '.join(damaged)} is damaged or missing; run `peftcore stage fetch` again")
     return hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 

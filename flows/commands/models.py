@@ -84,6 +84,14 @@ def serve(
         Path | None,
         typer.Option(exists=True, file_okay=False, help="A folder of adapters: directories, or .dvc files to pull."),
     ] = None,
+    load_from: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="A folder from which clients may load adapters while the server runs, by /v1/load_lora_adapter.",
+        ),
+    ] = None,
     composition: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=JSON", help='A weighted sum of adapters: `mix={"sql": 0.7, "chat": 0.3}`.'),
@@ -166,6 +174,7 @@ def serve(
             name=name,
             max_loaded=max_loaded,
             dtype=dtype,
+            load_from=load_from,
             keys=api_key or (),
         )
         run(options)

@@ -75,9 +75,11 @@ def status(
     """
     with errors(), project() as (params, paths):
         from flows.commands.status import print_status
+        from flows.pipeline.status import next_step
         from flows.pipeline.status import status as read_status
 
         result = ({"stages": stage_states(paths.root)} if states else {}) | read_status(params, paths)
+        result["next_step"] = next_step(result)
         if as_json:
             print(json.dumps(result, indent=2))
         else:

@@ -45,7 +45,7 @@ def init(
         data = data or typer.prompt("Training data (.jsonl, .csv or .parquet file, folder, or hub:NAME)")
         task = _chosen("task", task, TASKS, "chat", asks)
         base = base or (typer.prompt("Base model", default=DEFAULT_BASE) if asks else DEFAULT_BASE)
-        hardware = _chosen("hardware", hardware, HARDWARE, _hardware(), asks)
+        hardware = _chosen("hardware", hardware, HARDWARE, hardware_here(), asks)
         name = name or (typer.prompt("Name", default=name_from(root)) if asks else name_from(root))
         root.mkdir(parents=True, exist_ok=True)
         written = create_project(root, NewProject(name, str(data), base, task, hardware), force)  # type: ignore[arg-type]
@@ -53,11 +53,7 @@ def init(
             print(json.dumps({"folder": str(root), "name": name, "files": written}))
             return
         print(f"{name}: wrote {', '.join(written)}")
-        print("next:")
-        if root != Path.cwd():
-            print(f"  cd {root}")
-        print("  git add --all && git commit --message 'Start the project'")
-        print("  peftcore run")
+        print_next_steps(root)
 
 
 def upgrade(
@@ -100,6 +96,15 @@ def _chosen(option: str, given: str | None, values: tuple[str, ...], default: st
     return chosen
 
 
-def _hardware() -> str:
+def print_next_steps(root: Path) -> None:
+    """Print the commands that come after making a project."""
+    print("next:")
+    if root != Path.cwd():
+        print(f"  cd {root}")
+    print("  git add --all && git commit --message 'Start the project'")
+    print("  peftcore run")
+
+
+def hardware_here() -> str:
     """Return "gpu" if this machine has an NVIDIA GPU, without importing torch."""
     return "gpu" if Path("/dev/nvidia0").exists() else "cpu"

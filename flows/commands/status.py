@@ -25,6 +25,7 @@ def print_status(status: Mapping[str, Any]) -> None:
     for label, text in _facts(status):
         facts.add_row(f"[dim]{label}[/]", escape(text))
     console.print(facts)
+    console.print(f"next: {escape(status['next_step'])}")
     for hint in status["hints"]:
         console.print(f"[yellow]{escape(hint)}[/]")
 

@@ -19,11 +19,11 @@ def read_rows(path: Path, columns: list[str] | None = None, limit: int | None = 
         StageError: The split has no rows, or the file is absent or damaged.
     """
     if not path.exists():
-        raise StageError(f"there is no {path}; run the prepare stage first")
+        raise StageError(f"there is no {path}; run `peftcore stage prepare` first")
     try:
         rows = cast(list[Row], parquet.read_table(path, columns=columns).slice(0, limit).to_pylist())
     except (OSError, pyarrow.ArrowException) as error:
-        raise StageError(f"{path} is damaged ({error}); run the prepare stage again") from error
+        raise StageError(f"{path} is damaged ({error}); run `peftcore stage prepare` again") from error
     if not rows:
         raise StageError(f"{path} has no rows; give the prepare stage more data or a larger share for this split")
     return rows

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from configparser import RawConfigParser
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +48,26 @@ def status(params: Params, paths: Paths) -> dict[str, Any]:
         "disk": _disk(registry.git, paths),
         "hints": list(_hints(paths)),
     }
+
+
+def next_step(facts: Mapping[str, Any]) -> str:
+    """Return what to do next, with the command.
+
+    Args:
+        facts: What `status` returned, with or without the key `stages`.
+    """
+    candidate, stage_changes = facts["candidate"], facts.get("stages", {})
+    if any(one["what"] == "run" for one in facts["running"]):
+        return "wait for the run that is at work; `peftcore status` shows its task"
+    if candidate is None:
+        return "`peftcore run` makes the first version"
+    if changed := [name for name, changes in stage_changes.items() if changes]:
+        return f"`peftcore run` runs {', '.join(changed)} again"
+    if candidate["verdict"] == "promoted":
+        return "`peftcore serve --watch` serves it, `peftcore chat` talks to it, `peftcore retrain` takes in new data"
+    if candidate["verdict"] == "refused":
+        return "reports/review.html shows why; change params.yaml or the data, and `peftcore run`"
+    return f"`peftcore promote` judges {candidate['version']}"
 
 
 def _running(paths: Paths) -> Iterator[dict[str, Any]]:

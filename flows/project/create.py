@@ -8,8 +8,8 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,6 +82,8 @@ class NewProject:
     """Base model, as `base.source` of params.yaml."""
     task: Task
     hardware: Hardware
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """{section.key: value} of parameters in place of those of the task and hardware."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", self.name):
@@ -188,12 +190,14 @@ def params_text(project: NewProject, source: str, remote: str = "local") -> str:
     """
     yaml = _yaml()
     values = yaml.load(_template("params.yaml"))
-    given = preset(project.task, project.hardware) | {
+    given = {
+        **preset(project.task, project.hardware),
+        "tracking.project": project.name,
+        **project.values,
         "project.name": project.name,
         "base.source": project.base,
         "data.source": source,
         "register.remote": remote,
-        "tracking.project": project.name,
     }
     for key, value in given.items():
         *sections, last = key.split(".")

@@ -114,7 +114,7 @@ def estimate(
     """
     if params.train.objective != "sft":
         raise EstimateError(f"train.objective is {params.train.objective}; only sft can be estimated")
-    config = _config(config_file or paths.base)
+    config = _config(config_file or _base_folder(params, paths))
     work = workload(params, paths)
     counted = StaticMemory(config, params, work)
     notes = (
@@ -165,9 +165,18 @@ def as_yaml(changes: dict[str, Any]) -> str:
     return ", ".join(f"{key}: {value}" for key, value in changes.items())
 
 
+def _base_folder(params: Params, paths: Paths) -> Path:
+    """Return the fetched base's folder; before the fetch stage has run, the folder that `base.source` names."""
+    kind, _, name = params.base.source.partition(":")
+    here = paths.root / Path(name).expanduser()
+    return here if kind == "path" and not paths.base.exists() and here.is_dir() else paths.base
+
+
 def _config(path: Path) -> Any:
     if not path.exists():
-        raise BaseModelError(f"there is no {path}; run the fetch stage, or give --config FILE with a config.json")
+        raise BaseModelError(
+            f"there is no {path}; run `peftcore stage fetch`, or give --config FILE with a config.json"
+        )
     return without_weights(path).config
 
 

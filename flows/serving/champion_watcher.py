@@ -1,7 +1,6 @@
 """Thread that follows the registry and replaces the served champion."""
 
 import logging
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +12,12 @@ from flows.errors import BaseModelError, PipelineError, RegistryError
 from flows.params import load_params
 from flows.paths import Paths
 from flows.registry.project_registry import deciding_tags
-from flows.registry.registry import Registry, Version
+from flows.registry.registry import Registry
 from flows.registry.synchronise import synchronise
 from flows.runtime.git import Git, GitError
-from flows.runtime.project import files_at
 from flows.serving.served_base import ServedBase
+from flows.serving.version_files import adapter_files
 from peftcore.errors import PeftError
-from peftcore.files import sha256
 
 if TYPE_CHECKING:
     from peftcore.routing import AdapterStore
@@ -99,7 +97,8 @@ class ChampionWatcher:
                 f"{version.tag} was evaluated on {evaluated}, and this server has loaded {self._base}; start the "
                 "server again to serve it"
             )
-        self._store.swap(name, self._files(version), (self._stage,), self._check)
+        directory = adapter_files(self._paths, self._registry, version, self._folder)
+        self._store.swap(name, directory, (self._stage,), self._check)
         logger.info("%s is now %s, the %s", name, version.number, self._stage)
         self.version, self._commit = version.number, version.commit
         return True
@@ -136,20 +135,6 @@ class ChampionWatcher:
     def _run(self) -> None:
         while not self._ended.wait(self._seconds):
             self.check_and_warn()
-
-    def _files(self, version: Version) -> Path:
-        """Return the version's adapter directory, checked against its record."""
-        directory = self._folder / version.commit / version.number
-        name = self._paths.adapter.relative_to(self._paths.root).as_posix()
-        with files_at(self._paths.root, version.commit, [name]) as fetched:
-            for file, digest in self._registry.record(version)["adapter"]["files"].items():
-                if not (fetched / name / file).is_file() or sha256(fetched / name / file) != digest:
-                    raise RegistryError(
-                        f"{file} of {version.tag} is not what was registered: DVC's cache or remote is damaged; "
-                        "`dvc push` it again from a machine that has it"
-                    )
-            shutil.copytree(fetched / name, directory, dirs_exist_ok=True)
-        return directory
 
 
 def fetch_tags(registry: Registry, remote: str) -> None:

@@ -44,6 +44,8 @@ class ServeOptions:
     """Maximum number of adapters in the model at a time."""
     dtype: str = "auto"
     """Dtype of the base's weights; must be "auto" with `project`."""
+    load_from: Path | None = None
+    """Folder below which clients may load adapters; None: they may not."""
     keys: Sequence[str] = ()
     """API keys, in addition to those of the environment variable."""
 

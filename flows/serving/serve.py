@@ -4,18 +4,16 @@ import contextlib
 import logging
 import os
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.base.identity import base_identity
-from flows.errors import BaseModelError, RegistryError
+from flows.errors import RegistryError
 from flows.registry.project_registry import registry_of
 from flows.serving.adapters_folder import register_adapters
 from flows.serving.champion_watcher import ChampionWatcher, fetch_tags
 from flows.serving.options import KEYS, ServeOptions, parse_compositions
-from flows.serving.served_base import ServedBase
+from flows.serving.served_base import ServedBase, load_evaluated_base
 from peftcore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,7 +55,9 @@ def serve(options: ServeOptions) -> None:
         _check_adapters_exist(compositions, store)
         served_name = options.name or options.base.resolve().name
         warnings = None if watcher is None else watcher.warnings
-        service = make_service(model, tokenizer, store, served_name, compositions, options.limits, keys, warnings)
+        service = make_service(
+            model, tokenizer, store, served_name, compositions, options.limits, keys, warnings, options.load_from
+        )
         with contextlib.nullcontext() if watcher is None else watcher.running():
             run(service, options.host, options.port)
 
@@ -76,8 +76,6 @@ def _load_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:
 
     if options.project is None:
         return *load_base(options.base, options.dtype), None
-    from flows.base.model import check_base, load_dequantized, load_tokenizer
-
     paths, params = options.project
     if options.dtype != "auto":
         raise ConfigError(
@@ -89,19 +87,7 @@ def _load_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:
             fetch_tags(registry, options.git_remote)
         except RegistryError as error:  # the watcher's first check repeats the warning in /ready
             logger.warning("%s", error)
-    holder = registry.stages().get(params.gate.stage)
-    manifest = check_base(options.base)
-    base = ServedBase(base_identity(options.base), params.quantization, manifest)
-    if holder is not None and holder.version is not None:
-        evaluated = ServedBase.of_record(registry.record(registry.version(holder.version)))
-        base = replace(base, quantization=evaluated.quantization)
-        if not evaluated.is_same(base):
-            raise BaseModelError(
-                f"{holder.version} was evaluated on {evaluated}, and {options.base} holds {base.digest[:12]}; give "
-                "--base the folder of the other one"
-            )
-    logger.info("loading %s", base)
-    return load_dequantized(options.base, base.quantization), load_tokenizer(options.base), base
+    return load_evaluated_base(options.base, registry, params)
 
 
 def _check_adapters_exist(compositions: "dict[str, Composition]", store: "AdapterStore") -> None:

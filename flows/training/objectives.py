@@ -67,12 +67,12 @@ def check_split(params: Params, path: Path) -> None:
     try:
         expected, columns = rows_of(params), set(parquet.read_schema(path).names)
     except (OSError, pyarrow.ArrowException) as error:
-        raise StageError(f"{path} is damaged ({error}); run the prepare stage again") from error
+        raise StageError(f"{path} is damaged ({error}); run `peftcore stage prepare` again") from error
     if not set(expected.columns) <= columns:
         kind = next((rows.kind for rows in (PAIRS, LABELLED, CHATS) if set(rows.columns) <= columns), "other")
         raise StageError(
             f"train.objective is {params.train.objective}, which needs {expected.kind} rows, and {path} holds {kind} "
-            f"rows; set data.kind: {expected.kind} and run the prepare stage again, or choose another objective"
+            f"rows; set data.kind: {expected.kind} and run `peftcore stage prepare` again, or choose another objective"
         )
 
 
@@ -114,7 +114,9 @@ def class_names(params: Params, paths: Paths) -> list[str] | None:
     if params.train.objective != "classification":
         return None
     if not paths.labels.exists():
-        raise StageError(f"there is no {paths.labels}; set data.kind: classification and run the prepare stage again")
+        raise StageError(
+            f"there is no {paths.labels}; set data.kind: classification and run `peftcore stage prepare` again"
+        )
     return cast(list[str], json.loads(paths.labels.read_text()))
 
 

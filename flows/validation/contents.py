@@ -30,7 +30,7 @@ def vocabulary(prepared: Prepared) -> Finding:
         outside if outside else share,
         error=outside > 0 or share > UNKNOWN,
         warning=unknown > 0,
-        fix="the rows are from another tokenizer: run the prepare stage again"
+        fix="the rows are from another tokenizer: run `peftcore stage prepare` again"
         if outside
         else "use a base whose tokenizer has this script, or remove the rows",
     )

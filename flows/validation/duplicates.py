@@ -31,7 +31,7 @@ def shared_rows(prepared: Prepared) -> Finding:
         ", ".join(f"{count} {name}" for name, count in counts.items()),
         total,
         error=total > 0,
-        fix="evaluation rows are in the training rows: run the prepare stage again",
+        fix="evaluation rows are in the training rows: run `peftcore stage prepare` again",
         examples=examples[:SHOWN],
     )
 

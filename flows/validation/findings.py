@@ -81,15 +81,17 @@ def require_valid(paths: Paths) -> Findings:
         StageError: Nothing was prepared, or a split changed after the checks.
     """
     if not paths.data_report.exists():
-        raise StageError(f"there is no {paths.data_report}; run the prepare stage first")
+        raise StageError(f"there is no {paths.data_report}; run `peftcore stage prepare` first")
     report = json.loads(paths.data_report.read_text())
     if "doctor" not in report:
-        raise StageError(f"{paths.data_report} has no findings of `peftcore doctor`; run the prepare stage again")
+        raise StageError(
+            f"{paths.data_report} has no findings of `peftcore doctor`; run `peftcore stage prepare` again"
+        )
     findings = Findings.from_dict(report["doctor"])
     for split in SPLITS:
         path = paths.split(split)
         if not path.exists() or findings.examined[split] != sha256(path):
-            raise StageError(f"{path} changed after `peftcore doctor` checked it; run the prepare stage again")
+            raise StageError(f"{path} changed after `peftcore doctor` checked it; run `peftcore stage prepare` again")
     errors = findings.of("error")
     if errors:
         listed = "\n".join(f"  {finding}" for finding in errors)

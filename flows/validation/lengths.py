@@ -24,7 +24,7 @@ def lengths(prepared: Prepared) -> Finding:
         high,
         error=high > limit,
         warning=high > OUTLYING * middle,
-        fix=f"rows exceed data.max_length {limit}: run the prepare stage again"
+        fix=f"rows exceed data.max_length {limit}: run `peftcore stage prepare` again"
         if high > limit
         else "one long row makes its batch slow: lower data.max_length",
     )

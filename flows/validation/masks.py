@@ -52,7 +52,7 @@ def mask(prepared: Prepared) -> Finding:
         f"{wrong} of {prepared.rows} rows whose labels do not fit their tokens",
         wrong,
         error=wrong > 0,
-        fix="run the prepare stage again; rows from elsewhere need labels that equal their tokens or -100",
+        fix="run `peftcore stage prepare` again; rows from elsewhere need labels that equal their tokens or -100",
         examples=examples,
     )
 

@@ -131,7 +131,7 @@ def read_prepared(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTok
         except KeyError as error:
             raise StageError(
                 f"{split}.parquet lacks a column that data.kind {data.kind} has ({error.args[0]}); "
-                "run the prepare stage again"
+                "run `peftcore stage prepare` again"
             ) from error
     return Prepared(splits, report, tokenizer, data)
 

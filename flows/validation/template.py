@@ -82,7 +82,8 @@ def round_trip(prepared: Prepared) -> Finding:
         # a tokenizer for classification may drop case or accents
         error=other > 0 and not labelled,
         warning=other > 0,
-        fix="text is lost or an answer is cut: check that the tokenizer is the base's, and run the prepare stage again"
+        fix="text is lost or an answer is cut: check that the tokenizer is the base's, and run "
+        "`peftcore stage prepare` again"
         if not labelled
         else "the tokenizer changes the texts; check that it drops nothing that separates the classes",
         examples=examples,

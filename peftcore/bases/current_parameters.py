@@ -1,6 +1,6 @@
-"""Read and replace the tensors that a module uses as its parameters in the current forward pass.
+"""Call a module with other tensors in place of its parameters.
 
-Usually these tensors are the registered parameters. FSDP version 1 (`use_orig_params=True`) replaces them during a
+Usually a module's tensors are its registered parameters. FSDP version 1 (`use_orig_params=True`) replaces them during a
 forward pass by views of its flat parameter, which are plain attributes of the module. When a backward pass recomputes
 that forward pass, only the attributes exist.
 """
@@ -10,12 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-def current_parameter(module: nn.Module, name: str) -> Tensor | None:
-    """Return the tensor that the module uses as its parameter `name`; None if the module has no such parameter."""
-    parameter = module._parameters.get(name)  # several times faster than attribute access
-    return module.__dict__.get(name) if parameter is None else parameter
 
 
 def call_with_parameters(

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from peftcore.bases.base import BaseWeight
-from peftcore.bases.current_parameters import call_with_parameters, current_parameter
+from peftcore.bases.current_parameters import call_with_parameters
+from peftcore.bases.plain import current_parameter
 
 
 def is_norm(layer: nn.Module) -> bool:

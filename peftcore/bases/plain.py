@@ -9,7 +9,18 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
-from peftcore.bases.current_parameters import current_parameter
+
+
+def current_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return the tensor that a module uses as its parameter `name` in the current forward pass.
+
+    With FSDP version 1 that is a plain attribute; see `peftcore.bases.current_parameters`.
+
+    Returns:
+        The tensor; None if the module has no such parameter.
+    """
+    parameter = module._parameters.get(name)  # several times faster than attribute access
+    return module.__dict__.get(name) if parameter is None else parameter
 
 
 def _is_plain_and_frozen(parameter: Tensor | None) -> bool:

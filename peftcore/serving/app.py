@@ -1,4 +1,4 @@
-"""HTTP API: OpenAI's endpoints, health, readiness and metrics."""
+"""HTTP API: OpenAI's endpoints, vLLM's for loading adapters, health, readiness and metrics."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,11 +8,18 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from peftcore.serving.errors import BadRequestError, ServingError
 from peftcore.serving.middleware import CLIENT_GONE, AccessMiddleware
-from peftcore.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest, refusal
+from peftcore.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    LoadRequest,
+    UnloadRequest,
+    refusal,
+)
 from peftcore.serving.response import ClientGoneError, PendingResponse, unless_disconnected
 from peftcore.serving.service import Service
 
@@ -37,6 +44,7 @@ def make_app(service: Service) -> FastAPI:
     )
     _add_errors(app)
     _add_models(app, service)
+    _add_loading(app, service)
     _add_health(app, service)
 
     @app.post("/v1/chat/completions")
@@ -54,20 +62,24 @@ async def _answer(service: Service, request: Request, body: GenerationRequest) -
     service.catalog.require(body.model)
     request.state.model = body.model
     prompt = await asyncio.to_thread(body.prompt_tokens, service.tokenizer)
-    response = PendingResponse(lambda sink: service.generation(body, prompt, sink), service.limits.timeout)
+    response = PendingResponse(
+        lambda index, sink: service.generation(body, prompt, index, sink), service.limits.timeout, body.n or 1
+    )
     request.state.response = response
     if not body.stream:
-        return JSONResponse(await unless_disconnected(request, response.complete(body)))
+        return JSONResponse(await unless_disconnected(request, response.complete(body, service.tokenizer)))
     # an error before the first chunk is sent with its own HTTP status
     first = await unless_disconnected(request, response.next())
-    return StreamingResponse(response.stream(body, first), media_type="text/event-stream")
+    return StreamingResponse(response.stream(body, service.tokenizer, first), media_type="text/event-stream")
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
     def described(name: str) -> dict[str, Any]:
         kind = "base" if name == service.catalog.base else "adapter"
         kind = "composition" if name in service.catalog.compositions else kind
-        return {"id": name, "object": "model", "created": 0, "owned_by": "peftcore", "kind": kind}
+        parent = None if kind == "base" else service.catalog.base
+        of_vllm = {"root": name, "parent": parent, "max_model_len": service.context}
+        return {"id": name, "object": "model", "created": 0, "owned_by": "peftcore", "kind": kind, **of_vllm}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -77,6 +89,18 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def one_model(name: str) -> dict[str, Any]:
         service.catalog.require(name)
         return described(name)
+
+
+def _add_loading(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/load_lora_adapter")
+    async def load(body: LoadRequest) -> Response:
+        await asyncio.to_thread(service.load_adapter, body)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(body: UnloadRequest) -> Response:
+        await asyncio.to_thread(service.unload_adapter, body)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 def _add_health(app: FastAPI, service: Service) -> None:

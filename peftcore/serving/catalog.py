@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peftcore.composition import BASE, Composition, Only
@@ -65,6 +66,39 @@ class Catalog:
             raise UnknownModelError(
                 f"the model {name!r} does not exist; available models: {', '.join(names[:8])}{more}", "model"
             )
+
+    def add(self, name: str, directory: Path, replace: bool) -> None:
+        """Load an adapter from a directory, and serve it under a name.
+
+        Args:
+            name: The new model's name.
+            directory: The adapter's directory.
+            replace: Replace an adapter of this name, whose running requests keep the old one.
+
+        Raises:
+            BadRequestError: The name is in use, or the directory holds no adapter that can be loaded and served.
+            NoRoomError: The adapters in use leave no room.
+        """
+        if name == self.base or name in self.compositions:
+            raise BadRequestError(f"{name!r} is the base model or a composition; take another name", "lora_name")
+        if name in self.store.names() and not replace:
+            raise BadRequestError(
+                f"the adapter {name!r} is loaded already; set load_inplace to true to replace it", "lora_name"
+            )
+        try:
+            self.store.swap(name, directory, check=lambda loaded: check_servable(self._model, name, loaded))
+        except ServingError:
+            raise
+        except AdapterStoreError as error:
+            raise NoRoomError(str(error)) from error
+        except PeftError as error:
+            raise BadRequestError(f"{name!r} cannot be loaded: {error}", "lora_path") from error
+
+    def remove(self, name: str) -> None:
+        """Stop serving an adapter; its running requests are completed. Raise UnknownModelError if there is none."""
+        if name not in self.store.names():
+            raise UnknownModelError(f"there is no adapter {name!r}", "lora_name")
+        self.store.remove(name)
 
     def acquire(self, name: str) -> ModelLease:
         """Load the adapters of a model unless they are loaded, and return a lease that keeps them loaded.

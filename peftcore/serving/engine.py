@@ -23,7 +23,7 @@ from peftcore.serving.kv_cache import KVCache
 from peftcore.serving.limits import Limits
 from peftcore.serving.metrics import Metrics
 from peftcore.serving.prefix_cache import BLOCK, Block, PrefixCache, joined
-from peftcore.serving.sampling import next_tokens
+from peftcore.serving.sampling import next_tokens, token_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -273,9 +273,10 @@ class Engine:
     def _push(self, generations: Sequence[Generation], step: Step) -> None:
         """Sample the next token of each request, and append it."""
         if generations:
-            chosen = next_tokens(step.logits, [(one.sampling, one.generator) for one in generations])
-            for generation, token in zip(generations, chosen, strict=True):
-                generation.push(token)
+            chosen = next_tokens(step.logits, [one.row for one in generations])
+            for generation, token, logits in zip(generations, chosen, step.logits, strict=True):
+                top = generation.sampling.logprobs
+                generation.push(token, None if top is None else token_logprobs(logits, token, top))
             self._metrics.generated_tokens.inc(len(generations))
 
     def _fail_rows(self, error: ServingError) -> None:

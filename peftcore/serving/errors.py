@@ -52,6 +52,14 @@ class ApiKeyError(ServingError):
     code = "invalid_api_key"
 
 
+class NotAllowedError(ServingError):
+    """The server does not allow this to clients."""
+
+    status = 403
+    kind = "invalid_request_error"
+    code = "not_allowed"
+
+
 class UnknownModelError(ServingError):
     """No base model, adapter or composition has the requested name."""
 

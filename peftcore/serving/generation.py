@@ -1,13 +1,14 @@
 """One request in the engine, and the events for its client."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from peftcore.serving.catalog import ModelLease
 from peftcore.serving.errors import ServingError
-from peftcore.serving.sampling import Sampling
+from peftcore.serving.sampling import SampledRow, Sampling, TokenLogprobs
 from peftcore.serving.text import TextStream
 
 Finish = Literal["stop", "length"]
@@ -15,11 +16,14 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Text that will not change any more, tokens generated so far (count), and the finish reason of the last chunk."""
+    """Text that will not change any more, and the finish reason of the last chunk."""
 
     text: str
     tokens: int
+    """Tokens generated so far (count)."""
     finish: Finish | None = None
+    logprobs: TokenLogprobs | None = None
+    """Of the token that gave this chunk, if the request asks for them; None for the end-of-sequence token."""
 
 
 Event = Chunk | ServingError
@@ -47,7 +51,7 @@ class Generation:
         sink: Callable[[Event], None],
     ):
         self.model, self.prompt, self.sampling = model, list(prompt), sampling
-        self.generator = sampling.generator()
+        self.row = SampledRow(sampling, sampling.generator(), Counter())
         self.arrived = time.monotonic()
         self.tokens = 0
         """Tokens generated so far (count), the EOS token included."""
@@ -60,16 +64,17 @@ class Generation:
         """True after the last event."""
         self._text, self._eos_tokens, self._sink = TextStream(tokenizer, sampling.stop), eos_tokens, sink
 
-    def push(self, token: int) -> None:
+    def push(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Append a token, and emit the text that will not change any more."""
         self.tokens, self.last = self.tokens + 1, token
+        self.row.counts[token] += 1
         ended = token in self._eos_tokens
         text = "" if ended else self._text.push(token)
         full = self.tokens >= self.sampling.max_tokens
         if (ended or full) and not self._text.stopped:
             text += self._text.finish()
         finish: Finish | None = "stop" if ended or self._text.stopped else "length" if full else None
-        self._emit(Chunk(text, self.tokens, finish), finish is not None)
+        self._emit(Chunk(text, self.tokens, finish, None if ended else logprobs), finish is not None)
 
     def fail(self, error: ServingError) -> None:
         """End the request with an error."""

@@ -84,8 +84,9 @@ class AccessMiddleware:
             response: PendingResponse | None = state.get("response")
             if response is not None:
                 status = response.error.status if response.error else status
-                if not response.generation.finished:
-                    self._engine.cancel(response.generation)
+                for generation in response.generations:
+                    if not generation.finished:
+                        self._engine.cancel(generation)
             if scope["method"] == "POST":
                 self._metrics.requests.labels(state.get("model", "none"), str(status)).inc()
                 if status == 200:

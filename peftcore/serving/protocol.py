@@ -1,5 +1,6 @@
 """Requests and responses of OpenAI's API. Fields that are not supported are refused, never ignored."""
 
+import itertools
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from peftcore.serving.errors import BadRequestError
 from peftcore.serving.generation import Finish
+from peftcore.serving.sampling import TokenLogprobs
+from peftcore.serving.text import UNFINISHED
 
-Zero = Annotated[float, Field(ge=0, le=0)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+MOST_COMPLETIONS = 16
+"""Largest `n` of a request (count)."""
 StopText = Annotated[str, Field(min_length=1)]
 
 
@@ -57,8 +63,24 @@ class StreamOptions(_Strict):
     include_obfuscation: Literal[False] | None = None
 
 
+class LoadRequest(_Strict):
+    """Body of POST /v1/load_lora_adapter, as vLLM has it."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+    lora_path: Annotated[str, Field(min_length=1)]
+    load_inplace: bool | None = None
+    """Replace an adapter of this name; its running requests keep the old one."""
+
+
+class UnloadRequest(_Strict):
+    """Body of POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+    lora_int_id: None = None
+
+
 class GenerationRequest(_Strict):
-    """Fields that completion and chat requests share; a field of type `Zero` or `Literal` accepts that value only."""
+    """Fields that completion and chat requests share; a field of type `Literal` accepts that value only."""
 
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
@@ -72,10 +94,10 @@ class GenerationRequest(_Strict):
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_COMPLETIONS)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
     user: str | None = None
 
     @property
@@ -88,15 +110,46 @@ class GenerationRequest(_Strict):
         """Most tokens of the completion that the request asks for (count), or None."""
         return self.max_tokens
 
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to report beside each token (count); None to report no log-probability."""
+        raise NotImplementedError
+
+    def biases(self, vocabulary: int) -> dict[int, float]:
+        """Return `logit_bias` by token id.
+
+        Args:
+            vocabulary: Number of tokens.
+
+        Raises:
+            BadRequestError: A key is not the id of a token.
+        """
+        for key in self.logit_bias or ():
+            if not (key.isascii() and key.isdigit() and int(key) < vocabulary):
+                raise BadRequestError(
+                    f"logit_bias: {key!r:.40} is not a token id; the vocabulary has {vocabulary} tokens", "logit_bias"
+                )
+        return {int(key): value for key, value in (self.logit_bias or {}).items()}
+
     def prompt_tokens(self, tokenizer: Any) -> list[int]:
         """Return the prompt as token ids. Raise BadRequestError if it is invalid."""
         raise NotImplementedError
 
-    def choice(self, text: str, finish: Finish | None) -> dict[str, Any]:
+    def logprobs_object(self, tokenizer: Any, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
+        """Return the field `logprobs` of a choice.
+
+        Args:
+            tokenizer: Decodes the tokens.
+            tokens: Tokens of the choice, in their order.
+            offset: Characters of the completion before them (count).
+        """
+        raise NotImplementedError
+
+    def choice(self, index: int, text: str, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
         """Return a choice of a complete response."""
         raise NotImplementedError
 
-    def chunk(self, text: str | None, finish: Finish | None) -> dict[str, Any]:
+    def chunk(self, index: int, text: str | None, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
         """Return a choice of a streamed chunk. text None: the first chunk, which has no text."""
         raise NotImplementedError
 
@@ -116,7 +169,8 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     store: Literal[False] | None = None
 
@@ -124,6 +178,13 @@ class ChatRequest(GenerationRequest):
     def requested_tokens(self) -> int | None:
         """Most tokens of the completion, from either field of OpenAI's API."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """`top_logprobs`, if `logprobs` is true. Raise BadRequestError if only the former is given."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise BadRequestError("top_logprobs needs logprobs; set logprobs to true", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def prompt_tokens(self, tokenizer: Any) -> list[int]:
         """Return the prompt as token ids. Raise BadRequestError if it is invalid."""
@@ -145,15 +206,28 @@ class ChatRequest(GenerationRequest):
             raise BadRequestError(f"the chat template rejects these messages: {error}", "messages") from error
         return list(rendered["input_ids"])
 
-    def choice(self, text: str, finish: Finish | None) -> dict[str, Any]:
+    def logprobs_object(self, tokenizer: Any, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
+        """Return the field `logprobs` of a choice."""
+
+        def described(token: int, logprob: float) -> dict[str, Any]:
+            text, is_whole = _token_text(tokenizer, token)
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if is_whole else None}
+
+        content = [
+            {**described(one.token, one.logprob), "top_logprobs": [described(*pair) for pair in one.top]}
+            for one in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def choice(self, index: int, text: str, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
         """Return a choice of a complete response."""
         message = {"role": "assistant", "content": text}
-        return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
-    def chunk(self, text: str | None, finish: Finish | None) -> dict[str, Any]:
+    def chunk(self, index: int, text: str | None, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
         """Return a choice of a streamed chunk."""
         delta = {"role": "assistant", "content": ""} if text is None else {"content": text} if text else {}
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
 class CompletionRequest(GenerationRequest):
@@ -167,13 +241,18 @@ class CompletionRequest(GenerationRequest):
     prompt: str | list[int] | Annotated[list[str], Field(min_length=1, max_length=1)]
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
-    logprobs: None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     suffix: None = None
 
     @property
     def requested_tokens(self) -> int:
         """Most tokens of the completion; OpenAI's default is 16."""
         return self.max_tokens or self.DEFAULT_TOKENS
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """`logprobs`."""
+        return self.logprobs
 
     def prompt_tokens(self, tokenizer: Any) -> list[int]:
         """Return the prompt as token ids. Raise BadRequestError if it is invalid."""
@@ -188,13 +267,30 @@ class CompletionRequest(GenerationRequest):
             )
         return tokens
 
-    def choice(self, text: str, finish: Finish | None) -> dict[str, Any]:
-        """Return a choice of a complete response."""
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+    def logprobs_object(self, tokenizer: Any, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
+        """Return the field `logprobs` of a choice."""
+        texts = [_token_text(tokenizer, one.token)[0] for one in tokens]
+        lengths = itertools.accumulate((len(text) for text in texts[:-1]), initial=offset)
+        return {
+            "tokens": texts,
+            "token_logprobs": [one.logprob for one in tokens],
+            "top_logprobs": [{_token_text(tokenizer, token)[0]: value for token, value in one.top} for one in tokens],
+            "text_offset": list(lengths),
+        }
 
-    def chunk(self, text: str | None, finish: Finish | None) -> dict[str, Any]:
+    def choice(self, index: int, text: str, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
+        """Return a choice of a complete response."""
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def chunk(self, index: int, text: str | None, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
         """Return a choice of a streamed chunk."""
-        return self.choice(text or "", finish)
+        return self.choice(index, text or "", finish, logprobs)
+
+
+def _token_text(tokenizer: Any, token: int) -> tuple[str, bool]:
+    """Return a token's text and True; for a part of a character, which has no text, its name in the vocabulary."""
+    text = tokenizer.decode([token])
+    return (text, True) if UNFINISHED not in text else (tokenizer.convert_ids_to_tokens(token), False)
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:

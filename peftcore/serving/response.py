@@ -1,4 +1,4 @@
-"""The response to one generation request: it receives text chunks from the engine, until a deadline.
+"""The response to one request: it receives text chunks from the engine, until a deadline.
 
 The engine runs in its own thread and passes each chunk to the event loop through a queue.
 """
@@ -6,6 +6,7 @@ The engine runs in its own thread and passes each chunk to the event loop throug
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -20,73 +21,108 @@ class ClientGoneError(Exception):
 
 
 class PendingResponse:
-    """Events of one generation, as a JSON object or as server-sent events.
+    """Events of a request's completions, as a JSON object or as server-sent events.
 
     Args:
-        start: Creates and submits the generation. Its argument is the function that receives the events.
+        start: Creates and submits the generation of a completion. Its arguments are the completion's number and the
+            function that receives the events.
         seconds: Time until TimedOutError.
+        count: Number of completions.
+
+    Raises:
+        ServingError: A completion cannot be submitted; those before it are cancelled.
     """
 
-    def __init__(self, start: Callable[[Callable[[Event], None]], Generation], seconds: float):
+    def __init__(self, start: Callable[[int, Callable[[Event], None]], Generation], seconds: float, count: int = 1):
         loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._seconds, self._deadline = seconds, loop.time() + seconds
 
-        def deliver(event: Event) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
+        def deliver(index: int, event: Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
-        self.generation = start(deliver)
+        self.generations: list[Generation] = []
+        try:
+            for index in range(count):
+                self.generations.append(start(index, partial(deliver, index)))
+        except ServingError:
+            for generation in self.generations:
+                generation.abandoned = True
+            raise
         self.error: ServingError | None = None
         """Error that ended the response."""
 
-    async def next(self) -> Chunk:
-        """Return the next chunk. Raise ServingError if the generation failed or timed out."""
+    async def next(self) -> tuple[int, Chunk]:
+        """Return the next chunk, after its completion's number. Raise ServingError if a completion failed."""
         try:
             async with asyncio.timeout_at(self._deadline):
-                event = await self._events.get()
+                index, event = await self._events.get()
         except TimeoutError:
-            event = TimedOutError(
-                f"request timed out after {self._seconds:g} s; request fewer tokens, or try again later"
-            )
+            advice = "request fewer tokens, or try again later"
+            index, event = 0, TimedOutError(f"request timed out after {self._seconds:g} s; {advice}")
         if isinstance(event, ServingError):
             self.error = event
             raise event
-        return event
+        return index, event
 
-    async def complete(self, body: GenerationRequest) -> dict[str, Any]:
+    async def complete(self, body: GenerationRequest, tokenizer: Any) -> dict[str, Any]:
         """Return the whole response as one JSON object."""
-        chunks = [await self.next()]
-        while chunks[-1].finish is None:
-            chunks.append(await self.next())
-        choice = body.choice("".join(chunk.text for chunk in chunks), chunks[-1].finish)
-        return {**body.envelope(streamed=False), "choices": [choice], "usage": self._usage(chunks[-1])}
+        chunks: list[list[Chunk]] = [[] for _ in self.generations]
+        while not all(part and part[-1].finish for part in chunks):
+            index, chunk = await self.next()
+            chunks[index].append(chunk)
+        choices = [
+            body.choice(
+                index,
+                "".join(chunk.text for chunk in part),
+                part[-1].finish,
+                _logprobs(body, tokenizer, part, 0),
+            )
+            for index, part in enumerate(chunks)
+        ]
+        counts = self._usage([part[-1] for part in chunks])
+        return {**body.envelope(streamed=False), "choices": choices, "usage": counts}
 
-    async def stream(self, body: GenerationRequest, chunk: Chunk) -> AsyncIterator[str]:
+    async def stream(self, body: GenerationRequest, tokenizer: Any, first: tuple[int, Chunk]) -> AsyncIterator[str]:
         """Yield the response as server-sent events, from its first chunk. An error is an event, after status 200."""
         envelope = body.envelope(streamed=True)
         has_usage = body.stream_options is not None and body.stream_options.include_usage
+        lengths, last = [0] * len(self.generations), dict[int, Chunk]()
 
         def event(choices: list[dict[str, Any]], counts: dict[str, int] | None = None) -> str:
             return _event({**envelope, "choices": choices, **({"usage": counts} if has_usage else {})})
 
-        yield event([body.chunk(None, None)])
-        try:
-            while chunk.finish is None:
-                if chunk.text:
-                    yield event([body.chunk(chunk.text, None)])
-                chunk = await self.next()
-        except ServingError as error:
-            yield _event(error.body())
-            return
-        if chunk.text:
-            yield event([body.chunk(chunk.text, None)])
-        yield event([body.chunk("", chunk.finish)])
+        for index in range(len(self.generations)):
+            yield event([body.chunk(index, None, None)])
+        index, chunk = first
+        while True:
+            if chunk.text or chunk.logprobs:
+                logprobs = _logprobs(body, tokenizer, [chunk], lengths[index])
+                yield event([body.chunk(index, chunk.text, None, logprobs)])
+                lengths[index] += len(chunk.text)
+            if chunk.finish is not None:
+                yield event([body.chunk(index, "", chunk.finish)])
+                last[index] = chunk
+            if len(last) == len(self.generations):
+                break
+            try:
+                index, chunk = await self.next()
+            except ServingError as error:
+                yield _event(error.body())
+                return
         if has_usage:
-            yield event([], self._usage(chunk))
+            yield event([], self._usage(list(last.values())))
         yield "data: [DONE]\n\n"
 
-    def _usage(self, last: Chunk) -> dict[str, int]:
-        return usage(len(self.generation.prompt), last.tokens)
+    def _usage(self, last: list[Chunk]) -> dict[str, int]:
+        return usage(len(self.generations[0].prompt), sum(chunk.tokens for chunk in last))
+
+
+def _logprobs(body: GenerationRequest, tokenizer: Any, chunks: list[Chunk], offset: int) -> dict[str, Any] | None:
+    """Return the field `logprobs` of a choice; None if the request asks for none."""
+    if body.wanted_logprobs is None:
+        return None
+    return body.logprobs_object(tokenizer, [chunk.logprobs for chunk in chunks if chunk.logprobs is not None], offset)
 
 
 async def unless_disconnected(request: Request, answer: Any) -> Any:

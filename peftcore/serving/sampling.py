@@ -3,8 +3,10 @@
 Shapes: B rows, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,14 @@ class Sampling:
     """Seed of the random generator. None: a random seed."""
     stop: tuple[str, ...] = ()
     """Texts that end the completion."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that the completion has already."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit as often as the completion has the token."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """{token id: value added to its logit}"""
+    logprobs: int | None = None
+    """Report each token's log-probability and those of so many likeliest tokens. None: report none."""
 
     def generator(self) -> torch.Generator:
         """Return a new random generator for this request."""
@@ -38,14 +48,57 @@ class Sampling:
         return generator
 
 
-def next_tokens(logits: Tensor, rows: Sequence[tuple[Sampling, torch.Generator]]) -> list[int]:
+class SampledRow(NamedTuple):
+    """What the next token of a request depends on, besides its logits."""
+
+    sampling: Sampling
+    generator: torch.Generator
+    counts: Counter[int]
+    """{token: how often the completion has it}"""
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities by the model's own softmax, before temperature, penalties and biases."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """The likeliest tokens with their values, the likeliest first."""
+
+
+def next_tokens(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
     """Return the next token of each row of logits (B, V)."""
     logits = logits.float()
     tokens: list[int] = logits.argmax(-1).tolist()
-    for row, (sampling, generator) in enumerate(rows):
+    for row, (sampling, generator, counts) in enumerate(rows):
+        adjusted = _adjusted(logits[row], sampling, counts)
         if sampling.temperature > ZERO_TEMPERATURE:
-            tokens[row] = _draw(logits[row].cpu() / sampling.temperature, sampling.top_p, generator)
+            values = logits[row] if adjusted is None else adjusted
+            tokens[row] = _draw(values.cpu() / sampling.temperature, sampling.top_p, generator)
+        elif adjusted is not None:
+            tokens[row] = int(adjusted.argmax())
     return tokens
+
+
+def token_logprobs(logits: Tensor, token: int, top: int) -> TokenLogprobs:
+    """Return the log-probability of a token, and those of the `top` likeliest tokens, from its logits (V,)."""
+    values = logits.float().log_softmax(-1)
+    likeliest = values.topk(top)
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return TokenLogprobs(token, float(values[token]), list(pairs))
+
+
+def _adjusted(logits: Tensor, sampling: Sampling, counts: Mapping[int, int]) -> Tensor | None:
+    """Return logits (V,) with penalties and biases; None if there are none."""
+    changes = dict(sampling.logit_bias)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        for token, count in counts.items():
+            penalty = sampling.presence_penalty + sampling.frequency_penalty * count
+            changes[token] = changes.get(token, 0.0) - penalty
+    if not changes:
+        return None
+    tokens = torch.tensor(list(changes), device=logits.device)
+    return logits.index_add(0, tokens, torch.tensor(list(changes.values()), device=logits.device))
 
 
 def _draw(logits: Tensor, top_p: float, generator: torch.Generator) -> int:

@@ -12,13 +12,13 @@ from peftcore.errors import CheckpointError
 from peftcore.routing import AdapterStore
 from peftcore.serving.catalog import Catalog
 from peftcore.serving.engine import Engine
-from peftcore.serving.errors import BadRequestError, ContextLengthError
+from peftcore.serving.errors import BadRequestError, ContextLengthError, NotAllowedError
 from peftcore.serving.forward import RoutedForward
 from peftcore.serving.generation import Event, Generation
 from peftcore.serving.limits import Limits
 from peftcore.serving.metrics import Metrics
 from peftcore.serving.middleware import checked_keys
-from peftcore.serving.protocol import GenerationRequest
+from peftcore.serving.protocol import GenerationRequest, LoadRequest, UnloadRequest
 from peftcore.serving.sampling import Sampling
 
 
@@ -33,18 +33,25 @@ class Service:
     metrics: Metrics
     context: int
     """Context length: most tokens of prompt and completion together (count)."""
+    vocabulary: int
+    """Tokens of the model (count)."""
     eos_tokens: frozenset[int]
     """Token ids that end a completion."""
     keys: tuple[str, ...] = ()
     warnings: Mapping[str, str] = field(default_factory=dict)
     """{source: text} of present problems, such as a new version that could not be loaded."""
+    loadable: Path | None = None
+    """Folder below which clients may load adapters; None: they may not."""
 
-    def generation(self, body: GenerationRequest, prompt: Sequence[int], sink: Callable[[Event], None]) -> Generation:
-        """Submit a request to the engine, and return its generation.
+    def generation(
+        self, body: GenerationRequest, prompt: Sequence[int], index: int, sink: Callable[[Event], None]
+    ) -> Generation:
+        """Submit one completion of a request to the engine, and return its generation.
 
         Args:
             body: The request.
             prompt: Its prompt as token ids.
+            index: Number of the completion, from 0; each samples by a seed of its own, the request's seed plus index.
             sink: Receives the events, in the engine's thread.
 
         Raises:
@@ -54,12 +61,46 @@ class Service:
             self._completion_tokens(body, len(prompt)),
             1.0 if body.temperature is None else body.temperature,
             1.0 if body.top_p is None else body.top_p,
-            body.seed,
+            None if body.seed is None else body.seed + index,
             body.stops,
+            body.presence_penalty or 0.0,
+            body.frequency_penalty or 0.0,
+            body.biases(self.vocabulary),
+            body.wanted_logprobs,
         )
         generation = Generation(body.model, prompt, sampling, self.tokenizer, self.eos_tokens, sink)
         self.engine.submit(generation)
         return generation
+
+    def load_adapter(self, body: LoadRequest) -> None:
+        """Load an adapter from below the folder `loadable`.
+
+        Raises:
+            NotAllowedError: Clients may not load adapters, or not from this path.
+            ServingError: The adapter cannot be loaded; see `Catalog.add`.
+        """
+        folder = self._loadable()
+        path = (folder / body.lora_path).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise NotAllowedError("lora_path must be a path in the folder that the server allows", "lora_path")
+        if not path.is_dir():
+            raise BadRequestError(f"there is no directory {body.lora_path!r:.200}", "lora_path")
+        self.catalog.add(body.lora_name, path, bool(body.load_inplace))
+
+    def unload_adapter(self, body: UnloadRequest) -> None:
+        """Stop serving an adapter.
+
+        Raises:
+            NotAllowedError: Clients may not change which adapters are served.
+            UnknownModelError: There is no such adapter.
+        """
+        self._loadable()
+        self.catalog.remove(body.lora_name)
+
+    def _loadable(self) -> Path:
+        if self.loadable is None:
+            raise NotAllowedError("this server loads no adapters at run time; start it with --load-from FOLDER")
+        return self.loadable
 
     def _completion_tokens(self, body: GenerationRequest, prompt: int) -> int:
         """Return the most tokens of the completion. Raise BadRequestError if the request exceeds a limit."""
@@ -87,6 +128,7 @@ def make_service(
     limits: Limits | None = None,
     keys: Sequence[str] = (),
     warnings: Mapping[str, str] | None = None,
+    loadable: Path | None = None,
 ) -> Service:
     """Assemble a server.
 
@@ -99,6 +141,7 @@ def make_service(
         limits: Resource limits. None: the defaults.
         keys: Accepted API keys. Empty: no key is needed.
         warnings: {source: text} that `/ready` and `/metrics` show; may change while the server runs.
+        loadable: Folder below which clients may load adapters by `/v1/load_lora_adapter`; None: they may not.
 
     Raises:
         ConfigError: The model or a composition cannot be served, or a key is empty.
@@ -111,8 +154,19 @@ def make_service(
     config = model.config.get_text_config(decoder=True)
     made_for = getattr(config, "max_position_embeddings", None) or limits.max_context or 2048
     context = min(made_for, limits.max_context or made_for)
-    eos_tokens = _eos_tokens(model, tokenizer)
-    return Service(engine, catalog, tokenizer, limits, metrics, context, eos_tokens, checked_keys(keys), warnings)
+    return Service(
+        engine,
+        catalog,
+        tokenizer,
+        limits,
+        metrics,
+        context,
+        config.vocab_size,
+        _eos_tokens(model, tokenizer),
+        checked_keys(keys),
+        warnings,
+        loadable,
+    )
 
 
 def load_base(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:

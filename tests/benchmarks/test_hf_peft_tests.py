@@ -87,7 +87,7 @@ def test_only_tests_that_compare_words_by_themselves_run_again() -> None:
     assert not compares_words({}, ["recwarn"])
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_repository_is_counted(tmp_path: Path) -> None:
     checkout, cells = tmp_path / "checkout", tmp_path / "cells"
     (checkout / "tests").mkdir(parents=True)

@@ -16,6 +16,7 @@ from typer.main import get_command
 from flows.cli import app
 
 WITHOUT_JSON = {
+    "chat": "a conversation in the terminal",
     "serve": "a server: it answers over HTTP, and tells how it is by /metrics",
     "schedule": "stays until it is stopped; `status --json` tells when it retrains next",
     "registry card": "its result is a Markdown file",

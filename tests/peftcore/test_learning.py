@@ -9,13 +9,10 @@ from digits_rows import ROWS, Row, learn
 
 from peftcore.registry import methods
 
-IN_PROOF = {
-    *("ADAMSS", "BEFT", "CARTRIDGE", "DEFT", "FROD", "GLORA", "LILY", "OSF", "PEANUT", "PSOFT", "PVERA", "SHADOW"),
-    *("SUPERTUNING", "TINYLORA", "UNILORA"),
-}
-"""Methods that learn in `make proof`; each takes 15 seconds."""
+IN_SLOW = {"LORA", "ADALORA", "IA3", "OFT", "LOHA", "VERA", "PREFIX_TUNING", "PROMPT_TUNING", "XLORA"}
+"""Methods, one or two of each kind, that learn in `make slow`; all others learn in `make proof`."""
 CASES = [
-    pytest.param(row, id=row.name, marks=pytest.mark.proof if row.method in IN_PROOF else pytest.mark.slow)
+    pytest.param(row, id=row.name, marks=pytest.mark.slow if row.method in IN_SLOW else pytest.mark.proof)
     for row in ROWS
 ]
 

@@ -32,7 +32,7 @@ def test_a_damaged_or_absent_base_is_refused(tiny_base: Path) -> None:
     (tiny_base / "config.json").write_text("{}")
     with pytest.raises(BaseModelError, match=r"config\.json is damaged"):
         check_base(tiny_base)
-    with pytest.raises(BaseModelError, match="run the fetch stage"):
+    with pytest.raises(BaseModelError, match="run `peftcore stage fetch`"):
         check_base(tiny_base / "nothing")
 
 

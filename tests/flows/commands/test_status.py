@@ -16,6 +16,7 @@ NOTHING: dict[str, Any] = {
     "retraining": {"last": None, "schedule": None},
     "disk": {"free": 5e9, "cache": 1_500_000, "checkpoints": 0, "worktrees": {}},
     "hints": [],
+    "next_step": "`peftcore run` makes the first version",
 }
 
 
@@ -37,6 +38,7 @@ def test_a_new_project_is_told_in_words(shown: Any) -> None:
     assert [line.split() for line in text.splitlines()][1:3] == [["running", "nothing"], ["last", "run", "none"]]
     assert "5.0 GB free, 1.5 MB cache, 0.0 MB checkpoints" in text
     assert "stage" not in text, "no table without stages"
+    assert text.splitlines()[-1] == "next: `peftcore run` makes the first version"
 
 
 def test_each_fact_has_its_line(shown: Any) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.gate.promote import promote
-from flows.pipeline.status import status
+from flows.pipeline.status import next_step, status
 from flows.runtime.last_run import running_file
 
 
@@ -30,6 +30,18 @@ def test_a_new_project_has_nothing_yet(project: Any) -> None:
     cached = sum(file.stat().st_size for file in (project.root / ".dvc/cache").rglob("*") if file.is_file())
     assert found["disk"]["cache"] == cached > 1000
     assert found["disk"]["free"] > 0 and found["disk"]["checkpoints"] == 0
+
+
+def test_what_comes_next_follows_from_the_facts() -> None:
+    facts: dict[str, Any] = {"running": [], "candidate": None}
+    assert "`peftcore run` makes the first version" in next_step(facts)
+    version = {"version": "v0.1.0", "verdict": "not judged here"}
+    assert next_step(facts | {"candidate": version}) == "`peftcore promote` judges v0.1.0"
+    changed = {"train": ["method.r"], "fetch": [], "evaluate": ["train"]}
+    assert "runs train, evaluate again" in next_step(facts | {"candidate": version, "stages": changed})
+    assert "review.html" in next_step(facts | {"candidate": version | {"verdict": "refused"}})
+    assert "serve --watch" in next_step(facts | {"candidate": version | {"verdict": "promoted"}})
+    assert "wait" in next_step(facts | {"running": [{"what": "run"}]})
 
 
 def test_champion_and_newest_version_with_its_verdict(registered: Any) -> None:

@@ -34,9 +34,8 @@ def rows(folder: Path, name: str = "rows.jsonl") -> Path:
 
 
 def new(data: Path | str, **options: Any) -> NewProject:
-    return NewProject(
-        **{"name": "tickets", "data": str(data), "base": "hub:ORG/NAME", "task": "chat", "hardware": "cpu"} | options
-    )
+    given: dict[str, Any] = {"name": "tickets", "base": "hub:ORG/NAME", "task": "chat", "hardware": "cpu"}
+    return NewProject(data=str(data), **given | options)
 
 
 def git(folder: Path, *arguments: str) -> str:

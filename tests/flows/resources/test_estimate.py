@@ -97,10 +97,17 @@ def test_a_full_disk_is_foreseen(paths: Paths, monkeypatch: pytest.MonkeyPatch) 
     assert "of disk, and 0 MiB are free" in found.refusal()
 
 
+def test_a_base_that_a_path_names_needs_no_fetch(paths: Paths) -> None:
+    new = Paths(paths.root / "elsewhere")
+    new.root.mkdir()
+    there = params(base={"source": f"path:{paths.base}"})
+    assert estimate(there, new, probe=False).blocks == estimate(there, paths, probe=False).blocks
+
+
 def test_what_cannot_be_planned_is_refused(paths: Paths) -> None:
     with pytest.raises(EstimateError, match="objective is dpo; only sft"):
         estimate(params(data={"kind": "preference", "source": "rows.jsonl"}, train={"objective": "dpo"}), paths)
     with pytest.raises(EstimateError, match=r"method: .*no_such"):
         estimate(params(method={"target_modules": ["no_such"]}), paths, probe=False)
-    with pytest.raises(BaseModelError, match="run the fetch stage, or give --config"):
+    with pytest.raises(BaseModelError, match="run `peftcore stage fetch`, or give --config"):
         estimate(params(), Paths(paths.root / "elsewhere"), probe=False)

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from flows.retraining import flow
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[3]
 SMALL: dict[str, dict[str, Any]] = {
     "data": {"source": "data/rows", "assignment": "hashed", "group_column": "book", "train_rows": None,

@@ -34,7 +34,7 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
         sweep._ray(1)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_threads_map_the_grid_and_a_failed_trial_is_told(swept: Any) -> None:
     done = run(swept, "-S", "train.batch_size=4,3,2", "--jobs", "2")
     assert done.returncode == 1, done.stdout + done.stderr

@@ -57,7 +57,7 @@ def test_the_file_does_not_depend_on_when_it_is_written(paths: Paths) -> None:
 
 
 def test_no_base_says_to_fetch(tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match="run the fetch stage"):
+    with pytest.raises(BaseModelError, match="run `peftcore stage fetch`"):
         detect.run(Params(), Paths(tmp_path))
 
 

@@ -284,7 +284,7 @@ def test_near_duplicates_stay_in_test_and_are_dropped_elsewhere(paths: Paths, se
 
 
 def test_without_a_base_the_stage_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match="run the fetch stage first"):
+    with pytest.raises(BaseModelError, match="run `peftcore stage fetch` first"):
         run(params(), Paths(tmp_path))
 
 

@@ -304,7 +304,7 @@ def test_a_broken_tracker_does_not_fail_the_run(prepared: Paths, tiny_params, mo
 
 def test_without_data_the_stage_says_what_to_run(prepared: Paths, tiny_params) -> None:
     prepared.split("validation").unlink()
-    with pytest.raises(StageError, match="run the prepare stage"):
+    with pytest.raises(StageError, match="run `peftcore stage prepare`"):
         train.run(tiny_params(), prepared)
 
 

@@ -26,8 +26,6 @@ SECONDS = 300
 EXACT = {"storage": "none", "compute_dtype": "float32"}
 """Of the base, so that an order of sums does not show."""
 
-pytestmark = pytest.mark.slow
-
 
 def start(paths: Paths, params: Params) -> "subprocess.Popen[str]":
     paths.params.write_text(params.model_dump_json())  # JSON is YAML
@@ -58,6 +56,7 @@ def adapter(paths: Paths) -> dict[str, torch.Tensor]:
     return load_file(paths.adapter / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_two_processes_write_what_one_writes(
     prepared: Paths, tiny_params: Callable[..., Params], launcher: str
@@ -107,11 +106,13 @@ def kill_one(paths: Paths, params: Params, rank: int) -> str:
 LONG = {"batch_size": 2, "processes": 2, "epochs": 8.0, "evaluations": 16}
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_with_one_message(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
     said = kill_one(prepared, tiny_params(train={**LONG, "launcher": "torchrun"}, quantization=EXACT), 1)
     assert "Traceback" not in said and said.count("error: ") == 1
 
 
+@pytest.mark.proof
 @pytest.mark.faults("kill -9 of training")
 def test_a_run_of_accelerate_says_which_process_was_killed_and_goes_on(
     prepared: Paths, tiny_params: Callable[..., Params]
@@ -134,6 +135,7 @@ def test_a_run_of_accelerate_says_which_process_was_killed_and_goes_on(
         assert torch.equal(adapter(prepared)[name], tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.faults("kill -9 of dvc, flow or stage")
 def test_no_process_outlives_the_stage_that_was_killed(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
     stage = start(prepared, tiny_params(train={"processes": 2, "epochs": 200.0}, quantization=EXACT))
@@ -145,6 +147,7 @@ def test_no_process_outlives_the_stage_that_was_killed(prepared: Paths, tiny_par
     assert running and not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_what_a_process_refuses_is_said_once(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
     (prepared.base / "model.safetensors").write_bytes(b"cut")
     stage = start(prepared, tiny_params(train={"processes": 2}))

@@ -57,4 +57,4 @@ def test_before_prepare_it_says_what_to_run(root: Path) -> None:
     (root / "artifacts" / "data" / "report.json").unlink()
     result = doctor()
     assert result.exit_code == 1
-    assert "run the prepare stage first" in result.stderr
+    assert "run `peftcore stage prepare` first" in result.stderr

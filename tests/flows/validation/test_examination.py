@@ -24,5 +24,5 @@ def test_a_template_without_an_end_is_a_finding(patient: Any) -> None:
 def test_rows_of_another_kind_are_refused(patient: Any) -> None:
     ill = patient("chat")
     ill.data = ill.data.model_copy(update={"kind": "preference"})
-    with pytest.raises(StageError, match=r"lacks a column .*chosen.*run the prepare stage again"):
+    with pytest.raises(StageError, match=r"lacks a column .*chosen.*run `peftcore stage prepare` again"):
         ill.examine()

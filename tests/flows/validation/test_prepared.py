@@ -89,6 +89,6 @@ def test_rows_of_another_kind_name_the_column_that_is_missing(patient: Any) -> N
     ill.data = ill.data.model_copy(update={"kind": "preference"})
     with pytest.raises(
         StageError,
-        match=r"train\.parquet lacks a column that data\.kind preference has \(.*chosen.*\); run the prepare",
+        match=r"train\.parquet lacks a column that data\.kind preference has \(.*chosen.*\); run `peftcore stage prepare`",
     ):
         read(ill)

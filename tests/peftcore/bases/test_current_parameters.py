@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from peftcore.bases.current_parameters import call_with_parameters, current_parameter
+from peftcore.bases.current_parameters import call_with_parameters
+from peftcore.bases.plain import current_parameter
 
 
 @pytest.mark.parametrize("aside", [(), ("weight",), ("bias",), ("weight", "bias")])

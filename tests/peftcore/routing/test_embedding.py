@@ -26,7 +26,7 @@ def test_an_embedding_is_the_mean_over_the_text_alone(tmp_path: Path, tokenizer:
     assert embed([]).shape == (0, 16)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_minilm_finds_the_package_that_a_function_is_from(tmp_path: Path) -> None:
     """Centroids of 20 functions of each of the standard library's eight largest packages, asked of 8 others."""
     functions = list(pairs(Path(sysconfig.get_paths()["stdlib"])))

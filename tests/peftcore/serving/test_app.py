@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from peftcore import LoraConfig
 from peftcore.serving import Limits
@@ -69,6 +70,102 @@ def test_sixteen_clients_at_once_with_different_adapters(served: Any) -> None:
     with ThreadPoolExecutor(16) as pool:
         for found, expected in pool.map(ask, range(16)):
             assert found == expected
+
+
+def test_log_probabilities_are_those_of_the_model(served: Any, world: Any) -> None:
+    client, prompt = served.client(), [5, 6, 7]
+    found = client.completions.create(model="sql", prompt=prompt, temperature=0, max_tokens=6, logprobs=2)
+    logprobs = found.choices[0].logprobs
+    world.expected("sql", prompt, 1)
+    alone = world.alone["sql"]
+    whole_ids = alone.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6, pad_token_id=0)
+    tokens = whole_ids[0, len(prompt) :].tolist()
+    logits = alone(whole_ids).logits[0].log_softmax(-1)
+    for place, token in enumerate(tokens):
+        row = logits[len(prompt) - 1 + place]
+        assert logprobs.token_logprobs[place] == pytest.approx(row[token].item(), abs=1e-5)
+        assert sorted(logprobs.top_logprobs[place].values()) == pytest.approx(
+            sorted(row.topk(2).values.tolist()), abs=1e-5
+        )
+    assert logprobs.text_offset[0] == 0 and len(logprobs.text_offset) == len(tokens)
+    given: Any = {
+        "model": "sql",
+        "messages": SAY,
+        "temperature": 0,
+        "max_tokens": 6,
+        "logprobs": True,
+        "top_logprobs": 1,
+    }
+    whole = client.chat.completions.create(**given).choices[0]
+    parts = [chunk.choices[0] for chunk in client.chat.completions.create(**given, stream=True)]
+    streamed = [one for part in parts if part.logprobs for one in part.logprobs.content]
+    assert streamed == whole.logprobs.content and 0 < len(streamed) <= 6
+    assert all(one.top_logprobs[0].logprob == pytest.approx(one.logprob) for one in streamed)  # greedy
+    assert all(one.bytes is None or bytes(one.bytes).decode() == one.token for one in streamed)
+
+
+def test_several_completions_have_seeds_of_their_own(served: Any) -> None:
+    client = served.client()
+    given: Any = {"model": "sql", "prompt": [5, 6], "max_tokens": 8, "temperature": 1.5}
+    alone = [client.completions.create(**given, seed=seed).choices[0].text for seed in (3, 4, 5)]
+    found = client.completions.create(**given, seed=3, n=3)
+    assert [choice.text for choice in found.choices] == alone and [choice.index for choice in found.choices] == [
+        0,
+        1,
+        2,
+    ]
+    assert found.usage.prompt_tokens == 2 and found.usage.completion_tokens > 8
+    texts = ["", "", ""]
+    for part in client.completions.create(**given, seed=3, n=3, stream=True):
+        texts[part.choices[0].index] += part.choices[0].text
+    assert texts == alone
+
+
+def test_penalties_and_biases_change_the_answer(served: Any) -> None:
+    client = served.client()
+    given: Any = {"model": "sql", "prompt": [5, 6], "max_tokens": 12, "temperature": 0}
+    plain = client.completions.create(**given).choices[0].text
+    assert client.completions.create(**given, presence_penalty=0.0, logit_bias={}).choices[0].text == plain
+    forced = client.completions.create(**given, logit_bias={"40": 100}, logprobs=0).choices[0]
+    assert len(set(forced.logprobs.tokens)) == 1
+    varied = client.completions.create(**given, logit_bias={"40": 20}, frequency_penalty=2, presence_penalty=2)
+    assert varied.choices[0].text != forced.text
+
+
+def test_adapters_are_loaded_and_unloaded_as_in_vllm(served: Any, world: Any) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    for name, seed in (("new", 50), ("newer", 51)):
+        world.add(name, config, seed)
+    load, unload = (f"{served.url}/v1/{verb}_lora_adapter" for verb in ("load", "unload"))
+
+    def post(url: str, **body: Any) -> tuple[int, str]:
+        answer = httpx.post(url, json=body, timeout=60)
+        return answer.status_code, answer.text
+
+    code, text = post(load, lora_name="x", lora_path="new")
+    assert code == 403 and "--load-from" in text
+    object.__setattr__(served.service, "loadable", world.folder)
+    client = served.client()
+    assert post(load, lora_name="x", lora_path=str(world.folder / "new"))[0] == 200
+    given: Any = {"model": "x", "prompt": [5, 6], "temperature": 0, "max_tokens": 9}
+    assert client.completions.create(**given).choices[0].text == world.expected("new", [5, 6], 9)
+    entry = next(model for model in client.models.list() if model.id == "x").model_dump()
+    assert (entry["root"], entry["parent"], entry["max_model_len"]) == ("x", "base", 512)
+    code, text = post(load, lora_name="x", lora_path="newer")
+    assert code == 400 and "load_inplace" in text
+    assert post(load, lora_name="x", lora_path="newer", load_inplace=True)[0] == 200
+    assert client.completions.create(**given).choices[0].text == world.expected("newer", [5, 6], 9)
+    for name, path, expected, said in (
+        ("base", "new", 400, "is the base model"),
+        ("y", "..", 403, "in the folder that the server allows"),
+        ("y", "/etc", 403, "in the folder that the server allows"),
+        ("y", "gone", 400, "no directory"),
+        ("y", ".", 400, "cannot be loaded"),
+    ):
+        code, text = post(load, lora_name=name, lora_path=path)
+        assert code == expected and said in text, (name, path, text)
+    assert post(unload, lora_name="x")[0] == 200 and post(unload, lora_name="x")[0] == 404
+    assert "x" not in [model.id for model in client.models.list()]
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ KINDS: list[tuple[type[ServingError], type[openai.APIStatusError], str, str | No
     (errors.BadRequestError, openai.BadRequestError, "invalid_request_error", None),
     (errors.ContextLengthError, openai.BadRequestError, "invalid_request_error", "context_length_exceeded"),
     (errors.ApiKeyError, openai.AuthenticationError, "authentication_error", "invalid_api_key"),
+    (errors.NotAllowedError, openai.PermissionDeniedError, "invalid_request_error", "not_allowed"),
     (errors.UnknownModelError, openai.NotFoundError, "invalid_request_error", "model_not_found"),
     (errors.QueueFullError, openai.RateLimitError, "rate_limit_error", "queue_full"),
     (errors.AdapterFailedError, openai.InternalServerError, "server_error", "adapter_failed"),

@@ -22,7 +22,7 @@ FAILED = AdapterFailedError("the adapter broke")
 def responding(events: list[Event], seconds: float = 60.0) -> PendingResponse:
     """A response that gets its events from another thread, as from the engine."""
 
-    def start(sink: Callable[[Event], None]) -> Any:
+    def start(index: int, sink: Callable[[Event], None]) -> Any:
         thread = threading.Thread(target=lambda: [sink(event) for event in events])
         thread.start()
         thread.join()
@@ -44,7 +44,7 @@ def events_of(events: list[Event], body: GenerationRequest) -> list[Any]:
 
     async def run() -> list[str]:
         response = responding(events)
-        return [sent async for sent in response.stream(body, await response.next())]
+        return [sent async for sent in response.stream(body, None, await response.next())]
 
     sent = asyncio.run(run())
     assert all(one.startswith("data: ") and one.endswith("\n\n") and one.count("\n") == 2 for one in sent)
@@ -54,7 +54,7 @@ def events_of(events: list[Event], body: GenerationRequest) -> list[Any]:
 
 def test_a_whole_response_joins_the_chunks_and_counts_tokens() -> None:
     async def run(body: GenerationRequest) -> dict[str, Any]:
-        return await responding(list(HELLO)).complete(body)
+        return await responding(list(HELLO)).complete(body, None)
 
     whole = asyncio.run(run(completion()))
     assert whole["object"] == "text_completion" and whole["model"] == "sql"
@@ -97,7 +97,7 @@ def test_an_error_ends_a_whole_response() -> None:
     async def run() -> ServingError | None:
         response = responding([Chunk("He", 1), FAILED])
         with pytest.raises(AdapterFailedError, match="the adapter broke"):
-            await response.complete(completion())
+            await response.complete(completion(), None)
         return response.error
 
     assert asyncio.run(run()) is FAILED

@@ -1,18 +1,20 @@
 """Which token is chosen: the likeliest, or drawn with the probabilities that were asked for."""
 
+import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
-from peftcore.serving.sampling import Sampling, next_tokens
+from peftcore.serving.sampling import SampledRow, Sampling, next_tokens, token_logprobs
 
 LOGITS = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
 
 
 def draws(count: int, **given: float) -> Counter[int]:
     sampling = Sampling(1, seed=0, **given)  # type: ignore[arg-type]
-    rows = [(sampling, sampling.generator())]
+    rows = [SampledRow(sampling, sampling.generator(), Counter())]
     return Counter(next_tokens(LOGITS, rows)[0] for _ in range(count))
 
 
@@ -40,7 +42,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
 def test_a_row_draws_the_same_whatever_is_beside_it() -> None:
     def of(beside: int) -> list[int]:
         rows = [Sampling(1, seed=number) for number in (7, *range(beside))]
-        pairs = [(sampling, sampling.generator()) for sampling in rows]
+        pairs = [SampledRow(sampling, sampling.generator(), Counter()) for sampling in rows]
         return [next_tokens(LOGITS.expand(len(rows), -1), pairs)[0] for _ in range(30)]
 
     assert of(0) == of(3)
@@ -50,3 +52,33 @@ def test_a_row_draws_the_same_whatever_is_beside_it() -> None:
 def test_without_a_seed_each_request_draws_differently() -> None:
     one, other = Sampling(1).generator(), Sampling(1).generator()
     assert not torch.equal(torch.rand(8, generator=one), torch.rand(8, generator=other))
+
+
+def chosen(counts: Counter[int] | None = None, **given: Any) -> int:
+    sampling = Sampling(1, temperature=0.0, **given)
+    return next_tokens(LOGITS, [SampledRow(sampling, sampling.generator(), counts or Counter())])[0]
+
+
+def test_penalties_lower_the_tokens_that_the_completion_has() -> None:
+    counts = Counter({3: 2, 2: 1})
+    assert chosen(counts) == 3
+    assert chosen(counts, presence_penalty=0.1) == 3  # both have it, and 3 stays above 2
+    assert chosen(counts, presence_penalty=1.0) == 1
+    assert chosen(counts, frequency_penalty=0.3) == 2  # twice 0.3 off log 0.4, once off log 0.3
+    assert chosen(Counter({3: 1}), presence_penalty=-1.0, frequency_penalty=0.5) == 3
+
+
+def test_a_bias_is_added_to_its_token() -> None:
+    assert chosen(logit_bias={0: 5.0}) == 0
+    assert chosen(logit_bias={3: -100.0}) == 2
+    sampling = Sampling(1, seed=0, logit_bias={3: -100.0})
+    row = SampledRow(sampling, sampling.generator(), Counter())
+    assert {next_tokens(LOGITS, [row])[0] for _ in range(200)} == {0, 1, 2}
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    reported = token_logprobs(LOGITS[0] + 7, 1, 2)
+    assert reported.token == 1 and reported.logprob == pytest.approx(math.log(0.2))
+    assert [token for token, _ in reported.top] == [3, 2]
+    assert [value for _, value in reported.top] == pytest.approx([math.log(0.4), math.log(0.3)])
+    assert token_logprobs(LOGITS[0], 1, 0).top == []

@@ -32,7 +32,7 @@ def service_of(base: Any, **options: Any) -> Service:
 def asked(service: Service, prompt: int, **options: Any) -> Any:
     """The generation of a completion request, for a prompt of so many tokens."""
     body = CompletionRequest(model="base", prompt=[5] * prompt, **options)
-    return service.generation(body, [5] * prompt, queue.Queue().put)
+    return service.generation(body, [5] * prompt, 0, queue.Queue().put)
 
 
 # -- making a service -------------------------------------------------------------------------------------------------
@@ -98,13 +98,18 @@ def test_options_that_a_request_leaves_out_have_openais_defaults(base: Any) -> N
     sampling = asked(service_of(base), 3, temperature=0, top_p=0.5, seed=0, stop="a", max_tokens=7).sampling
     assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.stop) == (0, 0.5, 0, ("a",))
     assert sampling.max_tokens == 7
+    assert not sampling.logit_bias and sampling.logprobs is None
+    given = {"presence_penalty": 0.5, "frequency_penalty": -1.0, "logit_bias": {"7": 2.0}, "logprobs": 3}
+    sampling = asked(service_of(base), 3, **given).sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -1.0)
+    assert sampling.logit_bias == {7: 2.0} and sampling.logprobs == 3
 
 
 def test_a_chat_without_a_number_of_tokens_may_fill_the_context_up_to_the_servers_limit(base: Any) -> None:
     body = ChatRequest(model="base", messages=[{"role": "user", "content": "x"}])  # type: ignore[list-item]
     for limits, tokens in ((Limits(max_context=100), 90), (Limits(max_tokens=30), 30)):
         service = service_of(base, limits=limits)
-        assert service.generation(body, [5] * 10, queue.Queue().put).sampling.max_tokens == tokens
+        assert service.generation(body, [5] * 10, 0, queue.Queue().put).sampling.max_tokens == tokens
 
 
 @pytest.mark.parametrize("prompt", [90, 91])
@@ -120,9 +125,9 @@ def test_prompt_and_completion_must_fit_into_the_context(base: Any, prompt: int)
 def test_a_prompt_that_leaves_no_room_for_one_token_is_refused(base: Any) -> None:
     body = ChatRequest(model="base", messages=[{"role": "user", "content": "x"}])  # type: ignore[list-item]
     service = service_of(base, limits=Limits(max_context=100))
-    assert service.generation(body, [5] * 99, queue.Queue().put).sampling.max_tokens == 1
+    assert service.generation(body, [5] * 99, 0, queue.Queue().put).sampling.max_tokens == 1
     with pytest.raises(ContextLengthError, match="the prompt has 100 tokens"):
-        service.generation(body, [5] * 100, queue.Queue().put)
+        service.generation(body, [5] * 100, 0, queue.Queue().put)
 
 
 def test_requests_beyond_the_limits_are_refused(base: Any) -> None:

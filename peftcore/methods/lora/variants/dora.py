@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftcore._util.fingerprint import Fingerprint
 from peftcore.bases.base import WeightVersion
-from peftcore.bases.current_parameters import current_parameter
+from peftcore.bases.plain import current_parameter
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.methods.lora.variant import Variant, register_variant

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftcore.bases.current_parameters import current_parameter
+from peftcore.bases.plain import current_parameter
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError, TargetError
 from peftcore.kernels.low_rank import LowRankBranch

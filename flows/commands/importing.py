@@ -1,0 +1,135 @@
+"""`peftcore import`: a project from the configuration file of another training tool."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.commands.common import AsJson, errors
+from flows.commands.project import hardware_here, print_next_steps
+
+if TYPE_CHECKING:
+    from flows.project.translation import Tool, Translation
+
+File = Annotated[Path, typer.Argument(dir_okay=False, exists=True, help="The tool's configuration file.")]
+Folder = Annotated[Path, typer.Argument(file_okay=False, help="The project's folder.")]
+Data = Annotated[str | None, typer.Option(help="The training data, in place of the file's.")]
+Base = Annotated[str | None, typer.Option(help="The base model, in place of the file's.")]
+Hardware = Annotated[str | None, typer.Option(help="cpu or gpu; default: what this machine has.")]
+Name = Annotated[str | None, typer.Option(help="Name in the registry; default: the folder's name.")]
+LeaveOut = Annotated[
+    list[str],
+    typer.Option(metavar="KEY", help="Leave out a key that changes the training and has no counterpart."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
+
+
+def axolotl(
+    file: File,
+    folder: Folder = Path(),
+    data: Data = None,
+    base: Base = None,
+    hardware: Hardware = None,
+    name: Name = None,
+    leave_out: LeaveOut = [],  # noqa: B006
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a project from an Axolotl configuration, and list what became of each of its keys.
+
+    Keys that change the training and have no counterpart are an error that names them all; --leave-out KEY goes on
+    without one.
+    """
+    with errors():
+        from flows.project.axolotl import TOOL
+
+        _make_project(TOOL, file, folder, data, base, hardware, name, leave_out, force, as_json)
+
+
+def llamafactory(
+    file: File,
+    folder: Folder = Path(),
+    data: Data = None,
+    base: Base = None,
+    hardware: Hardware = None,
+    name: Name = None,
+    leave_out: LeaveOut = [],  # noqa: B006
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a project from a LLaMA-Factory configuration, and list what became of each of its keys.
+
+    Keys that change the training and have no counterpart are an error that names them all; --leave-out KEY goes on
+    without one.
+    """
+    with errors():
+        from flows.project.llama_factory import TOOL
+
+        _make_project(TOOL, file, folder, data, base, hardware, name, leave_out, force, as_json)
+
+
+def _make_project(
+    tool: "Tool",
+    file: Path,
+    folder: Path,
+    data: str | None,
+    base: str | None,
+    hardware: str | None,
+    name: str | None,
+    leave_out: list[str],
+    force: bool,
+    as_json: bool,
+) -> None:
+    from flows.errors import ParamsError
+    from flows.project.create import NewProject, create_project, name_from
+    from flows.project.presets import HARDWARE
+    from flows.project.translation import BASE, DATA, TASK, check_missing, translate
+
+    hardware = hardware or hardware_here()
+    if hardware not in HARDWARE:
+        raise ParamsError(f"--hardware must be one of {', '.join(HARDWARE)}; got {hardware!r}")
+    translation = translate(tool, file, given=[key for key, value in ((BASE, base), (DATA, data)) if value])
+    check_missing(tool, file, translation, leave_out)
+    chosen = {TASK: "chat"} | translation.project
+    for key, value, option in ((BASE, base, "--base MODEL"), (DATA, data, "--data FILE")):
+        if value or key not in chosen:
+            if not value:
+                raise ParamsError(f"{file} names no {key}; give {option}")
+            chosen[key] = value
+    root = folder.expanduser().resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    project = NewProject(
+        name or name_from(root), chosen[DATA], chosen[BASE], chosen[TASK], hardware, translation.values  # type: ignore[arg-type]
+    )  # fmt: skip
+    written = create_project(root, project, force)
+    if as_json:
+        table = {
+            "values": translation.values,
+            "keys": translation.keys,
+            "differs": translation.notes,
+            "without_effect": translation.without_effect,
+            "left_out": translation.missing,
+        }
+        print(json.dumps({"folder": str(root), "name": project.name, "files": written, **table}))
+        return
+    _print(translation)
+    print(f"\n{project.name}: wrote {', '.join(written)}")
+    print_next_steps(root)
+
+
+def _print(translation: "Translation") -> None:
+    """Print what became of each key."""
+    for key, parameters in translation.keys.items():
+        values = (f"{name}: {translation.values[name]}" for name in parameters if name in translation.values)
+        named = ", ".join(values) or "read"
+        print(f"{key}  ->  {named}")
+    for title, keys in (
+        ("differs from the other tool:", translation.notes),
+        ("left out, without effect on the trained weights:", translation.without_effect),
+        ("left out, although it changes the training:", translation.missing),
+    ):
+        if keys:
+            print(f"\n{title}")
+        for key, text in keys.items():
+            print(f"  {key}: {text}")
