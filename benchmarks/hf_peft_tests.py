@@ -33,7 +33,6 @@ from tqdm import tqdm
 from benchmarks.hf_peft_models import missing
 from benchmarks.hf_peft_tests_side import read
 from benchmarks.machine import cpu_model
-from peftcore.hf_peft import unsupported
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -52,19 +51,12 @@ FIRST = (
 """Files that run first: those of which 95 % are to pass."""
 LIBRARIES = ("peft", "peftcore")
 BEGIN, END = "<!-- tests -->", "<!-- /tests -->"
-NOT_BUILT = "the method or variant is not built"
 INTERNAL = "a private name of HF PEFT, which only tests use"
-REFUSED = sorted(name for name in vars(unsupported) if name.endswith("Config"))
-"""Configurations of the methods that are not built."""
 NAMES = "modules, parameters and `state_dict()` have the names of the plain model here"
 WORDS = "an error or a warning has other words, which the test compares by itself"
 REASONS = (
-    (rf"\b({'|'.join(REFUSED)})\b|Test({'|'.join(REFUSED).replace('Config', '')})Init", NOT_BUILT),
-    (r"test_from_peft_type", NOT_BUILT),
-    (
-        r"NotInPeftcore: \w+Config is not|does not have this method",
-        NOT_BUILT,
-    ),
+    (r"Arrow router layer not found", "Arrow's router is the adapter of its layer, without a module `lora_arrow`"),
+    (r"test_training_updates_when_task_adapter_active", NAMES),
     (r"no attribute 'tinylora_v'", "the vectors that TinyLoRA's layers share are no attribute of the model"),
     (r"test_lora_mica_freezes_B", NAMES),
     (
@@ -356,10 +348,10 @@ def progress(run: Run, library: str, file: str) -> str:
 # -- table -----------------------------------------------------------------------------------------------------------
 
 
-def cause(line: dict[str, Any] | None, test: str = "") -> str:
+def cause(line: dict[str, Any] | None) -> str:
     """Return why a test fails, in words that hold nothing of the test's text."""
     if line is None:
-        return NOT_BUILT if re.search(REASONS[0][0], test) else "not collected"
+        return "not collected"
     message = line.get("message", "")
     first = next((text for text in message.splitlines() if text.strip()), "")
     subject = f"{line['id']} | {line.get('type')}: {message}"
@@ -390,7 +382,7 @@ def compare(run: Run, file: str) -> dict[str, Any]:
     unfinished = len(by_id["peftcore"]) < collected["peftcore"]  # a sample, or a run that was cut off
     passed = [test for test, line in by_id["peft"].items() if line["outcome"] == "passed"]
     passed = [test for test in passed if test in ours or not unfinished]
-    failures = {test: cause(ours.get(test), test) for test in passed if ours.get(test, {}).get("outcome") != "passed"}
+    failures = {test: cause(ours.get(test)) for test in passed if ours.get(test, {}).get("outcome") != "passed"}
     wording = [test for test in passed if test not in failures and ours[test].get("other_wording")]
     return {
         "file": file,
@@ -400,10 +392,9 @@ def compare(run: Run, file: str) -> dict[str, Any]:
         "passed_with_peft": len(passed),
         "passed_with_both": len(passed) - len(failures),
         "other_wording": len(wording),
-        "not_built": sum(reason == NOT_BUILT for reason in failures.values()),
         "peftcore": lines["peftcore"][0]["settings"]["library"],
         "causes": dict(Counter(failures.values()).most_common()),
-        "failures": {test: reason for test, reason in failures.items() if reason != NOT_BUILT},
+        "failures": failures,
     }
 
 
@@ -435,20 +426,18 @@ def table(run: Run, rows: list[dict[str, Any]]) -> str:
         "pass with HF PEFT here, how many pass with peftcore. Tests that need the network, a GPU or a package that is "
         "not installed fail or are skipped with both, so they are not counted. A test passes also if an error or a "
         "warning of the same type has other words, also where the test compares them by itself; the number of these "
-        "tests is in brackets. The last column leaves out the tests of methods that peftcore does not have. Where "
-        "fewer tests were run than collected, they are a "
-        "sample, chosen by a checksum of each test's id.",
+        "tests is in brackets. Where fewer tests were run than collected, they are a sample, chosen by a checksum of "
+        "each test's id.",
         "",
-        "| file | tests | run | passed with HF PEFT | of those with peftcore | % | % of the methods here |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| file | tests | run | passed with HF PEFT | of those with peftcore | % |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     rows = [row for row in rows if row["passed_with_peft"]]
-    keys = ("collected", "run", "passed_with_peft", "passed_with_both", "other_wording", "not_built")
+    keys = ("collected", "run", "passed_with_peft", "passed_with_both", "other_wording")
     for row in [*rows, {"file": "all", **{key: sum(row[key] for row in rows) for key in keys}}]:
         passed, both = row["passed_with_peft"], row["passed_with_both"]
         cells = [row["file"], f"{row['collected']:,}", f"{row['run']:,}", f"{passed:,}"]
         cells += [f"{both:,} ({row['other_wording']:,})", f"{100 * both / max(1, passed):.1f}"]
-        cells.append(f"{100 * both / max(1, passed - row['not_built']):.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     versions = f"torch {version('torch')}, transformers {version('transformers')}"
     measured = f"Measured on {cpu_model()}, {time.strftime('%Y-%m-%d')}, {versions}."

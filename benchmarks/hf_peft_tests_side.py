@@ -27,7 +27,7 @@ import pytest
 
 
 class NotInPeftcore(Exception):
-    """A test uses something that peftcore does not have: a private name of HF PEFT, or a method that is not built."""
+    """A test uses something that peftcore does not have: a private name of HF PEFT."""
 
 
 @functools.cache
@@ -64,10 +64,8 @@ def imports_of(file: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def add_missing_names(file: Path) -> None:
-    """Give the alias `peft` each name that a file of tests imports, in place of those that peftcore refuses."""
+    """Give the alias `peft` each name that a file of tests imports."""
     import peft
-
-    from peftcore.hf_peft import unsupported
 
     for source in (file, *file.parent.glob("testing_*.py"), *file.parent.glob("conftest.py")):
         for module_name, name in imports_of(source):
@@ -75,8 +73,7 @@ def add_missing_names(file: Path) -> None:
             if name is None or (not hasattr(module, name) and _submodule(module_name, name) is not None):
                 continue
             value = getattr(module, name, VALUES.get(name) or getattr(peft, name, None))
-            refused = getattr(value, "__module__", "") == unsupported.__name__ and isinstance(value, type)
-            setattr(module, name, stand_in(name) if value is None or refused else value)
+            setattr(module, name, stand_in(name) if value is None else value)
 
 
 def _module(name: str) -> types.ModuleType:

@@ -75,9 +75,11 @@ if TYPE_CHECKING:
         PromptEncoder,
     )
     from peftcore.hf_peft.data_start import (
+        get_eva_state_dict,
         initialize_lora_eva_weights,
         shift_tokens_right,
     )
+    from peftcore.hf_peft.kappa import find_kappa_target_modules
     from peftcore.hf_peft.mapping import (
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -140,13 +142,10 @@ if TYPE_CHECKING:
         WaveFTModel,
         XLoraModel,
     )
-    from peftcore.hf_peft.unsupported import (
+    from peftcore.hf_peft.tuners.lora.arrow import create_arrow_model
+    from peftcore.hf_peft.utils import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
-        ArrowConfig,
         bloom_model_postprocess_past_key_value,
-        create_arrow_model,
-        find_kappa_target_modules,
-        get_eva_state_dict,
     )
     from peftcore.injection.activation import (
         refresh_adapters,
@@ -236,6 +235,7 @@ if TYPE_CHECKING:
         LoraConfig,
         LoraRuntimeConfig,
     )
+    from peftcore.methods.lora.variants.arrow import ArrowConfig
     from peftcore.methods.lora.variants.bdlora import BdLoraConfig
     from peftcore.methods.lora.variants.kasa import KasaConfig
     from peftcore.methods.lora.variants.monteclora import MontecloraConfig
@@ -353,7 +353,7 @@ _MODULES = {
     "AdapterStoreError": "peftcore.errors",
     "AdaptionPromptConfig": "peftcore.prompts.adaption_prompt",
     "AdaptionPromptModel": "peftcore.hf_peft.tuner_models",
-    "ArrowConfig": "peftcore.hf_peft.unsupported",
+    "ArrowConfig": "peftcore.methods.lora.variants.arrow",
     "AutoPeftModel": "peftcore.hf_peft.auto",
     "AutoPeftModelForCausalLM": "peftcore.hf_peft.auto",
     "AutoPeftModelForFeatureExtraction": "peftcore.hf_peft.auto",
@@ -465,7 +465,7 @@ _MODULES = {
     "ShiraModel": "peftcore.hf_peft.tuner_models",
     "SupertuningConfig": "peftcore.methods.supertuning",
     "SupertuningModel": "peftcore.hf_peft.tuner_models",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftcore.hf_peft.unsupported",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftcore.hf_peft.utils",
     "TargetError": "peftcore.errors",
     "TaskType": "peftcore.config",
     "TinyLoraConfig": "peftcore.methods.tinylora",
@@ -484,7 +484,7 @@ _MODULES = {
     "WaveFTModel": "peftcore.hf_peft.tuner_models",
     "XLoraConfig": "peftcore.methods.xlora",
     "XLoraModel": "peftcore.hf_peft.tuner_models",
-    "bloom_model_postprocess_past_key_value": "peftcore.hf_peft.unsupported",
+    "bloom_model_postprocess_past_key_value": "peftcore.hf_peft.utils",
     "cast_mixed_precision_params": "peftcore.hf_peft.precision",
     "check_mergeable": "peftcore.injection.merge",
     "check_vllm": "peftcore.export",
@@ -492,14 +492,14 @@ _MODULES = {
     "convert_directory_to_lora": "peftcore.conversion",
     "add_as_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
-    "create_arrow_model": "peftcore.hf_peft.unsupported",
+    "create_arrow_model": "peftcore.hf_peft.tuners.lora.arrow",
     "export_gguf_lora": "peftcore.export",
     "export_gguf_merged": "peftcore.export",
     "export_vllm": "peftcore.export",
-    "find_kappa_target_modules": "peftcore.hf_peft.unsupported",
+    "find_kappa_target_modules": "peftcore.hf_peft.kappa",
     "get_base_model_state_dict": "peftcore.storage.state_dict",
     "get_dropout_masks": "peftcore.kernels.dropout_masks",
-    "get_eva_state_dict": "peftcore.hf_peft.unsupported",
+    "get_eva_state_dict": "peftcore.hf_peft.data_start",
     "get_layer_status": "peftcore.injection.status",
     "get_model_status": "peftcore.injection.status",
     "get_peft_config": "peftcore.hf_peft.mapping",

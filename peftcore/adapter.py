@@ -117,6 +117,8 @@ class Adapter(_Constants):
 
     base: BaseWeight
     """The view on the layer's weight."""
+    beside: Mapping[str, "Adapter"] = {}
+    """{name: adapter} of the layer's adapters, this one included, once it is in its layer; only if `sees_others`."""
     shared: Any
     """The `Shared` of this adapter name, or None; set after `__init__` and before `reset_parameters`."""
     new_base: Tensor | None = None
@@ -310,6 +312,11 @@ class Adapter(_Constants):
     def change_rank(self) -> int | None:
         """Rank (count) of the ΔW that merging adds: 2r if a start is subtracted (PiSSA); None if `rank` is None."""
         return self.rank
+
+    @property
+    def sees_others(self) -> bool:
+        """True if the adapter computes with other adapters of its layer, which `beside` then holds."""
+        return False
 
     @property
     def is_additive(self) -> bool:

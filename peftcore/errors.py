@@ -61,6 +61,10 @@ class NoLayersError(TargetError, TypeError):
     """A model whose adapters are prompts, given to a function for adapters of layers."""
 
 
+class LayerKindError(TargetError, TypeError):
+    """An adapter of layers of a kind that a function does not fit."""
+
+
 class AdapterNameError(PeftError, ValueError):
     """An adapter name that is in use, unknown or not allowed."""
 

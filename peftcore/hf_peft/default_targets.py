@@ -80,7 +80,7 @@ def table(name: str, module: str) -> DefaultTargets:
         module: the name of the module of which it is an attribute.
 
     Raises:
-        AttributeError: the name is not that of a table, or the method is not built.
+        AttributeError: the name is not that of a table, or there is no method of this name.
     """
     known = {method.replace("_", ""): method for method in methods()}
     method = known.get(name.removeprefix(_START).removesuffix(_END)) if is_table(name) else None

@@ -9,11 +9,12 @@ from torch import nn
 
 from peftcore.errors import ConfigError, PeftError
 from peftcore.hf_peft.classes import check_if_peft_model
-from peftcore.hf_peft.unsupported import find_kappa_target_modules
+from peftcore.hf_peft.kappa import KappaTuneSelector, find_kappa_target_modules
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 
 __all__ = [
     "DoraCaching",
+    "KappaTuneSelector",
     "MontecloraTrainerMixin",
     "check_if_peft_model",
     "disable_input_dtype_casting",

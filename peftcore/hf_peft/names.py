@@ -177,7 +177,9 @@ DIFFERENT = {
     "PromptEncoder": _LEARNER,
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "empty: no architecture needs an entry",
     "ShadowConfig": '`shadow_model` must be "mirror"; only transformers\' decoders; the model has no `unload_shadow`',
-    "initialize_lora_eva_weights": "does what `initialize_from_data` does; takes no saved start and no input functions",
+    "create_arrow_model": "same; GenKnowSub leaves the weights of the LoRAs themselves as they are",
+    "get_eva_state_dict": "reads the batches once, as `initialize_from_data` does; takes no input functions",
+    "initialize_lora_eva_weights": "does what `initialize_from_data` does; takes no input functions",
     "prepare_model_for_kbit_training": "same; also turns checkpointing on for a model that is not quantised",
 }
 """{name: how its arguments or its meaning differ from HF PEFT's}"""
@@ -188,9 +190,7 @@ def name_table() -> str:
     root = import_module("peftcore")
     lines = ["| name | here |", "|---|---|"]
     for name in NAMES:
-        if root._MODULES[name] == "peftcore.hf_peft.unsupported" and name not in DIFFERENT:
-            status = "refused: the method or function is not built"
-        elif name.endswith("Model") and root._MODULES[name] == "peftcore.hf_peft.tuner_models":
+        if name.endswith("Model") and root._MODULES[name] == "peftcore.hf_peft.tuner_models":
             status = "same; a view on the model, which keeps its class"
         else:
             status = DIFFERENT.get(name, "same")

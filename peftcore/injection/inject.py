@@ -89,7 +89,7 @@ def commit_injection(
         elif adapter.training != slot.training:
             adapter.train(slot.training)
         _set_trainable(adapter, trainable)
-        slot.adapters[name] = adapter
+        slot.place(name, adapter)
         adapter.placed()
         slot.has_trained_biases |= path in injection.biases
         if adapter.new_base is not None:

@@ -1,5 +1,6 @@
 """Initialisation from data: `initialize_from_data(model, batches)`."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import ConfigError
 from peftcore.injection import activation, inject
-from peftcore.injection.adapter_set import adapter_set
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.layers.training_flags import training_flags_restored
 from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.methods.lora.observer import Observer
@@ -53,19 +54,36 @@ def initialize_from_data(
             f"init_lora_weights={config.init_lora_weights!r} fits linear layers only; exclude {others[0]}"
         )
     observer = config.observer(layers)
-    if not _observe(model, observer, batches, forward, progress):
-        raise ConfigError("initialize_from_data got no batch; give an iterable of the model's keyword arguments")
-    _apply(model, adapter_name, config, observer)
+    observe(model, observer, batches, forward, progress)
+    apply_start(model, adapter_name, config, observer)
 
 
-def _observe(model: Any, observer: Observer, batches: Iterable[Any], forward: Any, progress: bool) -> int:
+def observe(
+    model: Any,
+    observer: Observer,
+    batches: Iterable[Mapping[str, Any]],
+    forward: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+    progress: bool = True,
+) -> None:
+    """Let an observer see the layers of the base while it computes batches, until the observer needs no more.
+
+    Args:
+        model: The model, with or without adapters.
+        observer: The observer.
+        batches: Keyword arguments of the model.
+        forward: Function to call as `forward(model, batch)` instead of `model(**batch)`.
+        progress: Show a progress bar.
+
+    Raises:
+        ConfigError: If there is no batch.
+    """
     batch_count = 0
     keep_quantized_weights_trainable(model)
     handles = [
         adapter.base.layer.register_forward_hook(observer.hook(path)) for path, adapter in observer.layers.items()
     ]
     try:
-        base = activation.adapters_disabled(model)
+        base = activation.adapters_disabled(model) if ATTRIBUTE in vars(model) else contextlib.nullcontext()
         with training_flags_restored(model), base, torch.set_grad_enabled(observer.needs_loss):
             model.eval()
             for batch in tqdm(batches, desc=observer.title, unit="batch", disable=not progress):
@@ -84,11 +102,20 @@ def _observe(model: Any, observer: Observer, batches: Iterable[Any], forward: An
     finally:
         for handle in handles:
             handle.remove()
-    return batch_count
+    if not batch_count:
+        raise ConfigError("initialize_from_data got no batch; give an iterable of the model's keyword arguments")
 
 
 @torch.no_grad()
-def _apply(model: nn.Module, name: str, config: LoraConfig, observer: Observer) -> None:
+def apply_start(model: nn.Module, name: str, config: LoraConfig, observer: Observer) -> None:
+    """Give an adapter the ranks and the factors of an observer.
+
+    Args:
+        model: The model with the adapter.
+        name: The adapter.
+        config: Its configuration.
+        observer: An observer that has seen the data.
+    """
     ranks = observer.ranks()
     if any(rank != observer.layers[path].r for path, rank in ranks.items()):
         _replace_adapter(model, name, config.with_ranks(ranks, observer.keeps_alpha))

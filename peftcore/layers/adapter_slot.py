@@ -106,6 +106,15 @@ class AdapterSlot:
         self.follow_base()
         return self.adapters[name]
 
+    def place(self, name: str, adapter: Adapter) -> None:
+        """Put an adapter into the slot."""
+        self.adapters[name] = adapter
+        self._show_others(adapter)
+
+    def _show_others(self, adapter: Adapter) -> None:
+        if adapter.sees_others:
+            vars(adapter)["beside"] = self.adapters  # nn.Module's own assignment would make them its submodules
+
     def follow_base(self) -> None:
         """Update the adapters' view if the base layer was replaced."""
         _ = self.base
@@ -120,6 +129,7 @@ class AdapterSlot:
         if old.layer is not new.layer:
             self.replaced_by = ()
         for name in self.adapters:
+            self._show_others(self.adapters[name])  # the slot may be a replica of another one
             for module in self.adapters[name].modules():
                 if isinstance(module, Adapter) and module.base.layer is old.layer:
                     vars(module)["base"] = new

@@ -1,7 +1,7 @@
 """Arrow (arXiv:2405.11157): a mixture of adapters with weights for every token, without training.
 
-An adapter's prototype at a layer is the first right singular vector of its ΔW = B A. A token's weights are a softmax
-over the top k of |⟨x, prototype⟩| / temperature.
+`peftcore/kernels/arrow.py` has the mathematics. The gate takes exact prototypes; the router of `create_arrow_model`
+takes HF PEFT's estimates.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -10,13 +10,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from peftcore._util.fingerprint import Fingerprint
 from peftcore.adapter import Adapter
 from peftcore.composition.algebra import Gate
 from peftcore.errors import RoutingError
-from peftcore.kernels.factors import Factors, svd_of_factors
+from peftcore.kernels.arrow import prototype, token_weights
 
 
 def arrow_gate(names: Sequence[str], top_k: int | None = None, temperature: float = 1.0) -> Gate:
@@ -48,11 +47,7 @@ class _Arrow:
     def __call__(self, path: str, adapters: Mapping[str, Any], x: Tensor) -> Tensor:
         """Return the weights (..., m) of m adapters for x (..., i)."""
         prototypes = torch.stack([self._prototype(path, adapter) for adapter in adapters.values()])
-        scores = (x.to(prototypes.dtype) @ prototypes.T).abs() / self.temperature
-        if self.top_k is not None and self.top_k < len(adapters):
-            best, indices = scores.topk(self.top_k, dim=-1)
-            scores = torch.full_like(scores, -torch.inf).scatter(-1, indices, best)
-        return F.softmax(scores, dim=-1).to(x.dtype)
+        return token_weights(x, prototypes, self.top_k or len(adapters), self.temperature)
 
     @torch.no_grad()
     def _prototype(self, path: str, adapter: Adapter) -> Tensor:
@@ -65,8 +60,3 @@ class _Arrow:
         direction = prototype(factors.a, factors.b)
         self.prototypes[adapter] = fingerprint, direction
         return direction
-
-
-def prototype(a: Tensor, b: Tensor) -> Tensor:
-    """Return the first right singular vector (i,) of BA, from A (r, i) and B (o, r), without forming BA."""
-    return svd_of_factors(Factors(a[None], b[None]), 1).vh[0, 0]

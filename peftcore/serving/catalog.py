@@ -135,7 +135,8 @@ def check_servable(model: Any, adapter: str, loaded: str) -> None:
         loaded: Name of the adapter in the model.
 
     Raises:
-        BadRequestError: The method needs the whole text in each forward, or adds virtual tokens.
+        BadRequestError: The method needs the whole text in each forward, adds virtual tokens, or computes with other
+            adapters (Arrow).
     """
     adapters = adapter_set(model)
     prompt, kind = adapters.prompt(loaded), adapters.configs[loaded].peft_type
@@ -149,6 +150,12 @@ def check_servable(model: Any, adapter: str, loaded: str) -> None:
         raise BadRequestError(
             f"{adapter!r} cannot be served: {kind} needs the whole text in each forward, and this server decodes one "
             "token at a time; use `generate` instead",
+            "model",
+        )
+    if prompt is None and any(part.sees_others for part in adapters.of_method(loaded).values()):
+        raise BadRequestError(
+            f"{adapter!r} cannot be served: it computes with the other adapters of its layers, and this server loads "
+            "and drops adapters by demand; use `generate` instead",
             "model",
         )
 

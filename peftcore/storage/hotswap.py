@@ -39,6 +39,7 @@ _SAME = (
     "modules_to_save",
     "trainable_token_indices",
     "alora_invocation_tokens",
+    "arrow_config",
     "layer_replication",
     "kasa_config",
     "monteclora_config",

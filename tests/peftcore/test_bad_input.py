@@ -128,7 +128,8 @@ def test_an_unknown_key_on_disk_is_kept_and_warned_of(method: str, tmp_path: Pat
         ('{"peft_type": "LORRA"}', ConfigError, "unknown adapter method 'LORRA'; did you mean 'LORA'"),
         ('{"peft_type": "LORA", "r": "8"}', ConfigError, "r must be an integer; got '8'"),
         ('{"peft_type": "LORA", "r": 0}', ConfigError, "r must be a positive integer; got 0"),
-        ('{"peft_type": "LORA", "arrow_config": {"top_k": 2}}', ConfigError, "would change the results"),
+        ('{"peft_type": "LORA", "arrow_config": {"top_k": 0}}', ConfigError, "top_k must be at least 1; got 0"),
+        ('{"peft_type": "LORA", "megatron_config": {"a": 2}}', ConfigError, "would change the results"),
     ],
 )
 def test_a_configuration_file_that_cannot_be(text: str, error: type[PeftError], message: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from method_example import examples
 from routed_models import llama
 from torch import Tensor, nn
 
-from peftcore import ConfigError, PeftConfig, get_peft_model, initialize_from_data
+from peftcore import ConfigError, LoraConfig, PeftConfig, get_peft_model, initialize_from_data
 from peftcore.errors import PeftError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
@@ -77,6 +77,7 @@ WORDS: dict[str, list[Any]] = {
     "kasa_config": [{"beta": 0.5}],
     "velora_config": [{"num_groups": 3}],
     "monteclora_config": [{"num_samples": 2, "buffer_size": 2}],
+    "arrow_config": [{"top_k": 1}],
     "use_bdlora": [{"target_modules_bd_a": ["target"], "nblocks": 2}],
     "feedforward_modules": [["target"]],
     "effective_rank": [3, 0.25],
@@ -137,6 +138,9 @@ def facts(method: str, options: dict[str, Any], kind: str) -> list[Any]:
         config = EXAMPLES[method].make(**{"target_modules": ["target"], **options})
         torch.manual_seed(1)
         model = get_peft_model(model, config)
+        if getattr(config, "arrow_config", None):  # a router, which needs LoRAs to route to
+            for expert in ("one", "two"):
+                model.add_adapter(expert, LoraConfig(r=2, target_modules=["target"], init_lora_weights=False))
         if config.needs_data:
             initialize_from_data(model, [{"ids": IDS}], forward=lambda m, b: m(**b).square().sum(), progress=False)
     found: list[Any] = [sorted(str(warning.message) for warning in caught)]
@@ -223,6 +227,12 @@ def test_an_option_is_not_ignored(method: str, name: str) -> None:
         except PeftError as error:
             outcomes.append(bool(str(error)))
     assert any(outcomes), list(zip(values, outcomes, strict=False))
+
+
+@pytest.mark.parametrize("value", [{"top_k": 1}, {"top_k": 2}])
+def test_a_router_is_built_and_not_refused(value: dict[str, Any]) -> None:
+    """An error would pass the test above, too."""
+    assert differ(facts("LORA", {"arrow_config": value}, "linear"), usual("LORA", "{}", "linear"))
 
 
 @pytest.mark.parametrize("method", EXAMPLES)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.config import TaskType
 from peftcore.errors import PeftError
@@ -28,10 +28,14 @@ from peftcore.storage.state_dict import (
 WEIGHTS_NAME = "adapter_model.bin"
 """Name of a pickled adapter, which peftcore never reads."""
 
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
+"""Empty: no architecture needs its prefixes converted, because they go through transformers' own caches."""
+
 __all__ = [
     "CONFIG_NAME",
     "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "SAFETENSORS_WEIGHTS_NAME",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
@@ -39,6 +43,7 @@ __all__ = [
     "PeftType",
     "TaskType",
     "TrainableTokensWrapper",
+    "bloom_model_postprocess_past_key_value",
     "cast_adapter_dtype",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
@@ -60,6 +65,23 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     """
     path, _, name = key.rpartition(".")
     return model.get_submodule(path), model.get_submodule(key), name
+
+
+def bloom_model_postprocess_past_key_value(past_key_values: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return prefixes in the layout of Bloom's former cache; the present one takes prefixes as they are.
+
+    Args:
+        past_key_values: tensors (n, rows, heads, tokens, features), which hold the keys of all layers and then their
+            values if they are joined.
+
+    Returns:
+        (key (rows·heads, features, tokens), value (rows·heads, tokens, features)) of each layer. The elements of a key
+        are in HF PEFT's order, which exchanges heads and tokens; a trained prefix has learned that order.
+    """
+    keys, values = torch.cat(past_key_values).chunk(2)
+    layers, rows, heads, tokens, features = keys.shape
+    keys = keys.transpose(2, 3).reshape(layers, rows * heads, features, tokens)
+    return tuple(zip(keys, values.flatten(1, 2), strict=True))
 
 
 def infer_device() -> str:

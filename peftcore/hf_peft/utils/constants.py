@@ -8,7 +8,9 @@ from peftcore.hf_peft.utils import (
     CONFIG_NAME,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     SAFETENSORS_WEIGHTS_NAME,
+    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
     WEIGHTS_NAME,
+    bloom_model_postprocess_past_key_value,
 )
 from peftcore.injection.targets import MANY_TARGETS as MIN_TARGET_MODULES_FOR_OPTIMIZATION
 
@@ -18,7 +20,9 @@ __all__ = [
     "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
     "SAFETENSORS_WEIGHTS_NAME",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "WEIGHTS_NAME",
+    "bloom_model_postprocess_past_key_value",
 ]
 
 

@@ -202,6 +202,10 @@ class Lora(Adapter):
         return self.r if self.start is None or self.exact_factors() is None else 2 * self.r
 
     @property
+    def sees_others(self) -> bool:
+        return any(variant.sees_others for variant in self.variants)
+
+    @property
     def is_additive(self) -> bool:
         return all(variant.is_additive for variant in self.variants)
 
@@ -219,7 +223,11 @@ class Lora(Adapter):
         return branch
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        dropped, variants = self.dropped(x), self.variants
+        variants = self.variants
+        for variant in variants:
+            if (change := variant.change(self, x)) is not None:
+                return y + change.to(y.dtype)
+        dropped = self.dropped(x)
         a, b = self.own_factors()
         for variant in variants:
             if (h := variant.product(self, dropped, a)) is not None:

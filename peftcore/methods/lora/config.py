@@ -59,7 +59,6 @@ class LoraConfig(TunerConfig):
     """LoRA's options under PEFT's names."""
 
     ignored_on_disk: ClassVar[dict[str, Any]] = {
-        "arrow_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
     }
@@ -117,6 +116,8 @@ class LoraConfig(TunerConfig):
     """Keep a compressed input for the gradient of A in training (VeLoRA); see `VeloraConfig`."""
     monteclora_config: dict[str, Any] | None = None
     """Compute with random samples around A in training (MonteCLoRA); see `MontecloraConfig`."""
+    arrow_config: dict[str, Any] | None = None
+    """Route each token to other LoRAs of the layer (Arrow); see `ArrowConfig` and `create_arrow_model`."""
     fan_in_fan_out: bool = False
     """Read and saved for PEFT; without effect, because the orientation is found per layer."""
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, repr=False)

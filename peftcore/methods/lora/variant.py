@@ -53,6 +53,8 @@ class Variant:
     """False: only the hooks for the configuration are used, so the layers do not keep the variant."""
     replaces_base: ClassVar[bool] = False
     """True if the base weight is replaced by `Lora.new_base`."""
+    sees_others: ClassVar[bool] = False
+    """True if `Adapter.beside` must hold the adapters of the layer."""
     is_additive: ClassVar[bool] = True
     """True if the adapter still computes y + f(x), with f independent of the arguments of the model's call."""
     beyond_low_rank: ClassVar[str] = ""
@@ -115,6 +117,10 @@ class Variant:
     def computed_factors(self, lora: "Lora", a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the A (r, i) and B (o, r) with which the layer computes, given the trained and saved tensors."""
         return a, b
+
+    def change(self, lora: "Lora", x: Tensor) -> Tensor | None:
+        """Return what replaces the whole change s·B(A x) (..., o) of the output; None for the change itself."""
+        return None
 
     def product(self, lora: "Lora", x: Tensor, a: Tensor) -> Tensor | None:
         """Return what replaces the product A x (..., r) in the forward pass; None for the product itself."""

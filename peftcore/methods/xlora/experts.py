@@ -14,6 +14,7 @@ from peftcore.files.tensors import PREFIX, read_tensors
 from peftcore.registry import method_of
 
 NOT_PLAIN = (
+    "arrow_config",
     "target_parameters",
     "trainable_token_indices",
     "layer_replication",

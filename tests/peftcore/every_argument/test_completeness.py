@@ -9,10 +9,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from argument_checks import CHECKED, arguments_of, public_functions, refused_names
-
-import peftcore
-from peftcore.errors import PeftError
+from argument_checks import CHECKED, arguments_of, public_functions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,9 +36,3 @@ def test_every_argument_is_varied_by_a_test() -> None:
 def _known(name: str) -> set[str]:
     function = public_functions().get(name)
     return set() if function is None else arguments_of(function)
-
-
-@pytest.mark.parametrize("name", refused_names())
-def test_a_name_without_its_method_is_refused_with_any_arguments(name: str) -> None:
-    with pytest.raises(PeftError, match=r"^\w+: .{20}"):
-        getattr(peftcore, name)(1, option=2)

@@ -228,6 +228,7 @@ def test_options_of_starts_reach_the_configuration() -> None:
     "MontecloraConfig.__init__",
     "num_samples use_entropy dirichlet_prior sample_scaler kl_loss_weight buffer_size",
 )
+@checks("ArrowConfig.__init__", "top_k router_temperature use_gks rng_seed")
 @checks("BdLoraConfig.__init__", "target_modules_bd_a target_modules_bd_b nblocks match_strict")
 def test_options_of_variants_reach_the_configuration() -> None:
     """Their effects: methods/lora/variants."""
@@ -245,6 +246,10 @@ def test_options_of_variants_reach_the_configuration() -> None:
         "velora_config": (peftcore.VeloraConfig, {"num_groups": 2, "scale": 0.5, "init_type": "random"}),
         "monteclora_config": (peftcore.MontecloraConfig, samples),
         "use_bdlora": (peftcore.BdLoraConfig, blocks),
+        "arrow_config": (
+            peftcore.ArrowConfig,
+            {"top_k": 2, "router_temperature": 0.5, "use_gks": True, "rng_seed": 3},
+        ),
     }
     for field, (kind, options) in given.items():
         for name, value in options.items():

@@ -49,6 +49,51 @@ def test_get_peft_model() -> None:
         get_peft_model(Plain(), lora(), mixed="yes")  # type: ignore[arg-type]
 
 
+@checks(
+    "create_arrow_model", "base_model task_specific_adapter_paths arrow_config general_adapter_paths adapter_kwargs"
+)
+def test_a_model_with_a_router(saved: Path) -> None:
+    folders = [str(saved), str(saved / "second")]
+
+    def routed(task: list[str], general: list[str] | None = None, **options: Any) -> Any:
+        base = Plain(torch.bfloat16)
+        arrow = peftcore.ArrowConfig(top_k=1, use_gks=general is not None)
+        model = peftcore.create_arrow_model(base, task, arrow, general, **options)
+        assert model is base and arrow.task_adapter_names == [f"task_{number}" for number in range(len(task))]
+        return model
+
+    assert list(routed(folders).peft_config) == ["task_0", "task_1", "arrow_router"]
+    assert list(routed(folders[:1], folders[1:]).peft_config) == ["task_0", "gks_0", "arrow_router"]
+    first, second = (tensors_of(routed([folder]), "task_0") for folder in folders)
+    assert not same(first, second) and {t.dtype for t in first.values()} == {torch.float32}
+    narrow = routed(folders[:1], autocast_adapter_dtype=False)
+    assert {t.dtype for t in tensors_of(narrow, "task_0").values()} == {torch.bfloat16}
+
+
+@checks("find_kappa_target_modules", "model top_p max_dim_size_to_analyze moe_param_suffixes show_progress")
+def test_targets_by_condition_numbers(capfd: pytest.CaptureFixture[str]) -> None:
+    model = Plain()
+    model.raw = nn.Parameter(torch.randn(2, 3, 3))
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = peftcore.find_kappa_target_modules(model, 1.0, show_progress=False)
+    assert sorted(found["target_modules"] or ()) == sorted(linear) and found["target_parameters"] is None
+    assert not capfd.readouterr().err.strip()
+    one = peftcore.find_kappa_target_modules(model, 0.01, moe_param_suffixes=("raw",))
+    assert one == {"target_modules": (found["target_modules"] or [])[:1], "target_parameters": ["raw"]}
+    assert capfd.readouterr().err
+    none = peftcore.find_kappa_target_modules(model, 1.0, max_dim_size_to_analyze=1, show_progress=False)
+    assert none == {"target_modules": [], "target_parameters": None}
+
+
+@checks("bloom_model_postprocess_past_key_value", "past_key_values")
+def test_prefixes_in_the_layout_of_an_old_cache() -> None:
+    import peft
+
+    prefixes = torch.randn(4, 2, 3, 5, 6).split(2)
+    ours, theirs = (one.bloom_model_postprocess_past_key_value(prefixes) for one in (peftcore, peft))
+    assert all(torch.equal(a, b) for pair in zip(ours, theirs, strict=True) for a, b in zip(*pair, strict=True))
+
+
 @checks("get_peft_model", "autocast_adapter_dtype low_cpu_mem_usage")
 @checks("PeftModel.add_adapter", "adapter_name peft_config autocast_adapter_dtype low_cpu_mem_usage")
 @checks("inject_adapter_in_model", "peft_config model adapter_name low_cpu_mem_usage state_dict")

@@ -202,11 +202,47 @@ def test_starts_from_data(function: Any, capfd: pytest.CaptureFixture[str]) -> N
     with pytest.raises(ConfigError, match="'a' needs no data"):
         started(data, "a")
     if is_eva:
-        for option in ("eva_state_dict", "prepare_model_inputs_fn", "prepare_layer_inputs_fn"):
+        for option, value in ONLY_ONE_VALUE.items():
             with pytest.raises(ConfigError, match=option):
-                started(data, **{option: {}})
-        with pytest.raises(ConfigError, match="gather_distributed_inputs"):
-            started(data, gather_distributed_inputs=False)
+                started(data, **{option: value})
+        starts = peftcore.get_eva_state_dict(Plain(), data, lora("0", r=2), show_progress_bar=False)
+        assert same(started(None, eva_state_dict=starts), plain)
+
+
+ONLY_ONE_VALUE = {
+    "prepare_model_inputs_fn": {},
+    "prepare_layer_inputs_fn": {},
+    "gather_distributed_inputs": False,
+}
+
+
+@checks("get_eva_state_dict", "model dataloader peft_config forward_fn adapter_name show_progress_bar")
+@checks("get_eva_state_dict", "prepare_model_inputs_fn prepare_layer_inputs_fn gather_distributed_inputs")
+def test_starts_that_are_returned(capfd: pytest.CaptureFixture[str]) -> None:
+    data = [{"x": torch.randn(40, 6, generator=torch.Generator().manual_seed(3))}]
+    squares = [{"x": one["x"] ** 2} for one in data]
+    model = get_peft_model(Plain(), lora("0", r=2), "a")
+    model.add_adapter("b", lora("0", r=3))
+    wide = lora("0", r=4)
+
+    def starts(rows: Any = data, **options: Any) -> dict[str, Tensor]:
+        return peftcore.get_eva_state_dict(
+            options.pop("model", model), rows, **{"adapter_name": "a", "show_progress_bar": False, **options}
+        )
+
+    (plain,) = starts().values()
+    assert len(plain) == 2 and not capfd.readouterr().err.strip()
+    assert [
+        len(a) for options in ({"adapter_name": "b"}, {"peft_config": wide}) for a in starts(**options).values()
+    ] == [3, 4]
+    assert list(starts(model=Plain(), peft_config=wide)) == ["0"] != list(starts())
+    assert not same(starts(squares), starts())
+    assert same(starts([{"y": data[0]["x"]}], forward_fn=lambda model, one: model(one["y"])), starts())
+    starts(show_progress_bar=True)
+    assert capfd.readouterr().err
+    for option, value in ONLY_ONE_VALUE.items():
+        with pytest.raises(ConfigError, match=option):
+            starts(**{option: value})
 
 
 @checks("replace_lora_weights_loftq", "peft_model model_path adapter_name callback")

@@ -7,7 +7,6 @@ from peftcore.helpers import (
     DoraCaching,
     MontecloraTrainerMixin,
     disable_input_dtype_casting,
-    find_kappa_target_modules,
     rescale_adapter_scale,
     update_forward_signature,
     update_signature,
@@ -68,11 +67,6 @@ def test_signatures_are_those_of_the_base_already() -> None:
     update_forward_signature(model)
     with pytest.raises(ValueError, match="'forward', 'generate' or 'all'"):
         update_signature(model, "backward")
-
-
-def test_what_is_not_built_is_importable_and_refused() -> None:
-    with pytest.raises(ConfigError, match="find_kappa_target_modules"):
-        find_kappa_target_modules(nn.Linear(2, 2))
 
 
 def test_the_mixin_adds_the_regulariser_of_monteclora_to_a_trainers_loss() -> None:

@@ -11,7 +11,6 @@ from peftcore import IA3Config, LoraConfig, get_peft_model
 from peftcore.composition import Weighted
 from peftcore.errors import RoutingError
 from peftcore.routing import arrow_gate
-from peftcore.routing.gates import prototype
 
 
 def experts() -> Any:
@@ -23,13 +22,6 @@ def experts() -> Any:
         if number:
             model.add_adapter(name, config)
     return model.double().eval()
-
-
-def test_a_prototype_is_the_first_right_singular_vector() -> None:
-    torch.manual_seed(0)
-    a, b = torch.randn(3, 12, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
-    expected = torch.linalg.svd(b @ a)[2][0]
-    assert abs(float(prototype(a, b) @ expected)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 2])

@@ -13,7 +13,6 @@ from peftcore.hf_peft.auto import _BaseAutoPeftModel
 from peftcore.injection.tuner_model import TunerModel
 from peftcore.layers.peft_attributes import PeftLayerAttributes
 
-REFUSED = "peftcore.hf_peft.unsupported"
 SUBMODULES = ("functional", "helpers", "optimizers", "preprocess", "utils.hotswap")
 """Modules of `peftcore.hf_peft` whose functions are public, too."""
 HOOKS = {
@@ -58,9 +57,9 @@ def _methods_of(kind: type) -> Iterator[tuple[str, Callable[..., Any]]]:
 def public_functions() -> dict[str, Callable[..., Any]]:
     """Return {qualified name: function} of every public function and method, each of which is written once."""
     found: dict[str, Callable[..., Any]] = {}
-    for name, module in peftcore._MODULES.items():
+    for name in peftcore._MODULES:
         value = getattr(peftcore, name)
-        if module == REFUSED or not callable(value):
+        if not callable(value):
             continue
         if not inspect.isclass(value):
             found[value.__qualname__] = value
@@ -83,12 +82,5 @@ def public_functions() -> dict[str, Callable[..., Any]]:
     for submodule in SUBMODULES:
         module = importlib.import_module(f"peftcore.hf_peft.{submodule}")
         functions = (f for name in module.__all__ if inspect.isfunction(f := getattr(module, name)))
-        found |= {f.__qualname__: f for f in functions if peftcore._MODULES.get(f.__name__) != REFUSED}
+        found |= {f.__qualname__: f for f in functions}
     return {name: function for name, function in found.items() if arguments_of(function)}
-
-
-def refused_names() -> list[str]:
-    """Return the public names whose method does not exist here: every use of them is an error."""
-    return [
-        name for name, module in peftcore._MODULES.items() if module == REFUSED and callable(getattr(peftcore, name))
-    ]

@@ -4,17 +4,14 @@ from typing import Any
 
 from peftcore.conversion import convert_to_lora, save_as_lora
 from peftcore.hf_peft.classes import layer_class
-from peftcore.hf_peft.data_start import initialize_lora_eva_weights
+from peftcore.hf_peft.data_start import get_eva_state_dict, initialize_lora_eva_weights
 from peftcore.hf_peft.default_targets import table
 from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peftcore.hf_peft.preprocess import preprocess_loraga
 from peftcore.hf_peft.tuner_models import LoraModel
-from peftcore.hf_peft.unsupported import (
-    ArrowConfig,
-    create_arrow_model,
-    get_eva_state_dict,
-)
+from peftcore.hf_peft.tuners.lora.arrow import create_arrow_model
 from peftcore.methods.lora import LoraConfig, LoraRuntimeConfig
+from peftcore.methods.lora.variants.arrow import ArrowConfig
 from peftcore.methods.lora.variants.bdlora import BdLoraConfig
 from peftcore.methods.lora.variants.kasa import KasaConfig
 from peftcore.methods.lora.variants.monteclora import MontecloraConfig

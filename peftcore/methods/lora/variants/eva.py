@@ -109,11 +109,31 @@ class Eva(Observer):
         return {path: sum(chosen == path for _, chosen in best) for path in self.layers}
 
     def factors(self, path: str, adapter: "Lora") -> Factors:
+        return self.start(path, adapter.r), torch.zeros_like(adapter.lora_B)
+
+    def start(self, path: str, r: int) -> Tensor:
+        """Return A (r, i) of one layer."""
         analysis = self.components[path]
         assert analysis.components is not None
-        a = analysis.components[: adapter.r]
+        a = analysis.components[:r]
         if self.options["whiten"]:
-            a = a / analysis.values[: adapter.r, None].clamp_min(torch.finfo(torch.float32).tiny)
+            a = a / analysis.values[:r, None].clamp_min(torch.finfo(torch.float32).tiny)
+        return a
+
+
+class EvaStateDict(Eva):
+    """Starts of layers that were computed before (`peftcore.get_eva_state_dict`), in place of data."""
+
+    def __init__(self, config: "LoraConfig", layers: "Mapping[str, Lora]", starts: Mapping[str, Tensor]):
+        super().__init__(config, layers)
+        self.starts = starts
+        """{path: A (r, i)}; a layer that is left out keeps its rank and the usual start."""
+
+    def ranks(self) -> dict[str, int]:
+        return {path: len(self.starts[path]) if path in self.starts else lora.r for path, lora in self.layers.items()}
+
+    def factors(self, path: str, adapter: "Lora") -> Factors:
+        a = self.starts[path].to(adapter.lora_A) if path in self.starts else adapter.lora_A.clone()
         return a, torch.zeros_like(adapter.lora_B)
 
 

@@ -75,6 +75,7 @@ def test_a_frozen_expert_has_buffers_and_no_parameters() -> None:
     ("options", "named"),
     [
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"arrow_config": {"top_k": 1}}, "arrow_config"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
     ],
