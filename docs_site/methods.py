@@ -1,0 +1,143 @@
+"""One page for each adapter method: the docstring of its module, its options, and what was measured of it."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+import re
+import textwrap
+
+from docs_site.links import RESULTS, ROOT
+from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
+from peftcore.registry import Method, methods
+
+COMMON = (PeftConfig, TunerConfig, PromptLearningConfig)
+"""Their options are on the page of the configurations, because many methods have them."""
+
+
+def method_pages() -> dict[str, str]:
+    """Return {path on the site: Markdown} of all methods."""
+    return {page_of(name): _page(method) for name, method in methods().items()}
+
+
+def page_of(name: str) -> str:
+    """Return the path of a method's page."""
+    return f"reference/methods/{name.lower()}.md"
+
+
+def with_links_to_methods(markdown: str) -> str:
+    """Return the method table with a link from each name to the method's page."""
+    for name in methods():
+        markdown = markdown.replace(f"\n| {name} | `", f"\n| [{name}]({page_of(name)}) | `")
+    return markdown
+
+
+def _page(method: Method) -> str:
+    document = inspect.getdoc(importlib.import_module(method.adapter.__module__)) or ""
+    summary, _, rest = document.partition("\n")
+    config = method.config.__name__
+    kinds = ", ".join(sorted(method.adapter.layer_kinds))
+    adapts = "A prompt of the whole model." if kinds == "model" else f"Adapts layers of the kinds {kinds}."
+    return "\n".join(
+        [
+            f"# {method.name}\n",
+            f"{_as_markdown(summary)}\n",
+            f"{adapts} Configuration: `from peftcore import {config}`.\n",
+            _as_markdown(rest.strip()),
+            "\n## Options\n",
+            f"Options of `{config}` besides the [common options](../api/configurations.md).\n",
+            _options(method.config),
+            *_measured(method.name),
+        ]
+    )
+
+
+def _options(config: type[PeftConfig]) -> str:
+    common = {field.name for base in COMMON for field in dataclasses.fields(base)}
+    meanings = _meanings(config)
+    rows = [
+        f"| `{field.name}` | `{_type(field.type)}` | {_default(field)} | {_cell(meanings.get(field.name, ''))} |"
+        for field in dataclasses.fields(config)
+        if field.init and (field.name not in common or field.name in _own(config))
+    ]
+    if not rows:
+        return "No further options.\n"
+    return "\n".join(["| option | type | default | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def _own(config: type[PeftConfig]) -> set[str]:
+    """Return the names that the method's own classes annotate."""
+    return {name for base in config.__mro__ if _is_own(base) for name in base.__dict__.get("__annotations__", {})}
+
+
+def _is_own(base: type) -> bool:
+    return issubclass(base, PeftConfig) and base not in COMMON
+
+
+def _meanings(config: type[PeftConfig]) -> dict[str, str]:
+    """Return the docstring of each option, which stands below it in the source; a subclass wins."""
+    documents: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if issubclass(base, PeftConfig):
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+            assert isinstance(body, ast.ClassDef)
+            for statement, document in zip(body.body, body.body[1:], strict=False):
+                match statement, document:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                        documents[name] = inspect.cleandoc(text)
+    return documents
+
+
+def _type(annotation: object) -> str:
+    return _in_code(annotation if isinstance(annotation, str) else inspect.formatannotation(annotation))
+
+
+def _default(field: "dataclasses.Field[object]") -> str:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+        return f"`{_in_code(repr(str(value)) if isinstance(value, str) else repr(value))}`"
+    return "required" if field.default_factory is dataclasses.MISSING else f"`{field.default_factory()!r}`"
+
+
+def _in_code(text: str) -> str:
+    return text.replace("|", "or") if "|" in text else text
+
+
+def _cell(text: str) -> str:
+    """Return text for a cell of a table: one paragraph, without bars."""
+    return _as_markdown(re.sub(r"\s*\n\s*", " ", text)).replace("|", "&#124;")
+
+
+def _as_markdown(text: str) -> str:
+    """Return a docstring with its formulas protected from Markdown, and its papers linked."""
+    parts = re.split(r"(`+[^`]*`+)", text)
+    for index in range(0, len(parts), 2):
+        plain = re.sub(r"([*<\[])", r"\\\1", parts[index])
+        plain = re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", plain)
+        plain = re.sub(r"\b((?:openreview\.net|doi\.org)/[\w./?=-]*\w)", r"[\1](https://\1)", plain)
+        parts[index] = re.sub(r"_(?!\w)|(?<!\w)_", r"\\_", plain)
+    return "".join(parts)
+
+
+def _measured(name: str) -> list[str]:
+    """Return what the repository's own measurements say about a method."""
+    rows = json.loads((ROOT / RESULTS / "learning.json").read_text())["rows"]
+    lines = [
+        f"| {row['name']} | {row['trainable']:,} | {row['steps']} | {row['loss_before']:.2f} | {row['loss_after']:.2f} "
+        f"| {row['accuracy']:.0%} |"
+        for row in rows
+        if row["method"] == name
+    ]
+    if not lines:
+        return []
+    return [
+        "## Measured\n",
+        "One small task for every method: handwritten digits that are shown transposed "
+        "([all methods](../../figures.md#how-every-method-learns)). It shows that the method learns; it is no ranking "
+        "for other tasks.\n",
+        "| method | trainable parameters | steps | loss before, nats | loss after | accuracy |",
+        "|---|---:|---:|---:|---:|---:|",
+        *lines,
+        "",
+    ]
