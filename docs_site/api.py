@@ -41,7 +41,7 @@ def api_pages() -> dict[str, str]:
     """Return {path on the site: Markdown} of the API's pages."""
     configs = {method.config.__name__: name for name, method in methods().items()}
     on_page: dict[str, list[str]] = {page: [] for page in GROUPS}
-    for name, module in peftcore._MODULES.items():
+    for name, module in sorted(peftcore._MODULES.items(), key=lambda item: _rank(item[1])):
         if name not in configs and module not in PACKAGES:
             on_page[_page(module)].append(f"peftcore.{name}")
     for package in PACKAGES:
@@ -57,6 +57,12 @@ def _page(module: str) -> str:
     return next(
         page for page, (_, *own) in GROUPS.items() if any(module == one or module.startswith(f"{one}.") for one in own)
     )
+
+
+def _rank(module: str) -> int:
+    """Return the place of a module in the list of its page."""
+    _, *own = GROUPS[_page(module)]
+    return next(rank for rank, one in enumerate(own) if module == one or module.startswith(f"{one}."))
 
 
 def _all(package: str) -> list[str]:

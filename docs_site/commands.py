@@ -1,7 +1,7 @@
 """The page of the command line, from the commands themselves."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import typer.main
@@ -20,11 +20,12 @@ def commands_page() -> str:
     """Return the Markdown of the page."""
     group = command_line()
     context = group.make_context("peftcore", [], resilient_parsing=True)
-    parts = ["# Commands\n", f"{group.help}\n", f"{group.epilog}\n", "Options of `peftcore` stand before the command:\n"]
+    parts = ["# Commands\n", f"{group.help}\n", f"{group.epilog}\n", "These options may stand before or after a command:\n"]
     parts += [_parameters(group, context)]
+    common = {parameter.name for parameter in group.get_params(context)}
     for path, command, context in _all(group, context):
         parts += [f"## {path}\n", f"```text\n{command.get_usage(context).removeprefix('Usage: ')}\n```\n"]
-        parts += [f"{inspect.cleandoc(command.help or '')}\n", _parameters(command, context)]
+        parts += [f"{inspect.cleandoc(command.help or '')}\n", _parameters(command, context, common)]
     return "\n".join(parts)
 
 
@@ -41,10 +42,12 @@ def _all(group: Any, context: Any) -> Iterator[tuple[str, Any, Any]]:
             yield own.command_path, command, own
 
 
-def _parameters(command: Any, context: Any) -> str:
-    records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
+def _parameters(command: Any, context: Any, common: Collection[str] = ()) -> str:
+    """Return a table of a command's arguments and options, without those of every command."""
+    parameters = [one for one in command.get_params(context) if one.name not in common]
+    records = [parameter.get_help_record(context) for parameter in parameters]
     rows = [f"| `{_cell(name)}` | {_cell(text)} |" for name, text in filter(None, records)]
-    return "\n".join(["| argument or option | meaning |", "|---|---|", *rows, ""])
+    return "\n".join(["| argument or option | meaning |", "|---|---|", *rows, ""]) if rows else ""
 
 
 def _cell(text: str) -> str:

@@ -81,7 +81,7 @@ def _allowed(schema: dict[str, Any], field: dict[str, Any]) -> str:
     names |= {"null": "`null`", "string": "text"}
     text = names.get(field.get("type", ""), field.get("type", "any"))
     limits = {"minimum": "≥", "maximum": "≤", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {field[name]:g}" for name, sign in limits.items() if name in field]
+    bounds = [f"{sign} {field[name]:,}" for name, sign in limits.items() if name in field]
     return f"{text} {', '.join(bounds)}".strip()
 
 
