@@ -20,12 +20,17 @@ def commands_page() -> str:
     """Return the Markdown of the page."""
     group = command_line()
     context = group.make_context("peftcore", [], resilient_parsing=True)
-    parts = ["# Commands\n", f"{group.help}\n", f"{group.epilog}\n", "These options may stand before or after a command:\n"]
+    parts = [
+        "# Commands\n",
+        f"{group.help}\n",
+        f"{group.epilog}\n",
+        "These options may stand before or after a command:\n",
+    ]
     parts += [_parameters(group, context)]
     common = {parameter.name for parameter in group.get_params(context)}
-    for path, command, context in _all(group, context):
-        parts += [f"## {path}\n", f"```text\n{command.get_usage(context).removeprefix('Usage: ')}\n```\n"]
-        parts += [f"{inspect.cleandoc(command.help or '')}\n", _parameters(command, context, common)]
+    for path, command, own in _all(group, context):
+        parts += [f"## {path}\n", f"```text\n{command.get_usage(own).removeprefix('Usage: ')}\n```\n"]
+        parts += [f"{inspect.cleandoc(command.help or '')}\n", _parameters(command, own, common)]
     return "\n".join(parts)
 
 

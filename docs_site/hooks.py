@@ -17,6 +17,8 @@ from docs_site.params import params_page
 
 SOURCES = {page: file for file, page in PAGES.items() if page.endswith(".md") and file.endswith(".md")}
 """{page: file of the repository that it shows}"""
+TITLES = {"hf_peft_tests": "HF PEFT's tests", "qlora": "QLoRA", "quantised_forward": "4-bit layers in evaluation"}
+"""{name of a results file: its title, if the name does not do}"""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -56,7 +58,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown = with_links_to_methods(markdown)
         # these links are relative to the site already
         links, _, rest = markdown.partition("\n## ")
-        return with_site_links(links, "docs/methods.md", path) + "\n## " + with_site_links(rest, "docs/methods.md", path)
+        return (
+            with_site_links(links, "docs/methods.md", path) + "\n## " + with_site_links(rest, "docs/methods.md", path)
+        )
     file = SOURCES.get(path) or (path if path in results() else f"docs/{path}")
     return _with_blank_lines(with_site_links(markdown, file, path))
 
@@ -75,8 +79,8 @@ def _with_blank_lines(markdown: str) -> str:
 
 
 def _title(path: str) -> str:
-    name = PurePosixPath(path).stem.replace("_", " ")
-    return name[:1].upper() + name[1:]
+    name = PurePosixPath(path).stem
+    return TITLES.get(name, name[:1].upper() + name[1:].replace("_", " "))
 
 
 def _filled(nav: Any, pages: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Pages of the site that are files of the repository outside of `docs/`, and links between all of them.
 
-A link in a Markdown file is relative to that file in the repository, as GitHub shows it. On the site, the file may be at
-another place, or it has no page.
+A link in a Markdown file is relative to that file in the repository, as GitHub shows it. On the site, the file may be
+at another place, or it has no page.
 """
 
 import os
@@ -43,6 +43,11 @@ def site_path(file: str) -> str | None:
     return file if file in results() else PAGES.get(file)
 
 
+def _code(text: str) -> str:
+    """Return code with its bars as they are: GitHub wants a backslash before one in a table, and shows it without."""
+    return text if text.lstrip().startswith("```") else text.replace(r"\|", "|")
+
+
 def with_site_links(markdown: str, file: str, page: str) -> str:
     """Return the text of a file of the repository with its links as they are on the site.
 
@@ -67,6 +72,6 @@ def with_site_links(markdown: str, file: str, page: str) -> str:
 
     # code stays as it is, but `code` inside of a link's text must not hide the link
     parts = FENCED.split(markdown)
-    code = dict(enumerate(parts[1::2]))
+    code = {index: _code(part) for index, part in enumerate(parts[1::2])}
     text = "".join(part if index % 2 == 0 else f"\0{index // 2}\0" for index, part in enumerate(parts))
     return re.sub(r"\0(\d+)\0", lambda match: code[int(match[1])], LINK.sub(replace, text))

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import textwrap
+from functools import cache
 
 from docs_site.links import RESULTS, ROOT
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
@@ -28,8 +29,13 @@ def page_of(name: str) -> str:
 
 def with_links_to_methods(markdown: str) -> str:
     """Return the method table with a link from each name to the method's page."""
-    for name in methods():
-        markdown = markdown.replace(f"\n| {name} | `", f"\n| [{name}]({page_of(name)}) | `")
+    for name, method in methods().items():
+        config = method.config.__name__
+        broken = re.sub(r"(?<=[a-z])(?=[A-Z])", "<wbr>", config)  # long names may break, so that the table is not wide
+        markdown = markdown.replace(
+            f"\n| {name} | `{config}` ",
+            f"\n| [{name.replace('_', '_<wbr>')}]({page_of(name)}) | <code>{broken}</code> ",
+        )
     return markdown
 
 
@@ -57,18 +63,18 @@ def _options(config: type[PeftConfig]) -> str:
     common = {field.name for base in COMMON for field in dataclasses.fields(base)}
     meanings = _meanings(config)
     rows = [
-        f"| `{field.name}` | `{_type(field.type)}` | {_default(field)} | {_cell(meanings.get(field.name, ''))} |"
+        f"| `{field.name}`<br>{_type(field.type)} | {_default(field)} | {_cell(meanings.get(field.name, ''))} |"
         for field in dataclasses.fields(config)
         if field.init and (field.name not in common or field.name in _own(config))
     ]
     if not rows:
         return "No further options.\n"
-    return "\n".join(["| option | type | default | meaning |", "|---|---|---|---|", *rows, ""])
+    return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows, ""])
 
 
 def _own(config: type[PeftConfig]) -> set[str]:
     """Return the names that the method's own classes annotate."""
-    return {name for base in config.__mro__ if _is_own(base) for name in base.__dict__.get("__annotations__", {})}
+    return {name for base in config.__mro__ if _is_own(base) for name in inspect.get_annotations(base)}
 
 
 def _is_own(base: type) -> bool:
@@ -76,32 +82,37 @@ def _is_own(base: type) -> bool:
 
 
 def _meanings(config: type[PeftConfig]) -> dict[str, str]:
-    """Return the docstring of each option, which stands below it in the source; a subclass wins."""
+    """Return the docstring of each option; a subclass wins."""
     documents: dict[str, str] = {}
     for base in reversed(config.__mro__):
         if issubclass(base, PeftConfig):
-            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-            assert isinstance(body, ast.ClassDef)
-            for statement, document in zip(body.body, body.body[1:], strict=False):
-                match statement, document:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                        documents[name] = inspect.cleandoc(text)
+            documents |= _own_meanings(base)
+    return documents
+
+
+@cache
+def _own_meanings(config: type[PeftConfig]) -> dict[str, str]:
+    """Return the docstrings of the options of this class, which stand below them in the source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    documents: dict[str, str] = {}
+    for statement, document in zip(body.body, body.body[1:], strict=False):
+        match statement, document:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                documents[name] = inspect.cleandoc(text)
     return documents
 
 
 def _type(annotation: object) -> str:
-    return _in_code(annotation if isinstance(annotation, str) else inspect.formatannotation(annotation))
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return text.replace("typing.", "").replace(" | ", " or ").replace("[", r"\[")
 
 
 def _default(field: "dataclasses.Field[object]") -> str:
     if field.default is not dataclasses.MISSING:
         value = field.default
-        return f"`{_in_code(repr(str(value)) if isinstance(value, str) else repr(value))}`"
+        return f"`{repr(str(value)) if isinstance(value, str) else repr(value)}`"
     return "required" if field.default_factory is dataclasses.MISSING else f"`{field.default_factory()!r}`"
-
-
-def _in_code(text: str) -> str:
-    return text.replace("|", "or") if "|" in text else text
 
 
 def _cell(text: str) -> str:

@@ -8,6 +8,7 @@ from docs_site.links import ROOT
 from flows.params.params import Params
 
 ENTRY = re.compile(r"^( *)(\w+):(?: +((?:[^#\s]|\S#|(?<=\S) +(?=[^#\s]))+))? *(?:# (.*))?$")
+SECTION = "the keys below"
 CONTINUED = re.compile(r"^ +# (.*)$")
 
 
@@ -27,8 +28,10 @@ def params_page() -> str:
         parts += [f"## {section}\n", "| key | values | default | meaning |", "|---|---|---|---|"]
         for key, allowed in fields:
             default, meaning = entries.get(key, ("", ""))
-            shown = f"`{default}`" if default else ""
-            parts.append(f"| `{key}` | {allowed} | {shown} | {_cell(meaning)} |")
+            if allowed != SECTION:
+                parts.append(f"| `{key}` | {allowed} | `{default}` | {_cell(meaning)} |")
+            elif meaning:
+                parts.append(f"| `{key}` | {SECTION} | | {_cell(meaning)} |")
         parts.append("")
     return "\n".join(parts)
 
@@ -57,7 +60,7 @@ def _fields(schema: dict[str, Any], value: dict[str, Any], key: str) -> Iterator
         inner = _resolved(schema, field)
         full = f"{key}.{name}"
         if "properties" in inner:
-            yield full, "a section"
+            yield full, SECTION
             yield from _fields(schema, field, full)
         else:
             yield full, _allowed(schema, field)
