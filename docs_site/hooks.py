@@ -12,8 +12,9 @@ from mkdocs.structure.pages import Page
 from docs_site.api import GROUPS, api_pages
 from docs_site.commands import commands_page
 from docs_site.links import PAGES, ROOT, results, with_site_links
-from docs_site.methods import method_pages, with_links_to_methods
+from docs_site.methods import COMMON_PAGE, method_pages, page_of, with_links_to_methods
 from docs_site.params import params_page
+from peftcore.registry import methods
 
 SOURCES = {page: file for file, page in PAGES.items() if page.endswith(".md") and file.endswith(".md")}
 """{page: file of the repository that it shows}"""
@@ -24,7 +25,7 @@ TITLES = {"hf_peft_tests": "HF PEFT's tests", "qlora": "QLoRA", "quantised_forwa
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill the folders that the navigation names with their pages."""
     pages = {
-        "reference/methods/": [{_title(page).upper(): page} for page in method_pages()],
+        "reference/methods/": [COMMON_PAGE, *({name: page_of(name)} for name in methods())],
         "reference/api/": [{title: f"reference/api/{page}.md"} for page, (title, *_) in GROUPS.items()],
         "benchmarks/results/": [{_title(file): file} for file in results() if file.endswith(".md")],
     }

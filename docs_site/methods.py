@@ -14,12 +14,13 @@ from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
 from peftcore.registry import Method, methods
 
 COMMON = (PeftConfig, TunerConfig, PromptLearningConfig)
-"""Their options are on the page of the configurations, because many methods have them."""
+"""Their options have a page of their own, because many methods have them."""
+COMMON_PAGE = "reference/methods/common-options.md"
 
 
 def method_pages() -> dict[str, str]:
-    """Return {path on the site: Markdown} of all methods."""
-    return {page_of(name): _page(method) for name, method in methods().items()}
+    """Return {path on the site: Markdown} of all methods, and of the options that many have, which come first."""
+    return {COMMON_PAGE: _common_page()} | {page_of(name): _page(method) for name, method in methods().items()}
 
 
 def page_of(name: str) -> str:
@@ -52,29 +53,40 @@ def _page(method: Method) -> str:
             f"{adapts} Configuration: `from peftcore import {config}`.\n",
             _as_markdown(rest.strip()),
             "\n## Options\n",
-            f"Options of `{config}` besides the [common options](../api/configurations.md).\n",
-            _options(method.config),
+            f"Options of `{config}` besides the [common options](common-options.md).\n",
+            _options(method.config, _own_options(method.config)),
             *_measured(method.name),
         ]
     )
 
 
-def _options(config: type[PeftConfig]) -> str:
+def _common_page() -> str:
+    every, tuner, prompt = (list(dataclasses.fields(config)) for config in COMMON)
+    names = {field.name for field in every}
+    parts = ["# Common options\n", "## Of every method\n", _options(PeftConfig, names)]
+    parts += ["## Of methods that adapt layers\n", _options(TunerConfig, {field.name for field in tuner} - names)]
+    parts += ["## Of prompt methods\n", _options(PromptLearningConfig, {field.name for field in prompt} - names)]
+    return "\n".join(parts)
+
+
+def _own_options(config: type[PeftConfig]) -> set[str]:
+    """Return the options that are not common, or that the method's own classes declare anew."""
     common = {field.name for base in COMMON for field in dataclasses.fields(base)}
+    own = {name for base in config.__mro__ if _is_own(base) for name in inspect.get_annotations(base)}
+    return {field.name for field in dataclasses.fields(config)} - (common - own)
+
+
+def _options(config: type[PeftConfig], names: set[str]) -> str:
+    """Return a table of these options of a configuration."""
     meanings = _meanings(config)
     rows = [
         f"| `{field.name}`<br>{_type(field.type)} | {_default(field)} | {_cell(meanings.get(field.name, ''))} |"
         for field in dataclasses.fields(config)
-        if field.init and (field.name not in common or field.name in _own(config))
+        if field.init and field.name in names
     ]
     if not rows:
         return "No further options.\n"
     return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows, ""])
-
-
-def _own(config: type[PeftConfig]) -> set[str]:
-    """Return the names that the method's own classes annotate."""
-    return {name for base in config.__mro__ if _is_own(base) for name in inspect.get_annotations(base)}
 
 
 def _is_own(base: type) -> bool:
@@ -105,14 +117,18 @@ def _own_meanings(config: type[PeftConfig]) -> dict[str, str]:
 
 def _type(annotation: object) -> str:
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return text.replace("typing.", "").replace(" | ", " or ").replace("[", r"\[")
+    text = re.sub(r"\b[a-z_.]+\.(?=[A-Z])", "", text)
+    return text.replace(" | ", " or ").replace("[", r"\[")
 
 
 def _default(field: "dataclasses.Field[object]") -> str:
     if field.default is not dataclasses.MISSING:
         value = field.default
         return f"`{repr(str(value)) if isinstance(value, str) else repr(value)}`"
-    return "required" if field.default_factory is dataclasses.MISSING else f"`{field.default_factory()!r}`"
+    factory = field.default_factory
+    if factory is dataclasses.MISSING:
+        return "required"
+    return f"`{factory.__name__}()`" if dataclasses.is_dataclass(factory) else f"`{factory()!r}`"
 
 
 def _cell(text: str) -> str:
