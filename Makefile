@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # the commands in dvc.yaml call `python`
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help run check test slow proof faults lint format install clean audit fuzz dist
+.PHONY: help run check test slow proof faults lint format install clean audit fuzz dist docs
 .DEFAULT_GOAL := help
 
 help:                   ## print this list
@@ -69,10 +69,14 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: install           ## build the documentation; open site/index.html
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 dist: install           ## build dist/*.whl and dist/*.tar.gz, and check that PyPI would take them
 	rm -rf dist build
 	$(BIN)/python -m build --quiet
 	$(BIN)/twine check --strict dist/*
 
 clean:                  ## delete outputs, checkpoints and builds; keep DVC's cache, the registry and .venv
-	rm -rf artifacts checkpoints reports wandb .prefect build dist .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf artifacts checkpoints reports wandb .prefect build dist site .pytest_cache .ruff_cache .import_linter_cache

@@ -175,13 +175,17 @@ class PeftConfig(SharedOptions):
     Loading checks them before it allocates memory."""
 
     task_type: TaskType | str | None = None
+    """The model's task, such as "CAUSAL_LM"; None if no task's class is needed."""
     peft_type: PeftType | str = ""
     """Name of the method on disk, such as "LORA". The class decides it; a plain string for third-party methods."""
     base_model_name_or_path: str | None = None
+    """Name or path of the base model, written when the adapter is saved."""
     revision: str | None = None
+    """Revision of the base model on the hub."""
     inference_mode: bool = False
     """True: the adapter is frozen when it is added."""
     auto_mapping: dict[str, Any] | None = None
+    """Class of a base model without a task, for `AutoPeftModel`."""
     peft_version: str | None = None
     """Version of HF PEFT that knows the file; None for the version whose format is written here."""
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -582,12 +586,15 @@ class PromptLearningConfig(PeftConfig):
     size_fields: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
 
     num_virtual_tokens: int | None = None
+    """Length of the prompt or prefix (count)."""
     token_dim: int | None = None
     """Size of a virtual token's embedding."""
     num_transformer_submodules: int | None = None
     """2: one prompt for the encoder and one for the decoder."""
     num_attention_heads: int | None = None
+    """Heads of a prefix's keys; None: the model's."""
     num_layers: int | None = None
+    """Layers that get a prefix (count); None: the model's."""
     modules_to_save: list[str] | None = None
     """Modules that train in full, one copy per adapter, and are saved with the adapter."""
 
@@ -615,9 +622,11 @@ class TunerConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = None
     """Path suffixes, a regular expression for whole paths, or "all-linear"; None: the architecture's default."""
     exclude_modules: list[str] | set[str] | str | None = None
+    """Targets to leave out: path suffixes, or a regular expression for whole paths."""
     modules_to_save: list[str] | None = None
     """Modules that train in full, one copy per adapter, and are saved with the adapter."""
     layers_to_transform: list[int] | int | None = None
+    """Indices of the blocks whose targets are adapted; None: all blocks."""
     layers_pattern: list[str] | str | None = None
     """Name of the block list that layers_to_transform indexes, such as "layers"; None: derived from the path."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from peftcore.hf_peft.alias import SUBMODULES
 from peftcore.hf_peft.names import NAMES
 
-__all__ = NAMES  # type: ignore[reportUnsupportedDunderAll]
+__all__ = list(NAMES)  # type: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -76,17 +76,25 @@ class AdaLoraConfig(TunerConfig):
     deltaT: int = 1
     """Steps between two allocations."""
     beta1: float = 0.85
+    """Decay of the running mean of a triplet's importance."""
     beta2: float = 0.85
+    """Decay of the running mean of its deviation from that mean."""
     orth_reg_weight: float = 0.5
+    """Weight of the regulariser that keeps P and Q orthogonal."""
     total_step: int | None = None
     """Optimiser steps of the whole training; required for training, not for loading."""
     rank_pattern: dict[str, list[bool]] | None = None
     """{path.lora_E: mask of the init_r triplets}; written on saving, with tensors of the kept triplets only."""
     lora_alpha: float = 8
+    """α of the scaling."""
     lora_dropout: float = 0.0
+    """Probability of dropping an element of the adapter's input in training."""
     bias: str = "none"
+    """Biases of the model that train too: "none", "all" or "lora_only"."""
     init_lora_weights: bool | str = True
+    """True: the adapter starts at zero; False: random, for tests."""
     fan_in_fan_out: bool = False
+    """Read and saved for PEFT; without effect, because the orientation is found per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

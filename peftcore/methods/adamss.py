@@ -61,6 +61,7 @@ class AdamssConfig(TunerConfig):
     use_dynamic_rank: bool = False
     """Take as rank of a cluster the number of its singular values above `svd_threshold` times the largest one."""
     svd_threshold: float = 0.1
+    """Share of the largest singular value, for use_dynamic_rank."""
     random_seed: int = 0
     """Seed of the random projection in the SVD of W; a directory is read with the seed of its configuration."""
 

@@ -28,6 +28,7 @@ class GraloraConfig(TunerConfig):
     hybrid_r: int = 0
     """Rank of an additional plain LoRA (count); 0 for none."""
     alpha: float = 64
+    """The update is scaled by alpha / (r + hybrid_r)."""
     gralora_dropout: float = 0.0
     """Probability of dropping an element of the adapter's input in training."""
     gralora_k: int = 2

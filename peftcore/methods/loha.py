@@ -25,6 +25,7 @@ class LoHaConfig(TunerConfig):
     r: int = 8
     """Rank of each of the two products (count)."""
     alpha: float = 8
+    """The update is scaled by alpha / r."""
     rank_dropout: float = 0.0
     """Probability of dropping a row of ΔW in training."""
     module_dropout: float = 0.0
@@ -36,6 +37,7 @@ class LoHaConfig(TunerConfig):
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     """{path suffix or regular expression: r}; the first that matches a layer's path applies."""
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    """{path suffix or regular expression: alpha}; the first that matches a layer's path applies."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

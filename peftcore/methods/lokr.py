@@ -29,6 +29,7 @@ class LoKrConfig(TunerConfig):
     r: int = 8
     """Rank of a factor that is decomposed (count); a factor not larger than 2r stays full."""
     alpha: float = 8
+    """The update is scaled by alpha / r."""
     rank_dropout: float = 0.0
     """Probability of dropping a row of ΔW in training."""
     rank_dropout_scale: bool = False
@@ -46,6 +47,7 @@ class LoKrConfig(TunerConfig):
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     """{path suffix or regular expression: r}; the first that matches a layer's path applies."""
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    """{path suffix or regular expression: alpha}; the first that matches a layer's path applies."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,6 +37,7 @@ class OFTConfig(TunerConfig):
     coft: bool = False
     """Keep ‖S‖ of each block within eps/√n (constrained OFT)."""
     eps: float = 6e-5
+    """Largest ‖S‖·√n of a block with coft."""
     block_share: bool = False
     """Share one block among all features."""
     use_cayley_neumann: bool = True

@@ -31,11 +31,13 @@ class PolyConfig(TunerConfig):
     r: int = 8
     """Rank of each skill (count)."""
     n_tasks: int = 1
+    """Tasks (count); with several, the model's call needs task_ids."""
     n_skills: int = 4
     """LoRAs that all tasks share (count)."""
     n_splits: int = 1
     """Slices of the inputs and outputs that are mixed separately (count); must divide in_features and out_features."""
     poly_type: str = "poly"
+    """Only "poly"."""
     init_weights: bool = True
     """True: the adapter starts at zero; False: random, for tests."""
 

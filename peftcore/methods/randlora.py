@@ -36,6 +36,7 @@ class RandLoraConfig(RandomProjectionConfig):
     randlora_dropout: float = 0.0
     """Probability of dropping an element of the adapter's input in training."""
     randlora_alpha: int = 640
+    """The update is scaled by randlora_alpha / r."""
     bias: str = "none"
     """Biases of the model that train too: "none", "all" or "randlora_only"."""
 

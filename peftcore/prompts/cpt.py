@@ -40,6 +40,7 @@ class CPTConfig(PromptLearningConfig):
     opt_weighted_loss_type: str = "none"
     """"none", or "decay": an example's label weighs opt_loss_decay_factor times the next example's label."""
     opt_loss_decay_factor: float = 1.0
+    """Weight of an example's label relative to the next one's, with "decay"."""
     opt_projection_epsilon: float = 0.1
     """ε of input tokens."""
     opt_projection_format_epsilon: float = 0.1

@@ -38,6 +38,7 @@ class MultitaskPromptTuningConfig(VocabularyPromptConfig):
     num_ranks: int = 1
     """r."""
     num_tasks: int = 1
+    """Tasks (count), each with its own u_t and v_t."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,6 +22,7 @@ class VocabularyPromptConfig(PromptLearningConfig):
     prompt_tuning_init_text: str | None = None
     """Repeated or cut to the number of virtual tokens."""
     tokenizer_name_or_path: str | None = None
+    """Tokenizer of the text, for "TEXT"."""
     tokenizer_kwargs: dict[str, Any] | None = None
     """Additional arguments of the tokenizer; `trust_remote_code` is ignored, so no code of its repository runs."""
 

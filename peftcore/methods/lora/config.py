@@ -88,8 +88,11 @@ class LoraConfig(TunerConfig):
     loftq_config: dict[str, Any] | None = field(default_factory=dict)
     """{"loftq_bits": 4 or 8, "loftq_iter": alternations (count)}."""
     eva_config: dict[str, Any] | None = None
+    """Options of "eva", as in HF PEFT's EvaConfig."""
     corda_config: dict[str, Any] | None = None
+    """Options of "corda", as in HF PEFT's CordaConfig."""
     lora_ga_config: dict[str, Any] | None = None
+    """Options of "lora_ga", as in HF PEFT's LoraGAConfig."""
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     """{path suffix or regular expression: r}; the first that matches a layer's path applies."""
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)

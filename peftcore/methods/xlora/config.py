@@ -23,6 +23,7 @@ class XLoraConfig(TunerConfig):
     enable_softmax_topk: bool = False
     """Let the weights sum to 1 among the LoRAs that `top_k_lora` selects."""
     softmax_temperature: float = 1.0
+    """The classifier's logits are divided by it before the softmax."""
     layerwise_scalings: bool = False
     """Use separate weights for each layer; False: one set for all layers."""
     top_k_lora: int | None = None
