@@ -87,7 +87,7 @@ def parse(command: Any, options: list[str]) -> None:
             raise AssertionError(f"{shlex.join(options)}: {error}") from error
         path = Path(absent[1])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch() if path.suffix else path.mkdir()
+        path.touch() if path.suffix or path.name == "FILE" else path.mkdir()
         parse(command, options)
 
 
