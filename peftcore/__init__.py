@@ -190,6 +190,9 @@ if TYPE_CHECKING:
     from peftcore.methods.boft import (
         BOFTConfig,
     )
+    from peftcore.methods.bottleneck import (
+        BottleneckConfig,
+    )
     from peftcore.methods.c3a import (
         C3AConfig,
     )
@@ -366,6 +369,7 @@ _MODULES = {
     "BdLoraConfig": "peftcore.methods.lora.variants.bdlora",
     "BeftConfig": "peftcore.methods.beft",
     "BeftModel": "peftcore.hf_peft.tuner_models",
+    "BottleneckConfig": "peftcore.methods.bottleneck",
     "C3AConfig": "peftcore.methods.c3a",
     "C3AModel": "peftcore.hf_peft.tuner_models",
     "CPTConfig": "peftcore.prompts.cpt",
@@ -572,6 +576,7 @@ __all__ = [
     "BdLoraConfig",
     "BeftConfig",
     "BeftModel",
+    "BottleneckConfig",
     "C3AConfig",
     "C3AModel",
     "CPTConfig",

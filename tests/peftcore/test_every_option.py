@@ -80,9 +80,12 @@ WORDS: dict[str, list[Any]] = {
     "use_bdlora": [{"target_modules_bd_a": ["target"], "nblocks": 2}],
     "feedforward_modules": [["target"]],
     "effective_rank": [3, 0.25],
+    "style": ["parallel"],
+    "non_linearity": ["gelu"],
     "target_svd_config": [{"target.weight": 3}],
 }
 TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
+    ("BOTTLENECK", "reduction_factor"): {"bottleneck_size": None},
     ("DEFT", "init_scale"): {"init_weights": False},
     ("LOKR", "rank_dropout_scale"): {"rank_dropout": 0.5},
     ("MISS", "mini_r"): {"init_weights": "mini", "r": 4},

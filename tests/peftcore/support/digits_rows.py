@@ -89,6 +89,8 @@ ROWS = [
     Row("C3A", "C3A", SPARSE, 2e-1, 1.6, EVERY_LINEAR | {"block_size": 24}),
     Row("SHiRA", "SHIRA", SPARSE, 3e-2, 1.3, EVERY_LINEAR | {"r": 4, "random_seed": 0}),
     Row("Super-Tuning", "SUPERTUNING", SPARSE, 3e-2, 1.4, EVERY_LINEAR | {"sparsity": 0.9}),
+    Row("bottleneck", "BOTTLENECK", SHARED, 1e-2, 1.5, {"bottleneck_size": 16}),
+    Row("parallel bottleneck", "BOTTLENECK", SHARED, 1e-2, 1.5, {"style": "parallel", "bottleneck_size": 16}),
     Row("IA3", "IA3", FEW, 1e-1, 1.5, SCALED, 120),
     Row("BEFT", "BEFT", FEW, 1e-1, 2.0, EVERY_LINEAR, 120),
     Row("LN tuning", "LN_TUNING", FEW, 1e-1, 1.7, {}, 120),
