@@ -311,6 +311,9 @@ if TYPE_CHECKING:
     from peftcore.prompts.cpt import (
         CPTConfig,
     )
+    from peftcore.prompts.loreft import (
+        LoReftConfig,
+    )
     from peftcore.prompts.multitask_prompt_tuning import (
         MultitaskPromptTuningConfig,
     )
@@ -408,6 +411,7 @@ _MODULES = {
     "LoHaModel": "peftcore.hf_peft.tuner_models",
     "LoKrConfig": "peftcore.methods.lokr",
     "LoKrModel": "peftcore.hf_peft.tuner_models",
+    "LoReftConfig": "peftcore.prompts.loreft",
     "LoftQConfig": "peftcore.hf_peft.options",
     "LoraConfig": "peftcore.methods.lora",
     "LoraGAConfig": "peftcore.hf_peft.options",
@@ -615,6 +619,7 @@ __all__ = [
     "LoHaModel",
     "LoKrConfig",
     "LoKrModel",
+    "LoReftConfig",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",

@@ -1,13 +1,13 @@
 """Bottleneck adapter: y' = y + s·(U σ(D z + d) + u), z = y after the layer or z = x beside it. arXiv:1902.00751.
 
-Three placements: Houlsby's after attention and MLP (arXiv:1902.00751), Pfeiffer's after the MLP (arXiv:2005.00052), both
-with z = y, and the parallel one of He et al. with z = x and a factor s (arXiv:2110.04366).
-Shapes: i in_features, o out_features, m bottleneck size; D (m, o), beside the layer (m, i); d (m,), U (o, m), u (o,); s a
-number, (1,) or (o,).
+Placements: Houlsby's after attention and MLP (arXiv:1902.00751), Pfeiffer's after the MLP (arXiv:2005.00052), both with
+z = y, and the parallel one of He et al. with z = x and a factor s (arXiv:2110.04366).
+Shapes: i in_features, o out_features, m bottleneck size; D (m, o), or (m, i) beside the layer; d (m,), U (o, m), u
+(o,), s a number, (1,) or (o,).
 
-HF PEFT has no such method, so only peftcore reads these directories. The adapter sees one layer, not the residual stream
-or the norm around it. So the options of the library `adapters` that move the residual connection or add norms
-(`residual_before_ln`, `ln_before`, ...) do not exist, and neither do PHM layers (Compacter) and gates.
+HF PEFT has no such method, so only peftcore reads these directories. The adapter sees one layer, not the residual
+stream or the norm around the layer. So it lacks the options of the library `adapters` that move the residual connection
+or add norms (`residual_before_ln`, `ln_before`), PHM layers (Compacter) and gates.
 """
 
 import re
@@ -102,10 +102,9 @@ class Bottleneck(Adapter):
         self.bottleneck_down_bias = nn.Parameter(torch.empty(m))
         self.bottleneck_up = nn.Parameter(torch.empty(o, m))
         self.bottleneck_up_bias = nn.Parameter(torch.empty(o))
-        sizes = {"learned": 1, "channel": o}
-        is_trained = isinstance(config.scaling, str)
-        self.scaling = 1.0 if is_trained else config.scaling
-        self.bottleneck_scaling = nn.Parameter(torch.empty(sizes[config.scaling])) if is_trained else None
+        trained = {"learned": 1, "channel": o}.get(str(config.scaling))
+        self.bottleneck_scaling = None if trained is None else nn.Parameter(torch.empty(trained))
+        self.scaling = config.scaling if isinstance(config.scaling, float | int) else 1.0
         self.add_dropout()
 
     @classmethod

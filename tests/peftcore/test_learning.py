@@ -11,7 +11,7 @@ from peftcore.registry import methods
 
 IN_PROOF = {
     *("ADAMSS", "BEFT", "CARTRIDGE", "DEFT", "FROD", "GLORA", "LILY", "OSF", "PEANUT", "PSOFT", "PVERA", "SHADOW"),
-    *("SUPERTUNING", "TINYLORA", "UNILORA", "BOTTLENECK"),
+    *("SUPERTUNING", "TINYLORA", "UNILORA", "BOTTLENECK", "LOREFT"),
 }
 """Methods that learn in `make proof`; each takes 15 seconds."""
 CASES = [

@@ -392,6 +392,7 @@ PROMPTS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 NOT_POSSIBLE = {
     "BOTTLENECK": "PEFT has no such method",
+    "LOREFT": "PEFT has no such method",
     "XLORA": "PEFT draws start values of every expert before it reads the expert from disk",
 }
 """{method: why its start is another}. Starts of options that differ: docs/methods.md, "The same start as HF PEFT"."""

@@ -1,4 +1,4 @@
-"""What the papers of bottleneck adapters say: a small network after a layer or beside it, with a residual connection."""
+"""What the papers of bottleneck adapters say: a small network after a layer or beside it, added to its output."""
 
 import json
 from pathlib import Path

@@ -106,6 +106,7 @@ ROWS = [
     }, 250),
     Row("CPT", "CPT", PROMPT, 2e-1, 1.85, CAUSAL | examples(2) | {"opt_projection_epsilon": 20.0}, 150),
     Row("Shadow", "SHADOW", SHARED, 1e-2, 1.65, CAUSAL | {"r": 8, "shadow_alpha": 1.0}),
+    Row("LoReFT", "LOREFT", SHARED, 3e-2, 1.7, CAUSAL | {"r": 8, "positions": "f8+l8"}, 120),
     Row("adaption prompt", "ADAPTION_PROMPT", PROMPT, 2e-1, 1.9, {"adapter_len": 16, "adapter_layers": 3}, 120),
 ]
 # fmt: on
