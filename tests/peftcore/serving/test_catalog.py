@@ -6,7 +6,7 @@ from typing import Any
 import openai
 import pytest
 
-from peftcore import LoraConfig
+from peftcore import LoraConfig, LoReftConfig
 from peftcore.errors import ConfigError
 from peftcore.prompts.prompt_tuning import PromptTuningConfig
 from peftcore.serving import make_service
@@ -35,6 +35,7 @@ LORA: dict[str, Any] = {"r": 2, "init_lora_weights": False, "target_modules": "a
 def test_what_cannot_be_served_is_refused_with_the_reason(serving: Callable[..., Any], world: Any) -> None:
     world.add("prompt", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), 0)
     world.add("alora", LoraConfig(alora_invocation_tokens=[9, 9], **{**LORA, "target_modules": ["q_proj"]}), 0)
+    world.add("reft", LoReftConfig(r=2), 0)
     (world.folder / "damaged").mkdir()
     (world.folder / "damaged" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
     served = serving()
@@ -42,6 +43,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(serving: Callable[...,
     for name, kind, said in (
         ("prompt", BadRequestError, "virtual tokens before the text"),
         ("alora", BadRequestError, "needs the whole text"),
+        ("reft", BadRequestError, "needs the whole text"),
         ("damaged", AdapterFailedError, "could not be loaded"),
         ("missing", UnknownModelError, "no adapter 'missing'"),
     ):
