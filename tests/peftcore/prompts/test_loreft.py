@@ -13,7 +13,7 @@ from prompt_models import batch, build, call
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import DynamicCache, TrainingArguments
 
 from peftcore import (
     ConfigError,
@@ -26,6 +26,7 @@ from peftcore import (
 )
 from peftcore.composition import Stack
 from peftcore.errors import RoutingError, TargetError
+from peftcore.train import AdapterTrainer
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 
@@ -371,6 +372,55 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool) -> N
         torch.testing.assert_close(found[1][name], gradient)
 
 
+@pytest.mark.slow
+def test_the_trainer_gives_the_labels_to_the_model_and_resumes(tmp_path: Path) -> None:
+    labels = batch(8)
+    labels[:, :3] = -100
+    rows = [{"input_ids": ids, "labels": label} for ids, label in zip(batch(8), labels, strict=True)]
+
+    def trainer(folder: str) -> AdapterTrainer:
+        torch.manual_seed(4)
+        args = TrainingArguments(
+            output_dir=str(tmp_path / folder),
+            max_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            save_strategy="epoch",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        model = get_peft_model(build("llama"), LoReftConfig(r=3, positions="f2+l1"))
+        return AdapterTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)  # type: ignore[arg-type]
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    given = {"input_ids": batch(4), "labels": labels[:4]}
+    logits = whole.model(batch(4), prompt_lengths=[3] * 4).logits
+    expected = F.cross_entropy(logits[:, 2:-1].flatten(0, 1), labels[:4, 3:].flatten())
+    torch.testing.assert_close(whole.compute_loss(whole.model, dict(given)), expected)
+    whole.train()
+    with torch.no_grad():
+        logits = whole.model.eval()(batch(8), prompt_lengths=[3] * 8).logits
+    expected = F.cross_entropy(logits[:, 2:-1].flatten(0, 1), labels[:, 3:].flatten())
+    assert whole.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    first, second = (learner_of(each.model).state_dict() for each in (whole, resumed))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # dynamo's own
+def test_it_compiles() -> None:
+    torch._dynamo.reset()
+    model = reft()
+    lengths = torch.tensor([4, 3])
+    with torch.no_grad():
+        expected = model(batch(), prompt_lengths=lengths, use_cache=False).logits
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(batch(), prompt_lengths=lengths, use_cache=False).logits, expected)
+
+
 def test_gradients_reach_all_parameters_of_the_adapter_only() -> None:
     model = reft()
     model(batch()).logits.square().sum().backward()
@@ -378,7 +428,7 @@ def test_gradients_reach_all_parameters_of_the_adapter_only() -> None:
         assert (parameter.grad is not None) == ("loreft_" in name), name
 
 
-@pytest.mark.parametrize("options", [*FORMS[:2], {"tied_weights": True, "positions": "f2+l2"}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"tied_weights": True, "positions": "f2+l2"}, marks=SLOW)])
 def test_save_and_load(options: dict[str, Any], tmp_path: Path) -> None:
     model = reft(**options)
     expected = call("llama", model)
