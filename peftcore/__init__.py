@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from peftcore.conversion import (
         add_as_lora,
+        convert_adapters_directory,
         convert_directory_to_lora,
         convert_to_lora,
         save_as_lora,
@@ -497,6 +498,7 @@ _MODULES = {
     "check_mergeable": "peftcore.injection.merge",
     "check_vllm": "peftcore.export",
     "compose_cartridge_adapters": "peftcore.hf_peft.cartridge",
+    "convert_adapters_directory": "peftcore.conversion",
     "convert_directory_to_lora": "peftcore.conversion",
     "add_as_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
@@ -701,6 +703,7 @@ __all__ = [
     "check_mergeable",
     "check_vllm",
     "compose_cartridge_adapters",
+    "convert_adapters_directory",
     "convert_directory_to_lora",
     "convert_to_lora",
     "create_arrow_model",

@@ -378,7 +378,7 @@ def test_the_trainer_gives_the_labels_to_the_model_and_resumes(tmp_path: Path) -
     labels[:, :3] = -100
     rows = [{"input_ids": ids, "labels": label} for ids, label in zip(batch(8), labels, strict=True)]
 
-    def trainer(folder: str) -> AdapterTrainer:
+    def trainer(folder: str) -> Any:
         torch.manual_seed(4)
         args = TrainingArguments(
             output_dir=str(tmp_path / folder),
